@@ -1,0 +1,226 @@
+"""Cards on disk: the core's only file I/O.
+
+A card file is an Arrow IPC file, mapped on loading: its factors are views into the map, which is private copy-on-write, so
+a stray write can neither crash the process nor reach the file. POSIX semantics are assumed for replacing a mapped file by
+rename; nothing is promised for a file that is edited in place.
+"""
+
+import hashlib
+import hmac
+import mmap
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import pyarrow as pa
+
+from lora.card import LoRACard, is_digest
+from lora.envelope import check_envelope
+from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, LoRAError, StoreError, shown
+from lora.table import ROW_BYTES, Header, card_to_table, one_batch, read_header, table_to_card
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+def save(card: LoRACard, path: PathLike) -> str:
+    """Write a card atomically and return its digest.
+
+    The bytes go to a temporary file beside `path`, are flushed to the disk and renamed over it: a reader sees the old file
+    or the new one. On one installation one card always gives the same bytes.
+
+    Parameters
+    ----------
+    card
+        Any card.
+    path
+        Where to; ``*.lora.arrow`` by convention. The folder must exist.
+
+    Returns
+    -------
+    str
+        SHA-256 of the file, 64 hex digits.
+
+    Raises
+    ------
+    CardNotFoundError
+        If the folder does not exist.
+    StoreError
+        If the operating system refuses; `path` is as it was.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     saved = save(LoRACard("empty", 1, 1.0, [], {}), f"{folder}/empty.lora.arrow")
+    ...     saved == digest(f"{folder}/empty.lora.arrow")
+    True
+
+    Requirements: R1.4, R1.11, R1.14
+    """
+    table = card_to_table(card)
+    with replacing(path) as file:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_batch(one_batch(table))
+        file.flush()
+        return digest(file.name)
+
+
+@contextmanager
+def replacing(path: PathLike) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    It is flushed to the disk before it is renamed, and the folder after, so that a crash leaves the old file or the new.
+
+    Requirements: R1.11
+    """
+    path = _path(path)
+    with _os_errors(path), _folder(path.parent) as folder:
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        os.fsync(folder)
+
+
+def load(path: PathLike, verify: str | None = None) -> LoRACard:
+    """Map a card file and return the card in it, without copying a factor.
+
+    Parameters
+    ----------
+    path
+        A card file.
+    verify
+        The digest that the file must have; it is hashed before a byte of it is parsed.
+
+    Raises
+    ------
+    CardNotFoundError
+        If there is no such file.
+    CardFileError
+        If it is not a well-formed card, or not the one asked for.
+
+    Notes
+    -----
+    Requirements: R1.5, R1.6, R1.14, R7.1, R7.9
+    """
+    if verify is not None and not is_digest(verify):
+        raise ArgumentError("verify", "a SHA-256 as 64 lower-case hex digits", repr(verify))
+    with _card_errors(path):
+        data = _map(path)
+        if verify is not None:
+            _check_digest(data, verify)
+        return table_to_card(_batch(data))
+
+
+def inspect(path: PathLike) -> Header:
+    """Everything a card file says of itself; no byte of its factors is touched.
+
+    Raises
+    ------
+    CardNotFoundError, CardFileError
+        As `load`.
+
+    Notes
+    -----
+    Requirements: R1.12
+    """
+    with _card_errors(path):
+        return read_header(one_batch(_batch(_map(path))))
+
+
+def digest(path: PathLike) -> str:
+    """SHA-256 of a file's bytes: a card file's identity.
+
+    Requirements: R1.14
+    """
+    with _opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _path(path: PathLike) -> Path:
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise ArgumentError("path", "a str or os.PathLike", shown(path))
+    return Path(path)
+
+
+@contextmanager
+def _opened(path: PathLike) -> Iterator[BufferedReader]:
+    """A regular file for reading; a pipe would block and a device has no end."""
+    path = _path(path)
+    with _os_errors(path), open(path, "rb", opener=_not_blocking) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise StoreError(str(path), "a regular file", "something else")
+        yield file
+
+
+def _not_blocking(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _map(path: PathLike) -> mmap.mmap:
+    with _opened(path) as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise CardFileError("card file", "an Arrow IPC file", "0 bytes")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _check_digest(data: mmap.mmap, expected: str) -> None:
+    with memoryview(data) as view:
+        found = hashlib.sha256(view).hexdigest()
+    if not hmac.compare_digest(found, expected):
+        raise CardFileError("card file: SHA-256", expected, found)
+
+
+def _batch(data: mmap.mmap) -> pa.RecordBatch:
+    with memoryview(data) as view:
+        check_envelope(view, ROW_BYTES)
+    try:
+        buffer = pa.py_buffer(data)
+        reader = pa.ipc.open_file(buffer)
+        if not pa.ipc.read_schema(buffer.slice(8)).equals(reader.schema, check_metadata=True):
+            raise CardFileError("card file: schema", "the footer's, as at the start of the file", "another")
+        return reader.get_batch(0)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CardFileError("card file", "an Arrow IPC file", error) from error
+
+
+@contextmanager
+def _card_errors(path: PathLike) -> Iterator[None]:
+    """Name the file in every error that its contents cause."""
+    try:
+        yield
+    except CardError as error:
+        raise CardFileError(f"{os.fspath(path)}: {error.where}", error.expected, error.found, error.hint) from error
+
+
+@contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except LoRAError:
+        raise
+    except FileNotFoundError as error:
+        missing = path if path.parent.is_dir() else path.parent
+        raise CardNotFoundError(str(path), "an existing path", f"nothing at {missing}") from error
+    except (OSError, ValueError) as error:
+        raise StoreError(str(path), "a file that can be read or written", error) from error
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[int]:
+    """A folder's handle, to flush what was renamed in it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
