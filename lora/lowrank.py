@@ -1,0 +1,137 @@
+"""Algebra on factor pairs: what a pair means as a matrix, what it does to an input, how pairs add up.
+
+NumPy only, one pass, no state. Narrow dtypes are computed in float32, as a layer's matrix products accumulate.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from lora.card import Array, LowRank
+from lora.errors import ArgumentError, ShapeError
+
+
+def delta(pair: LowRank, *, dtype: np.dtype[Any] | type | None = None) -> Array:
+    """ΔW = scaling · (A @ B).T, the change to a Linear's weight.
+
+    Parameters
+    ----------
+    pair
+        Factors ``(in, r)`` and ``(r, out)``; a scaling of None counts as 1.
+    dtype
+        Of the computation and the result; float32, or float64 for float64 factors, unless given.
+
+    Returns
+    -------
+    Array
+        Shape ``(out, in)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> delta(LowRank(np.eye(2, 1), np.ones((1, 2)), 3.0))
+    array([[3., 0.],
+           [3., 0.]])
+
+    Requirements: R2.2
+    """
+    wide = np.dtype(dtype or np.promote_types(_widened(pair.dtype), np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        product: Array = (pair.A.astype(wide) @ pair.B.astype(wide)).T * wide.type(_scaling(pair))
+    return product
+
+
+def apply(x: Array, pairs: Iterable[tuple[LowRank, float]]) -> Array:
+    """Σ weight · scaling · (x @ A @ B): what the pairs add to a Linear's output.
+
+    Parameters
+    ----------
+    x
+        Shape ``(..., in)``, any number of leading dimensions.
+    pairs
+        Factor pairs with their weights; all of one ``in`` and ``out``, at least one.
+
+    Returns
+    -------
+    Array
+        Shape ``(..., out)``.
+
+    Raises
+    ------
+    ShapeError
+        If x's last dimension is not ``in``.
+
+    Notes
+    -----
+    Requirements: R2.2, R2.5, R8.2, R8.7
+    """
+    pair = concat(pairs, dtype=_widened(x.dtype))
+    if x.ndim < 1 or x.shape[-1] != pair.in_features:
+        raise ShapeError("input of a factor pair", f"last dimension {pair.in_features}", f"shape {x.shape}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        product: Array = x.astype(pair.dtype) @ pair.A @ pair.B
+    return product
+
+
+def concat(pairs: Iterable[tuple[LowRank, float]], *, dtype: np.dtype[Any] | type | None = None) -> LowRank:
+    """One pair that does what the weighted sum of all does: ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …; wₙsₙBₙ]``, scaling 1.
+
+    The rank is the sum of ranks. Pairs of weight 0 are left out, so that 0 · NaN adds nothing; if none is left the result
+    is a rank-1 pair of zeros. The result is float32, or float64 if any factor or `dtype` is.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> pair = LowRank(np.ones((3, 2)), np.ones((2, 3)), 2.0)
+    >>> concat([(pair, 1.0), (pair, 0.5)]).rank
+    4
+
+    Requirements: R8.2, R8.5, R8.7
+    """
+    terms = list(pairs)
+    if not terms:
+        raise ArgumentError("concat", "at least one factor pair", "none")
+    first = terms[0][0]
+    for pair, _ in terms:
+        if (pair.in_features, pair.out_features) != (first.in_features, first.out_features):
+            raise ShapeError(
+                "stacked factor pairs",
+                f"in -> out of {first.in_features} -> {first.out_features}",
+                f"{pair.in_features} -> {pair.out_features}",
+            )
+    wide = np.result_type(np.float32, dtype or np.float32, *(_widened(pair.dtype) for pair, _ in terms))
+    live = [(pair, weight) for pair, weight in terms if weight != 0]
+    if not live:
+        return LowRank(np.zeros((first.in_features, 1), wide), np.zeros((1, first.out_features), wide), 1.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = [pair.B.astype(wide) * wide.type(weight * _scaling(pair)) for pair, weight in live]
+    return LowRank(_frozen([pair.A.astype(wide) for pair, _ in live], 1), _frozen(scaled, 0), 1.0)
+
+
+def initial(in_features: int, out_features: int, rank: int, rng: np.random.Generator) -> LowRank:
+    """A fresh float32 pair: A uniform with |A| <= 1/√in (Kaiming, a = √5, fan-in = in), B zero.
+
+    Source: Hu et al. 2021, section 4.1, as PEFT initialises it.
+
+    Requirements: R2.10
+    """
+    bound = 1 / np.sqrt(in_features)
+    a = rng.uniform(-bound, bound, (in_features, rank)).astype(np.float32)
+    inside = np.nextafter(np.float32(bound), np.float32(0))
+    return LowRank(np.clip(a, -inside, inside), np.zeros((rank, out_features), np.float32))
+
+
+def _scaling(pair: LowRank) -> float:
+    return 1.0 if pair.scaling is None else pair.scaling
+
+
+def _widened(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Float32 for what is narrower (NumPy can't promote bfloat16 itself), else `dtype`."""
+    return np.dtype(np.float32) if dtype.itemsize < np.dtype(np.float32).itemsize else dtype
+
+
+def _frozen(parts: list[Array], axis: int) -> Array:
+    joined: Array = np.concatenate(parts, axis=axis)
+    joined.flags.writeable = False
+    return joined

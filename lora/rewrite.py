@@ -1,0 +1,365 @@
+"""adapt(model, adapters) -> model': the rewrite at the heart of the library. It never touches its input.
+
+Every module object is copied once (so aliases stay aliases), with dictionaries of its own; every parameter is re-wrapped,
+detached and frozen over the same storage. Copying only the path to a target is not enough: ``train()``, ``half()`` or a
+hook on the result would reach the modules that both share.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lora.card import Adapters, AdapterSet, LoRACard, LowRank
+from lora.errors import BaseModelError, ConflictError, StateError, TargetError, UnsupportedModelError
+from lora.layer import (
+    LoRALinear,
+    Own,
+    SegmentedLinear,
+    TrainableLinear,
+    check_linear,
+    folded,
+    shared_copy,
+)
+from lora.lowrank import initial
+from lora.targets import Injection, Site, plan, targeted_modules
+
+M = TypeVar("M", bound=nn.Module)
+
+_INTERNAL = frozenset(nn.Module().__dict__)
+_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"})
+
+
+def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool = False) -> M:
+    """A model that computes what `model` does plus the adapters' low-rank terms.
+
+    Parameters
+    ----------
+    model
+        Any module tree; adapted models too: ``adapt(adapt(m, a), b)`` equals ``adapt(m, a | b)``.
+    adapters
+        An `AdapterSet`, a card, a mapping or an iterable of cards.
+    check_base
+        Refuse a card whose base fingerprint is another model's.
+    strict
+        Refuse a card that names anything the model does not have.
+
+    Returns
+    -------
+    nn.Module
+        Shares every parameter's storage with `model` and no mutable object; its parameters are frozen.
+
+    Raises
+    ------
+    ShapeError, TargetError, BaseModelError, ConflictError, UnsupportedModelError
+        Before anything is made.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> card = LoRACard("docs", 1, 1.0, ["0"], {"0": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
+    >>> adapted = adapt(model, card)
+    >>> type(adapted[0]).__name__, type(model[0]).__name__, adapted[0].weight.data_ptr() == model[0].weight.data_ptr()
+    ('LoRALinear', 'Linear', True)
+
+    Requirements: R1.13, R3.2, R3.6, R3.7, R3.9, R3.13, R8.1, R8.5
+    """
+    adapters = AdapterSet(adapters)
+    terms = _existing(model)
+    sites = linears(model)
+    for name, (card, weight) in adapters.items():
+        injection = plan(sites, card, strict=strict)
+        if check_base:
+            check_fingerprint(model, card, injection)
+        new = {module: (card.weights[key], weight) for module, key in injection.bound.items()}
+        if terms.setdefault(name, new) != new:
+            raise ConflictError(f"adapt: {name!r}", "the card that the model already has under this name", "another")
+    layers: dict[int, dict[str, tuple[LowRank, float]]] = {}
+    for name, modules in terms.items():
+        for module, term in modules.items():
+            layers.setdefault(id(_bindable(model, module)), {})[name] = term
+
+    def convert(module: nn.Module, own: Own) -> nn.Module | None:
+        if id(module) not in layers or not isinstance(module, nn.Linear):
+            return None
+        return LoRALinear.around(module, layers[id(module)], own)
+
+    return _rewrite(model, convert)
+
+
+def fold(model: M) -> M:
+    """A model whose float32 and float64 adapted layers are plain Linears holding ``W + ΔW``.
+
+    It costs no time when it runs, and the memory of the touched weights; narrower layers stay factored, since rounding
+    ``W + ΔW`` to them would lose most of a small ΔW. The model given, and the base beneath it, stay as they are.
+
+    Requirements: R2.12
+    """
+
+    def convert(module: nn.Module, own: Own) -> nn.Module | None:
+        wide = isinstance(module, LoRALinear) and module.weight.dtype in (torch.float32, torch.float64)
+        return folded(module, own) if wide and isinstance(module, LoRALinear) else None
+
+    return _rewrite(model, convert)
+
+
+def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:
+    """A model whose bound layers hold several adapter sets, one for each segment of rows of a batch.
+
+    Parameters
+    ----------
+    model
+        A base model whose forward passes `lora.layer.Segments` on to its Linears, as `InferenceCore` does.
+    sets
+        The distinct adapter sets; segments name them by position.
+
+    Notes
+    -----
+    Requirements: R5.8
+    """
+    sites = linears(model)
+    layers: dict[int, list[dict[str, tuple[LowRank, float]]]] = {}
+    for index, adapters in enumerate(sets):
+        for name, (card, weight) in adapters.items():
+            injection = plan(sites, card)
+            if check_base:
+                check_fingerprint(model, card, injection)
+            for module, key in injection.bound.items():
+                terms = layers.setdefault(id(_bindable(model, module)), [{} for _ in sets])
+                terms[index][name] = (card.weights[key], weight)
+
+    def convert(module: nn.Module, own: Own) -> nn.Module | None:
+        found = id(module) in layers and isinstance(module, nn.Linear)
+        return SegmentedLinear(module, layers[id(module)], own) if found else None  # type: ignore[arg-type]
+
+    return _rewrite(model, convert)
+
+
+def fresh(
+    model: nn.Module, name: str, *, rank: int, alpha: float, target_modules: Sequence[str] | str, seed: int
+) -> LoRACard:
+    """An untrained card for a model: A uniform with |A| <= 1/√in, B zero, one pair per targeted Linear.
+
+    Raises
+    ------
+    TargetError
+        If no module matches.
+
+    Notes
+    -----
+    Requirements: R2.10
+    """
+    sites, rng = linears(model), np.random.default_rng(seed)
+    empty = LoRACard(name, rank, alpha, target_modules, {})  # type: ignore[arg-type]
+    modules = sorted(targeted_modules(sites, empty.target_modules))
+    if not modules:
+        raise TargetError(f"card {name!r}", f"modules that match {list(empty.target_modules)}", "none in the model")
+    shapes = {module: (sites[module].in_features, sites[module].out_features) for module in modules}
+    return replace(empty, weights={module: initial(*shape, empty.rank, rng) for module, shape in shapes.items()})
+
+
+def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
+    """A model whose only trainable parameters are copies of the card's factors.
+
+    Requirements: R2.4, R2.7, R2.8
+    """
+    bound = plan(linears(model), card).bound
+    pairs = {id(_bindable(model, module)): card.weights[key] for module, key in bound.items()}
+
+    def convert(module: nn.Module, own: Own) -> nn.Module | None:
+        if id(module) not in pairs or not isinstance(module, nn.Linear):
+            return None
+        return TrainableLinear(module, pairs[id(module)], dropout=dropout, own=own)
+
+    return _rewrite(model, convert)
+
+
+def trained(model: nn.Module, card: LoRACard) -> LoRACard:
+    """The card with the factors that `model`, made by `trainable` from it, holds now.
+
+    Requirements: R17.1
+    """
+    weights = dict(card.weights)
+    for module, key in plan(linears(model), card).bound.items():
+        layer = model.get_submodule(module)
+        if not isinstance(layer, TrainableLinear):
+            raise StateError(f"module {module!r}", "a layer made trainable from this card", type(layer).__name__)
+        weights[key] = layer.learned()
+    return replace(card, weights=weights)
+
+
+def injections(model: nn.Module, adapters: Adapters, *, strict: bool = False) -> dict[str, Injection]:
+    """What each card would bind to, without doing it.
+
+    Requirements: R3.12
+    """
+    sites = linears(model)
+    return {name: plan(sites, card, strict=strict) for name, (card, _) in AdapterSet(adapters).items()}
+
+
+def linears(model: nn.Module) -> dict[str, Site]:
+    """Every name of every Linear in a model, with its shape.
+
+    Requirements: R3.9, R3.11, R3.14
+    """
+    owners: dict[int, str] = {}
+    sites: dict[str, Site] = {}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    around: dict[str, bool] = {}  # name -> whether it may read its children's weights without calling them
+    for name, module in model.named_modules(remove_duplicate=False):
+        parent = name.rpartition(".")[0] if name else None
+        inside = parent is not None and around.get(parent, False)
+        around[name] = inside or isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+        if isinstance(module, nn.Linear):
+            owner = owners.setdefault(id(module), name)
+            head = id(module._parameters.get("weight")) in embeddings
+            sites[name] = Site(module.in_features, module.out_features, owner, head, inside)
+    return sites
+
+
+def fingerprint(model: nn.Module, card: LoRACard) -> str:
+    """SHA-256 of the base weights that a card binds to: over sorted key, dtype, shape and bytes.
+
+    Keys are the card's, so that one base has one fingerprint whatever model it is wrapped in.
+
+    Requirements: R1.13
+    """
+    return _fingerprint(model, plan(linears(model), card))
+
+
+def check_fingerprint(model: nn.Module, card: LoRACard, injection: Injection) -> None:
+    """Refuse a card that was made for other weights than those it binds to.
+
+    Requirements: R1.13
+    """
+    if card.base_fingerprint is None or not injection.bound:
+        return
+    found = _fingerprint(model, injection)
+    if found != card.base_fingerprint:
+        raise BaseModelError(
+            f"card {card.name!r}: base model {card.base_model or ''}".rstrip(),
+            f"weights with fingerprint {card.base_fingerprint}",
+            found,
+            "check_base=False waives this",
+        )
+
+
+def uncalled(model: nn.Module, *inputs: Any, **options: Any) -> tuple[str, ...]:
+    """Adapted layers that a forward of `model` with these inputs never calls, so that their adapters have no effect.
+
+    The forward runs on a copy; `model` gets no hook.
+
+    Requirements: R3.14
+    """
+    probe = _rewrite(model, lambda _module, _own: None)
+    layers = {name: module for name, module in probe.named_modules() if isinstance(module, LoRALinear)}
+    called: set[str] = set()
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _module, _inputs, _output, name=name: called.add(name))
+    with torch.no_grad():
+        probe(*inputs, **options)
+    return tuple(name for name in layers if name not in called)
+
+
+def _rewrite(model: M, convert: Callable[[nn.Module, Own], nn.Module | None]) -> M:
+    """Copy a module tree, with `convert` deciding what stands in for a module (None: a copy of it)."""
+    _check_sound(model)
+    copies: dict[int, nn.Module] = {}
+    own = Own()
+
+    def visit(module: nn.Module) -> nn.Module:
+        if id(module) not in copies:
+            copy = convert(module, own) or shared_copy(module, type(module), own)
+            copies[id(module)] = copy
+            if isinstance(module, _NormBase):  # running statistics are written in training: these can't be shared
+                copy._buffers.update({key: None if b is None else b.clone() for key, b in copy._buffers.items()})
+            children = module._modules.items()  # an empty container is falsy: only None stays as it is
+            copy._modules.update({name: None if child is None else visit(child) for name, child in children})
+        return copies[id(module)]
+
+    return visit(model)  # type: ignore[return-value]
+
+
+def _existing(model: nn.Module) -> dict[str, dict[str, tuple[LowRank, float]]]:
+    """Card name -> module -> term, of the adapted layers that a model already has."""
+    terms: dict[str, dict[str, tuple[LowRank, float]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            for card, term in module.terms.items():
+                terms.setdefault(card, {})[name] = term
+    return terms
+
+
+def _bindable(model: nn.Module, name: str) -> nn.Module:
+    module = model.get_submodule(name)
+    check_linear(module, name)
+    return module
+
+
+def _fingerprint(model: nn.Module, injection: Injection) -> str:
+    sha = hashlib.sha256()
+    for key, module in sorted((key, module) for module, key in injection.bound.items()):
+        weight = model.get_submodule(module).weight.detach().cpu().contiguous()  # type: ignore[operator]
+        sha.update(f"{key}\0{str(weight.dtype).removeprefix('torch.')}\0{tuple(weight.shape)}\0".encode())
+        sha.update(weight.view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _check_sound(model: nn.Module) -> None:
+    """Refuse, by name, what a copy would not make independent."""
+    for name, module in model.named_modules():
+        where = f"module {name!r} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(where, "a module in Python", "a ScriptModule")
+        if "forward" in module.__dict__:
+            raise UnsupportedModelError(where, "the class's forward", "a forward set on the instance")
+        for key, value in _attributes(module):
+            if _leads_to_a_module(value):
+                raise UnsupportedModelError(
+                    f"{where}: attribute {key!r}", "submodules registered as such", "one outside"
+                )
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What is on the instance beyond what ``nn.Module`` keeps there, and the hooks that a forward or backward runs."""
+    return ((key, value) for key, value in module.__dict__.items() if key not in _INTERNAL or key in _HOOKS)
+
+
+def _leads_to_a_module(value: Any) -> bool:
+    """Whether containers, bound methods, partial functions or closures lead from a value to a module."""
+    waiting: list[Any] = [value]
+    seen: dict[int, Any] = {}  # the objects too, lest an id be taken again
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, nn.Module):
+            return True
+        if id(item) not in seen:
+            seen[id(item)] = item
+            waiting += _parts(item)
+    return False
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return (*value.keys(), *value.values())
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return value
+    if isinstance(value, MethodType):
+        return (value.__self__, value.__func__)
+    if isinstance(value, partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, FunctionType):
+        cells = [
+            cell.cell_contents for cell in value.__closure__ or () if cell != CellType()
+        ]  # an empty cell has no contents
+        return (*cells, value.__defaults__, value.__kwdefaults__)
+    return ()

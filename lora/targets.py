@@ -1,0 +1,213 @@
+"""Which modules a card adapts: names and shapes in, a binding plan out.
+
+One rule serves targets and weight keys: a key matches a module if the module's dotted name equals it or ends with
+``"." + key``. So ``1.query`` matches ``layer.1.query`` and never ``layer.11.query``.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from lora.card import LoRACard
+from lora.errors import ShapeError, TargetError
+
+ALL_LINEAR = "all-linear"
+"""The target that matches every Linear except an output head."""
+
+OUTPUT_HEADS = frozenset(
+    {
+        "lm_head",
+        "embed_out",
+        "output_projection",
+        "cls",
+        "classifier",
+        "score",
+        "qa_outputs",
+        "logits",
+        "head",
+    }
+)
+"""Name components that mark an output head, as the Hugging Face model families call them."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A Linear that a card may bind to.
+
+    Parameters
+    ----------
+    in_features, out_features
+        Of the Linear.
+    owner
+        The module's first name: modules that are known by several names share it.
+    head
+        Whether it is an output head whatever its name (its weight is tied to an embedding).
+    bypassed
+        Whether its parent is known to read the weight without calling the module.
+    """
+
+    in_features: int
+    out_features: int
+    owner: str
+    head: bool = False
+    bypassed: bool = False
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What applying a card does, or did.
+
+    Parameters
+    ----------
+    name
+        The card's.
+    bound
+        Module name -> the card's weight key, sorted by module.
+    targets_not_found
+        Targets that match no module.
+    weights_not_used
+        Weight keys that bind to no targeted module.
+    bypassed
+        Bound modules that their parent may never call, so that the adapter has no effect there.
+
+    Notes
+    -----
+    Requirements: R3.12, R3.14
+    """
+
+    name: str
+    bound: Mapping[str, str]
+    targets_not_found: tuple[str, ...] = ()
+    weights_not_used: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
+
+
+def matches(name: str, key: str) -> bool:
+    """Whether a dotted module name equals `key` or ends with ``"." + key``.
+
+    Examples
+    --------
+    >>> matches("layer.1.query", "1.query"), matches("layer.11.query", "1.query"), matches("layer.1", "")
+    (True, False, False)
+
+    Requirements: R3.11
+    """
+    return name == key or name.endswith("." + key)
+
+
+def match_targets(names: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """The names that any of the targets matches, in their order.
+
+    Examples
+    --------
+    >>> match_targets(["a.query", "a.key", "lm_head"], ["all-linear"])
+    ['a.query', 'a.key']
+
+    Requirements: R3.11
+    """
+    targets = set(targets)
+    return [name for name in names if _targeted(name, targets, head=False)]
+
+
+def targeted_modules(sites: Mapping[str, Site], targets: Iterable[str]) -> set[str]:
+    """The first names of the modules that any of the targets matches under any of their names.
+
+    Requirements: R3.11
+    """
+    targets = set(targets)
+    return {site.owner for name, site in sites.items() if _targeted(name, targets, head=site.head)}
+
+
+def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> Injection:
+    """Decide what a card binds to in a model, and check that it fits.
+
+    Parameters
+    ----------
+    sites
+        Every name of every Linear of the model.
+    card
+        The card.
+    strict
+        Make it an error if anything the card names is not there.
+
+    Raises
+    ------
+    ShapeError
+        If a pair does not fit its module.
+    TargetError
+        If a weight key fits two modules or two keys one module; with `strict`, if a target or a weight binds to nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lora.card import LowRank
+    >>> pair = LowRank(np.zeros((4, 1)), np.zeros((1, 4)))
+    >>> card = LoRACard("docs", 1, 1.0, ["query", "value"], {"0.query": pair})
+    >>> injection = plan({"layer.0.query": Site(4, 4, "layer.0.query")}, card)
+    >>> injection.bound, injection.targets_not_found
+    ({'layer.0.query': '0.query'}, ('value',))
+
+    Requirements: R3.6, R3.11, R3.12, R7.2, R7.3, R7.7
+    """
+    targets = set(card.target_modules)
+    targeted = targeted_modules(sites, targets)
+    found = {target for target in targets if target == ALL_LINEAR or any(matches(name, target) for name in sites)}
+    bound = _bind(sites, targeted, card)
+    for module, key in bound.items():
+        _check_shape(sites[module], module, card, key)
+    injection = Injection(
+        name=card.name,
+        bound=bound,
+        targets_not_found=tuple(target for target in card.target_modules if target not in found),
+        weights_not_used=tuple(key for key in card.weights if key not in bound.values()),
+        bypassed=tuple(module for module in bound if sites[module].bypassed),
+    )
+    if strict and (injection.targets_not_found or injection.weights_not_used):
+        raise TargetError(
+            f"card {card.name!r}",
+            "every target and weight to bind (strict)",
+            f"targets not found: {list(injection.targets_not_found)}, weights not used: {list(injection.weights_not_used)}",
+        )
+    return injection
+
+
+def _suffixes(name: str) -> Iterator[str]:
+    """Every key that matches `name`."""
+    yield name
+    for position, character in enumerate(name):
+        if character == ".":
+            yield name[position + 1 :]
+
+
+def _targeted(name: str, targets: set[str], *, head: bool) -> bool:
+    if any(suffix in targets for suffix in _suffixes(name)):
+        return True
+    return ALL_LINEAR in targets and not head and OUTPUT_HEADS.isdisjoint(name.split("."))
+
+
+def _bind(sites: Mapping[str, Site], targeted: set[str], card: LoRACard) -> dict[str, str]:
+    """Targeted module -> the one weight key that matches it."""
+    modules: dict[str, set[str]] = {}
+    for name, site in sites.items():
+        if site.owner in targeted:
+            for key in _suffixes(name):
+                if key in card.weights:
+                    modules.setdefault(key, set()).add(site.owner)
+    bound: dict[str, str] = {}
+    for key, owners in sorted(modules.items()):
+        owner, *others = sorted(owners)
+        if others:
+            raise TargetError(f"card {card.name!r}: weight {key!r}", "one module that it fits", [owner, *others])
+        if owner in bound:
+            raise TargetError(f"card {card.name!r}: module {owner!r}", "one weight that fits it", [bound[owner], key])
+        bound[owner] = key
+    return dict(sorted(bound.items()))
+
+
+def _check_shape(site: Site, module: str, card: LoRACard, key: str) -> None:
+    pair = card.weights[key]
+    if (pair.in_features, pair.out_features) != (site.in_features, site.out_features):
+        raise ShapeError(
+            f"card {card.name!r}: module {module!r}",
+            f"in -> out of {site.in_features} -> {site.out_features}",
+            f"{pair.in_features} -> {pair.out_features}",
+        )
