@@ -1,0 +1,277 @@
+"""The command line: thin commands over the public API.
+
+Errors are one line on stderr and exit 1 (2 for usage). Torch is imported only by commands that run a model.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+import lora
+from lora.errors import ArgumentError, LoRAError
+
+app = typer.Typer(
+    name="lora",
+    help="LoRA adapters as Arrow cards: read, route, encode, train.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+Model = Annotated[
+    Path | None, typer.Option(help="Hugging Face folder of a BERT encoder; the embedded MiniLM if omitted.")
+]
+
+
+def main() -> None:
+    """Run the command line; the entry point of the ``lora`` script.
+
+    Requirements: R25.3
+    """
+    try:
+        code = app(standalone_mode=False)
+    except LoRAError as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if (show := getattr(error, "show", None)) and (usage := getattr(error, "exit_code", None)):
+            show()
+            sys.exit(usage)
+        if os.environ.get("LORA_DEBUG"):
+            raise
+        _fail(f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows where)", 1)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(*, wanted: bool) -> None:
+    if wanted:
+        print(f"lora-cards {lora.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=lambda value: _version(wanted=value),
+            is_eager=True,
+            help="Print the version.",
+        ),
+    ] = False,
+) -> None:
+    """LoRA adapters as Arrow cards: read, route, encode, train."""
+
+
+@app.command(epilog="Example: lora inspect docs.lora.arrow --verify 3b7e…")
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A card file.")],
+    verify: Annotated[str | None, typer.Option(help="SHA-256 that the file must have.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a card file says of itself, without loading its weights."""
+    found = lora.digest(file)
+    if verify is not None:
+        lora.load(file, verify=verify)
+    header = lora.inspect(file)
+    facts: dict[str, Any] = {
+        "name": header.name,
+        "digest": found,
+        "format": ".".join(map(str, header.format_version)),
+        "rank": header.rank,
+        "alpha": header.alpha,
+        "dtype": header.dtype,
+        "target_modules": list(header.target_modules),
+        "parameters": header.num_params,
+        "bytes": header.nbytes,
+        "base_model": header.base_model,
+        "base_fingerprint": header.base_fingerprint,
+        "metadata": dict(header.metadata),
+    }
+    if as_json:
+        modules = {name: [m.in_features, m.rank, m.out_features, m.scaling] for name, m in header.modules.items()}
+        print(json.dumps({**facts, "modules": modules, "extra": dict(header.extra)}, ensure_ascii=False))
+        return
+    table = Table("field", Column("value", overflow="fold"), title=str(file), title_justify="left")
+    for key, value in facts.items():
+        table.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    modules_table = Table("module", "in", "rank", "out", "scaling")
+    for name, module in header.modules.items():
+        shape = (module.in_features, module.rank, module.out_features, module.scaling)
+        modules_table.add_row(name, *(f"{number:g}" for number in shape))
+    console = Console()
+    console.print(table, modules_table)
+
+
+@app.command(epilog="Example: lora encode 'read a file' --card docs.lora.arrow --out embeddings.npy")
+def encode(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; lines of standard input if omitted.")] = None,
+    card: Annotated[list[Path] | None, typer.Option(help="A card to apply; may be repeated.")] = None,
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="Write a NumPy .npy file instead of printing.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Encode texts, with cards applied if any are given."""
+    engine = lora.ArrowEngine.from_pretrained(model)
+    for path in card or []:
+        engine.load_lora(path)
+    lines = texts or [line.rstrip("\n") for line in sys.stdin]
+    rows = engine.encode(lines)
+    if out is not None:
+        import numpy as np  # noqa: PLC0415 - not needed to print
+
+        from lora.store import replacing  # noqa: PLC0415 - as above
+
+        with replacing(out) as file:
+            np.save(file, rows)
+        _say(
+            {"file": str(out), "shape": list(rows.shape)},
+            as_json,
+            f"{out}: {rows.shape[0]} × {rows.shape[1]}",
+        )
+    elif as_json:
+        print(json.dumps(rows.tolist()))
+    else:
+        for row in rows:
+            print(" ".join(f"{number:.6f}" for number in row))
+
+
+@app.command(epilog="Example: lora route 'how do I open a file' --card docs.lora.arrow --threshold 0.3")
+def route(
+    query: Annotated[str, typer.Argument(help="What to find a card for.")],
+    card: Annotated[list[Path], typer.Option(help="A candidate card file with a description; may be repeated.")],
+    top_k: Annotated[int, typer.Option(help="How many at most.")] = 3,
+    threshold: Annotated[float | None, typer.Option(help="Least score, in [-1, 1].")] = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Rank cards for a query by the meaning of their descriptions; print nothing if none reaches the threshold."""
+    engine = lora.ArrowEngine.from_pretrained(model)
+    for path in card:
+        engine.router.register_card(lora.load(path))
+    routes = engine.router.select(query, top_k, threshold)
+    if as_json:
+        print(json.dumps([{"name": found.name, "score": found.score} for found in routes]))
+        return
+    for found in routes:
+        print(f"{found.score:.6f}  {found.name}")
+    if not routes:
+        Console(stderr=True).print("no card fits")
+
+
+@app.command(epilog="Example: lora train pairs.jsonl --name docs --out docs.lora.arrow --preset quick")
+def train(
+    data: Annotated[
+        str, typer.Argument(help="Pairs as .jsonl, .parquet or .arrow; 'stdlib' for Python's own docstrings.")
+    ],
+    name: Annotated[str, typer.Option(help="Name of the card.")],
+    out: Annotated[Path, typer.Option(help="Where to write the card.")],
+    description: Annotated[str, typer.Option(help="What the card is for; the router goes by it.")] = "",
+    preset: Annotated[str | None, typer.Option(help="'quick' or 'stable'.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps at most.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank.")] = 8,
+    alpha: Annotated[float, typer.Option(help="Alpha.")] = 16.0,
+    target: Annotated[list[str] | None, typer.Option(help="Target module; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="Go on from this file after an interruption.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the history as .svg or .png.")] = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Train a card on pairs and save it."""
+    from lora.evolution.data import Pairs, docstring_pairs  # noqa: PLC0415 - imports torch
+    from lora.evolution.train import LoRATrainer  # noqa: PLC0415 - as above
+
+    if not out.parent.is_dir():
+        raise ArgumentError(f"--out {out}", "an existing folder", str(out.parent))
+    pairs = docstring_pairs() if data == "stdlib" else Pairs.load(data)
+    trainer = LoRATrainer(
+        lora.ArrowEngine.from_pretrained(model),
+        rank=rank,
+        alpha=alpha,
+        target_modules=tuple(target or ("query", "value")),
+        seed=seed,
+        settings=preset,
+    )
+    metadata = {"description": description} if description else {}
+    with progress_bar(f"training {name}") as progress:
+        result = trainer.train(
+            pairs, name=name, metadata=metadata, max_steps=steps, checkpoint=checkpoint, progress=progress
+        )
+    found = lora.save(result.card, out)
+    if plot is not None:
+        result.plot(plot)
+    before, after = result.metrics["before"], result.metrics["after"]
+    facts = {
+        "file": str(out),
+        "digest": found,
+        "before": vars(before),
+        "after": vars(after),
+        "steps": len(result.history),
+    }
+    _say(
+        facts,
+        as_json,
+        f"{out}: validation MRR {before.mrr:.3f} -> {after.mrr:.3f} in {len(result.history)} steps",
+    )
+
+
+@app.command(epilog="Example: lora demo --steps 20 --out demo-output")
+def demo(
+    steps: Annotated[int, typer.Option(help="Training steps; fewer are quicker and teach less.")] = 60,
+    out: Annotated[Path, typer.Option(help="Folder for what the demo makes.")] = Path("demo-output"),
+    as_json: Json = False,
+) -> None:
+    """Run the whole story on the real MiniLM and Python's own documentation: train, save, map, apply, route, remove."""
+    from lora.demo import run  # noqa: PLC0415 - imports torch
+
+    summary = run(out, steps=steps, console=Console(quiet=as_json), progress_bar=progress_bar)
+    if as_json:
+        print(json.dumps(summary))
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar on stderr, as a callback of step, steps and loss.
+
+    Requirements: R17.10, R25.3
+    """
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, loss="")
+        yield lambda step, total, loss: bar.update(task, completed=step, total=total, loss=f"loss {loss:.3f}")
+
+
+def _say(facts: dict[str, Any], as_json: bool, line: str) -> None:
+    print(json.dumps(facts) if as_json else line)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"lora: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,501 @@
+"""LoRATrainer: a card learned from pairs, by a symmetric in-batch contrastive loss through the real encoder.
+
+Every random choice is a function of (seed, epoch or step), so that a run is reproducible bit for bit for a seed and a
+thread count, and one that was killed goes on from its checkpoint to the same result.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own convention
+
+from lora.card import LoRACard
+from lora.errors import ArgumentError, DataError, MissingPackageError, StateError, UnsupportedModelError
+from lora.evolution.data import Pairs
+from lora.inference.encoder import InferenceCore
+from lora.layer import TrainableLinear
+from lora.rewrite import fingerprint, fresh, trainable, trained
+from lora.store import PathLike, replacing
+
+log = logging.getLogger(__name__)
+
+SCALE = 20.0
+"""Similarities are multiplied by this before the softmax (sentence-transformers' MultipleNegativesRankingLoss)."""
+
+Progress = Callable[[int, int, float], None]
+"""Called after each step with the step, the number of steps, and the loss."""
+
+
+class Engine(Protocol):
+    """What training needs of an engine."""
+
+    base: nn.Module
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a training runs.
+
+    Parameters
+    ----------
+    epochs
+        Passes over the training pairs, >= 1.
+    batch_size
+        Pairs of one step, >= 2: the others' positives are each query's negatives.
+    lr
+        Peak learning rate of AdamW, > 0.
+    schedule
+        ``"constant"`` or ``"cosine"`` (to zero at the last step).
+    dropout
+        On the low-rank path.
+    validate_every
+        Steps between validations.
+    patience
+        Validations without a better MRR after which training stops.
+    share
+        Share of the groups to train on; the rest validates.
+    validation_size
+        Validation pairs at most, so that validating stays cheap.
+
+    Notes
+    -----
+    Requirements: R17.3
+    """
+
+    epochs: int = 1
+    batch_size: int = 64
+    lr: float = 2e-3
+    schedule: str = "constant"
+    dropout: float = 0.0
+    validate_every: int = 20
+    patience: int = 5
+    share: float = 0.8
+    validation_size: int = 256
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "batch_size": 2, "validate_every": 1, "patience": 1, "validation_size": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ArgumentError(f"settings: {name}", f"an integer >= {lowest}", repr(value))
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ArgumentError("settings: lr", "a finite number > 0", self.lr)
+        if self.schedule not in ("constant", "cosine"):
+            raise ArgumentError("settings: schedule", "'constant' or 'cosine'", repr(self.schedule))
+
+
+PRESETS: Mapping[str, Settings] = MappingProxyType(
+    {
+        "quick": Settings(epochs=1, lr=0.005, schedule="constant"),
+        "stable": Settings(epochs=5, lr=0.0005, schedule="cosine"),
+    }
+)
+"""Settings by name."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How well queries find their positives among all positives: shares in [0, 1]."""
+
+    recall_at_1: float
+    recall_at_10: float
+    mrr: float
+    queries: int
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What a training gave.
+
+    Parameters
+    ----------
+    card
+        The best card seen.
+    history
+        Columns step, epoch, loss, lr, and on validation steps val_mrr and val_recall_at_1 (else null).
+    metrics
+        ``before`` and ``after`` on the validation pairs.
+
+    Notes
+    -----
+    Requirements: R17.10
+    """
+
+    card: LoRACard
+    history: pa.Table
+    metrics: Mapping[str, Retrieval]
+
+    def plot(self, path: PathLike) -> None:
+        """Draw loss and validation MRR over steps, as SVG or PNG by the path's ending.
+
+        Raises
+        ------
+        MissingPackageError
+            If the ``plot`` extra is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
+        except ImportError as error:
+            raise MissingPackageError(
+                "plot", "matplotlib", "not installed", "pip install 'lora-cards[plot]'"
+            ) from error
+        steps, losses, scores = (self.history[name].to_pylist() for name in ("step", "loss", "val_mrr"))
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        left = figure.subplots()
+        right = left.twinx()
+        left.plot(steps, losses, color="tab:blue", label="loss")
+        validated = [(step, score) for step, score in zip(steps, scores, strict=True) if score is not None]
+        right.plot(*zip(*validated, strict=True), "o-", color="tab:orange") if validated else None
+        left.set(xlabel="step", ylabel="loss", title=self.card.name)
+        right.set_ylabel("validation MRR")
+        with replacing(path) as file:
+            figure.savefig(file, format=Path(path).suffix.lstrip(".") or "svg")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that a run's future depends on, besides its inputs."""
+
+    step: int = 0
+    best_mrr: float = -1.0
+    worse: int = 0
+    rows: tuple[Mapping[str, Any], ...] = ()
+    best: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class LoRATrainer:
+    """Trains cards for an engine's base model, which is not changed.
+
+    Parameters
+    ----------
+    engine
+        An engine over an `InferenceCore`.
+    rank, alpha, target_modules
+        Of the cards to make.
+    seed
+        Of the initial factors, the split, the batches and dropout.
+    settings
+        A `Settings`, or the name of one of `PRESETS`.
+    base_model
+        The base model's name, to be written on the card.
+
+    Examples
+    --------
+    >>> from lora import ArrowEngine
+    >>> trainer = LoRATrainer(ArrowEngine.from_pretrained(None), rank=4, settings="quick")
+    >>> pairs = Pairs.of([{"query": f"number {i}", "positive": f"n{i}", "group": f"{i % 4}"} for i in range(16)])
+    >>> trainer.train(pairs, name="numbers", max_steps=1).card.rank
+    4
+
+    Requirements: R17.1, R17.3, R17.8, R17.9
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        target_modules: Sequence[str] | str = ("query", "value"),
+        seed: int = 0,
+        settings: Settings | str | None = None,
+        base_model: str | None = None,
+    ) -> None:
+        if not isinstance(engine.base, InferenceCore):
+            raise UnsupportedModelError("LoRATrainer", "an engine over an InferenceCore", type(engine.base).__name__)
+        if isinstance(settings, str) and settings not in PRESETS:
+            raise ArgumentError("settings", f"one of {list(PRESETS)} or a Settings", repr(settings))
+        self.core = engine.base
+        self.settings = PRESETS[settings] if isinstance(settings, str) else settings or Settings()
+        self.seed = seed
+        self.base_model = base_model
+        self._card = fresh(self.core, "untrained", rank=rank, alpha=alpha, target_modules=target_modules, seed=seed)
+
+    def train(
+        self,
+        pairs: Pairs,
+        *,
+        name: str,
+        metadata: Mapping[str, Any] | None = None,
+        max_steps: int | None = None,
+        checkpoint: PathLike | None = None,
+        progress: Progress | None = None,
+    ) -> Training:
+        """Learn a card.
+
+        Parameters
+        ----------
+        pairs
+            At least two groups; some are held out to validate, by `Settings.share`.
+        name, metadata
+            Of the card.
+        max_steps
+            Ends the training early (and the schedule with it).
+        checkpoint
+            A file to go on from if it is there, written at every validation and removed at the end.
+        progress
+            Called after each step.
+
+        Raises
+        ------
+        DataError
+            If there are too few pairs or groups, or the loss is not finite.
+        StateError
+            If the checkpoint is of another run.
+
+        Notes
+        -----
+        Requirements: R17.1, R17.3, R17.8, R17.10
+        """
+        card = replace(self._card, name=name, metadata=metadata or {}, base_model=self.base_model)
+        card = replace(card, base_fingerprint=fingerprint(self.core, card))
+        training, validation = pairs.unique().split(self.settings.share, seed=self.seed)
+        validation = _sample(validation, self.settings.validation_size, self.seed)
+        schedule = _schedule(training, self.settings, self.seed, max_steps)
+        session = _Session(
+            self.core,
+            card,
+            self.settings,
+            steps=len(schedule),
+            seed=self.seed,
+            identity=_identity(self, card, pairs, max_steps),
+        )
+        run = session.restore(checkpoint)
+        before = evaluate(self.core, validation)
+        for step, epoch, rows in schedule[run.step :]:
+            loss = session.step(training.take(rows), step)
+            entry = {"step": step + 1, "epoch": epoch + 1, "loss": loss, "lr": session.last_lr}
+            run = replace(run, step=step + 1, rows=(*run.rows, entry))
+            if (step + 1) % self.settings.validate_every == 0 or step + 1 == len(schedule):
+                run = session.validate(run, validation)
+                session.store(checkpoint, run)
+            if progress is not None:
+                progress(step + 1, len(schedule), loss)
+            if run.worse >= self.settings.patience:
+                log.info("stopped early after step %d", step + 1)
+                break
+        session.put(run.best)
+        after = evaluate(session.model, validation)
+        if checkpoint is not None:
+            Path(checkpoint).unlink(missing_ok=True)
+        learned = trained(session.model, card)
+        return Training(learned, _history(run.rows), MappingProxyType({"before": before, "after": after}))
+
+
+class _Session:
+    """One run's model, optimiser and schedule: the mutable part, dropped when the run ends."""
+
+    def __init__(
+        self, core: InferenceCore, card: LoRACard, settings: Settings, *, steps: int, seed: int, identity: str
+    ) -> None:
+        self.model = trainable(core, card, dropout=settings.dropout)
+        self.seed, self.identity = seed, identity
+        self.layers = {n: m for n, m in self.model.named_modules() if isinstance(m, TrainableLinear)}
+        self.params = {
+            f"{name}.{factor}": getattr(layer, factor)
+            for name, layer in self.layers.items()
+            for factor in ("lora_A", "lora_B")
+        }
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=settings.lr, weight_decay=0.0)
+        self.schedule: torch.optim.lr_scheduler.LRScheduler = (
+            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
+            if settings.schedule == "cosine"
+            else torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+        )
+        self.last_lr = settings.lr
+
+    def step(self, batch: Pairs, step: int) -> float:
+        """One update; returns the loss of the batch."""
+        self.model.train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mixed(self.seed, step))
+            queries, positives = self.model.embed(batch.queries), self.model.embed(batch.positives)
+        loss = contrastive_loss(queries, positives)
+        if not torch.isfinite(loss):
+            raise DataError(f"training: step {step + 1}", "a finite loss", float(loss), "lower the learning rate")
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.last_lr = float(self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.detach())
+
+    def validate(self, run: _Run, validation: Pairs) -> _Run:
+        """The run with a validation in its last row, and the factors if they are the best so far."""
+        found = evaluate(self.model, validation)
+        rows = (*run.rows[:-1], {**run.rows[-1], "val_mrr": found.mrr, "val_recall_at_1": found.recall_at_1})
+        if found.mrr <= run.best_mrr:
+            return replace(run, rows=rows, worse=run.worse + 1)
+        best = {name: tensor.detach().clone() for name, tensor in self.params.items()}
+        return replace(run, rows=rows, worse=0, best_mrr=found.mrr, best=best)
+
+    def put(self, factors: Mapping[str, Tensor]) -> None:
+        """Set the factors."""
+        with torch.no_grad():
+            for name, tensor in factors.items():
+                self.params[name].copy_(tensor)
+
+    def store(self, path: PathLike | None, run: _Run) -> None:
+        """Write the run's state: factors, best factors, optimiser moments as tensors, the rest as JSON."""
+        if path is None:
+            return
+        tensors = {f"best.{name}": tensor for name, tensor in run.best.items()}
+        for name, parameter in self.params.items():
+            tensors[f"now.{name}"] = parameter.detach()
+            state = self.optimizer.state[parameter]
+            tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+        notes = {key: value for key, value in asdict(replace(run, best={})).items() if key != "best"}
+        notes |= {"identity": self.identity, "schedule": self.schedule.state_dict()}
+        with replacing(path) as file:
+            file.write(save_tensors({k: t.contiguous() for k, t in tensors.items()}, {"run": json.dumps(notes)}))
+
+    def restore(self, path: PathLike | None) -> _Run:
+        """The run that a checkpoint holds, or a new one where there is none."""
+        if path is None or not Path(path).is_file():
+            return _Run()
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                notes = json.loads(file.metadata()["run"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StateError(str(path), "a checkpoint", error, "remove it to start anew") from error
+        if notes.pop("identity") != self.identity:
+            raise StateError(str(path), "a checkpoint of this very run", "one of another", "remove it to start anew")
+        self.schedule.load_state_dict(notes.pop("schedule"))
+        self.put({name: tensors[f"now.{name}"] for name in self.params})
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.get_last_lr()[0]
+        for name, parameter in self.params.items():
+            moments = {key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
+            self.optimizer.state[parameter] = moments
+        best = {name: tensors[f"best.{name}"] for name in self.params}
+        return _Run(**{**notes, "rows": tuple(notes["rows"]), "best": best})
+
+
+def contrastive_loss(queries: Tensor, positives: Tensor, *, scale: float = SCALE) -> Tensor:
+    """Cross-entropy of each query's own positive among the batch's, and of each positive's own query; their mean.
+
+    Parameters
+    ----------
+    queries, positives
+        Shape ``(n, d)``.
+
+    Notes
+    -----
+    Source: Henderson et al. 2017, section 4.4 (one direction); Radford et al. 2021 (both).
+
+    Requirements: R17.1
+    """
+    similar = scale * F.normalize(queries, dim=-1) @ F.normalize(positives, dim=-1).T
+    own = torch.arange(len(similar), device=similar.device)
+    return (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
+
+
+def evaluate(model: Any, pairs: Pairs) -> Retrieval:
+    """Rank all distinct positives for every query by cosine similarity.
+
+    A positive's rank counts those that score strictly higher, so that ties are not luck.
+
+    Parameters
+    ----------
+    model
+        Anything with ``encode(texts)``.
+    pairs
+        At least one.
+    """
+    if not len(pairs):
+        raise DataError("evaluate", "at least one pair", "none")
+    candidates = sorted(set(pairs.positives))
+    place = {text: index for index, text in enumerate(candidates)}
+    queries, targets = (np.asarray(model.encode(texts), np.float64) for texts in (pairs.queries, candidates))
+    targets /= np.maximum(np.linalg.norm(targets, axis=1, keepdims=True), 1e-300)
+    scores = queries @ targets.T
+    own = scores[np.arange(len(scores)), [place[text] for text in pairs.positives]]
+    ranks = 1 + (scores > own[:, None]).sum(1)
+    return Retrieval(float((ranks == 1).mean()), float((ranks <= 10).mean()), float((1 / ranks).mean()), len(ranks))
+
+
+def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Positions of an epoch's batches in seeded order; no text occurs twice in a batch, where it would be a false negative.
+
+    A pair that has to wait goes into a later batch. An incomplete batch is only yielded where there is no full one.
+
+    Requirements: R17.1, R17.8
+    """
+    waiting = np.random.default_rng([seed, epoch]).permutation(len(pairs)).tolist()
+    queries, positives = pairs.queries, pairs.positives
+    full = False
+    while waiting:
+        batch: list[int] = []
+        texts: set[str] = set()
+        later: list[int] = []
+        for index, row in enumerate(waiting):
+            if len(batch) == size:
+                later += waiting[index:]
+                break
+            mine = {queries[row], positives[row]}
+            if texts & mine:
+                later.append(row)
+            else:
+                batch.append(row)
+                texts |= mine
+        waiting = later
+        if len(batch) == size or (len(batch) > 1 and not full):
+            full = True
+            yield batch
+
+
+def _schedule(pairs: Pairs, settings: Settings, seed: int, max_steps: int | None) -> list[tuple[int, int, list[int]]]:
+    """Step, epoch and rows of every step."""
+    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
+        raise ArgumentError("max_steps", "an integer >= 1 or None", repr(max_steps))
+    epochs = range(settings.epochs)
+    steps = [(epoch, rows) for epoch in epochs for rows in batches_of(pairs, settings.batch_size, seed, epoch)]
+    if not steps:
+        raise DataError("training pairs", "at least two different pairs", len(pairs))
+    return [(step, epoch, rows) for step, (epoch, rows) in enumerate(steps[:max_steps])]
+
+
+def _sample(pairs: Pairs, size: int, seed: int) -> Pairs:
+    order = np.random.default_rng([seed, size]).permutation(len(pairs))
+    return pairs.take(sorted(order[:size].tolist()))
+
+
+def _identity(trainer: LoRATrainer, card: LoRACard, pairs: Pairs, max_steps: int | None) -> str:
+    """SHA-256 of all that a run's result depends on."""
+    told = [asdict(trainer.settings), trainer.seed, max_steps, card.rank, card.alpha, card.target_modules]
+    sha = hashlib.sha256(json.dumps([*told, card.base_fingerprint]).encode())
+    for column in pairs.table.columns:
+        sha.update(json.dumps(column.to_pylist()).encode())
+    return sha.hexdigest()
+
+
+def _mixed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def _history(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    schema = pa.schema(
+        [
+            ("step", pa.int64()),
+            ("epoch", pa.int64()),
+            ("loss", pa.float64()),
+            ("lr", pa.float64()),
+            ("val_mrr", pa.float64()),
+            ("val_recall_at_1", pa.float64()),
+        ]
+    )
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
