@@ -1,0 +1,90 @@
+"""What an implementation must offer to be held to the properties: a handful of functions over plain values.
+
+Only NumPy arrays, bytes, strings, numbers and mappings of them cross the border, so that an implementation in any language
+can stand behind it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from lora.card import Array
+
+
+class PlainPair(NamedTuple):
+    """Factors ``(in, r)`` and ``(r, out)`` of one module; a scaling of None stands for alpha / rank of its card."""
+
+    A: Array
+    B: Array
+    scaling: float | None = None
+
+
+class PlainCard(NamedTuple):
+    """A card as plain values."""
+
+    name: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    weights: Mapping[str, PlainPair]
+    metadata: Mapping[str, Any]
+    extra: Mapping[str, str]
+
+
+class Term(NamedTuple):
+    """One adapter's part in a layer: its factors, resolved scaling, and weight."""
+
+    A: Array
+    B: Array
+    scaling: float
+    weight: float
+
+
+class Router(Protocol):
+    """A register of candidates."""
+
+    def register(self, name: str, texts: Sequence[str], *, virtual: bool = False) -> None:
+        """Put a candidate in place of any of its name."""
+        ...
+
+    def unregister(self, name: str) -> None:
+        """Forget a candidate; an unknown name is no error."""
+        ...
+
+    def select(self, query: str, top_k: int, threshold: float | None) -> list[tuple[str, float]]:
+        """Names and scores, best first."""
+        ...
+
+    def select_many(self, queries: Sequence[str], top_k: int, threshold: float | None) -> list[list[tuple[str, float]]]:
+        """As `select`, for each query."""
+        ...
+
+
+class Binding(Protocol):
+    """An implementation under test. Any exception counts as a refusal."""
+
+    name: str
+    version: str
+
+    def write_card(self, card: PlainCard) -> bytes:
+        """The card's file."""
+        ...
+
+    def read_card(self, data: bytes) -> PlainCard:
+        """The card in a file, every scaling resolved."""
+        ...
+
+    def forward(self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]) -> Array:
+        """What a Linear with these terms makes of x ``(..., in)``; weight ``(out, in)``, all of one dtype."""
+        ...
+
+    def match_targets(self, names: Sequence[str], targets: Sequence[str]) -> list[str]:
+        """The module names that a card with these targets adapts."""
+        ...
+
+    def bind(self, card: PlainCard, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+        """Module -> weight key, for Linears of these ``(in, out)``; refuses what does not fit."""
+        ...
+
+    def make_router(self, embed: Callable[[Sequence[str]], Array]) -> Router:
+        """An empty router over an embedding function."""
+        ...

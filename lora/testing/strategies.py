@@ -1,0 +1,119 @@
+"""Hypothesis strategies for cards, factors, names and module trees, drawn towards their edges."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+from hypothesis import strategies as st
+
+from lora.card import DTYPES, Array
+from lora.testing.binding import PlainCard, PlainPair, Term
+
+_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+dtypes = st.sampled_from(list(DTYPES.values()))
+"""The dtypes of a card."""
+
+ranks = st.integers(1, 5)
+features = st.integers(1, 7)
+
+_words = st.sampled_from(
+    ["encoder", "layer", "0", "1", "11", "query", "value", "self", "lm_head", "a,b", "größe", "注意"]
+)
+_text = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=6).filter(str.isprintable)
+
+names = st.one_of(st.lists(_words, min_size=1, max_size=4).map(".".join), _text, st.just("a, b"), st.just("-1"))
+"""Names with dots, digits, commas, other scripts."""
+
+module_names = st.one_of(names, st.just(""))
+"""Names of modules: the root's is empty."""
+
+targets = st.lists(st.one_of(module_names, st.just("all-linear")), max_size=4, unique=True).map(tuple)
+"""Target modules, none included."""
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | _text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_text, inner, max_size=3),
+    max_leaves=8,
+)
+"""Any JSON value."""
+
+metadata = st.dictionaries(
+    st.one_of(_text, st.sampled_from(["name", "rank", "alpha", "lora.name", "lora.rank", "description", "version"])),
+    json_values,
+    max_size=4,
+)
+"""JSON objects, keys that look like a card's own fields among them."""
+
+extras = st.dictionaries(_text.map("x-".__add__), _text, max_size=2)
+
+scalings = st.floats(-8, 8, width=32) | st.sampled_from([0.0, 1.0, -0.0, 5e-324, 1e30])
+
+
+@st.composite
+def bits(draw: st.DrawFn, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """An array of any bit patterns: NaN payloads, infinities, signed zeros, subnormals."""
+    width = dtype.itemsize * 8
+    edges = [0, 1, 1 << (width - 1), (1 << width) - 1, (1 << (width - 1)) - 1, (1 << (width - 1)) + 1]
+    elements = st.one_of(st.integers(0, (1 << width) - 1), st.sampled_from(edges))
+    return draw(hnp.arrays(_BITS[dtype.itemsize], shape, elements=elements)).view(dtype)
+
+
+def numbers(dtype: np.dtype[Any], shape: tuple[int, ...], *, largest: float = 4.0) -> st.SearchStrategy[Array]:
+    """An array of finite numbers of `dtype`, zeros of both signs among them."""
+    elements = st.floats(-largest, largest, width=16) | st.sampled_from([0.0, -0.0, 1.0])
+    return hnp.arrays(np.float64, shape, elements=elements).map(lambda array: array.astype(dtype))
+
+
+def integers(dtype: np.dtype[Any], shape: tuple[int, ...], *, largest: int = 3) -> st.SearchStrategy[Array]:
+    """An array of small integers of `dtype`: sums and products of them are exact."""
+    whole = st.integers(-largest, largest)
+    return hnp.arrays(np.int64, shape, elements=whole).map(lambda array: array.astype(dtype))
+
+
+@st.composite
+def plain_cards(
+    draw: st.DrawFn, *, dtype: np.dtype[Any] | None = None, max_modules: int = 3, with_extra: bool = True
+) -> PlainCard:
+    """A valid card with factors of any bits: no module, one, several; equal and unequal ranks."""
+    dtype = draw(dtypes) if dtype is None else dtype
+    modules = draw(st.lists(module_names, max_size=max_modules, unique=True))
+    rank, mixed = draw(ranks), draw(st.booleans())
+    weights: dict[str, PlainPair] = {}
+    for index, module in enumerate(modules):
+        inner = rank if index == 0 or not mixed else draw(st.integers(1, rank))
+        rows, columns = draw(features), draw(features)
+        scaling = draw(scalings) if inner != rank else draw(st.none() | scalings)
+        a, b = draw(bits(dtype, (rows, inner))), draw(bits(dtype, (inner, columns)))
+        weights[module] = PlainPair(a, b, scaling)
+    alpha = draw(st.floats(1e-3, 1e3) | st.sampled_from([1.0, 16.0, 5e-324, 1.7e308]))
+    extra = draw(extras) if with_extra else {}
+    return PlainCard(draw(names), rank, alpha, draw(targets), weights, draw(metadata), extra)
+
+
+@st.composite
+def leading_shapes(draw: st.DrawFn) -> tuple[int, ...]:
+    """Leading dimensions of an input: none, several, of size zero."""
+    return tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+
+
+@st.composite
+def layers(
+    draw: st.DrawFn, *, max_terms: int = 3, whole: bool = False, dtype: np.dtype[Any] | None = None
+) -> tuple[Array, Array, Array | None, Mapping[str, Term]]:
+    """Input, weight, bias and named terms of one layer, all of one dtype; small integers if `whole`."""
+    dtype = draw(dtypes) if dtype is None else dtype
+    rows, columns = draw(features), draw(features)
+    elements = integers if whole else numbers
+    x = draw(elements(dtype, (*draw(leading_shapes()), rows)))
+    weight = draw(elements(dtype, (columns, rows)))
+    bias = draw(st.none() | elements(dtype, (columns,)))
+    terms: dict[str, Term] = {}
+    for name in draw(st.lists(names, max_size=max_terms, unique=True)):
+        rank = draw(st.one_of(ranks, st.just(min(rows, columns))))
+        scale = float(draw(st.sampled_from([1, 2, -1, 3])) if whole else draw(st.floats(-4, 4, width=16)))
+        weighted = float(draw(st.sampled_from([1, 0, 2, -1])) if whole else draw(st.floats(-2, 2, width=16)))
+        a, b = draw(elements(dtype, (rows, rank))), draw(elements(dtype, (rank, columns)))
+        terms[name] = Term(a, b, scale, weighted)
+    return x, weight, bias, terms
