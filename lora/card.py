@@ -116,7 +116,8 @@ class LowRank:
     Parameters
     ----------
     A
-        Shape ``(in, r)``. A read-only array is kept as it is; a writable one is copied.
+        Shape ``(in, r)``. A read-only array is kept as it is; one that can be written to, itself or as what it is a view
+        of, is copied.
     B
         Shape ``(r, out)``, of A's dtype.
     scaling
@@ -151,7 +152,7 @@ class LowRank:
         object.__setattr__(self, "A", a)
         object.__setattr__(self, "B", b)
         if self.scaling is not None:
-            object.__setattr__(self, "scaling", _finite(self.scaling, "scaling") + 0.0)
+            object.__setattr__(self, "scaling", finite(self.scaling, "scaling") + 0.0)
 
     @property
     def rank(self) -> int:
@@ -362,7 +363,7 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
                 raise ArgumentError(f"adapter set: key {shown(name)}", "the card's own name", repr(card.name))
             if name in entries and entries[name][0] != card:
                 raise ConflictError(f"adapter set: {name!r}", "one card per name", "two different cards")
-            entries[name] = (card, _finite(weight, f"weight of {name!r}", ArgumentError))
+            entries[name] = (card, finite(weight, f"weight of {name!r}", ArgumentError))
         object.__setattr__(self, "_entries", MappingProxyType(dict(sorted(entries.items()))))
         object.__setattr__(self, "_hash", hash(tuple(self._entries.items())))
 
@@ -405,7 +406,7 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
         return AdapterSet({n: (card, self.weight(n) + other.weight(n)) for n, (card, _) in joined.items()})
 
     def __mul__(self, factor: float) -> "AdapterSet":
-        factor = _finite(factor, "factor of an adapter set", ArgumentError)
+        factor = finite(factor, "factor of an adapter set", ArgumentError)
         return AdapterSet({name: (card, weight * factor) for name, (card, weight) in self.items()})
 
     __rmul__ = __mul__
@@ -428,8 +429,24 @@ def interpolate(a: AdapterSet, b: AdapterSet, t: float) -> AdapterSet:
 
     Requirements: R8.9
     """
-    t = _finite(t, "t", ArgumentError)
+    t = finite(t, "t", ArgumentError)
     return AdapterSet(a) * (1 - t) + AdapterSet(b) * t
+
+
+def check_card(card: object) -> None:
+    """Refuse what is not a card.
+
+    Raises
+    ------
+    ArgumentError
+        Naming the type that it is of.
+
+    Notes
+    -----
+    Requirements: R7.8
+    """
+    if not isinstance(card, LoRACard):
+        raise ArgumentError("card", "a LoRACard", type(card).__name__)
 
 
 def same_bits(a: Array, b: Array) -> bool:
@@ -471,7 +488,18 @@ def _frozen(array: Array) -> bool:
     return True
 
 
-def _finite(value: object, where: str, kind: type[CardError | ArgumentError] = CardError) -> float:
+def finite(value: object, where: str, kind: type[CardError | ArgumentError] = CardError) -> float:
+    """The value as a float.
+
+    Raises
+    ------
+    CardError or ArgumentError
+        If it is no number, or not a finite one.
+
+    Notes
+    -----
+    Requirements: R7.8
+    """
     try:
         number = math.nan if isinstance(value, bool | str | bytes | bytearray) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -493,7 +521,7 @@ def _rank(value: object, where: str) -> int:
 
 def _alpha(value: object, where: str) -> float:
     try:
-        alpha = _finite(value, where)
+        alpha = finite(value, where)
     except CardError:
         alpha = 0.0
     if alpha <= 0:

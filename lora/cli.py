@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 import lora
 from lora.errors import ArgumentError, LoRAError
@@ -40,17 +41,22 @@ def main() -> None:
     """
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except LoRAError as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except BrokenPipeError:
+    except OSError as error:  # standard output is closed, or on a full disk: what is left of it goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _fail(str(error), 1)
         sys.exit(1)
     except Exception as error:
-        if (show := getattr(error, "show", None)) and (usage := getattr(error, "exit_code", None)):
-            show()
-            sys.exit(usage)
+        if usage := getattr(error, "exit_code", None):
+            if len(sys.argv) < 2:
+                error.show()  # type: ignore[attr-defined] # the help
+                sys.exit(usage)
+            _fail(f"{error.format_message()} (--help shows the usage)", usage)  # type: ignore[attr-defined]
         if os.environ.get("LORA_DEBUG"):
             raise
         _fail(f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows where)", 1)
@@ -108,13 +114,13 @@ def inspect(
         modules = {name: [m.in_features, m.rank, m.out_features, m.scaling] for name, m in header.modules.items()}
         print(json.dumps({**facts, "modules": modules, "extra": dict(header.extra)}, ensure_ascii=False))
         return
-    table = Table("field", Column("value", overflow="fold"), title=str(file), title_justify="left")
+    table = Table("field", Column("value", overflow="fold"), title=Text(str(file)), title_justify="left")
     for key, value in facts.items():
-        table.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        table.add_row(key, Text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     modules_table = Table("module", "in", "rank", "out", "scaling")
     for name, module in header.modules.items():
         shape = (module.in_features, module.rank, module.out_features, module.scaling)
-        modules_table.add_row(name, *(f"{number:g}" for number in shape))
+        modules_table.add_row(Text(name), *(f"{number:g}" for number in shape))
     console = Console()
     console.print(table, modules_table)
 
@@ -198,8 +204,8 @@ def train(
     from lora.evolution.data import Pairs, docstring_pairs  # noqa: PLC0415 - imports torch
     from lora.evolution.train import LoRATrainer  # noqa: PLC0415 - as above
 
-    if not out.parent.is_dir():
-        raise ArgumentError(f"--out {out}", "an existing folder", str(out.parent))
+    if not out.parent.is_dir() or out.is_dir():
+        raise ArgumentError(f"--out {out}", "a file in an existing folder", str(out.parent))
     pairs = docstring_pairs() if data == "stdlib" else Pairs.load(data)
     trainer = LoRATrainer(
         lora.ArrowEngine.from_pretrained(model),
@@ -234,14 +240,14 @@ def train(
 
 @app.command(epilog="Example: lora demo --steps 20 --out demo-output")
 def demo(
-    steps: Annotated[int, typer.Option(help="Training steps; fewer are quicker and teach less.")] = 60,
+    steps: Annotated[int, typer.Option(help="Training steps; fewer are quicker and teach less.", min=1)] = 60,
     out: Annotated[Path, typer.Option(help="Folder for what the demo makes.")] = Path("demo-output"),
     as_json: Json = False,
 ) -> None:
     """Run the whole story on the real MiniLM and Python's own documentation: train, save, map, apply, route, remove."""
     from lora.demo import run  # noqa: PLC0415 - imports torch
 
-    summary = run(out, steps=steps, console=Console(quiet=as_json), progress_bar=progress_bar)
+    summary = run(out, steps=steps, console=Console(quiet=as_json, markup=False), progress_bar=progress_bar)
     if as_json:
         print(json.dumps(summary))
 
@@ -253,7 +259,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
     Requirements: R17.10, R25.3
     """
     columns = (
-        TextColumn(title),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[loss]}"),
@@ -261,7 +267,11 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=None, loss="")
-        yield lambda step, total, loss: bar.update(task, completed=step, total=total, loss=f"loss {loss:.3f}")
+        try:
+            yield lambda step, total, loss: bar.update(task, completed=step, total=total, loss=f"loss {loss:.3f}")
+        except BaseException:
+            bar.live.transient, bar.console.quiet = True, not bar.console.is_terminal  # all that is left is the error
+            raise
 
 
 def _say(facts: dict[str, Any], as_json: bool, line: str) -> None:

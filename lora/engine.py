@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from lora.card import AdapterSet, Array, LoRACard
-from lora.errors import ArgumentError, CardFileError, MissingPackageError, ShapeError, UnknownCardError
+from lora.errors import ArgumentError, CardFileError, MissingPackageError, ShapeError, UnknownCardError, shown
 from lora.inference.encoder import InferenceCore
 from lora.inference.manager import LoRAManager
 from lora.inference.router import Description, LoRARouter
-from lora.rewrite import adapt, adapt_rows, linears
+from lora.rewrite import adapt, adapt_rows
 from lora.routing import Route
 from lora.store import PathLike
 
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 DEFAULT_MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of all-MiniLM-L6-v2's ``model.safetensors``, as its publisher states it."""
 
-FOLD_BUDGET = 512 * 2**20
-"""Bytes of base weights up to which ``fold="auto"`` folds the active set."""
+FOLD_BUDGET = 50 * 2**20
+"""Bytes of touched weights up to which ``fold="auto"`` folds the active set: every Linear of MiniLM is 43 MB."""
 
 CACHED_MODELS = 16
 """Models of recent requests' own adapter sets that are kept (each holds its factors; weights are shared)."""
@@ -85,6 +85,8 @@ class ArrowEngine:
         those are within `FOLD_BUDGET`. A request's own adapters are never folded.
     threshold
         The score that a card needs to be chosen by ``intent_query``.
+    check_base
+        Refuse cards that were made for another base model.
 
     Examples
     --------
@@ -102,13 +104,15 @@ class ArrowEngine:
         device: str | torch.device | None = None,
         fold: bool | Literal["auto"] = "auto",
         threshold: float = 0.3,
+        check_base: bool = True,
     ) -> None:
         if not isinstance(encoder, nn.Module) or not callable(getattr(encoder, "encode", None)):
             raise ArgumentError("encoder", "a torch module with encode(texts)", type(encoder).__name__)
         self.base = _placed(encoder, device)
-        self.manager = LoRAManager(self.base, fold=_folds(self.base) if fold == "auto" else fold)
+        self.manager = LoRAManager(self.base, fold=bool(fold), fold_budget=FOLD_BUDGET if fold == "auto" else None)
         self.router = LoRARouter(self._encode_base)
         self.threshold = threshold
+        self.check_base = check_base
         self._adapted: Callable[[AdapterSet], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt)
         self._adapted_rows: Callable[[tuple[AdapterSet, ...]], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt_rows)
 
@@ -205,7 +209,7 @@ class ArrowEngine:
         known, active = self.manager.state.loaded, self.manager.active
         card = self.manager.load_card(path)
         try:
-            self.manager.apply_card(card, weight=weight, strict=strict)
+            self.manager.apply_card(card, weight=weight, strict=strict, check_base=self.check_base)
             if card.metadata.get("description") or card.metadata.get("examples"):
                 self.router.register_card(card)
         except Exception:
@@ -255,10 +259,10 @@ class ArrowEngine:
         return Encoding(result, wanted)
 
     def _adapt(self, adapters: AdapterSet) -> nn.Module:
-        return adapt(self.base, adapters) if adapters else self.base
+        return adapt(self.base, adapters, check_base=self.check_base) if adapters else self.base
 
     def _adapt_rows(self, sets: tuple[AdapterSet, ...]) -> nn.Module:
-        return adapt_rows(self.base, sets)
+        return adapt_rows(self.base, sets, check_base=self.check_base)
 
 
 def default_model() -> Path:
@@ -290,7 +294,7 @@ def _resolve(choice: Choice, known: Mapping[str, LoRACard]) -> AdapterSet:
         return AdapterSet(choice)
     names = {choice: 1.0} if isinstance(choice, str) else choice
     if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
-        raise ArgumentError("adapters", "names, names with weights, a set or a card", repr(choice)[:80])
+        raise ArgumentError("adapters", "names, names with weights, a set or a card", shown(choice))
     weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
     for name in weights:
         if name not in known:
@@ -300,8 +304,8 @@ def _resolve(choice: Choice, known: Mapping[str, LoRACard]) -> AdapterSet:
 
 def _encoded(model: nn.Module, texts: Sequence[str]) -> Array:
     """The embeddings of a model as float32 on the CPU."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise ArgumentError("texts", "a sequence of str", repr(texts)[:80])
+    if isinstance(texts, str) or not isinstance(texts, Collection) or not all(isinstance(text, str) for text in texts):
+        raise ArgumentError("texts", "a sequence of str", shown(texts))
     with torch.inference_mode():
         rows = model.encode(list(texts))  # type: ignore[operator]
     rows = rows.float().cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows, np.float32)
@@ -317,17 +321,13 @@ def _placed(encoder: nn.Module, device: str | torch.device | None) -> nn.Module:
     """The encoder on a device: itself if it is there, else a copy that is."""
     if device is None:
         return encoder
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    try:
+        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError("device", "'auto' or a device that torch knows", shown(device)) from error
     log.info("running on %s", target)
     parameter = next(encoder.parameters(), None)
     here = None if parameter is None else parameter.device
     if here is None or (here.type == target.type and target.index in (None, here.index)):
         return encoder
     return adapt(encoder, ()).to(target)
-
-
-def _folds(encoder: nn.Module) -> bool:
-    """Whether a folded copy of every Linear fits the budget."""
-    sites = linears(encoder)
-    owners = {site.owner: site.in_features * site.out_features * 4 for site in sites.values()}
-    return sum(owners.values()) <= FOLD_BUDGET

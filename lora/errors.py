@@ -47,6 +47,8 @@ def shown(value: object, limit: int = 200) -> str:
     >>> shown(10**5000), shown("docs"), shown("x" * 9, limit=4)
     ('an int without a repr', "'docs'", "'xxx…")
 
+    Notes
+    -----
     Requirements: R7.8
     """
     try:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from lora.card import LowRank
-from lora.errors import ArgumentError, ShapeError, UnsupportedModelError
+from lora.card import LowRank, finite
+from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
 from lora.lowrank import concat
 
 M = TypeVar("M", bound=nn.Module)
@@ -132,8 +132,8 @@ class LoRALinear(nn.Linear):
 
     def _set(self, terms: dict[str, tuple[LowRank, float]]) -> None:
         """Stack the terms, sorted by name; nothing changes if one does not fit."""
-        for name, (pair, _) in terms.items():
-            check_fit(self, pair, name)
+        for name, term in terms.items():
+            check_fit(self, _pair(term, name), name)
         a, b = stacked(terms, self.weight)
         self.terms = dict(sorted(terms.items()))
         self.register_buffer("lora_A", a, persistent=False)
@@ -319,6 +319,14 @@ def check_linear(module: nn.Module, where: str) -> None:
         raise UnsupportedModelError(
             f"module {where!r}", "a Linear with nn.Linear's own forward, weight and bias", type(module).__name__
         )
+
+
+def _pair(term: object, name: str) -> LowRank:
+    """The pair of a term, if it is one."""
+    if not isinstance(term, tuple) or len(term) != 2 or not isinstance(term[0], LowRank):
+        raise ArgumentError(f"term {name!r} of a layer", "a LowRank and its weight", shown(term))
+    finite(term[1], f"weight of term {name!r} of a layer", ArgumentError)
+    return term[0]
 
 
 def check_fit(linear: nn.Linear, pair: LowRank, name: str) -> None:

@@ -74,8 +74,8 @@ def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool
     Requirements: R1.13, R3.2, R3.6, R3.7, R3.9, R3.13, R8.1, R8.5
     """
     adapters = AdapterSet(adapters)
-    terms = _existing(model)
     sites = linears(model)
+    terms = _existing(model)
     for name, (card, weight) in adapters.items():
         injection = plan(sites, card, strict=strict)
         if check_base:
@@ -112,13 +112,22 @@ def fold(model: M) -> M:
     return _rewrite(model, convert)
 
 
+def folded_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that `fold` would form.
+
+    Requirements: R2.12
+    """
+    layers = {id(module): module.weight.nbytes for module in model.modules() if isinstance(module, LoRALinear)}
+    return sum(layers.values())
+
+
 def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:
     """A model whose bound layers hold several adapter sets, one for each segment of rows of a batch.
 
     Parameters
     ----------
     model
-        A base model whose forward passes `lora.layer.Segments` on to its Linears, as `InferenceCore` does.
+        A model, adapted or not, whose forward passes `lora.layer.Segments` on to its Linears, as `InferenceCore` does.
     sets
         The distinct adapter sets; segments name them by position.
 
@@ -126,16 +135,22 @@ def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True)
     -----
     Requirements: R5.8
     """
-    sites = linears(model)
+    sites, existing = linears(model), _existing(model)
     layers: dict[int, list[dict[str, tuple[LowRank, float]]]] = {}
     for index, adapters in enumerate(sets):
         for name, (card, weight) in adapters.items():
             injection = plan(sites, card)
             if check_base:
                 check_fingerprint(model, card, injection)
-            for module, key in injection.bound.items():
-                terms = layers.setdefault(id(_bindable(model, module)), [{} for _ in sets])
-                terms[index][name] = (card.weights[key], weight)
+            new = {module: (card.weights[key], weight) for module, key in injection.bound.items()}
+            if existing.get(name, new) != new:
+                raise ConflictError(
+                    f"adapt_rows: {name!r}", "the card that the model already has under this name", "another"
+                )
+            for module, term in new.items():
+                linear = _bindable(model, module)
+                held = linear.terms if isinstance(linear, LoRALinear) else {}
+                layers.setdefault(id(linear), [dict(held) for _ in sets])[index][name] = term
 
     def convert(module: nn.Module, own: Own) -> nn.Module | None:
         found = id(module) in layers and isinstance(module, nn.Linear)
@@ -206,11 +221,21 @@ def injections(model: nn.Module, adapters: Adapters, *, strict: bool = False) ->
     return {name: plan(sites, card, strict=strict) for name, (card, _) in AdapterSet(adapters).items()}
 
 
+def check_module(model: object) -> None:
+    """Refuse what is not a torch module.
+
+    Requirements: R3.14, R7.8
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError("model", "a torch module", type(model).__name__)
+
+
 def linears(model: nn.Module) -> dict[str, Site]:
     """Every name of every Linear in a model, with its shape.
 
     Requirements: R3.9, R3.11, R3.14
     """
+    check_module(model)
     owners: dict[int, str] = {}
     sites: dict[str, Site] = {}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -316,6 +341,7 @@ def _fingerprint(model: nn.Module, injection: Injection) -> str:
 
 def _check_sound(model: nn.Module) -> None:
     """Refuse, by name, what a copy would not make independent."""
+    check_module(model)
     for name, module in model.named_modules():
         where = f"module {name!r} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora.card import Array
-from lora.errors import ArgumentError, ShapeError
+from lora.errors import ArgumentError, ShapeError, shown
 
 DECIMALS = 6
 """Scores are rounded to this many decimals."""
@@ -185,9 +185,9 @@ def select(
     Requirements: R4.4, R4.5, R4.6, R4.7, R4.9, R4.13
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ArgumentError("top_k", "an integer >= 1", repr(top_k))
-    if threshold is not None and not math.isfinite(threshold):
-        raise ArgumentError("threshold", "a finite number or None", repr(threshold))
+        raise ArgumentError("top_k", "an integer >= 1", shown(top_k))
+    if threshold is not None and not (isinstance(threshold, int | float | np.number) and math.isfinite(threshold)):
+        raise ArgumentError("threshold", "a finite number or None", shown(threshold))
     index = index.tagged(tags)
     scored = zip(index.candidates.values(), _scores(query, index), strict=True)
     routes = [Route(c.name, score, c.virtual) for c, score in scored]
@@ -227,10 +227,12 @@ def calibrate(scores: Mapping[str, Sequence[float]], rate: float = 0.05, *, seed
 
     Requirements: R4.11
     """
-    if not 0 < rate < 1:
-        raise ArgumentError("rate", "a share in (0, 1)", rate)
-    if any(len(group) == 0 or not np.isfinite(group).all() for group in scores.values()):
-        raise ArgumentError("scores", "finite scores in every group", "an empty group, NaN or an infinity")
+    if not isinstance(rate, int | float) or not 0 < rate < 1:
+        raise ArgumentError("rate", "a share in (0, 1)", shown(rate))
+    if not isinstance(scores, Mapping) or not all(isinstance(group, str) for group in scores):
+        raise ArgumentError("scores", "a mapping of source group to scores", shown(scores))
+    if not all(_finite_scores(group) for group in scores.values()):
+        raise ArgumentError("scores", "finite scores in every group", shown(scores))
     rng, n = np.random.default_rng(seed), len(scores)
     slack = 1e-12  # a rate of 1 / (n + 1) is seldom exact
     k = min(math.floor(rate * (n + 1) + slack), n)
@@ -239,6 +241,15 @@ def calibrate(scores: Mapping[str, Sequence[float]], rate: float = 0.05, *, seed
         raise ArgumentError("scores", f"at least {needed} source groups for a rate of {rate}", n)
     drawn = sorted(float(scores[group][int(rng.integers(len(scores[group])))]) for group in sorted(scores))
     return Calibration(drawn[k - 1], n, k / (n + 1), (_beta_point(k, n, 0.05), _beta_point(k, n, 0.95)))
+
+
+def _finite_scores(group: Any) -> bool:
+    """Whether a group's scores are numbers, at least one."""
+    try:
+        numbers = np.asarray(group, np.float64)
+    except (TypeError, ValueError):
+        return False
+    return numbers.ndim == 1 and len(numbers) > 0 and bool(np.isfinite(numbers).all())
 
 
 def _scores(query: Array, index: Index) -> list[float]:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from lora.card import DTYPES, FIELD_KEYS, Array, FrozenJSON, LoRACard, LowRank
+from lora.card import DTYPES, FIELD_KEYS, Array, FrozenJSON, LoRACard, LowRank, check_card
 from lora.errors import ArgumentError, CardError, CardFileError, shown
 
 FORMAT_VERSION = (1, 0)
@@ -120,8 +120,7 @@ def card_to_table(card: LoRACard) -> pa.Table:
 
     Requirements: R1.4, R1.8, R1.9, R1.11
     """
-    if not isinstance(card, LoRACard):
-        raise ArgumentError("card", "a LoRACard", type(card).__name__)
+    check_card(card)
     schema = schema_of(card.dtype.name)
     pairs = list(card.weights.values())
     columns = [

@@ -7,7 +7,7 @@ One rule serves targets and weight keys: a key matches a module if the module's 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from lora.card import LoRACard
+from lora.card import LoRACard, check_card
 from lora.errors import ShapeError, TargetError
 
 ALL_LINEAR = "all-linear"
@@ -148,6 +148,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
 
     Requirements: R3.6, R3.11, R3.12, R7.2, R7.3, R7.7
     """
+    check_card(card)
     targets = set(card.target_modules)
     targeted = targeted_modules(sites, targets)
     found = {target for target in targets if target == ALL_LINEAR or any(matches(name, target) for name in sites)}

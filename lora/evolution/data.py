@@ -7,6 +7,7 @@ source that a pair comes from: data are split by group, since pairs of one sourc
 import ast
 import json
 import sysconfig
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,15 +68,18 @@ class Pairs:
             raise DataError("pairs", f"columns {SCHEMA.names}", f"none called {sorted(missing)}")
         try:
             table = self.table.select(SCHEMA.names).cast(SCHEMA)
-        except (pa.ArrowException, ValueError) as error:
+            table.validate(full=True)
+        except (pa.ArrowException, KeyError, ValueError) as error:
             raise DataError("pairs", "the pairs schema", error) from error
         for column in ("query", "positive"):
             empty = pc.index(pc.equal(pc.utf8_trim_whitespace(table[column]), ""), value=True).as_py()
             if empty >= 0:
                 raise DataError(f"pairs: row {empty}: {column}", "text", "an empty string")
         inside = pc.and_(pc.greater_equal(table["quality"], 0.0), pc.less_equal(table["quality"], 1.0))
-        if not pc.all(inside, min_count=0).as_py():
-            raise DataError("pairs: quality", "numbers in [0, 1]", "others")
+        outside = pc.index(inside, value=False).as_py()
+        if outside >= 0:
+            found = table["quality"][outside].as_py()
+            raise DataError(f"pairs: row {outside}: quality", "a number in [0, 1]", found)
         object.__setattr__(self, "table", table.combine_chunks())
 
     @classmethod
@@ -87,11 +91,7 @@ class Pairs:
         DataError
             Naming the row that is not a pair.
         """
-        records = [_record(row, index) for index, row in enumerate(rows)]
-        try:
-            return cls(pa.Table.from_pylist(records, schema=SCHEMA))
-        except (pa.ArrowException, TypeError) as error:
-            raise DataError("pairs", "text and numbers", error) from error
+        return cls(_table(_record(row, index, f"pairs: row {index}") for index, row in enumerate(rows)))
 
     @classmethod
     def load(cls, path: PathLike) -> Self:
@@ -109,10 +109,11 @@ class Pairs:
             if path.suffix == ".parquet":
                 return cls(_completed(pq.read_table(path)))
             if path.suffix in (".jsonl", ".json"):
-                return cls.of(_json_rows(path))
+                lines = enumerate(_json_rows(path))
+                return cls(_table(_record(row, index, f"{path}: line {line}") for index, (line, row) in lines))
             with pa.memory_map(str(path)) as source:
                 return cls(_completed(pa.ipc.open_file(source).read_all()))
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(str(path), "an Arrow, Parquet or JSONL file", error) from error
 
     @classmethod
@@ -127,11 +128,15 @@ class Pairs:
             If a line is no transcript, or none holds a question with its answer.
         """
         rows: list[Row] = []
-        for index, record in enumerate(_json_rows(Path(path))):
+        for index, (line, record) in enumerate(_json_rows(Path(path))):
+            where = f"{path}: line {line}"
             try:
-                turns = [(str(turn["role"]), str(turn["content"])) for turn in record["messages"]]
+                turns = [(turn["role"], turn["content"] or "") for turn in record["messages"]]
             except (KeyError, TypeError) as error:
-                raise DataError(f"{path}: line {index + 1}", "messages with role and content", error) from error
+                raise DataError(where, "messages with role and content", error) from error
+            for _, content in turns:
+                if not isinstance(content, str):
+                    raise DataError(where, "content that is text", repr(content)[:80])
             rows += [
                 {"query": asked, "positive": told, "group": f"transcript {index}"}
                 for (role, asked), (next_role, told) in pairwise(turns)
@@ -142,10 +147,12 @@ class Pairs:
         return cls.of(rows)
 
     def save(self, path: PathLike) -> None:
-        """Write the pairs as an Arrow file, or as Parquet if the path ends so; atomically."""
+        """Write the pairs as an Arrow file, or as Parquet or JSONL if the path ends so; atomically."""
         with replacing(path) as file:
             if Path(path).suffix == ".parquet":
                 pq.write_table(self.table, file)
+            elif Path(path).suffix in (".jsonl", ".json"):
+                file.writelines(f"{json.dumps(row)}\n".encode() for row in self.table.to_pylist())
             else:
                 with pa.ipc.new_file(file, SCHEMA) as writer:
                     writer.write_table(self.table)
@@ -255,7 +262,7 @@ def docstring_pairs(source: PathLike | None = None, *, answer: str = "name") -> 
     rows = [
         row
         for path in sorted(root.rglob("*.py"))
-        if _wanted(path.relative_to(root))
+        if path.is_file() and _wanted(path.relative_to(root))
         for row in _rows(path, root, answer)
     ]
     if not rows:
@@ -286,12 +293,14 @@ def _rows(path: Path, root: Path, answer: str) -> Iterator[dict[str, str]]:
     parts = path.relative_to(root).with_suffix("").parts
     module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):
-        return  # templates and samples of other encodings are no modules
+        with warnings.catch_warnings():  # of invalid escapes in the source read: whatever the filters, it is parsed
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError):
+        return  # templates and broken samples are no modules
     for name, node in _definitions(tree, module):
         sentence = first_sentence(ast.get_docstring(node) or "")
-        if len(sentence.split()) >= 3:
+        if len(sentence.split()) >= 3 and _fits("query", sentence):
             text = name if answer == "name" else _code(node)
             yield {"query": sentence, "positive": text, "group": parts[0]}
 
@@ -299,7 +308,7 @@ def _rows(path: Path, root: Path, answer: str) -> Iterator[dict[str, str]]:
 def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Any]]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            name = f"{prefix}.{node.name}"
+            name = f"{prefix}.{node.name}".lstrip(".")
             yield name, node
             if isinstance(node, ast.ClassDef):
                 yield from _definitions(node, name)
@@ -320,17 +329,41 @@ def first_sentence(text: str) -> str:
 
 def _code(node: Any) -> str:
     body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(type(node)(**{**dict(ast.iter_fields(node)), "body": body}))
+    return ast.unparse(ast.copy_location(type(node)(**{**dict(ast.iter_fields(node)), "body": body}), node))
 
 
-def _record(row: Row, index: int) -> dict[str, Any]:
+def _record(row: Row, index: int, where: str) -> dict[str, Any]:
+    """The row with every column; its group is its position if it names none."""
     if isinstance(row, str) or not isinstance(row, Mapping | Sequence):
-        raise DataError(f"pairs: row {index}", "a mapping, or (query, positive)", type(row).__name__)
-    given = dict(row) if isinstance(row, Mapping) else dict(zip(("query", "positive", "negative"), row, strict=False))
-    unknown = set(given) - set(SCHEMA.names)
-    if unknown or not {"query", "positive"} <= set(given):
-        raise DataError(f"pairs: row {index}", f"query, positive and at most {SCHEMA.names[2:]}", sorted(given))
-    return {"negative": None, "quality": 1.0, "group": str(index), **given}
+        raise DataError(where, "a mapping, or (query, positive[, negative])", type(row).__name__)
+    if not isinstance(row, Mapping):
+        if len(row) > 3:
+            raise DataError(where, "(query, positive[, negative])", f"{len(row)} values")
+        row = dict(zip(("query", "positive", "negative"), row, strict=False))
+    if not {"query", "positive"} <= set(row) <= set(SCHEMA.names):
+        raise DataError(where, f"query, positive and at most {SCHEMA.names[2:]}", list(row))
+    for column, value in row.items():
+        if not _fits(column, value):
+            expected = {"quality": "a number in [0, 1]", "negative": "text or null"}.get(column, "text")
+            raise DataError(f"{where}: {column}", expected, repr(value)[:80])
+    return {"negative": None, "quality": 1.0, "group": str(index), **row}
+
+
+def _fits(column: str, value: object) -> bool:
+    if column == "quality":
+        return isinstance(value, int | float | np.number) and bool(0 <= value <= 1)
+    if value is None:
+        return column == "negative"
+    if not isinstance(value, str) or value.encode(errors="ignore").decode() != value:  # lone surrogates
+        return False
+    return column in ("negative", "group") or bool(value.strip())
+
+
+def _table(records: Iterable[dict[str, Any]]) -> pa.Table:
+    try:
+        return pa.Table.from_pylist(list(records), schema=SCHEMA)
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError("pairs", "text and numbers", error) from error
 
 
 def _completed(table: pa.Table) -> pa.Table:
@@ -346,14 +379,14 @@ def _completed(table: pa.Table) -> pa.Table:
     return table
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
-    """The JSON value on each line."""
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The JSON value on each line that is not blank, with the line's number."""
     if not path.is_file():
         raise CardNotFoundError(str(path), "a data set", "nothing there")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}: line {number}", "JSON", error) from error
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}: line {number}", "JSON", error) from error
+            yield number, value

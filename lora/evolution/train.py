@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -218,6 +219,8 @@ class LoRATrainer:
             raise UnsupportedModelError("LoRATrainer", "an engine over an InferenceCore", type(engine.base).__name__)
         if isinstance(settings, str) and settings not in PRESETS:
             raise ArgumentError("settings", f"one of {list(PRESETS)} or a Settings", repr(settings))
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ArgumentError("seed", "an integer >= 0", repr(seed))
         self.core = engine.base
         self.settings = PRESETS[settings] if isinstance(settings, str) else settings or Settings()
         self.seed = seed
@@ -276,6 +279,9 @@ class LoRATrainer:
         run = session.restore(checkpoint)
         before = evaluate(self.core, validation)
         for step, epoch, rows in schedule[run.step :]:
+            if run.worse >= self.settings.patience:  # here, so that a run killed at this very point stops too
+                log.info("stopped early after step %d", step)
+                break
             loss = session.step(training.take(rows), step)
             entry = {"step": step + 1, "epoch": epoch + 1, "loss": loss, "lr": session.last_lr}
             run = replace(run, step=step + 1, rows=(*run.rows, entry))
@@ -284,9 +290,6 @@ class LoRATrainer:
                 session.store(checkpoint, run)
             if progress is not None:
                 progress(step + 1, len(schedule), loss)
-            if run.worse >= self.settings.patience:
-                log.info("stopped early after step %d", step + 1)
-                break
         session.put(run.best)
         after = evaluate(session.model, validation)
         if checkpoint is not None:
@@ -301,7 +304,7 @@ class _Session:
     def __init__(
         self, core: InferenceCore, card: LoRACard, settings: Settings, *, steps: int, seed: int, identity: str
     ) -> None:
-        self.model = trainable(core, card, dropout=settings.dropout)
+        self.model = trainable(core, card, dropout=settings.dropout).eval()  # but for steps: validation has no dropout
         self.seed, self.identity = seed, identity
         self.layers = {n: m for n, m in self.model.named_modules() if isinstance(m, TrainableLinear)}
         self.params = {
@@ -323,9 +326,11 @@ class _Session:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_mixed(self.seed, step))
             queries, positives = self.model.embed(batch.queries), self.model.embed(batch.positives)
+        self.model.eval()
         loss = contrastive_loss(queries, positives)
         if not torch.isfinite(loss):
-            raise DataError(f"training: step {step + 1}", "a finite loss", float(loss), "lower the learning rate")
+            found = float(loss.detach())
+            raise DataError(f"training: step {step + 1}", "a finite loss", found, "lower the learning rate")
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.last_lr = float(self.schedule.get_last_lr()[0])
@@ -355,8 +360,8 @@ class _Session:
         tensors = {f"best.{name}": tensor for name, tensor in run.best.items()}
         for name, parameter in self.params.items():
             tensors[f"now.{name}"] = parameter.detach()
-            state = self.optimizer.state[parameter]
-            tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+            state = self.optimizer.state.get(parameter, {})  # none for a layer that the forward never calls
+            tensors |= {f"{key}.{name}": tensor for key, tensor in state.items()}
         notes = {key: value for key, value in asdict(replace(run, best={})).items() if key != "best"}
         notes |= {"identity": self.identity, "schedule": self.schedule.state_dict()}
         with replacing(path) as file:
@@ -370,18 +375,20 @@ class _Session:
             with safe_open(str(path), framework="pt") as file:
                 notes = json.loads(file.metadata()["run"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            identity = notes["identity"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StateError(str(path), "a checkpoint", error, "remove it to start anew") from error
-        if notes.pop("identity") != self.identity:
+        if identity != self.identity:
             raise StateError(str(path), "a checkpoint of this very run", "one of another", "remove it to start anew")
         self.schedule.load_state_dict(notes.pop("schedule"))
         self.put({name: tensors[f"now.{name}"] for name in self.params})
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.get_last_lr()[0]
         for name, parameter in self.params.items():
-            moments = {key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
-            self.optimizer.state[parameter] = moments
+            moments = {key: tensors.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
+            self.optimizer.state[parameter] = {key: found for key, found in moments.items() if found is not None}
         best = {name: tensors[f"best.{name}"] for name in self.params}
+        del notes["identity"]
         return _Run(**{**notes, "rows": tuple(notes["rows"]), "best": best})
 
 
@@ -415,12 +422,19 @@ def evaluate(model: Any, pairs: Pairs) -> Retrieval:
         Anything with ``encode(texts)``.
     pairs
         At least one.
+
+    Raises
+    ------
+    DataError
+        If there is no pair, or an embedding is not finite.
     """
     if not len(pairs):
         raise DataError("evaluate", "at least one pair", "none")
     candidates = sorted(set(pairs.positives))
     place = {text: index for index, text in enumerate(candidates)}
     queries, targets = (np.asarray(model.encode(texts), np.float64) for texts in (pairs.queries, candidates))
+    if not (np.isfinite(queries).all() and np.isfinite(targets).all()):  # NaN is not less than anything: rank 1
+        raise DataError("evaluate", "finite embeddings", "NaN or infinity", "lower the learning rate")
     targets /= np.maximum(np.linalg.norm(targets, axis=1, keepdims=True), 1e-300)
     scores = queries @ targets.T
     own = scores[np.arange(len(scores)), [place[text] for text in pairs.positives]]
@@ -431,12 +445,14 @@ def evaluate(model: Any, pairs: Pairs) -> Retrieval:
 def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """Positions of an epoch's batches in seeded order; no text occurs twice in a batch, where it would be a false negative.
 
-    A pair that has to wait goes into a later batch. An incomplete batch is only yielded where there is no full one.
+    A pair that has to wait goes into a later batch. An incomplete batch, the largest, is only yielded where there is
+    no full one.
 
     Requirements: R17.1, R17.8
     """
     waiting = np.random.default_rng([seed, epoch]).permutation(len(pairs)).tolist()
     queries, positives = pairs.queries, pairs.positives
+    spare: list[int] = []
     full = False
     while waiting:
         batch: list[int] = []
@@ -453,9 +469,12 @@ def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> Iterator[list[
                 batch.append(row)
                 texts |= mine
         waiting = later
-        if len(batch) == size or (len(batch) > 1 and not full):
+        if len(batch) == size:
             full = True
             yield batch
+        spare = max(spare, batch, key=len)
+    if len(spare) > 1 and not full:
+        yield spare
 
 
 def _schedule(pairs: Pairs, settings: Settings, seed: int, max_steps: int | None) -> list[tuple[int, int, list[int]]]:
@@ -463,10 +482,11 @@ def _schedule(pairs: Pairs, settings: Settings, seed: int, max_steps: int | None
     if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
         raise ArgumentError("max_steps", "an integer >= 1 or None", repr(max_steps))
     epochs = range(settings.epochs)
-    steps = [(epoch, rows) for epoch in epochs for rows in batches_of(pairs, settings.batch_size, seed, epoch)]
+    batches = ((epoch, rows) for epoch in epochs for rows in batches_of(pairs, settings.batch_size, seed, epoch))
+    steps = [(step, epoch, rows) for step, (epoch, rows) in enumerate(islice(batches, max_steps))]
     if not steps:
         raise DataError("training pairs", "at least two different pairs", len(pairs))
-    return [(step, epoch, rows) for step, (epoch, rows) in enumerate(steps[:max_steps])]
+    return steps
 
 
 def _sample(pairs: Pairs, size: int, seed: int) -> Pairs:

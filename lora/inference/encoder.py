@@ -6,8 +6,8 @@ Source of the architecture: Devlin et al. 2018; of the file names: ``BertModel``
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lora.card import Array
-from lora.errors import ArgumentError, CardNotFoundError, ShapeError, UnsupportedModelError
+from lora.errors import ArgumentError, CardNotFoundError, ShapeError, UnsupportedModelError, shown
 from lora.layer import SegmentedLinear, Segments
-from lora.store import PathLike
+from lora.store import PathLike, as_path
 
 TOKEN_BUDGET = 2048
 """Tokens of one batch, padding included: about 1.5 times the throughput of fixed batches of 32 on two cores."""
@@ -218,7 +218,7 @@ class InferenceCore(nn.Module):
         UnsupportedModelError
             If the model is not BERT, or not this BERT.
         """
-        folder = Path(folder)
+        folder = as_path(folder)
         config, tensors = read_config(folder), _tensors(folder / "model.safetensors")
         config = replace(config, pooler="pooler.dense.weight" in tensors)
         with torch.device("meta"):
@@ -261,8 +261,8 @@ class InferenceCore(nn.Module):
         ArgumentError
             If `texts` is not a sequence of str.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ArgumentError("texts", "a sequence of str", repr(texts)[:80])
+        if isinstance(texts, str) or not isinstance(texts, Collection) or not all(isinstance(t, str) for t in texts):
+            raise ArgumentError("texts", "a sequence of str", shown(texts))
         if self.tokenizer is None:
             raise UnsupportedModelError("encoder", "a tokenizer", "none")
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts))]
@@ -365,7 +365,10 @@ def read_config(folder: Path) -> EncoderConfig:
             f"{config.get('model_type')!r}, {config.get('position_embedding_type', 'absolute')!r}",
             "pass a module of your own with an encode method to ArrowEngine instead",
         )
-    known = {name: config[name] for name in EncoderConfig.__dataclass_fields__ if name in config}
+    known = {field.name: config[field.name] for field in fields(EncoderConfig) if field.name in config}
+    missing = [field.name for field in fields(EncoderConfig) if field.default is MISSING and field.name not in known]
+    if missing:
+        raise UnsupportedModelError(str(folder / "config.json"), "the fields of a BERT model", f"none called {missing}")
     limit = int(config["max_position_embeddings"])
     sentence = _json(folder / "sentence_bert_config.json", {})
     known["max_seq_length"] = min(limit, sentence.get("max_seq_length") or limit)
@@ -395,19 +398,26 @@ def _pooling(path: Path) -> str:
 def _json(path: Path, default: Any = None) -> Any:
     if not path.is_file() and default is not None:
         return default
+    kind = dict if default is None else type(default)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CardNotFoundError(str(path), "a model file", "none") from error
     except ValueError as error:
         raise UnsupportedModelError(str(path), "JSON", error) from error
+    if not isinstance(value, kind):
+        raise UnsupportedModelError(str(path), f"a JSON {kind.__name__}", type(value).__name__)
+    return value
 
 
 def _tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CardNotFoundError(str(path), "a tokenizer", "none")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UnsupportedModelError(str(path), "a tokenizer", error) from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(config.max_seq_length)
     return tokenizer

@@ -5,6 +5,7 @@ Thread safety: one writer at a time (a lock holds the others back) and any numbe
 """
 
 import logging
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,9 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
-from lora.card import Adapters, AdapterSet, LoRACard
+from lora.card import Adapters, AdapterSet, LoRACard, check_card
 from lora.errors import ConflictError, StateError, UnknownCardError
-from lora.rewrite import adapt, check_fingerprint, fold, injections
+from lora.rewrite import adapt, check_fingerprint, check_module, fold, folded_bytes, injections
 from lora.store import PathLike, load
 from lora.targets import Injection
 
@@ -67,6 +68,8 @@ class LoRAManager(Generic[M]):
         The base model.
     fold
         Run float32/64 layers as plain Linears holding ``W + ΔW``: no overhead, at the memory of the touched weights.
+    fold_budget
+        Bytes of touched weights above which a set is not folded; None for no limit.
 
     Examples
     --------
@@ -84,8 +87,9 @@ class LoRAManager(Generic[M]):
     Requirements: R3.1, R3.2, R3.3, R3.5, R3.7, R3.8, R3.10, R3.12, R3.13, R7.4, R7.5, R8.3, R8.4, R22.1, R22.2
     """
 
-    def __init__(self, model: M, *, fold: bool = False) -> None:
-        self._fold = fold
+    def __init__(self, model: M, *, fold: bool = False, fold_budget: int | None = None) -> None:
+        check_module(model)
+        self._fold, self._fold_budget = fold, math.inf if fold_budget is None else fold_budget
         self._base = Active(AdapterSet(), MappingProxyType({}), model)
         self._state: State[M] = State(self._base)
         self._write = threading.RLock()
@@ -138,6 +142,7 @@ class LoRAManager(Generic[M]):
 
     def add_card(self, card: LoRACard) -> None:
         """Know a card by name, in place of an earlier one of that name, without applying it."""
+        check_card(card)
         with self._write:
             self._state = replace(self._state, loaded=MappingProxyType({**self._state.loaded, card.name: card}))
 
@@ -163,6 +168,7 @@ class LoRAManager(Generic[M]):
         -----
         Requirements: R3.2, R3.6, R3.10, R3.12, R7.3, R7.4
         """
+        check_card(card)
         with self._write:
             active = self._state.active
             wanted = AdapterSet({card.name: (card, weight)})
@@ -190,6 +196,7 @@ class LoRAManager(Generic[M]):
 
         Requirements: R7.4
         """
+        check_card(card)
         with self._write:
             if card.name not in self.active:
                 raise UnknownCardError(f"replace_card {card.name!r}", "an active card", f"only {list(self.active)}")
@@ -264,7 +271,8 @@ class LoRAManager(Generic[M]):
             return self._base
         model = adapt(self.base, bound, check_base=False)
         kept = MappingProxyType({name: plans[name] for name in bound})
-        return Active(bound, kept, fold(model) if self._fold else model)
+        folds = self._fold and folded_bytes(model) <= self._fold_budget
+        return Active(bound, kept, fold(model) if folds else model)
 
     def _commit(self, active: Active[M]) -> None:
         self._state = replace(self._state, active=active)

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lora.card import LoRACard
-from lora.errors import ArgumentError, ShapeError
+from lora.card import LoRACard, check_card
+from lora.errors import ArgumentError, ShapeError, shown
 from lora.routing import EMPTY, Candidate, Route, candidate_of, select, unit
 
 Description: TypeAlias = str | Sequence[str]
@@ -39,6 +39,8 @@ class LoRARouter:
     """
 
     def __init__(self, embed: Callable[[Sequence[str]], Any]) -> None:
+        if not callable(embed):
+            raise ArgumentError("embed", "a function of texts", type(embed).__name__)
         self._embed = embed
         self._index = EMPTY
         self._write = threading.Lock()
@@ -67,6 +69,7 @@ class LoRARouter:
         ArgumentError
             If there is no description anywhere.
         """
+        check_card(card)
         meta = dict(card.metadata)
         if description is None:
             description = [*_items(meta.get("description")), *_items(meta.get("examples"))]
@@ -102,6 +105,12 @@ class LoRARouter:
         return [select(row, index, top_k=top_k, threshold=threshold) for row in embedded]
 
     def _register(self, name: str, description: Description, *, virtual: bool, tags: Collection[str]) -> None:
+        if not isinstance(name, str) or not name:
+            raise ArgumentError("candidate", "a name", shown(name))
+        if isinstance(tags, str) or not isinstance(tags, Collection) or not all(isinstance(tag, str) for tag in tags):
+            raise ArgumentError(f"candidate {name!r}: tags", "a collection of str", shown(tags))
+        if not isinstance(description, str | Collection):
+            raise ArgumentError(f"candidate {name!r}", "a description or several", shown(description))
         texts = [description] if isinstance(description, str) else list(description)
         if not texts:
             raise ArgumentError(f"candidate {name!r}", "a description", "none", "pass description=")
@@ -110,8 +119,8 @@ class LoRARouter:
             self._index = self._index.with_candidate(candidate)
 
     def _embedded(self, texts: Sequence[str]) -> Any:
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ArgumentError("texts", "a sequence of str", repr(texts)[:80])
+        if isinstance(texts, str) or not isinstance(texts, Collection) or not all(isinstance(t, str) for t in texts):
+            raise ArgumentError("texts", "a sequence of str", shown(texts))
         rows = np.asarray(self._embed(texts)) if texts else np.empty((0, 0))
         if rows.ndim != 2 or len(rows) != len(texts):
             raise ShapeError("embed", f"shape ({len(texts)}, d)", f"shape {rows.shape}")

@@ -1,0 +1,1 @@
+"""Implementations that can be held to the properties with `--binding`."""

@@ -1,0 +1,528 @@
+"""R1: a card is a value, its file holds that value whole, and nothing but that value comes out of the file again."""
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import os
+import pickle
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import nn
+
+import lora
+from lora.errors import BaseModelError, CardFileError, LoRAError
+from lora.testing.binding import PlainCard, PlainPair
+from lora.testing.plugin import requirement
+from lora.testing.reference import card_of
+from lora.testing.strategies import (
+    bits,
+    dtypes,
+    extras,
+    features,
+    json_values,
+    metadata,
+    names,
+    plain_cards,
+    ranks,
+    scalings,
+)
+
+UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+OWN = [
+    "name",
+    "rank",
+    "alpha",
+    "target_modules",
+    "targets",
+    "lora.name",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "extra",
+]
+
+
+def same_bits(a, b):
+    """One shape, one dtype, and the same bits."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return np.array_equal(a.view(UNSIGNED[a.dtype.itemsize]), b.view(UNSIGNED[b.dtype.itemsize]))
+
+
+def the_arrow_file(data):
+    """What Arrow itself makes of a card's bytes: its one batch."""
+    reader = pa.ipc.open_file(pa.py_buffer(data))
+    assert reader.num_record_batches == 1
+    return reader.get_batch(0)
+
+
+def written_again(batch, *, schema_metadata=None, with_column=None):
+    """A card's file with other schema metadata or one column more."""
+    if with_column is not None:
+        batch = batch.append_column(with_column, pa.nulls(batch.num_rows, pa.int32()))
+    changed = {key.encode(): value.encode() for key, value in (schema_metadata or {}).items()}
+    batch = batch.replace_schema_metadata({**batch.schema.metadata, **changed})
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+@requirement("R1.1")
+@given(card=plain_cards())
+def test_name_rank_alpha_and_targets_come_back(impl, card):
+    found = impl.read_card(impl.write_card(card))
+    assert (found.name, found.rank, found.alpha, tuple(found.target_modules)) == card[:4]
+
+
+@requirement("R1.2")
+@given(card=plain_cards(max_modules=5))
+def test_every_module_has_its_own_pair_and_no_other_module_has_one(impl, card):
+    found = impl.read_card(impl.write_card(card)).weights
+    assert set(found) == set(card.weights)
+    for module, pair in card.weights.items():
+        assert same_bits(found[module].A, pair.A)
+        assert same_bits(found[module].B, pair.B)
+
+
+@requirement("R1.3", "R1.1")
+@given(card=plain_cards(), shadows=st.dictionaries(st.sampled_from(OWN), json_values, min_size=1), more=metadata)
+def test_metadata_comes_back_and_shadows_no_field(impl, card, shadows, more):
+    asked = {**more, **shadows}
+    found = impl.read_card(impl.write_card(card._replace(metadata=asked)))
+    bare = impl.read_card(impl.write_card(card._replace(metadata={})))
+    assert found.metadata == asked
+    assert repr(_sorted(found.metadata)) == repr(_sorted(asked))  # 1, 1.0 and True are equal, but not the same
+    assert found[:4] == bare[:4]
+    assert found.extra == bare.extra
+
+
+def _sorted(value):
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(item) for item in value] if isinstance(value, list) else value
+
+
+@requirement("R1.4")
+@given(card=plain_cards())
+def test_the_schema_metadata_of_the_arrow_file_carries_the_fields(impl, card):
+    batch = the_arrow_file(impl.write_card(card))
+    fields = {key.decode(): value.decode() for key, value in batch.schema.metadata.items()}
+    assert fields["lora.name"] == card.name
+    assert int(fields["lora.rank"]) == card.rank
+    assert float(fields["lora.alpha"]) == card.alpha
+    assert tuple(json.loads(fields["lora.targets"])) == card.target_modules
+    assert json.loads(fields["lora.metadata"]) == card.metadata
+    assert set(batch.column("module").to_pylist()) == set(card.weights)
+    assert len(batch) == len(card.weights)
+
+
+@requirement("R1.4")
+@given(card=plain_cards())
+def test_the_bytes_are_an_arrow_file_and_not_a_stream(impl, card):
+    data = impl.write_card(card)
+    assert data[:6] == data[-6:] == b"ARROW1"
+    with pytest.raises(pa.ArrowException):
+        pa.ipc.open_stream(data).read_all()
+
+
+@requirement("R1.7")
+@given(data=st.data(), dtype=dtypes, shape=st.tuples(features, ranks, features))
+def test_factors_of_any_bits_come_back_bit_for_bit(impl, data, dtype, shape):
+    rows, rank, columns = shape
+    a, b = data.draw(bits(dtype, (rows, rank))), data.draw(bits(dtype, (rank, columns)))
+    card = PlainCard("docs", rank, 1.0, (), {"m": PlainPair(a, b)}, {}, {})
+    found = impl.read_card(impl.write_card(card)).weights["m"]
+    assert found.A.dtype == found.B.dtype == dtype
+    assert same_bits(found.A, a)
+    assert same_bits(found.B, b)
+
+
+@requirement("R1.7")
+@given(one=dtypes, other=dtypes, rank=ranks, apart=st.booleans())
+def test_a_card_of_two_dtypes_is_refused(impl, one, other, rank, apart):
+    first = PlainPair(np.ones((2, rank), one), np.ones((rank, 3), one))
+    second = PlainPair(np.ones((2, rank), other), np.ones((rank, 3), other))
+    mixed = {"a": first, "b": second} if apart else {"a": PlainPair(first.A, second.B)}
+    card = PlainCard("docs", rank, 1.0, (), mixed, {}, {})
+    if one == other:
+        assert impl.read_card(impl.write_card(card)).weights["a"].A.dtype == one
+    else:
+        with pytest.raises(Exception, match=r"."):
+            impl.write_card(card)
+
+
+@requirement("R1.8")
+@given(card=plain_cards())
+def test_every_module_has_a_scaling_in_the_file_and_out_of_it(impl, card):
+    data = impl.write_card(card)
+    batch, found = the_arrow_file(data), impl.read_card(data)
+    stored = dict(zip(batch.column("module").to_pylist(), batch.column("scaling").to_pylist(), strict=True))
+    for module, pair in card.weights.items():
+        expected = card.alpha / card.rank if pair.scaling is None else pair.scaling
+        assert stored[module] == found.weights[module].scaling == expected
+
+
+@requirement("R1.8")
+@given(ranked=st.lists(ranks, min_size=1, max_size=3), scaling=st.none() | scalings, rank=ranks, alpha=st.just(8.0))
+def test_modules_differ_in_rank_only_with_a_scaling_and_the_card_has_the_largest(impl, ranked, scaling, rank, alpha):
+    weights = {f"m{i}": PlainPair(np.ones((2, r)), np.ones((r, 2)), scaling) for i, r in enumerate(ranked)}
+    card = PlainCard("docs", rank, alpha, (), weights, {}, {})
+    if rank == max(ranked) and (scaling is not None or set(ranked) == {rank}):
+        found = impl.read_card(impl.write_card(card))
+        assert found.rank == max(pair.A.shape[1] for pair in found.weights.values())
+    else:
+        with pytest.raises(Exception, match=r"."):
+            impl.write_card(card)
+
+
+versions = st.tuples(st.integers(0, 99_999), st.integers(0, 99_999))
+
+
+@requirement("R1.10")
+@given(card=plain_cards(), version=versions)
+def test_only_the_known_major_version_is_read(impl, card, version):
+    major, minor = version
+    batch = the_arrow_file(impl.write_card(card))
+    known = int(batch.schema.metadata[b"lora.format"].split(b".")[0])
+    data = written_again(batch, schema_metadata={"lora.format": f"{major}.{minor}"})
+    if major == known:
+        assert impl.read_card(data).name == card.name
+    else:
+        with pytest.raises(Exception, match=rf"{major}\.{minor}"):
+            impl.read_card(data)
+
+
+@requirement("R1.10")
+@given(card=plain_cards(), minor=st.integers(0, 99), later=extras)
+def test_unknown_keys_of_a_known_version_survive_a_round_trip(impl, card, minor, later):
+    batch = the_arrow_file(impl.write_card(card))
+    major = batch.schema.metadata[b"lora.format"].split(b".")[0].decode()
+    data = written_again(batch, schema_metadata={**later, "lora.format": f"{major}.{minor}"})
+    found = impl.read_card(data)
+    assert found.extra == {**card.extra, **later}
+    assert impl.read_card(impl.write_card(found)).extra == found.extra
+    assert found[:4] == card[:4]
+
+
+@requirement("R1.10")
+@given(card=plain_cards(), column=names)
+def test_an_unknown_column_is_refused(impl, card, column):
+    data = written_again(the_arrow_file(impl.write_card(card)), with_column=column)
+    with pytest.raises(Exception, match=r"."):
+        impl.read_card(data)
+
+
+@requirement("R1.7", "R1.8", "R1.10")
+@given(card=plain_cards())
+def test_what_is_read_is_written_as_it_was_read(impl, card):
+    once = impl.read_card(impl.write_card(card))
+    twice = impl.read_card(impl.write_card(once))
+    assert twice[:4] == once[:4]
+    assert twice[5:] == once[5:]
+    assert set(twice.weights) == set(once.weights)
+    for module, pair in once.weights.items():
+        assert twice.weights[module].scaling == pair.scaling
+        assert same_bits(twice.weights[module].A, pair.A)
+        assert same_bits(twice.weights[module].B, pair.B)
+
+
+# From here on: this implementation.
+
+
+def saved(card):
+    """The bytes of a card's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        lora.save(card, Path(folder) / "card.lora.arrow")
+        return (Path(folder) / "card.lora.arrow").read_bytes()
+
+
+@requirement("R1.11", "R1.14")
+@given(card=plain_cards(), data=st.data())
+def test_one_card_is_one_byte_string_in_whatever_order_it_was_said(card, data):
+    def shuffled(mapping):
+        return dict(data.draw(st.permutations(list(mapping.items()))))
+
+    other = card._replace(weights=shuffled(card.weights), metadata=shuffled(card.metadata), extra=shuffled(card.extra))
+    assert card_of(other) == card_of(card)
+    assert saved(card_of(other)) == saved(card_of(card))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@contextlib.contextmanager
+def breaking(step, error):
+    """The n-th of the steps that writing takes raises instead."""
+    steps = [(os, "fsync"), (Path, "replace"), (Path, "unlink"), (pa.ipc, "new_file")]
+
+    def broken(*_args, **_options):
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*steps[step], broken)
+        yield
+
+
+@requirement("R1.11")
+@given(
+    old=st.none() | plain_cards(),
+    new=plain_cards(),
+    step=st.sampled_from([0, 1, 3]),
+    kind=st.sampled_from([OSError, Killed]),
+)
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(old, new, step, kind):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "card.lora.arrow"
+        if old is not None:
+            lora.save(card_of(old), path)
+        before = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        with breaking(step, kind(5, "Input/output error")), pytest.raises((LoRAError, Killed)) as caught:
+            lora.save(card_of(new), path)
+        assert isinstance(caught.value, Killed) == (kind is Killed)
+        assert {file.name: file.read_bytes() for file in Path(folder).iterdir()} == before
+
+
+numbers = st.integers(-3, 3)
+shapes = st.tuples(features, features)
+
+
+@st.composite
+def bases(draw):
+    """A model of two Linears with whole weights, and a card for one of them."""
+    model = nn.Sequential(nn.Linear(*draw(shapes)), nn.Linear(*draw(shapes)))
+    dtype = draw(st.sampled_from([torch.float16, torch.float32, torch.float64, torch.bfloat16]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            values = draw(st.lists(numbers, min_size=parameter.numel(), max_size=parameter.numel()))
+            parameter.copy_(torch.tensor(values, dtype=torch.float32).reshape(parameter.shape))
+    first = model[0]
+    pair = lora.LowRank(np.ones((first.in_features, 1)), np.ones((1, first.out_features)))
+    return model.to(dtype).requires_grad_(requires_grad=False), lora.LoRACard("docs", 1, 1.0, ("0",), {"0": pair})
+
+
+def stated_fingerprint(weight, key):
+    """The fingerprint of one weight, as the specification words it."""
+    name = str(weight.dtype).removeprefix("torch.")
+    sha = hashlib.sha256(f"{key}\0{name}\0{tuple(weight.shape)}\0".encode())
+    sha.update(bytes(weight.contiguous().view(torch.uint8).flatten().tolist()))
+    return sha.hexdigest()
+
+
+@requirement("R1.13")
+@given(base=bases(), data=st.data())
+def test_a_card_adapts_just_the_weights_it_was_made_for(base, data):
+    model, card = base
+    card = replace(card, base_model="tiny", base_fingerprint=lora.fingerprint(model, card))
+    assert card.base_fingerprint == stated_fingerprint(model[0].weight, "0")
+    again = copy.deepcopy(model)
+    lora.adapt(again, card)
+    with torch.no_grad():
+        again[0].bias.add_(1)  # a bias is no targeted weight
+        again[1].weight.add_(1)
+    assert type(lora.adapt(again, card)[0]).__name__ == "LoRALinear"
+    row, column = (data.draw(st.integers(0, size - 1)) for size in model[0].weight.shape)
+    with torch.no_grad():
+        again[0].weight[row, column] += data.draw(st.sampled_from([1, -1, 2]))
+    with pytest.raises(BaseModelError, match=card.base_fingerprint):
+        lora.adapt(again, card)
+    assert type(lora.adapt(again, card, check_base=False)[0]).__name__ == "LoRALinear"
+    assert type(lora.adapt(again, replace(card, base_fingerprint=None))[0]).__name__ == "LoRALinear"
+
+
+@requirement("R1.13")
+@given(base=bases(), prefix=st.sampled_from(["encoder", "model", "1"]))
+def test_a_fingerprint_depends_on_the_weights_and_not_on_what_they_are_wrapped_in(base, prefix):
+    model, card = base
+    found = lora.fingerprint(model, card)
+    wrapped = nn.Module()
+    wrapped.add_module(prefix, copy.deepcopy(model))
+    assert lora.fingerprint(wrapped, card) == found
+    assert lora.fingerprint(lora.adapt(model, card), card) == found
+    wide = torch.float32 if model[0].weight.dtype == torch.float64 else torch.float64
+    assert lora.fingerprint(copy.deepcopy(model).to(wide), card) != found  # the dtype is part of it
+
+
+@requirement("R1.13")
+@given(
+    card=plain_cards(),
+    base=names | st.none() | st.just(""),
+    fingerprint=st.none() | st.binary(min_size=32, max_size=32),
+)
+def test_the_base_model_comes_back_with_the_card(card, base, fingerprint):
+    card = replace(card_of(card), base_model=base, base_fingerprint=fingerprint and fingerprint.hex())
+    with tempfile.TemporaryDirectory() as folder:
+        lora.save(card, path := Path(folder) / "card.lora.arrow")
+        assert (found := lora.load(path)) == card
+        header = lora.inspect(path)
+    expected = (card.base_model, card.base_fingerprint)
+    assert (found.base_model, found.base_fingerprint) == (header.base_model, header.base_fingerprint) == expected
+
+
+@requirement("R1.14")
+@given(card=plain_cards(), data=st.data())
+def test_the_digest_is_the_sha256_of_the_bytes_and_lets_no_changed_byte_through(card, data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "card.lora.arrow"
+        returned = lora.save(card_of(card), path)
+        raw = path.read_bytes()
+        assert returned == lora.digest(path) == hashlib.sha256(raw).hexdigest()
+        assert lora.load(path, verify=returned) == card_of(card)
+        position = data.draw(st.integers(0, len(raw) - 1))
+        changed = bytearray(raw)
+        changed[position] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(changed)
+        assert lora.digest(path) != returned
+        with pytest.raises(CardFileError, match=returned):
+            lora.load(path, verify=returned)
+
+
+@requirement("R1.12")
+@given(card=plain_cards())
+def test_the_header_says_what_the_card_says(card):
+    card = card_of(card)
+    with tempfile.TemporaryDirectory() as folder:
+        lora.save(card, path := Path(folder) / "card.lora.arrow")
+        header = lora.inspect(path)
+    assert (header.name, header.rank, header.alpha, header.target_modules) == (
+        card.name,
+        card.rank,
+        card.alpha,
+        card.target_modules,
+    )
+    assert (header.metadata, header.extra, header.dtype) == (card.metadata, card.extra, card.dtype.name)
+    assert (header.num_params, header.nbytes) == (card.num_params, card.nbytes)
+    found = {name: (m.in_features, m.rank, m.out_features, m.scaling) for name, m in header.modules.items()}
+    assert found == {n: (p.in_features, p.rank, p.out_features, p.scaling) for n, p in card.weights.items()}
+
+
+def pickled(value, protocol=pickle.DEFAULT_PROTOCOL):
+    """A value after a journey as bytes."""
+    return pickle.loads(pickle.dumps(value, protocol))  # noqa: S301 - what was just written
+
+
+def copies(card):
+    """The card by every way that Python copies a value."""
+    yield from (pickled(card, protocol) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1))
+    yield copy.copy(card)
+    yield copy.deepcopy(card)
+    yield replace(card)
+
+
+@requirement("R1.15", "R1.7")
+@given(card=plain_cards())
+def test_a_copy_is_equal_hashes_equal_prints_equal_and_is_read_only(card):
+    card = card_of(card)
+    for other in copies(card):
+        assert other == card
+        assert hash(other) == hash(card)
+        assert repr(other) == repr(card)
+        for module, pair in other.weights.items():
+            assert same_bits(pair.A, card.weights[module].A)
+            assert same_bits(pair.B, card.weights[module].B)
+            assert not pair.A.flags.writeable
+            assert not pair.B.flags.writeable
+    assert repr(card.name) in repr(card)
+    assert {card: 1}[pickled(card)] == 1
+
+
+def one_change(draw, card):
+    """The card with one thing about it changed."""
+    changes = {
+        "name": lambda: draw(names.filter(lambda name: name != card.name)),
+        "alpha": lambda: card.alpha * 2 if card.alpha < 1e300 else card.alpha / 2,
+        "target_modules": lambda: (*card.target_modules, "another.target"),
+        "metadata": lambda: {**card.metadata, "another key": draw(json_values)},
+        "base_model": lambda: "another base",
+        "base_fingerprint": lambda: "0" * 64,
+        "extra": lambda: {**card.extra, "another key": "text"},
+    }
+    field = draw(st.sampled_from([*changes, *(["weights"] if card.weights else [])]))
+    if field != "weights":
+        return replace(card, **{field: changes[field]()})
+    module = draw(st.sampled_from(list(card.weights)))
+    pair, which = card.weights[module], draw(st.sampled_from(["A", "B", "scaling", "module"]))
+    others = {key: kept for key, kept in card.weights.items() if key != module}
+    if which == "module":
+        return replace(card, weights={**others, f"{module}.another": pair})
+    if which == "scaling":
+        changed = replace(pair, scaling=pair.scaling + 1 if abs(pair.scaling) < 1e6 else -pair.scaling)
+    else:
+        factor = getattr(pair, which).copy()
+        flat = factor.view(UNSIGNED[factor.itemsize]).reshape(-1)
+        flat[draw(st.integers(0, flat.size - 1))] ^= flat.dtype.type(1) << flat.dtype.type(
+            draw(st.integers(0, flat.itemsize * 8 - 1))
+        )
+        changed = replace(pair, **{which: factor})
+    return replace(card, weights={**others, module: changed})
+
+
+@requirement("R1.15")
+@given(card=plain_cards(), data=st.data())
+def test_a_card_with_one_field_or_one_bit_changed_is_another(card, data):
+    card = card_of(card)
+    other = one_change(data.draw, card)
+    assert other != card
+    assert len({card, other, pickled(card)}) == 2
+
+
+@requirement("R1.14", "R1.11")
+@given(one=plain_cards(), data=st.data())
+def test_cards_are_equal_exactly_when_their_files_are(one, data):
+    one = card_of(one)
+    other = data.draw(st.sampled_from([one, pickled(one), one_change(data.draw, one)]))
+    assert (saved(one) == saved(other)) == (one == other)
+
+
+payloads = st.integers(1, 2**7 - 1)
+"""Of a NaN: bfloat16 has seven bits for it, the others more."""
+
+
+@requirement("R1.15", "R1.7")
+@given(dtype=dtypes, rows=features, rank=ranks, payload=payloads, other=payloads)
+@example(np.dtype(np.float32), 1, 1, 1, 2)
+def test_nan_payloads_tell_cards_apart_and_zeros_differ_in_sign(dtype, rows, rank, payload, other):
+    unsigned = UNSIGNED[dtype.itemsize]
+    infinity = int(np.array(np.inf, dtype).view(unsigned))
+
+    def card(pattern):
+        a = np.full((rows, rank), pattern, unsigned).view(dtype)
+        return lora.LoRACard("docs", rank, 1.0, (), {"m": lora.LowRank(a, np.zeros((rank, 2), dtype))})
+
+    with np.errstate(invalid="ignore"):  # a signalling NaN is what is asked for
+        assert np.isnan(card(infinity + payload).weights["m"].A).all()
+    assert (card(infinity + payload) == card(infinity + other)) == (payload == other)
+    assert card(0) != card(1 << (dtype.itemsize * 8 - 1))
+
+
+@requirement("R1.6", "R1.15")
+@given(card=plain_cards(), data=st.data())
+def test_no_array_that_a_card_was_made_of_can_change_it(card, data):
+    assume(card.weights)
+    writable = {m: (np.array(p.A), np.array(p.B), p.scaling) for m, p in card.weights.items()}
+    seen_through = data.draw(st.booleans())
+
+    def given_as(array):
+        view = array.view()
+        view.flags.writeable = not seen_through  # a read-only view of an array that others can still write to
+        return view
+
+    weights = {m: lora.LowRank(given_as(a), given_as(b), s) for m, (a, b, s) in writable.items()}
+    made = lora.LoRACard(
+        card.name, card.rank, card.alpha, card.target_modules, weights, card.metadata, extra=card.extra
+    )
+    for a, b, _ in writable.values():
+        a.view(UNSIGNED[a.itemsize])[...] ^= 1
+        b.view(UNSIGNED[b.itemsize])[...] ^= 1
+    assert made == card_of(card)

@@ -1,0 +1,483 @@
+"""R2: what an adapted layer computes, to the last bit that its arithmetic allows."""
+
+import itertools
+from contextlib import nullcontext
+
+import hypothesis.extra.numpy as hnp
+import ml_dtypes
+import numpy as np
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from lora.card import LoRACard, LowRank
+from lora.layer import LoRALinear, SegmentedLinear, TrainableLinear, add_low_rank, add_low_rank_plain
+from lora.lowrank import apply as apply_pairs
+from lora.lowrank import concat, delta, initial
+from lora.rewrite import adapt, fold
+from lora.testing.binding import PlainCard, PlainPair, Term
+from lora.testing.plugin import requirement
+from lora.testing.reference import array_of, tensor_of
+from lora.testing.strategies import dtypes, features, integers, layers, numbers, ranks
+from lora.testing.tolerance import exact, gauge_bound, layer_bound, magnitude, oracle, roundoff
+
+DTYPES = {
+    np.dtype(np.float16): torch.float16,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+    np.dtype(ml_dtypes.bfloat16): torch.bfloat16,
+}
+WIDE = st.sampled_from([np.dtype(np.float32), np.dtype(np.float64)])
+NARROW = st.sampled_from([np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)])
+
+
+def largest(dtype):
+    return float(ml_dtypes.finfo(dtype).max)
+
+
+def assume_no_overflow(x, weight, bias, terms, bound):
+    assume((magnitude(x, weight, bias, terms) + bound < largest(x.dtype)).all())
+
+
+def check(out, x, weight, bias, terms):
+    """An output lies within the bound of the formula, and on it where whole numbers leave nothing to round."""
+    terms = list(terms)
+    bound = layer_bound(x, weight, bias, terms)
+    assume_no_overflow(x, weight, bias, terms, bound)
+    want = exact(x, weight, bias, terms)
+    assert out.shape == want.shape == (*x.shape[:-1], weight.shape[0])
+    assert (abs(out.astype(want.dtype) - want) <= bound).all()
+
+
+def exactly(x, weight, bias, terms):
+    """Where an output on whole numbers is exact: no partial sum needs more digits than the dtype has."""
+    return magnitude(x, weight, bias, terms) <= 1 / roundoff(x.dtype)
+
+
+def linear(weight, bias=None):
+    """An `nn.Linear` that holds these numbers."""
+    w = tensor_of(weight)
+    base = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, dtype=w.dtype)
+    with torch.no_grad():
+        base.weight.copy_(w)
+        if bias is not None:
+            base.bias.copy_(tensor_of(bias))
+    return base
+
+
+def pairs_of(terms):
+    return {name: (LowRank(t.A, t.B, t.scaling), t.weight) for name, t in terms.items()}
+
+
+def state_of(module):
+    """Every tensor's name, place, bits, flag and gradient."""
+    return [
+        (
+            name,
+            tensor.data_ptr(),
+            tensor.dtype,
+            tensor.detach().clone().view(torch.uint8).tolist(),
+            tensor.requires_grad,
+        )
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    ]
+
+
+# ---- through the binding
+
+
+@requirement("R2.2", "R2.6", "R9.5")
+@given(layer=layers())
+def test_the_output_equals_the_formula_within_the_bound_of_its_arithmetic(impl, layer):
+    x, weight, bias, terms = layer
+    check(impl.forward(x, weight, bias, terms), x, weight, bias, terms.values())
+
+
+@requirement("R2.2", "R2.6", "R9.5")
+@given(layer=layers(whole=True))
+def test_the_output_is_exact_on_small_whole_numbers(impl, layer):
+    x, weight, bias, terms = layer
+    out, want = impl.forward(x, weight, bias, terms), exact(x, weight, bias, terms.values())
+    where = exactly(x, weight, bias, terms.values())
+    assert np.array_equal(out[where], want[where])
+
+
+@requirement("R2.2")
+@given(data=st.data(), dtype=NARROW, ones=st.integers(2, 60))
+def test_sums_are_accumulated_in_float32_or_better(impl, data, dtype, ones):
+    """Ones between a large number and its negative vanish from a sum in a narrow type, whatever the order of the rest."""
+    large = 2 / roundoff(dtype)
+    row = data.draw(st.permutations([large, -large, *[1.0] * ones]))
+    x, weight = np.array([row, row], dtype), np.ones((3, ones + 2), dtype)
+    terms = {"a": Term(np.ones((ones + 2, 1), dtype), np.ones((1, 3), dtype), 1.0, 1.0)}
+    assert (impl.forward(x, weight, None, {}) == ones).all()
+    assert (impl.forward(x, np.zeros_like(weight), None, terms) == ones).all()
+
+
+@requirement("R2.2", "R9.5")
+@given(data=st.data(), dtype=dtypes, rank=ranks, alpha=st.floats(0.25, 64) | st.sampled_from([1.0, 16.0]))
+def test_a_card_without_scalings_scales_by_alpha_over_rank(impl, data, dtype, rank, alpha):
+    rows, columns = data.draw(features), data.draw(features)
+    a, b = data.draw(numbers(dtype, (rows, rank))), data.draw(numbers(dtype, (rank, columns)))
+    x, weight = data.draw(numbers(dtype, (2, rows))), data.draw(numbers(dtype, (columns, rows)))
+    card = PlainCard("docs", rank, alpha, ("m",), {"m": PlainPair(a, b)}, {}, {})
+    pair = impl.read_card(impl.write_card(card)).weights["m"]
+    out = impl.forward(x, weight, None, {"docs": Term(pair.A, pair.B, pair.scaling, 1.0)})
+    check(out, x, weight, None, [Term(a, b, alpha / rank, 1.0)])
+
+
+@requirement("R2.5")
+@given(data=st.data(), layer=layers(whole=True), lead=st.lists(st.integers(0, 3), max_size=4))
+def test_any_leading_dimensions_are_those_of_the_rows_laid_out(impl, data, layer, lead):
+    x, weight, bias, terms = layer
+    x = data.draw(integers(x.dtype, (*lead, weight.shape[1])))
+    out = impl.forward(x, weight, bias, terms)
+    assert out.shape == (*lead, weight.shape[0])
+    rows = x.reshape(-1, weight.shape[1])
+    flat, where = impl.forward(rows, weight, bias, terms), exactly(rows, weight, bias, terms.values())
+    assert np.array_equal(out.reshape(flat.shape)[where], flat[where])
+
+
+@requirement("R2.5", "R2.2")
+@given(data=st.data(), dtype=dtypes, lead=st.sampled_from([(), (1,), (3,), (2, 1, 2)]))
+def test_a_rank_as_large_as_the_layer_is_a_rank_like_any_other(impl, data, dtype, lead):
+    rows, columns = data.draw(features), data.draw(features)
+    rank = min(rows, columns)
+    x, weight = data.draw(numbers(dtype, (*lead, rows))), data.draw(numbers(dtype, (columns, rows)))
+    a, b = data.draw(numbers(dtype, (rows, rank))), data.draw(numbers(dtype, (rank, columns)))
+    terms = {"a": Term(a, b, 0.5, 1.0)}
+    check(impl.forward(x, weight, None, terms), x, weight, None, terms.values())
+
+
+@requirement("R2.6")
+@given(layer=layers(whole=True))
+def test_the_term_is_added_to_what_the_base_computes(impl, layer):
+    x, weight, bias, terms = layer
+    base = impl.forward(x, weight, bias, {})
+    term = impl.forward(x, np.zeros_like(weight), None, terms)
+    out, where = impl.forward(x, weight, bias, terms), exactly(x, weight, bias, terms.values())
+    assert np.array_equal(out[where], (base + term)[where])
+
+
+@st.composite
+def zero_terms(draw):
+    """Inputs and factors of any size, infinite and NaN ones among them, and a B of zeros."""
+    dtype, rows, columns, rank = draw(dtypes), draw(features), draw(features), draw(ranks)
+    big = largest(dtype)
+    wild = st.floats(-4, 4, width=16) | st.sampled_from([0.0, big, -big, big / 2, np.inf, -np.inf, np.nan])
+    tame = st.floats(-4, 4, width=16) | st.sampled_from([0.0, big, -big])
+    a = draw(hnp.arrays(np.float64, (rows, rank), elements=draw(st.sampled_from([wild, tame])))).astype(dtype)
+    x = np.stack(
+        [
+            draw(hnp.arrays(np.float64, (rows,), elements=draw(st.sampled_from([wild, tame, st.just(0.0)]))))
+            for _ in "12"
+        ]
+    )
+    return x.astype(dtype), draw(numbers(dtype, (columns, rows))), draw(st.none() | numbers(dtype, (columns,))), a
+
+
+@requirement("R2.9")
+@given(drawn=zero_terms(), scale=st.sampled_from([1.0, 0.5, -3.0]), twice=st.booleans())
+def test_with_b_zero_the_output_is_the_bases_wherever_x_a_is_finite(impl, drawn, scale, twice):
+    x, weight, bias, a = drawn
+    zero = Term(a, np.zeros((a.shape[1], weight.shape[0]), x.dtype), scale, 1.0)
+    with np.errstate(all="ignore"):
+        finite = (abs(x.astype(oracle(x.dtype))) @ abs(a.astype(oracle(x.dtype))) < largest(x.dtype)).all(-1)
+        out = impl.forward(x, weight, bias, {"a": zero, "b": zero} if twice else {"a": zero})
+        base = impl.forward(x, weight, bias, {})
+    assert np.array_equal(out[finite], base[finite], equal_nan=True)
+
+
+@st.composite
+def unimodular(draw, rank):
+    """A whole matrix of determinant ±1 with its inverse."""
+    m, inverse = np.eye(rank, dtype=np.int64), np.eye(rank, dtype=np.int64)
+    moves = st.tuples(st.integers(0, rank - 1), st.integers(0, rank - 1), st.sampled_from([-2, -1, 1, 2]))
+    for i, j, factor in draw(st.lists(moves, max_size=4)):
+        step, back = np.eye(rank, dtype=np.int64), np.eye(rank, dtype=np.int64)
+        step[i, j], back[i, j] = (-1, -1) if i == j else (factor, -factor)
+        m, inverse = m @ step, back @ inverse
+    return m, inverse
+
+
+@requirement("R2.11")
+@given(data=st.data(), dtype=WIDE, rank=ranks)
+def test_a_unimodular_change_of_gauge_changes_nothing_at_all(impl, data, dtype, rank):
+    rows, columns = data.draw(features), data.draw(features)
+    m, inverse = data.draw(unimodular(rank))
+    assert np.array_equal(m @ inverse, np.eye(rank))
+    a, b = data.draw(integers(dtype, (rows, rank))), data.draw(integers(dtype, (rank, columns)))
+    x, weight = data.draw(integers(dtype, (2, rows))), data.draw(integers(dtype, (columns, rows)))
+    turned = Term((a @ m).astype(dtype), (inverse @ b).astype(dtype), 2.0, 1.0)
+    assert exactly(x, weight, None, [turned]).all()
+    out = impl.forward(x, weight, None, {"a": turned})
+    assert np.array_equal(out, impl.forward(x, weight, None, {"a": Term(a, b, 2.0, 1.0)}))
+
+
+@requirement("R2.11")
+@given(data=st.data(), dtype=dtypes, rank=ranks, scale=st.sampled_from([0.5, 1.0, -2.0]))
+def test_any_change_of_gauge_changes_no_more_than_its_condition_allows(impl, data, dtype, rank, scale):
+    rows, columns = data.draw(features), data.draw(features)
+    m = data.draw(numbers(np.dtype(np.float64), (rank, rank))) + data.draw(st.sampled_from([0, 5])) * np.eye(rank)
+    assume(abs(np.linalg.det(m)) > 0.01)
+    a, b = data.draw(numbers(dtype, (rows, rank))), data.draw(numbers(dtype, (rank, columns)))
+    x, weight = data.draw(numbers(dtype, (3, rows))), data.draw(numbers(dtype, (columns, rows)))
+    with np.errstate(over="ignore"):
+        turned = (a.astype(np.float64) @ m).astype(dtype), np.linalg.solve(m, b.astype(np.float64)).astype(dtype)
+    assume(np.isfinite(turned[1]).all())
+    one, other = Term(a, b, scale, 1.0), Term(*turned, scale, 1.0)
+    bounds = [layer_bound(x, weight, None, [term]) for term in (one, other)]
+    for term, bound in zip((one, other), bounds, strict=True):
+        assume_no_overflow(x, weight, None, [term], bound)
+    out, turned_out = (impl.forward(x, weight, None, {"a": term}).astype(np.float64) for term in (one, other))
+    assert (abs(out - turned_out) <= sum(bounds) + gauge_bound(x, (a, b), m, turned, scale)).all()
+
+
+# ---- this library's own layers
+
+
+@requirement("R2.1")
+@given(layer=layers(), training=st.booleans())
+def test_a_wrapped_layer_keeps_the_bases_storage_and_names(layer, training):
+    _, weight, bias, terms = layer
+    base = linear(weight, bias).train(training)
+    before = state_of(base)
+    adapted = LoRALinear(base, pairs_of(terms))
+    assert list(adapted.state_dict()) == list(base.state_dict())
+    assert all(adapted.state_dict()[key].data_ptr() == tensor.data_ptr() for key, tensor in base.state_dict().items())
+    assert (adapted.in_features, adapted.out_features, adapted.training) == (*weight.shape[::-1], training)
+    assert not any(parameter.requires_grad for parameter in adapted.parameters())
+    assert state_of(base) == before
+
+
+@requirement("R2.3")
+@given(layer=layers(max_terms=1), data=st.data())
+def test_factors_given_at_construction_or_loaded_later_compute_the_same(layer, data):
+    x, weight, bias, _ = layer
+    rank, dtype = data.draw(ranks), data.draw(dtypes)
+    a, b = data.draw(numbers(dtype, (weight.shape[1], rank))), data.draw(numbers(dtype, (rank, weight.shape[0])))
+    pair, weighted = LowRank(a, b, data.draw(st.sampled_from([0.5, 2.0]))), data.draw(st.sampled_from([1.0, 0.25]))
+    given_at_once = LoRALinear(linear(weight, bias), {"default": (pair, weighted)})
+    loaded = LoRALinear(linear(weight, bias), {"default": (LowRank(2 * a, b, 1.0), 1.0)})
+    loaded.load_weights(pair, weight=weighted)
+    for factor in ("lora_A", "lora_B"):
+        assert torch.equal(getattr(loaded, factor), getattr(given_at_once, factor))
+    assert torch.equal(loaded(tensor_of(x)), given_at_once(tensor_of(x)))
+    loaded.remove("default")
+    assert torch.equal(loaded(tensor_of(x)), linear(weight, bias)(tensor_of(x)))
+
+
+@requirement("R2.7")
+@given(data=st.data(), flags=st.tuples(st.booleans(), st.booleans()), scale=st.sampled_from([1.0, 0.5, -2.0]))
+def test_gradients_are_the_formulas_and_reach_the_factors_only(data, flags, scale):
+    rows, columns, rank = data.draw(features), data.draw(features), data.draw(ranks)
+    f32 = np.dtype(np.float32)
+    weight, bias = data.draw(integers(f32, (columns, rows))), data.draw(integers(f32, (columns,)))
+    a, b = data.draw(integers(f32, (rows, rank))), data.draw(integers(f32, (rank, columns)))
+    x, g = data.draw(integers(f32, (3, rows))), data.draw(integers(f32, (3, columns)))
+    base = linear(weight, bias)
+    base.weight.requires_grad_(flags[0])
+    base.bias.requires_grad_(flags[1])
+    before = state_of(base)
+    layer = TrainableLinear(base, LowRank(a, b, scale))
+    layer(tensor_of(x)).backward(tensor_of(g))
+    assert np.array_equal(array_of(layer.lora_A.grad), scale * x.T @ (g @ b.T))
+    assert np.array_equal(array_of(layer.lora_B.grad), scale * (x @ a).T @ g)
+    assert [name for name, parameter in layer.named_parameters() if parameter.grad is not None] == ["lora_A", "lora_B"]
+    assert base.weight.grad is None
+    assert base.bias.grad is None
+    assert state_of(base) == before
+
+
+@requirement("R2.7")
+@given(layer=layers(), flag=st.booleans())
+def test_a_layer_for_inference_passes_gradients_on_and_keeps_none(layer, flag):
+    x, weight, bias, terms = layer
+    base = linear(weight, bias)
+    base.weight.requires_grad_(flag)
+    adapted, inputs = LoRALinear(base, pairs_of(terms)), tensor_of(x).requires_grad_()
+    adapted(inputs).sum().backward()
+    assert inputs.grad is not None
+    assert all(parameter.grad is None for parameter in (*base.parameters(), *adapted.parameters()))
+    assert base.weight.requires_grad is flag
+
+
+@requirement("R2.8")
+@given(layer=layers(max_terms=1), data=st.data(), dtype=dtypes)
+def test_for_inference_factors_take_the_layers_dtype(layer, data, dtype):
+    x, weight, bias, _ = layer
+    rank, scale = data.draw(ranks), data.draw(st.sampled_from([1 / 3, 2.0, -0.1]))
+    a, b = data.draw(numbers(dtype, (weight.shape[1], rank))), data.draw(numbers(dtype, (rank, weight.shape[0])))
+    adapted = LoRALinear(linear(weight, bias), {"docs": (LowRank(a, b, scale), 1.0)})
+    kind = DTYPES[x.dtype]
+    assert {adapted.lora_A.dtype, adapted.lora_B.dtype, adapted(tensor_of(x)).dtype} == {kind}
+    assert adapted.lora_A.device == adapted.weight.device
+
+
+@requirement("R2.8", "R2.2")
+@given(data=st.data(), dtype=dtypes, scale=st.sampled_from([1 / 3, -0.1, 1e-3]))
+def test_a_float64_layer_computes_in_float64_whatever_the_cards_dtype(data, dtype, scale):
+    f64, rank, rows, columns = np.dtype(np.float64), data.draw(ranks), data.draw(features), data.draw(features)
+    x, weight = data.draw(numbers(f64, (2, rows))), data.draw(numbers(f64, (columns, rows)))
+    a, b = data.draw(integers(dtype, (rows, rank))) + dtype.type(4), data.draw(integers(dtype, (rank, columns)))
+    adapted = LoRALinear(linear(weight), {"docs": (LowRank(a, b, scale), 1.0)})
+    check(array_of(adapted(tensor_of(x))), x, weight, None, [Term(a.astype(f64), b.astype(f64), scale, 1.0)])
+
+
+@requirement("R2.8")
+@given(data=st.data(), base_dtype=dtypes, card_dtype=dtypes, rank=ranks)
+def test_for_training_factors_are_float32_masters_whatever_the_base_and_under_autocast(
+    data, base_dtype, card_dtype, rank
+):
+    autocast = base_dtype != np.float64 and data.draw(st.booleans())  # torch's autocast leaves float64 alone
+    rows, columns = data.draw(features), data.draw(features)
+    weight = data.draw(numbers(base_dtype, (columns, rows)))
+    a, b = data.draw(numbers(card_dtype, (rows, rank))), data.draw(numbers(card_dtype, (rank, columns)))
+    layer = TrainableLinear(linear(weight), LowRank(a, b, 0.5))
+    assert np.array_equal(array_of(layer.lora_A), a.astype(np.float32))
+    x = torch.ones(2, rows, dtype=torch.float32 if autocast else DTYPES[base_dtype])
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        out = layer(x)
+    out.float().sum().backward()
+    assert out.dtype == (torch.bfloat16 if autocast else DTYPES[base_dtype])
+    assert {layer.lora_A.dtype, layer.lora_A.grad.dtype, layer.lora_B.grad.dtype} == {torch.float32}
+    assert layer.weight.dtype == DTYPES[base_dtype]
+    learned = layer.learned()
+    assert (learned.dtype, learned.scaling) == (np.float32, 0.5)
+
+
+@requirement("R2.10")
+@given(rows=st.integers(1, 4096), columns=features, rank=st.integers(1, 16), seed=st.integers(0, 2**63))
+def test_a_fresh_pair_is_zero_in_b_bounded_in_a_and_decided_by_its_seed(rows, columns, rank, seed):
+    pair = initial(rows, columns, rank, np.random.default_rng(seed))
+    assert (pair.A.shape, pair.B.shape, pair.dtype) == ((rows, rank), (rank, columns), np.float32)
+    assert not pair.B.any()
+    assert rows * float(abs(pair.A).max()) ** 2 <= 1
+    assert pair == initial(rows, columns, rank, np.random.default_rng(seed))
+    assert rows * rank < 8 or pair != initial(rows, columns, rank, np.random.default_rng(seed + 1))
+
+
+@requirement("R2.12")
+@given(layer=layers(), rounds=st.integers(1, 4))
+def test_folding_and_going_back_any_number_of_times_leaves_the_base_as_it_was(layer, rounds):
+    x, weight, bias, terms = layer
+    model = nn.Sequential(linear(weight, bias), nn.Identity(), linear(np.ones((2, len(weight)), x.dtype)))
+    cards = [
+        LoRACard(f"c{i}", t.A.shape[1], 1.0, ["0"], {"0": LowRank(t.A, t.B, t.scaling)})
+        for i, t in enumerate(terms.values())
+    ]
+    before, plain = state_of(model), model(tensor_of(x))
+    for _ in range(rounds):
+        folded = fold(adapt(model, cards))
+        assert folded(tensor_of(x)).shape == plain.shape
+        assert folded[2].weight.data_ptr() == model[2].weight.data_ptr()
+        narrow, touched = x.dtype.itemsize < 4, bool(cards)
+        assert type(folded[0]) is (LoRALinear if narrow and touched else nn.Linear)
+        assert (folded[0].weight.data_ptr() == model[0].weight.data_ptr()) is (narrow or not touched)
+        assert state_of(model) == before
+        assert torch.equal(model(tensor_of(x)), plain)
+
+
+@requirement("R2.12")
+@given(data=st.data(), dtype=WIDE, whole=st.booleans())
+def test_a_folded_weight_is_w_plus_delta_w(data, dtype, whole):
+    x, weight, bias, terms = data.draw(layers(whole=whole, dtype=dtype))
+    layer = LoRALinear(linear(weight, bias), pairs_of(terms))
+    folded = fold(nn.Sequential(layer))[0]
+    each = np.eye(weight.shape[1], dtype=dtype)
+    check(array_of(folded.weight).T, each, weight, None, terms.values())
+    if whole:
+        assert np.array_equal(array_of(folded.weight).T, exact(each, weight, None, terms.values()))
+        assert torch.equal(folded(tensor_of(x)), layer(tensor_of(x)))
+    assert not folded.weight.requires_grad
+    assert list(folded.state_dict()) == list(layer.state_dict())
+
+
+@requirement("R2.2", "R2.12")
+@given(layer=layers(max_terms=1, whole=True))
+def test_delta_is_what_the_pair_does_to_the_weight(layer):
+    x, weight, _, terms = layer
+    wide = x.astype(np.float64)
+    for term in terms.values():
+        pair = LowRank(term.A, term.B, term.scaling)
+        assert delta(pair).shape == weight.shape
+        assert np.array_equal(
+            wide @ delta(pair, dtype=np.float64).T, wide @ term.A.astype(float) @ term.B.astype(float) * term.scaling
+        )
+        assert np.array_equal(delta(pair), delta(pair, dtype=np.float64))
+
+
+@requirement("R2.2", "R2.5")
+@given(layer=layers(), mixed=dtypes)
+def test_the_algebra_of_pairs_agrees_with_the_layer(layer, mixed):
+    """`lora.lowrank.apply` is the low-rank part of the formula, for factors of another dtype than x as well."""
+    x, weight, _, terms = layer
+    assume(terms)
+    pairs = [
+        (LowRank(t.A.astype(np.float32).astype(mixed), t.B.astype(np.float32).astype(mixed), t.scaling), t.weight)
+        for t in terms.values()
+    ]
+    work = np.dtype(np.float64 if np.float64 in (x.dtype, mixed) else np.float32)
+    rounded = [Term(p.A.astype(work), p.B.astype(work), p.scaling, w) for p, w in pairs]
+    out = apply_pairs(x, pairs)
+    assert out.dtype == work
+    check(out, x.astype(work), np.zeros_like(weight, dtype=work), None, rounded)
+
+
+@requirement("R2.2", "R2.6")
+@given(layer=layers(max_terms=1))
+def test_the_fused_order_equals_the_plain_one(layer):
+    x, weight, bias, terms = layer
+    for term in terms.values():
+        a, b = tensor_of(term.A), tensor_of(term.B)
+        out = linear(weight, bias)(tensor_of(x)).detach()
+        whole = [Term(term.A, term.B, 1.0, 1.0)]
+        for add in (add_low_rank, add_low_rank_plain):
+            check(array_of(add(out, tensor_of(x), a, b)), x, weight, bias, whole)
+
+
+@requirement("R5.8", "R2.2")
+@given(data=st.data(), layer=layers(max_terms=0), whole=st.booleans())
+def test_a_row_of_a_segmented_layer_gets_what_it_would_get_alone(data, layer, whole):
+    x, weight, bias, _ = layer
+    elements = integers if whole else numbers
+    if whole:
+        weight, bias = data.draw(integers(x.dtype, weight.shape)), None
+    rows = data.draw(st.integers(1, 4))
+    x = data.draw(elements(x.dtype, (rows, 2, weight.shape[1])))
+    sets = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        names = data.draw(st.lists(st.sampled_from("abc"), unique=True, max_size=2))
+        shapes = [(weight.shape[1], 2), (2, weight.shape[0])]
+        sets.append({n: Term(*(data.draw(elements(x.dtype, shape)) for shape in shapes), 2.0, 1.0) for n in names})
+    cuts = [0, *sorted(data.draw(st.sets(st.integers(1, rows), max_size=2))), rows]
+    segments = [
+        (start, stop, data.draw(st.integers(0, len(sets) - 1)))
+        for start, stop in itertools.pairwise(cuts)
+        if start < stop and data.draw(st.booleans())
+    ]
+    base = linear(weight, bias)
+    out = array_of(SegmentedLinear(base, [pairs_of(terms) for terms in sets])(tensor_of(x), tuple(segments)))
+    plain = array_of(base(tensor_of(x)))
+    for row in range(rows):
+        index = next((i for start, stop, i in segments if start <= row < stop), None)
+        terms = {} if index is None else sets[index]
+        if not terms:
+            assert np.array_equal(out[row], plain[row])
+        check(out[row], x[row], weight, bias, terms.values())
+        alone = array_of(LoRALinear(base, pairs_of(terms))(tensor_of(x[row])))
+        where = exactly(x[row], weight, bias, terms.values()) & whole
+        assert np.array_equal(out[row][where], alone[where])
+
+
+@requirement("R2.2", "R8.2")
+@given(layer=layers(whole=True))
+def test_a_stacked_pair_does_what_the_sum_of_its_parts_does(layer):
+    x, _, _, terms = layer
+    assume(terms)
+    stacked = concat(pairs_of(terms).values())
+    assert stacked.rank == max(1, sum(t.A.shape[1] for t in terms.values() if t.weight != 0))
+    wide = x.astype(np.float64)
+    parts = sum(wide @ delta(LowRank(t.A, t.B, t.scaling), dtype=np.float64).T * t.weight for t in terms.values())
+    assert np.array_equal(wide @ delta(stacked, dtype=np.float64).T, parts)

@@ -1,0 +1,870 @@
+"""R7: what is wrong is refused by an error that says where, what was expected and what was found; nothing is changed."""
+
+import io
+import logging
+import os
+import pickle
+import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lora
+from lora import lowrank
+from lora.errors import CardFileError, ConflictError, LoRAError, ShapeError, TargetError
+from lora.inference.encoder import EncoderConfig
+from lora.testing.binding import PlainCard, PlainPair
+from lora.testing.plugin import requirement
+from lora.testing.reference import card_of
+from lora.testing.strategies import features, json_values, names, plain_cards, ranks
+
+shapes = st.tuples(features, features)
+
+
+def plain_pair(shape, rank=1):
+    return PlainPair(np.ones((shape[0], rank)), np.ones((rank, shape[1])), 1.0)
+
+
+# Any implementation.
+
+
+@requirement("R7.2")
+@given(
+    sizes=st.dictionaries(st.integers(0, 20), st.tuples(shapes, shapes, st.booleans()), min_size=1, max_size=4),
+    rank=ranks,
+)
+def test_a_card_binds_exactly_when_every_pair_fits_its_module(impl, sizes, rank):
+    modules = {f"layer.{index}.query": site for index, (site, _, _) in sizes.items()}
+    pairs = {f"layer.{i}.query": plain_pair(site if fits else shape, rank) for i, (site, shape, fits) in sizes.items()}
+    card = PlainCard("docs", rank, 1.0, ("query",), pairs, {}, {})
+    if all((pair.A.shape[0], pair.B.shape[1]) == modules[name] for name, pair in pairs.items()):
+        assert impl.bind(card, modules) == {name: name for name in modules}
+    else:
+        with pytest.raises(Exception, match=r"."):
+            impl.bind(card, modules)
+
+
+@requirement("R7.2")
+@given(shape=shapes, rank=ranks, other=ranks)
+def test_factors_that_disagree_in_rank_are_refused(impl, shape, rank, other):
+    pair = PlainPair(np.ones((shape[0], rank)), np.ones((other, shape[1])), 1.0)
+    card = PlainCard("docs", rank, 1.0, ("query",), {"query": pair}, {}, {})
+    if rank == other:
+        assert impl.bind(card, {"query": shape}) == {"query": "query"}
+    else:
+        with pytest.raises(Exception, match=r"."):
+            impl.bind(card, {"query": shape})
+
+
+bad_ranks = st.one_of(
+    st.integers(max_value=0),
+    st.floats().filter(lambda x: not x.is_integer()),
+    st.sampled_from([None, "2", "x", [], "", float("nan")]),
+)
+bad_alphas = st.one_of(
+    st.floats(max_value=0.0),
+    st.integers(max_value=0),
+    st.sampled_from([None, float("nan"), float("inf"), -0.0, "x", [], "", 10**400]),
+)
+
+
+@requirement("R7.6")
+@given(card=plain_cards(max_modules=0), rank=bad_ranks, alpha=bad_alphas)
+def test_a_bad_rank_or_alpha_makes_no_card(impl, card, rank, alpha):
+    for wrong in (card._replace(rank=rank), card._replace(alpha=alpha), card._replace(rank=rank, alpha=alpha)):
+        with pytest.raises(Exception, match=r"."):
+            impl.write_card(wrong)
+
+
+def with_fields(data, **fields):
+    """A card's file with other fields."""
+    batch = pa.ipc.open_file(pa.py_buffer(data)).get_batch(0)
+    changed = {f"lora.{key}".encode(): str(value).encode() for key, value in fields.items()}
+    batch = batch.replace_schema_metadata({**batch.schema.metadata, **changed})
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+@requirement("R7.6")
+@given(
+    card=plain_cards(),
+    rank=st.integers(max_value=0) | st.floats().filter(lambda x: not x.is_integer()) | st.sampled_from(["", "x", "²"]),
+    alpha=st.floats(max_value=0.0) | st.sampled_from(["", "x", "nan", "inf", "-inf", "NaN", "Infinity", "1e999"]),
+)
+def test_a_file_with_a_bad_rank_or_alpha_is_refused(impl, card, rank, alpha):
+    data = impl.write_card(card)
+    assert impl.read_card(with_fields(data, rank=card.rank, alpha=repr(card.alpha)))[:4] == card[:4]
+    for wrong in ({"rank": rank}, {"alpha": alpha}):
+        with pytest.raises(Exception, match=r"."):
+            impl.read_card(with_fields(data, **wrong))
+
+
+# This implementation.
+
+
+def base_model(shape=(4, 4), count=2):
+    return nn.Sequential(*(nn.Linear(*shape) for _ in range(count))).requires_grad_(requires_grad=False)
+
+
+def card_for(pairs, name="docs", targets=None, alpha=2.0, **fields):
+    weights = {module: lora.LowRank(*pair) for module, pair in pairs.items()}
+    rank = max((pair.rank for pair in weights.values()), default=1)
+    return lora.LoRACard(name, rank, alpha, tuple(weights) if targets is None else targets, weights, **fields)
+
+
+def docs(**fields):
+    """A small card with some fields as given."""
+    pair = lora.LowRank(np.ones((4, 2), np.float32), np.ones((2, 4), np.float32))
+    good = {"name": "docs", "rank": 2, "alpha": 4.0, "target_modules": ("0",), "weights": {"0": pair}}
+    return lora.LoRACard(**{**good, **fields})
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.records = []
+
+    def emit(self, record):
+        self.records.append(record)
+
+    def texts(self, level=logging.NOTSET):
+        return [record.getMessage() for record in self.records if record.levelno >= level]
+
+
+@contextmanager
+def logged():
+    """What the manager logs meanwhile."""
+    log, lines = logging.getLogger("lora.inference.manager"), Lines()
+    level = log.level
+    log.addHandler(lines)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(lines)
+        log.setLevel(level)
+
+
+@requirement("R7.7", "R7.2")
+@given(site=shapes, shape=shapes, rank=ranks)
+def test_a_pair_that_does_not_fit_is_refused_by_name_and_nothing_is_changed(site, shape, rank):
+    model = base_model(site)
+    good, wrong = card_for({"0": plain_pair(site)}, "good"), card_for({"1": plain_pair(shape, rank)}, "wrong")
+    manager = lora.LoRAManager(model)
+    manager.apply_card(good)
+    before = manager.state
+    if site == shape:
+        assert type(lora.adapt(model, wrong)[1]).__name__ == "LoRALinear"
+        assert manager.apply_card(wrong).bound == {"1": "1"}
+        return
+    for refused in (lambda: lora.adapt(model, wrong), lambda: manager.apply_card(wrong)):
+        with pytest.raises(ShapeError, match=r"module '1'") as caught:
+            refused()
+        assert f"{site[0]} -> {site[1]}" in caught.value.expected
+        assert f"{shape[0]} -> {shape[1]}" in caught.value.found
+    assert manager.state is before
+
+
+@requirement("R7.3")
+@given(
+    there=st.sets(st.sampled_from("012"), min_size=1), gone=st.sets(st.sampled_from(["9", "query", "x.0"]), min_size=1)
+)
+def test_targets_not_found_are_a_warning_and_the_rest_is_injected_unless_strict(there, gone):
+    model = base_model(count=3)
+    card = card_for({name: plain_pair((4, 4)) for name in sorted(there)}, targets=(*sorted(gone), *sorted(there)))
+    strict, lenient = lora.LoRAManager(model), lora.LoRAManager(model)
+    with pytest.raises(TargetError) as caught:
+        strict.apply_card(card, strict=True)
+    assert all(name in str(caught.value) for name in gone)
+    assert strict.model is model
+    with logged() as lines:
+        injection = lenient.apply_card(card)
+    assert set(injection.bound) == set(lenient.injected) == there
+    assert set(injection.targets_not_found) == gone
+    (warning,) = lines.texts(logging.WARNING)
+    assert all(name in warning for name in gone)
+
+
+@requirement("R7.4")
+@given(
+    weight=st.sampled_from([1.0, 0.5, -2.0, 0.0]), other=st.sampled_from([1.0, 0.25]), alpha=st.sampled_from([1.0, 2.0])
+)
+def test_applying_what_is_active_is_skipped_and_another_under_its_name_is_refused(weight, other, alpha):
+    manager = lora.LoRAManager(base_model())
+    first, second = card_for({"0": plain_pair((4, 4))}), card_for({"0": plain_pair((4, 4))}, alpha=alpha)
+    report = manager.apply_card(first, weight=weight)
+    before = manager.state
+    with logged() as lines:
+        if first == second and weight == other:
+            assert manager.apply_card(second, weight=other) == report
+            assert any("active already" in text for text in lines.texts())
+        else:
+            hint = "replace_card" if first != second else "set_weight"
+            with pytest.raises(ConflictError, match=hint):
+                manager.apply_card(second, weight=other)
+    assert manager.state is before
+
+
+@requirement("R7.5")
+@given(active=st.lists(names, max_size=3, unique=True), unknown=names)
+def test_removing_an_unknown_card_is_silent(active, unknown):
+    assume(unknown not in active)
+    manager = lora.LoRAManager(base_model())
+    for name in active:
+        manager.apply_card(card_for({"0": plain_pair((4, 4))}, name))
+    before = manager.state
+    with logged() as lines:
+        assert manager.remove_card(unknown) is None
+    assert manager.state is before
+    assert lines.records == []
+
+
+# Every named strategy of bad input: what is bad about it, the built-in exception that a caller would guess, how it is
+# drawn, and what is done with it.
+
+
+def _nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+huge = st.builds(lambda: 10**5000)  # an integer that has no repr
+nothing = st.none()
+no_text = nothing | st.integers() | st.binary() | st.lists(st.integers(), min_size=1) | huge
+unprintable = st.text(st.characters(categories=("Cc", "Cf", "Cs", "Zl")), min_size=1)
+no_number = st.sampled_from([None, "1", "x", b"1", True, [], 1j, float("nan"), float("inf"), -float("inf")]) | huge
+no_path = nothing | st.integers() | st.binary() | st.floats() | huge
+no_collection = nothing | st.integers() | st.floats() | huge
+no_card = nothing | st.integers() | st.text() | st.just(nn.Linear(1, 1)) | huge
+no_module = nothing | st.integers() | st.text() | st.builds(docs) | huge
+no_texts = nothing | st.text() | st.integers() | st.lists(no_text, min_size=1) | huge
+no_array = nothing | st.floats() | st.lists(st.floats()) | huge
+bad_shape = st.sampled_from([(), (3,), (2, 3, 4), (0, 2), (2, 0), (0, 0)])
+bad_dtype = st.sampled_from(["int8", "int64", "bool", "complex64", "O", "S3", "U2", "M8[s]", "f4,f4", ">i2"])
+garbage = st.binary(max_size=200) | st.binary(max_size=80).map(lambda data: b"ARROW1\0\0" + data + b"ARROW1")
+digests = (
+    st.sampled_from(["", "0" * 63, "0" * 65, "G" * 64, "A" * 64]) | st.integers() | st.binary(min_size=64, max_size=64)
+)
+deep = st.integers(66, 5000).map(_nested)
+no_json = st.one_of(
+    st.dictionaries(
+        st.text(), st.sampled_from([float("nan"), float("inf"), b"", {1}, 1j, object()]) | huge, min_size=1
+    ),
+    st.dictionaries(st.integers() | st.booleans() | nothing, json_values, min_size=1),
+    st.builds(lambda key, value: {"nested": [{key: value}]}, st.integers(), json_values),
+    deep,
+    st.just({"a": "\ud800"}),
+    no_collection,
+    st.text(),
+    st.lists(json_values),
+)
+
+
+def _cyclic():
+    value = {}
+    value["itself"] = value
+    return value
+
+
+def in_folder(call):
+    """The call with a path in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        call(Path(folder) / "card.lora.arrow")
+
+
+def reading(read, data):
+    """A file of these bytes, read."""
+
+    def call(path):
+        path.write_bytes(data)
+        read(path)
+
+    in_folder(call)
+
+
+def piped(read):
+    """A pipe, read."""
+
+    def call(path):
+        os.mkfifo(path)
+        read(path)
+
+    in_folder(call)
+
+
+def verified(other):
+    """A card's file, asked for by another digest."""
+
+    def call(path):
+        digest = lora.save(docs(), path)
+        lora.load(path, verify=other if other != digest else "0" * 64)
+
+    in_folder(call)
+
+
+def one_card():
+    return lora.AdapterSet(docs())
+
+
+def embedding(texts):
+    return np.array([[len(text), 1.0] for text in texts])
+
+
+def router(embed=embedding):
+    made = lora.LoRARouter(embed)
+    made.register_virtual_candidate("here", "an example")
+    return made
+
+
+class Counting(nn.Module):
+    """An encoder of texts that takes no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(2, 2).requires_grad_(requires_grad=False)
+
+    def encode(self, texts):
+        return self.out(torch.tensor([[len(text), 1.0] for text in texts]).reshape(-1, 2))
+
+
+def engine():
+    return lora.ArrowEngine(Counting())
+
+
+def managed():
+    manager = lora.LoRAManager(base_model())
+    manager.apply_card(docs())
+    return manager
+
+
+def a_table(**columns):
+    """A card's table with other columns."""
+    table = lora.card_to_table(docs())
+    for name, column in columns.items():
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
+
+
+ones = np.ones((4, 2), np.float32)
+
+BAD_INPUT = {
+    # a card, field by field
+    "a card name that is no text": (ValueError, no_text, lambda bad: docs(name=bad)),
+    "a card name that is empty or not printable": (ValueError, unprintable | st.just(""), lambda bad: docs(name=bad)),
+    "a rank that is no integer >= 1": (ValueError, bad_ranks | huge | st.booleans(), lambda bad: docs(rank=bad)),
+    "a rank that no shape can have": (ValueError, st.integers(2**31), lambda bad: docs(rank=bad, weights={})),
+    "a rank that is not the largest": (ValueError, st.integers(3, 2**31 - 1) | st.just(1), lambda bad: docs(rank=bad)),
+    "an alpha that is no number > 0": (ValueError, bad_alphas | no_number, lambda bad: docs(alpha=bad)),
+    "targets that are no names": (
+        ValueError,
+        no_collection | st.binary(min_size=1),
+        lambda bad: docs(target_modules=bad),
+    ),
+    "targets of another kind": (
+        ValueError,
+        st.lists(no_text | unprintable, min_size=1),
+        lambda bad: docs(target_modules=bad),
+    ),
+    "a target twice": (ValueError, names, lambda bad: docs(target_modules=[bad, bad])),
+    "weights that are no mapping": (
+        ValueError,
+        no_collection | st.text() | st.lists(names),
+        lambda bad: docs(weights=bad),
+    ),
+    "weights by another key": (
+        ValueError,
+        st.integers() | nothing | unprintable,
+        lambda bad: docs(weights={bad: None}),
+    ),
+    "weights that are no pairs": (ValueError, no_card, lambda bad: docs(weights={"0": bad})),
+    "weights of two dtypes": (
+        ValueError,
+        st.permutations(["float16", "float32", "float64"]),
+        lambda bad: card_for({kind: (np.ones((2, 1), kind), np.ones((1, 2), kind)) for kind in bad}),
+    ),
+    "ranks that differ without a scaling": (
+        ValueError,
+        st.tuples(ranks, ranks).filter(lambda pair: pair[0] != pair[1]),
+        lambda bad: card_for({str(rank): (np.ones((2, rank)), np.ones((rank, 2))) for rank in bad}),
+    ),
+    "metadata that is no JSON object": (ValueError, no_json, lambda bad: docs(metadata=bad)),
+    "metadata that holds itself": (ValueError, st.builds(_cyclic), lambda bad: docs(metadata=bad)),
+    "JSON that is no object": (ValueError, no_json, lora.FrozenJSON),
+    "extra that is no mapping": (ValueError, no_collection | st.lists(names), lambda bad: docs(extra=bad)),
+    "extra that is no text": (ValueError, no_text, lambda bad: docs(extra={"x": bad})),
+    "extra by another key": (ValueError, st.integers() | nothing, lambda bad: docs(extra={bad: "x"})),
+    "extra that is a field of the card": (
+        ValueError,
+        st.sampled_from(["lora.name", "lora.rank", "lora.format", "lora.metadata"]),
+        lambda bad: docs(extra={bad: "x"}),
+    ),
+    "a base model that is no text": (ValueError, no_text.filter(bool) | unprintable, lambda bad: docs(base_model=bad)),
+    "a base fingerprint that is none": (ValueError, digests, lambda bad: docs(base_fingerprint=bad)),
+    # a pair of factors
+    "a factor A that is no array": (ValueError, no_array, lambda bad: lora.LowRank(bad, ones.T)),
+    "a factor B that is no array": (ValueError, no_array, lambda bad: lora.LowRank(ones, bad)),
+    "a factor of another shape": (ValueError, bad_shape, lambda bad: lora.LowRank(np.ones(bad), ones.T)),
+    "a factor of another dtype": (ValueError, bad_dtype, lambda bad: lora.LowRank(np.zeros((4, 2), bad), ones.T)),
+    "factors of two dtypes": (ValueError, st.just("float64"), lambda bad: lora.LowRank(ones, ones.T.astype(bad))),
+    "factors of two ranks": (
+        ValueError,
+        st.integers(3, 9),
+        lambda bad: lora.LowRank(ones, np.ones((bad, 4), np.float32)),
+    ),
+    "a scaling that is no number": (
+        ValueError,
+        no_number.filter(lambda bad: bad is not None),
+        lambda bad: lora.LowRank(ones, ones.T, bad),
+    ),
+    "an input of another width": (
+        ValueError,
+        st.integers(0, 9).filter(lambda width: width != 4),
+        lambda bad: lowrank.apply(np.ones((2, bad)), [(docs().weights["0"], 1.0)]),
+    ),
+    "no pairs to add up": (ValueError, st.just([]), lowrank.concat),
+    "pairs of two shapes to add up": (
+        ValueError,
+        shapes.filter(lambda shape: shape != (4, 4)),
+        lambda bad: lowrank.concat([(docs().weights["0"], 1.0), (lora.LowRank(*plain_pair(bad)), 1.0)]),
+    ),
+    # a set of cards
+    "a set of what are no cards": (ValueError, no_collection | st.lists(st.integers(), min_size=1), lora.AdapterSet),
+    "a set of text": (ValueError, st.text(min_size=1), lora.AdapterSet),
+    "a set under another name": (
+        ValueError,
+        names.filter("docs".__ne__) | nothing,
+        lambda bad: lora.AdapterSet({bad: docs()}),
+    ),
+    "a set with a weight that is none": (ValueError, no_number, lambda bad: lora.AdapterSet({"docs": (docs(), bad)})),
+    "a set of triples": (ValueError, st.integers(), lambda bad: lora.AdapterSet({"docs": (docs(), 1.0, bad)})),
+    "a set of two cards of one name": (
+        ValueError,
+        st.just(8.0),
+        lambda bad: lora.AdapterSet([docs(), docs(alpha=bad)]),
+    ),
+    "a union of two weights": (ValueError, st.floats(2, 3), lambda bad: one_card() | {"docs": (docs(), bad)}),
+    "a union of two cards of one name": (ValueError, st.just(8.0), lambda bad: one_card() | docs(alpha=bad)),
+    "a factor of a set that is no number": (ValueError, no_number, lambda bad: one_card() * bad),
+    "a place between sets that is no number": (
+        ValueError,
+        no_number,
+        lambda bad: lora.interpolate(one_card(), one_card(), bad),
+    ),
+    # tables and files
+    "a table of what is no card": (ValueError, no_card, lora.card_to_table),
+    "a card of what is no table": (ValueError, no_card, lora.table_to_card),
+    "a card of a table of something else": (
+        ValueError,
+        st.dictionaries(names, st.lists(st.integers(0, 9), min_size=2, max_size=2)),
+        lambda bad: lora.table_to_card(pa.table(bad)),
+    ),
+    "a card of a table with another scaling": (
+        ValueError,
+        st.sampled_from([[float("nan")], [float("inf")], [None], ["x"], [1]]),
+        lambda bad: lora.table_to_card(a_table(scaling=pa.array(bad))),
+    ),
+    "what is no card, to be saved": (ValueError, no_card, lambda bad: in_folder(lambda path: lora.save(bad, path))),
+    "a path that is none, to save at": (ValueError, no_path, lambda bad: lora.save(docs(), bad)),
+    "a path that is none, to load": (ValueError, no_path, lora.load),
+    "a path that is none, to inspect": (ValueError, no_path, lora.inspect),
+    "a path that is none, to digest": (ValueError, no_path, lora.digest),
+    "a folder that is not there, to save in": (
+        FileNotFoundError,
+        st.just("nowhere"),
+        lambda bad: in_folder(lambda path: lora.save(docs(), path.parent / bad / path.name)),
+    ),
+    "a folder, to save at": (OSError, st.just(docs()), lambda bad: in_folder(lambda path: lora.save(bad, path.parent))),
+    "a file taken for a folder, to save in": (
+        OSError,
+        st.just("x"),
+        lambda bad: in_folder(lambda path: (path.write_bytes(b""), lora.save(docs(), path / bad))),
+    ),
+    "a file that is not there, to load": (FileNotFoundError, st.just(lora.load), in_folder),
+    "a file that is not there, to inspect": (FileNotFoundError, st.just(lora.inspect), in_folder),
+    "a file that is not there, to digest": (FileNotFoundError, st.just(lora.digest), in_folder),
+    "a path that can be none": (OSError, st.sampled_from(["a\0b", "x" * 5000, "", "/", "."]), lora.load),
+    "a folder, to read": (
+        OSError,
+        st.sampled_from([lora.load, lora.inspect, lora.digest]),
+        lambda bad: in_folder(lambda path: bad(path.parent)),
+    ),
+    "a pipe, to read": (OSError, st.sampled_from([lora.load, lora.inspect, lora.digest]), piped),
+    "a device, to read": (
+        OSError,
+        st.sampled_from([lora.load, lora.inspect, lora.digest]),
+        lambda bad: bad("/dev/zero"),
+    ),
+    "garbage, to load": (ValueError, garbage, lambda bad: reading(lora.load, bad)),
+    "garbage, to inspect": (ValueError, garbage, lambda bad: reading(lora.inspect, bad)),
+    "a digest that is none": (ValueError, digests, lambda bad: lora.load("card.lora.arrow", verify=bad)),
+    "another digest": (ValueError, st.binary(min_size=32, max_size=32).map(bytes.hex), verified),
+    # models
+    "what is no model, to adapt": (TypeError, no_module, lambda bad: lora.adapt(bad, docs())),
+    "what is no model, to fold": (TypeError, no_module, lora.fold),
+    "what is no model, to watch": (TypeError, no_module, lora.uncalled),
+    "what is no model, to fingerprint": (TypeError, no_module, lambda bad: lora.fingerprint(bad, docs())),
+    "what is no card, to fingerprint for": (ValueError, no_card, lambda bad: lora.fingerprint(base_model(), bad)),
+    "what are no cards, to adapt with": (ValueError, no_collection, lambda bad: lora.adapt(base_model(), bad)),
+    "a card for another shape": (
+        ValueError,
+        shapes.filter(lambda shape: shape != (4, 4)),
+        lambda bad: lora.adapt(base_model(bad), docs()),
+    ),
+    "a card for other modules, strictly": (
+        LookupError,
+        st.sampled_from(["9", "query", "x.0"]),
+        lambda bad: lora.adapt(base_model(), docs(target_modules=("0", bad)), strict=True),
+    ),
+    "a card that fits two modules": (
+        LookupError,
+        st.sampled_from(["0", "1"]),
+        lambda bad: lora.adapt(
+            nn.Sequential(base_model(), base_model()), docs(target_modules=(bad,), weights={bad: docs().weights["0"]})
+        ),
+    ),
+    "a card for another base": (
+        ValueError,
+        st.binary(min_size=32, max_size=32).map(bytes.hex),
+        lambda bad: lora.adapt(base_model(), docs(base_fingerprint=bad)),
+    ),
+    "another card under a name that the model has": (
+        ValueError,
+        st.floats(5, 9),
+        lambda bad: lora.adapt(lora.adapt(base_model(), docs()), docs(alpha=bad)),
+    ),
+    "a model with a forward of its own": (TypeError, st.just(None), lambda bad: lora.adapt(_patched(bad), docs())),
+    "a base that is no Linear": (
+        TypeError,
+        no_module | st.just(nn.Conv1d(1, 1, 1)) | st.just(nn.Bilinear(1, 1, 1)),
+        lora.LoRALinear,
+    ),
+    "terms that are none": (
+        ValueError,
+        no_card
+        | st.just(docs().weights["0"])
+        | no_number.map(lambda bad: (docs().weights["0"], bad if bad is not True else "x")),
+        lambda bad: lora.LoRALinear(nn.Linear(4, 4), {"docs": bad}),
+    ),
+    "terms of another shape": (
+        ValueError,
+        shapes.filter(lambda shape: shape != (4, 4)),
+        lambda bad: lora.LoRALinear(nn.Linear(*bad), {"docs": (docs().weights["0"], 1.0)}),
+    ),
+    # a manager
+    "what is no model, to manage": (TypeError, no_module, lora.LoRAManager),
+    "a card file that is not there, to load": (
+        FileNotFoundError,
+        st.just(lambda path: managed().load_card(path)),
+        in_folder,
+    ),
+    "what is no card, to apply": (ValueError, no_card, lambda bad: managed().apply_card(bad)),
+    "what is no card, to add": (ValueError, no_card, lambda bad: managed().add_card(bad)),
+    "what is no card, to put in place": (ValueError, no_card, lambda bad: managed().replace_card(bad)),
+    "what are no cards, to prepare": (ValueError, no_collection, lambda bad: managed().prepare(bad)),
+    "a weight that is no number, to apply with": (
+        ValueError,
+        no_number,
+        lambda bad: managed().apply_card(docs(name="law"), weight=bad),
+    ),
+    "a weight that is no number, to set": (ValueError, no_number, lambda bad: managed().set_weight("docs", bad)),
+    "a card that is not active, to put in place": (
+        KeyError,
+        names.filter("docs".__ne__),
+        lambda bad: managed().replace_card(docs(name=bad)),
+    ),
+    "a card that is not active, to weigh": (
+        KeyError,
+        names.filter("docs".__ne__),
+        lambda bad: managed().set_weight(bad, 1.0),
+    ),
+    "another card of an active name": (ValueError, st.floats(5, 9), lambda bad: managed().apply_card(docs(alpha=bad))),
+    "nothing prepared, to swap": (RuntimeError, st.builds(managed), lambda bad: bad.swap()),
+    "nothing earlier, to roll back to": (RuntimeError, st.builds(managed), lambda bad: bad.rollback()),
+    # a router
+    "what embeds nothing": (ValueError, no_card.filter(lambda bad: not callable(bad)), lora.LoRARouter),
+    "what is no card, to register": (ValueError, no_card, lambda bad: router().register_card(bad, "text")),
+    "a card without a description": (ValueError, st.builds(docs), lambda bad: router().register_card(bad)),
+    "a description that is none": (
+        ValueError,
+        no_collection,
+        lambda bad: router().register_virtual_candidate("docs", bad),
+    ),
+    "no description": (ValueError, st.just([]), lambda bad: router().register_virtual_candidate("docs", bad)),
+    "descriptions of another kind": (
+        ValueError,
+        st.lists(no_text, min_size=1),
+        lambda bad: router().register_virtual_candidate("docs", bad),
+    ),
+    "a candidate name that is none": (
+        ValueError,
+        no_text | st.just(""),
+        lambda bad: router().register_virtual_candidate(bad, "text"),
+    ),
+    "tags that are none": (
+        ValueError,
+        no_collection | st.text(min_size=1) | st.lists(no_text, min_size=1),
+        lambda bad: router().register_virtual_candidate("docs", "text", tags=bad),
+    ),
+    "embeddings that are not finite": (
+        ValueError,
+        st.sampled_from([float("nan"), float("inf")]),
+        lambda bad: router(lambda texts: np.full((len(texts), 2), bad)),
+    ),
+    "embeddings of another shape": (
+        ValueError,
+        st.sampled_from([(), (3,), (7, 2), (1, 2, 3), (0, 2)]),
+        lambda bad: router(lambda _texts: np.ones(bad)),
+    ),
+    "a query that is no text": (ValueError, no_text, lambda bad: router().select(bad)),
+    "queries that are no texts": (ValueError, no_texts, lambda bad: router().select_many(bad)),
+    "a top_k that is no integer >= 1": (
+        ValueError,
+        bad_ranks | st.booleans() | huge.map(lambda x: -x),
+        lambda bad: router().select("x", bad),
+    ),
+    "a threshold that is no number": (
+        ValueError,
+        st.sampled_from(["x", "0.5", b"1", [], float("nan"), float("inf"), 1j]),
+        lambda bad: router().select("x", 1, bad),
+    ),
+    # a threshold
+    "a rate outside (0, 1)": (
+        ValueError,
+        st.floats(max_value=0) | st.floats(min_value=1) | st.sampled_from([None, "x", float("nan"), [], 1j]),
+        lambda bad: lora.calibrate({str(i): [0.5] for i in range(99)}, bad),
+    ),
+    "too few groups": (
+        ValueError,
+        st.integers(0, 18),
+        lambda bad: lora.calibrate({str(i): [0.5] for i in range(bad)}, 0.05),
+    ),
+    "scores that are no mapping": (ValueError, no_collection | st.lists(st.floats()), lora.calibrate),
+    "scores that are not finite": (
+        ValueError,
+        st.sampled_from([[], [float("nan")], [0.5, float("inf")], "x", ["x"], None, 0.5, [[0.5]]]),
+        lambda bad: lora.calibrate({str(i): [0.5] for i in range(99)} | {"bad": bad}, 0.05),
+    ),
+    # an engine
+    "what is no encoder": (ValueError, no_module | st.just(nn.Linear(1, 1)), lora.ArrowEngine),
+    "a device that is none": (
+        ValueError,
+        st.sampled_from(["nonsense", "cpu:x", ""]),
+        lambda bad: lora.ArrowEngine(Counting(), device=bad),
+    ),
+    "a model folder that is not there": (
+        FileNotFoundError,
+        st.just(None),
+        lambda _bad: in_folder(lora.ArrowEngine.from_pretrained),
+    ),
+    "a model folder that is no path": (ValueError, no_path.filter(bool), lora.InferenceCore.from_pretrained),
+    "a model of another kind": (
+        TypeError,
+        st.sampled_from(["gpt2", "t5", None]),
+        lambda bad: in_folder(lambda path: _model_of_kind(bad, path.parent)),
+    ),
+    "an activation that is none": (
+        TypeError,
+        st.sampled_from(["swish", "", "GELU"]),
+        lambda bad: lora.InferenceCore(EncoderConfig(9, 4, 1, 1, 4, 4, hidden_act=bad)),
+    ),
+    "texts that are none, to encode": (ValueError, no_texts, lambda bad: engine().encode(bad)),
+    "texts that are none, to encode with adapters": (
+        ValueError,
+        no_texts,
+        lambda bad: engine().encode_with_lora(bad, {}),
+    ),
+    "an adapter that is not known": (KeyError, names, lambda bad: engine().encode_with_lora(["x"], bad)),
+    "an adapter that is not known, among several": (
+        KeyError,
+        names,
+        lambda bad: engine().encode_with_lora(["x"], {bad: 1.0}),
+    ),
+    "adapters that are none": (
+        ValueError,
+        st.integers() | st.floats() | huge,
+        lambda bad: engine().encode_with_lora(["x"], bad),
+    ),
+    "one adapter each for other texts": (
+        ValueError,
+        st.lists(st.just({}), max_size=4).filter(lambda sets: len(sets) != 2),
+        lambda bad: engine().encode_with_lora(["x", "y"], bad),
+    ),
+    "adapters as well as a query": (
+        ValueError,
+        st.text(),
+        lambda bad: engine().encode_with_lora(["x"], {}, intent_query=bad),
+    ),
+    "an intent that is no text": (
+        ValueError,
+        no_text.filter(lambda bad: bad is not None),
+        lambda bad: engine().encode_with_lora(["x"], intent_query=bad),
+    ),
+    "a card file that is not there, for the engine": (
+        FileNotFoundError,
+        st.just(lambda path: engine().load_lora(path)),
+        in_folder,
+    ),
+    "what is no card, for the engine": (ValueError, no_card, lambda bad: engine().register_lora(bad, "text")),
+}
+
+
+def _patched(_):
+    model = base_model()
+    model[0].forward = lambda x: x
+    return model
+
+
+def _model_of_kind(kind, folder):
+    (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}' if kind else "{}")
+    lora.ArrowEngine.from_pretrained(folder)
+
+
+@requirement("R7.8")
+@pytest.mark.parametrize("named", BAD_INPUT)
+@settings(max_examples=max(10, settings.default.max_examples // 4))
+@given(data=st.data())
+def test_bad_input_is_an_error_that_says_where_what_was_expected_and_what_was_found(named, data):
+    builtin, strategy, call = BAD_INPUT[named]
+    bad = data.draw(strategy, label=named)
+    with pytest.raises(LoRAError) as caught:
+        call(bad)
+    error = caught.value
+    assert isinstance(error, builtin)
+    for said in (error.where, error.expected, error.found):
+        assert said
+        assert said in str(error)
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - what was just written
+    assert type(again) is type(error)
+    assert (str(again), again.where, again.expected, again.found, again.hint) == (
+        str(error),
+        error.where,
+        error.expected,
+        error.found,
+        error.hint,
+    )
+
+
+@st.composite
+def damages(draw, size):
+    """A way to change a file of that many bytes."""
+    at = draw(st.integers(0, size - 1))
+    kind = draw(st.sampled_from(["flip", "byte", "word", "cut", "truncate", "insert", "append", "zero"]))
+    some = draw(st.binary(min_size=1, max_size=64))
+    return {
+        "flip": lambda data: data[:at] + bytes([data[at] ^ 1 << (some[0] & 7)]) + data[at + 1 :],
+        "byte": lambda data: data[:at] + some[:1] + data[at + 1 :],
+        "word": lambda data: (data[: at - at % 4] + (some * 8)[:8] + data[at - at % 4 + 8 :])[:size],
+        "cut": lambda data: data[:at] + data[at + len(some) :],
+        "truncate": lambda data: data[:at],
+        "insert": lambda data: data[:at] + some + data[at:],
+        "append": lambda data: data + some,
+        "zero": lambda data: (data[:at] + bytes(len(some)) + data[at + len(some) :])[:size],
+    }[kind]
+
+
+@requirement("R7.9")
+@given(card=plain_cards(), data=st.data())
+def test_a_damaged_file_is_refused_or_is_a_well_formed_card_and_has_another_digest(card, data):
+    with tempfile.TemporaryDirectory() as folder:
+        path, again = Path(folder) / "card.lora.arrow", Path(folder) / "again.lora.arrow"
+        original = lora.save(card_of(card), path)
+        intact = path.read_bytes()
+        damaged = data.draw(damages(len(intact)))(intact)
+        path.unlink()
+        path.write_bytes(damaged)
+        if damaged == intact:
+            assert lora.load(path, verify=original) == card_of(card)
+            return
+        with pytest.raises(CardFileError, match=original):
+            lora.load(path, verify=original)
+        found = refusal = None
+        try:
+            found = lora.load(path)
+        except CardFileError as error:
+            refusal = str(error)
+        if found is None:
+            assert str(path) in refusal
+            with pytest.raises(CardFileError):
+                lora.inspect(path)
+            return
+        assert found == lora.load(path)
+        assert repr(found)
+        lora.save(found, again)
+        assert lora.load(again) == found
+        assert lora.inspect(path).name == found.name
+
+
+@requirement("R7.9")
+@given(card=plain_cards(), length=st.floats(0, 1, exclude_max=True), tail=st.binary(min_size=1, max_size=200))
+def test_a_file_cut_short_or_added_to_is_refused(card, length, tail):
+    with tempfile.TemporaryDirectory() as folder:
+        lora.save(card_of(card), path := Path(folder) / "card.lora.arrow")
+        intact = path.read_bytes()
+        for wrong in (intact[: int(length * len(intact))], intact + tail, intact + intact, tail + intact):
+            path.unlink()
+            path.write_bytes(wrong)
+            with pytest.raises(CardFileError):
+                lora.load(path)
+
+
+@requirement("R7.9")
+@given(card=plain_cards(max_modules=4), data=st.data())
+def test_structure_that_arrow_takes_and_a_card_may_not_have_is_refused(card, data):
+    assume(card.weights)
+    batch = lora.card_to_table(card_of(card)).to_batches()[0]
+    rows = batch.num_rows
+    row = data.draw(st.integers(0, rows - 1))
+    modules, scalings = batch.column("module").to_pylist(), batch.column("scaling").to_pylist()
+    wrong = {
+        "null module": lambda: batch.set_column(
+            0, "module", pa.array([*modules[:row], None, *modules[row + 1 :]], pa.string())
+        ),
+        "null scaling": lambda: batch.set_column(
+            1, "scaling", pa.array([*scalings[:row], None, *scalings[row + 1 :]], pa.float64())
+        ),
+        "NaN": lambda: batch.set_column(1, "scaling", pa.array([*scalings[:row], float("nan"), *scalings[row + 1 :]])),
+        "twice": lambda: pa.Table.from_batches([batch, batch.slice(row, 1)]).combine_chunks().to_batches()[0],
+        "shared": lambda: batch.set_column(3, "B", batch.column("A")),
+        "unknown column": lambda: batch.append_column("C", batch.column("scaling")),
+        "no column": lambda: batch.drop_columns([data.draw(st.sampled_from(batch.schema.names))]),
+        "scalings as float32": lambda: batch.set_column(
+            1, "scaling", pa.array(scalings, pa.float64()).cast(pa.float32(), safe=False)
+        ),
+    }
+    made = wrong[data.draw(st.sampled_from(sorted(wrong)))]().replace_schema_metadata(batch.schema.metadata)
+    with pytest.raises(CardFileError):
+        lora.table_to_card(made)
+    assert lora.table_to_card(batch) == card_of(card)
+
+
+@requirement("R7.9")
+@given(card=plain_cards(max_modules=4), cuts=st.lists(st.integers(0, 4), max_size=3))
+def test_a_table_in_chunks_or_slices_is_the_same_card(card, cuts):
+    made = card_of(card)
+    table = lora.card_to_table(made)
+    bounds = [0, *sorted(min(cut, table.num_rows) for cut in cuts), table.num_rows]
+    parts = [table.slice(start, stop - start) for start, stop in pairwise(bounds)]
+    assert lora.table_to_card(pa.concat_tables(parts)) == made
+    for part in parts:
+        found = lora.table_to_card(part) if part.num_rows == 0 or _largest(part) == made.rank else None
+        kept = part.column("module").to_pylist()
+        assert found is None or found == replace(made, weights={name: made.weights[name] for name in kept})
+
+
+def _largest(table):
+    return max((row["shape"][1] for row in table.column("A").to_pylist()), default=0)

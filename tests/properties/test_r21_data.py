@@ -1,0 +1,304 @@
+"""R21 data sets: pairs are a value, survive every file format, split without a leak, and refuse what is not a pair."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora.errors import DataError
+from lora.evolution.data import SCHEMA, Pairs, first_sentence
+from lora.testing.plugin import requirement
+from lora.testing.tolerance import gamma
+
+FORMATS = st.sampled_from([".arrow", ".parquet", ".jsonl", ".json", ""])
+SPACES = ["", " ", "\t\n", "\u3000", "\u2028"]
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda text: text.strip())
+texts = st.one_of(st.sampled_from(["a", "b", "a ", "ß", "日本", "a\0b", '"', "\u200b", "👩‍👩‍👧", "e\u0301"]), words)
+qualities = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 5e-324, np.nextafter(1, 0)]), st.floats(0, 1))
+groups = st.one_of(st.sampled_from(["a", "b", "c", ""]), words)
+rows = st.fixed_dictionaries(
+    {"query": texts, "positive": texts, "group": groups},
+    optional={"negative": st.one_of(st.none(), texts, st.just("")), "quality": qualities},
+)
+data_sets = st.lists(rows, max_size=8).map(Pairs.of)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just("\ud800"),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["query", "positive", "negative", "quality", "group", "x"]), inner, max_size=5
+        )
+    ),
+    max_leaves=8,
+)
+bad_values = st.one_of(
+    st.tuples(st.sampled_from(["query", "positive"]), st.sampled_from([*SPACES, None, 1, b"a", ["a"], "a\ud800"])),
+    st.tuples(st.just("negative"), st.sampled_from([1, b"a", ["a"], "\udfff"])),
+    st.tuples(st.just("group"), st.sampled_from([None, 3, ["a"], "\ud800"])),
+    st.tuples(
+        st.just("quality"),
+        st.sampled_from([None, "0.5", float("nan"), float("inf"), -1e-300, np.nextafter(1, 2), 10**400, [0.5]]),
+    ),
+    st.tuples(st.sampled_from(["answer", "", "Query", "quality "]), texts),
+)
+turns = st.tuples(st.sampled_from(["user", "assistant", "system"]), st.sampled_from(["a", "b", " ", "", None]))
+
+
+def records(pairs):
+    """The rows with the bits of their qualities."""
+    return [{**row, "quality": row["quality"].hex()} for row in pairs.table.to_pylist()]
+
+
+def written(text, suffix=".jsonl"):
+    """A file with this content, in a folder that lives as long as what is returned."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / f"data{suffix}"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder, path
+
+
+@requirement("R21.5")
+@given(data_sets, FORMATS)
+def test_pairs_come_back_from_every_file_format_bit_for_bit(pairs, suffix):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"pairs{suffix}"
+        pairs.save(path)
+        loaded = Pairs.load(path)
+        assert list(Path(folder).iterdir()) == [path]
+    assert loaded == pairs
+    assert records(loaded) == records(pairs)
+    assert loaded.table.schema == SCHEMA
+
+
+@requirement("R21.5")
+@given(data_sets)
+def test_rows_go_in_and_come_out_as_they_are(pairs):
+    again = Pairs.of(pairs.table.to_pylist())
+    assert again == pairs
+    assert records(again) == records(pairs)
+    assert [pairs.queries, pairs.positives] == [pairs.table[name].to_pylist() for name in ("query", "positive")]
+
+
+@requirement("R21.5")
+@given(st.lists(st.tuples(texts, texts) | st.tuples(texts, texts, texts), max_size=5))
+def test_a_tuple_says_the_same_as_a_mapping(tuples):
+    mappings = [dict(zip(("query", "positive", "negative"), row, strict=False)) for row in tuples]
+    pairs = Pairs.of(tuples)
+    assert pairs == Pairs.of(mappings)
+    assert pairs.table["group"].to_pylist() == [str(row) for row in range(len(tuples))]
+    assert pairs.table["quality"].to_pylist() == [1.0] * len(tuples)
+
+
+@requirement("R21.5")
+@given(data_sets, st.data())
+def test_chunks_and_wider_types_of_the_same_values_are_the_same_pairs(pairs, data):
+    cut = data.draw(st.integers(0, len(pairs)))
+    chunked = pa.concat_tables([pairs.table[:cut], pairs.table[cut:]])
+    wide = chunked.set_column(0, "query", chunked["query"].cast(pa.large_string()))
+    wide = wide.set_column(1, "positive", wide["positive"].dictionary_encode())
+    assert Pairs(chunked) == Pairs(wide) == pairs
+    assert Pairs(chunked).table["query"].num_chunks <= 1
+
+
+@requirement("R21.5")
+@given(data_sets, data_sets, data_sets)
+def test_adding_is_concatenation(a, b, c):
+    total = a.add(b).add(c)
+    assert total == a.add(b.add(c))
+    assert records(total) == records(a) + records(b) + records(c)
+    assert a.add([]) == a == Pairs.of([]).add(a)
+    assert total == a.add(b).add(c.table.to_pylist())
+
+
+@requirement("R21.5", "R17.3")
+@given(
+    st.lists(rows, min_size=2, max_size=12).map(Pairs.of).filter(lambda pairs: pairs.statistics()["groups"] > 1),
+    st.floats(0, 1, exclude_min=True, exclude_max=True),
+    st.integers(0, 2**32),
+)
+def test_a_split_shares_no_group_loses_no_row_and_is_a_function_of_the_seed(pairs, share, seed):
+    first, second = pairs.split(share, seed=seed)
+    assert len(first) > 0
+    assert len(second) > 0
+    left, right = (set(part.table["group"].to_pylist()) for part in (first, second))
+    assert not left & right
+    everything = set(pairs.table["group"].to_pylist())
+    assert left | right == everything
+    assert len(left) == min(max(round(share * len(everything)), 1), len(everything) - 1)
+    for part, mine in ((first, left), (second, right)):
+        assert records(part) == [row for row in records(pairs) if row["group"] in mine]
+    assert (first, second) == pairs.split(share, seed=seed)
+
+
+@requirement("R21.5", "R17.3")
+@given(data_sets, st.permutations(range(8)), st.integers(0, 99))
+def test_a_split_does_not_depend_on_the_order_of_the_rows(pairs, order, seed):
+    pairs = pairs.add([("q", "p"), ("r", "s")])
+    shuffled = pairs.take([row for row in order if row < len(pairs)] + list(range(8, len(pairs))))
+    for part, other in zip(pairs.split(seed=seed), shuffled.split(seed=seed), strict=True):
+        assert set(part.table["group"].to_pylist()) == set(other.table["group"].to_pylist())
+
+
+@requirement("R21.5")
+@given(st.lists(st.builds(dict, rows, query=st.sampled_from("ab"), positive=st.sampled_from("ab"))).map(Pairs.of))
+def test_unique_keeps_the_first_of_each_query_and_positive(pairs):
+    unique = pairs.unique()
+    first = {}
+    for row in records(pairs):
+        first.setdefault((row["query"], row["positive"]), row)
+    assert records(unique) == list(first.values())
+    assert unique.unique() == unique
+    assert pairs.add(pairs).unique() == unique
+
+
+@requirement("R21.5")
+@given(data_sets, st.data())
+def test_take_picks_rows_by_position(pairs, data):
+    positions = st.lists(st.integers(0, max(len(pairs) - 1, 0)), max_size=6) if len(pairs) else st.just([])
+    chosen = data.draw(positions)
+    inner = data.draw(st.lists(st.integers(0, max(len(chosen) - 1, 0)), max_size=4)) if chosen else []
+    assert records(pairs.take(chosen)) == [records(pairs)[row] for row in chosen]
+    assert pairs.take(chosen).take(inner) == pairs.take([chosen[row] for row in inner])
+    assert pairs.take(range(len(pairs))) == pairs
+
+
+@requirement("R21.5")
+@given(data_sets)
+def test_statistics_are_what_counting_by_hand_gives(pairs):
+    rows = pairs.table.to_pylist()
+    stats = pairs.statistics()
+
+    def mean(values):
+        return pytest.approx(
+            sum(values) / len(values) if values else 0.0, rel=gamma(9, np.dtype(np.float64)), abs=1e-320
+        )
+
+    assert stats == {
+        "rows": len(rows),
+        "groups": len({row["group"] for row in rows}),
+        "positives": len({row["positive"] for row in rows}),
+        "negatives": sum(row["negative"] is not None for row in rows),
+        "mean_quality": mean([row["quality"] for row in rows]),
+        "mean_query_length": mean([len(row["query"]) for row in rows]),
+        "mean_positive_length": mean([len(row["positive"]) for row in rows]),
+    }
+    json.dumps(stats)
+
+
+@requirement("R21.5")
+@given(st.lists(rows, max_size=4), bad_values, st.data())
+def test_a_bad_row_is_refused_by_its_number(good, bad, data):
+    place = data.draw(st.integers(0, len(good)))
+    column, value = bad
+    bad_row = {"query": "q", "positive": "p", column: value}
+    with pytest.raises(DataError, match=rf"^pairs: row {place}\b") as caught:
+        Pairs.of([*good[:place], bad_row, *good[place:]])
+    assert isinstance(caught.value, ValueError)
+    assert len(str(caught.value)) < 400
+
+
+@requirement("R21.5")
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("query", " "), ("query", None), ("positive", "\u3000"), ("positive", ""), ("positive", None), ("group", None)]
+    + [("quality", value) for value in (None, float("nan"), -5e-324, np.nextafter(1, 2), float("inf"))],
+)
+@settings(max_examples=10)
+@given(pairs=data_sets.filter(len), data=st.data())
+def test_a_bad_value_in_a_table_is_refused_too(column, value, pairs, data):
+    row = data.draw(st.integers(0, len(pairs) - 1))
+    values = pairs.table[column].to_pylist()
+    values[row] = value
+    index = SCHEMA.get_field_index(column)
+    table = pairs.table.set_column(index, column, pa.array(values, SCHEMA.field(column).type))
+    with pytest.raises(DataError, match=column if value is None else rf"^pairs: row {row}: {column}"):
+        Pairs(table)
+    with pytest.raises(DataError, match=f"none called .*{column}"):
+        Pairs(pairs.table.drop_columns([column]))
+
+
+@requirement("R21.5")
+@given(st.sampled_from([("a",), ("a", "b", "c", "d"), (), "ab", b"ab", 5, None, {"query": "a"}, {1: "a"}, {"a", "b"}]))
+def test_what_is_no_row_at_all_is_refused_by_its_number(row):
+    with pytest.raises(DataError, match=r"^pairs: row 1\b"):
+        Pairs.of([("q", "p"), row])
+
+
+@requirement("R21.5")
+@given(
+    st.lists(st.one_of(rows, st.sampled_from(["", "  ", "\t"])), max_size=6),
+    st.sampled_from(["{", "nope", '{"query": "a"}', "5", "null", '"text"', '{"query":"a","positive":" "}', "[" * 5000])
+    | st.just('{"query":"a","positive":"b","quality":NaN}'),
+)
+def test_a_bad_line_of_a_jsonl_file_is_refused_by_its_number_blank_lines_counted(lines, bad):
+    content = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    folder, path = written("\n".join([*content, bad, '{"query":"z","positive":"z"}']))
+    with folder, pytest.raises(DataError) as caught:
+        Pairs.load(path)
+    assert str(caught.value).startswith(f"{path}: line {len(lines) + 1}")
+
+
+@requirement("R21.5")
+@given(st.lists(json_values, max_size=3), st.sampled_from([Pairs.load, Pairs.from_chat]))
+def test_any_json_lines_are_pairs_or_a_data_error_that_names_the_file(values, read):
+    folder, path = written("\n".join(json.dumps(value) for value in values))
+    with folder:
+        try:
+            found = len(read(path))
+        except DataError as error:
+            found = str(error)
+    assert found == len(values) if isinstance(found, int) else str(path) in found
+
+
+@requirement("R21.5")
+@given(data_sets, st.sampled_from([".arrow", ".parquet", ".jsonl"]), st.data())
+def test_a_damaged_file_is_pairs_or_a_data_error_but_never_a_crash(pairs, suffix, data):
+    folder, path = written(b"", suffix)
+    with folder:
+        pairs.save(path)
+        raw = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 3)) if raw else 0):
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.sampled_from([0, 1, 127, 128, 255]))
+        path.write_bytes(raw[: data.draw(st.just(len(raw)) | st.integers(0, len(raw)))])
+        try:
+            loaded = Pairs.load(path)
+        except DataError:
+            return
+        assert Pairs.of(loaded.table.to_pylist()) == loaded  # whatever it is, it is a well-formed data set
+
+
+@requirement("R21.5")
+@given(st.lists(st.lists(turns, max_size=6), max_size=4))
+def test_a_chat_gives_each_question_with_the_answer_right_after_it(chats):
+    lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]}) for chat in chats]
+    expected = []
+    for number, chat in enumerate(chats):
+        for i in range(len(chat) - 1):
+            (role, asked), (then, told) = chat[i], chat[i + 1]
+            if role == "user" and then == "assistant" and (asked or "").strip() and (told or "").strip():
+                expected.append((asked, told, f"transcript {number}"))
+    folder, path = written("\n".join(lines))
+    with folder:
+        if not expected:
+            with pytest.raises(DataError, match="a question followed by its answer"):
+                Pairs.from_chat(path)
+            return
+        pairs = Pairs.from_chat(path)
+    assert [(r["query"], r["positive"], r["group"]) for r in pairs.table.to_pylist()] == expected
+
+
+@requirement("R21.6")
+@given(st.lists(st.sampled_from(["Return", "x", ".", ". ", "\n", "\n\n", "  ", "e.g.", "é"]), max_size=12).map("".join))
+def test_the_first_sentence_is_one_line_of_the_first_paragraph(text):
+    sentence = first_sentence(text)
+    paragraph = text.strip().split("\n\n")[0]
+    assert sentence == " ".join(sentence.split())
+    assert " ".join(paragraph.split()).startswith(sentence)
+    assert first_sentence(sentence) == sentence

@@ -1,0 +1,633 @@
+"""A process of its own that reads false, damaged and mutated card files, and prints what became of them as one JSON line.
+
+``python fuzz_child.py SEED …`` reads every file of `false_files` and, for each seed, a few hundred mutations of real
+cards. It exits with 0 unless it is killed; "wrong" lists each outcome that is neither a refusal nor a well-formed card.
+"""
+
+import io
+import json
+import random
+import resource
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+import lora
+from lora.envelope import _Table
+from lora.errors import CardFileError
+from lora.table import schema_of
+
+MODULES = ("layer.0.query", "layer.1.query", "layer.1.value")
+
+
+def real_card(dtype="float32", modules=MODULES, rank=2, seed=0) -> lora.LoRACard:
+    """A card with every kind of field."""
+    rng = np.random.default_rng(seed)
+    dtype = lora.card.DTYPES[dtype]
+    weights = {
+        module: lora.LowRank(
+            rng.integers(0, 256, (5 + index, rank * dtype.itemsize), np.uint8).view(dtype),
+            rng.integers(0, 256, (rank, 3 * dtype.itemsize), np.uint8).view(dtype),
+            0.5 + index,
+        )
+        for index, module in enumerate(modules)
+    }
+    metadata = {"description": "a card to be damaged", "version": "1.2.3", "tags": ["fuzz", "größe"]}
+    return lora.LoRACard(
+        "docs",
+        rank,
+        16.0,
+        ("query", "value"),
+        weights,
+        metadata,
+        "tiny",
+        "0" * 64,
+        {"x-later": "kept", "x-more": "too"},
+    )
+
+
+def file_bytes(card: lora.LoRACard) -> bytes:
+    """What `lora.save` writes for a card."""
+    with tempfile.TemporaryDirectory() as folder:
+        lora.save(card, Path(folder) / "card.lora.arrow")
+        return (Path(folder) / "card.lora.arrow").read_bytes()
+
+
+def arrow_bytes(batches: list[pa.RecordBatch], schema: pa.Schema | None = None, **options) -> bytes:
+    """An Arrow file with these batches."""
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, schema or batches[0].schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def plain(card: lora.LoRACard) -> pa.RecordBatch:
+    """A card's batch, to be rebuilt with something changed."""
+    return lora.card_to_table(card).to_batches()[0]
+
+
+def with_fields(batch: pa.RecordBatch, changes=(), **fields: str | bytes | None) -> bytes:
+    """The file of a batch with some of its ``lora.`` fields replaced, or left out where None, and more of any name."""
+    kept = {key.decode(): value for key, value in batch.schema.metadata.items()}
+    kept |= {f"lora.{key}": value for key, value in fields.items()} | dict(changes)
+    return arrow_bytes(
+        [batch.replace_schema_metadata({key: value for key, value in kept.items() if value is not None})]
+    )
+
+
+def with_column(batch: pa.RecordBatch, name: str, column: pa.Array) -> bytes:
+    """The file of a batch with one column replaced, by another type if need be."""
+    index = batch.schema.get_field_index(name)
+    schema = batch.schema.set(index, pa.field(name, column.type, metadata=batch.schema.field(name).metadata))
+    columns = [column if i == index else kept for i, kept in enumerate(batch.columns)]
+    return arrow_bytes([pa.record_batch(columns, schema=schema)])
+
+
+def tensors(factors, value_type=None, shape_type=None, data=None, shapes=None) -> pa.Array:
+    """A factor column of lists of lists, of types as asked for."""
+    value_type, shape_type = value_type or pa.float32(), shape_type or pa.list_(pa.int32(), 2)
+    data = [np.ravel(factor).tolist() for factor in factors] if data is None else data
+    shapes = [list(np.shape(factor)) for factor in factors] if shapes is None else shapes
+    value_type = value_type if pa.types.is_nested(value_type) else pa.list_(value_type)
+    rows = [{"data": d, "shape": s} for d, s in zip(data, shapes, strict=True)]
+    return pa.array(rows, pa.struct([("data", value_type), ("shape", shape_type)]))
+
+
+class Edit:
+    """Positions of a file's sizes, found by its own tables, so that each can be given another value."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.footer_length = len(data) - 10
+        (length,) = struct.unpack_from("<i", data, self.footer_length)
+        self.footer_at = self.footer_length - length
+        footer = _Table(data[self.footer_at : self.footer_length], struct.unpack_from("<I", data, self.footer_at)[0])
+        self.block = self.footer_at + footer.follow(3) + 4
+        offset, metadata = struct.unpack_from("<qi", data, self.block)
+        self.body = offset + metadata
+        self.message_at = offset + 8
+        message = _Table(data[self.message_at : self.body], struct.unpack_from("<I", data, self.message_at)[0])
+        batch = _Table(message.data, message.follow(2))
+        self.body_length = self.message_at + (message.field(3) or 0)
+        self.rows = self.message_at + batch.field(0)
+        self.nodes = [self.message_at + batch.follow(1) + 4 + 16 * i for i in range(batch.count(1))]
+        self.buffers = [self.message_at + batch.follow(2) + 4 + 16 * i for i in range(batch.count(2))]
+        self.spans = [struct.unpack_from("<qq", data, at) for at in self.buffers]
+
+    def put(self, at: int, form: str, *values: int) -> bytes:
+        """The file with values packed in at a position."""
+        patched = bytearray(self.data)
+        struct.pack_into(form, patched, at, *values)
+        return bytes(patched)
+
+    def put_body(self, buffer: int, form: str, *values: float, skip: int = 0) -> bytes:
+        """The file with values packed into one of the batch's buffers."""
+        return self.put(self.body + self.spans[buffer][0] + skip, form, *values)
+
+
+# The buffers of a batch, in the order of its columns: validity, then offsets or values, children after parents.
+NAME_OFFSETS, NAME_TEXT, SCALING = 1, 2, 4
+A_OFFSETS, A_DATA, A_SHAPES = 7, 9, 12
+B_OFFSETS, B_DATA, B_SHAPES = 15, 17, 20
+# Its nodes: module, scaling, A, A.data, A.data's items, A.shape, A.shape's items, B …
+A_NODE, A_ITEMS_NODE, A_SHAPE_NODE, A_SHAPE_ITEMS_NODE = 2, 4, 5, 6
+
+
+def false_files() -> Iterator[tuple[str, bytes]]:
+    """Files that are structurally false, by what is wrong with them."""
+    yield from _false_frames()
+    yield from _false_sizes()
+    yield from _false_spans()
+    yield from _false_numbers()
+    yield from _false_schemas()
+    yield from _false_columns()
+    yield from _false_fields()
+
+
+def _false_frames() -> Iterator[tuple[str, bytes]]:
+    card = real_card()
+    good, batch = file_bytes(card), plain(card)
+    edit = Edit(good)
+    yield "nothing", b""
+    yield "one byte", b"A"
+    yield "the magic alone", b"ARROW1\0\0ARROW1"
+    yield "text", b"a card is a value\n" * 100
+    yield "a safetensors file", struct.pack("<Q", 2) + b"{}" + bytes(64)
+    yield "no magic at the start", b"XRROW1" + good[6:]
+    yield "no magic at the end", good[:-1] + b"2"
+    for length in (0, -1, -(2**31), 2**31 - 1, len(good), len(good) - 17, edit.footer_length - 7):
+        yield f"a footer of {length} bytes", edit.put(edit.footer_length, "<i", length)
+    yield "a stream instead of a file", _stream(batch)
+    yield "a byte appended", good + b"\0"
+    yield "4 kB appended", good + bytes(4096)
+    yield "a file appended to itself", good + good
+    yield "a file appended to another's batch", good + file_bytes(real_card(seed=1))
+    for size in (80, 128, 4096):
+        tail = good[edit.footer_at :]
+        yield f"{size} bytes between batch and footer", good[: edit.footer_at] + b"x" * size + tail
+    yield "no batch", arrow_bytes([], batch.schema)
+    yield "two batches", arrow_bytes([batch.slice(0, 1), batch.slice(1)])
+    yield "two batches, one empty", arrow_bytes([batch, batch.slice(0, 0)])
+    yield "lz4", arrow_bytes([batch], compression="lz4")
+    yield "zstd", arrow_bytes([batch], compression="zstd")
+    zeros = np.zeros((2**20, 4), np.float32)
+    bomb = lora.LoRACard("bomb", 4, 1.0, (), {"m": lora.LowRank(zeros, np.zeros((4, 1), np.float32))})
+    yield "16 MB in a zstd buffer", arrow_bytes([plain(bomb)], compression="zstd")
+    names = pa.array(MODULES).dictionary_encode()
+    yield "a dictionary", with_column(batch, "module", names)
+    for offset, length, body in ((-8, 64, 64), (0, 64, 64), (2**62, 64, 64), (8, -8, 64), (8, 8, 2**62), (8, 2**30, 8)):
+        yield f"a block at {offset}, {length} + {body}", edit.put(edit.block, "<qiiq", offset, length, 0, body)
+    yield "a block shifted by 8", edit.put(edit.block, "<q", struct.unpack_from("<q", good, edit.block)[0] + 8)
+    yield "another body length in the message", edit.put(edit.body_length, "<q", 2**40)
+    yield "a longer body in the footer", edit.put(edit.block + 16, "<q", len(good))
+    (start,) = struct.unpack_from("<I", good, edit.footer_at)
+    for name, value in (("footer root", 2**32 - 1), ("footer root", 0), ("footer root", start + 1)):
+        yield f"{name} at {value}", edit.put(edit.footer_at, "<I", value)
+    yield "the schema's message as the batch", edit.put(edit.block, "<qi", 8, struct.unpack_from("<i", good, 12)[0] + 8)
+    endian = good.replace(*_endianness(good))
+    yield "big-endian", endian
+    position = good.index(b"docs")
+    yield "another name at the start of the file", good[:position] + b"dogs" + good[position + 4 :]
+    position = good.rindex(b"docs")
+    yield "another name in the footer", good[:position] + b"dogs" + good[position + 4 :]
+
+
+def _stream(batch: pa.RecordBatch) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def _endianness(good: bytes) -> tuple[bytes, bytes]:
+    """Swap the field numbers of the schema tables: their vtable names `fields` where it should name `endianness`."""
+    edit = Edit(good)
+    footer = _Table(good[edit.footer_at : edit.footer_length], struct.unpack_from("<I", good, edit.footer_at)[0])
+    schema = _Table(footer.data, footer.follow(1))
+    at = schema.field(0)
+    assert at is None, "the writer left the default out"
+    vtable = schema.at - struct.unpack_from("<i", footer.data, schema.at)[0]
+    size = struct.unpack_from("<H", footer.data, vtable)[0]
+    old = bytes(footer.data[vtable : vtable + size])
+    new = bytearray(old)
+    struct.pack_into("<H", new, 4, struct.unpack_from("<H", old, 6)[0])  # an offset that is not 0 stands for "big"
+    return old, bytes(new)
+
+
+def _false_sizes() -> Iterator[tuple[str, bytes]]:
+    edit = Edit(file_bytes(real_card()))
+    for rows in (-1, 0, 1, 2, 4, 2**31 - 1, 2**62, -(2**63)):
+        yield f"{rows} rows", edit.put(edit.rows, "<q", rows)
+    yield "2**31 - 1 rows", _many_rows(edit)
+    schema = plain(real_card()).schema
+    nothing = pa.schema([(name, pa.null()) for name in schema.names], schema.metadata)
+    yield "2**31 - 1 rows of nothing", _many_rows(Edit(arrow_bytes([pa.record_batch([pa.nulls(1)] * 4, nothing)])))
+    for index, at in enumerate(edit.nodes):
+        length, _ = struct.unpack_from("<qq", edit.data, at)
+        for value in (-1, 0, length - 1, length + 1, 2**40):
+            if index not in (A_ITEMS_NODE, 9) or value < length:  # values beyond the last list are nobody's
+                yield f"node {index} of length {value}", edit.put(at, "<q", value)
+        for nulls in (1, length, length + 1):
+            yield f"node {index} with {nulls} nulls", edit.put(at + 8, "<q", nulls)
+
+
+def _false_spans() -> Iterator[tuple[str, bytes]]:
+    edit = Edit(file_bytes(real_card()))
+    for index, (offset, length) in enumerate(edit.spans):
+        for span in ((-8, length), (offset, -8), (2**62, length), (offset, 2**62), (offset, len(edit.data))):
+            yield f"buffer {index} at {span}", edit.put(edit.buffers[index], "<qq", *span)
+        if length:
+            yield f"buffer {index} empty", edit.put(edit.buffers[index] + 8, "<q", 0)
+            for other, (start, size) in enumerate(edit.spans):
+                if other != index and size:
+                    yield f"buffer {index} over {other}", edit.put(edit.buffers[index], "<q", start)
+    yield "B is A", edit.put(edit.buffers[B_DATA], "<qq", *edit.spans[A_DATA])
+
+
+def _false_numbers() -> Iterator[tuple[str, bytes]]:
+    edit = Edit(file_bytes(real_card()))
+    for buffer, value, row in product((NAME_OFFSETS, A_OFFSETS, B_OFFSETS), (-1, 2**31 - 1, -(2**31), 1), range(4)):
+        if (buffer, value, row) not in ((NAME_OFFSETS, 1, 0), (NAME_OFFSETS, 1, 1)):  # these are other names, but names
+            yield f"offset {row} in buffer {buffer} is {value}", edit.put_body(buffer, "<i", value, skip=4 * row)
+    for buffer, value, item in product((A_SHAPES, B_SHAPES), (-1, 0, 1, 2**31 - 1, -(2**31), 2**30), range(6)):
+        yield f"shape {item} in buffer {buffer} is {value}", edit.put_body(buffer, "<i", value, skip=4 * item)
+    for buffer in (A_SHAPES, B_SHAPES):
+        yield f"shapes of 2**62 elements in buffer {buffer}", edit.put_body(buffer, "<ii", 2**31 - 1, 2**31 - 1)
+        yield f"negative shapes in buffer {buffer}", edit.put_body(buffer, "<ii", -5, -2)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        yield f"a scaling of {value}", edit.put_body(SCALING, "<d", value)
+    yield "a module name that is not UTF-8", edit.put_body(NAME_TEXT, "<B", 0xFF)
+    yield "a module name with a control character", edit.put_body(NAME_TEXT, "<B", 7)
+
+
+def _many_rows(edit: Edit) -> bytes:
+    many = bytearray(edit.put(edit.rows, "<q", 2**31 - 1))
+    for at in edit.nodes:
+        struct.pack_into("<q", many, at, 2**31 - 1)
+    return bytes(many)
+
+
+def _false_schemas() -> Iterator[tuple[str, bytes]]:
+    batch = plain(real_card())
+    metadata = batch.schema.metadata
+    for key, value in metadata.items():
+        if key.startswith(b"lora."):
+            twice = pa.KeyValueMetadata([*metadata.items(), (key, value)])
+            yield f"the key {key.decode()} twice", arrow_bytes([batch.replace_schema_metadata(twice)])
+    both = pa.KeyValueMetadata([*metadata.items(), (b"lora.name", b"law")])
+    yield "two names", arrow_bytes([batch.replace_schema_metadata(both)])
+    yield (
+        "an unknown key twice",
+        arrow_bytes([batch.replace_schema_metadata(pa.KeyValueMetadata([*metadata.items(), (b"x-later", b"2")]))]),
+    )
+    yield "a key that is not UTF-8", with_fields(batch, {b"\xff\xfe": "x"}.items())
+    yield "an unknown value that is not UTF-8", with_fields(batch, {"x": b"\xff"}.items())
+    yield "a name that is not UTF-8", with_fields(batch, name=b"\xff")
+    yield "no metadata", arrow_bytes([batch.replace_schema_metadata(None)])
+    for key in ("format", "name", "rank", "alpha", "targets", "dtype", "metadata"):
+        yield f"no {key}", with_fields(batch, **{key: None})
+    index = pa.array([0, 1, 2], pa.int32())
+    yield "an unknown column", arrow_bytes([batch.append_column(pa.field("index", pa.int32()), index)])
+    yield "a column twice", arrow_bytes([batch.append_column(batch.schema.field("B"), batch.column("B"))])
+    for name in batch.schema.names:
+        yield f"no column {name}", arrow_bytes([batch.drop_columns([name])])
+    yield "columns in another order", arrow_bytes([batch.select(["module", "scaling", "B", "A"])])
+    yield "a column of another name", arrow_bytes([batch.rename_columns(["module", "scaling", "A", "b"])])
+    for name, parameters in (
+        ("arrow.variable_shape_tensor", '{"dim_names":["in","rank"],"permutation":[1,0]}'),
+        ("arrow.variable_shape_tensor", '{"dim_names":["rank","in"]}'),
+        ("arrow.variable_shape_tensor", "{"),
+        ("arrow.variable_shape_tensor", "[" * 10_000),
+        ("arrow.opaque", "{}"),
+        ("some.other", ""),
+    ):
+        declared = {"ARROW:extension:name": name, "ARROW:extension:metadata": parameters}
+        schema = batch.schema.set(2, batch.schema.field("A").with_metadata(declared))
+        yield f"A as {name} {parameters[:50]}", arrow_bytes([pa.record_batch(batch.columns, schema=schema)])
+
+
+def _false_columns() -> Iterator[tuple[str, bytes]]:
+    card = real_card()
+    batch = plain(card)
+    a, b = [[pair.A for pair in card.weights.values()], [pair.B for pair in card.weights.values()]]
+    names = list(MODULES)
+    for kind in (pa.large_string(), pa.binary(), pa.string_view(), pa.int32()):
+        column = pa.array([1, 2, 3] if kind == pa.int32() else names, kind)
+        yield f"module as {kind}", with_column(batch, "module", column)
+    for kind in (pa.float32(), pa.int64(), pa.decimal128(9, 2)):
+        yield f"scaling as {kind}", with_column(batch, "scaling", pa.array([1, 2, 3], kind))
+    for kind in (
+        pa.float64(),
+        pa.float16(),
+        pa.int32(),
+        pa.uint16(),
+        pa.large_list(pa.float32()),
+        pa.list_(pa.float32(), 10),
+    ):
+        data = [[1.0] * 10] * 3
+        made = [[1] * 10] * 3 if kind in (pa.int32(), pa.uint16()) else data
+        shapes = [[5, 2]] * 3
+        yield f"A of {kind}", with_column(batch, "A", tensors(a, kind, data=made, shapes=shapes))
+    for kind in (pa.list_(pa.int64(), 2), pa.list_(pa.int32()), pa.list_(pa.uint32(), 2)):
+        yield f"shapes as {kind}", with_column(batch, "A", tensors(a, shape_type=kind))
+    three = tensors(a, shape_type=pa.list_(pa.int32(), 3), shapes=[[*x.shape, 1] for x in a])
+    yield "shapes of three dimensions", with_column(batch, "A", three)
+    swapped = pa.StructArray.from_arrays([tensors(a).field("shape"), tensors(a).field("data")], ["shape", "data"])
+    yield "shape before data", with_column(batch, "A", swapped)
+    yield "lists without shapes", with_column(batch, "A", tensors(a).field("data"))
+    yield (
+        "a union",
+        with_column(batch, "module", pa.UnionArray.from_sparse(pa.array([0, 0, 0], pa.int8()), [pa.array(names)])),
+    )
+    yield (
+        "run-end encoded scalings",
+        with_column(batch, "scaling", pa.RunEndEncodedArray.from_arrays(pa.array([3], pa.int32()), pa.array([1.0]))),
+    )
+    yield "a null module", with_column(batch, "module", pa.array([names[0], None, names[2]]))
+    yield "a null scaling", with_column(batch, "scaling", pa.array([1.0, None, 1.0]))
+    data, shapes = [x.ravel().tolist() for x in a], [list(x.shape) for x in a]
+    holed = pa.array([None, *tensors(a).to_pylist()[1:]], tensors(a).type)
+    yield "a null factor", with_column(batch, "A", holed)
+    yield "null data", with_column(batch, "A", tensors(a, data=[None, *data[1:]], shapes=shapes))
+    yield "a null element", with_column(batch, "A", tensors(a, data=[[None, *data[0][1:]], *data[1:]], shapes=shapes))
+    yield "a null shape", with_column(batch, "A", tensors(a, data=data, shapes=[None, *shapes[1:]]))
+    yield "a null dimension", with_column(batch, "A", tensors(a, data=data, shapes=[[5, None], *shapes[1:]]))
+    yield "a module twice", with_column(batch, "module", pa.array([names[0], names[0], names[2]]))
+    yield "one rank in A, another in B", with_column(batch, "B", tensors([np.ones((3, 3), np.float32), *b[1:]]))
+    yield "a shape smaller than its data", with_column(batch, "A", tensors(a, shapes=[[5, 2], [5, 2], [7, 2]]))
+    yield "an empty factor", with_column(batch, "A", tensors([np.ones((0, 2), np.float32), *a[1:]]))
+    half = plain(real_card("float16"))
+    yield "float16 declared as bfloat16", with_fields(half, dtype="bfloat16")
+    yield "bfloat16 declared as float16", with_fields(plain(real_card("bfloat16")), dtype="float16")
+    assert schema_of("bfloat16").field("A").type != schema_of("float16").field("A").type
+
+
+def _false_fields() -> Iterator[tuple[str, bytes]]:
+    batch = plain(real_card())
+    digits = "9" * 5000
+    deep = '{"a":' * 600 + "1" + "}" * 600
+    deeper = "[" * 100_000 + "]" * 100_000
+    wrong = {
+        "format": (
+            "",
+            "2.0",
+            "0.9",
+            "1",
+            "1.0.0",
+            "1.x",
+            "-1.0",
+            " 1.0",
+            "\u0661.\u0660",
+            "1." + digits,
+            "10.0",
+            "1,0",
+        ),
+        "dtype": ("", "int8", "FLOAT32", "float", digits),
+        "name": ("", "\0", "a\nb", "\u202e", "\x7f"),
+        "rank": (
+            "",
+            "0",
+            "-1",
+            "1",
+            "3",
+            "2.0",
+            "nan",
+            "inf",
+            "1e1",
+            "0x2",
+            "2_0",
+            "\u0662",
+            digits,
+            "true",
+            "null",
+            "2 \x00",
+        ),
+        "alpha": (
+            "",
+            "0",
+            "-0.0",
+            "-1",
+            "nan",
+            "NaN",
+            "inf",
+            "-Infinity",
+            "1e999",
+            "1_6",
+            "0x10",
+            "\u0662",
+            digits,
+            "true",
+            "[]",
+        ),
+        "targets": ("", "null", "{}", '"query"', "[1]", "[null]", '["a","a"]', '["a\\u0000"]', deeper, "[[]]", "['a']"),
+        "metadata": (
+            "",
+            "null",
+            "[]",
+            "1",
+            '{"a":NaN}',
+            '{"a":1e999}',
+            '{"a":' + digits + "}",
+            deep,
+            deeper,
+            "{",
+            "{}x",
+        ),
+        "base_model": ("\0",),
+        "base_fingerprint": ("", "0" * 63, "0" * 65, "G" * 64, "A" * 64),
+    }
+    wrong["metadata"] += ('{"a":"\\ud800"}', '{"a":-Infinity}', '{"a":\x01}', "{'a':1}")
+    for key, values in wrong.items():
+        for value in values:
+            yield f"{key} {value[:40]!r} of {len(value)}", with_fields(batch, **{key: value})
+
+
+def mutations(data: bytes, other: bytes, random: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
+    """Real files, damaged at random; a few of each kind in turn."""
+    kinds = (_bits, _bytes, _edges, _cut, _inserted, _zeroed, _swapped, _spliced)
+    for index in range(count):
+        kind = kinds[index % len(kinds)]
+        yield kind.__name__, kind(data, other, random)
+
+
+def _bits(data, _other, random):
+    damaged = bytearray(data)
+    for _ in range(random.choice((1, 1, 1, 2, 8))):
+        damaged[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    return bytes(damaged)
+
+
+def _bytes(data, _other, random):
+    damaged = bytearray(data)
+    for _ in range(random.choice((1, 1, 4, 32))):
+        damaged[random.randrange(len(data))] = random.randrange(256)
+    return bytes(damaged)
+
+
+def _edges(data, _other, random):
+    """An integer of four or eight bytes at an edge of its range, where integers usually stand."""
+    damaged = bytearray(data)
+    form = random.choice("iIq")
+    low, high = {"i": (-(2**31), 2**31 - 1), "I": (0, 2**32 - 1), "q": (-(2**63), 2**63 - 1)}[form]
+    value = random.choice((low, high, 0, 1, high - 1, high // 2, len(data), 8))
+    struct.pack_into(f"<{form}", damaged, random.randrange(0, len(data) - 8, 4), value)
+    return bytes(damaged)
+
+
+def _cut(data, _other, random):
+    start = random.randrange(len(data))
+    return data[:start] + data[start + random.choice((1, 4, 8, 64)) :]
+
+
+def _inserted(data, _other, random):
+    start = random.randrange(len(data))
+    return data[:start] + random.randbytes(random.choice((1, 4, 8, 64))) + data[start:]
+
+
+def _zeroed(data, _other, random):
+    start, length = random.randrange(len(data)), random.choice((4, 8, 16, 64))
+    return (data[:start] + bytes(length) + data[start + length :])[: len(data)]
+
+
+def _swapped(data, _other, random):
+    """Two spans of eight bytes change places."""
+    first, second = sorted(random.sample(range(0, len(data) - 8, 8), 2))
+    damaged = bytearray(data)
+    damaged[first : first + 8], damaged[second : second + 8] = data[second : second + 8], data[first : first + 8]
+    return bytes(damaged)
+
+
+def _spliced(data, other, random):
+    """The start of one card and the end of another."""
+    start = random.randrange(len(data))
+    return data[:start] + other[min(start, len(other)) :]
+
+
+class Trial:
+    """Reads one file after another and keeps count of what became of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.again = folder / "read.lora.arrow", folder / "again.lora.arrow"
+        self.counts = {"read": 0, "refused": 0, "loaded": 0}
+        self.wrong: list[str] = []
+
+    def read(self, name: str, data: bytes, original: str | None = None, *, must_fail: bool = False) -> None:
+        """Load, inspect and verify a file; note anything but a refusal or a well-formed card."""
+        self.counts["read"] += 1
+        self.path.unlink(missing_ok=True)
+        self.path.write_bytes(data)
+        try:
+            outcome = self._outcome(original)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what the parent must hear of
+            outcome = f"{type(error).__name__}: {error}"
+        if outcome in self.counts and not (must_fail and outcome == "loaded"):
+            self.counts[outcome] += 1
+        else:
+            self.wrong.append(f"{name}: {outcome}"[:300])
+
+    def _outcome(self, original: str | None) -> str:
+        if original is not None and lora.digest(self.path) != original:
+            try:
+                lora.load(self.path, verify=original)
+            except CardFileError:
+                pass
+            else:
+                return "passed under another file's digest"
+        try:
+            card = lora.load(self.path)
+        except CardFileError as error:
+            text = str(error)
+            if not all((error.where, error.expected, error.found, str(self.path) in text)):
+                return f"an error that says too little: {text}"
+            return self._inspected(None)
+        return self._inspected(card)
+
+    def _inspected(self, card: lora.LoRACard | None) -> str:
+        try:
+            header = lora.inspect(self.path)
+        except CardFileError:
+            return "refused" if card is None else "inspect refused what load took"
+        if card is None:
+            return "load refused what inspect took"
+        same = (
+            header.name,
+            header.rank,
+            header.alpha,
+            header.target_modules,
+            header.dtype,
+            header.metadata,
+            header.extra,
+        )
+        if same != (card.name, card.rank, card.alpha, card.target_modules, card.dtype.name, card.metadata, card.extra):
+            return "another header than the card's"
+        shapes = {m: (i.in_features, i.rank, i.out_features, i.scaling) for m, i in header.modules.items()}
+        if shapes != {m: (p.in_features, p.rank, p.out_features, p.scaling) for m, p in card.weights.items()}:
+            return "other shapes than the card's"
+        return self._well_formed(card)
+
+    def _well_formed(self, card: lora.LoRACard) -> str:
+        if not (repr(card) and isinstance(hash(card), int) and card == lora.load(self.path)):
+            return "a card that is not a value"
+        with np.errstate(all="ignore"):
+            for pair in card.weights.values():
+                if pair.A.flags.writeable or pair.B.flags.writeable:
+                    return "a card that can be written to"
+                pair.A.astype(np.float64).sum() + pair.B.astype(np.float64).sum()
+        lora.save(card, self.again)
+        if lora.load(self.again) != card:
+            return "a card that changes when it is saved"
+        return "loaded"
+
+
+def main(seeds: list[int]) -> None:
+    """Read everything and print the counts."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cards = [
+        real_card(),
+        real_card("bfloat16", modules=("",), rank=1),
+        real_card("float64", modules=MODULES[:2], rank=3),
+        lora.LoRACard("empty", 1, 1.0, (), {}),
+    ]
+    files = [file_bytes(card) for card in cards]
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(Path(folder))
+        for data in files:
+            trial.read("intact", data)
+        intact = dict(trial.counts)
+        for name, data in false_files():
+            trial.read(name, data, must_fail=True)
+        false = trial.counts["read"] - intact["read"]
+        small = min(files, key=len)
+        for data in files:
+            for length in range(0, len(data), 1 if data is small else 64):
+                trial.read(f"cut at {length}", data[:length], must_fail=True)
+        for seed in seeds:
+            source = random.Random(seed)
+            for data, other in zip(files, files[1:] + files[:1], strict=True):
+                original = lora_digest(data)
+                for name, damaged in mutations(data, other, source, 96):
+                    trial.read(f"seed {seed}: {name}", damaged, original)
+            for size in (0, 13, 64, 1024, 5000):
+                garbage = source.randbytes(size)
+                trial.read(f"seed {seed}: garbage", garbage, must_fail=True)
+                trial.read(f"seed {seed}: framed garbage", b"ARROW1\0\0" + garbage + b"ARROW1", must_fail=True)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    print(json.dumps({**trial.counts, "intact": intact, "false": false, "grown_mb": grown, "wrong": trial.wrong}))  # noqa: T201
+
+
+def lora_digest(data: bytes) -> str:
+    """SHA-256, as `lora.digest` of a file of these bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "file").write_bytes(data)
+        return lora.digest(Path(folder) / "file")
+
+
+if __name__ == "__main__":
+    main([int(seed) for seed in sys.argv[1:]])

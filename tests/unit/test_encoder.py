@@ -1,0 +1,382 @@
+"""InferenceCore: what it loads and refuses, that weights stay mapped, and how texts become batches."""
+
+import doctest
+import json
+import re
+import shutil
+from dataclasses import asdict
+from itertools import pairwise
+from string import ascii_lowercase
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+import lora.inference.encoder
+from lora.errors import ArgumentError, CardNotFoundError, LoRAError, ShapeError, UnsupportedModelError
+from lora.inference.encoder import TOKEN_BUDGET, EncoderConfig, InferenceCore, batches, by_set, pad, read_config
+from lora.rewrite import adapt_rows
+from lora.testing.plugin import requirement
+from lora.testing.tolerance import gamma
+
+CPU = torch.device("cpu")
+VOCABULARY = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *ascii_lowercase])}
+CONFIG = EncoderConfig(
+    vocab_size=len(VOCABULARY),
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=12,
+    max_position_embeddings=16,
+)
+
+
+def word_tokenizer():
+    """A tokenizer that knows one-letter words."""
+    made = Tokenizer(models.WordPiece(VOCABULARY, unk_token="[UNK]"))  # noqa: S106 - a token of text
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return made
+
+
+def core_of(config=CONFIG):
+    torch.manual_seed(0)
+    return InferenceCore(config, word_tokenizer()).eval().requires_grad_(requires_grad=False)
+
+
+def write_json(path, value):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small model as a Hugging Face directory, without sentence-transformers' files."""
+    core = core_of()
+    write_json(tmp_path / "config.json", {"model_type": "bert", **asdict(CONFIG)})
+    save_file(core.state_dict(), tmp_path / "model.safetensors")
+    core.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@requirement("R9.6")
+def test_the_examples_in_the_docstrings_are_right():
+    found = doctest.testmod(lora.inference.encoder, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+@requirement("R5.7")
+def test_a_folder_is_loaded_as_it_was_saved(folder):
+    expected, core = core_of(), InferenceCore.from_pretrained(str(folder))
+    assert all(torch.equal(tensor, core.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    expected.tokenizer.enable_truncation(CONFIG.max_position_embeddings)
+    texts = ["a b c", "", "a " * 40, "é A"]
+    assert np.array_equal(core.encode(texts), expected.encode(texts))
+    assert not core.training
+    assert not any(parameter.requires_grad for parameter in core.parameters())
+
+
+def addresses(name):
+    """Where a file is mapped into this process."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:  # noqa: PTH123 - not a file on a disk
+        lines = [line.split() for line in maps if line.rstrip().endswith(name)]
+    return [tuple(int(number, 16) for number in fields[0].split("-")) for fields in lines]
+
+
+@requirement("R5.7", "R6.4")
+def test_every_weight_lies_inside_the_mapped_file(model_folder):
+    core = InferenceCore.from_pretrained(model_folder)
+    spans = addresses(str((model_folder / "model.safetensors").resolve()))
+    assert core.state_dict()
+    for name, tensor in core.state_dict().items():
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        assert any(low <= start and stop <= high for low, high in spans), name
+
+
+@requirement("R5.7")
+def test_a_write_to_mapped_weights_never_reaches_the_file(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    core = InferenceCore.from_pretrained(folder)
+    core.embeddings.word_embeddings.weight.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@requirement("R5.7")
+def test_a_saved_model_with_a_head_a_prefix_and_no_pooler_is_loaded(folder):
+    weights = {f"bert.{name}": tensor for name, tensor in core_of().state_dict().items()}
+    more = {"bert.embeddings.position_ids": torch.arange(16)[None], "cls.predictions.bias": torch.zeros(3)}
+    save_file({**weights, **more}, folder / "model.safetensors")
+    assert not hasattr(InferenceCore.from_pretrained(folder), "pooler")
+    pooler = {"bert.pooler.dense.weight": torch.ones(8, 8), "bert.pooler.dense.bias": torch.ones(8)}
+    save_file({**weights, **more, **pooler}, folder / "model.safetensors")
+    core = InferenceCore.from_pretrained(folder)
+    assert core.pooler.dense.weight.eq(1).all()
+    assert np.array_equal(core.encode(["a"]), core_of().encode(["a"]))
+
+
+@requirement("R5.7")
+def test_sentence_transformers_files_decide_on_length_pooling_and_normalisation(folder):
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 5})
+    types = ["Transformer", "Pooling", "Normalize"]
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": f"{i}_{kind}"} for i, kind in enumerate(types)]
+    write_json(folder / "modules.json", modules)
+    write_json(
+        folder / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    )
+    config = read_config(folder)
+    assert (config.max_seq_length, config.pooling, config.normalize) == (5, "cls", True)
+    core = InferenceCore.from_pretrained(folder)
+    assert core.tokenize(["a b c d e f", "a"]) == [[2, 4, 5, 6, 3], [2, 4, 3]]
+    assert np.allclose(np.linalg.norm(core.encode(["a b"]), axis=1), 1, rtol=0, atol=gamma(16, np.dtype(np.float32)))
+    write_json(folder / "1_Pooling" / "config.json", {"pooling_mode": "mean"})
+    write_json(folder / "modules.json", modules[:2])
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 99})
+    config = read_config(folder)
+    assert (config.max_seq_length, config.pooling, config.normalize) == (16, "mean", False)
+
+
+@requirement("R5.7", "R7.1")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(CardNotFoundError, match=re.escape(str(folder / name))) as caught:
+        InferenceCore.from_pretrained(folder)
+    assert isinstance(caught.value, FileNotFoundError)
+
+
+@requirement("R5.7", "R7.1")
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(CardNotFoundError, match="no-such-model"):
+        InferenceCore.from_pretrained(tmp_path / "no-such-model")
+
+
+@requirement("R5.7")
+@pytest.mark.parametrize(
+    "change", [{"model_type": "roberta"}, {"model_type": None}, {"position_embedding_type": "relative_key"}]
+)
+def test_another_kind_of_model_is_refused_with_what_to_do_instead(folder, change):
+    write_json(folder / "config.json", {"model_type": "bert", **asdict(CONFIG), **change})
+    with pytest.raises(
+        UnsupportedModelError, match=r"'bert' with absolute positions, found .*pass a module of your own"
+    ) as caught:
+        InferenceCore.from_pretrained(folder)
+    assert str(next(iter(change.values()))) in str(caught.value)
+    assert isinstance(caught.value, TypeError)
+
+
+@requirement("R5.7")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 16}, r"word_embeddings.weight.*shape \(30, 16\), found \(30, 8\)"),
+        ({"vocab_size": 31}, r"word_embeddings.weight.*shape \(31, 8\), found \(30, 8\)"),
+        ({"num_hidden_layers": 3}, r"encoder.layer.2.*found nothing"),
+        ({"hidden_act": "swish"}, r"one of \['gelu', 'relu', 'gelu_new'\].*found swish"),
+        (
+            {"hidden_size": None},
+            r"config.json: expected the fields of a BERT model, found none called \['hidden_size'\]",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(folder, change, message):
+    config = {"model_type": "bert", **asdict(CONFIG), **change}
+    write_json(folder / "config.json", {name: value for name, value in config.items() if value is not None})
+    with pytest.raises(UnsupportedModelError, match=message):
+        InferenceCore.from_pretrained(folder)
+
+
+@requirement("R5.7")
+def test_a_weight_of_another_shape_is_refused_by_name(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = "encoder.layer.1.attention.self.query.weight"
+    save_file({**weights, name: torch.zeros(8, 7)}, folder / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=rf"{name}.*expected shape \(8, 8\), found \(8, 7\)"):
+        InferenceCore.from_pretrained(folder)
+
+
+@requirement("R5.7")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"\xff"),
+        ("config.json", b"[]"),
+        ("modules.json", b"{}"),
+        ("sentence_bert_config.json", b"[]"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b""),
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\xff" * 64),
+    ],
+)
+def test_a_broken_file_is_named(folder, name, content):
+    (folder / name).write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=re.escape(str(folder / name))):
+        InferenceCore.from_pretrained(folder)
+
+
+@requirement("R5.7")
+def test_truncated_weights_are_refused(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    for kept in (7, 100, len(data) - 1):
+        (folder / "model.safetensors").write_bytes(data[:kept])
+        with pytest.raises(UnsupportedModelError, match="a safetensors file"):
+            InferenceCore.from_pretrained(folder)
+
+
+@requirement("R5.7")
+@pytest.mark.parametrize("kind", ["Dense", "WeightedLayerPooling"])
+def test_a_module_that_is_not_known_is_refused(folder, kind):
+    write_json(folder / "modules.json", [{"type": f"sentence_transformers.models.{kind}", "path": ""}])
+    with pytest.raises(UnsupportedModelError, match=f"Transformer, Pooling, Normalize, found {kind}"):
+        InferenceCore.from_pretrained(folder)
+
+
+@requirement("R5.7")
+@pytest.mark.parametrize(
+    "pooling",
+    [{"pooling_mode_max_tokens": True}, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, {}],
+)
+def test_a_pooling_that_is_not_known_is_refused(folder, pooling):
+    write_json(folder / "modules.json", [{"type": "Pooling", "path": "1_Pooling"}])
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    with pytest.raises(UnsupportedModelError, match="mean or cls pooling"):
+        InferenceCore.from_pretrained(folder)
+
+
+@requirement("R5.7")
+def test_an_unknown_pooling_mode_is_refused_by_its_name(folder):
+    write_json(folder / "modules.json", [{"type": "Pooling", "path": "1_Pooling"}])
+    write_json(folder / "1_Pooling" / "config.json", {"pooling_mode": "lasttoken"})
+    with pytest.raises(UnsupportedModelError, match="mean or cls pooling, found gelu, lasttoken"):
+        InferenceCore.from_pretrained(folder)
+
+
+@requirement("R5.7")
+@pytest.mark.parametrize("texts", ["one text", [1], ["a", None]])
+def test_what_is_no_sequence_of_texts_is_refused(texts):
+    with pytest.raises(ArgumentError, match="texts: expected a sequence of str, found"):
+        core_of().encode(texts)
+
+
+@requirement("R5.7")
+def test_texts_need_a_tokenizer():
+    with pytest.raises(UnsupportedModelError, match="encoder: expected a tokenizer, found none"):
+        InferenceCore(CONFIG).encode(["a"])
+
+
+@requirement("R5.7")
+def test_no_text_has_an_embedding_of_no_rows():
+    found = core_of().encode([])
+    assert (found.shape, found.dtype) == ((0, 8), np.float32)
+
+
+@requirement("R5.8")
+def test_as_many_sets_as_texts_are_asked_for():
+    with pytest.raises(ShapeError, match="sets: expected one index for each of 2 texts, found 1"):
+        adapt_rows(core_of(), [{}]).encode(["a", "b"], sets=[0])
+
+
+@requirement("R5.7")
+def test_no_gradient_is_kept_while_encoding():
+    core = core_of().requires_grad_(requires_grad=True)
+    seen = []
+    core.encoder.register_forward_hook(lambda _module, _inputs, output: seen.append(output.requires_grad))
+    core.encode(["a"])
+    assert seen == [False]
+
+
+@requirement("R5.7")
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_padding_changes_no_embedding(pooling):
+    core = core_of(EncoderConfig(**{**asdict(CONFIG), "pooling": pooling})).double()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    alone = core(ids)
+    padded = torch.tensor([[2, 5, 6, 3, 9, 9, 0], [2, 5, 6, 3, 0, 0, 0]])
+    together = core(padded, torch.tensor([[True] * 4 + [False] * 3] * 2))
+    # The same sums but for exact zeros; layer norms keep the numbers near 1.
+    assert (together - alone).abs().max() <= gamma(1000, np.dtype(np.float64))
+
+
+@requirement("R5.7")
+def test_a_batch_of_many_lengths_comes_back_in_the_order_of_the_texts():
+    core, rng = core_of().double(), np.random.default_rng(0)
+    texts = [" ".join("abcdef"[i] for i in rng.integers(0, 6, rng.integers(0, 14))) for _ in range(300)]
+    together = core.encode(texts)
+    alone = np.concatenate([core.encode([text]) for text in texts])
+    assert np.allclose(together, alone, rtol=2 * np.finfo(np.float32).eps, atol=gamma(1000, np.dtype(np.float64)))
+
+
+lengths = st.lists(st.integers(1, 40), max_size=40)
+
+
+@requirement("R5.7")
+@given(lengths, st.integers(1, 100))
+def test_batches_hold_every_text_once_and_keep_to_the_budget(drawn, budget):
+    made = list(batches(drawn, budget))
+    assert sorted(row for batch in made for row in batch) == list(range(len(drawn)))
+    for batch in made:
+        assert len(batch) == 1 or len(batch) * max(drawn[row] for row in batch) <= budget
+    ordered = [drawn[row] for batch in made for row in batch]
+    assert ordered == sorted(drawn, reverse=True)  # so neighbours, and all of one batch, are alike
+
+
+@requirement("R5.7")
+@given(lengths)
+def test_batches_are_as_large_as_the_budget_allows(drawn):
+    made = list(batches(drawn))
+    for batch, following in pairwise(made):
+        assert (len(batch) + 1) * drawn[batch[0]] > TOKEN_BUDGET >= drawn[following[0]]
+
+
+@requirement("R5.8")
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.data())
+def test_rows_of_one_set_become_one_run(sets, data):
+    rows = data.draw(st.permutations(range(len(sets))))[: data.draw(st.integers(1, len(sets)))]
+    ordered, segments = by_set(list(rows), sets)
+    assert sorted(ordered) == sorted(rows)
+    assert [index for _, _, index in segments] == sorted({sets[row] for row in rows})
+    assert [place for start, stop, _ in segments for place in range(start, stop)] == list(range(len(rows)))
+    for start, stop, index in segments:
+        assert {sets[row] for row in ordered[start:stop]} == {index}
+        assert ordered[start:stop] == [row for row in rows if sets[row] == index]  # in the order they came
+
+
+@requirement("R5.8")
+def test_rows_without_sets_stay_as_they_are():
+    assert by_set([3, 1, 2], None) == ([3, 1, 2], ())
+
+
+@requirement("R5.7")
+@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=6), min_size=1, max_size=6), st.sampled_from([0, 7]))
+def test_padding_keeps_every_token_and_the_mask_says_which(rows, token):
+    ids, mask = pad(rows, token, CPU)
+    even = len({len(row) for row in rows}) == 1
+    assert (mask is None) == even
+    seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    assert [ids[i][seen[i]].tolist() for i in range(len(rows))] == rows
+    assert ids[~seen].eq(token).all()
+    assert ids.shape == (len(rows), max(map(len, rows)))
+
+
+@requirement("R5.7")
+def test_a_model_survives_the_loss_of_its_folder(folder, tmp_path):
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("copy"))
+    core = InferenceCore.from_pretrained(copied)
+    expected = core.encode(["a b"])
+    shutil.rmtree(copied)
+    assert np.array_equal(core.encode(["a b"]), expected)
+
+
+@requirement("R5.7", "R7.8")
+def test_every_refusal_is_one_of_the_librarys_own(folder):
+    (folder / "config.json").write_text("null")
+    with pytest.raises(LoRAError) as caught:
+        InferenceCore.from_pretrained(folder)
+    assert (caught.value.where, caught.value.expected) == (str(folder / "config.json"), "a JSON dict")

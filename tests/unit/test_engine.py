@@ -1,0 +1,668 @@
+"""ArrowEngine: adapters for one call, what it refuses, the router's choice, and snapshots under concurrent writers."""
+
+import doctest
+import logging
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lora
+import lora.engine
+from lora.card import AdapterSet, LoRACard, LowRank
+from lora.engine import ArrowEngine, Encoding
+from lora.errors import (
+    ArgumentError,
+    BaseModelError,
+    CardNotFoundError,
+    ConflictError,
+    LoRAError,
+    ShapeError,
+    UnknownCardError,
+    UnsupportedModelError,
+)
+from lora.inference.encoder import InferenceCore
+from lora.inference.manager import LoRAManager
+from lora.inference.router import LoRARouter
+from lora.layer import LoRALinear
+from lora.rewrite import adapt, fingerprint
+from lora.routing import Route
+from lora.store import save
+from lora.testing.plugin import requirement
+
+TEXTS = ["open a file for reading", "", "the quick brown fox", "sort a list of numbers in place"]
+
+TOLERANCE = 1e-5
+"""What R5.7 grants two computations with the same weights; between batches of other shapes, or folded and factored, about
+1e-6 is seen on unit vectors."""
+
+
+def strong(core, name, seed, size=0.15, **metadata):
+    """A card that turns embeddings far round: rank 4 on every query and value."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        key: LowRank(
+            rng.normal(0, size, (module.in_features, 4)).astype(np.float32),
+            rng.normal(0, size, (4, module.out_features)).astype(np.float32),
+        )
+        for key, module in core.named_modules()
+        if key.endswith(("query", "value"))
+    }
+    return LoRACard(name, 4, 8.0, ["query", "value"], weights, metadata)
+
+
+@pytest.fixture(scope="session")
+def core(model_folder):
+    return InferenceCore.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="session")
+def cards(core):
+    described = {
+        "files": "reading and writing files on disk",
+        "sorting": "sorting lists and ordering numbers",
+        "foxes": "animals in the forest",
+    }
+    return {name: strong(core, name, seed, description=text) for seed, (name, text) in enumerate(described.items())}
+
+
+@pytest.fixture
+def engine(core):
+    return ArrowEngine(core)
+
+
+class Words(nn.Module):
+    """An encoder of one's own: the first word's length and the text's, through a Linear. It chokes on bombs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = nn.Linear(2, 3)
+        self.calls = calls = []
+        self.note = lambda texts: calls.append(list(texts))  # adapted copies have a list of their own
+
+    def encode(self, texts):
+        self.note(texts)
+        rows = []
+        for text in texts:
+            if text == "bomb":
+                raise RuntimeError("it went off")
+            rows.append(self.dense(torch.tensor([float(len(text.split(" ")[0])), float(len(text))])))
+        return torch.stack(rows).detach().numpy()
+
+
+def words_card(name="w", size=1.0, **metadata):
+    pair = LowRank(np.full((2, 1), size, np.float32), np.ones((1, 3), np.float32))
+    return LoRACard(name, 1, 1.0, ["dense"], {"dense": pair}, metadata)
+
+
+def state_of(engine):
+    """All that a call must leave alone."""
+    bits = {name: tensor.clone() for name, tensor in engine.base.state_dict().items()}
+    return engine.manager.state, engine.router.candidates, engine.threshold, bits
+
+
+def assert_unchanged(engine, before):
+    state, candidates, threshold, bits = before
+    assert engine.manager.state is state
+    assert engine.router.candidates is candidates
+    assert engine.threshold == threshold
+    assert all(torch.equal(bits[name], tensor) for name, tensor in engine.base.state_dict().items())
+
+
+@requirement("R9.6")
+def test_the_examples_in_the_docstrings_are_right():
+    found = doctest.testmod(lora.engine, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+@requirement("R5.2")
+def test_the_engine_owns_a_manager_and_a_router_over_the_callers_encoder(core, engine):
+    assert isinstance(engine.manager, LoRAManager)
+    assert isinstance(engine.router, LoRARouter)
+    assert engine.base is engine.manager.base is engine.manager.model is core
+
+
+@requirement("R5.4", "R5.6")
+def test_without_adapters_the_engine_answers_as_the_encoder_bit_for_bit(core, engine):
+    expected = core.encode(TEXTS)
+    assert np.array_equal(engine.encode(TEXTS), expected)
+    assert np.array_equal(engine.encode_with_lora(TEXTS), expected)
+    assert np.array_equal(engine.encode_with_lora(TEXTS, {}), expected)
+    assert np.array_equal(engine.encode_with_lora(TEXTS, intent_query="anything"), expected)
+
+
+@requirement("R5.6")
+def test_after_a_card_is_removed_the_base_answers_bit_for_bit(core, engine, cards):
+    expected = core.encode(TEXTS)
+    for card in cards.values():
+        engine.manager.apply_card(card)
+    assert np.abs(engine.encode(TEXTS) - expected).max() > 100 * TOLERANCE
+    assert np.array_equal(core.encode(TEXTS), expected)
+    for name in cards:
+        engine.manager.remove_card(name)
+    assert engine.manager.model is core
+    assert np.array_equal(engine.encode(TEXTS), expected)
+
+
+@requirement("R5.1", "R5.4")
+def test_an_encoding_is_usable_wherever_an_array_is(core, engine, cards):
+    engine.register_lora(cards["files"])
+    found = engine.encode_with_lora(TEXTS, "files")
+    assert isinstance(found, Encoding)
+    assert len(found) == len(TEXTS)
+    assert np.asarray(found) is not None
+    assert np.array_equal(np.array(found), found.embeddings)
+    assert np.asarray(found, np.float64).dtype == np.float64
+    assert (
+        found @ found.embeddings.T if hasattr(found, "__matmul__") else np.asarray(found) @ found.embeddings.T
+    ).shape == (4, 4)
+    assert found.adapters == (AdapterSet(cards["files"]),) * len(TEXTS)
+    assert found.routes == ()
+    assert found.embeddings.dtype == np.float32
+
+
+@requirement("R5.1", "R5.8")
+@pytest.mark.parametrize("fold", [False, True, "auto"])
+def test_adapters_of_a_call_replace_what_is_active_for_that_call_alone(core, cards, fold):
+    engine = ArrowEngine(core, fold=fold)
+    engine.manager.apply_card(cards["files"])
+    engine.register_lora(cards["sorting"])
+    before, active = state_of(engine), engine.encode(TEXTS)
+    only = adapt(core, cards["sorting"]).encode(TEXTS)
+    both = adapt(core, [cards["files"], cards["sorting"]]).encode(TEXTS)
+    half = adapt(core, AdapterSet({"sorting": (cards["sorting"], 0.5)})).encode(TEXTS)
+    unknown = strong(core, "never registered", 9)
+    for choice, expected in [
+        ("sorting", only),
+        (("sorting",), only),
+        ({"files", "sorting"}, both),
+        ({"sorting": 0.5}, half),
+        (AdapterSet(cards["sorting"]), only),
+        (cards["sorting"], only),
+        (unknown, adapt(core, unknown).encode(TEXTS)),
+        ({}, core.encode(TEXTS)),
+        ((), core.encode(TEXTS)),
+        (None, active),
+    ]:
+        found = engine.encode_with_lora(TEXTS, choice)
+        assert np.abs(found.embeddings - expected).max() <= TOLERANCE
+        assert_unchanged(engine, before)
+    assert np.array_equal(engine.encode(TEXTS), active)
+    assert np.abs(only - active).max() > 100 * TOLERANCE
+
+
+@requirement("R5.8")
+def test_each_text_of_a_call_gets_its_own_adapters(core, engine, cards):
+    for card in cards.values():
+        engine.register_lora(card)
+    engine.manager.apply_card(cards["files"])
+    choices = ["sorting", None, {}, {"files": 0.5, "foxes": -1}, "sorting", cards["foxes"], ["files", "sorting"], {}]
+    texts = [*TEXTS, *TEXTS[::-1]]
+    before = state_of(engine)
+    found = engine.encode_with_lora(texts, choices)
+    assert_unchanged(engine, before)
+    for row, (text, choice) in enumerate(zip(texts, choices, strict=True)):
+        alone = engine.encode_with_lora([text], tuple(choice) if isinstance(choice, list) else choice)
+        assert np.abs(found.embeddings[row] - alone.embeddings[0]).max() <= TOLERANCE
+        assert found.adapters[row] == alone.adapters[0]
+    assert engine.encode_with_lora([], []).embeddings.shape == (0, 384)
+
+
+@requirement("R5.8", "R5.10")
+def test_another_encoder_runs_once_for_each_distinct_set():
+    words = Words()
+    engine = ArrowEngine(words)
+    engine.register_lora(words_card("w", description="words"))
+    words.calls.clear()
+    texts = ["a", "bb c", "ccc", "a", "eeeee f"]
+    found = engine.encode_with_lora(texts, ["w", {}, {"w": 1.0}, None, {"w": 2.0}])
+    assert words.calls == [["a", "ccc"], ["bb c", "a"], ["eeeee f"]]
+    for row, choice in enumerate(["w", {}, "w", {}, {"w": 2.0}]):
+        assert np.allclose(found.embeddings[row], engine.encode_with_lora([texts[row]], choice), rtol=0, atol=TOLERANCE)
+    assert len(engine.encode_with_lora([], [])) == 0
+
+
+@requirement("R5.1")
+@pytest.mark.parametrize(
+    ("adapters", "options", "error"),
+    [
+        ("nobody", {}, UnknownCardError),
+        (["w", "nobody"], {}, UnknownCardError),
+        ({"w": float("nan")}, {}, LoRAError),
+        (["w"], {}, ShapeError),
+        (["w"] * 3, {}, ShapeError),
+        (5, {}, ArgumentError),
+        ([["w"], 5], {}, ArgumentError),
+        ([["w"], [["w"]]], {}, ArgumentError),
+        ("w", {"intent_query": "words"}, ArgumentError),
+        ({}, {"intent_query": "words"}, ArgumentError),
+        (None, {"intent_query": 5}, ArgumentError),
+        (None, {"intent_query": "words", "top_k": 0}, ArgumentError),
+        (None, {"intent_query": "words", "tags": "words"}, ArgumentError),
+        (LoRACard("wide", 1, 1.0, ["dense"], {"dense": LowRank(np.ones((9, 1)), np.ones((1, 3)))}), {}, ShapeError),
+    ],
+)
+def test_a_call_that_is_refused_leaves_the_engine_as_it_was(adapters, options, error):
+    engine = ArrowEngine(Words())
+    engine.manager.apply_card(words_card("active", 0.5))
+    engine.register_lora(words_card("w", description="words"))
+    before = state_of(engine)
+    with pytest.raises(error) as caught:
+        engine.encode_with_lora(["a b", "c"], adapters, **options)
+    assert isinstance(caught.value, LoRAError)
+    assert_unchanged(engine, before)
+
+
+@requirement("R5.1")
+@pytest.mark.parametrize("adapters", [None, {}, "w", ["w", "w"], ["w", {}], [{}, "w"]])
+@pytest.mark.parametrize("texts", [["a", "bomb"], ["bomb", "a"]])
+def test_an_encoder_that_fails_half_way_leaves_the_engine_as_it_was(adapters, texts):
+    engine = ArrowEngine(Words())
+    engine.manager.apply_card(words_card("active", 0.5))
+    engine.register_lora(words_card("w"), "words")
+    before, expected = state_of(engine), engine.encode(["a", "b"])
+    with pytest.raises(RuntimeError, match="it went off"):
+        engine.encode_with_lora(texts, adapters)
+    assert_unchanged(engine, before)
+    assert np.array_equal(engine.encode(["a", "b"]), expected)
+
+
+@requirement("R5.1")
+def test_an_adapter_that_is_not_known_is_named_with_those_that_are(engine, cards):
+    engine.register_lora(cards["files"])
+    with pytest.raises(UnknownCardError, match=r"adapter 'nobody': expected one of \['files'\], found none") as caught:
+        engine.encode_with_lora(TEXTS, ["files", {}, {"nobody": 1.0}, None])
+    assert isinstance(caught.value, KeyError)
+
+
+@requirement("R5.1")
+@pytest.mark.parametrize("call", ["encode", "encode_with_lora"])
+@pytest.mark.parametrize("texts", ["one text", ["a", 1], [None], 5])
+def test_what_is_no_sequence_of_texts_is_refused(engine, call, texts):
+    with pytest.raises(ArgumentError, match="texts: expected a sequence of str, found"):
+        getattr(engine, call)(texts)
+
+
+@requirement("R5.3")
+def test_a_card_file_is_loaded_applied_described_and_removed(core, engine, cards, tmp_path):
+    save(cards["files"], tmp_path / "f.lora.arrow")
+    expected = core.encode(TEXTS)
+    assert engine.load_lora(tmp_path / "f.lora.arrow") == "files"
+    assert engine.manager.active == AdapterSet(cards["files"])
+    assert list(engine.router.candidates) == ["files"]
+    assert np.abs(engine.encode(TEXTS) - adapt(core, cards["files"]).encode(TEXTS)).max() <= TOLERANCE
+    engine.remove_lora("files")
+    engine.remove_lora("files")
+    assert not engine.manager.active
+    assert not engine.manager.list_cards()
+    assert not engine.router.candidates
+    assert np.array_equal(engine.encode(TEXTS), expected)
+
+
+@requirement("R5.3")
+def test_a_card_is_loaded_with_a_weight(core, engine, cards, tmp_path):
+    save(cards["files"], tmp_path / "f.lora.arrow")
+    engine.load_lora(str(tmp_path / "f.lora.arrow"), weight=0.5)
+    assert engine.manager.active.weight("files") == 0.5
+
+
+@requirement("R5.3")
+def test_a_card_that_says_nothing_of_itself_is_not_routed_to(core, engine, tmp_path):
+    save(strong(core, "silent", 5), tmp_path / "s.lora.arrow")
+    engine.load_lora(tmp_path / "s.lora.arrow")
+    assert not engine.router.candidates
+    assert list(engine.manager.active) == ["silent"]
+
+
+@requirement("R5.3", "R5.1")
+def test_a_load_that_fails_leaves_the_engine_as_it_was(tmp_path):
+    engine = ArrowEngine(Words())
+    engine.manager.apply_card(words_card("active", 0.5))
+    engine.register_lora(words_card("known"), "a known card")
+    wide = LowRank(np.ones((9, 1)), np.ones((1, 3)))
+    files = {
+        "a new one of the wrong shape": LoRACard("new", 1, 1.0, ["dense"], {"dense": wide}),
+        "a known one of the wrong shape": LoRACard("known", 1, 1.0, ["dense"], {"dense": wide}),
+        "an active one with other content": words_card("active", 0.75),
+        "a new one that is described by a number": words_card("new", description=5),
+        "a known one that is described by a number": words_card("known", 2, description=5),
+        "one for another base": LoRACard("new", 1, 1.0, ["dense"], words_card().weights, {}, base_fingerprint="0" * 64),
+    }
+    for what, card in files.items():
+        path = tmp_path / f"{what}.lora.arrow"
+        save(card, path)
+        active, known = engine.manager.state.active, engine.manager.list_cards()
+        candidates, expected = engine.router.candidates, engine.encode(["a b"])
+        with pytest.raises(LoRAError):
+            engine.load_lora(path)
+        assert engine.manager.active == active.adapters, what
+        assert engine.manager.list_cards() == known, what
+        assert engine.router.candidates == candidates, what
+        assert np.array_equal(engine.encode(["a b"]), expected), what
+    with pytest.raises(CardNotFoundError, match="missing"):
+        engine.load_lora(tmp_path / "missing.lora.arrow")
+
+
+@requirement("R5.3")
+def test_loading_other_content_under_an_active_name_names_the_way_out(tmp_path):
+    engine = ArrowEngine(Words())
+    engine.manager.apply_card(words_card())
+    save(words_card(size=2.0), tmp_path / "w.lora.arrow")
+    with pytest.raises(ConflictError, match="use replace_card"):
+        engine.load_lora(tmp_path / "w.lora.arrow")
+
+
+@requirement("R5.3")
+def test_a_card_for_another_base_is_refused_unless_waived(core, cards):
+    made_for = fingerprint(core, cards["files"])
+    other = LoRACard("other", 4, 8.0, ["query", "value"], cards["files"].weights, base_fingerprint="0" * 64)
+    right = LoRACard("right", 4, 8.0, ["query", "value"], cards["files"].weights, base_fingerprint=made_for)
+    engine, waiving = ArrowEngine(core), ArrowEngine(core, check_base=False)
+    assert np.array_equal(engine.encode_with_lora(TEXTS, right), waiving.encode_with_lora(TEXTS, other))
+    for choice in (other, [{}, other, None, {}]):
+        waiving.encode_with_lora(TEXTS, choice)
+        with pytest.raises(BaseModelError):
+            engine.encode_with_lora(TEXTS, choice)
+
+
+@requirement("R5.11")
+def test_the_router_picks_the_adapters_that_fit_the_intent_and_the_result_says_so(core, engine, cards):
+    for card in cards.values():
+        engine.register_lora(card)
+    engine.manager.apply_card(cards["foxes"])
+    before = state_of(engine)
+    found = engine.encode_with_lora(TEXTS, intent_query="how do I read a file from the disk?")
+    assert [route.name for route in found.routes] == ["files"]
+    assert found.routes[0].score >= engine.threshold
+    assert found.adapters == (AdapterSet(cards["files"]),) * len(TEXTS)
+    assert np.abs(found.embeddings - adapt(core, cards["files"]).encode(TEXTS)).max() <= TOLERANCE
+    assert_unchanged(engine, before)
+
+
+@requirement("R5.11")
+def test_the_router_may_pick_several_and_by_tags(core, cards):
+    engine = ArrowEngine(core, threshold=-1.0)
+    for card in cards.values():
+        engine.register_lora(card)
+    query = "read numbers from a file and sort them"
+    found = engine.encode_with_lora(TEXTS, intent_query=query, top_k=2)
+    assert list(found.routes) == engine.router.select(query, 2, -1.0)
+    assert {route.name for route in found.routes} == {"files", "sorting"}
+    assert found.adapters[0] == AdapterSet([cards["files"], cards["sorting"]])
+    engine.router.register_card(cards["foxes"], tags=["animals"])
+    tagged = engine.encode_with_lora(TEXTS, intent_query=query, tags=["animals"])
+    assert tagged.adapters[0] == AdapterSet(cards["foxes"])
+
+
+@requirement("R5.11")
+def test_the_base_answers_when_the_router_abstains(core, engine, cards):
+    for card in cards.values():
+        engine.register_lora(card)
+    engine.manager.apply_card(cards["foxes"])
+    found = engine.encode_with_lora(TEXTS, intent_query="the price of tea in medieval Lisbon")
+    assert found.routes == ()
+    assert found.adapters == (AdapterSet(),) * len(TEXTS)
+    assert np.array_equal(found.embeddings, core.encode(TEXTS))
+
+
+@requirement("R5.11")
+def test_a_card_of_which_only_the_description_is_here_is_refused_by_name(engine):
+    engine.router.register_virtual_candidate("far", "reading files")
+    with pytest.raises(UnknownCardError, match="adapter 'far'"):
+        engine.encode_with_lora(TEXTS, intent_query="reading files")
+
+
+@requirement("R4.14")
+@pytest.mark.parametrize("fold", [False, True])
+def test_active_cards_move_no_score_and_no_threshold(core, cards, fold):
+    engine = ArrowEngine(core, fold=fold)
+    for card in cards.values():
+        engine.register_lora(card)
+    queries = ["read a file", "sort numbers", "a fox in the woods", ""]
+    before = engine.router.select_many(queries, 3)
+    embedded = engine.encode(queries)
+    for card in cards.values():
+        engine.manager.apply_card(card)
+    assert np.abs(engine.encode(queries) - embedded).max() > 100 * TOLERANCE
+    assert engine.router.select_many(queries, 3) == before
+    for card in cards.values():  # described again while all are active
+        engine.router.register_card(card)
+    assert engine.router.select_many(queries, 3) == before
+    assert all(isinstance(route, Route) for routes in before for route in routes)
+
+
+@requirement("R5.10")
+def test_any_module_with_an_encode_method_runs():
+    words = Words()
+    engine = ArrowEngine(words)
+    expected = words.encode(["a b", "ccc"])
+    assert np.array_equal(engine.encode(["a b", "ccc"]), expected)
+    engine.manager.apply_card(words_card(size=2.0))
+    x = np.array([[1, 3], [3, 3]], np.float32)
+    assert np.allclose(engine.encode(["a b", "ccc"]), expected + 2 * x.sum(1, keepdims=True), rtol=1e-6)
+    assert np.array_equal(words.encode(["a b", "ccc"]), expected)
+
+
+class Returning(nn.Module):
+    """An encoder that gives what it is told to."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def encode(self, texts):
+        return self.rows
+
+
+@requirement("R5.10")
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.tensor([[1.0, 2.0]]),
+        torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16),
+        np.array([[1.0, 2.0]]),
+        [[1, 2]],
+        [torch.tensor([1.0, 2.0])],
+    ],
+)
+def test_embeddings_of_any_kind_come_out_as_float32_arrays(rows):
+    found = ArrowEngine(Returning(rows)).encode(["a"])
+    assert found.dtype == np.float32
+    assert found.tolist() == [[1.0, 2.0]]
+
+
+@requirement("R5.10")
+@pytest.mark.parametrize("rows", [np.zeros(3), np.zeros((2, 3)), 0.0, torch.zeros(1, 1, 2)])
+def test_an_encoder_that_gives_no_row_for_each_text_is_refused(rows):
+    with pytest.raises(ShapeError, match=r"encoder: expected embeddings \(1, d\), found shape"):
+        ArrowEngine(Returning(rows)).encode(["a"])
+
+
+@requirement("R5.10")
+@pytest.mark.parametrize("encoder", [nn.Linear(2, 2), "a name", None, len])
+def test_what_can_not_encode_is_refused(encoder):
+    with pytest.raises(ArgumentError, match=r"encoder: expected a torch module with encode\(texts\)"):
+        ArrowEngine(encoder)
+
+
+@requirement("R5.7")
+def test_a_folder_of_another_kind_of_model_says_how_to_pass_ones_own(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    with pytest.raises(
+        UnsupportedModelError, match=r"roberta.*pass a module of your own with an encode method to ArrowEngine"
+    ):
+        ArrowEngine.from_pretrained(tmp_path)
+
+
+@requirement("R5.15")
+def test_auto_takes_cuda_if_it_is_there_and_says_which(core, caplog):
+    with caplog.at_level(logging.INFO, "lora.engine"):
+        engine = ArrowEngine(core, device="auto")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert f"running on {expected}" in caplog.messages
+    assert engine.base.device.type == expected
+    assert (engine.base is core) == (expected == core.device.type)
+
+
+def tensors(module):
+    return [*module.parameters(), *module.buffers()]
+
+
+@requirement("R5.15")
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: a device that every machine has, and that computes nothing
+def test_all_tensors_of_a_snapshot_live_on_one_device(core, cards, device, fold):
+    engine = ArrowEngine(core, device=device, fold=fold)
+    assert (engine.base is core) == (device == "cpu")
+    engine.manager.apply_card(cards["files"])
+    engine.manager.apply_card(cards["sorting"], weight=0.5)
+    assert any(isinstance(module, LoRALinear) for module in engine.manager.model.modules()) != fold
+    assert {tensor.device.type for tensor in tensors(engine.manager.model)} == {device}
+    assert {tensor.device.type for tensor in tensors(core)} == {"cpu"}
+
+
+@requirement("R5.15")
+@pytest.mark.parametrize("device", ["nowhere", 5.5])
+def test_a_device_that_is_none_is_refused(core, device):
+    with pytest.raises(ArgumentError, match=f"device: .*{re.escape(str(device))}"):
+        ArrowEngine(core, device=device)
+
+
+def nearest(found, states):
+    """The one state that a result is within tolerance of, all others being a hundred tolerances away; else None."""
+    distances = {name: float(np.abs(found - expected).max()) for name, expected in states.items()}
+    best, *others = sorted(distances, key=distances.get)
+    clear = distances[best] <= TOLERANCE and all(distances[other] >= 100 * TOLERANCE for other in others)
+    return best if clear else None
+
+
+class Readers:
+    """Threads that encode until they are stopped, and say which state each result was of."""
+
+    def __init__(self, engine, sets, count):
+        self.engine, self.sets, self.texts = engine, sets, ["open a file", "a fox", "sort"]
+        self.states = {
+            name: (adapt(engine.base, adapters) if adapters else engine.base).encode(self.texts)
+            for name, adapters in sets.items()
+        }
+        self.seen, self.failures, self.stop = [], [], threading.Event()
+        reads = [self.active, self.reported, self.mixed]
+        self.threads = [threading.Thread(target=self.run, args=(reads[n % len(reads)],)) for n in range(count)]
+
+    def run(self, read):
+        try:
+            while not self.stop.is_set():
+                self.seen.append(read())
+        except BaseException as error:  # noqa: BLE001 - a thread's failure is the test's
+            self.failures.append(error)
+
+    def active(self):
+        return nearest(self.engine.encode(self.texts), self.states)
+
+    def reported(self):
+        """The report names the state that the embeddings are of."""
+        found = self.engine.encode_with_lora(self.texts)
+        state = nearest(found.embeddings, self.states)
+        return state if state and set(found.adapters) == {self.sets[state]} else None
+
+    def mixed(self):
+        """Two rows of what is active and one of the base."""
+        found = self.engine.encode_with_lora(self.texts, [None, {}, None]).embeddings
+        state = nearest(found[[0, 2]], {name: rows[[0, 2]] for name, rows in self.states.items()})
+        return state if np.abs(found[1] - self.states["none"][1]).max() <= TOLERANCE else None
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+
+@requirement("R5.9")
+def test_every_result_under_a_busy_writer_is_that_of_exactly_one_state(core, cards):
+    """Ten seconds of one writer that applies, replaces, swaps, rolls back and removes, and eight readers."""
+    files, sorting = cards["files"], cards["sorting"]
+    other = strong(core, "files", 77)
+    sets = {
+        "none": AdapterSet(),
+        "files": AdapterSet(files),
+        "files and sorting": AdapterSet([files, sorting]),
+        "other files and sorting": AdapterSet([other, sorting]),
+        "sorting": AdapterSet(sorting),
+        "half foxes": AdapterSet({"foxes": (cards["foxes"], 0.5)}),
+    }
+    engine = ArrowEngine(core, fold=True)
+    manager, readers = engine.manager, Readers(engine, sets, 8)
+    assert [nearest(rows, readers.states) for rows in readers.states.values()] == list(sets)
+    steps = [
+        lambda: manager.apply_card(files),
+        lambda: manager.apply_card(sorting),
+        lambda: manager.replace_card(other),
+        lambda: manager.prepare(sets["half foxes"]),
+        manager.swap,
+        manager.rollback,
+        lambda: manager.remove_card("files"),
+        lambda: manager.remove_card("sorting"),
+    ]
+    with readers:
+        end, rounds = time.monotonic() + 10, 0
+        while (time.monotonic() < end or rounds < 2) and not readers.failures:
+            for step in steps:
+                step()
+                enough = len(readers.seen) + 2 * len(readers.threads) * (rounds % 2)  # every other round takes its time
+                while len(readers.seen) < enough and not readers.failures:
+                    time.sleep(0.001)
+            rounds += 1
+    assert not readers.failures
+    assert set(readers.seen) == set(sets)  # each state was seen, and nothing but states
+
+
+@requirement("R5.9", "R5.11")
+def test_a_card_that_comes_and_goes_while_the_router_thinks_is_found_or_not_but_never_an_error():
+    class Slow(Words):
+        def encode(self, texts):
+            if "think" in texts and between:
+                between.pop()()
+            return super().encode(texts)
+
+    between = []
+    engine = ArrowEngine(Slow(), threshold=-1.0)
+    card = words_card("w", description="words")
+    engine.register_lora(card)
+    between.append(lambda: engine.remove_lora("w"))
+    gone = engine.encode_with_lora(["a"], intent_query="think")
+    assert (gone.routes, gone.adapters) in [((), (AdapterSet(),)), (gone.routes, (AdapterSet(card),))]
+    between.append(lambda: engine.register_lora(card))
+    come = engine.encode_with_lora(["a"], intent_query="think")
+    assert come.adapters in [(AdapterSet(),), (AdapterSet(card),)]
+
+
+@requirement("R5.9")
+def test_one_request_takes_all_its_cards_from_one_state():
+    """Cards are replaced while a request is at work: its rows and its report still agree."""
+    engine = ArrowEngine(Words())
+    old, new = words_card("w", 1.0), words_card("w", 3.0)
+    engine.manager.apply_card(old)
+    expected = engine.encode_with_lora(["a", "b"], "w").embeddings
+
+    class Swapping(list):
+        def __iter__(self):
+            for item in super().__iter__():
+                yield item
+                if engine.manager.active == AdapterSet(old):
+                    engine.manager.replace_card(new)
+
+    found = engine.encode_with_lora(["a", "b"], Swapping(["w", "w"]))
+    assert found.adapters == (AdapterSet(old),) * 2
+    assert np.allclose(found.embeddings, expected, rtol=0, atol=TOLERANCE)
+    assert lora.AdapterSet(engine.manager.active) == AdapterSet(new)

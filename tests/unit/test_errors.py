@@ -1,0 +1,98 @@
+"""Every error is a LoRAError and the built-in that a caller would guess, and says where and what is wrong."""
+
+import copy
+import pickle
+import traceback
+
+import pytest
+
+from lora import errors
+from lora.errors import LoRAError, shown
+from lora.testing.plugin import requirement
+
+KINDS = {
+    "CardError": ValueError,
+    "CardFileError": ValueError,
+    "CardNotFoundError": FileNotFoundError,
+    "StoreError": OSError,
+    "ShapeError": ValueError,
+    "TargetError": LookupError,
+    "BaseModelError": ValueError,
+    "UnsupportedModelError": TypeError,
+    "ConflictError": ValueError,
+    "UnknownCardError": KeyError,
+    "ArgumentError": ValueError,
+    "StateError": RuntimeError,
+    "DataError": ValueError,
+    "MissingPackageError": ImportError,
+}
+
+
+@requirement("R7.8")
+def test_every_kind_is_listed_here():
+    found = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, LoRAError)}
+    assert found == {*KINDS, "LoRAError"}
+
+
+@requirement("R7.8")
+@pytest.mark.parametrize("name", KINDS)
+def test_a_kind_is_a_lora_error_and_the_built_in_it_stands_for(name):
+    kind = getattr(errors, name)
+    assert kind.__doc__
+    for caught in (LoRAError, KINDS[name]):
+        with pytest.raises(caught):
+            raise kind("card 'docs': rank", "an integer >= 1", -1)
+
+
+@requirement("R7.8")
+@pytest.mark.parametrize("name", KINDS)
+def test_an_error_prints_its_parts_in_one_line(name):
+    error = getattr(errors, name)("card 'docs': rank", "an integer >= 1", -1, "see the manual")
+    assert (error.where, error.expected, error.found, error.hint) == (
+        "card 'docs': rank",
+        "an integer >= 1",
+        "-1",
+        "see the manual",
+    )
+    line = "card 'docs': rank: expected an integer >= 1, found -1; see the manual"
+    assert str(error) == line
+    assert traceback.format_exception_only(error) == [f"lora.errors.{name}: {line}\n"]
+
+
+@requirement("R7.8")
+@pytest.mark.parametrize("name", KINDS)
+def test_an_error_survives_pickling_and_copying(name):
+    error = getattr(errors, name)("here", "this", "that", "a hint")
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301 - what was just written
+        assert type(again) is type(error)
+        assert vars(again) == vars(error)
+        assert str(again) == str(error)
+
+
+@requirement("R7.8")
+def test_no_part_of_an_error_is_ever_empty():
+    error = errors.CardFileError("card file", "", ValueError())
+    assert (error.expected, error.found) == ("''", "ValueError()")
+    assert str(error) == "card file: expected '', found ValueError()"
+
+
+class Sullen:
+    """Has no repr."""
+
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+@requirement("R7.8")
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "None"),
+        ("docs", "'docs'"),
+        pytest.param(10**5000, "an int without a repr", id="huge"),
+        (Sullen(), "a Sullen without a repr"),
+        ("x" * 1000, "'" + "x" * 199 + "…"),
+    ],
+)
+def test_any_value_can_be_shown(value, text):
+    assert shown(value) == text

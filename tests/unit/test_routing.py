@@ -1,0 +1,265 @@
+"""lora.routing: unit vectors, the index as a value, what `select` refuses, and a threshold that keeps its promise."""
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+
+import lora.routing
+from lora.errors import ArgumentError, LoRAError, ShapeError
+from lora.routing import EMPTY, Calibration, Route, calibrate, candidate_of, select, unit
+from lora.testing.plugin import requirement
+from lora.testing.tolerance import gamma
+
+
+def index_of(**exemplars):
+    index = EMPTY
+    for name, rows in exemplars.items():
+        index = index.with_candidate(candidate_of(name, np.atleast_2d(np.array(rows, float))))
+    return index
+
+
+def likely(trials, share, tail=1e-6):
+    """The counts that a binomial variable keeps to, but for a probability of `tail` on either side."""
+    i = np.arange(trials + 1)
+    log_factorial = np.array([math.lgamma(k + 1) for k in range(trials + 1)])
+    choices = log_factorial[-1] - log_factorial - log_factorial[::-1]
+    probability = np.exp(choices + i * math.log(share) + (trials - i) * math.log1p(-share))
+    return range(
+        int(np.searchsorted(np.cumsum(probability), tail)),
+        trials - int(np.searchsorted(np.cumsum(probability[::-1]), tail)) + 1,
+    )
+
+
+@requirement("R9.6")
+def test_the_examples_in_the_docstrings_are_right():
+    found = doctest.testmod(lora.routing, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+@requirement("R4.8")
+def test_unit_vectors_keep_their_direction_at_the_ends_of_the_range():
+    rows = unit(np.array([[3e-320, 4e-320], [3e307, -4e307], [5e-324, 0], [0, 0], [-0.0, 0]]))
+    assert np.allclose(rows[0], [0.6, 0.8], rtol=0, atol=5e-4)  # 3e-320 has 13 significant bits
+    assert np.allclose(rows[1], [0.6, -0.8], rtol=0, atol=gamma(8, rows.dtype))
+    assert rows[2:].tolist() == [[1, 0], [0, 0], [0, 0]]
+
+
+@requirement("R4.8")
+def test_unit_vectors_are_the_same_whatever_the_memory_order():
+    rows = np.random.default_rng(0).standard_normal((40, 33))
+    expected = unit(rows)
+    assert np.array_equal(unit(np.asfortranarray(rows)), expected)
+    assert np.array_equal(unit(rows[::2]), expected[::2])
+
+
+@requirement("R4.8")
+@pytest.mark.parametrize("shape", [(), (3,), (1, 2, 3)])
+def test_embeddings_that_are_no_matrix_are_refused(shape):
+    with pytest.raises(ShapeError, match=r"embeddings: expected shape \(n, d\), found shape") as caught:
+        unit(np.zeros(shape))
+    assert isinstance(caught.value, ValueError)
+
+
+@requirement("R4.8")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_embeddings_that_are_not_finite_are_refused(bad):
+    with pytest.raises(ArgumentError, match="expected finite numbers, found NaN or an infinity"):
+        unit(np.array([[0, bad]]))
+
+
+@requirement("R4.9", "R4.12")
+def test_an_index_is_a_value():
+    one = index_of(a=[1, 0])
+    two = one.with_candidate(candidate_of("b", np.array([[0.0, 1]])))
+    assert (list(one.candidates), list(two.candidates), list(two.without("a").candidates)) == (["a"], ["a", "b"], ["b"])
+    with pytest.raises(TypeError):
+        two.candidates["c"] = None
+    assert two.without("unknown").candidates == two.candidates
+
+
+@requirement("R4.9")
+def test_an_index_keeps_each_candidates_rows_together():
+    index = index_of(b=[[1, 0], [0, 1]], a=[[2, 0]], c=[[0, 3], [0, -1], [5, 0]])
+    assert index.rows.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1], [0, -1], [1, 0]]
+    assert index.starts.tolist() == [0, 1, 3]
+
+
+@requirement("R4.1")
+def test_a_candidate_of_another_width_is_refused_by_name():
+    with pytest.raises(ShapeError, match="candidate 'wide': expected embeddings of width 2, found 3"):
+        index_of(a=[1, 0], wide=[1, 0, 0])
+
+
+@requirement("R4.1")
+def test_a_candidate_without_examples_is_refused():
+    with pytest.raises(ArgumentError, match="candidate 'none': expected at least one example"):
+        candidate_of("none", np.empty((0, 2)))
+
+
+@requirement("R4.4", "R4.6")
+def test_the_nearest_example_decides():
+    index = index_of(one=[[0.6, 0.8]], several=[[0, 1], [1, 0], [-1, 0]])
+    query = np.array([1.0, 0.0])
+    assert select(query, index, top_k=2) == [Route("several", 1.0), Route("one", 0.6)]
+    assert select(query, index, top_k=2, threshold=0.6) == [Route("several", 1.0), Route("one", 0.6)]
+    assert select(query, index, top_k=2, threshold=0.600001) == [Route("several", 1.0)]
+
+
+@requirement("R4.6")
+def test_nothing_is_chosen_from_nothing():
+    assert select(np.zeros(3), EMPTY, top_k=3) == []
+
+
+@requirement("R4.4")
+@pytest.mark.parametrize("top_k", [0, -1, 1.0, True, "1", None])
+def test_a_top_k_that_is_no_count_is_refused(top_k):
+    with pytest.raises(ArgumentError, match="top_k: expected an integer >= 1, found"):
+        select(np.zeros(2), index_of(a=[1, 0]), top_k=top_k)
+
+
+@requirement("R4.5")
+@pytest.mark.parametrize("threshold", [math.nan, math.inf, -math.inf])
+def test_a_threshold_that_is_not_finite_is_refused(threshold):
+    with pytest.raises(ArgumentError, match="threshold: expected a finite number or None, found"):
+        select(np.zeros(2), index_of(a=[1, 0]), threshold=threshold)
+
+
+@requirement("R4.3")
+def test_a_query_of_another_width_is_refused():
+    with pytest.raises(ShapeError, match=r"query embedding: expected shape \(2,\), found shape \(3,\)"):
+        select(np.zeros(3), index_of(a=[1, 0]))
+
+
+@requirement("R4.13")
+@pytest.mark.parametrize("tags", ["python", [1]])
+def test_tags_that_are_no_collection_of_words_are_refused(tags):
+    with pytest.raises(ArgumentError, match="tags: expected a collection of str, found"):
+        select(np.zeros(2), index_of(a=[1, 0]), tags=tags)
+    with pytest.raises(ArgumentError, match="tags: expected a collection of str, found"):
+        candidate_of("a", np.ones((1, 2)), tags=tags)
+
+
+DRAWS = 600
+
+
+def sources(rng, count, *, spread=1.0):
+    """Queries of sources that differ from each other more than their own queries do, as embeddings."""
+    centres = np.array([4.0, *[0] * 7]) + rng.normal(0, spread, (count, 8))
+    return centres[:, None] + rng.normal(0, 0.3, (count, 6, 8))
+
+
+def scores_of(groups, known):
+    """Source -> scores of its queries against known examples."""
+    index = index_of(known=known.reshape(-1, 8))
+    return {
+        f"source {number}": [select(query, index)[0].score for query in unit(queries)]
+        for number, queries in enumerate(groups)
+    }
+
+
+@requirement("R4.11")
+def test_queries_of_new_sources_fall_below_the_threshold_at_the_stated_rate_and_no_more():
+    rng, triggered = np.random.default_rng(0), 0
+    for draw in range(DRAWS):
+        effects = rng.normal(size=40)  # queries of one source resemble each other, and high scorers are many
+        groups = {
+            str(i): effect + rng.normal(0, 0.1, rng.integers(1, 4 + 20 * (effect > 0)))
+            for i, effect in enumerate(effects[1:])
+        }
+        found = calibrate(groups, 0.1, seed=draw)
+        assert (found.groups, found.rate) == (39, 4 / 40)
+        triggered += effects[0] + rng.normal(0, 0.1) < found.threshold
+    assert triggered in likely(DRAWS, 0.1)
+
+
+@requirement("R4.11")
+def test_a_query_a_group_instead_of_a_source_a_group_breaks_the_rate():
+    rng, triggered = np.random.default_rng(0), 0
+    for draw in range(DRAWS):
+        effects = rng.normal(size=40)
+        pooled = [effect + rng.normal(0, 0.1, 1 + 20 * (effect > 0)) for effect in effects[1:]]
+        found = calibrate({f"{i}": [score] for i, score in enumerate(np.concatenate(pooled))}, 0.1, seed=draw)
+        triggered += effects[0] + rng.normal(0, 0.1) < found.threshold
+    assert triggered > likely(DRAWS, 0.1)[-1]
+
+
+@requirement("R4.11")
+def test_a_split_by_source_keeps_the_rate_of_a_router_and_a_random_split_does_not():
+    rng, by_source, at_random = np.random.default_rng(0), 0, 0
+    for draw in range(DRAWS // 3):
+        groups = sources(rng, 40)
+        (new,) = sources(rng, 1)
+        whole = calibrate(scores_of(groups[20:], groups[:20]), 0.1, seed=draw)
+        mixed = calibrate(scores_of(groups[:, 3:], groups[:, :3]), 0.1, seed=draw)
+        by_source += scores_of(new[None, :1], groups[:20])["source 0"][0] < whole.threshold
+        at_random += scores_of(new[None, :1], groups[:, :3])["source 0"][0] < mixed.threshold
+    assert by_source <= likely(DRAWS // 3, 0.1)[-1]
+    assert at_random > likely(DRAWS // 3, 0.1)[-1]
+
+
+@requirement("R4.11")
+@pytest.mark.parametrize(("groups", "rate"), [(9, 0.1), (19, 0.1), (19, 0.5), (200, 0.05)])
+def test_nine_calibrations_in_ten_have_their_true_rate_in_the_stated_interval(groups, rate):
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(DRAWS):
+        found = calibrate({str(i): [score] for i, score in enumerate(rng.random(groups))}, rate)
+        low, high = found.interval
+        inside += low <= found.threshold <= high  # of uniform scores, the share below a threshold is the threshold
+    assert inside in likely(DRAWS, 0.9)
+
+
+@requirement("R4.11")
+@pytest.mark.parametrize("groups", [1, 2, 9, 99, 999, 4999])
+def test_the_interval_is_the_beta_laws(groups):
+    found = calibrate({str(i): [i] for i in range(groups)}, 1 / (groups + 1))
+    # Of Beta(1, n) the point of probability p is 1 - (1 - p)^(1/n); it is stated to six decimals.
+    expected = [1 - (1 - p) ** (1 / groups) for p in (0.05, 0.95)]
+    assert found.interval == pytest.approx(expected, rel=0, abs=0.51e-6)
+    last = calibrate({str(i): [i] for i in range(groups)}, groups / (groups + 1))  # Beta(n, 1) is its mirror image
+    assert last.interval == pytest.approx([1 - point for point in expected[::-1]], rel=0, abs=0.51e-6)
+
+
+@requirement("R4.11")
+def test_the_threshold_is_the_kth_smallest_of_one_score_a_group():
+    scores = {f"module {i:02}": [i / 100] for i in range(19)}
+    assert calibrate(scores, 0.25) == Calibration(0.04, 19, 0.25, calibrate(scores, 0.25).interval)
+    assert calibrate(dict(reversed(scores.items())), 0.25) == calibrate(scores, 0.25)
+    several = {"a": [1, 2, 3], "b": [4, 5, 6], "c": [1, 8]}
+    assert all(
+        calibrate(several, 0.7, seed=s) == calibrate(dict(reversed(several.items())), 0.7, seed=s) for s in range(9)
+    )
+    drawn = {calibrate({"a": [1, 2, 3], "b": [5]}, 0.4, seed=seed).threshold for seed in range(40)}
+    assert drawn == {1, 2, 3}
+    assert len({calibrate({"a": [1, 2, 3], "b": [5]}, 0.4, seed=7) for _ in range(9)}) == 1
+
+
+@requirement("R4.11")
+@pytest.mark.parametrize("needed", [1, 2, 9, 19, 48, 97, 102, 1999])
+def test_just_enough_groups_will_do_and_one_fewer_is_refused_with_the_number_needed(needed):
+    rate, scores = 1 / (needed + 1), {str(i): [0.0] for i in range(needed)}
+    assert calibrate(scores, rate).groups == needed
+    del scores["0"]
+    with pytest.raises(ArgumentError, match=f"at least {needed} source groups for a rate of .*, found {needed - 1}"):
+        calibrate(scores, rate)
+
+
+@requirement("R4.11")
+def test_a_rate_next_to_one_takes_the_largest_score():
+    assert calibrate({"a": [1.0], "b": [2.0]}, math.nextafter(1, 0)).threshold == 2.0
+
+
+@requirement("R4.11")
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 1.1, math.nan])
+def test_a_rate_that_is_no_share_is_refused(rate):
+    with pytest.raises(ArgumentError, match=r"rate: expected a share in \(0, 1\)"):
+        calibrate({str(i): [0.0] for i in range(99)}, rate)
+
+
+@requirement("R4.11")
+@pytest.mark.parametrize("bad", [[], [math.nan], [0.5, math.inf]])
+def test_groups_without_finite_scores_are_refused(bad):
+    with pytest.raises(LoRAError, match="scores: expected finite scores in every group"):
+        calibrate({**{str(i): [0.0] for i in range(99)}, "bad": bad}, 0.1)

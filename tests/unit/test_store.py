@@ -1,0 +1,407 @@
+"""Card files on a real disk: mapped and not copied, replaced whole or not at all, and what is no card file."""
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora
+from lora.errors import CardError, CardFileError, CardNotFoundError, StoreError
+from lora.store import replacing
+from lora.testing.plugin import requirement
+
+
+def a_card(name="docs", rows=16, columns=16, rank=4, modules=3, **fields):
+    rng = np.random.default_rng(7)
+    weights = {
+        f"layer.{i}.query": lora.LowRank(
+            rng.standard_normal((rows, rank), np.float32), rng.standard_normal((rank, columns), np.float32)
+        )
+        for i in range(modules)
+    }
+    return lora.LoRACard(name, rank, 8.0, ("query",), weights, {"description": "text"}, **fields)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "card.lora.arrow"
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory):
+    """A card of 40 MB, and its digest."""
+    path = tmp_path_factory.mktemp("large") / "large.lora.arrow"
+    digest = lora.save(a_card(rows=20_000, columns=20_000, rank=32, modules=8), path)
+    assert path.stat().st_size > 40e6
+    return path, digest
+
+
+def child(script, *arguments):
+    """What a Python process of its own prints as JSON; warnings are errors there too."""
+    command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return json.loads(done.stdout)
+
+
+def spans(path):
+    """Where a file is mapped in this process: address ranges with their permissions."""
+    found = []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] == str(path):
+            start, stop = (int(part, 16) for part in fields[0].split("-"))
+            found.append((start, stop, fields[1]))
+    return found
+
+
+@requirement("R1.5", "R1.6", "R6.4")
+def test_every_factor_lies_in_a_private_map_of_the_file(path):
+    lora.save(a_card(), path)
+    card = lora.load(path)
+    mapped = spans(path)
+    assert mapped
+    assert all(permissions == "rw-p" for _, _, permissions in mapped)  # private: a write reaches no file
+    for pair in card.weights.values():
+        for factor in (pair.A, pair.B):
+            first = factor.__array_interface__["data"][0]
+            assert any(start <= first and first + factor.nbytes <= stop for start, stop, _ in mapped)
+            assert not factor.flags.writeable
+            assert not factor.flags.owndata
+    del card, pair, factor
+    assert spans(path) == []
+
+
+@requirement("R1.6", "R1.5", "R6.4")
+def test_anonymous_memory_does_not_grow_with_the_weights(large):
+    script = """
+import json, sys
+from pathlib import Path
+import lora
+
+def kilobytes(kind):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+small, large = sys.argv[1:]
+lora.load(small)
+before = {kind: kilobytes(kind) for kind in ("RssAnon", "RssFile")}
+card = lora.load(large)
+loaded = {kind: kilobytes(kind) - before[kind] for kind in before}
+total = sum(float(pair.A.sum()) + float(pair.B.sum()) for pair in card.weights.values())
+read = {kind: kilobytes(kind) - before[kind] for kind in before}
+print(json.dumps({"loaded": loaded, "read": read, "nbytes": card.nbytes}))
+"""
+    path, _ = large
+    small = path.with_name("small.lora.arrow")
+    lora.save(a_card(), small)
+    found = child(script, small, path)
+    weights = found["nbytes"] // 1024
+    assert weights >= 40_000
+    assert found["loaded"]["RssAnon"] < 2_000
+    assert found["loaded"]["RssFile"] < 4_000  # nothing of the weights is even read
+    assert found["read"]["RssFile"] > weights * 0.9
+    assert found["read"]["RssAnon"] < 2_000
+
+
+@requirement("R1.6")
+def test_a_stray_write_neither_crashes_nor_reaches_the_file(large):
+    script = """
+import ctypes, json, sys
+import lora
+path = sys.argv[1]
+card = lora.load(path)
+for pair in card.weights.values():
+    for factor in (pair.A, pair.B):
+        ctypes.memset(factor.ctypes.data, 0xFF, factor.nbytes)
+        ctypes.memmove(factor.ctypes.data, b"x" * 64, 64)
+again = lora.load(path)
+changed = all(bytes(pair.A.view("u1").ravel()[:64]) == b"x" * 64 for pair in card.weights.values())
+print(json.dumps({"digest": lora.digest(path), "changed": changed, "same": card == again}))
+"""
+    path, digest = large
+    assert child(script, path) == {"digest": digest, "changed": True, "same": False}
+    assert lora.digest(path) == digest
+
+
+@requirement("R1.12")
+def test_a_header_is_read_without_torch_and_without_the_weights(large):
+    script = """
+import json, sys
+from pathlib import Path
+import lora
+from lora import store
+
+def kilobytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile", "RssAnon")))
+
+small, large = sys.argv[1:]
+lora.inspect(small)
+kept, mapped = [], store._map
+store._map = lambda path: kept.append(mapped(path)) or kept[-1]  # a map that goes takes its pages with it
+before = kilobytes()
+header = lora.inspect(large)
+inspecting = kilobytes() - before
+card = lora.load(large)
+total = [(pair.A.sum(), pair.B.sum()) for pair in card.weights.values()]
+reading = kilobytes() - before - inspecting
+assert len(kept) == 2
+assert "torch" not in sys.modules, "torch was imported"
+modules = {name: [m.in_features, m.rank, m.out_features] for name, m in header.modules.items()}
+print(json.dumps({"inspecting": inspecting, "reading": reading, "name": header.name, "rank": header.rank,
+                  "alpha": header.alpha, "targets": header.target_modules, "metadata": dict(header.metadata),
+                  "modules": modules}))
+"""
+    path, _ = large
+    small = path.with_name("small.lora.arrow")
+    lora.save(a_card(), small)
+    found = child(script, small, path)
+    assert found["reading"] > 36_000
+    assert found["inspecting"] < 4_000
+    assert (found["name"], found["rank"], found["alpha"], found["targets"]) == ("docs", 32, 8.0, ["query"])
+    assert found["metadata"] == {"description": "text"}
+    assert found["modules"] == {f"layer.{i}.query": [20_000, 32, 20_000] for i in range(8)}
+
+
+@requirement("R1.6")
+def test_a_loaded_card_outlives_its_path_and_its_descriptor(path):
+    lora.save(card := a_card(), path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    loaded = lora.load(path)
+    lora.save(a_card("another"), path)  # a new file takes the name: the map keeps the old
+    assert loaded == card
+    path.unlink()
+    assert loaded == card
+    del loaded
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@requirement("R1.11")
+def test_a_save_flushes_the_file_then_renames_it_then_flushes_the_folder(path, monkeypatch):
+    steps, fsync, replace = [], os.fsync, Path.replace
+
+    def flushed(handle):
+        steps.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def renamed(source, target):
+        assert source.parent == target.parent
+        assert source.stat().st_size > 0
+        steps.append("rename")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    lora.save(a_card(), path)
+    assert steps == ["file", "rename", "folder"]
+
+
+@requirement("R1.11")
+@pytest.mark.parametrize("step", ["os.fsync", "Path.replace", "pa.ipc.new_file"])
+def test_a_killed_save_leaves_the_old_file_whole(path, step):
+    script = """
+import os, signal, sys
+from pathlib import Path
+import pyarrow as pa
+import lora
+old, new = lora.load(sys.argv[1]), lora.load(sys.argv[2])
+owner, _, name = sys.argv[3].rpartition(".")
+setattr(eval(owner), name, lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL))
+lora.save(new, sys.argv[1])
+"""
+    digest = lora.save(a_card("old"), path)
+    other = path.with_name("other.lora.arrow")
+    lora.save(a_card("new", rows=2000), other)
+    done = subprocess.run([sys.executable, "-c", script, path, other, step], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert lora.load(path, verify=digest).name == "old"
+    assert sorted(found.name for found in path.parent.glob("*.lora.arrow")) == ["card.lora.arrow", "other.lora.arrow"]
+    lora.save(a_card("new"), path)
+    assert lora.load(path).name == "new"
+
+
+@requirement("R1.11")
+def test_readers_see_one_card_or_the_other_while_a_writer_replaces_them(path):
+    cards = [a_card("one"), a_card("two", rows=64)]
+    lora.save(cards[0], path)
+    written = threading.Event()
+
+    def write():
+        for turn in range(60):
+            lora.save(cards[turn % 2], path)
+        written.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not written.is_set():
+        card = lora.load(path)
+        assert card in cards
+        seen.add(card.name)
+    writer.join()
+    assert seen == {"one", "two"}
+
+
+@requirement("R1.11")
+def test_a_new_file_has_the_mode_that_the_umask_leaves(path):
+    for mask in (0o077, 0o022, 0o027):
+        old = os.umask(mask)
+        try:
+            lora.save(a_card(), path)
+        finally:
+            os.umask(old)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+@requirement("R1.11")
+def test_any_name_that_the_file_system_takes_is_taken(tmp_path):
+    for name in ("a" * 244 + ".lora.arrow", "注" * 81 + ".lora.arrow", ".hidden", "a b\nc", "-"):
+        digest = lora.save(a_card(), tmp_path / name)
+        assert lora.load(tmp_path / name, verify=digest) == a_card()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@requirement("R1.11")
+def test_a_link_is_replaced_and_what_it_led_to_is_kept(tmp_path):
+    lora.save(a_card("old"), tmp_path / "old.lora.arrow")
+    (tmp_path / "link").symlink_to(tmp_path / "old.lora.arrow")
+    assert lora.load(tmp_path / "link").name == "old"
+    lora.save(a_card("new"), tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink()
+    assert lora.load(tmp_path / "old.lora.arrow").name == "old"
+
+
+@requirement("R1.11", "R7.8")
+def test_a_full_disk_is_a_store_error_and_leaves_nothing(path, monkeypatch):
+    def full(_handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lora.save(a_card("old"), path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left on device") as caught:
+        lora.save(a_card("new"), path)
+    assert caught.value.where == str(path)
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
+    assert lora.load(path).name == "old"
+
+
+@requirement("R1.11")
+def test_an_error_of_the_writer_is_passed_on_as_it_is(path):
+    error = CardError("here", "this", "that")
+    with pytest.raises(CardError) as caught, replacing(path) as file:  # noqa: PT012 - the error is the block's own
+        file.write(b"half")
+        raise error
+    assert caught.value is error
+    assert list(path.parent.iterdir()) == []
+    with replacing(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
+
+
+@requirement("R1.11", "R1.14")
+def test_one_card_is_one_byte_string_in_every_process(path):
+    script = """
+import json, sys
+import lora
+print(json.dumps(lora.save(lora.load(sys.argv[1]), sys.argv[2])))
+"""
+    digest = lora.save(a_card(extra={"b": "1", "a": "2"}, base_model="tiny"), path)
+    assert child(script, path, path.with_name("again.lora.arrow")) == digest
+
+
+@requirement("R7.1")
+def test_a_missing_file_is_named(tmp_path, path):
+    reads = (lora.load, lora.inspect, lora.digest)
+    for read in reads:
+        with pytest.raises(CardNotFoundError, match=r"expected an existing path, found nothing at") as caught:
+            read(path)
+        assert caught.value.where == str(path)
+        assert isinstance(caught.value, FileNotFoundError)
+        with pytest.raises(CardNotFoundError) as caught:
+            read(tmp_path / "gone" / "card.lora.arrow")
+        assert caught.value.found == f"nothing at {tmp_path / 'gone'}"
+    with pytest.raises(CardNotFoundError, match="gone"):
+        lora.save(a_card(), tmp_path / "gone" / "card.lora.arrow")
+
+
+@requirement("R7.8")
+def test_only_a_regular_file_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (lora.load, lora.inspect, lora.digest):
+        for wrong in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), Path("/dev/null")):
+            with pytest.raises(StoreError) as caught:
+                read(wrong)
+            assert caught.value.where == str(wrong)
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(CardFileError, match="0 bytes"):
+        lora.load(tmp_path / "empty")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(StoreError):
+        lora.load(tmp_path / "loop")
+
+
+@requirement("R7.8")
+def test_a_file_that_may_not_be_read_and_a_folder_that_may_not_be_written_are_store_errors(tmp_path, path):
+    script = """
+import json, os, sys
+import lora
+from lora.errors import StoreError
+card = lora.load(sys.argv[1])
+if os.geteuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+said = []
+for call in (lambda: lora.load(sys.argv[1]), lambda: lora.digest(sys.argv[1]), lambda: lora.save(card, sys.argv[1])):
+    try:
+        call()
+    except StoreError as error:
+        said.append("Permission denied" in str(error) and sys.argv[1] in str(error))
+print(json.dumps(said))
+"""
+    lora.save(a_card(), path)
+    path.chmod(0o400)
+    tmp_path.chmod(0o555)
+    try:
+        readable = os.geteuid() != 0  # an owner may read what others may not
+        assert child(script, path) == [True] * (1 if readable else 3)
+    finally:
+        tmp_path.chmod(0o755)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+@requirement("R1.14")
+def test_only_the_digest_of_these_bytes_is_let_through(path):
+    digest = lora.save(a_card(), path)
+    assert lora.load(path, verify=digest) == a_card()
+    with pytest.raises(CardFileError, match=rf"card file: SHA-256: expected {'0' * 64}, found {digest}"):
+        lora.load(path, verify="0" * 64)
+    path.write_bytes(b"not even an Arrow file")
+    with pytest.raises(CardFileError, match="SHA-256"):  # it is hashed before a byte of it is parsed
+        lora.load(path, verify=digest)
+
+
+@requirement("R1.3", "R1.10")
+def test_text_of_every_script_and_keys_of_every_kind_come_back(path):
+    extra = {"": "", "pandas": "{}", "ARROW:schema": "x", "a\0b": "c\0d", "lora.later": "1", "größe": "注意"}
+    made = a_card("größe, 注意", extra=extra, base_model="")
+    lora.save(made, path)
+    assert lora.load(path) == made
+    assert dict(lora.inspect(path).extra) == extra
+
+
+@requirement("R1.4")
+def test_a_card_without_modules_is_a_card(path):
+    empty = lora.LoRACard("empty", 1, 1.0, (), {})
+    lora.save(empty, path)
+    assert lora.load(path) == empty
+    assert dict(lora.inspect(path).modules) == {}
