@@ -10,7 +10,10 @@ demo: $(VENV)/.demo
 	$(BIN)/lora demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90
+	rm -f .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --fail-under=90
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

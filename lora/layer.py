@@ -101,7 +101,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, terms: Terms | None = None) -> None:
         check_linear(base, "base")
-        self.__dict__.update(shared_copy(base, nn.Linear).__dict__)
+        _take_over(self, base, Own())
         self._set(dict(terms or {}))
 
     @classmethod
@@ -157,7 +157,7 @@ class SegmentedLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, sets: Sequence[Terms], own: Own | None = None) -> None:
         check_linear(base, "base")
-        self.__dict__.update(shared_copy(base, nn.Linear, own).__dict__)
+        _take_over(self, base, own or Own())
         for index, terms in enumerate(sets):
             a, b = stacked(terms, self.weight)
             self.register_buffer(f"lora_A{index}", a, persistent=False)
@@ -201,7 +201,7 @@ class TrainableLinear(nn.Linear):
         check_fit(base, pair, "pair")
         if not 0 <= dropout < 1:
             raise ArgumentError("dropout", "a probability in [0, 1)", dropout)
-        self.__dict__.update(shared_copy(base, nn.Linear, own).__dict__)
+        _take_over(self, base, own or Own())
         self.scaling = 1.0 if pair.scaling is None else pair.scaling
         self.dropout = dropout
         device = self.weight.device
@@ -290,17 +290,21 @@ def shared_copy(module: nn.Module, kind: type[M], own: Own | None = None) -> M:
     -----
     Requirements: R2.1, R3.9
     """
-    twin = own or Own()
     result: M = object.__new__(kind)
+    _take_over(result, module, own or Own())
+    return result
+
+
+def _take_over(result: nn.Module, module: nn.Module, own: Own) -> None:
+    """Fill a new module with twins of all that another one holds; hooks that know their module get to know the new one."""
     for key, value in module.__dict__.items():
-        result.__dict__[key] = twin(value)
+        result.__dict__[key] = own(value)
     hooks: dict[int, Any] = result._load_state_dict_pre_hooks
     for handle, hook in hooks.items():
         if hook.with_module:
             hooks[handle] = type(hook)(hook.hook, result)
     if all(hook.hook is not _unshare for hook in hooks.values()):
         result.register_load_state_dict_pre_hook(_unshare)  # type: ignore[no-untyped-call]
-    return result
 
 
 def detached(tensor: Tensor) -> Tensor:

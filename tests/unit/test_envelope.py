@@ -1,11 +1,12 @@
 """Damaged, false and hostile files: never a crash, never an allocation that the file did not pay for."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import fuzz_child
 import pytest
 
 import lora
@@ -14,12 +15,14 @@ from lora.errors import CardFileError
 from lora.table import ROW_BYTES
 from lora.testing.plugin import requirement
 
+SCRIPT = Path(__file__).with_name("fuzz_child.py")
+fuzz = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 SEEDS = [11, 132]
 
 
 @requirement("R7.9")
 def test_thousands_of_damaged_files_are_refused_or_are_well_formed_cards():
-    command = [sys.executable, "-W", "error", fuzz_child.__file__, *map(str, SEEDS)]
+    command = [sys.executable, "-W", "error", SCRIPT, *map(str, SEEDS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     found = json.loads(done.stdout)
@@ -65,7 +68,7 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def falsified():
-    return dict(fuzz_child.false_files())
+    return dict(fuzz.false_files())
 
 
 @requirement("R7.9", "R7.8")
@@ -77,15 +80,15 @@ def test_a_false_frame_is_refused_before_arrow_sees_it(falsified, name):
 
 @requirement("R7.9")
 def test_a_true_frame_is_taken_as_bytes_or_as_a_view():
-    for card in (fuzz_child.real_card(), lora.LoRACard("empty", 1, 1.0, (), {})):
-        data = fuzz_child.file_bytes(card)
+    for card in (fuzz.real_card(), lora.LoRACard("empty", 1, 1.0, (), {})):
+        data = fuzz.file_bytes(card)
         assert check_envelope(data, ROW_BYTES) is None
         assert check_envelope(memoryview(data), ROW_BYTES) is None
 
 
 @requirement("R7.9")
 def test_every_buffer_lies_in_the_body_and_has_its_own_bytes():
-    edit = fuzz_child.Edit(fuzz_child.file_bytes(fuzz_child.real_card()))
+    edit = fuzz.Edit(fuzz.file_bytes(fuzz.real_card()))
     end = int.from_bytes(edit.data[edit.body_length : edit.body_length + 8], "little")
     for at, (start, length) in zip(edit.buffers, edit.spans, strict=True):
         for span in ((start, end - start + 1), (-1, length), (start, -1), (2**63 - 1, length or 1)):
@@ -95,8 +98,8 @@ def test_every_buffer_lies_in_the_body_and_has_its_own_bytes():
 
 @requirement("R7.9")
 def test_no_position_in_the_sizes_leads_outside_the_file():
-    data = fuzz_child.file_bytes(fuzz_child.real_card())
-    edit = fuzz_child.Edit(data)
+    data = fuzz.file_bytes(fuzz.real_card())
+    edit = fuzz.Edit(data)
     taken = 0
     for at in [*range(edit.message_at - 8, edit.body, 2), *range(edit.footer_at, len(data) - 8, 2)]:
         for word in (b"\xff\xff", b"\x00\x00", b"\x00\x80", b"\xff\x7f"):
@@ -121,11 +124,10 @@ def test_the_two_schemas_of_a_file_are_one(falsified, tmp_path):
 
 @requirement("R7.9")
 def test_offsets_and_shapes_are_copied_to_the_heap_before_they_are_used(tmp_path):
-    script = Path(__file__).with_name("fuzz_child.py")
     child = f"""
 import ctypes, runpy, sys
 import lora
-fuzz = runpy.run_path({str(script)!r})
+fuzz = runpy.run_path({str(SCRIPT)!r})
 card = fuzz["real_card"]()
 edit = fuzz["Edit"](fuzz["file_bytes"](card))
 path = sys.argv[1]

@@ -2,30 +2,33 @@
 
 import json
 import mmap
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pytest
-from fuzz_child import MODULES, arrow_bytes, false_files, file_bytes, plain, real_card, tensors, with_column
 
 import lora
 from lora.errors import ArgumentError, CardError, CardFileError
-from lora.table import FORMAT_VERSION, MAX_ELEMENTS, offsets_of, one_batch, read_header, schema_of
+from lora.table import FORMAT_VERSION, MAX_ELEMENTS, _tensor, offsets_of, one_batch, read_header, schema_of
 from lora.testing.plugin import requirement
 
+fuzz = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzz_child.py"))))
 STORED = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64(), "bfloat16": pa.uint16()}
 
 
 def read_back(card):
     """What pyarrow alone makes of a card's file."""
-    return pa.ipc.open_file(pa.py_buffer(file_bytes(card))).get_batch(0)
+    return pa.ipc.open_file(pa.py_buffer(fuzz.file_bytes(card))).get_batch(0)
 
 
 @requirement("R1.9", "R1.4")
 @pytest.mark.parametrize("dtype", STORED)
 def test_factors_are_stored_as_canonical_variable_shape_tensors(dtype):
-    batch = read_back(real_card(dtype))
+    batch = read_back(fuzz.real_card(dtype))
     storage = pa.struct([("data", pa.list_(STORED[dtype])), ("shape", pa.list_(pa.int32(), 2))])
     assert batch.schema.names == ["module", "scaling", "A", "B"]
     assert batch.schema.types[:2] == [pa.string(), pa.float64()]
@@ -42,19 +45,19 @@ def test_factors_are_stored_as_canonical_variable_shape_tensors(dtype):
 
 @requirement("R1.9", "R1.7")
 def test_the_extension_is_in_the_file_as_text_and_bfloat16_is_declared():
-    data = file_bytes(real_card("bfloat16"))
+    data = fuzz.file_bytes(fuzz.real_card("bfloat16"))
     for text in (b"arrow.variable_shape_tensor", b'{"dim_names":["in","rank"]}', b'{"dim_names":["rank","out"]}'):
         assert text in data
-    batch = read_back(real_card("bfloat16"))
+    batch = read_back(fuzz.real_card("bfloat16"))
     assert batch.schema.metadata[b"lora.dtype"] == b"bfloat16"
     row = batch.column("A").storage.field("data")[0].values.to_numpy()
     assert row.dtype == np.uint16
-    assert np.array_equal(row, real_card("bfloat16").weights[MODULES[0]].A.view(np.uint16).ravel())
+    assert np.array_equal(row, fuzz.real_card("bfloat16").weights[fuzz.MODULES[0]].A.view(np.uint16).ravel())
 
 
 @requirement("R1.9")
 def test_any_arrow_reader_finds_each_factor_in_its_row():
-    card = real_card("float64")
+    card = fuzz.real_card("float64")
     batch = read_back(card)
     assert batch.column("module").to_pylist() == sorted(card.weights)
     for name in ("A", "B"):
@@ -92,7 +95,7 @@ def test_a_card_too_large_for_a_column_is_refused_before_a_byte_of_it_is_copied(
 
 @requirement("R1.4", "R1.10")
 def test_the_schema_metadata_is_readable_text():
-    fields = lora.card_to_table(real_card()).schema.metadata
+    fields = lora.card_to_table(fuzz.real_card()).schema.metadata
     assert {key.decode(): value.decode() for key, value in fields.items()} == {
         "lora.format": ".".join(map(str, FORMAT_VERSION)),
         "lora.name": "docs",
@@ -110,7 +113,7 @@ def test_the_schema_metadata_is_readable_text():
 
 @requirement("R1.4", "R1.6")
 def test_a_table_and_its_card_hold_the_same_values():
-    for card in (real_card(), real_card("bfloat16"), lora.LoRACard("empty", 1, 1.0, (), {})):
+    for card in (fuzz.real_card(), fuzz.real_card("bfloat16"), lora.LoRACard("empty", 1, 1.0, (), {})):
         table = lora.card_to_table(card)
         table.validate(full=True)
         assert lora.table_to_card(table) == card
@@ -120,7 +123,7 @@ def test_a_table_and_its_card_hold_the_same_values():
 
 @requirement("R1.12")
 def test_a_header_counts_as_the_card_does():
-    for card in (real_card(), real_card("bfloat16", rank=5), lora.LoRACard("empty", 1, 1.0, (), {})):
+    for card in (fuzz.real_card(), fuzz.real_card("bfloat16", rank=5), lora.LoRACard("empty", 1, 1.0, (), {})):
         header = read_header(one_batch(lora.card_to_table(card)))
         assert (header.num_params, header.nbytes, header.dtype) == (card.num_params, card.nbytes, card.dtype.name)
         assert header.format_version == FORMAT_VERSION
@@ -166,7 +169,7 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def falsified():
-    return dict(false_files())
+    return dict(fuzz.false_files())
 
 
 @requirement("R7.9", "R7.8", "R1.10")
@@ -182,7 +185,7 @@ def test_a_refusal_names_the_file_the_place_and_the_rule(falsified, tmp_path, na
 
 @requirement("R7.9")
 def test_a_table_in_memory_is_checked_before_it_is_put_together():
-    batch = plain(real_card())
+    batch = fuzz.plain(fuzz.real_card())
     a = batch.column("A")
     offsets = pa.py_buffer(np.array([0, 2**30, 22, 36], np.int32))  # far beyond the values, and back
     data = a.field("data")
@@ -202,20 +205,30 @@ def test_a_table_promises_no_more_rows_than_its_bytes_can_hold():
 
 
 @requirement("R7.9")
+def test_offsets_and_shapes_are_no_views_of_the_table():
+    batch = fuzz.plain(fuzz.real_card())
+    spans = [(b.address, b.address + b.size) for column in batch.columns for b in column.buffers() if b is not None]
+    for name in ("A", "B"):
+        for copied in _tensor(batch, name)[:2]:
+            start = copied.__array_interface__["data"][0]
+            assert not any(low < start + copied.nbytes and start < high for low, high in spans)
+
+
+@requirement("R7.9")
 def test_no_two_factors_share_bytes():
-    card = real_card()
-    batch = plain(card)
-    square = tensors([np.ones((2, 2), np.float32)] * 3)
+    card = fuzz.real_card()
+    batch = fuzz.plain(card)
+    square = fuzz.tensors([np.ones((2, 2), np.float32)] * 3)
     shared = batch.set_column(2, batch.schema.field("A"), square).set_column(3, batch.schema.field("B"), square)
     with pytest.raises(CardFileError, match=r"buffers: expected separate bytes for each, found two that overlap"):
         lora.table_to_card(shared)
-    apart = arrow_bytes([shared])
+    apart = fuzz.arrow_bytes([shared])
     assert lora.table_to_card(pa.ipc.open_file(pa.py_buffer(apart)).get_batch(0)).rank == 2
 
 
 @requirement("R1.10", "R7.9")
 def test_an_extension_is_ours_or_none_wherever_the_table_comes_from():
-    card = real_card()
+    card = fuzz.real_card()
     table = lora.card_to_table(card)
     bare = pa.schema([pa.field(f.name, f.type) for f in table.schema], table.schema.metadata)
     assert lora.table_to_card(table.cast(bare)) == card
@@ -247,8 +260,8 @@ def _stream(table):
 
 @requirement("R1.6", "R7.9")
 def test_values_that_are_not_aligned_are_copied_and_never_read_in_place():
-    card = real_card("float64")
-    batch = plain(card)
+    card = fuzz.real_card("float64")
+    batch = fuzz.plain(card)
     column = batch.column("A")
     values = column.field("data").values
     raw = b"\0" + values.buffers()[1].to_pybytes()
@@ -270,19 +283,23 @@ def test_what_is_no_table_and_no_card_is_named_by_its_type():
 
 @requirement("R1.7", "R1.9")
 def test_half_a_declared_dtype_is_not_taken_for_another():
-    half = plain(real_card("float16"))
+    half = fuzz.plain(fuzz.real_card("float16"))
     renamed = half.replace_schema_metadata({**half.schema.metadata, b"lora.dtype": b"bfloat16"})
     with pytest.raises(CardFileError, match=r"column 'A': expected struct<data: list<item: uint16>"):
         lora.table_to_card(renamed)
-    assert lora.table_to_card(plain(real_card("bfloat16"))).dtype == ml_dtypes.bfloat16
+    assert lora.table_to_card(fuzz.plain(fuzz.real_card("bfloat16"))).dtype == ml_dtypes.bfloat16
 
 
 @requirement("R7.9")
 def test_lists_with_a_start_beyond_zero_and_slices_are_read_where_they_point():
-    card = real_card()
+    card = fuzz.real_card()
     table = lora.card_to_table(card).slice(1)
     found = lora.table_to_card(table)
-    assert {name: found.weights[name] for name in MODULES[1:]} == {name: card.weights[name] for name in MODULES[1:]}
+    assert {name: found.weights[name] for name in fuzz.MODULES[1:]} == {
+        name: card.weights[name] for name in fuzz.MODULES[1:]
+    }
     a = [pair.A for pair in card.weights.values()]
-    refound = lora.table_to_card(pa.ipc.open_file(with_column(plain(card), "A", tensors(a))).get_batch(0))
+    refound = lora.table_to_card(
+        pa.ipc.open_file(fuzz.with_column(fuzz.plain(card), "A", fuzz.tensors(a))).get_batch(0)
+    )
     assert set(refound.weights) == set(card.weights)

@@ -1,0 +1,205 @@
+"""Adapted, segmented and trainable layers: dropout, refusals, what each keeps and what it lets go."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from lora.card import LowRank
+from lora.errors import ArgumentError, ShapeError, UnsupportedModelError
+from lora.layer import LoRALinear, SegmentedLinear, TrainableLinear
+from lora.testing.plugin import requirement
+
+PAIR = LowRank(np.ones((4, 2), np.float32), np.ones((2, 3), np.float32), 0.5)
+OTHER = LowRank(np.full((4, 1), 2, np.float32), np.ones((1, 3), np.float32), 1.0)
+WRONG = LowRank(np.ones((4, 2), np.float32), np.ones((2, 5), np.float32), 0.5)
+MAKERS = {
+    "adapted": lambda base: LoRALinear(base, {"docs": (PAIR, 1.0)}),
+    "segmented": lambda base: SegmentedLinear(base, [{"docs": (PAIR, 1.0)}]),
+    "trainable": lambda base: TrainableLinear(base, PAIR),
+}
+makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def pickled(layer):
+    return pickle.loads(pickle.dumps(layer))  # noqa: S301 - our own bytes
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+@requirement("R2.4")
+def test_dropout_acts_in_training_only(base):
+    layer, x = TrainableLinear(base, PAIR, dropout=0.5), torch.ones(64, 4)
+    plain = TrainableLinear(base, PAIR)
+    layer.eval()
+    assert torch.equal(layer(x), plain(x))
+    layer.train()
+    torch.manual_seed(0)
+    assert not torch.equal(layer(x), plain(x))
+
+
+@requirement("R2.4")
+def test_dropout_acts_on_the_low_rank_path_only(base):
+    layer, x = TrainableLinear(base, LowRank(PAIR.A, np.zeros((2, 3), np.float32), 1.0), dropout=0.9), torch.ones(64, 4)
+    assert layer.training
+    assert torch.equal(layer(x), base(x))
+
+
+@requirement("R2.4")
+def test_dropout_drops_its_share_of_inputs_and_scales_up_the_rest():
+    """Each output sums 4 inputs kept with probability 0.75 and scaled by 4/3: whole multiples of 4/3, 4 on average."""
+    silent = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(silent.weight)
+    layer = TrainableLinear(
+        silent, LowRank(np.ones((4, 1), np.float32), np.ones((1, 1), np.float32), 1.0), dropout=0.25
+    )
+    torch.manual_seed(0)
+    kept = layer(torch.ones(4096, 4)).detach() * 0.75
+    assert torch.allclose(kept, kept.round(), atol=8 * torch.finfo(torch.float32).eps)
+    assert abs(kept.mean() - 3) < 6 * (4 * 0.75 * 0.25 / 4096) ** 0.5
+    assert set(kept.round().flatten().tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}
+
+
+@requirement("R2.4", "R7.8")
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_dropout_is_a_probability(base, dropout):
+    with pytest.raises(ArgumentError, match=r"dropout: expected a probability in \[0, 1\)"):
+        TrainableLinear(base, PAIR, dropout=dropout)
+
+
+@requirement("R8.7")
+def test_terms_of_weight_zero_cost_nothing_and_are_still_known(base):
+    layer, x = LoRALinear(base, {"docs": (PAIR, 0.0), "law": (OTHER, 0.0)}), torch.ones(4)
+    assert (layer.lora_A.shape, layer.lora_B.shape) == ((4, 0), (0, 3))
+    assert list(layer.terms) == ["docs", "law"]
+    assert torch.equal(layer(x), base(x))
+
+
+@requirement("R8.3", "R8.8")
+def test_a_layer_lists_its_terms_by_name(base):
+    layer = LoRALinear(base, {"law": (OTHER, 2.0), "docs": (PAIR, 1.0)})
+    assert list(layer.terms.items()) == [("docs", (PAIR, 1.0)), ("law", (OTHER, 2.0))]
+    assert layer.lora_A.shape == (4, 3)
+
+
+@requirement("R2.3", "R8.4")
+def test_terms_are_added_replaced_and_removed_one_by_one(base):
+    layer, x = LoRALinear(base), torch.ones(4)
+    layer.load_weights(PAIR, name="docs")
+    layer.load_weights(OTHER, name="law", weight=0.5)
+    assert torch.equal(layer(x), LoRALinear(base, {"docs": (PAIR, 1.0), "law": (OTHER, 0.5)})(x))
+    layer.load_weights(OTHER, name="docs")
+    layer.remove("law")
+    layer.remove("unknown")
+    assert torch.equal(layer(x), LoRALinear(base, {"docs": (OTHER, 1.0)})(x))
+
+
+@requirement("R7.2", "R7.7", "R2.3")
+def test_factors_that_do_not_fit_are_refused_and_change_nothing(base):
+    layer, x = LoRALinear(base, {"docs": (PAIR, 1.0)}), torch.ones(4)
+    before = layer(x)
+    with pytest.raises(ShapeError, match="factors 'law' of a layer: expected in -> out of 4 -> 3, found 4 -> 5"):
+        layer.load_weights(WRONG, name="law")
+    assert list(layer.terms) == ["docs"]
+    assert torch.equal(layer(x), before)
+    for make in (lambda: LoRALinear(base, {"docs": (WRONG, 1.0)}), lambda: TrainableLinear(base, WRONG)):
+        with pytest.raises(ShapeError, match="4 -> 5"):
+            make()
+
+
+class Doubled(nn.Linear):
+    """A Linear with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Twice(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+def instance_forward():
+    linear = nn.Linear(4, 3)
+    linear.forward = lambda x: x
+    return linear
+
+
+def parametrized(name):
+    linear = nn.Linear(4, 3)
+    parametrize.register_parametrization(linear, name, Twice())
+    return linear
+
+
+UNSUITABLE = {
+    "a subclass with its own forward": lambda: Doubled(4, 3),
+    "a forward on the instance": instance_forward,
+    "a parametrized weight": lambda: parametrized("weight"),
+    "a parametrized bias": lambda: parametrized("bias"),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
+    "a bilinear layer": lambda: nn.Bilinear(4, 4, 3),
+    "a trainable layer": lambda: TrainableLinear(nn.Linear(4, 3), PAIR),
+}
+
+
+@requirement("R3.14")
+@makers
+@pytest.mark.parametrize("unsuitable", UNSUITABLE.values(), ids=UNSUITABLE)
+def test_what_does_not_compute_a_plain_linear_is_refused(make, unsuitable):
+    with pytest.raises(UnsupportedModelError, match=r"module 'base': expected a Linear with nn\.Linear's own forward"):
+        make(unsuitable())
+
+
+@requirement("R2.1", "R2.12")
+@makers
+def test_loading_a_state_dict_gives_the_layer_storage_of_its_own(base, make):
+    before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    layer = make(base)
+    layer.load_state_dict({key: torch.full_like(tensor, 7) for key, tensor in layer.state_dict().items()})
+    assert all((tensor == 7).all() for tensor in layer.state_dict().values())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
+
+
+@requirement("R2.1", "R3.9")
+@makers
+@pytest.mark.parametrize("way", [copy.deepcopy, pickled])
+def test_a_layer_can_be_copied_and_the_copy_loaded(base, make, way):
+    layer, x = make(base), torch.ones(2, 4)
+    twin = way(layer)
+    assert torch.equal(twin(x), layer(x))
+    twin.load_state_dict({key: torch.zeros_like(tensor) for key, tensor in twin.state_dict().items()})
+    assert torch.equal(layer(x), make(base)(x))
+    assert not twin.weight.any()
+
+
+@requirement("R2.7", "R2.8")
+def test_training_a_layer_moves_its_factors_and_leaves_the_base_alone(base):
+    before, layer = base.weight.detach().clone(), TrainableLinear(base, PAIR)
+    optimizer = torch.optim.SGD([parameter for parameter in layer.parameters() if parameter.requires_grad], lr=0.1)
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    learned = layer.learned()
+    assert learned != PAIR
+    assert learned.scaling == PAIR.scaling
+    assert torch.equal(base.weight, before)
+    layer.lora_A.data.zero_()
+    assert learned.A.any()
+
+
+@requirement("R5.8")
+def test_rows_outside_every_segment_and_empty_sets_are_the_bases(base):
+    layer, x = SegmentedLinear(base, [{}, {"docs": (PAIR, 1.0)}]), torch.arange(16.0).reshape(4, 4)
+    out = layer(x, ((0, 1, 0), (1, 2, 1)))
+    assert torch.equal(out[[0, 2, 3]], base(x)[[0, 2, 3]])
+    assert not torch.equal(out[1], base(x)[1])
+    assert torch.equal(layer(x), base(x))

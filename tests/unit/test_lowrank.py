@@ -1,0 +1,95 @@
+"""The algebra of factor pairs: examples, edges, messages."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lora.card import LowRank
+from lora.errors import ArgumentError, ShapeError
+from lora.lowrank import apply, concat, delta, initial
+from lora.testing.plugin import requirement
+
+PAIR = LowRank(np.array([[1.0], [2.0], [0.0]]), np.array([[3.0, -1.0]]), 0.5)
+
+
+@requirement("R2.2")
+def test_delta_has_the_shape_of_a_linears_weight():
+    assert np.array_equal(delta(PAIR), [[1.5, 3.0, 0.0], [-0.5, -1.0, 0.0]])
+
+
+@requirement("R2.2")
+def test_a_pair_without_a_scaling_counts_as_it_is():
+    assert np.array_equal(delta(LowRank(PAIR.A, PAIR.B)), 2 * delta(PAIR))
+
+
+@requirement("R2.2")
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(np.float16, np.float32), (ml_dtypes.bfloat16, np.float32), (np.float32, np.float32), (np.float64, np.float64)],
+)
+def test_narrow_factors_are_computed_in_float32(dtype, wide):
+    pair = LowRank(PAIR.A.astype(dtype), PAIR.B.astype(dtype), 1.0)
+    assert (
+        delta(pair).dtype == concat([(pair, 1.0)]).dtype == apply(np.ones((2, 3), dtype), [(pair, 1.0)]).dtype == wide
+    )
+
+
+@requirement("R8.2", "R8.7")
+def test_stacking_puts_factors_side_by_side_and_weights_and_scalings_into_b():
+    stacked = concat([(PAIR, 2.0), (LowRank(-PAIR.A, PAIR.B, 1.0), -1.0)])
+    assert np.array_equal(stacked.A, [[1, -1], [2, -2], [0, 0]])
+    assert np.array_equal(stacked.B, [[3, -1], [-3, 1]])
+    assert stacked.scaling == 1.0
+    assert not stacked.A.flags.writeable
+
+
+@requirement("R8.7")
+def test_a_pair_of_weight_zero_is_left_out_even_if_it_holds_nan():
+    bad = LowRank(np.full((3, 2), np.nan), np.full((2, 2), np.nan), 1.0)
+    assert np.array_equal(concat([(bad, 0.0), (PAIR, 1.0)]).A, PAIR.A)
+    assert not delta(concat([(bad, 0.0)])).any()
+
+
+@requirement("R8.5")
+def test_stacking_nothing_is_an_error():
+    with pytest.raises(ArgumentError, match="concat: expected at least one factor pair, found none"):
+        concat([])
+
+
+@requirement("R7.2", "R8.5")
+def test_pairs_for_different_layers_do_not_stack():
+    other = LowRank(np.ones((4, 1)), np.ones((1, 2)))
+    with pytest.raises(ShapeError, match="expected in -> out of 3 -> 2, found 4 -> 2"):
+        concat([(PAIR, 1.0), (other, 1.0)])
+
+
+@requirement("R2.5", "R7.2")
+@pytest.mark.parametrize("shape", [(2,), (3, 2), ()])
+def test_an_input_of_another_width_is_refused(shape):
+    with pytest.raises(ShapeError, match="last dimension 3"):
+        apply(np.ones(shape), [(PAIR, 1.0)])
+
+
+@requirement("R2.5")
+@pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (1, 1, 1, 1)])
+def test_leading_dimensions_are_kept(lead):
+    assert apply(np.ones((*lead, 3)), [(PAIR, 1.0)]).shape == (*lead, 2)
+
+
+@requirement("R2.2")
+def test_overflow_gives_an_infinity_and_no_warning():
+    huge = LowRank(np.full((1, 1), 3e38, np.float32), np.full((1, 1), 3e38, np.float32), 2.0)
+    assert np.isposinf(delta(huge)).all()
+    assert np.isposinf(apply(np.ones((1, 1), np.float32), [(huge, 1.0)])).all()
+
+
+@requirement("R2.10")
+def test_a_fresh_a_fills_its_range_evenly():
+    """With 4096 x 8 numbers the mean of a uniform law strays by 6 standard errors about once in a billion seeds."""
+    a = initial(4096, 4, 8, np.random.default_rng(7)).A * np.sqrt(4096)
+    standard_error = 1 / np.sqrt(3 * a.size)
+    assert 0.999 < abs(a).max() <= 1
+    assert abs(a.mean()) < 6 * standard_error
+    assert abs((a**2).mean() - 1 / 3) < 6 * np.sqrt(4 / 45 / a.size)
+    shares = np.histogram(a, bins=4, range=(-1, 1))[0] / a.size
+    assert (abs(shares - 0.25) < 6 * np.sqrt(0.25 * 0.75 / a.size)).all()

@@ -1,0 +1,126 @@
+"""Names and shapes in, a binding plan out: examples and messages."""
+
+import numpy as np
+import pytest
+from torch import nn
+
+from lora.card import LoRACard, LowRank
+from lora.errors import ShapeError, TargetError
+from lora.rewrite import linears
+from lora.targets import OUTPUT_HEADS, Site, match_targets, matches, plan
+from lora.testing.plugin import requirement
+
+
+def pair(rows=4, columns=4):
+    return LowRank(np.ones((rows, 1)), np.ones((1, columns)), 1.0)
+
+
+def card(targets, *keys, **shapes):
+    return LoRACard(
+        "docs", 1, 1.0, targets, {**{key: pair() for key in keys}, **{k: pair(*s) for k, s in shapes.items()}}
+    )
+
+
+def sites(*names):
+    return {name: Site(4, 4, name) for name in names}
+
+
+@requirement("R3.11")
+@pytest.mark.parametrize(
+    ("name", "key", "expected"),
+    [
+        ("layer.1.query", "query", True),
+        ("layer.1.query", "1.query", True),
+        ("layer.11.query", "1.query", False),
+        ("layer.1.query", "layer.1.query", True),
+        ("layer.1.xquery", "query", False),
+        ("layer.1.query", "layer", False),
+        ("query", "layer.1.query", False),
+        ("query", "query.weight", False),
+        ("layer.1", "", False),
+        ("", "", True),
+        ("a,b.größe", "größe", True),
+    ],
+)
+def test_a_key_matches_at_dots_only(name, key, expected):
+    assert matches(name, key) is expected
+    assert bool(match_targets([name], [key])) is expected
+
+
+@requirement("R3.11")
+@pytest.mark.parametrize("head", sorted(OUTPUT_HEADS))
+def test_all_linear_leaves_output_heads_out_unless_they_are_named(head):
+    names = ["encoder.dense", head, f"{head}.dense", f"not_{head}"]
+    assert match_targets(names, ["all-linear"]) == ["encoder.dense", f"not_{head}"]
+    assert match_targets(names, ["all-linear", head]) == ["encoder.dense", head, f"not_{head}"]
+
+
+@requirement("R3.11")
+def test_a_linear_tied_to_an_embedding_is_an_output_head_whatever_its_name():
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(7, 4), "inner": nn.Linear(4, 4), "decode": nn.Linear(4, 7, bias=False)}
+    )
+    model["decode"].weight = model["words"].weight
+    weights = {"inner": pair(), "decode": pair(4, 7)}
+    report = plan(linears(model), LoRACard("docs", 1, 1.0, ["all-linear"], weights))
+    assert (dict(report.bound), report.weights_not_used) == ({"inner": "inner"}, ("decode",))
+    assert "decode" in plan(linears(model), LoRACard("docs", 1, 1.0, ["decode"], weights)).bound
+
+
+@requirement("R3.11", "R3.12")
+def test_no_targets_bind_nothing():
+    report = plan(sites("a.query", "query"), card([], "query", "a.query"))
+    assert (dict(report.bound), report.weights_not_used) == ({}, ("a.query", "query"))
+
+
+@requirement("R3.11")
+def test_a_weight_that_fits_two_targeted_modules_is_ambiguous():
+    with pytest.raises(
+        TargetError, match=r"card 'docs': weight 'query': expected one module .* found \['0.query', '1.query'\]"
+    ):
+        plan(sites("0.query", "1.query"), card(["query"], "query"))
+
+
+@requirement("R3.11")
+def test_a_weight_that_fits_one_module_where_a_target_matches_is_not_ambiguous():
+    assert dict(plan(sites("0.query", "1.query"), card(["1.query"], "query")).bound) == {"1.query": "query"}
+
+
+@requirement("R3.11")
+def test_two_weights_for_one_module_are_an_error():
+    with pytest.raises(TargetError, match=r"card 'docs': module '0.query': expected one weight .*'0.query', 'query'"):
+        plan(sites("0.query"), card(["query"], "query", "0.query"))
+
+
+@requirement("R3.11")
+def test_keys_with_the_name_of_the_parameter_do_not_bind_and_are_reported():
+    report = plan(sites("0.query"), card(["query"], "0.query.weight"))
+    assert (dict(report.bound), report.weights_not_used) == ({}, ("0.query.weight",))
+
+
+@requirement("R7.2", "R7.7")
+def test_a_pair_that_does_not_fit_names_card_module_expected_and_found():
+    with pytest.raises(ShapeError) as caught:
+        plan(sites("0.query"), card(["query"], query=(4, 5)))
+    assert str(caught.value) == "card 'docs': module '0.query': expected in -> out of 4 -> 4, found 4 -> 5"
+
+
+@requirement("R7.7")
+def test_a_pair_for_a_module_that_is_not_targeted_may_have_any_shape():
+    assert not plan(sites("0.query"), card(["value"], query=(9, 9))).bound
+
+
+@requirement("R7.3", "R3.12")
+def test_strict_names_everything_that_is_not_there():
+    lacking = card(["query", "value"], "0.query", "elsewhere")
+    report = plan(sites("0.query"), lacking)
+    assert (report.targets_not_found, report.weights_not_used) == (("value",), ("elsewhere",))
+    with pytest.raises(TargetError, match=r"targets not found: \['value'\], weights not used: \['elsewhere'\]"):
+        plan(sites("0.query"), lacking, strict=True)
+
+
+@requirement("R3.11")
+def test_a_module_with_two_names_binds_by_either_and_once():
+    both = {"a.query": Site(4, 4, "a.query"), "b.query": Site(4, 4, "a.query")}
+    for targets, key in ((["a.query"], "b.query"), (["b.query"], "a.query"), (["query"], "query")):
+        assert dict(plan(both, card(targets, key)).bound) == {"a.query": key}

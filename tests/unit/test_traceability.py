@@ -1,0 +1,102 @@
+"""Every built requirement has evidence of its kind, and nothing names a requirement that does not exist."""
+
+from pathlib import Path
+
+import pytest
+
+from lora.testing.plugin import requirement
+from lora.testing.trace import SpecError, faults, read_code, read_spec, read_tests
+
+ROOT = Path(__file__).parents[2]
+
+ENTRY = """# R1 Cards
+
+## R1.1
+- revision: 1
+- evidence: {evidence}
+- status: {status}
+
+The card shall hold
+a name.
+
+Note: nothing.
+"""
+
+
+@requirement("R9.8", "R9.7")
+def test_every_built_requirement_is_traced_to_evidence_of_its_kind():
+    tests = read_tests(ROOT / "tests")
+    assert len(tests) > 100
+    assert faults(read_spec(ROOT / "spec"), tests, read_code(ROOT / "lora")) == []
+
+
+@requirement("R9.1", "R9.2", "R9.3", "R9.6")
+@pytest.mark.parametrize("chapter", ["R1", "R2", "R3", "R7"])
+def test_format_layer_manager_and_errors_are_tested_in_full(chapter):
+    told = {i for evidence in read_tests(ROOT / "tests") for i in evidence.ids}
+    built = {r.id for r in read_spec(ROOT / "spec").values() if r.status == "built" and r.id.startswith(f"{chapter}.")}
+    assert len(built) > 8
+    assert built - told == set()
+
+
+def spec_of(folder, evidence="P", status="built", name="R01-cards.md", text=ENTRY):
+    (folder / name).write_text(text.format(evidence=evidence, status=status))
+    return read_spec(folder)
+
+
+def evidence_in(folder, text):
+    (folder / "test_x.py").write_text(text)
+    return read_tests(folder)
+
+
+@requirement("R9.8")
+def test_an_entry_is_read_whole(tmp_path):
+    found = spec_of(tmp_path)["R1.1"]
+    assert (found.chapter, found.revision, found.evidence, found.status) == ("R1 Cards", 1, "P", "built")
+    assert found.sentence == "The card shall hold a name."
+
+
+@requirement("R9.8")
+@pytest.mark.parametrize(
+    ("evidence", "source", "traced"),
+    [
+        ("P*", "@requirement('R1.1')\n@given(x=y)\ndef test_a(impl, x): ...", True),
+        ("P*", "@requirement('R1.1')\n@given(x=y)\ndef test_a(x): ...", False),
+        ("P", "@requirement('R1.1')\n@given(x=y)\ndef test_a(x): ...", True),
+        ("P", "@requirement('R1.1')\ndef test_a(): ...", False),
+        ("P", "TestIt = requirement('R1.1')(Machine.TestCase)", True),
+        ("U", "@requirement('R1.1')\nclass TestA:\n    def test_a(self): ...", True),
+        ("U", "def test_a(): ...", False),
+        ("U", "@requirement('R1.1')\ndef helper(): ...", False),
+    ],
+)
+def test_only_evidence_of_the_right_kind_counts(tmp_path, evidence, source, traced):
+    spec, tests = spec_of(tmp_path, evidence), evidence_in(tmp_path, source)
+    assert (faults(spec, tests, {}) == []) is traced
+    assert faults(spec_of(tmp_path, evidence, "planned"), tests, {}) == []
+
+
+@requirement("R9.8")
+def test_unknown_ids_are_faults_in_tests_and_in_code(tmp_path):
+    spec = spec_of(tmp_path, status="planned")
+    tests = evidence_in(tmp_path, "@requirement('R9.99')\ndef test_a(): ...")
+    assert len(faults(spec, tests, {"R8.88": ["card.py"]})) == 2
+
+
+@requirement("R9.8")
+def test_malformed_duplicate_and_misplaced_entries_are_refused(tmp_path):
+    for name, text in (
+        ("R01-x.md", ENTRY.replace("- status", "- state")),
+        ("R01-x.md", ENTRY + ENTRY),
+        ("R02-x.md", ENTRY),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        with pytest.raises(SpecError):
+            spec_of(folder, name=name, text=text)
+
+
+@requirement("R9.8")
+def test_ids_must_be_literal(tmp_path):
+    with pytest.raises(SpecError):
+        evidence_in(tmp_path, "@requirement(x)\ndef test_a(): ...")

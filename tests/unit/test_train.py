@@ -1,0 +1,524 @@
+"""The trainer by example: presets, schedules, stopping, killed processes, what is learned and what is not."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+from lora.engine import ArrowEngine
+from lora.errors import (
+    ArgumentError,
+    BaseModelError,
+    DataError,
+    LoRAError,
+    MissingPackageError,
+    StateError,
+    TargetError,
+    UnsupportedModelError,
+)
+from lora.evolution.data import Pairs, docstring_pairs
+from lora.evolution.train import PRESETS, LoRATrainer, Retrieval, Settings, batches_of, evaluate
+from lora.inference.encoder import EncoderConfig, InferenceCore
+from lora.rewrite import adapt
+from lora.testing.plugin import requirement
+from lora.testing.tolerance import gamma
+
+TOPICS = 8
+F64 = np.dtype(np.float64)
+
+
+def core(seed=0):
+    """A tiny random encoder over a vocabulary of ``a0 … d7``."""
+    names = [f"{letter}{i}" for letter in "abcd" for i in range(TOPICS)]
+    vocabulary = {name: i for i, name in enumerate(["[PAD]", "[UNK]", *names])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))  # noqa: S106 - not a password
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = InferenceCore(EncoderConfig(len(vocabulary), 32, 2, 2, 64, 8), tokenizer)
+    return made.requires_grad_(requires_grad=False).eval()
+
+
+@lru_cache
+def engine():
+    return ArrowEngine(core())
+
+
+def pairs(labels=None):
+    """``a<i> c<j>`` asks for ``b<i> d<j>``: what is learned of some combinations holds for the others."""
+    places = [(i, j) for i in range(TOPICS) for j in range(TOPICS)]
+    answers = [f"b{i} d{j}" for i, j in places]
+    if labels is not None:
+        answers = [answers[row] for row in np.random.default_rng(labels).permutation(len(answers))]
+    return Pairs.of(
+        [{"query": f"a{i} c{j}", "positive": p, "group": f"{i}{j}"} for (i, j), p in zip(places, answers, strict=True)]
+    )
+
+
+def train(
+    data=None, *, seed=0, targets=("query", "value"), steps=30, name="toy", checkpoint=None, progress=None, **options
+):
+    settings = Settings(**{"epochs": 100, "batch_size": 8, "lr": 1e-2, "validate_every": 5, "patience": 99, **options})
+    trainer = LoRATrainer(engine(), rank=4, seed=seed, target_modules=targets, settings=settings)
+    data = pairs() if data is None else data
+    return trainer.train(data, name=name, max_steps=steps, checkpoint=checkpoint, progress=progress)
+
+
+def bits(result):
+    """All that a training gave, for comparing bit for bit."""
+    card = [
+        (key, pair.A.tobytes(), pair.B.tobytes(), pair.scaling) for key, pair in sorted(result.card.weights.items())
+    ]
+    return card, result.history.to_pydict(), {when: asdict(found) for when, found in result.metrics.items()}
+
+
+def measured(result):
+    return [value for value in result.history["val_mrr"].to_pylist() if value is not None]
+
+
+# R17.3: settings, presets, stopping, the best
+
+
+@requirement("R17.3")
+def test_the_presets_are_what_they_are_called():
+    assert set(PRESETS) == {"quick", "stable"}
+    assert (PRESETS["quick"].epochs, PRESETS["quick"].lr, PRESETS["quick"].schedule) == (1, 0.005, "constant")
+    assert (PRESETS["stable"].epochs, PRESETS["stable"].lr, PRESETS["stable"].schedule) == (5, 0.0005, "cosine")
+    assert all(preset.share == Settings().share == 0.8 for preset in PRESETS.values())
+    assert LoRATrainer(engine(), settings="quick").settings == PRESETS["quick"]
+    assert LoRATrainer(engine()).settings == Settings()
+    with pytest.raises(TypeError):
+        PRESETS["quick"] = Settings()
+
+
+@requirement("R17.3")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 0},
+        {"epochs": True},
+        {"epochs": 1.5},
+        {"batch_size": 1},
+        {"validate_every": 0},
+        {"patience": 0},
+        {"validation_size": 0},
+        {"lr": 0.0},
+        {"lr": -1e-3},
+        {"lr": math.nan},
+        {"lr": math.inf},
+        {"schedule": "linear"},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_by_name(options):
+    with pytest.raises(ArgumentError, match=f"settings: {next(iter(options))}"):
+        Settings(**options)
+
+
+@requirement("R17.1", "R17.3")
+def test_a_trainer_that_cannot_train_is_refused_when_it_is_made():
+    class Other(nn.Module):
+        def encode(self, texts):
+            return np.zeros((len(texts), 2), np.float32)
+
+    with pytest.raises(UnsupportedModelError, match="InferenceCore, found Other"):
+        LoRATrainer(ArrowEngine(Other()))
+    with pytest.raises(ArgumentError, match="one of \\['quick', 'stable'\\] or a Settings, found 'fast'"):
+        LoRATrainer(engine(), settings="fast")
+    with pytest.raises(TargetError, match="nothing_here"):
+        LoRATrainer(engine(), target_modules=("nothing_here",))
+    for seed in (-1, 1.5, True, None):
+        with pytest.raises(ArgumentError, match="seed"):
+            LoRATrainer(engine(), seed=seed)
+
+
+@requirement("R17.1", "R17.3")
+def test_data_that_cannot_be_trained_on_are_refused():
+    for few in ([], [("a0 c0", "b0 d0")], [{"query": f"a{i}", "positive": "b0", "group": "g"} for i in range(8)]):
+        with pytest.raises(DataError, match="at least two groups"):
+            train(Pairs.of(few))
+    with pytest.raises(DataError, match="at least two different pairs, found 1"):
+        train(Pairs.of([("a0", "b0"), ("a1", "b1")]))
+    for steps in (0, -1, 1.5, True):
+        with pytest.raises(ArgumentError, match="max_steps"):
+            train(steps=steps)
+    with pytest.raises(ArgumentError, match="dropout"):
+        train(dropout=1.0)
+    with pytest.raises(ArgumentError, match="share"):
+        train(share=1.0)
+
+
+@requirement("R17.3")
+def test_validations_come_at_their_interval_and_at_the_end():
+    history = train(steps=13, validate_every=5).history
+    validated = [
+        step for step, value in zip(*history.select(["step", "val_mrr"]).to_pydict().values(), strict=True) if value
+    ]
+    assert validated == [5, 10, 13]
+    assert history["val_recall_at_1"].is_valid().to_pylist() == history["val_mrr"].is_valid().to_pylist()
+
+
+@requirement("R17.3")
+def test_training_stops_when_patience_validations_in_a_row_were_no_better():
+    frozen = train(steps=99, lr=1e-30, validate_every=3, patience=4)
+    assert len(frozen.history) == 3 * (1 + 4)
+    falling = train(steps=60, targets="all-linear", lr=2e-2, patience=3)
+    scores = measured(falling)
+    assert len(falling.history) == 5 * len(scores) < 60
+    assert len(scores) == scores.index(max(scores)) + 1 + 3
+
+
+@requirement("R17.3")
+def test_the_card_is_the_best_one_seen_and_not_the_last():
+    result = train(steps=45, targets="all-linear", lr=2e-2)
+    scores = measured(result)
+    assert scores[0] < max(scores)
+    assert scores[-1] < max(scores) / 2
+    assert result.metrics["after"].mrr == max(scores)
+    upto = 5 * (scores.index(max(scores)) + 1)
+    assert bits(train(steps=upto, targets="all-linear", lr=2e-2))[0] == bits(result)[0]
+    validation = pairs().split(0.8, seed=0)[1]
+    learned = evaluate(adapt(engine().base, result.card), validation)
+    assert learned.mrr == pytest.approx(max(scores), abs=gamma(1000, np.dtype(np.float32)))
+
+
+@requirement("R17.3")
+def test_at_most_validation_size_pairs_validate():
+    assert train(steps=1).metrics["after"].queries == 13
+    assert train(steps=1, validation_size=4).metrics["after"].queries == 4
+
+
+@requirement("R17.3")
+def test_the_learning_rate_is_constant_or_falls_along_a_cosine_and_never_rises():
+    constant = train(steps=9).history["lr"].to_pylist()
+    assert constant == [1e-2] * 9
+    cosine = train(steps=9, schedule="cosine").history["lr"].to_pylist()
+    expected = [1e-2 * (1 + math.cos(math.pi * step / 9)) / 2 for step in range(9)]
+    assert cosine == pytest.approx(expected, rel=gamma(50, F64), abs=0)
+    assert all(later < earlier for earlier, later in pairwise(cosine))
+
+
+@requirement("R17.3")
+def test_an_epoch_takes_each_pair_at_most_once_and_the_next_one_in_another_order():
+    history = train(steps=None, epochs=2, batch_size=10).history
+    assert history["epoch"].to_pylist() == [1] * 5 + [2] * 5  # 51 pairs to train on
+    data = Pairs.of([(f"q{i}", f"p{i}") for i in range(50)])
+    orders = {tuple(row for batch in batches_of(data, 10, *key) for row in batch) for key in [(0, 0), (0, 1), (1, 0)]}
+    assert len(orders) == 3
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+# R17.1, R17.9: what is learned
+
+
+@requirement("R17.1")
+def test_one_epoch_trains_and_the_loss_told_is_the_one_before_the_update():
+    one = train(steps=None, epochs=1, batch_size=30)
+    assert len(one.history) == 1
+    assert all(np.any(pair.B != 0) for pair in one.card.weights.values())
+    frozen = train(steps=1, batch_size=30, lr=1e-30)
+    assert one.history["loss"].to_pylist() == frozen.history["loss"].to_pylist()
+
+
+@requirement("R17.1")
+def test_the_first_step_moves_b_alone_and_by_the_learning_rate():
+    start = LoRATrainer(engine(), rank=4)._card
+    result = train(steps=1)
+    for module, pair in result.card.weights.items():
+        assert np.array_equal(pair.B, np.clip(pair.B, -1.0001e-2, 1.0001e-2))
+        assert np.abs(pair.B).max() == pytest.approx(1e-2, rel=1e-4)  # Adam's first step is the sign of the gradient
+        assert np.array_equal(pair.A, start.weights[module].A)  # its gradient is zero while B is
+
+
+@requirement("R17.1", "R17.9")
+def test_the_base_model_the_generator_and_the_engine_are_as_before():
+    made = core()
+    made.train()
+    mine, state = ArrowEngine(made), torch.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    LoRATrainer(mine, settings=Settings(batch_size=8, dropout=0.5)).train(pairs(), name="toy", max_steps=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in made.parameters())
+    assert all(module.training for module in made.modules())
+    assert mine.manager.list_cards() == {}
+
+
+@requirement("R17.1")
+def test_the_card_says_what_it_is_and_fits_the_base_it_was_trained_on():
+    trainer = LoRATrainer(engine(), rank=4, alpha=2.0, settings=Settings(batch_size=8), base_model="toy/base")
+    card = trainer.train(pairs(), name="docs", metadata={"description": "d"}, max_steps=2).card
+    assert (card.name, card.rank, card.alpha, card.target_modules) == ("docs", 4, 2.0, ("query", "value"))
+    assert (card.metadata, card.base_model) == ({"description": "d"}, "toy/base")
+    assert {pair.scaling for pair in card.weights.values()} == {0.5}
+    assert len(card.weights) == 4
+    texts = ["a0 c0", "b1 d1"]
+    assert not np.array_equal(engine().encode_with_lora(texts, card).embeddings, engine().encode(texts))
+    with pytest.raises(BaseModelError, match="toy/base"):
+        adapt(core(seed=1), card)
+    again = trainer.train(pairs(), name="docs", metadata={"description": "d"}, max_steps=2).card
+    assert again == card  # a second card starts anew, and not from the first
+
+
+@requirement("R17.9")
+def test_true_labels_teach_what_holds_for_held_out_data_and_shuffled_ones_do_not():
+    known, held_out = pairs().split(0.8, seed=7)
+    base = evaluate(engine(), held_out)
+    rows, shuffled = known.table.to_pylist(), np.random.default_rng(1).permutation(len(known))
+    wrong = Pairs.of([{**row, "positive": rows[other]["positive"]} for row, other in zip(rows, shuffled, strict=True)])
+    right_card, wrong_card = (train(data, steps=100, validate_every=100).card for data in (known, wrong))
+    right, misled = (evaluate(adapt(engine().base, card), held_out) for card in (right_card, wrong_card))
+    assert base.mrr < 0.5
+    assert right.mrr > 0.9
+    assert misled.mrr < 0.5
+
+
+@requirement("R17.9")
+def test_the_loss_is_a_function_of_the_model():
+    data = Pairs.of([{"query": f"a{i}", "positive": f"b{i}", "group": f"{i // 4}"} for i in range(8)])
+    frozen, learning = (
+        train(data, share=0.5, batch_size=4, steps=20, lr=lr).history["loss"].to_pylist() for lr in (1e-30, 1e-2)
+    )
+    assert frozen == pytest.approx([frozen[0]] * 20, rel=gamma(1000, np.dtype(np.float32)))  # one batch, in any order
+    assert learning[0] == frozen[0]
+    assert learning[-1] < frozen[0] / 2
+
+
+@requirement("R17.1", "R17.9")
+def test_a_training_that_diverges_says_so_without_a_warning():
+    for steps in (1, 9):  # found by the validation after the last step, and by the next loss
+        with warnings.catch_warnings(), pytest.raises(DataError, match=r"finite .* lower the learning rate"):
+            warnings.simplefilter("error")
+            train(steps=steps, lr=1e10, targets="all-linear", validate_every=99)
+
+
+@requirement("R17.3", "R17.9")
+def test_recall_counts_the_first_and_the_first_ten_and_nothing_is_measured_on_nothing():
+    class Ladder:
+        def encode(self, texts):
+            angles = [0.0 if text == "q" else 0.1 * int(text) for text in texts]
+            return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+    ladder = Pairs.of([("q", str(step)) for step in range(12)])
+    found = evaluate(Ladder(), ladder)
+    assert found == Retrieval(1 / 12, 10 / 12, pytest.approx(sum(1 / n for n in range(1, 13)) / 12), 12)
+    with pytest.raises(DataError, match="at least one pair"):
+        evaluate(Ladder(), Pairs.of([]))
+
+
+@pytest.fixture(scope="module")
+def real(model_folder):
+    """MiniLM and two short trainings of it on docstrings, with true and with shuffled labels, and what they did."""
+    mini = ArrowEngine.from_pretrained(model_folder, device="cpu")
+    rng = np.random.default_rng(0)
+    known, held_out = (
+        part.take(sorted(rng.permutation(len(part))[:size].tolist()))
+        for part, size in zip(docstring_pairs().split(0.8, seed=0), (500, 200), strict=True)
+    )
+    rows, order = known.table.to_pylist(), rng.permutation(len(known))
+    shuffled = Pairs.of([{**row, "positive": rows[other]["positive"]} for row, other in zip(rows, order, strict=True)])
+    settings = Settings(epochs=9, batch_size=16, lr=4e-3, validation_size=16)
+    results = {
+        label: LoRATrainer(mini, settings=settings).train(data, name=label, max_steps=steps)
+        for label, data, steps in (("true", known, 12), ("shuffled", shuffled, 6))
+    }
+    return mini, held_out, results
+
+
+@requirement("R17.1", "R17.9")
+def test_minilm_learns_from_true_labels_and_not_from_shuffled_ones(real):
+    mini, held_out, results = real
+    base = evaluate(mini, held_out)
+    true, shuffled = (evaluate(adapt(mini.base, results[label].card), held_out) for label in ("true", "shuffled"))
+    assert true.mrr > base.mrr + 0.01
+    assert shuffled.mrr < base.mrr
+    assert np.array_equal(mini.encode(["open a file"]), InferenceCore.encode(mini.base, ["open a file"]))
+
+
+@requirement("R17.1")
+def test_a_card_of_minilm_has_a_pair_for_each_query_and_value(real):
+    card = real[2]["true"].card
+    expected = {f"encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value")}
+    assert set(card.weights) == expected
+    assert card.num_params == 12 * 2 * 384 * 8
+
+
+# R17.8: bit for bit
+
+
+@requirement("R17.8")
+def test_a_run_is_a_function_of_its_seed():
+    options = {"dropout": 0.2, "schedule": "cosine"}
+    first = bits(train(**options))
+    torch.rand(3)
+    assert bits(train(**options)) == first
+    assert bits(train(seed=1, **options)) != first
+    assert bits(train(**{**options, "dropout": 0.0}))[1]["loss"] != first[1]["loss"]
+
+
+def run_in_child(checkpoint):
+    """A run in a process of its own, which says each step that it has done."""
+    torch.set_num_threads(1)
+
+    def say(step, _total, _loss):
+        print(step, flush=True)  # noqa: T201
+        time.sleep(0.02)
+
+    train(steps=40, dropout=0.3, schedule="cosine", lr=5e-3, checkpoint=checkpoint, progress=say)
+
+
+def kill_at(step, checkpoint):
+    """Start `run_in_child` and kill it once it has done a step and there is a checkpoint; the steps it did."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['run_in_child'](sys.argv[2])"
+    done = []
+    with subprocess.Popen(
+        [sys.executable, "-c", code, __file__, checkpoint], stdout=subprocess.PIPE, text=True
+    ) as child:
+        for line in child.stdout:
+            done.append(int(line))
+            if done[-1] >= step and checkpoint.exists():
+                os.kill(child.pid, signal.SIGKILL)
+                break
+    assert child.returncode == -signal.SIGKILL
+    return done
+
+
+@requirement("R17.8")
+def test_a_run_killed_twice_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path):
+    checkpoint = tmp_path / "run.checkpoint"
+    done = kill_at(8, checkpoint)
+    assert done[0] == 1
+    done = kill_at(23, checkpoint)
+    assert 5 < done[0] <= done[-1] < 40  # it went on, and did not start anew
+    steps = []
+    resumed = train(
+        steps=40,
+        dropout=0.3,
+        schedule="cosine",
+        lr=5e-3,
+        checkpoint=checkpoint,
+        progress=lambda *told: steps.append(told),
+    )
+    assert steps[0][0] > 20
+    assert bits(resumed) == bits(train(steps=40, dropout=0.3, schedule="cosine", lr=5e-3))
+    assert not list(tmp_path.glob("*checkpoint"))
+
+
+class Stopped(Exception):
+    """Raised to end a run."""
+
+
+def stop_at(stop):
+    def progress(step, _total, _loss):
+        if step == stop:
+            raise Stopped
+
+    return progress
+
+
+@requirement("R17.8")
+def test_a_run_stopped_right_after_it_lost_patience_does_not_go_on(tmp_path):
+    options = {"lr": 1e-30, "validate_every": 2, "patience": 2, "checkpoint": tmp_path / "run"}
+    with pytest.raises(Stopped):
+        train(**options, progress=stop_at(6))
+    assert bits(train(**options)) == bits(train(**options))
+    assert len(train(**options).history) == 6
+
+
+@requirement("R17.8")
+def test_layers_that_the_forward_never_calls_do_not_hinder_a_checkpoint(tmp_path, model_folder):
+    mini = ArrowEngine.from_pretrained(model_folder, device="cpu")
+    settings = Settings(batch_size=2, validation_size=2, validate_every=1)
+    data = pairs().take([0, 9, 18, 27, 36])
+
+    def run(progress=None):
+        trainer = LoRATrainer(
+            mini, rank=1, settings=settings, target_modules=("pooler.dense", "0.attention.self.query")
+        )
+        return trainer.train(data, name="pooler", max_steps=2, checkpoint=tmp_path / "run", progress=progress)
+
+    with pytest.raises(Stopped):
+        run(stop_at(1))
+    resumed = run()
+    assert set(resumed.card.weights) == {"pooler.dense", "encoder.layer.0.attention.self.query"}
+    assert not resumed.card.weights["pooler.dense"].B.any()
+    assert resumed.card.weights["encoder.layer.0.attention.self.query"].B.any()
+
+
+@requirement("R17.8")
+def test_a_safetensors_file_of_something_else_is_no_checkpoint(tmp_path):
+    path = tmp_path / "run"
+    for notes in (None, {}, {"run": "{}"}, {"run": "[]"}, {"run": "5"}, {"run": "no JSON"}):
+        save_file({"x": torch.zeros(1)}, path, notes)
+        with pytest.raises(StateError, match="remove it to start anew"):
+            train(checkpoint=path)
+        assert path.exists()
+
+
+@requirement("R17.8")
+def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(LoRAError, match="nowhere"):
+        train(steps=2, checkpoint=tmp_path / "nowhere" / "run")
+
+
+# R17.10: telling
+
+
+@requirement("R17.10")
+def test_the_history_has_a_row_for_each_step():
+    history = train(steps=7, validate_every=3).history
+    assert history.schema == pa.schema(
+        [("step", "int64"), ("epoch", "int64"), ("loss", "float64"), ("lr", "float64")]
+        + [("val_mrr", "float64"), ("val_recall_at_1", "float64")]
+    )
+    assert history["step"].to_pylist() == list(range(1, 8))
+    assert all(history[name].null_count == 0 for name in ("step", "epoch", "loss", "lr"))
+    assert all(math.isfinite(loss) for loss in history["loss"].to_pylist())
+
+
+@requirement("R17.10")
+def test_progress_is_told_after_every_step():
+    told = []
+    result = train(steps=7, progress=lambda *step: told.append(step))
+    assert told == [(step, 7, loss) for step, loss in enumerate(result.history["loss"].to_pylist(), 1)]
+
+
+@requirement("R17.10")
+def test_the_plot_is_an_svg_or_a_png_by_its_ending(tmp_path):
+    result = train(steps=7, name="toy & more", validate_every=3)
+    result.plot(tmp_path / "history.svg")
+    root = ElementTree.parse(tmp_path / "history.svg").getroot()  # noqa: S314 - our own file
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 2
+    result.plot(tmp_path / "history.png")
+    assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    result.plot(tmp_path / "history")
+    assert ElementTree.parse(tmp_path / "history").getroot().tag == root.tag  # noqa: S314 - our own file
+    for bad in ("history.xyz", "nowhere/history.svg"):
+        with pytest.raises(LoRAError, match="history"):
+            result.plot(tmp_path / bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history", "history.png", "history.svg"]
+
+
+@requirement("R17.10")
+def test_without_matplotlib_the_plot_names_what_to_install(tmp_path, monkeypatch):
+    result = train(steps=1)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingPackageError, match="pip install 'lora-cards\\[plot\\]'"):
+        result.plot(tmp_path / "history.svg")
+    assert list(Path(tmp_path).iterdir()) == []
