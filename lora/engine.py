@@ -52,7 +52,7 @@ class Encoding:
     adapters
         The adapter set of each text.
     routes
-        With ``intent_query``: every card that reached the threshold, best first; empty if the router abstained.
+        With ``intent_query``: the cards chosen, at most ``top_k``, best first; empty if the router abstained.
 
     Notes
     -----
@@ -181,9 +181,8 @@ class ArrowEngine:
         if adapters is not None and intent_query is not None:
             raise ArgumentError("encode_with_lora", "adapters or intent_query", "both")
         if intent_query is not None:
-            before = self.manager.list_cards()  # a card may come or go while the router thinks
-            routes = self.router.select(intent_query, top_k, self.threshold, tags=tags)
-            chosen = _resolve([route.name for route in routes], {**self.manager.list_cards(), **before})
+            routes, known = self._routed(intent_query, top_k, tags)
+            chosen = _resolve([route.name for route in routes], known)
             embeddings = _encoded(self._adapted(chosen), texts)
             return Encoding(embeddings, (chosen,) * len(texts), tuple(routes))
         if isinstance(adapters, list):
@@ -215,9 +214,7 @@ class ArrowEngine:
         except Exception:
             if card.name not in active:
                 self.manager.remove_card(card.name)
-            self.manager.unload_card(card.name)
-            if card.name in known:
-                self.manager.add_card(known[card.name])
+            self._know_again(card.name, known)
             raise
         return card.name
 
@@ -232,8 +229,26 @@ class ArrowEngine:
 
     def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
         """Know a card by name and let the router choose it, without making it active."""
-        self.router.register_card(card, description)
-        self.manager.add_card(card)
+        known = self.manager.state.loaded
+        self.manager.add_card(card)  # first, so that whatever is routed to is known
+        try:
+            self.router.register_card(card, description)
+        except Exception:
+            self._know_again(card.name, known)
+            raise
+
+    def _know_again(self, name: str, known: Mapping[str, LoRACard]) -> None:
+        self.manager.unload_card(name)
+        if name in known:
+            self.manager.add_card(known[name])
+
+    def _routed(self, query: str, top_k: int, tags: Collection[str]) -> tuple[list[Route], dict[str, LoRACard]]:
+        """The router's choice and the cards it chose from; asked again if a card came and went meanwhile."""
+        while True:
+            candidates, known = self.router.candidates, self.manager.list_cards()
+            routes = self.router.select(query, top_k, self.threshold, tags=tags)
+            if all(route.name in known for route in routes) or self.router.candidates is candidates:
+                return routes, known
 
     def _encode_base(self, texts: Sequence[str]) -> Array:
         return _encoded(self.base, texts)

@@ -38,7 +38,7 @@ def delta(pair: LowRank, *, dtype: np.dtype[Any] | type | None = None) -> Array:
     """
     wide = np.dtype(dtype or np.promote_types(_widened(pair.dtype), np.float32))
     with np.errstate(over="ignore", invalid="ignore"):
-        product: Array = (pair.A.astype(wide) @ pair.B.astype(wide)).T * wide.type(_scaling(pair))
+        product: Array = (pair.A.astype(wide) @ _scaled(pair, 1.0, wide)).T
     return product
 
 
@@ -105,7 +105,7 @@ def concat(pairs: Iterable[tuple[LowRank, float]], *, dtype: np.dtype[Any] | typ
     if not live:
         return LowRank(np.zeros((first.in_features, 1), wide), np.zeros((1, first.out_features), wide), 1.0)
     with np.errstate(over="ignore", invalid="ignore"):
-        scaled = [pair.B.astype(wide) * wide.type(weight * _scaling(pair)) for pair, weight in live]
+        scaled = [_scaled(pair, weight, wide) for pair, weight in live]
     return LowRank(_frozen([pair.A.astype(wide) for pair, _ in live], 1), _frozen(scaled, 0), 1.0)
 
 
@@ -120,6 +120,13 @@ def initial(in_features: int, out_features: int, rank: int, rng: np.random.Gener
     a = rng.uniform(-bound, bound, (in_features, rank)).astype(np.float32)
     inside = np.nextafter(np.float32(bound), np.float32(0))
     return LowRank(np.clip(a, -inside, inside), np.zeros((rank, out_features), np.float32))
+
+
+def _scaled(pair: LowRank, weight: float, wide: np.dtype[Any]) -> Array:
+    """B times weight and scaling, in float64 before it is narrowed: a factor beyond float32 leaves a zero a zero."""
+    largest = float(np.finfo(np.float64).max)
+    factor = min(max(weight * _scaling(pair), -largest), largest)
+    return (pair.B.astype(np.float64) * factor).astype(wide)
 
 
 def _scaling(pair: LowRank) -> float:

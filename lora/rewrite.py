@@ -188,6 +188,8 @@ def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
     Requirements: R2.4, R2.7, R2.8
     """
     bound = plan(linears(model), card).bound
+    if held := [module for module in bound if isinstance(model.get_submodule(module), LoRALinear)]:
+        raise UnsupportedModelError(f"modules {held}", "plain Linears to train on", "adapted ones", "fold them first")
     pairs = {id(_bindable(model, module)): card.weights[key] for module, key in bound.items()}
 
     def convert(module: nn.Module, own: Own) -> nn.Module | None:

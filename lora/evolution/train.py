@@ -237,7 +237,7 @@ class LoRATrainer:
         checkpoint: PathLike | None = None,
         progress: Progress | None = None,
     ) -> Training:
-        """Learn a card.
+        """Learn a card from queries and positives; negatives and qualities are not used by the contrastive loss.
 
         Parameters
         ----------
@@ -414,7 +414,7 @@ def contrastive_loss(queries: Tensor, positives: Tensor, *, scale: float = SCALE
 def evaluate(model: Any, pairs: Pairs) -> Retrieval:
     """Rank all distinct positives for every query by cosine similarity.
 
-    A positive's rank counts those that score strictly higher, so that ties are not luck.
+    A positive's rank counts all that score at least as high: a model that embeds everything alike finds nothing.
 
     Parameters
     ----------
@@ -438,7 +438,7 @@ def evaluate(model: Any, pairs: Pairs) -> Retrieval:
     targets /= np.maximum(np.linalg.norm(targets, axis=1, keepdims=True), 1e-300)
     scores = queries @ targets.T
     own = scores[np.arange(len(scores)), [place[text] for text in pairs.positives]]
-    ranks = 1 + (scores > own[:, None]).sum(1)
+    ranks = (scores >= own[:, None]).sum(1)
     return Retrieval(float((ranks == 1).mean()), float((ranks <= 10).mean()), float((1 / ranks).mean()), len(ranks))
 
 

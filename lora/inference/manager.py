@@ -203,6 +203,8 @@ class LoRAManager(Generic[M]):
             wanted = AdapterSet({card.name: (card, self.active.weight(card.name))})
             injection = self._plan(wanted, strict=strict, check_base=check_base)[card.name]
             self._commit(self._build(self.active.without(card.name) | wanted))
+            if card.name in self._state.loaded:
+                self.add_card(card)
             _report(injection, "replaced")
             return injection
 

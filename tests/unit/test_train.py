@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pyarrow as pa
@@ -177,24 +176,28 @@ def test_validations_come_at_their_interval_and_at_the_end():
 def test_training_stops_when_patience_validations_in_a_row_were_no_better():
     frozen = train(steps=99, lr=1e-30, validate_every=3, patience=4)
     assert len(frozen.history) == 3 * (1 + 4)
-    falling = train(steps=60, targets="all-linear", lr=2e-2, patience=3)
-    scores = measured(falling)
-    assert len(falling.history) == 5 * len(scores) < 60
-    assert len(scores) == scores.index(max(scores)) + 1 + 3
+    options = {"steps": 60, "targets": "all-linear", "lr": 2e-2, "seed": 1}
+    scores = measured(train(**options))  # goes up and down
+    for patience in (1, 2, 3):
+        best, worse, expected = -1.0, 0, 0
+        while worse < patience and expected < len(scores):
+            worse = 0 if scores[expected] > best else worse + 1
+            best = max(best, scores[expected])
+            expected += 1
+        assert measured(train(**options, patience=patience)) == scores[:expected]
 
 
 @requirement("R17.3")
 def test_the_card_is_the_best_one_seen_and_not_the_last():
-    result = train(steps=45, targets="all-linear", lr=2e-2)
+    result = train(steps=60, targets="all-linear", lr=3e-2)  # too much: it learns, then collapses
     scores = measured(result)
-    assert scores[0] < max(scores)
-    assert scores[-1] < max(scores) / 2
+    assert scores[-1] < max(scores)
     assert result.metrics["after"].mrr == max(scores)
     upto = 5 * (scores.index(max(scores)) + 1)
-    assert bits(train(steps=upto, targets="all-linear", lr=2e-2))[0] == bits(result)[0]
+    assert bits(train(steps=upto, targets="all-linear", lr=3e-2))[0] == bits(result)[0]
     validation = pairs().split(0.8, seed=0)[1]
     learned = evaluate(adapt(engine().base, result.card), validation)
-    assert learned.mrr == pytest.approx(max(scores), abs=gamma(1000, np.dtype(np.float32)))
+    assert learned == result.metrics["after"]
 
 
 @requirement("R17.3")
@@ -300,10 +303,12 @@ def test_the_loss_is_a_function_of_the_model():
 
 
 @requirement("R17.1", "R17.9")
-def test_a_training_that_diverges_says_so_without_a_warning():
-    for steps in (1, 9):  # found by the validation after the last step, and by the next loss
-        with warnings.catch_warnings(), pytest.raises(DataError, match=r"finite .* lower the learning rate"):
-            warnings.simplefilter("error")
+def test_a_training_that_diverges_says_so_without_a_warning():  # warnings are errors here
+    for steps, where in (
+        (1, "evaluate: expected finite embeddings"),
+        (9, r"training: step \d: expected a finite loss"),
+    ):
+        with pytest.raises(DataError, match=f"{where}.* lower the learning rate"):
             train(steps=steps, lr=1e10, targets="all-linear", validate_every=99)
 
 
@@ -328,7 +333,7 @@ def real(model_folder):
     rng = np.random.default_rng(0)
     known, held_out = (
         part.take(sorted(rng.permutation(len(part))[:size].tolist()))
-        for part, size in zip(docstring_pairs().split(0.8, seed=0), (500, 200), strict=True)
+        for part, size in zip(docstring_pairs().split(0.8, seed=0), (400, 120), strict=True)
     )
     rows, order = known.table.to_pylist(), rng.permutation(len(known))
     shuffled = Pairs.of([{**row, "positive": rows[other]["positive"]} for row, other in zip(rows, order, strict=True)])
@@ -419,14 +424,14 @@ def test_a_run_killed_twice_goes_on_from_its_checkpoint_to_the_same_bits(tmp_pat
     assert not list(tmp_path.glob("*checkpoint"))
 
 
-class Stopped(Exception):
+class StopError(Exception):
     """Raised to end a run."""
 
 
 def stop_at(stop):
     def progress(step, _total, _loss):
         if step == stop:
-            raise Stopped
+            raise StopError
 
     return progress
 
@@ -434,7 +439,7 @@ def stop_at(stop):
 @requirement("R17.8")
 def test_a_run_stopped_right_after_it_lost_patience_does_not_go_on(tmp_path):
     options = {"lr": 1e-30, "validate_every": 2, "patience": 2, "checkpoint": tmp_path / "run"}
-    with pytest.raises(Stopped):
+    with pytest.raises(StopError):
         train(**options, progress=stop_at(6))
     assert bits(train(**options)) == bits(train(**options))
     assert len(train(**options).history) == 6
@@ -452,7 +457,7 @@ def test_layers_that_the_forward_never_calls_do_not_hinder_a_checkpoint(tmp_path
         )
         return trainer.train(data, name="pooler", max_steps=2, checkpoint=tmp_path / "run", progress=progress)
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StopError):
         run(stop_at(1))
     resumed = run()
     assert set(resumed.card.weights) == {"pooler.dense", "encoder.layer.0.attention.self.query"}
@@ -482,10 +487,8 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path)
 @requirement("R17.10")
 def test_the_history_has_a_row_for_each_step():
     history = train(steps=7, validate_every=3).history
-    assert history.schema == pa.schema(
-        [("step", "int64"), ("epoch", "int64"), ("loss", "float64"), ("lr", "float64")]
-        + [("val_mrr", "float64"), ("val_recall_at_1", "float64")]
-    )
+    whole, real = ("step", "epoch"), ("loss", "lr", "val_mrr", "val_recall_at_1")
+    assert history.schema == pa.schema([*((name, "int64") for name in whole), *((name, "float64") for name in real)])
     assert history["step"].to_pylist() == list(range(1, 8))
     assert all(history[name].null_count == 0 for name in ("step", "epoch", "loss", "lr"))
     assert all(math.isfinite(loss) for loss in history["loss"].to_pylist())
@@ -502,13 +505,13 @@ def test_progress_is_told_after_every_step():
 def test_the_plot_is_an_svg_or_a_png_by_its_ending(tmp_path):
     result = train(steps=7, name="toy & more", validate_every=3)
     result.plot(tmp_path / "history.svg")
-    root = ElementTree.parse(tmp_path / "history.svg").getroot()  # noqa: S314 - our own file
+    root = ET.parse(tmp_path / "history.svg").getroot()  # noqa: S314 - our own file
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 2
     result.plot(tmp_path / "history.png")
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     result.plot(tmp_path / "history")
-    assert ElementTree.parse(tmp_path / "history").getroot().tag == root.tag  # noqa: S314 - our own file
+    assert ET.parse(tmp_path / "history").getroot().tag == root.tag  # noqa: S314 - our own file
     for bad in ("history.xyz", "nowhere/history.svg"):
         with pytest.raises(LoRAError, match="history"):
             result.plot(tmp_path / bad)
