@@ -1,0 +1,198 @@
+"""Write the test vectors of format 1: card files with what a reader must find in them, or that it must refuse them.
+
+Run once for a version; the files are frozen after that, and the manifest's hashes say so. Usage: ``python write.py``.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+import lora
+from lora.card import DTYPES
+
+HERE = Path(__file__).parent
+VERSION = "1"
+
+
+def pair(
+    dtype: str, rows: int, rank: int, columns: int, *, scaling: float | None = None, seed: int = 0
+) -> lora.LowRank:
+    """A pair of random finite factors."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(rows, rank)), rng.normal(size=(rank, columns))
+    return lora.LowRank(a.astype(DTYPES[dtype]), b.astype(DTYPES[dtype]), scaling)
+
+
+def edge_pair(dtype: str) -> lora.LowRank:
+    """A pair of bit patterns that copies through other types would change: NaN payloads, ±0, infinities, subnormals."""
+    kind = DTYPES[dtype]
+    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[kind.itemsize]
+    width = 8 * kind.itemsize
+    inf = int(np.array(np.inf, kind).view(bits))
+    patterns = [
+        0,
+        1 << (width - 1),
+        1,
+        (1 << (width - 1)) + 1,
+        inf,
+        inf | 1 << (width - 1),
+        inf + 1,
+        inf | (1 << (width - 1)) | 5,
+    ]
+    flat = np.array(patterns, bits)
+    return lora.LowRank(flat.reshape(4, 2).view(kind), flat[::-1].reshape(2, 4).copy().view(kind), 1.0)
+
+
+def valid_cards() -> dict[str, dict[str, lora.LoRACard]]:
+    """Requirement -> name -> card."""
+    two = {"encoder.layer.0.query": pair("float32", 4, 2, 3), "encoder.layer.1.query": pair("float32", 4, 2, 3, seed=1)}
+    names = {name: pair("float32", 2, 1, 2) for name in ("", "a,b", "größe.注意", "layer.1.query", "layer.11.query")}
+    mixed = {"a": pair("float64", 3, 3, 2, scaling=0.5), "b": pair("float64", 3, 1, 2, scaling=-2.0)}
+    meta = {"name": "other", "rank": 99, "nested": {"list": [1, 2.5, None, True, "ü"]}, "lora.name": "shadow"}
+    return {
+        "R1.4": {
+            "basic": lora.LoRACard("docs", 2, 4.0, ("query", "value"), two),
+            "no-modules": lora.LoRACard("empty", 1, 1.0, (), {}),
+            "names": lora.LoRACard("größe, a", 1, 16.0, ("a,b", "größe", ""), names),
+        },
+        "R1.3": {"metadata-that-looks-like-fields": lora.LoRACard("docs", 2, 4.0, ("query",), two, meta)},
+        "R1.7": {name: lora.LoRACard(name, 2, 1.0, ("m",), {"m": edge_pair(name)}) for name in DTYPES},
+        "R1.8": {"mixed-ranks": lora.LoRACard("mixed", 3, 16.0, ("a", "b"), mixed)},
+        "R1.10": {
+            "unknown-keys": lora.LoRACard("docs", 2, 4.0, ("query",), two, extra={"x-note": "kept", "lora.later": "2"})
+        },
+    }
+
+
+def expectation(card: lora.LoRACard) -> dict[str, object]:
+    """What a reader must find; elements as the hex of their little-endian bytes, row-major."""
+    modules = {
+        name: {
+            "scaling": p.scaling,
+            "A": [list(p.A.shape), p.A.tobytes().hex()],
+            "B": [list(p.B.shape), p.B.tobytes().hex()],
+        }
+        for name, p in card.weights.items()
+    }
+    return {
+        "name": card.name,
+        "rank": card.rank,
+        "alpha": card.alpha,
+        "target_modules": list(card.target_modules),
+        "dtype": card.dtype.name,
+        "metadata": dict(card.metadata),
+        "extra": dict(card.extra),
+        "modules": modules,
+    }
+
+
+def file_of(*batches: pa.RecordBatch, compression: str | None = None) -> bytes:
+    """An Arrow IPC file of these batches."""
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, batches[0].schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def invalid_files() -> dict[str, tuple[bytes, str]]:
+    """Name -> (bytes, the rule that they break)."""
+    card = lora.LoRACard(
+        "docs", 2, 4.0, ("query",), {"query": pair("float32", 4, 2, 3), "value": pair("float32", 4, 2, 3)}
+    )
+    batch = lora.card_to_table(card).to_batches()[0]
+    whole = file_of(batch)
+
+    def keys(**changes: str | None) -> bytes:
+        metadata = {k.decode(): v.decode() for k, v in batch.schema.metadata.items()}
+        for key, value in changes.items():
+            metadata[f"lora.{key}"] = value or ""
+            if value is None:
+                del metadata[f"lora.{key}"]
+        return file_of(batch.replace_schema_metadata(metadata))
+
+    def column(name: str, change: Callable[[pa.Array], pa.Array], *, nullable: bool = False) -> bytes:
+        index = batch.schema.get_field_index(name)
+        changed = change(batch.column(index))
+        field = batch.schema.field(index).with_type(changed.type).with_nullable(nullable)
+        return file_of(batch.set_column(index, field, changed).replace_schema_metadata(batch.schema.metadata))
+
+    def shapes(values: list[int]) -> Callable[[pa.Array], pa.Array]:
+        def change(array: pa.Array) -> pa.Array:
+            storage = array.storage if isinstance(array, pa.ExtensionArray) else array
+            shape = pa.FixedSizeListArray.from_arrays(pa.array(values, pa.int32()), 2)
+            return pa.StructArray.from_arrays([storage.field("data"), shape], ["data", "shape"])
+
+        return change
+
+    extra = batch.append_column("more", pa.array([1, 2]))
+    return {
+        "empty-file": (b"", "a file has bytes"),
+        "not-arrow": (b"not an Arrow file, just text of some length " * 4, "the magic is ARROW1"),
+        "truncated": (whole[: len(whole) // 2], "a file is whole"),
+        "compressed": (file_of(batch, compression="zstd"), "buffers are not compressed"),
+        "two-batches": (file_of(batch.slice(0, 1), batch.slice(1)), "there is one record batch"),
+        "version-2": (keys(format="2.0"), "the major version is 1"),
+        "no-version": (keys(format=None), "there is a version"),
+        "no-name": (keys(name=None), "there is a name"),
+        "empty-name": (keys(name=""), "the name is not empty"),
+        "rank-0": (keys(rank="0"), "the rank is at least 1"),
+        "rank-negative": (keys(rank="-1"), "the rank is at least 1"),
+        "rank-fraction": (keys(rank="2.5"), "the rank is an integer"),
+        "rank-not-the-largest": (keys(rank="3"), "the rank is the largest of any module"),
+        "alpha-0": (keys(alpha="0.0"), "alpha is above 0"),
+        "alpha-infinite": (keys(alpha="inf"), "alpha is finite"),
+        "targets-not-a-list": (keys(targets='"query"'), "targets are a JSON list"),
+        "metadata-not-an-object": (keys(metadata="[]"), "metadata are a JSON object"),
+        "metadata-not-json": (keys(metadata="{"), "metadata are JSON"),
+        "unknown-dtype": (keys(dtype="float8"), "the dtype is known"),
+        "another-dtype": (keys(dtype="float64"), "the columns have the declared dtype"),
+        "unknown-column": (file_of(extra), "there are four columns"),
+        "missing-column": (file_of(batch.select(["module", "scaling", "A"])), "there are four columns"),
+        "duplicate-module": (column("module", lambda _: pa.array(["query", "query"])), "each module occurs once"),
+        "null-scaling": (column("scaling", lambda _: pa.array([None, 1.0]), nullable=True), "there are no nulls"),
+        "nan-scaling": (column("scaling", lambda _: pa.array([np.nan, 1.0])), "a scaling is finite"),
+        "scaling-as-float32": (column("scaling", lambda c: c.cast(pa.float32())), "scaling is float64"),
+        "shape-too-large": (column("A", shapes([4, 2, 4, 3])), "a shape's product is its data's length"),
+        "shape-negative": (column("A", shapes([4, 2, -4, -2])), "shapes are positive"),
+        "ranks-differ": (column("A", shapes([4, 2, 8, 1])), "A and B have one rank"),
+    }
+
+
+def main() -> None:
+    """Write every vector and the manifest."""
+    folder = HERE / VERSION
+    folder.mkdir()
+    lines = [f"# Vectors of file format {VERSION}: frozen.", f'version = "{VERSION}"', ""]
+
+    def put(path: str, data: bytes, expected: dict[str, object], requirement: str, *, valid: bool) -> None:
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        told = json.dumps(expected, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        target.with_name(target.name.replace(".lora.arrow", ".json")).write_text(told, encoding="utf-8")
+        file_hash, told_hash = hashlib.sha256(data).hexdigest(), hashlib.sha256(told.encode()).hexdigest()
+        lines.extend(["[[vector]]", f'path = "{path}"', f'requirement = "{requirement}"'])
+        lines.extend(
+            [f"valid = {str(valid).lower()}", f'sha256 = "{file_hash}"', f'expectation_sha256 = "{told_hash}"', ""]
+        )
+
+    for requirement, cards in valid_cards().items():
+        for name, card in cards.items():
+            data = file_of(
+                *lora.card_to_table(card).to_batches()
+                or [pa.RecordBatch.from_pylist([], lora.card_to_table(card).schema)]
+            )
+            put(f"{requirement}/valid/{name}.lora.arrow", data, expectation(card), requirement, valid=True)
+    for name, (data, rule) in invalid_files().items():
+        put(f"R7.9/invalid/{name}.lora.arrow", data, {"rule": rule}, "R7.9", valid=False)
+    (folder / "manifest.toml").write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The frozen vectors of the file format: what any implementation must find in a file, or must refuse."""
+
+import hashlib
+import json
+import tomllib
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lora.testing.plugin import requirement
+from lora.testing.vectors import vectors_folder
+
+FOLDER = vectors_folder() / "1"
+VECTORS = tomllib.loads((FOLDER / "manifest.toml").read_text("utf-8"))["vector"]
+
+
+def those(*, valid):
+    return [pytest.param(vector, id=vector["path"]) for vector in VECTORS if vector["valid"] is valid]
+
+
+def expectation(vector):
+    return (FOLDER / vector["path"].replace(".lora.arrow", ".json")).read_bytes()
+
+
+@requirement("R24.4")
+def test_the_vectors_are_frozen_and_the_manifest_names_them_all():
+    for vector in VECTORS:
+        assert hashlib.sha256((FOLDER / vector["path"]).read_bytes()).hexdigest() == vector["sha256"]
+        assert hashlib.sha256(expectation(vector)).hexdigest() == vector["expectation_sha256"]
+    files = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.lora.arrow")}
+    assert files == {vector["path"] for vector in VECTORS}
+
+
+@requirement("R24.4", "R1.9")
+@pytest.mark.parametrize("vector", those(valid=True))
+def test_a_valid_vector_holds_what_its_expectation_says(impl, vector):
+    card, told = impl.read_card((FOLDER / vector["path"]).read_bytes()), json.loads(expectation(vector))
+    assert (card.name, card.rank, card.alpha) == (told["name"], told["rank"], told["alpha"])
+    assert list(card.target_modules) == told["target_modules"]
+    assert (dict(card.metadata), dict(card.extra)) == (told["metadata"], told["extra"])
+    assert sorted(card.weights) == sorted(told["modules"])
+    dtype = ml_dtypes.bfloat16 if told["dtype"] == "bfloat16" else told["dtype"]
+    for module, pair in card.weights.items():
+        expected = told["modules"][module]
+        assert pair.scaling == expected["scaling"]
+        for factor, (shape, elements) in ((pair.A, expected["A"]), (pair.B, expected["B"])):
+            assert factor.dtype == np.dtype(dtype)
+            assert list(factor.shape) == shape
+            assert np.ascontiguousarray(factor).tobytes().hex() == elements
+
+
+@requirement("R24.4")
+@pytest.mark.parametrize("vector", those(valid=False))
+def test_an_invalid_vector_is_refused(impl, vector):
+    with pytest.raises(Exception):  # noqa: B017, PT011 - how, is for the implementation to say
+        impl.read_card((FOLDER / vector["path"]).read_bytes())
