@@ -1,120 +1,472 @@
-"""The command line: facts on stdout, one line of error on stderr, exit codes, help with examples."""
+"""The command line: what it prints, where, and how it ends, in this process and through a real shell."""
 
+import io
 import json
+import os
+import re
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 import lora
+from lora.card import LoRACard, LowRank
+from lora.cli import app, main, progress_bar
+from lora.evolution.data import Pairs
 from lora.testing.plugin import requirement
 
-COMMANDS = ["inspect", "encode", "route", "train", "demo"]
+COMMANDS = sorted(typer.main.get_command(app).commands)
+SCRIPTS = sysconfig.get_path("scripts")
+QUIET = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONUNBUFFERED", "LORA_", "COV_"))}
 
 
-def run(*arguments, stdin="", code="from lora.cli import main; main()"):
-    command = [sys.executable, "-c", f"import sys; sys.argv[0] = 'lora'; {code}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, input=stdin, check=False, timeout=300)
+def shell(*argv, **options):
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "lora.cli", *map(str, argv)]
+    environment = {**QUIET, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run(command, text=True, env=environment, check=False, timeout=300, **pipes)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The command in this process: exit code, standard output, standard error."""
+
+    def run(*argv, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["lora", *map(str, argv)])
+        stream = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8") if isinstance(stdin, bytes) else stdin
+        monkeypatch.setattr(sys, "stdin", stream)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return run
+
+
+def made(name, **metadata):
+    """A card of MiniLM's shapes."""
+    rng = np.random.default_rng(len(name))
+    modules = [f"encoder.layer.{i}.attention.self.query" for i in range(6)]
+    factors = {m: (rng.normal(0, 0.1, (384, 2)), rng.normal(0, 0.1, (2, 384))) for m in modules}
+    weights = {m: LowRank(a.astype(np.float32), b.astype(np.float32)) for m, (a, b) in factors.items()}
+    return LoRACard(name, 2, 4.0, ("query",), weights, metadata)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A card file for MiniLM, and its digest."""
-    rng = np.random.default_rng(0)
-    pair = lora.LowRank(rng.normal(size=(384, 2)).astype("f4"), rng.normal(size=(2, 384)).astype("f4"))
-    meta = {"description": "reading and writing files in Python"}
-    card = lora.LoRACard("docs", 2, 4.0, ("query",), {"encoder.layer.0.attention.self.query": pair}, meta)
-    path = tmp_path_factory.mktemp("cards") / "docs.lora.arrow"
-    return path, lora.save(card, path)
+def folder(tmp_path_factory):
+    """Cards, a data set, and files that are neither."""
+    path = tmp_path_factory.mktemp("cli")
+    lora.save(
+        made("docs", description="Python documentation: files, paths, reading and writing"), path / "docs.lora.arrow"
+    )
+    lora.save(made("food", description="Cooking recipes and food"), path / "food.lora.arrow")
+    lora.save(made("odd[/b]{x}", note="[/red] 日本\n"), path / "odd[1].lora.arrow")
+    Pairs.of(
+        {"query": f"number {i} of {j}", "positive": f"n{i}.{j}", "group": str(i)} for i in range(8) for j in range(3)
+    ).save(path / "pairs.jsonl")
+    (path / "garbage.lora.arrow").write_bytes(b"garbage" * 99)
+    return path
+
+
+def one_line(text):
+    """Whether a message is one line that says who speaks, and no traceback."""
+    return re.fullmatch(r"lora: [^\n]+\n", text) is not None and "Traceback" not in text
+
+
+# inspect
+
+
+@requirement("R25.3")
+def test_inspect_says_what_the_file_says_of_itself(here, folder):
+    path = folder / "docs.lora.arrow"
+    code, out, err = here("inspect", path)
+    assert (code, err) == (0, "")
+    for fact in (
+        "docs",
+        "1.0",
+        "float32",
+        '["query"]',
+        "9216",
+        "36864",
+        "encoder.layer.5.attention.self.query",
+        "reading",
+    ):
+        assert fact in out
+    code, out, err = here("inspect", path, "--json", "--verify", lora.digest(path))
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert facts.pop("modules") == {f"encoder.layer.{i}.attention.self.query": [384, 2, 384, 2.0] for i in range(6)}
+    assert facts == {
+        "name": "docs",
+        "digest": lora.digest(path),
+        "format": "1.0",
+        "rank": 2,
+        "alpha": 4.0,
+        "dtype": "float32",
+        "target_modules": ["query"],
+        "parameters": 9216,
+        "bytes": 36864,
+        "base_model": None,
+        "base_fingerprint": None,
+        "metadata": {"description": "Python documentation: files, paths, reading and writing"},
+        "extra": {},
+    }
+
+
+@requirement("R25.3")
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(here, folder):
+    path = folder / "odd[1].lora.arrow"
+    code, out, err = here("inspect", path)
+    assert (code, err) == (0, "")
+    assert "odd[/b]{x}" in out
+    assert "[/red] 日本\\n" in out
+    assert json.loads(here("inspect", path, "--json")[1])["name"] == "odd[/b]{x}"
 
 
 @requirement("R25.3", "R1.12")
-def test_inspect_tells_a_cards_fields_without_importing_torch(saved):
-    path, digest = saved
-    code = "from lora.cli import app; app(standalone_mode=False); assert 'torch' not in sys.modules"
-    told = json.loads(run("inspect", path, "--verify", digest, "--json", code=code).stdout)
-    assert (told["name"], told["rank"], told["digest"], told["parameters"]) == ("docs", 2, digest, 1536)
-    shown = run("inspect", path).stdout
-    assert digest[:32] in shown
-    assert "encoder.layer.0.attention.self.query" in shown
+def test_inspect_imports_no_torch(folder):
+    command = [sys.executable, "-X", "importtime", "-m", "lora.cli", "inspect", folder / "docs.lora.arrow", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=QUIET)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "pyarrow" in imported
+    assert not {"torch", "lora.engine", "lora.evolution.train", "tokenizers", "matplotlib"} & imported
+
+
+# errors
+
+
+@requirement("R25.3", "R7.1", "R1.14")
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["inspect", "nothing.lora.arrow"], "nothing.lora.arrow: expected"),
+        (["inspect", "garbage.lora.arrow"], "garbage.lora.arrow: card file: expected an Arrow IPC file"),
+        (["inspect", "."], "expected a file"),
+        (["inspect", "docs.lora.arrow", "--verify", "abc"], "expected a SHA-256"),
+        (["inspect", "docs.lora.arrow", "--verify", "0" * 64], f"SHA-256: expected {'0' * 64}"),
+        (["train", "pairs.jsonl", "--name", "a", "--out", "nowhere/a.lora.arrow"], "existing folder"),
+        (["train", "pairs.jsonl", "--name", "a", "--out", "."], "a file in an existing folder"),
+        (["train", "nothing.jsonl", "--name", "a", "--out", "a.lora.arrow"], "nothing.jsonl: expected a data set"),
+        (
+            ["train", "garbage.lora.arrow", "--name", "a", "--out", "a.lora.arrow"],
+            "garbage.lora.arrow: expected an Arrow",
+        ),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_exit_1(folder, argv, said):
+    done = shell(*argv, cwd=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert one_line(done.stderr)
+    assert said in done.stderr
 
 
 @requirement("R25.3")
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("argv", "said"),
     [
-        (["inspect", "nowhere.lora.arrow"], 1, "nowhere"),
-        (["inspect", __file__], 1, "Arrow IPC file"),
-        (["inspect"], 2, "file"),
-        (["nonsense"], 2, "nonsense"),
-        (["inspect", "--nonsense"], 2, "nonsense"),
-        (["train", "nowhere.jsonl", "--name", "x", "--out", "nowhere/x"], 1, "nowhere"),
+        (["encode", "a", "--card", "nothing"], "nothing: expected"),
+        (["encode", "a", "--model", "nowhere"], "nowhere"),
+        (["encode", "a", "--out", "nowhere/a.npy"], "nowhere"),
+        (["route", "a", "--card", "docs.lora.arrow", "--threshold", "nan"], "threshold"),
+        (["route", "a", "--card", "docs.lora.arrow", "--top-k", "0"], "top_k"),
+        (["route", "a", "--card", "odd[1].lora.arrow"], "expected a description"),
+        (["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--preset", "fast"], "'fast'"),
+        (["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--seed", "-1"], "seed"),
+        (["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--target", "nope"], "nope"),
+        (["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--steps", "0"], "max_steps"),
+        (
+            ["train", "pairs.jsonl", "--name", "a[/b]{c}", "--out", "a.lora.arrow", "--checkpoint", "pairs.jsonl"],
+            "checkpoint",
+        ),
     ],
 )
-def test_an_error_is_one_line_and_a_status(arguments, status, said):
-    found = run(*arguments)
-    assert (found.returncode, found.stdout) == (status, "")
-    assert len(found.stderr.splitlines()) == 1
-    assert said in found.stderr
+def test_an_error_of_a_command_that_runs_the_model_is_one_line_too(here, folder, monkeypatch, argv, said):
+    monkeypatch.chdir(folder)
+    code, out, err = here(*argv)
+    assert (code, out) == (1, "")
+    assert one_line(err)
+    assert said in err
+    assert not Path("a.lora.arrow").exists()
 
 
 @requirement("R25.3")
-def test_a_wrong_digest_and_an_unexpected_failure_are_one_line_too(saved):
-    found = run("inspect", saved[0], "--verify", "0" * 64)
-    assert (found.returncode, len(found.stderr.splitlines())) == (1, 1)
-    assert saved[1] in found.stderr
-    broken = "import lora.cli, lora; lora.digest = lambda _: 1 / 0; lora.cli.main()"
-    found = run("inspect", saved[0], code=broken)
-    assert (found.returncode, found.stdout) == (1, "")
-    assert found.stderr.startswith("lora: internal error: ZeroDivisionError")
-    assert len(found.stderr.splitlines()) == 1
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nonsense"], "nonsense"),
+        (["inspect"], "file"),
+        (["inspect", "a", "--nonsense"], "--nonsense"),
+        (["inspect", "a", "b"], "b"),
+        (["train", "a", "--name", "b"], "--out"),
+        (["train", "a", "--name", "b", "--out", "c", "--steps", "many"], "--steps"),
+        (["encode", "a", "--out"], "--out"),
+        (["demo", "--steps", "0"], "--steps"),
+        (["route", "a"], "--card"),
+    ],
+)
+def test_wrong_usage_is_one_line_on_stderr_and_exit_2(here, argv, said):
+    code, out, err = here(*argv)
+    assert (code, out) == (2, "")
+    assert one_line(err)
+    assert said in err
+
+
+@requirement("R25.3", "R25.4")
+def test_the_command_alone_shows_its_help_and_exits_2(here):
+    code, out, err = here()
+    assert (code, out) == (2, "")
+    assert all(command in err for command in COMMANDS)
+
+
+@requirement("R25.3")
+def test_an_unexpected_error_is_one_line_and_is_raised_for_who_asks(here, monkeypatch, capsys):
+    code, out, err = here("encode", stdin=b"\xff")
+    assert (code, out) == (1, "")
+    assert one_line(err)
+    assert "internal error: UnicodeDecodeError" in err
+    assert "LORA_DEBUG=1" in err
+    monkeypatch.setenv("LORA_DEBUG", "1")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    with pytest.raises(UnicodeDecodeError):
+        main()
+    assert capsys.readouterr() == ("", "")
+
+
+@requirement("R25.3")
+def test_an_interrupt_ends_without_a_traceback(here):
+    class Interrupted(io.StringIO):
+        def __next__(self):
+            raise KeyboardInterrupt
+
+    code, out, err = here("encode", stdin=Interrupted())
+    assert (code, out) == (130, "")
+    assert err == "" or one_line(err)
+
+
+@requirement("R25.3")
+def test_a_reader_that_goes_away_ends_the_command_quietly(folder):
+    reading, writing = os.pipe()
+    os.close(reading)
+    small = shell("inspect", folder / "docs.lora.arrow", "--json", stdout=writing)
+    os.close(writing)
+    assert (small.returncode, small.stderr) == (1, "")
+    with Path("/dev/full").open("w") as full:
+        unwritten = shell("inspect", folder / "docs.lora.arrow", "--json", stdout=full)
+    assert unwritten.returncode == 1
+    assert one_line(unwritten.stderr)
+    assert "No space left" in unwritten.stderr
+
+
+@requirement("R25.3")
+def test_head_can_take_one_byte_of_many_embeddings():
+    command = [sys.executable, "-m", "lora.cli", "encode", *(f"text {i}" for i in range(200))]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**QUIET, "OMP_NUM_THREADS": "1"}
+    ) as child:
+        first = child.stdout.read(1)
+        child.stdout.close()
+        err = child.stderr.read()
+    assert re.match(rb"[-0]", first)
+    assert (child.returncode, err) == (1, b"")
+
+
+# encode, route, train
+
+
+@pytest.fixture(scope="module")
+def engine(model_folder):
+    return lora.ArrowEngine.from_pretrained(model_folder)
+
+
+TEXTS = ["read a file", "größer 日本", ""]
+
+
+@requirement("R25.3")
+def test_encode_prints_one_line_for_each_text(here, engine):
+    expected = engine.encode(TEXTS)
+    code, out, err = here("encode", *TEXTS)
+    assert (code, err) == (0, "")
+    assert out == "".join(" ".join(f"{number:.6f}" for number in row) + "\n" for row in expected)
+    assert here("encode", stdin="\n".join(TEXTS).encode() + b"\n") == (code, out, err)
+
+
+@requirement("R25.3")
+def test_encode_applies_cards_and_gives_json_or_a_file(here, engine, folder, tmp_path):
+    cards = [folder / "docs.lora.arrow", folder / "food.lora.arrow"]
+    expected = engine.encode_with_lora(TEXTS, lora.AdapterSet([lora.load(card) for card in cards])).embeddings
+    code, out, err = here("encode", *TEXTS, "--card", cards[0], "--card", cards[1], "--json")
+    assert (code, err) == (0, "")
+    found = np.array(json.loads(out), np.float32)
+    assert found == pytest.approx(expected, abs=1e-5)  # folded here, factored there
+    assert np.abs(found - engine.encode(TEXTS)).max() > 1e-3
+    path = tmp_path / "rows.npy"
+    code, out, err = here("encode", *TEXTS, "--card", cards[0], "--card", cards[1], "--out", path, "--json")
+    assert (code, json.loads(out), err) == (0, {"file": str(path), "shape": [3, 384]}, "")
+    assert np.array_equal(np.load(path), found)
+    assert here("encode", "a", "--out", path) == (0, f"{path}: 1 × 384\n", "")
+    assert here("encode", stdin=b"") == (0, "", "")
+
+
+@requirement("R25.3")
+def test_route_ranks_cards_and_abstains_below_the_threshold(here, engine, folder):
+    cards = ["--card", folder / "docs.lora.arrow", "--card", folder / "food.lora.arrow"]
+    code, out, err = here("route", "How do I read a file in Python?", *cards, "--json")
+    assert (code, err) == (0, "")
+    routes = json.loads(out)
+    assert [route["name"] for route in routes] == ["docs", "food"]
+    assert 1 > routes[0]["score"] > 0.3 > routes[1]["score"]
+    code, out, err = here("route", "How do I read a file in Python?", *cards, "--threshold", "0.3")
+    assert (code, out, err) == (0, f"{routes[0]['score']:.6f}  docs\n", "")
+    assert here("route", "pasta with cheese", *cards, "--top-k", "1")[1].endswith("food\n")
+    code, out, err = here("route", "How do I read a file in Python?", *cards, "--threshold", "0.99")
+    assert (code, out, err) == (0, "", "no card fits\n")
+    assert here("route", "a", *cards, "--threshold", "0.99", "--json") == (0, "[]\n", "")
+
+
+@requirement("R25.3", "R17.10")
+def test_train_saves_a_card_with_its_bar_on_a_terminal_and_its_json_on_stdout(folder, tmp_path):
+    out, plot, checkpoint = (tmp_path / name for name in ("tiny.lora.arrow", "history.svg", "run.checkpoint"))
+    terminal, tty = os.openpty()
+    try:
+        done = shell(
+            *("train", folder / "pairs.jsonl", "--name", "tiny{0}", "--out", out, "--description", "numbers"),
+            *(
+                "--steps",
+                2,
+                "--rank",
+                1,
+                "--alpha",
+                2,
+                "--target",
+                "0.attention.self.query",
+                "--target",
+                "1.attention.self.key",
+            ),
+            *("--checkpoint", checkpoint, "--plot", plot, "--json"),
+            stderr=tty,
+            env={"TERM": "xterm", "COLUMNS": "100"},
+        )
+        os.set_blocking(terminal, False)
+        drawn = os.read(terminal, 1 << 20).decode()
+    finally:
+        os.close(terminal)
+        os.close(tty)
+    assert done.returncode == 0, drawn
+    facts = json.loads(done.stdout)
+    card = lora.load(out, verify=facts["digest"])
+    assert (card.name, card.rank, card.alpha, card.metadata) == ("tiny{0}", 1, 2.0, {"description": "numbers"})
+    assert set(card.weights) == {f"encoder.layer.{i}.attention.self.{part}" for i, part in enumerate(["query", "key"])}
+    assert facts["file"] == str(out)
+    assert facts["steps"] == 1  # one epoch of so few pairs is one batch
+    assert set(facts["before"]) == set(facts["after"]) == {"recall_at_1", "recall_at_10", "mrr", "queries"}
+    assert plot.read_text().lstrip().startswith("<?xml")
+    assert not checkpoint.exists()
+    assert "tiny{0}" in drawn
+    assert "loss" in drawn
+    assert "\x1b[" in drawn
+
+
+@requirement("R25.3", "R17.10")
+def test_train_tells_a_reader_of_plain_text_the_gain(here, folder, tmp_path):
+    out = tmp_path / "tiny.lora.arrow"
+    argv = (
+        "train",
+        folder / "pairs.jsonl",
+        "--name",
+        "tiny",
+        "--out",
+        out,
+        "--preset",
+        "stable",
+        "--steps",
+        "2",
+        "--rank",
+        "1",
+    )
+    code, said, err = here(*argv)
+    assert code == 0
+    assert re.fullmatch(rf"{out}: validation MRR \d\.\d{{3}} -> \d\.\d{{3}} in 2 steps\n", said)
+    assert re.search(r"training tiny .* 2/2 loss \d", err)
+    first = lora.digest(out)
+    here(*argv)
+    assert lora.digest(out) == first
+    here(*argv, "--seed", "1")
+    assert lora.digest(out) != first
+
+
+# the bar, help, completion
+
+
+@requirement("R17.10", "R25.3")
+def test_the_bar_is_on_stderr_and_its_title_is_plain_text(capsys):
+    with progress_bar("odd [/b] {x} {task}") as progress:
+        for step in range(3):
+            progress(step + 1, 3, 0.5 / (step + 1))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "odd [/b] {x} {task}" in err
+    assert "3/3" in err
+    assert "loss 0.167" in err
+
+
+@requirement("R25.3")
+def test_a_bar_that_an_error_ends_leaves_nothing_behind(capsys):
+    def fail():
+        with progress_bar("training") as progress:
+            progress(1, 2, 0.5)
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert capsys.readouterr() == ("", "")
 
 
 @requirement("R25.4")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_a_command_has_an_example(command):
-    found = run(command, "--help")
-    assert found.returncode == 0
-    assert f"Example: lora {command}" in found.stdout
+def test_the_help_of_every_command_has_an_example_that_it_understands(here, command):
+    code, out, err = here(command, "--help")
+    assert (code, err) == (0, "")
+    example = " ".join(out[out.index("Example:") :].split())
+    assert example.startswith(f"Example: lora {command} ")
+    options = re.findall(r"--[a-z-]+", example)
+    parameters = {name for p in typer.main.get_command(app).commands[command].params for name in p.opts}
+    assert set(options) <= parameters
+    assert all(option in out for option in parameters if option.startswith("--"))
 
 
 @requirement("R25.4")
-def test_the_shell_can_complete_commands():
-    script = "import os; os.environ |= {'_LORA_COMPLETE': 'complete_bash', 'COMP_WORDS': 'lora ', 'COMP_CWORD': '1'}; "
-    found = run(code=script + "from lora.cli import main; main()")
-    assert set(COMMANDS) <= set(found.stdout.split())
+def test_the_version_and_the_commands_are_told_through_the_installed_script(here):
+    done = subprocess.run([Path(SCRIPTS) / "lora", "--version"], capture_output=True, text=True, check=True, env=QUIET)
+    assert (done.stdout, done.stderr) == (f"lora-cards {lora.__version__}\n", "")
+    code, out, _ = here("--help")
+    assert code == 0
+    assert all(f"\n  {command} " in out for command in COMMANDS)
 
 
-@requirement("R25.3")
-def test_encode_reads_arguments_or_lines_and_applies_cards(saved, tmp_path):
-    plain = run("encode", "read a file", "--json")
-    rows = np.array(json.loads(plain.stdout))
-    assert rows.shape == (1, 384)
-    out = tmp_path / "rows.npy"
-    told = json.loads(run("encode", "--card", saved[0], "--out", out, "--json", stdin="read a file\n\n").stdout)
-    assert told == {"file": str(out), "shape": [2, 384]}
-    assert np.abs(np.load(out)[0] - rows[0]).max() > 1e-3
-
-
-@requirement("R25.3")
-def test_route_names_a_card_or_none(saved):
-    chosen = run("route", "how do I open a file?", "--card", saved[0], "--threshold", "0.3", "--json")
-    assert [route["name"] for route in json.loads(chosen.stdout)] == ["docs"]
-    none = run("route", "the colour of the sea", "--card", saved[0], "--threshold", "0.3")
-    assert (none.returncode, none.stdout) == (0, "")
-    assert "no card fits" in none.stderr
-
-
-@requirement("R25.3", "R17.10")
-def test_train_writes_a_card_and_a_plot_and_shows_progress_on_stderr_alone(tmp_path):
-    data = tmp_path / "pairs.jsonl"
-    rows = [{"query": f"number {i}", "positive": f"n{i}", "group": str(i % 4)} for i in range(16)]
-    data.write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    out, plot = tmp_path / "n.lora.arrow", tmp_path / "n.png"
-    found = run("train", data, "--name", "n", "--out", out, "--steps", "1", "--rank", "2", "--plot", plot, "--json")
-    told = json.loads(found.stdout)
-    assert (told["steps"], told["digest"]) == (1, lora.digest(out))
-    assert lora.load(out).rank == 2
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "training n" in found.stderr
+@requirement("R25.4")
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("lora in", ["inspect"]),
+        ("lora inspect --v", ["--verify"]),
+        ("lora train --ch", ["--checkpoint"]),
+        ("lora zz", []),
+    ],
+)
+def test_bash_completes_commands_and_options(typed, completed):
+    script = f"""
+        eval "$(lora --show-completion bash)"
+        COMP_WORDS=({typed})
+        COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+        _lora_completion lora
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    environment = {**QUIET, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=environment)  # noqa: S607
+    assert done.stdout.split() == completed
+    assert done.stderr == ""

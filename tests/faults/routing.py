@@ -1,0 +1,233 @@
+"""Faults in routing: a plain register of vectors, with one mistake in each subclass."""
+
+import numpy as np
+
+from tests.faults.base import Fault
+
+
+class PlainRouter:
+    """Right as it is; what the faults below override, they get wrong."""
+
+    def __init__(self, embed):
+        self.embed = embed
+        self.vectors = {}
+        self.virtual = set()
+
+    def register(self, name, texts, *, virtual=False):
+        self.vectors[name] = [self.unit(row) for row in np.asarray(self.embed(list(texts)), float)]
+        self.virtual.discard(name)
+        if virtual:
+            self.virtual.add(name)
+
+    def unregister(self, name):
+        self.vectors.pop(name, None)
+
+    def unit(self, row):
+        largest = np.abs(row).max(initial=0.0)
+        scaled = np.ldexp(row, -int(np.frexp(largest)[1]))
+        return scaled / np.linalg.norm(scaled) if largest else scaled
+
+    def similarity(self, vectors, query):
+        return max((vector * query).sum() for vector in vectors)
+
+    def rounded(self, score):
+        return float(np.round(np.clip(score, -1, 1), 6)) + 0.0
+
+    def reached(self, score, threshold):
+        return threshold is None or score >= threshold
+
+    def order(self, route):
+        return -route[1], route[0]
+
+    def select(self, query, top_k, threshold):
+        asked = self.unit(np.asarray(self.embed([query]), float)[0])
+        scored = [(name, self.rounded(self.similarity(vectors, asked))) for name, vectors in self.vectors.items()]
+        return sorted((route for route in scored if self.reached(route[1], threshold)), key=self.order)[:top_k]
+
+    def select_many(self, queries, top_k, threshold):
+        return [self.select(query, top_k, threshold) for query in queries]
+
+
+class RouterFault(Fault):
+    """The reference with a faulty router."""
+
+    router = PlainRouter
+
+    def make_router(self, embed):
+        return self.router(embed)
+
+
+class NotNormalised(RouterFault):
+    """Scores are inner products."""
+
+    breaks = "R4.8"
+
+    class router(PlainRouter):  # noqa: N801
+        def unit(self, row):
+            return row
+
+        def rounded(self, score):
+            return float(score)
+
+
+class ZeroIsNaN(RouterFault):
+    """A zero vector is divided by its length."""
+
+    breaks = "R4.8"
+
+    class router(PlainRouter):  # noqa: N801
+        def unit(self, row):
+            with np.errstate(all="ignore"):
+                return row / np.linalg.norm(row)
+
+
+class CentroidOfExamples(RouterFault):
+    """A card is the mean of its examples."""
+
+    breaks = "R4.1"
+
+    class router(PlainRouter):  # noqa: N801
+        def similarity(self, vectors, query):
+            return (self.unit(np.mean(vectors, axis=0)) * query).sum()
+
+
+class FirstExampleOnly(RouterFault):
+    """Only a card's first example counts."""
+
+    breaks = "R4.2"
+
+    class router(PlainRouter):  # noqa: N801
+        def similarity(self, vectors, query):
+            return (vectors[0] * query).sum()
+
+
+class TiesByRegistration(RouterFault):
+    """Equal scores keep the order in which cards were registered."""
+
+    breaks = "R4.9"
+
+    class router(PlainRouter):  # noqa: N801
+        def order(self, route):
+            return -route[1]
+
+
+class TiesByNameReversed(RouterFault):
+    """Equal scores are ordered by name, the wrong way."""
+
+    breaks = "R4.9"
+
+    class router(PlainRouter):  # noqa: N801
+        def select(self, query, top_k, threshold):
+            return sorted(
+                super().select(query, len(self.vectors), threshold), reverse=True, key=lambda r: (r[1], r[0])
+            )[:top_k]
+
+
+class WorstFirst(RouterFault):
+    """The lowest score comes first."""
+
+    breaks = "R4.6"
+
+    class router(PlainRouter):  # noqa: N801
+        def order(self, route):
+            return route[1], route[0]
+
+
+class ThresholdExclusive(RouterFault):
+    """A card at the threshold is left out."""
+
+    breaks = "R4.5"
+
+    class router(PlainRouter):  # noqa: N801
+        def reached(self, score, threshold):
+            return threshold is None or score > threshold
+
+
+class NoThreshold(RouterFault):
+    """Something is always chosen."""
+
+    breaks = "R4.5"
+
+    class router(PlainRouter):  # noqa: N801
+        def reached(self, score, threshold):
+            return True
+
+
+class OneTooMany(RouterFault):
+    """Returns one more than asked for."""
+
+    breaks = "R4.4"
+
+    class router(PlainRouter):  # noqa: N801
+        def select(self, query, top_k, threshold):
+            return super().select(query, top_k + 1, threshold)
+
+
+class VirtualLeftOut(RouterFault):
+    """Cards whose weights are elsewhere are not found."""
+
+    breaks = "R4.7"
+
+    class router(PlainRouter):  # noqa: N801
+        def select(self, query, top_k, threshold):
+            here = [
+                route for route in super().select(query, len(self.vectors), threshold) if route[0] not in self.virtual
+            ]
+            return here[:top_k]
+
+
+class FirstQueryForAll(RouterFault):
+    """Every query of a batch gets the first one's routes."""
+
+    breaks = "R4.10"
+
+    class router(PlainRouter):  # noqa: N801
+        def select_many(self, queries, top_k, threshold):
+            return [self.select(queries[0], top_k, threshold) for _ in queries]
+
+
+class ReRegisteringAdds(RouterFault):
+    """A card registered again keeps its old examples too."""
+
+    breaks = "R4.12"
+
+    class router(PlainRouter):  # noqa: N801
+        def register(self, name, texts, *, virtual=False):
+            old = self.vectors.get(name, [])
+            super().register(name, texts, virtual=virtual)
+            self.vectors[name] = old + self.vectors[name]
+
+
+class UnregisteredStays(RouterFault):
+    """Unregistering does nothing."""
+
+    breaks = "R4.12"
+
+    class router(PlainRouter):  # noqa: N801
+        def unregister(self, name):
+            pass
+
+
+class RoundedTooCoarsely(RouterFault):
+    """Scores are rounded to 1e-4."""
+
+    breaks = "R4.1"
+
+    class router(PlainRouter):  # noqa: N801
+        def rounded(self, score):
+            return float(np.round(np.clip(score, -1, 1), 4)) + 0.0
+
+
+class QueryTurnedRound(RouterFault):
+    """The query's embedding changes its sign."""
+
+    breaks = "R4.3"
+
+    class router(PlainRouter):  # noqa: N801
+        def similarity(self, vectors, query):
+            return super().similarity(vectors, -query)
+
+
+ROUTING_FAULTS = [
+    value for value in list(globals().values()) if isinstance(value, type) and issubclass(value, RouterFault)
+][1:]
