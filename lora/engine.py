@@ -23,8 +23,8 @@ from lora.inference.encoder import InferenceCore
 from lora.inference.manager import LoRAManager
 from lora.inference.router import Description, LoRARouter
 from lora.rewrite import adapt, adapt_rows
-from lora.routing import Route
-from lora.store import PathLike
+from lora.routing import Route, check_threshold, texts_of
+from lora.store import PathLike, load
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,9 @@ class ArrowEngine:
     ) -> None:
         if not isinstance(encoder, nn.Module) or not callable(getattr(encoder, "encode", None)):
             raise ArgumentError("encoder", "a torch module with encode(texts)", type(encoder).__name__)
+        if fold not in (True, False, "auto"):
+            raise ArgumentError("fold", "True, False or 'auto'", shown(fold))
+        check_threshold(threshold)
         self.base = _placed(encoder, device)
         self.manager = LoRAManager(self.base, fold=bool(fold), fold_budget=FOLD_BUDGET if fold == "auto" else None)
         self.router = LoRARouter(self._encode_base)
@@ -180,6 +183,7 @@ class ArrowEngine:
         """
         if adapters is not None and intent_query is not None:
             raise ArgumentError("encode_with_lora", "adapters or intent_query", "both")
+        texts = texts_of(texts)
         if intent_query is not None:
             routes, known = self._routed(intent_query, top_k, tags)
             chosen = _resolve([route.name for route in routes], known)
@@ -205,17 +209,15 @@ class ArrowEngine:
         -----
         Requirements: R5.3
         """
-        known, active = self.manager.state.loaded, self.manager.active
-        card = self.manager.load_card(path)
-        try:
-            self.manager.apply_card(card, weight=weight, strict=strict, check_base=self.check_base)
-            if card.metadata.get("description") or card.metadata.get("examples"):
-                self.router.register_card(card)
-        except Exception:
-            if card.name not in active:
-                self.manager.remove_card(card.name)
-            self._know_again(card.name, known)
-            raise
+        card = load(path)
+        described = card.metadata.get("description") or card.metadata.get("examples")
+        candidate = self.router.candidate(card) if described else None
+        self.manager.apply_card(
+            card, weight=weight, strict=strict, check_base=self.check_base
+        )  # the last that can fail
+        self.manager.add_card(card)
+        if candidate:
+            self.router.register(candidate)
         return card.name
 
     def remove_lora(self, name: str) -> None:
@@ -229,25 +231,20 @@ class ArrowEngine:
 
     def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
         """Know a card by name and let the router choose it, without making it active."""
-        known = self.manager.state.loaded
-        self.manager.add_card(card)  # first, so that whatever is routed to is known
-        try:
-            self.router.register_card(card, description)
-        except Exception:
-            self._know_again(card.name, known)
-            raise
-
-    def _know_again(self, name: str, known: Mapping[str, LoRACard]) -> None:
-        self.manager.unload_card(name)
-        if name in known:
-            self.manager.add_card(known[name])
+        candidate = self.router.candidate(card, description)
+        self.manager.add_card(card)  # before it can be routed to
+        self.router.register(candidate)
 
     def _routed(self, query: str, top_k: int, tags: Collection[str]) -> tuple[list[Route], dict[str, LoRACard]]:
         """The router's choice and the cards it chose from; asked again if a card came and went meanwhile."""
         while True:
             candidates, known = self.router.candidates, self.manager.list_cards()
             routes = self.router.select(query, top_k, self.threshold, tags=tags)
-            if all(route.name in known for route in routes) or self.router.candidates is candidates:
+            missing = [route for route in routes if route.name not in known]
+            if missing and self.router.candidates is candidates:
+                where = f"intent_query: candidate {missing[0].name!r}"
+                raise UnknownCardError(where, "a card that is loaded here", "a virtual one", "load it or unregister it")
+            if not missing:
                 return routes, known
 
     def _encode_base(self, texts: Sequence[str]) -> Array:
@@ -319,10 +316,9 @@ def _resolve(choice: Choice, known: Mapping[str, LoRACard]) -> AdapterSet:
 
 def _encoded(model: nn.Module, texts: Sequence[str]) -> Array:
     """The embeddings of a model as float32 on the CPU."""
-    if isinstance(texts, str) or not isinstance(texts, Collection) or not all(isinstance(text, str) for text in texts):
-        raise ArgumentError("texts", "a sequence of str", shown(texts))
+    texts = texts_of(texts)
     with torch.inference_mode():
-        rows = model.encode(list(texts))  # type: ignore[operator]
+        rows = model.encode(texts)  # type: ignore[operator]
     rows = rows.float().cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows, np.float32)
     if rows.ndim != 2 and not len(texts):
         return np.empty((0, 0), np.float32)
@@ -345,4 +341,7 @@ def _placed(encoder: nn.Module, device: str | torch.device | None) -> nn.Module:
     here = None if parameter is None else parameter.device
     if here is None or (here.type == target.type and target.index in (None, here.index)):
         return encoder
-    return adapt(encoder, ()).to(target)
+    try:
+        return adapt(encoder, ()).to(target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or torch is built without it
+        raise ArgumentError("device", "a device that is here", f"{target}: {error}") from error

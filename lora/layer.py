@@ -27,11 +27,18 @@ Segments = tuple[tuple[int, int, int], ...]
 """Runs of rows of one batch, ``(start, stop, index of the adapter set)``."""
 
 
+class Uncalled(nn.Module):
+    """A module whose weights a model loads and saves, but never calls: an adapter has no effect there.
+
+    Requirements: R3.14
+    """
+
+
 class Own:
     """Maps what a module holds to its twin, one twin an object, so that what modules share, their copies share too.
 
-    A tensor's twin is detached, over the same storage; a container's is a copy that holds the items' twins; anything else
-    is its own twin.
+    A parameter's twin is detached, over the same storage; any other tensor's or array's, which a forward may write, is a
+    copy; a container's is a copy that holds the items' twins; anything else is its own twin.
 
     Requirements: R3.9
     """
@@ -40,7 +47,7 @@ class Own:
         self._twins: dict[int, tuple[Any, Any]] = {}  # id -> (original, which keeps the id taken; twin)
 
     def __call__(self, value: Any) -> Any:  # noqa: D102
-        if not isinstance(value, Tensor | dict | list | deque | set | tuple):
+        if not isinstance(value, Tensor | np.ndarray | dict | list | deque | set | tuple):
             return value
         if id(value) not in self._twins:
             self._twins[id(value)] = value, _shallow(value)
@@ -308,9 +315,8 @@ def _take_over(result: nn.Module, module: nn.Module, own: Own) -> None:
 
 
 def detached(tensor: Tensor) -> Tensor:
-    """A tensor object of its own over the same storage that needs no gradient; a Parameter stays one."""
-    bare = tensor.detach()
-    return nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
+    """A parameter of its own over the same storage that needs no gradient."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def check_linear(module: nn.Module, where: str) -> None:
@@ -348,7 +354,7 @@ def check_fit(linear: nn.Linear, pair: LowRank, name: str) -> None:
 
 def _shallow(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return detached(value)
+        return detached(value) if isinstance(value, nn.Parameter) else value.detach().clone()
     return (
         value.copy() if type(value) in (dict, OrderedDict, list, set) else copy(value)
     )  # the usual ones, four times faster

@@ -1,8 +1,8 @@
 """adapt(model, adapters) -> model': the rewrite at the heart of the library. It never touches its input.
 
 Every module object is copied once (so aliases stay aliases), with dictionaries of its own; every parameter is re-wrapped,
-detached and frozen over the same storage. Copying only the path to a target is not enough: ``train()``, ``half()`` or a
-hook on the result would reach the modules that both share.
+detached and frozen over the same storage; buffers, which a forward may write, are copied. Copying only the path to a
+target is not enough: ``train()``, ``half()`` or a hook on the result would reach the modules that both share.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lora.card import Adapters, AdapterSet, LoRACard, LowRank
 from lora.errors import BaseModelError, ConflictError, StateError, TargetError, UnsupportedModelError
@@ -25,6 +24,7 @@ from lora.layer import (
     Own,
     SegmentedLinear,
     TrainableLinear,
+    Uncalled,
     check_linear,
     folded,
     shared_copy,
@@ -106,8 +106,7 @@ def fold(model: M) -> M:
     """
 
     def convert(module: nn.Module, own: Own) -> nn.Module | None:
-        wide = isinstance(module, LoRALinear) and module.weight.dtype in (torch.float32, torch.float64)
-        return folded(module, own) if wide and isinstance(module, LoRALinear) else None
+        return folded(module, own) if isinstance(module, LoRALinear) and _folds(module) else None
 
     return _rewrite(model, convert)
 
@@ -117,8 +116,11 @@ def folded_bytes(model: nn.Module) -> int:
 
     Requirements: R2.12
     """
-    layers = {id(module): module.weight.nbytes for module in model.modules() if isinstance(module, LoRALinear)}
-    return sum(layers.values())
+    return sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, LoRALinear) and _folds(layer))
+
+
+def _folds(layer: LoRALinear) -> bool:
+    return layer.weight.dtype in (torch.float32, torch.float64)
 
 
 def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:
@@ -245,7 +247,7 @@ def linears(model: nn.Module) -> dict[str, Site]:
     for name, module in model.named_modules(remove_duplicate=False):
         parent = name.rpartition(".")[0] if name else None
         inside = parent is not None and around.get(parent, False)
-        around[name] = inside or isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+        around[name] = inside or isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer | Uncalled)
         if isinstance(module, nn.Linear):
             owner = owners.setdefault(id(module), name)
             head = id(module._parameters.get("weight")) in embeddings
@@ -323,8 +325,6 @@ def _rewrite(model: M, convert: Callable[[nn.Module, Own], nn.Module | None]) ->
         if id(module) not in copies:
             copy = convert(module, own) or shared_copy(module, type(module), own)
             copies[id(module)] = copy
-            if isinstance(module, _NormBase):  # running statistics are written in training: these can't be shared
-                copy._buffers.update({key: None if b is None else b.clone() for key, b in copy._buffers.items()})
             children = module._modules.items()  # an empty container is falsy: only None stays as it is
             copy._modules.update({name: None if child is None else visit(child) for name, child in children})
         return copies[id(module)]

@@ -8,6 +8,7 @@ model by singular vectors; this is another thing.)
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -145,7 +146,10 @@ def unit(vectors: Array) -> Array:
 
     Requirements: R4.8
     """
-    rows = np.asarray(vectors, np.float64, order="C")
+    try:
+        rows = np.asarray(vectors, np.float64, order="C")
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("embeddings", "numbers of shape (n, d)", error) from error
     if rows.ndim != 2:
         raise ShapeError("embeddings", "shape (n, d)", f"shape {rows.shape}")
     if not np.isfinite(rows).all():
@@ -186,8 +190,7 @@ def select(
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
         raise ArgumentError("top_k", "an integer >= 1", shown(top_k))
-    if threshold is not None and not (isinstance(threshold, int | float | np.number) and math.isfinite(threshold)):
-        raise ArgumentError("threshold", "a finite number or None", shown(threshold))
+    check_threshold(threshold)
     index = index.tagged(tags)
     scored = zip(index.candidates.values(), _scores(query, index), strict=True)
     routes = [Route(c.name, score, c.virtual) for c, score in scored]
@@ -233,6 +236,8 @@ def calibrate(scores: Mapping[str, Sequence[float]], rate: float = 0.05, *, seed
         raise ArgumentError("scores", "a mapping of source group to scores", shown(scores))
     if not all(_finite_scores(group) for group in scores.values()):
         raise ArgumentError("scores", "finite scores in every group", shown(scores))
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ArgumentError("seed", "an integer >= 0", shown(seed))
     rng, n = np.random.default_rng(seed), len(scores)
     slack = 1e-12  # a rate of 1 / (n + 1) is seldom exact
     k = min(math.floor(rate * (n + 1) + slack), n)
@@ -241,6 +246,34 @@ def calibrate(scores: Mapping[str, Sequence[float]], rate: float = 0.05, *, seed
         raise ArgumentError("scores", f"at least {needed} source groups for a rate of {rate}", n)
     drawn = sorted(float(scores[group][int(rng.integers(len(scores[group])))]) for group in sorted(scores))
     return Calibration(drawn[k - 1], n, k / (n + 1), (_beta_point(k, n, 0.05), _beta_point(k, n, 0.95)))
+
+
+def texts_of(texts: Any) -> list[str]:
+    """The texts of a request as a list.
+
+    Raises
+    ------
+    ArgumentError
+        If it is one str, or anything else than an ordered collection of str.
+
+    Notes
+    -----
+    Requirements: R7.8
+    """
+    ordered = isinstance(texts, Collection) and not isinstance(texts, str | AbstractSet | Mapping)
+    if not ordered or not all(isinstance(text, str) for text in texts):
+        raise ArgumentError("texts", "a sequence of str", shown(texts))
+    return list(texts)
+
+
+def check_threshold(threshold: object) -> None:
+    """Refuse what is neither a finite number nor None.
+
+    Requirements: R7.8
+    """
+    number = isinstance(threshold, int | float | np.number) and not isinstance(threshold, bool)
+    if threshold is not None and not (number and math.isfinite(threshold)):  # type: ignore[arg-type]
+        raise ArgumentError("threshold", "a finite number or None", shown(threshold))
 
 
 def _finite_scores(group: Any) -> bool:
@@ -288,6 +321,6 @@ def candidate_of(name: str, embeddings: Any, *, virtual: bool = False, tags: Col
 
 
 def _tags(tags: Collection[str]) -> frozenset[str]:
-    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
-        raise ArgumentError("tags", "a collection of str", repr(tags)[:80])
+    if isinstance(tags, str) or not isinstance(tags, Collection) or not all(isinstance(tag, str) for tag in tags):
+        raise ArgumentError("tags", "a collection of str", shown(tags))
     return frozenset(tags)

@@ -354,7 +354,7 @@ def _number(fields: Mapping[str, str], key: str, kind: type[N]) -> N:
 def _json(fields: Mapping[str, str], key: str, kind: type[Any]) -> Any:
     text = _required(fields, key)
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise CardFileError(f"card table: {key}", "JSON", error) from error
     if not isinstance(value, kind):
@@ -364,6 +364,13 @@ def _json(fields: Mapping[str, str], key: str, kind: type[Any]) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key occurs twice in {shown([key for key, _ in pairs])}")
+    return found
 
 
 def _check_columns(batch: pa.RecordBatch, expected: pa.Schema) -> None:

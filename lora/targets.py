@@ -105,7 +105,8 @@ def match_targets(names: Iterable[str], targets: Iterable[str]) -> list[str]:
     Requirements: R3.11
     """
     targets = set(targets)
-    return [name for name in names if _targeted(name, targets, head=False)]
+    every = ALL_LINEAR in targets
+    return [n for n in names if not targets.isdisjoint(_suffixes(n)) or (every and not _is_head(n))]
 
 
 def targeted_modules(sites: Mapping[str, Site], targets: Iterable[str]) -> set[str]:
@@ -113,8 +114,8 @@ def targeted_modules(sites: Mapping[str, Site], targets: Iterable[str]) -> set[s
 
     Requirements: R3.11
     """
-    targets = set(targets)
-    return {site.owner for name, site in sites.items() if _targeted(name, targets, head=site.head)}
+    owners = _owners(sites)
+    return set().union(*(owners.get(target, set()) | _all_linear(sites, target) for target in targets))
 
 
 def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> Injection:
@@ -127,7 +128,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     card
         The card.
     strict
-        Make it an error if anything the card names is not there.
+        Make it an error if a target matches no module or a weight binds to none.
 
     Raises
     ------
@@ -149,23 +150,22 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     Requirements: R3.6, R3.11, R3.12, R7.2, R7.3, R7.7
     """
     check_card(card)
-    targets = set(card.target_modules)
-    targeted = targeted_modules(sites, targets)
-    found = {target for target in targets if target == ALL_LINEAR or any(matches(name, target) for name in sites)}
-    bound = _bind(sites, targeted, card)
+    owners = _owners(sites)
+    targeted = {target: owners.get(target, set()) | _all_linear(sites, target) for target in card.target_modules}
+    bound = _bind(owners, set().union(*targeted.values()), card)
     for module, key in bound.items():
         _check_shape(sites[module], module, card, key)
     injection = Injection(
         name=card.name,
         bound=bound,
-        targets_not_found=tuple(target for target in card.target_modules if target not in found),
+        targets_not_found=tuple(target for target, modules in targeted.items() if not modules),
         weights_not_used=tuple(key for key in card.weights if key not in bound.values()),
         bypassed=tuple(module for module in bound if sites[module].bypassed),
     )
     if strict and (injection.targets_not_found or injection.weights_not_used):
         raise TargetError(
             f"card {card.name!r}",
-            "every target and weight to bind (strict)",
+            "every target to be found and every weight to bind (strict)",
             f"targets not found: {list(injection.targets_not_found)}, weights not used: {list(injection.weights_not_used)}",
         )
     return injection
@@ -179,28 +179,38 @@ def _suffixes(name: str) -> Iterator[str]:
             yield name[position + 1 :]
 
 
-def _targeted(name: str, targets: set[str], *, head: bool) -> bool:
-    if any(suffix in targets for suffix in _suffixes(name)):
-        return True
-    return ALL_LINEAR in targets and not head and OUTPUT_HEADS.isdisjoint(name.split("."))
-
-
-def _bind(sites: Mapping[str, Site], targeted: set[str], card: LoRACard) -> dict[str, str]:
-    """Targeted module -> the one weight key that matches it."""
-    modules: dict[str, set[str]] = {}
+def _owners(sites: Mapping[str, Site]) -> dict[str, set[str]]:
+    """Key -> the first names of all modules that it matches under any of their names."""
+    found: dict[str, set[str]] = {}
     for name, site in sites.items():
-        if site.owner in targeted:
-            for key in _suffixes(name):
-                if key in card.weights:
-                    modules.setdefault(key, set()).add(site.owner)
+        for key in _suffixes(name):
+            found.setdefault(key, set()).add(site.owner)
+    return found
+
+
+def _all_linear(sites: Mapping[str, Site], target: str) -> set[str]:
+    """What `target` matches beyond names: every Linear but the output heads, if it says so."""
+    if target != ALL_LINEAR:
+        return set()
+    return {site.owner for name, site in sites.items() if not site.head and not _is_head(name)}
+
+
+def _is_head(name: str) -> bool:
+    return not OUTPUT_HEADS.isdisjoint(name.split("."))
+
+
+def _bind(owners: Mapping[str, set[str]], targeted: set[str], card: LoRACard) -> dict[str, str]:
+    """Targeted module -> the one weight key that matches it."""
     bound: dict[str, str] = {}
-    for key, owners in sorted(modules.items()):
-        owner, *others = sorted(owners)
-        if others:
-            raise TargetError(f"card {card.name!r}: weight {key!r}", "one module that it fits", [owner, *others])
-        if owner in bound:
-            raise TargetError(f"card {card.name!r}: module {owner!r}", "one weight that fits it", [bound[owner], key])
-        bound[owner] = key
+    for key in sorted(card.weights):
+        modules = sorted(owners.get(key, set()) & targeted)
+        if len(modules) > 1:
+            raise TargetError(f"card {card.name!r}: weight {key!r}", "one module that it fits", modules)
+        for module in modules:
+            if module in bound:
+                keys = [bound[module], key]
+                raise TargetError(f"card {card.name!r}: module {module!r}", "one weight that fits it", keys)
+            bound[module] = key
     return dict(sorted(bound.items()))
 
 

@@ -323,7 +323,7 @@ class _Session:
     def step(self, batch: Pairs, step: int) -> float:
         """One update; returns the loss of the batch."""
         self.model.train()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(_mixed(self.seed, step))
             queries, positives = self.model.embed(batch.queries), self.model.embed(batch.positives)
         self.model.eval()

@@ -6,7 +6,7 @@ Source of the architecture: Devlin et al. 2018; of the file names: ``BertModel``
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -21,7 +21,8 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lora.card import Array
 from lora.errors import ArgumentError, CardNotFoundError, ShapeError, UnsupportedModelError, shown
-from lora.layer import SegmentedLinear, Segments
+from lora.layer import SegmentedLinear, Segments, Uncalled
+from lora.routing import texts_of
 from lora.store import PathLike, as_path
 
 TOKEN_BUDGET = 2048
@@ -165,7 +166,7 @@ class Blocks(nn.Module):
         return x
 
 
-class Pooler(nn.Module):
+class Pooler(Uncalled):
     """BERT's next-sentence head: part of its state dict and of what adapters bind to, no part of an embedding."""
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -261,18 +262,20 @@ class InferenceCore(nn.Module):
         ArgumentError
             If `texts` is not a sequence of str.
         """
-        if isinstance(texts, str) or not isinstance(texts, Collection) or not all(isinstance(t, str) for t in texts):
-            raise ArgumentError("texts", "a sequence of str", shown(texts))
+        texts = texts_of(texts)
         if self.tokenizer is None:
             raise UnsupportedModelError("encoder", "a tokenizer", "none")
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts))]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts as one padded batch that gradients flow through: shape ``(n, hidden)``.
 
         Requirements: R17.1
         """
-        ids, mask = pad(self.tokenize(texts), self.config.pad_token_id, self.device)
+        rows = self.tokenize(texts)
+        if not rows or not all(rows):
+            raise ArgumentError("texts", "one or several, each of at least one token", shown(texts))
+        ids, mask = pad(rows, self.config.pad_token_id, self.device)
         embedded: Tensor = self(ids, mask)
         return embedded
 
@@ -285,7 +288,7 @@ class InferenceCore(nn.Module):
         Parameters
         ----------
         texts
-            Any number, empty ones included.
+            Any number, empty ones included; a text without a token gets the zero vector.
         sets
             Index of each text's adapter set, for a model made by `lora.rewrite.adapt_rows`.
 
@@ -296,7 +299,7 @@ class InferenceCore(nn.Module):
         ids = self.tokenize(texts)
         if sets is not None and len(sets) != len(ids):
             raise ShapeError("sets", f"one index for each of {len(ids)} texts", len(sets))
-        result = np.empty((len(ids), self.config.hidden_size), np.float32)
+        result = np.zeros((len(ids), self.config.hidden_size), np.float32)
         for batch in batches([len(row) for row in ids]):
             rows, segments = by_set(batch, sets)
             padded, mask = pad([ids[row] for row in rows], self.config.pad_token_id, self.device)
@@ -307,13 +310,15 @@ class InferenceCore(nn.Module):
 def batches(lengths: Sequence[int], budget: int = TOKEN_BUDGET) -> Iterable[list[int]]:
     """Positions in batches of similar length, so that rows × longest stays within `budget` (or is one row).
 
+    Those of length 0 are in none.
+
     Examples
     --------
-    >>> list(batches([3, 1, 2, 9], budget=6))
-    [[3], [0, 2], [1]]
+    >>> list(batches([3, 1, 2, 0, 9], budget=6))
+    [[4], [0, 2], [1]]
     """
     batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+    for row in sorted(np.flatnonzero(lengths).tolist(), key=lambda row: (-lengths[row], row)):
         if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
             yield batch
             batch = []

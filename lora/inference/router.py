@@ -11,7 +11,7 @@ import numpy as np
 
 from lora.card import LoRACard, check_card
 from lora.errors import ArgumentError, ShapeError, shown
-from lora.routing import EMPTY, Candidate, Route, candidate_of, select, unit
+from lora.routing import EMPTY, Candidate, Route, candidate_of, select, texts_of, unit
 
 Description: TypeAlias = str | Sequence[str]
 """One example sentence or several."""
@@ -53,7 +53,13 @@ class LoRARouter:
     def register_card(
         self, card: LoRACard, description: Description | None = None, *, tags: Collection[str] | None = None
     ) -> None:
-        """Register a card, in place of an earlier one of its name.
+        """Register a card, in place of an earlier one of its name; see `candidate`."""
+        self.register(self.candidate(card, description, tags=tags))
+
+    def candidate(
+        self, card: LoRACard, description: Description | None = None, *, tags: Collection[str] | None = None
+    ) -> Candidate:
+        """What `register_card` would register.
 
         Parameters
         ----------
@@ -75,11 +81,16 @@ class LoRARouter:
             description = [*_items(meta.get("description")), *_items(meta.get("examples"))]
         if tags is None:
             tags = [*_items(meta.get("task_type")), *_items(meta.get("tags"))]
-        self._register(card.name, description, virtual=False, tags=tags)
+        return self._described(card.name, description, virtual=False, tags=tags)
+
+    def register(self, candidate: Candidate) -> None:
+        """Register a candidate, in place of an earlier one of its name."""
+        with self._write:
+            self._index = self._index.with_candidate(candidate)
 
     def register_virtual_candidate(self, name: str, description: Description, *, tags: Collection[str] = ()) -> None:
         """Register a card whose weights are elsewhere."""
-        self._register(name, description, virtual=True, tags=tags)
+        self.register(self._described(name, description, virtual=True, tags=tags))
 
     def unregister(self, name: str) -> None:
         """Forget a candidate; an unknown name is no error."""
@@ -104,23 +115,18 @@ class LoRARouter:
         index, embedded = self._index.tagged(tags), unit(self._embedded(queries))
         return [select(row, index, top_k=top_k, threshold=threshold) for row in embedded]
 
-    def _register(self, name: str, description: Description, *, virtual: bool, tags: Collection[str]) -> None:
+    def _described(self, name: str, description: Description, *, virtual: bool, tags: Collection[str]) -> Candidate:
         if not isinstance(name, str) or not name:
             raise ArgumentError("candidate", "a name", shown(name))
-        if isinstance(tags, str) or not isinstance(tags, Collection) or not all(isinstance(tag, str) for tag in tags):
-            raise ArgumentError(f"candidate {name!r}: tags", "a collection of str", shown(tags))
         if not isinstance(description, str | Collection):
             raise ArgumentError(f"candidate {name!r}", "a description or several", shown(description))
         texts = [description] if isinstance(description, str) else list(description)
         if not texts:
             raise ArgumentError(f"candidate {name!r}", "a description", "none", "pass description=")
-        candidate = candidate_of(name, self._embedded(texts), virtual=virtual, tags=tags)
-        with self._write:
-            self._index = self._index.with_candidate(candidate)
+        return candidate_of(name, self._embedded(texts), virtual=virtual, tags=tags)
 
     def _embedded(self, texts: Sequence[str]) -> Any:
-        if isinstance(texts, str) or not isinstance(texts, Collection) or not all(isinstance(t, str) for t in texts):
-            raise ArgumentError("texts", "a sequence of str", shown(texts))
+        texts = texts_of(texts)
         rows = np.asarray(self._embed(texts)) if texts else np.empty((0, 0))
         if rows.ndim != 2 or len(rows) != len(texts):
             raise ShapeError("embed", f"shape ({len(texts)}, d)", f"shape {rows.shape}")

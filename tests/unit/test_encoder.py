@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from lora.errors import ArgumentError, CardNotFoundError, LoRAError, ShapeError, UnsupportedModelError
 from lora.inference.encoder import TOKEN_BUDGET, EncoderConfig, InferenceCore, batches, by_set, pad, read_config
-from lora.rewrite import adapt_rows
+from lora.rewrite import adapt_rows, linears
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
 
@@ -262,6 +262,29 @@ def test_texts_need_a_tokenizer():
 
 
 @requirement("R5.7")
+def test_a_text_without_a_token_gets_the_zero_vector_and_the_others_what_they_get_alone():
+    core = core_of()
+    core.tokenizer.post_processor = processors.TemplateProcessing(single="$A")  # no special tokens
+    found = core.encode(["", "a b", " ", "c"])
+    assert not found[[0, 2]].any()
+    assert np.array_equal(core.encode([""]), found[:1])
+    assert np.abs(found[[1, 3]] - core.encode(["a b", "c"])).max() <= gamma(1000, np.dtype(np.float32))
+    for texts in ([], ["a", ""]):
+        with pytest.raises(ArgumentError, match="texts: expected one or several, each of at least one token"):
+            core.embed(texts)
+
+
+@requirement("R3.14")
+def test_the_pooler_is_reported_as_never_called():
+    core = core_of(EncoderConfig(**{**asdict(CONFIG), "pooler": True}))
+    assert [name for name, site in linears(core).items() if site.bypassed] == ["pooler.dense"]
+    calls = []
+    core.pooler.dense.register_forward_hook(lambda *_: calls.append(1))
+    core.encode(["a"])
+    assert not calls
+
+
+@requirement("R5.7")
 def test_no_text_has_an_embedding_of_no_rows():
     found = core_of().encode([])
     assert (found.shape, found.dtype) == ((0, 8), np.float32)
@@ -303,18 +326,18 @@ def test_a_batch_of_many_lengths_comes_back_in_the_order_of_the_texts():
     assert np.allclose(together, alone, rtol=2 * np.finfo(np.float32).eps, atol=gamma(1000, np.dtype(np.float64)))
 
 
-lengths = st.lists(st.integers(1, 40), max_size=40)
+lengths = st.lists(st.integers(0, 40), max_size=40)
 
 
 @requirement("R5.7")
 @given(lengths, st.integers(1, 100))
 def test_batches_hold_every_text_once_and_keep_to_the_budget(drawn, budget):
     made = list(batches(drawn, budget))
-    assert sorted(row for batch in made for row in batch) == list(range(len(drawn)))
+    assert sorted(row for batch in made for row in batch) == [row for row, length in enumerate(drawn) if length]
     for batch in made:
         assert len(batch) == 1 or len(batch) * max(drawn[row] for row in batch) <= budget
     ordered = [drawn[row] for batch in made for row in batch]
-    assert ordered == sorted(drawn, reverse=True)  # so neighbours, and all of one batch, are alike
+    assert ordered == sorted(filter(None, drawn), reverse=True)  # so neighbours, and all of one batch, are alike
 
 
 @requirement("R5.7")

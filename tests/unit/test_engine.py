@@ -273,10 +273,41 @@ def test_an_adapter_that_is_not_known_is_named_with_those_that_are(engine, cards
 
 @requirement("R5.1")
 @pytest.mark.parametrize("call", ["encode", "encode_with_lora"])
-@pytest.mark.parametrize("texts", ["one text", ["a", 1], [None], 5])
+@pytest.mark.parametrize("texts", ["one text", ["a", 1], [None], 5, None, {"a", "b"}, {"a": 1}, iter(["a"])])
 def test_what_is_no_sequence_of_texts_is_refused(engine, call, texts):
     with pytest.raises(ArgumentError, match="texts: expected a sequence of str, found"):
         getattr(engine, call)(texts)
+
+
+@requirement("R5.1")
+@pytest.mark.parametrize("texts", ["ab", None, {"a", "b"}])
+def test_texts_of_a_call_with_one_adapter_each_are_checked_as_any(texts):
+    engine = ArrowEngine(Words())
+    with pytest.raises(ArgumentError, match="texts: expected a sequence of str, found"):
+        engine.encode_with_lora(texts, [{}, {}])
+
+
+@requirement("R5.15", "R5.11")
+@pytest.mark.parametrize("options", [{"fold": "x"}, {"fold": None}, {"threshold": "high"}, {"threshold": float("nan")}])
+def test_an_option_out_of_range_is_refused_at_once(core, options):
+    with pytest.raises(ArgumentError, match=f"{next(iter(options))}: expected"):
+        ArrowEngine(core, **options)
+
+
+@requirement("R5.3", "R3.10")
+def test_nothing_of_a_card_can_be_seen_before_all_that_can_fail_is_done(tmp_path):
+    engine, seen = ArrowEngine(Words()), []
+    save(LoRACard("w", 1, 1.0, ["dense"], words_card().weights, {"description": "words"}), tmp_path / "w.lora.arrow")
+    embed, apply = engine.router.candidate, engine.manager.apply_card
+    engine.router.candidate = lambda *given: (seen.append(known(engine)), embed(*given))[1]
+    engine.manager.apply_card = lambda *given, **options: (seen.append(known(engine)), apply(*given, **options))[1]
+    engine.load_lora(tmp_path / "w.lora.arrow")
+    assert seen == [(False, False, False)] * 2
+    assert known(engine) == (True, True, True)
+
+
+def known(engine):
+    return "w" in engine.manager.list_cards(), "w" in engine.manager.active, "w" in engine.router.candidates
 
 
 @requirement("R5.3")
@@ -404,7 +435,7 @@ def test_the_base_answers_when_the_router_abstains(core, engine, cards):
 @requirement("R5.11")
 def test_a_card_of_which_only_the_description_is_here_is_refused_by_name(engine):
     engine.router.register_virtual_candidate("far", "reading files")
-    with pytest.raises(UnknownCardError, match="adapter 'far'"):
+    with pytest.raises(UnknownCardError, match=r"candidate 'far': .* loaded here, found a virtual one; load it"):
         engine.encode_with_lora(TEXTS, intent_query="reading files")
 
 
@@ -518,7 +549,7 @@ def test_all_tensors_of_a_snapshot_live_on_one_device(core, cards, device, fold)
 
 
 @requirement("R5.15")
-@pytest.mark.parametrize("device", ["nowhere", 5.5])
+@pytest.mark.parametrize("device", ["nowhere", 5.5, "cuda:99", "mps"])
 def test_a_device_that_is_none_is_refused(core, device):
     with pytest.raises(ArgumentError, match=f"device: .*{re.escape(str(device))}"):
         ArrowEngine(core, device=device)

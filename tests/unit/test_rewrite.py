@@ -84,6 +84,36 @@ def test_train_reaches_no_module_of_the_original(adapted, unchanged):
     unchanged()
 
 
+class Scribe(nn.Module):
+    """Writes a buffer, a tensor and an array of its own in each forward, and reads a buffer that another one shares."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("shared", shared)
+        self.last, self.sums, self.linear = torch.zeros(4), np.zeros(1), nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.calls += 1
+        self.shared += 1
+        self.last.copy_(x[0])
+        self.sums += 1
+        return self.linear(x)
+
+
+@requirement("R3.7", "R3.9")
+def test_what_a_forward_writes_stays_in_the_copy():
+    shared = torch.zeros(1)
+    model = nn.Sequential(Scribe(shared), Scribe(shared))
+    result = adapt(model, card("0.linear", "1.linear"))
+    result(X)
+    assert [int(part.calls) for part in result] == [1, 1]
+    assert result[0].shared is result[1].shared
+    assert int(result[0].shared) == 2
+    for part in model:
+        assert not any(held.any() for held in (part.calls, part.shared, part.last, part.sums))
+
+
 @requirement("R3.9", "R3.7")
 def test_a_forward_in_training_leaves_the_running_statistics(adapted, unchanged):
     adapted.train()(X)

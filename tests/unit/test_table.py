@@ -167,6 +167,17 @@ REFUSALS = {
 }
 
 
+@requirement("R7.9", "R1.3")
+@pytest.mark.parametrize("text", ['{"a":1,"a":2}', '{"b":{"a":1,"a":1}}', '{"b":[{"":0,"":0}]}'])
+def test_a_key_that_occurs_twice_is_refused_at_any_depth(text):
+    table = lora.card_to_table(fuzz.real_card())
+    doubled = table.replace_schema_metadata({**table.schema.metadata, b"lora.metadata": text.encode()})
+    with pytest.raises(
+        CardFileError, match=r"lora.metadata: expected JSON, found a key occurs twice in \['a', 'a'\]|''"
+    ):
+        lora.table_to_card(doubled)
+
+
 @pytest.fixture(scope="module")
 def falsified():
     return dict(fuzz.false_files())
