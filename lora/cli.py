@@ -238,6 +238,34 @@ def train(
     )
 
 
+@app.command(epilog="Example: lora conformance --binding my_package.binding:BINDING --only R4 --json verdicts.json")
+def conformance(
+    binding: Annotated[str | None, typer.Option(help="package.module:NAME; this library itself if omitted.")] = None,
+    only: Annotated[str | None, typer.Option(help="One chapter (R4) or requirement (R4.9).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the verdicts to this file.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that one property may take.", min=1)] = 300.0,
+) -> None:
+    """Hold an implementation to every requirement that any can be held to; exit 1 if one fails undeclared.
+
+    Requirements: R24.1, R24.5
+    """
+    from lora.testing.report import red, run_suite, write_report  # noqa: PLC0415 - needs the test extra
+
+    report = run_suite(binding, only=only, junit=junit, timeout=timeout)
+    if json_file is not None:
+        write_report(report, json_file)
+    table = Table("requirement", Column("statement", ratio=1), "verdict", Column("examples", justify="right"))
+    for name, entry in report["requirements"].items():
+        examples = sum(test["examples"] for test in entry["tests"])
+        table.add_row(
+            name, Text(entry["statement"]), Text(f"{entry['verdict']} {entry['reason']}".strip()), f"{examples}"
+        )
+    Console().print(table)
+    if failed := red(report):
+        _fail(f"{len(failed)} of {len(report['requirements'])} requirements failed: {', '.join(failed)}", 1)
+
+
 @app.command(epilog="Example: lora demo --steps 20 --out demo-output")
 def demo(
     steps: Annotated[int, typer.Option(help="Training steps; fewer are quicker and teach less.", min=1)] = 60,

@@ -83,6 +83,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the marker and choose the Hypothesis profile."""
     config.addinivalue_line("markers", "requirement(*ids): the requirements that a test is evidence for")
     settings.load_profile(profile())
+    if chosen := config.getoption("--binding"):
+        try:
+            load_binding(chosen)
+        except ArgumentError as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 def profile() -> str:
@@ -111,7 +116,7 @@ def load_binding(chosen: str | None) -> Any:
 
 
 def requirement(*ids: str) -> pytest.MarkDecorator:
-    """Mark a test as evidence for requirements, by their ids."""
+    """Mark a test as evidence for requirements, by their ids; ``"R1.4@2"`` for revision 2 alone."""
     return pytest.mark.requirement(*ids)
 
 
@@ -206,16 +211,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     collector: Any = session.config.pluginmanager.get_plugin("lora-conformance-collector")
     binding = load_binding(session.config.getoption("--binding"))
-    write_report(report_of(binding, collector.outcomes, profile=profile()), Path(path))
+    given = session.config.getoption("--hypothesis-seed", None)
+    seed = "derandomized" if settings.get_profile(profile()).derandomize else str(given or "random")
+    write_report(report_of(binding, collector.outcomes, profile=profile(), seed=seed), Path(path))
 
 
 def _ids(item: pytest.Item) -> tuple[str, ...]:
-    return tuple(i for marker in item.iter_markers("requirement") for i in marker.args)
+    return tuple(i.partition("@")[0] for marker in item.iter_markers("requirement") for i in marker.args)
 
 
 def _falsified(error: BaseException) -> str:
-    """The falsifying example, or the error where there is none."""
+    """The error, and the falsifying example where there is one."""
     notes = [
         note for note in getattr(error, "__notes__", ()) if "Failing test case" in note or "Falsifying example" in note
     ]
-    return (notes[0] if notes else f"{type(error).__name__}: {error}")[:2000]
+    return "\n".join([f"{type(error).__name__}: {error}"[:1000], *notes])[:2000]

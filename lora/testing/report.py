@@ -47,7 +47,7 @@ def read_statements() -> Mapping[str, Requirement]:
     return read_spec(packed if packed.is_dir() else HERE.parents[1] / "spec")
 
 
-def report_of(binding: Any, outcomes: Sequence[Outcome], *, profile: str) -> dict[str, Any]:
+def report_of(binding: Any, outcomes: Sequence[Outcome], *, profile: str, seed: str = "random") -> dict[str, Any]:
     """The report on a binding: per requirement a verdict and its tests.
 
     A requirement is *failed* if any of its tests failed, an *expected failure* if one did and the binding says why,
@@ -70,18 +70,23 @@ def report_of(binding: Any, outcomes: Sequence[Outcome], *, profile: str) -> dic
         "suite": lora.__version__,
         "binding": {"name": binding.name, "version": binding.version},
         "profile": profile,
+        "seed": seed,
         "requirements": requirements,
     }
 
 
 def verdict_of(verdicts: Sequence[str], *, declared: bool) -> str:
-    """One requirement's verdict from those of its tests."""
+    """One requirement's verdict from those of its tests: failed, passed, expected failure, skipped, unexpected pass."""
+    found = set(verdicts)
     if declared:
-        red = {"failed", "expected failure"} & set(verdicts)
-        return "expected failure" if red else "skipped" if set(verdicts) == {"skipped"} else "unexpected pass"
-    if "failed" in verdicts or "expected failure" in verdicts:
-        return "failed" if "failed" in verdicts else "passed"
-    return "skipped" if set(verdicts) == {"skipped"} else "passed"
+        red = {"failed", "expected failure"} & found
+        return "expected failure" if red else "skipped" if found == {"skipped"} else "unexpected pass"
+    return next(verdict for verdict in ("failed", "passed", "expected failure", "skipped") if verdict in found)
+
+
+def red(report: Mapping[str, Any]) -> list[str]:
+    """The requirements that failed without being declared to."""
+    return [name for name, entry in report["requirements"].items() if entry["verdict"] == "failed"]
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> None:
@@ -117,6 +122,8 @@ def run_suite(
     -----
     Requirements: R24.1, R24.5
     """
+    if only is not None and not any(only in (name, name.partition(".")[0]) for name in read_statements()):
+        raise ArgumentError("--only", "a known chapter or requirement", repr(only))
     if find_spec("pytest") is None or find_spec("hypothesis") is None:
         hint = "pip install 'lora-cards[test]'"
         raise MissingPackageError("conformance suite", "pytest and hypothesis", "not installed", hint)
@@ -128,8 +135,12 @@ def run_suite(
         command += [*(["--binding", binding] if binding else []), *(["--only", only] if only else [])]
         command += [*([f"--junit-xml={junit.absolute()}"] if junit else []), str(suite_folder())]
         paths = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
-        run = subprocess.run(command, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": paths}, check=False)  # noqa: S603
+        environment = {**os.environ, "PYTHONPATH": paths}
+        run = subprocess.run(  # noqa: S603
+            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
         if run.returncode not in (0, 1) or not path.is_file():
-            raise ArgumentError("conformance suite", "a run with verdicts", f"pytest's exit status {run.returncode}")
+            said = run.stderr.strip().rpartition("\n")[2] or f"pytest's exit status {run.returncode}"
+            raise ArgumentError("conformance suite", "a run with verdicts", said)
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return report

@@ -1,13 +1,16 @@
 """From requirement to evidence: the specification and the tests, read as text and joined by id.
 
 A chapter of the specification is a Markdown file with one ``## Rn.m`` heading for each requirement; a test names the
-requirements that it is evidence for by ``requirement("Rn.m", …)``. Neither is imported.
+requirements that it is evidence for by ``requirement("Rn.m", …)``, or ``"Rn.m@2"`` if it proves just that revision. Neither
+is imported. A lock keeps each revision's sentence, so that none changes unnoticed.
 """
 
 import ast
+import hashlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora.errors import LoRAError
@@ -39,11 +42,15 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One test that names requirements; `kind` is P* (a property through the binding), P (a property) or U."""
+    """One test that names requirements; `kind` is P* (a property through the binding), P (a property) or U.
+
+    `pinned` holds the revisions that it insists on, by id.
+    """
 
     ids: tuple[str, ...]
     test: str
     kind: str
+    pinned: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_spec(folder: Path) -> dict[str, Requirement]:
@@ -105,6 +112,56 @@ def faults(spec: dict[str, Requirement], tests: list[Evidence], code: dict[str, 
         enough = {"P*": {"P*"}, "P": {"P", "P*"}}.get(requirement.evidence, {"U", "P", "P*"})
         if requirement.status == "built" and not kinds & enough:
             wrong.append(f"{requirement.id} is built but has no evidence of kind {requirement.evidence}")
+    for evidence in tests:
+        for name, revision in evidence.pinned.items():
+            if name in spec and spec[name].revision != revision:
+                wrong.append(
+                    f"{evidence.test} is outdated: {name} is at revision {spec[name].revision}, not {revision}"
+                )
+    return wrong
+
+
+def sentence_digest(sentence: str) -> str:
+    """SHA-256 of a sentence, whatever its line breaks and spaces.
+
+    Requirements: R9.8
+    """
+    return hashlib.sha256(" ".join(sentence.split()).encode()).hexdigest()
+
+
+def read_lock(path: Path) -> dict[str, tuple[int, str]]:
+    """Id -> revision and digest of its sentence, as they were locked.
+
+    Requirements: R9.8
+    """
+    entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {name: (entry["revision"], entry["sentence"]) for name, entry in entries.items()}
+
+
+def lock_text(spec: dict[str, Requirement]) -> str:
+    """A lock of the specification, as TOML.
+
+    Requirements: R9.8
+    """
+    lines = [
+        f'"{r.id}" = {{ revision = {r.revision}, sentence = "{sentence_digest(r.sentence)}" }}' for r in spec.values()
+    ]
+    return "\n".join(["# Id -> revision and SHA-256 of its sentence; written by spec/lock.py.", *lines, ""])
+
+
+def lock_faults(spec: dict[str, Requirement], lock: dict[str, tuple[int, str]]) -> list[str]:
+    """What the specification does otherwise than its lock: a sentence changed under its revision, an id come or gone.
+
+    Requirements: R9.8
+    """
+    wrong = [f"{name} is locked but not in the specification" for name in lock if name not in spec]
+    for name, requirement in spec.items():
+        revision, digest = lock.get(name, (0, ""))
+        changed = sentence_digest(requirement.sentence) != digest
+        if requirement.revision == revision and changed:
+            wrong.append(f"{name} says something else than its revision {revision} did: raise the revision")
+        elif requirement.revision != revision:
+            wrong.append(f"{name} is at revision {requirement.revision}, locked at {revision}: run spec/lock.py")
     return wrong
 
 
@@ -121,7 +178,7 @@ def _evidence(tree: ast.Module, file: str) -> Iterator[Evidence]:
             ids = tuple(i for part in ast.walk(node) for i in _ids(part))
             if ids:
                 name = node.targets[0] if isinstance(node, ast.Assign) else node.value
-                yield Evidence(ids, f"{file}::{ast.unparse(name)}", "P")
+                yield _named(ids, f"{file}::{ast.unparse(name)}", "P")
 
 
 def _of_function(node: ast.FunctionDef, file: str, outer: tuple[str, ...]) -> Iterator[Evidence]:
@@ -131,7 +188,13 @@ def _of_function(node: ast.FunctionDef, file: str, outer: tuple[str, ...]) -> It
             isinstance(d, ast.Call) and ast.unparse(d.func).split(".")[-1] == "given" for d in node.decorator_list
         )
         through = any(argument.arg == "impl" for argument in node.args.args)
-        yield Evidence(ids, f"{file}::{node.name}", ("P*" if through else "P") if drawn else "U")
+        yield _named(ids, f"{file}::{node.name}", ("P*" if through else "P") if drawn else "U")
+
+
+def _named(ids: Iterable[str], test: str, kind: str) -> Evidence:
+    parts = [i.partition("@") for i in ids]
+    pinned = {name: int(revision) for name, _, revision in parts if revision}
+    return Evidence(tuple(name for name, _, _ in parts), test, kind, pinned)
 
 
 def _ids(node: ast.AST) -> Iterator[str]:

@@ -1,10 +1,14 @@
 """Verdicts of the conformance suite: one for each requirement, whatever a binding does."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from lora.errors import ArgumentError
 from lora.testing.plugin import Subject, load_binding, requirement
-from lora.testing.report import run_suite, verdict_of
+from lora.testing.report import SCHEMA_VERSION, red, run_suite, verdict_of
 
 
 @pytest.mark.parametrize(
@@ -16,6 +20,9 @@ from lora.testing.report import run_suite, verdict_of
         (["skipped"], False, "skipped"),
         (["expected failure", "passed"], True, "expected failure"),
         (["passed"], True, "unexpected pass"),
+        (["expected failure", "passed"], False, "passed"),
+        (["expected failure", "skipped"], False, "expected failure"),
+        (["expected failure", "failed"], False, "failed"),
         (["skipped"], True, "skipped"),
     ],
 )
@@ -33,6 +40,45 @@ def test_a_run_says_what_failed_and_on_which_example():
     assert any("test_" in test["falsified"] for test in found["tests"])
     good = run_suite("tests.bindings.numpy_only:BINDING", only="R4.4")["requirements"]["R4.4"]
     assert (good["verdict"], good["reason"]) == ("passed", "")
+
+
+@requirement("R24.1", "R24.5")
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("Raising", "RuntimeError: out of order"), ("Hanging", "no verdict after 3"), ("Mute", "AssertionError")],
+)
+def test_a_binding_that_does_not_answer_has_its_verdict_and_the_rest_still_runs(kind, said, tmp_path):
+    report = run_suite(f"tests.bindings.broken:{kind}", only="R4", timeout=3, junit=tmp_path / "junit.xml")
+    verdicts = {name: entry["verdict"] for name, entry in report["requirements"].items()}
+    assert verdicts["R4.10"] == "failed"
+    assert "R4.10" in red(report)
+    assert set(verdicts.values()) == {"failed", "passed"}
+    assert any(said in test["falsified"] for test in report["requirements"]["R4.10"]["tests"])
+    assert report["seed"] in ("random", "derandomized")
+    assert (tmp_path / "junit.xml").read_text().count("<testcase") == len(
+        {test["test"] for entry in report["requirements"].values() for test in entry["tests"]}
+    )
+
+
+@requirement("R24.1")
+def test_the_command_prints_every_verdict_and_fails_with_an_undeclared_one(tmp_path):
+    command = [sys.executable, "-m", "lora.cli", "conformance", "--only", "R3.11"]
+    good = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (good.returncode, "R3.11" in good.stdout, "passed" in good.stdout) == (0, True, True)
+    bad = subprocess.run(
+        [*command, "--binding", "tests.faults.targets:Substring", "--json", str(tmp_path / "verdicts.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (bad.returncode, bad.stderr.splitlines()[-1]) == (1, "lora: 1 of 1 requirements failed: R3.11")
+    assert json.loads((tmp_path / "verdicts.json").read_text())["schema_version"] == SCHEMA_VERSION
+    for options, said in (
+        (["--binding", "nowhere:NOTHING"], "binding 'nowhere:NOTHING': expected package.module:NAME"),
+        (["--only", "R99"], "expected a known chapter or requirement, found 'R99'"),
+    ):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert (done.returncode, said in done.stderr.splitlines()[-1]) == (1, True)
 
 
 @requirement("R24.2")

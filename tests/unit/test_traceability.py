@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from lora.testing.plugin import requirement
-from lora.testing.trace import SpecError, faults, read_code, read_spec, read_tests
+from lora.testing.trace import (
+    SpecError,
+    faults,
+    lock_faults,
+    lock_text,
+    read_code,
+    read_lock,
+    read_spec,
+    read_tests,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +90,31 @@ def test_unknown_ids_are_faults_in_tests_and_in_code(tmp_path):
     spec = spec_of(tmp_path, status="planned")
     tests = evidence_in(tmp_path, "@requirement('R9.99')\ndef test_a(): ...")
     assert len(faults(spec, tests, {"R8.88": ["card.py"]})) == 2
+
+
+@requirement("R9.8")
+def test_the_specification_says_what_is_locked():
+    assert lock_faults(read_spec(ROOT / "spec"), read_lock(ROOT / "spec" / "lock.toml")) == []
+
+
+@requirement("R9.8")
+def test_a_sentence_that_changes_needs_a_new_revision_and_a_new_lock(tmp_path):
+    (tmp_path / "lock.toml").write_text(lock_text(spec_of(tmp_path)))
+    lock = read_lock(tmp_path / "lock.toml")
+    assert lock_faults(spec_of(tmp_path, text=ENTRY.replace("hold\na", "hold a")), lock) == []
+    (unnoticed,) = lock_faults(spec_of(tmp_path, text=ENTRY.replace("a name", "no name")), lock)
+    assert "raise the revision" in unnoticed
+    raised = ENTRY.replace("a name", "no name").replace("revision: 1", "revision: 2")
+    (unlocked,) = lock_faults(spec_of(tmp_path, text=raised), lock)
+    assert "run spec/lock.py" in unlocked
+    assert len(lock_faults({}, lock)) == len(lock_faults(spec_of(tmp_path), {})) == 1
+
+
+@requirement("R9.8")
+@pytest.mark.parametrize(("pin", "outdated"), [("R1.1@1", False), ("R1.1@2", True), ("R1.1", False)])
+def test_a_test_that_is_pinned_to_another_revision_is_outdated(tmp_path, pin, outdated):
+    tests = evidence_in(tmp_path, f"@requirement('{pin}')\n@given(x=y)\ndef test_a(x): ...")
+    assert any("is outdated" in fault for fault in faults(spec_of(tmp_path), tests, {})) is outdated
 
 
 @requirement("R9.8")
