@@ -4,16 +4,26 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types docs serve clean
+.PHONY: demo test test-all mutants lint types docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
 
 test: $(VENV)/.test
 	rm -f .coverage.*
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --conformance-json conformance.json --junit-xml junit.xml
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=90
+
+# Everything, with peers and foreign readers: needs node and npm.
+test-all: $(VENV)/.all
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""
+
+# Mutants of the pure core that tests/properties lets live; hours on one core.
+mutants: $(VENV)/.mutants
+	rm -rf mutants
+	OMP_NUM_THREADS=1 LORA_PROFILE=quick $(BIN)/mutmut run --max-children 1
+	$(BIN)/mutmut results
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -22,11 +32,22 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-docs: $(VENV)/.dev
+# The suite's verdicts on each binding of this repository; the faulty one's run fails, as it must.
+REPORTS := $(addprefix conformance/,reference.json numpy-only.json peft.json faulty.json)
+BINDING_reference := lora.testing.reference:BINDING
+BINDING_numpy-only := tests.bindings.numpy_only:BINDING
+BINDING_peft := tests.bindings.peft:BINDING
+BINDING_faulty := tests.faults.layer:ScalingIgnored
+
+conformance/%.json: $(wildcard lora/*.py lora/*/*.py tests/properties/*.py tests/bindings/*.py tests/faults/*.py) | $(VENV)/.dev
+	mkdir -p conformance
+	-OMP_NUM_THREADS=1 LORA_PROFILE=quick $(BIN)/lora conformance --binding $(BINDING_$*) --json $@
+
+docs: $(VENV)/.dev $(REPORTS)
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-serve: $(VENV)/.dev
+serve: $(VENV)/.dev $(REPORTS)
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
@@ -41,9 +62,17 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[test]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.all: $(VENV)/.test
+	$(PIP) --editable '.[test,interop]'
+	touch $@
+
+$(VENV)/.mutants: $(VENV)/.test
+	$(PIP) mutmut
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) --editable '.[test,docs,lint]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) site docs/generated
+	rm -rf $(VENV) site docs/generated conformance conformance.json junit.xml

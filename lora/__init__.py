@@ -10,10 +10,14 @@ if TYPE_CHECKING:
     from lora.card import AdapterSet, FrozenJSON, LoRACard, LowRank, interpolate
     from lora.engine import ArrowEngine, Encoding
     from lora.errors import LoRAError
+    from lora.extract import Energy, Error, extract_delta, extract_direct
     from lora.inference.encoder import InferenceCore
     from lora.inference.manager import LoRAManager
+    from lora.inference.registry import AdapterRegistry
     from lora.inference.router import LoRARouter
     from lora.layer import LoRALinear
+    from lora.merging import merge
+    from lora.presets import LoRAConfig
     from lora.rewrite import adapt, fingerprint, fold, uncalled
     from lora.routing import Calibration, Route, calibrate
     from lora.store import digest, inspect, load, save
@@ -29,6 +33,12 @@ _HOMES = {
     "LowRank": "card",
     "interpolate": "card",
     "LoRAError": "errors",
+    "Energy": "extract",
+    "Error": "extract",
+    "extract_delta": "extract",
+    "extract_direct": "extract",
+    "merge": "merging",
+    "LoRAConfig": "presets",
     "Header": "table",
     "card_to_table": "table",
     "table_to_card": "table",
@@ -47,21 +57,26 @@ _HOMES = {
     "uncalled": "rewrite",
     "InferenceCore": "inference.encoder",
     "LoRAManager": "inference.manager",
+    "AdapterRegistry": "inference.registry",
     "LoRARouter": "inference.router",
     "ArrowEngine": "engine",
     "Encoding": "engine",
 }
 
 __all__ = [
+    "AdapterRegistry",
     "AdapterSet",
     "ArrowEngine",
     "Calibration",
     "Encoding",
+    "Energy",
+    "Error",
     "FrozenJSON",
     "Header",
     "InferenceCore",
     "Injection",
     "LoRACard",
+    "LoRAConfig",
     "LoRAError",
     "LoRALinear",
     "LoRAManager",
@@ -72,11 +87,14 @@ __all__ = [
     "calibrate",
     "card_to_table",
     "digest",
+    "extract_delta",
+    "extract_direct",
     "fingerprint",
     "fold",
     "inspect",
     "interpolate",
     "load",
+    "merge",
     "save",
     "table_to_card",
     "uncalled",

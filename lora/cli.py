@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from lora.errors import ArgumentError, LoRAError
 
 app = typer.Typer(
     name="lora",
-    help="LoRA adapters as Arrow cards: read, route, encode, train.",
+    help="LoRA adapters as Arrow cards: read, route, encode, train, merge, extract.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -89,13 +90,20 @@ def options(
 def inspect(
     file: Annotated[Path, typer.Argument(help="A card file.")],
     verify: Annotated[str | None, typer.Option(help="SHA-256 that the file must have.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw ΔW's norms, effective ranks and singular values here.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a card file says of itself, without loading its weights."""
+    """Show what a card file says of itself, without loading its weights (but to draw them)."""
     found = lora.digest(file)
     if verify is not None:
         lora.load(file, verify=verify)
     header = lora.inspect(file)
+    if plot is not None:
+        from lora.drawing import draw_card  # noqa: PLC0415 - only where it is asked for
+
+        draw_card(lora.load(file), plot)
     facts: dict[str, Any] = {
         "name": header.name,
         "digest": found,
@@ -179,6 +187,158 @@ def route(
         print(f"{found.score:.6f}  {found.name}")
     if not routes:
         Console(stderr=True).print("no card fits")
+
+
+@app.command(
+    epilog="Example: lora merge docs.lora.arrow law.lora.arrow -o both.lora.arrow --strategy ties --density 0.3"
+)
+def merge(
+    cards: Annotated[list[Path], typer.Argument(help="Card files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the merged card.")],
+    strategy: Annotated[
+        str, typer.Option(help="average, weighted, slerp, ties, dare, task_arithmetic or cat.")
+    ] = "average",
+    weight: Annotated[list[float] | None, typer.Option(help="One for each card, in their order.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Largest rank; exact if omitted.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the merged card.")] = "merged",
+    density: Annotated[float | None, typer.Option(help="Of ties and dare: the share of entries kept.")] = None,
+    elect: Annotated[str | None, typer.Option(help="Of ties: signs by 'mass' or by 'count'.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare.")] = None,
+    t: Annotated[float | None, typer.Option(help="Of slerp: how far from the first card to the second.")] = None,
+    normalize: Annotated[bool | None, typer.Option(help="Of weighted: divide the weights by their sum.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge cards into one, by what they do to the weights.
+
+    Requirements: R20.1, R25.2
+    """
+    options = {"density": density, "elect": elect, "seed": seed, "t": t, "normalize": normalize}
+    how = _strategy(strategy, {key: value for key, value in options.items() if value is not None})
+    card = lora.merge([lora.load(path) for path in cards], how, weight, rank, name)
+    found = lora.save(card, out)
+    errors: dict[str, float] = card.metadata["merge"]["error"]
+    worst = max(errors.values(), default=0.0)
+    facts = {"file": str(out), "digest": found, "rank": card.rank, "modules": len(card.weights), "error": dict(errors)}
+    _say(facts, as_json, f"{out}: {len(card.weights)} modules, rank {card.rank}, largest truncation error {worst:.3g}")
+
+
+@app.command(epilog="Example: lora extract tuned/ --base base/ -o tuned.lora.arrow --rank 8")
+def extract(
+    tuned: Annotated[
+        Path, typer.Argument(help="Weights: a .safetensors file, an index of shards, or a model's folder.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the card.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The weights tuned from; without them the model is compressed.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of each module; 8 if nothing else is said.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Instead: the share of ΔW's squares to hold.")] = None,
+    error: Annotated[float | None, typer.Option(help="Instead: the largest relative error.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Target module; may be repeated. All Linears if omitted.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="'full', or 'randomized' for large matrices.")] = "full",
+    seed: Annotated[int, typer.Option(help="Of the randomized method.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Name of the card; the output file's if omitted.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a card from a fine-tuned model, by singular value decomposition.
+
+    Requirements: R16.5, R16.6, R25.2
+    """
+    from lora.weights import SafetensorsWeights  # noqa: PLC0415 - only here
+
+    given = [rule for rule in (rank, energy, error) if rule is not None]
+    if len(given) > 1:
+        raise ArgumentError("lora extract", "one of --rank, --energy, --error", f"{len(given)} of them")
+    rule = lora.Energy(energy) if energy is not None else lora.Error(error) if error is not None else rank or 8
+    options: dict[str, Any] = {"target_modules": target or "all-linear", "method": method, "seed": seed}
+    options["name"] = name or out.name.removesuffix(".lora.arrow")
+    weights = SafetensorsWeights(tuned)
+    with progress_bar(f"extracting {tuned}") as progress:
+        options["on_module"] = lambda _, done, total: progress(done, total, None)
+        if base is None:
+            card = lora.extract_direct(weights, rule, **options)
+        else:
+            card = lora.extract_delta(SafetensorsWeights(base), weights, rule, **options)
+    found = lora.save(card, out)
+    told: dict[str, Any] = card.metadata["extract"]["modules"]
+    worst = max((module["error"] for module in told.values()), default=0.0)
+    facts = {"file": str(out), "digest": found, "rank": card.rank, "modules": {key: dict(told[key]) for key in told}}
+    _say(facts, as_json, f"{out}: {len(told)} modules, rank {card.rank}, largest relative error {worst:.3g}")
+
+
+@app.command(epilog="Example: lora probe sentences.txt, or lora probe --base base/ --tuned tuned/ --rank 8")
+def probe(
+    texts: Annotated[Path | None, typer.Argument(help="A text a line; standard input if omitted.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Instead of texts: weights, and with --tuned those made of them.")
+    ] = None,
+    tuned: Annotated[Path | None, typer.Option(help="What was made of --base.")] = None,
+    rank: Annotated[int, typer.Option(help="With --base: the rank that a card would have.")] = 8,
+    share: Annotated[float, typer.Option(help="The share of block influence that makes a block hot.")] = 0.5,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Rank a model's layers by what they do to texts, or by how far they moved between two models.
+
+    Requirements: R15.1, R15.4, R15.5, R25.2
+    """
+    from lora.evolution.probe import SCORES, WeightMapProbe, changes, hot_zones, scores_of  # noqa: PLC0415 - imports torch
+    from lora.weights import SafetensorsWeights  # noqa: PLC0415 - only here
+
+    if (base is None) != (tuned is None):
+        raise ArgumentError("lora probe", "--base and --tuned together", "one of them")
+    if base is not None and tuned is not None:
+        with progress_bar("comparing") as progress:
+            step = lambda _, done, total: progress(done, total, None)  # noqa: E731 - as short as the callback is
+            moved = changes(SafetensorsWeights(base), SafetensorsWeights(tuned), rank, on_step=step)
+        rows = [{"name": layer.name, "change": layer.change, "held": layer.held} for layer in moved]
+        _say_rows(rows, as_json)
+        return
+    with texts.open(encoding="utf-8") if texts else sys.stdin as stream, progress_bar("probing") as progress:
+        lines = [line for line in stream.read().splitlines() if line.strip()]
+        engine = lora.ArrowEngine.from_pretrained(model)
+        found = WeightMapProbe(engine.base, on_step=lambda _, done, total: progress(done, total, None)).probe(lines)
+    hot = hot_zones(scores_of(found.blocks, "influence"), share)
+    if as_json:
+        print(json.dumps({"rows": found.table().to_pylist(), "correlations": found.correlations, "hot": hot}))
+        return
+    _say_rows([{"name": block.name, **{s: getattr(block, s) for s in SCORES}} for block in found.blocks], as_json)
+    told = ", ".join(f"{score} {value:+.2f}" for score, value in found.correlations.items() if value is not None)
+    print(f"rank correlation with ablation: {told}\nhot by influence: {', '.join(hot)}")
+
+
+@app.command(epilog="Example: lora convert peft-adapter/ -o docs.lora.arrow")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A card file, a PEFT directory, or a .safetensors file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="*.arrow: a card; *.safetensors; else a PEFT directory.")],
+    name: Annotated[str | None, typer.Option(help="Name of the card, where the source has none.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of a .safetensors file that does not say it.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a PEFT directory that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert between a card, a PEFT directory, and a safetensors file of ``lora_a`` and ``lora_b``.
+
+    Requirements: R23.1, R23.2, R23.5, R25.2
+    """
+    from lora.interop.peft import export_peft, import_peft  # noqa: PLC0415 - only here
+    from lora.interop.safetensors import load_safetensors, save_safetensors  # noqa: PLC0415 - only here
+
+    if source.is_dir():
+        card = import_peft(source, name=name)
+    elif source.suffix == ".safetensors":
+        card = load_safetensors(source, name=name, alpha=alpha)
+    else:
+        card = lora.load(source)
+    if out.suffix == ".arrow":
+        lora.save(card, out)
+    elif out.suffix == ".safetensors":
+        save_safetensors(card, out)
+    else:
+        export_peft(card, out, overwrite=overwrite)
+    facts = {"file": str(out), "name": card.name, "rank": card.rank, "modules": len(card.weights)}
+    _say(facts, as_json, f"{out}: card {card.name}, {len(card.weights)} modules, rank {card.rank}")
 
 
 @app.command(epilog="Example: lora train pairs.jsonl --name docs --out docs.lora.arrow --preset quick")
@@ -281,8 +441,8 @@ def demo(
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A bar on stderr, as a callback of step, steps and loss.
+def progress_bar(title: str) -> Iterator[Callable[[int, int, float | None], None]]:
+    """A bar on stderr, as a callback of step, steps and loss (None where there is none).
 
     Requirements: R17.10, R25.3
     """
@@ -296,10 +456,35 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=None, loss="")
         try:
-            yield lambda step, total, loss: bar.update(task, completed=step, total=total, loss=f"loss {loss:.3f}")
+            yield lambda step, total, loss: bar.update(
+                task, completed=step, total=total, loss="" if loss is None else f"loss {loss:.3f}"
+            )
         except BaseException:
             bar.live.transient, bar.console.quiet = True, not bar.console.is_terminal  # all that is left is the error
             raise
+
+
+def _strategy(name: str, options: dict[str, Any]) -> Any:
+    """The merge strategy of that name, with its own options."""
+    from lora.merging import STRATEGIES  # noqa: PLC0415 - only for merge
+
+    if name not in STRATEGIES:
+        raise ArgumentError("--strategy", f"one of {', '.join(STRATEGIES)}", name)
+    known = [field.name for field in fields(STRATEGIES[name])]
+    for option in options:
+        if option not in known:
+            raise ArgumentError(f"--{option}", f"an option of {name}: {known or 'it has none'}", option)
+    return STRATEGIES[name](**options)
+
+
+def _say_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(Text(f"{value:.4g}" if isinstance(value, float) else f"{value}") for value in row.values()))
+    Console().print(table)
 
 
 def _say(facts: dict[str, Any], as_json: bool, line: str) -> None:

@@ -111,6 +111,10 @@ class StateError(LoRAError, RuntimeError):
     """The call is not possible in the present state."""
 
 
+class RegistryFull(StateError):  # noqa: N818 - named in the specification
+    """A registry may map no further card: all that it has mapped are in use."""
+
+
 class DataError(LoRAError, ValueError):
     """Training data is empty, malformed or too small."""
 

@@ -109,6 +109,41 @@ def concat(pairs: Iterable[tuple[LowRank, float]], *, dtype: np.dtype[Any] | typ
     return LowRank(_frozen([pair.A.astype(wide) for pair, _ in live], 1), _frozen(scaled, 0), 1.0)
 
 
+def spectrum(pair: LowRank) -> Array:
+    """The singular values of ΔW, largest first, from the factors alone: those of the product of their QR triangles.
+
+    Parameters
+    ----------
+    pair
+        Finite factors ``(in, r)`` and ``(r, out)``.
+
+    Returns
+    -------
+    Array
+        float64, shape ``(min(in, r, out),)``.
+
+    Raises
+    ------
+    ArgumentError
+        If a factor, or ΔW, is not finite.
+
+    Examples
+    --------
+    >>> spectrum(LowRank(np.eye(3, 1), np.array([[3.0, 4.0]]), -2.0))
+    array([10.])
+    """
+    a, b = pair.A.astype(np.float64), pair.B.astype(np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ArgumentError("spectrum of a pair", "finite factors", "NaN or an infinity")
+    left, right = np.linalg.qr(a)[1], np.linalg.qr(b.T)[1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        core = left @ right.T * _scaling(pair)
+    if not np.isfinite(core).all():
+        raise ArgumentError("spectrum of a pair", "a ΔW within float64", "one beyond it")
+    values: Array = np.linalg.svd(core, compute_uv=False)
+    return values
+
+
 def initial(in_features: int, out_features: int, rank: int, rng: np.random.Generator) -> LowRank:
     """A fresh float32 pair: A uniform with |A| <= 1/√in (Kaiming, a = √5, fan-in = in), B zero.
 

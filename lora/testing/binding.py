@@ -5,9 +5,11 @@ can stand behind it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from lora.card import Array
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
 
 
 class PlainPair(NamedTuple):
@@ -85,6 +87,35 @@ class Binding(Protocol):
         """Module -> weight key, for Linears of these ``(in, out)``; refuses what does not fit."""
         ...
 
+    def extract(
+        self,
+        base: Mapping[str, Array],
+        tuned: Mapping[str, Array],
+        rank: int | None,
+        energy: float | None,
+        error: float | None,
+    ) -> PlainCard:
+        """A card for all Linears that differ, their weights under "<module>.weight"; exactly one rank rule is not None.
+
+        `energy` is the least share of ΔW's squares to hold, `error` the largest relative Frobenius error, per module.
+        """
+        ...
+
     def make_router(self, embed: Callable[[Sequence[str]], Array]) -> Router:
         """An empty router over an embedding function."""
+        ...
+
+    def merge(
+        self,
+        cards: Sequence[PlainCard],
+        strategy: str,
+        options: Mapping[str, Any],
+        weights: Sequence[float] | None,
+        rank: int | None,
+    ) -> PlainCard:
+        """One card of several; `strategy` is "average", "weighted", "slerp", "ties", "dare", "task_arithmetic" or "cat".
+
+        Options are normalize; t; density, elect; density, seed. Without a rank: what is needed to be exact, and for ties
+        and dare the largest of the parents' ranks at each module.
+        """
         ...

@@ -34,6 +34,16 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+settings.register_profile(
+    "quick",  # a verdict, not the smallest example
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
 settings.register_profile("nightly", max_examples=5000, deadline=None, phases=tuple(Phase))
 
 MEMBERS = frozenset(name for name in vars(Binding) if not name.startswith("_"))
@@ -194,7 +204,7 @@ class Collector:
                     tuple(str(i) for i in notes["requirements"]),
                     verdict,
                     int(notes.get("examples", 0)),
-                    str(notes.get("falsified", "")),
+                    str(notes.get("falsified", "")) or _skip_reason(report),
                 )
             )
 
@@ -218,6 +228,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def _ids(item: pytest.Item) -> tuple[str, ...]:
     return tuple(i.partition("@")[0] for marker in item.iter_markers("requirement") for i in marker.args)
+
+
+def _skip_reason(report: pytest.TestReport) -> str:
+    return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
 
 
 def _falsified(error: BaseException) -> str:

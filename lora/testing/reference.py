@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 
 import lora
 from lora.card import Array, LoRACard, LowRank
+from lora.extract import Energy, Error, extract_delta
 from lora.inference.router import LoRARouter
 from lora.layer import LoRALinear
+from lora.merging import STRATEGIES, merge
 from lora.store import load, save
 from lora.targets import Site, match_targets, plan
 from lora.testing.binding import PlainCard, PlainPair, Term
@@ -106,8 +109,29 @@ class Reference:
         sites = {name: Site(in_features, out, name) for name, (in_features, out) in shapes.items()}
         return dict(plan(sites, card_of(card)).bound)
 
+    def extract(  # noqa: D102
+        self,
+        base: Mapping[str, Array],
+        tuned: Mapping[str, Array],
+        rank: int | None,
+        energy: float | None,
+        error: float | None,
+    ) -> PlainCard:
+        rule = Energy(energy) if energy is not None else Error(error) if error is not None else rank
+        return plain_of(extract_delta(base, tuned, rule if rule is not None else 8))
+
     def make_router(self, embed: Callable[[Sequence[str]], Array]) -> _Router:  # noqa: D102
         return _Router(embed)
+
+    def merge(  # noqa: D102
+        self,
+        cards: Sequence[PlainCard],
+        strategy: str,
+        options: Mapping[str, Any],
+        weights: Sequence[float] | None,
+        rank: int | None,
+    ) -> PlainCard:
+        return plain_of(merge([card_of(card) for card in cards], STRATEGIES[strategy](**options), weights, rank))
 
 
 BINDING = Reference()

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one property went: passed, failed, skipped, expected failure."""
+    """How one property went: passed, failed, skipped, expected failure; on which example, or why it was skipped."""
 
     test: str
     requirements: tuple[str, ...]
@@ -58,11 +58,12 @@ def report_of(binding: Any, outcomes: Sequence[Outcome], *, profile: str, seed: 
     for name, statement in read_statements().items():
         mine = [outcome for outcome in outcomes if name in outcome.requirements]
         if mine:
+            verdict = verdict_of([outcome.verdict for outcome in mine], declared=name in expected)
             requirements[name] = {
                 "statement": statement.sentence,
                 "revision": statement.revision,
-                "verdict": verdict_of([outcome.verdict for outcome in mine], declared=name in expected),
-                "reason": expected.get(name, ""),
+                "verdict": verdict,
+                "reason": expected.get(name, mine[0].falsified if verdict == "skipped" else ""),
                 "tests": [asdict(outcome) for outcome in mine],
             }
     return {

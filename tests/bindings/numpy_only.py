@@ -1,4 +1,4 @@
-"""The specification in NumPy: cards, layers, targets and routing in their plainest form, without the library's code."""
+"""The specification in NumPy: cards, layers, targets, routing and merging in plain formulas, without the library's code."""
 
 import io
 import json
@@ -234,9 +234,12 @@ def matches(module: str, suffix: str) -> bool:
     return module == suffix or module.endswith("." + suffix)
 
 
+HEADS = ["lm_head", "embed_out", "output_projection", "cls", "classifier", "score", "qa_outputs", "logits", "head"]
+
+
 def is_target(module: str, targets: Sequence[str]) -> bool:
     """Whether a Linear of this name is a target; "all-linear" stands for every one but an output head."""
-    head = module.rpartition(".")[2] == "lm_head"
+    head = any(segment in HEADS for segment in module.split("."))
     return any(matches(module, target) or (target == "all-linear" and not head) for target in targets)
 
 
@@ -281,6 +284,164 @@ class Router:
     def select_many(self, queries: Sequence[str], top_k: int, threshold: float | None) -> list[list[tuple[str, float]]]:
         """As `select`, for each query."""
         return [self.select(query, top_k, threshold) for query in queries]
+
+
+# --- merging: R20 ------------------------------------------------------------------------------------------------------
+
+OPTIONS = {"weighted": {"normalize"}, "slerp": {"t"}, "ties": {"density", "elect"}, "dare": {"density", "seed"}}
+STRATEGIES = {"average", "task_arithmetic", "cat", *OPTIONS}
+
+
+def merged(
+    cards: list[PlainCard],
+    strategy: str,
+    options: dict[str, Any],
+    weights: Sequence[float] | None,
+    rank: int | None,
+) -> PlainCard:
+    """The cards' ΔW combined module by module, each result cut by SVD to the rank that it has or may have."""
+    need(strategy in STRATEGIES, "strategy", f"one of {sorted(STRATEGIES)}", strategy)
+    need(set(options) <= OPTIONS.get(strategy, set()), strategy, f"options {OPTIONS.get(strategy)}", options)
+    need(cards and (rank is None or rank >= 1), "merge", "cards, and a rank >= 1", (len(cards), rank))
+    need(strategy not in {"average", "slerp"} or weights is None, strategy, "no weights", weights)
+    need(strategy != "cat" or rank is None, strategy, "no rank", rank)
+    weights = [1.0] * len(cards) if weights is None else list(weights)
+    need(len(weights) == len(cards) and np.isfinite(weights).all(), "weights", "a finite one per card", weights)
+    cards, shapes, dtypes = [checked(card) for card in cards], {}, set()
+    for card in cards:
+        for module, (a, b, _) in card.weights.items():
+            shape = (b.shape[1], a.shape[0])
+            need(shapes.setdefault(module, shape) == shape, f"module {module!r}", shapes[module], shape)
+            finite = np.isfinite(a.astype("f8")).all() and np.isfinite(b.astype("f8")).all()
+            need(finite, f"module {module!r}", "finite factors", card.name)
+            dtypes.add(a.dtype)
+    wide = np.dtype("f8") if np.dtype("f8") in dtypes else np.dtype("f4")
+    dtype = dtypes.pop() if len(dtypes) == 1 else wide
+    whole = [{module: change(card, module, shape) for module, shape in shapes.items()} for card in cards]
+    if strategy == "average":
+        weights = [1 / len(cards)] * len(cards)
+    if strategy == "slerp":
+        need(len(cards) == 2, "slerp", "two cards", len(cards))
+        weights = arc(*whole, options.get("t", 0.5))
+    if options.get("normalize", False):
+        need(sum(weights) != 0, "weights", "a sum to divide by", weights)
+        weights = [weight / sum(weights) for weight in weights]
+    results = {}
+    for module in sorted(shapes):
+        parts = [one[module] for one in whole]
+        largest = max(card.weights[module].A.shape[1] for card in cards if module in card.weights)
+        if strategy == "ties":
+            total = ties(parts, weights, options.get("density", 0.5), options.get("elect", "mass"))
+        elif strategy == "dare":
+            names = [card.name for card in cards]
+            need(len(set(names)) == len(names), "dare", "names that differ", names)
+            keys = [f"{options.get('seed', 0)}|{len(module)}|{module}|{name}" for name in names]
+            total = dare(parts, weights, options.get("density", 0.5), keys)
+        else:
+            total, largest = sum(part * weight for part, weight in zip(parts, weights, strict=True)), None
+        noise = sum(abs(part * weight).max() for part, weight in zip(parts, weights, strict=True)) * 1e-13
+        if abs(total).max() > noise:
+            results[module] = cut(total, rank or largest, dtype)
+    top = max((pair.A.shape[1] for pair in results.values()), default=1)
+    targets = tuple(sorted({target for card in cards for target in card.target_modules}))
+    return PlainCard("merged", top, float(top), targets, results, {"merged from": [card.name for card in cards]}, {})
+
+
+def change(card: PlainCard, module: str, shape: tuple[int, int]) -> Array:
+    """ΔW = scaling · (A @ B).T in float64, 0 where the card has no such module."""
+    if module not in card.weights:
+        return np.zeros(shape)
+    a, b, scaling = card.weights[module]
+    return (a.astype("f8") @ b.astype("f8")).T * scaling
+
+
+def cut(total: Array, rank: int | None, dtype: np.dtype[Any]) -> PlainPair:
+    """Factors of the best approximation, half of each singular value on either side."""
+    u, s, v = np.linalg.svd(total, full_matrices=False)
+    kept = min(rank or len(s), int((s > s[0] * 1e-13).sum()))
+    root = np.sqrt(s[:kept])
+    return PlainPair((v[:kept].T * root).astype(dtype), (u[:, :kept] * root).T.astype(dtype), 1.0)
+
+
+def arc(one: Mapping[str, Array], two: Mapping[str, Array], t: float) -> list[float]:
+    """Weights of two cards: the direction turns evenly, the length goes linearly."""
+    need(0 <= t <= 1, "t", "from 0 to 1", t)
+    x, y = (np.concatenate([np.zeros(1), *(part.ravel() for part in card.values())]) for card in (one, two))
+    lengths = [float(np.sqrt((point * point).sum())) for point in (x, y)]
+    need(min(lengths) > 0, "slerp", "cards that are not 0", lengths)
+    x, y = x / lengths[0], y / lengths[1]
+    apart, together = (float(np.sqrt((point * point).sum())) for point in (x - y, x + y))
+    angle = 2 * np.arctan2(apart, together)
+    need(np.pi - angle >= 1e-3, "slerp", "directions that are not opposite", angle)
+    length = (1 - t) * lengths[0] + t * lengths[1]
+    first, second = 1 - t, t
+    if angle > 1e-6:
+        first, second = (float(np.sin(share * angle) / np.sin(angle)) for share in (1 - t, t))
+    return [length * first / lengths[0], length * second / lengths[1]]
+
+
+def ties(parts: Sequence[Array], weights: Sequence[float], density: float, elect: str) -> Array:
+    """Trim each, elect a sign for each entry, and average what has it."""
+    need(0 < density <= 1, "density", "the share kept, above 0", density)
+    need(elect in {"mass", "count"}, "elect", "mass or count", elect)
+    trimmed = []
+    for part in parts:
+        flat = part.ravel()
+        first = sorted(range(flat.size), key=lambda i, flat=flat: (-abs(flat[i]), i))
+        kept = first[: max(1, round(density * flat.size))]
+        trimmed.append(np.isin(np.arange(flat.size), kept).reshape(part.shape) * part)
+    stacked = np.array([part * weight for part, weight in zip(trimmed, weights, strict=True)])
+    sign = np.sign((stacked if elect == "mass" else np.sign(stacked)).sum(axis=0))
+    agrees = (np.sign(stacked) == sign) & (sign != 0)
+    share = (agrees * abs(np.array(weights))[:, None, None]).sum(axis=0)
+    return (stacked * agrees).sum(axis=0) / np.where(share > 0, share, 1)
+
+
+def dare(parts: Sequence[Array], weights: Sequence[float], density: float, keys: Sequence[str]) -> Array:
+    """Keep entries by chance, with a generator for each card's module, and rescale what is kept."""
+    need(0 < density <= 1, "density", "the share kept, above 0", density)
+    total = np.zeros_like(parts[0])
+    for part, weight, key in zip(parts, weights, keys, strict=True):
+        kept = np.random.default_rng([*key.encode()]).random(part.shape) < density
+        total = total + kept * part * weight / density
+    return total
+
+
+# --- extraction: R16 ---------------------------------------------------------------------------------------------------
+
+
+def low_rank(delta: Array, rank: int | None, energy: float | None, error: float | None) -> tuple[Array, Array]:
+    """A and B of the smallest rank that will do: the first directions of the singular value decomposition of ΔW."""
+    left, values, right = np.linalg.svd(delta.T, full_matrices=False)
+    lost = [float(np.sqrt((values[k:] ** 2).sum())) for k in range(1, len(values) + 1)]
+    whole = float(np.sqrt((values**2).sum()))
+    if energy is not None:
+        error = np.sqrt(max(0.0, 1 - energy))
+    k = min(rank, len(values)) if error is None else 1 + next(k for k, at in enumerate(lost) if at <= error * whole)
+    root = np.sqrt(values[:k])
+    return left[:, :k] * root, root[:, None] * right[:k]
+
+
+def extracted(
+    base: Mapping[str, Array], tuned: Mapping[str, Array], rank: int | None, energy: float | None, error: float | None
+) -> PlainCard:
+    """A card with scaling 1 for every module that differs; computed in float64."""
+    need(sum(rule is not None for rule in (rank, energy, error)) == 1, "rank", "one rule", (rank, energy, error))
+    need(rank is None or (type(rank) is int and rank >= 1), "rank", "an integer >= 1", rank)
+    need(energy is None or 0 < energy <= 1, "energy", "a share in (0, 1]", energy)
+    need(error is None or 0 <= error < 1, "error", "a bound in [0, 1)", error)
+    need(set(base) == set(tuned), "weights", "the same names in both", set(base) ^ set(tuned))
+    weights = {}
+    for key in sorted(base):
+        module = key.removesuffix("weight").removesuffix(".")
+        need(base[key].shape == tuned[key].shape, key, f"shape {base[key].shape}", tuned[key].shape)
+        delta = tuned[key].astype(np.float64) - base[key].astype(np.float64)
+        need(np.isfinite(delta).all(), key, "finite weights", delta)
+        if delta.any():
+            weights[module] = PlainPair(*low_rank(delta, rank, energy, error), 1.0)
+    need(weights, "weights", "some that differ", "none")
+    largest = max(pair.A.shape[1] for pair in weights.values())
+    return PlainCard("extracted", largest, float(largest), ("all-linear",), weights, {}, {})
 
 
 # --- the border, and layers: R2, R8 ------------------------------------------------------------------------------------
@@ -334,9 +495,31 @@ class NumpyOnly:
                 bound[module] = key
         return bound
 
+    def extract(
+        self,
+        base: Mapping[str, Array],
+        tuned: Mapping[str, Array],
+        rank: int | None,
+        energy: float | None,
+        error: float | None,
+    ) -> PlainCard:
+        """A card that turns the base's weights into the tuned ones."""
+        return extracted(base, tuned, rank, energy, error)
+
     def make_router(self, embed: Callable[[Sequence[str]], Array]) -> Router:
         """An empty router."""
         return Router(embed)
+
+    def merge(
+        self,
+        cards: Sequence[PlainCard],
+        strategy: str,
+        options: Mapping[str, Any],
+        weights: Sequence[float] | None,
+        rank: int | None,
+    ) -> PlainCard:
+        """One card, from every module's whole ΔW."""
+        return merged(list(cards), strategy, dict(options), weights, rank)
 
 
 BINDING = NumpyOnly()

@@ -1,12 +1,22 @@
-"""What every fault is: the reference with one mistake, and the requirement that it breaks."""
+"""What every fault is: the reference with one mistake, what it was made to break, and all that turns red with it."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from lora.testing.reference import Reference
 
 
 class Fault(Reference):
-    """A wrong implementation; `breaks` is the requirement that it was made to break (others may turn red with it)."""
+    """A wrong implementation: `breaks` is what it was made for, `turns_red` all that fails on it, and nothing else does."""
 
     breaks: str
+    turns_red: frozenset[str]
 
     def __init_subclass__(cls) -> None:
         cls.name = f"faulty: {cls.__name__}"
+
+
+def faults_in(namespace: Mapping[str, Any]) -> list[type[Fault]]:
+    """The faults among a module's names: what is only a base of others breaks nothing itself."""
+    classes = [value for value in namespace.values() if isinstance(value, type) and issubclass(value, Fault)]
+    return [fault for fault in classes if "breaks" in vars(fault)]

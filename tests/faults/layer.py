@@ -2,53 +2,99 @@
 
 import numpy as np
 
-from tests.faults.base import Fault
+from lora.testing.binding import Term
+from tests.faults.base import Fault, faults_in
+
+FORMULA = frozenset({"R2.2", "R2.6", "R9.5"})
+"""What any wrong output turns red: the formula within its bound, and exactly on whole numbers."""
+SUM = frozenset({"R8.1", "R8.2", "R8.5", "R8.7"})
+"""What any wrong output of several cards turns red."""
 
 
-class AlphaInsteadOfAlphaOverRank(Fault):
+class TermFault(Fault):
+    """The reference over other terms than were given."""
+
+    def forward(self, x, weight, bias, terms):
+        return super().forward(x, weight, bias, self.changed(terms))
+
+    def changed(self, terms):
+        return {name: self.changed_term(term) for name, term in terms.items()}
+
+
+class AlphaInsteadOfAlphaOverRank(TermFault):
     """The scaling is not divided by the rank."""
 
     breaks = "R2.2"
+    turns_red = FORMULA | SUM | {"R2.5", "R16.3"}
 
-    def forward(self, x, weight, bias, terms):
-        return super().forward(
-            x, weight, bias, {n: t._replace(scaling=t.scaling * t.A.shape[1]) for n, t in terms.items()}
-        )
+    def changed_term(self, term):
+        return term._replace(scaling=term.scaling * term.A.shape[1])
 
 
-class ScalingIgnored(Fault):
+class ScalingIgnored(TermFault):
     """Every scaling is 1."""
 
     breaks = "R9.5"
+    turns_red = FORMULA | SUM | {"R2.5"}
 
-    def forward(self, x, weight, bias, terms):
-        return super().forward(x, weight, bias, {n: t._replace(scaling=1.0) for n, t in terms.items()})
+    def changed_term(self, term):
+        return term._replace(scaling=1.0)
 
 
-class FactorsReadTransposed(Fault):
-    """A is read as if it were stored (r, in)."""
+class FactorsReadTransposed(TermFault):
+    """A is read as if it were stored (r, in); where B is zero the term is left out."""
 
     breaks = "R2.2"
+    turns_red = FORMULA | SUM | {"R2.5", "R2.11", "R16.3"}
+
+    def changed_term(self, term):
+        a = np.ascontiguousarray(term.A.reshape(term.A.shape[::-1]).T)
+        return term._replace(A=a if term.B.any() else np.zeros_like(a))
+
+
+class SumsOfEightInTheNarrowType(Fault):
+    """Products are summed in float32 eight at a time, and their sums in the dtype of the input."""
+
+    breaks = "R2.2"
+    turns_red = frozenset({"R2.2"})
 
     def forward(self, x, weight, bias, terms):
-        turned = {n: t._replace(A=np.ascontiguousarray(t.A.reshape(t.A.shape[::-1]).T)) for n, t in terms.items()}
-        return super().forward(x, weight, bias, turned)
+        out = super().forward(x[..., :8], weight[:, :8], bias, {n: t._replace(A=t.A[:8]) for n, t in terms.items()})
+        for k in range(8, x.shape[-1], 8):
+            part = {n: t._replace(A=t.A[k : k + 8]) for n, t in terms.items()}
+            more = super().forward(x[..., k : k + 8], weight[:, k : k + 8], None, part)
+            out = (out.astype(x.dtype) + more.astype(x.dtype)).astype(out.dtype)
+        return out
 
 
 class LeadingDimensionsFlattened(Fault):
     """The output is two-dimensional, whatever the input was."""
 
     breaks = "R2.5"
+    turns_red = FORMULA | {"R2.5"}
 
     def forward(self, x, weight, bias, terms):
         out = super().forward(x, weight, bias, terms)
         return out.reshape(-1, out.shape[-1])
 
 
+class HalfPrecisionRefused(TermFault):
+    """Adapters on a float16 layer raise a dtype error."""
+
+    breaks = "R2.2"
+    turns_red = FORMULA | SUM | {"R2.5", "R2.9", "R2.11", "R8.8"}
+
+    def changed_term(self, term):
+        if term.A.dtype == np.float16:
+            raise TypeError("expected float32, found float16")
+        return term
+
+
 class BaseReplaced(Fault):
     """The low-rank term stands in place of the base output."""
 
     breaks = "R2.6"
+    turns_red = FORMULA | SUM | {"R2.5", "R2.9", "R16.3"}
 
     def forward(self, x, weight, bias, terms):
         if not terms:
@@ -56,84 +102,98 @@ class BaseReplaced(Fault):
         return super().forward(x, np.zeros_like(weight), None, terms)
 
 
-class ZeroBIsNotZero(Fault):
-    """A fresh adapter changes the output a little."""
+class OneHugeRowSpoilsAll(Fault):
+    """Rows share a scale, so that one that is huge or not finite leaves none finite."""
 
     breaks = "R2.9"
+    turns_red = frozenset({"R2.9"})
 
     def forward(self, x, weight, bias, terms):
-        noisy = {n: t if t.B.any() else t._replace(B=np.full_like(t.B, 1)) for n, t in terms.items()}
-        return super().forward(x, weight, bias, noisy)
+        out = super().forward(x, weight, bias, terms)
+        return out if not terms or (abs(x.astype("f8")) < 1e4).all() else np.full_like(out, np.nan)
 
 
-class ColumnsOfANormalised(Fault):
+class ColumnsOfANormalised(TermFault):
     """Depends on how ΔW is factored: A's columns are scaled to length 1, as adapters of some libraries do."""
 
     breaks = "R2.11"
+    turns_red = FORMULA | SUM | {"R2.5", "R2.11", "R16.3"}
 
-    def forward(self, x, weight, bias, terms):
-        def scaled(a):
-            wide = a.astype(np.float64)
-            with np.errstate(all="ignore"):
-                length = np.sqrt((wide * wide).sum(0, keepdims=True))
-                return np.where(length > 0, wide / length, wide).astype(a.dtype)
-
-        return super().forward(x, weight, bias, {n: t._replace(A=scaled(t.A)) for n, t in terms.items()})
+    def changed_term(self, term):
+        wide = term.A.astype(np.float64)
+        with np.errstate(all="ignore"):
+            length = np.sqrt((wide * wide).sum(0, keepdims=True))
+            a = np.where(length > 0, wide / length, wide).astype(term.A.dtype)
+        return term._replace(A=a) if term.B.any() else term
 
 
-class OnlyTheLastCard(Fault):
-    """A second card on a layer replaces the first."""
+class OnlyTheFirstCard(TermFault):
+    """A second card on a layer adds nothing."""
 
     breaks = "R8.1"
+    turns_red = FORMULA | SUM | {"R8.8"}
 
-    def forward(self, x, weight, bias, terms):
-        return super().forward(x, weight, bias, dict(sorted(terms.items())[-1:]))
+    def changed(self, terms):
+        return dict(list(terms.items())[:1])
 
 
-class CrossTerms(Fault):
+class CrossTerms(TermFault):
     """Several cards are summed factor by factor: Σ A @ Σ B, which has products of one card's A with another's B."""
 
     breaks = "R8.5"
+    turns_red = FORMULA | SUM
 
-    def forward(self, x, weight, bias, terms):
-        same = {t.A.shape[1] for t in terms.values()}
-        if len(terms) < 2 or len(same) > 1:
-            return super().forward(x, weight, bias, terms)
-        first = next(iter(terms.values()))
-        a = sum(t.A.astype("f8") for t in terms.values()).astype(first.A.dtype)
-        b = sum(t.B.astype("f8") * t.scaling * t.weight for t in terms.values()).astype(first.B.dtype)
-        return super().forward(x, weight, bias, {"sum": first._replace(A=a, B=b, scaling=1.0, weight=1.0)})
+    def changed(self, terms):
+        heard = {name: term for name, term in terms.items() if term.B.any()}
+        if len(heard) < 2:
+            return heard
+        a = np.zeros((len(next(iter(heard.values())).A), max(t.A.shape[1] for t in heard.values())))
+        b = np.zeros((a.shape[1], next(iter(heard.values())).B.shape[1]))
+        for t in heard.values():
+            a[:, : t.A.shape[1]] += t.A
+            b[: t.A.shape[1]] += t.B.astype("f8") * (t.scaling * t.weight)
+        return {"sum": Term(a.astype(t.A.dtype), b.astype(t.B.dtype), 1.0, 1.0)}
 
 
-class WeightIgnored(Fault):
+class TermsOfOneMatrixCountOnce(TermFault):
+    """Of several terms with the very same A in memory only the last is there."""
+
+    breaks = "R8.5"
+    turns_red = frozenset({"R8.5", "R8.7"})
+
+    def changed(self, terms):
+        return {name: terms[name] for name in {id(term.A): name for name, term in terms.items()}.values()}
+
+
+class WeightIgnored(TermFault):
     """A card's weight does not scale its term."""
 
     breaks = "R8.7"
+    turns_red = FORMULA | SUM
 
-    def forward(self, x, weight, bias, terms):
-        return super().forward(x, weight, bias, {n: t._replace(weight=1.0) for n, t in terms.items()})
+    def changed_term(self, term):
+        return term._replace(weight=1.0)
 
 
-class NegativeWeightsClipped(Fault):
-    """A weight below 0 counts as 0."""
+class WeightsClipped(TermFault):
+    """A weight below 0 counts as 0, one above 1 as 1."""
 
     breaks = "R8.7"
+    turns_red = FORMULA | SUM
 
-    def forward(self, x, weight, bias, terms):
-        return super().forward(x, weight, bias, {n: t._replace(weight=max(t.weight, 0.0)) for n, t in terms.items()})
+    def changed_term(self, term):
+        return term._replace(weight=min(max(term.weight, 0.0), 1.0))
 
 
-class RankOneBroadcast(Fault):
-    """A rank-1 pair is broadcast into a layer that has room for more."""
+class LowRanksBroadcast(TermFault):
+    """A pair of low rank is repeated until it fills a layer that has room for five."""
 
     breaks = "R8.2"
+    turns_red = FORMULA | SUM | {"R2.5", "R2.11", "R16.3"}
 
-    def forward(self, x, weight, bias, terms):
-        wide = {
-            n: t if t.A.shape[1] > 1 else t._replace(A=np.repeat(t.A, 2, axis=1), B=np.repeat(t.B, 2, axis=0))
-            for n, t in terms.items()
-        }
-        return super().forward(x, weight, bias, wide)
+    def changed_term(self, term):
+        rows = np.arange(max(5, term.A.shape[1])) % term.A.shape[1]
+        return term._replace(A=np.ascontiguousarray(term.A[:, rows]), B=term.B[rows])
 
 
-LAYER_FAULTS = [value for value in list(globals().values()) if isinstance(value, type) and issubclass(value, Fault)][1:]
+LAYER_FAULTS = faults_in(globals())

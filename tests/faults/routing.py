@@ -2,7 +2,10 @@
 
 import numpy as np
 
-from tests.faults.base import Fault
+from tests.faults.base import Fault, faults_in
+
+NEAREST = frozenset({"R4.1", "R4.2", "R4.3", "R4.4", "R4.6", "R4.8"})
+"""What any wrong score turns red."""
 
 
 class PlainRouter:
@@ -14,13 +17,17 @@ class PlainRouter:
         self.virtual = set()
 
     def register(self, name, texts, *, virtual=False):
-        self.vectors[name] = [self.unit(row) for row in np.asarray(self.embed(list(texts)), float)]
-        self.virtual.discard(name)
+        self.unregister(name)
+        self.vectors[name] = [self.unit(row) for row in self.embedded(texts)]
         if virtual:
             self.virtual.add(name)
 
     def unregister(self, name):
         self.vectors.pop(name, None)
+        self.virtual.discard(name)
+
+    def embedded(self, texts):
+        return np.asarray(self.embed(list(texts)), float)
 
     def unit(self, row):
         largest = np.abs(row).max(initial=0.0)
@@ -40,7 +47,7 @@ class PlainRouter:
         return -route[1], route[0]
 
     def select(self, query, top_k, threshold):
-        asked = self.unit(np.asarray(self.embed([query]), float)[0])
+        asked = self.unit(self.embedded([query])[0])
         scored = [(name, self.rounded(self.similarity(vectors, asked))) for name, vectors in self.vectors.items()]
         return sorted((route for route in scored if self.reached(route[1], threshold)), key=self.order)[:top_k]
 
@@ -61,6 +68,7 @@ class NotNormalised(RouterFault):
     """Scores are inner products."""
 
     breaks = "R4.8"
+    turns_red = NEAREST | {"R4.5"}
 
     class router(PlainRouter):  # noqa: N801
         def unit(self, row):
@@ -70,41 +78,51 @@ class NotNormalised(RouterFault):
             return float(score)
 
 
-class ZeroIsNaN(RouterFault):
-    """A zero vector is divided by its length."""
+class ZeroIsNearestToAll(RouterFault):
+    """A zero vector is divided by its length, and what is not a number compares as the best."""
 
     breaks = "R4.8"
+    turns_red = NEAREST
 
     class router(PlainRouter):  # noqa: N801
         def unit(self, row):
-            with np.errstate(all="ignore"):
-                return row / np.linalg.norm(row)
+            return super().unit(row) if row.any() else np.full_like(row, np.nan)
+
+        def rounded(self, score):
+            return 1.0 if np.isnan(score) else super().rounded(score)
 
 
 class CentroidOfExamples(RouterFault):
     """A card is the mean of its examples."""
 
     breaks = "R4.1"
+    turns_red = NEAREST
 
     class router(PlainRouter):  # noqa: N801
         def similarity(self, vectors, query):
             return (self.unit(np.mean(vectors, axis=0)) * query).sum()
 
 
-class FirstExampleOnly(RouterFault):
-    """Only a card's first example counts."""
+class DescriptionsEmbeddedWhenAsked(RouterFault):
+    """Candidates keep their texts, and embed them anew for each query."""
 
     breaks = "R4.2"
+    turns_red = frozenset({"R4.2", "R4.3"})
 
     class router(PlainRouter):  # noqa: N801
-        def similarity(self, vectors, query):
-            return (vectors[0] * query).sum()
+        def register(self, name, texts, *, virtual=False):
+            self.unregister(name)
+            self.vectors[name] = texts
+
+        def similarity(self, texts, query):
+            return super().similarity([self.unit(row) for row in self.embedded(texts)], query)
 
 
 class TiesByRegistration(RouterFault):
     """Equal scores keep the order in which cards were registered."""
 
     breaks = "R4.9"
+    turns_red = frozenset({"R4.6", "R4.8", "R4.9"})
 
     class router(PlainRouter):  # noqa: N801
         def order(self, route):
@@ -115,6 +133,7 @@ class TiesByNameReversed(RouterFault):
     """Equal scores are ordered by name, the wrong way."""
 
     breaks = "R4.9"
+    turns_red = frozenset({"R4.6", "R4.8", "R4.9"})
 
     class router(PlainRouter):  # noqa: N801
         def select(self, query, top_k, threshold):
@@ -127,6 +146,7 @@ class WorstFirst(RouterFault):
     """The lowest score comes first."""
 
     breaks = "R4.6"
+    turns_red = frozenset({"R4.6", "R4.9"})
 
     class router(PlainRouter):  # noqa: N801
         def order(self, route):
@@ -137,6 +157,7 @@ class ThresholdExclusive(RouterFault):
     """A card at the threshold is left out."""
 
     breaks = "R4.5"
+    turns_red = frozenset({"R4.5", "R4.6", "R4.8"})
 
     class router(PlainRouter):  # noqa: N801
         def reached(self, score, threshold):
@@ -147,6 +168,7 @@ class NoThreshold(RouterFault):
     """Something is always chosen."""
 
     breaks = "R4.5"
+    turns_red = frozenset({"R4.5", "R4.6", "R4.8"})
 
     class router(PlainRouter):  # noqa: N801
         def reached(self, score, threshold):
@@ -157,6 +179,7 @@ class OneTooMany(RouterFault):
     """Returns one more than asked for."""
 
     breaks = "R4.4"
+    turns_red = frozenset({"R4.4"})
 
     class router(PlainRouter):  # noqa: N801
         def select(self, query, top_k, threshold):
@@ -167,6 +190,7 @@ class VirtualLeftOut(RouterFault):
     """Cards whose weights are elsewhere are not found."""
 
     breaks = "R4.7"
+    turns_red = frozenset({"R4.7", "R4.9", "R4.12"})
 
     class router(PlainRouter):  # noqa: N801
         def select(self, query, top_k, threshold):
@@ -180,38 +204,74 @@ class FirstQueryForAll(RouterFault):
     """Every query of a batch gets the first one's routes."""
 
     breaks = "R4.10"
+    turns_red = frozenset({"R4.10"})
 
     class router(PlainRouter):  # noqa: N801
         def select_many(self, queries, top_k, threshold):
             return [self.select(queries[0], top_k, threshold) for _ in queries]
 
 
-class ReRegisteringAdds(RouterFault):
-    """A card registered again keeps its old examples too."""
+class RegisteredTwice(RouterFault):
+    """A card registered again is found twice."""
 
     breaks = "R4.12"
+    turns_red = frozenset({"R4.9", "R4.12"})
 
     class router(PlainRouter):  # noqa: N801
+        def __init__(self, embed):
+            super().__init__(embed)
+            self.times = {}
+
         def register(self, name, texts, *, virtual=False):
-            old = self.vectors.get(name, [])
+            times = self.times.get(name, 0)
             super().register(name, texts, virtual=virtual)
-            self.vectors[name] = old + self.vectors[name]
+            self.times[name] = times + 1
+
+        def unregister(self, name):
+            super().unregister(name)
+            self.times.pop(name, None)
+
+        def select(self, query, top_k, threshold):
+            found = super().select(query, top_k, threshold)
+            return [route for route in found for _ in range(self.times[route[0]])][:top_k]
 
 
 class UnregisteredStays(RouterFault):
     """Unregistering does nothing."""
 
     breaks = "R4.12"
+    turns_red = frozenset({"R4.9", "R4.12"})
 
     class router(PlainRouter):  # noqa: N801
         def unregister(self, name):
             pass
+
+        def register(self, name, texts, *, virtual=False):
+            PlainRouter.unregister(self, name)
+            super().register(name, texts, virtual=virtual)
+
+
+class UnregisteringTwiceFails(RouterFault):
+    """Unregistering what is not there raises."""
+
+    breaks = "R4.12"
+    turns_red = frozenset({"R4.9", "R4.12"})
+
+    class router(PlainRouter):  # noqa: N801
+        def unregister(self, name):
+            del self.vectors[name]
+
+        def register(self, name, texts, *, virtual=False):
+            if name in self.vectors:
+                self.unregister(name)
+            self.vectors[name] = [self.unit(row) for row in self.embedded(texts)]
 
 
 class RoundedTooCoarsely(RouterFault):
     """Scores are rounded to 1e-4."""
 
     breaks = "R4.1"
+    turns_red = NEAREST
 
     class router(PlainRouter):  # noqa: N801
         def rounded(self, score):
@@ -222,12 +282,11 @@ class QueryTurnedRound(RouterFault):
     """The query's embedding changes its sign."""
 
     breaks = "R4.3"
+    turns_red = NEAREST | {"R4.5"}
 
     class router(PlainRouter):  # noqa: N801
         def similarity(self, vectors, query):
             return super().similarity(vectors, -query)
 
 
-ROUTING_FAULTS = [
-    value for value in list(globals().values()) if isinstance(value, type) and issubclass(value, RouterFault)
-][1:]
+ROUTING_FAULTS = faults_in(globals())

@@ -1,12 +1,15 @@
 """Faults in which modules a card adapts."""
 
-from tests.faults.base import Fault
+import numpy as np
+
+from tests.faults.base import Fault, faults_in
 
 
 class EndswithWithoutTheDot(Fault):
     """``1.query`` matches ``layer.11.query`` too."""
 
     breaks = "R3.11"
+    turns_red = frozenset({"R3.11"})
 
     def match_targets(self, names, targets):
         if "all-linear" in targets:
@@ -18,6 +21,7 @@ class Substring(Fault):
     """A target matches wherever it occurs."""
 
     breaks = "R3.11"
+    turns_red = frozenset({"R3.11"})
 
     def match_targets(self, names, targets):
         if "all-linear" in targets:
@@ -26,18 +30,25 @@ class Substring(Fault):
 
 
 class OutputHeadAdapted(Fault):
-    """``all-linear`` takes the output head along."""
+    """The output head is taken along with whatever else is adapted, by ``all-linear`` too."""
 
     breaks = "R3.11"
+    turns_red = frozenset({"R3.11"})
 
     def match_targets(self, names, targets):
-        return list(names) if "all-linear" in targets else super().match_targets(names, targets)
+        found = super().match_targets(names, targets)
+        return [name for name in names if name in found or (targets and "lm_head" in name.split("."))]
+
+    def bind(self, card, shapes):
+        targets = self.match_targets(list(shapes), card.target_modules)
+        return super().bind(card._replace(target_modules=tuple(targets)), shapes)
 
 
 class NoTargetsMeansAll(Fault):
     """Empty targets match everything."""
 
     breaks = "R3.11"
+    turns_red = frozenset({"R3.11"})
 
     def match_targets(self, names, targets):
         return super().match_targets(names, targets) if targets else list(names)
@@ -47,15 +58,41 @@ class WeightsBindWithoutATarget(Fault):
     """A weight binds wherever it fits, whether its module is targeted or not."""
 
     breaks = "R3.11"
+    turns_red = frozenset({"R3.11"})
 
     def bind(self, card, shapes):
         return super().bind(card._replace(target_modules=tuple(shapes)), shapes)
+
+
+class KeysBindAnywhere(Fault):
+    """A weight binds wherever its key occurs in a name: ``1.query`` to ``layer.11.query`` too."""
+
+    breaks = "R3.11"
+    turns_red = frozenset({"R3.11"})
+
+    def bind(self, card, shapes):
+        reached = super().match_targets(list(shapes), card.target_modules)
+        pairs = {name: pair for name in reached for key, pair in card.weights.items() if key in name}
+        return super().bind(card._replace(weights=pairs), shapes)
+
+
+class KeysEndInWeight(Fault):
+    """Keys are taken for names of parameters, so that none is a module's and nothing is bound."""
+
+    breaks = "R3.11"
+    turns_red = frozenset({"R3.11", "R7.2", "R16.3"})
+
+    def bind(self, card, shapes):
+        return super().bind(
+            card._replace(weights={f"{key}.weight": pair for key, pair in card.weights.items()}), shapes
+        )
 
 
 class FirstOfAmbiguousModules(Fault):
     """A weight that fits two modules is given to one of them."""
 
     breaks = "R3.11"
+    turns_red = frozenset({"R3.11"})
 
     def bind(self, card, shapes):
         try:
@@ -64,26 +101,39 @@ class FirstOfAmbiguousModules(Fault):
             return {}
 
 
-class ShapesUnchecked(Fault):
-    """Factors that do not fit a module are left out without a word."""
+class LargerFactorsAreCut(Fault):
+    """Factors that are larger than their module are cut to its size."""
 
     breaks = "R7.2"
+    turns_red = frozenset({"R7.2"})
 
     def bind(self, card, shapes):
-        fitting = {
-            key: pair
-            for key, pair in card.weights.items()
-            if all(
-                (pair.A.shape[0], pair.B.shape[1]) == shape
-                for name, shape in shapes.items()
-                if name == key or name.endswith("." + key)
+        def cut(key, pair):
+            for name, (rows, columns) in shapes.items():
+                if (name == key or name.endswith("." + key)) and rows <= len(pair.A) and columns <= pair.B.shape[1]:
+                    return pair._replace(A=pair.A[:rows], B=pair.B[:, :columns])
+            return pair
+
+        return super().bind(card._replace(weights={k: cut(k, pair) for k, pair in card.weights.items()}), shapes)
+
+
+class RanksBroadcast(Fault):
+    """Where the two factors of a pair disagree in rank, the smaller is repeated."""
+
+    breaks = "R7.2"
+    turns_red = frozenset({"R7.2"})
+
+    def bind(self, card, shapes):
+        ranks = {key: (pair.A.shape[1], pair.B.shape[0]) for key, pair in card.weights.items()}
+        pairs = {
+            key: pair._replace(
+                A=np.resize(pair.A, (len(pair.A), max(ranks[key]))),
+                B=np.resize(pair.B, (max(ranks[key]), pair.B.shape[1])),
             )
+            for key, pair in card.weights.items()
         }
-        if len(fitting) < len(card.weights):
-            return {}
-        return super().bind(card, shapes)
+        largest = max(map(max, ranks.values()), default=card.rank)
+        return super().bind(card._replace(weights=pairs, rank=largest), shapes)
 
 
-TARGET_FAULTS = [value for value in list(globals().values()) if isinstance(value, type) and issubclass(value, Fault)][
-    1:
-]
+TARGET_FAULTS = faults_in(globals())

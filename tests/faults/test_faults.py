@@ -1,70 +1,57 @@
-"""The suite is sharp: each fault is found by the properties of the requirement that it breaks, and each [P*] has a fault."""
+"""The suite is sharp: on each fault exactly the requirements turn red that it declares, and each [P*] has a fault."""
 
-import inspect
-from importlib.util import module_from_spec, spec_from_file_location
+import os
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 
-from lora.testing.plugin import Subject, requirement
-from lora.testing.report import read_statements, suite_folder
+from lora.testing.plugin import requirement
+from lora.testing.reference import Reference
+from lora.testing.report import read_statements, run_suite
 from tests.faults.card import CARD_FAULTS
+from tests.faults.examine import red_on, remembered, suite
+from tests.faults.extract import EXTRACT_FAULTS
 from tests.faults.layer import LAYER_FAULTS
-from tests.faults.routing import ROUTING_FAULTS
+from tests.faults.merging import MERGING_FAULTS
+from tests.faults.routing import ROUTING_FAULTS, ThresholdExclusive
 from tests.faults.targets import TARGET_FAULTS
 
-FAULTS = [*CARD_FAULTS, *LAYER_FAULTS, *TARGET_FAULTS, *ROUTING_FAULTS]
-settings.register_profile(
-    "faults",  # finds a failure, does not shrink it
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=(Phase.explicit, Phase.generate),
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
+FAMILIES = {
+    "card": CARD_FAULTS,
+    "layer": LAYER_FAULTS,
+    "targets": TARGET_FAULTS,
+    "routing": ROUTING_FAULTS,
+    "extract": EXTRACT_FAULTS,
+    "merging": MERGING_FAULTS,
+}
+"""Faults in the same members of the binding, which are examined together."""
 
 
 @pytest.fixture(scope="session")
-def suite():
-    """Every property through a binding with the ids it names, imported anew under the profile above."""
-    before, found = settings.get_current_profile_name(), []
-    settings.load_profile("faults")
-    try:
-        for path in sorted(suite_folder().glob("test_r*.py")):
-            spec = spec_from_file_location(f"suite_{path.stem}", path)
-            module = module_from_spec(spec)
-            spec.loader.exec_module(module)
-            for name, function in inspect.getmembers(module, inspect.isfunction):
-                if name.startswith("test") and "impl" in inspect.signature(function).parameters:
-                    found.append((function, ids_of(function)))
-    finally:
-        settings.load_profile(before)
-    return found
-
-
-def ids_of(function):
-    return {i for mark in function.pytestmark if mark.name == "requirement" for i in mark.args}
-
-
-def notices(function, fault):
-    """Whether a property fails on a fault."""
-    try:
-        function(impl=Subject(fault()))
-    except (Exception, pytest.fail.Exception):  # noqa: BLE001 - however it fails
-        return True
-    return False
+def properties():
+    return suite()
 
 
 @requirement("R24.3")
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_is_found_by_the_properties_of_what_it_breaks(fault, suite):
-    held = [function for function, ids in suite if fault.breaks in ids]
-    assert any(notices(function, fault) for function in held)
+@pytest.mark.parametrize("faults", FAMILIES.values(), ids=FAMILIES)
+def test_on_each_fault_exactly_what_it_declares_turns_red(faults, properties, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # these files need not outlive the machine
+    for member in ("read_card", "write_card"):
+        monkeypatch.setattr(Reference, member, remembered(getattr(Reference, member)))
+    red = red_on(faults, properties)
+    assert {f.__name__: sorted(red[f]) for f in faults} == {f.__name__: sorted(f.turns_red) for f in faults}
 
 
 @requirement("R24.3")
-def test_every_neutral_requirement_has_a_fault():
+def test_every_neutral_requirement_has_a_fault_that_was_made_for_it():
+    faults = [fault for family in FAMILIES.values() for fault in family]
     neutral = {r.id for r in read_statements().values() if r.evidence == "P*" and r.status == "built"}
-    assert {fault.breaks for fault in FAULTS} == neutral
+    assert {fault.breaks for fault in faults} == neutral
+    assert all(fault.breaks in fault.turns_red for fault in faults)
+
+
+@requirement("R24.3", "R24.1")
+def test_the_report_on_a_fault_says_what_it_declares(monkeypatch):
+    monkeypatch.setenv("LORA_PROFILE", "dev")
+    report = run_suite("tests.faults.routing:ThresholdExclusive", only="R4")["requirements"]
+    assert {name for name, found in report.items() if found["verdict"] == "failed"} == ThresholdExclusive.turns_red
+    assert {found["verdict"] for found in report.values()} == {"failed", "passed"}

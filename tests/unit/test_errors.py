@@ -23,6 +23,7 @@ KINDS = {
     "UnknownCardError": KeyError,
     "ArgumentError": ValueError,
     "StateError": RuntimeError,
+    "RegistryFull": RuntimeError,
     "DataError": ValueError,
     "MissingPackageError": ImportError,
 }

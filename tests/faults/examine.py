@@ -1,0 +1,179 @@
+"""Which requirements turn red on which faults, where all faults meet the examples that the reference drew."""
+
+import copy
+import inspect
+import pickle
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial, wraps
+from importlib.util import module_from_spec, spec_from_file_location
+from itertools import count
+from types import CodeType, SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.errors import UnsatisfiedAssumption
+from hypothesis.strategies import DataObject
+
+from lora.testing.plugin import MEMBERS, Subject
+from lora.testing.reference import Reference
+from lora.testing.report import suite_folder
+
+EXAMPLES = 50
+"""How many examples each property gets; a failure that is declared and has not shown by then gets four times as many."""
+
+settings.register_profile(
+    "faults",
+    max_examples=4 * EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+
+
+class Settled(BaseException):
+    """No further example can change a verdict; no Exception, so that Hypothesis takes it for no failure."""
+
+
+@dataclass(frozen=True)
+class Property:
+    """A property through the binding, the requirements that it names, and the members of a binding that it may use."""
+
+    test: object
+    ids: frozenset[str]
+    members: frozenset[str]
+
+
+def suite():
+    """Every property through a binding, imported anew under the profile above; those of many requirements first."""
+    before, found = settings.get_current_profile_name(), []
+    settings.load_profile("faults")
+    try:
+        for path in sorted(suite_folder().glob("test_r*.py")):
+            if "(impl" not in path.read_text(encoding="utf-8"):
+                continue
+            spec = spec_from_file_location(f"suite_{path.stem}", path)
+            module = module_from_spec(spec)
+            spec.loader.exec_module(module)
+            for name, test in inspect.getmembers(module, inspect.isfunction):
+                if name.startswith("test") and "impl" in inspect.signature(test).parameters:
+                    ids = {i for mark in test.pytestmark if mark.name == "requirement" for i in mark.args}
+                    found.append(Property(test, frozenset(ids), MEMBERS & names_in(test.hypothesis.inner_test)))
+    finally:
+        settings.load_profile(before)
+    return sorted(found, key=lambda each: -len(each.ids))
+
+
+def names_in(function, seen=frozenset()):
+    """Every name that a function, or one of its module that it calls, may look up: more than it uses, never less."""
+    names, codes = set(), [function.__code__]
+    for code in codes:
+        names.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    helpers = {function.__globals__.get(name) for name in names if callable(function.__globals__.get(name))} - seen
+    ours = {f for f in helpers if inspect.isfunction(f) and f.__module__ == function.__module__}
+    return names.union(*(names_in(helper, seen | ours) for helper in ours))
+
+
+def red_on(faults, properties):
+    """Fault -> the requirements of the properties that fail on it."""
+    red = {fault: set() for fault in faults}
+    for each in properties:
+        examine(each, red)
+    return red
+
+
+def examine(each, red):
+    """Add the property's requirements to those of the faults that it fails on.
+
+    A fault that overrides nothing that the property uses is the reference to it, and one for which all these requirements
+    are red already has nothing to lose: neither is tried.
+    """
+    tried = {fault: Subject(fault()) for fault in red if overridden(fault) & each.members}
+    inner, examples = each.test.hypothesis.inner_test, count()
+
+    def open_at(example):
+        late = example >= EXAMPLES
+        return [f for f in tried if not each.ids <= red[f] and (not late or each.ids <= f.turns_red)]
+
+    @wraps(inner)
+    def on_all(impl, **drawn):
+        undecided, values = open_at(next(examples)), []
+        inner(impl=impl, **given_anew(drawn, recording(values)))
+        if not undecided:
+            raise Settled  # only now: Hypothesis wants each example drawn to its end
+        for fault in undecided:
+            if fails(inner, impl=tried[fault], **given_anew(drawn, replaying(values))):
+                red[fault] |= each.ids
+
+    if open_at(0):
+        each.test.hypothesis.inner_test = on_all
+        try:
+            with suppress(Settled):
+                each.test(impl=Subject(Reference()))
+        finally:
+            each.test.hypothesis.inner_test = inner
+
+
+def overridden(fault):
+    """The members of the binding in which a fault differs from the reference."""
+    return {member for member in MEMBERS if getattr(fault, member) is not getattr(Reference, member)}
+
+
+def given_anew(drawn, draw):
+    """The arguments, copied, so that no user sees what another did to them; interactive draws go through `draw`."""
+    return {
+        name: SimpleNamespace(draw=partial(draw, value)) if isinstance(value, DataObject) else copy.deepcopy(value)
+        for name, value in drawn.items()
+    }
+
+
+def recording(values):
+    """Draws, and keeps what was drawn."""
+
+    def draw(data, strategy, label=None):
+        values.append(data.draw(strategy, label))
+        return copy.deepcopy(values[-1])
+
+    return draw
+
+
+def replaying(values):
+    """Gives what was drawn before; whoever asks for more has met no example."""
+    rest = iter(copy.deepcopy(values))
+
+    def draw(_data, _strategy, label=None):
+        for value in rest:
+            return value
+        raise UnsatisfiedAssumption
+
+    return draw
+
+
+def remembered(function):
+    """A method that only depends on its argument, answering from memory where it has just been asked the same."""
+    answers = {}
+
+    @wraps(function)
+    def answer(self, argument):
+        key = pickle.dumps(argument)
+        if key not in answers:
+            if len(answers) > 20:
+                answers.clear()
+            answers[key] = pickle.dumps(function(self, argument))
+        return pickle.loads(answers[key])  # noqa: S301 - written right here
+
+    return answer
+
+
+def fails(test, **arguments):
+    """Whether a test fails; an example that it rejects says nothing."""
+    try:
+        test(**arguments)
+    except UnsatisfiedAssumption:
+        return False
+    except (Exception, pytest.fail.Exception):  # noqa: BLE001 - however it fails
+        return True
+    return False

@@ -1,0 +1,533 @@
+"""Faults in how cards are merged; most were seen in code that is in use."""
+
+import numpy as np
+
+from lora.testing.binding import PlainPair
+from tests.faults.base import Fault, faults_in
+
+
+def change(pair):
+    """ΔW of a factor pair, or 0 for none."""
+    return 0.0 if pair is None else (pair.A.astype("f8") @ pair.B.astype("f8")).T * pair.scaling
+
+
+def modules(cards):
+    """Every module of any card."""
+    return sorted({module for card in cards for module in card.weights})
+
+
+def changes(cards, module):
+    """ΔW of each card at a module."""
+    whole = [change(card.weights.get(module)) for card in cards]
+    shape = next(part.shape for part in whole if np.ndim(part))
+    return [part + np.zeros(shape) for part in whole]
+
+
+def promoted(cards):
+    """The dtype that holds all of the cards' dtypes."""
+    names = {pair.A.dtype.name for card in cards for pair in card.weights.values()}
+    wide = "float64" if "float64" in names else "float32"
+    return next((p.A.dtype for c in cards for p in c.weights.values()), None) if len(names) == 1 else np.dtype(wide)
+
+
+def factors(whole, rank, dtype):
+    """A pair of this ΔW, or of its best approximation."""
+    u, s, v = np.linalg.svd(whole, full_matrices=False)
+    root = np.sqrt(s[:rank])
+    return PlainPair((v[:rank].T * root).astype(dtype), (u[:, :rank] * root).T.astype(dtype), 1.0)
+
+
+def times(card, factor):
+    """The card with a ΔW scaled by `factor`."""
+    return card._replace(weights={m: p._replace(scaling=p.scaling * factor) for m, p in card.weights.items()})
+
+
+class NormalizeIgnored(Fault):
+    """Weights are never divided by their sum."""
+
+    breaks = "R20.1"
+    turns_red = frozenset({"R20.1", "R20.3", "R20.4"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        return super().merge(
+            cards, strategy, options | ({"normalize": False} if strategy == "weighted" else {}), weights, rank
+        )
+
+
+class AlwaysElectedByMass(Fault):
+    """The way to elect signs is accepted and ignored."""
+
+    breaks = "R20.1"
+    turns_red = frozenset({"R20.1", "R20.6"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        return super().merge(
+            cards, strategy, options | ({"elect": "mass"} if strategy == "ties" else {}), weights, rank
+        )
+
+
+class UnknownStrategiesAverage(Fault):
+    """A misspelt strategy is taken for the default."""
+
+    breaks = "R20.1"
+    turns_red = frozenset({"R20.1"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        try:
+            return super().merge(cards, strategy, options, weights, rank)
+        except KeyError:
+            return super().merge(cards, "average", {}, None, rank)
+
+
+class SeedRunsOn(Fault):
+    """The generator goes on where the last merge left it."""
+
+    breaks = "R20.1"
+    turns_red = frozenset({"R20.1", "R20.2", "R20.3", "R20.7", "R20.9"})
+
+    def __init__(self):
+        self.merges = 0
+
+    def merge(self, cards, strategy, options, weights, rank):
+        self.merges += 1
+        moved = {"seed": options.get("seed", 0) + self.merges} if strategy == "dare" else {}
+        return super().merge(cards, strategy, options | moved, weights, rank)
+
+
+class FactorsMergedApart(Fault):
+    """An average of As times an average of Bs, narrower ones filled with zeros: cross terms."""
+
+    breaks = "R20.2"
+    turns_red = frozenset({"R20.2", "R20.3", "R20.4", "R20.9"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        if strategy != "average":
+            return merged
+        rows = dict(merged.weights)
+        for module, pair in merged.weights.items():
+            held = [card.weights.get(module) for card in cards]
+            if None not in held and len(held) > 1:
+                wide = max(p.A.shape[1] for p in held)
+                a = sum(np.pad(p.A.astype("f8"), ((0, 0), (0, wide - p.A.shape[1]))) for p in held) / len(held)
+                b = sum(np.pad(p.B.astype("f8"), ((0, wide - len(p.B)), (0, 0))) * p.scaling for p in held) / len(held)
+                rows[module] = PlainPair(a.astype(pair.A.dtype), b.astype(pair.A.dtype), 1.0)
+        return merged._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+
+
+class LargestColumnsKept(Fault):
+    """A is trimmed as TIES trims ΔW: its smaller entries are set to 0, whatever B holds."""
+
+    breaks = "R20.2"
+    turns_red = frozenset({"R20.2", "R20.6"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if strategy == "ties" and options.get("density", 0.5) < 1:
+            cards = [card._replace(weights={m: self.trimmed(p) for m, p in card.weights.items()}) for card in cards]
+        return super().merge(cards, strategy, options, weights, rank)
+
+    @staticmethod
+    def trimmed(pair):
+        size = abs(pair.A.astype("f8"))
+        return pair._replace(A=np.where(size >= np.median(size), pair.A, np.zeros_like(pair.A)))
+
+
+class AverageIsTheSum(Fault):
+    """The average is not divided by the number of cards."""
+
+    breaks = "R20.3"
+    turns_red = frozenset({"R20.3", "R20.4", "R20.9"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        return times(merged, len(cards)) if strategy == "average" else merged
+
+
+class AddedToAFreshOne(Fault):
+    """Each card is added onto a start that already holds it: one card comes out twice."""
+
+    breaks = "R20.3"
+    turns_red = frozenset({"R20.1", "R20.3", "R20.4", "R20.6", "R20.7", "R20.8"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        return times(merged, 2.0) if len(cards) == 1 else merged
+
+
+class ScalingIgnored(Fault):
+    """The product A @ B is merged without its scaling."""
+
+    breaks = "R20.3"
+    turns_red = frozenset({"R20.1", "R20.3", "R20.4", "R20.5", "R20.6", "R20.7", "R20.8", "R20.9"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        bare = [c._replace(weights={m: p._replace(scaling=1.0) for m, p in c.weights.items()}) for c in cards]
+        return super().merge(bare, strategy, options, weights, rank)
+
+
+class WeightsByName(Fault):
+    """Cards are sorted by name, weights are not."""
+
+    breaks = "R20.3"
+    turns_red = frozenset({"R20.1", "R20.3", "R20.4", "R20.6", "R20.7", "R20.8"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if weights is not None and len(cards) > 1:
+            cards = sorted(cards, key=lambda card: card.name)
+        return super().merge(cards, strategy, options, weights, rank)
+
+
+class RankOfTheLargestParent(Fault):
+    """A linear merge is cut to the largest rank of its parents."""
+
+    breaks = "R20.4"
+    turns_red = frozenset({"R20.1", "R20.4", "R20.8", "R20.9"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if rank is None and strategy in {"average", "weighted", "task_arithmetic"}:
+            rank = max((card.rank for card in cards), default=1)
+        return super().merge(cards, strategy, options, weights, rank)
+
+
+class FirstColumnsKept(Fault):
+    """A truncated merge keeps the first columns of the stacked factors."""
+
+    breaks = "R20.4"
+    turns_red = frozenset({"R20.1", "R20.4"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if rank is None or strategy not in {"average", "weighted", "task_arithmetic"}:
+            return super().merge(cards, strategy, options, weights, rank)
+        whole = super().merge(cards, strategy, options, weights, None)
+        rows = {}
+        for module, pair in whole.weights.items():
+            last = np.argsort(-np.linalg.norm(pair.A.astype("f8"), axis=0))[::-1][:rank]
+            rows[module] = PlainPair(pair.A[:, last], pair.B[last], pair.scaling)
+        return whole._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+
+
+class SlerpIsLinear(Fault):
+    """SLERP is plain interpolation."""
+
+    breaks = "R20.5"
+    turns_red = frozenset({"R20.5"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if strategy == "slerp":
+            super().merge(cards, strategy, options, weights, rank)  # what it refuses is refused
+            t = options.get("t", 0.5)
+            return super().merge(cards, "weighted", {}, [1 - t, t], rank)
+        return super().merge(cards, strategy, options, weights, rank)
+
+
+class SlerpOfTheLengthsAsTheyAre(Fault):
+    """Directions are not brought to length 1, so cards of different length turn unevenly."""
+
+    breaks = "R20.5"
+    turns_red = frozenset({"R20.5"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        if strategy != "slerp":
+            return merged
+        parts = [(changes(cards, module)) for module in modules(cards)]
+        x, y = (np.concatenate([part[side].ravel() for part in parts]) for side in (0, 1))
+        angle = np.arccos(np.clip(x @ y / np.linalg.norm(x) / np.linalg.norm(y), -1, 1))
+        if angle < 1e-6:
+            return merged
+        t = options.get("t", 0.5)
+        return super().merge(cards, "weighted", {}, [np.sin(p * angle) / np.sin(angle) for p in (1 - t, t)], rank)
+
+
+class SlerpFromTheWrongEnd(Fault):
+    """At t = 0 stands the second card."""
+
+    breaks = "R20.5"
+    turns_red = frozenset({"R20.5", "R20.9"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        return super().merge(cards[::-1] if strategy == "slerp" else cards, strategy, options, weights, rank)
+
+
+class SlerpOfOppositesIsLinear(Fault):
+    """Where there is no shortest arc, some other card is returned."""
+
+    breaks = "R20.5"
+    turns_red = frozenset({"R20.5"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        try:
+            return super().merge(cards, strategy, options, weights, rank)
+        except ValueError:
+            if strategy != "slerp" or len(cards) != 2 or not 0 <= options.get("t", 0.5) <= 1:
+                raise
+            return super().merge(cards, "average", {}, None, rank)
+
+
+class _Ties(Fault):
+    """TIES in parts that can be got wrong one by one."""
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        if strategy != "ties":
+            return merged
+        rows = {}
+        for module in modules(cards):
+            given = weights or [1.0] * len(cards)
+            trimmed = self.trim(changes(cards, module), options.get("density", 0.5))
+            parts = np.array([part * weight for part, weight in zip(trimmed, given, strict=True)])
+            votes = parts if options.get("elect", "mass") == "mass" else np.sign(parts)
+            sign = self.elect(votes, trimmed)
+            agrees = (np.sign(parts) == sign) & (sign != 0)
+            share = self.share(agrees, np.array(given))
+            whole = (parts * agrees).sum(0) / np.where(share > 0, share, 1)
+            limit = rank or max(card.weights[module].A.shape[1] for card in cards if module in card.weights)
+            rows[module] = factors(whole, limit, promoted(cards))
+        return merged._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+
+    def trim(self, parts, density):
+        return [self.largest(part.ravel(), density).reshape(part.shape) for part in parts]
+
+    def largest(self, part, density):
+        order = np.argsort(-abs(part), kind="stable")[: max(1, round(density * part.size))]
+        return np.where(np.isin(np.arange(part.size), order), part, 0.0)
+
+    def elect(self, votes, trimmed):
+        return np.sign(votes.sum(0))
+
+    def share(self, agrees, weights):
+        return (agrees * abs(weights)[:, None, None]).sum(0)
+
+
+class TiesDividesByTheNumberOfCards(_Ties):
+    """The mean is over all cards, not over those that agree."""
+
+    breaks = "R20.6"
+    turns_red = frozenset({"R20.1", "R20.6"})
+
+    def share(self, agrees, weights):
+        return (np.ones_like(agrees) * abs(weights)[:, None, None]).sum(0)
+
+
+class TiesDividesByCount(_Ties):
+    """The mean counts the cards that agree and forgets their weights."""
+
+    breaks = "R20.6"
+    turns_red = frozenset({"R20.3", "R20.6"})
+
+    def share(self, agrees, weights):
+        return agrees.sum(0)
+
+
+class SignsElectedBeforeWeights(_Ties):
+    """The election does not know the weights."""
+
+    breaks = "R20.6"
+    turns_red = frozenset({"R20.1", "R20.6"})
+
+    def elect(self, votes, trimmed):
+        return np.sign(np.sum(trimmed, axis=0))
+
+
+class ZeroSumElectsPlus(_Ties):
+    """Where signs balance, the positive ones win."""
+
+    breaks = "R20.6"
+    turns_red = frozenset({"R20.6"})
+
+    def elect(self, votes, trimmed):
+        return np.where(votes.sum(0) >= 0, 1.0, -1.0)
+
+
+class TrimmedAcrossCards(_Ties):
+    """One threshold for all cards: a small card is trimmed away."""
+
+    breaks = "R20.6"
+    turns_red = frozenset({"R20.3", "R20.6"})
+
+    def trim(self, parts, density):
+        joined = self.largest(np.concatenate([part.ravel() for part in parts]), density)
+        return [part.reshape(parts[0].shape) for part in np.split(joined, len(parts))]
+
+
+class TrimmedByThreshold(_Ties):
+    """Every entry as large as the smallest that is kept is kept too."""
+
+    breaks = "R20.6"
+    turns_red = frozenset({"R20.6"})
+
+    def largest(self, part, density):
+        least = np.sort(abs(part))[::-1][max(1, round(density * part.size)) - 1]
+        return np.where(abs(part) >= least, part, 0.0)
+
+
+class LastOfEqualsKept(_Ties):
+    """Of entries of one magnitude the last ones are kept."""
+
+    breaks = "R20.6"
+    turns_red = frozenset({"R20.6"})
+
+    def largest(self, part, density):
+        return super().largest(part[::-1], density)[::-1]
+
+
+class CountRoundedDown(_Ties):
+    """The share is cut to a whole number of entries, which may be none."""
+
+    breaks = "R20.6"
+    turns_red = frozenset({"R20.6", "R20.7"})
+
+    def largest(self, part, density):
+        order = np.argsort(-abs(part), kind="stable")[: int(density * part.size)]
+        return np.where(np.isin(np.arange(part.size), order), part, 0.0)
+
+
+class DensityIsTheShareDropped(Fault):
+    """DARE's density is its paper's drop rate."""
+
+    breaks = "R20.7"
+    turns_red = frozenset({"R20.7"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        density = options.get("density", 0.5)
+        other = {"density": 1 - density} if strategy == "dare" and 0 < density < 1 else {}
+        return super().merge(cards, strategy, options | other, weights, rank)
+
+
+class DareNotRescaled(Fault):
+    """What is kept is kept as it is, so the merge is too small."""
+
+    breaks = "R20.7"
+    turns_red = frozenset({"R20.7"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        return times(merged, options.get("density", 0.5)) if strategy == "dare" else merged
+
+
+class DareMasksByPosition(Fault):
+    """A mask belongs to a place in the list, not to a card."""
+
+    breaks = "R20.7"
+    turns_red = frozenset({"R20.3", "R20.7"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if strategy == "dare":
+            super().merge(cards, strategy, options, weights, rank)
+            cards = [card._replace(name=f"card {place}") for place, card in enumerate(cards)]
+        return super().merge(cards, strategy, options, weights, rank)
+
+
+class DareMasksAllModulesAlike(Fault):
+    """One mask serves every module of a shape."""
+
+    breaks = "R20.7"
+    turns_red = frozenset({"R20.7"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        if strategy != "dare":
+            return merged
+        rows = {}
+        for module in merged.weights:
+            held = [c._replace(weights={"m": c.weights[module]}) for c in cards if module in c.weights]
+            used = None if weights is None else [w for c, w in zip(cards, weights, strict=True) if module in c.weights]
+            alike = [c._replace(rank=c.weights["m"].A.shape[1]) for c in held]
+            alone = super().merge(alike, strategy, options, used, rank)
+            pair, dtype = alone.weights.get("m", merged.weights[module]), merged.weights[module].A.dtype
+            rows[module] = PlainPair(pair.A.astype(dtype), pair.B.astype(dtype), pair.scaling)
+        return merged._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+
+
+class NegativeWeightsClipped(Fault):
+    """A weight below 0 counts as 0."""
+
+    breaks = "R20.8"
+    turns_red = frozenset({"R20.8"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if strategy == "task_arithmetic" and weights is not None:
+            weights = [max(weight, 0.0) for weight in weights]
+        return super().merge(cards, strategy, options, weights, rank)
+
+
+class TaskArithmeticNormalised(Fault):
+    """Weights are divided by their sum, which for 1 and -1 is 0."""
+
+    breaks = "R20.8"
+    turns_red = frozenset({"R20.3", "R20.4", "R20.8"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if strategy == "task_arithmetic":
+            return super().merge(cards, "weighted", {"normalize": True}, weights, rank)
+        return super().merge(cards, strategy, options, weights, rank)
+
+
+class OnlyModulesOfTheFirstCard(Fault):
+    """What the first card lacks is left out."""
+
+    breaks = "R20.9"
+    turns_red = frozenset({"R20.3", "R20.4", "R20.5", "R20.6", "R20.7", "R20.8", "R20.9"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        rows = {module: pair for module, pair in merged.weights.items() if module in cards[0].weights}
+        return merged._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+
+
+class AveragedOverThoseThatHaveIt(Fault):
+    """A module that a card lacks does not count as 0."""
+
+    breaks = "R20.9"
+    turns_red = frozenset({"R20.4", "R20.9"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        if strategy != "average":
+            return merged
+        rows = {
+            module: pair._replace(scaling=pair.scaling * len(cards) / sum(module in card.weights for card in cards))
+            for module, pair in merged.weights.items()
+        }
+        return merged._replace(weights=rows)
+
+
+class DtypeOfTheFirstCard(Fault):
+    """The merged card has the first card's dtype, whatever the others hold."""
+
+    breaks = "R20.9"
+    turns_red = frozenset({"R20.3", "R20.9"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        dtype = next((pair.A.dtype for card in cards for pair in card.weights.values()), None)
+        rows = {
+            module: PlainPair(pair.A.astype(dtype), pair.B.astype(dtype), pair.scaling)
+            for module, pair in merged.weights.items()
+        }
+        return merged._replace(weights=rows)
+
+
+class OneRankForAll(Fault):
+    """Cards of another rank than the first's are refused."""
+
+    breaks = "R20.9"
+    turns_red = frozenset({"R20.1", "R20.2", "R20.3", "R20.4", "R20.5", "R20.6", "R20.7", "R20.8", "R20.9"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if len({card.rank for card in cards}) > 1:
+            raise ValueError([card.rank for card in cards])
+        return super().merge(cards, strategy, options, weights, rank)
+
+
+class TargetsOfTheFirstCard(Fault):
+    """The merged card targets what the first card targets, so the others' modules are never adapted."""
+
+    breaks = "R20.9"
+    turns_red = frozenset({"R20.9"})
+
+    def merge(self, cards, strategy, options, weights, rank):
+        return super().merge(cards, strategy, options, weights, rank)._replace(target_modules=cards[0].target_modules)
+
+
+MERGING_FAULTS = faults_in(globals())

@@ -1,0 +1,831 @@
+"""R20: merging: several cards become one, by their ΔW."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lora.merging import STRATEGIES, content_digest, merge
+from lora.testing.binding import PlainCard, PlainPair
+from lora.testing.plugin import requirement
+from lora.testing.reference import card_of, plain_of
+from lora.testing.strategies import dtypes, features, integers, numbers, ranks
+from lora.testing.tolerance import accumulator, gamma, roundoff, underflow
+
+F64 = np.dtype(np.float64)
+MODULES = ["encoder.0.query", "encoder.0.value", "encoder.11.query"]
+FULL = 7  # no module of `features` has a larger rank
+LINEAR = [
+    ("average", {}),
+    ("weighted", {"normalize": False}),
+    ("weighted", {"normalize": True}),
+    ("task_arithmetic", {}),
+    ("cat", {}),
+]
+DENSE = [
+    ("ties", {"density": 0.5, "elect": "mass"}),
+    ("ties", {"density": 0.75, "elect": "count"}),
+    ("dare", {"density": 0.5, "seed": 7}),
+]
+POSITIVE = [1.0, 2.0, 0.5, 3.0]
+SIGNED = [*POSITIVE, -1.0, -0.5, 0.0]
+DENSITIES = st.sampled_from([0.1, 0.25, 0.5, 0.6, 0.9, 1.0]) | st.floats(0.001, 1)
+CHANCE = 1e-9
+"""How often an honest implementation may fail an example by chance."""
+
+
+# ---- cards, small enough for every ΔW to be formed; whole numbers and powers of two: exactly, in any dtype
+
+
+def elements(dtype, shape, *, whole):
+    """A factor: with edges and equal entries, as Hypothesis likes them, or of full rank."""
+
+    def spread(seed):
+        rng = np.random.default_rng(seed)
+        return (rng.integers(-3, 4, shape) if whole else rng.uniform(-4, 4, shape)).astype(dtype)
+
+    return (integers if whole else numbers)(dtype, shape) | st.integers(0, 2**32).map(spread)
+
+
+@st.composite
+def one(draw, name, shapes, *, dtype=F64, whole=True, inner=ranks):
+    """A card with these modules ``(in, out)``."""
+    weights = {}
+    for module, (rows, columns) in shapes.items():
+        rank = draw(inner)
+        a, b = (draw(elements(dtype, shape, whole=whole)) for shape in ((rows, rank), (rank, columns)))
+        weights[module] = PlainPair(a, b, draw(st.sampled_from([1.0, 2.0, -0.5, 0.25])))
+    return card_with(name, weights)
+
+
+@st.composite
+def several(draw, *, least=1, most=4, dtype=F64, whole=True, everywhere=True):
+    """Cards of different or of one rank, unless `everywhere` of different modules; of one dtype unless that is None."""
+    modules = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=2, unique=True))
+    shapes, cards = {module: (draw(features), draw(features)) for module in modules}, []
+    inner = draw(st.just(ranks) | ranks.map(st.just))
+    for name in draw(st.lists(st.sampled_from("abcdef"), min_size=least, max_size=most, unique=True)):
+        held = modules if everywhere else draw(st.lists(st.sampled_from(modules), unique=True))
+        own = dtype or draw(dtypes)
+        own_shapes = {module: shapes[module] for module in held}
+        cards.append(draw(one(name, own_shapes, dtype=own, whole=whole, inner=inner)))
+    return cards
+
+
+def card_with(name, weights):
+    largest = max((pair.A.shape[1] for pair in weights.values()), default=1)
+    targets = tuple(sorted({module.rpartition(".")[2] for module in weights}))
+    return PlainCard(name, largest, float(largest), targets, weights, {}, {})
+
+
+def shapes_of(cards):
+    """Module -> ``(out, in)``, of all cards."""
+    return {m: (pair.B.shape[1], pair.A.shape[0]) for card in cards for m, pair in card.weights.items()}
+
+
+def change(card, module, shape):
+    """ΔW, 0 where the card has no such module; a scaling of None stands for alpha / rank."""
+    if module not in card.weights:
+        return np.zeros(shape)
+    a, b, scaling = card.weights[module]
+    return (a.astype(F64) @ b.astype(F64)).T * (card.alpha / card.rank if scaling is None else scaling)
+
+
+def flat(card, shapes):
+    """ΔW of all modules as one vector, with a 0 in front, lest it be empty."""
+    return np.concatenate([[0.0], *(change(card, module, shape).ravel() for module, shape in sorted(shapes.items()))])
+
+
+def scaled(card, factor):
+    """The card with another ΔW: `factor` times it."""
+    weights = {module: pair._replace(scaling=pair.scaling * factor) for module, pair in card.weights.items()}
+    return card._replace(weights=weights)
+
+
+def weights_for(draw, strategy, cards, choice=POSITIVE):
+    """Weights where the strategy takes them."""
+    return None if strategy in {"average", "slerp"} else [draw(st.sampled_from(choice)) for _ in cards]
+
+
+def applied(strategy, options, weights, count):
+    """What each card is multiplied with, or the largest that any of its entries is."""
+    if strategy == "average":
+        return [1 / count] * count
+    if options.get("normalize", False):
+        return [weight / sum(weights) for weight in weights]
+    if strategy == "ties":
+        return [1.0] * count
+    return [weight / options.get("density", 1) for weight in weights]
+
+
+def total(cards, factors, module, shape):
+    return sum(change(card, module, shape) * factor for card, factor in zip(cards, factors, strict=True))
+
+
+def size_of(cards, factors, module):
+    """Σ |factor · scaling| ‖A‖ ‖B‖: nothing on the way to the merged ΔW is larger."""
+    held = [(card.weights[module], abs(f)) for card, f in zip(cards, factors, strict=True) if module in card.weights]
+    lengths = [(f * abs(s), np.linalg.norm(a.astype(F64)), np.linalg.norm(b.astype(F64))) for (a, b, s), f in held]
+    return sum(f * a * b for f, a, b in lengths), sum((1 + f) * (1 + a) * (1 + b) for f, a, b in lengths)
+
+
+def allowed(merged, cards, factors, module, shape):
+    """Largest admissible ‖ΔW - exact‖ of a module (Frobenius).
+
+    An orthogonal transformation of an n × k matrix moves it by no more than γ(c·n·k) of its norm, in the accumulator
+    (Higham, theorem 19.4): QR of both stacks, an SVD and the products with its vectors make 6. The factors are rounded to
+    the dtype; as ``‖|A||B|‖ ≤ √k · size`` for balanced and for stacked ones, that costs (2u + u²) of it.
+    """
+    dtype = dtype_of(merged, cards)
+    inner = sum(card.weights[module].A.shape[1] for card in cards if module in card.weights) + min(shape)
+    size, magnitude = size_of(cards, factors, module)
+    u, k = roundoff(dtype), np.sqrt(min(shape))
+    steps = gamma(6 * sum(shape) * inner, accumulator(dtype))
+    lost = 2 * underflow(dtype) * inner * np.sqrt(np.prod(shape)) * magnitude
+    return (2 * u + u * u + steps) * k * size + lost
+
+
+def dtype_of(merged, cards):
+    """The merged card's, or where it holds nothing the widest it could have."""
+    return next((pair.A.dtype for card in (merged, *cards) for pair in card.weights.values()), F64)
+
+
+def assert_near(merged, want, cards, factors):
+    """Every module's ΔW is what it should be."""
+    shapes = shapes_of(cards)
+    assert set(merged.weights) <= set(shapes)
+    for module, shape in shapes.items():
+        apart = np.linalg.norm(change(merged, module, shape) - want(module, shape))
+        assert apart <= allowed(merged, cards, factors, module, shape), module
+
+
+def assert_same(first, second, cards, factors):
+    """Two merges of cards have one ΔW."""
+    other = dtype_of(second, cards)
+    assert dtype_of(first, cards) == other
+    for module, shape in shapes_of(cards).items():
+        apart = np.linalg.norm(change(first, module, shape) - change(second, module, shape))
+        assert apart <= 2 * allowed(first, cards, factors, module, shape), module
+
+
+def refuses(impl, *args):
+    try:
+        impl.merge(*args)
+    except Exception:  # noqa: BLE001 - any exception counts as a refusal
+        return True
+    return False
+
+
+# ---- R20.1 the strategies
+
+
+@requirement("R20.1")
+@given(cards=several(most=3), choice=st.sampled_from([*LINEAR, *DENSE]), data=st.data())
+def test_a_strategy_is_a_value_which_gives_the_same_card_whenever_it_is_asked(impl, cards, choice, data):
+    strategy, options = choice
+    weights = weights_for(data.draw, strategy, cards)
+    rank = FULL if choice in DENSE else None
+    copies = [{m: [part.copy() for part in pair[:2]] for m, pair in card.weights.items()} for card in cards]
+    first = impl.merge(cards, strategy, options, weights, rank)
+    impl.merge(cards[:1], strategy, {**options, **({"seed": 1} if strategy == "dare" else {})}, None, rank)
+    again = impl.merge(cards, strategy, options, weights, rank)
+    for module, pair in first.weights.items():
+        assert np.array_equal(pair.A, again.weights[module].A)
+        assert np.array_equal(pair.B, again.weights[module].B)
+    for card, copy in zip(cards, copies, strict=True):
+        for module, (a, b) in copy.items():
+            assert np.array_equal(card.weights[module].A, a)
+            assert np.array_equal(card.weights[module].B, b)
+
+
+@requirement("R20.1")
+@given(cards=several(), data=st.data())
+def test_normalised_weights_are_divided_by_their_sum(impl, cards, data):
+    weights = weights_for(data.draw, "weighted", cards)
+    merged = impl.merge(cards, "weighted", {"normalize": True}, weights, None)
+    factors = [weight / sum(weights) for weight in weights]
+    assert_near(merged, lambda m, shape: total(cards, factors, m, shape), cards, factors)
+    merged = impl.merge(cards, "weighted", {"normalize": False}, weights, None)
+    assert_near(merged, lambda m, shape: total(cards, weights, m, shape), cards, weights)
+
+
+@requirement("R20.1")
+@given(big=st.integers(3, 9), small=st.integers(1, 1), sign=st.sampled_from([1.0, -1.0]))
+def test_one_large_entry_wins_by_mass_and_two_small_ones_win_by_count(impl, big, small, sign):
+    cards = [
+        card_with(name, {"m": PlainPair(np.array([[value * sign]]), np.array([[1.0]]), 1.0)})
+        for name, value in (("a", big), ("b", -small), ("c", -small))
+    ]
+    for elect, want in (("mass", big * sign), ("count", -small * sign)):
+        merged = impl.merge(cards, "ties", {"density": 1.0, "elect": elect}, None, None)
+        assert_near(merged, lambda _m, _s, want=want: np.array([[want]]), cards, [1.0] * 3)
+
+
+@requirement("R20.1")
+@given(cards=several(least=2, most=2), bad=st.sampled_from([0.0, -0.5, 1.5, float("nan"), float("inf")]))
+def test_what_is_no_strategy_no_option_or_no_weight_is_refused(impl, cards, bad):
+    assert refuses(impl, cards, "linear-ish", {}, None, None)
+    assert refuses(impl, cards, "ties", {"density": bad}, None, None)
+    assert refuses(impl, cards, "ties", {"elect": "median"}, None, None)
+    assert refuses(impl, cards, "dare", {"density": bad}, None, None)
+    assert refuses(impl, cards, "average", {"density": 0.5}, None, None)
+    assert refuses(impl, cards, "weighted", {}, [1.0], None)
+    assert refuses(impl, cards, "weighted", {}, [1.0, float("nan")], None)
+    assert refuses(impl, cards, "weighted", {"normalize": True}, [1.0, -1.0], None)
+    assert refuses(impl, cards, "average", {}, None, 0)
+    assert refuses(impl, [], "average", {}, None, None)
+    assert refuses(impl, [*cards, cards[0]._replace(name="third")], "slerp", {}, None, None)
+    if bad != 0:
+        assert refuses(impl, cards, "slerp", {"t": bad}, None, None)
+
+
+@requirement("R20.1")
+@given(cards=several(most=3), bad=st.sampled_from([float("nan"), float("inf")]), data=st.data())
+def test_factors_that_are_not_finite_are_refused_by_every_strategy(impl, cards, bad, data):
+    strategy, options = data.draw(st.sampled_from([*LINEAR, *DENSE]))
+    module, pair = next(iter(cards[0].weights.items()))
+    spoilt = pair._replace(B=np.full_like(pair.B, bad))
+    cards[0] = cards[0]._replace(weights={**cards[0].weights, module: spoilt})
+    assert refuses(impl, cards, strategy, options, None, None)
+
+
+# ---- R20.2 by ΔW alone
+
+
+def turned(card, turn):
+    """The card with factors A M and M⁻¹ B."""
+    weights = {}
+    for module, pair in card.weights.items():
+        m, inverse = turn(pair.A.shape[1])
+        a, b = (pair.A.astype(F64) @ m).astype(pair.A.dtype), (inverse @ pair.B.astype(F64)).astype(pair.B.dtype)
+        weights[module] = PlainPair(a, b, pair.scaling)
+    return card._replace(weights=weights)
+
+
+def exactly(rng):
+    """M: columns exchanged, doubled or halved, negated, and added to each other; so small that no dtype rounds."""
+
+    def turn(rank):
+        m = np.eye(rank)[rng.permutation(rank)] * rng.choice([-2.0, -1.0, 0.5, 1.0, 2.0], rank)
+        inverse = np.zeros_like(m)
+        np.divide(1, m.T, out=inverse, where=m.T != 0)
+        if rank > 1:
+            shear = np.eye(rank)
+            shear[0, rank - 1] = rng.choice([-1.0, 1.0, 2.0])
+            m, inverse = m @ shear, (2 * np.eye(rank) - shear) @ inverse
+        return m, inverse
+
+    return turn
+
+
+def roughly(rng):
+    """M: any whole numbers with a determinant of at least 1."""
+
+    def turn(rank):
+        m = rng.integers(-3, 4, (rank, rank)).astype(F64)
+        while abs(np.linalg.det(m)) < 0.5:
+            m = rng.integers(-3, 4, (rank, rank)).astype(F64)
+        return m, np.linalg.inv(m)
+
+    return turn
+
+
+@requirement("R20.2")
+@given(cards=several(dtype=None, everywhere=False), seed=st.integers(0, 2**32), data=st.data())
+def test_every_factorisation_of_one_change_gives_the_same_merge(impl, cards, seed, data):
+    strategy, options = choice = data.draw(st.sampled_from([*LINEAR, *DENSE]))
+    weights = weights_for(data.draw, strategy, cards)
+    rank = FULL if choice in DENSE else None
+    turn = exactly(np.random.default_rng(seed))  # each factor by another M
+    others = [turned(card, turn) for card in cards]
+    shapes = shapes_of(cards)
+    assert all(np.array_equal(flat(a, shapes), flat(b, shapes)) for a, b in zip(cards, others, strict=True))
+    factors = applied(strategy, options, weights, len(cards))
+    first, second = (impl.merge(some, strategy, options, weights, rank) for some in (cards, others))
+    for module, shape in shapes.items():
+        apart = np.linalg.norm(change(first, module, shape) - change(second, module, shape))
+        assert apart <= sum(allowed(first, some, factors, module, shape) for some in (cards, others))
+
+
+@requirement("R20.2")
+@given(cards=several(), seed=st.integers(0, 2**32), choice=st.sampled_from(LINEAR), data=st.data())
+def test_any_change_of_factors_moves_the_merge_by_what_it_rounds(impl, cards, seed, choice, data):
+    strategy, options = choice
+    weights = weights_for(data.draw, strategy, cards)
+    turn = roughly(np.random.default_rng(seed))
+    others = [turned(card, turn) for card in cards]
+    factors = applied(strategy, options, weights, len(cards))
+    first, second = (impl.merge(some, strategy, options, weights, None) for some in (cards, others))
+    for module, shape in shapes_of(cards).items():
+        moved = np.linalg.norm(total(cards, factors, module, shape) - total(others, factors, module, shape))
+        apart = np.linalg.norm(change(first, module, shape) - change(second, module, shape))
+        assert apart <= moved + sum(allowed(first, some, factors, module, shape) for some in (cards, others))
+
+
+# ---- R20.3 identity, idempotence, symmetry, scaling
+
+
+@requirement("R20.3")
+@given(cards=several(most=1, dtype=None, whole=False), data=st.data())
+def test_the_merge_of_one_card_is_that_card(impl, cards, data):
+    strategy, options = data.draw(st.sampled_from([*LINEAR, ("ties", {"density": 1.0}), ("dare", {"density": 1.0})]))
+    merged = impl.merge(cards, strategy, options, None, None)
+    assert_near(merged, lambda m, shape: change(cards[0], m, shape), cards, [1.0])
+    assert merged.rank <= cards[0].rank
+
+
+@requirement("R20.3")
+@given(cards=several(most=1, dtype=None), count=st.integers(2, 5), seed=st.integers(0, 2**32))
+def test_the_average_of_equal_cards_is_that_card(impl, cards, count, seed):
+    rng = np.random.default_rng(seed)
+    for same in ([cards[0]] * count, [cards[0]._replace(name=f"{i}") for i in range(count)]):
+        merged = impl.merge(same, "average", {}, None, None)
+        assert_near(merged, lambda m, shape: change(cards[0], m, shape), same, [1 / count] * count)
+    wide = turned(cards[0], exactly(rng))
+    shapes = shapes_of(cards)
+    assert np.array_equal(flat(wide, shapes), flat(cards[0], shapes))
+    merged = impl.merge([cards[0], wide], "average", {}, None, None)
+    assert_near(merged, lambda m, shape: change(cards[0], m, shape), [cards[0], wide], [0.5, 0.5])
+
+
+@requirement("R20.3")
+@given(cards=several(least=2, dtype=None, everywhere=False), data=st.data())
+def test_the_order_in_which_cards_are_given_changes_nothing(impl, cards, data):
+    strategy, options = choice = data.draw(st.sampled_from([*LINEAR, *DENSE]))
+    weights = weights_for(data.draw, strategy, cards)
+    rank = FULL if choice in DENSE else None
+    order = data.draw(st.permutations(range(len(cards))))
+    shuffled = None if weights is None else [weights[i] for i in order]
+    first = impl.merge(cards, strategy, options, weights, rank)
+    second = impl.merge([cards[i] for i in order], strategy, options, shuffled, rank)
+    assert_same(first, second, cards, applied(strategy, options, weights, len(cards)))
+
+
+@requirement("R20.3")
+@given(cards=several(least=2, most=2), factor=st.sampled_from([0.25, 2.0, 8.0]), data=st.data())
+def test_cards_scaled_alike_give_a_merge_scaled_alike(impl, cards, factor, data):
+    strategy, options = choice = data.draw(st.sampled_from([*LINEAR, *DENSE]))
+    weights = weights_for(data.draw, strategy, cards)
+    rank = FULL if choice in DENSE else None
+    merged = impl.merge(cards, strategy, options, weights, rank)
+    larger = impl.merge([scaled(card, factor) for card in cards], strategy, options, weights, rank)
+    factors = [factor * f + f for f in applied(strategy, options, weights, len(cards))]
+    assert_near(larger, lambda m, shape: factor * change(merged, m, shape), cards, factors)
+
+
+@requirement("R20.3")
+@given(cards=several(least=2), factor=st.sampled_from([0.25, 2.0, 8.0]), data=st.data())
+def test_weights_scaled_alike_scale_a_sum_and_leave_a_mean_as_it_is(impl, cards, factor, data):
+    strategy, options = choice = data.draw(st.sampled_from([*LINEAR[1:], *DENSE]))
+    weights = weights_for(data.draw, strategy, cards)
+    rank = FULL if choice in DENSE else None
+    merged = impl.merge(cards, strategy, options, weights, rank)
+    larger = impl.merge(cards, strategy, options, [factor * weight for weight in weights], rank)
+    mean = strategy == "ties" or options.get("normalize", False)
+    factors = [factor * f + f for f in applied(strategy, options, weights, len(cards))]
+    assert_near(larger, lambda m, shape: (1 if mean else factor) * change(merged, m, shape), cards, factors)
+
+
+# ---- R20.4 linear merges
+
+
+@requirement("R20.4")
+@given(cards=several(dtype=None, whole=False, everywhere=False), choice=st.sampled_from(LINEAR), data=st.data())
+def test_a_linear_merge_is_exact_at_the_sum_of_ranks(impl, cards, choice, data):
+    strategy, options = choice
+    weights = weights_for(data.draw, strategy, cards)
+    factors = applied(strategy, options, weights, len(cards))
+    summed = {m: sum(c.weights[m].A.shape[1] for c in cards if m in c.weights) for m in shapes_of(cards)}
+    largest = max(summed.values(), default=1)
+    for rank in (None,) if strategy == "cat" else (None, largest):
+        merged = impl.merge(cards, strategy, options, weights, rank)
+        assert_near(merged, lambda m, shape: total(cards, factors, m, shape), cards, factors)
+        for module, pair in merged.weights.items():
+            assert pair.A.shape[1] <= summed[module]
+        assert merged.rank == max((pair.A.shape[1] for pair in merged.weights.values()), default=1)
+
+
+@requirement("R20.4")
+@given(cards=several(dtype=None, whole=False), rank=st.integers(1, 4), data=st.data())
+def test_a_truncated_linear_merge_is_the_best_approximation_of_its_rank(impl, cards, rank, data):
+    strategy, options = data.draw(st.sampled_from(LINEAR[:-1]))
+    weights = weights_for(data.draw, strategy, cards)
+    factors = applied(strategy, options, weights, len(cards))
+    merged = impl.merge(cards, strategy, options, weights, rank)
+    for module, shape in shapes_of(cards).items():
+        want = total(cards, factors, module, shape)
+        found = change(merged, module, shape)
+        tail = np.linalg.norm(np.linalg.svd(want, compute_uv=False)[rank:])
+        assert np.linalg.norm(found - want) <= tail + allowed(merged, cards, factors, module, shape)
+        assert module not in merged.weights or merged.weights[module].A.shape[1] <= rank
+
+
+# ---- R20.5 SLERP
+
+
+def angle_between(x, y):
+    """Radians; accurate for small and for large angles (Kahan)."""
+    x, y = x / np.linalg.norm(x), y / np.linalg.norm(y)
+    return 2 * np.arctan2(np.linalg.norm(x - y), np.linalg.norm(x + y))
+
+
+@st.composite
+def ends(draw):
+    """Two cards, not 0, whose modules may differ; one module of theirs keeps them apart."""
+    cards, place = draw(several(least=2, most=2, everywhere=False)), np.ones((1, 1))
+    points = [[3.0, 0.0], draw(st.sampled_from([[0.0, 3.0], [2.0, 2.0], [-2.0, 2.0], [3.0, 1.0], [0.0, -1.0]]))]
+    return [
+        card_with(card.name, {**card.weights, "anchor": PlainPair(place, np.array([point]), 1.0)})
+        for card, point in zip(cards, points, strict=True)
+    ]
+
+
+def arc_of(cards):
+    """Both points, their lengths and angle; how far a merge may lie from the arc.
+
+    The weights are sin(pθ) / sin θ, whose derivative is below 2 / sin² θ, and θ comes from a cosine, whose error is
+    magnified by 1 / sin θ.
+    """
+    shapes = shapes_of(cards)
+    x, y = (flat(card, shapes) for card in cards)
+    lengths = [np.linalg.norm(x), np.linalg.norm(y)]
+    assume(min(lengths) > 0)
+    angle = angle_between(x, y)
+    assume(angle < np.pi - 0.1)  # nearer to opposite, its error says nothing
+    sizes = [sum(size_of([card], [1.0], module)[0] for module in card.weights) for card in cards]
+    cond = max(size / length for size, length in zip(sizes, lengths, strict=True))
+    worst = max(np.sin(angle), 0.1)
+    reach = max(lengths)
+    factors = [reach / length / worst for length in lengths]
+    off = sum(allowed(cards[0], cards, factors, module, shape) for module, shape in shapes.items())
+    return shapes, x, y, lengths, angle, off * (1 + cond**2 * 2 / worst**2)
+
+
+ARCS = st.sampled_from([0.0, 1.0, 0.5, 0.25]) | st.floats(0, 1)
+
+
+@requirement("R20.5", "R20.9")
+@given(cards=ends())
+def test_slerp_reaches_its_end_points(impl, cards):
+    shapes, x, y, _, _, off = arc_of(cards)
+    assert np.linalg.norm(flat(impl.merge(cards, "slerp", {"t": 0.0}, None, None), shapes) - x) <= off
+    assert np.linalg.norm(flat(impl.merge(cards, "slerp", {"t": 1.0}, None, None), shapes) - y) <= off
+
+
+@requirement("R20.5")
+@given(cards=ends(), t=ARCS)
+def test_slerp_from_the_other_end_is_the_same(impl, cards, t):
+    shapes, _, _, _, _, off = arc_of(cards)
+    there = flat(impl.merge(cards, "slerp", {"t": t}, None, None), shapes)
+    back = flat(impl.merge(cards[::-1], "slerp", {"t": 1 - t}, None, None), shapes)
+    assert np.linalg.norm(there - back) <= 2 * off
+
+
+@requirement("R20.5")
+@given(cards=ends(), t=ARCS)
+def test_slerp_turns_at_constant_angular_speed_while_the_length_goes_linearly(impl, cards, t):
+    shapes, x, y, lengths, angle, off = arc_of(cards)
+    assume(angle > 0.1)
+    found = flat(impl.merge(cards, "slerp", {"t": t}, None, None), shapes)
+    length = (1 - t) * lengths[0] + t * lengths[1]
+    assert abs(np.linalg.norm(found) - length) <= off
+    turned_by = np.pi / 2 * off / length  # a vector that is moved by off turns by no more
+    assert abs(angle_between(x, found) - t * angle) <= turned_by
+    assert abs(angle_between(y, found) - (1 - t) * angle) <= turned_by
+
+
+@requirement("R20.5")
+@given(cards=several(most=1), factor=st.sampled_from([1.0, 2.0, 0.5]), small=st.sampled_from([0.0, 2.0**-30]), t=ARCS)
+def test_slerp_of_nearly_parallel_cards_is_linear(impl, cards, factor, small, t):
+    weights = {}
+    for module, (a, b, scaling) in cards[0].weights.items():
+        more = np.ones((a.shape[0], 1)), np.full((1, b.shape[1]), small)
+        weights[module] = PlainPair(np.hstack([a, more[0]]), np.vstack([b, more[1]]), scaling * factor)
+    cards = [cards[0], card_with("z", weights)]
+    shapes, x, y, lengths, angle, off = arc_of(cards)
+    found = flat(impl.merge(cards, "slerp", {"t": t}, None, None), shapes)
+    bend = angle * abs(lengths[0] - lengths[1]) + angle**2 * max(lengths)
+    assert angle < 1e-6
+    assert np.linalg.norm(found - (1 - t) * x - t * y) <= off + bend
+
+
+@requirement("R20.5")
+@given(cards=several(least=2, most=2), factor=st.sampled_from([-1.0, -2.0, -0.25]), t=ARCS)
+def test_slerp_of_opposite_cards_or_of_nothing_is_refused(impl, cards, factor, t):
+    shapes = shapes_of(cards)
+    assume(flat(cards[0], shapes).any())
+    opposite = scaled(cards[0], factor)._replace(name="z")
+    silent = scaled(cards[1], 0.0)._replace(name="z")
+    bare = card_with("z", {})
+    for other in (opposite, silent, bare):
+        assert refuses(impl, [cards[0], other], "slerp", {"t": t}, None, None)
+        assert refuses(impl, [other, cards[0]], "slerp", {"t": t}, None, None)
+
+
+# ---- R20.6 TIES
+
+
+def kept(part, density):
+    """The entries that TIES keeps: the largest ones, and among equals the first."""
+    flat_part = part.ravel()
+    order = sorted(range(flat_part.size), key=lambda i: (-abs(flat_part[i]), i))
+    chosen = set(order[: max(1, round(density * flat_part.size))])
+    return np.array([value if i in chosen else 0.0 for i, value in enumerate(flat_part)]).reshape(part.shape)
+
+
+def ties_by_hand(parts, weights, density, elect):
+    """TIES entry by entry."""
+    trimmed = [kept(part, density) for part in parts]
+    result = np.zeros_like(parts[0])
+    for place in np.ndindex(result.shape):
+        entries = [(float(part[place]) * weight, abs(weight)) for part, weight in zip(trimmed, weights, strict=True)]
+        votes = sum(np.sign(value) if elect == "count" else value for value, _ in entries)
+        agreeing = [entry for entry in entries if entry[0] * votes > 0]
+        if agreeing:
+            result[place] = sum(value for value, _ in agreeing) / sum(weight for _, weight in agreeing)
+    return result
+
+
+@requirement("R20.6")
+@given(
+    cards=several(everywhere=False) | several(least=3),
+    density=DENSITIES,
+    elect=st.sampled_from(["mass", "count"]),
+    data=st.data(),
+)
+def test_ties_is_the_weighted_mean_of_what_agrees_after_trimming(impl, cards, density, elect, data):
+    weights = [data.draw(st.sampled_from(SIGNED)) for _ in cards]
+    merged = impl.merge(cards, "ties", {"density": density, "elect": elect}, weights, FULL)
+
+    def by_hand(module, shape):
+        return ties_by_hand([change(card, module, shape) for card in cards], weights, density, elect)
+
+    assert_near(merged, by_hand, cards, [1.0] * len(cards))
+
+
+@requirement("R20.6", "R20.7")
+@given(rows=features, columns=features, density=DENSITIES, seed=st.integers(0, 2**32))
+def test_ties_keeps_exactly_the_stated_count_of_entries(impl, rows, columns, density, seed):
+    rng = np.random.default_rng(seed)
+    b = rng.permutation(np.arange(1.0, rows * columns + 1)).reshape(rows, columns)
+    card = card_with("a", {"m": PlainPair(np.eye(rows), b * rng.choice([-1.0, 1.0], b.shape), 1.0)})
+    found = change(impl.merge([card], "ties", {"density": density}, None, FULL), "m", (columns, rows))
+    assert (abs(found) > 0.5).sum() == max(1, round(density * b.size))
+
+
+@requirement("R20.6")
+@given(rows=features, columns=features, density=DENSITIES, seed=st.integers(0, 2**32))
+def test_among_entries_of_one_magnitude_ties_keeps_the_first(impl, rows, columns, density, seed):
+    b = np.random.default_rng(seed).choice([-1.0, 1.0], (rows, columns))
+    card = card_with("a", {"m": PlainPair(np.eye(rows), b, 1.0)})
+    found = change(impl.merge([card], "ties", {"density": density}, None, FULL), "m", (columns, rows))
+    count = max(1, round(density * b.size))
+    assert np.array_equal(np.flatnonzero(abs(found) > 0.5), np.arange(count))
+
+
+@requirement("R20.6")
+@given(cards=several(most=1), elect=st.sampled_from(["mass", "count"]), weight=st.sampled_from(POSITIVE))
+def test_where_signs_balance_ties_elects_nothing(impl, cards, elect, weight):
+    both = [cards[0], scaled(cards[0], -1.0)._replace(name="z")]
+    merged = impl.merge(both, "ties", {"density": 1.0, "elect": elect}, [weight, weight], FULL)
+    assert_near(merged, lambda _, shape: np.zeros(shape), both, [1.0, 1.0])
+
+
+# ---- R20.7 DARE
+
+
+def full_entries(name, side, seed, modules=("m",)):
+    """A card of rank 1 whose ΔW has no entry of 0: what is 0 after DARE was dropped."""
+    rng = np.random.default_rng(seed)
+    draw = [1.0, -1.0, 2.0, -2.0, 3.0]
+    pairs = {m: PlainPair(rng.choice(draw, (side, 1)), rng.choice(draw, (1, side)), 1.0) for m in modules}
+    return card_with(name, pairs)
+
+
+def mask(impl, cards, density, seed, module="m"):
+    """Which entries of the only card are kept."""
+    side = cards[0].weights[module].A.shape[0]
+    merged = impl.merge(cards, "dare", {"density": density, "seed": seed}, None, side)
+    return abs(change(merged, module, (side, side))) > 0.5
+
+
+SEEDS = st.integers(0, 2**31)
+SHARES = st.sampled_from([0.1, 0.25, 0.4, 0.6, 0.75, 0.9])
+
+
+@requirement("R20.7")
+@given(cards=several(most=1), density=DENSITIES, seed=SEEDS, weight=st.sampled_from(SIGNED))
+def test_an_entry_is_dropped_or_rescaled_by_one_over_density(impl, cards, density, seed, weight):
+    merged = impl.merge(cards, "dare", {"density": density, "seed": seed}, [weight], FULL)
+    for module, shape in shapes_of(cards).items():
+        whole, found = change(cards[0], module, shape) * weight / density, change(merged, module, shape)
+        off = allowed(merged, cards, [weight / density], module, shape)
+        assert (np.minimum(abs(found), abs(found - whole)) <= off).all()
+
+
+@requirement("R20.7")
+@given(density=SHARES, seed=SEEDS)
+def test_the_share_kept_is_density(impl, density, seed):
+    found = mask(impl, [full_entries("a", 48, seed)], density, seed)
+    assert abs(found.mean() - density) <= np.sqrt(np.log(2 / CHANCE) / (2 * found.size))  # Hoeffding
+
+
+@requirement("R20.7")
+@settings(max_examples=10)
+@given(density=SHARES, seed=SEEDS, side=st.integers(1, 4))
+def test_over_seeds_each_entry_is_kept_as_often_as_density_says_so_that_its_mean_is_unbiased(impl, density, seed, side):
+    card, rounds = full_entries("a", side, seed), 150
+    often = sum(mask(impl, [card], density, seed + i).astype(float) for i in range(rounds)) / rounds
+    assert (abs(often - density) <= np.sqrt(np.log(2 * side * side / CHANCE) / (2 * rounds))).all()
+
+
+@requirement("R20.7")
+@given(density=SHARES, seed=SEEDS, content=SEEDS)
+def test_a_mask_depends_on_seed_module_and_card_name_and_on_nothing_else(impl, density, seed, content):
+    side = 24  # of 576 entries with densities from 0.1 to 0.9, all agree with a chance below 1e-49
+    found = mask(impl, [full_entries("a", side, seed)], density, seed)
+    assert np.array_equal(mask(impl, [full_entries("a", side, content)], density, seed), found)
+    two = full_entries("a", side, seed, ("m", "other"))
+    assert np.array_equal(mask(impl, [two], density, seed), found)
+    assert not np.array_equal(mask(impl, [two], density, seed, "other"), found)
+    assert not np.array_equal(mask(impl, [full_entries("b", side, seed)], density, seed), found)
+    assert not np.array_equal(mask(impl, [full_entries("a", side, seed)], density, seed + 1), found)
+
+
+@requirement("R20.7")
+@given(cards=several(least=2, everywhere=False), density=DENSITIES, seed=SEEDS, data=st.data())
+def test_what_dare_makes_of_several_cards_is_the_sum_of_what_it_makes_of_each(impl, cards, density, seed, data):
+    options, weights = {"density": density, "seed": seed}, weights_for(data.draw, "dare", cards, SIGNED)
+    order = data.draw(st.permutations(range(len(cards))))
+    merged = impl.merge([cards[i] for i in order], "dare", options, [weights[i] for i in order], FULL)
+    each = [impl.merge([card], "dare", options, [weight], FULL) for card, weight in zip(cards, weights, strict=True)]
+    factors = [2 * weight / density for weight in weights]
+    assert_near(merged, lambda m, shape: sum(change(part, m, shape) for part in each), cards, factors)
+
+
+@requirement("R20.7")
+@given(cards=several(least=2, most=2))
+def test_dare_refuses_two_cards_of_one_name_as_they_would_share_a_mask(impl, cards):
+    assert refuses(impl, [cards[0], cards[1]._replace(name=cards[0].name)], "dare", {"density": 0.5}, None, None)
+
+
+# ---- R20.8 task arithmetic
+
+
+@requirement("R20.8")
+@given(cards=several(dtype=None, everywhere=False), data=st.data())
+def test_task_arithmetic_takes_skills_away_by_negative_weights(impl, cards, data):
+    weights = [data.draw(st.sampled_from(SIGNED)) for _ in cards]
+    merged = impl.merge(cards, "task_arithmetic", {}, weights, None)
+    assert_near(merged, lambda m, shape: total(cards, weights, m, shape), cards, weights)
+
+
+@requirement("R20.8")
+@given(cards=several(most=1, dtype=None), weight=st.sampled_from(POSITIVE), seed=SEEDS)
+def test_a_card_less_itself_is_a_card_that_changes_nothing(impl, cards, weight, seed):
+    one = cards[0]
+    renamed, other = one._replace(name="z"), turned(one, exactly(np.random.default_rng(seed)))
+    shapes = shapes_of(cards)
+    for twin in (one, renamed, other):
+        assert np.array_equal(flat(twin, shapes), flat(one, shapes))
+        merged = impl.merge([one, twin], "task_arithmetic", {}, [weight, -weight], None)
+        assert_near(merged, lambda _, shape: np.zeros(shape), [one, twin], [weight, weight])
+    assert impl.read_card(impl.write_card(merged)).rank == merged.rank >= 1
+
+
+@requirement("R20.8")
+@given(cards=several(least=2, most=2, dtype=None, everywhere=False))
+def test_what_was_added_can_be_taken_away_again(impl, cards):
+    both = impl.merge(cards, "task_arithmetic", {}, [1.0, 1.0], None)
+    back = impl.merge([both, cards[1]], "task_arithmetic", {}, [1.0, -1.0], None)
+    assert_near(back, lambda m, shape: change(cards[0], m, shape), [*cards, cards[1]], [2.0, 2.0, 2.0])
+
+
+# ---- R20.9 cards that differ
+
+
+PROMOTED = {
+    ("bfloat16", "float16"): "float32",
+    ("bfloat16", "float32"): "float32",
+    ("bfloat16", "float64"): "float64",
+    ("float16", "float32"): "float32",
+    ("float16", "float64"): "float64",
+    ("float32", "float64"): "float64",
+}
+
+
+@requirement("R20.9")
+@given(first=dtypes, second=dtypes, shape=st.tuples(features, features), data=st.data())
+def test_cards_of_two_dtypes_merge_into_the_one_that_holds_both(impl, first, second, shape, data):
+    strategy, options = choice = data.draw(st.sampled_from([*LINEAR, *DENSE]))
+    cards = [data.draw(one(name, {"m": shape}, dtype=d)) for name, d in (("a", first), ("b", second))]
+    rank = FULL if choice in DENSE else None
+    merged = impl.merge(cards, strategy, options, weights_for(data.draw, strategy, cards), rank)
+    expected = PROMOTED.get(tuple(sorted((first.name, second.name))), first.name)
+    assert {part.dtype.name for pair in merged.weights.values() for part in pair[:2]} <= {expected}
+    for linear, factors in (("average", [0.5, 0.5]), ("cat", [1.0, 1.0])):
+        merged = impl.merge(cards, linear, {}, None, None)
+        assert_near(merged, lambda m, s, factors=factors: total(cards, factors, m, s), cards, factors)
+
+
+@requirement("R20.9")
+@given(cards=several(least=2, dtype=None, everywhere=False), data=st.data())
+def test_a_module_that_a_card_lacks_counts_as_zero(impl, cards, data):
+    strategy, options = choice = data.draw(st.sampled_from([*LINEAR, *DENSE]))
+    weights = weights_for(data.draw, strategy, cards)
+    rank = FULL if choice in DENSE else None
+    shapes = shapes_of(cards)
+    merged = impl.merge(cards, strategy, options, weights, rank)
+    dtype = dtype_of(merged, cards)
+    silent = [
+        card._replace(weights={m: card.weights.get(m, silence(dtype_of(card, [merged]), s)) for m, s in shapes.items()})
+        for card in cards
+    ]
+    assume(all(dtype_of(card, [merged]) == dtype for card in cards if not card.weights))
+    filled = impl.merge([card_with(card.name, card.weights) for card in silent], strategy, options, weights, rank)
+    assert_same(merged, filled, cards, applied(strategy, options, weights, len(cards)))
+
+
+def silence(dtype, shape):
+    return PlainPair(np.zeros((shape[1], 1), dtype), np.zeros((1, shape[0]), dtype), 1.0)
+
+
+@requirement("R20.9")
+@given(cards=several(dtype=None, whole=False, everywhere=False), data=st.data())
+def test_the_merged_card_is_a_card_with_the_targets_of_all(impl, cards, data):
+    strategy, options = data.draw(st.sampled_from([*LINEAR, *DENSE]))
+    merged = impl.merge(cards, strategy, options, weights_for(data.draw, strategy, cards), None)
+    assert set(merged.target_modules) == {target for card in cards for target in card.target_modules}
+    back = impl.read_card(impl.write_card(merged))
+    shapes = shapes_of(cards)
+    assert set(back.weights) <= set(shapes)
+    assert all(np.array_equal(change(back, m, shape), change(merged, m, shape)) for m, shape in shapes.items())
+
+
+@requirement("R20.9")
+@given(cards=several(least=2, most=2), data=st.data())
+def test_cards_that_disagree_on_a_modules_shape_are_refused(impl, cards, data):
+    strategy, options = data.draw(st.sampled_from([*LINEAR, *DENSE]))
+    module, pair = next(iter(cards[1].weights.items()))
+    longer = pair._replace(A=np.vstack([pair.A, np.ones_like(pair.A[:1])]))
+    cards[1] = cards[1]._replace(weights={**cards[1].weights, module: longer})
+    assert refuses(impl, cards, strategy, options, None, None)
+
+
+# ---- this library's own: R20.10, and equality bit for bit
+
+
+@requirement("R20.10")
+@given(cards=several(dtype=F64, whole=False, everywhere=False), rank=st.integers(1, 3), data=st.data())
+def test_the_merged_card_tells_its_parents_their_weights_and_what_truncation_cost(cards, rank, data):
+    strategy, options = data.draw(st.sampled_from([*LINEAR[:-1], *DENSE]))
+    weights = weights_for(data.draw, strategy, cards)
+    value, parents = STRATEGIES[strategy](**options), [card_of(card) for card in cards]
+    exact, cut = (merge(parents, value, weights, limit) for limit in (FULL, rank))
+    told = cut.metadata["merge"]
+    factors = applied("task_arithmetic", {}, weights, len(cards)) if weights else [1 / len(cards)] * len(cards)
+    factors = applied(strategy, options, weights, len(cards)) if options.get("normalize") else factors
+    assert (told["strategy"], told["options"]) == (strategy, {**asdict(value)})
+    assert told["parents"] == [
+        {"name": card.name, "digest": content_digest(card), "weight": factor}
+        for card, factor in sorted(zip(parents, factors, strict=True), key=lambda pair: pair[0].name)
+    ]
+    assert set(told["error"]) == set(shapes_of(cards))
+    for module, shape in shapes_of(cards).items():
+        want, found = (change(plain_of(card), module, shape) for card in (exact, cut))
+        noise = 4 * allowed(plain_of(cut), cards, applied(strategy, options, weights, len(cards)), module, shape)
+        assert abs(told["error"][module] * np.linalg.norm(want) - np.linalg.norm(found - want)) <= noise
+
+
+@requirement("R20.10")
+@given(cards=several(most=1, dtype=None, whole=False), data=st.data())
+def test_a_content_digest_is_equal_for_equal_cards_and_for_no_others(cards, data):
+    card = card_of(cards[0])
+    assert content_digest(card) == content_digest(card_of(cards[0]))
+    module, pair = data.draw(st.sampled_from(list(card.weights.items())))
+    a = np.array(pair.A)
+    place = data.draw(st.tuples(*(st.integers(0, n - 1) for n in a.shape)))
+    a[place] = 1 if a[place] != 1 else 2
+    others = [
+        replace(card, name=card.name + "2"),
+        replace(card, alpha=card.alpha + 1),
+        replace(card, target_modules=(*card.target_modules, "key")),
+        replace(card, metadata={"version": "1.0.0"}),
+        replace(card, base_fingerprint="0" * 64),
+        replace(card, weights={**card.weights, module: replace(pair, A=a)}),
+        replace(card, weights={**card.weights, module: replace(pair, scaling=pair.scaling + 1)}),
+        replace(card, weights={f"{m}.x": p for m, p in card.weights.items()}),
+    ]
+    assert len({content_digest(other) for other in [card, *others]}) == 1 + len(others)
+
+
+@requirement("R20.3")
+@given(cards=several(least=2, dtype=None, whole=False, everywhere=False), data=st.data())
+def test_the_order_of_cards_changes_no_bit(cards, data):
+    strategy, options = data.draw(st.sampled_from([*LINEAR, *DENSE]))
+    weights = weights_for(data.draw, strategy, cards)
+    value, parents = STRATEGIES[strategy](**options), [card_of(card) for card in cards]
+    order = data.draw(st.permutations(range(len(cards))))
+    shuffled = None if weights is None else [weights[i] for i in order]
+    assert merge(parents, value, weights) == merge([parents[i] for i in order], value, shuffled)

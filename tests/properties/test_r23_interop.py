@@ -1,0 +1,146 @@
+"""R23: a card goes to other formats and comes back with its bits."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lora.card import LoRACard, LowRank
+from lora.errors import CardError, CardFileError
+from lora.interop.peft import CONFIG, WEIGHTS, export_peft, import_peft
+from lora.interop.safetensors import LAYOUTS, load_safetensors, save_safetensors
+from lora.targets import match_targets
+from lora.testing import strategies as gen
+from lora.testing.plugin import requirement
+
+any_scaling = gen.scalings | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@st.composite
+def cards(draw: st.DrawFn) -> LoRACard:
+    """Any card: factors of any bits, unequal ranks, scalings of any size, base and fingerprint."""
+    plain = draw(gen.plain_cards())
+    pairs = {
+        module: LowRank(pair.A, pair.B, pair.scaling if pair.scaling is None else draw(any_scaling))
+        for module, pair in plain.weights.items()
+    }
+    rank = max((pair.rank for pair in pairs.values()), default=plain.rank)
+    card = LoRACard(plain.name, rank, plain.alpha, plain.target_modules, pairs, plain.metadata)
+    digest = draw(st.none() | st.text("0123456789abcdef", min_size=64, max_size=64))
+    return replace(card, base_model=draw(st.none() | gen.names), base_fingerprint=digest, extra=plain.extra)
+
+
+ALIKE = ["a", "b.a", "c.b.a", "xa", "b.*", "c(a"]
+"""Names that end alike, the shorter ones sorted first, or that mean something else in a pattern."""
+
+
+@st.composite
+def exportable(draw: st.DrawFn) -> LoRACard:
+    """A card that PEFT can express: named modules, each targeted, and scaling · rank a float."""
+    card = draw(cards())
+    weights = {m: p for m, p in card.weights.items() if m and abs(p.scaling * p.rank) < np.finfo(float).max}
+    if draw(st.booleans()):
+        weights = dict(zip(draw(st.permutations(ALIKE)), weights.values(), strict=False))
+    assume(weights)
+    return replace(card, weights=weights, target_modules=tuple(weights), rank=max(p.rank for p in weights.values()))
+
+
+def bits(weights: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
+    return {m: (p.dtype, p.A.shape, p.A.tobytes(), p.B.shape, p.B.tobytes()) for m, p in weights.items()}
+
+
+@requirement("R23.4")
+@given(exportable())
+def test_a_card_goes_to_peft_and_back_with_its_bits_and_its_scalings_to_one_ulp(card):
+    with folder() as place:
+        export_peft(card, place / "x")
+        back = import_peft(place / "x")
+    assert bits(back.weights) == bits(card.weights)
+    for module, pair in card.weights.items():
+        assert abs(back.weights[module].scaling - pair.scaling) <= np.spacing(abs(pair.scaling))
+    assert set(back.target_modules) == set(card.weights)
+    for field in ("name", "rank", "alpha", "base_model", "base_fingerprint", "extra"):
+        assert getattr(back, field) == getattr(card, field)
+    assert {k: v for k, v in back.metadata.items() if k != "peft"} == {
+        k: v for k, v in card.metadata.items() if k != "peft"
+    }
+
+
+@requirement("R23.4")
+@given(exportable())
+def test_a_second_round_through_peft_changes_nothing_more(card):
+    """What one ulp was lost is lost once; and one card gives one directory, byte for byte."""
+    with folder() as place:
+        export_peft(card, place / "1")
+        once = import_peft(place / "1")
+        export_peft(once, place / "2")
+        twice = import_peft(place / "2")
+        export_peft(once, place / "3")
+        for file in (CONFIG, WEIGHTS):
+            assert (place / "2" / file).read_bytes() == (place / "3" / file).read_bytes()
+    assert twice.weights == once.weights
+
+
+@requirement("R23.4")
+@given(cards())
+def test_a_card_goes_to_peft_exactly_if_peft_can_express_it(card):
+    """No weight that nothing targets comes to life there, and what is refused leaves nothing behind."""
+    finite = all(abs(pair.scaling * pair.rank) < np.inf for pair in card.weights.values())
+    applied = set(match_targets(card.weights, card.target_modules)) == set(card.weights)
+    sayable = bool(card.weights) and "" not in card.weights and finite and applied
+    with folder() as place:
+        try:
+            export_peft(card, place / "x")
+        except CardError:
+            assert not sayable
+            assert not list(place.iterdir())
+        else:
+            assert sayable
+            assert bits(import_peft(place / "x").weights) == bits(card.weights)
+
+
+@requirement("R23.5")
+@given(card=cards(), layout=st.sampled_from(LAYOUTS))
+def test_a_card_goes_to_safetensors_and_back_as_it_was(card, layout):
+    with folder() as place:
+        first = save_safetensors(card, place / "x.safetensors", layout=layout)
+        back = load_safetensors(place / "x.safetensors")
+        again = save_safetensors(back, place / "y.safetensors", layout=layout)
+    assert back == card
+    assert bits(back.weights) == bits(card.weights)
+    assert again == first
+
+
+@requirement("R23.1", "R23.5")
+@given(card=exportable(), data=st.data())
+def test_a_changed_file_is_refused_or_is_a_well_formed_card(card, data):
+    """Any one byte of a directory or file, and any cut: never another error, never a crash."""
+    with folder() as place:
+        export_peft(card, place / "x")
+        save_safetensors(card, place / "x" / "y.safetensors")
+        chosen = place / "x" / data.draw(st.sampled_from([CONFIG, WEIGHTS, "y.safetensors"]))
+        content = bytearray(chosen.read_bytes())
+        position = data.draw(st.integers(0, min(len(content), 1500) - 1))
+        if data.draw(st.booleans()):
+            content[position] = data.draw(st.integers(0, 255))
+        else:
+            del content[position:]
+        chosen.write_bytes(content)
+        for read, path in ((import_peft, place / "x"), (load_safetensors, place / "x" / "y.safetensors")):
+            said, found = "", None
+            try:
+                found = read(path)
+            except CardFileError as error:
+                said = str(error)
+            assert isinstance(found, LoRACard) or str(path) in said

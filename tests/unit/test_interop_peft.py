@@ -1,0 +1,434 @@
+"""Reading and writing PEFT directories: what is refused, and what the error says."""
+
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lora.card import LoRACard, LowRank
+from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, StoreError
+from lora.interop import peft
+from lora.interop.peft import CONFIG, MAX_CONFIG_BYTES, PICKLE, WEIGHTS, export_peft, import_peft
+from lora.testing.plugin import requirement
+
+PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q"]}
+PREFIX = "base_model.model.m.0.q."
+
+
+def factors(rank=2, dtype=np.float32):
+    return {
+        f"{PREFIX}lora_A.weight": np.arange(rank * 3, dtype=dtype).reshape(rank, 3),
+        f"{PREFIX}lora_B.weight": np.arange(4 * rank, dtype=dtype).reshape(4, rank),
+    }
+
+
+def written(folder, tensors=None, **config):
+    """A PEFT directory; a value of `...` leaves the key out."""
+    folder.mkdir(exist_ok=True)
+    merged = {key: value for key, value in {**PLAIN, **config}.items() if value is not ...}
+    (folder / CONFIG).write_text(json.dumps(merged))
+    save_file(factors() if tensors is None else tensors, folder / WEIGHTS)
+    return folder
+
+
+def held(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def refused(folder, kind=CardFileError):
+    with pytest.raises(kind) as caught:
+        import_peft(folder)
+    return str(caught.value)
+
+
+@requirement("R23.1")
+def test_a_directory_becomes_a_card(tmp_path):
+    folder = written(tmp_path / "docs", base_model_name_or_path="some/base", task_type="CAUSAL_LM", lora_dropout=0.1)
+    card = import_peft(folder)
+    assert (card.name, card.rank, card.alpha, card.target_modules, card.base_model) == (
+        "docs",
+        2,
+        6.0,
+        ("q",),
+        "some/base",
+    )
+    pair = card.weights["m.0.q"]
+    assert np.array_equal(pair.A, factors()[f"{PREFIX}lora_A.weight"].T)
+    assert np.array_equal(pair.B, factors()[f"{PREFIX}lora_B.weight"].T)
+    assert pair.scaling == 3.0
+    assert card.metadata == {"peft": {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.1}}
+    assert import_peft(folder, name="law").name == "law"
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    ("config", "scaling"),
+    [
+        ({}, 3.0),
+        ({"use_rslora": True}, 6 / np.sqrt(2)),
+        ({"alpha_pattern": {"q": 1}}, 0.5),
+        ({"alpha_pattern": {"0.q": 1, "q": 2}, "use_rslora": True}, 1 / np.sqrt(2)),
+        ({"alpha_pattern": {"k": 1, "x.*": 4}}, 3.0),
+        ({"alpha_pattern": {"q": 0}}, 0.0),
+        ({"alpha_pattern": {"q": -1.5}}, -0.75),
+        ({"r": 7, "rank_pattern": {"m.*": 2}}, 3.0),
+        ({"r": 7, "rank_pattern": {"m.*": 2}, "use_rslora": True}, 6 / np.sqrt(2)),
+    ],
+)
+def test_the_scaling_is_what_peft_computes(tmp_path, config, scaling):
+    assert import_peft(written(tmp_path, **config)).weights["m.0.q"].scaling == scaling
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [
+        ({"target_modules": ["q", "k", "q"]}, ("k", "q")),
+        ({"target_modules": r".*\.q"}, ("m.0.q",)),
+        ({"target_modules": "All-Linear"}, ("m.0.q",)),
+        ({"target_modules": None}, ("m.0.q",)),
+        ({"target_modules": ...}, ("m.0.q",)),
+        ({"layers_to_transform": 0}, ("q",)),
+        ({"layers_to_transform": [0], "layers_pattern": "m"}, ("q",)),
+        ({"exclude_modules": ["k"]}, ("q",)),
+    ],
+)
+def test_targets_in_every_form_end_as_names(tmp_path, config, targets):
+    base = {"m.0.q": "x"} if "layers_to_transform" not in config or "layers_pattern" in config else {"a.m.0.q": "x"}
+    tensors = {key.replace("m.0.q", next(iter(base))): value for key, value in factors().items()}
+    assert import_peft(written(tmp_path, tensors, **config)).target_modules == targets
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["k"]},
+        {"target_modules": "q"},
+        {"target_modules": []},
+        {"exclude_modules": ["q"]},
+        {"exclude_modules": ".*q"},
+        {"target_modules": "all-linear", "exclude_modules": ["0.q"]},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 1, "layers_pattern": ["m"]},
+        {"layers_to_transform": [0], "layers_pattern": ["h"]},
+    ],
+)
+def test_weights_that_peft_would_ignore_are_refused(tmp_path, config):
+    tensors = {key.replace("m.0.q", "a.m.0.q"): value for key, value in factors().items()}
+    assert "targets" in refused(written(tmp_path, tensors, **config))
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("peft_type", ...),
+        ("bias", "all"),
+        *((flag, True) for flag in ("use_dora", "lora_bias", "use_qalora", "ensure_weight_tying")),
+        ("modules_to_save", ["pooler"]),
+        ("trainable_token_indices", [3]),
+        ("target_parameters", ["experts.weight"]),
+        ("megatron_config", {"a": 1}),
+        ("layer_replication", [[0, 2]]),
+        ("alora_invocation_tokens", []),
+        *((f"{name}_config", {}) for name in ("velora", "monteclora", "arrow", "kasa")),
+        ("use_bdlora", {}),
+        ("something_new", 1),
+        *(
+            ("init_lora_weights", name)
+            for name in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq", 1, [])
+        ),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, key, value):
+    message = refused(written(tmp_path, **{key: value}))
+    assert key in message
+    assert str(tmp_path) in message
+    assert import_peft(written(tmp_path)).rank == 2
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("init_lora_weights", name) for name in (True, False, None, "gaussian", "eva", "orthogonal", "mica")),
+        ("eva_config", {"rho": 2.0}),
+        ("modules_to_save", []),
+        ("something_new", None),
+        ("something_new", False),
+        ("fan_in_fan_out", True),
+        ("megatron_core", "megatron.core"),
+    ],
+)
+def test_what_changes_no_output_is_taken(tmp_path, key, value):
+    assert import_peft(written(tmp_path, **{key: value})).weights["m.0.q"].scaling == 3.0
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", 3),
+        ("r", ...),
+        ("r", 2.0),
+        ("r", True),
+        ("r", 10**400),
+        ("rank_pattern", {"q": 1}),
+        ("rank_pattern", {"q": "2"}),
+        ("rank_pattern", None),
+        ("lora_alpha", "6"),
+        ("lora_alpha", 0),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", 10**400),
+        ("alpha_pattern", {"q": float("inf")}),
+        ("alpha_pattern", {"(": 1}),
+        ("alpha_pattern", [1]),
+        ("use_rslora", 1),
+        ("target_modules", 1),
+        ("target_modules", ["q", 1]),
+        ("target_modules", "("),
+        ("exclude_modules", {"q": 1}),
+        ("layers_to_transform", [True]),
+        ("layers_to_transform", "0"),
+        ("layers_pattern", "m"),
+        ("base_model_name_or_path", 5),
+    ],
+)
+def test_a_config_that_is_malformed_or_contradicts_the_weights_is_refused(tmp_path, key, value):
+    assert str(tmp_path) in refused(written(tmp_path, **{key: value}))
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize("config", [{"layers_to_transform": [0]}, {"layers_to_transform": [0], "layers_pattern": "m"}])
+def test_layers_can_t_be_chosen_beside_a_pattern(tmp_path, config):
+    assert "target_modules" in refused(written(tmp_path, target_modules=".*q", **config))
+
+
+A, B = factors().values()
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({}, "at least one pair"),
+        ({f"{PREFIX}lora_A.weight": A}, "no factor B"),
+        ({f"{PREFIX}lora_B.weight": B}, "no factor A"),
+        ({**factors(), f"{PREFIX}lora_magnitude_vector": A[0]}, "DoRA"),
+        ({**factors(), f"{PREFIX}lora_B.bias": A[0]}, "lora_bias"),
+        ({**factors(), f"{PREFIX}base_layer.bias": A[0]}, "biases"),
+        ({**factors(), "base_model.model.e.lora_embedding_A": A}, "embedding"),
+        ({**factors(), "base_model.model.pooler.weight": A}, "something else"),
+        ({"m.0.q.lora_A.weight": A, "m.0.q.lora_B.weight": B}, "base_model.model."),
+        ({**factors(), f"{PREFIX}lora_A.default.weight": A}, "two"),
+        ({f"{PREFIX}lora_A.a.weight": A, f"{PREFIX}lora_B.b.weight": B}, "one adapter"),
+        ({**factors(), f"{PREFIX}lora_B.weight": B[:, :1]}, "module 'm.0.q': factor B"),
+        ({**factors(), f"{PREFIX}lora_A.weight": A[..., None]}, "two dimensions"),
+        ({**factors(), f"{PREFIX}lora_A.weight": A[:, :0]}, "non-empty"),
+        ({**factors(), f"{PREFIX}lora_A.weight": A.astype(np.int32)}, "dtype"),
+        ({**factors(), f"{PREFIX}lora_A.weight": A.astype(np.float16)}, "dtype"),
+        (
+            {**factors(), **{k.replace("m.0.q", "q"): v.astype(np.float64) for k, v in factors().items()}},
+            "one dtype",
+        ),
+    ],
+)
+def test_tensors_that_are_no_pairs_of_factors_are_refused(tmp_path, tensors, says):
+    message = refused(written(tmp_path, tensors))
+    assert says in message
+    assert str(tmp_path) in message
+
+
+@requirement("R23.1")
+def test_keys_may_carry_the_adapter_s_name(tmp_path):
+    tensors = {f"{PREFIX}lora_A.default.weight": A, f"{PREFIX}lora_B.default.weight": B}
+    assert list(import_peft(written(tmp_path, tensors)).weights) == ["m.0.q"]
+
+
+@requirement("R23.1")
+def test_a_pickle_is_never_read(tmp_path):
+    folder = written(tmp_path / "docs")
+    (folder / WEIGHTS).unlink()
+    trap = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
+    (folder / PICKLE).write_bytes(b"c__builtin__\neval\n(V" + trap.encode() + b"\ntR.")
+    message = refused(folder)
+    assert PICKLE in message
+    assert "pickle" in message
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((folder / PICKLE).read_bytes())  # noqa: S301 - the trap does work
+    assert (tmp_path / "ran").exists()
+
+
+@requirement("R23.1")
+def test_missing_and_malformed_files_are_named(tmp_path):
+    assert CONFIG in refused(tmp_path, CardNotFoundError)
+    folder = written(tmp_path / "docs")
+    (folder / WEIGHTS).unlink()
+    assert WEIGHTS in refused(folder, CardNotFoundError)
+    (folder / WEIGHTS).mkdir()
+    assert WEIGHTS in refused(folder, CardNotFoundError)
+    for content in (b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"r": ' + b"1" * 5000 + b"}"):
+        (folder / CONFIG).write_bytes(content)
+        assert CONFIG in refused(folder)
+    with (folder / CONFIG).open("wb") as file:
+        file.truncate(MAX_CONFIG_BYTES + 1)
+    assert str(MAX_CONFIG_BYTES) in refused(folder)
+
+
+def card(scaling=0.1, **fields):
+    pair = LowRank(np.ones((3, 2), np.float32), np.ones((2, 4), np.float32), scaling)
+    return replace(LoRACard("docs", 2, 6.0, ["q"], {"m.0.q": pair}), **fields)
+
+
+def config_of(folder):
+    return json.loads((folder / CONFIG).read_text())
+
+
+@requirement("R23.2")
+def test_a_card_becomes_a_directory(tmp_path):
+    kept = {"peft": {"task_type": "CAUSAL_LM", "fan_in_fan_out": True, "use_rslora": True, "peft_version": "9"}}
+    export_peft(card(metadata=kept, base_model="some/base"), tmp_path / "docs")
+    assert held(tmp_path) == ["docs"]
+    assert held(tmp_path / "docs") == [CONFIG, WEIGHTS]
+    config = config_of(tmp_path / "docs")
+    assert config["alpha_pattern"] == {r"^m\.0\.q": 0.2}
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (2, 6, {})
+    assert isinstance(config["lora_alpha"], int)
+    assert (config["task_type"], config["fan_in_fan_out"], config["use_rslora"]) == ("CAUSAL_LM", True, False)
+    assert config["base_model_name_or_path"] == "some/base"
+    assert "peft_version" not in config
+    export_peft(card(scaling=None), tmp_path / "plain")
+    assert config_of(tmp_path / "plain")["alpha_pattern"] == {}
+
+
+@requirement("R23.2")
+@pytest.mark.parametrize("metadata", [{"peft": 5}, {"peft": None}, {"peft": ["task_type"]}, {}])
+def test_metadata_that_is_not_from_peft_is_left_alone(tmp_path, metadata):
+    export_peft(card(metadata=metadata), tmp_path / "docs")
+    assert "task_type" not in config_of(tmp_path / "docs")
+
+
+@requirement("R23.2", "R23.4")
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (LoRACard("docs", 2, 6.0, ["q"], {}), "at least one module"),
+        (LoRACard("docs", 2, 6.0, [""], {"": card().weights["m.0.q"]}), "root"),
+        (card(target_modules=()), "target_modules"),
+        (card(target_modules=("k",)), "m.0.q"),
+        (card(scaling=1e308), "scaling · rank"),
+    ],
+)
+def test_what_peft_has_no_words_for_is_refused(tmp_path, made, says):
+    with pytest.raises(CardError, match="docs") as caught:
+        export_peft(made, tmp_path / "docs")
+    assert says in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@requirement("R23.2")
+def test_a_folder_that_holds_something_is_kept_unless_it_may_be_overwritten(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    export_peft(card(), folder)
+    before = (folder / CONFIG).read_bytes()
+    with pytest.raises(ArgumentError, match="overwrite=True"):
+        export_peft(card(scaling=3.0), folder)
+    assert (folder / CONFIG).read_bytes() == before
+    export_peft(card(scaling=7.0), folder, overwrite=True)
+    assert import_peft(folder).weights["m.0.q"].scaling == 7.0
+    other = tmp_path / "home"
+    other.mkdir()
+    (other / "letter").write_text("dear")
+    with pytest.raises(ArgumentError, match=CONFIG):
+        export_peft(card(), other, overwrite=True)
+    with pytest.raises(ArgumentError):
+        export_peft(card(), other / "letter", overwrite=True)
+    assert (other / "letter").read_text() == "dear"
+    assert held(tmp_path) == ["docs", "home"]
+
+
+@requirement("R23.2")
+def test_a_link_to_a_folder_is_followed(tmp_path):
+    export_peft(card(), tmp_path / "docs")
+    (tmp_path / "link").symlink_to(tmp_path / "docs")
+    export_peft(card(scaling=7.0), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert import_peft(tmp_path / "docs").weights["m.0.q"].scaling == 7.0
+
+
+@requirement("R23.2")
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failure_to_write_leaves_what_was_there(tmp_path, monkeypatch, there):
+    if there:
+        export_peft(card(), tmp_path / "docs")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(peft, "write_tensors", fail)
+    with pytest.raises(StoreError, match="disk full"):
+        export_peft(card(scaling=7.0), tmp_path / "docs", overwrite=True)
+    assert held(tmp_path) == (["docs"] if there else [])
+    assert not there or import_peft(tmp_path / "docs").weights["m.0.q"].scaling == 0.1
+
+
+@requirement("R23.2")
+def test_a_failure_to_rename_puts_back_what_was_there(tmp_path, monkeypatch):
+    export_peft(card(), tmp_path / "docs")
+    rename, calls = peft.Path.rename, []
+
+    def fails_second(path, to):
+        calls.append(to)
+        if len(calls) == 2:
+            raise OSError("no")
+        return rename(path, to)
+
+    monkeypatch.setattr(peft.Path, "rename", fails_second)
+    with pytest.raises(StoreError):
+        export_peft(card(scaling=7.0), tmp_path / "docs", overwrite=True)
+    assert len(calls) == 3
+    assert held(tmp_path) == ["docs"]
+    assert import_peft(tmp_path / "docs").weights["m.0.q"].scaling == 0.1
+
+
+@requirement("R23.2")
+def test_a_place_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CardNotFoundError, match="nowhere"):
+        export_peft(card(), tmp_path / "nowhere" / "docs")
+    with pytest.raises(StoreError):
+        export_peft(card(), tmp_path / ("x" * 300))
+    for wrong in (5, b"docs"):
+        with pytest.raises(ArgumentError):
+            export_peft(card(), wrong)
+        with pytest.raises(ArgumentError):
+            import_peft(wrong)
+    with pytest.raises(ArgumentError):
+        export_peft("docs", tmp_path / "docs")
+
+
+@requirement("R23.4")
+def test_half_precision_keeps_its_bits(tmp_path):
+    nan = np.full((3, 2), 0x7FA5, np.uint16).view(ml_dtypes.bfloat16)
+    pair = LowRank(nan, np.full((2, 4), 0x8000, np.uint16).view(ml_dtypes.bfloat16), 1.0)
+    export_peft(card(weights={"m.0.q": pair}), tmp_path / "docs")
+    assert import_peft(tmp_path / "docs").weights["m.0.q"] == pair
+
+
+@requirement("R23.1")
+def test_neither_peft_nor_torch_is_needed(tmp_path):
+    folder = written(tmp_path / "docs")
+    script = (
+        f"import sys; from lora.interop.peft import import_peft, export_peft\nexport_peft(import_peft({str(folder)!r}), "
+        f"{str(tmp_path / 'back')!r})\nassert not {{'torch', 'peft', 'transformers'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert import_peft(tmp_path / "back").weights == import_peft(folder).weights

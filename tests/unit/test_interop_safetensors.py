@@ -1,0 +1,224 @@
+"""The Rust form: two layouts, a header that says which, and files that don't say."""
+
+import hashlib
+import json
+import struct
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from lora.card import LoRACard, LowRank
+from lora.errors import ArgumentError, CardFileError, CardNotFoundError, StoreError
+from lora.interop import safetensors as interop
+from lora.interop.safetensors import load_safetensors, save_safetensors
+from lora.testing.plugin import requirement
+
+RNG = np.random.default_rng(0)
+
+
+def pair(rows=5, rank=2, columns=3, scaling=None, dtype=np.float32):
+    return LowRank(RNG.normal(size=(rows, rank)).astype(dtype), RNG.normal(size=(rank, columns)).astype(dtype), scaling)
+
+
+def tensors(pairs, layout, suffix=""):
+    """What Rust code would write."""
+    turned = (lambda x: np.ascontiguousarray(x.T)) if layout == "linear" else np.array
+    found = {f"{name}.lora_a{suffix}": turned(each.A) for name, each in pairs.items()}
+    return {**found, **{f"{name}.lora_b{suffix}": turned(each.B) for name, each in pairs.items()}}
+
+
+def refused(path, kind=CardFileError, **options):
+    with pytest.raises(kind) as caught:
+        load_safetensors(path, **options)
+    return str(caught.value)
+
+
+@requirement("R23.5")
+@pytest.mark.parametrize("layout", ["linear", "matrix"])
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+def test_a_file_without_a_header_says_its_layout_by_its_shapes(tmp_path, layout, suffix):
+    path, pairs = tmp_path / "docs.safetensors", {"a.q": pair(), "a.square": pair(7, 2, 7)}
+    save_file(tensors(pairs, layout, suffix), path)
+    card = load_safetensors(path, alpha=8)
+    assert (card.name, card.rank, card.alpha, card.target_modules) == ("docs", 2, 8.0, ("a.q", "a.square"))
+    for name, expected in pairs.items():
+        assert card.weights[name] == LowRank(expected.A, expected.B, 4.0)
+    assert load_safetensors(path, alpha=8, layout=layout).weights == card.weights
+    named = load_safetensors(path, alpha=8, name="law", target_modules=["q"])
+    assert (named.name, named.target_modules) == ("law", ("q",))
+
+
+@requirement("R23.5")
+def test_the_layout_that_the_shapes_contradict_is_refused(tmp_path):
+    path = tmp_path / "docs.safetensors"
+    save_file(tensors({"q": pair()}, "linear"), path)
+    assert "matrix" in refused(path, alpha=8, layout="matrix")
+    save_file({"q.lora_a": np.ones((2, 5)), "q.lora_b": np.ones((3, 4))}, path)
+    assert "(2, 5)" in refused(path, alpha=8)
+    save_file({**tensors({"q": pair()}, "linear"), **tensors({"k": pair()}, "matrix")}, path)
+    assert "factors" in refused(path, alpha=8)
+
+
+@requirement("R23.5")
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (1, 1, 1)])
+def test_square_factors_are_never_guessed(tmp_path, sizes):
+    path, square = tmp_path / "docs.safetensors", pair(*sizes)
+    save_file(tensors({"q": square}, "linear"), path)
+    assert "layout=" in refused(path, alpha=8)
+    save_file(tensors({"q": square}, "linear"), path, metadata={"rank": str(sizes[1])})
+    assert "layout=" in refused(path, alpha=8)
+    found = {layout: load_safetensors(path, alpha=8, layout=layout).weights["q"] for layout in ("linear", "matrix")}
+    assert found["linear"].A.tobytes() == square.A.tobytes()
+    assert found["matrix"].A.tobytes() == np.ascontiguousarray(square.A.T).tobytes()
+
+
+@requirement("R23.5")
+@pytest.mark.parametrize("layout", ["linear", "matrix"])
+def test_a_module_with_one_reading_decides_for_square_ones(tmp_path, layout):
+    path, pairs = tmp_path / "docs.safetensors", {"q": pair(4, 4, 4), "v": pair(6, 4, 5)}
+    save_file(tensors(pairs, layout), path)
+    card = load_safetensors(path, alpha=4)
+    assert card.weights["q"].A.tobytes() == pairs["q"].A.tobytes()
+
+
+@requirement("R23.5")
+def test_two_readings_are_told_apart_by_the_rank_or_not_at_all(tmp_path):
+    """A (2, 5) and B (5, 2): rank 2 over 5 -> 5, or rank 5 over 2 -> 2; the header's rank says which."""
+    path, wide = tmp_path / "docs.safetensors", pair(5, 2, 5)
+    for rank, shape in ((None, (5, 2)), ("2", (5, 2)), ("5", (2, 5))):
+        save_file(tensors({"q": wide}, "linear"), path, metadata={"rank": rank} if rank else None)
+        assert load_safetensors(path, alpha=1).weights["q"].A.shape == shape
+    save_file(tensors({"q": wide, "v": pair(2, 5, 2)}, "linear"), path)
+    assert "layout=" in refused(path, alpha=1)
+
+
+@requirement("R23.5")
+def test_alpha_and_rank_of_the_file_are_honoured(tmp_path):
+    path = tmp_path / "docs.safetensors"
+    save_file(tensors({"q": pair()}, "linear"), path)
+    assert "alpha=" in refused(path)
+    for keys in ({"alpha": "3", "rank": "2"}, {"lora.alpha": "3", "lora.rank": "2"}):
+        save_file(tensors({"q": pair()}, "linear"), path, metadata=keys)
+        card = load_safetensors(path)
+        assert (card.alpha, card.weights["q"].scaling) == (3.0, 1.5)
+        assert load_safetensors(path, alpha=3.0) == card
+        assert "alpha" in refused(path, alpha=4)
+    for wrong in ("x", "0", "-1", "nan", "inf", ""):
+        save_file(tensors({"q": pair()}, "linear"), path, metadata={"alpha": wrong})
+        assert "alpha" in refused(path)
+    for wrong in ("3", "0", "-2", "2.0", "", "9" * 99):
+        save_file(tensors({"q": pair()}, "linear"), path, metadata={"alpha": "1", "rank": wrong})
+        assert str(path) in refused(path)
+
+
+@requirement("R23.5")
+def test_unequal_ranks_need_their_scalings(tmp_path):
+    path, pairs = tmp_path / "docs.safetensors", {"q": pair(), "v": pair(rank=1)}
+    save_file(tensors(pairs, "linear"), path)
+    assert "scaling" in refused(path, alpha=8)
+    save_file(tensors(pairs, "linear"), path, metadata={"lora.scalings": '{"v": 0.5, "q": 3}'})
+    assert [each.scaling for each in load_safetensors(path, alpha=8).weights.values()] == [3.0, 0.5]
+
+
+@requirement("R23.5")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora.layout", "rows"),
+        ("lora.layout", "matrix"),
+        ("lora.scalings", "{"),
+        ("lora.scalings", '{"q": "1"}'),
+        ("lora.scalings", '{"q": NaN}'),
+        ("lora.scalings", "[" * 100_000),
+        ("lora.targets", '"q"'),
+        ("lora.targets", "[1]"),
+        ("lora.metadata", "[]"),
+        ("lora.metadata", '{"a": NaN}'),
+        ("lora.extra", '{"lora.rank": "1"}'),
+        ("lora.base_fingerprint", "abc"),
+        ("lora.name", "a\nb"),
+    ],
+)
+def test_a_header_that_is_malformed_or_contradicts_the_tensors_is_refused(tmp_path, key, value):
+    path = tmp_path / "docs.safetensors"
+    save_file(tensors({"q": pair()}, "linear"), path, metadata={key: value})
+    assert str(path) in refused(path, alpha=8)
+
+
+@requirement("R23.5")
+def test_tensors_that_are_no_pairs_are_refused(tmp_path):
+    path = tmp_path / "docs.safetensors"
+    good = tensors({"q": pair()}, "linear")
+    for wrong, says in [
+        ({"q.lora_a": good["q.lora_a"]}, "no factor B"),
+        ({**good, "q.bias": np.ones(3)}, "q.bias"),
+        ({**good, "q.lora_a.weight": good["q.lora_a"]}, "two"),
+        ({**good, "q.lora_a": np.ones((2, 5), np.int64)}, "I64"),
+        ({**good, "q.lora_a": np.ones(5, np.float32)}, "[5]"),
+        ({**good, "q.lora_a": np.ones((2, 5), np.float64)}, "dtype"),
+        ({**good, "xlora_a": good["q.lora_a"]}, "xlora_a"),
+    ]:
+        save_file(wrong, path)
+        assert says in refused(path, alpha=8)
+
+
+@requirement("R23.5")
+def test_files_that_are_missing_or_malformed_are_named(tmp_path):
+    assert "gone" in refused(tmp_path / "gone", CardNotFoundError)
+    assert str(tmp_path) in refused(tmp_path, CardNotFoundError)
+    header = b'{"q.lora_a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4000000000000000000]}}'
+    for content in (b"", b"garbage that is long enough", len(header).to_bytes(8, "little") + header, b"\xff" * 8):
+        (tmp_path / "x").write_bytes(content)
+        assert "well-formed" in refused(tmp_path / "x", alpha=1)
+    for options in ({"alpha": "x"}, {"alpha": float("nan")}, {"layout": "rows"}, {"layout": []}):
+        refused(tmp_path / "x", ArgumentError, **options)
+    refused(5, ArgumentError)
+
+
+@requirement("R23.5")
+@pytest.mark.parametrize(("layout", "shape"), [("linear", (2, 5)), ("matrix", (5, 2))])
+def test_what_is_saved_is_a_plain_safetensors_file(tmp_path, layout, shape):
+    weights = {"a.q": pair(), "": pair(rank=1, scaling=0.5)}
+    card = LoRACard("docs", 2, 8.0, ["q"], weights, {"description": "größe"}, base_model="some/base")
+    path = tmp_path / "docs.safetensors"
+    assert save_safetensors(card, path, layout=layout) == hashlib.sha256(path.read_bytes()).hexdigest()
+    found = load_file(path)
+    assert sorted(found) == ["a.q.lora_a", "a.q.lora_b", "lora_a", "lora_b"]
+    assert found["a.q.lora_a"].shape == shape
+    turned = found["a.q.lora_a"].T if layout == "linear" else found["a.q.lora_a"]
+    assert np.array_equal(turned, weights["a.q"].A)
+    with safe_open(path, framework="np") as file:
+        header = file.metadata()
+    assert (header["lora.name"], header["lora.rank"], header["lora.alpha"]) == ("docs", "2", "8.0")
+    assert json.loads(header["lora.scalings"]) == {"": 0.5, "a.q": 4.0}
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    assert size % 8 == 0
+    keys = list(json.loads(content[8 : 8 + size])["__metadata__"])
+    assert keys == sorted(keys)  # safetensors' own writer orders them anew in every process
+    assert load_safetensors(path) == card
+
+
+@requirement("R23.5")
+def test_what_the_operating_system_refuses_is_named(tmp_path, monkeypatch):
+    save_file(tensors({"q": pair()}, "linear"), tmp_path / "x")
+
+    def fail(*_, **__):
+        raise OSError("no")
+
+    monkeypatch.setattr(interop, "safe_open", fail)
+    assert str(tmp_path) in refused(tmp_path / "x", StoreError, alpha=1)
+
+
+@requirement("R23.5")
+def test_saving_refuses_what_it_cannot_write(tmp_path):
+    card = LoRACard("docs", 1, 1.0, [], {})
+    with pytest.raises(ArgumentError):
+        save_safetensors(card, tmp_path / "x", layout="rows")
+    with pytest.raises(ArgumentError):
+        save_safetensors("docs", tmp_path / "x")
+    with pytest.raises(CardNotFoundError):
+        save_safetensors(card, tmp_path / "nowhere" / "x")
+    assert not list(tmp_path.iterdir())

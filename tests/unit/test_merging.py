@@ -1,0 +1,292 @@
+"""Merging: values, messages, what a merged card holds, and that no ΔW is formed where none is needed."""
+
+import tracemalloc
+from dataclasses import FrozenInstanceError, replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lora.card import LoRACard, LowRank
+from lora.errors import ArgumentError, BaseModelError, CardError, ConflictError, ShapeError
+from lora.lowrank import delta
+from lora.merging import STRATEGIES, Average, Cat, Dare, Slerp, TaskArithmetic, Ties, Weighted, content_digest, merge
+from lora.testing.plugin import requirement
+
+FINGERPRINT, OTHER = "0" * 64, "1" * 64
+
+
+def card(name="docs", *, rank=2, seed=0, shape=(6, 5), dtype=np.float32, modules=("0.query",), **fields):
+    rng = np.random.default_rng(seed)
+    weights = {
+        module: LowRank(
+            rng.normal(size=(shape[0], rank)).astype(dtype), rng.normal(size=(rank, shape[1])).astype(dtype), 0.5
+        )
+        for module in modules
+    }
+    return LoRACard(name, rank, 1.0, ["query"], weights, **fields)
+
+
+DOCS, LAW = card("docs"), card("law", seed=1, rank=3)
+
+
+# ---- the strategies are values
+
+
+@requirement("R20.1")
+@pytest.mark.parametrize("kind", STRATEGIES.values())
+def test_a_strategy_is_frozen_and_compares_and_hashes_by_content(kind):
+    value = kind()
+    assert value == kind()
+    assert hash(value) == hash(kind())
+    with pytest.raises((FrozenInstanceError, TypeError, AttributeError)):
+        value.density = 0.25
+    assert not hasattr(value, "__dict__")
+
+
+@requirement("R20.1")
+def test_a_strategy_may_be_named():
+    values = [Average(), Weighted(), Slerp(), Ties(), Dare(), TaskArithmetic(), Cat()]
+    assert [type(value) for value in values] == list(STRATEGIES.values())
+    for name, value in zip(STRATEGIES, values, strict=True):
+        assert merge([DOCS, LAW], name) == merge([DOCS, LAW], value)
+    assert merge([DOCS, LAW]) == merge([DOCS, LAW], Average())
+
+
+@requirement("R20.1", "R7.8")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Slerp(1.5), r"slerp: t: expected a number from 0 to 1, found 1\.5"),
+        (lambda: Slerp(float("nan")), "slerp: t: expected a finite number, found nan"),
+        (lambda: Ties(0), "ties: density: expected the share kept, > 0 and <= 1, found 0"),
+        (lambda: Ties(0.5, "sum"), "ties: elect: expected 'mass' or 'count', found 'sum'"),
+        (lambda: Dare(1.01), "dare: density: expected the share kept"),
+        (lambda: Dare(seed=0.5), "dare: seed: expected an integer, found 0.5"),
+        (lambda: Dare(seed=True), "dare: seed: expected an integer, found True"),
+        (lambda: Weighted(normalize=1), "weighted: normalize: expected True or False, found 1"),
+        (lambda: merge([DOCS], "mean"), "one of average, weighted, slerp, ties, dare, task_arithmetic, cat"),
+        (lambda: merge([DOCS], Ties), "merge: strategy: expected one of"),
+        (lambda: merge([]), "merge: cards: expected at least one card, found none"),
+        (lambda: merge(DOCS), "merge: cards: expected a list of cards"),
+        (lambda: merge(7), "merge: cards: expected a list of cards"),
+        (lambda: merge(["docs"]), "card: expected a LoRACard, found str"),
+        (lambda: merge([DOCS], "average", [1.0]), "expected none for Average, found .*use 'weighted'"),
+        (lambda: merge([DOCS, LAW], "slerp", [1, 1]), "expected none for Slerp"),
+        (lambda: merge([DOCS], "slerp"), "expected exactly two for slerp, found 1"),
+        (lambda: merge([DOCS], "weighted", [1, 2]), "expected one for each of 1 cards, found 2"),
+        (lambda: merge([DOCS], "weighted", ["1"]), "merge: weight 0: expected a finite number"),
+        (lambda: merge([DOCS], "weighted", {"docs": 1}), "a list of numbers, one per card"),
+        (lambda: merge([DOCS], "weighted", 1), "a list of numbers, one per card"),
+        (lambda: merge([DOCS, LAW], Weighted(normalize=True), [1, -1]), "a sum that is not 0"),
+        (lambda: merge([DOCS], rank=0), "merge: rank: expected an integer >= 1, found 0"),
+        (lambda: merge([DOCS], rank=1.5), "merge: rank: expected an integer >= 1, found 1.5"),
+        (lambda: merge([DOCS], "cat", rank=2), "merge: rank: expected none.*'weighted' truncates"),
+        (lambda: merge([DOCS, replace(DOCS, name="b")], "weighted", [1e308, 1e308]), "found an overflow"),
+        (lambda: merge([DOCS, LAW], "weighted", [1e308, 1e308]), "found an overflow"),
+        (lambda: merge([DOCS, LAW], "dare", [1e308, 1e308]), "found an overflow"),
+        (lambda: merge([DOCS, LAW], Weighted(normalize=True), [1e308, 1e308]), "merge: sum of weights"),
+    ],
+)
+def test_an_argument_out_of_range_is_named(make, message):
+    with pytest.raises(ArgumentError, match=message):
+        make()
+
+
+# ---- cards that don't go together
+
+
+@requirement("R20.5")
+def test_slerp_says_which_card_is_zero_and_when_two_are_opposite():
+    bare = LoRACard("bare", 1, 1.0, ["query"], {})
+    with pytest.raises(ArgumentError, match=r"slerp: card 'bare': expected a ΔW that is not 0.*use 'weighted'"):
+        merge([DOCS, bare], "slerp")
+    turned = {m: replace(p, scaling=-p.scaling) for m, p in DOCS.weights.items()}
+    with pytest.raises(ArgumentError, match="cards 'docs' and 'docs2': expected directions that are not opposite"):
+        merge([DOCS, replace(DOCS, name="docs2", weights=turned)], "slerp")
+
+
+@requirement("R20.5")
+def test_factors_whose_product_cancels_are_zero_to_slerp_although_rounding_says_otherwise():
+    a = np.full((3, 2), 0.1)
+    pair = LowRank(a, np.array([[0.3, 0.7], [-0.3, -0.7]]) * np.pi, 1.0)
+    with pytest.raises(ArgumentError, match="a ΔW that is not 0"):
+        merge([LoRACard("x", 2, 1.0, ["q"], {"q": pair}), LoRACard("y", 2, 1.0, ["q"], {"q": pair})], "slerp")
+
+
+@requirement("R20.7")
+def test_dare_names_the_names_that_clash():
+    with pytest.raises(ConflictError, match=r"names that differ for dare, found \['docs', 'docs'\]; rename one"):
+        merge([DOCS, DOCS], "dare")
+
+
+@requirement("R20.9")
+def test_shapes_that_differ_are_named_with_both_cards():
+    with pytest.raises(
+        ShapeError, match=r"card 'law': module '0.query': expected in, out = \(6, 5\) as in card 'docs'"
+    ):
+        merge([DOCS, card("law", shape=(5, 6))])
+
+
+@requirement("R20.9")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_factors_that_are_not_finite_are_refused_even_at_weight_zero(dtype, bad):
+    pair = LowRank(np.full((6, 1), bad, dtype), np.ones((1, 5), dtype), 1.0)
+    spoilt = LoRACard("spoilt", 1, 1.0, ["query"], {"0.query": pair})
+    with pytest.raises(CardError, match=r"card 'spoilt': module '0.query': expected finite factors"):
+        merge([DOCS, spoilt], "weighted", [1, 0])
+
+
+@requirement("R20.9", "R1.13")
+def test_cards_for_other_weights_of_the_same_modules_are_refused():
+    one, two = (replace(c, base_fingerprint=f) for c, f in ((DOCS, FINGERPRINT), (LAW, OTHER)))
+    with pytest.raises(BaseModelError, match=r"card 'law': base_fingerprint: expected 000.* as in card 'docs'"):
+        merge([one, two])
+    assert merge([one, replace(two, base_fingerprint=FINGERPRINT)]).base_fingerprint == FINGERPRINT
+    assert merge([one, LAW]).base_fingerprint == FINGERPRINT
+
+
+@requirement("R20.9", "R1.13")
+def test_fingerprints_of_other_modules_say_nothing_and_do_not_outlive_the_merge():
+    one = replace(DOCS, base_fingerprint=FINGERPRINT)
+    two = card("law", modules=("1.query",), base_fingerprint=OTHER)
+    merged = merge([one, two])
+    assert list(merged.weights) == ["0.query", "1.query"]
+    assert merged.base_fingerprint is None
+
+
+@requirement("R20.9", "R1.13")
+def test_base_models_of_two_names_are_refused_unless_the_fingerprint_says_they_are_one():
+    one, two = replace(DOCS, base_model="minilm"), replace(LAW, base_model="bert")
+    with pytest.raises(
+        BaseModelError, match=r"expected one, found \['bert', 'minilm'\]; merge cards of one base model"
+    ):
+        merge([one, two])
+    alike = [replace(c, base_fingerprint=FINGERPRINT) for c in (one, two)]
+    assert merge(alike).base_model is None
+    assert merge([one, LAW]).base_model == "minilm"
+
+
+# ---- what a merged card holds
+
+
+@requirement("R20.3", "R20.4")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
+def test_what_comes_from_one_card_keeps_that_cards_factors(dtype):
+    one = card("docs", dtype=dtype)
+    other = card("law", dtype=dtype, modules=("1.query",))
+    assert merge([one]).weights == one.weights
+    half = merge([one, other]).weights["0.query"]
+    assert np.array_equal(half.A, one.weights["0.query"].A)
+    assert half.scaling == one.weights["0.query"].scaling / 2
+    assert merge([one, replace(one, name="twin")]).weights == one.weights
+
+
+@requirement("R20.8")
+@pytest.mark.parametrize("strategy", ["task_arithmetic", "weighted", "cat", "ties"])
+def test_where_nothing_is_left_there_is_no_row(strategy):
+    nothing = merge([DOCS, replace(DOCS, name="twin")], strategy, [1, -1])
+    assert (dict(nothing.weights), nothing.rank, nothing.target_modules) == ({}, 1, ("query",))
+    assert nothing.metadata["merge"]["error"] == {"0.query": 0.0}
+
+
+@requirement("R20.8")
+def test_a_card_less_another_factorisation_of_itself_leaves_nothing():
+    pair, (turn, _) = (
+        card(dtype=np.float64).weights["0.query"],
+        np.linalg.qr(np.random.default_rng(3).normal(size=(2, 2))),
+    )
+    twin = LoRACard("twin", 2, 1.0, ["query"], {"0.query": LowRank(pair.A @ turn, turn.T @ pair.B, 0.5)})
+    assert not merge([card(dtype=np.float64), twin], "task_arithmetic", [1, -1]).weights
+
+
+@requirement("R20.4")
+def test_merged_factors_are_balanced_and_their_scaling_is_explicit():
+    merged = merge([DOCS, LAW], "weighted", [3.0, 0.01])
+    pair = merged.weights["0.query"]
+    assert merged.rank == pair.rank == 5
+    assert merged.alpha == 5.0
+    assert pair.scaling == 2.0 ** round(np.log2(pair.scaling))
+    gram_a, gram_b = pair.A.T.astype("f8") @ pair.A, pair.B.astype("f8") @ pair.B.T
+    assert np.allclose(gram_a, gram_b, atol=6 * 2**-24 * np.trace(gram_a))
+
+
+@requirement("R20.4")
+@pytest.mark.parametrize("size", [2.0**-120, 2.0**120])
+def test_changes_far_from_one_survive_in_narrow_dtypes(size):
+    pairs = {name: card(name, dtype=np.float16, seed=i).weights["0.query"] for i, name in enumerate("ab")}
+    cards = [
+        LoRACard(name, 2, 1.0, ["query"], {"0.query": replace(pair, scaling=size)}) for name, pair in pairs.items()
+    ]
+    merged = delta(merge(cards, "task_arithmetic").weights["0.query"], dtype=np.float64) / size
+    want = sum(delta(replace(pair, scaling=1.0), dtype=np.float64) for pair in pairs.values())
+    assert abs(merged - want).max() <= 4 * 2**-11 * np.linalg.svd(want, compute_uv=False).sum()
+
+
+@requirement("R20.1")
+def test_cat_keeps_every_a_as_it_is_and_puts_the_weights_into_b():
+    merged = merge([LAW, DOCS], "cat", [1.0, 4.0]).weights["0.query"]
+    docs, law = DOCS.weights["0.query"], LAW.weights["0.query"]
+    assert np.array_equal(merged.A, np.hstack([docs.A, law.A]))
+    assert np.array_equal(merged.B, np.vstack([docs.B, law.B / 4]))
+    assert merged.scaling == 2.0
+
+
+@requirement("R20.6", "R20.7")
+@pytest.mark.parametrize("strategy", ["ties", "dare"])
+def test_entrywise_merges_have_the_largest_rank_of_their_parents_unless_told(strategy):
+    assert merge([DOCS, LAW], strategy).rank == 3
+    assert merge([DOCS, LAW], strategy, rank=1).rank == 1
+    assert merge([DOCS, LAW], strategy, rank=99).rank == 5
+
+
+@requirement("R20.6")
+@pytest.mark.parametrize("size", [1e-320, 2.0**1023])
+def test_weights_of_any_size_give_ties_the_same_mean(size):
+    assert merge([DOCS, LAW], "ties", [size, size]).weights == merge([DOCS, LAW], "ties").weights
+
+
+@requirement("R20.6")
+def test_halves_of_an_entry_round_to_even_and_one_entry_is_kept_at_least():
+    pair = LowRank(np.eye(1), np.array([[5.0, 4.0, 3.0, 2.0, 1.0]]), 1.0)
+    cards = [LoRACard("a", 1, 1.0, ["q"], {"q": pair})]
+    found = [np.count_nonzero(delta(merge(cards, Ties(d)).weights["q"]).round(9)) for d in (0.01, 0.5, 0.7, 1)]
+    assert found == [1, 2, 4, 5]
+
+
+@requirement("R20.7")
+def test_a_mask_is_the_same_on_every_machine():
+    pair = LowRank(np.ones((4, 1)), np.ones((1, 4)), 1.0)
+    merged = merge([LoRACard("docs", 1, 1.0, ["q"], {"q": pair})], Dare(0.5, seed=0), rank=4)
+    assert (delta(merged.weights["q"]) > 1).astype(int).tolist() == [
+        [0, 0, 1, 0],
+        [0, 1, 1, 1],
+        [1, 0, 1, 1],
+        [0, 0, 0, 0],
+    ]
+
+
+@requirement("R20.10")
+def test_the_record_of_a_merge_is_in_the_metadata():
+    told = merge([LAW, DOCS], Ties(0.5, "count"), [1, 2], name="both").metadata
+    assert set(told) == {"merge"}
+    assert told["merge"]["strategy"] == "ties"
+    assert told["merge"]["options"] == {"density": 0.5, "elect": "count"}
+    assert told["merge"]["parents"] == [
+        {"name": "docs", "digest": content_digest(DOCS), "weight": 2.0},
+        {"name": "law", "digest": content_digest(LAW), "weight": 1.0},
+    ]
+    assert 0 < told["merge"]["error"]["0.query"] < 1
+
+
+@requirement("R20.4", "R20.5")
+@pytest.mark.parametrize("strategy", ["average", "cat", "slerp"])
+def test_no_change_is_formed_where_a_merge_is_linear(strategy):
+    shape = (3000, 2000)
+    cards = [card(name, shape=shape, rank=4, seed=i) for i, name in enumerate("ab")]
+    tracemalloc.start()
+    merge(cards, strategy)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < shape[0] * shape[1] * 4 / 4, "a quarter of one ΔW in float32"

@@ -1,0 +1,154 @@
+"""The five presets on real names and shapes; messages."""
+
+import pytest
+
+from lora.errors import ArgumentError, TargetError
+from lora.inference.encoder import EncoderConfig, InferenceCore
+from lora.presets import PRESETS, CardInfo, LoRAConfig, Preset, fit, role_of
+from lora.rewrite import fresh, linears
+from lora.testing.plugin import requirement
+
+MINILM = {}
+for index in range(6):
+    layer = f"encoder.layer.{index}"
+    MINILM |= {f"{layer}.attention.self.{part}": (384, 384) for part in ("query", "key", "value")}
+    MINILM |= {f"{layer}.attention.output.dense": (384, 384)}
+    MINILM |= {f"{layer}.intermediate.dense": (384, 1536), f"{layer}.output.dense": (1536, 384)}
+MINILM["pooler.dense"] = (384, 384)
+
+LLAMA = {}
+for index in range(2):
+    layer = f"model.layers.{index}"
+    LLAMA |= {f"{layer}.self_attn.{part}_proj": (2048, 2048) for part in "qo"}
+    LLAMA |= {f"{layer}.self_attn.{part}_proj": (2048, 512) for part in "kv"}
+    LLAMA |= {f"{layer}.mlp.{part}_proj": (2048, 8192) for part in ("gate", "up")}
+    LLAMA |= {f"{layer}.mlp.down_proj": (8192, 2048)}
+LLAMA["lm_head"] = (2048, 128256)
+
+
+CODER = ("code-gen", "refactoring", "syntax")
+RESEARCHER = ("analysis", "research", "synthesis")
+SECURITY = ("security", "vulnerabilities", "audit")
+ARCHITECT = ("architecture", "design", "patterns")
+REVIEWER = ("review", "quality", "best-practices")
+ENCODER = [
+    LoRAConfig(16, 32.0, 0.05, ("attention.output.dense", "key", "query", "value"), "coder", CODER),
+    LoRAConfig(8, 16.0, 0.1, ("key", "query", "value"), "researcher", RESEARCHER),
+    LoRAConfig(16, 32.0, 0.05, ("intermediate.dense", "key", "output.dense", "query", "value"), "security", SECURITY),
+    LoRAConfig(12, 24.0, 0.05, ("intermediate.dense", "query", "value"), "architect", ARCHITECT),
+    LoRAConfig(8, 16.0, 0.1, ("query", "value"), "reviewer", REVIEWER),
+]
+FEED_FORWARD = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+DECODER = [
+    LoRAConfig(16, 32.0, 0.05, ("k_proj", "o_proj", "q_proj", "v_proj"), "coder", CODER),
+    LoRAConfig(8, 16.0, 0.1, ("k_proj", "q_proj", "v_proj"), "researcher", RESEARCHER),
+    LoRAConfig(16, 32.0, 0.05, FEED_FORWARD, "security", SECURITY),
+    LoRAConfig(12, 24.0, 0.05, ("gate_proj", "q_proj", "up_proj", "v_proj"), "architect", ARCHITECT),
+    LoRAConfig(8, 16.0, 0.1, ("q_proj", "v_proj"), "reviewer", REVIEWER),
+]
+
+
+@requirement("R21.1")
+@pytest.mark.parametrize(("shapes", "configs"), [(MINILM, ENCODER), (LLAMA, DECODER)], ids=["encoder", "decoder"])
+def test_the_five_presets(shapes, configs):
+    assert [fit(preset, shapes).config for preset in PRESETS] == configs
+
+
+@requirement("R21.2")
+def test_figures_on_minilm():
+    """Query and value of six layers of width 384 at rank 8: 2 · 6 · 8 · 768; in float32 four bytes each."""
+    reviewer = fit("reviewer", MINILM)
+    assert (len(reviewer.modules), reviewer.num_params, reviewer.nbytes) == (12, 73728, 294912)
+    security = fit("security", MINILM, dtype="float16")
+    assert security.num_params == 6 * 16 * (4 * 768 + 2 * 1920)
+    assert security.nbytes == 2 * security.num_params
+
+
+@requirement("R21.1", "R21.2")
+@pytest.mark.parametrize("task", list(PRESETS))
+def test_a_preset_is_what_a_fresh_card_of_the_real_encoder_has(task):
+    core = InferenceCore(EncoderConfig(30, 8, 2, 2, 16, 12, pooler=True))
+    fitted = fit(task, {name: (site.in_features, site.out_features) for name, site in linears(core).items()})
+    config = fitted.config
+    card = fresh(core, task, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, seed=0)
+    assert set(card.weights) == set(fitted.modules)
+    assert (card.num_params, card.nbytes) == (fitted.num_params, fitted.nbytes)
+
+
+@requirement("R21.1")
+def test_a_model_without_the_roles_is_refused():
+    with pytest.raises(TargetError, match=r"preset 'coder': .*o_proj.*found none that is a output; name the target"):
+        fit("coder", {name: shape for name, shape in LLAMA.items() if "o_proj" not in name})
+    with pytest.raises(TargetError, match="none that is a query or value"):
+        fit("reviewer", {"0": (4, 4), "2": (4, 4)})
+
+
+@requirement("R21.1")
+def test_modules_that_no_suffix_tells_apart_are_refused():
+    down = Preset("down", 4, 4.0, 0.0, ("down",), ())
+    assert fit(down, MINILM).config.target_modules == tuple(sorted(f"{index}.output.dense" for index in range(6)))
+    shapes = {"output.dense": (4, 4), "attention.output.dense": (4, 4)}
+    with pytest.raises(
+        TargetError, match=r"module 'output.dense': .*found 'attention.output.dense', which is not wanted"
+    ):
+        fit(down, shapes)
+
+
+@requirement("R21.1", "R7.8")
+@pytest.mark.parametrize("preset", ["cook", "", None, 3, ["coder"]])
+def test_an_unknown_preset_is_refused_with_those_there_are(preset):
+    with pytest.raises(ArgumentError, match="expected one of coder, researcher, security, architect, reviewer, found"):
+        fit(preset, MINILM)
+
+
+@requirement("R21.2", "R7.8")
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ArgumentError, match="dtype: expected one of float16, float32, float64, bfloat16, found 'int8'"):
+        fit("coder", MINILM, dtype="int8")
+
+
+@requirement("R21.3", "R7.8")
+def test_the_message_for_an_unknown_field_lists_the_known_ones():
+    with pytest.raises(
+        ArgumentError, match=r"rank, alpha, dropout, target_modules, task_type, tags, found \['lora_alpha'\]"
+    ):
+        LoRAConfig.from_dict({"lora_alpha": 16})
+    with pytest.raises(ArgumentError, match="a mapping of fields, found list"):
+        LoRAConfig.from_dict([])
+
+
+@requirement("R21.3")
+def test_a_single_text_is_one_target_and_one_tag():
+    config = LoRAConfig(target_modules="query", tags="python")
+    assert (config.target_modules, config.tags) == (("query",), ("python",))
+
+
+@requirement("R21.1")
+def test_cross_attention_is_attention():
+    assert role_of("layer.0.crossattention.output.dense") == "output"
+    assert role_of("layer.0.crossattention.self.query") == "query"
+
+
+@requirement("R21.3", "R21.7", "R7.8")
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (LoRAConfig, {"dropout": 1.0}),
+        (LoRAConfig, {"dropout": -1e-9}),
+        *((CardInfo, {"version": version}) for version in ("1.0.0\n", "1.0.0-", "1.0.0+", "1.0", "1.0.0.0", "v1.0.0")),
+        *((CardInfo, {"created": time}) for time in ("2026-01-01T00:00:00Z\n", "2026-01-01T00:00:00Z+1", "2026-01-01")),
+        (CardInfo, {"quality": 1.0000001}),
+        (CardInfo, {"quality": -1e-9}),
+    ],
+)
+def test_just_beyond_what_is_allowed_is_refused(kind, fields):
+    (field,) = fields
+    with pytest.raises(ArgumentError, match=field):
+        kind(**fields)
+
+
+@requirement("R21.3", "R21.7")
+def test_the_ends_of_the_ranges_are_allowed():
+    assert LoRAConfig(dropout=0).dropout == 0.0
+    assert [CardInfo(quality=quality).quality for quality in (0, 1, None)] == [0.0, 1.0, None]
+    assert CardInfo("1.0.0-alpha.1+001").version == "1.0.0-alpha.1+001"

@@ -1,0 +1,106 @@
+"""Safetensors files as lazy mappings: one file, shards, folders; what is wrong with them."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lora.errors import ArgumentError, CardNotFoundError, UnsupportedModelError
+from lora.extract import extract_delta
+from lora.testing.plugin import requirement
+from lora.weights import INDEX, SINGLE, SafetensorsWeights
+
+RNG = np.random.default_rng(0)
+BASE = {f"layer.{index}.query.weight": RNG.standard_normal((6, 5)).astype(np.float32) for index in range(3)}
+TUNED = {key: weight + RNG.standard_normal((6, 5)).astype(np.float32) for key, weight in BASE.items()}
+
+
+def sharded(folder, weights):
+    """A folder with a shard for each weight, and their index."""
+    folder.mkdir()
+    shards = {key: f"model-{index:05}.safetensors" for index, key in enumerate(weights)}
+    for key, shard in shards.items():
+        save_file({key: weights[key]}, folder / shard)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    return folder
+
+
+@requirement("R16.6", "R16.9")
+def test_files_folders_and_shards_give_the_card_that_arrays_give(tmp_path):
+    save_file(BASE, tmp_path / SINGLE)
+    tuned = sharded(tmp_path / "tuned", TUNED)
+    expected = extract_delta(BASE, TUNED, 2)
+    for base in (tmp_path, tmp_path / SINGLE):
+        for other in (tuned, tuned / INDEX):
+            assert extract_delta(SafetensorsWeights(base), SafetensorsWeights(str(other)), 2) == expected
+
+
+def test_it_is_a_mapping(tmp_path):
+    weights = SafetensorsWeights(sharded(tmp_path / "model", BASE))
+    assert dict(weights).keys() == BASE.keys()
+    assert len(weights) == 3
+    assert all(np.array_equal(weights[key], BASE[key]) for key in BASE)
+    assert weights[next(iter(BASE))] is not weights[next(iter(BASE))]
+    with pytest.raises(KeyError):
+        weights["layer.9.query.weight"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_every_dtype_of_a_card_is_read(tmp_path, dtype):
+    array = np.array([[1.5, -2.0]]).astype(dtype)
+    save_file({"q.weight": array}, tmp_path / SINGLE)
+    read = SafetensorsWeights(tmp_path)["q.weight"]
+    assert read.dtype == dtype
+    assert np.array_equal(read, array)
+
+
+@requirement("R7.8")
+def test_what_is_not_there_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CardNotFoundError, match=r"a safetensors file, or a folder with model.safetensors or"):
+            SafetensorsWeights(path)
+    folder = sharded(tmp_path / "model", BASE)
+    (folder / "model-00001.safetensors").unlink()
+    with pytest.raises(CardNotFoundError, match=r"model-00001.safetensors: expected a shard that the index names"):
+        SafetensorsWeights(folder)
+
+
+@requirement("R7.8")
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', "\\"])
+def test_a_malformed_index_is_refused(tmp_path, text):
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(UnsupportedModelError, match="an index with a weight_map"):
+        SafetensorsWeights(tmp_path)
+
+
+@requirement("R7.8")
+def test_an_index_reaches_nothing_outside_its_folder(tmp_path):
+    save_file(BASE, tmp_path / SINGLE)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for shard in (f"../{SINGLE}", str(tmp_path / SINGLE)):
+        (inside / INDEX).write_text(json.dumps({"weight_map": {next(iter(BASE)): shard}}))
+        with pytest.raises(ArgumentError, match="the name of a file beside the index"):
+            SafetensorsWeights(inside)
+
+
+@requirement("R7.8")
+def test_a_shard_without_its_tensors_and_a_file_that_is_none_are_refused(tmp_path):
+    folder = sharded(tmp_path / "model", BASE)
+    save_file({"other": BASE["layer.0.query.weight"]}, folder / "model-00000.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"none of \['layer.0.query.weight'\]"):
+        SafetensorsWeights(folder)
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(UnsupportedModelError, match="expected a safetensors file"):
+        SafetensorsWeights(tmp_path / "bad.safetensors")
+
+
+@requirement("R7.8")
+def test_a_tensor_that_has_gone_is_named(tmp_path):
+    save_file(BASE, tmp_path / SINGLE)
+    weights = SafetensorsWeights(tmp_path)
+    save_file({"other": BASE["layer.0.query.weight"]}, tmp_path / SINGLE)
+    with pytest.raises(UnsupportedModelError, match=r"'layer.0.query.weight': expected a tensor of float16"):
+        weights["layer.0.query.weight"]
