@@ -34,7 +34,7 @@ REFERENCE = {
     "Models": ["layer", "rewrite", "inference.manager", "inference.registry", "inference.encoder"],
     "Routing": ["routing", "inference.router"],
     "Engine": ["engine"],
-    "Training": ["evolution.data", "evolution.train", "evolution.probe"],
+    "Training": ["evolution.data", "evolution.synthetic", "evolution.train", "evolution.probe"],
     "Testing": ["testing.binding", "testing.tolerance", "testing.strategies", "testing.report", "testing.trace"],
 }
 
@@ -74,7 +74,7 @@ def matrix() -> str:
 
 def escaped(text: str) -> str:
     """Text for a cell of a table."""
-    return re.sub(r"([|\[\]<*])", r"\\\1", text)
+    return re.sub(r"([|\[\]<])", r"\\\1", text)
 
 
 def traceability() -> str:

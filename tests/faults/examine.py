@@ -153,16 +153,16 @@ def replaying(values):
 
 
 def remembered(function):
-    """A method that only depends on its argument, answering from memory where it has just been asked the same."""
+    """A method that only depends on its arguments, answering from memory where it has just been asked the same."""
     answers = {}
 
     @wraps(function)
-    def answer(self, argument):
-        key = pickle.dumps(argument)
+    def answer(self, *arguments):
+        key = pickle.dumps(arguments)
         if key not in answers:
             if len(answers) > 20:
                 answers.clear()
-            answers[key] = pickle.dumps(function(self, argument))
+            answers[key] = pickle.dumps(function(self, *arguments))
         return pickle.loads(answers[key])  # noqa: S301 - written right here
 
     return answer

@@ -1,10 +1,16 @@
 """What the documentation states of figures and pages is so."""
 
+import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 import lora
 from lora.testing.plugin import requirement
+from lora.testing.report import Outcome, report_of, write_report
+from lora.testing.trace import read_spec
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +36,45 @@ def test_there_is_a_test_strategy_page_and_a_coverage_floor():
     for word in ("Tolerances", "Properties", "Profiles", "90 %"):
         assert word in page
     assert "--fail-under=90" in (ROOT / "Makefile").read_text("utf-8")
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """The page generator, over reports on a binding that passes and on one that does not."""
+    place = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    monkeypatch.setattr(module, "REPORTS", tmp_path)
+    good = SimpleNamespace(name="lora-cards", version="1")
+    bad = SimpleNamespace(name="faulty", version="2", expected_failures={"R4.5": "it has no threshold"})
+    for binding, verdict in ((good, "passed"), (bad, "failed")):
+        outcomes = [
+            Outcome("test_r04.py::a", ("R4.4",), verdict, 50),
+            Outcome("test_r04.py::b", ("R4.5",), verdict, 30),
+        ]
+        write_report(report_of(binding, outcomes, profile="dev"), tmp_path / f"{binding.name}.json")
+    return module
+
+
+@requirement("R10.8", "R24.5")
+def test_the_traceability_page_has_a_row_for_each_requirement_with_its_tests_examples_and_faults(pages):
+    rows = {row.split(" | ")[0].strip("| "): row for row in pages.traceability().splitlines() if row.startswith("| R")}
+    assert list(rows) == list(read_spec(ROOT / "spec"))
+    assert "test_r04_router.py::" in rows["R4.4"]
+    assert "| 50 |" in rows["R4.4"]
+    assert "`OneTooMany`" in rows["R4.4"]
+
+
+@requirement("R24.5")
+def test_the_matrix_has_a_column_for_each_binding_and_can_be_red(pages):
+    page = pages.matrix()
+    assert "| id | requirement | lora-cards 1 | faulty 2 |" in page
+    rows = [row for row in page.splitlines() if row.startswith("| R4")]
+    assert [row.split(" | ")[2:] for row in rows] == [
+        [":white_check_mark:", ":x: |"],
+        [":white_check_mark:", ":warning: |"],
+    ]
+    assert "- **faulty 2**: it has no threshold (R4.5)" in page
 
 
 def test_the_readme_names_only_commands_that_exist():
