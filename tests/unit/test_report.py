@@ -1,6 +1,7 @@
 """Verdicts of the conformance suite: one for each requirement, whatever a binding does."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,13 @@ import pytest
 from lora.errors import ArgumentError
 from lora.testing.plugin import Subject, load_binding, requirement
 from lora.testing.report import SCHEMA_VERSION, red, run_suite, verdict_of
+
+
+@pytest.fixture(autouse=True)
+def _unmeasured(monkeypatch):
+    """The suite is not measured: an alarm that goes off while coverage holds its lock would stop it for good."""
+    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +53,10 @@ def test_a_run_says_what_failed_and_on_which_example():
 @requirement("R24.1", "R24.5")
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("Raising", "RuntimeError: out of order"), ("Hanging", "no verdict after 3"), ("Mute", "AssertionError")],
+    [("Raising", "RuntimeError: out of order"), ("Hanging", "no verdict after 20"), ("Mute", "AssertionError")],
 )
 def test_a_binding_that_does_not_answer_has_its_verdict_and_the_rest_still_runs(kind, said, tmp_path):
-    report = run_suite(f"tests.bindings.broken:{kind}", only="R4", timeout=3, junit=tmp_path / "junit.xml")
+    report = run_suite(f"tests.bindings.broken:{kind}", only="R4", timeout=20, junit=tmp_path / "junit.xml")
     verdicts = {name: entry["verdict"] for name, entry in report["requirements"].items()}
     assert verdicts["R4.10"] == "failed"
     assert "R4.10" in red(report)
