@@ -584,6 +584,8 @@ class ManagerMachine(RuleBasedStateMachine):
         if card.name in self.active:
             self.manager.replace_card(card)
             self.active[card.name] = (card, self.active[card.name][1])
+            if card.name in self.loaded:
+                self.loaded[card.name] = card
         else:
             self.refused(UnknownCardError, lambda: self.manager.replace_card(card))
 
