@@ -1,3 +1,3 @@
-"""PEFT is there only in ``make test-all``, so its binding is imported only where it is asked for."""
+"""PEFT warns and takes long to import, so its binding is imported only where it is asked for."""
 
 collect_ignore = ["peft.py"]

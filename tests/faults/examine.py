@@ -162,8 +162,8 @@ def remembered(function):
         if key not in answers:
             if len(answers) > 20:
                 answers.clear()
-            answers[key] = pickle.dumps(function(self, *arguments))
-        return pickle.loads(answers[key])  # noqa: S301 - written right here
+            answers[key] = function(self, *arguments)
+        return copy.deepcopy(answers[key])
 
     return answer
 
