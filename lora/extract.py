@@ -16,6 +16,7 @@ import numpy as np
 
 from lora.card import DTYPES, Array, LoRACard, LowRank, finite
 from lora.errors import ArgumentError, ShapeError, TargetError, shown
+from lora.lowrank import thin_qr
 from lora.targets import ALL_LINEAR, match_targets, matches
 
 METHODS = ("full", "randomized")
@@ -412,13 +413,13 @@ def _randomized(matrix: Array, module: str, how: _How) -> tuple[_SVD, int]:
 
 def _subspace(matrix: Array, width: int, rng: np.random.Generator) -> _SVD:
     """The decomposition of a matrix within the span of its images of random vectors, sharpened by power iterations."""
-    basis = np.linalg.qr(matrix @ rng.standard_normal((matrix.shape[1], width)).astype(matrix.dtype))[0]
+    basis = thin_qr(matrix @ rng.standard_normal((matrix.shape[1], width), matrix.dtype))[0]
     for _ in range(POWER_ITERATIONS):
-        basis = np.linalg.qr(matrix.T @ basis)[0]
-        basis = np.linalg.qr(matrix @ basis)[0]
-    inner = basis.T @ matrix
-    u, s, v = np.linalg.svd(inner, full_matrices=False)
-    return _SVD(basis @ u, s, v)
+        basis = thin_qr(matrix.T @ basis)[0]
+        basis = thin_qr(matrix @ basis)[0]
+    long, small = thin_qr(matrix.T @ basis)  # the SVD of the small triangle takes a fifth of that of the long side
+    v, s, u = np.linalg.svd(small, full_matrices=False)
+    return _SVD(basis @ u.T, s, (long @ v).T)
 
 
 def _rank(svd: _SVD, rule: Rank, whole: Array | None = None) -> int | None:

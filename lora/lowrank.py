@@ -144,6 +144,32 @@ def spectrum(pair: LowRank) -> Array:
     return values
 
 
+def thin_qr(matrix: Array) -> tuple[Array, Array]:
+    """The reduced QR of a matrix ``(m, n)``: Q ``(m, k)`` orthonormal, R ``(k, n)`` upper triangular, k = min(m, n).
+
+    What `numpy.linalg.qr` gives, up to rounding, in about half its time when m is large and n is not: Q is formed by
+    matrix products instead of reflection by reflection.
+    Source: Joffrain et al., "Accumulating Householder transformations, revisited" (2006): the product of reflections
+    ``I - τᵢ vᵢ vᵢᵀ`` is ``I - V T Vᵀ``, where T⁻¹ has 1/τ on its diagonal and VᵀV above it.
+
+    Examples
+    --------
+    >>> Q, R = thin_qr(np.array([[3.0, 0.0], [4.0, 5.0]]))
+    >>> np.allclose(Q @ R, [[3, 0], [4, 5]]), np.allclose(Q.T @ Q, np.identity(2))
+    (True, True)
+    """
+    packed, tau = np.linalg.qr(matrix, mode="raw")
+    count = len(tau)
+    triangle, vectors = np.triu(packed.T[:count]), packed.T[:, :count]
+    vectors[:count] = np.tril(vectors[:count], -1) + np.identity(count, vectors.dtype)
+    vectors[:, tau == 0] = 0  # no reflection
+    inner = np.triu(vectors.T @ vectors, 1)
+    np.fill_diagonal(inner, 1 / np.where(tau == 0, 1, tau))
+    orthonormal = vectors @ -np.linalg.solve(inner, vectors[:count].T)
+    orthonormal.ravel()[:: count + 1][:count] += 1
+    return orthonormal, triangle
+
+
 def initial(in_features: int, out_features: int, rank: int, rng: np.random.Generator) -> LowRank:
     """A fresh float32 pair: A uniform with |A| <= 1/√in (Kaiming, a = √5, fan-in = in), B zero.
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from lora.card import DTYPES, Array, LoRACard, LowRank, check_card, finite
 from lora.errors import ArgumentError, BaseModelError, CardError, ConflictError, ShapeError, shown
-from lora.lowrank import delta
+from lora.lowrank import delta, thin_qr
 
 EPSILON = float(np.finfo(np.float64).eps)
 
@@ -337,8 +337,8 @@ def _concatenated(module: str, terms: list[_Term], dtype: np.dtype[Any]) -> LowR
 
 def _cores(module: str, pairs: Sequence[LowRank]) -> _Cores:
     """QR of the stacked As and of the stacked Bs: all that is left to do happens in the small triangles."""
-    p, left = np.linalg.qr(np.concatenate([pair.A.astype(np.float64) for pair in pairs], axis=1))
-    q, right = np.linalg.qr(np.concatenate([pair.B.T.astype(np.float64) for pair in pairs], axis=1))
+    p, left = thin_qr(np.concatenate([pair.A.astype(np.float64) for pair in pairs], axis=1))
+    q, right = thin_qr(np.concatenate([pair.B.T.astype(np.float64) for pair in pairs], axis=1))
     ends = np.cumsum([pair.rank for pair in pairs])[:-1]
     lefts, rights = np.split(left, ends, axis=1), np.split(right, ends, axis=1)
     cores = [a @ b.T * _scaling(pair) for a, b, pair in zip(lefts, rights, pairs, strict=True)]

@@ -6,7 +6,7 @@ import pytest
 
 from lora.card import LowRank
 from lora.errors import ArgumentError, ShapeError
-from lora.lowrank import apply, concat, delta, initial
+from lora.lowrank import apply, concat, delta, initial, thin_qr
 from lora.testing.plugin import requirement
 
 PAIR = LowRank(np.array([[1.0], [2.0], [0.0]]), np.array([[3.0, -1.0]]), 0.5)
@@ -93,3 +93,21 @@ def test_a_fresh_a_fills_its_range_evenly():
     assert abs((a**2).mean() - 1 / 3) < 6 * np.sqrt(4 / 45 / a.size)
     shares = np.histogram(a, bins=4, range=(-1, 1))[0] / a.size
     assert (abs(shares - 0.25) < 6 * np.sqrt(0.25 * 0.75 / a.size)).all()
+
+
+@requirement("R20.4", "R16.7")
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (40, 7), (7, 40), (3, 1), (1, 3)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["noise", "zero", "one column twice", "triangular"])
+def test_a_thin_qr_is_a_qr(shape, dtype, kind):
+    matrix = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    matrix = {"noise": matrix, "zero": 0 * matrix, "one column twice": matrix[:, [0] * shape[1]]}.get(
+        kind, np.triu(matrix)
+    )
+    q, r = thin_qr(matrix)
+    eps = np.finfo(dtype).eps * sum(shape)
+    assert (q.shape, r.shape) == ((shape[0], min(shape)), (min(shape), shape[1]))
+    assert q.dtype == r.dtype == dtype
+    assert np.abs(q.T @ q - np.identity(min(shape))).max() <= eps
+    assert np.abs(q @ r - matrix).max() <= eps * max(np.linalg.norm(matrix), 1)
+    assert np.array_equal(r, np.triu(r))
