@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,7 +18,20 @@ import torch
 from torch import nn
 
 from lora.card import AdapterSet, Array, LoRACard
-from lora.errors import ArgumentError, CardFileError, MissingPackageError, ShapeError, UnknownCardError, shown
+from lora.errors import (
+    ArgumentError,
+    CardFileError,
+    LoRAError,
+    MissingPackageError,
+    ShapeError,
+    StateError,
+    UnknownCardError,
+    shown,
+)
+from lora.federation.access import Credentials
+from lora.federation.cache import CardCache, default_cache
+from lora.federation.node import Node, uri_of
+from lora.federation.trust import Policy
 from lora.inference.encoder import InferenceCore
 from lora.inference.manager import LoRAManager
 from lora.inference.router import Description, LoRARouter
@@ -53,6 +66,8 @@ class Encoding:
         The adapter set of each text.
     routes
         With ``intent_query``: the cards chosen, at most ``top_k``, best first; empty if the router abstained.
+    failures
+        With ``intent_query``: the remote cards that would have been chosen, and why none of their peers could give them.
 
     Notes
     -----
@@ -62,6 +77,7 @@ class Encoding:
     embeddings: Array
     adapters: tuple[AdapterSet, ...]
     routes: tuple[Route, ...] = ()
+    failures: Mapping[str, LoRAError] = field(default_factory=dict)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:  # noqa: FBT001 - NumPy's protocol
         return np.array(self.embeddings, dtype=dtype, copy=copy)
@@ -94,7 +110,7 @@ class ArrowEngine:
     >>> engine.encode(["a card is a value"]).shape
     (1, 384)
 
-    Requirements: R4.14, R5.1, R5.2, R5.3, R5.4, R5.6, R5.8, R5.9, R5.10, R5.15
+    Requirements: R4.14, R5.1, R5.2, R5.3, R5.4, R5.6, R5.8, R5.9, R5.10, R5.13, R5.15
     """
 
     def __init__(
@@ -116,6 +132,7 @@ class ArrowEngine:
         self.router = LoRARouter(self._encode_base)
         self.threshold = threshold
         self.check_base = check_base
+        self.node: Node | None = None
         self._adapted: Callable[[AdapterSet], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt)
         self._adapted_rows: Callable[[tuple[AdapterSet, ...]], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt_rows)
 
@@ -185,10 +202,10 @@ class ArrowEngine:
             raise ArgumentError("encode_with_lora", "adapters or intent_query", "both")
         texts = texts_of(texts)
         if intent_query is not None:
-            routes, known = self._routed(intent_query, top_k, tags)
+            routes, known, failures = self._routed(intent_query, top_k, tags)
             chosen = _resolve([route.name for route in routes], known)
             embeddings = _encoded(self._adapted(chosen), texts)
-            return Encoding(embeddings, (chosen,) * len(texts), tuple(routes))
+            return Encoding(embeddings, (chosen,) * len(texts), tuple(routes), failures)
         if isinstance(adapters, list):
             return self._encode_rows(texts, adapters)
         state = self.manager.state
@@ -235,17 +252,134 @@ class ArrowEngine:
         self.manager.add_card(card)  # before it can be routed to
         self.router.register(candidate)
 
-    def _routed(self, query: str, top_k: int, tags: Collection[str]) -> tuple[list[Route], dict[str, LoRACard]]:
-        """The router's choice and the cards it chose from; asked again if a card came and went meanwhile."""
+    def start_federation(
+        self,
+        port: int = 0,
+        peers: Sequence[str] = (),
+        *,
+        root: PathLike | None = None,
+        host: str = "127.0.0.1",
+        cache: CardCache | PathLike | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - a frozen value
+        credentials: Credentials = Credentials(),  # noqa: B008 - as above
+        interfaces: Sequence[str] | None = None,
+        timeout: float = 10.0,
+    ) -> Node:
+        """Become a node of a federation: serve the cards of `root`, if given, and find what peers offer.
+
+        Parameters
+        ----------
+        port, host
+            Where to serve; port 0 takes a free one.
+        peers
+            ``host:port`` or Flight URIs of peers that multicast does not reach.
+        root
+            Folder of the cards to serve.
+        cache
+            Where fetched cards are kept; the user's by default.
+        policy, credentials, interfaces, timeout
+            As `lora.federation.node.Node`'s. A card that does not fit this engine's model is refused as well.
+
+        Returns
+        -------
+        Node
+            Also `node`; close it to leave.
+
+        Raises
+        ------
+        StateError
+            If it is one already.
+
+        Notes
+        -----
+        Requirements: R5.13
+        """
+        if self.node is not None:
+            raise StateError("federation", "one node for each engine", "one that runs", "close it: stop_federation()")
+        self.node = Node(
+            default_cache() if cache is None else cache,
+            root,
+            host=host,
+            port=port,
+            peers=[uri_of(peer) for peer in peers],
+            policy=policy,
+            credentials=credentials,
+            interfaces=interfaces,
+            timeout=timeout,
+            check=self._fits,
+        )
+        return self.node
+
+    def stop_federation(self) -> None:
+        """Leave the federation, and forget what is not here; no error if there is none."""
+        node, self.node = self.node, None
+        if node is not None:
+            node.close()
+        for name in self._virtual():
+            self.router.unregister(name)
+
+    def sync_remote_skills(self) -> tuple[str, ...]:
+        """Let the router know, by their descriptions, the cards that peers offer and this engine does not have.
+
+        Returns
+        -------
+        tuple of str
+            Their names. What no peer offers any more is forgotten; a card without a description can't be routed to.
+
+        Raises
+        ------
+        StateError
+            If `start_federation` was not called.
+
+        Notes
+        -----
+        Requirements: R5.13
+        """
+        if self.node is None:
+            raise StateError("sync_remote_skills", "an engine that is a node", "none", "call start_federation first")
+        here = self.manager.list_cards()
+        remote = {
+            name: offers[0].manifest.description
+            for name, offers in self.node.sync().items()
+            if name not in here and offers[0].manifest.description
+        }
+        for name in self._virtual() - remote.keys():
+            self.router.unregister(name)
+        for name, description in remote.items():
+            self.router.register_virtual_candidate(name, description)
+        return tuple(sorted(remote))
+
+    def _virtual(self) -> set[str]:
+        return {name for name, candidate in self.router.candidates.items() if candidate.virtual}
+
+    def _fits(self, card: LoRACard) -> None:
+        """Refuse a card that this engine's model can't take."""
+        adapt(self.base, card, check_base=self.check_base)
+
+    def _routed(
+        self, query: str, top_k: int, tags: Collection[str]
+    ) -> tuple[list[Route], dict[str, LoRACard], dict[str, LoRAError]]:
+        """The router's choice, the cards to it, and what could not be fetched; asked again if a card came and went."""
+        failures: dict[str, LoRAError] = {}
+        fetched: dict[str, LoRACard] = {}
         while True:
-            candidates, known = self.router.candidates, self.manager.list_cards()
-            routes = self.router.select(query, top_k, self.threshold, tags=tags)
-            missing = [route for route in routes if route.name not in known]
-            if missing and self.router.candidates is candidates:
-                where = f"intent_query: candidate {missing[0].name!r}"
-                raise UnknownCardError(where, "a card that is loaded here", "a virtual one", "load it or unregister it")
+            candidates, known = self.router.candidates, {**fetched, **self.manager.list_cards()}
+            found = self.router.select(query, top_k + len(failures), self.threshold, tags=tags)
+            routes = [route for route in found if route.name not in failures][:top_k]
+            missing = [route.name for route in routes if route.name not in known]
             if not missing:
-                return routes, known
+                return routes, known, failures
+            node = self.node
+            remote = [name for name in missing if node and name in candidates and candidates[name].virtual]
+            if absent := [name for name in missing if name not in remote and self.router.candidates is candidates]:
+                where = f"intent_query: candidate {absent[0]!r}"
+                raise UnknownCardError(where, "a card that is loaded here", "a virtual one", "load it or unregister it")
+            for name in remote:
+                try:
+                    fetched[name] = node.fetch(name).card  # type: ignore[union-attr]
+                except LoRAError as error:
+                    log.warning("not fetched: %s", error)
+                    failures[name] = error
 
     def _encode_base(self, texts: Sequence[str]) -> Array:
         return _encoded(self.base, texts)

@@ -121,3 +121,47 @@ class DataError(LoRAError, ValueError):
 
 class MissingPackageError(LoRAError, ImportError):
     """An optional package is not installed."""
+
+
+class PeerError(LoRAError, ConnectionError):
+    """A peer is not there, too slow, broke off, or does not speak as it should."""
+
+
+class RefusedError(LoRAError, ValueError):
+    """Base of every reason not to accept a card from a peer."""
+
+
+class ManifestError(RefusedError):
+    """What a peer announces is not a well-formed manifest."""
+
+
+class BadNameError(RefusedError):
+    """A card's name is none that is accepted from outside."""
+
+
+class MismatchError(RefusedError):
+    """The bytes, or the card in them, are not what was announced."""
+
+
+class UnsignedError(RefusedError):
+    """A card is neither signed nor pinned."""
+
+
+class SignatureError(RefusedError):
+    """A signature does not hold."""
+
+
+class UnknownSignerError(RefusedError):
+    """A card is signed by a key that is not trusted."""
+
+
+class OlderVersionError(RefusedError):
+    """A card is older than one of its name and signer that was accepted before."""
+
+
+class NonFiniteError(RefusedError):
+    """A card holds NaN or an infinity."""
+
+
+class AbsurdNormError(RefusedError):
+    """A card's ΔW is larger than any skill is."""

@@ -79,7 +79,7 @@ def replacing(path: PathLike) -> Iterator[BinaryIO]:
     Requirements: R1.11
     """
     path = as_path(path)
-    with _os_errors(path), _folder(path.parent) as folder:
+    with os_errors(path), _folder(path.parent) as folder:
         temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
         try:
             with temporary.open("xb") as file:
@@ -168,7 +168,7 @@ def as_path(path: PathLike) -> Path:
 def _opened(path: PathLike) -> Iterator[BufferedReader]:
     """A regular file for reading; a pipe would block and a device has no end."""
     path = as_path(path)
-    with _os_errors(path), open(path, "rb", opener=_not_blocking) as file:
+    with os_errors(path), open(path, "rb", opener=_not_blocking) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise StoreError(str(path), "a regular file", "something else")
         yield file
@@ -224,7 +224,17 @@ def _card_errors(path: PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
+def os_errors(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as an error of this library that names the path.
+
+    Raises
+    ------
+    CardNotFoundError, StoreError
+
+    Notes
+    -----
+    Requirements: R7.1, R7.8
+    """
     try:
         yield
     except LoRAError:

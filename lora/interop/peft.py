@@ -11,15 +11,14 @@ import math
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora.card import LoRACard, check_card, finite
-from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, LoRAError, StoreError, shown
+from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, shown
 from lora.interop.safetensors import common_fields, json_field, naming, pair_of, read_pairs, write_tensors
-from lora.store import PathLike, as_path, replacing
+from lora.store import PathLike, as_path, os_errors, replacing
 from lora.targets import ALL_LINEAR, match_targets, matches
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -159,8 +158,9 @@ def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) ->
     for module, pair in card.weights.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = pair.A.T
         tensors[f"base_model.model.{module}.lora_B.weight"] = pair.B.T
-    folder = as_path(folder).resolve()
-    with _os_errors(folder):
+    folder = as_path(folder)
+    with os_errors(folder):
+        folder = folder.resolve()
         _check_free(folder, overwrite=overwrite)
         temporary, old = (folder.with_name(f".{secrets.token_hex(8)}.tmp") for _ in range(2))
         try:
@@ -178,7 +178,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise CardNotFoundError(str(path), "a PEFT configuration", "nothing", "give the folder that holds it")
-    with _os_errors(path):
+    with os_errors(path):
         if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
             raise CardFileError("size", f"at most {MAX_CONFIG_BYTES} bytes", size)
         data = path.read_bytes()
@@ -327,9 +327,8 @@ def _check_free(folder: Path, *, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
-        raise ArgumentError(
-            str(folder), "a folder that is new or empty", "one with files", "overwrite=True replaces it"
-        )
+        found = "one with files" if folder.is_dir() else "a file"
+        raise ArgumentError(str(folder), "a folder that is new or empty", found, "overwrite=True replaces a PEFT one")
     if not (folder / CONFIG).is_file():
         raise ArgumentError(str(folder), "a PEFT directory to replace", f"no {CONFIG} in it")
 
@@ -346,18 +345,6 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
         old.rename(folder)
         raise
     shutil.rmtree(old)
-
-
-@contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except LoRAError:
-        raise
-    except FileNotFoundError as error:
-        raise CardNotFoundError(str(path), "a folder to put it in", f"nothing at {path.parent}") from error
-    except (OSError, ValueError) as error:
-        raise StoreError(str(path), "a folder that can be read or written", error) from error
 
 
 def _advice(key: str) -> str:

@@ -26,6 +26,17 @@ KINDS = {
     "RegistryFull": RuntimeError,
     "DataError": ValueError,
     "MissingPackageError": ImportError,
+    "PeerError": ConnectionError,
+    "RefusedError": ValueError,
+    "ManifestError": ValueError,
+    "BadNameError": ValueError,
+    "MismatchError": ValueError,
+    "UnsignedError": ValueError,
+    "SignatureError": ValueError,
+    "UnknownSignerError": ValueError,
+    "OlderVersionError": ValueError,
+    "NonFiniteError": ValueError,
+    "AbsurdNormError": ValueError,
 }
 
 

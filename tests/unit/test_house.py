@@ -12,13 +12,14 @@ HOUSE = Path(lora.__file__).parent
 
 LAYERS = [
     ["errors"],
+    ["metrics"],
     ["card"],
     ["lowrank"],
     ["table", "targets", "routing"],
     ["presets", "merging", "extract"],
     ["envelope"],
     ["store"],
-    ["weights", "drawing", "interop"],
+    ["weights", "drawing", "interop", "federation"],
     ["layer"],
     ["rewrite"],
     ["inference"],
@@ -41,7 +42,7 @@ PURE = [
     "envelope",
     "layer",
 ]
-PURE += ["rewrite"]
+PURE += ["rewrite", "federation/manifest", "federation/trust", "federation/peers", "federation/access"]
 OUTSIDE = {
     "time",
     "datetime",
