@@ -509,10 +509,31 @@ def finite(value: object, where: str, kind: type[CardError | ArgumentError] = Ca
     return number
 
 
+def integer(value: object, where: str, least: int | None = None, hint: str = "") -> int:
+    """The value as an int.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no integer (which a bool is not), or less than `least`.
+
+    Notes
+    -----
+    Requirements: R7.8
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        raise ArgumentError(where, "an integer" if least is None else f"an integer >= {least}", shown(value), hint)
+    return number
+
+
 def _rank(value: object, where: str) -> int:
     try:
-        rank = operator.index(value) if not isinstance(value, bool) else 0  # type: ignore[arg-type]
-    except TypeError:
+        rank = integer(value, where)
+    except ArgumentError:
         rank = 0
     if not 1 <= rank <= MAX_RANK:
         raise CardError(where, f"an integer >= 1 and <= {MAX_RANK}", shown(value))

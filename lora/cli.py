@@ -7,8 +7,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import lora
-from lora.errors import ArgumentError, LoRAError
+from lora.errors import ArgumentError, DataError, LoRAError, PeerError
+from lora.store import replacing
 
 app = typer.Typer(
     name="lora",
@@ -193,7 +194,7 @@ def route(
     epilog="Example: lora merge docs.lora.arrow law.lora.arrow -o both.lora.arrow --strategy ties --density 0.3"
 )
 def merge(
-    cards: Annotated[list[Path], typer.Argument(help="Card files.")],
+    cards: Annotated[list[Path], typer.Argument(help="Card files, PEFT directories, or what else convert reads.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the merged card.")],
     strategy: Annotated[
         str, typer.Option(help="average, weighted, slerp, ties, dare, task_arithmetic or cat.")
@@ -212,9 +213,10 @@ def merge(
 
     Requirements: R20.1, R25.2
     """
+    _check_file("--out", out)
     options = {"density": density, "elect": elect, "seed": seed, "t": t, "normalize": normalize}
     how = _strategy(strategy, {key: value for key, value in options.items() if value is not None})
-    card = lora.merge([lora.load(path) for path in cards], how, weight, rank, name)
+    card = lora.merge([_read_card(path) for path in cards], how, weight, rank, name)
     found = lora.save(card, out)
     errors: dict[str, float] = card.metadata["merge"]["error"]
     worst = max(errors.values(), default=0.0)
@@ -248,12 +250,14 @@ def extract(
     """
     from lora.weights import SafetensorsWeights  # noqa: PLC0415 - only here
 
+    _check_file("--out", out)
     given = [rule for rule in (rank, energy, error) if rule is not None]
     if len(given) > 1:
         raise ArgumentError("lora extract", "one of --rank, --energy, --error", f"{len(given)} of them")
-    rule = lora.Energy(energy) if energy is not None else lora.Error(error) if error is not None else rank or 8
+    fixed = 8 if rank is None else rank
+    rule = lora.Energy(energy) if energy is not None else lora.Error(error) if error is not None else fixed
     options: dict[str, Any] = {"target_modules": target or "all-linear", "method": method, "seed": seed}
-    options["name"] = name or out.name.removesuffix(".lora.arrow")
+    options["name"] = out.name.removesuffix(".lora.arrow") if name is None else name
     weights = SafetensorsWeights(tuned)
     with progress_bar(f"extracting {tuned}") as progress:
         options["on_module"] = lambda _, done, total: progress(done, total, None)
@@ -289,6 +293,8 @@ def probe(
 
     if (base is None) != (tuned is None):
         raise ArgumentError("lora probe", "--base and --tuned together", "one of them")
+    if base is not None and (texts is not None or model is not None):
+        raise ArgumentError("lora probe", "either two models' weights or texts", "both")
     if base is not None and tuned is not None:
         with progress_bar("comparing") as progress:
             step = lambda _, done, total: progress(done, total, None)  # noqa: E731 - as short as the callback is
@@ -296,8 +302,13 @@ def probe(
         rows = [{"name": layer.name, "change": layer.change, "held": layer.held} for layer in moved]
         _say_rows(rows, as_json)
         return
-    with texts.open(encoding="utf-8") if texts else sys.stdin as stream, progress_bar("probing") as progress:
-        lines = [line for line in stream.read().splitlines() if line.strip()]
+    hot_zones({}, share)  # which is refused now, not after all the work
+    try:
+        text = texts.read_text("utf-8") if texts else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(str(texts or "standard input"), "text in UTF-8", error) from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    with progress_bar("probing") as progress:
         engine = lora.ArrowEngine.from_pretrained(model)
         found = WeightMapProbe(engine.base, on_step=lambda _, done, total: progress(done, total, None)).probe(lines)
     hot = hot_zones(scores_of(found.blocks, "influence"), share)
@@ -313,7 +324,7 @@ def probe(
 def convert(
     source: Annotated[Path, typer.Argument(help="A card file, a PEFT directory, or a .safetensors file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="*.arrow: a card; *.safetensors; else a PEFT directory.")],
-    name: Annotated[str | None, typer.Option(help="Name of the card, where the source has none.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the card; the source's if omitted.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Of a .safetensors file that does not say it.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a PEFT directory that is there.")] = False,
     as_json: Json = False,
@@ -322,18 +333,13 @@ def convert(
 
     Requirements: R23.1, R23.2, R23.5, R25.2
     """
-    from lora.interop.peft import export_peft, import_peft  # noqa: PLC0415 - only here
-    from lora.interop.safetensors import load_safetensors, save_safetensors  # noqa: PLC0415 - only here
+    from lora.interop.peft import export_peft  # noqa: PLC0415 - only here
+    from lora.interop.safetensors import save_safetensors  # noqa: PLC0415 - only here
 
-    if source.is_dir():
-        card = import_peft(source, name=name)
-    elif source.suffix == ".safetensors":
-        card = load_safetensors(source, name=name, alpha=alpha)
-    else:
-        card = lora.load(source)
-    if out.suffix == ".arrow":
+    card = _read_card(source, name, alpha)
+    if (kind := out.suffix.lower()) == ".arrow":
         lora.save(card, out)
-    elif out.suffix == ".safetensors":
+    elif kind == ".safetensors":
         save_safetensors(card, out)
     else:
         export_peft(card, out, overwrite=overwrite)
@@ -412,6 +418,8 @@ def conformance(
     """
     from lora.testing.report import red, run_suite, write_report  # noqa: PLC0415 - needs the test extra
 
+    if json_file is not None:
+        _check_file("--json", json_file)
     report = run_suite(binding, only=only, junit=junit, timeout=timeout)
     if json_file is not None:
         write_report(report, json_file)
@@ -424,6 +432,157 @@ def conformance(
     Console().print(table)
     if failed := red(report):
         _fail(f"{len(failed)} of {len(report['requirements'])} requirements failed: {', '.join(failed)}", 1)
+
+
+Peer = Annotated[list[str] | None, typer.Option("--peer", help="host:port or grpc+tls://… of a peer; may be repeated.")]
+TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File with the bearer token.")]
+Certificate = Annotated[Path | None, typer.Option("--cert", help="PEM certificate of this side.")]
+Key = Annotated[Path | None, typer.Option("--key", help="PEM private key of that certificate.")]
+Authority = Annotated[Path | None, typer.Option("--ca", help="PEM authority of the other side's certificate.")]
+ClearToken = Annotated[bool, typer.Option("--insecure-token", help="Let the token travel in clear beyond loopback.")]
+Wait = Annotated[float, typer.Option(help="Seconds to look for peers on the network.", min=0)]
+
+
+@app.command(epilog="Example: lora serve ./cards --port 8815")
+def serve(
+    folder: Annotated[Path, typer.Argument(help="Folder of *.lora.arrow files.")],
+    port: Annotated[int, typer.Option(help="Port; 0 for a free one.", min=0, max=65535)] = 8815,
+    host: Annotated[str, typer.Option(help="Address to serve on; 127.0.0.1 for this machine alone.")] = "0.0.0.0",  # noqa: S104 - a LAN's node serves it
+    announce: Annotated[bool, typer.Option(help="Announce this server on the network by zeroconf.")] = True,
+    metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus metrics on this port of loopback.")] = None,
+    token_file: TokenFile = None,
+    cert: Certificate = None,
+    key: Key = None,
+    ca: Authority = None,
+    insecure_token: ClearToken = False,
+) -> None:
+    """Serve the cards of a folder to other nodes, read-only, until interrupted.
+
+    Requirements: R11.1, R11.6, R13.1, R25.2
+    """
+    import signal  # noqa: PLC0415 - only here
+    import threading  # noqa: PLC0415 - only here
+
+    from lora.federation.cache import default_cache  # noqa: PLC0415 - only for federation
+    from lora.federation.node import Node  # noqa: PLC0415 - as above
+    from lora.metrics import serving  # noqa: PLC0415 - as above
+
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    credentials = _credentials(token_file, cert, key, ca, insecure_token)
+    interfaces = None if announce else ()
+    with ExitStack() as opened:
+        node = opened.enter_context(
+            Node(default_cache(), folder, host=host, port=port, interfaces=interfaces, credentials=credentials)
+        )
+        if metrics_port is not None:
+            opened.enter_context(serving(node.metrics, metrics_port))
+        print(f"serving {len(node.server.catalog.cards)} cards at {node.server.uri}", flush=True)  # type: ignore[union-attr]
+        ended.wait()
+
+
+@app.command(name="list", epilog="Example: lora list --peer 192.0.2.7:8815 --json")
+def list_cards(
+    peer: Peer = None,
+    wait: Wait = 3.0,
+    peers: Annotated[bool, typer.Option("--peers", help="List the peers instead of their cards.")] = False,
+    token_file: TokenFile = None,
+    cert: Certificate = None,
+    key: Key = None,
+    ca: Authority = None,
+    insecure_token: ClearToken = False,
+    as_json: Json = False,
+) -> None:
+    """List the cards that peers offer: those named by --peer, or all that are found on the network.
+
+    Requirements: R12.1, R13.1, R13.5, R25.2
+    """
+    with _visitor(peer, wait, _credentials(token_file, cert, key, ca, insecure_token)) as node:
+        if peers:
+            rows = [{"peer": found.uri, "node": found.node_id} for found in node.peers()]
+        else:
+            rows = [_offered(offer) for _, offers in sorted(node.sync().items()) for offer in offers]
+    if not rows and not as_json:
+        print("nothing found", file=sys.stderr)
+        return
+    _say_rows(rows, as_json)
+
+
+@app.command(epilog="Example: lora fetch docs --peer 192.0.2.7:8815 --pin 3b7e… -o docs.lora.arrow")
+def fetch(
+    name: Annotated[str, typer.Argument(help="Name of a card that a peer offers.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the card here.")] = None,
+    pin: Annotated[
+        str | None, typer.Option(help="Accept the card of this digest alone; it needs no signature.")
+    ] = None,
+    trust: Annotated[list[Path] | None, typer.Option(help="PEM public key to trust; may be repeated.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Waive one refusal: unsigned, older, other_base …; may be repeated.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Refuse cards for another base model.")] = None,
+    peer: Peer = None,
+    wait: Wait = 3.0,
+    cache: Annotated[Path | None, typer.Option(help="Folder for fetched cards.")] = None,
+    token_file: TokenFile = None,
+    cert: Certificate = None,
+    key: Key = None,
+    ca: Authority = None,
+    insecure_token: ClearToken = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch a card, verify it, and keep it in the cache.
+
+    Requirements: R12.2, R12.9, R14.2, R25.2
+    """
+    from lora.federation.keys import load_public_key  # noqa: PLC0415 - only for federation
+    from lora.federation.trust import Policy, waived  # noqa: PLC0415 - as above
+
+    policy = waived(Policy(frozenset(map(load_public_key, trust or [])), base_model=base_model), allow or [])
+    credentials = _credentials(token_file, cert, key, ca, insecure_token)
+    with _visitor(peer, wait, credentials, policy, cache) as node, progress_bar(f"fetching {name}") as progress:
+        node.sync()
+        found = node.fetch(name, digest=pin, progress=lambda done, total: progress(done, total, None))
+    file = out or node.cache.path(found.digest)
+    if out is not None:
+        with replacing(out) as copy:
+            copy.write(node.cache.path(found.digest).read_bytes())
+    facts = {"name": found.card.name, "digest": found.digest, "file": str(file)}
+    _say(facts, as_json, f"{file}: card {found.card.name}, {found.digest}")
+
+
+@app.command(epilog="Example: lora keygen me.pem")
+def keygen(
+    file: Annotated[Path, typer.Argument(help="New file for the private key; the public one goes to FILE.pub.")],
+    as_json: Json = False,
+) -> None:
+    """Make an Ed25519 key to sign cards with.
+
+    Requirements: R14.1, R25.2
+    """
+    from lora.federation.keys import generate_key  # noqa: PLC0415 - only for federation
+
+    public = generate_key(file)
+    facts = {"private": str(file), "public": f"{file}.pub", "public_key": public}
+    _say(facts, as_json, f"{file} (keep it secret), {file}.pub: {public}")
+
+
+@app.command(name="sign", epilog="Example: lora sign docs.lora.arrow --key me.pem")
+def sign_card(
+    card: Annotated[Path, typer.Argument(help="A card file.")],
+    key: Annotated[Path, typer.Option(help="PEM private key, of `lora keygen`.")],
+    as_json: Json = False,
+) -> None:
+    """Sign a card: its signature is written beside it, and served with it.
+
+    Requirements: R14.1, R25.2
+    """
+    from lora.federation.keys import sign_file, signature_path  # noqa: PLC0415 - only for federation
+
+    manifest = sign_file(card, key)
+    where = str(signature_path(card))
+    facts = {"file": where, "name": manifest.name, "digest": manifest.digest}
+    _say(facts, as_json, f"{where}: {manifest.name} {manifest.digest}")
 
 
 @app.command(epilog="Example: lora demo --steps 20 --out demo-output")
@@ -462,6 +621,75 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, float | None], None
         except BaseException:
             bar.live.transient, bar.console.quiet = True, not bar.console.is_terminal  # all that is left is the error
             raise
+
+
+def _read_card(source: Path, name: str | None = None, alpha: float | None = None) -> lora.LoRACard:
+    """The card in a card file, a PEFT directory, or a safetensors file, to which alone an alpha can be given."""
+    from lora.interop.peft import import_peft  # noqa: PLC0415 - not needed by most commands
+    from lora.interop.safetensors import load_safetensors  # noqa: PLC0415 - as above
+
+    if source.suffix.lower() == ".safetensors" and not source.is_dir():
+        return load_safetensors(source, name=name, alpha=alpha)
+    if alpha is not None:
+        raise ArgumentError("--alpha", "a .safetensors file as the source", str(source))
+    if source.is_dir():
+        return import_peft(source, name=name)
+    card = lora.load(source)
+    return card if name is None else replace(card, name=name)
+
+
+def _check_file(option: str, path: Path) -> None:
+    """Refuse a file that could not be written once the work is done."""
+    if path.is_dir() or not path.parent.is_dir():
+        found = "a folder" if path.is_dir() else f"no folder {path.parent}"
+        raise ArgumentError(f"{option} {path}", "a file in an existing folder", found)
+    if path.suffix.lower() == ".safetensors":
+        raise ArgumentError(
+            f"{option} {path}", "another ending", ".safetensors", "lora convert makes such a file of a card"
+        )
+
+
+def _credentials(token: Path | None, cert: Path | None, key: Path | None, ca: Path | None, insecure: bool) -> Any:
+    """The credentials in files."""
+    from lora.federation.access import Credentials  # noqa: PLC0415 - only for federation
+    from lora.federation.keys import read_small  # noqa: PLC0415 - as above
+
+    certificate, private, authority = (None if path is None else read_small(path) for path in (cert, key, ca))
+    text = None if token is None else read_small(token).decode("ascii", "replace").strip()
+    return Credentials(text, certificate, private, authority, insecure)
+
+
+@contextmanager
+def _visitor(
+    peers: list[str] | None, wait: float, credentials: Any, policy: Any = None, cache: Path | None = None
+) -> Iterator[Any]:
+    """A node that serves nothing, once it has found the peers that are named, or waited for those that are not."""
+    from lora.federation.cache import default_cache  # noqa: PLC0415 - only for federation
+    from lora.federation.node import Node, uri_of  # noqa: PLC0415 - as above
+    from lora.federation.trust import Policy  # noqa: PLC0415 - as above
+
+    named = [uri_of(peer) for peer in peers or []]
+    with Node(
+        cache or default_cache(),
+        peers=named,
+        interfaces=() if named else None,
+        policy=policy or Policy(),
+        credentials=credentials,
+    ) as node:
+        node.discovery.wait(wait, len(named) or None)
+        if len(node.peers()) < len(named):
+            missing = sorted(set(named) - {peer.uri for peer in node.peers()})
+            raise PeerError(missing[0], f"an answer within {wait:g} s", "none")
+        yield node
+
+
+def _offered(offer: Any) -> dict[str, Any]:
+    """A row of `lora list`."""
+    manifest = offer.manifest
+    signer = manifest.signature.public_key if manifest.signature else None
+    told = {"name": manifest.name, "version": manifest.version, "rank": manifest.rank, "size": manifest.size}
+    about = {"description": manifest.description, "base_model": manifest.base_model, "signer": signer}
+    return {**told, "digest": manifest.digest, **about, "peers": list(offer.uris)}
 
 
 def _strategy(name: str, options: dict[str, Any]) -> Any:

@@ -3,15 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora.card import Array, LoRACard
+from lora.card import Array, LoRACard, check_card
 from lora.errors import ArgumentError, MissingPackageError
 from lora.lowrank import spectrum
-from lora.store import PathLike, replacing
+from lora.store import PathLike, as_path, replacing
 
 FORMATS = (".svg", ".png", ".pdf")
 """What a drawing can be saved as, by its path's ending."""
@@ -71,18 +70,15 @@ def draw_card(card: LoRACard, path: PathLike) -> None:
     MissingPackageError
         If the ``plot`` extra is not installed.
     """
-    kind = Path(path).suffix
+    check_card(card)
+    kind = as_path(path).suffix.lower()
     if kind not in FORMATS:
         raise ArgumentError(f"{path}", f"a file that ends in one of {', '.join(FORMATS)}", kind or "no ending")
     if not card.weights:
         raise ArgumentError(f"card {card.name!r}", "a module to draw", "none")
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
-    except ImportError as error:
-        raise MissingPackageError("plot", "matplotlib", "not installed", "pip install 'lora-cards[plot]'") from error
     facts = card_facts(card)
     kinds, layers = (sorted(set(places), key=_in_order) for places in zip(*map(place, facts), strict=True))
-    figure = Figure(figsize=(4 + len(layers) / 2, 5 + len(kinds) / 2), layout="constrained")
+    figure = new_figure(figsize=(4 + len(layers) / 2, 5 + len(kinds) / 2), layout="constrained")
     axes = figure.subplots(3, 1, height_ratios=[len(kinds), len(kinds), 5])
     for axis, title, field in ((axes[0], "‖ΔW‖", "norm"), (axes[1], "effective rank", "effective_rank")):
         grid = np.full((len(kinds), len(layers)), np.nan)
@@ -91,13 +87,28 @@ def draw_card(card: LoRACard, path: PathLike) -> None:
             grid[kinds.index(row), layers.index(column)] = getattr(found, field)
         image = axis.imshow(grid, aspect="auto", vmin=0)
         axis.set(title=title, xlabel="layer", yticks=range(len(kinds)), xticks=range(len(layers)))
-        axis.set_yticklabels(kinds)
+        axis.set_yticklabels(map(_plain, kinds))
         axis.set_xticklabels(layers)
         figure.colorbar(image, ax=axis)
     _draw_spectra(axes[2], facts, kinds)
-    figure.suptitle(f"{card.name}: rank {card.rank}, {len(facts)} modules")
+    figure.suptitle(f"{_plain(card.name)}: rank {card.rank}, {len(facts)} modules")
     with replacing(path) as file:
         figure.savefig(file, format=kind.lstrip("."))
+
+
+def new_figure(**options: Any) -> Any:
+    """An empty matplotlib figure.
+
+    Raises
+    ------
+    MissingPackageError
+        If the ``plot`` extra is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
+    except ImportError as error:
+        raise MissingPackageError("plot", "matplotlib", "not installed", "pip install 'lora-cards[plot]'") from error
+    return Figure(**options)
 
 
 def place(module: str) -> tuple[str, str]:
@@ -120,7 +131,7 @@ def _draw_spectra(axis: Any, facts: Mapping[str, Facts], kinds: list[str]) -> No
         color = f"C{kinds.index(place(module)[0])}"
         axis.plot(range(1, len(found.spectrum) + 1), found.spectrum, color=color, alpha=0.6, linewidth=1)
     for row, name in enumerate(kinds[:10]):
-        axis.plot([], [], color=f"C{row}", label=name)
+        axis.plot([], [], color=f"C{row}", label=_plain(name))
     axis.set(title="singular values of ΔW", xlabel="index", ylim=(0, None))
     axis.legend(fontsize="small")
 
@@ -130,6 +141,11 @@ def _facts(values: Array) -> Facts:
     shares = values[values > 0] / total if total > 0 else values[:0]
     entropy = -float((shares * np.log(shares)).sum())
     return Facts(float(np.linalg.norm(values)), math.exp(entropy) if len(shares) else 0.0, values)
+
+
+def _plain(text: str) -> str:
+    """The text as it is: matplotlib takes what stands between dollars for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _in_order(text: str) -> tuple[int, str]:

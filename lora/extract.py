@@ -6,7 +6,6 @@ Source: Eckart and Young 1936; for the randomised method Halko, Martinsson and T
 """
 
 import hashlib
-import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from lora.card import DTYPES, Array, LoRACard, LowRank, finite
+from lora.card import DTYPES, Array, LoRACard, LowRank, finite, integer
 from lora.errors import ArgumentError, ShapeError, TargetError, shown
 from lora.lowrank import thin_qr
 from lora.targets import ALL_LINEAR, match_targets, matches
@@ -150,9 +149,10 @@ def extract_delta(
     Returns
     -------
     LoRACard
-        Every scaling is 1. A module whose weights are equal in both gets no row. The metadata hold under ``"extract"``
-        the method and, per module, rank, relative Frobenius error and explained energy, measured on the factors as they
-        are in the card.
+        Every scaling is 1. A module whose weights are equal in both gets no row. The base fingerprint is that of the base's
+        weights with a row, in the dtype that they were given in: a model that lacks one is another base. Under ``"extract"``
+        the metadata hold the method and, per module, rank, relative Frobenius error and explained energy, measured on the
+        factors as they are in the card.
 
     Raises
     ------
@@ -231,12 +231,12 @@ class _How:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, Energy | Error):
             hint = "Energy(share) or Error(bound) choose one for each module"
-            object.__setattr__(self, "rank", _integer(self.rank, "rank", 1, hint))
+            object.__setattr__(self, "rank", integer(self.rank, "extract: rank", 1, hint))
         if self.method not in METHODS:
             raise ArgumentError("extract: method", " or ".join(METHODS), shown(self.method))
-        object.__setattr__(self, "seed", _integer(self.seed, "seed", 0))
-        object.__setattr__(self, "oversampling", _integer(self.oversampling, "oversampling", 1))
-        if self.dtype is not None and self.dtype not in DTYPES:
+        object.__setattr__(self, "seed", integer(self.seed, "extract: seed", 0))
+        object.__setattr__(self, "oversampling", integer(self.oversampling, "extract: oversampling", 1))
+        if self.dtype is not None and self.dtype not in tuple(DTYPES):
             raise ArgumentError("extract: dtype", f"one of {', '.join(DTYPES)}", shown(self.dtype))
 
 
@@ -278,7 +278,20 @@ def _extract(
     record: dict[str, Any] = {"kind": "delta" if len(models) > 1 else "direct", "method": how.method}
     if how.method == "randomized":
         record |= {"seed": how.seed, "oversampling": how.oversampling}
-    return LoRACard(name, rank, float(rank), targets, weights, {"extract": {**record, "modules": records}})
+    fingerprint = _fingerprint(models[0], pairs) if len(models) > 1 else None
+    metadata = {"extract": {**record, "modules": records}}
+    return LoRACard(name, rank, float(rank), targets, weights, metadata, base_fingerprint=fingerprint)
+
+
+def _fingerprint(base: Mapping[str, Any], modules: Iterable[str]) -> str:
+    """What `lora.fingerprint` says of a model with these weights: SHA-256 over sorted key, dtype, shape and bytes."""
+    sha = hashlib.sha256()
+    for module in sorted(modules):
+        weight = _array(base[_key(module)], _key(module))
+        weight = np.ascontiguousarray(weight, weight.dtype.newbyteorder("="))
+        sha.update(f"{module}\0{weight.dtype.name}\0{weight.shape}\0".encode(errors="surrogatepass"))
+        sha.update(weight.view(np.uint8).data)
+    return sha.hexdigest()
 
 
 # ---- which modules, and their ΔW
@@ -338,7 +351,8 @@ def _array(weight: Any, key: str) -> Array:
     if not isinstance(weight, np.ndarray):
         try:
             tensor = weight.detach().cpu()
-            weight = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+            narrow = str(tensor.dtype) == "torch.bfloat16"  # which NumPy lacks
+            weight = tensor.float().numpy().astype(DTYPES["bfloat16"]) if narrow else tensor.numpy()
         except (AttributeError, TypeError, RuntimeError) as error:
             raise ArgumentError(f"extract: {key!r}", "a NumPy array or a tensor", type(weight).__name__) from error
     if weight.dtype.newbyteorder("=") not in DTYPES.values():
@@ -431,13 +445,3 @@ def _rank(svd: _SVD, rule: Rank, whole: Array | None = None) -> int | None:
     allowed = tails[0] * (1 - rule.share if isinstance(rule, Energy) else rule.bound**2)
     enough = np.flatnonzero(tails[1:] <= allowed)
     return int(enough[0]) + 1 if enough.size else None
-
-
-def _integer(value: object, where: str, least: int, hint: str = "") -> int:
-    try:
-        number = operator.index(value) if not isinstance(value, bool) else least - 1  # type: ignore[arg-type]
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ArgumentError(f"extract: {where}", f"an integer >= {least}", shown(value), hint)
-    return number

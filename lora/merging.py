@@ -11,7 +11,6 @@ Sources: Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et 
 import hashlib
 import json
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -19,8 +18,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lora.card import DTYPES, Array, LoRACard, LowRank, check_card, finite
-from lora.errors import ArgumentError, BaseModelError, CardError, ConflictError, ShapeError, shown
+from lora.card import DTYPES, Array, LoRACard, LowRank, check_card, finite, integer
+from lora.errors import ArgumentError, BaseModelError, CardError, ConflictError, ShapeError, TargetError, shown
 from lora.lowrank import delta, thin_qr
 
 EPSILON = float(np.finfo(np.float64).eps)
@@ -106,7 +105,7 @@ class Dare:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", _between(self.density, "dare: density", "the share kept, > 0 and <= 1"))
-        object.__setattr__(self, "seed", _integer(self.seed, "dare: seed", "an integer"))
+        object.__setattr__(self, "seed", integer(self.seed, "dare: seed"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +187,8 @@ def merge(
         If two cards have one name and `Dare` would give them one mask.
     ShapeError
         If cards disagree on a module's shape.
+    TargetError
+        If a module's name in one card ends in that of another card's module, so that both may be one.
 
     Examples
     --------
@@ -462,7 +463,20 @@ def _cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
             if shape != expected:
                 hint = "merge cards of one base model"
                 raise ShapeError(where, f"in, out = {expected} as in card {other!r}", shape, hint)
+    _check_names(found)
     return found
+
+
+def _check_names(cards: Sequence[LoRACard]) -> None:
+    """Refuse two cards' names of which one may mean the other: a model would take one, or neither."""
+    held = {module: card for card in cards for module in card.weights}
+    for module, card in held.items():
+        parts = module.split(".")
+        for other in (".".join(parts[start:]) for start in range(1, len(parts))):
+            if other in held and not any({module, other} <= one.weights.keys() for one in cards):
+                where, found = f"card {card.name!r}: module {module!r}", f"{other!r} in card {held[other].name!r}"
+                hint = "rename by dataclasses.replace(card, weights=...): both may mean one module"
+                raise TargetError(where, "names of one form in all cards", found, hint)
 
 
 def _strategy(strategy: Strategy | str) -> Strategy:
@@ -478,9 +492,7 @@ def _limit(rank: int | None, strategy: Strategy) -> int | None:
         return None
     if isinstance(strategy, Cat):
         raise ArgumentError("merge: rank", "none, as 'cat' keeps every column", shown(rank), "'weighted' truncates")
-    if (limit := _integer(rank, "merge: rank", "an integer >= 1")) < 1:
-        raise ArgumentError("merge: rank", "an integer >= 1", shown(rank))
-    return limit
+    return integer(rank, "merge: rank", 1)
 
 
 def _applied(cards: Sequence[LoRACard], strategy: Strategy, weights: Iterable[float] | None) -> list[float]:
@@ -576,12 +588,3 @@ def _between(value: float, where: str, expected: str, *, closed: bool = False) -
     if not (0 < number <= 1 or (closed and number == 0)):
         raise ArgumentError(where, expected, shown(value))
     return number
-
-
-def _integer(value: int, where: str, expected: str) -> int:
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ArgumentError(where, expected, shown(value))

@@ -5,12 +5,13 @@ kin give them, and states the cost.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from calendar import monthrange
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, Self
 
-from lora.card import DTYPES, LoRACard, finite
+from lora.card import DTYPES, LoRACard, finite, integer
 from lora.errors import ArgumentError, TargetError, shown
 from lora.targets import match_targets, matches
 
@@ -190,7 +191,7 @@ def fit(preset: Preset | str, shapes: Mapping[str, tuple[int, int]], *, dtype: s
     Raises
     ------
     ArgumentError
-        If there is no preset or dtype of that name.
+        If there is no preset or dtype of that name, or `shapes` are none.
     TargetError
         If a role other than the gate is played by no module, or no targets match exactly the modules that are wanted.
 
@@ -208,8 +209,9 @@ def fit(preset: Preset | str, shapes: Mapping[str, tuple[int, int]], *, dtype: s
         if preset not in tuple(PRESETS):
             raise ArgumentError("preset", f"one of {', '.join(PRESETS)}", shown(preset))
         preset = PRESETS[preset]
-    if dtype not in DTYPES:
+    if dtype not in tuple(DTYPES):
         raise ArgumentError("dtype", f"one of {', '.join(DTYPES)}", shown(dtype))
+    _check_shapes(shapes)
     played = {name: role_of(name) for name in shapes}
     if missing := set(preset.roles) - {"gate"} - set(played.values()):
         hint = "name the target modules in a LoRAConfig of your own"
@@ -247,6 +249,8 @@ def cost_table(models: Mapping[str, Mapping[str, tuple[int, int]]], *, dtype: st
         f"| model | preset | rank | alpha | modules | parameters | bytes ({dtype}) |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
+    if not isinstance(models, Mapping):
+        raise ArgumentError("models", "a mapping of titles to shapes", shown(models))
     for title, shapes in models.items():
         for preset in PRESETS.values():
             found = fit(preset, shapes, dtype=dtype)
@@ -276,7 +280,7 @@ _SEMVER = re.compile(
     re.ASCII,
 )
 _TIME = re.compile(
-    r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\dZ",
+    r"(\d{4})-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\dZ",
     re.ASCII,
 )
 
@@ -329,7 +333,7 @@ class CardInfo:
         if _SEMVER.fullmatch(self.version) is None:
             raise ArgumentError("card info: version", "a semantic version such as 1.0.0", shown(self.version))
         for field in ("created", "modified"):
-            if (value := getattr(self, field)) and _TIME.fullmatch(value) is None:
+            if (value := getattr(self, field)) and not _is_time(value):
                 raise ArgumentError(f"card info: {field}", "a UTC time such as 2026-01-31T12:00:00Z", shown(value))
         if self.modified and self.modified < self.created:
             raise ArgumentError("card info: modified", f"a time not before created, {self.created}", self.modified)
@@ -347,7 +351,19 @@ class CardInfo:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Self:
         """What a card's metadata say; other keys are left aside, what is missing has its default."""
+        if not isinstance(metadata, Mapping):
+            raise ArgumentError("card info", "a mapping of metadata", shown(metadata))
         return cls(**{field.name: metadata[field.name] for field in fields(cls) if field.name in metadata})
+
+
+def _check_shapes(shapes: object) -> None:
+    if not isinstance(shapes, Mapping):
+        raise ArgumentError("shapes", "a mapping of names to (in, out)", shown(shapes))
+    for name, shape in shapes.items():
+        if not isinstance(name, str) or not isinstance(shape, Sequence) or len(shape) != 2:
+            raise ArgumentError("shapes", "a name and (in, out) of each Linear", shown((name, shape)))
+        for size in shape:
+            integer(size, f"shape of {shown(name)}", 1)
 
 
 def _targets(chosen: list[str], names: list[str]) -> tuple[str, ...]:
@@ -362,6 +378,11 @@ def _targets(chosen: list[str], names: list[str]) -> tuple[str, ...]:
             raise TargetError(where, "a name that ends no other module's", f"{other[0]!r}, which is not wanted")
         targets.add(found)
     return tuple(sorted(targets))
+
+
+def _is_time(text: str) -> bool:
+    found = _TIME.fullmatch(text)
+    return found is not None and int(found[3]) <= monthrange(int(found[1]), int(found[2]))[1]
 
 
 def _plain(value: Any) -> dict[str, Any]:

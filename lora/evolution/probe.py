@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.card import Array, finite
-from lora.errors import ArgumentError, ShapeError, TargetError, UnsupportedModelError
+from lora.errors import ArgumentError, ShapeError, TargetError, UnsupportedModelError, shown
 from lora.extract import Model, Weights, extract_delta
 from lora.rewrite import adapt, fold
 from lora.routing import texts_of
@@ -435,6 +435,8 @@ def _blocks(model: nn.Module, wanted: Sequence[str] | None) -> tuple[str, ...]:
         lists = {name: len(module) for name, module in names.items() if isinstance(module, nn.ModuleList)}
         longest = max(lists, key=lambda name: lists[name], default="")
         wanted = [f"{longest}.{index}".removeprefix(".") for index in range(lists.get(longest, 0))]
+    if not isinstance(wanted, Iterable):
+        raise ArgumentError("probe: blocks", "names of modules", shown(wanted))
     blocks = tuple(dict.fromkeys([wanted] if isinstance(wanted, str) else wanted))
     unknown = [block for block in blocks if block not in names]
     if unknown or not blocks:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lora.card import LoRACard
-from lora.errors import ArgumentError, DataError, MissingPackageError, StateError, UnsupportedModelError
+from lora.drawing import new_figure
+from lora.errors import ArgumentError, DataError, StateError, UnsupportedModelError
 from lora.evolution.data import Pairs
 from lora.inference.encoder import InferenceCore
 from lora.layer import TrainableLinear
@@ -147,14 +148,8 @@ class Training:
         MissingPackageError
             If the ``plot`` extra is not installed.
         """
-        try:
-            from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
-        except ImportError as error:
-            raise MissingPackageError(
-                "plot", "matplotlib", "not installed", "pip install 'lora-cards[plot]'"
-            ) from error
         steps, losses, scores = (self.history[name].to_pylist() for name in ("step", "loss", "val_mrr"))
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = new_figure(figsize=(7, 4), layout="constrained")
         left = figure.subplots()
         right = left.twinx()
         left.plot(steps, losses, color="tab:blue", label="loss")

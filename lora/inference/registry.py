@@ -10,7 +10,6 @@ which is a snapshot. A snapshot holds no card and so keeps none mapped.
 """
 
 import gc
-import operator
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lora.card import LoRACard, is_digest
+from lora.card import LoRACard, integer, is_digest
 from lora.errors import ArgumentError, CardFileError, ConflictError, LoRAError, RegistryFull, UnknownCardError, shown
 from lora.presets import CardInfo
 from lora.store import PathLike, as_path, digest, inspect, load
@@ -145,7 +144,8 @@ class AdapterRegistry:
     """
 
     def __init__(self, *, max_cards: int = 64, max_bytes: int = 2**30) -> None:
-        self._max_cards, self._max_bytes = _bound(max_cards, "max_cards"), _bound(max_bytes, "max_bytes")
+        self._max_cards = integer(max_cards, "registry: max_cards", 1)
+        self._max_bytes = integer(max_bytes, "registry: max_bytes", 1)
         self._catalogue = Catalogue()
         self._kept: dict[Key, LoRACard] = {}  # the least recently asked for first
         self._maps: list[_Map] = []
@@ -209,6 +209,7 @@ class AdapterRegistry:
 
     def unregister(self, name: str, version: str | None = None) -> None:
         """Forget a version of a card, or all of them; an unknown one is no error. A card in use stays what it is."""
+        _check_name(name)
         with self._write:
             self._catalogue = self._catalogue.unregistered(name, version)
             self._kept = {key: card for key, card in self._kept.items() if self._catalogue.find(*key)}
@@ -229,8 +230,7 @@ class AdapterRegistry:
         UnknownCardError
             If no such card, or no such version of it, is registered.
         """
-        if not isinstance(name, str):
-            raise ArgumentError("registry: name", "text", shown(name))
+        _check_name(name)
         catalogue = self._catalogue
         found = catalogue.find(name, version)
         if found is None:
@@ -326,6 +326,11 @@ def precedence(version: str) -> tuple[Any, ...]:
     return numbers, not parts, parts, version
 
 
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise ArgumentError("registry: name", "text", shown(name))
+
+
 def _entry(path: Path, version: str | None, digest: str | None) -> Entry:
     with _steady(path) as signature:
         header = inspect(path)
@@ -401,13 +406,3 @@ def _views(card: LoRACard) -> tuple["weakref.ref[Any]", ...]:
                 root = root.base  # noqa: PLW2901 - climbing
             roots[id(root)] = root
     return tuple(weakref.ref(root) for root in roots.values())
-
-
-def _bound(value: int, where: str) -> int:
-    try:
-        bound = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        bound = 0
-    if bound < 1:
-        raise ArgumentError(f"registry: {where}", "an integer >= 1", shown(value))
-    return bound

@@ -87,7 +87,7 @@ def load_safetensors(
     *,
     name: str | None = None,
     alpha: float | None = None,
-    target_modules: Iterable[str] | None = None,
+    target_modules: Iterable[str] | str | None = None,
     layout: str | None = None,
 ) -> LoRACard:
     """Read a card from a safetensors file of ``lora_a`` and ``lora_b``.
@@ -140,7 +140,7 @@ def load_safetensors(
             name=name or header.get("lora.name") or path.stem,
             rank=max((pair.rank for pair in weights.values()), default=1) if rank is None else rank,
             alpha=number,
-            target_modules=tuple(targets if target_modules is None else target_modules),
+            target_modules=targets if target_modules is None else target_modules,  # type: ignore[arg-type] # as a card's
             weights=weights,
             metadata=json_field(header, "lora.metadata", dict),
             base_model=header.get("lora.base_model"),

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora
 from lora.card import LoRACard, LowRank
+from lora.interop.peft import import_peft
 from lora.lowrank import delta
 from lora.testing.plugin import requirement
 
@@ -151,3 +152,54 @@ def test_inspect_draws_where_it_is_told_to(shell, folder):
     assert done.returncode == 0, done.stderr
     assert "effective rank" in (folder / "docs.svg").read_text()
     assert shell("inspect", "docs.lora.arrow", "--plot", "docs.exe").returncode == 1
+
+
+@requirement("R25.2", "R23.1")
+def test_merge_reads_peft_directories_and_safetensors_beside_cards(shell, folder):
+    assert shell("convert", "docs.lora.arrow", "-o", "peft-docs").returncode == 0
+    assert shell("convert", "law.lora.arrow", "-o", "law.safetensors").returncode == 0
+    done = shell("merge", "peft-docs", "law.safetensors", "docs.lora.arrow", "-o", "all.lora.arrow")
+    assert done.returncode == 0, done.stderr
+    expected = (2 * change(card_of("docs", 1)) + change(card_of("law", 2))) / 3
+    assert near(change(lora.load(folder / "all.lora.arrow")), expected)
+    assert shell("convert", "all.lora.arrow", "-o", "peft-all").returncode == 0
+    assert near(change(import_peft(folder / "peft-all")), expected)
+
+
+@requirement("R25.2", "R23.5")
+def test_convert_does_what_its_options_say_or_refuses_them(shell, folder):
+    done = shell("convert", "docs.lora.arrow", "-o", "named.ARROW", "--name", "named")
+    assert done.returncode == 0, done.stderr
+    assert lora.load(folder / "named.ARROW").name == "named"
+    refused = shell("convert", "docs.lora.arrow", "-o", "x.lora.arrow", "--alpha", 3)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "--alpha: expected a .safetensors file as the source" in refused.stderr
+
+
+@requirement("R25.3")
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["extract", "tuned.safetensors", "-o", "none/x.lora.arrow"], "found no folder none"),
+        (["extract", "tuned.safetensors", "-o", "."], "expected a file in an existing folder, found a folder"),
+        (
+            ["extract", "tuned.safetensors", "-o", "x.lora.arrow", "--rank", 0],
+            "rank: expected an integer >= 1, found 0",
+        ),
+        (["extract", "tuned.safetensors", "-o", "x.lora.arrow", "--name", ""], "card name: expected non-empty"),
+        (["merge", "docs.lora.arrow", "-o", "none/x.lora.arrow"], "found no folder none"),
+        (["merge", "docs.lora.arrow", "-o", "x.safetensors"], "expected another ending, found .safetensors"),
+        (["conformance", "--only", "R4.4", "--json", "none/x.json"], "found no folder none"),
+        (["probe", "latin.txt"], "latin.txt: expected text in UTF-8"),
+        (["probe", "none.txt"], "none.txt: expected text in UTF-8"),
+        (["probe", "latin.txt", "--share", 2], "share: expected a number in (0, 1], found 2.0"),
+        (["probe", "latin.txt", "--base", "base.safetensors", "--tuned", "tuned.safetensors"], "found both"),
+    ],
+)
+def test_what_can_not_be_done_is_refused_in_one_line_before_the_work(shell, folder, command, said):
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    before = set(folder.iterdir())
+    done = shell(*command)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.stderr.count("\n"), said in done.stderr) == (1, True), done.stderr
+    assert set(folder.iterdir()) == before

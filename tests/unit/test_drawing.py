@@ -1,6 +1,7 @@
 """The drawing of a card, and the facts it shows."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,3 +78,17 @@ def test_another_ending_is_refused_and_writes_nothing(name, tmp_path):
 def test_a_card_of_no_modules_has_no_drawing(tmp_path):
     with pytest.raises(ArgumentError, match="expected a module to draw, found none"):
         draw_card(LoRACard("empty", 1, 1.0, [], {}), tmp_path / "card.svg")
+
+
+def test_a_name_is_drawn_as_it_is_and_never_taken_for_a_formula(tmp_path):
+    card = replace(card_of(names=("a$^{", "b$_{")), name="x$_{$ docs")
+    draw_card(card, tmp_path / "card.SVG")
+    drawn = (tmp_path / "card.SVG").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("a$^{", "b$_{", "x$_{$ docs: rank 3, 2 modules"))
+
+
+def test_what_is_no_card_or_no_path_is_refused():
+    with pytest.raises(ArgumentError, match="a LoRACard"):
+        draw_card(None, "card.svg")
+    with pytest.raises(ArgumentError, match="path"):
+        draw_card(card_of(), None)

@@ -35,7 +35,7 @@ CONFIG = EncoderConfig(
 
 def word_tokenizer():
     """A tokenizer that knows one-letter words."""
-    made = Tokenizer(models.WordPiece(VOCABULARY, unk_token="[UNK]"))  # noqa: S106 - a token of text
+    made = Tokenizer(models.WordPiece(VOCABULARY, unk_token="[UNK]"))
     made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return made

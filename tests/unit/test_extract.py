@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lora
-from lora.errors import ArgumentError, CardError, LoRAError, ShapeError, TargetError
+from lora.errors import ArgumentError, BaseModelError, CardError, LoRAError, ShapeError, TargetError
 from lora.extract import Energy, Error, extract_delta, extract_direct
 from lora.testing.plugin import requirement
 
@@ -305,6 +305,7 @@ def test_bad_models_are_refused_with_what_is_wrong(base, tuned, kind, message):
         ({"seed": -1}, ArgumentError, "seed: expected an integer >= 0, found -1"),
         ({"oversampling": 0}, ArgumentError, "oversampling: expected an integer >= 1, found 0"),
         ({"dtype": "int8"}, ArgumentError, "dtype: expected one of float16, float32, float64, bfloat16, found 'int8'"),
+        ({"dtype": ["float32"]}, ArgumentError, "dtype: expected one of"),
         ({"target_modules": ["nothing"]}, TargetError, r"match \['nothing'\], found none"),
         ({"target_modules": []}, TargetError, r"match \[\], found none"),
         ({"target_modules": [3]}, CardError, "target_modules"),
@@ -356,3 +357,30 @@ def test_the_ends_of_the_ranges():
     with pytest.raises(ArgumentError, match=r"in \[0, 1\), found 1"):
         Error(1)
     assert ranks(extract_direct({"q.weight": np.eye(3)}, Energy(1e-30))) == {"q": 1}
+
+
+@requirement("R16.3", "R1.13")
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_card_knows_the_base_by_the_modules_that_it_changes(kind):
+    base = nn.ModuleDict({name: nn.Linear(6, 4) for name in ("a", "a-b", "key")}).to(kind)
+    tuned = {name: weight.clone() for name, weight in base.state_dict().items()}
+    for name in ("a", "a-b"):
+        tuned[f"{name}.weight"] += 1
+    card = extract_delta(base, tuned, 2)
+    assert card.base_fingerprint == lora.fingerprint(base, card)
+    lora.adapt(base, card, strict=False)
+    with torch.no_grad():
+        base["key"].weight.add_(1)
+    lora.adapt(base, card)
+    with torch.no_grad():
+        base["a"].weight.add_(1)
+    with pytest.raises(BaseModelError, match=card.base_fingerprint):
+        lora.adapt(base, card)
+    assert extract_direct(tuned).base_fingerprint is None
+
+
+@requirement("R16.3", "R1.13")
+def test_the_fingerprint_is_that_of_the_values_whatever_their_layout():
+    base, tuned = weights(), weights(seed=1)
+    swapped = {name: np.asfortranarray(weight.astype(">f4")) for name, weight in base.items()}
+    assert extract_delta(swapped, tuned) == extract_delta(base, tuned)

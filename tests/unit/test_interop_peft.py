@@ -352,6 +352,10 @@ def test_a_folder_that_holds_something_is_kept_unless_it_may_be_overwritten(tmp_
         export_peft(card(), other, overwrite=True)
     with pytest.raises(ArgumentError):
         export_peft(card(), other / "letter", overwrite=True)
+    with pytest.raises(ArgumentError, match="found a file"):
+        export_peft(card(), other / "letter")
+    with pytest.raises(StoreError, match="null byte"):
+        export_peft(card(), "a\0b")
     assert (other / "letter").read_text() == "dear"
     assert held(tmp_path) == ["docs", "home"]
 

@@ -222,3 +222,12 @@ def test_saving_refuses_what_it_cannot_write(tmp_path):
     with pytest.raises(CardNotFoundError):
         save_safetensors(card, tmp_path / "nowhere" / "x")
     assert not list(tmp_path.iterdir())
+
+
+@requirement("R23.5")
+def test_target_modules_are_those_of_a_card(tmp_path):
+    save_safetensors(LoRACard("docs", 2, 4.0, ["q"], {"q": pair()}), tmp_path / "docs.safetensors")
+    for given in ("query", ["query"], {"query"}):
+        card = load_safetensors(tmp_path / "docs.safetensors", target_modules=given)
+        assert card.target_modules == ("query",)
+    assert "target_modules: expected printable names" in refused(tmp_path / "docs.safetensors", target_modules=3)

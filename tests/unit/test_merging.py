@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora.card import LoRACard, LowRank
-from lora.errors import ArgumentError, BaseModelError, CardError, ConflictError, ShapeError
+from lora.errors import ArgumentError, BaseModelError, CardError, ConflictError, ShapeError, TargetError
 from lora.lowrank import delta
 from lora.merging import STRATEGIES, Average, Cat, Dare, Slerp, TaskArithmetic, Ties, Weighted, content_digest, merge
 from lora.testing.plugin import requirement
@@ -290,3 +290,16 @@ def test_no_change_is_formed_where_a_merge_is_linear(strategy):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < shape[0] * shape[1] * 4 / 4, "a quarter of one ΔW in float32"
+
+
+@requirement("R20.9", "R7.8")
+def test_names_of_which_one_may_mean_the_other_are_not_merged():
+    short, long = card("short", modules=("0.query",)), card("long", modules=("encoder.0.query",), seed=1)
+    for pair in ((short, long), (long, short)):
+        with pytest.raises(
+            TargetError, match=r"'encoder.0.query': expected names of one form.*'0.query' in card 'short'"
+        ):
+            merge(pair)
+    assert set(merge([short, card("other", modules=("10.query",))]).weights) == {"0.query", "10.query"}
+    both = card("both", modules=("0.query", "encoder.0.query"))  # its own affair
+    assert set(merge([both, short]).weights) == set(both.weights)

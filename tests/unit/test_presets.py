@@ -4,7 +4,7 @@ import pytest
 
 from lora.errors import ArgumentError, TargetError
 from lora.inference.encoder import EncoderConfig, InferenceCore
-from lora.presets import PRESETS, CardInfo, LoRAConfig, Preset, fit, role_of
+from lora.presets import PRESETS, CardInfo, LoRAConfig, Preset, cost_table, fit, role_of
 from lora.rewrite import fresh, linears
 from lora.testing.plugin import requirement
 
@@ -137,6 +137,7 @@ def test_cross_attention_is_attention():
         (LoRAConfig, {"dropout": -1e-9}),
         *((CardInfo, {"version": version}) for version in ("1.0.0\n", "1.0.0-", "1.0.0+", "1.0", "1.0.0.0", "v1.0.0")),
         *((CardInfo, {"created": time}) for time in ("2026-01-01T00:00:00Z\n", "2026-01-01T00:00:00Z+1", "2026-01-01")),
+        *((CardInfo, {"modified": f"{day}T00:00:00Z"}) for day in ("2026-02-29", "1900-02-29", "2026-04-31")),
         (CardInfo, {"quality": 1.0000001}),
         (CardInfo, {"quality": -1e-9}),
     ],
@@ -152,3 +153,21 @@ def test_the_ends_of_the_ranges_are_allowed():
     assert LoRAConfig(dropout=0).dropout == 0.0
     assert [CardInfo(quality=quality).quality for quality in (0, 1, None)] == [0.0, 1.0, None]
     assert CardInfo("1.0.0-alpha.1+001").version == "1.0.0-alpha.1+001"
+    assert CardInfo(created="2024-02-29T23:59:59Z").created == "2024-02-29T23:59:59Z"
+
+
+@requirement("R21.1", "R7.8")
+@pytest.mark.parametrize("shapes", [None, ["query"], {1: (4, 4)}, {"query": 4}, {"query": (4,)}, {"query": (4, 0)}])
+def test_what_is_no_shape_of_a_linear_is_refused(shapes):
+    with pytest.raises(ArgumentError, match="shape"):
+        fit("reviewer", shapes)
+    with pytest.raises(ArgumentError, match=r"shape|models"):
+        cost_table(shapes if shapes is None else {"model": shapes})
+
+
+@requirement("R21.1", "R21.7", "R7.8")
+def test_a_dtype_that_is_a_list_and_metadata_that_are_none_are_refused():
+    with pytest.raises(ArgumentError, match="dtype"):
+        fit("reviewer", MINILM, dtype=["float32"])
+    with pytest.raises(ArgumentError, match="a mapping of metadata"):
+        CardInfo.from_metadata(None)

@@ -323,6 +323,7 @@ ERRORS = {
     "no module": (lambda: WeightMapProbe("model").probe(["a"]), UnsupportedModelError, "a torch module"),
     "no encode": (lambda: WeightMapProbe(nn.Linear(2, 2)).probe(["a"]), UnsupportedModelError, "encode"),
     "unknown block": (lambda: WeightMapProbe(Letters(), ["blocks.0", "x.1"]).probe(["a"]), TargetError, r"\['x.1'\]"),
+    "blocks by number": (lambda: WeightMapProbe(Letters(), 3).probe(["a"]), ArgumentError, "names of modules, found 3"),
     "no blocks given": (lambda: WeightMapProbe(Letters(), []).probe(["a"]), TargetError, "found none"),
     "no blocks found": (lambda: WeightMapProbe(Letters(blocks=0), None).probe(["a"]), TargetError, "few.0"),
     "a block without Linears": (lambda: WeightMapProbe(Letters(), "few.0").probe(["a"]), TargetError, "few.0"),

@@ -231,6 +231,8 @@ def test_the_newest_version_is_had_by_default_and_any_by_its_number(written):
     assert registry.get("docs").metadata["version"] == "2.0.0-rc.1"
     registry.unregister("docs")
     registry.unregister("docs")
+    with pytest.raises(ArgumentError, match="registry: name: expected text"):
+        registry.unregister(["docs"])
     assert dict(registry.entries) == {}
 
 

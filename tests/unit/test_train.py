@@ -46,7 +46,7 @@ def core(seed=0):
     """A tiny random encoder over a vocabulary of ``a0 … d7``."""
     names = [f"{letter}{i}" for letter in "abcd" for i in range(TOPICS)]
     vocabulary = {name: i for i, name in enumerate(["[PAD]", "[UNK]", *names])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))  # noqa: S106 - not a password
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
