@@ -476,9 +476,11 @@ def serve(
         node = opened.enter_context(
             Node(default_cache(), folder, host=host, port=port, interfaces=interfaces, credentials=credentials)
         )
+        count = len(node.server.catalog.cards)  # type: ignore[union-attr]
+        print(f"serving {count} {'card' if count == 1 else 'cards'} at {node.server.uri}", flush=True)  # type: ignore[union-attr]
         if metrics_port is not None:
-            opened.enter_context(serving(node.metrics, metrics_port))
-        print(f"serving {len(node.server.catalog.cards)} cards at {node.server.uri}", flush=True)  # type: ignore[union-attr]
+            served = opened.enter_context(serving(node.metrics, metrics_port))
+            print(f"metrics at http://127.0.0.1:{served}/metrics", flush=True)
         ended.wait()
 
 

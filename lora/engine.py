@@ -354,7 +354,7 @@ class ArrowEngine:
 
     def _fits(self, card: LoRACard) -> None:
         """Refuse a card that this engine's model can't take."""
-        adapt(self.base, card, check_base=self.check_base)
+        adapt(self.base, card, strict=True, check_base=self.check_base)
 
     def _routed(
         self, query: str, top_k: int, tags: Collection[str]

@@ -222,7 +222,9 @@ class LoRAFlightClient:
         PeerError, ManifestError
         """
         with self._talking("version"):
-            (result,) = self._flight.do_action(flight.Action("version", b""), self._options())
+            result = next(self._flight.do_action(flight.Action("version", b""), self._options()), None)
+        if result is None:
+            raise PeerError(f"{self.uri}: version", "an answer", "none")
         return json_object(result.body.to_pybytes()[:4096], f"{self.uri}: version")
 
     def close(self) -> None:

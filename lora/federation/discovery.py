@@ -55,6 +55,8 @@ class Discovery:
         URIs of peers that multicast does not reach.
     cap
         Peers at most, static ones not counted.
+    interval
+        Seconds until a peer is asked again whether it is there: one that dies in silence is gone after two of them.
 
     Notes
     -----
@@ -72,18 +74,20 @@ class Discovery:
         tls: bool = False,
         static: Sequence[str] = (),
         cap: int = 256,
+        interval: float = 10.0,
     ) -> None:
         if not 0 < len(node_id) <= 63 or not all(c.isascii() and (c.isalnum() or c == "-") for c in node_id):
             raise ArgumentError("discovery: node_id", "1 to 63 letters, digits and hyphens", repr(node_id))
         self._ask, self._lock, self._closing = ask, threading.Lock(), threading.Event()
-        book = PeerBook(node_id, cap)
+        book = PeerBook(node_id, cap, interval)
         for uri in static:
             book = book.with_static(uri)
         self._book = book
         self._zeroconf = None if interfaces == () else _zeroconf(interfaces)
         if self._zeroconf is not None:
             if port is not None:
-                self._zeroconf.register_service(_announcement(node_id, port, addresses or interfaces or (), tls=tls))
+                told = _announcement(node_id, port, addresses or interfaces or (), tls=tls)
+                self._zeroconf.register_service(told, cooperating_responders=True)  # node ids are unique: no probing
             self._browser = zeroconf.ServiceBrowser(self._zeroconf, SERVICE, handlers=[self._heard])
         self._asking = threading.Thread(target=self._run, name="lora-discovery", daemon=True)
         self._asking.start()

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Self
-from urllib.parse import urlsplit
 
 from lora.card import LoRACard
 from lora.errors import CardFileError, LoRAError, PeerError, RefusedError, UnknownCardError, shown
-from lora.federation.access import Credentials, flight_uri
+from lora.federation.access import Credentials, check_location, flight_uri
 from lora.federation.cache import CardCache
 from lora.federation.client import Fetched, LoRAFlightClient, Progress
 from lora.federation.discovery import Discovery
@@ -59,6 +58,8 @@ class Node:
         Of its server and its clients.
     interfaces
         Addresses to announce itself and browse on; None for all, ``()`` for neither.
+    interval
+        As `Discovery`'s.
     timeout, min_rate, check
         As `LoRAFlightClient`'s.
     limits
@@ -80,12 +81,15 @@ class Node:
         policy: Policy = Policy(),  # noqa: B008 - a frozen value
         credentials: Credentials = Credentials(),  # noqa: B008 - as above
         interfaces: Sequence[str] | None = None,
+        interval: float = 10.0,
         timeout: float = 10.0,
         min_rate: float = 1e6,
         check: Callable[[LoRACard], None] | None = None,
         limits: Limits = Limits(),  # noqa: B008 - as above
         metrics: Metrics | None = None,
     ) -> None:
+        for uri in peers:
+            check_location(uri, credentials)
         self.node_id, self.policy, self.metrics = uuid.uuid4().hex, policy, metrics or Metrics()
         self.cache = cache if isinstance(cache, CardCache) else CardCache(cache)
         self._offers: Mapping[str, tuple[Offer, ...]] = MappingProxyType({})
@@ -123,6 +127,7 @@ class Node:
                     port=self.server.port if self.server else None,
                     addresses=[host],
                     interfaces=interfaces,
+                    interval=interval,
                     tls=tls,
                     static=peers,
                 )
@@ -258,4 +263,4 @@ def uri_of(address: str) -> str:
     >>> uri_of("192.0.2.7:5000"), uri_of("grpc+tls://cards.example:443")
     ('grpc://192.0.2.7:5000', 'grpc+tls://cards.example:443')
     """
-    return address if urlsplit(address).scheme.startswith("grpc") else f"grpc://{address}"
+    return address if "://" in address else f"grpc://{address}"

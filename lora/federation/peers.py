@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-INTERVAL = 10.0
-"""Seconds until a peer is asked again."""
-
 PAUSE = 1.0
 """Seconds for which a peer that was just asked is not asked again, whatever is announced."""
 
@@ -58,6 +55,8 @@ class PeerBook:
         The node's own id, and the instance name under which it announces itself.
     cap
         Peers at most, static ones not counted.
+    interval
+        Seconds until a peer is asked again.
     peers
         By key, the oldest first.
 
@@ -74,6 +73,7 @@ class PeerBook:
 
     own: str
     cap: int = 256
+    interval: float = 10.0
     peers: Mapping[str, Peer] = field(default_factory=dict)
 
     def with_static(self, uri: str) -> "PeerBook":
@@ -105,7 +105,7 @@ class PeerBook:
             return self
         if node_id and node_id == self.own:
             return self._without(key)
-        return self._with(replace(known, uri=uri, node_id=node_id, misses=0, asked=now, due=now + INTERVAL))
+        return self._with(replace(known, uri=uri, node_id=node_id, misses=0, asked=now, due=now + self.interval))
 
     def missed(self, key: str, *, now: float) -> "PeerBook":
         """No answer: after `MISSES` of them the peer is no longer listed; only static ones are then asked again."""
@@ -115,7 +115,7 @@ class PeerBook:
         known = replace(known, misses=known.misses + 1, asked=now, due=now + PAUSE * 2**known.misses)
         if known.misses < MISSES:
             return self._with(known)
-        return self._with(replace(known, uri="", due=now + INTERVAL)) if known.static else self._without(key)
+        return self._with(replace(known, uri="", due=now + self.interval)) if known.static else self._without(key)
 
     def due(self, *, now: float) -> tuple[str, ...]:
         """Whom to ask now."""

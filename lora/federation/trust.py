@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from lora.card import LoRACard, LowRank, is_digest
+from lora.card import Array, LoRACard, LowRank, is_digest
 from lora.errors import (
     AbsurdNormError,
     ArgumentError,
@@ -255,12 +255,16 @@ def norm_of(pair: LowRank) -> float:
 
     Requirements: R14.2
     """
-    wide = np.result_type(np.float32, pair.dtype if pair.dtype.itemsize > 2 else np.float32)
-    a, b = pair.A.astype(wide, copy=False), pair.B.astype(wide, copy=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        squared = float(np.sum((a.T @ a).astype(np.float64) * (b @ b.T).astype(np.float64)))
     scaling = 1.0 if pair.scaling is None else abs(pair.scaling)
-    return math.sqrt(max(squared, 0.0)) * scaling if math.isfinite(squared) else math.inf
+    squared = math.inf
+    for wide in (np.float32, np.float64):  # float64 where float32 overflows: it takes twice as long
+        a: Array = pair.A.astype(wide, copy=False)
+        b: Array = pair.B.astype(wide, copy=False)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            squared = float(np.sum((a.T @ a).astype(np.float64) * (b @ b.T).astype(np.float64)))
+        if math.isfinite(squared):
+            return math.sqrt(max(squared, 0.0)) * scaling
+    return math.inf
 
 
 def _finite(pair: LowRank) -> bool:

@@ -70,6 +70,8 @@ class Liar(flight.FlightServerBase):
         return self._info(self.manifests[0])
 
     def do_action(self, context, action):
+        if action.type == "version":
+            return iter([b"{}"])
         data = self.data[action.body.to_pybytes().decode()] if isinstance(self.data, dict) else self.data
         return data() if callable(data) else (data[at : at + 2**20] for at in range(0, len(data), 2**20))
 

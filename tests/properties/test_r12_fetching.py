@@ -1,0 +1,170 @@
+"""R12: what a card must pass before it is believed, and in which order, against a real server that sends anything."""
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import flight
+
+import lora
+from lora.card import LoRACard, LowRank
+from lora.errors import (
+    BadNameError,
+    CardFileError,
+    LoRAError,
+    MismatchError,
+    NonFiniteError,
+    RefusedError,
+    SignatureError,
+    UnsignedError,
+)
+from lora.federation.cache import CardCache
+from lora.federation.client import LoRAFlightClient
+from lora.federation.manifest import Manifest, Signature, manifest_of
+from lora.federation.trust import Policy, check_contents, norm_of, public_key, sign
+from lora.lowrank import delta
+from lora.testing.plugin import requirement
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+POLICY = Policy(frozenset({public_key(KEY)}), max_bytes=100_000)
+
+
+class Sender(flight.FlightServerBase):
+    """Sends what it was last told to."""
+
+    data = b""
+
+    def do_action(self, context, action):
+        return (self.data[at : at + 1000] for at in range(0, len(self.data), 1000))
+
+
+@pytest.fixture(scope="module")
+def wire():
+    """A server, a client of it with a cache, and a function that fetches a manifest's card."""
+    with tempfile.TemporaryDirectory() as folder, Sender("grpc://127.0.0.1:0") as server:
+        cache = CardCache(folder)
+        with LoRAFlightClient(f"grpc://127.0.0.1:{server.port}", cache, POLICY) as client:
+
+            def fetch(manifest, data):
+                server.data = data
+                try:
+                    return client.fetch(manifest).card
+                except LoRAError as error:
+                    return error
+                finally:
+                    fetch.left = [path.name for path in Path(folder).iterdir() if path.name != "versions"]
+                    cache.evict(0)
+
+            yield fetch
+
+
+def file_of(card):
+    """The card's bytes, and the manifest that goes with them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "card"
+        sha = lora.save(card, path)
+        return path.read_bytes(), manifest_of(card, sha, path.stat().st_size)
+
+
+def holding(value=0.5, name="docs"):
+    pair = LowRank(np.full((8, 2), value, np.float32), np.full((2, 8), 0.25, np.float32))
+    return LoRACard(name, 2, 4.0, ("q",), {"q": pair}, {"version": "1.0.0"})
+
+
+DATA, GOOD = file_of(holding())
+SIGNED = sign(GOOD, KEY)
+
+
+@requirement("R12.3")
+@given(st.data())
+def test_no_change_of_the_bytes_passes_and_none_leaves_a_trace(wire, data):
+    at = data.draw(st.integers(0, len(DATA) - 1))
+    kind = data.draw(st.sampled_from(["flip", "cut", "grow", "swap", "none"]))
+    sent = {
+        "flip": DATA[:at] + bytes([DATA[at] ^ (1 << data.draw(st.integers(0, 7)))]) + DATA[at + 1 :],
+        "cut": DATA[:at],
+        "grow": DATA + data.draw(st.binary(min_size=1, max_size=3000)),
+        "swap": DATA[at:] + DATA[:at],
+        "none": DATA,
+    }[kind]
+    found = wire(SIGNED, sent)
+    if sent == DATA:
+        assert found == holding()
+        assert wire.left == [f"{GOOD.digest}.lora.arrow"]
+    else:
+        assert isinstance(found, MismatchError)
+        assert wire.left == []
+
+
+STAGES = ("name", "size", "bytes", "digest", "signature", "parse", "announcement", "values")
+ERRORS = {
+    "name": (BadNameError, "name"),
+    "size": (MismatchError, "declared size"),
+    "bytes": (MismatchError, "bytes received"),
+    "digest": (MismatchError, "SHA-256"),
+    "signature": (SignatureError, "signature"),
+    "parse": (CardFileError, ""),
+    "announcement": (MismatchError, "rank"),
+    "values": (NonFiniteError, "finite"),
+}
+
+
+@requirement("R12.3", "R14.2")
+@given(st.sets(st.sampled_from(STAGES)))
+def test_of_several_faults_the_one_of_the_first_stage_is_named_and_the_cache_stays_as_it_was(wire, faults):
+    """Declared size → bytes received → SHA-256 → signature → Arrow parse → structure → values."""
+    card = holding(float("nan") if "values" in faults else 0.5, "../x" if "name" in faults else "docs")
+    data, manifest = file_of(card)
+    if "parse" in faults:
+        data = data[:8] + bytes(len(data) - 8)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "x").write_bytes(data)
+            manifest = replaced(manifest, digest=lora.digest(Path(folder) / "x"))
+    if "announcement" in faults:
+        manifest = replaced(manifest, rank=7)
+    if "size" in faults:
+        manifest = replaced(manifest, size=POLICY.max_bytes + 1)
+    if "digest" in faults:
+        manifest = replaced(manifest, digest="0" * 64)
+    manifest = sign(manifest, KEY)
+    if "signature" in faults:
+        manifest = replaced(manifest, signature=Signature(public_key(KEY), "0" * 128))
+    found = wire(manifest, data[:-1] if "bytes" in faults else data)
+    first = next((stage for stage in STAGES if stage in faults), None)
+    if first is None:
+        assert found == card
+        return
+    kind, text = ERRORS[first]
+    assert isinstance(found, kind)
+    assert text in str(found)
+    assert wire.left == []
+
+
+def replaced(manifest, **fields):
+    return Manifest(**{**{name: getattr(manifest, name) for name in manifest.__dataclass_fields__}, **fields})
+
+
+@requirement("R14.2")
+@given(st.sampled_from([1e-30, 0.5, 1e4, 1e18, 3e38]), st.floats(1e-3, 1e6))
+def test_a_norm_is_refused_exactly_when_it_is_beyond_the_policys(wire, value, limit):
+    card = holding(value)
+    exact = np.linalg.norm(delta(card.weights["q"], dtype=np.float64))
+    assert norm_of(card.weights["q"]) == pytest.approx(exact, rel=1e-5, abs=1e-18)  # float32 underflows below
+    with suppress(RefusedError):
+        check_contents(card, manifest_of(card, GOOD.digest, 1), Policy(max_norm=limit))
+        assert exact <= limit * 1.0001
+        return
+    assert exact >= limit * 0.9999
+
+
+@requirement("R14.2", "R12.3")
+@given(st.booleans())
+def test_unsigned_is_refused_by_default(wire, again):
+    for _ in range(1 + again):
+        assert isinstance(wire(GOOD, DATA), UnsignedError)
+        assert wire.left == []

@@ -1,0 +1,90 @@
+"""R13: what a node believes of its peers, whatever is announced, denied, answered or left unanswered, in any order."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora.federation.peers import MISSES, PeerBook
+from lora.testing.plugin import requirement
+
+KEYS = st.sampled_from([*"abcdefgh", "me", "grpc://static:1"])
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["announced", "goodbye", "answered", "missed"]),
+        KEYS,
+        st.sampled_from(["grpc://x:1", "grpc://y:2"]),
+        st.sampled_from(["me", "", "n1", "n2", "n3"]),
+        st.floats(0, 5),
+    ),
+    max_size=60,
+)
+
+
+def told(book, events):
+    """The book after the events, and after each of them."""
+    now, states = 0.0, [book]
+    for event, key, uri, node_id, pause in events:
+        now += pause
+        more = (uri, node_id) if event == "answered" else ()
+        book = getattr(book, event)(key, *more, now=now)
+        states.append(book)
+    return states
+
+
+@requirement("R13.3", "R13.4", "R13.5")
+@given(EVENTS, st.integers(1, 4))
+def test_no_events_grow_the_book_past_its_cap_list_this_node_or_drop_what_the_user_named(events, cap):
+    for book in told(PeerBook("me", cap).with_static("grpc://static:1"), events):
+        assert sum(not peer.static for peer in book.peers.values()) <= cap
+        assert "me" not in book.peers
+        assert all(peer.node_id != "me" for peer in book.live())
+        ids = [peer.node_id or peer.uri for peer in book.live()]
+        assert len(set(ids)) == len(ids)
+
+
+@requirement("R13.4")
+@given(EVENTS, KEYS.filter(lambda key: key != "me"))
+def test_only_silence_removes_who_has_answered(events, key):
+    """Whatever is announced or denied of it, and whatever floods in, a peer that answers stays where it answered."""
+    book = PeerBook("me", cap=3).announced(key, now=0).answered(key, "grpc://true:1", "true", now=0)
+    hints = [event for event in events if event[0] in ("announced", "goodbye")]
+    for state in told(book, hints):
+        assert [peer.uri for peer in state.live() if peer.node_id == "true"] == ["grpc://true:1"]
+
+
+@requirement("R13.2")
+@given(EVENTS, KEYS.filter(lambda key: key != "me"))
+def test_silence_removes_anyone_in_a_bounded_number_of_questions(events, key):
+    book = told(PeerBook("me").with_static("grpc://static:1"), events)[-1]
+    for _ in range(MISSES):
+        book = book.missed(key, now=1e6)
+    assert key not in [peer.key for peer in book.live()]
+    assert key not in book.peers or book.peers[key].static
+
+
+@requirement("R13.2")
+@given(EVENTS)
+def test_everyone_in_the_book_is_asked_again_in_time(events):
+    book = told(PeerBook("me", interval=10.0), events)[-1]
+    end = sum(event[4] for event in events)
+    assert set(book.due(now=end + 2.0**MISSES + 10.0)) == set(book.peers)
+
+
+@requirement("R13.4")
+@given(st.integers(0, 30))
+def test_announcements_in_a_row_do_not_ask_more_than_once_a_second(count):
+    book = PeerBook("me").announced("a", now=0).answered("a", "grpc://x:1", "n", now=0)
+    for step in range(count):
+        book = book.announced("a", now=step / 31)
+    assert book.due(now=0.99) == ()
+    assert book.due(now=1.0) == (("a",) if count else ())
+
+
+@requirement("R13.2")
+@given(st.permutations(["a", "b", "c"]))
+def test_arrivals_come_in_any_order(order):
+    book = PeerBook("me")
+    for key in order:
+        book = book.announced(key, now=0)
+    for key in reversed(order):
+        book = book.answered(key, f"grpc://{key}:1", key, now=1)
+    assert {peer.node_id for peer in book.live()} == {"a", "b", "c"}

@@ -1,0 +1,127 @@
+"""R14: a signature holds for what was signed and for nothing else; versions have one order; manifests survive the wire."""
+
+from dataclasses import replace
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lora.errors import BadNameError, ManifestError, RefusedError, SignatureError, UnknownSignerError, UnsignedError
+from lora.federation.manifest import SIGNED, Manifest, Precedence, check_name, manifest_from_json
+from lora.federation.trust import Policy, check_declared, check_signature, check_version, public_key, sign
+from lora.testing.plugin import requirement
+
+KEYS = st.binary(min_size=32, max_size=32).map(Ed25519PrivateKey.from_private_bytes)
+DIGESTS = st.text("0123456789abcdef", min_size=64, max_size=64)
+SEMVER = r"(0|[1-9][0-9]?)\.(0|[1-9])\.(0|[1-9])(-(rc|[0-9]|a)(\.(rc|[0-9]|b))?)?"
+VERSIONS = st.from_regex(SEMVER, fullmatch=True) | st.just("")
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+MANIFESTS = st.builds(
+    Manifest,
+    name=TEXTS,
+    digest=DIGESTS,
+    size=st.integers(0, 2**40),
+    version=VERSIONS,
+    rank=st.integers(0, 512),
+    alpha=st.floats(0.1, 100),
+    targets=st.lists(TEXTS, max_size=3).map(tuple),
+    modules=st.integers(0, 1000),
+    description=TEXTS,
+    base_model=st.none() | TEXTS,
+    base_fingerprint=st.none() | DIGESTS,
+)
+
+
+@requirement("R14.1")
+@given(MANIFESTS, KEYS, MANIFESTS, st.sampled_from(SIGNED))
+def test_a_signature_holds_for_what_was_signed_and_for_nothing_else(manifest, key, other, field):
+    signed, policy = sign(manifest, key), Policy(frozenset({public_key(key)}))
+    check_signature(signed, policy)
+    free = {name: getattr(other, name) for name in ("rank", "alpha", "targets", "modules", "description")}
+    check_signature(replace(signed, **free), policy)
+    assume(getattr(other, field) != getattr(manifest, field))
+    try:
+        check_signature(replace(signed, **{field: getattr(other, field)}), policy)
+    except SignatureError:
+        return
+    raise AssertionError("another manifest passes")
+
+
+@requirement("R14.1", "R14.2")
+@given(MANIFESTS, KEYS, KEYS, st.tuples(st.booleans(), st.booleans(), st.booleans()))
+def test_who_is_believed_is_what_the_policy_says(manifest, key, other, choices):
+    pinned, unsigned, unknown = choices
+    pins = frozenset({manifest.digest}) if pinned else frozenset()
+    policy = Policy(frozenset({public_key(other)}), pins, allow_unsigned=unsigned, allow_unknown_signers=unknown)
+
+    def verdict(candidate):
+        try:
+            check_signature(candidate, policy)
+        except RefusedError as error:
+            return type(error)
+        return None
+
+    assert verdict(manifest) is (None if pinned or unsigned else UnsignedError)
+    assert verdict(sign(manifest, other)) is None
+    stranger = public_key(key) != public_key(other)
+    assert verdict(sign(manifest, key)) is (UnknownSignerError if stranger and not (pinned or unknown) else None)
+
+
+@requirement("R11.2", "R12.1")
+@given(MANIFESTS, KEYS, st.dictionaries(st.text("xyz", min_size=1), st.integers(), max_size=2))
+def test_a_manifest_survives_the_wire_with_what_later_versions_add(manifest, key, more):
+    for sent in (manifest, sign(manifest, key)):
+        data = sent.to_json()
+        assert manifest_from_json(data) == sent
+        extra = "".join(f'"{name}":{value},' for name, value in more.items()).encode()
+        assert manifest_from_json(b"{" + extra + data[1:]) == sent
+
+
+@requirement("R12.3", "R7.8")
+@given(MANIFESTS, st.data())
+def test_a_manifest_that_is_cut_or_changed_is_one_or_is_refused(manifest, data):
+    sent = bytearray(manifest.to_json())
+    at = data.draw(st.integers(0, len(sent) - 1))
+    changed = data.draw(st.sampled_from(["cut", "byte"]))
+    sent = sent[:at] if changed == "cut" else sent[:at] + bytes([data.draw(st.integers(0, 255))]) + sent[at + 1 :]
+    try:
+        found = manifest_from_json(bytes(sent))
+    except ManifestError:
+        return
+    assert isinstance(found, Manifest)
+    assert changed == "byte"
+
+
+@requirement("R14.2")
+@given(st.lists(VERSIONS, min_size=3, max_size=3))
+def test_versions_have_one_order(versions):
+    a, b, c = map(Precedence, versions)
+    assert sum([a < b, b < a, a.key() == b.key()]) == 1
+    assert not (a < b < c) or a < c
+    assert Precedence("") <= a
+
+
+@requirement("R14.2")
+@given(MANIFESTS, VERSIONS, st.booleans(), st.booleans())
+def test_no_older_version_than_one_seen_is_accepted_unless_one_insists(manifest, seen, pinned, allowed):
+    policy = Policy(pins=frozenset({manifest.digest} if pinned else ()), allow_older=allowed)
+    older = Precedence(manifest.version) < Precedence(seen)
+    try:
+        check_version(manifest, seen, policy)
+    except RefusedError:
+        assert (older, pinned, allowed) == (True, False, False)
+    else:
+        assert not older or pinned or allowed
+
+
+@requirement("R14.2")
+@given(TEXTS | st.sampled_from(["../x", "/x", "x\\y", ".x", "x\0", "x\n", "\u202ex", "x" * 129]), MANIFESTS)
+def test_a_name_from_outside_is_printable_short_and_no_path(name, manifest):
+    sound = 0 < len(name) <= 128 and name.isprintable() and "/" not in name and "\\" not in name and name[0] != "."
+    try:
+        check_name(name)
+    except BadNameError:
+        assert not sound
+        return
+    assert sound
+    check_declared(replace(manifest, name=name, size=1), Policy())

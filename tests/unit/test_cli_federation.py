@@ -1,0 +1,130 @@
+"""The commands of a federation, in processes of their own: one that serves, others that list and fetch."""
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+import lora
+from lora.testing.plugin import requirement
+from tests.unit.hostile import Authority, made, saved
+from tests.unit.test_cli import shell
+
+
+def ran(*argv, code=0):
+    """What a command prints, by its exit code; an error is one line."""
+    done = shell(*argv)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stdout == ""
+        assert len([line for line in done.stderr.splitlines() if line.startswith("lora:")]) == 1
+        assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1] if code else done.stdout
+
+
+class Serving:
+    """`lora serve` while the block runs."""
+
+    def __init__(self, *argv):
+        command = [sys.executable, "-m", "lora.cli", "serve", *map(str, argv)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def __enter__(self):
+        self.line = self.process.stdout.readline().strip()
+        self.uri = self.line.split()[-1] if self.line else ""
+        return self
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGTERM)
+        self.output = self.process.communicate(timeout=20)
+
+
+@pytest.fixture
+def cards(tmp_path):
+    path = tmp_path / "cards"
+    path.mkdir()
+    saved(made("docs", description="Python documentation", version="1.0.0"), path)
+    return path
+
+
+@requirement("R25.2", "R11.1", "R12.1", "R12.2", "R14.1", "R14.2", "R5.16")
+def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
+    key, cache = tmp_path / "me.pem", tmp_path / "cache"
+    public = json.loads(ran("keygen", key, "--json"))["public_key"]
+    ran("sign", cards / "docs.lora.arrow", "--key", key)
+    sha = lora.digest(cards / "docs.lora.arrow")
+    with Serving(cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0) as server:
+        assert server.line.startswith("serving 1 card at grpc://127.0.0.1:")
+        (row,) = json.loads(ran("list", "--peer", server.uri, "--json"))
+        assert (row["name"], row["digest"], row["signer"]) == ("docs", sha, public)
+        assert "docs" in ran("list", "--peer", server.uri)
+        (peer,) = json.loads(ran("list", "--peers", "--peer", server.uri, "--json"))
+        assert peer["peer"] == server.uri
+        fetch = ["fetch", "docs", "--peer", server.uri, "--cache", cache]
+        assert "found one by" in ran(*fetch, code=1)
+        assert "64 lower-case" in ran(*fetch, "--pin", "x", code=1)
+        assert "one of unsigned" in ran(*fetch, "--allow", "everything", code=1)
+        assert "other" in ran(*fetch, "--trust", f"{key}.pub", "--base-model", "other", code=1)
+        assert not list(cache.glob("*.arrow"))
+        out = tmp_path / "out.lora.arrow"
+        told = json.loads(ran(*fetch, "--trust", f"{key}.pub", "-o", out, "--json"))
+        assert told == {"name": "docs", "digest": sha, "file": str(out)}
+        assert lora.digest(out) == sha
+        assert sha in ran(*fetch, "--pin", sha)
+        assert "one of 1" in ran("fetch", "law", "--peer", server.uri, "--cache", cache, code=1)
+    assert server.process.returncode == 0
+    assert server.output[1] == ""
+    assert "found none" in ran("list", "--peer", server.uri, "--wait", "0.5", code=1)
+
+
+@requirement("R25.2", "R11.6")
+def test_token_certificates_and_metrics_are_options(cards, tmp_path):
+    authority = Authority()
+    credentials = authority.credentials()
+    for name, data in {
+        "c": credentials.certificate,
+        "k": credentials.key,
+        "ca": authority.pem,
+        "t": b"secret\n",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    files = {"--cert": "c", "--key": "k", "--ca": "ca", "--token-file": "t"}
+    options = [item for option, name in files.items() for item in (option, tmp_path / name)]
+    with Serving(cards, "--host", "localhost", "--port", 0, "--no-announce", *options) as server:
+        assert server.uri.startswith("grpc+tls://localhost:")
+        assert len(json.loads(ran("list", "--peer", server.uri, *options, "--json"))) == 1
+        assert "found none" in ran("list", "--peer", server.uri, *options[:-2], "--wait", "1", code=1)
+    with Serving(cards, "--token-file", tmp_path / "t") as refused:
+        assert refused.line == ""
+    assert "TLS beyond loopback" in refused.output[1]
+    assert "secret" not in refused.output[1]
+
+
+@requirement("R25.2", "R5.16")
+def test_metrics_are_served_where_they_are_asked_for(cards):
+    with Serving(cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0) as server:
+        where = server.process.stdout.readline().split()[-1]
+        ran("list", "--peer", server.uri)
+        with urllib.request.urlopen(where) as answer:  # noqa: S310 - on loopback
+            assert b"lora_requests_list_flights_total 1.0" in answer.read()
+
+
+@requirement("R25.3", "R7.1")
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["serve", "nowhere"], "nowhere"),
+        (["keygen", "nowhere/me.pem"], "nowhere"),
+        (["sign", "nowhere.lora.arrow", "--key", "x"], "nowhere"),
+        (["list", "--peer", "127.0.0.1:1", "--wait", "0.3"], "127.0.0.1:1"),
+        (["list", "--peer", "http://x"], "grpc://host:port"),
+        (["fetch", "docs", "--peer", "127.0.0.1:1", "--trust", "nowhere.pem"], "nowhere.pem"),
+    ],
+)
+def test_errors_are_one_line(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in ran(*argv, code=1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,190 @@
+"""The cache, the keys and the metrics: files that are written once, secrets that stay, sums that grow."""
+
+import json
+import os
+import threading
+import urllib.request
+
+import numpy as np
+import pytest
+
+import lora
+from lora.errors import ArgumentError, CardNotFoundError, ManifestError, StoreError
+from lora.federation.cache import STALE, CardCache, default_cache
+from lora.federation.keys import generate_key, load_private_key, load_public_key, read_signed, sign_file, signature_path
+from lora.federation.trust import Policy, check_signature, public_key
+from lora.metrics import Metrics, prometheus_text, serving
+from lora.testing.plugin import requirement
+from tests.unit.hostile import made
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return CardCache(tmp_path / "cache")
+
+
+def admitted(cache, card):
+    with cache.arriving() as (path, _):
+        sha = lora.save(card, path)
+        cache.admit(path, sha)
+    return sha
+
+
+@requirement("R12.2")
+def test_what_is_admitted_is_found_by_digest_read_only_and_written_once(cache):
+    sha = admitted(cache, made())
+    assert cache.digests() == [sha]
+    assert lora.load(cache.path(sha), verify=sha) == made()
+    first = cache.path(sha).stat()
+    assert admitted(cache, made()) == sha
+    assert cache.path(sha).stat().st_ino == first.st_ino
+    assert first.st_mode & 0o222 == 0
+    assert sorted(path.name for path in cache.root.iterdir()) == [f"{sha}.lora.arrow"]
+
+
+@requirement("R12.7")
+def test_what_does_not_arrive_leaves_nothing(cache):
+    with pytest.raises(TypeError), cache.arriving() as (_, file):
+        file.write("no bytes")
+    assert list(cache.root.iterdir()) == []
+
+
+@requirement("R12.7")
+def test_what_a_dead_process_left_is_removed_after_a_day(cache):
+    old, new = cache.root / ".a.part", cache.root / ".b.part"
+    old.touch()
+    new.touch()
+    os.utime(old, (old.stat().st_mtime - STALE - 60,) * 2)
+    CardCache(cache.root)
+    assert [path.name for path in cache.root.iterdir()] == [".b.part"]
+
+
+@requirement("R12.2")
+def test_eviction_takes_the_longest_unused_and_leaves_a_mapped_card_whole(cache):
+    shas = [admitted(cache, made(name, size=1000)) for name in ("a", "bb", "ccc")]
+    for age, sha in zip((300, 200, 100), shas, strict=True):
+        os.utime(cache.path(sha), (1e9 - age, 1e9 - age))
+    cache.used(shas[0])
+    card = lora.load(cache.path(shas[1]))
+    size = cache.path(shas[0]).stat().st_size
+    assert cache.evict(2 * size + 10) == [shas[1]]
+    assert cache.evict(10**9) == []
+    assert cache.digests() == sorted([shas[0], shas[2]])
+    assert np.array_equal(card.weights["layer.0.query"].A, made("bb", size=1000).weights["layer.0.query"].A)
+    assert cache.evict(0) == [shas[2], shas[0]]
+
+
+@requirement("R12.2")
+def test_verify_hashes_everything_and_puts_aside_what_is_not_what_it_is_called(cache):
+    good, bad = admitted(cache, made("a")), admitted(cache, made("bb"))
+    cache.path(bad).chmod(0o644)
+    cache.path(bad).write_bytes(b"rotten")
+    found = cache.verify()
+    assert (found.sound, found.quarantined) == ((good,), (bad,))
+    assert cache.digests() == [good]
+    assert (next((cache.root / "quarantine").iterdir())).read_bytes() == b"rotten"
+    assert cache.verify().quarantined == ()
+
+
+@requirement("R12.8")
+def test_threads_that_admit_one_card_end_with_one(cache):
+    threads = [threading.Thread(target=admitted, args=(cache, made())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(cache.root.iterdir())) == 1
+
+
+@requirement("R14.2")
+def test_versions_only_rise(cache):
+    for version in ("1.2.0", "1.10.0", "1.3.0", ""):
+        cache.remember_version("../docs", "key", version)
+    assert cache.highest_version("../docs", "key") == "1.10.0"
+    assert cache.highest_version("../docs", "other") == cache.highest_version("docs", "key") == ""
+
+
+@requirement("R7.8")
+def test_a_digest_is_a_digest_and_a_folder_a_folder(cache, tmp_path):
+    for wrong in ("../x", "A" * 64, "", "0" * 63):
+        with pytest.raises(ArgumentError, match="64 lower-case hex digits"):
+            cache.path(wrong)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError):
+        CardCache(tmp_path / "file")
+
+
+@requirement("R12.2")
+def test_the_users_cache_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "lora-cards"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache().parts[-2:] == (".cache", "lora-cards")
+
+
+@requirement("R14.1")
+def test_a_key_is_made_once_is_private_and_signs(tmp_path):
+    key, card = tmp_path / "me.pem", tmp_path / "docs.lora.arrow"
+    public = generate_key(key)
+    assert key.stat().st_mode & 0o777 == 0o600
+    before = key.read_bytes()
+    with pytest.raises(StoreError):
+        generate_key(key)
+    assert key.read_bytes() == before
+    assert load_public_key(key) == load_public_key(f"{key}.pub") == public_key(load_private_key(key)) == public
+    sha = lora.save(made(version="1.0.0"), card)
+    signed = sign_file(card, key)
+    assert read_signed(signature_path(card)) == signed
+    assert (signed.digest, signed.size, signed.version) == (sha, card.stat().st_size, "1.0.0")
+    check_signature(signed, Policy(frozenset({public})))
+
+
+@requirement("R14.1", "R7.8")
+def test_what_is_no_key_is_named_without_being_quoted(tmp_path):
+    path = tmp_path / "x.pem"
+    with pytest.raises(CardNotFoundError):
+        load_private_key(path)
+    for text in (b"SECRET", b"-----BEGIN PRIVATE KEY-----\nU0VDUkVU\n-----END PRIVATE KEY-----\n"):
+        path.write_bytes(text)
+        for load in (load_private_key, load_public_key):
+            with pytest.raises(ArgumentError, match="Ed25519") as caught:
+                load(path)
+            assert "SECRET" not in str(caught.value)
+    path.write_bytes(b"x" * 20_000)
+    with pytest.raises(StoreError, match="at most"):
+        load_private_key(path)
+    path.write_bytes(b"[1]")
+    with pytest.raises(ManifestError, match="a JSON object"):
+        read_signed(path)
+
+
+@requirement("R5.16")
+def test_sums_grow_from_any_thread_and_are_served_as_prometheus_text():
+    metrics = Metrics()
+    threads = [threading.Thread(target=lambda: [metrics.add("fetches") for _ in range(1000)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with pytest.raises(KeyError), metrics.timed("calls"):
+        raise KeyError
+    found = metrics.snapshot()
+    assert (found["fetches"], found["calls"], found["calls_failed"]) == (4000, 1, 1)
+    assert found["calls_seconds"] >= 0
+    metrics.add("fetches")
+    assert found["fetches"] == 4000
+    assert "lora_fetches_total 4001.0" in prometheus_text(metrics)
+    with serving(metrics, 0) as port, urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        assert b"lora_fetches_total 4001.0" in answer.read()
+
+
+@requirement("R11.2")
+def test_a_manifest_is_sorted_json(tmp_path):
+    told = json.loads(sign_and_read(tmp_path))
+    assert list(told) == sorted(told)
+
+
+def sign_and_read(folder):
+    generate_key(folder / "k.pem")
+    lora.save(made(), folder / "c")
+    return sign_file(folder / "c", folder / "k.pem").to_json()

@@ -1,0 +1,304 @@
+"""Nodes together: alternatives, failover, partitions, an engine that fetches what a query needs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import lora
+from lora.card import LoRACard, LowRank
+from lora.engine import ArrowEngine
+from lora.errors import (
+    CardError,
+    MismatchError,
+    PeerError,
+    ShapeError,
+    StateError,
+    TargetError,
+    UnknownCardError,
+    UnsignedError,
+)
+from lora.federation.node import Node, ranked, uri_of
+from lora.federation.server import LoRAFlightServer
+from lora.federation.trust import Policy, public_key, sign
+from lora.testing.plugin import requirement
+from tests.unit.hostile import AUTHOR, STRANGER, Liar, Line, announced, made, saved
+
+ANY = Policy(allow_unsigned=True)
+TRUSTING = Policy(frozenset({public_key(AUTHOR)}))
+
+
+def joined(tmp_path, peers, policy=ANY, **options):
+    """A node that serves nothing, once all its static peers have answered."""
+    node = Node(tmp_path / "cache", peers=peers, policy=policy, interfaces=(), interval=0.2, timeout=3, **options)
+    node.discovery.wait(10, len(peers))
+    return node
+
+
+def folder_of(tmp_path, name, *cards):
+    path = tmp_path / name
+    path.mkdir()
+    for card in cards:
+        saved(card, path)
+    return path
+
+
+@requirement("R5.13", "R13.5", "R12.1")
+def test_two_nodes_see_each_others_cards(tmp_path):
+    cards = folder_of(tmp_path, "a", made("docs"))
+    with Node(tmp_path / "c1", cards, interfaces=()) as a, joined(tmp_path, [a.server.uri]) as b:
+        assert [peer.node_id for peer in b.peers()] == [a.node_id]
+        assert list(b.sync()) == ["docs"]
+        assert b.offers["docs"][0].uris == (a.server.uri,)
+        assert b.fetch("docs").card == made("docs")
+        with pytest.raises(UnknownCardError, match="one of 1"):
+            b.fetch("law")
+        with pytest.raises(UnknownCardError):
+            b.fetch("docs", digest="0" * 64)
+
+
+@requirement("R12.4")
+def test_a_peer_that_lies_truncates_or_is_refused_is_left_and_the_next_is_tried(tmp_path):
+    card = made("docs", version="1.0.0")
+    honest = folder_of(tmp_path, "honest", card)
+    good = announced(card, tmp_path / "good")
+    data = (tmp_path / "good").read_bytes()
+    newer = replace(good, version="9.0.0")
+    liars = [
+        ([good], data[:-100]),
+        ([good], data[:-1] + b"x"),
+        ([newer], data),
+        ([replace(good, size=2**40)], data),
+        ([good], lambda: iter(())),
+    ]
+    servers = [Liar(manifests, content) for manifests, content in liars]
+    try:
+        with LoRAFlightServer(honest) as server:
+            peers = [*(liar.uri for liar in servers), server.uri]
+            with joined(tmp_path, peers) as node:
+                node.sync()
+                found = node.fetch("docs")
+                assert (found.card, found.digest) == (card, good.digest)
+                assert node.cache.digests() == [good.digest]
+                counted = node.metrics.snapshot()
+                assert counted["refusals_MismatchError"] >= 2
+            with joined(tmp_path, peers[:-1]) as alone:
+                alone.sync()
+                alone.cache.evict(0)
+                with pytest.raises((MismatchError, PeerError)) as caught:
+                    alone.fetch("docs")
+                assert len(caught.value.__notes__) == 4
+                assert alone.cache.digests() == []
+    finally:
+        for liar in servers:
+            liar.shutdown()
+
+
+@requirement("R12.4", "R14.2")
+def test_what_is_vouched_for_comes_first_then_the_higher_version(tmp_path):
+    old, new = (announced(made("docs", version=version), tmp_path / version) for version in ("1.2.0", "1.10.0"))
+    signed, strange = sign(old, AUTHOR), sign(new, STRANGER)
+    offers = ranked({"grpc://b:1": [old, new], "grpc://a:1": [strange, signed, old]}, TRUSTING)["docs"]
+    assert offers[0].manifest == signed
+    assert [offer.manifest.version for offer in offers[1:]] == ["1.10.0", "1.10.0", "1.2.0"]
+    assert offers[-1].uris == ("grpc://a:1", "grpc://b:1")
+    assert ranked({"grpc://a:1": [old]}, TRUSTING.pinned(old.digest))["docs"][0].manifest == old
+
+
+SERVER = """
+import sys, threading
+from lora.federation.server import LoRAFlightServer
+with LoRAFlightServer(sys.argv[1]) as server:
+    print(server.uri, flush=True)
+    threading.Event().wait()
+"""
+
+
+@requirement("R12.4", "R13.2")
+def test_a_server_that_is_killed_in_mid_stream_is_replaced_by_another_with_the_same_digest(tmp_path):
+    folder = folder_of(tmp_path, "cards", made("docs", size=800_000, rank=4))
+    servers = [
+        subprocess.Popen([sys.executable, "-c", SERVER, folder], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        uris = sorted((server.stdout.readline().strip(), server) for server in servers)
+        with joined(tmp_path, [uri for uri, _ in uris]) as node:
+            (offer,) = node.sync()["docs"]
+            assert list(offer.uris) == [uri for uri, _ in uris]
+            killed = []
+
+            def progress(done, total):
+                if done > total / 4 and not killed:
+                    killed.append(done)
+                    os.kill(dict(uris)[offer.uris[0]].pid, signal.SIGKILL)
+
+            found = node.fetch("docs", progress=progress)
+            assert killed
+            assert found.card == made("docs", size=800_000, rank=4)
+            assert node.cache.digests() == [offer.manifest.digest]
+            end = time.monotonic() + 20
+            while len(node.peers()) > 1 and time.monotonic() < end:
+                time.sleep(0.05)
+            assert [peer.uri for peer in node.peers()] == [uris[1][0]]
+    finally:
+        for server in servers:
+            server.kill()
+            server.communicate()
+
+
+@requirement("R13.2", "R12.4", "R13.5")
+def test_a_partition_heals(tmp_path):
+    """Through a TCP proxy, as through any load balancer."""
+    cards = folder_of(tmp_path, "a", made("docs"))
+    with LoRAFlightServer(cards) as server, Line(server.port) as line, joined(tmp_path, [line.uri]) as node:
+        assert list(node.sync()) == ["docs"]
+        line.silent = True
+        line.cut()
+        end = time.monotonic() + 30
+        while node.peers() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert node.sync() == {}
+        line.silent = False
+        node.discovery.wait(40, 1)
+        assert list(node.sync()) == ["docs"]
+        assert node.fetch("docs").card == made("docs")
+
+
+@requirement("R7.8")
+def test_a_peer_may_be_given_as_host_and_port():
+    assert [uri_of(text) for text in ("h:1", "grpc://h:1", "grpc+tls://h:1", "[::1]:1")] == [
+        "grpc://h:1",
+        "grpc://h:1",
+        "grpc+tls://h:1",
+        "grpc://[::1]:1",
+    ]
+
+
+# ---- the engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return ArrowEngine.from_pretrained(None)
+
+
+def skill(name, description, size=384, module="encoder.layer.0.attention.self.query", **fields):
+    """A card of MiniLM's shapes that changes every embedding."""
+    rng = np.random.default_rng(1)
+    pair = LowRank(
+        rng.normal(0, 0.2, (size, 2)).astype(np.float32), rng.normal(0, 0.2, (2, size)).astype(np.float32), 1.0
+    )
+    return LoRACard(name, 2, 2.0, ("query",), {module: pair}, {"description": description}, **fields)
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """A server of skills, and its folder."""
+    cards = folder_of(
+        tmp_path, "remote", skill("docs", "Python documentation: reading and writing files"), skill("mute", "")
+    )
+    with LoRAFlightServer(cards) as server:
+        yield server
+
+
+@pytest.fixture
+def node(engine, remote, tmp_path):
+    with engine.start_federation(
+        peers=[remote.uri.removeprefix("grpc://")], cache=tmp_path / "mine", policy=ANY, interfaces=(), timeout=3
+    ) as node:
+        node.discovery.wait(10, 1)
+        yield node
+    engine.stop_federation()
+
+
+QUERY = "how do I write a file in Python"
+
+
+@requirement("R5.13", "R5.11", "R4.7")
+def test_a_remote_skill_is_found_by_its_description_fetched_and_applied_for_that_request_alone(engine, node):
+    texts = ["reading files", "cooking rice"]
+    base = engine.encode(texts)
+    assert engine.sync_remote_skills() == ("docs",)
+    found = engine.encode_with_lora(texts, intent_query=QUERY)
+    assert [(route.name, route.virtual) for route in found.routes] == [("docs", True)]
+    assert dict(found.failures) == {}
+    card = skill("docs", "Python documentation: reading and writing files")
+    assert np.array_equal(found, engine.encode_with_lora(texts, card))
+    assert not np.allclose(found, base)
+    assert np.array_equal(engine.encode(texts), base)
+    assert dict(engine.manager.list_cards()) == {}
+    assert len(node.cache.digests()) == 1
+    away = engine.encode_with_lora(texts, intent_query="the price of tea in China")
+    assert away.routes == ()
+    assert np.array_equal(away, base)
+
+
+@requirement("R5.13")
+def test_what_is_here_goes_before_what_is_remote_and_what_is_gone_is_forgotten(engine, node, remote):
+    engine.register_lora(skill("docs", "something else entirely"))
+    assert engine.sync_remote_skills() == ()
+    engine.remove_lora("docs")
+    assert engine.sync_remote_skills() == ("docs",)
+    (remote.root / "docs.lora.arrow").unlink()
+    assert engine.sync_remote_skills() == ()
+    assert dict(engine.router.candidates) == {}
+
+
+@requirement("R5.11", "R5.13")
+def test_a_peer_that_is_gone_costs_the_request_its_skill_and_nothing_else(engine, node, remote):
+    engine.sync_remote_skills()
+    remote.shutdown()
+    found = engine.encode_with_lora(["a"], intent_query=QUERY)
+    assert found.routes == ()
+    assert isinstance(found.failures["docs"], PeerError)
+    assert np.array_equal(found, engine.encode(["a"]))
+
+
+@requirement("R5.13", "R14.2")
+@pytest.mark.parametrize(
+    ("card", "error"),
+    [
+        (skill("docs", "Python files", size=8), (ShapeError, TargetError)),
+        (skill("docs", "Python files", module="decoder.nothing"), TargetError),
+        (skill("docs", "Python files", base_fingerprint="0" * 64), CardError | ValueError),
+    ],
+    ids=["shape", "target", "base"],
+)
+def test_a_card_that_does_not_fit_the_model_is_refused_before_it_is_cached(engine, node, remote, card, error):
+    saved(card, remote.root)
+    engine.sync_remote_skills()
+    found = engine.encode_with_lora(["a"], intent_query=QUERY)
+    assert isinstance(found.failures["docs"], error)
+    assert node.cache.digests() == []
+
+
+@requirement("R5.13", "R14.2")
+def test_an_engine_believes_nobody_by_default(engine, remote, tmp_path):
+    node = engine.start_federation(peers=[remote.uri], cache=tmp_path / "mine", interfaces=())
+    try:
+        with pytest.raises(StateError, match="stop_federation"):
+            engine.start_federation(interfaces=())
+        node.discovery.wait(10, 1)
+        engine.sync_remote_skills()
+        found = engine.encode_with_lora(["a"], intent_query=QUERY)
+        assert isinstance(found.failures["docs"], UnsignedError)
+    finally:
+        engine.stop_federation()
+    assert engine.node is None
+    assert dict(engine.router.candidates) == {}
+    with pytest.raises(StateError, match="start_federation"):
+        engine.sync_remote_skills()
+    engine.stop_federation()
+
+
+@requirement("R5.13", "R11.1")
+def test_an_engine_can_serve(engine, tmp_path):
+    cards = folder_of(tmp_path, "mine", made("docs"))
+    with engine.start_federation(root=cards, cache=tmp_path / "c", interfaces=()) as node:
+        assert list(lora.federation.LoRAFlightClient(node.server.uri, tmp_path / "c2").list_remote_skills())
+    engine.stop_federation()
