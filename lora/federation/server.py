@@ -33,7 +33,10 @@ from lora.table import FORMAT_VERSION
 log = logging.getLogger(__name__)
 
 CHUNK = 2**20
-"""Bytes of a file in one message."""
+"""Bytes of a file in one batch of a flight."""
+
+PIECE = 2**18
+"""Bytes of a file in one result of the action ``card``: as fast, and a quarter of the memory for each client."""
 
 MAX_BATCH = 4 * 2**20
 """Bytes of rows in one batch of a table, unless a single row is larger."""
@@ -198,7 +201,9 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         if form not in ("", "file"):
             raise UnknownCardError("ticket", "a digest, or one and /file", "another")
         card = self._digest(sha)
-        schema, pieces = (FILE_SCHEMA, map(_row, file_pieces(card))) if form else (card.schema, table_pieces(card))
+        schema, pieces = (
+            (FILE_SCHEMA, map(_row, file_pieces(card, CHUNK))) if form else (card.schema, table_pieces(card))
+        )
         return flight.GeneratorStream(schema, self._sent(context, pieces, lambda batch: int(batch.nbytes)))
 
     @_answering
@@ -206,7 +211,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         """One of `ACTIONS`."""
         _check_size(action.body)
         if action.type == "card":
-            return self._sent(context, file_pieces(self._digest(action.body.to_pybytes().decode())), len)
+            return self._sent(context, file_pieces(self._digest(action.body.to_pybytes().decode()), PIECE), len)
         if action.type == "health":
             told = {"status": "ok", "cards": len(self.catalog.cards), "streams": len(self._streams)}
         elif action.type == "version":
@@ -283,11 +288,11 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         return flight.FlightInternalError("internal error")
 
 
-def file_pieces(card: Served) -> Iterator[bytes]:
-    """The bytes of a card's file in pieces of `CHUNK`, read as they are sent."""
+def file_pieces(card: Served, size: int) -> Iterator[bytes]:
+    """The bytes of a card's file in pieces of that size, read as they are sent."""
     with open(card.path, "rb", buffering=0, opener=_no_links) as file:
-        for offset in range(0, card.manifest.size, CHUNK):
-            yield os.pread(file.fileno(), CHUNK, offset)
+        for offset in range(0, card.manifest.size, size):
+            yield os.pread(file.fileno(), size, offset)
 
 
 def table_pieces(card: Served) -> Iterator[pa.RecordBatch]:
