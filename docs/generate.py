@@ -27,13 +27,15 @@ from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, 
 
 KINDS = {"P*": "property (any implementation)", "P": "property", "U": "test", "B": "benchmark", "D": "documentation"}
 
+FEDERATION = ["server", "client", "node", "discovery", "peers", "trust", "manifest", "access", "keys", "cache", "streams"]
 REFERENCE = {
     "Cards": ["card", "table", "store", "errors"],
     "Algebra and targets": ["lowrank", "targets", "merging", "extract", "weights", "presets", "drawing"],
     "Interop": ["interop.peft", "interop.safetensors"],
     "Models": ["layer", "rewrite", "inference.manager", "inference.registry", "inference.encoder"],
     "Routing": ["routing", "inference.router"],
-    "Engine": ["engine"],
+    "Engine": ["engine", "metrics"],
+    "Federation": [f"federation.{name}" for name in FEDERATION],
     "Training": ["evolution.data", "evolution.synthetic", "evolution.train", "evolution.probe"],
     "Testing": ["testing.binding", "testing.tolerance", "testing.strategies", "testing.report", "testing.trace"],
 }

@@ -1,5 +1,6 @@
 """What the documentation states of figures and pages is so."""
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -8,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 import lora
+from lora import errors
+from lora.errors import ManifestError, RefusedError
+from lora.federation.trust import Policy
 from lora.testing.plugin import requirement
 from lora.testing.report import Outcome, report_of, write_report
 from lora.testing.trace import read_spec
@@ -36,6 +40,19 @@ def test_there_is_a_test_strategy_page_and_a_coverage_floor():
     for word in ("Tolerances", "Properties", "Profiles", "90 %"):
         assert word in page
     assert "--fail-under=90" in (ROOT / "Makefile").read_text("utf-8")
+
+
+@requirement("R14.3")
+def test_the_docs_say_what_a_signature_does_not_prove_and_name_every_refusal_with_its_opt_out():
+    page = (ROOT / "docs/federation.md").read_text("utf-8")
+    section = page.split("## What a signature does not prove")[1].split("\n## ")[0]
+    for word in ("good", "harmless", "who the signer is", "stolen", "when it was signed", "the peer"):
+        assert word in section
+    for field in dataclasses.fields(Policy):
+        assert not field.name.startswith("allow_") or f"`{field.name}`" in page
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RefusedError)]
+    for kind in kinds:
+        assert kind in (RefusedError, ManifestError) or f"`{kind.__name__}`" in page
 
 
 @pytest.fixture
