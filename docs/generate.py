@@ -28,6 +28,7 @@ from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, 
 KINDS = {"P*": "property (any implementation)", "P": "property", "U": "test", "B": "benchmark", "D": "documentation"}
 
 FEDERATION = ["server", "client", "node", "discovery", "peers", "trust", "manifest", "access", "keys", "cache", "streams"]
+TRAINING = ["data", "synthetic", "losses", "schedules", "ewc", "train", "online", "probe"]
 REFERENCE = {
     "Cards": ["card", "table", "store", "errors"],
     "Algebra and targets": ["lowrank", "targets", "merging", "extract", "weights", "presets", "drawing"],
@@ -36,7 +37,7 @@ REFERENCE = {
     "Routing": ["routing", "inference.router"],
     "Engine": ["engine", "metrics"],
     "Federation": [f"federation.{name}" for name in FEDERATION],
-    "Training": ["evolution.data", "evolution.synthetic", "evolution.train", "evolution.probe"],
+    "Training": [f"evolution.{name}" for name in TRAINING],
     "Testing": ["testing.binding", "testing.tolerance", "testing.strategies", "testing.report", "testing.trace"],
 }
 

@@ -1,4 +1,4 @@
-"""LoRATrainer: a card learned from pairs, by a symmetric in-batch contrastive loss through the real encoder.
+"""LoRATrainer: a card learned from pairs, by one of three losses through the real encoder.
 
 Every random choice is a function of (seed, epoch or step), so that a run is reproducible bit for bit for a seed and a
 thread count, and one that was killed goes on from its checkpoint to the same result.
@@ -21,12 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from lora.card import LoRACard
+from lora.card import LoRACard, LowRank, integer
 from lora.drawing import new_figure
-from lora.errors import ArgumentError, DataError, StateError, UnsupportedModelError
+from lora.errors import ArgumentError, DataError, ShapeError, StateError, UnsupportedModelError, shown
 from lora.evolution.data import Pairs
+from lora.evolution.ewc import Anchor, fisher_of, normalized, penalty
+from lora.evolution.losses import LOSSES
+from lora.evolution.schedules import SCHEDULES, schedule_of
 from lora.inference.encoder import InferenceCore
 from lora.layer import TrainableLinear
 from lora.rewrite import fingerprint, fresh, trainable, trained
@@ -34,8 +36,8 @@ from lora.store import PathLike, replacing
 
 log = logging.getLogger(__name__)
 
-SCALE = 20.0
-"""Similarities are multiplied by this before the softmax (sentence-transformers' MultipleNegativesRankingLoss)."""
+AUTOCAST: Mapping[str, torch.dtype] = MappingProxyType({"bf16": torch.bfloat16, "fp16": torch.float16})
+"""What the encoder may compute in, by name."""
 
 Progress = Callable[[int, int, float], None]
 """Called after each step with the step, the number of steps, and the loss."""
@@ -60,7 +62,24 @@ class Settings:
     lr
         Peak learning rate of AdamW, > 0.
     schedule
-        ``"constant"`` or ``"cosine"`` (to zero at the last step).
+        One of `lora.evolution.schedules.SCHEDULES`.
+    warmup
+        Share of the steps, in [0, 1), over which the learning rate rises to its peak.
+    loss
+        One of `lora.evolution.losses.LOSSES`.
+    accumulate
+        Parts that a batch goes through the encoder in. The update is that of the whole batch, other pairs' positives
+        included, at the memory of one part and the time of a second forward (Gao et al. 2021).
+    clip
+        Norm that the gradient of all factors is cut to; None for none.
+    autocast
+        ``"bf16"`` or ``"fp16"`` (with loss scaling): what the encoder computes in; None for its own dtype.
+    checkpointing
+        Compute each block again on the way back, in place of keeping what is inside it: less memory, more time.
+    lora_plus
+        Learning rate of B over that of A (LoRA+, Hayou et al. 2024); 1 for the same.
+    rslora
+        Scale by alpha / √rank in place of alpha / rank (Kalajdzievski 2023).
     dropout
         On the low-rank path.
     validate_every
@@ -74,13 +93,21 @@ class Settings:
 
     Notes
     -----
-    Requirements: R17.3
+    Requirements: R17.1, R17.2, R17.3, R17.4, R17.5
     """
 
     epochs: int = 1
     batch_size: int = 64
     lr: float = 2e-3
     schedule: str = "constant"
+    warmup: float = 0.0
+    loss: str = "contrastive"
+    accumulate: int = 1
+    clip: float | None = None
+    autocast: str | None = None
+    checkpointing: bool = False
+    lora_plus: float = 1.0
+    rslora: bool = False
     dropout: float = 0.0
     validate_every: int = 20
     patience: int = 5
@@ -88,15 +115,26 @@ class Settings:
     validation_size: int = 256
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 2, "validate_every": 1, "patience": 1, "validation_size": 1}
+        least = {
+            "epochs": 1,
+            "batch_size": 2,
+            "validate_every": 1,
+            "patience": 1,
+            "validation_size": 1,
+            "accumulate": 1,
+        }
         for name, lowest in least.items():
+            integer(getattr(self, name), f"settings: {name}", lowest)
+        for name in ("lr", "lora_plus", *(["clip"] if self.clip is not None else [])):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise ArgumentError(f"settings: {name}", f"an integer >= {lowest}", repr(value))
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ArgumentError("settings: lr", "a finite number > 0", self.lr)
-        if self.schedule not in ("constant", "cosine"):
-            raise ArgumentError("settings: schedule", "'constant' or 'cosine'", repr(self.schedule))
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise ArgumentError(f"settings: {name}", "a finite number > 0", shown(value))
+        if not (isinstance(self.warmup, int | float) and 0 <= self.warmup < 1):
+            raise ArgumentError("settings: warmup", "a share in [0, 1)", shown(self.warmup))
+        choices = {"schedule": tuple(SCHEDULES), "loss": tuple(LOSSES), "autocast": (None, *AUTOCAST)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ArgumentError(f"settings: {name}", f"one of {known}", shown(getattr(self, name)))
 
 
 PRESETS: Mapping[str, Settings] = MappingProxyType(
@@ -220,7 +258,8 @@ class LoRATrainer:
         self.settings = PRESETS[settings] if isinstance(settings, str) else settings or Settings()
         self.seed = seed
         self.base_model = base_model
-        self._card = fresh(self.core, "untrained", rank=rank, alpha=alpha, target_modules=target_modules, seed=seed)
+        card = fresh(self.core, "untrained", rank=rank, alpha=alpha, target_modules=target_modules, seed=seed)
+        self._card = rank_stabilized(card) if self.settings.rslora else card
 
     def train(
         self,
@@ -231,13 +270,16 @@ class LoRATrainer:
         max_steps: int | None = None,
         checkpoint: PathLike | None = None,
         progress: Progress | None = None,
+        start: LoRACard | None = None,
+        ewc: tuple[Anchor, float] | None = None,
     ) -> Training:
-        """Learn a card from queries and positives; negatives and qualities are not used by the contrastive loss.
+        """Learn a card from pairs.
 
         Parameters
         ----------
         pairs
-            At least two groups; some are held out to validate, by `Settings.share`.
+            At least two groups; some are held out to validate, by `Settings.share`. Negatives are used if every pair has
+            one; a quality that is missing is 1.
         name, metadata
             Of the card.
         max_steps
@@ -246,6 +288,10 @@ class LoRATrainer:
             A file to go on from if it is there, written at every validation and removed at the end.
         progress
             Called after each step.
+        start
+            A card of this trainer's shape to go on from.
+        ewc
+            What an earlier task needs, from `anchor`, and λ: the penalty is added to the loss.
 
         Raises
         ------
@@ -256,10 +302,9 @@ class LoRATrainer:
 
         Notes
         -----
-        Requirements: R17.1, R17.3, R17.8, R17.10
+        Requirements: R17.1, R17.3, R17.7, R17.8, R17.10
         """
-        card = replace(self._card, name=name, metadata=metadata or {}, base_model=self.base_model)
-        card = replace(card, base_fingerprint=fingerprint(self.core, card))
+        card = self._named(name, metadata or {}, start)
         training, validation = pairs.unique().split(self.settings.share, seed=self.seed)
         validation = _sample(validation, self.settings.validation_size, self.seed)
         schedule = _schedule(training, self.settings, self.seed, max_steps)
@@ -269,7 +314,8 @@ class LoRATrainer:
             self.settings,
             steps=len(schedule),
             seed=self.seed,
-            identity=_identity(self, card, pairs, max_steps),
+            identity=_identity(self, card, pairs, max_steps, ewc),
+            ewc=ewc,
         )
         run = session.restore(checkpoint)
         before = evaluate(self.core, validation)
@@ -292,46 +338,134 @@ class LoRATrainer:
         learned = trained(session.model, card)
         return Training(learned, _history(run.rows), MappingProxyType({"before": before, "after": after}))
 
+    def anchor(self, card: LoRACard, pairs: Pairs, *, examples: int = 64) -> Anchor:
+        """Where a card's factors are, and how much its task, as these pairs show it, needs each to stay.
+
+        The Fisher information is from per-example gradients, normalised to a mean of 1.
+
+        Parameters
+        ----------
+        card
+            A card of this trainer's shape.
+        pairs
+            Of its task.
+        examples
+            Pairs to go by at most.
+
+        Notes
+        -----
+        Requirements: R17.6
+        """
+        session = _Session(self.core, card, self.settings, steps=1, seed=self.seed, identity="")
+        batch = _sample(pairs.unique(), examples, self.seed)
+        with torch.enable_grad():
+            losses = session.losses(session.embedded(_texts(batch)), batch)
+        fisher = normalized(fisher_of(losses, session.params))
+        return Anchor({name: tensor.detach().clone() for name, tensor in session.params.items()}, fisher)
+
+    def _named(self, name: str, metadata: Mapping[str, Any], start: LoRACard | None) -> LoRACard:
+        """The card that a training starts from."""
+        card = self._card
+        if start is not None:
+            if {key: (pair.A.shape, pair.B.shape) for key, pair in start.weights.items()} != {
+                key: (pair.A.shape, pair.B.shape) for key, pair in card.weights.items()
+            }:
+                raise ShapeError(f"start: card {start.name!r}", "modules and shapes as this trainer's", "others")
+            card = start
+        card = replace(card, name=name, metadata=metadata, base_model=self.base_model, base_fingerprint=None)
+        return replace(card, base_fingerprint=fingerprint(self.core, card))
+
 
 class _Session:
     """One run's model, optimiser and schedule: the mutable part, dropped when the run ends."""
 
     def __init__(
-        self, core: InferenceCore, card: LoRACard, settings: Settings, *, steps: int, seed: int, identity: str
+        self,
+        core: InferenceCore,
+        card: LoRACard,
+        settings: Settings,
+        *,
+        steps: int,
+        seed: int,
+        identity: str,
+        ewc: tuple[Anchor, float] | None = None,
     ) -> None:
         self.model = trainable(core, card, dropout=settings.dropout).eval()  # but for steps: validation has no dropout
-        self.seed, self.identity = seed, identity
+        self.model.encoder.checkpointing = settings.checkpointing
+        self.settings, self.seed, self.identity, self.ewc = settings, seed, identity, ewc
         self.layers = {n: m for n, m in self.model.named_modules() if isinstance(m, TrainableLinear)}
         self.params = {
             f"{name}.{factor}": getattr(layer, factor)
             for name, layer in self.layers.items()
             for factor in ("lora_A", "lora_B")
         }
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=settings.lr, weight_decay=0.0)
-        self.schedule: torch.optim.lr_scheduler.LRScheduler = (
-            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
-            if settings.schedule == "cosine"
-            else torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
-        )
+        rates = {".lora_A": settings.lr, ".lora_B": settings.lr * settings.lora_plus}
+        groups = [
+            {"params": [param for name, param in self.params.items() if name.endswith(factor)], "lr": lr}
+            for factor, lr in rates.items()
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
+        self.schedule = schedule_of(self.optimizer, settings.schedule, steps, warmup=settings.warmup)
+        self.scaler = torch.amp.GradScaler(core.device.type, enabled=settings.autocast == "fp16")
         self.last_lr = settings.lr
 
     def step(self, batch: Pairs, step: int) -> float:
         """One update; returns the loss of the batch."""
-        self.model.train()
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(_mixed(self.seed, step))
-            queries, positives = self.model.embed(batch.queries), self.model.embed(batch.positives)
-        self.model.eval()
-        loss = contrastive_loss(queries, positives)
-        if not torch.isfinite(loss):
-            found = float(loss.detach())
-            raise DataError(f"training: step {step + 1}", "a finite loss", found, "lower the learning rate")
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.model.train()
+        loss = self._backward(batch, step)
+        self.model.eval()
+        if not math.isfinite(loss):
+            raise DataError(f"training: step {step + 1}", "a finite loss", loss, "lower the learning rate")
+        self.scaler.unscale_(self.optimizer)
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.params.values(), self.settings.clip)
         self.last_lr = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.schedule.step()
+        return loss
+
+    def losses(self, embeddings: Sequence[Tensor], batch: Pairs) -> Tensor:
+        """The loss of each pair, from the embeddings of queries, positives and, where there are any, negatives."""
+        queries, positives, negatives = (*embeddings, None)[:3]
+        qualities = torch.tensor(batch.table["quality"].fill_null(1.0).to_pylist(), device=self.model.device)
+        return LOSSES[self.settings.loss](queries.float(), positives.float(), _float(negatives), qualities)  # type: ignore[union-attr]
+
+    def embedded(self, texts: Sequence[Sequence[str]]) -> list[Tensor]:
+        """The embeddings of each list of texts."""
+        kind = AUTOCAST.get(self.settings.autocast or "")
+        with torch.autocast(self.model.device.type, dtype=kind, enabled=kind is not None):
+            return [self.model.embed(part) for part in texts]
+
+    def _backward(self, batch: Pairs, step: int) -> float:
+        """Add the gradient of the batch's mean loss, and of the penalty, to the factors; returns that loss."""
+        texts = _texts(batch)
+        size = -(-len(batch) // self.settings.accumulate)
+        parts = [[column[at : at + size] for column in texts] for at in range(0, len(batch), size)]
+        if len(parts) == 1:
+            loss = self.losses(self._seeded(parts[0], step, 0), batch).mean()
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        else:  # the loss of all embeddings first, then each part's factors from its share of that
+            with torch.no_grad():
+                found = [self._seeded(part, step, index) for index, part in enumerate(parts)]
+            whole = [torch.cat(columns).requires_grad_() for columns in zip(*found, strict=True)]
+            loss = self.losses(whole, batch).mean()
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            for index, part in enumerate(parts):
+                slope = [column.grad[index * size :][: len(part[0])] for column in whole]  # type: ignore[index]
+                torch.autograd.backward(self._seeded(part, step, index), slope)
+        if self.ewc is not None:
+            kept = penalty(self.params, *self.ewc)
+            self.scaler.scale(kept).backward()  # type: ignore[no-untyped-call]
+            loss = loss + kept
         return float(loss.detach())
+
+    def _seeded(self, part: Sequence[Sequence[str]], step: int, index: int) -> list[Tensor]:
+        """The embeddings of a part, with a dropout that is a function of seed, step and part."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(_mixed(self.seed, step, index))
+            return self.embedded(part)
 
     def validate(self, run: _Run, validation: Pairs) -> _Run:
         """The run with a validation in its last row, and the factors if they are the best so far."""
@@ -358,7 +492,8 @@ class _Session:
             state = self.optimizer.state.get(parameter, {})  # none for a layer that the forward never calls
             tensors |= {f"{key}.{name}": tensor for key, tensor in state.items()}
         notes = {key: value for key, value in asdict(replace(run, best={})).items() if key != "best"}
-        notes |= {"identity": self.identity, "schedule": self.schedule.state_dict()}
+        notes |= {"identity": self.identity, "schedule": _plain(self.schedule.state_dict())}
+        notes |= {"scaler": self.scaler.state_dict()}
         with replacing(path) as file:
             file.write(save_tensors({k: t.contiguous() for k, t in tensors.items()}, {"run": json.dumps(notes)}))
 
@@ -376,9 +511,11 @@ class _Session:
         if identity != self.identity:
             raise StateError(str(path), "a checkpoint of this very run", "one of another", "remove it to start anew")
         self.schedule.load_state_dict(notes.pop("schedule"))
+        if scaled := notes.pop("scaler"):
+            self.scaler.load_state_dict(scaled)
         self.put({name: tensors[f"now.{name}"] for name in self.params})
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.get_last_lr()[0]
+        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
         for name, parameter in self.params.items():
             moments = {key: tensors.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
             self.optimizer.state[parameter] = {key: found for key, found in moments.items() if found is not None}
@@ -387,23 +524,15 @@ class _Session:
         return _Run(**{**notes, "rows": tuple(notes["rows"]), "best": best})
 
 
-def contrastive_loss(queries: Tensor, positives: Tensor, *, scale: float = SCALE) -> Tensor:
-    """Cross-entropy of each query's own positive among the batch's, and of each positive's own query; their mean.
+def rank_stabilized(card: LoRACard) -> LoRACard:
+    """The card with a scaling of alpha / √rank on every module.
 
-    Parameters
-    ----------
-    queries, positives
-        Shape ``(n, d)``.
+    Source: Kalajdzievski 2023 (rsLoRA).
 
-    Notes
-    -----
-    Source: Henderson et al. 2017, section 4.4 (one direction); Radford et al. 2021 (both).
-
-    Requirements: R17.1
+    Requirements: R17.5
     """
-    similar = scale * F.normalize(queries, dim=-1) @ F.normalize(positives, dim=-1).T
-    own = torch.arange(len(similar), device=similar.device)
-    return (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
+    weights = {key: LowRank(pair.A, pair.B, card.alpha / math.sqrt(pair.rank)) for key, pair in card.weights.items()}
+    return replace(card, weights=weights)
 
 
 def evaluate(model: Any, pairs: Pairs) -> Retrieval:
@@ -489,17 +618,42 @@ def _sample(pairs: Pairs, size: int, seed: int) -> Pairs:
     return pairs.take(sorted(order[:size].tolist()))
 
 
-def _identity(trainer: LoRATrainer, card: LoRACard, pairs: Pairs, max_steps: int | None) -> str:
+def _texts(batch: Pairs) -> list[list[str]]:
+    """Queries, positives, and negatives if every pair has one."""
+    negatives = batch.table["negative"].to_pylist()
+    return [batch.queries, batch.positives, *([negatives] if None not in negatives else [])]
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def _identity(
+    trainer: LoRATrainer, card: LoRACard, pairs: Pairs, max_steps: int | None, ewc: tuple[Anchor, float] | None
+) -> str:
     """SHA-256 of all that a run's result depends on."""
     told = [asdict(trainer.settings), trainer.seed, max_steps, card.rank, card.alpha, card.target_modules]
     sha = hashlib.sha256(json.dumps([*told, card.base_fingerprint]).encode())
     for column in pairs.table.columns:
         sha.update(json.dumps(column.to_pylist()).encode())
+    for pair in card.weights.values():
+        sha.update(pair.A.tobytes() + pair.B.tobytes())
+    if ewc is not None:
+        sha.update(repr(ewc[1]).encode())
+        for tensor in (*ewc[0].params.values(), *ewc[0].fisher.values()):
+            sha.update(tensor.numpy(force=True).tobytes())
     return sha.hexdigest()
 
 
-def _mixed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def _mixed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _plain(state: Any) -> Any:
+    """A scheduler's state as JSON can hold it: without what is made anew with the scheduler."""
+    if isinstance(state, Mapping):
+        return {key: _plain(value) for key, value in state.items() if not callable(value)}
+    return [_plain(value) for value in state] if isinstance(state, list | tuple) else state
 
 
 def _history(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

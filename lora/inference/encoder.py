@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
+from torch.utils.checkpoint import checkpoint
 
 from lora.card import Array
 from lora.errors import ArgumentError, CardNotFoundError, ShapeError, UnsupportedModelError, shown
@@ -156,13 +157,19 @@ class Layer(nn.Module):
 class Blocks(nn.Module):
     """The stack of transformer blocks."""
 
+    checkpointing = False
+    """Whether a forward with gradients keeps no block's insides, and computes them again when it goes back."""
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor, mask: Tensor | None, segments: Segments) -> Tensor:  # noqa: D102
         for layer in self.layer:
-            x = layer(x, mask, segments)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, mask, segments, use_reentrant=False)
+            else:
+                x = layer(x, mask, segments)
         return x
 
 

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from lora.engine import ArrowEngine
 from lora.errors import DataError, StateError
 from lora.evolution.data import Pairs
-from lora.evolution.train import LoRATrainer, Settings, batches_of, contrastive_loss, evaluate
+from lora.evolution.losses import contrastive_loss
+from lora.evolution.train import LoRATrainer, Settings, batches_of, evaluate
 from lora.inference.encoder import EncoderConfig, InferenceCore
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
@@ -211,7 +212,7 @@ def engine():
     vocabulary = {"[PAD]": 0, "[UNK]": 1}
     for letter in "abcd":
         vocabulary |= {f"{letter}{i}": len(vocabulary) + i for i in range(TOPICS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))  # noqa: S106 - not a password
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

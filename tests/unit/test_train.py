@@ -121,7 +121,7 @@ def test_the_presets_are_what_they_are_called():
         {"lr": -1e-3},
         {"lr": math.nan},
         {"lr": math.inf},
-        {"schedule": "linear"},
+        {"schedule": "polynomial"},
     ],
 )
 def test_settings_that_mean_nothing_are_refused_by_name(options):

@@ -1,0 +1,298 @@
+"""What training can be told: losses, schedules, thrift, LoRA+, rsLoRA, what an earlier task needs, single events."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lora.card import LoRACard
+from lora.errors import ArgumentError, DataError, ShapeError, UnsupportedModelError
+from lora.evolution.data import Pairs
+from lora.evolution.ewc import Anchor
+from lora.evolution.losses import LOSSES
+from lora.evolution.online import LearningEvent, OnlineAdapter, stepped
+from lora.evolution.schedules import SCHEDULES
+from lora.evolution.train import LoRATrainer, Settings, evaluate
+from lora.rewrite import adapt
+from lora.testing.plugin import requirement
+from tests.unit.test_train import bits, engine, pairs, train
+
+
+def with_negatives(data):
+    """The pairs, each with another's positive as its negative."""
+    rows = data.table.to_pylist()
+    return Pairs.of([{**row, "negative": rows[index - 7]["positive"]} for index, row in enumerate(rows)])
+
+
+@requirement("R17.1")
+@pytest.mark.parametrize("negatives", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_falls_and_teaches_with_and_without_negatives(loss, negatives):
+    data = with_negatives(pairs()) if negatives else pairs()
+    result = train(data, loss=loss, steps=60)
+    losses = result.history["loss"].to_pylist()
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+    assert result.metrics["after"].mrr > result.metrics["before"].mrr
+
+
+@requirement("R17.1")
+def test_a_quality_of_zero_teaches_nothing_by_contrast():
+    rows = [{**row, "quality": 0.0} for row in pairs().table.to_pylist()]
+    result = train(Pairs.of(rows), steps=3)
+    assert result.history["loss"].to_pylist() == [0.0] * 3
+    assert all(not pair.B.any() for pair in result.card.weights.values())
+
+
+@requirement("R17.2")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_a_run_with_any_schedule_can_be_interrupted(schedule, warmup, tmp_path):
+    options = {"schedule": schedule, "warmup": warmup, "steps": 12, "clip": 1.0, "lora_plus": 4.0}
+    whole = bits(train(**options))
+
+    def stop(step, steps, loss):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(checkpoint=tmp_path / "run", progress=stop, **options)
+    assert bits(train(checkpoint=tmp_path / "run", **options)) == whole
+
+
+@requirement("R17.4")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_batch_in_parts_is_the_same_update(loss):
+    whole = train(loss=loss, steps=4, seed=1)
+    for accumulate in (2, 3, 8):
+        parts = train(loss=loss, steps=4, seed=1, accumulate=accumulate)
+        assert parts.history["loss"].to_pylist() == pytest.approx(whole.history["loss"].to_pylist(), rel=1e-4)
+        for key, pair in whole.card.weights.items():
+            assert np.allclose(parts.card.weights[key].B, pair.B, rtol=0.02, atol=1e-4)
+
+
+@requirement("R17.4")
+def test_blocks_that_are_computed_again_give_the_same_bits():
+    assert bits(train(steps=5, dropout=0.1)) == bits(train(steps=5, dropout=0.1, checkpointing=True))
+
+
+@requirement("R17.4")
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_autocast_computes_narrow_and_comes_near(kind):
+    exact, near = train(steps=10), train(steps=10, autocast=kind)
+    assert near.history["loss"].to_pylist() != exact.history["loss"].to_pylist()
+    assert near.history["loss"].to_pylist() == pytest.approx(exact.history["loss"].to_pylist(), rel=0.05)
+    assert {pair.dtype for pair in near.card.weights.values()} == {np.dtype(np.float32)}
+
+
+@requirement("R17.4")
+def test_a_clipped_gradient_is_no_longer_than_it_may_be(monkeypatch):
+    norms = []
+    plain = torch.optim.AdamW.step
+
+    def watched(self, *args, **options):
+        found = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.cat([grad.flatten() for grad in found]).norm()))
+        return plain(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    train(steps=3)
+    free, clip = list(norms), min(norms) / 3
+    norms.clear()
+    train(steps=3, clip=clip)
+    assert norms == pytest.approx([clip] * 3, rel=1e-4)
+    assert min(free) > 2 * clip
+
+
+CHILD = """
+import ast, resource, sys
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from lora.engine import ArrowEngine
+from lora.evolution.data import Pairs
+from lora.evolution.train import LoRATrainer, Settings
+from lora.inference.encoder import EncoderConfig, InferenceCore
+
+torch.manual_seed(0)
+vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *(f"w{i}" for i in range(98))])}
+tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+core = InferenceCore(EncoderConfig(100, 64, 24, 4, 256, 128), tokenizer).requires_grad_(False).eval()
+text = " ".join(f"w{i}" for i in range(97))
+pairs = Pairs.of([(f"w{i} {text}", f"{text} w{i}") for i in range(40)])
+settings = Settings(batch_size=32, validation_size=1, **ast.literal_eval(sys.argv[1]))
+LoRATrainer(ArrowEngine(core), settings=settings).train(pairs, name="x", max_steps=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@requirement("R17.4")
+def test_memory_falls_with_checkpointing_and_with_parts():
+    def peak(options):
+        command = [sys.executable, "-c", CHILD, repr(options)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    plain = peak({})
+    assert peak({"checkpointing": True}) < 0.75 * plain
+    assert peak({"accumulate": 8}) < 0.75 * plain
+
+
+@requirement("R17.5")
+def test_lora_plus_moves_b_by_its_own_rate():
+    same, plus = train(steps=1), train(steps=1, lora_plus=16.0)
+    for key, pair in same.card.weights.items():
+        moved = np.abs(pair.B) > 1e-6
+        assert np.allclose(plus.card.weights[key].B[moved], 16 * pair.B[moved], rtol=1e-3)
+        assert np.array_equal(plus.card.weights[key].A, pair.A)
+
+
+@requirement("R17.5")
+def test_rslora_scales_by_the_root_of_the_rank():
+    card = train(steps=1, rslora=True).card
+    assert {pair.scaling for pair in card.weights.values()} == {card.alpha / math.sqrt(card.rank)}
+    assert {pair.scaling for pair in train(steps=1).card.weights.values()} == {card.alpha / card.rank}
+
+
+def conflicting():
+    """The same queries with other answers."""
+    rows = pairs().table.to_pylist()
+    return Pairs.of([{**row, "positive": rows[(index + 9) % len(rows)]["positive"]} for index, row in enumerate(rows)])
+
+
+@requirement("R17.7", "R17.6")
+def test_a_second_task_forgets_less_of_the_first_with_what_the_first_needs():
+    options = {"epochs": 100, "batch_size": 8, "lr": 1e-2, "validate_every": 50, "patience": 99}
+    trainer = LoRATrainer(engine(), rank=4, settings=Settings(**options))
+    first = trainer.train(pairs(), name="first", max_steps=60).card
+    anchor = trainer.anchor(first, pairs())
+    assert all((tensor >= 0).all() for tensor in anchor.fisher.values())
+    mean = sum(float(t.sum()) for t in anchor.fisher.values()) / sum(t.numel() for t in anchor.fisher.values())
+    assert mean == pytest.approx(1.0, rel=1e-4)
+
+    def left(**more):
+        card = trainer.train(conflicting(), name="second", max_steps=40, start=first, **more).card
+        return evaluate(adapt(engine().base, card), pairs()).mrr
+
+    before, naive = evaluate(adapt(engine().base, first), pairs()).mrr, left()
+    kept = left(ewc=(anchor, 100.0))
+    assert naive < before
+    assert kept > naive + 0.3 * (before - naive)
+    assert left(ewc=(anchor, 0.0)) == naive
+
+
+@requirement("R17.6", "R7.8")
+def test_what_is_no_anchor_or_no_start_is_refused():
+    one = torch.ones(2)
+    with pytest.raises(ShapeError):
+        Anchor({"a": one}, {"a": torch.ones(3)})
+    with pytest.raises(ArgumentError, match="fisher"):
+        Anchor({"a": one}, {"a": -one})
+    with pytest.raises(ArgumentError, match="fisher"):
+        Anchor({"a": one}, {"a": one * math.nan})
+    with pytest.raises(ShapeError, match="start"):
+        LoRATrainer(engine()).train(pairs(), name="x", start=LoRACard("x", 1, 1.0, [], {}))
+
+
+@requirement("R17.3", "R17.4", "R7.8")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"warmup": 1.0},
+        {"warmup": -0.1},
+        {"loss": "mse"},
+        {"accumulate": 0},
+        {"clip": 0.0},
+        {"autocast": "int8"},
+        {"lora_plus": 0.0},
+    ],
+)
+def test_options_that_mean_nothing_are_refused_by_name(options):
+    with pytest.raises(ArgumentError, match=f"settings: {next(iter(options))}"):
+        Settings(**options)
+
+
+# R17.11: single events
+
+
+EVENT = ("a1 c2", "b1 d2")
+
+
+@requirement("R17.11")
+def test_opposite_rewards_move_oppositely_by_a_bounded_step():
+    start = LoRATrainer(engine(), rank=4).train(pairs(), name="x", max_steps=2).card
+    steps = {}
+    for reward in (1.0, -1.0, 0.25, 0.0):
+        card, _ = stepped(engine().base, start, LearningEvent(*EVENT, reward), 0.1, pairs())
+        steps[reward] = [
+            (getattr(card.weights[key], f) - getattr(start.weights[key], f)).astype(np.float64)
+            for key in start.weights
+            for f in ("A", "B")
+        ]
+    for reward, moved in steps.items():
+        assert math.sqrt(sum((m**2).sum() for m in moved)) == pytest.approx(0.1 * abs(reward), rel=1e-3)
+        assert all(np.allclose(m, reward * up, atol=1e-6) for m, up in zip(moved, steps[1.0], strict=True))
+
+
+@requirement("R17.11")
+def test_events_bring_a_pair_nearer_are_counted_and_published():
+    published = []
+    online = OnlineAdapter(engine(), pairs(), tolerance=1.0, publish=published.append)
+
+    def nearness():
+        query, answer = adapt(engine().base, online.state.card).encode(list(EVENT))
+        return query @ answer / np.linalg.norm(query) / np.linalg.norm(answer)
+
+    before = nearness()
+    for count in range(1, 4):
+        assert online.process_learning_event(LearningEvent(*EVENT, 1.0)).steps == count
+    assert nearness() > before
+    assert published[-1] is online.state.card
+    assert online.state.undone == 0
+
+
+@requirement("R17.11")
+def test_a_step_that_worsens_the_guard_set_is_undone():
+    online = OnlineAdapter(engine(), pairs(), step_size=50.0, tolerance=0.0)
+    start = online.state.card
+    for reward in (1.0, -1.0):
+        state = online.process_learning_event(LearningEvent("a0 c0", "b4 d4", reward))
+    assert (state.steps, state.card) == (2, start) or state.undone < 2
+    assert evaluate(adapt(engine().base, state.card), pairs()).mrr >= online.least_mrr
+    assert state.undone >= 1
+
+
+@requirement("R17.11")
+def test_a_breakthrough_is_right_and_sure():
+    found = {
+        (rouge, change): LearningEvent(*EVENT, 1.0, rouge, change).check_breakthrough()
+        for rouge in (0.7, 0.71)
+        for change in (-0.1, -0.11)
+    }
+    assert [key for key, value in found.items() if value] == [(0.71, -0.11)]
+
+
+@requirement("R17.11", "R7.8")
+def test_an_event_that_says_nothing_is_refused():
+    for wrong in (
+        ("", "b", 1.0),
+        ("a", " ", 1.0),
+        ("a", "b", 1.1),
+        ("a", "b", math.nan),
+        ("a", "b", 1, 2),
+        ("a", "b", True),
+    ):
+        with pytest.raises(DataError, match="learning event"):
+            LearningEvent(*wrong)
+    with pytest.raises(ArgumentError):
+        OnlineAdapter(engine(), pairs(), step_size=0)
+    with pytest.raises(ArgumentError):
+        OnlineAdapter(engine(), pairs(), tolerance=-1)
+
+    class Other:
+        base = torch.nn.Linear(1, 1)
+
+    with pytest.raises(UnsupportedModelError):
+        OnlineAdapter(Other(), pairs())
