@@ -152,6 +152,19 @@ class ScalingAlwaysAlphaOverRank(Fault):
         return with_pairs(card, lambda pair: pair._replace(scaling=card.alpha / card.rank))
 
 
+class AlphaInsteadOfAlphaOverRank(Fault):
+    """Where a module has no scaling of its own, alpha is not divided by the rank."""
+
+    breaks = "R1.8"
+    turns_red = frozenset({"R1.8", "R2.2", "R9.5"})
+
+    def write_card(self, card):
+        def plain(pair):
+            return pair._replace(scaling=card.alpha) if pair.scaling is None else pair
+
+        return super().write_card(with_pairs(card, plain))
+
+
 class AnyVersionIsRead(Fault):
     """The format version is ignored."""
 

@@ -21,16 +21,6 @@ class TermFault(Fault):
         return {name: self.changed_term(term) for name, term in terms.items()}
 
 
-class AlphaInsteadOfAlphaOverRank(TermFault):
-    """The scaling is not divided by the rank."""
-
-    breaks = "R2.2"
-    turns_red = FORMULA | SUM | {"R2.5", "R16.3"}
-
-    def changed_term(self, term):
-        return term._replace(scaling=term.scaling * term.A.shape[1])
-
-
 class ScalingIgnored(TermFault):
     """Every scaling is 1."""
 

@@ -177,15 +177,15 @@ class WeightsByName(Fault):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class RankOfTheLargestParent(Fault):
-    """A linear merge is cut to the largest rank of its parents."""
+class OneColumnUnlessARankIsAskedFor(Fault):
+    """A linear merge is cut to rank 1 where none is given."""
 
     breaks = "R20.4"
-    turns_red = frozenset({"R20.1", "R20.4", "R20.8", "R20.9"})
+    turns_red = frozenset({"R20.1", "R20.3", "R20.4", "R20.8", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
         if rank is None and strategy in {"average", "weighted", "task_arithmetic"}:
-            rank = max((card.rank for card in cards), default=1)
+            rank = 1
         return super().merge(cards, strategy, options, weights, rank)
 
 

@@ -9,8 +9,11 @@ import os
 import pickle
 import tempfile
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
+import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,7 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from lora.errors import BaseModelError, CardFileError, LoRAError
+from lora.errors import BaseModelError, CardError, CardFileError, LoRAError
 from lora.testing.binding import PlainCard, PlainPair
 from lora.testing.plugin import requirement
 from lora.testing.reference import card_of
@@ -530,3 +533,155 @@ def test_no_array_that_a_card_was_made_of_can_change_it(card, data):
         a.view(UNSIGNED[a.itemsize])[...] ^= 1
         b.view(UNSIGNED[b.itemsize])[...] ^= 1
     assert made == card_of(card)
+
+
+@requirement("R1.15", "R1.7")
+@given(data=st.data(), rank=ranks, cut=ranks)
+def test_factors_of_the_same_bytes_in_another_shape_or_dtype_are_others(data, rank, cut):
+    dtype = data.draw(st.sampled_from([np.float16, np.float32]).map(np.dtype))
+    a, b = data.draw(bits(dtype, (2 * cut, rank))), data.draw(bits(dtype, (rank, 3 * cut)))
+    pair = lora.LowRank(a, b, 1.0)
+    taken = {
+        "as it is": pair,
+        "copied": lora.LowRank(a.copy(), b.copy(), 1),
+        "of another rank": lora.LowRank(a.reshape(2, cut * rank), b.reshape(cut * rank, 3), 1.0),
+    }
+    if dtype == np.float16:
+        taken["of another dtype"] = lora.LowRank(a.view(ml_dtypes.bfloat16), b.view(ml_dtypes.bfloat16), 1.0)
+    for how, other in taken.items():
+        same = how in {"as it is", "copied"} or (how == "of another rank" and cut == 1)
+        assert (pair == other) is (other == pair) is same
+    assert pair != lora.LowRank(a, b)
+
+
+@requirement("R1.15")
+@given(card=plain_cards())
+def test_values_equal_nothing_of_another_kind_and_leave_the_last_word_to_it(card):
+    card = card_of(card)
+    for value in (card, *card.weights.values()):
+        assert value not in (repr(value), None, 1)
+        assert value == mock.ANY
+    assert all(card != pair != card for pair in card.weights.values())
+    assert card.metadata not in (card, repr(card.metadata), None)
+
+
+@requirement("R1.3", "R1.15")
+@given(one=metadata, other=metadata, key=names)
+def test_frozen_json_equals_the_mappings_it_was_made_of_and_no_others(one, other, key):
+    frozen = lora.FrozenJSON(one)
+    assert frozen == one == frozen
+    assert lora.FrozenJSON(frozen) == frozen
+    assert lora.FrozenJSON(frozen).text == frozen.text
+    assert (frozen == other) is (other == frozen) is (one == other)
+    assert frozen != {**one, key: [one.get(key)]}
+    assert (dict(frozen), len(frozen), set(frozen)) == (one, len(one), set(one))
+
+
+numbers_of_other_types = st.integers(-(2**60), 2**60) | st.fractions(-9, 9) | st.floats(-8, 8, width=16).map(np.float16)
+scales = scalings | numbers_of_other_types | st.sampled_from([0, -0.0, np.float32(-0.0), np.int8(3), Fraction(1, 3)])
+
+
+@requirement("R1.8", "R1.15")
+@given(scaling=scales, alpha=scales.filter(lambda alpha: float(alpha) > 0))
+def test_a_scaling_is_a_plain_float_so_that_equal_ones_make_equal_files(scaling, alpha):
+    a, b = np.ones((2, 1)), np.ones((1, 2))
+    pair = lora.LowRank(a, b, scaling)
+    assert (type(pair.scaling), pair.scaling) == (float, float(scaling))
+    assert repr(pair.scaling) != "-0.0"
+    assert pair == lora.LowRank(a, b, float(scaling))
+    cards = [
+        lora.LoRACard("docs", 1, given_as(alpha), (), {"m": lora.LowRank(a, b, given_as(scaling))})
+        for given_as in (lambda value: value, float)
+    ]
+    assert cards[0] == cards[1]
+    assert saved(cards[0]) == saved(cards[1])
+
+
+class Marked(np.ndarray):
+    """An array of another class."""
+
+
+@requirement("R1.6", "R1.7")
+@given(data=st.data(), dtype=dtypes, shape=st.tuples(features, ranks))
+def test_a_read_only_factor_is_kept_as_it_is_if_it_lies_as_the_file_has_it_and_laid_out_so_otherwise(
+    data, dtype, shape
+):
+    plain = data.draw(bits(dtype, shape))
+    layouts = {"plain": plain.copy(), "columns": np.asfortranarray(plain), "marked": plain.copy().view(Marked)}
+    layouts |= {"every other": np.repeat(plain, 2, axis=0)[::2], "backwards": plain[::-1].copy()[::-1]}
+    if dtype.name != "bfloat16":
+        layouts["swapped"] = plain.byteswap().view(dtype.newbyteorder())
+    for how, base in layouts.items():
+        array, owner = base.view(), base
+        while isinstance(owner, np.ndarray):
+            owner.flags.writeable = False
+            owner = owner.base
+        array.flags.writeable = False
+        found = lora.LowRank(array, np.ones((shape[1], 1), dtype)).A
+        assert same_bits(found, plain)
+        assert (type(found), found.dtype.isnative) == (np.ndarray, True)
+        assert found.flags.c_contiguous
+        assert not found.flags.writeable
+        lies_so = array.flags.c_contiguous and how not in {"marked", "swapped"}
+        assert (found is array) is lies_so
+    writable = plain.copy()
+    assert lora.LowRank(writable, np.ones((shape[1], 1), dtype)).A is not writable
+
+
+@requirement("R1.2", "R7.8")
+@given(shape=st.lists(st.integers(0, 3), max_size=4), dtype=dtypes, first=st.booleans())
+def test_a_factor_has_two_dimensions_and_neither_is_zero(shape, dtype, first):
+    factor = np.ones(shape, dtype)
+    fitting = np.ones((shape[1] if first else 2, shape[0] if not first else 2), dtype) if len(shape) == 2 else factor
+    pair = (factor, fitting) if first else (fitting, factor)
+    if len(shape) == 2 and all(shape):
+        made = lora.LowRank(*pair)
+        assert (made.in_features, made.rank) == pair[0].shape
+        assert (made.rank, made.out_features) == pair[1].shape
+    else:
+        with pytest.raises(CardError, match=r"^factor [AB]: expected a two-dimensional, non-empty .* found shape \("):
+            lora.LowRank(*pair)
+
+
+@requirement("R1.1")
+@given(target=names, several=st.lists(names, max_size=4, unique=True))
+def test_targets_are_a_tuple_however_they_are_given(target, several):
+    def targets(given_as):
+        return lora.LoRACard("docs", 1, 1.0, given_as, {}).target_modules
+
+    assert targets(target) == targets([target]) == (target,)
+    assert targets(several) == targets(iter(several)) == targets(tuple(several)) == tuple(several)
+    assert targets(set(several)) == targets(frozenset(several)) == tuple(sorted(several))
+
+
+@requirement("R1.13")
+@given(hex_digits=st.binary(min_size=32, max_size=32).map(bytes.hex), at=st.integers(0, 63), data=st.data())
+def test_a_fingerprint_is_64_lower_case_hex_digits_and_nothing_else(hex_digits, at, data):
+    other = data.draw(st.characters(exclude_characters="0123456789abcdef") | st.sampled_from("XxghAF _-²"))
+    card = lora.LoRACard("docs", 1, 1.0, (), {})
+    assert replace(card, base_fingerprint=hex_digits).base_fingerprint == hex_digits
+    for wrong in (
+        hex_digits[:at] + other + hex_digits[at + 1 :],
+        hex_digits[:-1],
+        hex_digits + "0",
+        hex_digits.upper(),
+    ):
+        if wrong != hex_digits:
+            with pytest.raises(CardError, match="base_fingerprint"):
+                replace(card, base_fingerprint=wrong)
+
+
+@requirement("R1.3")
+@given(kinds=st.lists(st.booleans(), min_size=1, max_size=3), depth=st.integers(1, 70) | st.sampled_from([63, 64, 65]))
+def test_metadata_may_be_nested_64_levels_deep_in_lists_or_objects_and_no_deeper(kinds, depth):
+    value = 1
+    for level in range(depth - 1):
+        value = [value] if kinds[level % len(kinds)] else {"a": value}
+    made = {"a": value}  # the object itself is a level
+    if depth <= 64:
+        card = lora.LoRACard("docs", 1, 1.0, (), {}, made)
+        assert dict(card.metadata) == made
+        assert lora.table_to_card(lora.card_to_table(card)) == card
+    else:
+        with pytest.raises(CardError, match="64 levels"):
+            lora.LoRACard("docs", 1, 1.0, (), {}, made)

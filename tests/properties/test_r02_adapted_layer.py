@@ -6,21 +6,23 @@ from contextlib import nullcontext
 import hypothesis.extra.numpy as hnp
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
 from lora.card import LoRACard, LowRank
+from lora.errors import ArgumentError
 from lora.layer import LoRALinear, SegmentedLinear, TrainableLinear, add_low_rank, add_low_rank_plain
 from lora.lowrank import apply as apply_pairs
-from lora.lowrank import concat, delta, initial
+from lora.lowrank import concat, delta, initial, spectrum, thin_qr
 from lora.rewrite import adapt, fold
 from lora.testing.binding import PlainCard, PlainPair, Term
 from lora.testing.plugin import requirement
 from lora.testing.reference import array_of, tensor_of
 from lora.testing.strategies import dtypes, features, integers, layers, numbers, ranks
-from lora.testing.tolerance import exact, gauge_bound, layer_bound, magnitude, oracle, roundoff
+from lora.testing.tolerance import exact, gamma, gauge_bound, layer_bound, magnitude, oracle, roundoff
 
 DTYPES = {
     np.dtype(np.float16): torch.float16,
@@ -358,6 +360,25 @@ def test_a_fresh_pair_is_zero_in_b_bounded_in_a_and_decided_by_its_seed(rows, co
     assert rows * rank < 8 or pair != initial(rows, columns, rank, np.random.default_rng(seed + 1))
 
 
+class Ends:
+    """A generator that draws nothing but the ends of the range it is asked for."""
+
+    def __init__(self, bits):
+        self.bits = itertools.cycle(bits)
+
+    def uniform(self, low, high, shape):
+        return np.array([high if next(self.bits) else low for _ in range(np.prod(shape))]).reshape(shape)
+
+
+@requirement("R2.10")
+@given(rows=st.integers(1, 4096), rank=st.integers(1, 3), ends=st.lists(st.booleans(), min_size=1, max_size=9))
+def test_not_even_a_draw_of_the_bound_itself_is_rounded_beyond_it(rows, rank, ends):
+    found = initial(rows, 1, rank, Ends(ends)).A.astype(np.float64)
+    assert np.array_equal(found > 0, Ends(ends).uniform(-1, 1, found.shape) > 0)
+    assert (rows * found**2 <= 1).all()
+    assert (rows * found**2 > 1 - 2 * gamma(4, np.dtype(np.float32))).all()
+
+
 @requirement("R2.12")
 @given(layer=layers(), rounds=st.integers(1, 4))
 def test_folding_and_going_back_any_number_of_times_leaves_the_base_as_it_was(layer, rounds):
@@ -481,3 +502,119 @@ def test_a_stacked_pair_does_what_the_sum_of_its_parts_does(layer):
     wide = x.astype(np.float64)
     parts = sum(wide @ delta(LowRank(t.A, t.B, t.scaling), dtype=np.float64).T * t.weight for t in terms.values())
     assert np.array_equal(wide @ delta(stacked, dtype=np.float64).T, parts)
+
+
+@requirement("R2.2", "R8.2")
+@given(data=st.data(), shape=st.tuples(features, features))
+def test_pairs_of_any_dtypes_add_up_in_the_widest_and_in_no_less_than_float32(data, shape):
+    (rows, columns), whole = shape, []
+    for dtype in data.draw(st.lists(dtypes, min_size=1, max_size=3)):
+        rank, scaling = data.draw(ranks), data.draw(st.sampled_from([None, 1.0, -2.0]))
+        a, b = data.draw(integers(dtype, (rows, rank))), data.draw(integers(dtype, (rank, columns)))
+        whole.append((LowRank(a, b, scaling), data.draw(st.sampled_from([1.0, 0.0, 3.0]))))
+    asked = data.draw(st.sampled_from([None, np.float32, np.float64]))
+    stacked = concat(whole, dtype=asked)
+    wide = np.float64 if np.float64 in [asked, *(pair.dtype for pair, _ in whole)] else np.float32
+    assert (stacked.dtype, stacked.scaling) == (wide, 1)
+    total = np.zeros((columns, rows))
+    for pair, weight in whole:
+        plain = pair.A.astype(float) @ pair.B.astype(float)
+        total += plain.T * (1 if pair.scaling is None else pair.scaling) * weight
+        assert delta(pair).dtype == (np.float64 if pair.dtype == np.float64 else np.float32)
+    assert np.array_equal(delta(stacked), total)
+    for dtype in (np.float32, np.float64):
+        assert delta(stacked, dtype=dtype).dtype == dtype
+        assert np.array_equal(delta(stacked, dtype=dtype), total)
+
+
+EXTREME = [0.0, 1.0, -1.0, 2.0, 1e30, -1e30, 3e38, -3e38, np.inf, -np.inf, np.nan]
+
+
+@requirement("R2.2")
+@given(data=st.data())
+def test_what_is_too_large_becomes_infinite_or_nan_without_a_warning(data):
+    """Rank 1: a product is one multiplication, so that it is what IEEE 754 says, also of infinities and NaN."""
+    numbers_of = st.lists(st.sampled_from(EXTREME), min_size=1, max_size=3)
+    a, b = (np.array(data.draw(numbers_of), np.float32) for _ in "ab")
+    for scaling in (1.0, 0.0, 1e30, -1e300):
+        pair = LowRank(a[:, None], b[None], scaling)
+        with np.errstate(all="ignore"):
+            scaled = (b.astype(np.float64) * scaling).astype(np.float32)
+            want = np.multiply.outer(a, scaled)
+        assert np.array_equal(delta(pair), want.T, equal_nan=True)
+        assert np.array_equal(concat([(pair, 1.0)]).B[0], scaled, equal_nan=True)
+        if np.isfinite(a).all():  # else 0 times an infinity is in each sum
+            found = apply_pairs(np.eye(len(a), dtype=np.float32), [(pair, 1.0)])
+            assert np.array_equal(found, want, equal_nan=True)
+        assert np.isnan(apply_pairs(np.full((1, len(a)), np.nan, np.float32), [(pair, 1.0)])).all()
+
+
+def spectral_bound(pair):
+    """How far computed singular values of ΔW may lie from its own (Higham, theorem 19.4; Weyl).
+
+    Each step of two QR factorisations, a product and an SVD is backward stable: it perturbs by no more than γ of its
+    operations, times the Frobenius norms of what it is given.
+    """
+    size = abs(1 if pair.scaling is None else pair.scaling)
+    for factor in (pair.A, pair.B):
+        size *= np.linalg.norm(factor.astype(np.float64))
+    return gamma(64 * (pair.in_features + pair.out_features) * pair.rank**2, np.dtype(np.float64)) * size
+
+
+@requirement("R2.11", "R2.2")
+@given(data=st.data(), dtype=dtypes, rank=ranks, scaling=st.sampled_from([None, 2.0, -0.5, 0.0]))
+def test_the_spectrum_is_that_of_delta_w_in_whatever_gauge(data, dtype, rank, scaling):
+    rows, columns = data.draw(features), data.draw(features)
+    a, b = data.draw(integers(dtype, (rows, rank))), data.draw(integers(dtype, (rank, columns)))
+    m, inverse = data.draw(unimodular(rank))
+    f64 = np.dtype(np.float64)
+    pair = LowRank(a, b, scaling)
+    turned = LowRank(a.astype(f64) @ m, inverse @ b.astype(f64), scaling)
+    found, there = spectrum(pair), spectrum(turned)
+    want = np.linalg.svd(delta(pair, dtype=f64), compute_uv=False)
+    assert found.dtype == f64
+    assert found.shape == there.shape == (min(rows, rank, columns),)
+    assert (abs(found - want[: len(found)]) <= spectral_bound(pair)).all()
+    assert (abs(want[len(found) :]) <= spectral_bound(pair)).all()
+    assert (abs(there - want[: len(found)]) <= spectral_bound(turned)).all()
+
+
+@requirement("R2.11")
+@given(data=st.data(), shape=st.tuples(features, ranks, features))
+def test_what_is_not_finite_has_no_spectrum(data, shape):
+    """Not either factor, and not ΔW: numbers of 1e300 in both are finite, and their products are not."""
+    rows, rank, columns = shape
+    signs = st.integers(0, 2**32).map(lambda seed: np.random.default_rng(seed).choice([1.0, -1.0], (9, 9)))
+    a, b = data.draw(signs)[:rows, :rank], data.draw(signs)[:rank, :columns]
+    assert len(spectrum(LowRank(a, b))) == min(shape)
+    with pytest.raises(ArgumentError, match=r"^spectrum of a pair: expected a ΔW within float64"):
+        spectrum(LowRank(a * 1e300, b * 1e300))
+    for bad in (np.nan, np.inf, -np.inf):
+        for factor in (a, b):
+            row, column = (data.draw(st.integers(0, size - 1)) for size in factor.shape)
+            kept, factor[row, column] = factor[row, column], bad
+            with pytest.raises(ArgumentError, match=r"^spectrum of a pair: expected finite factors"):
+                spectrum(LowRank(a, b))
+            factor[row, column] = kept
+
+
+@requirement("R20.4")
+@given(data=st.data(), shape=st.tuples(st.integers(1, 9), st.integers(1, 6)), dtype=WIDE)
+def test_a_thin_qr_is_orthonormal_times_upper_triangular(data, shape, dtype):
+    """Within γ of the operations of Householder's reflections; of rank-deficient matrices as well."""
+    rows, columns = shape
+    matrix = data.draw(numbers(dtype, shape) | integers(dtype, shape, largest=1))
+    if data.draw(st.booleans()):
+        matrix[:, data.draw(st.integers(0, columns - 1))] = matrix[:, 0]
+    if data.draw(st.booleans()):
+        matrix[data.draw(st.integers(0, rows - 1)) :] = 0
+    before, count = matrix.copy(), min(shape)
+    q, r = thin_qr(matrix)
+    bound = gamma(64 * rows * columns, dtype)
+    assert (q.shape, r.shape, q.dtype, r.dtype) == ((rows, count), (count, columns), dtype, dtype)
+    assert np.array_equal(matrix, before)
+    assert not np.tril(r, -1).any()
+    assert np.linalg.norm(q.T @ q - np.eye(count)) <= bound
+    assert np.linalg.norm(q @ r - matrix) <= bound * max(np.linalg.norm(matrix), float(np.finfo(dtype).tiny))
+    expected = np.linalg.qr(matrix)[1]
+    assert np.linalg.norm(r - expected) <= bound * np.linalg.norm(matrix)

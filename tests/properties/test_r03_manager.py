@@ -19,6 +19,7 @@ from lora.inference import manager as manager_module
 from lora.inference.manager import HISTORY, LoRAManager
 from lora.layer import LoRALinear
 from lora.rewrite import adapt, fold
+from lora.targets import OUTPUT_HEADS, Site, match_targets, matches, plan, targeted_modules
 from lora.testing.binding import PlainCard, PlainPair
 from lora.testing.plugin import requirement
 
@@ -101,6 +102,66 @@ def test_a_weight_binds_to_the_one_targeted_module_that_it_fits_or_the_card_is_r
     else:
         with pytest.raises(Exception, match=r".+"):
             impl.bind(card, shapes)
+
+
+# ---- the same rule where modules are known by several names, and in the plan
+
+
+@st.composite
+def linears(draw):
+    """Names of Linears, some of them names of one module, with output heads at any place among their components."""
+    heads = st.sampled_from(sorted(OUTPUT_HEADS)) | st.sampled_from(["head_0", "xhead", "lm_head2", "Score"])
+    parts = st.lists(words.filter("lm_head".__ne__) | heads, min_size=1, max_size=3).map(".".join)
+    sites = {}
+    for name in draw(st.lists(parts, min_size=1, max_size=6, unique=True)):
+        owner = draw(st.sampled_from([*sites, name]))
+        own = Site(2, 2, name, draw(st.sampled_from([False, False, True])), draw(st.booleans()))
+        sites[name] = sites[owner] if owner != name and sites[owner].owner == owner else own
+    return sites
+
+
+@requirement("R3.11")
+@given(sites=linears(), data=st.data())
+def test_all_linear_is_every_module_but_those_whose_name_has_an_output_heads_as_a_component(sites, data):
+    names = list(sites)
+    suffixes = [".".join(name.split(".")[start:]) for name in names for start in range(name.count(".") + 1)]
+    targets = data.draw(st.lists(st.sampled_from([*suffixes, "uery", "", "nowhere"]), max_size=2, unique=True))
+    plain = [name for name in names if not set(name.split(".")) & OUTPUT_HEADS]
+    named = [name for name in names if any(fits(name, target) for target in targets)]
+    assert [(name, key) for name in names for key in suffixes if matches(name, key)] == [
+        (name, key) for name in names for key in suffixes if fits(name, key)
+    ]
+    assert match_targets(names, targets) == named
+    assert match_targets(names, ["all-linear"]) == plain
+    reached = {sites[name].owner for name in plain if not sites[name].head}
+    assert targeted_modules(sites, targets) == {sites[name].owner for name in named}
+    assert targeted_modules(sites, ["all-linear"]) == reached
+    both = {sites[name].owner for name in named} | reached
+    assert targeted_modules(sites, [*targets, "all-linear"]) == both
+
+
+@requirement("R3.11", "R3.12", "R3.14")
+@given(sites=linears(), data=st.data())
+def test_a_plan_binds_a_module_under_its_first_name_and_tells_which_of_them_may_never_be_called(sites, data):
+    pair = LowRank(np.ones((2, 1)), np.ones((1, 2)), 1.0)
+    keys = data.draw(st.lists(st.sampled_from([*sites]), unique=True))
+    targets = data.draw(st.sampled_from([("all-linear",), tuple(keys), ("nowhere", *keys, "all-linear")]))
+    card = LoRACard("docs", 1, 1.0, targets, dict.fromkeys(keys, pair))
+    reached = targeted_modules(sites, targets)
+    bindings = [
+        (owner, key)
+        for key in sorted(keys)
+        for owner in sorted({sites[name].owner for name in sites if fits(name, key)} & reached)
+    ]
+    if any(len({binding[side] for binding in bindings}) < len(bindings) for side in (0, 1)):
+        with pytest.raises(TargetError, match="'docs'"):
+            plan(sites, card)
+        return
+    found = plan(sites, card)
+    assert list(found.bound.items()) == sorted(bindings)
+    assert found.bypassed == tuple(sorted(owner for owner, _ in bindings if sites[owner].bypassed))
+    assert found.weights_not_used == tuple(key for key in card.weights if key not in dict(bindings).values())
+    assert found.targets_not_found == tuple(target for target in targets if not targeted_modules(sites, [target]))
 
 
 # ---- module trees

@@ -1,13 +1,18 @@
 """R4: a router ranks candidates by cosine similarity, whatever the order, the scale or the number of what it is given."""
 
 import math
+import re
+from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from lora.card import LoRACard
+from lora.errors import ArgumentError, ShapeError
 from lora.inference.router import LoRARouter
+from lora.routing import EMPTY, Candidate, calibrate, candidate_of, select, unit
 from lora.testing.plugin import requirement
 from lora.testing.strategies import names
 from lora.testing.tolerance import gamma
@@ -259,3 +264,193 @@ def test_asking_by_tags_is_asking_a_register_of_the_tagged(drawn, tags, wanted, 
     expected = tagged.select("query", 9)
     assert everyone.select("query", 9, tags=wanted) == expected
     assert everyone.select_many(["query"] * 2, 9, tags=list(wanted)) == [expected] * 2
+
+
+# ---- this library's own: rows, routes, thresholds
+
+
+@requirement("R4.8")
+@given(st.lists(st.tuples(vectors, st.integers(-900, 900)), min_size=1, max_size=4), st.sampled_from("fdgil"))
+def test_every_row_is_normalised_by_itself_in_float64_whatever_its_size_and_dtype(sized, kind):
+    sized = sized if kind in "dg" else [(vector, 0) for vector, _ in sized]  # other types have no room for large powers
+    rows = np.array([np.ldexp(np.array(vector, float), power) for vector, power in sized])
+    rows = (np.round(rows.clip(-99, 99)) if kind in "il" else rows).astype(kind)
+    found = unit(rows)
+    assert found.dtype == np.float64
+    assert np.array_equal(found, np.concatenate([unit(row[None].astype(np.float64)) for row in rows]))
+    lengths = np.sqrt((found * found).sum(axis=1))
+    live = rows.any(axis=1)
+    assert (abs(lengths[live] - 1) <= gamma(2 * WIDTH + 4, np.dtype(np.float64))).all()
+    assert not found[~live].any()
+
+
+@requirement("R4.7")
+@given(registers(min_size=1), st.data())
+def test_a_route_says_whether_its_candidate_is_virtual_and_one_is_chosen_unless_more_are_asked_for(drawn, data):
+    candidates, meanings = drawn
+    virtual = data.draw(st.sets(st.sampled_from(sorted(candidates))))
+    router = LoRARouter(meanings)
+    for name, texts in candidates.items():
+        if name in virtual:
+            router.register_virtual_candidate(name, texts)
+        else:
+            router.register(candidate_of(name, meanings(texts)))
+    routes = router.select("query", len(candidates))
+    assert {route.name: route.virtual for route in routes} == {name: name in virtual for name in candidates}
+    query = unit(meanings(["query"]))[0]
+    known = EMPTY
+    for candidate in router.candidates.values():
+        known = known.with_candidate(candidate)
+    assert select(query, known) == select(query, known, top_k=1) == router.select("query") == routes[:1]
+
+
+@requirement("R4.9")
+@given(st.integers(21, 200), st.sampled_from([1, -1]), st.integers(1, WIDTH - 1))
+def test_a_score_that_rounds_to_zero_is_plain_zero_from_either_side(power, sign, place):
+    nearly = np.zeros((1, WIDTH))
+    nearly[0, place], nearly[0, 0] = 1.0, sign * 2.0**-power
+    (route,) = select(np.eye(WIDTH)[0], EMPTY.with_candidate(candidate_of("docs", nearly)))
+    assert (route.score, math.copysign(1, route.score)) == (0.0, 1.0)
+
+
+@requirement("R4.1", "R7.8")
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+def test_a_register_takes_embeddings_of_one_width_only(widths):
+    index = EMPTY
+    for name, width in zip("abcd", widths, strict=False):
+        candidate = Candidate(name, np.eye(1, width))
+        if width == widths[0]:
+            index = index.with_candidate(candidate)
+            continue
+        with pytest.raises(ShapeError, match=f"'{name}'") as caught:
+            index.with_candidate(candidate)
+        assert (str(widths[0]) in caught.value.expected, caught.value.found) == (True, str(width))
+    assert list(index.candidates) == [name for name, width in zip("abcd", widths, strict=False) if width == widths[0]]
+
+
+scores = st.integers(-64, 64).map(lambda n: n / 64)
+groups = st.dictionaries(names, st.lists(scores, min_size=1, max_size=3), min_size=1, max_size=24)
+"""Source group -> scores; sums and products with small whole numbers are exact."""
+
+
+@st.composite
+def shares(draw, count):
+    """A rate in (0, 1), often a whole number of (count + 1)ths, where the k-th score just becomes allowed."""
+    near = draw(st.integers(1, count).map(lambda k: Fraction(k, count + 1)))
+    return draw(st.just(near) | st.fractions(Fraction(1, 200), Fraction(199, 200), max_denominator=200))
+
+
+@requirement("R4.11")
+@given(groups, st.data())
+def test_a_threshold_is_the_kth_smallest_of_one_score_a_group_for_the_largest_k_that_the_rate_allows(known, data):
+    n, rate = len(known), data.draw(shares(len(known)))
+    k = math.floor(rate * (n + 1))
+    if k < 1:
+        with pytest.raises(ArgumentError):
+            calibrate(known, float(rate))
+        return
+    found = calibrate(known, float(rate), seed=data.draw(st.integers(0, 9)))
+    assert (found.groups, found.rate) == (n, k / (n + 1))
+    assert found.rate <= float(rate)
+    lowest, highest = sorted(map(min, known.values())), sorted(map(max, known.values()))
+    assert lowest[k - 1] <= found.threshold <= highest[k - 1]
+    assert any(found.threshold in group for group in known.values())
+
+
+@requirement("R4.11")
+@given(st.integers(2, 40), st.fractions(Fraction(1, 40), Fraction(39, 40), max_denominator=40), st.booleans())
+def test_too_few_groups_are_told_how_many_would_do_and_so_many_do(m, share, whole):
+    rate = float(Fraction(1, m) if whole else share)  # 1 / m needs just m - 1 groups
+    with pytest.raises(ArgumentError) as caught:
+        calibrate({}, rate)
+    needed = int(re.search(r"at least (\d+) source groups", caught.value.expected)[1])
+    assert needed >= 1
+    enough = {str(group): [group] for group in range(needed)}
+    assert calibrate(enough, rate).threshold == 0
+    del enough["0"]
+    with pytest.raises(ArgumentError, match=f"at least {needed} source groups"):
+        calibrate(enough, rate)
+
+
+@requirement("R4.11")
+@given(st.lists(scores, min_size=2, max_size=25), st.data())
+def test_of_sources_that_are_each_left_out_in_turn_the_stated_share_falls_below_the_others_threshold(known, data):
+    """The promise of split conformal prediction, counted out: exactly, where no two scores are equal."""
+    n = len(known) - 1
+    rate = float(data.draw(st.integers(1, n))) / (n + 1)
+    below = 0
+    for index, score in enumerate(known):
+        found = calibrate({str(i): [other] for i, other in enumerate(known) if i != index}, rate)
+        below += score < found.threshold
+    assert below <= round(found.rate * (n + 1))
+    assert below == round(found.rate * (n + 1)) or len(set(known)) < len(known)
+
+
+@requirement("R4.11")
+@given(groups, st.data(), st.integers(-3, 3), st.integers(-2, 2))
+def test_a_threshold_moves_with_the_scores_and_knows_no_order_of_groups(known, data, shift, power):
+    rate = data.draw(st.integers(1, len(known))) / (len(known) + 1)
+    seed = data.draw(st.integers(0, 9))
+    found = calibrate(known, rate, seed=seed)
+    moved = {name: [math.ldexp(score, power) + shift for score in group] for name, group in known.items()}
+    shuffled = dict(data.draw(st.permutations(list(moved.items()))))
+    there = calibrate(shuffled, rate, seed=seed)
+    assert there.threshold == math.ldexp(found.threshold, power) + shift
+    assert (there.groups, there.rate, there.interval) == (found.groups, found.rate, found.interval)
+    assert calibrate(known, rate, seed=seed) == found
+    assert calibrate(known, rate) == calibrate(known, rate, seed=0)
+
+
+@requirement("R4.11")
+@given(groups, st.data())
+def test_a_larger_rate_has_no_smaller_threshold_and_no_lower_interval(known, data):
+    n = len(known)
+    less, more = sorted(data.draw(st.lists(st.integers(1, n), min_size=2, max_size=2)))
+    low, high = (calibrate(known, k / (n + 1)) for k in (less, more))
+    assert low.threshold <= high.threshold
+    assert low.rate <= high.rate
+    assert all(a <= b for a, b in zip(low.interval, high.interval, strict=True))
+    assert low.interval[0] < low.rate < low.interval[1]
+
+
+def beta_share(k, n, point):
+    """How much of Beta(k, n + 1 - k) lies below a point: the chance of at least k of n, exactly."""
+    return sum(math.comb(n, i) * point**i * (1 - point) ** (n - i) for i in range(k, n + 1))
+
+
+HALF_A_STEP = Fraction(1, 2_000_000)
+
+
+@requirement("R4.11")
+@given(st.integers(1, 40), st.data())
+def test_the_interval_holds_nine_in_ten_of_the_rates_that_such_calibrations_have(n, data):
+    """Rounded to 1e-6: the exact point lies within half a step of what is said, and 1e-10 for the logarithms."""
+    k, near = data.draw(st.integers(1, n)), HALF_A_STEP + Fraction(1, 10**10)
+    found = calibrate({str(group): [group] for group in range(n)}, k / (n + 1))
+    for end, share in zip(found.interval, (Fraction(1, 20), Fraction(19, 20)), strict=True):
+        assert end == round(end, 6)
+        assert beta_share(k, n, Fraction(end) - near) <= share <= beta_share(k, n, Fraction(end) + near)
+    mirrored = calibrate({str(group): [group] for group in range(n)}, (n + 1 - k) / (n + 1)).interval
+    assert all(abs(low + high - 1) <= 2e-6 for low, high in zip(found.interval, mirrored[::-1], strict=True))
+
+
+@requirement("R4.11", "R7.8")
+@given(st.lists(scores, min_size=24, max_size=24), st.floats(0.04, 1, exclude_max=True), st.integers(0, 2**70))
+def test_a_rate_is_a_share_and_a_seed_a_whole_number_of_at_least_0(known, rate, seed):
+    spread = {str(index): [score, score + 0.5] for index, score in enumerate(known)}
+    assert calibrate(spread, rate, seed=seed).rate <= rate
+    assert calibrate(spread, rate, seed=0) == calibrate(spread, rate)
+    for wrong in (0.0, -0.0, 1.0, 1.5, 2.0, -rate, 1 + rate, math.nan, math.inf, str(rate), None):
+        with pytest.raises(ArgumentError, match=r"^rate: "):
+            calibrate(spread, wrong, seed=seed)
+    for wrong in (-1, -1 - seed, True, False, 0.0, 1.5, str(seed), None):
+        with pytest.raises(ArgumentError, match=r"^seed: "):
+            calibrate(spread, rate, seed=wrong)
+
+
+@requirement("R4.11")
+@given(st.lists(scores, min_size=19, max_size=30), st.lists(scores, min_size=2, max_size=3, unique=True))
+def test_any_score_of_a_group_may_stand_for_it_and_one_in_twenty_is_the_rate_unless_another_is_asked_for(known, group):
+    assert {calibrate({"docs": group}, 0.5, seed=seed).threshold for seed in range(60)} == set(group)
+    many = {str(index): [score] for index, score in enumerate(known)}
+    assert calibrate(many) == calibrate(many, 0.05) != calibrate(many, 0.95)

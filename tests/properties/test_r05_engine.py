@@ -26,7 +26,7 @@ VOCABULARY = {token: i for i, token in enumerate([*SPECIAL, *ascii_lowercase, *m
 
 def tokenizer():
     """A word-piece tokenizer of letters."""
-    made = Tokenizer(models.WordPiece(VOCABULARY, unk_token="[UNK]"))  # noqa: S106 - a token of text
+    made = Tokenizer(models.WordPiece(VOCABULARY, unk_token="[UNK]"))
     made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     made.enable_truncation(LONGEST)

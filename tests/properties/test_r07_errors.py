@@ -1,12 +1,16 @@
 """R7: what is wrong is refused by an error that says where, what was expected and what was found; nothing is changed."""
 
 import io
+import json
 import logging
+import math
 import os
 import pickle
+import re
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,12 +24,14 @@ from torch import nn
 
 import lora
 from lora import lowrank
-from lora.errors import CardFileError, ConflictError, LoRAError, ShapeError, TargetError
+from lora.card import integer
+from lora.errors import ArgumentError, CardError, CardFileError, ConflictError, LoRAError, ShapeError, TargetError
 from lora.inference.encoder import EncoderConfig
+from lora.table import offsets_of, one_batch, read_header
 from lora.testing.binding import PlainCard, PlainPair
 from lora.testing.plugin import requirement
 from lora.testing.reference import card_of
-from lora.testing.strategies import features, json_values, names, plain_cards, ranks
+from lora.testing.strategies import features, json_values, metadata, names, plain_cards, ranks
 
 shapes = st.tuples(features, features)
 
@@ -868,3 +874,448 @@ def test_a_table_in_chunks_or_slices_is_the_same_card(card, cuts):
 
 def _largest(table):
     return max((row["shape"][1] for row in table.column("A").to_pylist()), default=0)
+
+
+# ---- a table, part by part: what carries no meaning, and what may not be
+
+
+def rebuilt(column, *, item="item", nullable=True, pad=0, before=0, raw=None, shapes=None):
+    """A factor column of the same numbers: other list items, values that start elsewhere, other bytes or shapes."""
+    data, shape = column.field("data"), column.field("shape")
+    kind, rows = data.type.value_type, len(column)
+    if raw is None:
+        junk = bytes(pad + before * (kind.bit_width // 8))
+        raw = pa.py_buffer(junk + data.values.buffers()[1].to_pybytes()).slice(pad)
+    values = pa.Array.from_buffers(kind, before + len(data.values), [None, raw])[before:]
+    lists = pa.list_(pa.field(item, kind, nullable=nullable))
+    sizes = pa.list_(pa.field(item, pa.int32(), nullable=nullable), 2)
+    flat = shape.flatten() if shapes is None else pa.array(np.ravel(shapes).tolist(), pa.int32())
+    named = [("data", lists), ("shape", sizes)]
+    kind = pa.struct([pa.field(name, part, nullable=nullable) for name, part in named])
+    children = [
+        pa.Array.from_buffers(lists, rows, [None, data.buffers()[1]], children=[values]),
+        pa.Array.from_buffers(sizes, rows, [None], children=[flat]),
+    ]
+    return pa.Array.from_buffers(kind, rows, [None], children=children)
+
+
+def with_columns(batch, columns, *, nullable=False, declared=lambda metadata: metadata):
+    """The batch with other columns, under their names and the same schema metadata."""
+    columns = [columns.get(name, batch.column(name)) for name in batch.schema.names]
+    fields = [
+        pa.field(field.name, column.type, nullable=nullable, metadata=declared(field.metadata or {}) or None)
+        for field, column in zip(batch.schema, columns, strict=True)
+    ]
+    return pa.record_batch(columns, schema=pa.schema(fields, batch.schema.metadata))
+
+
+def batch_of(card):
+    return lora.card_to_table(card).to_batches()[0]
+
+
+@requirement("R1.4", "R1.9")
+@given(card=plain_cards())
+def test_a_table_declares_four_columns_without_nulls_and_the_canonical_tensors(card):
+    card = card_of(card)
+    schema = lora.card_to_table(card).schema
+    number = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64(), "bfloat16": pa.uint16()}
+    tensor = pa.struct([("data", pa.list_(number[card.dtype.name])), ("shape", pa.list_(pa.int32(), 2))])
+    assert schema.names == ["module", "scaling", "A", "B"]
+    assert schema.types == [pa.string(), pa.float64(), tensor, tensor]
+    assert not any(field.nullable for field in schema)
+    for name, dims in (("A", ["in", "rank"]), ("B", ["rank", "out"])):
+        declared = schema.field(name).metadata
+        assert declared[b"ARROW:extension:name"] == b"arrow.variable_shape_tensor"
+        assert json.loads(declared[b"ARROW:extension:metadata"]) == {"dim_names": dims}
+        assert len(declared) == 2
+
+
+def spaced(metadata):
+    """The same extension, its JSON written otherwise."""
+    return {
+        key: json.dumps(json.loads(value), indent=1).encode() if value.startswith(b"{") else value
+        for key, value in metadata.items()
+    }
+
+
+@requirement("R1.9", "R1.6", "R7.9")
+@given(card=plain_cards(max_modules=4), data=st.data())
+def test_item_names_nullability_the_order_of_rows_and_where_values_start_carry_no_meaning(card, data):
+    assume(card.weights)
+    card = card_of(card)
+    batch = batch_of(card)
+    nullable, declared = data.draw(st.booleans()), data.draw(st.sampled_from([dict, spaced, lambda _: {}]))
+    columns = {
+        name: rebuilt(
+            batch.column(name),
+            item=data.draw(st.sampled_from(["item", "element", ""])),
+            nullable=nullable,
+            pad=data.draw(st.integers(0, 8)),
+            before=data.draw(st.integers(0, 3)),
+        )
+        for name in data.draw(st.sets(st.sampled_from("AB")))
+    }
+    told = with_columns(batch, columns, nullable=nullable, declared=declared)
+    rows = data.draw(st.permutations(range(batch.num_rows)))
+    for same in (told, pa.Table.from_batches([told]), told.take(pa.array(rows, pa.int32()))):
+        found = lora.table_to_card(same)
+        assert found == card
+        assert all(factor.flags.aligned for pair in found.weights.values() for factor in (pair.A, pair.B))
+    for name in "AB":  # what is aligned is seen where it is, and not copied
+        values = batch.column(name).field("data").values.buffers()[1]
+        for pair in lora.table_to_card(batch).weights.values():
+            start = getattr(pair, name).__array_interface__["data"][0]
+            assert values.address <= start < values.address + values.size
+
+
+@requirement("R7.9", "R1.9")
+@given(card=plain_cards(dtype=np.dtype(np.float32)), data=st.data())
+def test_an_extension_that_is_not_ours_and_names_that_are_not_ours_are_refused(card, data):
+    assume(card.weights)
+    batch, which = batch_of(card_of(card)), data.draw(st.sampled_from("AB"))
+    name, parameters = b"ARROW:extension:name", b"ARROW:extension:metadata"
+    wrong = data.draw(
+        st.sampled_from(
+            [
+                {name: b"arrow.fixed_shape_tensor"},
+                {parameters: b'{"permutation":[1,0]}'},
+                {parameters: b'{"dim_names":["x","y"]}'},
+                {parameters: b"no JSON"},
+                {parameters: b"[" * 9999},
+                {parameters: None},
+                {parameters: b""},
+            ]
+        )
+    )
+    fields = [
+        field.with_metadata({k: v for k, v in {**field.metadata, **wrong}.items() if v is not None})
+        if field.name == which
+        else field
+        for field in batch.schema
+    ]
+    made = pa.record_batch(batch.columns, schema=pa.schema(fields, batch.schema.metadata))
+    with pytest.raises(CardFileError, match=f"column '{which}'"):
+        lora.table_to_card(made)
+
+
+@requirement("R7.9")
+@given(card=plain_cards(dtype=np.dtype(np.float32), max_modules=4), data=st.data())
+def test_a_null_is_refused_at_any_depth_and_its_column_named(card, data):
+    assume(card.weights)
+    batch = batch_of(card_of(card))
+    name, row = data.draw(st.sampled_from(batch.schema.names)), data.draw(st.integers(0, batch.num_rows - 1))
+    column = batch.column(name)
+    told = column.to_pylist()
+    depth = data.draw(st.integers(0, 2)) if name in "AB" else 0
+    if depth == 0:
+        told[row] = None
+    else:
+        part = data.draw(st.sampled_from(["data", "shape"]))
+        if depth == 1:
+            told[row][part] = None
+        else:
+            told[row][part][data.draw(st.integers(0, len(told[row][part]) - 1))] = None
+    made = with_columns(batch, {name: pa.array(told, column.type)}, nullable=True)
+    with pytest.raises(CardFileError, match=f"column '{name}': expected no nulls"):
+        lora.table_to_card(made)
+
+
+@requirement("R7.9")
+@given(data=st.data(), rank=st.sampled_from([1, 4, 8]), sizes=st.tuples(features, features))
+def test_shapes_are_positive_and_as_long_as_their_data_also_where_32_bits_would_overflow(data, rank, sizes):
+    f32 = np.float32
+    pairs = {key: lora.LowRank(np.ones((sizes[0], rank), f32), np.ones((rank, sizes[1]), f32), 1.0) for key in "mn"}
+    batch, which = batch_of(lora.LoRACard("docs", rank, 1.0, (), pairs)), data.draw(st.sampled_from("AB"))
+    true = {"A": (sizes[0], rank), "B": (rank, sizes[1])}
+    free = 0 if which == "A" else 1  # the dimension that the other factor does not share
+    shapes = {name: [list(true[name]) for _ in pairs] for name in "AB"}
+    kinds = ["more", "less", "negative", *(["overflow"] if rank > 2 else [])]
+    kind, row = data.draw(st.sampled_from(kinds)), data.draw(st.integers(0, 1))
+    if kind == "negative":
+        for name in "AB":
+            shapes[name][row] = [-size for size in true[name]]
+    else:
+        shapes[which][row][free] += {"more": 1, "less": -1, "overflow": 2**32 // rank}[kind]
+    for name in "AB":
+        made = with_columns(batch, {name: rebuilt(batch.column(name), shapes=[true[name]] * 2)})
+        assert lora.table_to_card(made).weights == pairs
+    made = with_columns(batch, {name: rebuilt(batch.column(name), shapes=shapes[name]) for name in "AB"})
+    named = "A" if kind == "negative" else which
+    with pytest.raises(CardFileError, match=f"column '{named}': expected positive shapes"):
+        lora.table_to_card(made)
+
+
+@requirement("R7.9")
+@given(data=st.data(), rank=ranks, sizes=st.tuples(features, features))
+def test_two_factors_may_touch_in_memory_and_not_share_a_byte(data, rank, sizes):
+    rng, f32 = np.random.default_rng(data.draw(st.integers(0, 9))), np.float32
+    a, b = (rng.integers(-3, 4, shape).astype(f32) for shape in ((sizes[0], rank), (rank, sizes[1])))
+    card = lora.LoRACard("docs", rank, 1.0, (), {"m": lora.LowRank(a, b, 1.0)})
+    shared = data.draw(st.integers(0, min(a.nbytes, b.nbytes)) | st.sampled_from([0, 1]))
+    whole = pa.py_buffer(a.tobytes() + bytes(b.nbytes - shared) if shared else a.tobytes() + b.tobytes())
+    parts = {"A": whole.slice(0, a.nbytes), "B": whole.slice(a.nbytes - shared, b.nbytes)}
+    batch = batch_of(card)
+    made = with_columns(batch, {name: rebuilt(batch.column(name), raw=part) for name, part in parts.items()})
+    if shared == 0:
+        assert lora.table_to_card(made) == card
+    else:
+        with pytest.raises(CardFileError, match="buffers"):
+            lora.table_to_card(made)
+
+
+@requirement("R7.9", "R1.12")
+@given(card=plain_cards(max_modules=3), data=st.data())
+def test_a_module_without_a_printable_name_or_a_finite_scaling_is_named_before_any_weight_is_read(card, data):
+    assume(card.weights)
+    batch, row = batch_of(card_of(card)), data.draw(st.integers(0, len(card.weights) - 1))
+    told = {name: batch.column(name).to_pylist() for name in ("module", "scaling")}
+    if data.draw(st.booleans()):
+        told["module"][row] = data.draw(st.text(st.characters(categories=("Cc", "Cf", "Zl")), min_size=1, max_size=9))
+    else:
+        told["scaling"][row] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    made = with_columns(batch, {name: pa.array(values, batch.column(name).type) for name, values in told.items()})
+    for read in (lora.table_to_card, lambda table: read_header(one_batch(table))):
+        with pytest.raises(CardFileError) as caught:
+            read(made)
+        assert caught.value.where == f"card table: module {told['module'][row]!r}"
+
+
+@requirement("R7.9")
+@given(data=st.data(), rows=st.integers(1, 99), modules=st.integers(2, 4), rank=ranks)
+def test_a_table_holds_its_rows_and_its_offsets_lead_into_its_values(data, rows, modules, rank):
+    bare = docs(rank=rank, weights={})
+    schema = lora.card_to_table(bare).schema
+    assert lora.table_to_card(schema.empty_table()) == bare
+    for few in (pa.nulls(rows), pa.array([True] * rows)):
+        small = pa.table([few] * 4, names=schema.names).replace_schema_metadata(schema.metadata)
+        with pytest.raises(CardFileError, match=rf"expected rows that \d+ bytes can hold, found {rows} rows"):
+            lora.table_to_card(small)
+    pairs = {str(index): (np.ones((index + 1, rank)), np.ones((rank, 2)), 1.0) for index in range(modules)}
+    batch, which = batch_of(card_for(pairs)), data.draw(st.sampled_from("AB"))
+    column = rebuilt(batch.column(which))
+    lists = column.field("data")
+    offsets = lists.offsets.to_numpy().copy()
+    offsets[data.draw(st.integers(1, modules - 1))] = data.draw(st.sampled_from([2**30, -1, offsets[-1] + 1]))
+    wild = pa.Array.from_buffers(lists.type, modules, [None, pa.py_buffer(offsets)], children=[lists.values])
+    made = pa.Array.from_buffers(column.type, modules, [None], children=[wild, column.field("shape")])
+    with pytest.raises(CardFileError, match=r"^card table: expected a valid Arrow batch"):
+        lora.table_to_card(with_columns(batch, {which: made}))
+
+
+def with_metadata(card, changes):
+    """The card's table with other schema metadata; without what is None."""
+    table = lora.card_to_table(card)
+    found = {**table.schema.metadata, **{key.encode(): value and value.encode() for key, value in changes.items()}}
+    return table.replace_schema_metadata({key: value for key, value in found.items() if value is not None})
+
+
+digits = st.text("0123456789", max_size=7)
+version_texts = st.one_of(
+    st.builds("{}.{}".format, digits, digits),
+    digits.map("1.".__add__),
+    st.sampled_from(
+        [
+            "1",
+            "1.0.0",
+            "+1.0",
+            " 1.0",
+            "1.0 ",
+            "1.-0",
+            "1.99999",
+            "1.100000",
+            "000001.0",
+            "1.²",
+            "1.\u0661",
+            "01.0",
+            "1_0.0",
+            "1.1e1",
+        ]
+    ),
+)
+
+
+@requirement("R1.10", "R7.9")
+@given(card=plain_cards(), text=version_texts)
+def test_a_version_is_two_decimal_numbers_of_at_most_five_digits(card, text):
+    major, dot, minor = text.partition(".")
+    plain = all(part.isascii() and part.isdigit() and len(part) <= 5 for part in (major, minor))
+    made = with_metadata(card_of(card), {"lora.format": text})
+    if dot and plain and int(major) == 1:
+        assert lora.table_to_card(made) == card_of(card)
+        assert read_header(one_batch(made)).format_version == (int(major), int(minor))
+    else:
+        with pytest.raises(CardFileError, match=r"lora\.format"):
+            lora.table_to_card(made)
+
+
+SPOILT = [
+    " {}",
+    "{} ",
+    "+{}",
+    "{}_0",
+    "{}\u0661",
+    "0x{}",
+    "{}x",
+    "{}.",
+    ".{}",
+    "{}.5.5",
+    "{}e99999",
+    "{}0" + "0" * 40,
+    "",
+    "-",
+]
+"""What is no decimal number as JSON has them."""
+
+
+@requirement("R7.6", "R7.9")
+@given(
+    card=plain_cards(max_modules=0),
+    rank=st.integers(1, 2**31 - 1),
+    alpha=st.floats(5e-324, 1.7e308),
+    key=st.sampled_from(["rank", "alpha"]),
+    spoilt=st.sampled_from(SPOILT),
+)
+def test_numbers_in_a_file_are_decimal_as_in_json(card, rank, alpha, key, spoilt):
+    card, good = card_of(card), {"lora.rank": str(rank), "lora.alpha": repr(alpha)}
+    found = lora.table_to_card(with_metadata(card, good))
+    assert (found.rank, found.alpha) == (rank, alpha)
+    assert (type(found.rank), type(found.alpha)) == (int, float)
+    with pytest.raises(CardFileError, match=rf"lora\.{key}: expected a number"):
+        lora.table_to_card(with_metadata(card, {**good, f"lora.{key}": spoilt.format(rank)}))
+    with pytest.raises(CardFileError, match=r"lora\.rank: expected a number"):
+        lora.table_to_card(with_metadata(card, {**good, "lora.rank": f"{rank}.0"}))
+
+
+@requirement("R7.9", "R1.3", "R1.4")
+@given(
+    card=plain_cards(max_modules=1),
+    key=st.sampled_from(["name", "rank", "alpha", "targets", "dtype", "metadata", "format"]),
+)
+def test_each_of_the_seven_fields_must_be_there_and_is_named_if_it_is_not(card, key):
+    card = card_of(card)
+    bare = with_metadata(card, {"lora.base_model": None, "lora.base_fingerprint": None})
+    assert lora.table_to_card(bare) == card
+    with pytest.raises(CardFileError, match=rf"lora\.{key}"):
+        lora.table_to_card(with_metadata(card, {f"lora.{key}": None}))
+
+
+@requirement("R1.3", "R7.9")
+@given(card=plain_cards(max_modules=1), told=metadata, key=names, value=json_values, depth=st.integers(0, 3))
+def test_json_in_a_file_is_of_its_kind_without_constants_of_its_own_or_a_key_twice(card, told, key, value, depth):
+    card, item = card_of(card), f"{json.dumps(key)}:{json.dumps(value)}"
+    nested = "[" * depth + "{%s}" + "]" * depth
+    good = {"lora.metadata": json.dumps({**told, "nested": json.loads(nested % item)})}
+    assert dict(lora.table_to_card(with_metadata(card, good)).metadata) == json.loads(good["lora.metadata"])
+    wrong = [
+        nested % f"{item},{item}",
+        nested % f'"x":{"NaN" if depth else "-Infinity"}',
+        nested % "no JSON",
+        "[" * 9999,
+    ]
+    for text in wrong:
+        with pytest.raises(CardFileError, match=r"lora\.metadata: expected JSON"):
+            lora.table_to_card(with_metadata(card, {"lora.metadata": f'{{"nested":{text}}}'}))
+    for field, other in (
+        ("metadata", json.dumps([key])),
+        ("targets", json.dumps({key: 1})),
+        ("targets", json.dumps(key)),
+    ):
+        with pytest.raises(CardFileError, match=rf"lora\.{field}: expected a JSON"):
+            lora.table_to_card(with_metadata(card, {f"lora.{field}": other}))
+
+
+@requirement("R1.9")
+@given(sizes=st.lists(st.integers(0, 9) | st.sampled_from([2**30, 2**31 - 1, 2**31, 2**40]), max_size=4), where=names)
+def test_offsets_are_the_sums_of_sizes_as_far_as_32_bits_go(sizes, where):
+    if sum(sizes) < 2**31:
+        found = offsets_of(sizes, where)
+        assert found.dtype == np.int32
+        assert found.tolist() == [sum(sizes[:count]) for count in range(len(sizes) + 1)]
+    else:
+        with pytest.raises(CardError) as caught:
+            offsets_of(sizes, where)
+        assert (caught.value.where, caught.value.found) == (where, str(sum(sizes)))
+
+
+@requirement("R7.6", "R1.1")
+@given(
+    rank=st.integers(1, 2**31 - 1) | st.sampled_from([1, 2**31 - 1]),
+    alpha=st.integers(1, 2**60) | st.fractions(Fraction(1, 99), 99) | st.floats(5e-324, 1.7e308),
+    wide=st.sampled_from([int, np.int64, np.uint32]),
+)
+def test_a_rank_is_any_whole_number_and_an_alpha_any_positive_one_and_both_are_kept_as_plain_numbers(rank, alpha, wide):
+    card = docs(rank=wide(rank), alpha=alpha, weights={})
+    assert (card.rank, card.alpha) == (rank, float(alpha))
+    assert (type(card.rank), type(card.alpha)) == (int, float)
+    for wrong in (True, False, 0, -rank, rank + 2**31, float(rank), np.float64(rank), str(rank), None):
+        with pytest.raises(CardError, match=f"rank: expected an integer >= 1 and <= {2**31 - 1}, found "):
+            docs(rank=wrong, weights={})
+    for wrong in (True, False, 0, -0.0, -alpha, math.inf, math.nan, str(alpha), b"1", bytearray(b"1"), None, 10**400):
+        with pytest.raises(CardError, match="alpha: expected a finite number > 0, found "):
+            docs(alpha=wrong, weights={})
+
+
+@requirement("R7.8")
+@given(value=st.integers(), least=st.none() | st.integers(-9, 9), gap=st.integers(1, 9), where=names, hint=names)
+def test_an_integer_is_taken_from_the_least_on_and_no_bool_nor_text_nor_float_is_one(value, least, gap, where, hint):
+    wrong = [True, False, float(gap), np.float64(gap), str(gap), None, *([] if least is None else [least - gap])]
+    for good in (value, np.int64(gap), *([] if least is None else [least])):
+        if least is None or good >= least:
+            found = integer(good, where, least)
+            assert (type(found), found) == (int, good)
+        else:
+            wrong.append(good)
+    for bad in wrong:
+        with pytest.raises(ArgumentError) as caught:
+            integer(bad, where, least, hint)
+        error = caught.value
+        assert (error.where, error.hint) == (where, hint)
+        assert error.expected == ("an integer" if least is None else f"an integer >= {least}")
+        with pytest.raises(ArgumentError, match=f"{re.escape(where)}.*$") as caught:
+            integer(bad, where, least)
+        assert caught.value.hint == ""
+
+
+NAMED = {
+    "rank": 0,
+    "alpha": "x",
+    "target_modules": ("a", "a"),
+    "metadata": {"a": {1}},
+    "extra": {"x": 1},
+    "base_model": 1,
+    "base_fingerprint": "x",
+    "weights": {"0": None},
+}
+"""A value that each field of a card may not have."""
+
+
+@requirement("R7.8", "R7.6")
+@given(name=names, field=st.sampled_from(sorted(NAMED)), module=names, scaling=st.sampled_from([math.nan, "x"]))
+def test_an_error_names_the_card_and_the_field_or_the_factor_that_is_wrong(name, field, module, scaling):
+    with pytest.raises(CardError) as caught:
+        docs(name=name, **{field: NAMED[field]})
+    assert caught.value.where == f"card {name!r}: {field}"
+    with pytest.raises(CardError) as caught:
+        docs(name=name, extra={"x": "\ud800"})
+    assert caught.value.where == f"card {name!r}: extra"
+    with pytest.raises(CardError, match=r"^metadata: "):
+        lora.FrozenJSON({"a": [{1: 2}]})
+    for which, factors in (
+        ("A", (ones[0], ones.T)),
+        ("B", (ones, ones[0])),
+        ("B", (ones, ones)),
+        ("B", (ones, ones.T + 1j)),
+    ):
+        with pytest.raises(CardError, match=f"^factor {which}: "):
+            lora.LowRank(*factors)
+    for wrong in ([[1.0]], None, 1.0):
+        with pytest.raises(CardError, match=f"found {type(wrong).__name__}$"):
+            lora.LowRank(wrong, ones)
+    with pytest.raises(CardError, match=r"^scaling: "):
+        lora.LowRank(ones, ones.T, scaling)
+    with pytest.raises(CardError) as caught:
+        docs(name=name, weights={module: docs().weights["0"], f"{module}.x": lora.LowRank(ones[:, :1], ones.T[:1])})
+    assert caught.value.where == f"card {name!r}: module {module + '.x'!r}"
+    with pytest.raises(lora.LoRAError) as caught:
+        lora.AdapterSet({name: (docs(name=name), scaling)})
+    assert caught.value.where == f"weight of {name!r}"

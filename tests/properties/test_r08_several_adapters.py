@@ -251,6 +251,9 @@ def test_sets_are_values(a, b, data):
     assert a != b or hash(a) == hash(b)
     assert pickle.loads(pickle.dumps(a)) == a  # noqa: S301 - our own bytes
     assert len({a, again}) == 1
+    alone = [repr(AdapterSet({name: entry}))[len("AdapterSet(") : -1] for name, entry in a.items()]
+    assert repr(a) == f"AdapterSet({', '.join(alone)})"
+    assert all(repr(name) in text and repr(a.weight(name)) in text for name, text in zip(a, alone, strict=True))
     assert all(a.without(name) == AdapterSet({n: e for n, e in a.items() if n != name}) for name in "abcd")
     with pytest.raises(AttributeError):
         a.weights = 1
@@ -265,9 +268,21 @@ def test_sets_are_values(a, b, data):
 def test_a_weight_is_a_finite_number(a, bad):
     with pytest.raises(ArgumentError):
         AdapterSet({"a": (pool_card("a", 0), bad)})
-    if a and isinstance(bad, float):
-        with pytest.raises(ArgumentError):
-            a * bad
+    with pytest.raises(ArgumentError, match=r"^t: "):
+        interpolate(a, a, bad)
+    with pytest.raises(ArgumentError, match=r"^factor of an adapter set: "):
+        a * bad
+
+
+@requirement("R8.9", "R8.7")
+@given(a=adapter_sets())
+def test_a_card_without_a_weight_counts_once_however_it_is_given(a):
+    cards = [card for card, _ in a.values()]
+    once = AdapterSet({name: (card, 1.0) for name, (card, _) in a.items()})
+    assert AdapterSet(cards) == AdapterSet({card.name: card for card in cards}) == AdapterSet(iter(cards)) == once
+    for card in cards:
+        assert AdapterSet(card) == AdapterSet([card, card]) == AdapterSet({card.name: card})
+        assert AdapterSet(card).weight(card.name) == 1
 
 
 @requirement("R8.9", "R8.2")
