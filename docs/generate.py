@@ -35,7 +35,7 @@ REFERENCE = {
     "Interop": ["interop.peft", "interop.safetensors"],
     "Models": ["layer", "rewrite", "inference.manager", "inference.registry", "inference.encoder"],
     "Routing": ["routing", "inference.router"],
-    "Engine": ["engine", "metrics"],
+    "Engine": ["engine", "batches", "metrics"],
     "Federation": [f"federation.{name}" for name in FEDERATION],
     "Training": [f"evolution.{name}" for name in TRAINING],
     "Testing": ["testing.binding", "testing.tolerance", "testing.strategies", "testing.report", "testing.trace"],

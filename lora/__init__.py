@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora.batches import encode_batches
     from lora.card import AdapterSet, FrozenJSON, LoRACard, LowRank, interpolate
     from lora.engine import ArrowEngine, Encoding
     from lora.errors import LoRAError
@@ -61,7 +62,11 @@ _HOMES = {
     "LoRARouter": "inference.router",
     "ArrowEngine": "engine",
     "Encoding": "engine",
+    "encode_batches": "batches",
 }
+
+_ROOMS = ("evolution", "federation", "inference", "interop", "merging")
+"""Subpackages, and a module of values, that are had as attributes without an import of their own."""
 
 __all__ = [
     "AdapterRegistry",
@@ -87,6 +92,7 @@ __all__ = [
     "calibrate",
     "card_to_table",
     "digest",
+    "encode_batches",
     "extract_delta",
     "extract_direct",
     "fingerprint",
@@ -102,6 +108,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"lora.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'lora' has no attribute {name!r}")
     value = getattr(import_module(f"lora.{_HOMES[name]}"), name)

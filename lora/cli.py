@@ -22,6 +22,9 @@ import lora
 from lora.errors import ArgumentError, DataError, LoRAError, PeerError
 from lora.store import replacing
 
+PARQUET_ROWS = 1024
+"""Rows of a Parquet file that are encoded at a time."""
+
 app = typer.Typer(
     name="lora",
     help="LoRA adapters as Arrow cards: read, route, encode, train, merge, extract.",
@@ -140,9 +143,30 @@ def encode(
     card: Annotated[list[Path] | None, typer.Option(help="A card to apply; may be repeated.")] = None,
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Write a NumPy .npy file instead of printing.")] = None,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Encode this file's column of texts into --out, a Parquet file.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="The column of texts of --parquet.")] = "text",
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="With --parquet: the name of the one card to apply to every row; none if omitted."),
+    ] = None,
+    route: Annotated[bool, typer.Option(help="With --parquet: choose each row's card by its text.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode texts, with cards applied if any are given."""
+    """Encode texts, with cards applied if any are given; or a Parquet file, streamed in bounded memory.
+
+    Requirements: R5.12, R25.2
+    """
+    if parquet is not None:
+        if texts or out is None:
+            raise ArgumentError("--parquet", "--out and no texts", "texts" if texts else "no --out")
+        _encode_parquet(
+            parquet, out, as_json, column=column, adapter=adapter, route=route, cards=card or [], model=model
+        )
+        return
+    if adapter is not None or route:
+        raise ArgumentError("--adapter, --route", "--parquet", "none")
     engine = lora.ArrowEngine.from_pretrained(model)
     for path in card or []:
         engine.load_lora(path)
@@ -649,6 +673,36 @@ def _check_file(option: str, path: Path) -> None:
         raise ArgumentError(
             f"{option} {path}", "another ending", ".safetensors", "lora convert makes such a file of a card"
         )
+
+
+def _encode_parquet(source: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Stream a Parquet file through `encode_batches` into another."""
+    import pyarrow as pa  # noqa: PLC0415 - only here
+    from pyarrow import parquet  # noqa: PLC0415 - as above
+
+    from lora.batches import encode_batches  # noqa: PLC0415 - imports torch
+
+    rows = 0
+    try:
+        with (
+            parquet.ParquetFile(source) as file,
+            replacing(out) as written,
+            progress_bar(f"encoding {source}") as progress,
+        ):
+            writer = None
+            for batch in encode_batches(file.iter_batches(PARQUET_ROWS), **options):
+                writer = writer or parquet.ParquetWriter(written, batch.schema)
+                writer.write_batch(batch)
+                rows += batch.num_rows
+                progress(rows, file.metadata.num_rows, None)
+            if writer is None:
+                raise DataError(f"--parquet {source}", "at least one row", "none")
+            writer.close()
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, LoRAError):
+            raise
+        raise DataError(f"--parquet {source}", "a Parquet file", error) from error
+    _say({"file": str(out), "rows": rows}, as_json, f"{out}: {rows} rows")
 
 
 def _credentials(token: Path | None, cert: Path | None, key: Path | None, ca: Path | None, insecure: bool) -> Any:

@@ -25,6 +25,7 @@ LAYERS = [
     ["inference"],
     ["evolution"],
     ["engine"],
+    ["batches"],
     ["demo"],
     ["cli"],
 ]
@@ -120,3 +121,10 @@ def test_nothing_unsafe_is_called():
         assert not imports(path) & {"pickle", "marshal", "shelve", "dill"}, path.name
         calls = [ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)]
         assert not {"eval", "exec", "torch.load", "yaml.load", "os.system"} & set(calls), path.name
+
+
+def test_the_rooms_are_had_without_an_import_of_their_own():
+    script = (
+        "import lora; lora.federation.Policy; lora.evolution.Pairs; lora.merging.Ties; lora.interop.peft.import_peft"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
