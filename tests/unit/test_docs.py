@@ -42,6 +42,17 @@ def test_there_is_a_test_strategy_page_and_a_coverage_floor():
     assert "--fail-under=90" in (ROOT / "Makefile").read_text("utf-8")
 
 
+@requirement("R10.9")
+def test_the_names_of_earlier_systems_are_told_with_what_was_changed_or_dropped():
+    page = (ROOT / "docs/names.md").read_text("utf-8")
+    earlier = ["LoRAFormat", "LoRAExtractor", "AdapterMerger", "MergeConfig", "HotSwapManager", "AdapterPool"]
+    dropped = ["Fuzzy matching", "In-place merging", "DoRA", "GGUF", "4-bit", "Routing *networks*"]
+    for word in earlier + dropped:
+        assert word in page
+    for name in re.findall(r"`lora\.(\w+)`", page):
+        assert name in lora.__all__
+
+
 @requirement("R14.3")
 def test_the_docs_say_what_a_signature_does_not_prove_and_name_every_refusal_with_its_opt_out():
     page = (ROOT / "docs/federation.md").read_text("utf-8")
