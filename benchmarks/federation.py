@@ -229,6 +229,7 @@ def soak(seconds: float) -> Row:
                     counts["failed"] += 1
                     time.sleep(0.05)
                 node.cache.evict(0)
+                time.sleep(0.05)
                 levels.append((len(list(Path("/dev/fd").iterdir())), threading.active_count()))
                 if time.monotonic() > next_event:
                     next_event = time.monotonic() + 3
@@ -259,16 +260,14 @@ def soak(seconds: float) -> Row:
 def main() -> None:
     """Run what is asked for and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--gigabytes", type=float, default=20)
+    parser.add_argument("--gigabytes", type=float, default=20, help="0 for the soak alone")
     parser.add_argument("--soak", type=float, default=600)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [beside_tcp(8 if options.quick else 40)]
-    print(rows[-1], flush=True)
-    for row in many(1.6 if options.quick else options.gigabytes):
-        rows.append(row)
-        print(row, flush=True)
+    rows = [beside_tcp(8 if options.quick else 40)] if options.gigabytes else []
+    rows += many(1.6 if options.quick else options.gigabytes) if options.gigabytes else []
+    print(*rows, sep="\n", flush=True)
     rows.append(soak(15 if options.quick else options.soak))
     print(rows[-1], flush=True)
     if options.json:

@@ -27,8 +27,21 @@ from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, 
 
 KINDS = {"P*": "property (any implementation)", "P": "property", "U": "test", "B": "benchmark", "D": "documentation"}
 
-FEDERATION = ["server", "client", "node", "discovery", "peers", "trust", "manifest", "access", "keys", "cache", "streams"]
+FEDERATION = [
+    "server",
+    "client",
+    "node",
+    "discovery",
+    "peers",
+    "trust",
+    "manifest",
+    "access",
+    "keys",
+    "cache",
+    "streams",
+]
 TRAINING = ["data", "synthetic", "losses", "schedules", "ewc", "train", "online", "probe"]
+EVOLUTION = ["novelty", "gate", "distill", "cloud", "queue", "nights", "work", "factory"]
 REFERENCE = {
     "Cards": ["card", "table", "store", "errors"],
     "Algebra and targets": ["lowrank", "targets", "merging", "extract", "weights", "presets", "drawing"],
@@ -38,6 +51,7 @@ REFERENCE = {
     "Engine": ["engine", "batches", "metrics"],
     "Federation": [f"federation.{name}" for name in FEDERATION],
     "Training": [f"evolution.{name}" for name in TRAINING],
+    "Evolution": [*(f"evolution.{name}" for name in EVOLUTION), "evolving"],
     "Testing": ["testing.binding", "testing.tolerance", "testing.strategies", "testing.report", "testing.trace"],
 }
 

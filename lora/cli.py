@@ -20,10 +20,27 @@ from rich.text import Text
 
 import lora
 from lora.errors import ArgumentError, DataError, LoRAError, PeerError
-from lora.store import replacing
+from lora.store import os_errors, replacing
 
 PARQUET_ROWS = 1024
 """Rows of a Parquet file that are encoded at a time."""
+
+SHOWN = (
+    "id",
+    "kind",
+    "name",
+    "state",
+    "attempt",
+    "error",
+    "at",
+    "what",
+    "note",
+    "version",
+    "live",
+    "digest",
+    "refused",
+)
+"""Columns of a factory's tables that are shown on a terminal."""
 
 app = typer.Typer(
     name="lora",
@@ -611,6 +628,186 @@ def sign_card(
     _say(facts, as_json, f"{where}: {manifest.name} {manifest.digest}")
 
 
+@app.command(epilog="Example: lora evolve --documents ./handbook --out skills --steps 60")
+def evolve(
+    documents: Annotated[Path, typer.Option(help="Folder of Python files and prose to learn.")],
+    out: Annotated[Path, typer.Option(help="Folder for accepted cards.")] = Path("skills"),
+    queries: Annotated[
+        Path | None, typer.Option(help="What users asked, a line each; the documents' own if omitted.")
+    ] = None,
+    card: Annotated[list[Path] | None, typer.Option(help="A skill that is there already; may be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps at most, for each task.", min=1)] = None,
+    ask: Annotated[
+        str | None, typer.Option(help="HOST:documents or HOST:queries: what may be sent to the teacher at that host.")
+    ] = None,
+    teacher_model: Annotated[str | None, typer.Option(help="The teacher's name there.")] = None,
+    teacher_url: Annotated[str, typer.Option(help="An OpenAI-compatible server.")] = "https://api.openai.com/v1",
+    key_file: Annotated[Path | None, typer.Option(help="File with the teacher's key.")] = None,
+    budget: Annotated[int, typer.Option(help="Tokens that the teacher may cost in all.", min=1)] = 100_000,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be learned; send, train and keep nothing.")
+    ] = False,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Notice what the engine does not know of some documents, learn it, and keep what measurably helps.
+
+    Requirements: R18.3, R18.5, R18.6, R25.2
+    """
+    from lora.evolving import outcomes, watching  # noqa: PLC0415 - imports torch
+    from lora.federation.keys import read_small  # noqa: PLC0415 - only here
+
+    teacher = None if ask is None or dry_run else _teacher(ask, teacher_model, teacher_url, key_file, out, budget)
+    asked = (
+        [] if queries is None else [line for line in read_small(queries, 2**24).decode().splitlines() if line.strip()]
+    )
+    engine, cards = lora.ArrowEngine.from_pretrained(model), [lora.load(path) for path in card or []]
+    if not dry_run:
+        with os_errors(out):
+            out.mkdir(exist_ok=True)
+    options: dict[str, Any] = {"max_steps": steps, "teacher": teacher, "store": None if dry_run else out}
+    distiller = watching(engine, documents, cards=cards, queries=asked, **options)
+    if dry_run:
+        rows = [
+            {"task": task.name, "queries": len(task.queries), **distiller.gather(task.name).figures["pairs"]}
+            for task in distiller.tasks
+        ]
+        _say_rows(rows if rows or as_json else [{"task": "nothing is unknown"}], as_json)
+        return
+    with progress_bar(f"learning {documents.name}") as progress:
+        found = list(outcomes(distiller, progress=progress))
+    told = [{"task": done.task, "accepted": done.accepted, "figures": dict(done.figures)} for done in found]
+    if as_json:
+        print(json.dumps(told, default=str))
+        return
+    for done in found:
+        gain = "" if done.verdict is None else f"MRR {done.verdict.gain.before:.3f} -> {done.verdict.gain.after:.3f}"
+        print(f"{'accepted' if done.accepted else 'discarded'}: {done.task}: {gain or done.figures.get('reason')}")
+    if not found:
+        print("nothing is unknown")
+
+
+factory = typer.Typer(help="Long work as durable jobs: add, run, status, rollback.", no_args_is_help=True)
+app.add_typer(factory, name="factory", epilog="Example: lora factory add train docs --with data=pairs.jsonl")
+
+Root = Annotated[Path, typer.Option("--root", help="Folder of the factory.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+@factory.command(name="add", epilog="Example: lora factory add train docs --with data=pairs.jsonl --with preset=quick")
+def factory_add(
+    kind: Annotated[str, typer.Argument(help="train, extract, merge or distil.")],
+    name: Annotated[str, typer.Argument(help="Of the skill.")],
+    given: Annotated[
+        list[str] | None, typer.Option("--with", help="key=value; JSON where it is JSON, else text. May be repeated.")
+    ] = None,
+    priority: Annotated[int, typer.Option(help="Higher runs first.")] = 0,
+    again: Annotated[bool, typer.Option(help="Queue it again if it is dead.")] = False,
+    root: Root = Path("factory"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Queue a job.
+
+    Requirements: R19.1, R19.7, R25.2
+    """
+    from lora.evolution.factory import SkillFactory  # noqa: PLC0415 - only here
+
+    parameters = {"name": name, **dict(map(_setting, given or []))}
+    if kind in ("train", "distil"):
+        from lora.engine import default_model  # noqa: PLC0415 - imports torch
+
+        parameters.setdefault("model", str(default_model()))
+    with SkillFactory(root) as opened:
+        job = opened.add(kind, parameters, priority=priority, dry_run=dry_run)
+        if again and job.state == "dead" and not dry_run:
+            job = opened.retry(job.id)
+    facts = {"id": job.id, "kind": job.kind, "name": name, "state": job.state, "dry_run": dry_run}
+    _say(facts, as_json, f"{'would queue' if dry_run else job.state}: {kind} {name} ({job.id[:12]})")
+
+
+@factory.command(name="run", epilog="Example: lora factory run --at 02:00")
+def factory_run(
+    at: Annotated[
+        str | None, typer.Option(help="Run every night at this local time, HH:MM; now and once if omitted.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="tcp://host:port of a Dask scheduler to run on.")] = None,
+    workers: Annotated[int, typer.Option(help="Jobs at a time.", min=1)] = 1,
+    root: Root = Path("factory"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run what is queued; exit 1 if a job is dead.
+
+    Requirements: R19.3, R19.4, R19.7, R25.2
+    """
+    import signal  # noqa: PLC0415 - only here
+    import threading  # noqa: PLC0415 - as above
+
+    from lora.evolution.factory import SkillFactory, cluster  # noqa: PLC0415 - as above
+
+    stop = threading.Event()
+    with ExitStack() as opened:
+        executor = opened.enter_context(cluster(scheduler)) if scheduler else None
+        told = Console(stderr=True, markup=False, quiet=as_json)
+        shop = opened.enter_context(
+            SkillFactory(
+                root,
+                executor=executor,
+                workers=workers,
+                on_event=lambda job: told.print(f"{job.state}: {job.kind} {job.parameters['name']}"),
+            )
+        )
+        if dry_run:
+            waiting = {job.id for job in shop.queue.jobs("queued")}
+            _say_jobs([row for row in shop.status().to_pylist() if row["id"] in waiting], as_json)
+            return
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        table = shop.run(at=at, stop=stop)
+    rows = table.to_pylist()
+    _say_jobs(rows, as_json)
+    if dead := [row["id"][:12] for row in rows if row["state"] == "dead"]:
+        _fail(f"dead jobs: {', '.join(dead)}; `lora factory status --history` says why", 1)
+
+
+@factory.command(name="status", epilog="Example: lora factory status --history --json")
+def factory_status(
+    history: Annotated[bool, typer.Option(help="What happened, instead of what is.")] = False,
+    skills: Annotated[bool, typer.Option(help="The versions of each skill, instead.")] = False,
+    root: Root = Path("factory"),
+    as_json: Json = False,
+) -> None:
+    """Show the jobs, or what happened, or the skills.
+
+    Requirements: R19.7, R25.2
+    """
+    from lora.evolution.factory import SkillFactory  # noqa: PLC0415 - only here
+
+    with SkillFactory(root) as opened:
+        table = opened.history() if history else opened.skills() if skills else opened.status()
+    _say_jobs(table.to_pylist(), as_json)
+
+
+@factory.command(name="rollback", epilog="Example: lora factory rollback docs --version 2")
+def factory_rollback(
+    name: Annotated[str, typer.Argument(help="Of the skill.")],
+    version: Annotated[int | None, typer.Option(help="The one before the live one if omitted.")] = None,
+    root: Root = Path("factory"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Put an earlier version of a skill into service.
+
+    Requirements: R19.5, R25.2
+    """
+    from lora.evolution.factory import SkillFactory  # noqa: PLC0415 - only here
+
+    with SkillFactory(root) as opened:
+        found = opened.rollback(name, version, dry_run=dry_run)
+    facts = {"name": name, "version": found.version, "digest": found.digest, "dry_run": dry_run}
+    _say(facts, as_json, f"{'would serve' if dry_run else 'live'}: {name} version {found.version}, {found.digest}")
+
+
 @app.command(epilog="Example: lora demo --steps 20 --out demo-output")
 def demo(
     steps: Annotated[int, typer.Option(help="Training steps; fewer are quicker and teach less.", min=1)] = 60,
@@ -673,6 +870,47 @@ def _check_file(option: str, path: Path) -> None:
         raise ArgumentError(
             f"{option} {path}", "another ending", ".safetensors", "lora convert makes such a file of a card"
         )
+
+
+def _teacher(ask: str, name: str | None, url: str, key_file: Path | None, folder: Path, budget: int) -> Any:
+    """The teacher behind a server, and what may be sent to it."""
+    from lora.evolution.cloud import CloudDistiller, Consent, Ledger, OpenAITeacher  # noqa: PLC0415 - only for evolve
+    from lora.federation.keys import read_small  # noqa: PLC0415 - as above
+
+    if name is None or key_file is None:
+        raise ArgumentError("--ask", "--teacher-model and --key-file beside it", "not both")
+    host, _, data = ask.partition(":")
+    with os_errors(folder):
+        folder.mkdir(exist_ok=True)
+    key = read_small(key_file).decode("ascii", "replace").strip()
+    teacher = OpenAITeacher(
+        name, Ledger(folder / "ledger.sqlite", budget), api_key=key, base_url=url, cache=folder / "asked"
+    )
+    return CloudDistiller(teacher, consent=Consent(host, [data]))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """The key and the value in ``key=value``."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ArgumentError("--with", "key=value", text)
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _say_jobs(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows of a factory's tables: all columns as JSON, those that a terminal has room for else."""
+    told = [{key: _printable(value) for key, value in row.items()} for row in rows]
+    if not as_json:
+        told = [{key: row[key] for key in SHOWN if key in row} for row in told]
+        told = [{**row, **{key: row[key][:12] for key in ("id", "job", "digest") if row.get(key)}} for row in told]
+    _say_rows(told if told or as_json else [{"state": "nothing"}], as_json)
+
+
+def _printable(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | None) else str(value)
 
 
 def _encode_parquet(source: Path, out: Path, as_json: bool, **options: Any) -> None:

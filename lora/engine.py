@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ from lora.inference.router import Description, LoRARouter
 from lora.rewrite import adapt, adapt_rows
 from lora.routing import Route, check_threshold, texts_of
 from lora.store import PathLike, load
+
+if TYPE_CHECKING:
+    from lora.evolution.data import Pairs
+    from lora.evolution.distill import SkillDistiller
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +137,7 @@ class ArrowEngine:
         self.threshold = threshold
         self.check_base = check_base
         self.node: Node | None = None
+        self.evolution: SkillDistiller | None = None
         self._adapted: Callable[[AdapterSet], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt)
         self._adapted_rows: Callable[[tuple[AdapterSet, ...]], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt_rows)
 
@@ -202,6 +207,8 @@ class ArrowEngine:
             raise ArgumentError("encode_with_lora", "adapters or intent_query", "both")
         texts = texts_of(texts)
         if intent_query is not None:
+            if self.evolution is not None:
+                self.evolution.observe(intent_query)
             routes, known, failures = self._routed(intent_query, top_k, tags)
             chosen = _resolve([route.name for route in routes], known)
             embeddings = _encoded(self._adapted(chosen), texts)
@@ -251,6 +258,51 @@ class ArrowEngine:
         candidate = self.router.candidate(card, description)
         self.manager.add_card(card)  # before it can be routed to
         self.router.register(candidate)
+
+    def enable_evolution(self, guard: "Pairs", **options: Any) -> "SkillDistiller":
+        """Notice what is not known: from now on, every `intent_query` is observed.
+
+        Parameters
+        ----------
+        guard
+            What is known, and may not get worse.
+        options
+            As `lora.evolution.distill.SkillDistiller`'s: sources, a teacher, a policy, how to train, where to store.
+
+        Returns
+        -------
+        SkillDistiller
+            Also `evolution`: its `tasks` are what was noticed, its `work` learns one of them.
+
+        Raises
+        ------
+        StateError
+            If no card is registered.
+
+        Notes
+        -----
+        Requirements: R5.14
+        """
+        from lora.evolution.distill import SkillDistiller  # noqa: PLC0415 - for engines that learn
+
+        self.evolution = SkillDistiller(self, guard, **options)
+        return self.evolution
+
+    def log_qa(self, question: str, answer: str, *, quality: float = 1.0) -> None:
+        """Remember an answer that was given, to learn from.
+
+        Raises
+        ------
+        StateError
+            If `enable_evolution` was not called.
+
+        Notes
+        -----
+        Requirements: R5.14
+        """
+        if self.evolution is None:
+            raise StateError("log_qa", "an engine that evolves", "one that does not", "call enable_evolution first")
+        self.evolution.log_qa(question, answer, quality=quality)
 
     def start_federation(
         self,

@@ -25,7 +25,7 @@ LAYERS = [
     ["inference"],
     ["evolution"],
     ["engine"],
-    ["batches"],
+    ["batches", "evolving"],
     ["demo"],
     ["cli"],
 ]
@@ -43,7 +43,17 @@ PURE = [
     "envelope",
     "layer",
 ]
-PURE += ["rewrite", "federation/manifest", "federation/trust", "federation/peers", "federation/access"]
+PURE += [
+    "rewrite",
+    "evolution/novelty",
+    "evolution/gate",
+    "evolution/losses",
+    "evolution/ewc",
+    "federation/manifest",
+    "federation/trust",
+    "federation/peers",
+    "federation/access",
+]
 OUTSIDE = {
     "time",
     "datetime",

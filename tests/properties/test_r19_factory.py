@@ -1,0 +1,382 @@
+"""R19: whatever happens to the queue, wherever it is killed, no job is lost, none takes effect twice, none runs for ever."""
+
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import date, datetime, time, timedelta
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from lora.evolution.nights import due, next_night, night_of
+from lora.evolution.queue import MOVES, Job, JobQueue
+from lora.testing.plugin import requirement
+
+ENDS = ("done", "rejected", "dead")
+KEEP_ALL = 1000
+
+
+class Killed(BaseException):
+    """What a process that was killed does next: nothing."""
+
+
+class Mortal:
+    """A connection whose process is killed right before its k-th statement, and does nothing any more from then on."""
+
+    def __init__(self, db, left):
+        self.db, self.left = db, left
+
+    def __getattr__(self, name):
+        return getattr(self.db, name)
+
+    def execute(self, *args):
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        return self.db.execute(*args)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A job as the model has it."""
+
+    state: str = "queued"
+    attempts: int = 0
+    failures: int = 0
+
+
+def seen(queue):
+    """Everything that a queue says of its jobs and versions."""
+    jobs = {job.id: Known(job.state, job.attempts, job.failures) for job in queue.jobs()}
+    return jobs, sorted(version.job for version in queue.versions())
+
+
+class Factory(RuleBasedStateMachine):
+    """A queue beside a model of it; attempts that lost their job try to end it all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name, "queue.sqlite")
+        self.queue = JobQueue(self.path)
+        self.jobs, self.effects = {}, []
+        self.orders, self.held = {}, []
+        self.now = 0.0
+
+    def teardown(self):
+        """A new coordinator brings every job to an end, in no more attempts than were allowed."""
+        try:
+            if seen(self.queue) == (self.jobs, sorted(self.effects)):  # else a rule has failed already
+                self.drain()
+        finally:
+            self.queue.close()
+            self.folder.cleanup()
+
+    def drain(self):
+        self.restart()
+        steps = sum(3 - known.failures for known in self.jobs.values() if known.state == "queued")
+        for _ in range(steps):
+            job = self.queue.claim(self.now)
+            if job is not None:
+                self.queue.fail(job, "no luck", self.now)
+        states = {job.id: job.state for job in self.queue.jobs()}
+        assert set(states) == set(self.jobs)
+        assert set(states.values()) <= set(ENDS)
+
+    def act(self, expected, action, killed_at):
+        """Do something to the queue, or be killed before one of its statements: then it happened or it did not."""
+        self.now += 1.0
+        before = (self.jobs, sorted(self.effects))
+        jobs, effects = expected
+        if killed_at is None:
+            result = action(self.queue)
+            assert seen(self.queue) == (jobs, sorted(effects))
+        else:
+            result, db = None, self.queue._db
+            self.queue._db = Mortal(db, killed_at)
+            with suppress(Killed):
+                result = action(self.queue)
+            db.close()
+            self.queue = JobQueue(self.path)
+            found = seen(self.queue)
+            assert found in (before, (jobs, sorted(effects)))
+            if found == before != (jobs, sorted(effects)):
+                jobs, effects = self.jobs, self.effects
+        self.jobs, self.effects = jobs, list(effects)
+        if killed_at is not None:
+            self.recover()
+        return result
+
+    def recover(self):
+        """What any coordinator does first."""
+        jobs = {}
+        for key, known in self.jobs.items():
+            if known.state == "running":
+                failures = known.failures + 1
+                jobs[key] = replace(known, state="dead" if failures == 3 else "queued", failures=failures)
+            else:
+                jobs[key] = known
+        self.queue.recover(self.now)
+        self.jobs = jobs
+        assert seen(self.queue) == (self.jobs, sorted(self.effects))
+
+    kills = st.none() | st.integers(0, 8)
+
+    @rule(number=st.integers(0, 5), killed_at=kills)
+    def add(self, number, killed_at):
+        job = Job.of(
+            "toy", {"name": f"skill {number % 2}", "number": number}, base="ab"[number % 2], priority=number % 3
+        )
+        self.orders[job.id] = job
+        expected = {job.id: Known()} | self.jobs
+        self.act((expected, self.effects), lambda queue: queue.add(job, self.now), killed_at)
+
+    def first(self):
+        """The job that may be claimed: the best one, where none of another base runs."""
+        order = sorted(self.queue.jobs("queued"), key=lambda job: (-job.priority, job.age))
+        bases = {job.base for job in self.queue.jobs("running")}
+        return order[0].id if order and bases <= {order[0].base} else None
+
+    @rule(killed_at=kills)
+    def claim(self, killed_at):
+        key = self.first()
+        expected = self.jobs
+        if key is not None:
+            known = self.jobs[key]
+            expected = self.jobs | {key: replace(known, state="running", attempts=known.attempts + 1)}
+        job = self.act((expected, self.effects), lambda queue: queue.claim(self.now), killed_at)
+        if job is not None:
+            assert job.id == key
+            self.held.append(job)
+
+    def end(self, job, what, state, killed_at, *, failed=0, effect=()):
+        known = self.jobs[job.id]
+        holds = known.state == "running" and known.attempts == job.attempts
+        if what == "fail" and known.failures + 1 == 3:
+            state = "dead"
+        changed = replace(known, state=state, failures=known.failures + failed)
+        expected = (self.jobs | {job.id: changed}, [*self.effects, *effect]) if holds else (self.jobs, self.effects)
+        actions = {
+            "accept": lambda queue: queue.accept(job, f"{len(self.effects):064x}", self.now, KEEP_ALL),
+            "reject": lambda queue: queue.reject(job, self.now),
+            "release": lambda queue: queue.release(job, self.now),
+            "fail": lambda queue: queue.fail(job, "no luck", self.now),
+        }
+        ended = self.act(expected, actions[what], killed_at)
+        if killed_at is None:
+            assert (ended is not None) == holds
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), killed_at=kills)
+    def accept(self, data, killed_at):
+        job = data.draw(st.sampled_from(self.held))
+        self.end(job, "accept", "done", killed_at, effect=[job.id])
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), killed_at=kills)
+    def reject(self, data, killed_at):
+        self.end(data.draw(st.sampled_from(self.held)), "reject", "rejected", killed_at)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), killed_at=kills)
+    def fail(self, data, killed_at):
+        self.end(data.draw(st.sampled_from(self.held)), "fail", "queued", killed_at, failed=1)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), killed_at=kills)
+    def release(self, data, killed_at):
+        self.end(data.draw(st.sampled_from(self.held)), "release", "queued", killed_at)
+
+    @precondition(lambda self: any(known.state == "dead" for known in self.jobs.values()))
+    @rule(data=st.data(), killed_at=kills)
+    def retry(self, data, killed_at):
+        key = data.draw(st.sampled_from(sorted(k for k, known in self.jobs.items() if known.state == "dead")))
+        expected = self.jobs | {key: replace(self.jobs[key], state="queued", failures=0)}
+        self.act((expected, self.effects), lambda queue: queue.retry(key, self.now), killed_at)
+
+    @rule()
+    def restart(self):
+        self.queue.close()
+        self.queue = JobQueue(self.path)
+        self.recover()
+        assert not self.queue.jobs("running")
+
+    @invariant()
+    def no_job_takes_effect_twice(self):
+        accepted = [row["job"] for row in self.queue.history().to_pylist() if row["what"] == "accept"]
+        done = sorted(job.id for job in self.queue.jobs("done"))
+        assert sorted(accepted) == sorted(self.effects) == done
+
+    @invariant()
+    def one_version_of_each_name_is_live_and_it_is_the_last_accepted(self):
+        versions = self.queue.versions()
+        for name in {version.name for version in versions}:
+            of_name = [version for version in versions if version.name == name]
+            assert [version.version for version in of_name] == list(range(1, len(of_name) + 1))
+            assert [version.version for version in of_name if version.live] == [len(of_name)]
+
+    @invariant()
+    def no_job_fails_more_often_than_it_may(self):
+        assert all(
+            known.failures <= 3 and (known.failures < 3 or known.state == "dead") for known in self.jobs.values()
+        )
+
+    @invariant()
+    def history_is_a_walk_along_the_moves(self):
+        places = {}
+        for row in self.queue.history().to_pylist():
+            if row["what"] == "add":
+                assert row["job"] not in places
+            else:
+                assert (places[row["job"]], row["state"]) == MOVES[row["what"]]
+            places[row["job"]] = row["state"]
+        assert places == {key: known.state for key, known in self.jobs.items()}
+
+
+TestQueue = requirement("R19.1", "R19.2", "R19.6")(Factory.TestCase)
+TestQueue.settings = settings(stateful_step_count=25)
+
+
+@requirement("R19.1")
+@given(
+    orders=st.lists(st.tuples(st.integers(-1, 1), st.sampled_from(["", "a", "b"])), max_size=8),
+    workers=st.integers(1, 3),
+    data=st.data(),
+)
+def test_jobs_begin_by_priority_then_age_and_never_beside_another_base_model(orders, workers, data):
+    with tempfile.TemporaryDirectory() as folder, JobQueue(f"{folder}/queue.sqlite") as queue:
+        added = []
+        for number, (priority, base) in enumerate(orders):
+            job = Job.of("toy", {"name": "skill", "number": number}, base=base, priority=priority)
+            added.append(queue.add(job, 10.0 - number))  # a clock that runs backwards makes nobody older
+        running, begun = [], []
+        while len(begun) < len(orders) or running:
+            job = queue.claim(0.0) if len(running) < workers else None
+            if job is not None:
+                running.append(job)
+                begun.append(job.id)
+                assert len({one.base for one in running} - {""}) <= 1
+            else:
+                assert running  # where nothing runs, the next can begin
+                queue.reject(running.pop(data.draw(st.integers(0, len(running) - 1))), 0.0)
+        assert begun == [job.id for job in sorted(added, key=lambda job: (-job.priority, added.index(job)))]
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+PARAMETERS = st.dictionaries(st.text(max_size=3).filter(lambda key: key != "name"), VALUES, max_size=4)
+
+
+@requirement("R19.2")
+@given(parameters=PARAMETERS, other=PARAMETERS, priority=st.integers(-5, 5), data=st.data())
+def test_a_job_is_known_by_what_goes_into_it_and_survives_the_file(parameters, other, priority, data):
+    named = {"name": "skill", **parameters}
+    shuffled = dict(data.draw(st.permutations(list(named.items()))))
+    job = Job.of("toy", named)
+    assert Job.of("toy", shuffled, priority=priority, seconds=5.0).id == job.id
+    different = Job.of("toy", {"name": "skill", **other})
+    assert (different.id == job.id) == (
+        different.parameters == job.parameters and repr(sorted_all(other)) == repr(sorted_all(parameters))
+    )
+    assert (
+        len({job.id, Job.of("toy", named, {"/a": "1"}).id, Job.of("toy", named, base="b").id, Job.of("t", named).id})
+        == 4
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with JobQueue(f"{folder}/queue.sqlite") as queue:
+            queue.add(job, 1.0)
+        with JobQueue(f"{folder}/queue.sqlite") as queue:
+            assert queue.jobs() == [replace(job, created=1.0)]
+            assert queue.add(replace(job, priority=9), 2.0) == replace(job, created=1.0)
+            assert len(queue.jobs()) == 1
+
+
+def sorted_all(value):
+    """A value with its mappings in order: `==` takes 1, 1.0 and True for one, a job does not."""
+    if isinstance(value, dict):
+        return [(key, sorted_all(value[key])) for key in sorted(value)]
+    return [sorted_all(one) for one in value] if isinstance(value, list) else value
+
+
+MOMENTS = st.datetimes(datetime(2026, 1, 1), datetime(2026, 12, 31))  # noqa: DTZ001 - a wall clock
+MOMENT = timedelta(microseconds=1)
+TIMES = st.times().map(lambda at: at.replace(second=0, microsecond=0))
+
+
+@requirement("R19.4")
+@given(at=TIMES, start=MOMENTS, steps=st.lists(st.timedeltas(timedelta(0), timedelta(days=3)), max_size=20))
+def test_while_the_clock_runs_on_each_night_is_run_once_at_the_first_look_after_it_began(at, start, steps):
+    now, last, runs = start, night_of(at, start), []
+    for step in steps:
+        now += step
+        assert (next_night(at, last, now) <= now) == (due(at, last, now) is not None)
+        night = due(at, last, now)
+        began = datetime.combine(night_of(at, now), at)
+        assert began <= now < began + timedelta(days=1)
+        if night is not None:
+            assert datetime.combine(last, at) < began  # of several missed, the latest
+            runs.append(night)
+            last = night
+        assert last == night_of(at, now)  # nothing that began is left
+    assert len(set(runs)) == len(runs)
+    assert runs == sorted(runs)
+
+
+@requirement("R19.4")
+@given(at=TIMES, day=st.dates(date(2026, 1, 2), date(2026, 12, 30)))
+def test_a_night_begins_at_its_time_and_not_a_moment_before(at, day):
+    assert night_of(at, datetime.combine(day, at)) == day
+    assert night_of(at, datetime.combine(day, at) - MOMENT) == day - timedelta(days=1)
+
+
+@requirement("R19.4")
+@given(
+    at=TIMES,
+    now=MOMENTS,
+    ahead=st.integers(-3, 3) | st.integers(-2000, 2000),
+    back=st.timedeltas(timedelta(0), timedelta(hours=23)),
+)
+def test_a_clock_that_jumps_runs_no_night_twice_for_less_than_a_day_and_never_stops_the_nights(at, now, ahead, back):
+    last = night_of(at, now)
+    assert due(at, last, now - back) is None
+    told = last + timedelta(days=ahead)  # the last night that was run, by a clock that may have been wrong
+    found = due(at, told, now)
+    assert found == (None if ahead in (0, 1) else last)
+    following = next_night(at, told, now)
+    if found is None:
+        assert now < following <= now + timedelta(days=2)
+        assert due(at, told, following) == following.date()
+        assert due(at, told, following - MOMENT) is None
+    else:
+        assert now - timedelta(days=1) < following <= now
+
+
+@requirement("R19.4")
+@given(
+    at=TIMES,
+    day=st.dates(date(2026, 1, 2), date(2026, 12, 30)),
+    shift=st.sampled_from([-60, 60]),
+    minute=st.integers(0, 1439),
+)
+def test_summer_time_leaves_out_no_night_and_runs_none_twice(at, day, shift, minute):
+    """A day's wall clock, minute by minute, that is put forward or back by an hour somewhere."""
+    wall = datetime.combine(day, time())
+    looks = [wall + timedelta(minutes=m) for m in range(minute)]
+    looks += [wall + timedelta(minutes=m) for m in range(minute + shift, 1440 + 60)]
+    last, runs = night_of(at, wall - timedelta(minutes=1)), []
+    for now in looks:
+        night = due(at, last, now)
+        if night is not None:
+            runs.append(night)
+            last = night
+    assert len(set(runs)) == len(runs)
+    assert runs[0] == day

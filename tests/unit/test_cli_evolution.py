@@ -1,0 +1,113 @@
+"""The commands of evolution: a factory's jobs from the shell, and what an engine would learn of some documents."""
+
+import json
+
+import pytest
+
+import lora
+from lora.card import LoRACard
+from lora.testing.plugin import requirement
+from tests.unit.hostile import made
+from tests.unit.test_cli import shell
+from tests.unit.test_cli_federation import ran
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    """A folder with two cards, that commands run in."""
+    monkeypatch.chdir(tmp_path)
+    for name, version in (("a", 1), ("b", 2)):
+        lora.save(made(name, size=8, rank=version), tmp_path / f"{name}.lora.arrow")
+    return tmp_path
+
+
+def told(*argv, code=0):
+    return json.loads(ran("factory", *argv, "--json", code=code))
+
+
+@requirement("R19.1", "R19.5", "R19.7", "R25.2")
+def test_jobs_are_queued_run_shown_and_rolled_back(shop):
+    both = ["add", "merge", "both", "--with", 'cards=["a.lora.arrow"]']
+    assert told(*both, "--dry-run")["dry_run"] is True
+    assert told("status") == []
+    first = told(*both, "--priority", 1)
+    assert first["state"] == "queued"
+    assert [row["name"] for row in told("run", "--dry-run")] == ["both"]
+    assert [row["state"] for row in told("run")] == ["done"]
+    told("add", "merge", "both", "--with", 'cards=["b.lora.arrow"]')
+    told("run")
+    skills = told("status", "--skills")
+    assert [(row["version"], row["live"]) for row in skills] == [(1, False), (2, True)]
+    assert told("rollback", "both", "--dry-run")["version"] == 1
+    assert told("rollback", "both")["version"] == 1
+    assert [row["live"] for row in told("status", "--skills")] == [True, False]
+    assert {"add", "claim"} <= {row["what"] for row in told("status", "--history")}
+    assert "both" in ran("factory", "status")
+
+
+@requirement("R19.6", "R25.3")
+def test_a_dead_job_is_named_and_can_be_queued_again(shop):
+    lora.save(LoRACard("c", 1, 1.0, [], {}, base_model="x"), shop / "c.lora.arrow")
+    lora.save(LoRACard("d", 1, 1.0, [], {}, base_model="y"), shop / "d.lora.arrow")
+    add = ["factory", "add", "merge", "bad", "--with", 'cards=["c.lora.arrow","d.lora.arrow"]']
+    ran(*add)
+    done = shell("factory", "run")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("lora: dead jobs: ")
+    assert "Traceback" not in done.stderr
+    assert json.loads(ran(*add, "--json"))["state"] == "dead"
+    assert json.loads(ran(*add, "--again", "--json"))["state"] == "queued"
+
+
+@requirement("R25.3", "R7.8")
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["factory", "add", "bake", "x"], "bake"),
+        (["factory", "add", "merge", "x", "--with", "cards"], "key=value"),
+        (["factory", "add", "merge", "x", "--with", 'cards=["none"]'], "none"),
+        (["factory", "rollback", "x"], "x"),
+        (["factory", "run", "--at", "25:00"], "25:00"),
+        (["evolve", "--documents", "nowhere"], "nowhere"),
+        (["evolve", "--documents", ".", "--ask", "localhost:documents"], "--teacher-model"),
+    ],
+)
+def test_errors_are_one_line(shop, argv, message):
+    assert message in ran(*argv, code=1)
+
+
+@requirement("R5.14", "R18.1", "R18.2", "R18.6", "R25.2")
+def test_what_is_unknown_is_noticed_and_a_dry_run_keeps_nothing(shop):
+    """Of a made-up craft, and of what the engine is taken to know: Python's own documentation."""
+    folder = shop / "docs"
+    folder.mkdir()
+    things = [
+        "kiln",
+        "glaze",
+        "clay",
+        "wheel",
+        "bisque",
+        "slip",
+        "engobe",
+        "stoneware",
+        "porcelain",
+        "raku",
+        "sgraffito",
+        "trimming",
+    ]
+    for thing in things:
+        (folder / f"{thing}.md").write_text(
+            "\n\n".join(
+                f"How a potter treats the {thing} on day {i}. Keep the {thing} damp and slow for {i} hours."
+                for i in range(3)
+            )
+        )
+    (row,) = json.loads(ran("evolve", "--documents", folder, "--out", "skills", "--dry-run", "--json"))
+    assert (row["source docs"], row["taught"]) == (36, 0)
+    assert row["queries"] >= 5
+    assert not (shop / "skills").exists()
+    (shop / "known.txt").write_text(
+        "Return a list of the files in a directory.\nOpen a file and return a stream.\n" * 10
+    )
+    known = ran("evolve", "--documents", folder, "--queries", "known.txt", "--dry-run", "--json")
+    assert json.loads(known) == []

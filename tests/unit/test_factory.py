@@ -1,0 +1,736 @@
+"""The factory with real processes: executors, limits, what is killed, nights, versions that an engine serves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from datetime import date, datetime
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+from lora import load, save
+from lora.card import LoRACard, LowRank
+from lora.errors import (
+    ArgumentError,
+    CardNotFoundError,
+    MissingPackageError,
+    PeerError,
+    ShapeError,
+    StateError,
+    UnknownCardError,
+)
+from lora.evolution.data import Pairs
+from lora.evolution.factory import WATCH, SkillFactory, cluster
+from lora.evolution.work import KINDS, Kind, supervise, train
+from lora.inference.manager import LoRAManager
+from lora.testing.plugin import requirement
+
+TOYS = '''
+import json, os, shutil, signal, threading, time
+from pathlib import Path
+
+from lora.errors import DataError
+
+
+def log(parameters, word):
+    with open(parameters["log"], "a") as file:
+        file.write(json.dumps([word, parameters["number"], os.getpid(), os.getppid()]) + "\\n")
+
+
+def copy(kind, parameters, folder):
+    log(parameters, "copy")
+    time.sleep(parameters.get("sleep", 0))
+    shutil.copy(parameters["card"], folder / "card.lora.arrow")
+    return folder / "card.lora.arrow"
+
+
+def nothing(kind, parameters, folder):
+    return None
+
+
+def missing(kind, parameters, folder):
+    return folder / "nothing.lora.arrow"
+
+
+def crash(kind, parameters, folder):
+    os.abort()
+
+
+def leave(kind, parameters, folder):
+    os._exit(3)
+
+
+def hang(kind, parameters, folder):
+    log(parameters, "hang")
+    time.sleep(600)
+
+
+def hog(kind, parameters, folder):
+    return folder / str(len(bytearray(1 << 30)))
+
+
+def wrong(kind, parameters, folder):
+    raise DataError("pairs", "at least two", 0)
+
+
+def flaky(kind, parameters, folder):
+    seen = folder / "seen"
+    if not seen.exists():
+        seen.touch()
+        raise OSError("the network is down")
+    return copy(kind, parameters, folder)
+
+
+def patricide(kind, parameters, folder):
+    """Kills the process that supervises it, the first time; then it must be gone itself."""
+    log(parameters, "patricide")
+    seen = folder / "seen"
+    if not seen.exists():
+        seen.touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(600)
+    return copy(kind, parameters, folder)
+'''
+NAMES = ("copy", "nothing", "missing", "crash", "leave", "hang", "hog", "wrong", "flaky", "patricide")
+TOY_KINDS = {name: Kind(f"toy_jobs:{name}", ("card",)) for name in NAMES}
+
+CHILD = """
+import os, signal, sys
+from lora.evolution.factory import SkillFactory
+from lora.evolution.queue import JobQueue
+from lora.evolution.work import Kind
+
+root, moment = sys.argv[1:]
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name):
+    setattr(owner, name, die)
+
+def after(owner, name):
+    old = getattr(owner, name)
+    setattr(owner, name, lambda *args, **options: die(old(*args, **options)))
+
+{
+    "before a claim": lambda: before(JobQueue, "claim"),
+    "after a claim": lambda: after(JobQueue, "claim"),
+    "during the job": lambda: None,
+    "before the result is looked at": lambda: before(SkillFactory, "_settle"),
+    "before the commit": lambda: before(JobQueue, "accept"),
+    "within the commit": lambda: before(JobQueue, "_put_live"),
+    "after the commit": lambda: after(JobQueue, "accept"),
+}[moment]()
+kinds = {name: Kind(f"toy_jobs:{name}", ("card",)) for name in ("copy", "patricide")}
+with SkillFactory(root, kinds=kinds) as factory:
+    factory.run()
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _toys(tmp_path_factory):
+    """The toy kinds of jobs, where a job's process can import them."""
+    folder = tmp_path_factory.mktemp("toys")
+    (folder / "toy_jobs.py").write_text(TOYS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+class Bench:
+    """A folder with cards, orders for toy jobs, and a log of what they did."""
+
+    def __init__(self, folder):
+        self.folder, self.root, self.log = folder, folder / "factory", folder / "log"
+        self.number = 0
+
+    def factory(self, **options):
+        return SkillFactory(self.root, kinds=KINDS | TOY_KINDS, **options)
+
+    def card(self, name="docs", number=0):
+        path = self.folder / f"{name}-{number}.lora.arrow"
+        weights = {"0": LowRank(np.full((2, 1), float(number + 1)), np.ones((1, 2)))}
+        save(LoRACard(name, 1, 1.0, ["0"], weights), path)
+        return path
+
+    def add(self, factory, kind="copy", name="docs", parameters=(), **options):
+        self.number += 1
+        made = {"name": name, "number": self.number, "log": str(self.log), "card": str(self.card(name, self.number))}
+        return factory.add(kind, {**made, **dict(parameters)}, **options)
+
+    def told(self):
+        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def done(self):
+        """Numbers of the toy jobs that ran, in order."""
+        return [number for _, number, _, _ in self.told()]
+
+
+def states(factory):
+    return dict(zip(factory.status()["kind"].to_pylist(), factory.status()["state"].to_pylist(), strict=True))
+
+
+def gone(pid, seconds=10.0):
+    """Whether a process ends; one that nobody has waited for yet has ended."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text("ascii").rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# R19.1, R19.3: what runs where
+
+
+class Inline:
+    """An executor that does at once what it is given."""
+
+    def submit(self, function, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:  # noqa: BLE001 - as executors do
+            future.set_exception(error)
+        return future
+
+
+@requirement("R19.1", "R19.3", "R19.7")
+def test_jobs_run_by_priority_then_age_each_in_a_process_of_its_own(bench):
+    seen = []
+    with bench.factory(on_event=lambda job: seen.append((job.parameters["number"], job.state))) as factory:
+        for priority in (0, 0, 7, -1):
+            bench.add(factory, priority=priority)
+        table = factory.run()
+        assert bench.done() == [3, 1, 2, 4]
+        assert table["state"].to_pylist() == ["done"] * 4
+        assert seen == [(n, state) for n in (3, 1, 2, 4) for state in ("running", "done")]
+        assert factory.status() == table
+    processes = [pid for _, _, pid, _ in bench.told()]
+    assert len({os.getpid(), *processes}) == 5
+    assert all(gone(pid) for pid in processes)
+
+
+@requirement("R19.3")
+@pytest.mark.parametrize("kind", ["inline", "threads", "spawned processes"])
+def test_any_executor_carries_the_jobs_to_the_same_end(bench, kind):
+    made = {
+        "inline": lambda: None,
+        "threads": lambda: ThreadPoolExecutor(2),
+        "spawned processes": lambda: ProcessPoolExecutor(2, mp_context=get_context("spawn")),
+    }[kind]()
+    try:
+        with bench.factory(executor=made or Inline(), workers=2) as factory:
+            jobs = [bench.add(factory), bench.add(factory, "nothing"), bench.add(factory, "wrong"), bench.add(factory)]
+            factory.run()
+            found = [factory.queue.job(job.id) for job in jobs]
+    finally:
+        if made is not None:
+            made.shutdown()
+    assert [job.state for job in found] == ["done", "rejected", "dead", "done"]
+    assert found[2].error == "DataError: pairs: expected at least two, found 0"
+    assert sorted(bench.done()) == [1, 4]
+
+
+@requirement("R19.1")
+def test_two_workers_work_at_once_and_never_for_two_base_models(bench):
+    models = [bench.folder / name for name in ("a", "b")]
+    for model in models:
+        model.mkdir()
+    kinds = {"copy": Kind("toy_jobs:copy", ("card", "model"))}
+    at_once = set()
+    with SkillFactory(bench.root, kinds=kinds, workers=2) as factory:
+        factory._on_event = lambda _: at_once.add(tuple(job.base[-1:] for job in factory.queue.jobs("running")))
+        for model in (models[0], models[0], models[1], None):
+            more = {"sleep": 0.5} | ({"model": str(model)} if model else {})
+            bench.add(factory, parameters=more)
+        factory.run()
+        assert factory.status()["state"].to_pylist() == ["done"] * 4
+    assert {("a", "a"), ("b", "")} <= at_once
+    assert all({"a", "b"} - set(bases) for bases in at_once)
+
+
+@requirement("R19.2", "R19.3")
+def test_a_pool_whose_worker_is_killed_ends_the_run_and_loses_no_job(bench):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool, bench.factory(executor=pool) as factory:
+        job = bench.add(factory, "patricide")
+        other = bench.add(factory)
+        with pytest.raises(StateError, match="executor: expected one that takes jobs"):
+            factory.run()
+        assert {factory.queue.job(one.id).state for one in (job, other)} == {"queued"}
+        assert all(gone(pid) for _, _, pid, _ in bench.told())
+    with bench.factory() as factory:
+        assert factory.run()["state"].to_pylist() == ["done", "done"]
+
+
+@requirement("R19.2", "R19.3")
+def test_a_dask_cluster_carries_the_jobs_and_a_worker_that_is_killed_costs_none(bench):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as local:
+        with cluster(local.scheduler_address) as executor:
+            with bench.factory(executor=executor, workers=2) as factory:
+                killed = bench.add(factory, "patricide")
+                others = [bench.add(factory, name="law"), bench.add(factory, "wrong"), bench.add(factory, name="law")]
+                factory.run()
+                found = [factory.queue.job(job.id) for job in (killed, *others)]
+                live = factory.live()
+            equal = [executor.submit(time.time_ns) for _ in range(2)]
+            assert len({future.result(timeout=60) for future in equal}) == 2
+    assert [job.state for job in found] == ["done", "done", "dead", "done"]
+    assert [number for word, number, *_ in bench.told() if word == "patricide"] == [1, 1]
+    workers = {parent for *_, parent in bench.told()}
+    assert os.getpid() not in workers
+    assert all(gone(pid) for _, _, pid, _ in bench.told())
+    assert sorted(live) == ["docs", "law"]
+
+
+@requirement("R19.3")
+def test_a_cluster_that_is_not_there_is_an_error_that_names_it(monkeypatch):
+    import dask
+    import distributed  # noqa: F401 - first, or it would find its configuration half there
+
+    with dask.config.set({"distributed.comm.timeouts.connect": "200ms"}):
+        with (
+            pytest.raises(PeerError, match=r"cluster tcp://127\.0\.0\.1:9: expected a Dask scheduler"),
+            cluster("tcp://127.0.0.1:9"),
+        ):
+            pass
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(MissingPackageError, match=r"the package distributed.*install \[cluster\]"), cluster("tcp://x"):
+        pass
+
+
+@requirement("R19.7")
+def test_looking_at_a_factory_imports_no_torch(bench):
+    with bench.factory() as factory:
+        bench.add(factory)
+    script = """
+import sys
+from lora.evolution import SkillFactory
+with SkillFactory(sys.argv[1]) as factory:
+    assert [len(t) for t in (factory.status(), factory.history(), factory.skills())] == [1, 1, 0]
+assert not {"torch", "distributed"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script, bench.root], check=True, timeout=60)
+
+
+# R19.6: limits and failures
+
+
+@requirement("R19.6")
+def test_a_job_that_fails_hangs_or_eats_too_much_ends_with_its_reason_and_stops_no_other(bench):
+    with bench.factory(workers=2) as factory:
+        bad = {
+            "crash": bench.add(factory, "crash", max_failures=1),
+            "leave": bench.add(factory, "leave", max_failures=1),
+            "hang": bench.add(factory, "hang", max_failures=1, seconds=1.0),
+            "hog": bench.add(factory, "hog", max_failures=1, memory=400 * 2**20),
+            "wrong": bench.add(factory, "wrong"),
+            "missing": bench.add(factory, "missing", max_failures=1),
+            "misnamed": bench.add(factory, parameters={"card": str(bench.card("other"))}, max_failures=1),
+        }
+        good = [bench.add(factory, priority=-1) for _ in range(2)]
+        factory.run()
+        errors = {name: factory.queue.job(job.id) for name, job in bad.items()}
+        assert {job.state for job in errors.values()} == {"dead"}
+        assert [factory.queue.job(job.id).state for job in good] == ["done", "done"]
+        assert errors["crash"].error.startswith("killed by SIGABRT; see ")
+        assert errors["leave"].error.startswith("ended with code 3; see ")
+        assert errors["hang"].error == "hit its time limit of 1 s"
+        assert errors["hog"].error == f"hit its memory limit of {400 * 2**20} bytes"
+        assert (errors["wrong"].error, errors["wrong"].attempts) == (
+            "DataError: pairs: expected at least two, found 0",
+            1,
+        )
+        assert "expected the card that toy_jobs:missing made, found nothing there" in errors["missing"].error
+        assert "one named 'docs', found 'other'" in errors["misnamed"].error
+        assert all(gone(pid) for _, _, pid, _ in bench.told())
+        logs = {name: (bench.root / "work" / job.id / "log").read_text() for name, job in bad.items()}
+        assert "DataError" in logs["wrong"]
+        assert len(factory.skills()) == 2
+
+
+@requirement("R19.6", "R19.7")
+def test_what_passes_is_tried_again_and_what_is_dead_stays_listed_until_it_is_asked_for(bench):
+    with bench.factory() as factory:
+        job = bench.add(factory, "flaky", max_failures=1)
+        factory.run()
+        assert factory.queue.job(job.id).error == "OSError: the network is down"
+        assert factory.run()["state"].to_pylist() == ["dead"]
+        factory.retry(job.id)
+        assert factory.run()["state"].to_pylist() == ["done"]
+        again = bench.add(factory, "flaky")
+        factory.run()
+        assert (factory.queue.job(again.id).state, factory.queue.job(again.id).attempts) == ("done", 2)
+        assert list((bench.root / "work").iterdir()) == []
+
+
+@requirement("R19.2")
+def test_an_input_that_changed_since_the_job_was_added_is_not_worked_on(bench):
+    with bench.factory() as factory:
+        job = bench.add(factory)
+        path = bench.card("docs", 1)
+        path.write_bytes(path.read_bytes() + b"\n")
+        assert factory.run()["state"].to_pylist() == ["dead"]
+        assert f"{path}: expected what it was when the job was added" in factory.queue.job(job.id).error
+        changed = factory.add("copy", job.parameters)
+        assert changed.id != job.id
+
+
+@requirement("R19.1", "R19.2")
+def test_what_can_not_be_queued_is_refused_and_a_dry_run_queues_nothing(bench):
+    with bench.factory() as factory:
+        with pytest.raises(ArgumentError, match="job kind: expected one of train, extract, merge"):
+            factory.add("bake", {"name": "docs"})
+        with pytest.raises(CardNotFoundError, match="what the job is to read"):
+            factory.add("merge", {"name": "docs", "cards": ["nowhere.lora.arrow"]})
+        with pytest.raises(ArgumentError, match="cards: expected a path or a list of paths, found 3"):
+            factory.add("merge", {"name": "docs", "cards": 3})
+        with pytest.raises(ArgumentError, match="name"):
+            factory.add("merge", {})
+        assert bench.add(factory, dry_run=True).state == "queued"
+        assert len(factory.status()) == 0
+    for name in ("toy_jobs", "toy_jobs:", ":copy", "toy-jobs:copy", "a..b:c"):
+        with pytest.raises(ArgumentError, match=r"package\.module:name"):
+            Kind(name)
+    with pytest.raises(ArgumentError, match="workers"):
+        SkillFactory(bench.root, workers=0)
+    with pytest.raises(ArgumentError, match="keep"):
+        SkillFactory(bench.root, keep=0)
+
+
+@requirement("R19.6")
+def test_a_kind_that_this_coordinator_does_not_have_is_dead_and_stops_nothing(bench):
+    with bench.factory() as factory:
+        bench.add(factory, "nothing")
+        bench.add(factory)
+    with SkillFactory(bench.root, kinds={"copy": TOY_KINDS["copy"]}) as factory:
+        factory.run()
+        assert states(factory) == {"nothing": "dead", "copy": "done"}
+
+
+# R19.2: killed at every boundary
+
+
+MOMENTS = {
+    "before a claim": 1,
+    "after a claim": 1,
+    "during the job": 2,
+    "before the result is looked at": 1,
+    "before the commit": 1,
+    "within the commit": 1,
+    "after the commit": 1,
+}
+
+
+@requirement("R19.2")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_coordinator_killed_at_any_boundary_loses_no_job_and_none_takes_effect_twice(bench, moment):
+    with bench.factory() as factory:
+        job = bench.add(factory, "patricide" if moment == "during the job" else "copy")
+        second = bench.add(factory)
+    killed = subprocess.run([sys.executable, "-c", CHILD, bench.root, moment], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    with bench.factory() as factory:
+        assert factory.queue.job(job.id).state == {"before a claim": "queued", "after the commit": "done"}.get(
+            moment, "running"
+        )
+        assert factory.run()["state"].to_pylist() == ["done", "done"]
+        events = factory.history().to_pylist()
+        assert [event["job"] for event in events if event["what"] == "accept"] == [job.id, second.id]
+        assert [version.version for version in factory.queue.versions()] == [1, 2]
+        assert [load(factory.cards.path(v.digest)).name for v in factory.queue.versions()] == ["docs", "docs"]
+        assert len(factory.cards.digests()) == 2
+    assert list((bench.root / "work").iterdir()) == []
+    runs = [number for word, number, *_ in bench.told() if word != "copy" or moment != "during the job"]
+    assert runs.count(1) == MOMENTS[moment]  # what was whole when the coordinator died is not done twice
+    assert all(gone(pid) for _, _, pid, _ in bench.told())
+
+
+@requirement("R19.2", "R19.6")
+def test_a_job_whose_coordinator_dies_every_time_is_dead_in_the_end(bench):
+    with bench.factory() as factory:
+        job = bench.add(factory, max_failures=2)
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", CHILD, bench.root, "after a claim"], check=False, timeout=120)
+    with bench.factory() as factory:
+        assert factory.run()["state"].to_pylist() == ["dead"]
+        assert factory.queue.job(job.id).error == "the coordinator died"
+
+
+@requirement("R19.2")
+def test_two_coordinators_never_run_at_once_and_others_may_add_and_look_meanwhile(bench):
+    refused = []
+
+    def meanwhile(job):
+        if job.state == "running" and not refused:
+            with bench.factory() as other:
+                assert other.status()["state"].to_pylist() == ["running"]
+                with pytest.raises(StateError, match=r"coordinator\.lock: expected one coordinator at a time") as error:
+                    other.run()
+                refused.append(error)
+                bench.add(other)
+
+    with bench.factory(on_event=meanwhile) as factory:
+        bench.add(factory)
+        assert factory.run()["state"].to_pylist() == ["done", "done"]
+    assert refused
+
+
+@requirement("R19.2")
+def test_an_interrupted_run_kills_its_jobs_and_holds_nothing_against_them(bench):
+    class Interrupt:
+        def is_set(self):
+            if len(bench.told()) == 3:
+                raise KeyboardInterrupt
+            return False
+
+    with bench.factory(workers=4) as factory:
+        jobs = [bench.add(factory, "hang"), bench.add(factory, "hang"), bench.add(factory, "hang")]
+        before = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            factory.run(stop=Interrupt())
+        assert time.monotonic() - before < 60
+        assert [(factory.queue.job(job.id).state, factory.queue.job(job.id).failures) for job in jobs] == [
+            ("queued", 0)
+        ] * 3
+    assert all(gone(pid) for _, _, pid, _ in bench.told())
+
+
+@requirement("R19.2")
+def test_a_run_that_is_told_to_stop_waits_for_what_runs_and_begins_nothing_more(bench):
+    stop = threading.Event()
+    with bench.factory(on_event=lambda _: stop.set()) as factory:
+        jobs = [bench.add(factory), bench.add(factory)]
+        factory.run(stop=stop)
+        assert [factory.queue.job(job.id).state for job in jobs] == ["done", "queued"]
+
+
+@requirement("R19.2")
+def test_a_folder_is_worked_in_by_one_process_at_a_time(bench):
+    """What a cluster still runs for a dead coordinator is waited for, and what it made is taken."""
+    with bench.factory() as factory:
+        job = bench.add(factory, parameters={"sleep": 1.0})
+        held = factory.queue.claim(0.0)
+        assert held.id == job.id
+        order = factory._order(held)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(supervise, [order, order | {"attempt": 2}])
+    assert first == second == {"card": str(bench.root / "work" / job.id / "card.lora.arrow")}
+    assert bench.done() == [1]
+
+
+# R19.5: versions and the engine
+
+
+@requirement("R19.5")
+def test_an_accepted_version_is_swapped_in_and_an_earlier_one_comes_back_by_name(bench):
+    manager = LoRAManager(nn.Sequential(nn.Linear(2, 2)))
+
+    def serve(name, path):
+        card = load(path)
+        manager.prepare(manager.active.without(name) | type(manager.active)({name: card}))
+        manager.swap()
+
+    def served():
+        return {name: float(card.weights["0"].A[0, 0]) - 1 for name, (card, _) in manager.active.items()}
+
+    with bench.factory(service=serve, keep=2) as factory:
+        for name in ("docs", "law", "docs", "docs"):
+            bench.add(factory, name=name)
+        snapshots = []
+        factory._on_event = lambda job: snapshots.append((job.state, served()))
+        factory.run()
+        assert served() == {"docs": 4.0, "law": 2.0}
+        assert ("running", {"docs": 1.0, "law": 2.0}) in snapshots
+        assert [(v.name, v.version, v.live) for v in factory.queue.versions()] == [
+            ("docs", 2, False),
+            ("docs", 3, True),
+            ("law", 1, True),
+        ]
+        assert len(factory.cards.digests()) == 3
+        assert factory.rollback("docs", dry_run=True).version == 2
+        assert served()["docs"] == 4.0
+        assert factory.rollback("docs").version == 2
+        assert served() == {"docs": 3.0, "law": 2.0}
+        with pytest.raises(StateError):
+            factory.rollback("docs")
+        with pytest.raises(UnknownCardError):
+            factory.rollback("nothing")
+    manager = LoRAManager(nn.Sequential(nn.Linear(2, 2)))
+    with bench.factory(service=serve) as factory:  # after a restart what is live is served at once
+        factory.sync()
+        assert served() == {"docs": 3.0, "law": 2.0}
+        with bench.factory() as other:
+            other.rollback("docs", 3)
+        factory.run()
+        assert served() == {"docs": 4.0, "law": 2.0}
+
+
+@requirement("R19.5")
+def test_what_the_engine_refuses_gives_way_to_the_last_good_version(bench):
+    calls = []
+
+    def serve(name, path):
+        number = float(load(path).weights["0"].A[0, 0]) - 1
+        calls.append(number)
+        if number != 1:
+            raise ShapeError(name, "another model", "this one")
+
+    with bench.factory(service=serve) as factory:
+        bench.add(factory)
+        bench.add(factory)
+        table = factory.run()
+        assert table["state"].to_pylist() == ["done", "done"]
+        assert calls == [1.0, 2.0]
+        assert [(v.version, v.live, v.refused) for v in factory.queue.versions()] == [
+            (1, True, None),
+            (2, False, "ShapeError: docs: expected another model, found this one"),
+        ]
+        assert factory.history()["what"].to_pylist()[-1] == "refuse"
+        assert list(factory.live()) == ["docs"]
+
+
+# R19.4: nights
+
+
+class Nights:
+    """A clock that waiting moves, until it reaches an end."""
+
+    def __init__(self, start, hours):
+        self.now = start.timestamp()
+        self.end = self.now + hours * 3600
+
+    def is_set(self):
+        return self.now >= self.end
+
+    def wait(self, timeout):
+        assert 0 < timeout <= WATCH
+        self.now += 600.0
+        return self.is_set()
+
+
+def nightly(bench, start, hours, added=None):
+    """Numbers of the jobs that ran, and when, in a factory that runs by night."""
+    clock, begun = Nights(start, hours), []
+
+    def note(job):
+        if job.state == "running":
+            begun.append((job.parameters["number"], datetime.fromtimestamp(clock.now)))  # noqa: DTZ006 - a wall clock
+
+    with bench.factory(clock=lambda: clock.now, on_event=note) as factory:
+        if added is not None:
+            added(factory)
+        factory.run(at="02:00", stop=clock)
+        return begun, factory.next_run("02:00"), factory.queue.night()
+
+
+@requirement("R19.4")
+def test_it_runs_by_night_at_its_time_and_a_missed_night_at_the_next_start(bench):
+    evening = datetime(2026, 6, 1, 20)  # noqa: DTZ001 - a wall clock
+    begun, following, _ = nightly(bench, evening, 29, bench.add)
+    assert begun == [(1, datetime(2026, 6, 2, 2))]  # noqa: DTZ001 - as above
+    assert following == datetime(2026, 6, 3, 2)  # noqa: DTZ001 - as above
+    noon = datetime(2026, 6, 9, 12)  # noqa: DTZ001 - as above
+    begun, _, night = nightly(bench, noon, 1, bench.add)
+    assert begun == [(2, noon)]
+    assert night == date(2026, 6, 9)
+    begun, following, _ = nightly(bench, datetime(2026, 6, 9, 14), 2, bench.add)  # noqa: DTZ001 - as above
+    assert begun == []
+    assert following == datetime(2026, 6, 10, 2)  # noqa: DTZ001 - as above
+
+
+@requirement("R19.4")
+def test_the_first_start_has_missed_nothing(bench):
+    begun, following, _ = nightly(bench, datetime(2026, 6, 1, 20), 1, bench.add)  # noqa: DTZ001 - a wall clock
+    assert begun == []
+    assert following == datetime(2026, 6, 2, 2)  # noqa: DTZ001 - as above
+    with bench.factory() as factory, pytest.raises(ArgumentError, match="a time of day such as 02:00, found '2 am'"):
+        factory.run(at="2 am")
+
+
+# The kinds that are built in
+
+
+@requirement("R19.1", "R19.2")
+def test_the_built_in_kinds_make_what_the_library_makes(bench):
+    from safetensors.numpy import save_file
+
+    generator = np.random.default_rng(0)
+    base = generator.normal(size=(6, 6))
+    tuned = base + np.outer(generator.normal(size=6), generator.normal(size=6))
+    for name, weight in (("base", base), ("tuned", tuned)):
+        save_file({"0.weight": weight.astype(np.float32)}, bench.folder / f"{name}.safetensors")
+    with bench.factory() as factory:
+        cards = [str(bench.card("docs", number)) for number in range(2)]
+        factory.add("merge", {"name": "both", "cards": cards, "strategy": "ties", "options": {"density": 1.0}})
+        sources = {key: str(bench.folder / f"{key}.safetensors") for key in ("base", "tuned")}
+        factory.add("extract", {"name": "step", "rank": 1, **sources})
+        wrong = factory.add("extract", {"name": "step", "ranks": 1, **sources})
+        strange = factory.add("merge", {"name": "both", "cards": cards, "strategy": "magic"})
+        factory.run()
+        made = {name: load(path) for name, path in factory.live().items()}
+        assert "only name, tuned, base, rank" in factory.queue.job(wrong.id).error
+        assert "found 'magic'" in factory.queue.job(strange.id).error
+    pair = made["step"].weights["0"]
+    np.testing.assert_allclose(pair.A @ pair.B * pair.scaling, (tuned - base).T, atol=1e-4)
+    assert made["both"].metadata["merge"]["strategy"] == "ties"
+
+
+@requirement("R19.1", "R19.5")
+def test_a_kind_that_is_passed_in_is_run_like_one_that_is_built_in(bench):
+    assert set(KINDS) == {"train", "extract", "merge", "distil"}
+    with SkillFactory(bench.root, kinds={**KINDS, "distil": Kind("toy_jobs:copy", ("card",))}) as factory:
+        bench.add(factory, "distil")
+        factory.run()
+        assert states(factory) == {"distil": "done"}
+        assert load(factory.live()["docs"]).name == "docs"
+
+
+def pairs(path, answer):
+    """Pairs of invented words: ``ka<i> mo<j>`` asks for what `answer` says."""
+    rows = [{"query": f"ka{i} mo{j}", "positive": answer(i, j), "group": f"{i}{j}"} for i in range(8) for j in range(8)]
+    Pairs.of(rows).save(path)
+    return str(path)
+
+
+@requirement("R19.1")
+def test_training_is_a_job_whose_card_is_taken_if_it_is_better_than_its_base(bench, model_folder):
+    options = {"name": "words", "model": str(model_folder), "rank": 4, "steps": 6}
+    data = pairs(bench.folder / "pairs.jsonl", lambda i, j: f"re{i} tu{j}")
+    with bench.factory() as factory:
+        job = factory.add("train", {**options, "data": data, "metadata": {"description": "invented words"}})
+        assert (job.base, set(job.inputs)) == (str(model_folder), {str(model_folder), data})
+        factory.run()
+        assert factory.queue.job(job.id).state == "done", factory.queue.job(job.id).error
+        card = load(factory.live()["words"])
+    assert (card.rank, card.metadata["description"]) == (4, "invented words")
+    assert card.base_fingerprint
+
+
+@requirement("R19.1")
+def test_training_that_is_no_better_than_its_base_makes_no_version(bench, model_folder):
+    found = pairs(bench.folder / "found.jsonl", lambda i, j: f"ka{i} mo{j}")  # where the base finds everything
+    options = {"name": "words", "model": str(model_folder), "rank": 4, "steps": 1, "data": found}
+    assert train("train", options, bench.folder) is None
+    with pytest.raises(ArgumentError, match=r"only name, data, model, rank, .*, found layers"):
+        train("train", {**options, "layers": 3}, bench.folder)
+    with pytest.raises(ArgumentError, match="found no data, model"):
+        train("train", {"name": "words"}, bench.folder)

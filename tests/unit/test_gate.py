@@ -1,0 +1,144 @@
+"""The gate by example: what it accepts, how often it is fooled, and what it refuses to judge."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lora.errors import ArgumentError, DataError, ShapeError
+from lora.evolution.data import Pairs
+from lora.evolution.gate import LEAST, MAX_LOSS, change, judge, reciprocal_ranks
+from lora.evolution.train import evaluate
+from lora.testing.plugin import requirement
+
+SAME = ([0.5] * 20, [0.5] * 20)
+
+
+def ranks(rng, n, gain=0.0):
+    """Reciprocal ranks before and after, of which a share `gain` more is ranked first."""
+    before = 1 / rng.integers(1, 20, n)
+    after = before[rng.permutation(n)] if not gain else before.copy()
+    after[: round(gain * n)] = 1.0
+    return before, after
+
+
+@requirement("R18.3")
+def test_a_clear_gain_is_accepted_and_its_figures_told():
+    verdict = judge(ranks(np.random.default_rng(0), 200, 0.3), SAME)
+    assert verdict.accepted
+    assert 0 < verdict.gain.lower < verdict.gain.mean < verdict.gain.upper
+    told = json.loads(json.dumps(verdict.figures()))
+    assert told["accepted"] is True
+    assert told["gain"] == {**vars(verdict.gain)}
+    assert (told["level"], told["max_loss"], told["gain"]["queries"]) == (0.95, 0.01, 200)
+
+
+@requirement("R18.3")
+def test_a_gain_that_a_few_queries_make_is_not_enough():
+    before, after = [0.5] * 40, [0.5] * 39 + [1.0]
+    assert judge((before, after), SAME).gain.mean > 0
+    assert not judge((before, after), SAME).helps
+
+
+@requirement("R18.3")
+@pytest.mark.parametrize(("loss", "harmless"), [(0.0, True), (0.009, True), (0.011, False), (0.2, False)])
+def test_a_guard_set_may_lose_at_most_a_hundredth(loss, harmless):
+    gain = ([0.5] * 20, [1.0] * 20)
+    verdict = judge(gain, ([0.5] * 20, [0.5 - loss] * 20))
+    assert (verdict.helps, verdict.harmless, verdict.accepted) == (True, harmless, harmless)
+
+
+@requirement("R18.3")
+def test_harm_is_what_is_possible_not_only_what_was_seen():
+    rng = np.random.default_rng(0)
+    before = np.full(30, 0.5)
+    after = np.where(rng.permutation(30) < 15, 1.0, 1 / 3)  # on average better, of some queries much worse
+    verdict = judge(([0.5] * 20, [1.0] * 20), (before, after - (after.mean() - 0.5)))
+    assert abs(verdict.guard.mean) < 1e-12
+    assert -verdict.guard.lower > MAX_LOSS
+    assert not verdict.accepted
+
+
+@requirement("R18.3")
+def test_a_skill_that_changes_ranks_at_random_is_seldom_taken_for_a_gain():
+    rng = np.random.default_rng(1)
+    trials = 200
+    wrong = sum(change(*ranks(rng, 60), seed=trial).lower > 0 for trial in range(trials))
+    # 5 % are meant; the percentile bootstrap of 60 skewed values reaches a few more: 10 of 200, and 4 deviations of 3.1
+    assert wrong <= 10 + 4 * 3.1
+
+
+@requirement("R18.3")
+def test_the_lower_bound_lies_where_the_normal_approximation_has_it():
+    rng = np.random.default_rng(2)
+    before = rng.uniform(0.2, 0.5, 2000)
+    after = before + rng.normal(0.1, 0.05, 2000)
+    found = change(before, after)
+    error = np.std(after - before) / np.sqrt(2000)
+    assert found.lower == pytest.approx(found.mean - 1.645 * error, abs=0.15 * error)  # of 4000 draws: 6 deviations
+    assert found.upper == pytest.approx(found.mean + 1.645 * error, abs=0.15 * error)
+
+
+@requirement("R18.3")
+def test_the_same_seed_gives_the_same_verdict():
+    gain = ranks(np.random.default_rng(3), 50, 0.1)
+    assert judge(gain, SAME, seed=4) == judge(gain, SAME, seed=4)
+    assert judge(gain, SAME, seed=4).gain.lower != judge(gain, SAME, seed=5).gain.lower
+
+
+class Words:
+    """Embeds a text as the counts of four letters."""
+
+    def encode(self, texts):
+        return np.array([[text.count(c) for c in "abcd"] for text in texts], np.float32)
+
+
+@requirement("R18.3")
+def test_the_mean_of_reciprocal_ranks_is_the_trainers_mrr():
+    pairs = Pairs.of([("ab", "aab"), ("bc", "c"), ("aaa", "c"), ("d", "bd"), ("abcd", "bd"), ("d", "d")])
+    candidates = sorted(set(pairs.positives))
+    encode = Words().encode
+    found = reciprocal_ranks(encode(pairs.queries), encode(candidates), [candidates.index(p) for p in pairs.positives])
+    assert float(found.mean()) == pytest.approx(evaluate(Words(), pairs).mrr, rel=1e-12)
+
+
+@requirement("R18.3")
+@pytest.mark.parametrize(
+    ("sides", "error", "text"),
+    [
+        (([0.5] * (LEAST - 1), [0.5] * (LEAST - 1)), DataError, "at least 10 queries"),
+        (([], []), DataError, "at least 10 queries"),
+        (([0.5] * 12, [0.5] * 13), ShapeError, "as before"),
+        (([[0.5] * 12], [[0.5] * 12]), ShapeError, r"shape \(n,\)"),
+        (([0.5] * 11 + [0.0], [0.5] * 12), ArgumentError, r"in \(0, 1\]"),
+        (([0.5] * 12, [0.5] * 11 + [float("nan")]), ArgumentError, r"in \(0, 1\]"),
+        (([0.5] * 12, [0.5] * 11 + [1.5]), ArgumentError, r"in \(0, 1\]"),
+        (([0.5] * 12, ["x"] * 12), ArgumentError, "reciprocal ranks"),
+    ],
+)
+def test_what_are_no_ranks_is_refused(sides, error, text):
+    with pytest.raises(error, match=text):
+        judge(sides, SAME)
+    with pytest.raises(error, match="guard"):
+        judge(SAME, sides)
+
+
+@requirement("R18.3")
+@pytest.mark.parametrize("seed", [-1, 0.5, True])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(ArgumentError, match="seed"):
+        judge(SAME, SAME, seed=seed)
+
+
+@requirement("R18.3")
+def test_ranks_are_of_embeddings_that_fit():
+    eye = np.eye(3)
+    with pytest.raises(ShapeError, match="shapes"):
+        reciprocal_ranks(eye, eye[:, :2], [0, 1, 2])
+    with pytest.raises(ShapeError, match="shapes"):
+        reciprocal_ranks(eye, eye, [0, 1])
+    for own in ([0, 1, 3], [-1, 0, 0], [0.0, 1.0, 2.0]):
+        with pytest.raises(ArgumentError, match="rows of 3 candidates"):
+            reciprocal_ranks(eye, eye, own)
+    with pytest.raises(ArgumentError, match="finite"):
+        reciprocal_ranks(eye * np.nan, eye, [0, 1, 2])

@@ -1,0 +1,323 @@
+"""The queue by example: what it refuses, what it tells, versions and roll-back, many at once."""
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from lora.errors import ArgumentError, StateError, StoreError, UnknownCardError
+from lora.evolution.nights import due, next_night, parse_at
+from lora.evolution.queue import MOVES, NIGHT, STATES, Job, JobQueue
+from lora.testing.plugin import requirement
+
+
+@pytest.fixture
+def queue(tmp_path):
+    with JobQueue(tmp_path / "queue.sqlite") as opened:
+        yield opened
+
+
+def order(number=0, name="docs", **options):
+    return Job.of("toy", {"name": name, "number": number}, **options)
+
+
+def accepted(queue, *numbers, keep=3, name="docs"):
+    """Versions of a skill, made by jobs one after another."""
+    for number in numbers:
+        queue.add(order(number, name), float(number))
+        queue.accept(queue.claim(float(number)), f"{number:064x}", float(number), keep)
+
+
+def live(queue):
+    return {version.name: version.version for version in queue.versions() if version.live}
+
+
+@requirement("R19.2")
+def test_the_moves_are_a_table_that_leads_every_job_to_an_end():
+    assert set(STATES) == {"queued", "running", "done", "rejected", "dead"}
+    assert {move.after for move in MOVES.values() if move.before == "running"} == {"queued", "done", "rejected", "dead"}
+    assert {what for what, move in MOVES.items() if move.before in ("done", "rejected")} == set()
+    assert [what for what, move in MOVES.items() if move.after == "running"] == ["claim"]
+    with pytest.raises(TypeError):
+        MOVES["claim"] = MOVES["retry"]
+
+
+@requirement("R19.2")
+@pytest.mark.parametrize(
+    ("parameters", "options", "message"),
+    [
+        ({}, {}, "name: expected the name of the skill to make, found None"),
+        ({"name": ""}, {}, "name"),
+        ({"name": "a\nb"}, {}, "name"),
+        ({"name": "\ud800"}, {}, "name"),
+        ({"name": 3}, {}, "name"),
+        ({"name": "a", "lr": float("nan")}, {}, "parameters: expected JSON"),
+        ({"name": "a", "data": Path("a")}, {}, "parameters: expected JSON"),
+        ({"name": "a"}, {"priority": 1.5}, "priority"),
+        ({"name": "a"}, {"priority": 2**31}, "priority"),
+        ({"name": "a"}, {"max_failures": 0}, "max_failures"),
+        ({"name": "a"}, {"seconds": 0}, "seconds"),
+        ({"name": "a"}, {"seconds": float("inf")}, "seconds"),
+        ({"name": "a"}, {"memory": 0}, "memory"),
+    ],
+)
+def test_a_job_that_means_nothing_is_refused_by_name(parameters, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        Job.of("toy", parameters, **options)
+
+
+@requirement("R19.2", "R19.6")
+def test_there_is_always_a_limit_of_time_and_of_attempts():
+    job = order()
+    assert (job.seconds, job.max_failures) == (NIGHT, 3)
+    assert 0 < NIGHT < 24 * 3600
+
+
+@requirement("R19.2")
+def test_what_is_asked_for_twice_is_there_once_and_stays_as_it_is(queue):
+    first = queue.add(order(), 1.0)
+    running = queue.claim(2.0)
+    assert running.id == first.id
+    assert queue.add(order(), 3.0) == running
+    assert queue.accept(running, "0" * 64, 4.0).state == "done"
+    assert queue.add(order(), 5.0).state == "done"
+    assert queue.claim(6.0) is None
+
+
+@requirement("R19.2")
+def test_a_job_fails_thrice_and_is_dead_until_it_is_asked_for_again(queue):
+    queue.add(order(), 0.0)
+    states = [queue.fail(queue.claim(1.0), f"no luck {n}", 2.0).state for n in range(3)]
+    assert states == ["queued", "queued", "dead"]
+    assert queue.claim(3.0) is None
+    (dead,) = queue.jobs("dead")
+    assert (dead.attempts, dead.failures, dead.error) == (3, 3, "no luck 2")
+    again = queue.retry(dead.id, 4.0)
+    assert (again.state, again.attempts, again.failures) == ("queued", 3, 0)
+    with pytest.raises(StateError, match="expected a dead job, found one queued"):
+        queue.retry(dead.id, 5.0)
+    with pytest.raises(StateError, match="expected a dead job, found none"):
+        queue.retry("strange", 5.0)
+
+
+@requirement("R19.2")
+def test_a_final_failure_is_not_tried_again_and_a_release_is_held_against_nobody(queue):
+    queue.add(order(), 0.0)
+    for _ in range(5):
+        assert queue.release(queue.claim(0.0), 0.0).failures == 0
+    assert queue.fail(queue.claim(0.0), "bad data", 1.0, final=True).state == "dead"
+
+
+@requirement("R19.2")
+def test_the_result_of_an_attempt_that_lost_its_job_is_not_taken(queue):
+    queue.add(order(), 0.0)
+    lost = queue.claim(0.0)
+    assert [job.state for job in queue.recover(1.0)] == ["queued"]
+    assert queue.accept(lost, "1" * 64, 2.0) is None
+    held = queue.claim(3.0)
+    assert queue.accept(lost, "1" * 64, 4.0) is None
+    assert queue.fail(lost, "late", 4.0) is None
+    assert queue.reject(lost, 4.0) is None
+    assert queue.release(lost, 4.0) is None
+    assert queue.accept(held, "2" * 64, 5.0).digest == "2" * 64
+    assert [version.digest for version in queue.versions()] == ["2" * 64]
+
+
+@requirement("R19.2")
+def test_a_job_that_takes_every_coordinator_with_it_ends_on_the_dead_letter_list(queue):
+    queue.add(order(), 0.0)
+    for _ in range(3):
+        assert queue.claim(0.0) is not None
+        queue.recover(1.0)
+    (dead,) = queue.jobs()
+    assert (dead.state, dead.error) == ("dead", "the coordinator died")
+
+
+@requirement("R19.1")
+def test_a_job_of_another_base_model_waits_and_lets_nobody_past(queue):
+    for number, (base, priority) in enumerate([("a", 0), ("b", 0), ("a", 0), ("", 0), ("b", 5)]):
+        queue.add(order(number, base=base, priority=priority), 0.0)
+    first = queue.claim(0.0)
+    assert (first.base, first.priority) == ("b", 5)
+    assert queue.claim(0.0) is None
+    queue.reject(first, 0.0)
+    assert queue.claim(0.0).parameters["number"] == 0
+    assert queue.claim(0.0) is None  # job 2 is of the base that runs, job 3 of none; but job 1 is older
+
+
+@requirement("R19.1", "R19.2")
+def test_many_open_add_and_claim_at_once_and_each_job_is_claimed_once(tmp_path):
+    path = tmp_path / "queue.sqlite"
+
+    def add(worker):
+        with JobQueue(path) as own:
+            return [own.add(order(number), 0.0).id for number in range(worker, worker + 4)]
+
+    def claim(_):
+        with JobQueue(path) as own:
+            return [job.id for _ in range(3) if (job := own.claim(1.0)) is not None]
+
+    with ThreadPoolExecutor(8) as threads:
+        added = {job for jobs in threads.map(add, range(8)) for job in jobs}
+        claimed = [job for jobs in threads.map(claim, range(8)) for job in jobs]
+    assert len(added) == 11
+    assert sorted(claimed) == sorted(added)
+
+
+@requirement("R19.5")
+def test_the_last_versions_are_kept_and_the_live_one_whatever_its_age(queue):
+    accepted(queue, 1, 2, 3, 4, keep=2)
+    assert [version.version for version in queue.versions("docs")] == [3, 4]
+    assert queue.roll_back("docs", None, 5.0).version == 3
+    assert live(queue) == {"docs": 3}
+    accepted(queue, 5, 6, 7, keep=2)
+    assert [version.version for version in queue.versions()] == [6, 7]
+    queue.roll_back("docs", 6, 8.0)
+    queue.add(order(8), 8.0)
+    queue.accept(queue.claim(8.0), "8" * 64, 8.0, 1)
+    assert [(version.version, version.live) for version in queue.versions()] == [(6, False), (8, True)]
+
+
+@requirement("R19.5")
+def test_versions_that_the_engine_refuses_never_push_out_the_last_good_one(queue):
+    accepted(queue, 1, keep=1)
+    for number in (2, 3, 4):
+        accepted(queue, number, keep=1)
+        queue.refuse(queue.versions()[-1], "does not fit", 5.0)
+        assert live(queue) == {"docs": 1}
+        assert len(queue.versions()) == 2
+    accepted(queue, 5, keep=1)
+    assert [(version.version, version.live) for version in queue.versions()] == [(1, False), (5, True)]
+    accepted(queue, 6, keep=3)
+    queue.refuse(queue.versions()[-1], "does not fit", 7.0)
+    accepted(queue, 7, keep=3)
+    assert [version.version for version in queue.versions()] == [1, 5, 7]  # the last three that were not refused
+
+
+@requirement("R19.5")
+def test_a_refused_version_is_passed_over_on_the_way_back(queue):
+    accepted(queue, 1, 2, 3)
+    queue.refuse(queue.versions()[1], "does not fit", 4.0)
+    assert live(queue) == {"docs": 3}
+    assert queue.roll_back("docs", None, 5.0).version == 1
+
+
+@requirement("R19.5")
+def test_rolling_back_takes_the_version_before_or_the_one_that_is_named(queue):
+    accepted(queue, 1, 2, 3)
+    accepted(queue, 4, name="law")
+    assert queue.roll_back("docs", None, 5.0, dry_run=True).version == 2
+    assert live(queue) == {"docs": 3, "law": 1}
+    assert queue.roll_back("docs", None, 5.0).version == 2
+    assert queue.roll_back("docs", None, 5.0).version == 1
+    with pytest.raises(StateError, match="roll back 'docs': expected a version before the live one"):
+        queue.roll_back("docs", None, 5.0)
+    assert queue.roll_back("docs", 3, 5.0).version == 3
+    assert live(queue) == {"docs": 3, "law": 1}
+    with pytest.raises(UnknownCardError, match=r"one of \[1, 2, 3\], found 9"):
+        queue.roll_back("docs", 9, 5.0)
+    with pytest.raises(UnknownCardError, match="none of that name"):
+        queue.roll_back("nothing", None, 5.0)
+
+
+@requirement("R19.5")
+def test_a_version_that_the_engine_refuses_gives_way_to_the_one_before(queue):
+    accepted(queue, 1, 2, 3)
+    second, third = queue.versions()[1:]
+    queue.refuse(third, "does not fit", 4.0)
+    assert live(queue) == {"docs": 2}
+    queue.refuse(third, "does not fit", 4.0)  # it is not the live one now
+    assert live(queue) == {"docs": 2}
+    queue.refuse(queue.versions()[1], "nor does this", 4.0)
+    assert live(queue) == {"docs": 1}
+    assert [version.refused for version in queue.versions()] == [None, "nor does this", "does not fit"]
+    queue.refuse(queue.versions()[0], "nothing fits", 4.0)
+    assert live(queue) == {}
+    assert queue.roll_back("docs", 2, 5.0) is not None
+    assert queue.versions()[1].refused is None  # it is tried again
+    assert second.version == 2
+
+
+@requirement("R19.7")
+def test_status_history_and_skills_are_arrow_tables(queue):
+    accepted(queue, 1)
+    queue.add(order(2, priority=3, base="model"), 2.5)
+    queue.fail(queue.claim(3.0), "no luck", 4.0)
+    status = queue.status()
+    assert status.schema.field("created").type == pa.timestamp("us", tz="UTC")
+    waiting, done = status.to_pylist()
+    assert (done["state"], done["digest"], done["error"], done["attempts"]) == ("done", f"{1:064x}", None, 1)
+    assert waiting["created"] == datetime(1970, 1, 1, 0, 0, 2, 500000, UTC)
+    assert (waiting["state"], waiting["failures"], waiting["error"], waiting["base"]) == (
+        "queued",
+        1,
+        "no luck",
+        "model",
+    )
+    assert queue.history()["what"].to_pylist() == ["add", "claim", "accept", "add", "claim", "fail"]
+    assert queue.history()["note"].to_pylist()[-1] == "no luck"
+    (version,) = queue.skills().to_pylist()
+    assert (version["name"], version["version"], version["live"], version["refused"]) == ("docs", 1, True, None)
+
+
+@requirement("R19.7")
+def test_the_tables_of_an_empty_queue_have_their_columns(queue):
+    for table in (queue.status(), queue.history(), queue.skills()):
+        assert len(table) == 0
+        assert {"name", "job"} & set(table.column_names)
+
+
+@requirement("R19.2")
+def test_what_is_no_queue_or_one_of_another_version_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "queue.sqlite"
+    path.write_bytes(b"something else entirely" * 99)
+    with pytest.raises(StoreError, match=r"queue\.sqlite: expected a job queue that can be read and written"):
+        JobQueue(path)
+    assert path.read_bytes() == b"something else entirely" * 99
+    with pytest.raises(StoreError, match="unable to open"):
+        JobQueue(tmp_path / "nowhere" / "queue.sqlite")
+    newer = tmp_path / "newer.sqlite"
+    db = sqlite3.connect(newer, isolation_level=None)
+    db.execute("PRAGMA user_version = 7")
+    db.close()
+    with pytest.raises(StateError, match="a queue of version 1, found version 7"):
+        JobQueue(newer)
+
+
+@requirement("R19.2")
+def test_an_error_of_the_file_is_named_and_changes_nothing(queue):
+    queue.add(order(), 0.0)
+    job = queue.claim(0.0)
+    queue._db.execute("CREATE TRIGGER full BEFORE INSERT ON versions BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+    with pytest.raises(StoreError, match="disk full"):
+        queue.accept(job, "0" * 64, 1.0)
+    assert [one.state for one in queue.jobs()] == ["running"]
+    assert queue.versions() == []
+
+
+@requirement("R19.4")
+def test_nights_are_remembered(queue):
+    assert queue.night() is None
+    queue.set_night(date(2026, 3, 1))
+    queue.set_night(date(2026, 3, 2))
+    with JobQueue(queue.path) as other:
+        assert other.night() == date(2026, 3, 2)
+
+
+@requirement("R19.4")
+@pytest.mark.parametrize("at", ["", "2", "24:00", "02:60", "2 am", "02:00:00", None, 2])
+def test_what_is_no_time_of_day_is_refused(at):
+    with pytest.raises(ArgumentError, match=r"at: expected a time of day such as 02:00, found"):
+        parse_at(at)
+
+
+@requirement("R19.4")
+def test_a_missed_night_is_due_at_once_and_the_next_one_at_its_time():
+    at = parse_at("02:00")
+    noon = datetime(2026, 3, 5, 12)  # noqa: DTZ001 - a wall clock
+    assert due(at, date(2026, 3, 4), noon) == date(2026, 3, 5)
+    assert next_night(at, date(2026, 3, 4), noon) == datetime(2026, 3, 5, 2)  # noqa: DTZ001 - as above
+    assert next_night(at, None, noon) == datetime(2026, 3, 6, 2)  # noqa: DTZ001 - as above
