@@ -396,10 +396,18 @@ def train(
     name: Annotated[str, typer.Option(help="Name of the card.")],
     out: Annotated[Path, typer.Option(help="Where to write the card.")],
     description: Annotated[str, typer.Option(help="What the card is for; the router goes by it.")] = "",
-    preset: Annotated[str | None, typer.Option(help="'quick' or 'stable'.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="How long: quick, stable; or what for: coder, researcher, security, architect, reviewer."),
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="contrastive, cosine or triplet.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="constant, linear, cosine, exponential, step or one-cycle.")
+    ] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps at most.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank.")] = 8,
-    alpha: Annotated[float, typer.Option(help="Alpha.")] = 16.0,
+    rank: Annotated[int | None, typer.Option(help="Rank; the preset's or 8.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha; the preset's or 16.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Target module; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Go on from this file after an interruption.")] = None,
@@ -407,22 +415,36 @@ def train(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Train a card on pairs and save it."""
-    from lora.evolution.data import Pairs, docstring_pairs  # noqa: PLC0415 - imports torch
-    from lora.evolution.train import LoRATrainer  # noqa: PLC0415 - as above
+    """Train a card on pairs and save it.
+
+    Requirements: R17.1, R17.2, R17.3, R21.1, R25.2
+    """
+    from lora.evolution import train as training  # noqa: PLC0415 - imports torch
+    from lora.evolution.data import Pairs, docstring_pairs  # noqa: PLC0415 - as above
+    from lora.presets import PRESETS, LoRAConfig, fit  # noqa: PLC0415 - only here
+    from lora.rewrite import linears  # noqa: PLC0415 - as above
 
     if not out.parent.is_dir() or out.is_dir():
         raise ArgumentError(f"--out {out}", "a file in an existing folder", str(out.parent))
     pairs = docstring_pairs() if data == "stdlib" else Pairs.load(data)
-    trainer = LoRATrainer(
-        lora.ArrowEngine.from_pretrained(model),
-        rank=rank,
-        alpha=alpha,
-        target_modules=tuple(target or ("query", "value")),
+    if preset not in (None, *training.PRESETS, *PRESETS):
+        raise ArgumentError("--preset", f"one of {', '.join((*training.PRESETS, *PRESETS))}", repr(preset))
+    engine, config = lora.ArrowEngine.from_pretrained(model), LoRAConfig()
+    if preset in PRESETS:
+        shapes = {module: (linear.in_features, linear.out_features) for module, linear in linears(engine.base).items()}
+        config = fit(str(preset), shapes).config
+    told = {"loss": loss, "schedule": schedule, "warmup": warmup, "dropout": config.dropout or None}
+    given: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
+    trainer = training.LoRATrainer(
+        engine,
+        rank=config.rank if rank is None else rank,
+        alpha=config.alpha if alpha is None else alpha,
+        target_modules=tuple(target or config.target_modules),
         seed=seed,
-        settings=preset,
+        settings=replace(training.PRESETS.get(preset or "", training.Settings()), **given),
     )
-    metadata = {"description": description} if description else {}
+    about = {"description": description, "task_type": config.task_type, "tags": list(config.tags)}
+    metadata = {key: value for key, value in about.items() if value}
     with progress_bar(f"training {name}") as progress:
         result = trainer.train(
             pairs, name=name, metadata=metadata, max_steps=steps, checkpoint=checkpoint, progress=progress
@@ -688,7 +710,7 @@ def evolve(
 
 
 factory = typer.Typer(help="Long work as durable jobs: add, run, status, rollback.", no_args_is_help=True)
-app.add_typer(factory, name="factory", epilog="Example: lora factory add train docs --with data=pairs.jsonl")
+app.add_typer(factory, name="factory", epilog="Example: lora factory status")
 
 Root = Annotated[Path, typer.Option("--root", help="Folder of the factory.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]

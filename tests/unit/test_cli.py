@@ -22,6 +22,10 @@ from lora.evolution.data import Pairs
 from lora.testing.plugin import requirement
 
 COMMANDS = sorted(typer.main.get_command(app).commands)
+EVERY = {
+    **typer.main.get_command(app).commands,
+    **{f"factory {name}": found for name, found in typer.main.get_command(app).commands["factory"].commands.items()},
+}
 SCRIPTS = sysconfig.get_path("scripts")
 QUIET = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONUNBUFFERED", "LORA_", "COV_"))}
 
@@ -436,14 +440,14 @@ def test_a_bar_that_an_error_ends_leaves_nothing_behind(capsys):
 
 
 @requirement("R25.4")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", EVERY)
 def test_the_help_of_every_command_has_an_example_that_it_understands(here, command):
-    code, out, err = here(command, "--help")
+    code, out, err = here(*command.split(), "--help")
     assert (code, err) == (0, "")
     example = " ".join(out[out.index("Example:") :].split())
     assert example.startswith(f"Example: lora {command} ")
     options = re.findall(r"--[a-z-]+", example)
-    parameters = {name for p in typer.main.get_command(app).commands[command].params for name in p.opts}
+    parameters = {name for p in EVERY[command].params for name in p.opts}
     assert set(options) <= parameters
     assert all(option in out for option in parameters if option.startswith("--"))
 

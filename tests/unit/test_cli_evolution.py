@@ -6,6 +6,7 @@ import pytest
 
 import lora
 from lora.card import LoRACard
+from lora.evolution.data import Pairs
 from lora.testing.plugin import requirement
 from tests.unit.hostile import made
 from tests.unit.test_cli import shell
@@ -111,3 +112,15 @@ def test_what_is_unknown_is_noticed_and_a_dry_run_keeps_nothing(shop):
     )
     known = ran("evolve", "--documents", folder, "--queries", "known.txt", "--dry-run", "--json")
     assert json.loads(known) == []
+
+
+@requirement("R17.1", "R17.2", "R21.1", "R25.2")
+def test_a_task_is_a_preset_of_training_that_options_can_override(shop):
+    rows = [{"query": f"number {i}", "positive": f"n{i}", "group": str(i % 4)} for i in range(16)]
+    Pairs.of(rows).save(shop / "pairs.jsonl")
+    options = ["--preset", "reviewer", "--loss", "triplet", "--schedule", "linear", "--warmup", "0.1", "--steps", "1"]
+    ran("train", "pairs.jsonl", "--name", "x", "--out", "x.lora.arrow", *options, "--rank", "4")
+    card = lora.load(shop / "x.lora.arrow")
+    assert (card.rank, card.alpha, card.target_modules) == (4, 16.0, ("query", "value"))
+    assert card.metadata["task_type"] == "reviewer"
+    assert "review" in card.metadata["tags"]

@@ -385,8 +385,8 @@ def test_of_a_hundred_stalled_readers_some_are_refused_and_the_rest_cut_off_whil
 
 @requirement("R11.8")
 def test_a_stream_that_never_ends_is_cut_off_and_shutdown_does_not_wait(folder):
-    sha = saved(made("big", size=500_000, rank=8), folder)
-    with LoRAFlightServer(folder, limits=Limits(duration=1.0)) as server:
+    sha = saved(made("big", size=2_000_000, rank=8), folder)  # more than gRPC takes ahead of a slow reader
+    with LoRAFlightServer(folder, limits=Limits(duration=0.5)) as server:
         client, stream = stalled(server.uri, sha)
         with pytest.raises((flight.FlightUnavailableError, flight.FlightCancelledError)):
             list(slowly(stream))
