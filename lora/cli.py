@@ -984,7 +984,7 @@ def _visitor(
     from lora.federation.node import Node, uri_of  # noqa: PLC0415 - as above
     from lora.federation.trust import Policy  # noqa: PLC0415 - as above
 
-    named = [uri_of(peer) for peer in peers or []]
+    named = list(dict.fromkeys(uri_of(peer) for peer in peers or []))
     with Node(
         cache or default_cache(),
         peers=named,
@@ -993,9 +993,11 @@ def _visitor(
         credentials=credentials,
     ) as node:
         node.discovery.wait(wait, len(named) or None)
-        if len(node.peers()) < len(named):
-            missing = sorted(set(named) - {peer.uri for peer in node.peers()})
-            raise PeerError(missing[0], f"an answer within {wait:g} s", "none")
+        missing = sorted(set(named) - {peer.uri for peer in node.peers()})
+        if named and not node.peers():
+            raise PeerError(", ".join(missing), f"an answer within {wait:g} s", "none")
+        for uri in missing:
+            print(f"no answer: {uri}", file=sys.stderr)
         yield node
 
 
@@ -1027,7 +1029,7 @@ def _say_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(*(Text(f"{value:.4g}" if isinstance(value, float) else f"{value}") for value in row.values()))
+        table.add_row(*(Text(f"{value:.4g}" if isinstance(value, float) else _plain(value)) for value in row.values()))
     Console().print(table)
 
 
@@ -1035,8 +1037,13 @@ def _say(facts: dict[str, Any], as_json: bool, line: str) -> None:
     print(json.dumps(facts) if as_json else line)
 
 
+def _plain(value: object) -> str:
+    """A value as text without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in f"{value}")
+
+
 def _fail(message: str, code: int) -> None:
-    print(f"lora: {' '.join(message.split())}", file=sys.stderr)
+    print(f"lora: {_plain(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 

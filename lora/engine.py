@@ -30,7 +30,7 @@ from lora.errors import (
 )
 from lora.federation.access import Credentials
 from lora.federation.cache import CardCache, default_cache
-from lora.federation.node import Node, uri_of
+from lora.federation.node import Node, acceptable, uri_of
 from lora.federation.trust import Policy
 from lora.inference.encoder import InferenceCore
 from lora.inference.manager import LoRAManager
@@ -53,6 +53,9 @@ FOLD_BUDGET = 50 * 2**20
 
 CACHED_MODELS = 16
 """Models of recent requests' own adapter sets that are kept (each holds its factors; weights are shared)."""
+
+SPARE = 2
+"""Remote cards that a request may fail to get, besides as many as it wants, before it does with what is here."""
 
 Choice: TypeAlias = str | Collection[str] | Mapping[str, float] | AdapterSet | LoRACard | None
 """What one text may ask for: None for what is active, names, names with weights, a set, a card; ``{}`` for the base."""
@@ -390,10 +393,11 @@ class ArrowEngine:
         if self.node is None:
             raise StateError("sync_remote_skills", "an engine that is a node", "none", "call start_federation first")
         here = self.manager.list_cards()
+        best = {name: offers[0].manifest for name, offers in self.node.sync().items() if name not in here}
         remote = {
-            name: offers[0].manifest.description
-            for name, offers in self.node.sync().items()
-            if name not in here and offers[0].manifest.description
+            name: manifest.description
+            for name, manifest in best.items()
+            if manifest.description and acceptable(manifest, self.node.policy)
         }
         for name in self._virtual() - remote.keys():
             self.router.unregister(name)
@@ -419,8 +423,8 @@ class ArrowEngine:
             found = self.router.select(query, top_k + len(failures), self.threshold, tags=tags)
             routes = [route for route in found if route.name not in failures][:top_k]
             missing = [route.name for route in routes if route.name not in known]
-            if not missing:
-                return routes, known, failures
+            if not missing or len(failures) > top_k + SPARE:
+                return [route for route in routes if route.name in known], known, failures
             node = self.node
             remote = [name for name in missing if node and name in candidates and candidates[name].virtual]
             if absent := [name for name in missing if name not in remote and self.router.candidates is candidates]:

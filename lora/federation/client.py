@@ -127,11 +127,12 @@ class LoRAFlightClient:
         criteria = json.dumps(wanted | ({} if base_model is None else {"base_model": base_model})).encode()
         found: list[Manifest] = []
         with self._talking("list"):
-            for count, info in enumerate(self._flight.list_flights(criteria, self._options())):
+            results = self._flight.do_action(flight.Action("list", criteria), self._options())
+            for count, result in enumerate(results):  # which come one at a time; of flights Arrow reads all first
                 if count == MAX_CARDS:
                     raise PeerError(f"{self.uri}: list", f"at most {MAX_CARDS} cards", "more")
                 try:
-                    found.append(manifest_from_json(info.app_metadata))
+                    found.append(manifest_from_json(result.body.to_pybytes()))
                 except LoRAError:
                     self.metrics.add("manifests_refused")
         return sorted(found, key=lambda manifest: (manifest.name, manifest.digest))

@@ -17,7 +17,7 @@ import ifaddr
 import zeroconf
 
 from lora.errors import ArgumentError, LoRAError, StoreError
-from lora.federation.access import flight_uri
+from lora.federation.access import flight_uri, is_loopback
 from lora.federation.peers import Peer, PeerBook
 from lora.table import FORMAT_VERSION
 
@@ -29,6 +29,9 @@ TICK = 0.1
 
 ASKERS = 8
 """Peers that are asked at once."""
+
+ADDRESSES = 2
+"""Of an announcement, that are tried at a time."""
 
 RESOLVE_MS = 1000
 """Milliseconds that resolving an announcement may take."""
@@ -83,6 +86,7 @@ class Discovery:
         for uri in static:
             book = book.with_static(uri)
         self._book = book
+        self._local = bool(interfaces) and all(map(is_loopback, interfaces or ()))  # else loopback is never meant
         self._zeroconf = None if interfaces == () else _zeroconf(interfaces)
         if self._zeroconf is not None:
             if port is not None:
@@ -144,7 +148,7 @@ class Discovery:
                 if self._answers(key, uri):
                     return
             for uri in [key] if peer and peer.static else self._resolved(key):
-                if self._answers(key, uri):
+                if self._closing.is_set() or self._answers(key, uri):
                     return
             self._change(lambda book: book.missed(key, now=time.monotonic()))
         except Exception:  # a peer must not end the thread
@@ -170,7 +174,11 @@ class Discovery:
         if info is None or not info.port or (info.properties.get(b"format") or b"").split(b".")[0] != _MAJOR:
             return []
         tls = info.properties.get(b"tls") == b"1"
-        return [flight_uri(address, info.port, tls=tls) for address in info.parsed_scoped_addresses()[:8]]
+        return [
+            flight_uri(address, info.port, tls=tls)
+            for address in info.parsed_scoped_addresses()
+            if self._local or not is_loopback(address)
+        ][:ADDRESSES]
 
 
 _MAJOR = str(FORMAT_VERSION[0]).encode()

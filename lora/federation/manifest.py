@@ -1,7 +1,7 @@
 """What a server says of a card before it sends it: a small JSON value, part of which its author can sign.
 
-A manifest names a card's bytes by digest and size. The signature covers the name, the digest, the size, the version and the
-base model; all that is not signed is also in the card, and compared with it once it is there.
+A manifest names a card's bytes by digest and size. The signature covers all of it; and all that it says of the card is
+compared with the card once that is there.
 """
 
 import json
@@ -22,9 +22,6 @@ MAX_NAME = 128
 
 MAX_DESCRIPTION = 4096
 """Characters of a description that a manifest carries; the card may hold more."""
-
-SIGNED = ("name", "digest", "size", "version", "base_model", "base_fingerprint")
-"""The fields that a signature covers."""
 
 _PREFIX = b"lora-card-manifest 1\n"
 _SEMVER = re.compile(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-([0-9A-Za-z.-]{1,64}))?(?:\+[0-9A-Za-z.-]{1,64})?")
@@ -67,7 +64,7 @@ class Manifest:
     base_model, base_fingerprint
         What the card was made for.
     signature
-        Of the fields in `SIGNED`, or None.
+        Of all the other fields, or None.
 
     Raises
     ------
@@ -96,17 +93,17 @@ class Manifest:
         targets = tuple(self.targets) if isinstance(self.targets, list) else self.targets
         object.__setattr__(self, "targets", targets)
         rules = {
-            "name": isinstance(self.name, str),
+            "name": _is_text(self.name),
             "digest": is_digest(self.digest),
             "size": _is_count(self.size),
             "version": self.version == "" or (isinstance(self.version, str) and bool(_SEMVER.fullmatch(self.version))),
             "rank": _is_count(self.rank),
             "alpha": type(self.alpha) in (int, float),
-            "targets": isinstance(targets, tuple) and all(isinstance(target, str) for target in targets),
+            "targets": isinstance(targets, tuple) and all(map(_is_text, targets)),
             "modules": _is_count(self.modules),
-            "description": isinstance(self.description, str),
-            "base_model": isinstance(self.base_model, str | None),
-            "base_fingerprint": isinstance(self.base_fingerprint, str | None),
+            "description": _is_text(self.description),
+            "base_model": self.base_model is None or _is_text(self.base_model),
+            "base_fingerprint": self.base_fingerprint is None or _is_text(self.base_fingerprint),
             "signature": isinstance(self.signature, Signature | None),
         }
         for field, holds in rules.items():
@@ -118,11 +115,11 @@ class Manifest:
         return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
     def signed_bytes(self) -> bytes:
-        """What a signature covers: a line that says so, and the fields in `SIGNED` as JSON in ASCII, keys sorted.
+        """What a signature covers: a line that says so, and all other fields as JSON in ASCII, keys sorted.
 
         Requirements: R14.1
         """
-        told = {field: getattr(self, field) for field in SIGNED}
+        told = {key: value for key, value in asdict(self).items() if key != "signature"}
         return _PREFIX + json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -264,6 +261,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> None:
     raise ValueError(text)
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text that UTF-8 can say."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _is_count(value: object) -> bool:

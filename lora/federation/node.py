@@ -4,6 +4,8 @@ Thread safety: any number of threads. The state is one mapping of what is offere
 """
 
 import contextlib
+import ipaddress
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +16,8 @@ from types import MappingProxyType
 from typing import Self
 
 from lora.card import LoRACard
-from lora.errors import CardFileError, LoRAError, PeerError, RefusedError, UnknownCardError, shown
-from lora.federation.access import Credentials, check_location, flight_uri
+from lora.errors import ArgumentError, LoRAError, PeerError, RefusedError, StoreError, UnknownCardError, shown
+from lora.federation.access import Credentials, check_location, flight_uri, is_loopback
 from lora.federation.cache import CardCache
 from lora.federation.client import Fetched, LoRAFlightClient, Progress
 from lora.federation.discovery import Discovery
@@ -23,7 +25,7 @@ from lora.federation.manifest import Manifest, Precedence
 from lora.federation.peers import Peer
 from lora.federation.server import LoRAFlightServer
 from lora.federation.streams import Limits
-from lora.federation.trust import Policy, check_signature
+from lora.federation.trust import Policy, check_declared, check_signature
 from lora.metrics import Metrics
 from lora.store import PathLike
 
@@ -124,8 +126,8 @@ class Node:
                 Discovery(
                     self.node_id,
                     self._ask,
-                    port=self.server.port if self.server else None,
-                    addresses=[host],
+                    port=self.server.port if self.server and (interfaces or not is_loopback(host)) else None,
+                    addresses=_addresses(host, interfaces),
                     interfaces=interfaces,
                     interval=interval,
                     tls=tls,
@@ -141,6 +143,9 @@ class Node:
     def sync(self) -> Mapping[str, tuple[Offer, ...]]:
         """Ask every peer what it offers; by name, the best offer first (see `ranked`)."""
         uris = [peer.uri for peer in self.peers()]
+        with self._connecting:
+            for gone in self._clients.keys() - set(uris):
+                self._clients.pop(gone).close()
         with ThreadPoolExecutor(max(1, min(8, len(uris)))) as pool:
             listings = dict(zip(uris, pool.map(self._listed, uris), strict=True))
         self._offers = MappingProxyType(ranked(listings, self.policy))
@@ -167,8 +172,10 @@ class Node:
         ------
         UnknownCardError
             If nobody offers it.
-        PeerError, RefusedError, CardFileError
+        PeerError, RefusedError, CardFileError, BaseModelError, ShapeError, TargetError
             Of the last offer, with what became of the others as notes.
+        StoreError
+            If this side's disk refuses.
 
         Notes
         -----
@@ -181,7 +188,9 @@ class Node:
             for uri in offer.uris:
                 try:
                     return self._client(uri).fetch(offer.manifest, policy, progress)
-                except (PeerError, RefusedError, CardFileError, UnknownCardError) as error:
+                except StoreError:  # of this side's disk: another peer would not help
+                    raise
+                except LoRAError as error:
                     self.metrics.add(f"refusals_{type(error).__name__}")
                     failures.append(error)
         if not failures:
@@ -192,9 +201,12 @@ class Node:
 
     def close(self) -> None:
         """Leave: say goodbye, stop serving, close every connection."""
+        if self.server is not None:
+            self.server.shutdown()  # first: discovery may wait for peers that are asked just now
         self._opened.close()
-        for client in self._clients.values():
-            client.close()
+        with self._connecting:
+            for client in self._clients.values():
+                client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -249,12 +261,34 @@ def ranked(listings: Mapping[str, Iterable[Manifest]], policy: Policy) -> dict[s
     return names
 
 
+def acceptable(manifest: Manifest, policy: Policy) -> bool:
+    """Whether a policy would have a card fetched, by all that its manifest shows.
+
+    Requirements: R14.2
+    """
+    try:
+        check_declared(manifest, policy)
+    except RefusedError:
+        return False
+    return _vouched(manifest, policy)
+
+
 def _vouched(manifest: Manifest, policy: Policy) -> bool:
     try:
         check_signature(manifest, policy)
     except RefusedError:
         return False
     return True
+
+
+def _addresses(host: str, interfaces: Sequence[str] | None) -> list[str]:
+    """Where a server on a host is to be found: on the chosen interfaces, if it is on all."""
+    try:
+        found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None)})
+    except OSError as error:
+        raise ArgumentError("host", "an address or a name of this machine", shown(host)) from error
+    wild = any(ipaddress.ip_address(address.partition("%")[0]).is_unspecified for address in found)
+    return list(interfaces) if wild and interfaces else found
 
 
 def uri_of(address: str) -> str:

@@ -99,12 +99,13 @@ class PeerBook:
         return self.announced(key, now=now) if key in self.peers else self
 
     def answered(self, key: str, uri: str, node_id: str, *, now: float) -> "PeerBook":
-        """An answer from an address. An answer from this node itself removes the peer."""
+        """An answer from an address. One from this node itself removes the peer, or only unlists one that is static."""
         known = self.peers.get(key)
         if known is None:
             return self
         if node_id and node_id == self.own:
-            return self._without(key)
+            unlisted = replace(known, uri="", asked=now, due=now + self.interval)
+            return self._with(unlisted) if known.static else self._without(key)
         return self._with(replace(known, uri=uri, node_id=node_id, misses=0, asked=now, due=now + self.interval))
 
     def missed(self, key: str, *, now: float) -> "PeerBook":
@@ -122,8 +123,8 @@ class PeerBook:
         return tuple(peer.key for peer in self.peers.values() if peer.due <= now)
 
     def live(self) -> tuple[Peer, ...]:
-        """Who answers, each node once."""
-        found = {peer.node_id or peer.uri: peer for peer in reversed([*self.peers.values()]) if peer.uri}
+        """Who answers, each address once; what a peer calls itself is no proof, and hides no other."""
+        found = {peer.uri: peer for peer in reversed([*self.peers.values()]) if peer.uri}
         return tuple(reversed(found.values()))
 
     def _with(self, peer: Peer) -> "PeerBook":

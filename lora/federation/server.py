@@ -52,6 +52,7 @@ FILE_SCHEMA = pa.schema([pa.field("bytes", pa.binary(), nullable=False)])
 
 ACTIONS = {
     "card": "The bytes of a card's file, in pieces; the body is its digest.",
+    "list": "The manifest of each card, as JSON; the body is criteria, or empty.",
     "health": "Whether this server is well, as JSON.",
     "version": "Of this server, of the format, and the node's id, as JSON.",
 }
@@ -152,8 +153,8 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         Requirements: R11.8
         """
         stopping = threading.Thread(target=super().shutdown, name="lora-shutdown", daemon=True)
-        self._streams.close()
         stopping.start()
+        self._streams.close()
         for _ in range(int(SHUTDOWN / 0.05)):
             stopping.join(0.05)
             if not stopping.is_alive():
@@ -169,19 +170,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
     @_answering
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:  # noqa: ARG002 - Flight's protocol
         """A FlightInfo for each card; criteria are JSON with ``name_prefix`` or ``base_model``, or empty."""
-        _check_size(criteria)
-        wanted = json_object(criteria, "criteria") if criteria else {}
-        if set(wanted) - {"name_prefix", "base_model"} or not all(isinstance(text, str) for text in wanted.values()):
-            raise ManifestError("criteria", "texts for name_prefix or base_model", shown(wanted))
-        prefix, base = wanted.get("name_prefix", ""), wanted.get("base_model")
-        cards = [card for _, card in sorted(self.catalog.cards.items())]
-        return iter(
-            [
-                self._info(card)
-                for card in cards
-                if card.manifest.name.startswith(prefix) and base in (None, card.manifest.base_model)
-            ]
-        )
+        return iter([self._info(card) for card in self._matching(criteria)])
 
     @_answering
     def get_flight_info(self, context: Any, descriptor: Any) -> Any:  # noqa: ARG002 - Flight's protocol
@@ -212,13 +201,16 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         _check_size(action.body)
         if action.type == "card":
             return self._sent(context, file_pieces(self._digest(action.body.to_pybytes().decode()), PIECE), len)
+        if action.type == "list":
+            told = [card.manifest.to_json() for card in self._matching(action.body.to_pybytes())]
+            return self._sent(context, iter(told), len)
         if action.type == "health":
-            told = {"status": "ok", "cards": len(self.catalog.cards), "streams": len(self._streams)}
+            about: dict[str, Any] = {"status": "ok", "cards": len(self.catalog.cards), "streams": len(self._streams)}
         elif action.type == "version":
-            told = {"server": "lora", "format": list(FORMAT_VERSION), "node_id": self.node_id}
+            about = {"server": "lora", "format": list(FORMAT_VERSION), "node_id": self.node_id}
         else:
             raise UnknownCardError("action", "one that is listed", "another")
-        return iter([json.dumps(told).encode()])
+        return iter([json.dumps(about).encode()])
 
     def list_actions(self, context: Any) -> list[Any]:  # noqa: ARG002 - Flight's protocol
         """What `do_action` offers."""
@@ -231,6 +223,19 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
     def do_exchange(self, *_: Any) -> None:
         """Refused: serving is read-only."""
         raise flight.FlightUnauthorizedError("read-only")
+
+    def _matching(self, criteria: bytes) -> list[Served]:
+        """The cards that criteria ask for, by digest."""
+        _check_size(criteria)
+        wanted = json_object(criteria, "criteria") if criteria else {}
+        if set(wanted) - {"name_prefix", "base_model"} or not all(isinstance(text, str) for text in wanted.values()):
+            raise ManifestError("criteria", "texts for name_prefix or base_model", shown(wanted))
+        prefix, base = wanted.get("name_prefix", ""), wanted.get("base_model")
+        return [
+            card
+            for _, card in sorted(self.catalog.cards.items())
+            if card.manifest.name.startswith(prefix) and base in (None, card.manifest.base_model)
+        ]
 
     def _described(self, descriptor: Any) -> Served:
         if descriptor.descriptor_type == flight.DescriptorType.CMD:

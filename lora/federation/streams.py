@@ -96,40 +96,36 @@ class Streams:
         return len(self._open)
 
     def close(self) -> None:
-        """Cut every stream and open none any more."""
+        """Cut every connection to the port and open no stream any more."""
         self._closing.set()
-        self._cut(self._open)
+        with suppress(OSError):  # no descriptor is left to look with
+            shut_down(self.port, None)
 
     def _watch(self) -> None:
         while not self._closing.wait(TICK):
             now = time.monotonic()
-            self._cut(
-                frozenset(
-                    stream
-                    for stream in self._open
-                    if now - stream.last > self.limits.stall or now - stream.start > self.limits.duration
-                )
-            )
-
-    def _cut(self, streams: frozenset[Stream]) -> None:
-        for stream in streams:
-            self.metrics.add("streams_cut", shut_down(self.port, stream.peer))
+            for stream in self._open:
+                if now - stream.last > self.limits.stall or now - stream.start > self.limits.duration:
+                    with suppress(OSError):  # as above; it is tried again at the next tick
+                        self.metrics.add("streams_cut", shut_down(self.port, stream.peer))
 
 
-def shut_down(port: int, peer: str) -> int:
-    """Shut down this process's connections between a local port and a peer, named as gRPC does; returns how many.
+def shut_down(port: int, peer: str | None) -> int:
+    """Shut down this process's connections between a local port and a peer, named as gRPC does, or all of them.
+
+    Returns how many there were.
 
     >>> shut_down(1, "ipv4:192.0.2.1:9")
     0
     """
-    wanted = _address(peer)
-    if wanted is None:
+    wanted = None if peer is None else _address(peer)
+    if peer is not None and wanted is None:
         return 0
     count = 0
     for handle in Path("/dev/fd").iterdir():
         with suppress(OSError, ValueError, TypeError), _socket(int(handle.name)) as connection:
             host, from_port = connection.getpeername()[:2]
-            if (_plain(host), from_port) == wanted and connection.getsockname()[1] == port:
+            if (wanted is None or (_plain(host), from_port) == wanted) and connection.getsockname()[1] == port:
                 connection.shutdown(socket.SHUT_RDWR)
                 count += 1
     return count

@@ -113,7 +113,7 @@ def public_key(key: Ed25519PrivateKey) -> str:
 
 
 def sign(manifest: Manifest, key: Ed25519PrivateKey) -> Manifest:
-    """The manifest with a signature of its `SIGNED` fields.
+    """The manifest with a signature of all its other fields.
 
     Examples
     --------
@@ -261,7 +261,10 @@ def norm_of(pair: LowRank) -> float:
         a: Array = pair.A.astype(wide, copy=False)
         b: Array = pair.B.astype(wide, copy=False)
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            squared = float(np.sum((a.T @ a).astype(np.float64) * (b @ b.T).astype(np.float64)))
+            if pair.rank > min(pair.in_features, pair.out_features):  # then ΔW itself is the smaller
+                squared = float(np.sum((a @ b).astype(np.float64) ** 2))
+            else:
+                squared = float(np.sum((a.T @ a).astype(np.float64) * (b @ b.T).astype(np.float64)))
         if math.isfinite(squared):
             return math.sqrt(max(squared, 0.0)) * scaling
     return math.inf

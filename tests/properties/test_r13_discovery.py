@@ -37,7 +37,7 @@ def test_no_events_grow_the_book_past_its_cap_list_this_node_or_drop_what_the_us
         assert sum(not peer.static for peer in book.peers.values()) <= cap
         assert "me" not in book.peers
         assert all(peer.node_id != "me" for peer in book.live())
-        ids = [peer.node_id or peer.uri for peer in book.live()]
+        ids = [peer.uri for peer in book.live()]
         assert len(set(ids)) == len(ids)
 
 
@@ -86,5 +86,5 @@ def test_arrivals_come_in_any_order(order):
     for key in order:
         book = book.announced(key, now=0)
     for key in reversed(order):
-        book = book.answered(key, f"grpc://{key}:1", key, now=1)
-    assert {peer.node_id for peer in book.live()} == {"a", "b", "c"}
+        book = book.answered(key, f"grpc://{key}:1", "claimed by all", now=1)
+    assert {peer.key for peer in book.live()} == {"a", "b", "c"}

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lora.errors import BadNameError, ManifestError, RefusedError, SignatureError, UnknownSignerError, UnsignedError
-from lora.federation.manifest import SIGNED, Manifest, Precedence, check_name, manifest_from_json
+from lora.federation.manifest import Manifest, Precedence, check_name, manifest_from_json
 from lora.federation.trust import Policy, check_declared, check_signature, check_version, public_key, sign
 from lora.testing.plugin import requirement
 
@@ -33,12 +33,10 @@ MANIFESTS = st.builds(
 
 
 @requirement("R14.1")
-@given(MANIFESTS, KEYS, MANIFESTS, st.sampled_from(SIGNED))
+@given(MANIFESTS, KEYS, MANIFESTS, st.sampled_from(sorted(set(Manifest.__dataclass_fields__) - {"signature"})))
 def test_a_signature_holds_for_what_was_signed_and_for_nothing_else(manifest, key, other, field):
     signed, policy = sign(manifest, key), Policy(frozenset({public_key(key)}))
     check_signature(signed, policy)
-    free = {name: getattr(other, name) for name in ("rank", "alpha", "targets", "modules", "description")}
-    check_signature(replace(signed, **free), policy)
     assume(getattr(other, field) != getattr(manifest, field))
     try:
         check_signature(replace(signed, **{field: getattr(other, field)}), policy)

@@ -109,7 +109,7 @@ def test_metrics_are_served_where_they_are_asked_for(cards):
         where = server.process.stdout.readline().split()[-1]
         ran("list", "--peer", server.uri)
         with urllib.request.urlopen(where) as answer:  # noqa: S310 - on loopback
-            assert b"lora_requests_list_flights_total 1.0" in answer.read()
+            assert b"lora_requests_do_action_total" in answer.read()
 
 
 @requirement("R25.3", "R7.1")

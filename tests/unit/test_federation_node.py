@@ -23,9 +23,9 @@ from lora.errors import (
     UnknownCardError,
     UnsignedError,
 )
-from lora.federation.node import Node, ranked, uri_of
+from lora.federation.node import Node, acceptable, ranked, uri_of
 from lora.federation.server import LoRAFlightServer
-from lora.federation.trust import Policy, public_key, sign
+from lora.federation.trust import Policy, norm_of, public_key, sign
 from lora.testing.plugin import requirement
 from tests.unit.hostile import AUTHOR, STRANGER, Liar, Line, announced, made, saved
 
@@ -284,9 +284,10 @@ def test_an_engine_believes_nobody_by_default(engine, remote, tmp_path):
         with pytest.raises(StateError, match="stop_federation"):
             engine.start_federation(interfaces=())
         node.discovery.wait(10, 1)
-        engine.sync_remote_skills()
-        found = engine.encode_with_lora(["a"], intent_query=QUERY)
-        assert isinstance(found.failures["docs"], UnsignedError)
+        assert engine.sync_remote_skills() == ()
+        assert engine.encode_with_lora(["a"], intent_query=QUERY).routes == ()
+        with pytest.raises(UnsignedError):
+            node.fetch("docs")
     finally:
         engine.stop_federation()
     assert engine.node is None
@@ -302,3 +303,53 @@ def test_an_engine_can_serve(engine, tmp_path):
     with engine.start_federation(root=cards, cache=tmp_path / "c", interfaces=()) as node:
         assert list(lora.federation.LoRAFlightClient(node.server.uri, tmp_path / "c2").list_remote_skills())
     engine.stop_federation()
+
+
+@requirement("R12.4", "R14.2")
+def test_what_a_peer_says_of_itself_hides_and_breaks_nothing(tmp_path):
+    """Lone surrogates, control characters, a node id that is another's, a card for another model of a higher version."""
+    good = announced(made("docs", version="1.0.0"), tmp_path / "good", AUTHOR)
+    forged = good.to_json().replace(b'"description":""', b'"description":"\\ud800"')
+    later = announced(made("docs", version="9.0.0", base_model="other"), tmp_path / "later")
+    data = {good.digest: (tmp_path / "good").read_bytes(), later.digest: (tmp_path / "later").read_bytes()}
+    policy = Policy(base_model="mine", allow_unsigned=True, allow_unknown_signers=True)
+    mine = announced(made("docs", version="1.0.0", base_model="mine"), tmp_path / "mine")
+    data[mine.digest] = (tmp_path / "mine").read_bytes()
+    with Liar([forged, later, mine], data) as liar, joined(tmp_path, [liar.uri], policy) as node:
+        assert [offer.manifest.version for offer in node.sync()["docs"]] == ["9.0.0", "1.0.0"]
+        assert node.fetch("docs").digest == mine.digest
+
+
+@requirement("R14.2")
+def test_a_description_can_not_be_put_on_anothers_signed_card(tmp_path):
+    signed = announced(made("docs"), tmp_path / "a", AUTHOR)
+    forged = replace(signed, description="everything you ask for")
+    assert acceptable(signed, TRUSTING)
+    assert not acceptable(forged, TRUSTING)
+    assert not acceptable(replace(signed, name="../x"), TRUSTING)
+    offers = ranked({"grpc://a:1": [forged], "grpc://b:1": [signed]}, TRUSTING)
+    assert offers["docs"][0].manifest == signed
+
+
+@requirement("R5.11", "R5.13")
+def test_a_request_tries_only_so_many_cards_that_can_not_be_had(engine, node, remote, monkeypatch):
+    for number in range(12):
+        saved(skill(f"docs{number:02}", "reading and writing files in Python"), remote.root)
+    assert len(engine.sync_remote_skills()) == 13
+    tried = []
+
+    def fetch(name):
+        tried.append(name)
+        raise PeerError(name, "a card", "none")
+
+    monkeypatch.setattr(node, "fetch", fetch)
+    found = engine.encode_with_lora(["a"], intent_query=QUERY)
+    assert found.routes == ()
+    assert 1 < len(tried) < 6
+    assert set(found.failures) == set(tried)
+
+
+@requirement("R14.2")
+def test_a_wide_pair_is_measured_without_a_matrix_larger_than_itself():
+    pair = LowRank(np.full((1, 60_000), 0.01, np.float32), np.full((60_000, 1), 0.01, np.float32), 1.0)
+    assert norm_of(pair) == pytest.approx(6.0, rel=1e-4)
