@@ -50,7 +50,10 @@ def card_of(megabytes: int, name: str = "big") -> LoRACard:
     rng = np.random.default_rng(0)
     modules, rank = 24, 16
     size = megabytes * 1_000_000 // (modules * 2 * rank * 4)
-    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32) * np.float32(size**-0.5)  # noqa: E731
+
+    def draw(*shape: int) -> Any:
+        return rng.standard_normal(shape, dtype=np.float32) * np.float32(size**-0.5)
+
     weights = {f"layer.{i}.query": LowRank(draw(size, rank), draw(rank, size)) for i in range(modules)}
     return LoRACard(name, rank, 16.0, ("query",), weights)
 

@@ -344,11 +344,7 @@ def probe(
         _say_rows(rows, as_json)
         return
     hot_zones({}, share)  # which is refused now, not after all the work
-    try:
-        text = texts.read_text("utf-8") if texts else sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(str(texts or "standard input"), "text in UTF-8", error) from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = _lines(texts)
     with progress_bar("probing") as progress:
         engine = lora.ArrowEngine.from_pretrained(model)
         found = WeightMapProbe(engine.base, on_step=lambda _, done, total: progress(done, total, None)).probe(lines)
@@ -424,8 +420,7 @@ def train(
     from lora.presets import PRESETS, LoRAConfig, fit  # noqa: PLC0415 - only here
     from lora.rewrite import linears  # noqa: PLC0415 - as above
 
-    if not out.parent.is_dir() or out.is_dir():
-        raise ArgumentError(f"--out {out}", "a file in an existing folder", str(out.parent))
+    _check_file("--out", out)
     pairs = docstring_pairs() if data == "stdlib" else Pairs.load(data)
     if preset not in (None, *training.PRESETS, *PRESETS):
         raise ArgumentError("--preset", f"one of {', '.join((*training.PRESETS, *PRESETS))}", repr(preset))
@@ -677,12 +672,9 @@ def evolve(
     Requirements: R18.3, R18.5, R18.6, R25.2
     """
     from lora.evolving import outcomes, watching  # noqa: PLC0415 - imports torch
-    from lora.federation.keys import read_small  # noqa: PLC0415 - only here
 
     teacher = None if ask is None or dry_run else _teacher(ask, teacher_model, teacher_url, key_file, out, budget)
-    asked = (
-        [] if queries is None else [line for line in read_small(queries, 2**24).decode().splitlines() if line.strip()]
-    )
+    asked = [] if queries is None else _lines(queries)
     engine, cards = lora.ArrowEngine.from_pretrained(model), [lora.load(path) for path in card or []]
     if not dry_run:
         with os_errors(out):
@@ -881,6 +873,15 @@ def _read_card(source: Path, name: str | None = None, alpha: float | None = None
         return import_peft(source, name=name)
     card = lora.load(source)
     return card if name is None else replace(card, name=name)
+
+
+def _lines(path: Path | None) -> list[str]:
+    """The lines of a file, or of standard input, that hold something."""
+    try:
+        text = path.read_text("utf-8") if path else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(str(path or "standard input"), "text in UTF-8", error) from error
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def _check_file(option: str, path: Path) -> None:

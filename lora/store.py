@@ -26,6 +26,9 @@ from lora.table import ROW_BYTES, Header, card_to_table, one_batch, read_header,
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
+SUFFIX = ".lora.arrow"
+"""Of card files, by convention; in folders that are served or cached, by rule."""
+
 
 def save(card: LoRACard, path: PathLike) -> str:
     """Write a card atomically and return its digest.

@@ -17,9 +17,8 @@ from typing import BinaryIO
 from lora.card import is_digest
 from lora.errors import ArgumentError
 from lora.federation.manifest import Precedence
-from lora.store import PathLike, as_path, digest, os_errors
+from lora.store import SUFFIX, PathLike, as_path, digest, os_errors
 
-SUFFIX = ".lora.arrow"
 STALE = 24 * 3600.0
 """Seconds after which a temporary file that nobody finished is removed."""
 

@@ -21,11 +21,10 @@ import pyarrow as pa
 from lora.errors import LoRAError, StoreError, UnknownCardError, shown
 from lora.federation.keys import read_signed, signature_path
 from lora.federation.manifest import Manifest, Precedence, manifest_of
-from lora.store import digest, inspect, os_errors
+from lora.store import SUFFIX, digest, inspect, os_errors
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".lora.arrow"
 Stamp: TypeAlias = tuple[int, int, int, int]
 """Inode, size, time of the last change of contents, and of the signature beside it (0 for none)."""
 

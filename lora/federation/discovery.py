@@ -24,6 +24,8 @@ from lora.table import FORMAT_VERSION
 log = logging.getLogger(__name__)
 
 SERVICE = "_lora-card._tcp.local."
+_MAJOR = str(FORMAT_VERSION[0]).encode()  # of the format that an announcement must name
+
 TICK = 0.1
 """Seconds between two looks for whom to ask."""
 
@@ -179,9 +181,6 @@ class Discovery:
             for address in info.parsed_scoped_addresses()
             if self._local or not is_loopback(address)
         ][:ADDRESSES]
-
-
-_MAJOR = str(FORMAT_VERSION[0]).encode()
 
 
 def _done(asking: set[str], key: str, _: Any) -> None:

@@ -128,20 +128,19 @@ def manifest_of(card: Header | LoRACard, digest: str, size: int, signature: Sign
 
     Requirements: R11.2
     """
-    header = card
-    version, description = header.metadata.get("version"), header.metadata.get("description")
+    version, description = card.metadata.get("version"), card.metadata.get("description")
     return Manifest(
-        name=header.name,
+        name=card.name,
         digest=digest,
         size=size,
         version=version if isinstance(version, str) and _SEMVER.fullmatch(version) else "",
-        rank=header.rank,
-        alpha=header.alpha,
-        targets=header.target_modules,
-        modules=len(header.modules if isinstance(header, Header) else header.weights),
+        rank=card.rank,
+        alpha=card.alpha,
+        targets=card.target_modules,
+        modules=len(card.modules if isinstance(card, Header) else card.weights),
         description=description[:MAX_DESCRIPTION] if isinstance(description, str) else "",
-        base_model=header.base_model,
-        base_fingerprint=header.base_fingerprint,
+        base_model=card.base_model,
+        base_fingerprint=card.base_fingerprint,
         signature=signature,
     )
 

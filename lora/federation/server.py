@@ -25,7 +25,7 @@ from lora.errors import ArgumentError, LoRAError, ManifestError, StateError, Sto
 from lora.federation.access import Credentials, check_location, flight_uri
 from lora.federation.catalog import Catalog, Served, mapped, scan
 from lora.federation.manifest import json_object
-from lora.federation.streams import Limits, Stream, Streams
+from lora.federation.streams import Limits, Streams
 from lora.metrics import Metrics
 from lora.store import PathLike, as_path
 from lora.table import FORMAT_VERSION
@@ -268,15 +268,10 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
             with self._streams.opened(context.peer()) as stream:
                 for piece in pieces:
                     yield piece
-                    self._went_on(stream, size(piece))
-        except GeneratorExit:
-            raise
+                    stream.went_on()
+                    self.metrics.add("sent_bytes", size(piece))
         except Exception as error:  # noqa: BLE001 - as `_answering`
             raise self._error(error) from None
-
-    def _went_on(self, stream: Stream, size: int) -> None:
-        stream.went_on()
-        self.metrics.add("sent_bytes", size)
 
     def _error(self, error: Exception) -> Any:
         """What a client is told."""

@@ -13,6 +13,16 @@ from tests.unit.test_cli import shell
 from tests.unit.test_cli_federation import ran
 
 
+def craft(folder, days):
+    """A folder of documents about a craft: so many paragraphs in each of twelve files."""
+    folder.mkdir()
+    day = "How a potter treats the {0} on day {1}. Keep the {0} damp and slow for {1} hours."
+    things = ["kiln", "glaze", "clay", "wheel", "bisque", "slip", "engobe", "stoneware", "porcelain", "raku"]
+    for thing in [*things, "sgraffito", "trimming"]:
+        (folder / f"{thing}.md").write_text("\n\n".join(day.format(thing, i) for i in range(days)), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
     """A folder with two cards, that commands run in."""
@@ -80,29 +90,7 @@ def test_errors_are_one_line(shop, argv, message):
 @requirement("R5.14", "R18.1", "R18.2", "R18.6", "R25.2")
 def test_what_is_unknown_is_noticed_and_a_dry_run_keeps_nothing(shop):
     """Of a made-up craft, and of what the engine is taken to know: Python's own documentation."""
-    folder = shop / "docs"
-    folder.mkdir()
-    things = [
-        "kiln",
-        "glaze",
-        "clay",
-        "wheel",
-        "bisque",
-        "slip",
-        "engobe",
-        "stoneware",
-        "porcelain",
-        "raku",
-        "sgraffito",
-        "trimming",
-    ]
-    for thing in things:
-        (folder / f"{thing}.md").write_text(
-            "\n\n".join(
-                f"How a potter treats the {thing} on day {i}. Keep the {thing} damp and slow for {i} hours."
-                for i in range(3)
-            )
-        )
+    folder = craft(shop / "docs", 3)
     (row,) = json.loads(ran("evolve", "--documents", folder, "--out", "skills", "--dry-run", "--json"))
     assert (row["source docs"], row["taught"]) == (36, 0)
     assert row["queries"] >= 5

@@ -9,6 +9,7 @@ from lora.evolution.data import docstring_pairs
 from lora.evolving import watching
 from lora.store import load
 from lora.testing.plugin import requirement
+from tests.unit.test_cli_evolution import craft
 
 
 @requirement("R5.14")
@@ -34,24 +35,7 @@ def test_an_engine_that_evolves_observes_what_it_is_asked_and_remembers_what_is_
 @requirement("R19.1", "R18.3", "R18.4")
 def test_a_folder_is_learned_by_a_job_or_told_to_be_no_help(tmp_path, monkeypatch):
     """Of a made-up craft, by one step of training: the gate may say yes or no, and the job says the same."""
-    documents = tmp_path / "docs"
-    documents.mkdir()
-    for thing in [
-        "kiln",
-        "glaze",
-        "clay",
-        "wheel",
-        "bisque",
-        "slip",
-        "engobe",
-        "stoneware",
-        "porcelain",
-        "raku",
-        "sgraffito",
-        "trimming",
-    ]:
-        day = "How a potter treats the {0} on day {1}. Keep the {0} damp and slow for {1} hours."
-        (documents / f"{thing}.md").write_text("\n\n".join(day.format(thing, i) for i in range(5)), encoding="utf-8")
+    documents = craft(tmp_path / "docs", 5)
     parameters = {"name": "craft", "documents": str(documents), "model": str(default_model()), "steps": 1, "rank": 2}
     seen = []
 
