@@ -54,6 +54,8 @@ MAX_RANK = 2**31 - 1
 MAX_DEPTH = 64
 """Levels of nesting that metadata may have: every JSON reader takes that many, whatever called it."""
 
+_NATIVE = frozenset(DTYPES.values())
+
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -149,10 +151,13 @@ class LowRank:
             raise CardError("factor B", f"A's dtype {a.dtype}", b.dtype, "a card has one dtype")
         if a.shape[1] != b.shape[0]:
             raise CardError("factor B", f"shape (r, out) with A's r = {a.shape[1]}", b.shape)
-        object.__setattr__(self, "A", a)
-        object.__setattr__(self, "B", b)
+        put = object.__setattr__
+        if a is not self.A:
+            put(self, "A", a)
+        if b is not self.B:
+            put(self, "B", b)
         if self.scaling is not None:
-            object.__setattr__(self, "scaling", finite(self.scaling, "scaling") + 0.0)
+            put(self, "scaling", finite(self.scaling, "scaling") + 0.0)
 
     @property
     def rank(self) -> int:
@@ -187,7 +192,7 @@ class LowRank:
         return self.scaling == other.scaling and same_bits(self.A, other.A) and same_bits(self.B, other.B)
 
     def __hash__(self) -> int:
-        return hash((self.A.shape, self.B.shape, self.dtype.name, self.scaling))
+        return hash((self.A.shape, self.B.shape, self.dtype, self.scaling))
 
     def __repr__(self) -> str:
         return (
@@ -469,12 +474,13 @@ def _factor(array: Array, which: str) -> Array:
     if not isinstance(array, np.ndarray) or array.ndim != 2 or 0 in array.shape:
         found = f"shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise CardError(f"factor {which}", "a two-dimensional, non-empty NumPy array", found)
+    if type(array) is np.ndarray and array.dtype in _NATIVE and array.flags.c_contiguous and _frozen(array):
+        return array
     native = array.dtype.newbyteorder("=")
-    if native not in DTYPES.values():
+    if native not in _NATIVE:
         raise CardError(f"factor {which}", f"a dtype of {', '.join(DTYPES)}", array.dtype)
-    if not _frozen(array) or not array.flags.c_contiguous or array.dtype != native or type(array) is not np.ndarray:
-        array = np.array(array, dtype=native, order="C", copy=True, subok=False)
-        array.flags.writeable = False
+    array = np.array(array, dtype=native, order="C", copy=True, subok=False)
+    array.flags.writeable = False
     return array
 
 

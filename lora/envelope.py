@@ -8,9 +8,8 @@ format 1.5, "IPC File Format"; field numbers: ``File.fbs`` and ``Message.fbs``.
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from lora.errors import CardFileError
 
@@ -26,8 +25,7 @@ _LENGTH, _BUFFERS, _COMPRESSION = 0, 2, 3  # fields of RecordBatch
 Bytes: TypeAlias = bytes | memoryview
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(NamedTuple):
     """A FlatBuffers table at `at` in `data`."""
 
     data: Bytes
@@ -45,21 +43,25 @@ class _Table:
         position = self.field(number)
         return None if position is None else position + _read("<I", self.data, position)
 
-    def count(self, number: int) -> int:
+    def length(self, number: int) -> int:
         """Length of a vector field."""
         position = self.follow(number)
-        return 0 if position is None else _read("<I", self.data, position)
+        return 0 if position is None else int(_read("<I", self.data, position))
 
     def tables(self, number: int) -> Iterator["_Table"]:
         """The tables in a vector field."""
-        position = (self.follow(number) or 0) + 4
-        for at in range(position, position + 4 * min(self.count(number), len(self.data) // 4), 4):
-            yield _Table(self.data, at + _read("<I", self.data, at))
+        position = self.follow(number)
+        if position is not None:
+            count = min(_read("<I", self.data, position), len(self.data) // 4)
+            for at in range(position + 4, position + 4 + 4 * count, 4):
+                yield _Table(self.data, at + _read("<I", self.data, at))
 
     def text(self, number: int) -> bytes:
         """A string field."""
-        position = self.follow(number) or 0
-        return bytes(self.data[position + 4 : position + 4 + self.count(number)])
+        position = self.follow(number)
+        if position is None:
+            return b""
+        return bytes(self.data[position + 4 : position + 4 + _read("<I", self.data, position)])
 
 
 def check_envelope(data: Bytes, row_bytes: int) -> None:
@@ -96,7 +98,7 @@ def _check(data: Bytes, row_bytes: int) -> None:
     if not 0 < footer_size <= size - _HEAD - _TAIL:
         raise CardFileError("card file: footer", "a length within the file", footer_size)
     footer = _root(data[size - _TAIL - footer_size : size - _TAIL])
-    if footer.count(_DICTIONARIES) or footer.count(_BATCHES) != 1:
+    if footer.length(_DICTIONARIES) or footer.length(_BATCHES) != 1:
         raise CardFileError("card file", "one record batch and no dictionaries", "others")
     block = (footer.follow(_BATCHES) or 0) + 4  # behind the vector's length; a Block is 8 + 4 (+ 4) + 8 bytes
     offset, metadata = _read("<q", footer.data, block), _read("<i", footer.data, block + 8)
@@ -144,7 +146,7 @@ def _check_spans(batch: _Table, body: int) -> None:
     """Every buffer lies in the body, and no two share a byte."""
     vector = batch.follow(_BUFFERS)
     spans = []
-    for index in range(min(batch.count(_BUFFERS), len(batch.data) // 16)):
+    for index in range(min(batch.length(_BUFFERS), len(batch.data) // 16)):
         at = (vector or 0) + 4 + 16 * index
         offset, length = _read("<q", batch.data, at), _read("<q", batch.data, at + 8)
         if offset < 0 or length < 0 or offset + length > body:
@@ -160,7 +162,8 @@ def _root(data: Bytes) -> _Table:
     return _Table(data, _read("<I", data, 0))
 
 
-def _read(form: str, data: Bytes, at: int) -> int:
+def _read(form: str, data: Bytes, at: int) -> Any:
+    """The integer at `at`."""
     if at < 0:
         raise struct.error(f"negative offset {at}")
-    return int(struct.unpack_from(form, data, at)[0])
+    return struct.unpack_from(form, data, at)[0]

@@ -34,8 +34,9 @@ from lora.targets import Injection, Site, plan, targeted_modules
 
 M = TypeVar("M", bound=nn.Module)
 
-_INTERNAL = frozenset(nn.Module().__dict__)
 _HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"})
+_KEPT = frozenset(nn.Module().__dict__) - _HOOKS
+_PLAIN = frozenset({bool, int, float, str, type(None), Tensor})
 
 
 def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool = False) -> M:
@@ -375,11 +376,13 @@ def _check_sound(model: nn.Module) -> None:
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What is on the instance beyond what ``nn.Module`` keeps there, and the hooks that a forward or backward runs."""
-    return ((key, value) for key, value in module.__dict__.items() if key not in _INTERNAL or key in _HOOKS)
+    return ((key, value) for key, value in module.__dict__.items() if key not in _KEPT and type(value) not in _PLAIN)
 
 
 def _leads_to_a_module(value: Any) -> bool:
     """Whether containers, bound methods, partial functions or closures lead from a value to a module."""
+    if isinstance(value, dict | list | tuple | set) and not value:  # hooks that nobody registered
+        return False
     waiting: list[Any] = [value]
     seen: dict[int, Any] = {}  # the objects too, lest an id be taken again
     while waiting:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -55,9 +56,19 @@ class Index:
     candidates: Mapping[str, Candidate]
 
     @cached_property
+    def listed(self) -> tuple[Candidate, ...]:
+        """The candidates in the mapping's order."""
+        return tuple(self.candidates.values())
+
+    @cached_property
     def rows(self) -> Array:
         """Every candidate's exemplars, candidates in the mapping's order; shape ``(N, d)``."""
         return np.concatenate([candidate.exemplars for candidate in self.candidates.values()])
+
+    @cached_property
+    def narrow(self) -> Array:
+        """The rows in float32, from which a short list is made."""
+        return self.rows.astype(np.float32)
 
     @cached_property
     def starts(self) -> Array:
@@ -192,10 +203,59 @@ def select(
         raise ArgumentError("top_k", "an integer >= 1", shown(top_k))
     check_threshold(threshold)
     index = index.tagged(tags)
-    scored = zip(index.candidates.values(), _scores(query, index), strict=True)
-    routes = [Route(c.name, score, c.virtual) for c, score in scored]
+    if index.candidates and query.shape != (width := index.rows.shape[1:]):
+        raise ShapeError("query embedding", f"shape {width}", f"shape {query.shape}")
+    return rank(query, index, shortlist(query, index, top_k, threshold), top_k, threshold)
+
+
+def rank(query: Array, index: Index, positions: Sequence[int], top_k: int, threshold: float | None) -> list[Route]:
+    """What `select` gives if just the candidates at these positions are there: the formula itself.
+
+    Requirements: R4.4, R4.5, R4.6, R4.9
+    """
+    chosen = [index.listed[i] for i in positions]
+    if not chosen:
+        return []
+    starts = list(accumulate((len(candidate.exemplars) for candidate in chosen), initial=0))[:-1]
+    rows = np.concatenate([candidate.exemplars for candidate in chosen])
+    similarity = np.einsum("nd,d->n", rows, query)  # a matrix product may score two equal rows differently
+    scores = np.round(np.maximum.reduceat(similarity, starts).clip(-1, 1), DECIMALS) + 0.0
+    routes = [Route(c.name, score, c.virtual) for c, score in zip(chosen, scores.tolist(), strict=True)]
     reached = [route for route in routes if threshold is None or route.score >= threshold]
     return sorted(reached, key=lambda route: (-route.score, route.name))[:top_k]
+
+
+def shortlist(query: Array, index: Index, top_k: int, threshold: float | None) -> list[int]:
+    """Positions of all candidates that may be among the best, by one float32 product with all exemplars.
+
+    A product of unit vectors of width d is off by at most (d + 3) u in float32, u = 2⁻²⁴: d for the sum, whatever its
+    order, one for each factor's rounding, one for the rest. What that and the rounding of scores leave open stays on the
+    list, so that ranking the list gives what ranking all would.
+
+    Parameters
+    ----------
+    query
+        A unit embedding, shape ``(d,)``; for one that is longer, nothing is left out.
+    index, top_k, threshold
+        As `select`'s.
+
+    Notes
+    -----
+    Source of the bound: Higham 2002, section 3.1.
+
+    Requirements: R4.4, R4.9
+    """
+    if not index.candidates or not float(query @ query) < 2:
+        return list(range(len(index.listed)))
+    near = index.narrow @ query.astype(np.float32)
+    if len(near) > len(index.listed):
+        near = np.maximum.reduceat(near, index.starts)
+    margin = np.float32(1.01 * ((len(query) + 3) * 2.0**-24 + 10.0**-DECIMALS))
+    least = -np.inf if threshold is None else threshold - margin
+    if len(near) > top_k:
+        least = max(least, np.partition(near, -top_k)[-top_k] - 2 * margin)
+    positions: list[int] = np.flatnonzero(near >= least).tolist()
+    return positions
 
 
 def calibrate(scores: Mapping[str, Sequence[float]], rate: float = 0.05, *, seed: int = 0) -> Calibration:
@@ -283,18 +343,6 @@ def _finite_scores(group: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return numbers.ndim == 1 and len(numbers) > 0 and bool(np.isfinite(numbers).all())
-
-
-def _scores(query: Array, index: Index) -> list[float]:
-    """Each candidate's rounded similarity: the largest over its exemplars."""
-    if not index.candidates:
-        return []
-    if query.shape != index.rows.shape[1:]:
-        raise ShapeError("query embedding", f"shape {index.rows.shape[1:]}", f"shape {query.shape}")
-    similarity = np.einsum("nd,d->n", index.rows, query)  # a matrix product may score two equal rows differently
-    best: Array = np.maximum.reduceat(similarity, index.starts)
-    rounded: list[float] = (np.round(np.clip(best, -1, 1), DECIMALS) + 0.0).tolist()
-    return rounded
 
 
 def _beta_point(k: int, n: int, probability: float) -> float:

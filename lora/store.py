@@ -13,7 +13,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -168,10 +168,10 @@ def as_path(path: PathLike) -> Path:
 
 
 @contextmanager
-def _opened(path: PathLike) -> Iterator[BufferedReader]:
+def _opened(path: PathLike) -> Iterator[FileIO]:
     """A regular file for reading; a pipe would block and a device has no end."""
     path = as_path(path)
-    with os_errors(path), open(path, "rb", opener=_not_blocking) as file:
+    with os_errors(path), open(path, "rb", 0, opener=_not_blocking) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise StoreError(str(path), "a regular file", "something else")
         yield file

@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -145,25 +146,12 @@ def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
     Requirements: R1.4, R1.6, R1.7, R1.10, R7.6, R7.9
     """
     batch = one_batch(table)
-    header = read_header(batch)
-    dtype = DTYPES[header.dtype]
-    factors = zip(_views(_tensor(batch, "A"), dtype), _views(_tensor(batch, "B"), dtype), strict=True)
     with _file_errors():
-        weights = {
-            module: LowRank(a, b, info.scaling)
-            for (module, info), (a, b) in zip(header.modules.items(), factors, strict=True)
-        }
-        return LoRACard(
-            header.name,
-            header.rank,
-            header.alpha,
-            header.target_modules,
-            weights,
-            header.metadata,
-            header.base_model,
-            header.base_fingerprint,
-            header.extra,
+        _, dtype, card, rows = _read(batch)
+        factors = zip(
+            rows.names, rows.scalings, _views(rows.a, DTYPES[dtype]), _views(rows.b, DTYPES[dtype]), strict=True
         )
+        return replace(card, weights={module: LowRank(a, b, scaling) for module, scaling, a, b in factors})
 
 
 def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
@@ -200,7 +188,22 @@ def read_header(batch: pa.RecordBatch) -> Header:
     Requirements: R1.10, R1.12, R7.9
     """
     with _file_errors():
-        return _header(batch)
+        version, dtype, card, rows = _read(batch)
+        shapes = zip(rows.names, rows.scalings, rows.a.shapes, rows.b.shapes, strict=True)
+        modules = {name: ModuleInfo(*a, b[1], scaling) for name, scaling, a, b in shapes}
+    return Header(
+        name=card.name,
+        rank=card.rank,
+        alpha=card.alpha,
+        target_modules=card.target_modules,
+        dtype=dtype,
+        metadata=FrozenJSON(card.metadata),
+        base_model=card.base_model,
+        base_fingerprint=card.base_fingerprint,
+        extra=FrozenJSON(card.extra),
+        format_version=version,
+        modules=MappingProxyType(modules),
+    )
 
 
 @contextmanager
@@ -216,13 +219,31 @@ def _file_errors() -> Iterator[None]:
         raise CardFileError("card table: schema", "UTF-8 text", error) from error
 
 
-def _header(batch: pa.RecordBatch) -> Header:
+class _Factors(NamedTuple):
+    """A factor column: where each row's elements start and its shape, both copied, and all rows' elements."""
+
+    offsets: list[int]
+    shapes: list[tuple[int, int]]
+    values: pa.Array
+
+
+class _Rows(NamedTuple):
+    """What the rows hold: module names, scalings, and the columns of their factors."""
+
+    names: list[str]
+    scalings: list[float]
+    a: _Factors
+    b: _Factors
+
+
+def _read(batch: pa.RecordBatch) -> tuple[tuple[int, int], str, LoRACard, _Rows]:
+    """All that a batch holds, checked: format version, dtype, the card without its weights, and the rows."""
     fields, extra = _metadata(batch.schema)
     version = _version(fields)
     dtype = fields.get("lora.dtype", "")
     if dtype not in DTYPES:
         raise CardFileError("card table: lora.dtype", f"one of {', '.join(DTYPES)}", shown(dtype))
-    _check_columns(batch, schema_of(dtype))
+    _check_columns(batch, dtype)
     _check_buffers(batch)
     card = LoRACard(
         name=_required(fields, "lora.name"),
@@ -235,37 +256,23 @@ def _header(batch: pa.RecordBatch) -> Header:
         base_fingerprint=fields.get("lora.base_fingerprint"),
         extra=extra,
     )
-    return Header(
-        name=card.name,
-        rank=card.rank,
-        alpha=card.alpha,
-        target_modules=card.target_modules,
-        dtype=dtype,
-        metadata=FrozenJSON(card.metadata),
-        base_model=card.base_model,
-        base_fingerprint=card.base_fingerprint,
-        extra=FrozenJSON(card.extra),
-        format_version=version,
-        modules=_modules(batch, card.rank),
-    )
+    return version, dtype, card, _rows(batch, card.rank)
 
 
-def _modules(batch: pa.RecordBatch, largest: int) -> Mapping[str, ModuleInfo]:
+def _rows(batch: pa.RecordBatch, largest: int) -> _Rows:
     names, scalings = batch.column("module").to_pylist(), batch.column("scaling").to_pylist()
     if len(set(names)) != len(names):
         raise CardFileError("card table: column 'module'", "each module once", "duplicates")
-    modules: dict[str, ModuleInfo] = {}
-    shapes = zip(_shapes(_tensor(batch, "A"), "A"), _shapes(_tensor(batch, "B"), "B"), strict=True)
-    for name, scaling, ((rows, rank), (inner, out)) in zip(names, scalings, shapes, strict=True):
-        where = f"card table: module {shown(name)}"
+    a, b = _factors(batch, "A"), _factors(batch, "B")
+    for name, scaling, (_, rank), (inner, _) in zip(names, scalings, a.shapes, b.shapes, strict=True):
         if rank != inner:
-            raise CardFileError(where, f"B with A's rank {rank}", f"rank {inner}")
+            raise CardFileError(f"card table: module {shown(name)}", f"B with A's rank {rank}", f"rank {inner}")
         if not name.isprintable() or not math.isfinite(scaling):
+            where = f"card table: module {shown(name)}"
             raise CardFileError(where, "a printable name and a finite scaling", scaling)
-        modules[name] = ModuleInfo(rows, rank, out, scaling)
-    if modules and (found := max(info.rank for info in modules.values())) != largest:
+    if names and (found := max(rank for _, rank in a.shapes)) != largest:
         raise CardFileError("card table: lora.rank", f"the largest rank of its modules, {found}", largest)
-    return MappingProxyType(modules)
+    return _Rows(names, scalings, a, b)
 
 
 def _fields(card: LoRACard) -> dict[str, str]:
@@ -373,11 +380,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_columns(batch: pa.RecordBatch, expected: pa.Schema) -> None:
+@lru_cache(len(DTYPES))
+def _known(dtype: str) -> tuple[pa.Schema, pa.Schema]:
+    """The schema of such a card, and how this pyarrow reads it: with our extension's types, if it knows them."""
+    schema = schema_of(dtype)
+    return schema, pa.ipc.read_schema(schema.serialize())
+
+
+def _check_columns(batch: pa.RecordBatch, dtype: str) -> None:
     """Exactly the known columns in order; of the known types, without nulls."""
+    expected, known = _known(dtype)
     if batch.schema.names != expected.names:
         raise CardFileError("card table: columns", expected.names, shown(batch.schema.names))
-    known = pa.ipc.read_schema(expected.serialize())  # as this pyarrow reads our own extension, if it knows it
     for want, kept, field, column in zip(expected, known, batch.schema, batch.columns, strict=True):
         where = f"card table: column {want.name!r}"
         if not _declares(field, want, kept) or _plain(_storage(column).type) != want.type:
@@ -434,27 +448,21 @@ def _storage(column: pa.Array) -> pa.Array:
     return column.storage if isinstance(column, pa.ExtensionArray) else column
 
 
-def _tensor(batch: pa.RecordBatch, name: str) -> tuple[Array, Array, pa.Array]:
-    """Offsets and shapes of a factor column, copied, and its flat values."""
+def _factors(batch: pa.RecordBatch, name: str) -> _Factors:
     storage = _storage(batch.column(name))
     data, shape = storage.field("data"), storage.field("shape")
     offsets = np.array(data.offsets.to_numpy(zero_copy_only=False), np.int64)
     shapes = np.array(shape.flatten().to_numpy(zero_copy_only=False), np.int64).reshape(-1, 2)
-    return offsets, shapes, data.values
-
-
-def _shapes(tensor: tuple[Array, Array, pa.Array], column: str) -> list[tuple[int, int]]:
-    offsets, shapes, _ = tensor
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
-        raise CardFileError(f"card table: column {column!r}", "positive shapes, each as long as its data", "others")
-    return [(int(rows), int(columns)) for rows, columns in shapes]
+        raise CardFileError(f"card table: column {name!r}", "positive shapes, each as long as its data", "others")
+    return _Factors(offsets.tolist(), [(rows, columns) for rows, columns in shapes.tolist()], data.values)
 
 
-def _views(tensor: tuple[Array, Array, pa.Array], dtype: np.dtype[Any]) -> Iterator[Array]:
+def _views(column: _Factors, dtype: np.dtype[Any]) -> Iterator[Array]:
     """Each row's factor as a read-only view of the column's values (a copy only if they are not aligned)."""
-    offsets, shapes, values = tensor
+    offsets, shapes, values = column
     buffer = values.buffers()[1]
-    if buffer is None or not len(shapes):
+    if buffer is None or not shapes:
         return
     flat = np.frombuffer(buffer, dtype, count=len(values), offset=values.offset * dtype.itemsize)
     flat = flat if flat.flags.aligned else flat.copy()

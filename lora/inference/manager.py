@@ -174,11 +174,11 @@ class LoRAManager(Generic[M]):
             wanted = AdapterSet({card.name: (card, weight)})
             if card.name in active.adapters:
                 return self._already(active, wanted)
-            injection = self._plan(wanted, strict=strict, check_base=check_base)[card.name]
-            if injection.bound:
-                self._commit(self._build(active.adapters | wanted))
-            _report(injection, "applied")
-            return injection
+            plans = self._plan(wanted, strict=strict, check_base=check_base)
+            if plans[card.name].bound:
+                self._commit(self._build(active.adapters | wanted, plans))
+            _report(plans[card.name], "applied")
+            return plans[card.name]
 
     def remove_card(self, name: str) -> None:
         """Make a card inactive; an unknown name is no error.
@@ -188,7 +188,7 @@ class LoRAManager(Generic[M]):
         with self._write:
             if name in self.active:
                 layers = len(self._state.active.injections[name].bound)
-                self._commit(self._build(self.active.without(name)))
+                self._commit(self._build(self.active.without(name), {}))
                 log.info("removed card %r from %d layers", name, layers)
 
     def replace_card(self, card: LoRACard, *, strict: bool = False, check_base: bool = True) -> Injection:
@@ -201,12 +201,12 @@ class LoRAManager(Generic[M]):
             if card.name not in self.active:
                 raise UnknownCardError(f"replace_card {card.name!r}", "an active card", f"only {list(self.active)}")
             wanted = AdapterSet({card.name: (card, self.active.weight(card.name))})
-            injection = self._plan(wanted, strict=strict, check_base=check_base)[card.name]
-            self._commit(self._build(self.active.without(card.name) | wanted))
+            plans = self._plan(wanted, strict=strict, check_base=check_base)
+            self._commit(self._build(self.active.without(card.name) | wanted, plans))
             if card.name in self._state.loaded:
                 self.add_card(card)
-            _report(injection, "replaced")
-            return injection
+            _report(plans[card.name], "replaced")
+            return plans[card.name]
 
     def set_weight(self, name: str, weight: float) -> None:
         """Change the weight of an active card.
@@ -217,7 +217,7 @@ class LoRAManager(Generic[M]):
             if name not in self.active:
                 raise UnknownCardError(f"set_weight {name!r}", "an active card", f"only {list(self.active)}")
             wanted = AdapterSet({name: (self.active[name][0], weight)})
-            self._commit(self._build(self.active.without(name) | wanted))
+            self._commit(self._build(self.active.without(name) | wanted, {}))
 
     def prepare(self, adapters: Adapters, *, strict: bool = False, check_base: bool = True) -> dict[str, Injection]:
         """Build the model for another set without making it active; cards that bind nothing are left out of it.
@@ -227,7 +227,7 @@ class LoRAManager(Generic[M]):
         with self._write:
             wanted = AdapterSet(adapters)
             plans = self._plan(wanted, strict=strict, check_base=check_base)
-            self._state = replace(self._state, prepared=self._build(wanted))
+            self._state = replace(self._state, prepared=self._build(wanted, plans))
             for injection in plans.values():
                 _report(injection, "prepared")
             return plans
@@ -265,14 +265,14 @@ class LoRAManager(Generic[M]):
                 check_fingerprint(self.base, new[name][0], injection)
         return plans
 
-    def _build(self, adapters: AdapterSet) -> Active[M]:
-        """The set less what binds nothing, with its model."""
-        plans = injections(self.base, adapters)
+    def _build(self, adapters: AdapterSet, new: Mapping[str, Injection]) -> Active[M]:
+        """The set less what binds nothing, with its model; what is active binds as it did when it came."""
+        plans = {**self._state.active.injections, **new}
         bound = AdapterSet({name: entry for name, entry in adapters.items() if plans[name].bound})
         if not bound:
             return self._base
         model = adapt(self.base, bound, check_base=False)
-        kept = MappingProxyType({name: plans[name] for name in bound})
+        kept = MappingProxyType({name: replace(plans[name], bound=dict(plans[name].bound)) for name in bound})
         folds = self._fold and folded_bytes(model) <= self._fold_budget
         return Active(bound, kept, fold(model) if folds else model)
 

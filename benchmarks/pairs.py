@@ -1,0 +1,172 @@
+"""How everything here is timed: sides take turns in shuffled rounds, and what counts is the median of the rounds' ratios.
+
+A script of this folder makes rows by `ratio_row` and hands its groups of them to `run`, which prints a table and writes JSON.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+Work = Callable[[], Any]
+Times = dict[str, list[float]]
+
+SLICE = 0.02
+"""Seconds that one timing of fast work lasts at least, by repeating it."""
+
+
+def timed(work: Work, repeats: int = 1) -> float:
+    """Seconds that one call takes, the mean of `repeats`."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - start) / repeats
+
+
+def rounds(sides: Mapping[str, Work], count: int, resets: Mapping[str, Work] | None = None) -> Times:
+    """Seconds of each side in each of `count` rounds, in every one in another order.
+
+    A side with a reset is called once a round, and what undoes it is not timed; the others are repeated to last `SLICE`.
+    """
+    resets, shuffled = resets or {}, random.Random(0)  # noqa: S311 - an order, not a secret
+    repeats = {}
+    for name, work in sides.items():
+        work()  # what is made or loaded once
+        resets.get(name, lambda: None)()
+        first = timed(work)
+        resets.get(name, lambda: None)()
+        repeats[name] = 1 if name in resets else max(1, min(1000, round(SLICE / first)))
+    times: Times = {name: [] for name in sides}
+    gc.collect()
+    for _ in range(count):
+        for name in shuffled.sample(list(sides), len(sides)):
+            times[name].append(timed(sides[name], repeats[name]))
+            resets.get(name, lambda: None)()
+    return times
+
+
+def median_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median and its 95 % confidence interval, from order statistics; all that was seen where values are fewer than 6."""
+    ordered, count = sorted(values), len(values)
+    below = 0  # values cut off at each end
+    while 2 * sum(comb(count, i) for i in range(below + 1)) <= 0.05 * 2**count:
+        below += 1
+    cut = max(0, below - 1)
+    return statistics.median(ordered), ordered[cut], ordered[count - 1 - cut]
+
+
+def ratio_row(
+    group: str,
+    what: str,
+    times: Times,
+    side: str,
+    beside: str,
+    *,
+    target: float | None = None,
+    at_least: bool = False,
+    overhead: bool = False,
+    of: str = "",
+    ids: Sequence[str] = (),
+    **more: Any,
+) -> Row:
+    """One figure: side / beside, or as `overhead` that less 1, or with `at_least` beside / side (how many times faster)."""
+    pairs = zip(times[side], times[beside], strict=True)
+    ratios = [(b / a if at_least else a / b) - overhead for a, b in pairs]
+    middle, low, high = median_with_interval(ratios)
+    met = None if target is None else bool(middle >= target if at_least else middle <= target)
+    return {
+        "group": group,
+        "what": what,
+        "side": side,
+        "beside": beside,
+        "kind": "overhead" if overhead else "times faster" if at_least else "ratio",
+        "of": of,
+        "value": middle,
+        "interval": [low, high],
+        "rounds": len(ratios),
+        "side_ms": statistics.median(times[side]) * 1e3,
+        "beside_ms": statistics.median(times[beside]) * 1e3,
+        "target": target,
+        "met": met,
+        "ids": list(ids),
+        **more,
+    }
+
+
+def figure_row(
+    group: str,
+    what: str,
+    value: float,
+    unit: str,
+    *,
+    below: float | None = None,
+    above: float | None = None,
+    ids: Sequence[str] = (),
+    **more: Any,
+) -> Row:
+    """One figure that is no ratio, with its unit and the bound that it should keep, if there is one."""
+    bound = below if above is None else above
+    met = None if bound is None else bool(value < bound if above is None else value >= bound)
+    kind = {"kind": "at least" if above is not None else "below", "unit": unit}
+    return {"group": group, "what": what, **kind, "value": value, "target": bound, "met": met, "ids": list(ids), **more}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    packages = ("lora-cards", "torch", "numpy", "pyarrow", "peft", "sentence-transformers", "safetensors")
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(value, 1) for value in os.getloadavg()],
+        "versions": versions,
+    }
+
+
+def shown(row: Row) -> str:
+    """One line of the table."""
+    if row["kind"] == "overhead":
+        value, bound = f"{row['value']:+8.1%}", f"<= {row['target']:+.0%}" if row["target"] is not None else ""
+    elif "unit" in row:
+        value, sign = f"{row['value']:8.4g} {row['unit']}", ">=" if row["kind"] == "at least" else "<"
+        bound = f"{sign} {row['target']:g}" if row["target"] is not None else ""
+    else:
+        value, sign = f"{row['value']:8.3g} x", ">=" if row["kind"] == "times faster" else "<="
+        bound = f"{sign} {row['target']:g}" if row["target"] is not None else ""
+    if "interval" in row:
+        form = "{:+.1%}" if row["kind"] == "overhead" else "{:.3g}"
+        value += f" ({form.format(row['interval'][0])} ... {form.format(row['interval'][1])})"
+    met = {None: "", True: "ok", False: "NOT MET"}[row["met"]]
+    name = f"{row['side']} / {row['beside']}" if "side" in row else ""
+    return f"{row['what']:<58} {name:<30} {value:<34} {bound:<9} {met}"
+
+
+def run(groups: Callable[[bool], Iterable[Iterable[Row]]], summary: str) -> None:
+    """Run a script's groups of rows, print each row as it comes, and write them as JSON where asked."""
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller sizes: it works, no more")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
+    found: dict[str, Any] = {"machine": machine(), "rows": []}
+    for rows in groups(options.quick):
+        for row in rows:
+            print(shown(row), flush=True)
+            found["rows"].append(row)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
