@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all mutants lint types docs serve clean
+.PHONY: demo test test-all bench mutants lint types docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
@@ -18,6 +18,10 @@ test: $(VENV)/.test
 # Everything, with peers and foreign readers: needs node and npm.
 test-all: $(VENV)/.all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""
+
+# This library beside its peers, ten minutes on two cores; `make bench QUICK=--quick` shows only that it works.
+bench: $(VENV)/.test
+	$(BIN)/lora bench $(QUICK) --out benchmarks/results.json
 
 # Mutants of the pure core that tests/properties lets live; hours on one core.
 mutants: $(VENV)/.mutants

@@ -1,4 +1,4 @@
-"""What it takes to load, apply, swap and remove a card, beside safetensors and PEFT, with one card present and with a thousand.
+"""What loading, applying, swapping and removing a card cost beside safetensors and PEFT, with one card there or a thousand.
 
     OMP_NUM_THREADS=2 python benchmarks/lifecycle.py [--quick] [--json FILE]
 
@@ -8,7 +8,6 @@ whole: mapped, validated, and checked as a value. PEFT's applying is the injecti
 """
 
 import gc
-import random
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 from forward import KINDS, card, config, model, peft_model
 from pairs import Row, figure_row, median_with_interval, ratio_row, rounds, run, timed
 from safetensors.torch import load_file, save_file

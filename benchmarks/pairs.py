@@ -1,6 +1,6 @@
 """How everything here is timed: sides take turns in shuffled rounds, and what counts is the median of the rounds' ratios.
 
-A script of this folder makes rows by `ratio_row` and hands its groups of them to `run`, which prints a table and writes JSON.
+A script here makes rows by `ratio_row` and hands its groups of them to `run`, which prints a table and writes JSON.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def rounds(sides: Mapping[str, Work], count: int, resets: Mapping[str, Work] | N
 
 
 def median_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median and its 95 % confidence interval, from order statistics; all that was seen where values are fewer than 6."""
+    """The median and its 95 % confidence interval, from order statistics; the whole range of fewer than 6 values."""
     ordered, count = sorted(values), len(values)
     below = 0  # values cut off at each end
     while 2 * sum(comb(count, i) for i in range(below + 1)) <= 0.05 * 2**count:

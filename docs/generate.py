@@ -1,13 +1,23 @@
-"""Write the documentation pages that are made from data: traceability, the conformance matrix, the API reference."""
+"""Write the documentation pages that are made from data: what the specification, the tests, the code and a card say."""
 
 import importlib
+import inspect
 import json
 import re
 import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import typer
+
 import lora
+import lora.cli
 from lora.presets import cost_table
 from lora.rewrite import linears
 from lora.testing.trace import read_code, read_spec, read_tests
@@ -16,13 +26,15 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "generated"
 REPORTS = ROOT / "conformance"
 MARKS = {
-    "passed": ":white_check_mark:",
-    "failed": ":x:",
-    "expected failure": ":warning:",
-    "skipped": ":heavy_minus_sign:",
-    "unexpected pass": ":grey_question:",
+    "passed": "✓",
+    "failed": "✗",
+    "expected failure": "(✗)",
+    "skipped": "–",
+    "unexpected pass": "?",
 }
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+import diagrams  # noqa: E402 - beside this file, in no package
+
 from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, in no package
 
 KINDS = {"P*": "property (any implementation)", "P": "property", "U": "test", "B": "benchmark", "D": "documentation"}
@@ -38,12 +50,14 @@ FEDERATION = [
     "access",
     "keys",
     "cache",
+    "catalog",
     "streams",
 ]
 TRAINING = ["data", "synthetic", "losses", "schedules", "ewc", "train", "online", "probe"]
 EVOLUTION = ["novelty", "gate", "distill", "cloud", "queue", "nights", "work", "factory"]
+TESTING = ["bench", "binding", "reference", "plugin", "tolerance", "strategies", "report", "trace", "vectors"]
 REFERENCE = {
-    "Cards": ["card", "table", "store", "errors"],
+    "Cards": ["card", "table", "store", "envelope", "errors"],
     "Algebra and targets": ["lowrank", "targets", "merging", "extract", "weights", "presets", "drawing"],
     "Interop": ["interop.peft", "interop.safetensors"],
     "Models": ["layer", "rewrite", "inference.manager", "inference.registry", "inference.encoder"],
@@ -52,7 +66,7 @@ REFERENCE = {
     "Federation": [f"federation.{name}" for name in FEDERATION],
     "Training": [f"evolution.{name}" for name in TRAINING],
     "Evolution": [*(f"evolution.{name}" for name in EVOLUTION), "evolving"],
-    "Testing": ["testing.binding", "testing.tolerance", "testing.strategies", "testing.report", "testing.trace"],
+    "Testing": [f"testing.{name}" for name in TESTING],
 }
 
 
@@ -79,7 +93,8 @@ def matrix() -> str:
         entries = [report["requirements"].get(requirement.id) for report in columns]
         if any(entries):
             cells = [MARKS[entry["verdict"]] if entry else "" for entry in entries]
-            lines.append(f"| {requirement.id} | {escaped(requirement.sentence)} | {' | '.join(cells)} |")
+            anchor = f"[{requirement.id}](traceability.md#{requirement.id})"
+            lines.append(f"| {anchor} | {escaped(requirement.sentence)} | {' | '.join(cells)} |")
         for name, entry in zip(names, entries, strict=True):
             if entry and entry["reason"]:
                 told.setdefault(f"**{name}**: {escaped(entry['reason'])}", set()).add(requirement.id)
@@ -100,6 +115,7 @@ def traceability() -> str:
     ran = reports()[0]["requirements"]
     lines = ["# Traceability", "", "Every requirement, the code that names it, and the tests that hold it.", ""]
     chapter = ""
+    starred = {kind: kind.replace("*", r"\*") for kind in KINDS}  # or a page would read it as emphasis
     for requirement in spec.values():
         if requirement.chapter != chapter:
             chapter = requirement.chapter
@@ -112,7 +128,7 @@ def traceability() -> str:
             ]
         kind = KINDS[requirement.evidence] if requirement.status == "built" else "planned"
         where = "<br>".join(f"`{name}`" for name in code.get(requirement.id, []))
-        found = "<br>".join(f"`{e.test.split('/')[-1]}` ({e.kind})" for e in tests if requirement.id in e.ids)
+        found = "<br>".join(f"`{e.test.split('/')[-1]}` ({starred[e.kind]})" for e in tests if requirement.id in e.ids)
         examples = sum(test["examples"] for test in ran.get(requirement.id, {"tests": []})["tests"]) or ""
         killed = "<br>".join(
             f"`{fault.__name__}`"
@@ -120,7 +136,8 @@ def traceability() -> str:
             for fault in family
             if requirement.id in fault.turns_red
         )
-        row = (requirement.id, kind, escaped(requirement.sentence), where, found, examples, killed)
+        anchor = f'<span id="{requirement.id}">{requirement.id}</span>'
+        row = (anchor, kind, escaped(requirement.sentence), where, found, examples, killed)
         lines.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -148,15 +165,212 @@ def reference(modules: list[str], title: str) -> str:
     return "\n".join(lines)
 
 
+def specification() -> str:
+    """Every chapter with its requirements, as `spec/` has them."""
+    spec = read_spec(ROOT / "spec")
+    lines = ["# Requirements", "", f"{len(spec)} sentences, each with what shows that it holds."]
+    chapters = list(dict.fromkeys(requirement.chapter for requirement in spec.values()))
+    for chapter in chapters:
+        lines += ["", f"## {chapter}", "", "| id | evidence | requirement |", "|---|---|---|"]
+        for requirement in spec.values():
+            if requirement.chapter == chapter:
+                kind = KINDS[requirement.evidence] + ("" if requirement.status == "built" else ", planned")
+                lines.append(f"| {requirement.id} | {kind} | {escaped(requirement.sentence)} |")
+    return "\n".join(lines) + "\n"
+
+
+def commands(command: Any = None, name: str = "lora") -> Iterator[tuple[str, Any]]:
+    """Every command of the command line with its full name, groups before what is in them."""
+    command = typer.main.get_command(lora.cli.app) if command is None else command
+    yield name, command
+    for part, found in getattr(command, "commands", {}).items():
+        yield from commands(found, f"{name} {part}")
+
+
+def command_line() -> str:
+    """A section for each command: what it does, usage, arguments and options, an example."""
+    lines = ["# Command line", "", "Errors are one line on standard error and exit 1, 2 for usage.", ""]
+    for name, command in commands():
+        usage = [f"{{{p.name}}}" for p in command.params if p.param_type_name == "argument" and p.required]
+        usage += [f"[{p.name}]" for p in command.params if p.param_type_name == "argument" and not p.required]
+        usage += ["COMMAND"] if hasattr(command, "commands") else []
+        text = inspect.cleandoc(command.help or "").split("\n\nRequirements:")[0].replace("``", "`")
+        lines += [f"## {name}", "", text, "", "```text", " ".join([name, "[OPTIONS]", *usage]), "```", ""]
+        shown = [parameter for parameter in command.params if not parameter.hidden]
+        if shown:
+            lines += ["| option | what it is | default |", "|---|---|---|", *map(_parameter, shown), ""]
+        if command.epilog:
+            example = command.epilog.removeprefix("Example: ").replace(", or lora", "\nlora")
+            lines += ["```sh", example, "```", ""]
+    return "\n".join(lines)
+
+
+def _parameter(parameter: Any) -> str:
+    """A row of a command's table."""
+    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+    value = parameter.default
+    default = "required" if parameter.required else "" if value in (None, "", False, []) else f"`{value}`"
+    return f"| {names} | {escaped(parameter.help or '')} | {default} |"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some bytes of a file, and what they are."""
+
+    start: int
+    end: int
+    told: str
+
+
+def tiny() -> lora.LoRACard:
+    """The card that is dumped: one module of 2 inputs and 3 outputs, rank 1."""
+    pair = lora.LowRank(np.array([[1], [2]], np.float32), np.array([[3, 4, 5]], np.float32))
+    return lora.LoRACard("tiny", 1, 2.0, ["proj"], {"proj": pair}, {"description": "A card"})
+
+
+def spans(data: bytes) -> list[Span]:
+    """The parts of a card file, without a gap; the positions of buffers are those that Arrow maps them from."""
+    whole = pa.py_buffer(data)
+    batch = pa.ipc.open_file(whole).get_batch(0)
+    told: dict[int, tuple[int, str]] = {}  # start -> end and meaning
+    for name, buffers in _buffers(batch).items():
+        for kind, buffer in zip(_KINDS[name], buffers, strict=True):
+            if buffer is not None and buffer.size:
+                start = buffer.address - whole.address
+                told[start] = start + buffer.size, f"{name}: {kind}"
+    footer = len(data) - 10 - int.from_bytes(data[-10:-6], "little")
+    schema, message = 8, 16 + int.from_bytes(data[12:16], "little")
+    body = message + 8 + int.from_bytes(data[message + 4 : message + 8], "little")
+    told |= {0: (6, "magic ARROW1"), 6: (8, "padding to 8 bytes")}
+    for at, what in ((schema, "schema"), (message, "record batch")):
+        told |= {at: (at + 4, "continuation marker"), at + 4: (at + 8, f"length of the {what} message that follows")}
+        told[at + 8] = (message if at == schema else body, f"the {what} message, a FlatBuffer")
+    told |= {
+        footer - 8: (footer, "end of stream: a continuation marker and length 0"),
+        footer: (len(data) - 10, "the footer, a FlatBuffer: the schema again, and where the record batch lies"),
+        len(data) - 10: (len(data) - 6, "length of the footer"),
+        len(data) - 6: (len(data), "magic ARROW1"),
+    }
+    found = [Span(start, end, what) for start, (end, what) in sorted(told.items())]
+    gaps = [Span(one.end, two.start, "padding to 8 bytes") for one, two in pairwise(found) if one.end < two.start]
+    return sorted([*found, *gaps], key=lambda span: span.start)
+
+
+_KINDS = {
+    "module": ("", "int32 offsets into the text", "the names, UTF-8"),
+    "scaling": ("", "float64, alpha / rank"),
+    "A.data": ("", "int32 offsets of the lists", "float32, row-major, (in, rank)"),
+    "A.shape": ("int32, in and rank",),
+    "B.data": ("", "int32 offsets of the lists", "float32, row-major, (rank, out)"),
+    "B.shape": ("int32, rank and out",),
+}
+
+
+def _buffers(batch: pa.RecordBatch) -> dict[str, list[pa.Buffer | None]]:
+    """The buffers of each column, those of a factor's data and shape apart."""
+    found = {name: batch[name].buffers() for name in ("module", "scaling")}
+    for name in ("A", "B"):
+        column = getattr(batch[name], "storage", batch[name])
+        data = column.field("data")
+        found[f"{name}.data"] = [*data.buffers()[:2], data.values.buffers()[1]]
+        found[f"{name}.shape"] = [column.field("shape").values.buffers()[1]]
+    return found
+
+
+def entries(data: bytes, span: Span) -> list[Span]:
+    """The key and value texts in a FlatBuffer: each has its length before it and a zero byte behind it."""
+    schema = pa.ipc.open_file(pa.py_buffer(data)).schema
+    texts = [text for pair in schema.metadata.items() for text in pair] + [name.encode() for name in schema.names]
+    found = []
+    for text in texts:
+        stored = len(text).to_bytes(4, "little") + text + b"\0"
+        at = data.index(stored, span.start, span.end)
+        found.append(Span(at, at + len(stored), text.decode()))
+    return sorted(found, key=lambda entry: entry.start)
+
+
+def dumped(data: bytes, start: int, end: int) -> list[str]:
+    """Lines of 8 bytes: offset, hexadecimal, text."""
+    lines = []
+    for at in range(start, end, 8):
+        row = data[at : min(at + 8, end)]
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
+        lines.append(f"{at:04x}  {row.hex(' '):23}  {text}")
+    return lines
+
+
+def hexdump() -> str:
+    """A card file byte for byte, each part with what it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        digest = lora.save(tiny(), f"{folder}/tiny.lora.arrow")
+        data = Path(f"{folder}/tiny.lora.arrow").read_bytes()
+    lines = [
+        "# A card file, byte by byte",
+        "",
+        f"The card `tiny` has one module, `proj`, of 2 inputs and 3 outputs; rank 1, alpha 2. Its file has {len(data)}",
+        f"bytes and the SHA-256 `{digest}`. Numbers are little-endian.",
+        "",
+        diagrams.picture("schema", "The schema: module, scaling, and for A and B a struct of data and shape"),
+        "",
+        "## Part by part",
+        "",
+        "Of the schema message and the footer the texts are shown, each after its length and before a zero byte; the rest",
+        "of them is vtables, offsets and types, as Arrow's `Schema.fbs` and `File.fbs` define them. The record batch",
+        "message holds the number of rows, then for each buffer its offset from the end of the message and its length,",
+        "then for each field its length and number of nulls (`Message.fbs`).",
+        "",
+        "```text",
+    ]
+    for span in spans(data):
+        lines.append(f"; {span.start} to {span.end - 1}: {span.told}")
+        if "schema" in span.told and span.end - span.start > 16:
+            lines += [*dumped(data, span.start, span.start + 8), "…"]
+            if "footer" not in span.told:
+                lines += [line for entry in entries(data, span) for line in dumped(data, entry.start, entry.end)]
+        else:
+            lines += dumped(data, span.start, span.end)
+    lines += ["```", "", "## All of it", "", "```text", *dumped(data, 0, len(data)), "```", ""]
+    return "\n".join(lines)
+
+
+def architecture() -> str:
+    """The import graph, as a picture and as a table."""
+    graph = diagrams.imports(Path(lora.__file__).parent)
+    level = diagrams.depths(graph)
+    lines = [
+        "# Imports point one way",
+        "",
+        "Drawn from the import statements of the package: an arrow goes from a module to one that it imports. Arrows that",
+        "follow from others are left out. `tests/unit/test_house.py` fails if one points up.",
+        "",
+        diagrams.picture("imports", "The import graph, from cli down to errors; as a table below"),
+        "",
+        "| module | imports |",
+        "|---|---|",
+    ]
+    order = sorted(graph, key=lambda name: (-level[name], name))
+    lines += [f"| `{name}` | {', '.join(f'`{other}`' for other in sorted(graph[name]))} |" for name in order]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Write every page."""
+    """Write every page and every picture."""
     OUT.mkdir(exist_ok=True)
-    (OUT / "traceability.md").write_text(traceability(), encoding="utf-8")
-    (OUT / "presets.md").write_text(presets(), encoding="utf-8")
-    (OUT / "conformance.md").write_text(matrix(), encoding="utf-8")
+    pages = {
+        "traceability": traceability,
+        "specification": specification,
+        "presets": presets,
+        "conformance": matrix,
+        "reference-command-line": command_line,
+        "hexdump": hexdump,
+        "architecture": architecture,
+    }
+    for name, page in pages.items():
+        (OUT / f"{name}.md").write_text(page(), encoding="utf-8")
     for title, modules in REFERENCE.items():
-        page = OUT / f"reference-{title.lower().replace(' ', '-')}.md"
-        page.write_text(reference(modules, title), encoding="utf-8")
+        path = OUT / f"reference-{title.lower().replace(' ', '-')}.md"
+        path.write_text(reference(modules, title), encoding="utf-8")
+    diagrams.draw_all(OUT)
 
 
 if __name__ == "__main__":

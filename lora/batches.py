@@ -1,8 +1,9 @@
 """Encode a stream of Arrow record batches: a pure function of its arguments, for any engine that runs such functions.
 
-It runs under Spark's ``mapInArrow`` and a plain loop as it is; Dask's ``bag.map_partitions`` wants a list of what it yields,
-Ray Data's ``map_batches`` a table. Its arguments are paths and plain values, so that they travel; each process opens the
-model and the cards once. Their files are mapped: processes of one machine share their pages.
+It runs in a plain loop as it is; Dask's ``bag.map_partitions`` wants a list of what it yields, Ray Data's ``map_batches`` a
+table, and Spark's ``mapInArrow``, which has no fixed-size lists, the embeddings cast to a list. Its arguments are paths and
+plain values, so that they travel; each process opens the model and the cards once. Their files are mapped: processes of one
+machine share their pages.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,6 +1,7 @@
 """The command line: thin commands over the public API.
 
-Errors are one line on stderr and exit 1 (2 for usage). Torch is imported only by commands that run a model.
+Errors are one line on stderr and exit 1 (2 for usage). Torch is imported only by commands that run a model,
+NumPy and Arrow by none that only help or complete.
 """
 
 import json
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,6 @@ from rich.text import Text
 
 import lora
 from lora.errors import ArgumentError, DataError, LoRAError, PeerError
-from lora.store import os_errors, replacing
 
 PARQUET_ROWS = 1024
 """Rows of a Parquet file that are encoded at a time."""
@@ -44,7 +45,8 @@ SHOWN = (
 
 app = typer.Typer(
     name="lora",
-    help="LoRA adapters as Arrow cards: read, route, encode, train, merge, extract.",
+    help="LoRA adapters as Arrow cards: read, route, encode, train, merge, extract, serve.",
+    epilog="Example: lora demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -83,7 +85,7 @@ def main() -> None:
             raise
         _fail(f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows where)", 1)
     else:
-        sys.exit(code if isinstance(code, int) else 0)
+        _end(code)
 
 
 def _version(*, wanted: bool) -> None:
@@ -104,7 +106,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """LoRA adapters as Arrow cards: read, route, encode, train."""
+    """What comes before a command."""
 
 
 @app.command(epilog="Example: lora inspect docs.lora.arrow --verify 3b7e…")
@@ -116,7 +118,7 @@ def inspect(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a card file says of itself, without loading its weights (but to draw them)."""
+    """Show what a card file says of itself. Its weights are not loaded, but to draw them."""
     found = lora.digest(file)
     if verify is not None:
         lora.load(file, verify=verify)
@@ -159,7 +161,9 @@ def encode(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; lines of standard input if omitted.")] = None,
     card: Annotated[list[Path] | None, typer.Option(help="A card to apply; may be repeated.")] = None,
     model: Model = None,
-    out: Annotated[Path | None, typer.Option(help="Write a NumPy .npy file instead of printing.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write a NumPy .npy file instead of printing.")
+    ] = None,
     parquet: Annotated[
         Path | None, typer.Option(help="Encode this file's column of texts into --out, a Parquet file.")
     ] = None,
@@ -168,10 +172,10 @@ def encode(
         str | None,
         typer.Option(help="With --parquet: the name of the one card to apply to every row; none if omitted."),
     ] = None,
-    route: Annotated[bool, typer.Option(help="With --parquet: choose each row's card by its text.")] = False,
+    route: Annotated[bool, typer.Option("--route", help="With --parquet: choose each row's card by its text.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode texts, with cards applied if any are given; or a Parquet file, streamed in bounded memory.
+    """Encode texts, with cards applied if any are given. A Parquet file is streamed in bounded memory.
 
     Requirements: R5.12, R25.2
     """
@@ -192,7 +196,7 @@ def encode(
     if out is not None:
         import numpy as np  # noqa: PLC0415 - not needed to print
 
-        from lora.store import replacing  # noqa: PLC0415 - as above
+        from lora.store import replacing  # noqa: PLC0415 - it imports Arrow
 
         with replacing(out) as file:
             np.save(file, rows)
@@ -217,7 +221,7 @@ def route(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Rank cards for a query by the meaning of their descriptions; print nothing if none reaches the threshold."""
+    """Rank cards for a query by their descriptions. Nothing is printed if none reaches the threshold."""
     engine = lora.ArrowEngine.from_pretrained(model)
     for path in card:
         engine.router.register_card(lora.load(path))
@@ -235,17 +239,17 @@ def route(
     epilog="Example: lora merge docs.lora.arrow law.lora.arrow -o both.lora.arrow --strategy ties --density 0.3"
 )
 def merge(
-    cards: Annotated[list[Path], typer.Argument(help="Card files, PEFT directories, or what else convert reads.")],
+    cards: Annotated[list[Path], typer.Argument(help="Card files, PEFT folders, or what else convert reads.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the merged card.")],
     strategy: Annotated[
         str, typer.Option(help="average, weighted, slerp, ties, dare, task_arithmetic or cat.")
     ] = "average",
-    weight: Annotated[list[float] | None, typer.Option(help="One for each card, in their order.")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Of a card; once for each, in their order.")] = None,
     rank: Annotated[int | None, typer.Option(help="Largest rank; exact if omitted.")] = None,
     name: Annotated[str, typer.Option(help="Name of the merged card.")] = "merged",
     density: Annotated[float | None, typer.Option(help="Of ties and dare: the share of entries kept.")] = None,
     elect: Annotated[str | None, typer.Option(help="Of ties: signs by 'mass' or by 'count'.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of dare.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare: seed of what is dropped.")] = None,
     t: Annotated[float | None, typer.Option(help="Of slerp: how far from the first card to the second.")] = None,
     normalize: Annotated[bool | None, typer.Option(help="Of weighted: divide the weights by their sum.")] = None,
     as_json: Json = False,
@@ -275,17 +279,17 @@ def extract(
         Path | None, typer.Option(help="The weights tuned from; without them the model is compressed.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of each module; 8 if nothing else is said.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Instead: the share of ΔW's squares to hold.")] = None,
-    error: Annotated[float | None, typer.Option(help="Instead: the largest relative error.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Instead of --rank: the share of ΔW's squares to hold.")] = None,
+    error: Annotated[float | None, typer.Option(help="Instead of --rank: the largest relative error.")] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="Target module; may be repeated. All Linears if omitted.")
     ] = None,
     method: Annotated[str, typer.Option(help="'full', or 'randomized' for large matrices.")] = "full",
-    seed: Annotated[int, typer.Option(help="Of the randomized method.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the randomized method.")] = 0,
     name: Annotated[str | None, typer.Option(help="Name of the card; the output file's if omitted.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a card from a fine-tuned model, by singular value decomposition.
+    """Make a card from a fine-tuned model. Singular value decomposition of what changed, or of the weights themselves.
 
     Requirements: R16.5, R16.6, R25.2
     """
@@ -316,16 +320,14 @@ def extract(
 @app.command(epilog="Example: lora probe sentences.txt, or lora probe --base base/ --tuned tuned/ --rank 8")
 def probe(
     texts: Annotated[Path | None, typer.Argument(help="A text a line; standard input if omitted.")] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Instead of texts: weights, and with --tuned those made of them.")
-    ] = None,
-    tuned: Annotated[Path | None, typer.Option(help="What was made of --base.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Instead of texts: weights, to compare with --tuned.")] = None,
+    tuned: Annotated[Path | None, typer.Option(help="With --base: the weights made of it.")] = None,
     rank: Annotated[int, typer.Option(help="With --base: the rank that a card would have.")] = 8,
     share: Annotated[float, typer.Option(help="The share of block influence that makes a block hot.")] = 0.5,
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Rank a model's layers by what they do to texts, or by how far they moved between two models.
+    """Rank a model's layers. By what they do to texts, or by how far they moved between two models.
 
     Requirements: R15.1, R15.4, R15.5, R25.2
     """
@@ -359,14 +361,14 @@ def probe(
 
 @app.command(epilog="Example: lora convert peft-adapter/ -o docs.lora.arrow")
 def convert(
-    source: Annotated[Path, typer.Argument(help="A card file, a PEFT directory, or a .safetensors file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="*.arrow: a card; *.safetensors; else a PEFT directory.")],
+    source: Annotated[Path, typer.Argument(help="A card file, a PEFT folder, or a .safetensors file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="*.arrow: a card; *.safetensors; else a PEFT folder.")],
     name: Annotated[str | None, typer.Option(help="Name of the card; the source's if omitted.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Of a .safetensors file that does not say it.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a PEFT directory that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a PEFT folder that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert between a card, a PEFT directory, and a safetensors file of ``lora_a`` and ``lora_b``.
+    """Convert between a card, a PEFT folder and a safetensors file. The endings say which.
 
     Requirements: R23.1, R23.2, R23.5, R25.2
     """
@@ -390,7 +392,7 @@ def train(
         str, typer.Argument(help="Pairs as .jsonl, .parquet or .arrow; 'stdlib' for Python's own docstrings.")
     ],
     name: Annotated[str, typer.Option(help="Name of the card.")],
-    out: Annotated[Path, typer.Option(help="Where to write the card.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the card.")],
     description: Annotated[str, typer.Option(help="What the card is for; the router goes by it.")] = "",
     preset: Annotated[
         str | None,
@@ -400,11 +402,13 @@ def train(
     schedule: Annotated[
         str | None, typer.Option(help="constant, linear, cosine, exponential, step or one-cycle.")
     ] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps that warm up.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps at most.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank; the preset's or 8.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Alpha; the preset's or 16.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Target module; may be repeated.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Target module; may be repeated. The preset's, or query and value.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Go on from this file after an interruption.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the history as .svg or .png.")] = None,
@@ -470,7 +474,7 @@ def conformance(
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one property may take.", min=1)] = 300.0,
 ) -> None:
-    """Hold an implementation to every requirement that any can be held to; exit 1 if one fails undeclared.
+    """Hold an implementation to the specification. Exit 1 if a requirement fails undeclared.
 
     Requirements: R24.1, R24.5
     """
@@ -490,6 +494,45 @@ def conformance(
     Console().print(table)
     if failed := red(report):
         _fail(f"{len(failed)} of {len(report['requirements'])} requirements failed: {', '.join(failed)}", 1)
+
+
+@app.command(epilog="Example: lora bench --quick --only routing")
+def bench(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="forward, lifecycle, routing, throughput, growth or commands; may be repeated."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and smaller sizes: it works, no more.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of each measured process.", min=1)] = 2,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this library beside its peers. In one process each, in shuffled rounds.
+
+    Requirements: R6.7, R25.2
+    """
+    from lora.store import replacing  # noqa: PLC0415 - it imports Arrow
+    from lora.testing.bench import SCRIPTS, run_bench, shown  # noqa: PLC0415 - needs the test extra
+
+    if out is not None:
+        _check_file("--out", out)
+    wanted, parts = only or list(SCRIPTS), []
+    with progress_bar("measuring") as progress:
+        for done, part in enumerate(run_bench(wanted, quick=quick, threads=threads), 1):
+            parts.append(part)
+            progress(done, len(wanted), None)
+    report = {part.name: {"machine": part.machine, "rows": part.rows} for part in parts}
+    if out is not None:
+        with replacing(out) as file:
+            file.write(json.dumps(report, indent=1).encode() + b"\n")
+    if as_json:
+        print(json.dumps(report))
+        return
+    table = Table("what", "figure", "interval", "target", "met")
+    for part in parts:
+        for row in part.rows:
+            table.add_row(*shown(row))
+    Console().print(table)
 
 
 Peer = Annotated[list[str] | None, typer.Option("--peer", help="host:port or grpc+tls://… of a peer; may be repeated.")]
@@ -514,7 +557,7 @@ def serve(
     ca: Authority = None,
     insecure_token: ClearToken = False,
 ) -> None:
-    """Serve the cards of a folder to other nodes, read-only, until interrupted.
+    """Serve a folder of cards to other nodes. It is read-only, and ends when interrupted.
 
     Requirements: R11.1, R11.6, R13.1, R25.2
     """
@@ -554,7 +597,7 @@ def list_cards(
     insecure_token: ClearToken = False,
     as_json: Json = False,
 ) -> None:
-    """List the cards that peers offer: those named by --peer, or all that are found on the network.
+    """List the cards that peers offer. Those named by --peer, or all that are found on the network.
 
     Requirements: R12.1, R13.1, R13.5, R25.2
     """
@@ -597,6 +640,7 @@ def fetch(
     """
     from lora.federation.keys import load_public_key  # noqa: PLC0415 - only for federation
     from lora.federation.trust import Policy, waived  # noqa: PLC0415 - as above
+    from lora.store import replacing  # noqa: PLC0415 - as above
 
     policy = waived(Policy(frozenset(map(load_public_key, trust or [])), base_model=base_model), allow or [])
     credentials = _credentials(token_file, cert, key, ca, insecure_token)
@@ -633,7 +677,7 @@ def sign_card(
     key: Annotated[Path, typer.Option(help="PEM private key, of `lora keygen`.")],
     as_json: Json = False,
 ) -> None:
-    """Sign a card: its signature is written beside it, and served with it.
+    """Sign a card. Its signature is written beside it, and served with it.
 
     Requirements: R14.1, R25.2
     """
@@ -648,11 +692,11 @@ def sign_card(
 @app.command(epilog="Example: lora evolve --documents ./handbook --out skills --steps 60")
 def evolve(
     documents: Annotated[Path, typer.Option(help="Folder of Python files and prose to learn.")],
-    out: Annotated[Path, typer.Option(help="Folder for accepted cards.")] = Path("skills"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for accepted cards.")] = Path("skills"),
     queries: Annotated[
         Path | None, typer.Option(help="What users asked, a line each; the documents' own if omitted.")
     ] = None,
-    card: Annotated[list[Path] | None, typer.Option(help="A skill that is there already; may be repeated.")] = None,
+    card: Annotated[list[Path] | None, typer.Option(help="A card that is there already; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps at most, for each task.", min=1)] = None,
     ask: Annotated[
         str | None, typer.Option(help="HOST:documents or HOST:queries: what may be sent to the teacher at that host.")
@@ -667,11 +711,12 @@ def evolve(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Notice what the engine does not know of some documents, learn it, and keep what measurably helps.
+    """Learn what the engine does not know of some documents. What measurably helps is kept.
 
     Requirements: R18.3, R18.5, R18.6, R25.2
     """
     from lora.evolving import outcomes, watching  # noqa: PLC0415 - imports torch
+    from lora.store import os_errors  # noqa: PLC0415 - imports Arrow
 
     teacher = None if ask is None or dry_run else _teacher(ask, teacher_model, teacher_url, key_file, out, budget)
     asked = [] if queries is None else _lines(queries)
@@ -711,12 +756,12 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 @factory.command(name="add", epilog="Example: lora factory add train docs --with data=pairs.jsonl --with preset=quick")
 def factory_add(
     kind: Annotated[str, typer.Argument(help="train, extract, merge or distil.")],
-    name: Annotated[str, typer.Argument(help="Of the skill.")],
+    name: Annotated[str, typer.Argument(help="Name of the skill.")],
     given: Annotated[
         list[str] | None, typer.Option("--with", help="key=value; JSON where it is JSON, else text. May be repeated.")
     ] = None,
     priority: Annotated[int, typer.Option(help="Higher runs first.")] = 0,
-    again: Annotated[bool, typer.Option(help="Queue it again if it is dead.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Queue it again if it is dead.")] = False,
     root: Root = Path("factory"),
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -786,8 +831,8 @@ def factory_run(
 
 @factory.command(name="status", epilog="Example: lora factory status --history --json")
 def factory_status(
-    history: Annotated[bool, typer.Option(help="What happened, instead of what is.")] = False,
-    skills: Annotated[bool, typer.Option(help="The versions of each skill, instead.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="What happened, instead of the jobs.")] = False,
+    skills: Annotated[bool, typer.Option("--skills", help="The versions of each skill, instead of the jobs.")] = False,
     root: Root = Path("factory"),
     as_json: Json = False,
 ) -> None:
@@ -804,8 +849,8 @@ def factory_status(
 
 @factory.command(name="rollback", epilog="Example: lora factory rollback docs --version 2")
 def factory_rollback(
-    name: Annotated[str, typer.Argument(help="Of the skill.")],
-    version: Annotated[int | None, typer.Option(help="The one before the live one if omitted.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the skill.")],
+    version: Annotated[int | None, typer.Option(help="Which; the one before the live one if omitted.")] = None,
     root: Root = Path("factory"),
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -825,10 +870,13 @@ def factory_rollback(
 @app.command(epilog="Example: lora demo --steps 20 --out demo-output")
 def demo(
     steps: Annotated[int, typer.Option(help="Training steps; fewer are quicker and teach less.", min=1)] = 60,
-    out: Annotated[Path, typer.Option(help="Folder for what the demo makes.")] = Path("demo-output"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for what the demo makes.")] = Path("demo-output"),
     as_json: Json = False,
 ) -> None:
-    """Run the whole story on the real MiniLM and Python's own documentation: train, save, map, apply, route, remove."""
+    """Run the whole story on the real MiniLM.
+
+    Train a card on Python's own documentation, save it, map it, apply it, route to it, remove it.
+    """
     from lora.demo import run  # noqa: PLC0415 - imports torch
 
     summary = run(out, steps=steps, console=Console(quiet=as_json, markup=False), progress_bar=progress_bar)
@@ -860,7 +908,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, float | None], None
             raise
 
 
-def _read_card(source: Path, name: str | None = None, alpha: float | None = None) -> lora.LoRACard:
+def _read_card(source: Path, name: str | None = None, alpha: float | None = None) -> "lora.LoRACard":
     """The card in a card file, a PEFT directory, or a safetensors file, to which alone an alpha can be given."""
     from lora.interop.peft import import_peft  # noqa: PLC0415 - not needed by most commands
     from lora.interop.safetensors import load_safetensors  # noqa: PLC0415 - as above
@@ -899,6 +947,7 @@ def _teacher(ask: str, name: str | None, url: str, key_file: Path | None, folder
     """The teacher behind a server, and what may be sent to it."""
     from lora.evolution.cloud import CloudDistiller, Consent, Ledger, OpenAITeacher  # noqa: PLC0415 - only for evolve
     from lora.federation.keys import read_small  # noqa: PLC0415 - as above
+    from lora.store import os_errors  # noqa: PLC0415 - as above
 
     if name is None or key_file is None:
         raise ArgumentError("--ask", "--teacher-model and --key-file beside it", "not both")
@@ -942,6 +991,7 @@ def _encode_parquet(source: Path, out: Path, as_json: bool, **options: Any) -> N
     from pyarrow import parquet  # noqa: PLC0415 - as above
 
     from lora.batches import encode_batches  # noqa: PLC0415 - imports torch
+    from lora.store import replacing  # noqa: PLC0415 - only here
 
     rows = 0
     try:
@@ -1043,9 +1093,20 @@ def _plain(value: object) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in f"{value}")
 
 
+def _end(code: object) -> None:
+    """End as typer says: with nothing, with a status, or with 130 after an interrupt."""
+    if code == 130:
+        _fail("interrupted", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
 def _fail(message: str, code: int) -> None:
     print(f"lora: {_plain(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
+
+
+for _command in (*app.registered_commands, *factory.registered_commands):  # ids are for those who read the code
+    _command.help = cleandoc(_command.callback.__doc__ or "").partition("\n\nRequirements:")[0]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from lora.errors import DataError
 from lora.evolution.data import docstring_pairs
 from lora.evolution.distill import Outcome, SkillDistiller, Source
 from lora.evolution.train import Progress
+from lora.evolution.work import KINDS, check
 from lora.store import PathLike, as_path, save
 
 EXAMPLES = 1500
@@ -84,7 +85,7 @@ def outcomes(distiller: SkillDistiller, progress: Progress | None = None) -> Ite
         yield distiller.work(progress=progress)
 
 
-def distil(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:  # noqa: ARG001 - a job's function
+def distil(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
     """A skill factory's job: learn a folder of documents; None if nothing helped.
 
     Parameters
@@ -101,6 +102,7 @@ def distil(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None: 
     -----
     Requirements: R19.1
     """
+    check(kind, KINDS["distil"], parameters)
     engine = ArrowEngine.from_pretrained(parameters["model"])
     options = {key: parameters[key] for key in ("rank", "alpha", "seed") if key in parameters}
     distiller = watching(engine, parameters["documents"], max_steps=parameters.get("steps"), **options)

@@ -12,12 +12,13 @@ import logging
 import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import numpy as np
+import pyarrow as pa
 from torch import nn
 
 import lora
@@ -31,7 +32,7 @@ from lora.evolution.train import LoRATrainer, Progress, Settings
 from lora.inference.router import Description, LoRARouter
 from lora.rewrite import adapt
 from lora.routing import Candidate, Index
-from lora.store import PathLike, as_path, save
+from lora.store import PathLike, as_path, replacing, save
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ TEXT_FILES = (".md", ".rst", ".txt")
 
 FILE_LIMIT = 2**20
 """Bytes of a document that are read."""
+
+SAME = 0.999
+"""Cosine of two embeddings of one text by one model, at least: they differ in rounding."""
 
 
 class Engine(Protocol):
@@ -193,7 +197,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """All that a distiller has seen: one value.
+    """All that a distiller has seen: one value, that can be saved and handed to the next one.
 
     Requirements: R18.2
     """
@@ -202,6 +206,88 @@ class Memory:
     pending: Mapping[str, Array] = field(default_factory=dict)
     tasks: Mapping[str, Task] = field(default_factory=dict)
     logged: tuple[Mapping[str, Any], ...] = ()
+
+    def to_table(self) -> pa.Table:
+        """A row for each text: one that waits, one of a task, or an answer; the numbers are in the schema's metadata.
+
+        Requirements: R18.2
+        """
+        rows = [{"query": text, "vector": vector.tolist()} for text, vector in self.pending.items()]
+        for task in self.tasks.values():
+            vectors = zip(task.queries, task.vectors.tolist(), strict=True)
+            rows += [{"task": task.name, "query": query, "vector": vector} for query, vector in vectors]
+        numbers = [{key: getattr(task, key) for key in _NUMBERS} for task in self.tasks.values()]
+        told = json.dumps({"alarm": asdict(self.alarm), "tasks": numbers})
+        return pa.Table.from_pylist([*rows, *self.logged], _MEMORY.with_metadata({"lora.memory": told}))
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Self:
+        """The memory that `to_table` gave; a task that was being worked on is open.
+
+        Raises
+        ------
+        DataError
+            If it is none.
+
+        Notes
+        -----
+        Requirements: R18.2
+        """
+        try:
+            told, rows = json.loads(table.schema.metadata[b"lora.memory"]), table.cast(_MEMORY).to_pylist()
+            alarm = Alarm(**{**told["alarm"], "recent": tuple(told["alarm"]["recent"])})
+            logged = tuple({key: row[key] for key in _LOGGED} for row in rows if row["positive"] is not None)
+            texts: dict[str | None, dict[str, Array]] = {}
+            for row in rows:
+                if row["positive"] is None:
+                    texts.setdefault(row["task"], {})[row["query"]] = np.array(row["vector"], np.float64)
+            tasks = {}
+            for numbers in told["tasks"]:
+                found, state = texts[numbers["name"]], numbers["state"].replace("working", "open")
+                vectors = np.array(list(found.values()))
+                tasks[numbers["name"]] = Task(
+                    **{**numbers, "queries": tuple(found), "vectors": vectors, "state": state}
+                )
+        except (ArgumentError, AttributeError, KeyError, TypeError, ValueError) as error:  # pyarrow's are ValueErrors
+            raise DataError("memory", "a table of a distiller's memory", error) from error
+        return cls(alarm, MappingProxyType(texts.get(None, {})), MappingProxyType(tasks), logged)
+
+    def save(self, path: PathLike) -> None:
+        """Write it as an Arrow file, atomically.
+
+        Requirements: R18.2
+        """
+        table = self.to_table()
+        with replacing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+
+    @classmethod
+    def load(cls, path: PathLike) -> Self:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        CardNotFoundError, DataError
+            If there is no such file, or it is no memory.
+
+        Notes
+        -----
+        Requirements: R18.2
+        """
+        path = as_path(path)
+        if not path.is_file():
+            raise CardNotFoundError(str(path), "a distiller's memory", "nothing there")
+        try:
+            table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(str(path), "a distiller's memory", error) from error
+        return cls.from_table(table)
+
+
+_TEXTS = {"task": pa.string(), "query": pa.string(), "positive": pa.string()}
+_MEMORY = pa.schema(_TEXTS | {"quality": pa.float64(), "vector": pa.list_(pa.float64())})
+_LOGGED = ("query", "positive", "quality")
+_NUMBERS = ("name", "state", "trials", "seen", "tried")
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +354,7 @@ class SkillDistiller:
     guard
         What is known and may not get worse: pairs of three dozen source groups or more, none of them among the router's
         examples. They also calibrate the detector, anew whenever the router's candidates change. What a skill was judged
-        on is guarded, too, once the skill is accepted.
+        on is guarded, too, once the skill is accepted. Or several sets, as an earlier distiller's `guards`.
     sources
         Folders' worth of material, by name.
     teacher
@@ -283,11 +369,13 @@ class SkillDistiller:
         Of everything; a trial's own is drawn from it and the trial's number.
     store
         Folder to save accepted cards in; None to register them only.
+    memory
+        Of an earlier distiller over the same base model, to go on from.
 
     Raises
     ------
     DataError, ArgumentError, StateError
-        If the guard set can't judge or calibrate, or the engine knows nothing yet.
+        If the guard set can't judge or calibrate, the engine knows nothing yet, or the memory is of another base model.
 
     Notes
     -----
@@ -299,7 +387,7 @@ class SkillDistiller:
     def __init__(
         self,
         engine: Engine,
-        guard: Pairs,
+        guard: Pairs | Sequence[Pairs],
         *,
         sources: Mapping[str, Source] | None = None,
         teacher: CloudDistiller | None = None,
@@ -312,19 +400,21 @@ class SkillDistiller:
         max_steps: int | None = None,
         seed: int = 0,
         store: PathLike | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        if len(guard) < LEAST:
-            raise DataError("guard", f"at least {LEAST} pairs", len(guard))
+        guards = (guard,) if isinstance(guard, Pairs) else tuple(guard)
+        if not guards or min(map(len, guards)) < LEAST:
+            raise DataError("guard", f"at least {LEAST} pairs", min(map(len, guards), default=0))
         self.seed = integer(seed, "seed", least=0)
         self.engine, self.policy, self.sources = engine, policy, dict(sources or {})
         self._fixed, self._calibrated = detector, _Calibrated()
-        self._guards: tuple[_Guard, ...] = (self._guarded(_sampled(guard, policy.sample, seed)),)
+        self._guards = tuple(self._guarded(_sampled(pairs, policy.sample, seed)) for pairs in guards)
         self._detector(engine.router.candidates)  # whatever is wrong with the guard set is told here
         self._teacher, self._store, self._max_steps = teacher, None if store is None else as_path(store), max_steps
         self._trainer: Callable[[int], LoRATrainer] = lambda seed: LoRATrainer(
             engine, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed, settings=settings
         )
-        self._memory = Memory(policy.alarm)
+        self._memory = Memory(policy.alarm) if memory is None else self._recalled(memory)
         self._write = threading.Lock()
 
     @property
@@ -336,6 +426,11 @@ class SkillDistiller:
     def guards(self) -> tuple[Pairs, ...]:
         """What may not get worse: the guard set, and what each accepted skill was judged on."""
         return tuple(guard.pairs for guard in self._guards)
+
+    @property
+    def memory(self) -> Memory:
+        """All that was seen so far."""
+        return self._memory
 
     @property
     def alarm(self) -> Alarm:
@@ -509,6 +604,20 @@ class SkillDistiller:
         with self._write:
             self._guards = (*self._guards, guarded)
         return Outcome(task.name, card, verdict, MappingProxyType(figures))
+
+    def _recalled(self, memory: Memory) -> Memory:
+        """A memory under this policy's alarm, if its embeddings are by this base model, as its first one tells."""
+        seen = {
+            text: vector
+            for task in memory.tasks.values()
+            for text, vector in zip(task.queries, task.vectors, strict=True)
+        }
+        for text, vector in [*memory.pending.items(), *seen.items()][:1]:
+            (found,) = _embedded(self.engine, [text])
+            if found.shape != vector.shape or similarities([found], [vector]).item() < SAME:
+                raise ArgumentError("memory", "embeddings by this base model", "others")
+        alarm = replace(self.policy.alarm, recent=memory.alarm.recent[-self.policy.alarm.n :])
+        return replace(memory, alarm=replace(alarm, ringing=memory.alarm.ringing))
 
     def _guarded(self, pairs: Pairs) -> "_Guard":
         return _Guard(pairs, _embedded(self.engine, pairs.queries))

@@ -27,7 +27,7 @@ from lora.card import integer
 from lora.errors import ArgumentError, LoRAError, MismatchError, MissingPackageError, PeerError, StateError, shown
 from lora.evolution.nights import due, next_night, night_of, parse_at
 from lora.evolution.queue import Job, JobQueue, Version
-from lora.evolution.work import KINDS, Kind, content_id, forget, halt, paths_in, supervise
+from lora.evolution.work import KINDS, Kind, check, content_id, forget, halt, paths_in, supervise
 from lora.federation.cache import CardCache
 from lora.store import PathLike, as_path, digest, load, os_errors
 
@@ -159,7 +159,7 @@ class SkillFactory:
         Raises
         ------
         ArgumentError
-            If the kind is unknown or the parameters won't do.
+            If the kind is unknown, or parameters are missing, unknown or won't do.
         CardNotFoundError
             If what it is to read is not there.
 
@@ -169,6 +169,7 @@ class SkillFactory:
         """
         if kind not in self._kinds:
             raise ArgumentError("job kind", f"one of {', '.join(self._kinds)}", shown(kind))
+        check(kind, self._kinds[kind], parameters)
         paths = paths_in(self._kinds[kind], parameters)
         inputs = {path: content_id(path) for several in paths.values() for path in several}
         absolute = {

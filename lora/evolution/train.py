@@ -29,7 +29,7 @@ from lora.evolution.data import Pairs
 from lora.evolution.ewc import Anchor, fisher_of, normalized, penalty
 from lora.evolution.losses import LOSSES
 from lora.evolution.schedules import SCHEDULES, schedule_of
-from lora.inference.encoder import InferenceCore
+from lora.inference.encoder import InferenceCore, batches
 from lora.layer import TrainableLinear
 from lora.rewrite import fingerprint, fresh, trainable, trained
 from lora.store import PathLike, replacing
@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 AUTOCAST: Mapping[str, torch.dtype] = MappingProxyType({"bf16": torch.bfloat16, "fp16": torch.float16})
 """What the encoder may compute in, by name."""
+
+GROUP = 384
+"""Tokens of one group of a batch, padding included, where the encoder runs on a CPU."""
 
 Progress = Callable[[int, int, float], None]
 """Called after each step with the step, the number of steps, and the loss."""
@@ -433,10 +436,16 @@ class _Session:
         return LOSSES[self.settings.loss](queries.float(), positives.float(), _float(negatives), qualities)  # type: ignore[union-attr]
 
     def embedded(self, texts: Sequence[Sequence[str]]) -> list[Tensor]:
-        """The embeddings of each list of texts."""
+        """The embeddings of each list of texts; on a CPU in groups of similar length, since padding costs what text does."""
+        flat = [text for column in texts for text in column]
+        groups = [list(range(len(flat)))]
+        if self.model.device.type == "cpu":
+            groups = list(batches([len(row) or 1 for row in self.model.tokenize(flat)], GROUP))
         kind = AUTOCAST.get(self.settings.autocast or "")
         with torch.autocast(self.model.device.type, dtype=kind, enabled=kind is not None):
-            return [self.model.embed(part) for part in texts]
+            rows = torch.cat([self.model.embed([flat[row] for row in group]) for group in groups])
+        order = np.argsort([row for group in groups for row in group]).tolist()
+        return list(torch.split(rows[order], [len(column) for column in texts]))
 
     def _backward(self, batch: Pairs, step: int) -> float:
         """Add the gradient of the batch's mean loss, and of the penalty, to the factors; returns that loss."""

@@ -42,10 +42,16 @@ class Kind:
     inputs
         The parameters that are paths, or lists of paths, of what it reads: they must be there, and stay as they are.
         ``"model"`` is the base model.
+    needed
+        The parameters that a job must have.
+    optional
+        Those that it may have besides; None for any.
     """
 
     function: str
     inputs: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    optional: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         module, colon, name = self.function.partition(":")
@@ -55,10 +61,30 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "train": Kind("lora.evolution.work:train", ("data", "model")),
-        "extract": Kind("lora.evolution.work:extract", ("tuned", "base")),
-        "merge": Kind("lora.evolution.work:merge", ("cards",)),
-        "distil": Kind("lora.evolving:distil", ("documents", "model")),
+        "train": Kind(
+            "lora.evolution.work:train",
+            inputs=("data", "model"),
+            needed=("name", "data", "model"),
+            optional=("rank", "alpha", "target_modules", "seed", "base_model", "preset", "steps", "metadata"),
+        ),
+        "extract": Kind(
+            "lora.evolution.work:extract",
+            inputs=("tuned", "base"),
+            needed=("name", "tuned", "base"),
+            optional=("rank", "energy", "error", "target_modules", "method", "seed"),
+        ),
+        "merge": Kind(
+            "lora.evolution.work:merge",
+            inputs=("cards",),
+            needed=("name", "cards"),
+            optional=("strategy", "options", "weights", "rank"),
+        ),
+        "distil": Kind(
+            "lora.evolving:distil",
+            inputs=("documents", "model"),
+            needed=("name", "documents", "model"),
+            optional=("steps", "rank", "alpha", "seed"),
+        ),
     }
 )
 """The kinds that are built in; a factory takes more, in a table of its own."""
@@ -66,6 +92,30 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 OUTCOME = "outcome.json"
 LOG = "log"
 _RUNNING: set[tuple[str, "subprocess.Popen[bytes]"]] = set()
+
+
+def check(name: str, kind: Kind, parameters: Mapping[str, Any]) -> None:
+    """Refuse parameters that are missing or that no job of the kind knows: when one is added, and when it runs.
+
+    Parameters
+    ----------
+    name
+        Of the kind.
+
+    Raises
+    ------
+    ArgumentError
+        Naming them.
+
+    Notes
+    -----
+    Requirements: R19.1
+    """
+    if missing := [key for key in kind.needed if key not in parameters]:
+        raise ArgumentError(f"{name}: parameters", ", ".join(kind.needed), f"no {', '.join(missing)}")
+    known = (*kind.needed, *(parameters if kind.optional is None else kind.optional))
+    if strange := sorted(str(key) for key in parameters if key not in known):
+        raise ArgumentError(f"{name}: parameters", f"only {', '.join(known)}", ", ".join(strange))
 
 
 def paths_in(kind: Kind, parameters: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -267,13 +317,6 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _known(kind: str, parameters: Mapping[str, Any], *, needed: tuple[str, ...], optional: tuple[str, ...]) -> None:
-    if missing := [key for key in needed if key not in parameters]:
-        raise ArgumentError(f"{kind}: parameters", f"{', '.join(needed)}", f"no {', '.join(missing)}")
-    if strange := sorted(set(parameters) - {*needed, *optional}):
-        raise ArgumentError(f"{kind}: parameters", f"only {', '.join((*needed, *optional))}", ", ".join(strange))
-
-
 def train(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
     """Learn a card from pairs; None if its validation MRR is no better than the base model's.
 
@@ -300,10 +343,9 @@ def train(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
     from lora.inference.encoder import InferenceCore  # noqa: PLC0415
     from lora.store import save  # noqa: PLC0415
 
-    of_trainer = ("rank", "alpha", "target_modules", "seed", "base_model")
-    optional = (*of_trainer, "preset", "steps", "metadata")
-    _known(kind, parameters, needed=("name", "data", "model"), optional=optional)
+    check(kind, KINDS["train"], parameters)
     engine = SimpleNamespace(base=InferenceCore.from_pretrained(parameters["model"]))
+    of_trainer = ("rank", "alpha", "target_modules", "seed", "base_model")
     options = {key: parameters[key] for key in of_trainer if key in parameters}
     trainer = LoRATrainer(engine, settings=parameters.get("preset"), **options)
     learned = trainer.train(
@@ -343,14 +385,13 @@ def extract(kind: str, parameters: dict[str, Any], folder: Path) -> Path:
     from lora.store import save  # noqa: PLC0415
     from lora.weights import SafetensorsWeights  # noqa: PLC0415
 
+    check(kind, KINDS["extract"], parameters)
     rules: dict[str, Callable[[Any], Any]] = {"rank": lambda rank: rank, "energy": Energy, "error": Error}
-    options = ("target_modules", "method", "seed")
-    _known(kind, parameters, needed=("name", "tuned", "base"), optional=(*rules, *options))
     given = [rules[key](parameters[key]) for key in rules if key in parameters]
     if len(given) > 1:
         raise ArgumentError("extract: parameters", "one of rank, energy, error", f"{len(given)} of them")
     base, tuned = SafetensorsWeights(parameters["base"]), SafetensorsWeights(parameters["tuned"])
-    chosen = {key: parameters[key] for key in ("name", *options) if key in parameters}
+    chosen = {key: parameters[key] for key in ("name", "target_modules", "method", "seed") if key in parameters}
     path = folder / "card.lora.arrow"
     save(extract_delta(base, tuned, *given, **chosen), path)
     return path
@@ -376,7 +417,7 @@ def merge(kind: str, parameters: dict[str, Any], folder: Path) -> Path:
     from lora.merging import merge as merged  # noqa: PLC0415
     from lora.store import load, save  # noqa: PLC0415
 
-    _known(kind, parameters, needed=("name", "cards"), optional=("strategy", "options", "weights", "rank"))
+    check(kind, KINDS["merge"], parameters)
     name = parameters.get("strategy", "average")
     if name not in STRATEGIES:
         raise ArgumentError("merge: strategy", f"one of {', '.join(STRATEGIES)}", repr(name))

@@ -1,25 +1,88 @@
-"""The wheel holds all that its users need: outside a checkout the command line and the conformance suite run from it."""
+"""What is released holds all that its users need, and is the same bytes wherever it is built."""
 
+import email
 import os
+import re
+import site
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
+from packaging.specifiers import SpecifierSet
+from trove_classifiers import classifiers
 
+import lora
 from lora.testing.plugin import requirement
 
 ROOT = Path(__file__).parents[2]
+EPOCH = "1577836800"  # any fixed moment will do
+UNMEASURED = {key: value for key, value in os.environ.items() if not key.startswith(("COVERAGE_", "PYTHON", "LORA_"))}
+MADE = ("site", ".venv", ".ci", "dist", "conformance", "demo-output", "mutants", "docs/generated", "node_modules")
+"""What a checkout may hold that belongs in no release."""
+
+
+def build(source, folder):
+    """The sdist and the wheel of a source tree."""
+    command = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder)]
+    subprocess.run(command, cwd=source, env={**UNMEASURED, "SOURCE_DATE_EPOCH": EPOCH}, check=True, capture_output=True)
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", str(folder), str(ROOT)], check=True)
-    (path,) = folder.glob("*.whl")
-    return path
+def built(tmp_path_factory):
+    return build(ROOT, tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def sdist(built):
+    return built[0]
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    return built[1]
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere") / "a folder"
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return archive.read(name)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A virtual environment with the wheel, and with this one's packages behind it."""
+    folder = tmp_path_factory.mktemp("installed") / "env"
+    venv.create(folder, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder), "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, env=UNMEASURED)
+    here = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+    behind = "\n".join(dict.fromkeys([*site.getsitepackages(), sysconfig.get_path("purelib")]))
+    (Path(here) / "behind.pth").write_text(behind)
+    return folder
+
+
+def run(folder, *argv, cwd):
+    """A program of an environment, outside the checkout."""
+    environment = {**UNMEASURED, "LORA_PROFILE": "quick", "OMP_NUM_THREADS": "1"}
+    command = [str(folder / "bin" / argv[0]), *map(str, argv[1:])]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 @requirement("R24.1")
@@ -28,19 +91,85 @@ def test_a_wheel_holds_the_package_the_suite_and_the_specification(wheel):
     assert {"lora/py.typed", "lora/testing/properties/test_r04_router.py", "lora/testing/spec/R04-router.md"} <= names
     assert "lora/testing/spec/vectors/1/manifest.toml" in names
     assert not [name for name in names if not name.startswith(("lora/", "lora_cards-"))]
+    tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "lora").rglob("*.py")}
+    assert tracked <= names
     assert wheel.stat().st_size < 2**20
 
 
+def test_an_sdist_holds_what_the_tests_and_the_site_are_made_of_and_nothing_that_is_made(unpacked):
+    for folder in ("tests/unit", "tests/properties", "tests/faults", "tests/bindings", "spec/vectors/1", "benchmarks"):
+        assert any((unpacked / folder).iterdir())
+    for file in (
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "Makefile",
+        "constraints.txt",
+        "mkdocs.yml",
+        "docs/generate.py",
+    ):
+        assert (unpacked / file).read_bytes() == (ROOT / file).read_bytes()
+    assert not [made for made in MADE if (unpacked / made).exists()]
+    assert not list(unpacked.rglob("__pycache__"))
+
+
+def test_a_build_of_the_unpacked_sdist_is_the_same_bytes(built, unpacked, tmp_path):
+    for first, second in zip(built, build(unpacked, tmp_path), strict=True):
+        assert (first.name, first.read_bytes()) == (second.name, second.read_bytes())
+
+
+def test_the_metadata_are_complete_and_valid(metadata):
+    told = Metadata.from_email(metadata, validate=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert (told.name, str(told.version)) == ("lora-cards", lora.__version__)
+    assert told.summary == project["description"]
+    assert "\n" not in told.summary
+    assert (told.license_expression, told.license_files) == ("MIT", ["LICENSE"])
+    assert set(told.classifiers) <= classifiers
+    assert not [name for name in told.classifiers if name.startswith("License ::")]  # the expression says it
+    pythons = [re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", name) for name in told.classifiers]
+    assert all(found[1] in told.requires_python for found in filter(None, pythons))
+    assert told.requires_python == SpecifierSet(">=3.11")
+    assert set(told.provides_extra) == set(project["optional-dependencies"])
+    message = email.message_from_bytes(metadata)
+    assert message["Description-Content-Type"] == "text/markdown"
+    assert message.get_payload(decode=True).decode() == (ROOT / "README.md").read_text("utf-8")
+
+
 @requirement("R24.1")
-def test_the_suite_runs_from_a_wheel_outside_the_checkout(wheel, tmp_path):
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    unmeasured = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE_")}
-    environment = {**unmeasured, "PYTHONPATH": str(tmp_path / "site"), "LORA_PROFILE": "quick"}
-    command = [sys.executable, "-m", "lora.cli", "conformance", "--only", "R3.11"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+def test_the_command_and_the_suite_run_from_an_installed_wheel_outside_the_checkout(installed, tmp_path):
+    where = run(
+        installed,
+        "python",
+        "-c",
+        "import lora; from lora.testing.report import suite_folder; print(lora.__file__, suite_folder(), sep='\\n')",
+        cwd=tmp_path,
+    )
+    assert where.returncode == 0, where.stderr
+    package, suite = map(Path, where.stdout.split("\n")[:2])
+    assert package.is_relative_to(installed)
+    assert suite == package.parent / "testing" / "properties"
+    done = run(installed, "lora", "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"lora-cards {lora.__version__}\n")
+    card = package.parent / "testing" / "spec" / "vectors" / "1" / "R1.4" / "valid" / "basic.lora.arrow"
+    assert run(installed, "lora", "inspect", card, cwd=tmp_path).returncode == 0
+    done = run(installed, "lora", "conformance", "--only", "R3.11", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "passed" in done.stdout
-    where = [sys.executable, "-c", "from lora.testing.report import suite_folder; print(suite_folder())"]
-    found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
-    assert Path(found.strip()) == tmp_path / "site" / "lora" / "testing" / "properties"
+
+
+@pytest.mark.foreign
+@requirement("R24.1", "R25.1")
+def test_pip_installs_the_wheel_in_an_empty_environment_where_the_demo_and_a_chapter_run(wheel, tmp_path):
+    folder = tmp_path / "env"
+    venv.create(folder, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder), "--disable-pip-version-check"]
+    pinned = ["--quiet", "--constraint", str(ROOT / "constraints.txt")]
+    subprocess.run([*pip, "install", *pinned, f"{wheel}[test]"], check=True, env=UNMEASURED)
+    subprocess.run([*pip, "check"], check=True, env=UNMEASURED)
+    done = run(folder, "lora", "demo", "--steps", "5", "--out", "made", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "made").glob("*.lora.arrow"))
+    done = run(folder, "lora", "conformance", "--only", "R1", "--json", "verdicts.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "verdicts.json").exists()

@@ -186,15 +186,14 @@ def test_the_order_and_repetition_of_a_candidates_examples_change_nothing(impl, 
 
 @requirement("R4.4", "R4.6", "R4.9")
 @given(
-    st.integers(1, 700),
-    st.integers(1, 30),
-    st.integers(1, 12),
+    st.tuples(st.integers(1, 700), st.integers(1, 30), st.integers(1, 12)),
     st.sampled_from([0.0, 1e-9, 3e-8, 1e-7, 1e-6, 1e-5, 1.0]),
     st.integers(0, 2**32 - 1),
     st.data(),
 )
-def test_ranking_the_short_list_is_ranking_all(width, count, top_k, spread, seed, data):
+def test_ranking_the_short_list_is_ranking_all(sizes, spread, seed, data):
     """Of candidates so alike that float32 can't tell them apart, too, and of a threshold that is one of the scores."""
+    width, count, top_k = sizes
     rng = np.random.default_rng(seed)
     centre, asked = rng.standard_normal((2, width))
     known = {str(i): centre + spread * rng.standard_normal((rng.integers(1, 4), width)) for i in range(count)}

@@ -8,6 +8,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -125,6 +126,67 @@ def test_what_is_remembered_is_bounded():
         distiller.observe(f"law number {i}")
     (task,) = distiller.tasks
     assert (len(task.queries), task.vectors.shape, task.seen) == (4, (4, 7), 50)
+
+
+def remembering(steps, **options):
+    """A distiller that has seen so many queries of two topics, and answers."""
+    distiller = watching(**options)
+    for i in range(steps):
+        distiller.observe(f"{('law', 'pasta', 'python')[i % 3]} number {i}")
+        distiller.log_qa(f"law {i}", "yes", quality=0.5)
+    return distiller
+
+
+@requirement("R18.2")
+@pytest.mark.parametrize("steps", [0, 1, 5, 12])
+def test_a_distiller_that_was_restarted_goes_on_where_it_was(tmp_path, steps):
+    before = remembering(steps)
+    before.memory.save(tmp_path / "memory")
+    after = watching(memory=Memory.load(tmp_path / "memory"))
+    assert after.memory.to_table().equals(before.memory.to_table(), check_metadata=True)
+    for text in [f"law case {i}" for i in range(9)] + ["pasta al forno", "tax", "python x"]:
+        assert after.observe(text) == before.observe(text)
+    assert after.memory.to_table().equals(before.memory.to_table(), check_metadata=True)
+    assert before.tasks
+    assert after.gather(after.tasks[0].name).own == before.gather(before.tasks[0].name).own
+
+
+@requirement("R18.2")
+def test_a_task_that_was_worked_on_when_the_power_went_is_open_again(tmp_path):
+    distiller = remembering(12)
+    name = distiller._claim(None).name
+    distiller.memory.save(tmp_path / "memory")
+    tasks = {task.name: task for task in watching(memory=Memory.load(tmp_path / "memory")).tasks}
+    assert (tasks[name].state, tasks[name].trials) == ("open", 1)
+
+
+@requirement("R18.2")
+def test_a_memory_serves_under_the_policy_of_the_distiller_that_has_it():
+    distiller = watching(memory=remembering(9).memory, policy=replace(SMALL, alarm=Alarm(k=2, n=4, release=0)))
+    assert (distiller.alarm.k, len(distiller.alarm.recent), distiller.alarm.ringing) == (2, 4, True)
+
+
+@requirement("R18.2")
+def test_what_is_no_memory_of_this_model_is_refused(tmp_path):
+    with pytest.raises(CardNotFoundError, match="nowhere"):
+        Memory.load(tmp_path / "nowhere")
+    (tmp_path / "text").write_text("no Arrow")
+    GUARD.save(tmp_path / "pairs")
+    for name in ("text", "pairs"):
+        with pytest.raises(DataError, match="memory"):
+            Memory.load(tmp_path / name)
+    memory = remembering(9).memory
+    table = memory.to_table()
+    for change in ({b"lora.memory": b"{}"}, {b"lora.memory": b"[]"}, {b"lora.memory": b"no JSON"}, {}):
+        with pytest.raises(DataError, match="memory"):
+            Memory.from_table(table.replace_schema_metadata(change))
+    with pytest.raises(DataError, match="memory"):
+        Memory.from_table(table.filter(pc.is_null(table["task"])))  # of its tasks, no query is left
+    for vectors in (np.ones((9, 3)), -next(iter(memory.tasks.values())).vectors):
+        (task, *_) = memory.tasks.values()
+        strange = replace(memory, pending={}, tasks={task.name: replace(task, vectors=vectors[: len(task.queries)])})
+        with pytest.raises(ArgumentError, match="embeddings by this base model"):
+            watching(memory=strange)
 
 
 @requirement("R18.3")
@@ -390,6 +452,11 @@ def test_what_an_accepted_skill_was_judged_on_is_guarded_from_then_on_and_is_not
     assert digest(second) == outcome.figures["sha256"]["held_out"]
     assert set(second.queries) & set(combined("efgh").queries[:12])  # of those that opened the task
     assert not set(second.queries) & set(outcome.card.metadata["examples"])
+    after = SkillDistiller(distiller.engine, distiller.guards, detector=EVERYTHING, memory=distiller.memory)
+    assert after.guards == distiller.guards
+    assert [task.state for task in after.tasks] == ["accepted"]
+    with pytest.raises(DataError, match="guard: expected at least"):
+        SkillDistiller(distiller.engine, [])
 
 
 @requirement("R18.1")

@@ -1,22 +1,72 @@
 """What the documentation states of figures and pages is so."""
 
+import ast
 import dataclasses
 import importlib.util
+import os
+import pkgutil
 import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import typer
+from pyarrow import parquet
+from safetensors.numpy import save_file
 
 import lora
+import lora.cli
 from lora import errors
 from lora.errors import ManifestError, RefusedError
+from lora.evolution.data import Pairs
 from lora.federation.trust import Policy
+from lora.interop.peft import export_peft
 from lora.testing.plugin import requirement
 from lora.testing.report import Outcome, report_of, write_report
 from lora.testing.trace import read_spec
+from tests.unit.test_cli_federation import Serving, ran
 
 ROOT = Path(__file__).parents[2]
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "generated" not in path.parts)
+
+
+class Block(NamedTuple):
+    """A fenced block: its page, what stands behind the fence, its text."""
+
+    page: str
+    info: str
+    text: str
+
+
+def blocks_of(path):
+    found = re.findall(r"^```(\S[^\n]*)\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [Block(path.relative_to(ROOT).as_posix(), info.strip(), text) for info, text in found]
+
+
+BLOCKS = [block for path in [*PAGES, ROOT / "README.md"] for block in blocks_of(path)]
+
+
+def named(block):
+    return f"{block.page}: {block.text.strip().splitlines()[0]}"
+
+
+@pytest.fixture(scope="module")
+def generate():
+    """The page generator."""
+    place = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(place)
+    sys.modules["generate"] = module
+    place.loader.exec_module(module)
+    return module
 
 
 @requirement("R4.11")
@@ -67,11 +117,9 @@ def test_the_docs_say_what_a_signature_does_not_prove_and_name_every_refusal_wit
 
 
 @pytest.fixture
-def pages(tmp_path, monkeypatch):
+def pages(tmp_path, monkeypatch, generate):
     """The page generator, over reports on a binding that passes and on one that does not."""
-    place = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
+    module = generate
     monkeypatch.setattr(module, "REPORTS", tmp_path)
     good = SimpleNamespace(name="lora-cards", version="1")
     bad = SimpleNamespace(name="faulty", version="2", expected_failures={"R4.5": "it has no threshold"})
@@ -86,7 +134,8 @@ def pages(tmp_path, monkeypatch):
 
 @requirement("R10.8", "R24.5")
 def test_the_traceability_page_has_a_row_for_each_requirement_with_its_tests_examples_and_faults(pages):
-    rows = {row.split(" | ")[0].strip("| "): row for row in pages.traceability().splitlines() if row.startswith("| R")}
+    found = [row for row in pages.traceability().splitlines() if row.startswith('| <span id="R')]
+    rows = {row.partition('id="')[2].partition('"')[0]: row for row in found}
     assert list(rows) == list(read_spec(ROOT / "spec"))
     assert "test_r04_router.py::" in rows["R4.4"]
     assert "| 50 |" in rows["R4.4"]
@@ -97,10 +146,10 @@ def test_the_traceability_page_has_a_row_for_each_requirement_with_its_tests_exa
 def test_the_matrix_has_a_column_for_each_binding_and_can_be_red(pages):
     page = pages.matrix()
     assert "| id | requirement | lora-cards 1 | faulty 2 |" in page
-    rows = [row for row in page.splitlines() if row.startswith("| R4")]
+    rows = [row for row in page.splitlines() if row.startswith("| [R4")]
     assert [row.split(" | ")[2:] for row in rows] == [
-        [":white_check_mark:", ":x: |"],
-        [":white_check_mark:", ":warning: |"],
+        ["✓", "✗ |"],
+        ["✓", "(✗) |"],
     ]
     assert "- **faulty 2**: it has no threshold (R4.5)" in page
 
@@ -119,6 +168,412 @@ def test_the_versions_agree():
 
 def test_no_text_names_this_machine():
     texts = [path for kind in ("md", "toml", "txt", "yml") for path in ROOT.glob(f"*.{kind}")]
-    for path in [*texts, *(ROOT / "spec").glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile"]:
+    for path in [*texts, *(ROOT / "spec").glob("*.md"), *PAGES, ROOT / "Makefile"]:
         text = path.read_text("utf-8")
         assert not re.search(r"(?<![\w.])/(root|work|home)/", text), path.name
+
+
+# ---- the reference
+
+UNLISTED = {"cli", "demo"}  # the command line has a page of its own
+
+
+@requirement("R10.1")
+def test_the_reference_has_every_module_and_every_public_name_with_its_docstring(generate):
+    documented = {name for names in generate.REFERENCE.values() for name in names}
+    modules = {found.name for found in pkgutil.walk_packages(lora.__path__, "lora.") if not found.ispkg}
+    assert {f"lora.{name}" for name in documented | UNLISTED} == modules
+    rooms = [lora, lora.federation, lora.evolution]
+    for room in rooms:
+        for name in room.__all__:
+            home = f"{room.__name__}.{room._HOMES[name]}".removeprefix("lora.")
+            assert home in documented, f"{room.__name__}.{name}"
+            assert getattr(room, name).__doc__
+    assert {f"interop.{name}" for name in lora.interop.__all__} <= documented
+    for title, names in generate.REFERENCE.items():
+        page = generate.reference(names, title)
+        assert [line.removeprefix("::: lora.") for line in page.splitlines() if line.startswith(":::")] == names
+        assert f"generated/reference-{title.lower().replace(' ', '-')}.md" in (ROOT / "mkdocs.yml").read_text("utf-8")
+
+
+@requirement("R10.1", "R25.4")
+def test_the_page_of_the_command_line_has_every_command_with_all_its_options_and_an_example(generate):
+    sections = dict(part.split("\n", 1) for part in ("\n" + generate.command_line()).split("\n## ")[1:])
+    tree = dict(generate.commands())
+    assert list(sections) == list(tree)
+    assert {"lora merge", "lora factory run", "lora sign"} <= set(tree)
+    for name, command in tree.items():
+        for parameter in command.params:
+            assert all(f"`{option}`" in sections[name] for option in parameter.opts), (name, parameter.name)
+        assert name == "lora" or f"```sh\n{name}" in sections[name]
+
+
+@requirement("R10.8")
+def test_the_page_of_requirements_has_every_sentence(generate):
+    page = generate.specification()
+    for found in read_spec(ROOT / "spec").values():
+        assert f"| {found.id} |" in page
+        assert generate.escaped(found.sentence) in page
+
+
+# ---- the examples
+
+
+@requirement("R10.2", "R10.3")
+def test_the_home_page_makes_a_card_saves_it_loads_it_and_applies_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in blocks_of(ROOT / "docs/index.md") if "lora.save(" in block.text]
+    assert block.info == "python"
+    left = {}
+    exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
+    assert lora.load("docs.lora.arrow", verify=left["digest"]) == left["card"]
+    x = np.ones((1, 4), np.float32)
+    change = (left["adapted"]["proj"](left["x"]) - left["model"]["proj"](left["x"])).detach().numpy()
+    pair = left["card"].weights["proj"]
+    assert np.allclose(change, 2 * x @ pair.A @ pair.B, atol=1e-5)
+
+
+@requirement("R10.4")
+def test_the_page_on_routing_routes_a_query_and_abstains_on_another():
+    (block,) = [block for block in blocks_of(ROOT / "docs/routing.md") if block.info == "python"]
+    left = {}
+    exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
+    assert [route.name for route in left["router"].select("which file?", threshold=0.5)] == ["python-docs"]
+
+
+@requirement("R10.10", "R10.2", "R10.3", "R10.4")
+def test_the_tutorial_runs_from_nothing_to_a_shared_skill(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = [block for block in blocks_of(ROOT / "docs/tutorial.md") if block.info == "{.python .step}"]
+    left = {}
+    for block in steps:
+        exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
+    assert lora.digest("architect.lora.arrow") == left["digest"]
+    assert [path.name for path in Path("cache").glob("*.arrow")]
+    assert left["training"].metrics["after"].mrr > left["training"].metrics["before"].mrr
+
+
+@requirement("R10.10")
+def test_a_quickstart_and_the_guides_are_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in (path.relative_to(ROOT / "docs").as_posix() for path in PAGES):
+        assert f": {page}\n" in navigation, page
+    assert {"docs/tutorial.md", "docs/federation.md", "docs/evolution.md"} <= {block.page for block in BLOCKS}
+
+
+@requirement("R10.7")
+def test_every_block_is_of_a_kind_that_some_test_runs():
+    settings = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert 'testpaths = ["tests", "README.md", "docs"]' in settings
+    assert '"--markdown-docs"' in settings
+    for block in BLOCKS:
+        if "python" in block.info:
+            assert block.info in ("python", "{.python .step}", "{.python .foreign}", "{.python .spark}"), named(block)
+            ast.parse(block.text)
+        else:
+            assert block.info in ("sh", "text", "{.js .card}"), named(block)
+    steps = {block.page for block in BLOCKS if block.info == "{.python .step}"}
+    assert steps == {"docs/tutorial.md"}
+
+
+@requirement("R10.7", "R5.12")
+def test_what_the_page_gives_to_spark_gives_back_batches_of_the_schema_that_it_names():
+    """Spark hands over an iterator of batches and takes one; 4.3 refuses lists of a fixed size."""
+    (block,) = [block for block in BLOCKS if block.info == "{.python .spark}"]
+    seen = []
+
+    def map_in_arrow(work, schema):
+        seen.extend([schema, *work(iter([pa.record_batch({"text": ["open a file", None]})]))])
+
+    exec(compile(block.text, block.page, "exec"), {"frame": SimpleNamespace(mapInArrow=map_in_arrow)})  # noqa: S102
+    schema, batch = seen
+    told = {"string": pa.string(), "array<float>": pa.list_(pa.float32())}
+    assert batch.schema.names == [field.split()[0] for field in schema.split(", ")]
+    assert batch.schema.types == [told[field.split()[1]] for field in schema.split(", ")]
+    assert [row and len(row) for row in batch["embedding"].to_pylist()] == [384, None]
+
+
+FOREIGN = [block for block in BLOCKS if block.info in ("{.python .foreign}", "{.js .card}")]
+
+
+@requirement("R10.7", "R1.9")
+@pytest.mark.foreign
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("block", FOREIGN, ids=named)
+def test_the_block_runs_where_its_language_or_package_is(block, tmp_path):
+    """With the page's card beside it, in a process and a home of its own."""
+    lora.save(skill("docs", 1, size=8), tmp_path / "docs.lora.arrow")
+    script = tmp_path / ("block.mjs" if "js" in block.info else "block.py")
+    script.write_text(block.text, encoding="utf-8")
+    environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script)]
+    if "js" in block.info:
+        package = ROOT / "tests/interop/readers/arrow_js/package.json"
+        shutil.copy(package, tmp_path / "package.json")
+        quiet = ("--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--loglevel=error")
+        subprocess.run(["npm", "install", *quiet], cwd=tmp_path, check=True, timeout=300)
+        command = ["node", script.name]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "ray" in block.text or "query" in run.stdout
+
+
+# ---- the commands
+
+COMMANDS = typer.main.get_command(lora.cli.app)
+
+LEFT_OUT = {
+    "lora demo": "takes minutes: tests/unit/test_demo.py",
+    "lora serve": "runs until it is stopped: below, and tests/unit/test_cli_federation.py",
+    "lora list": "needs a peer: tests/unit/test_cli_federation.py",
+    "lora fetch": "needs a peer: below, and tests/unit/test_cli_federation.py",
+    "lora conformance --binding my_package": "names a package of somebody else",
+    "lora conformance --binding my_binding:BINDING --only R3 ": "takes long: docs/how-to/conformance.md runs one like it",
+    "lora evolve": "trains for minutes: tests/unit/test_cli_evolution.py",
+    "lora factory run --at": "runs until it is stopped: tests/unit/test_factory.py",
+    "lora factory run --scheduler": "needs a cluster: tests/unit/test_factory.py",
+    "lora factory rollback": "needs two versions: tests/unit/test_cli_evolution.py",
+}
+"""Commands of the pages that are parsed but not run, and why."""
+
+
+def lines_of(text):
+    """The commands of ours in a block for a shell, as lists of words."""
+    joined = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in joined if line.startswith("lora ")]
+
+
+def skill(name, seed, size=384):
+    rng = np.random.default_rng(seed)
+    shapes = ((size, 2), (2, size))
+    weights = {
+        f"encoder.layer.0.attention.self.{part}": lora.LowRank(*(rng.normal(0, 0.1, s).astype("f4") for s in shapes))
+        for part in ("query", "value")
+    }
+    about = {"description": "how to open and read files" if name == "docs" else "what a contract says"}
+    return lora.LoRACard(name, 2, 4.0, ("query", "value"), weights, about)
+
+
+def prepared(folder):
+    """What the examples name, in a folder."""
+    (folder / "cards").mkdir(parents=True)
+    for name, seed in (("docs", 1), ("law", 2)):
+        lora.save(skill(name, seed), folder / f"{name}.lora.arrow")
+        export_peft(skill(name, seed), folder / f"peft-{name}")
+    shutil.copy(folder / "docs.lora.arrow", folder / "cards")
+    shutil.copytree(folder / "peft-docs", folder / "peft-adapter")
+    rng = np.random.default_rng(3)
+    for name in ("base", "tuned"):
+        (folder / name).mkdir()
+        weights = {f"layer.{i}.query.weight": rng.normal(size=(16, 16)).astype("f4") for i in range(2)}
+        save_file(weights, folder / name / "model.safetensors")
+    rows = [{"query": f"number {i}", "positive": f"n{i}", "group": str(i % 4)} for i in range(16)]
+    Pairs.of(rows).save(folder / "pairs.jsonl")
+    (folder / "handbook").mkdir()
+    (folder / "handbook/files.md").write_text("Open a file before you read it.", encoding="utf-8")
+    texts = ["open a file", "boil pasta", "sign a contract"]
+    (folder / "sentences.txt").write_text("\n".join(texts), encoding="utf-8")
+    parquet.write_table(pa.table({"text": texts}), folder / "texts.parquet")
+    for block in blocks_of(ROOT / "docs/how-to/conformance.md"):
+        if block.info == "python":
+            exec(compile(block.text, block.page, "exec"), {})  # noqa: S102 - our own page; it writes a binding
+
+
+def shells():
+    """The commands of each page, in order; and those that the commands' own help gives as examples."""
+    found = {}
+    for block in BLOCKS:
+        if block.info == "sh":
+            found.setdefault(block.page, []).extend(lines_of(block.text))
+    found["--help"] = [words for command in every(COMMANDS) for words in lines_of(examples(command))]
+    return {page: lines for page, lines in found.items() if lines}
+
+
+def every(command):
+    return [command, *(one for part in getattr(command, "commands", {}).values() for one in every(part))]
+
+
+def examples(command):
+    return (command.epilog or "").removeprefix("Example: ").replace(", or lora", "\nlora")
+
+
+def reason_to_leave_out(words):
+    line = " ".join(words)
+    if "…" in line:
+        return "holds a placeholder"
+    return next((reason for start, reason in LEFT_OUT.items() if line.startswith(start)), None)
+
+
+def parsed(words):
+    """Raise if the command has no such options."""
+    command, name, rest = COMMANDS, "lora", words[1:]
+    while hasattr(command, "commands"):
+        name, *rest = rest
+        command = command.commands[name]
+    command.make_context(name, list(rest))
+
+
+@requirement("R10.7", "R25.4")
+@pytest.mark.parametrize("page", shells())
+def test_the_commands_of_a_page_run_or_at_least_exist_with_these_options(page, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_PROFILE", "quick")
+    prepared(tmp_path)
+    for words in shells()[page]:
+        parsed(words)
+        if reason_to_leave_out(words):
+            continue
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            lora.cli.main()
+        assert ended.value.code == 0, (words, capfd.readouterr().err)
+
+
+@requirement("R10.7")
+def test_a_renamed_option_would_be_noticed_and_every_reason_is_needed():
+    with pytest.raises(Exception, match="--strategi"):
+        parsed(["lora", "merge", "a", "-o", "b", "--strategi", "ties"])
+    lines = [" ".join(words) for page in shells().values() for words in page]
+    assert all(any(line.startswith(start) for line in lines) for start in LEFT_OUT)
+
+
+@requirement("R10.10", "R11.6", "R14.1")
+def test_the_page_on_sharing_works_on_this_machine_behind_mutual_tls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepared(tmp_path)
+    on_a_lan, _, authority, behind_tls = blocks_of(ROOT / "docs/how-to/share.md")
+    for words in lines_of(on_a_lan.text)[:2]:
+        ran(*words[1:])
+    subprocess.run(["bash", "-ec", authority.text], check=True, capture_output=True)
+    serve, fetch = (" ".join(words[1:]) for words in lines_of(behind_tls.text))
+    with Serving(*shlex.split(serve.replace("8815", "0"))[1:]) as server:
+        port = server.uri.rpartition(":")[2]
+        cache = ("--cache", str(tmp_path / "cache"))
+        words = shlex.split(fetch.replace("8815", port))
+        assert lora.digest("cards/docs.lora.arrow") in ran(*words, *cache)
+        stranger = [word for word in words if word not in ("--cert", "reader.pem", "--key", "reader.key")]
+        assert "found none" in ran(*stranger, *cache, "--wait", "1", code=1)
+
+
+# ---- the file format
+
+
+def by_hand(data):
+    """A card's columns, read from the bytes as docs/format.md tells to, without Arrow."""
+
+    def at(form, place):
+        return struct.unpack_from(form, data, place)[0]
+
+    def field(table, number):
+        vtable = table - at("<i", table)
+        offset = at("<H", vtable + 4 + 2 * number) if 4 + 2 * number < at("<H", vtable) else 0
+        return table + offset if offset else None
+
+    def follow(table, number):
+        place = field(table, number)
+        return place + at("<I", place)
+
+    assert data[:8] == b"ARROW1\0\0"
+    assert data[-6:] == b"ARROW1"
+    footer = len(data) - 10 - at("<i", len(data) - 10)
+    block = follow(footer + at("<I", footer), 3) + 4
+    start, length = at("<q", block), at("<i", block + 8)
+    batch = follow(start + 8 + at("<I", start + 8), 2)
+    rows, vector = at("<q", field(batch, 0)), follow(batch, 2) + 4
+    spans = [(at("<q", vector + 16 * i), at("<q", vector + 16 * i + 8)) for i in range(at("<I", vector - 4))]
+    buffers = [data[start + length + o : start + length + o + n] for o, n in spans]
+    _, where, text, _, scaling, *tensors = buffers
+    ends = struct.unpack(f"<{rows + 1}i", where)
+    names = [text[a:b].decode() for a, b in pairwise(ends)]
+    found = {name: [number] for name, number in zip(names, struct.unpack(f"<{rows}d", scaling), strict=True)}
+    for half in (tensors[:8], tensors[8:]):
+        _, _, lists, _, elements, _, _, shapes = half
+        bounds, sizes = struct.unpack(f"<{rows + 1}i", lists), struct.unpack(f"<{2 * rows}i", shapes)
+        for i, name in enumerate(names):
+            flat = np.frombuffer(elements, "<f4")[bounds[i] : bounds[i + 1]]
+            found[name].append(flat.reshape(sizes[2 * i : 2 * i + 2]))
+    return found
+
+
+@requirement("R10.5")
+def test_a_card_is_read_by_hand_as_the_page_on_the_format_says(tmp_path, generate):
+    for card in (generate.tiny(), skill("docs", 1, size=5)):
+        lora.save(card, tmp_path / "card.lora.arrow")
+        found = by_hand((tmp_path / "card.lora.arrow").read_bytes())
+        assert list(found) == list(card.weights)
+        for name, (scaling, a, b) in found.items():
+            assert scaling == card.weights[name].scaling
+            assert np.array_equal(a, card.weights[name].A)
+            assert np.array_equal(b, card.weights[name].B)
+
+
+@requirement("R10.5")
+def test_the_hex_dump_covers_every_byte_once_and_names_what_lies_there(tmp_path, generate):
+    lora.save(generate.tiny(), tmp_path / "tiny.lora.arrow")
+    data = (tmp_path / "tiny.lora.arrow").read_bytes()
+    spans = generate.spans(data)
+    assert [spans[0].start, *(span.end for span in spans)] == [*(span.start for span in spans), len(data)]
+    told = {span.told: data[span.start : span.end] for span in spans}
+    assert told["A.data: float32, row-major, (in, rank)"] == struct.pack("<2f", 1, 2)
+    assert told["B.data: float32, row-major, (rank, out)"] == struct.pack("<3f", 3, 4, 5)
+    assert told["A.shape: int32, in and rank"] == struct.pack("<2i", 2, 1)
+    assert told["B.shape: int32, rank and out"] == struct.pack("<2i", 1, 3)
+    assert told["scaling: float64, alpha / rank"] == struct.pack("<d", 2.0)
+    assert told["A.data: int32 offsets of the lists"] == struct.pack("<2i", 0, 2)
+    assert told["B.data: int32 offsets of the lists"] == struct.pack("<2i", 0, 3)
+    assert told["module: int32 offsets into the text"] == struct.pack("<2i", 0, 4)
+    assert told["module: the names, UTF-8"] == b"proj"
+    page = generate.hexdump()
+    whole = page.split("## All of it")[1]
+    assert bytes.fromhex("".join(re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+?)  ", whole, re.MULTILINE))) == data
+    assert lora.digest(tmp_path / "tiny.lora.arrow") in page
+    keys = re.findall(r"^\| `(lora\.\w+)` \|", (ROOT / "docs/format.md").read_text("utf-8"), re.MULTILINE)
+    stored = {
+        entry.told for span in spans if span.told.startswith("the schema") for entry in generate.entries(data, span)
+    }
+    assert set(keys) - stored == {"lora.base_model", "lora.base_fingerprint"}  # which are optional
+
+
+# ---- the pictures
+
+
+def test_the_pictures_are_drawn_from_what_they_show_and_the_same_each_time(tmp_path, generate):
+    drawn = generate.diagrams
+    graph = drawn.imports(Path(lora.__file__).parent)
+    assert {"errors", "card"} <= graph["table"]
+    assert graph["errors"] == set()
+    assert list(graph) == sorted(graph)  # what is drawn first does not depend on hashes
+    level = drawn.depths(graph)
+    assert all(level[other] < level[name] for name, others in graph.items() for other in others)
+
+    def reach(edges, start):
+        return edges[start].union(*(reach(edges, other) for other in edges[start]))
+
+    less = drawn.reduced(graph)
+    assert all(reach(less, name) == reach(graph, name) for name in graph)
+    assert sum(map(len, less.values())) < sum(map(len, graph.values())) / 2
+    base, active = (False, False), (True, False)
+    found = drawn.transitions()
+    assert found[base, active] == {"apply_card"}
+    assert found[active, base] == {"remove_card", "rollback"}
+    assert found[(False, True), active] == {"swap"}
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        drawn.write(tmp_path / folder, "states", (6.4, 4.4), drawn.draw_states(found))
+        drawn.write(tmp_path / folder, "imports", (6.4, 8), drawn.draw_imports(graph))
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    assert len({path.read_bytes() for path in (tmp_path / "one").iterdir()}) == 4
+
+
+@requirement("R10.7")
+def test_every_picture_on_a_page_is_one_that_is_drawn_in_both_themes(generate):
+    source = (ROOT / "docs/diagrams.py").read_text("utf-8")
+    names = re.findall(r'write\(folder, "(\w+)"', source)
+    for path in PAGES:
+        shown = re.findall(r"generated/(\w+)-(\w+)\.svg#only-(\w+)\)", path.read_text("utf-8"))
+        assert (
+            [theme for _, theme, _ in shown] == [only for _, _, only in shown] == ["light", "dark"] * (len(shown) // 2)
+        )
+        assert {name for name, _, _ in shown} <= set(names)
+    assert len(names) == 6

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import date, datetime
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from lora.errors import (
 )
 from lora.evolution.data import Pairs
 from lora.evolution.factory import WATCH, SkillFactory, cluster
+from lora.evolution.queue import Job
 from lora.evolution.work import KINDS, Kind, supervise, train
 from lora.inference.manager import LoRAManager
 from lora.testing.plugin import requirement
@@ -683,15 +685,42 @@ def test_the_built_in_kinds_make_what_the_library_makes(bench):
         factory.add("merge", {"name": "both", "cards": cards, "strategy": "ties", "options": {"density": 1.0}})
         sources = {key: str(bench.folder / f"{key}.safetensors") for key in ("base", "tuned")}
         factory.add("extract", {"name": "step", "rank": 1, **sources})
-        wrong = factory.add("extract", {"name": "step", "ranks": 1, **sources})
         strange = factory.add("merge", {"name": "both", "cards": cards, "strategy": "magic"})
         factory.run()
         made = {name: load(path) for name, path in factory.live().items()}
-        assert "only name, tuned, base, rank" in factory.queue.job(wrong.id).error
         assert "found 'magic'" in factory.queue.job(strange.id).error
     pair = made["step"].weights["0"]
     np.testing.assert_allclose(pair.A @ pair.B * pair.scaling, (tuned - base).T, atol=1e-4)
     assert made["both"].metadata["merge"]["strategy"] == "ties"
+
+
+@requirement("R19.1", "R19.2")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_whose_parameters_are_missing_or_unknown_is_refused_when_it_is_added_and_when_it_runs(bench, kind):
+    whole = {"name": "docs"} | dict.fromkeys(KINDS[kind].needed[1:], str(bench.card()))
+    wrong = [({key: value for key, value in whole.items() if key != gone}, f"found no {gone}") for gone in whole]
+    wrong.append(({**whole, "ranks": 3, "layers": 1}, r"expected only name, .*, found layers, ranks"))
+    with bench.factory() as factory:
+        for parameters, message in wrong:
+            with pytest.raises(ArgumentError, match=f"{kind}: parameters: .*{message}"):
+                factory.add(kind, parameters)
+        assert len(factory.status()) == 0
+        every = whole | dict.fromkeys(KINDS[kind].optional, 1)
+        assert factory.add(kind, every, dry_run=True).parameters.keys() == every.keys()
+    module, _, function = KINDS[kind].function.partition(":")
+    for parameters, message in wrong:
+        with pytest.raises(ArgumentError, match=message):
+            getattr(import_module(module), function)(kind, parameters, bench.folder)
+
+
+@requirement("R19.1", "R19.2")
+def test_a_job_that_an_older_factory_let_in_is_dead_at_its_first_attempt(bench):
+    with bench.factory() as factory:
+        factory.queue.add(Job.of("merge", {"name": "both", "cards": [str(bench.card())], "ranks": 1}), 0.0)
+        factory.run()
+        (job,) = factory.queue.jobs()
+    assert (job.state, job.attempts) == ("dead", 1)
+    assert "only name, cards, strategy, options, weights, rank, found ranks" in job.error
 
 
 @requirement("R19.1", "R19.5")

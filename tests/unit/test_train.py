@@ -33,7 +33,8 @@ from lora.errors import (
 )
 from lora.evolution.data import Pairs, docstring_pairs
 from lora.evolution.train import PRESETS, LoRATrainer, Retrieval, Settings, batches_of, evaluate
-from lora.inference.encoder import EncoderConfig, InferenceCore
+from lora.inference.encoder import EncoderConfig, InferenceCore, pad
+from lora.interop.peft import export_peft
 from lora.rewrite import adapt
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
@@ -361,6 +362,27 @@ def test_a_card_of_minilm_has_a_pair_for_each_query_and_value(real):
     expected = {f"encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value")}
     assert set(card.weights) == expected
     assert card.num_params == 12 * 2 * 384 * 8
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # PEFT leaves adapter_config.json open
+@requirement("R17.1", "R23.2")
+def test_a_trained_card_gives_in_peft_on_the_hugging_face_model_what_it_gives_here(real, tmp_path, model_folder):
+    from peft import PeftModel
+    from transformers import BertModel
+
+    card = real[2]["true"].card
+    export_peft(card, tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(BertModel.from_pretrained(model_folder).double(), tmp_path / "peft").eval()
+    core = InferenceCore.from_pretrained(model_folder).double()  # so that a difference is one of computation
+    ids, mask = pad(core.tokenize(["Open a file.", "Return the sum of a list of numbers."]), 0, core.device)
+    with torch.no_grad():
+        hidden = theirs(input_ids=ids, attention_mask=mask).last_hidden_state
+        pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        expected = nn.functional.normalize(pooled, dim=1)
+        found, plain = adapt(core, card, check_base=False)(ids, mask), core(ids, mask)
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-6
+    assert float((found - plain).abs().max()) > 0.01
 
 
 # R17.8: bit for bit

@@ -1,0 +1,127 @@
+"""How cost grows: time against rank, layers, adapters and batch, and memory against each.
+
+    OMP_NUM_THREADS=2 python benchmarks/growth.py [--quick] [--json FILE]
+
+Every point is a median beside the first point of its line, in shuffled rounds of one process. The slope is that of log cost
+over log size between the last two points: 1 is linear, less is sublinear (a fixed cost dominates), more would be worse.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from pairs import Row, figure_row, median_with_interval, rounds, run
+
+import lora
+from lora.card import AdapterSet, LoRACard, LowRank
+from lora.inference.encoder import EncoderConfig, InferenceCore
+from lora.rewrite import adapt_rows, fresh
+
+TOKENS = 512
+
+
+def core(layers: int = 6) -> InferenceCore:
+    """An encoder of MiniLM's width with random weights."""
+    torch.manual_seed(0)
+    made = InferenceCore(EncoderConfig(1000, 384, layers, 12, 1536, 512))
+    return made.requires_grad_(requires_grad=False).eval()
+
+
+def card(model: InferenceCore, rank: int, name: str = "docs") -> LoRACard:
+    """All Linears of the encoder."""
+    made = fresh(model, name, rank=rank, alpha=2.0 * rank, target_modules=["all-linear"], seed=rank)
+    rng = np.random.default_rng(0)
+    pairs = {
+        module: LowRank(pair.A, rng.standard_normal(pair.B.shape, np.float32) * np.float32(0.01))
+        for module, pair in made.weights.items()
+    }
+    return LoRACard(name, rank, 2.0 * rank, made.target_modules, pairs)
+
+
+def line(name: str, against: str, works: dict[int, Callable[[], Any]], count: int, why: str) -> Iterator[Row]:
+    """Points of one line of a chart, and its slope at the end."""
+    times = rounds({str(size): work for size, work in works.items()}, count)
+    found = {size: median_with_interval(times[str(size)]) for size in works}
+    for size, (middle, low, high) in found.items():
+        more = {"interval": [low * 1e3, high * 1e3], "line": name, "against": against, "size": size}
+        yield figure_row("growth", f"{name}, {against} {size:,}", middle * 1e3, "ms", **more)
+    *_, one, two = works
+    slope = math.log(found[two][0] / found[one][0]) / math.log(two / one)
+    yield figure_row("growth", f"{name}: slope against {against}", slope, f"({why})", line=name, against=against)
+
+
+def encoding(model: Any, ids: torch.Tensor, *args: Any) -> Callable[[], Any]:
+    """A forward without gradients."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return model(ids, None, *args)
+
+    return call
+
+
+def forwards(*, quick: bool) -> Iterator[Row]:
+    """A forward against each of the four."""
+    count, model = (3 if quick else 12), core()
+    ids = torch.randint(0, 1000, (4, TOKENS // 4), generator=torch.Generator().manual_seed(0))
+    ranks = (4, 64) if quick else (1, 4, 16, 64, 256)
+    why = "the base dominates until the rank nears the width"
+    works = {rank: encoding(lora.adapt(model, card(model, rank)), ids) for rank in ranks}
+    yield from line("factored forward", "rank", works, count, why)
+    works = {}
+    for layers in (2, 4) if quick else (1, 2, 4, 8):
+        deep = core(layers)
+        works[layers] = encoding(lora.adapt(deep, card(deep, 8)), ids)
+    yield from line("factored forward", "layers", works, count, "linear: each layer costs the same")
+    works = {}
+    rows = torch.randint(0, 1000, (32, 16), generator=torch.Generator().manual_seed(0))
+    for number in (1, 8) if quick else (1, 4, 8, 16, 32):
+        sets = [AdapterSet(card(model, 8, f"skill-{i}")) for i in range(number)]
+        each = 32 // number
+        segments = tuple((i * each, (i + 1) * each, i) for i in range(number))
+        works[number] = encoding(adapt_rows(model, sets), rows, segments)
+    yield from line("32 rows of 16 tokens", "adapters", works, count, "a fixed cost per adapter and layer")
+    adapted = lora.adapt(model, card(model, 8))
+    works = {}
+    for batch in (1, 4) if quick else (1, 4, 16, 64):
+        ids = torch.randint(0, 1000, (batch, 64), generator=torch.Generator().manual_seed(0))
+        works[batch] = encoding(adapted, ids)
+    yield from line("factored forward of 64 tokens a row", "rows", works, count, "linear once a row fills the cores")
+
+
+def cards(*, quick: bool) -> Iterator[Row]:
+    """Loading and applying against rank and layers; bytes follow from the shapes."""
+    count, folder = (3 if quick else 12), tempfile.mkdtemp()
+    load, apply, size = {}, {}, {}
+    for layers in (2, 4) if quick else (2, 4, 8, 16):
+        model = core(layers)
+        made = card(model, 8)
+        path = f"{folder}/{layers}.lora.arrow"
+        lora.save(made, path)
+        load[layers] = lambda path=path: lora.load(path)
+        apply[layers] = lambda model=model, made=made: lora.adapt(model, made)
+        size[layers] = made.nbytes / 2**20
+    yield from line("load", "layers", load, count, "a fixed cost, then one per module")
+    yield from line("adapt", "layers", apply, count, "one copy per module object")
+    for layers, mib in size.items():
+        more = {"line": "factors", "against": "layers", "size": layers}
+        yield figure_row("growth", f"factors of rank 8, layers {layers:,}", mib, "MiB", **more)
+    ranks = (8, 64) if quick else (4, 16, 64, 256)
+    model, load = core(2), {}
+    for rank in ranks:
+        path = f"{folder}/r{rank}.lora.arrow"
+        lora.save(card(model, rank), path)
+        load[rank] = lambda path=path: lora.load(path)
+    yield from line("load", "rank", load, count, "flat: bytes are mapped, not read")
+
+
+def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`
+    """All parts, each run when it is come to."""
+    return (part(quick=quick) for part in (forwards, cards))
+
+
+if __name__ == "__main__":
+    run(groups, __doc__.splitlines()[0] if __doc__ else "")

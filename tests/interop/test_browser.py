@@ -1,0 +1,166 @@
+"""The site in a real browser: it is searched, it leads from a verdict to its tests, and it fits a desk and a phone."""
+
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from lora.testing.plugin import requirement
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("docs", "spec", "tests", "lora", "benchmarks", "conformance", "mkdocs.yml", "README.md", "CHANGELOG.md")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+WIDTHS = {"desk": (1280, 800), "phone": (390, 844)}
+PAGES = ("", "idea/", "format/", "versioning/", "generated/conformance/", "generated/traceability/")
+OUTSIDE: set[str] = set()
+"""Hosts that pages ask for something that they can do without: the marks of the matrix as pictures."""
+
+pytestmark = pytest.mark.foreign
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    """A file server that writes no log."""
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built strictly from a copy of what it is made of."""
+    if not list((ROOT / "conformance").glob("*.json")):
+        pytest.fail("no conformance/*.json to make a matrix of: run `make docs` first")
+    source = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            left = shutil.ignore_patterns("__pycache__", "generated", "node_modules")
+            shutil.copytree(ROOT / name, source / name, ignore=left)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)}
+    for command in (["docs/generate.py"], ["-m", "mkdocs", "build", "--strict", "--quiet"]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=source, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    return source / "site"
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(site)))
+    with server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.fail("no chromium: install it first, on Debian with `apt-get install chromium`")
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=program, args=list(FLAGS))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(params=WIDTHS)
+def page(request, browser, address):
+    """A page of that width, for which the world is this site; what it complains of is known once it is closed."""
+    width, height = WIDTHS[request.param]
+    context = browser.new_context(viewport={"width": width, "height": height}, base_url=address)
+    asked, told = set(), []
+
+    def ours_alone(route):
+        if route.request.url.startswith(address):
+            return route.continue_()
+        asked.add(urlsplit(route.request.url).hostname)
+        return route.abort()
+
+    context.route("**/*", ours_alone)
+    page = context.new_page()
+    page.on("console", lambda message: told.append(message) if message.type == "error" else None)
+    page.on("pageerror", lambda error: told.append(error))  # noqa: PLW0108 - playwright wants a function
+    yield page
+    faults = [
+        str(found) for found in told if urlsplit(getattr(found, "location", {}).get("url", "")).hostname not in OUTSIDE
+    ]
+    context.close()
+    assert faults == []
+    assert asked <= OUTSIDE
+
+
+def rows(page):
+    """The rows of a page's tables whose first cell is a requirement's id, by that id."""
+    cells = page.eval_on_selector_all(
+        "article table tbody tr", "rows => rows.map(row => [...row.cells].map(cell => cell.innerText.trim()))"
+    )
+    return {row[0]: row for row in cells if re.fullmatch(r"R\d+\.\d+", row[0])}
+
+
+@requirement("R10.8", "R24.5")
+def test_every_verdict_of_the_matrix_leads_to_the_requirement_and_to_its_tests(page):
+    page.goto("generated/conformance/")
+    matrix = rows(page)
+    reports = [json.loads(path.read_text("utf-8")) for path in (ROOT / "conformance").glob("*.json")]
+    assert set(matrix) == {name for report in reports for name in report["requirements"]}
+    if page.viewport_size["width"] > 1000:
+        page.get_by_role("link", name="Traceability").first.click()
+    else:
+        page.goto("generated/traceability/")
+    page.wait_for_selector("h1:has-text('Traceability')")
+    traced = rows(page)
+    assert set(matrix) <= set(traced)
+    for name, (_, sentence, *_) in matrix.items():
+        assert traced[name][2] == sentence
+        assert "::test_" in traced[name][4]
+
+
+@requirement("R10.8")
+def test_a_reader_searches_for_a_word_and_arrives_where_it_is_explained(page):
+    page.goto("")
+    if page.viewport_size["width"] < 1000:
+        page.locator("label.md-header__button[for=__search]").click()
+    field = page.get_by_role("textbox", name="Search")
+    field.click()
+    field.press_sequentially("pending publisher", delay=20)
+    found = page.locator(".md-search-result__item a").first
+    found.wait_for()
+    found.click()
+    page.wait_for_url("**/versioning/**")
+    assert "pending publisher" in page.inner_text("article")
+
+
+@pytest.mark.parametrize("place", PAGES, ids=lambda place: place.strip("/").split("/")[-1] or "home")
+@requirement("R10.7")
+def test_a_page_fits_its_screen_and_its_links_go_somewhere(page, place, tmp_path):
+    assert page.goto(place).ok
+    page.wait_for_selector("article h1")
+    page.screenshot(path=tmp_path / "page.png")
+    wide, room = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert wide <= room
+    links = page.eval_on_selector_all("a[href]", "links => links.map(link => link.href)")
+    inside = {link.split("#")[0] for link in links if link.startswith(page.url.split("/", 3)[0] + "//127.0.0.1")}
+    assert inside
+    assert not [link for link in sorted(inside) if not page.request.get(link).ok]

@@ -1,0 +1,81 @@
+"""An engine that knows Python's library meets networkx: it notices, learns, is judged, and serves what it learned."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import pytest
+
+import lora
+from lora.engine import ArrowEngine
+from lora.evolution.data import docstring_pairs
+from lora.evolution.distill import Policy
+from lora.evolution.gate import MAX_LOSS
+from lora.evolution.train import Settings, evaluate
+from lora.evolving import EXAMPLES, watching
+from lora.rewrite import fresh
+from lora.testing.plugin import requirement
+
+ASKED = 40
+LEARNING = {"settings": Settings(epochs=9, batch_size=32, lr=2e-3, validation_size=32), "max_steps": 12}
+
+
+@pytest.fixture(scope="module")
+def story():
+    """The engine, its distiller, queries of networkx in an order of their own, and what came of the one task."""
+    engine, seed = ArrowEngine.from_pretrained(device="cpu"), 0
+    known, _ = docstring_pairs().split(0.5, seed=seed)  # as `watching` does: the other half is the guard set
+    sentences = np.random.default_rng(seed).permutation(known.queries).tolist()
+    skill = fresh(engine.base, "python", rank=1, alpha=1.0, target_modules=["query"], seed=seed)
+    skill = replace(skill, metadata={"examples": sentences[:EXAMPLES]})
+    folder, others = Path(nx.__file__).parent, sentences[EXAMPLES : EXAMPLES + ASKED]
+    distiller = watching(
+        engine, folder, cards=[skill], queries=others, seed=seed, policy=Policy(examples=64), **LEARNING
+    )
+    noticed_of_python = distiller.tasks
+    queries = np.random.default_rng(seed).permutation(distiller.sources["networkx"].pairs.queries).tolist()
+    for query in queries[:ASKED]:
+        engine.encode_with_lora([query], intent_query=query)
+    noticed_of_networkx = distiller.tasks
+    return engine, distiller, queries, noticed_of_python, noticed_of_networkx, distiller.work()
+
+
+@requirement("R18.1", "R18.2", "R5.14")
+def test_what_it_knows_opens_no_task_and_what_it_does_not_know_opens_one(story):
+    _, _, queries, of_python, of_networkx, _ = story
+    assert of_python == ()
+    assert len(of_networkx) >= 1
+    assert all(set(task.queries) <= set(queries[:ASKED]) for task in of_networkx)
+
+
+@requirement("R18.3", "R18.4")
+def test_what_it_learned_helps_on_held_out_queries_and_harms_nothing_that_it_knew(story):
+    engine, distiller, _, _, _, outcome = story
+    assert outcome.accepted
+    assert outcome.verdict.gain.mean > 0.05
+    assert outcome.verdict.guard.lower >= -MAX_LOSS
+    _, held_out = distiller.guards
+    learned = lora.adapt(engine.base, outcome.card)
+    before, after = evaluate(engine.base, held_out), evaluate(learned, held_out)
+    assert after.mrr > before.mrr + 0.05
+    assert after.recall_at_1 > before.recall_at_1
+
+
+@requirement("R18.4", "R5.1")
+def test_from_then_on_queries_of_the_new_library_go_to_the_new_skill_and_those_of_the_old_one_do_not(story):
+    engine, distiller, queries, _, _, outcome = story
+    examples = set(outcome.card.metadata["examples"])
+    new = [query for query in queries if query not in examples][:ASKED]
+    old = distiller.guards[0].queries[:ASKED]
+
+    def chosen(texts):
+        routes = [engine.encode_with_lora([text], intent_query=text).routes for text in texts]
+        return Counter(route[0].name if route else None for route in routes)
+
+    of_new, of_old = chosen(new), chosen(old)
+    assert of_new[outcome.card.name] > of_new["python"]
+    assert of_old[outcome.card.name] < of_old["python"]
+    asked = engine.encode_with_lora([outcome.task], intent_query=outcome.card.metadata["examples"][0])
+    assert list(asked.adapters[0]) == [outcome.card.name]

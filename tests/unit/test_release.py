@@ -1,0 +1,206 @@
+"""What is said of versions, and what may publish one, is so."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lora
+from lora.evolution import queue
+from lora.table import FORMAT_VERSION
+from lora.testing.plugin import requirement
+from lora.testing.report import SCHEMA_VERSION
+from lora.testing.trace import read_lock
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+GRANTED = {
+    ("docs", "deploy"): {"pages": "write", "id-token": "write"},
+    ("release", "publish"): {"id-token": "write"},
+}
+"""What a job may do besides reading the repository."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `on` is a word, as in a workflow."""
+
+
+_Loader.yaml_implicit_resolvers = {**yaml.SafeLoader.yaml_implicit_resolvers, "o": [], "O": []}
+
+
+@pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+def read(path):
+    return yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506 - a safe one
+
+
+def steps(workflow):
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+def page():
+    return (ROOT / "docs" / "versioning.md").read_text("utf-8")
+
+
+# workflows
+
+
+def test_there_is_a_workflow_for_tests_one_for_the_site_and_one_for_a_release():
+    assert [path.stem for path in WORKFLOWS] == ["docs", "release", "tests"]
+
+
+def test_a_job_may_do_no_more_than_it_needs(path):
+    workflow = read(path)
+    assert workflow["permissions"] == {"contents": "read"}
+    for name, job in workflow["jobs"].items():
+        assert job.get("permissions") == GRANTED.get((path.stem, name))
+        assert job["timeout-minutes"] <= 90
+
+
+def test_a_job_that_may_write_runs_no_code_of_this_repository():
+    for file, name in GRANTED:
+        job = read(ROOT / ".github" / "workflows" / f"{file}.yml")["jobs"][name]
+        assert not [step for step in job["steps"] if "run" in step or "checkout" in step["uses"]]
+        assert job["needs"] == "build"
+        assert job["environment"]["name"] in ("github-pages", "pypi")
+
+
+def test_no_workflow_has_a_secret_or_runs_text_that_a_stranger_wrote(path):
+    text = path.read_text("utf-8")
+    assert "secrets" not in text
+    assert "GITHUB_TOKEN" not in text
+    assert "pull_request_target" not in text
+    assert not [step["run"] for step in steps(read(path)) if "${{" in step.get("run", "")]
+    for step in steps(read(path)):
+        if "actions/checkout@" in step.get("uses", ""):
+            assert step["with"]["persist-credentials"] is False
+
+
+def test_an_action_is_pinned_by_its_commit_and_says_which_version_that_is(path):
+    uses = re.findall(r"uses: (.*)$", path.read_text("utf-8"), re.MULTILINE)
+    assert uses
+    assert len(uses) == len([step for step in steps(read(path)) if "uses" in step])
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use) for use in uses)
+
+
+def test_an_action_is_pinned_to_one_commit_everywhere():
+    pins = {}
+    for path in WORKFLOWS:
+        for use in re.findall(r"uses: (.*)$", path.read_text("utf-8"), re.MULTILINE):
+            pins.setdefault(use.partition("@")[0], set()).add(use)
+    assert all(len(found) == 1 for found in pins.values())
+
+
+def test_what_a_workflow_makes_exists(path):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    made = [run.split()[1:] for step in steps(read(path)) if (run := step.get("run", "")).startswith("make ")]
+    assert made
+    assert {target for run in made for target in run} <= targets
+
+
+def test_only_a_tag_of_a_version_releases_and_only_after_the_tests():
+    workflow = read(ROOT / ".github" / "workflows" / "release.yml")
+    assert workflow["on"] == {"push": {"tags": ["v*"]}}
+    runs = [step["run"] for step in workflow["jobs"]["build"]["steps"] if "run" in step]
+    checked, tested, built = runs
+    assert (tested, "hatchling build" in built) == ("make test lint types", True)
+    for tag, code in ((f"v{lora.__version__}", 0), (f"v{lora.__version__}1", 1), ("v", 1)):
+        environment = {"GITHUB_REF_NAME": tag, "PATH": os.environ["PATH"]}
+        done = subprocess.run(["bash", "-c", checked], env=environment, cwd=ROOT, check=False, capture_output=True)
+        assert done.returncode == code
+    assert workflow["jobs"]["publish"]["environment"]["url"] == f"https://pypi.org/project/{PROJECT['name']}/"
+
+
+def test_the_pythons_that_are_tested_are_those_that_are_promised():
+    matrix = read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["test"]["strategy"]["matrix"]
+    pattern = re.compile(r"Programming Language :: Python :: (3\.\d+)")
+    named = [found[1] for name in PROJECT["classifiers"] if (found := pattern.fullmatch(name))]
+    assert matrix["python"] == named
+    assert PROJECT["requires-python"] == f">={named[0]}"
+    assert f"Python {', '.join(named[:-1])} and {named[-1]}, on Linux and macOS" in page()
+
+
+# versions
+
+
+def test_the_versions_stated_are_those_in_the_code():
+    rows = dict(re.findall(r"^\| the ([\w ]+) \| ([\d.]+) \|", page(), re.MULTILINE))
+    assert rows == {
+        "package": lora.__version__,
+        "file format": ".".join(map(str, FORMAT_VERSION)),
+        "test vectors": str(FORMAT_VERSION[0]),
+    }
+    assert f"(`schema_version` {SCHEMA_VERSION})" in page()
+    assert f"(version {queue.VERSION}; " in page()
+    assert f"minor version of major version {FORMAT_VERSION[0]} " in page()
+    assert f"v{lora.__version__} -m {lora.__version__}`" in page()
+    assert f"\nversion: {lora.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert PROJECT["version"] == lora.__version__
+
+
+@requirement("R24.4")
+def test_the_folder_of_vectors_stated_is_the_one_there_is():
+    folders = [path.name for path in (ROOT / "spec" / "vectors").iterdir() if path.is_dir() and path.name.isdecimal()]
+    assert folders == [str(FORMAT_VERSION[0])]
+    assert f"`spec/vectors/{folders[0]}/`" in page()
+
+
+def test_the_id_that_stands_for_all_has_a_revision():
+    assert "R3.9" in page()
+    assert "R3.9" in read_lock(ROOT / "spec" / "lock.toml")
+
+
+# what an import costs
+
+
+def imported(*argv):
+    """Third-party modules' top names, and lora's own modules, that a fresh interpreter imports."""
+    command = [sys.executable, "-X", "importtime", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    ours = {name for name in names if name.split(".")[0] == "lora"}
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"lora"}, ours
+
+
+@requirement("R1.12")
+def test_importing_the_package_imports_nothing_else():
+    site, _ = imported("-c", "pass")
+    outside, ours = imported("-c", "import lora")
+    assert (outside - site, ours) == (set(), {"lora"})
+
+
+@requirement("R25.4")
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["train", "--help"], ["factory", "add", "--help"]], ids=" ".join
+)
+def test_help_costs_no_numpy_no_arrow_and_no_torch(argv):
+    outside, ours = imported("-m", "lora.cli", *argv)
+    assert {"typer", "rich"} <= outside
+    assert not outside & {"numpy", "pyarrow", "ml_dtypes", "torch", "tokenizers", "safetensors", "cryptography"}
+    assert ours <= {"lora", "lora.errors", "lora.cli"}
+
+
+@requirement("R1.12", "R25.3")
+def test_inspecting_a_card_costs_no_torch_and_no_model():
+    card = ROOT / "spec" / "vectors" / "1" / "R1.4" / "valid" / "basic.lora.arrow"
+    outside, ours = imported("-m", "lora.cli", "inspect", str(card))
+    assert {"numpy", "pyarrow"} <= outside
+    assert not outside & {
+        "torch",
+        "tokenizers",
+        "safetensors",
+        "cryptography",
+        "zeroconf",
+        "matplotlib",
+        "transformers",
+    }
+    assert not [name for name in ours if name.startswith(("lora.evolution", "lora.federation", "lora.inference"))]
