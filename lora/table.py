@@ -451,15 +451,11 @@ def _storage(column: pa.Array) -> pa.Array:
 def _factors(batch: pa.RecordBatch, name: str) -> _Factors:
     storage = _storage(batch.column(name))
     data, shape = storage.field("data"), storage.field("shape")
-    offsets, shapes = _integers(data.offsets), _integers(shape.flatten()).reshape(-1, 2)
+    offsets = np.array(data.offsets.to_numpy(zero_copy_only=False), np.int64)
+    shapes = np.array(shape.flatten().to_numpy(zero_copy_only=False), np.int64).reshape(-1, 2)
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
         raise CardFileError(f"card table: column {name!r}", "positive shapes, each as long as its data", "others")
     return _Factors(offsets.tolist(), [(rows, columns) for rows, columns in shapes.tolist()], data.values)
-
-
-def _integers(array: pa.Array) -> Array:
-    """A copy of an int32 array's values; `to_numpy` would import pandas wherever it is installed."""
-    return np.frombuffer(array.buffers()[1] or b"", np.int32, len(array), array.offset * 4).astype(np.int64)
 
 
 def _views(column: _Factors, dtype: np.dtype[Any]) -> Iterator[Array]:
