@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pairs import Row, timed
 
 import lora
 from lora.card import LoRACard, LowRank
@@ -34,7 +35,6 @@ from lora.federation.node import Node
 from lora.federation.trust import Policy
 
 ANY = Policy(allow_unsigned=True)
-Row = dict[str, Any]
 
 SERVER = """
 import sys, threading
@@ -124,17 +124,11 @@ def beside_tcp(rounds: int) -> Row:
         "what": "verified fetch of 50 MB; raw TCP",
         "fetch_ms": statistics.median(times["fetch"]) * 1e3,
         "raw_ms": statistics.median(times["raw"]) * 1e3,
-        "sha256_ms": 1e3 * min(_seconds(lambda: hashlib.sha256(data)) for _ in range(3)),
+        "sha256_ms": 1e3 * min(timed(lambda: hashlib.sha256(data)) for _ in range(3)),
         "of_raw": middle,
         "quartiles": [low, high],
         "target": ">= 0.6, < 100 ms",
     }
-
-
-def _seconds(work: Any) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def _fetching(pipe: Any, port: int, sha: str) -> None:

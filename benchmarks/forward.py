@@ -152,11 +152,8 @@ def three_cards(*, quick: bool) -> Iterator[Row]:
                 yield ratio_row(
                     "forward", what, times, side, "base", overhead=True, tokens=count, adapter=kind, ids=["R8.6"]
                 )
-            of_one = (
-                (median_with_interval(_overheads(times, "three"))[0])
-                / median_with_interval(_overheads(times, "one"))[0]
-            )
-            yield figure_row("forward", f"{what}: overhead, of one's", of_one, "x", below=1.5, ids=["R8.6"])
+            one, three = (median_with_interval(_overheads(times, side))[0] for side in ("one", "three"))
+            yield figure_row("forward", f"{what}: overhead, of one's", three / one, "x", below=1.5, ids=["R8.6"])
 
 
 def _overheads(times: dict[str, list[float]], side: str) -> list[float]:

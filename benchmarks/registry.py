@@ -14,7 +14,6 @@ import argparse
 import gc
 import io
 import json
-import platform
 import random
 import resource
 import statistics
@@ -26,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pairs import machine, timed
 
-import lora
 from lora.card import Array, LoRACard, LowRank
 from lora.inference.registry import AdapterRegistry
 from lora.inference.router import LoRARouter
@@ -92,13 +91,6 @@ def median_us(times: Sequence[float]) -> dict[str, float]:
     return {"us": middle, "low": low, "high": high}
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds that one call takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def registered(paths: Sequence[Path], **bounds: int) -> AdapterRegistry:
     """A registry of all of them."""
     registry = AdapterRegistry(**bounds)
@@ -145,16 +137,6 @@ def routing(paths: Sequence[Path], rounds: int) -> dict[str, Any]:
         "select": median_us(one),
         "select_many_32": median_us(many),
     }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "pyarrow": pa.__version__}
-    load = [round(value, 1) for value in os.getloadavg()]
-    versions["lora"] = lora.__version__
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": THREADS, "load": load, "versions": versions}
 
 
 def main() -> None:
