@@ -1,145 +1,34 @@
-"""A verified fetch beside raw TCP, many clients at one server, and a soak with kills and partitions, on loopback.
+"""Many clients at one server, and a soak with kills and partitions, on loopback.
 
     OMP_NUM_THREADS=1 python benchmarks/federation.py [--gigabytes 20] [--soak 600] [--quick] [--json FILE]
 
-The fetch receives a card of 50 MB over Flight, hashes it, writes and flushes it, and checks its structure and values; raw
-TCP is ``sendall`` of the same bytes from one process to another, which throws them away. Pairs are shuffled; what is
-reported is the median of the pairs' ratios with its quartiles.
+What one verified fetch takes is in ``fetching.py``. These two take as long as they are told to.
 """
 
 import argparse
 import hashlib
 import json
 import multiprocessing
-import os
 import random
 import signal
-import socket
-import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pairs import Row, timed
+from fetching import ANY, card_of, server_of
+from pairs import Row
 
 import lora
-from lora.card import LoRACard, LowRank
 from lora.errors import LoRAError
-from lora.federation.client import LoRAFlightClient
 from lora.federation.node import Node
-from lora.federation.trust import Policy
-
-ANY = Policy(allow_unsigned=True)
-
-SERVER = """
-import sys, threading
-from lora.federation.server import LoRAFlightServer
-with LoRAFlightServer(sys.argv[1], sys.argv[2]) as server:
-    print(server.port, flush=True)
-    threading.Event().wait()
-"""
-
-
-def card_of(megabytes: int, name: str = "big") -> LoRACard:
-    """A card of rank 16 and 24 modules of about so many bytes."""
-    rng = np.random.default_rng(0)
-    modules, rank = 24, 16
-    size = megabytes * 1_000_000 // (modules * 2 * rank * 4)
-
-    def draw(*shape: int) -> Any:
-        return rng.standard_normal(shape, dtype=np.float32) * np.float32(size**-0.5)
-
-    weights = {f"layer.{i}.query": LowRank(draw(size, rank), draw(rank, size)) for i in range(modules)}
-    return LoRACard(name, rank, 16.0, ("query",), weights)
-
-
-def server_of(folder: str, port: int = 0) -> tuple[subprocess.Popen[str], int]:
-    """A server in a process of its own, and its port."""
-    command = [sys.executable, "-c", SERVER, folder, f"grpc://127.0.0.1:{port}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this interpreter
-    assert process.stdout is not None  # noqa: S101 - it is a pipe
-    return process, int(process.stdout.readline())
 
 
 def anonymous(pid: int) -> int:
     """Bytes of a process's own memory, without files that it maps."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
-
-
-def raw(data: bytes) -> float:
-    """Seconds in which `sendall` brings the bytes from another process to this one."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        child = os.fork()
-        if child == 0:
-            with socket.create_connection(listener.getsockname()) as connection:
-                connection.recv(1)
-                connection.sendall(data)
-            os._exit(0)
-        connection, _ = listener.accept()
-        with connection:
-            buffer = bytearray(2**20)
-            start = time.perf_counter()
-            connection.sendall(b"x")
-            received = 0
-            while count := connection.recv_into(buffer):
-                received += count
-            seconds = time.perf_counter() - start
-        os.waitpid(child, 0)
-        assert received == len(data)  # noqa: S101 - or it was no comparison
-        return seconds
-
-
-def beside_tcp(rounds: int) -> Row:
-    """A verified fetch of 50 MB in a process of its own, beside raw TCP."""
-    with tempfile.TemporaryDirectory() as folder:
-        sha = lora.save(card_of(50), f"{folder}/big.lora.arrow")
-        data = Path(f"{folder}/big.lora.arrow").read_bytes()
-        server, port = server_of(folder)
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        client = context.Process(target=_fetching, args=(there, port, sha))
-        client.start()
-        here.recv()
-        times: dict[str, list[float]] = {"fetch": [], "raw": []}
-        shuffled = random.Random(0)  # noqa: S311 - an order, not a secret
-        for _ in range(rounds):
-            for side in shuffled.sample(["fetch", "raw"], 2):
-                if side == "raw":
-                    times[side].append(raw(data))
-                else:
-                    here.send("go")
-                    times[side].append(here.recv())
-        here.send("stop")
-        client.join()
-        server.kill()
-    ratios = [b / a for a, b in zip(times["fetch"], times["raw"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return {
-        "what": "verified fetch of 50 MB; raw TCP",
-        "fetch_ms": statistics.median(times["fetch"]) * 1e3,
-        "raw_ms": statistics.median(times["raw"]) * 1e3,
-        "sha256_ms": 1e3 * min(timed(lambda: hashlib.sha256(data)) for _ in range(3)),
-        "of_raw": middle,
-        "quartiles": [low, high],
-        "target": ">= 0.6, < 100 ms",
-    }
-
-
-def _fetching(pipe: Any, port: int, sha: str) -> None:
-    with tempfile.TemporaryDirectory() as cache, LoRAFlightClient(f"grpc://127.0.0.1:{port}", cache, ANY) as client:
-        client.fetch_skill(sha)
-        pipe.send("ready")
-        while pipe.recv() == "go":
-            client.cache.evict(0)
-            start = time.perf_counter()
-            client.fetch_skill(sha)
-            pipe.send(time.perf_counter() - start)
 
 
 def _reading(port: int, sha: str, gate: Any, count: int, told: Any) -> None:
@@ -262,8 +151,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [beside_tcp(8 if options.quick else 40)] if options.gigabytes else []
-    rows += many(1.6 if options.quick else options.gigabytes) if options.gigabytes else []
+    rows = many(1.6 if options.quick else options.gigabytes) if options.gigabytes else []
     print(*rows, sep="\n", flush=True)
     rows.append(soak(15 if options.quick else options.soak))
     print(rows[-1], flush=True)

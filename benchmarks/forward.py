@@ -104,7 +104,7 @@ def one_card(*, quick: bool) -> Iterator[Row]:
                 continue
             x = tokens(*shape)
             sides = {"base": base, "folded": folded, "factored": factored, "PEFT": theirs}
-            number = 3 if quick else 60 if count < 1000 else 20 if count < 4000 else 12
+            number = 3 if quick else 40 if count < 1000 else 12 if count < 4000 else 6
             times = rounds({name: calling(module, **x) for name, module in sides.items()}, number)
             what = f"one card, {kind}, {count:,} tokens"
             most = 0.10 if rank == 16 else 0.05
@@ -143,9 +143,9 @@ def three_cards(*, quick: bool) -> Iterator[Row]:
         cards = [card(base, name, rank, targets) for name in ("docs", "law", "music")]
         sides = {"base": base, "one": lora.adapt(base, cards[0]), "three": lora.adapt(base, cards)}
         sides |= {"three folded": lora.fold(sides["three"]), "PEFT, three": peft_model(cards)}
-        for count in (16,) if quick else (128, 1024, 4096):
+        for count in (16,) if quick else (128, 1024):
             x = tokens(*CELLS[count])
-            number = 3 if quick else 60 if count < 1000 else 15
+            number = 3 if quick else 40 if count < 1000 else 10
             times = rounds({name: calling(module, **x) for name, module in sides.items()}, number)
             what = f"three cards, {kind}, {count:,} tokens"
             for side in ("one", "three", "three folded", "PEFT, three"):
@@ -179,7 +179,7 @@ def adapters_of_rows(*, quick: bool) -> Iterator[Row]:
                 "its base": calling(base, **x),
                 "PEFT": calling(theirs, **x, adapter_names=names),
             }
-            times = rounds(sides, 3 if quick else 30)
+            times = rounds(sides, 3 if quick else 12)
             what = f"{adapters} adapters over {rows} rows of {length} tokens, {kind}"
             peer = ratio_row("rows", what, times, "PEFT", "its base", overhead=True, adapter=kind, ids=["R6.7"])
             yield ratio_row(

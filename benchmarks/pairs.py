@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def rounds(sides: Mapping[str, Work], count: int, resets: Mapping[str, Work] | N
 
     A side with a reset is called once a round, and what undoes it is not timed; the others are repeated to last `SLICE`.
     """
-    resets, shuffled = resets or {}, random.Random(0)  # noqa: S311 - an order, not a secret
+    resets = resets or {}
     repeats = {}
     for name, work in sides.items():
         work()  # what is made or loaded once
@@ -50,12 +51,23 @@ def rounds(sides: Mapping[str, Work], count: int, resets: Mapping[str, Work] | N
         first = timed(work)
         resets.get(name, lambda: None)()
         repeats[name] = 1 if name in resets else max(1, min(1000, round(SLICE / first)))
+
+    def one(name: str) -> float:
+        seconds = timed(sides[name], repeats[name])
+        resets.get(name, lambda: None)()
+        return seconds
+
+    return told({name: partial(one, name) for name in sides}, count)
+
+
+def told(sides: Mapping[str, Callable[[], float]], count: int) -> Times:
+    """What each side says that it took in each of `count` rounds, in every one in another order."""
+    shuffled = random.Random(0)  # noqa: S311 - an order, not a secret
     times: Times = {name: [] for name in sides}
     gc.collect()
     for _ in range(count):
         for name in shuffled.sample(list(sides), len(sides)):
-            times[name].append(timed(sides[name], repeats[name]))
-            resets.get(name, lambda: None)()
+            times[name].append(sides[name]())
     return times
 
 

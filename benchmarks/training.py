@@ -1,6 +1,6 @@
 """Training beside PEFT with sentence-transformers: the same model, pairs, batches, initial factors, loss and optimiser.
 
-    OMP_NUM_THREADS=2 python benchmarks/training.py [--quick] [--json FILE]
+    OMP_NUM_THREADS=2 [SEEDS=3 STEPS=30] python benchmarks/training.py [--quick] [--json FILE]
 
 What is learned is docstring sentence → qualified name, of Python's standard library, split by module. Both sides train side
 by side, a step of one right after the same step of the other, in shuffled order, and in the end each finds held-out names.
@@ -8,6 +8,7 @@ A step is all that a user waits for: tokenising, forward, loss, backward, update
 without their trainer's own work, and without the base model's dropout, which ours has none of.
 """
 
+import os
 import random
 import statistics
 import time
@@ -116,10 +117,10 @@ def quality(what: str, unit: str, base: float, ours: float, theirs: float, **mor
     return figure_row("training", what, ours, told, ids=["R17.1"], base=base, ours=ours, theirs=theirs, **more)
 
 
-def trainings(quick: bool) -> Iterator[Row]:  # noqa: FBT001 - of `run`
+def trainings(seeds: int, steps: int, *, quick: bool) -> Iterator[Row]:
     """What both learn from several seeds, and how long their steps took."""
     engine, pairs = lora.ArrowEngine.from_pretrained(get_model_path(), device="cpu"), docstring_pairs().unique()
-    seeds, size, steps, judges = (1, 16, 5, 50) if quick else (3, 64, 30, 400)
+    size, judges = (16, 50) if quick else (64, 400)
     times: Times = {OURS: [], THEIRS: []}
     found: dict[str, list[list[float]]] = {"mrr": [], "recall_at_1": []}
     for seed in range(seeds):
@@ -151,7 +152,7 @@ def groups(quick: bool) -> Iterable[Iterable[Row]]:  # noqa: FBT001 - of `run`
     """All rows."""
     warnings.simplefilter("ignore")  # PEFT's
     logging.disable_progress_bar()
-    yield trainings(quick)
+    yield trainings(int(os.environ.get("SEEDS", "1")), 5 if quick else int(os.environ.get("STEPS", "12")), quick=quick)
 
 
 if __name__ == "__main__":

@@ -500,7 +500,9 @@ def conformance(
 def bench(
     only: Annotated[
         list[str] | None,
-        typer.Option(help="forward, lifecycle, routing, throughput, growth or commands; may be repeated."),
+        typer.Option(
+            help="forward, lifecycle, routing, throughput, merge_extract, training, fetching, growth, commands; repeatable."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and smaller sizes: it works, no more.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of each measured process.", min=1)] = 2,
@@ -532,7 +534,9 @@ def bench(
     for part in parts:
         for row in part.rows:
             table.add_row(*shown(row))
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 0 if console.is_terminal else 160)  # a file has no edge to wrap at
+    console.print(table)
 
 
 Peer = Annotated[list[str] | None, typer.Option("--peer", help="host:port or grpc+tls://… of a peer; may be repeated.")]

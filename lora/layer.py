@@ -246,12 +246,12 @@ def add_low_rank_plain(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`add_low_rank_plain` with the last product added by the matrix multiplication itself (addmm).
+    """`add_low_rank_plain` with the last product added in the place of `out`, by the matrix multiplication itself (addmm).
 
     Parameters
     ----------
     out, x
-        Shapes ``(..., out)`` and ``(..., in)`` with the same leading dimensions.
+        Shapes ``(..., out)`` and ``(..., in)`` with the same leading dimensions; `out` may be written to.
     a, b
         Shapes ``(in, r)`` and ``(r, out)``.
 
@@ -259,7 +259,8 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     -----
     Requirements: R2.2, R2.5, R2.6
     """
-    flat = torch.addmm(out.reshape(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]) @ a, b)
+    inner = x.reshape(-1, x.shape[-1]) @ a
+    flat = out.reshape(-1, out.shape[-1]).addmm_(inner, b.to(inner.dtype))  # autocast leaves what is in place alone
     return flat.reshape(out.shape)
 
 

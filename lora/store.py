@@ -11,6 +11,7 @@ import mmap
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -122,7 +123,9 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
         data = _map(path)
         if verify is not None:
             _check_digest(data, verify)
-        return table_to_card(_batch(data))
+        card = table_to_card(_batch(data))
+        _forget(data)
+        return card
 
 
 def inspect(path: PathLike) -> Header:
@@ -185,7 +188,15 @@ def _map(path: PathLike) -> mmap.mmap | bytes:
     with _opened(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
             return b""  # which can't be mapped
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if sys.version_info >= (3, 13):
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, trackfd=False)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # which keeps a descriptor of its own
+
+
+def _forget(data: mmap.mmap | bytes) -> None:
+    """Let go of the pages that were read to check the file: none is resident until a factor is used."""
+    if isinstance(data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED)
 
 
 def _check_digest(data: mmap.mmap | bytes, expected: str) -> None:

@@ -451,11 +451,19 @@ def _storage(column: pa.Array) -> pa.Array:
 def _factors(batch: pa.RecordBatch, name: str) -> _Factors:
     storage = _storage(batch.column(name))
     data, shape = storage.field("data"), storage.field("shape")
-    offsets = np.array(data.offsets.to_numpy(zero_copy_only=False), np.int64)
-    shapes = np.array(shape.flatten().to_numpy(zero_copy_only=False), np.int64).reshape(-1, 2)
+    offsets = _integers(data.offsets) if batch.num_rows else np.zeros(1, np.int64)  # of no rows, a file may have none
+    shapes = _integers(shape.values.slice(2 * shape.offset, 2 * batch.num_rows)).reshape(-1, 2)
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
         raise CardFileError(f"card table: column {name!r}", "positive shapes, each as long as its data", "others")
     return _Factors(offsets.tolist(), [(rows, columns) for rows, columns in shapes.tolist()], data.values)
+
+
+def _integers(column: pa.Array) -> Array:
+    """A copy of an int32 column without nulls; its own `to_numpy` would first import pandas, where that is installed."""
+    buffer = column.buffers()[1]
+    if buffer is None or not len(column):
+        return np.empty(0, np.int64)
+    return np.frombuffer(buffer, np.int32, len(column), column.offset * 4).astype(np.int64)
 
 
 def _views(column: _Factors, dtype: np.dtype[Any]) -> Iterator[Array]:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 
 HISTORY = 8
-"""Sets that `rollback` can go back through."""
+"""Sets that `rollback` can go back through after a swap."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ class LoRAManager(Generic[M]):
         with self._write:
             wanted = AdapterSet(adapters)
             plans = self._plan(wanted, strict=strict, check_base=check_base)
-            self._state = replace(self._state, prepared=self._build(wanted, plans))
+            earlier = self._state.earlier[1 - HISTORY :]  # room for one: a swap has no model to free
+            self._state = replace(self._state, prepared=self._build(wanted, plans), earlier=earlier)
             for injection in plans.values():
                 _report(injection, "prepared")
             return plans
@@ -241,7 +242,7 @@ class LoRAManager(Generic[M]):
             state = self._state
             if state.prepared is None:
                 raise StateError("swap", "a prepared set", "none", "call prepare first")
-            earlier = (*state.earlier, state.active)[-HISTORY:]
+            earlier = (*state.earlier, state.active)
             self._state = replace(state, active=state.prepared, prepared=None, earlier=earlier)
             log.info("swapped to %r", state.prepared.adapters)
 

@@ -14,7 +14,17 @@ from lora.errors import ArgumentError, StateError
 
 HERE = Path(__file__).parent
 
-SCRIPTS = ("forward", "lifecycle", "routing", "throughput", "growth", "commands")
+SCRIPTS = (
+    "forward",
+    "lifecycle",
+    "routing",
+    "throughput",
+    "merge_extract",
+    "training",
+    "fetching",
+    "growth",
+    "commands",
+)
 """In the order in which they run."""
 
 
@@ -87,7 +97,7 @@ def shown(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     >>> shown(row | {"interval": [0.01, 0.03], "met": True})
     ('one card: ours / base', '+2.1 %', '+1.0 % … +3.0 %', '<= +10.0 %', 'yes')
     """
-    unit = row.get("unit", "×")
+    unit = row.get("unit", "× as fast" if row["kind"] == "times faster" else "×")
 
     def form(value: float) -> str:
         return f"{100 * value:+.1f} %" if row["kind"] == "overhead" else f"{value:.3g} {unit}"

@@ -455,7 +455,7 @@ def test_the_fused_order_equals_the_plain_one(layer):
         out = linear(weight, bias)(tensor_of(x)).detach()
         whole = [Term(term.A, term.B, 1.0, 1.0)]
         for add in (add_low_rank, add_low_rank_plain):
-            check(array_of(add(out, tensor_of(x), a, b)), x, weight, bias, whole)
+            check(array_of(add(out.clone(), tensor_of(x), a, b)), x, weight, bias, whole)
 
 
 @requirement("R5.8", "R2.2")

@@ -681,6 +681,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert set(self.manager.prepare(wanted)) == set(wanted)
         assert self.manager.model is model
         self.prepared = {name: entry for name, entry in wanted.items() if name != BINDING_NOTHING.name}
+        self.earlier = self.earlier[1 - HISTORY :]  # room for what the swap will replace
 
     @rule()
     def swap(self):
@@ -688,7 +689,8 @@ class ManagerMachine(RuleBasedStateMachine):
             self.refused(StateError, self.manager.swap)
         else:
             self.manager.swap()
-            self.earlier = [*self.earlier, dict(self.active)][-HISTORY:]
+            self.earlier = [*self.earlier, dict(self.active)]
+            assert len(self.earlier) <= HISTORY
             self.active, self.prepared = dict(self.prepared), None
 
     @rule(card=st.sampled_from(FITTING), weight=WEIGHTS, times=st.integers(1, 3))

@@ -80,6 +80,37 @@ def test_every_factor_lies_in_a_private_map_of_the_file(path):
     assert spans(path) == []
 
 
+def resident(path):
+    """Bytes of a file's maps that this process has in memory."""
+    found, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        name, _, rest = line.partition(":")
+        if " " in name:  # the head of a map
+            ours = line.endswith(str(path))
+        elif ours and name == "Rss":
+            found += int(rest.split()[0]) * 1024
+    return found
+
+
+@requirement("R1.5", "R6.4", "R6.7")
+@pytest.mark.parametrize("verified", [False, True])
+def test_no_page_of_a_loaded_card_is_resident_until_it_is_used(large, verified):
+    path, digest = large
+    card = lora.load(path, verify=digest if verified else None)
+    assert resident(path) < 0.01 * path.stat().st_size
+    total = sum(float(factor.sum()) for pair in card.weights.values() for factor in (pair.A, pair.B))
+    assert np.isfinite(total)
+    assert resident(path) > 0.9 * card.nbytes
+
+
+@requirement("R1.5")
+def test_a_loaded_card_keeps_a_descriptor_only_where_python_must(path):
+    lora.save(a_card(), path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    cards = [lora.load(path) for _ in range(5)]
+    assert len(list(Path("/proc/self/fd").iterdir())) - before == (0 if sys.version_info >= (3, 13) else len(cards))
+
+
 @requirement("R1.6", "R1.5", "R6.4")
 def test_anonymous_memory_does_not_grow_with_the_weights(large):
     script = """
