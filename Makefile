@@ -19,9 +19,10 @@ test: $(VENV)/.test
 test-all: $(VENV)/.all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""
 
-# This library beside its peers, ten minutes on two cores; `make bench QUICK=--quick` shows only that it works.
+# This library beside its peers, ten minutes on two cores, and the README's table of it.
 bench: $(VENV)/.test
-	$(BIN)/lora bench $(QUICK) --out benchmarks/results.json
+	$(BIN)/lora bench --out benchmarks/results.json
+	$(BIN)/python docs/figures.py
 
 # Mutants of the pure core that tests/properties lets live; hours on one core.
 mutants: $(VENV)/.mutants

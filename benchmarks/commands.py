@@ -64,7 +64,7 @@ def cycle(*, quick: bool) -> Iterator[Row]:
             "--out",
             folder,
             "--json",
-            *(["--dry-run"] if quick else ["--steps", "15"]),
+            *(["--dry-run"] if quick else ["--steps", "10"]),
         ]
         start = time.perf_counter()
         told = json.loads(command("-m", "lora.cli", "evolve", *arguments)())

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/fetching.py [--quick] [--json FILE]
 
-The fetch receives a card of 50 MB over Flight, hashes it, writes and flushes it, and checks its structure and values; raw
+The fetch receives a card of 50 MB over Flight, hashes it, writes it, and checks its structure and values; raw
 TCP is ``sendall`` of the same bytes from one process to another, which throws them away.
 """
 
@@ -63,10 +63,13 @@ def raw(data: bytes) -> float:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         child = os.fork()
         if child == 0:
-            with socket.create_connection(listener.getsockname()) as connection:
-                connection.recv(1)
-                connection.sendall(data)
-            os._exit(0)
+            try:
+                with socket.create_connection(listener.getsockname()) as connection:
+                    connection.recv(1)
+                    connection.sendall(data)
+            finally:
+                os._exit(0)
+        listener.settimeout(10)
         connection, _ = listener.accept()
         with connection:
             buffer = bytearray(2**20)

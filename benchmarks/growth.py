@@ -6,21 +6,26 @@ Every point is a median beside the first point of its line, in shuffled rounds o
 over log size between the last two points: 1 is linear, less is sublinear (a fixed cost dominates), more would be worse.
 """
 
+import ctypes
+import gc
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pairs import Row, figure_row, median_with_interval, rounds, run
+from torch import nn
 
 import lora
 from lora.card import AdapterSet, LoRACard, LowRank
 from lora.inference.encoder import EncoderConfig, InferenceCore
-from lora.rewrite import adapt_rows, fresh
+from lora.rewrite import adapt_rows, folded_bytes, fresh
 
 TOKENS = 512
+LIBC = ctypes.CDLL(None)  # glibc's, for what is known of memory
 
 
 def core(layers: int = 6) -> InferenceCore:
@@ -93,9 +98,9 @@ def forwards(*, quick: bool) -> Iterator[Row]:
 
 
 def cards(*, quick: bool) -> Iterator[Row]:
-    """Loading and applying against rank and layers; bytes follow from the shapes."""
+    """Loading and applying against rank and layers."""
     count = 3 if quick else 12
-    load, apply, size = {}, {}, {}
+    load, apply = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for layers in (2, 4) if quick else (2, 4, 8, 16):
             model = core(layers)
@@ -104,12 +109,8 @@ def cards(*, quick: bool) -> Iterator[Row]:
             lora.save(made, path)
             load[layers] = lambda path=path: lora.load(path)
             apply[layers] = lambda model=model, made=made: lora.adapt(model, made)
-            size[layers] = made.nbytes / 2**20
         yield from line("load", "layers", load, count, "a fixed cost, then one per module")
         yield from line("adapt", "layers", apply, count, "one copy per module object")
-        for layers, mib in size.items():
-            more = {"line": "factors", "against": "layers", "size": layers}
-            yield figure_row("growth", f"factors of rank 8, layers {layers:,}", mib, "MiB", **more)
         ranks = (8, 64) if quick else (4, 16, 64, 256)
         model, load = core(2), {}
         for rank in ranks:
@@ -119,9 +120,59 @@ def cards(*, quick: bool) -> Iterator[Row]:
         yield from line("load", "rank", load, count, "flat: bytes are mapped, not read")
 
 
+def peak(work: Callable[[], Any]) -> float:
+    """MiB that this process has at most while it works, over what it has before."""
+    work()
+    gc.collect()
+    LIBC.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is resident now
+    before = resident("VmRSS")
+    work()
+    return (resident("VmHWM") - before) / 1024
+
+
+def resident(kind: str) -> int:
+    """kB, of the process's status."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(kind)).split()[1])
+
+
+def held(model: nn.Module) -> float:
+    """MiB of an adapted model's factors."""
+    return sum(tensor.nbytes for name, tensor in model.named_buffers() if "lora_" in name) / 2**20
+
+
+def memory(*, quick: bool) -> Iterator[Row]:
+    """Factors against rank, layers and adapters; what a forward needs besides, against rows."""
+    model = core(2)
+    sizes = {
+        ("factors", "rank"): {rank: held(lora.adapt(model, card(model, rank))) for rank in (4, 16, 64, 256)},
+        ("folded copy", "rank"): {
+            rank: folded_bytes(lora.adapt(model, card(model, rank))) / 2**20 for rank in (4, 16, 64, 256)
+        },
+        ("factors", "layers"): {
+            layers: held(lora.adapt(deep := core(layers), card(deep, 8))) for layers in (2, 4, 8, 16)
+        },
+        ("factors", "adapters"): {
+            number: held(adapt_rows(model, [AdapterSet(card(model, 8, f"skill-{i}")) for i in range(number)]))
+            for number in (1, 4, 16, 32)
+        },
+    }
+    LIBC.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what a tensor gives back is given back
+    adapted, rows = lora.adapt(model, card(model, 8)), (1, 4) if quick else (1, 4, 16, 64)
+    ids = torch.randint(0, 1000, (max(rows), 64), generator=torch.Generator().manual_seed(0))
+    sizes["a factored forward of 64 tokens a row", "rows"] = {
+        count: peak(encoding(adapted, ids[:count])) for count in rows
+    }
+    for (name, against), found in sizes.items():
+        for size, mib in found.items():
+            more = {"line": name, "against": against, "size": size}
+            yield figure_row("growth", f"memory: {name}, {against} {size:,}", mib, "MiB", **more)
+
+
 def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`
     """All parts, each run when it is come to."""
-    return (part(quick=quick) for part in (forwards, cards))
+    return (part(quick=quick) for part in (forwards, cards, memory))
 
 
 if __name__ == "__main__":

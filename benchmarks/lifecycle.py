@@ -7,6 +7,7 @@ whole: mapped, validated, and checked as a value. PEFT's applying is the injecti
 ``set_adapter``, its removing ``delete_adapter``.
 """
 
+import ctypes
 import gc
 import tempfile
 import warnings
@@ -23,7 +24,7 @@ from torch import tensor
 from transformers.utils import logging
 
 import lora
-from lora.card import LoRACard
+from lora.card import LoRACard, LowRank
 from lora.inference.manager import LoRAManager
 
 MILLISECONDS = {"R6.1": 100, "R6.2": 500, "R6.6": 100}
@@ -58,6 +59,21 @@ def loading(*, quick: bool) -> Iterator[Row]:
         yield ratio_row("lifecycle", what, times, "lora.load", "safetensors", target=0.3, ids=["R6.7"])
         yield ratio_row("lifecycle", what, times, "lora.load", "PEFT load_adapter", target=0.02, ids=["R6.7"])
         yield _milliseconds(what, times["lora.load"], "R6.1")
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
+    pairs = {f"layers.{i // 7}.{i % 7}": LowRank(draw(1024, 16), draw(16, 2048)) for i in range(28 if quick else 224)}
+    many = LoRACard("many", 16, 16.0, ["all-linear"], pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        lora.save(many, f"{folder}/many.lora.arrow")
+        save_file(_tensors(many), f"{folder}/many.safetensors")
+        sides = {"lora.load": lambda: lora.load(f"{folder}/many.lora.arrow")}
+        sides |= {"safetensors": lambda: load_file(f"{folder}/many.safetensors")}
+        times = rounds(sides, 5 if quick else 20)
+    what = f"load a card, {len(pairs)} modules"
+    yield ratio_row("lifecycle", what, times, "lora.load", "safetensors", target=0.3, ids=["R6.7"])
 
 
 def applying(*, quick: bool) -> Iterator[Row]:
@@ -180,6 +196,7 @@ def _peft_present(counts: Iterable[int], docs: LoRACard) -> Iterator[Row]:
 def rss() -> int:
     """Resident bytes of this process."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, or new cards would fill it unseen
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
 

@@ -26,6 +26,9 @@ Row = dict[str, Any]
 Work = Callable[[], Any]
 Times = dict[str, list[float]]
 
+REST = 0.03
+"""Seconds before a timing that sides of two thread pools need: threads that have worked go on spinning for a while."""
+
 SLICE = 0.02
 """Seconds that one timing of fast work lasts at least, by repeating it."""
 
@@ -38,21 +41,26 @@ def timed(work: Work, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def rounds(sides: Mapping[str, Work], count: int, resets: Mapping[str, Work] | None = None) -> Times:
+def rounds(
+    sides: Mapping[str, Work], count: int, resets: Mapping[str, Work] | None = None, *, rest: float = 0.0
+) -> Times:
     """Seconds of each side in each of `count` rounds, in every one in another order.
 
-    A side with a reset is called once a round, and what undoes it is not timed; the others are repeated to last `SLICE`.
+    Work is repeated to last `SLICE`; where a side has a reset, which is not timed, every side is called once a round.
+    Before each timing there are `rest` seconds of nothing.
     """
     resets = resets or {}
     repeats = {}
     for name, work in sides.items():
-        work()  # what is made or loaded once
+        first = timed(work)  # with what is made or loaded once
         resets.get(name, lambda: None)()
-        first = timed(work)
-        resets.get(name, lambda: None)()
-        repeats[name] = 1 if name in resets else max(1, min(1000, round(SLICE / first)))
+        if first < 1:
+            first = timed(work)
+            resets.get(name, lambda: None)()
+        repeats[name] = 1 if resets else max(1, min(1000, round(SLICE / first)))
 
     def one(name: str) -> float:
+        time.sleep(rest)
         seconds = timed(sides[name], repeats[name])
         resets.get(name, lambda: None)()
         return seconds

@@ -8,7 +8,7 @@ mapped. Embeddings are synthetic, of width 384, and cost nothing: what is timed 
 
 import os
 
-THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))  # before NumPy
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before NumPy
 
 import argparse
 import gc

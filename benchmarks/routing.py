@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/routing.py [--quick] [--json FILE]
 
-Embeddings are random unit vectors of width 384. Ours scores every exemplar in float64, takes each card's nearest, rounds,
-and picks the best three that reach a threshold; the peer is ``rows @ query`` alone, as NumPy's BLAS does it.
+Embeddings are random unit vectors of width 384. Ours gives float64 scores of the three best cards that reach a
+threshold, each by its nearest exemplar; the peer is ``rows @ query`` alone, as NumPy's BLAS does it.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,10 +1,10 @@
 """Encoding sentences beside sentence-transformers on the same weights, and streams of record batches on one and two workers.
 
-    OMP_NUM_THREADS=2 python benchmarks/throughput.py [--quick] [--json FILE]
+    OMP_NUM_THREADS=2 [ROWS=100000] python benchmarks/throughput.py [--quick] [--json FILE]
 
 The sentences are those of the standard library's docstrings, from three words to a hundred, so lengths are mixed as they are
-in life. Both sides get the list whole and choose their own batches. `encode_batches` runs in processes of its own, with
-one thread each, so that what one worker is doing twice two workers do at once.
+in life. Both sides get the list whole and choose their own batches. `encode_batches` runs in processes of its own; where one
+worker is compared with two, each has one thread.
 """
 
 import ast
@@ -77,7 +77,7 @@ def encoding(*, quick: bool) -> Iterator[Row]:
     sides = {"engine.encode": lambda: engine.encode(mixed)}
     sides["sentence-transformers"] = lambda: theirs.encode(mixed, batch_size=32)
     off = float(np.abs(engine.encode(mixed[:100]) - theirs.encode(mixed[:100])).max())
-    times = rounds(sides, 3 if quick else 6)
+    times = rounds(sides, 3 if quick else 5)
     yield ratio_row(
         "throughput",
         f"encode {count:,} sentences",
@@ -93,31 +93,31 @@ def encoding(*, quick: bool) -> Iterator[Row]:
 def streams(*, quick: bool) -> Iterator[Row]:
     """`encode_batches` from Parquet to Parquet, on one machine."""
     alone = 0.0
-    for count in (500,) if quick else (1000, 10_000):
+    more = [int(count) for count in os.environ.get("ROWS", "").split()]
+    for count in (500,) if quick else (1000, 10_000, *more):
         with tempfile.TemporaryDirectory() as folder:
             source = f"{folder}/in.parquet"
             pq.write_table(pa.table({"text": texts(count)}), source, row_group_size=BATCH)
-            for workers in (1, 2):
-                if workers == 2 and count == 10_000:
-                    continue
-                seconds, rows, peak, anonymous, mapped = _job(source, folder, workers)
-                what = f"encode_batches, {count:,} rows, {workers} worker{'s' * (workers > 1)} of 1 thread"
+            for workers, threads in ((1, 1), (2, 1)) if count < 10_000 else ((1, 2),):
+                seconds, rows, peak, anonymous, mapped = _job(source, folder, workers, threads)
+                each = f"{threads} thread{'s' * (threads > 1)}"
+                what = f"encode_batches, {count:,} rows, {workers} worker{'s' * (workers > 1)} of {each}"
                 rate = rows / seconds
                 yield figure_row("throughput", what, rate, "rows/s", rows=count, workers=workers, ids=["R5.12"])
                 yield figure_row("throughput", f"{what}: peak RSS", peak, "MiB", rows=count, workers=workers)
                 if workers == 1:
                     alone = rate
-                    more = {"rows": count, "workers": workers}
-                    yield figure_row("throughput", f"{what}: own memory, model loaded", anonymous, "MiB", **more)
-                    yield figure_row("throughput", f"{what}: mapped, shared by all", mapped, "MiB", **more)
+                    size = {"rows": count, "workers": workers}
+                    yield figure_row("throughput", f"{what}: own memory, model loaded", anonymous, "MiB", **size)
+                    yield figure_row("throughput", f"{what}: mapped, shared by all", mapped, "MiB", **size)
                 else:
                     yield figure_row(
                         "throughput", f"{what}: of one worker's rate, per worker", rate / alone / workers, "x"
                     )
 
 
-def _job(source: str, folder: str, workers: int) -> tuple[float, int, float, float, float]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def _job(source: str, folder: str, workers: int, threads: int) -> tuple[float, int, float, float, float]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     jobs = []
     for i in range(workers):
         command = [sys.executable, "-c", WORKER, source, str(i), str(workers), f"{folder}/out-{i}.parquet", str(BATCH)]

@@ -139,7 +139,9 @@ def trainings(seeds: int, steps: int, *, quick: bool) -> Iterator[Row]:
         yield quality(f"held out, mean of {seeds} seeds", kind, *np.mean(rows, axis=0).tolist(), **spread)
     yield compared(f"a step of {size} pairs", times, 1.2)
     rows = alike(engine, pairs)
-    yield compared(f"{size} pairs of texts of like length", side_by_side(engine, rows, size, max(4, steps // 3), 0)[2])
+    yield compared(
+        f"{size} pairs of texts of like length", side_by_side(engine, rows, size, max(4, 2 * steps // 3), 0)[2]
+    )
 
 
 def alike(engine: lora.ArrowEngine, pairs: Pairs) -> Pairs:

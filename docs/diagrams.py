@@ -60,6 +60,44 @@ def picture(name: str, told: str, folder: str = "") -> str:
     return "\n".join(f"![{told}]({folder}{name}-{theme}.svg#only-{theme})" for theme in THEMES)
 
 
+# ---- the whole
+
+
+WHOLE = {
+    "imports": ((0.13, 0.86), "PEFT adapters,\nfine-tunes"),
+    "nodes": ((0.13, 0.5), "other nodes"),
+    "documents": ((0.13, 0.12), "documents"),
+    "card": ((0.48, 0.5), "cards\nimmutable, mapped\nArrow IPC files"),
+    "trainer": ((0.48, 0.12), "trainer, gate"),
+    "texts": ((0.85, 0.86), "texts"),
+    "engine": ((0.85, 0.5), "engine\nrouter, encoder,\nbase never touched"),
+}
+"""Place and name of each box."""
+
+FLOWS = [
+    ("imports", "card", 0.0, (0.42, 0.76), "import, extract, merge"),
+    ("nodes", "card", -0.3, (0.285, 0.55), "fetch, verify"),
+    ("card", "nodes", -0.3, (0.285, 0.45), "sign, serve"),
+    ("documents", "trainer", 0.0, (0.28, 0.17), "pairs"),
+    ("trainer", "card", 0.0, (0.385, 0.25), "if held-out\ndata say so"),
+    ("card", "engine", 0.0, (0.665, 0.55), "adapt, swap"),
+    ("texts", "engine", 0.0, (0.93, 0.72), "which card\nfits?"),
+    ("engine", "trainer", -0.25, (0.83, 0.17), "what it\ndoes not know"),
+]
+"""From where to where, how far the arrow bends, where its name stands, and its name."""
+
+
+def draw_whole(figure: Any, colours: Colours) -> None:
+    """What there is, and what flows between."""
+    axes = figure.subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.axis("off")
+    boxes = {name: _box(axes, place, text, colours) for name, (place, text) in WHOLE.items()}
+    for source, target, bow, place, told in FLOWS:
+        _arrow(axes, boxes[source], boxes[target], colours["soft"], bow)
+        axes.text(*place, told, ha="center", va="center", color=colours["second"], fontsize=8.5)
+
+
 # ---- the import graph
 
 
@@ -353,3 +391,7 @@ def draw_all(folder: Path) -> None:
     write(folder, "spectrum", (7, 3.6), draw_spectrum(training))
     known, unknown, calibration = routed(engine)
     write(folder, "routing", (7, 3.8), draw_routing(known, unknown, calibration.threshold))
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent, "picture", (7.2, 3.8), draw_whole)  # the README's, which lies in the repository

@@ -34,6 +34,7 @@ MARKS = {
 }
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import diagrams  # noqa: E402 - beside this file, in no package
+import figures  # noqa: E402 - as above
 
 from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, in no package
 
@@ -110,10 +111,17 @@ def escaped(text: str) -> str:
 
 
 def traceability() -> str:
-    """A table for each chapter: requirement, kind, sentence, code, tests, examples run, faults found."""
+    """A table for each chapter: requirement and kind; sentence and code; tests, examples run and faults found."""
     spec, tests, code = read_spec(ROOT / "spec"), read_tests(ROOT / "tests"), read_code(ROOT / "lora")
     ran = reports()[0]["requirements"]
-    lines = ["# Traceability", "", "Every requirement, the code that names it, and the tests that hold it.", ""]
+    lines = [
+        "# Traceability",
+        "",
+        "Every requirement with its evidence, the code that names it, and the tests that hold it: properties that any",
+        "implementation can be held to (P\\*), those of this one (P), and tests (U). Then how many examples the properties",
+        "drew in the last run, and the faults, seeded on purpose, that they found.",
+        "",
+    ]
     chapter = ""
     starred = {kind: kind.replace("*", r"\*") for kind in KINDS}  # or a page would read it as emphasis
     for requirement in spec.values():
@@ -123,22 +131,25 @@ def traceability() -> str:
                 "",
                 f"## {chapter}",
                 "",
-                "| id | evidence | requirement | code | tests | examples | faults found |",
-                "|---|---|---|---|---|---|---|",
+                "| id | requirement, and its code | tests, examples, faults found |",
+                "|---|---|---|",
             ]
         kind = KINDS[requirement.evidence] if requirement.status == "built" else "planned"
-        where = "<br>".join(f"`{name}`" for name in code.get(requirement.id, []))
-        found = "<br>".join(f"`{e.test.split('/')[-1]}` ({starred[e.kind]})" for e in tests if requirement.id in e.ids)
-        examples = sum(test["examples"] for test in ran.get(requirement.id, {"tests": []})["tests"]) or ""
-        killed = "<br>".join(
-            f"`{fault.__name__}`"
-            for family in FAMILIES.values()
-            for fault in family
-            if requirement.id in fault.turns_red
+        where = [f"`{name}`" for name in code.get(requirement.id, [])]
+        found = [f"`{e.test.split('/')[-1]}` ({starred[e.kind]})" for e in tests if requirement.id in e.ids]
+        if examples := sum(test["examples"] for test in ran.get(requirement.id, {"tests": []})["tests"]):
+            found.append(f"{examples:,} examples")
+        killed = [
+            fault.__name__ for family in FAMILIES.values() for fault in family if requirement.id in fault.turns_red
+        ]
+        if killed:
+            found.append("found: " + ", ".join(f"`{name}`" for name in killed))
+        row = (
+            f'<span id="{requirement.id}">{requirement.id}</span><br>{kind}',
+            "<br>".join([escaped(requirement.sentence), *where]),
+            "<br>".join(found),
         )
-        anchor = f'<span id="{requirement.id}">{requirement.id}</span>'
-        row = (anchor, kind, escaped(requirement.sentence), where, found, examples, killed)
-        lines.append("| " + " | ".join(map(str, row)) + " |")
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -364,6 +375,8 @@ def main() -> None:
         "reference-command-line": command_line,
         "hexdump": hexdump,
         "architecture": architecture,
+        "benchmarks": lambda: figures.page(figures.read()),
+        "summary": lambda: figures.summary(figures.read()),
     }
     for name, page in pages.items():
         (OUT / f"{name}.md").write_text(page(), encoding="utf-8")
@@ -371,6 +384,7 @@ def main() -> None:
         path = OUT / f"reference-{title.lower().replace(' ', '-')}.md"
         path.write_text(reference(modules, title), encoding="utf-8")
     diagrams.draw_all(OUT)
+    figures.draw_all(OUT, figures.read())
 
 
 if __name__ == "__main__":

@@ -514,7 +514,7 @@ def bench(
     Requirements: R6.7, R25.2
     """
     from lora.store import replacing  # noqa: PLC0415 - it imports Arrow
-    from lora.testing.bench import SCRIPTS, run_bench, shown  # noqa: PLC0415 - needs the test extra
+    from lora.testing.bench import SCRIPTS, run_bench, shown  # noqa: PLC0415 - only here
 
     if out is not None:
         _check_file("--out", out)
@@ -560,6 +560,7 @@ def serve(
     key: Key = None,
     ca: Authority = None,
     insecure_token: ClearToken = False,
+    as_json: Json = False,
 ) -> None:
     """Serve a folder of cards to other nodes. It is read-only, and ends when interrupted.
 
@@ -582,10 +583,13 @@ def serve(
             Node(default_cache(), folder, host=host, port=port, interfaces=interfaces, credentials=credentials)
         )
         count = len(node.server.catalog.cards)  # type: ignore[union-attr]
-        print(f"serving {count} {'card' if count == 1 else 'cards'} at {node.server.uri}", flush=True)  # type: ignore[union-attr]
+        facts: dict[str, Any] = {"cards": count, "uri": node.server.uri}  # type: ignore[union-attr]
+        told = f"serving {count} {'card' if count == 1 else 'cards'} at {facts['uri']}"
         if metrics_port is not None:
-            served = opened.enter_context(serving(node.metrics, metrics_port))
-            print(f"metrics at http://127.0.0.1:{served}/metrics", flush=True)
+            facts["metrics"] = f"http://127.0.0.1:{opened.enter_context(serving(node.metrics, metrics_port))}/metrics"
+            told += f"\nmetrics at {facts['metrics']}"
+        _say(facts, as_json, told)
+        sys.stdout.flush()
         ended.wait()
 
 

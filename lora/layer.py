@@ -4,6 +4,7 @@ The base module is never touched: the layer is a copy with dictionaries of its o
 views of the same storage.
 """
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -22,6 +23,9 @@ M = TypeVar("M", bound=nn.Module)
 
 Terms = Mapping[str, tuple[LowRank, float]]
 """Card name -> (pair, weight)."""
+
+WIDE = (torch.float32, torch.float64)
+"""Dtypes in which ``W + ΔW`` keeps a small ΔW."""
 
 Segments = tuple[tuple[int, int, int], ...]
 """Runs of rows of one batch, ``(start, stop, index of the adapter set)``."""
@@ -116,6 +120,7 @@ class LoRALinear(nn.Linear):
     lora_A: Tensor
     lora_B: Tensor
     terms: dict[str, tuple[LowRank, float]]
+    many: float
 
     def __init__(self, base: nn.Linear, terms: Terms | None = None) -> None:
         check_linear(base, "base")
@@ -145,6 +150,8 @@ class LoRALinear(nn.Linear):
         self._set({key: term for key, term in self.terms.items() if key != name})
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if x.numel() > self.many and exact_weight_side(self.weight):
+            return F.linear(x, added(self.weight, self.lora_A, self.lora_B), self.bias)
         out = F.linear(x, self.weight, self.bias)
         return add_low_rank(out, x, self.lora_A, self.lora_B) if self.lora_A.numel() else out
 
@@ -154,6 +161,7 @@ class LoRALinear(nn.Linear):
             check_fit(self, _pair(term, name), name)
         a, b = stacked(terms, self.weight)
         self.terms = dict(sorted(terms.items()))
+        self.many = weight_side_from(self.weight) if a.numel() else math.inf
         self.register_buffer("lora_A", a, persistent=False)
         self.register_buffer("lora_B", b, persistent=False)
 
@@ -246,12 +254,13 @@ def add_low_rank_plain(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`add_low_rank_plain` with the last product added in the place of `out`, by the matrix multiplication itself (addmm).
+    """`add_low_rank_plain` with the last product added by the matrix multiplication itself (addmm).
 
     Parameters
     ----------
     out, x
-        Shapes ``(..., out)`` and ``(..., in)`` with the same leading dimensions; `out` may be written to.
+        Shapes ``(..., out)`` and ``(..., in)`` with the same leading dimensions; in inference mode, the
+        result takes the place of `out`.
     a, b
         Shapes ``(in, r)`` and ``(r, out)``.
 
@@ -259,9 +268,35 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     -----
     Requirements: R2.2, R2.5, R2.6
     """
-    inner = x.reshape(-1, x.shape[-1]) @ a
-    flat = out.reshape(-1, out.shape[-1]).addmm_(inner, b.to(inner.dtype))  # autocast leaves what is in place alone
-    return flat.reshape(out.shape)
+    inner, flat = x.reshape(-1, x.shape[-1]) @ a, out.reshape(-1, out.shape[-1])
+    if torch.is_inference_mode_enabled():
+        return flat.addmm_(inner, b.to(inner.dtype)).reshape(out.shape)  # autocast leaves what is in place alone
+    return torch.addmm(flat, inner, b).reshape(out.shape)
+
+
+def added(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``W + ΔW``, shape ``(out, in)``, in the weight's dtype."""
+    return torch.addmm(weight, b.T, a.T)
+
+
+def weight_side_from(weight: Tensor) -> float:
+    """Elements of an input above which ``x (W + ΔW)ᵀ`` is cheaper than the factored order, ΔW being formed for the call.
+
+    Measured: where the input's and the output's elements together are about twice the weight's.
+
+    Requirements: R2.13
+    """
+    rows, columns = weight.shape
+    return 2 * weight.numel() * columns / (rows + columns)
+
+
+def exact_weight_side(weight: Tensor) -> bool:
+    """Whether ``W + ΔW`` would keep a small ΔW, and be used for nothing but this call: not in training, not by autocast.
+
+    Requirements: R2.13
+    """
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    return weight.dtype in WIDE and torch.is_inference_mode_enabled() and not autocast
 
 
 def stacked(terms: Terms, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,9 +319,8 @@ def folded(layer: LoRALinear, own: Own | None = None) -> nn.Linear:
     Requirements: R2.12
     """
     linear = shared_copy(layer, nn.Linear, own)
-    del linear.terms, linear.lora_A, linear.lora_B
-    weight = torch.addmm(layer.weight, layer.lora_B.T, layer.lora_A.T)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    del linear.terms, linear.lora_A, linear.lora_B, linear.many
+    linear.weight = nn.Parameter(added(layer.weight, layer.lora_A, layer.lora_B), requires_grad=False)
     return linear
 
 

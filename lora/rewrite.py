@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora.card import Adapters, AdapterSet, LoRACard, LowRank
 from lora.errors import BaseModelError, ConflictError, StateError, TargetError, UnsupportedModelError
 from lora.layer import (
+    WIDE,
     LoRALinear,
     Own,
     SegmentedLinear,
@@ -121,7 +122,7 @@ def folded_bytes(model: nn.Module) -> int:
 
 
 def _folds(layer: LoRALinear) -> bool:
-    return layer.weight.dtype in (torch.float32, torch.float64)
+    return layer.weight.dtype in WIDE
 
 
 def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:

@@ -1,6 +1,6 @@
 """Which cards fit a query: cosine similarity to examples, top k, a threshold, and how to set that threshold.
 
-A card is described by one or several example sentences; its score is that of the nearest one. All arithmetic is float64,
+A card is described by one or several example sentences; its score is that of the nearest one. Scores are float64,
 and a score is rounded to 1e-6 before it is compared, so that neither the order of registration nor that of summation
 decides a tie: ties are ordered by name. ("Arrow routing" in the literature, Ostapenko et al. 2024, picks adapters inside a
 model by singular vectors; this is another thing.)

@@ -13,7 +13,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -196,7 +196,8 @@ def _map(path: PathLike) -> mmap.mmap | bytes:
 def _forget(data: mmap.mmap | bytes) -> None:
     """Let go of the pages that were read to check the file: none is resident until a factor is used."""
     if isinstance(data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        data.madvise(mmap.MADV_DONTNEED)
+        with suppress(OSError):  # as where all memory is locked
+            data.madvise(mmap.MADV_DONTNEED)
 
 
 def _check_digest(data: mmap.mmap | bytes, expected: str) -> None:

@@ -11,6 +11,7 @@ that what was finished when a coordinator died is not done twice.
 import hashlib
 import importlib
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -25,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeAlias
 
-from lora.errors import ArgumentError, CardNotFoundError, DataError, LoRAError, StateError, StoreError
+from lora.errors import ArgumentError, CardNotFoundError, DataError, LoRAError, StateError, StoreError, shown
 
 Function: TypeAlias = Callable[[str, dict[str, Any], Path], Path | None]
 """What does a job: kind, JSON parameters and its folder -> the card file it made, or None if none is worth serving."""
@@ -89,13 +90,25 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 )
 """The kinds that are built in; a factory takes more, in a table of its own."""
 
+VALUES: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType(
+    {
+        **dict.fromkeys(("rank", "steps"), ("an integer >= 1", lambda value: type(value) is int and value >= 1)),
+        "seed": ("an integer >= 0", lambda value: type(value) is int and value >= 0),
+        "alpha": ("a finite number > 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
+        "energy": ("a number in (0, 1]", lambda value: type(value) in (int, float) and 0 < value <= 1),
+        "error": ("a number in [0, 1)", lambda value: type(value) in (int, float) and 0 <= value < 1),
+        "metadata": ("an object", lambda value: isinstance(value, dict)),
+    }
+)
+"""What a parameter of a built-in kind must be, where that can be told without doing the job."""
+
 OUTCOME = "outcome.json"
 LOG = "log"
 _RUNNING: set[tuple[str, "subprocess.Popen[bytes]"]] = set()
 
 
 def check(name: str, kind: Kind, parameters: Mapping[str, Any]) -> None:
-    """Refuse parameters that are missing or that no job of the kind knows: when one is added, and when it runs.
+    """Refuse parameters that are missing, unknown to the kind, or impossible: when a job is added, and when it runs.
 
     Parameters
     ----------
@@ -116,6 +129,9 @@ def check(name: str, kind: Kind, parameters: Mapping[str, Any]) -> None:
     known = (*kind.needed, *(parameters if kind.optional is None else kind.optional))
     if strange := sorted(str(key) for key in parameters if key not in known):
         raise ArgumentError(f"{name}: parameters", f"only {', '.join(known)}", ", ".join(strange))
+    for key, (expected, fits) in VALUES.items():
+        if kind == KINDS.get(name) and parameters.get(key) is not None and not fits(parameters[key]):
+            raise ArgumentError(f"{name}: {key}", expected, shown(parameters[key]))
 
 
 def paths_in(kind: Kind, parameters: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -222,6 +222,8 @@ class LoRAManager(Generic[M]):
     def prepare(self, adapters: Adapters, *, strict: bool = False, check_base: bool = True) -> dict[str, Injection]:
         """Build the model for another set without making it active; cards that bind nothing are left out of it.
 
+        Of what can be rolled back to, the oldest makes room if there are `HISTORY` sets, so that the swap frees no model.
+
         Requirements: R22.1
         """
         with self._write:

@@ -1,5 +1,6 @@
 """The bench: each script of ``benchmarks/`` in a process of its own, and what they found as one report."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora.errors import ArgumentError, StateError
+from lora.errors import ArgumentError, MissingPackageError, StateError
 
 HERE = Path(__file__).parent
 
@@ -59,6 +60,8 @@ def run_bench(only: Sequence[str] = (), *, quick: bool = False, threads: int = 2
     ------
     ArgumentError
         If a name is none of `SCRIPTS`.
+    MissingPackageError
+        If the ``bench`` extra is not installed.
     StateError
         If a script fails.
 
@@ -69,6 +72,9 @@ def run_bench(only: Sequence[str] = (), *, quick: bool = False, threads: int = 2
     for name in only:
         if name not in SCRIPTS:
             raise ArgumentError("bench", f"one of {', '.join(SCRIPTS)}", repr(name))
+    for peer in ("peft", "sentence_transformers"):
+        if importlib.util.find_spec(peer) is None:
+            raise MissingPackageError("bench", peer, "not installed", "pip install 'lora-cards[bench]'")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     for name in only or SCRIPTS:
         with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +109,7 @@ def shown(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
         return f"{100 * value:+.1f} %" if row["kind"] == "overhead" else f"{value:.3g} {unit}"
 
     what = f"{row['what']}: {row['side']} / {row['beside']}" if "side" in row else str(row["what"])
-    interval = " … ".join(map(form, row["interval"])) if "interval" in row else ""
+    interval = " … ".join(form(end).removesuffix(f" {unit}") for end in row.get("interval", ()))
     sign = {"times faster": ">=", "at least": ">=", "below": "<"}.get(row["kind"], "<=")
     target = "" if row["target"] is None else f"{sign} {form(row['target'])}"
     return what, form(row["value"]), interval, target, {None: "", True: "yes", False: "no"}[row["met"]]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lora.errors import ArgumentError, StateError
+from lora.errors import ArgumentError, MissingPackageError, StateError
 from lora.testing import bench
 from lora.testing.plugin import requirement
 from tests.unit.test_cli import shell
@@ -44,7 +44,21 @@ def test_forwards_are_compared_with_peft_only_if_both_compute_the_same():
     """The script refuses to time outputs that differ."""
     (part,) = bench.run_bench(["forward"], quick=True, threads=1)
     assert {"R6.3", "R6.5", "R8.6"} <= {requirement for row in part.rows for requirement in row["ids"]}
-    assert {row["side"] for row in part.rows if "side" in row} >= {"folded", "factored", "PEFT", "three", "ours"}
+    assert {row["side"] for row in part.rows if "side" in row} >= {
+        "folded",
+        "LoRALinear",
+        "PEFT",
+        "weight-side order",
+        "three",
+        "ours",
+    }
+
+
+@requirement("R25.2")
+def test_a_peer_that_is_not_installed_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
+    with pytest.raises(MissingPackageError, match=r"bench: expected peft, found not installed; .*lora-cards\[bench\]"):
+        next(bench.run_bench(["routing"]))
 
 
 @requirement("R25.2")
@@ -67,7 +81,7 @@ def test_a_part_that_is_none_and_a_script_that_fails_are_named(tmp_path, monkeyp
         ),
         (
             {"what": "x", "kind": "times faster", "value": 2, "interval": [1, 3], "target": 1.5, "met": True},
-            ("x", "2 ×", "1 × … 3 ×", ">= 1.5 ×", "yes"),
+            ("x", "2 × as fast", "1 … 3", ">= 1.5 × as fast", "yes"),
         ),
         ({"what": "x", "kind": "ratio", "value": 2, "target": None, "met": None}, ("x", "2 ×", "", "", "")),
     ],

@@ -103,6 +103,16 @@ def test_token_certificates_and_metrics_are_options(cards, tmp_path):
     assert "secret" not in refused.output[1]
 
 
+@requirement("R25.2", "R11.1")
+def test_a_server_says_as_json_where_it_and_its_metrics_are(cards):
+    with Serving(cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0, "--json") as server:
+        told = json.loads(server.line)
+        assert told["cards"] == 1
+        assert [row["name"] for row in json.loads(ran("list", "--peer", told["uri"], "--json"))] == ["docs"]
+        with urllib.request.urlopen(told["metrics"]) as answer:  # noqa: S310 - on loopback
+            assert b"lora_" in answer.read()
+
+
 @requirement("R25.2", "R5.16")
 def test_metrics_are_served_where_they_are_asked_for(cards):
     with Serving(cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0) as server:

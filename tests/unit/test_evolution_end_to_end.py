@@ -1,7 +1,6 @@
 """An engine that knows Python's library meets networkx: it notices, learns, is judged, and serves what it learned."""
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import networkx as nx
@@ -13,9 +12,8 @@ from lora.engine import ArrowEngine
 from lora.evolution.data import docstring_pairs
 from lora.evolution.distill import Policy
 from lora.evolution.gate import MAX_LOSS
-from lora.evolution.train import Settings, evaluate
+from lora.evolution.train import LoRATrainer, Settings, evaluate
 from lora.evolving import EXAMPLES, watching
-from lora.rewrite import fresh
 from lora.testing.plugin import requirement
 
 ASKED = 40
@@ -28,23 +26,26 @@ def story():
     engine, seed = ArrowEngine.from_pretrained(device="cpu"), 0
     known, _ = docstring_pairs().split(0.5, seed=seed)  # as `watching` does: the other half is the guard set
     sentences = np.random.default_rng(seed).permutation(known.queries).tolist()
-    skill = fresh(engine.base, "python", rank=1, alpha=1.0, target_modules=["query"], seed=seed)
-    skill = replace(skill, metadata={"examples": sentences[:EXAMPLES]})
+    trainer = LoRATrainer(engine, seed=seed, settings=LEARNING["settings"])
+    told = {"examples": sentences[:EXAMPLES]}
+    skill = trainer.train(known, name="python", metadata=told, max_steps=LEARNING["max_steps"]).card
     folder, others = Path(nx.__file__).parent, sentences[EXAMPLES : EXAMPLES + ASKED]
     distiller = watching(
         engine, folder, cards=[skill], queries=others, seed=seed, policy=Policy(examples=64), **LEARNING
     )
-    noticed_of_python = distiller.tasks
+    noticed_of_python, skilled = distiller.tasks, engine.encode_with_lora(others, adapters="python").embeddings
     queries = np.random.default_rng(seed).permutation(distiller.sources["networkx"].pairs.queries).tolist()
     for query in queries[:ASKED]:
         engine.encode_with_lora([query], intent_query=query)
     noticed_of_networkx = distiller.tasks
-    return engine, distiller, queries, noticed_of_python, noticed_of_networkx, distiller.work()
+    outcome = distiller.work()
+    again = engine.encode_with_lora(others, adapters="python").embeddings
+    return engine, distiller, queries, noticed_of_python, noticed_of_networkx, outcome, (skilled, again)
 
 
 @requirement("R18.1", "R18.2", "R5.14")
 def test_what_it_knows_opens_no_task_and_what_it_does_not_know_opens_one(story):
-    _, _, queries, of_python, of_networkx, _ = story
+    _, _, queries, of_python, of_networkx, _, _ = story
     assert of_python == ()
     assert len(of_networkx) >= 1
     assert all(set(task.queries) <= set(queries[:ASKED]) for task in of_networkx)
@@ -52,7 +53,7 @@ def test_what_it_knows_opens_no_task_and_what_it_does_not_know_opens_one(story):
 
 @requirement("R18.3", "R18.4")
 def test_what_it_learned_helps_on_held_out_queries_and_harms_nothing_that_it_knew(story):
-    engine, distiller, _, _, _, outcome = story
+    engine, distiller, _, _, _, outcome, _ = story
     assert outcome.accepted
     assert outcome.verdict.gain.mean > 0.05
     assert outcome.verdict.guard.lower >= -MAX_LOSS
@@ -63,9 +64,19 @@ def test_what_it_learned_helps_on_held_out_queries_and_harms_nothing_that_it_kne
     assert after.recall_at_1 > before.recall_at_1
 
 
+@requirement("R18.4", "R17.1")
+def test_the_skill_that_was_there_before_helps_on_what_it_is_for(story):
+    engine, distiller, *_, (before, after) = story
+    assert np.array_equal(before, after)
+    old = distiller.guards[0]
+    skill = engine.manager.list_cards()["python"]
+    base, skilled = evaluate(engine.base, old), evaluate(lora.adapt(engine.base, skill), old)
+    assert skilled.mrr > base.mrr + 0.02
+
+
 @requirement("R18.4", "R5.1")
 def test_from_then_on_queries_of_the_new_library_go_to_the_new_skill_and_those_of_the_old_one_do_not(story):
-    engine, distiller, queries, _, _, outcome = story
+    engine, distiller, queries, _, _, outcome, _ = story
     examples = set(outcome.card.metadata["examples"])
     new = [query for query in queries if query not in examples][:ASKED]
     old = distiller.guards[0].queries[:ASKED]

@@ -705,12 +705,35 @@ def test_a_job_whose_parameters_are_missing_or_unknown_is_refused_when_it_is_add
             with pytest.raises(ArgumentError, match=f"{kind}: parameters: .*{message}"):
                 factory.add(kind, parameters)
         assert len(factory.status()) == 0
-        every = whole | dict.fromkeys(KINDS[kind].optional, 1)
+        every = whole | {key: {"metadata": {}, "error": 0}.get(key, 1) for key in KINDS[kind].optional}
         assert factory.add(kind, every, dry_run=True).parameters.keys() == every.keys()
     module, _, function = KINDS[kind].function.partition(":")
     for parameters, message in wrong:
         with pytest.raises(ArgumentError, match=message):
             getattr(import_module(module), function)(kind, parameters, bench.folder)
+
+
+@requirement("R19.1", "R19.2")
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "expected"),
+    [
+        ("train", "rank", 0, "an integer >= 1, found 0"),
+        ("train", "rank", True, "an integer >= 1, found True"),
+        ("train", "steps", "9", "an integer >= 1, found '9'"),
+        ("train", "alpha", float("inf"), "a finite number > 0, found inf"),
+        ("train", "metadata", [], r"an object, found \[\]"),
+        ("distil", "seed", -1, "an integer >= 0, found -1"),
+        ("extract", "energy", 0, r"a number in \(0, 1\], found 0"),
+        ("extract", "error", 1.0, r"a number in \[0, 1\), found 1.0"),
+        ("merge", "rank", 2.5, "an integer >= 1, found 2.5"),
+    ],
+)
+def test_a_job_with_a_value_that_cannot_be_is_refused_when_it_is_added(bench, kind, key, value, expected):
+    whole = {"name": "docs"} | dict.fromkeys(KINDS[kind].needed[1:], str(bench.card()))
+    with bench.factory() as factory:
+        with pytest.raises(ArgumentError, match=f"{kind}: {key}: expected {expected}"):
+            factory.add(kind, {**whole, key: value})
+        assert len(factory.status()) == 0
 
 
 @requirement("R19.1", "R19.2")

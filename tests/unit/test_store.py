@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import signal
 import stat
@@ -101,6 +102,17 @@ def test_no_page_of_a_loaded_card_is_resident_until_it_is_used(large, verified):
     total = sum(float(factor.sum()) for pair in card.weights.values() for factor in (pair.A, pair.B))
     assert np.isfinite(total)
     assert resident(path) > 0.9 * card.nbytes
+
+
+@requirement("R1.5")
+def test_a_card_is_loaded_where_the_system_does_not_take_its_pages_back(path, monkeypatch):
+    class Locked(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, "Invalid argument")  # what Linux says of pages that are locked
+
+    lora.save(a_card(), path)
+    monkeypatch.setattr(mmap, "mmap", Locked)
+    assert lora.load(path) == a_card()
 
 
 @requirement("R1.5")

@@ -141,8 +141,10 @@ print(peak() - before)
 def test_memory_falls_with_checkpointing_and_with_parts():
     def growth(options):
         command = [sys.executable, "-c", CHILD, repr(options)]
-        returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what a tensor frees is free, however others lie
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=returned)
+        environment = os.environ | {
+            "MALLOC_MMAP_THRESHOLD_": "65536"
+        }  # what a tensor frees is free, however others lie
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         return int(done.stdout)
 
     plain = growth({})

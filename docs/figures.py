@@ -1,0 +1,255 @@
+"""Tell and draw what ``benchmarks/results.json`` holds: the page of all figures, charts, and the table of the README.
+
+Run by itself, it writes that table into ``README.md`` anew.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora.testing.bench import shown
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+from diagrams import Colours, Draw, picture, write  # noqa: E402 - beside this file, in no package
+
+RESULTS = ROOT / "benchmarks" / "results.json"
+START, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
+
+Row = Mapping[str, Any]
+Report = Mapping[str, Any]
+
+SMALL, WIDE = "one card, r8 q,v, 128 tokens", "one card, r16 all Linears, 128 tokens"
+COMPARED: Sequence[tuple[str, str, str, str, str]] = (
+    ("forward", SMALL, "folded", "PEFT", "forward of 128 tokens, rank 8 on query and value, folded"),
+    ("forward", WIDE, "folded", "PEFT", "the same, rank 16 on all Linears"),
+    ("forward", WIDE, "LoRALinear", "PEFT", "the same, not folded"),
+    ("forward", "32 adapters over 32 rows of 64 tokens, r8 q,v", "ours", "PEFT", "32 texts, each with its own adapter"),
+    ("lifecycle", "load a card, 224 modules", "lora.load", "safetensors", "map 224 modules (44 MB), structure checked"),
+    ("lifecycle", "load a card, r8 q,v", "lora.load", "safetensors", "map 12 modules (0.3 MB), structure checked"),
+    ("lifecycle", "load a card, r8 q,v", "lora.load", "PEFT load_adapter", "the same"),
+    ("lifecycle", "apply to 12 layers, r8 q,v", "apply", "PEFT inject", "apply it"),
+    ("lifecycle", "swap, r8 q,v", "swap", "PEFT set_adapter", "swap it for another"),
+    ("throughput", "encode 2,000 sentences", "engine.encode", "sentence-transformers", "encode 2,000 sentences"),
+    ("merge_extract", "merge 3 cards of rank 16, 768 x 768", "merge", "PEFT svd", "merge three cards"),
+    ("training", "a step of 64 pairs", "LoRATrainer", "PEFT in a loop", "training step of 64 pairs of texts"),
+)
+"""What the README tells: script, figure, side, peer, and its name there."""
+
+
+def read() -> Report:
+    """What was measured, by script."""
+    found: Report = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return found
+
+
+def rows_of(report: Report, script: str, **wanted: Any) -> Iterator[Row]:
+    """The figures of a script that have these fields."""
+    for row in report[script]["rows"]:
+        if all(row.get(key) == value for key, value in wanted.items()):
+            yield row
+
+
+def summary(report: Report) -> str:
+    """The table of the README."""
+    lines = ["| what | beside | figure (95 % interval) |", "|---|---|---|"]
+    for script, what, side, peer, name in COMPARED:
+        found = [row for row in rows_of(report, script, what=what, side=side) if row["beside"] == peer]
+        if found:
+            _, figure, interval, _, _ = shown(found[0])
+            told = figure if found[0]["kind"] == "times faster" else f"{figure} its time"
+            lines.append(f"| {name} | {peer} | {told} ({interval}) |")
+        else:  # an overhead, and that of the peer
+            (ours,), (theirs,) = (list(rows_of(report, script, what=what, side=one)) for one in (side, peer))
+            _, figure, interval, _, _ = shown(ours)
+            lines.append(f"| {name} | {peer} | {figure} ({interval}) over the base; {peer} {shown(theirs)[1]} |")
+    return "\n".join([*lines, "", f"{machine(report)}\n"])
+
+
+def machine(report: Report) -> str:
+    """What it was measured on, in a sentence."""
+    found = next(iter(report.values()))["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"Measured on {found['cpu']}, {found['cores']} cores, {found['threads']} threads, with {versions}."
+
+
+def page(report: Report) -> str:
+    """Every figure, by script."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made from `benchmarks/results.json`, which `make bench` writes. Each script runs in a process of its own; in it,",
+        "this library and its peers take turns in shuffled rounds. A ratio is the median of the rounds' ratios, a time that",
+        "of the rounds', with its 95 % interval from order statistics (of fewer than six, the whole range).",
+        "An overhead is that of the same model with a card over that without one.",
+        "What the figures mean is told in [Performance](../performance.md).",
+        "",
+        machine(report),
+    ]
+    for script, part in report.items():
+        met = [row["met"] for row in part["rows"] if row["met"] is not None]
+        load = ", ".join(f"{value:g}" for value in part["machine"]["load"])
+        lines += ["", f"## {script}", ""]
+        lines += [
+            f"Load of the machine at the start, over 1, 5 and 15 minutes: {load}. Targets met: {sum(met)} of {len(met)}."
+        ]
+        lines += ["", "| what | figure | 95 % interval | target | met |", "|---|---|---|---|---|"]
+        lines += ["| " + " | ".join(shown(row)) + " |" for row in part["rows"]]
+        lines += [line for name, title in CHARTS.get(script, {}).items() for line in ("", picture(name, title))]
+    return "\n".join(lines) + "\n"
+
+
+CHARTS = {
+    "forward": {
+        "overhead": "Overhead of one card against tokens: folded, as LoRALinear, and PEFT",
+        "rows": "Overhead of a batch whose rows have adapters of their own: ours and PEFT's",
+    },
+    "lifecycle": {
+        "lifecycle": "Loading, applying, swapping and removing as a share of the peer's time",
+        "present": "Loading, applying and swapping with 1 to 1,000 cards present, and PEFT with up to 32",
+    },
+    "growth": {
+        "growth": "How time grows with rank, layers, adapters and rows",
+        "memory": "How memory grows with rank, layers, adapters and rows",
+    },
+}
+"""The charts of a script's figures, with what they show."""
+
+
+def draw_overhead(report: Report) -> Draw:
+    """A panel for each kind of card, a line for each side."""
+
+    def draw(figure: Any, colours: Colours) -> None:
+        kinds = sorted({row["adapter"] for row in rows_of(report, "forward", side="folded")}, reverse=True)
+        for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+            for side, colour, mark in (
+                ("PEFT", "second", "s-"),
+                ("LoRALinear", "first", "o--"),
+                ("folded", "first", "o-"),
+            ):
+                found = [
+                    row for row in rows_of(report, "forward", side=side, adapter=kind) if row["what"].startswith("one")
+                ]
+                places = [row["tokens"] for row in found]
+                axes.plot(places, [100 * row["value"] for row in found], mark, color=colours[colour], label=side)
+                ends = [[100 * row["interval"][end] for row in found] for end in (0, 1)]
+                axes.fill_between(places, *ends, color=colours[colour], alpha=0.15, linewidth=0)
+            axes.axhline(0, color=colours["soft"], linewidth=0.8)
+            axes.set(xscale="log", xlabel="tokens", title=kind)
+            axes.set_xticks(places, [f"{place:,}" for place in places], minor=False)
+            axes.minorticks_off()
+        highest = max(row["value"] for row in rows_of(report, "forward", side="PEFT", group="forward"))
+        figure.axes[0].set(ylabel="overhead over the base model, %", ylim=(-10, 120 * highest))
+        figure.axes[0].legend(frameon=False)
+
+    return draw
+
+
+def draw_rows(report: Report) -> Draw:
+    """Two bars for each batch."""
+    found = list(rows_of(report, "forward", group="rows", kind="overhead"))
+    names = list(dict.fromkeys(row["what"] for row in found))
+
+    def draw(figure: Any, colours: Colours) -> None:
+        axes = figure.subplots()
+        for shift, side, colour in ((0.2, "ours", "first"), (-0.2, "PEFT", "second")):
+            values = [
+                100 * row["value"] for name in names for row in found if (row["what"], row["side"]) == (name, side)
+            ]
+            places = [len(names) - i + shift for i in range(len(names))]
+            bars = axes.barh(places, values, 0.38, color=colours[colour], label=side)
+            axes.bar_label(bars, fmt="%+.0f %%", padding=3, color=colours["ink"])
+        axes.set_yticks([len(names) - i for i in range(len(names))], [name.replace(", ", ",\n") for name in names])
+        axes.set(xlabel="overhead over the base model, %")
+        axes.margins(x=0.15)
+        figure.legend(frameon=False, loc="outside upper right", ncols=2)
+
+    return draw
+
+
+def draw_lifecycle(report: Report) -> Draw:
+    """A point for each ratio on a log axis, a tick where its target is."""
+    found = [row for row in rows_of(report, "lifecycle", kind="ratio") if row["target"] is not None]
+
+    def draw(figure: Any, colours: Colours) -> None:
+        axes = figure.subplots()
+        for i, row in enumerate(reversed(found)):
+            axes.plot(row["interval"], [i, i], color=colours["first"], linewidth=3)
+            axes.plot(row["value"], i, "o", color=colours["first"])
+            axes.plot(row["target"], i, "|", color=colours["second"], markersize=14, markeredgewidth=2)
+        names = [f"{row['what']}\nof {row['beside']}" for row in reversed(found)]
+        axes.set_yticks(range(len(found)), names, fontsize=8)
+        axes.axvline(1, color=colours["soft"], linewidth=0.8)
+        axes.set(xscale="log", xlabel="time, of the peer's (bar: 95 % interval; tick: target)")
+
+    return draw
+
+
+def draw_present(report: Report) -> Draw:
+    """A line for each operation."""
+    lines = {"load": "o-", "apply": "s-", "swap": "^-", "PEFT add_adapter": "D--"}
+
+    def draw(figure: Any, colours: Colours) -> None:
+        axes = figure.subplots()
+        for of, mark in lines.items():
+            found = list(rows_of(report, "lifecycle", of=of, unit="ms"))
+            colour = colours["second" if of.startswith("PEFT") else "first"]
+            axes.plot([row["present"] for row in found], [row["value"] for row in found], mark, color=colour, label=of)
+        axes.set(xscale="log", yscale="log", xlabel="cards present", ylabel="milliseconds")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        figure.legend(frameon=False, loc="outside upper right", ncols=4)
+
+    return draw
+
+
+def draw_growth(report: Report, unit: str) -> Draw:
+    """A panel for each line: cost beside its first point, and what linear would be."""
+    found = [row for row in rows_of(report, "growth", unit=unit) if "size" in row]
+    lines = list(dict.fromkeys((row["line"], row["against"]) for row in found))
+
+    def draw(figure: Any, colours: Colours) -> None:
+        columns = 3
+        panels = figure.subplots(math.ceil(len(lines) / columns), columns, squeeze=False).ravel()
+        for axes in panels[len(lines) :]:
+            axes.axis("off")
+        for axes, (name, against) in zip(panels, lines, strict=False):
+            points = [row for row in found if (row["line"], row["against"]) == (name, against)]
+            sizes = [row["size"] for row in points]
+            axes.plot(sizes, [size / sizes[0] for size in sizes], ":", color=colours["soft"])
+            axes.plot(sizes, [row["value"] / points[0]["value"] for row in points], "o-", color=colours["first"])
+            axes.set(xscale="log", yscale="log", xlabel=against)
+            axes.minorticks_off()
+            for axis, most in ((axes.xaxis, sizes[-1]), (axes.yaxis, sizes[-1] / sizes[0])):
+                axis.set_ticks([4.0**power for power in range(5) if 4**power <= most])
+                axis.set_major_formatter("{x:,.0f}")
+            axes.set_title(name, fontsize=9)
+        what = {"ms": "time", "MiB": "memory"}[unit]
+        figure.supylabel(f"{what}, of the first point's (dotted: linear)", fontsize=10)
+
+    return draw
+
+
+def draw_all(folder: Path, report: Report) -> None:
+    """Write every chart."""
+    write(folder, "overhead", (7.2, 3.6), draw_overhead(report))
+    write(folder, "rows", (7.2, 4.2), draw_rows(report))
+    write(folder, "lifecycle", (7.2, 5.4), draw_lifecycle(report))
+    write(folder, "present", (7.2, 3.6), draw_present(report))
+    write(folder, "growth", (7.2, 5.4), draw_growth(report, "ms"))
+    write(folder, "memory", (7.2, 3.8), draw_growth(report, "MiB"))
+
+
+def main() -> None:
+    """Put the table into the README."""
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(START)
+    _, after = rest.split(END)
+    readme.write_text(f"{before}{START}{summary(read())}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
