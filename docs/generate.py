@@ -111,7 +111,7 @@ def escaped(text: str) -> str:
 
 
 def traceability() -> str:
-    """A table for each chapter: requirement and kind; sentence and code; tests, examples run and faults found."""
+    """A table for each chapter: requirement and kind; sentence, code, tests, examples run and faults found."""
     spec, tests, code = read_spec(ROOT / "spec"), read_tests(ROOT / "tests"), read_code(ROOT / "lora")
     ran = reports()[0]["requirements"]
     lines = [
@@ -131,8 +131,8 @@ def traceability() -> str:
                 "",
                 f"## {chapter}",
                 "",
-                "| id | requirement, and its code | tests, examples, faults found |",
-                "|---|---|---|",
+                "| id | requirement, and its code, tests, examples, faults found |",
+                "|---|---|",
             ]
         kind = KINDS[requirement.evidence] if requirement.status == "built" else "planned"
         where = [f"`{name}`" for name in code.get(requirement.id, [])]
@@ -146,8 +146,7 @@ def traceability() -> str:
             found.append("found: " + ", ".join(f"`{name}`" for name in killed))
         row = (
             f'<span id="{requirement.id}">{requirement.id}</span><br>{kind}',
-            "<br>".join([escaped(requirement.sentence), *where]),
-            "<br>".join(found),
+            "<br>".join([escaped(requirement.sentence), *where, *found]),
         )
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"

@@ -139,7 +139,7 @@ def test_the_traceability_page_has_a_row_for_each_requirement_with_its_tests_exa
     rows = {row.partition('id="')[2].partition('"')[0]: row for row in found}
     assert list(rows) == list(read_spec(ROOT / "spec"))
     assert "test_r04_router.py::" in rows["R4.4"]
-    assert "<br>50 examples<br>" in rows["R4.4"]
+    assert "<br>50 examples<br>found: " in rows["R4.4"]
     assert "`OneTooMany`" in rows["R4.4"]
 
 
