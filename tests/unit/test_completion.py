@@ -160,8 +160,6 @@ def test_what_is_called_alike_is_meant_alike():
         assert ("-o" in param.opts) == ("--out" in param.opts), name
         if not param.default and param.secondary_opts:  # --no-… is for what is on, or is decided elsewhere
             assert param.default is None, f"{name} {param.name}"
-    assert "serve" in every
     assert {name for name, command in every.items() if not any("--json" in p.opts for p in command.params)} == {
         "factory",
-        "serve",  # it ends when it is interrupted, and prints where it listens
     }
