@@ -184,8 +184,9 @@ with Discovery(name, lambda uri: other, port=int(port), addresses=[address], int
 def may_make_networks():
     if os.geteuid() or not shutil.which("ip"):
         return False
-    made = subprocess.run(["ip", "netns", "add", "lora-probe"], capture_output=True, check=False)
-    subprocess.run(["ip", "netns", "del", "lora-probe"], capture_output=True, check=False)
+    probe = f"lora-probe{os.getpid()}"  # others may be probing, too
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "del", probe], capture_output=True, check=False)
     return made.returncode == 0
 
 
