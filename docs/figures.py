@@ -24,17 +24,18 @@ Report = Mapping[str, Any]
 
 SMALL, WIDE = "one card, r8 q,v, 128 tokens", "one card, r16 all Linears, 128 tokens"
 COMPARED: Sequence[tuple[str, str, str, str, str]] = (
-    ("forward", SMALL, "folded", "PEFT", "forward of 128 tokens, rank 8 on query and value, folded"),
-    ("forward", WIDE, "folded", "PEFT", "the same, rank 16 on all Linears"),
-    ("forward", WIDE, "LoRALinear", "PEFT", "the same, not folded"),
-    ("forward", "32 adapters over 32 rows of 64 tokens, r8 q,v", "ours", "PEFT", "32 texts, each with its own adapter"),
-    ("lifecycle", "load a card, 224 modules", "lora.load", "safetensors", "map 224 modules (44 MB), structure checked"),
-    ("lifecycle", "load a card, r8 q,v", "lora.load", "safetensors", "map 12 modules (0.3 MB), structure checked"),
-    ("lifecycle", "load a card, r8 q,v", "lora.load", "PEFT load_adapter", "the same"),
-    ("lifecycle", "apply to 12 layers, r8 q,v", "apply", "PEFT inject", "apply it"),
-    ("lifecycle", "swap, r8 q,v", "swap", "PEFT set_adapter", "swap it for another"),
+    ("forward", SMALL, "LoRALinear", "PEFT", "forward of 128 tokens, rank 8 on query and value"),
+    ("forward", WIDE, "LoRALinear", "PEFT", "forward of 128 tokens, rank 16 on all Linears"),
+    ("forward", WIDE, "folded", "PEFT", "forward of 128 tokens, rank 16, folded (PEFT not merged)"),
+    ("forward", "32 adapters over 32 rows of 64 tokens, r8 q,v", "ours", "PEFT", "forward of 32 texts, 32 adapters"),
+    ("lifecycle", "load a card, 224 modules", "lora.load", "safetensors", "load a card of 224 modules"),
+    ("lifecycle", "load a card, r8 q,v", "lora.load", "safetensors", "load a card of 12 modules"),
+    ("lifecycle", "load a card, r8 q,v", "lora.load", "PEFT load_adapter", "load a card of 12 modules"),
+    ("lifecycle", "apply to 12 layers, r8 q,v", "apply", "PEFT inject", "apply a card of 12 modules, not folded"),
+    ("lifecycle", "apply to 12 layers, r8 q,v", "apply, folded", "PEFT inject", "apply a card of 12 modules, folded"),
+    ("lifecycle", "swap, r8 q,v", "swap", "PEFT set_adapter", "swap to a set that is prepared"),
     ("throughput", "encode 2,000 sentences", "engine.encode", "sentence-transformers", "encode 2,000 sentences"),
-    ("merge_extract", "merge 3 cards of rank 16, 768 x 768", "merge", "PEFT svd", "merge three cards"),
+    ("merge_extract", "merge 3 cards of rank 16, 768 x 768", "merge", "PEFT svd", "merge three cards of rank 16"),
     ("training", "a step of 64 pairs", "LoRATrainer", "PEFT in a loop", "training step of 64 pairs of texts"),
 )
 """What the README tells: script, figure, side, peer, and its name there."""
@@ -65,7 +66,9 @@ def summary(report: Report) -> str:
         else:  # an overhead, and that of the peer
             (ours,), (theirs,) = (list(rows_of(report, script, what=what, side=one)) for one in (side, peer))
             _, figure, interval, _, _ = shown(ours)
-            lines.append(f"| {name} | {peer} | {figure} ({interval}) over the base; {peer} {shown(theirs)[1]} |")
+            lines.append(
+                f"| {name} | {peer} | {figure} ({interval}) over its base; {peer} {shown(theirs)[1]} over its |"
+            )
     return "\n".join([*lines, "", f"{machine(report)}\n"])
 
 

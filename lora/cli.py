@@ -245,7 +245,9 @@ def merge(
         str, typer.Option(help="average, weighted, slerp, ties, dare, task_arithmetic or cat.")
     ] = "average",
     weight: Annotated[list[float] | None, typer.Option(help="Of a card; once for each, in their order.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Largest rank; exact if omitted.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Largest rank. If omitted: exact; for ties and dare, the parents' largest.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the merged card.")] = "merged",
     density: Annotated[float | None, typer.Option(help="Of ties and dare: the share of entries kept.")] = None,
     elect: Annotated[str | None, typer.Option(help="Of ties: signs by 'mass' or by 'count'.")] = None,
