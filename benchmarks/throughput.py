@@ -77,7 +77,7 @@ def encoding(*, quick: bool) -> Iterator[Row]:
     sides = {"engine.encode": lambda: engine.encode(mixed)}
     sides["sentence-transformers"] = lambda: theirs.encode(mixed, batch_size=32)
     off = float(np.abs(engine.encode(mixed[:100]) - theirs.encode(mixed[:100])).max())
-    times = rounds(sides, 3 if quick else 5)
+    times = rounds(sides, 3)
     yield ratio_row(
         "throughput",
         f"encode {count:,} sentences",
