@@ -6,8 +6,6 @@ Every point is a median beside the first point of its line, in shuffled rounds o
 over log size between the last two points: 1 is linear, less is sublinear (a fixed cost dominates), more would be worse.
 """
 
-import ctypes
-import gc
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pairs import Row, figure_row, median_with_interval, rounds, run
+from pairs import LIBC, Row, figure_row, median_with_interval, resident, rounds, run, settled
 from torch import nn
 
 import lora
@@ -25,7 +23,6 @@ from lora.inference.encoder import EncoderConfig, InferenceCore
 from lora.rewrite import adapt_rows, folded_bytes, fresh
 
 TOKENS = 512
-LIBC = ctypes.CDLL(None)  # glibc's, for what is known of memory
 
 
 def core(layers: int = 6) -> InferenceCore:
@@ -123,18 +120,10 @@ def cards(*, quick: bool) -> Iterator[Row]:
 def peak(work: Callable[[], Any]) -> float:
     """MiB that this process has at most while it works, over what it has before."""
     work()
-    gc.collect()
-    LIBC.malloc_trim(0)
+    before = settled()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is resident now
-    before = resident("VmRSS")
     work()
-    return (resident("VmHWM") - before) / 1024
-
-
-def resident(kind: str) -> int:
-    """kB, of the process's status."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(kind)).split()[1])
+    return (resident("VmHWM") - before) / 2**20
 
 
 def held(model: nn.Module) -> float:

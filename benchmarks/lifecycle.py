@@ -7,8 +7,6 @@ whole: mapped, validated, and checked as a value. PEFT's applying is the injecti
 ``set_adapter``, its removing ``delete_adapter``.
 """
 
-import ctypes
-import gc
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from forward import KINDS, card, config, model, peft_model
-from pairs import Row, figure_row, median_with_interval, ratio_row, rounds, run, timed
+from pairs import Row, figure_row, median_with_interval, ratio_row, rounds, run, settled, timed
 from safetensors.torch import load_file, save_file
 from torch import tensor
 from transformers.utils import logging
@@ -144,13 +142,13 @@ def present(*, quick: bool) -> Iterator[Row]:
     first: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 10) if quick else (1, 10, 100, 1000):
-            before, paths = rss(), []
+            before, paths = settled(), []
             for i in range(len(manager.list_cards()), count):
                 paths.append(f"{folder}/{i}.lora.arrow")
                 lora.save(replace(docs, name=f"card-{i}"), paths[-1])
             for path in paths:
                 manager.load_card(path)
-            grown = (rss() - before) / max(1, len(paths))
+            grown = (settled() - before) / max(1, len(paths))
             one, path = manager.list_cards()["card-0"], f"{folder}/0.lora.arrow"
             sides = {
                 "load": lambda path=path: manager.load_card(path),
@@ -191,14 +189,6 @@ def _peft_present(counts: Iterable[int], docs: LoRACard) -> Iterator[Row]:
         yield figure_row(
             "present", what, middle * 1e3, "ms", interval=[low * 1e3, high * 1e3], present=count, of="PEFT add_adapter"
         )
-
-
-def rss() -> int:
-    """Resident bytes of this process."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, or new cards would fill it unseen
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
 
 
 def _tensors(docs: LoRACard) -> dict[str, Any]:

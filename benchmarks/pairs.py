@@ -4,6 +4,7 @@ A script here makes rows by `ratio_row` and hands its groups of them to `run`, w
 """
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -25,6 +26,8 @@ from lora.testing.bench import shown
 Row = dict[str, Any]
 Work = Callable[[], Any]
 Times = dict[str, list[float]]
+
+LIBC = ctypes.CDLL(None)  # glibc's, for what is known of memory
 
 REST = 0.03
 """Seconds before a timing that sides of two thread pools need: threads that have worked go on spinning for a while."""
@@ -143,6 +146,19 @@ def figure_row(
     met = None if bound is None else bool(value < bound if above is None else value >= bound)
     kind = {"kind": "at least" if above is not None else "below", "unit": unit}
     return {"group": group, "what": what, **kind, "value": value, "target": bound, "met": met, "ids": list(ids), **more}
+
+
+def resident(kind: str = "VmRSS") -> int:
+    """Bytes of this process, of a kind that ``/proc/self/status`` knows."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(kind)).split()[1]) * 1024
+
+
+def settled() -> int:
+    """Resident bytes once all that is free is given back, so that what comes next does not fill it unseen."""
+    gc.collect()
+    LIBC.malloc_trim(0)
+    return resident()
 
 
 def machine() -> dict[str, Any]:

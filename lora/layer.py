@@ -98,6 +98,11 @@ class LoRALinear(nn.Linear):
     terms
         Name -> ``(pair, weight)``; the order is irrelevant.
 
+    Attributes
+    ----------
+    many
+        Elements of an input above which the weight is formed for the call, see `weight_side_from`.
+
     Raises
     ------
     UnsupportedModelError

@@ -129,8 +129,8 @@ def check(name: str, kind: Kind, parameters: Mapping[str, Any]) -> None:
     known = (*kind.needed, *(parameters if kind.optional is None else kind.optional))
     if strange := sorted(str(key) for key in parameters if key not in known):
         raise ArgumentError(f"{name}: parameters", f"only {', '.join(known)}", ", ".join(strange))
-    for key, (expected, fits) in VALUES.items():
-        if kind == KINDS.get(name) and parameters.get(key) is not None and not fits(parameters[key]):
+    for key, (expected, fits) in (VALUES if kind == KINDS.get(name) else {}).items():
+        if parameters.get(key) is not None and not fits(parameters[key]):
             raise ArgumentError(f"{name}: {key}", expected, shown(parameters[key]))
 
 
