@@ -26,7 +26,9 @@ def command(*arguments: str) -> Callable[[], str]:
     """A run of this interpreter."""
 
     def call() -> str:
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)  # noqa: S603 - itself
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, check=True
+        )  # noqa: S603 - itself
         return done.stdout
 
     return call
@@ -36,7 +38,10 @@ def answers(*, quick: bool) -> Iterator[Row]:
     """``lora --help`` and ``lora inspect``."""
     with tempfile.TemporaryDirectory() as folder:
         pair = lora.LowRank(np.ones((384, 8), np.float32), np.ones((8, 384), np.float32))
-        lora.save(lora.LoRACard("docs", 8, 16.0, ["query"], {"0.query": pair}), f"{folder}/docs.lora.arrow")
+        lora.save(
+            lora.LoRACard("docs", 8, 16.0, ["query"], {"0.query": pair}),
+            f"{folder}/docs.lora.arrow",
+        )
         sides = {
             "lora --help": command("-m", "lora.cli", "--help"),
             "lora inspect": command("-m", "lora.cli", "inspect", f"{folder}/docs.lora.arrow"),
@@ -69,7 +74,14 @@ def cycle(*, quick: bool) -> Iterator[Row]:
         start = time.perf_counter()
         told = json.loads(command("-m", "lora.cli", "evolve", *arguments)())
         seconds = time.perf_counter() - start
-    yield figure_row("cycle", "lora evolve on networkx" + " (dry run)" * quick, seconds, "s", ids=["R6.8"], told=told)
+    yield figure_row(
+        "cycle",
+        "lora evolve on networkx" + " (dry run)" * quick,
+        seconds,
+        "s",
+        ids=["R6.8"],
+        told=told,
+    )
 
 
 def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`

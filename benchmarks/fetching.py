@@ -46,7 +46,9 @@ def card_of(megabytes: int, name: str = "big") -> LoRACard:
     def draw(*shape: int) -> Any:
         return rng.standard_normal(shape, dtype=np.float32) * np.float32(size**-0.5)
 
-    weights = {f"layer.{i}.query": LowRank(draw(size, rank), draw(rank, size)) for i in range(modules)}
+    weights = {
+        f"layer.{i}.query": LowRank(draw(size, rank), draw(rank, size)) for i in range(modules)
+    }
     return LoRACard(name, rank, 16.0, ("query",), weights)
 
 
@@ -111,13 +113,20 @@ def fetching(*, quick: bool) -> Iterator[Row]:
     what = "fetch a card of 50 MB"
     middle, low, high = median_with_interval(times["verified fetch"])
     interval = [low * 1e3, high * 1e3]
-    yield figure_row("fetching", what, middle * 1e3, "ms", below=100, ids=["R6.8"], interval=interval)
-    yield ratio_row("fetching", what, times, "verified fetch", "raw TCP", target=1 / 0.6, ids=["R6.8"])
+    yield figure_row(
+        "fetching", what, middle * 1e3, "ms", below=100, ids=["R6.8"], interval=interval
+    )
+    yield ratio_row(
+        "fetching", what, times, "verified fetch", "raw TCP", target=1 / 0.6, ids=["R6.8"]
+    )
     yield ratio_row("fetching", what, times, "verified fetch", "SHA-256 alone", ids=["R6.8"])
 
 
 def _fetching(pipe: Any, port: int, sha: str) -> None:
-    with tempfile.TemporaryDirectory() as cache, LoRAFlightClient(f"grpc://127.0.0.1:{port}", cache, ANY) as client:
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        LoRAFlightClient(f"grpc://127.0.0.1:{port}", cache, ANY) as client,
+    ):
         client.fetch_skill(sha)
         pipe.send("ready")
         while pipe.recv() == "go":

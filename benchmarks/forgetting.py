@@ -31,7 +31,9 @@ def neighbours(pairs: Pairs) -> Pairs:
     for row in pairs.table.to_pylist():
         groups.setdefault(row["group"], []).append(row)
     rings = ([*rows, rows[0]] for rows in groups.values() if len(rows) > 1)
-    return Pairs.of({**row, "positive": after["positive"]} for ring in rings for row, after in pairwise(ring))
+    return Pairs.of(
+        {**row, "positive": after["positive"]} for ring in rings for row, after in pairwise(ring)
+    )
 
 
 def some(pairs: Pairs, count: int, seed: int) -> Pairs:
@@ -43,12 +45,24 @@ class Tasks:
     """Both tasks for one seed: to learn, to choose λ on, and to judge on."""
 
     def __init__(
-        self, engine: lora.ArrowEngine, pairs: Pairs, *, size: int, steps: int, judges: int, seed: int
+        self,
+        engine: lora.ArrowEngine,
+        pairs: Pairs,
+        *,
+        size: int,
+        steps: int,
+        judges: int,
+        seed: int,
     ) -> None:
         known, held_out = pairs.split(SHARE, seed=seed)
         self.training, validation = known.split(SHARE, seed=seed)
-        self.validation, self.held_out = some(validation, judges, seed), some(held_out, judges, seed)
-        settings = Settings(epochs=99, batch_size=size, share=SHARE, validate_every=steps + 1, validation_size=1)
+        self.validation, self.held_out = (
+            some(validation, judges, seed),
+            some(held_out, judges, seed),
+        )
+        settings = Settings(
+            epochs=99, batch_size=size, share=SHARE, validate_every=steps + 1, validation_size=1
+        )
         self.core, self.steps = engine.base, steps
         self.trainer = LoRATrainer(engine, seed=seed, settings=settings)
         self.first = self.trainer.train(self.training, name="tasks", max_steps=steps).card
@@ -58,7 +72,9 @@ class Tasks:
         """The card after the second task too."""
         ewc = None if strength is None else (self.needed, strength)
         data = neighbours(self.training)
-        return self.trainer.train(data, name="tasks", start=self.first, max_steps=self.steps, ewc=ewc).card
+        return self.trainer.train(
+            data, name="tasks", start=self.first, max_steps=self.steps, ewc=ewc
+        ).card
 
     def scores(self, card: lora.LoRACard | None, judges: Pairs) -> list[float]:
         """The MRR of both tasks."""
@@ -78,7 +94,9 @@ def forgetting(quick: bool) -> Iterator[Row]:  # noqa: FBT001 - of `run`
         for value, card in tried.items():
             first, second = tasks.scores(card, tasks.validation)
             yield row(f"validation, lambda {value:g}, seed {seed}", first, second)
-        strength = strength or max(tried, key=lambda value: sum(tasks.scores(tried[value], tasks.validation)))
+        strength = strength or max(
+            tried, key=lambda value: sum(tasks.scores(tried[value], tasks.validation))
+        )
         kept = tried.get(strength) or tasks.second(strength)
         stages = {
             "base": None,
@@ -91,7 +109,9 @@ def forgetting(quick: bool) -> Iterator[Row]:  # noqa: FBT001 - of `run`
             found.setdefault(stage, []).append(scores)
             yield row(f"{stage}, seed {seed}", *scores)
     for stage, scores in found.items():
-        yield row(f"{stage}, mean of {seeds} seeds", *np.mean(scores, axis=0).tolist(), strength=strength)
+        yield row(
+            f"{stage}, mean of {seeds} seeds", *np.mean(scores, axis=0).tolist(), strength=strength
+        )
     kept, naive = ([first for first, _ in found[f"then second, {how}"]] for how in ("EWC", "naive"))
     gain = [a - b for a, b in zip(kept, naive, strict=True)]
     yield figure_row(
@@ -108,7 +128,14 @@ def forgetting(quick: bool) -> Iterator[Row]:  # noqa: FBT001 - of `run`
 def row(what: str, first: float, second: float, **more: Any) -> Row:
     """Both tasks' figures."""
     return figure_row(
-        "forgetting", what, first, f"MRR; second task {second:.3f}", ids=["R17.7"], first=first, second=second, **more
+        "forgetting",
+        what,
+        first,
+        f"MRR; second task {second:.3f}",
+        ids=["R17.7"],
+        first=first,
+        second=second,
+        **more,
     )
 
 

@@ -41,10 +41,14 @@ def model() -> Any:
 
 def card(base: nn.Module, name: str, rank: int, targets: list[str]) -> LoRACard:
     """A card whose B is not zero."""
-    untrained = fresh(base, name, rank=rank, alpha=2.0 * rank, target_modules=targets, seed=len(name))
+    untrained = fresh(
+        base, name, rank=rank, alpha=2.0 * rank, target_modules=targets, seed=len(name)
+    )
     rng = np.random.default_rng(sum(map(ord, name)))
     weights = {
-        module: lora.LowRank(pair.A, rng.standard_normal(pair.B.shape, np.float32) * np.float32(0.01))
+        module: lora.LowRank(
+            pair.A, rng.standard_normal(pair.B.shape, np.float32) * np.float32(0.01)
+        )
         for module, pair in untrained.weights.items()
     }
     return LoRACard(name, rank, 2.0 * rank, targets, weights)
@@ -73,7 +77,9 @@ def config(one: LoRACard) -> peft.LoraConfig:
 
 def tokens(rows: int, length: int) -> dict[str, Tensor]:
     """Random ids, and a mask that leaves none out."""
-    ids = torch.randint(1000, 30000, (rows, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = torch.randint(1000, 30000, (rows, length), generator=torch.Generator().manual_seed(0)).to(
+        DEVICE
+    )
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -107,12 +113,16 @@ def one_card(*, quick: bool) -> Iterator[Row]:
         made = {"base": base, "LoRALinear": adapted, "PEFT": peft_model([docs])}
         if mb := folded_bytes(adapted) / 2**20:  # not of bfloat16
             made["folded"] = lora.fold(adapted)
-            yield figure_row("forward", f"memory of the folded copy, {kind}", mb, "MiB", below=50, ids=["R6.5"])
+            yield figure_row(
+                "forward", f"memory of the folded copy, {kind}", mb, "MiB", below=50, ids=["R6.5"]
+            )
         if rank == 16:
             made["factored order"] = ordered(lora.adapt(base, docs), math.inf)
             made["weight-side order"] = ordered(lora.adapt(base, docs), -1)
         mb = sum(pair.A.nbytes + pair.B.nbytes for pair in docs.weights.values()) / 2**20
-        yield figure_row("forward", f"memory of the factors, {kind}", mb, "MiB", below=50, ids=["R6.5"])
+        yield figure_row(
+            "forward", f"memory of the factors, {kind}", mb, "MiB", below=50, ids=["R6.5"]
+        )
         for count, shape in CELLS.items():
             if quick and count != 16:
                 continue
@@ -120,7 +130,10 @@ def one_card(*, quick: bool) -> Iterator[Row]:
             number = 3 if quick else 24 if count < 1000 else 7 if count < 4000 else 6
             times = rounds({name: calling(module, **x) for name, module in made.items()}, number)
             what = f"one card, {kind}, {count:,} tokens"
-            targets_of = {"folded": 0.10 if rank == 16 else 0.05, "LoRALinear": 0.15 if rank == 16 else 0.05}
+            targets_of = {
+                "folded": 0.10 if rank == 16 else 0.05,
+                "LoRALinear": 0.15 if rank == 16 else 0.05,
+            }
             if rank == 16 and count < 64:
                 del targets_of["LoRALinear"]
             for side in [name for name in made if name != "base"]:
@@ -162,12 +175,26 @@ def three_cards(*, quick: bool) -> Iterator[Row]:
             what = f"three cards, {kind}, {count:,} tokens"
             for side in ("one", "three", "three folded", "PEFT, three"):
                 yield ratio_row(
-                    "forward", what, times, side, "base", overhead=True, tokens=count, adapter=kind, ids=["R8.6"]
+                    "forward",
+                    what,
+                    times,
+                    side,
+                    "base",
+                    overhead=True,
+                    tokens=count,
+                    adapter=kind,
+                    ids=["R8.6"],
                 )
-            one, three = (median_with_interval(_overheads(times, side))[0] for side in ("one", "three"))
-            below = 1.5 if kind == "r8 q,v" and count < 1000 else None  # beyond, one's own is lost in noise
+            one, three = (
+                median_with_interval(_overheads(times, side))[0] for side in ("one", "three")
+            )
+            below = (
+                1.5 if kind == "r8 q,v" and count < 1000 else None
+            )  # beyond, one's own is lost in noise
             told = f"{what}: overhead, of one's"
-            yield figure_row("forward", told, three / one, "x", below=below, adapter=kind, ids=["R8.6"])
+            yield figure_row(
+                "forward", told, three / one, "x", below=below, adapter=kind, ids=["R8.6"]
+            )
 
 
 def _overheads(times: dict[str, list[float]], side: str) -> list[float]:
@@ -182,7 +209,9 @@ def adapters_of_rows(*, quick: bool) -> Iterator[Row]:
             continue
         cards = [card(base, f"skill-{i}", rank, targets) for i in range(32)]
         theirs = peft_model(cards)
-        for adapters, rows, length in ((8, 8, 16),) if quick else ((8, 32, 64), (32, 32, 64), (8, 8, 16)):
+        for adapters, rows, length in (
+            ((8, 8, 16),) if quick else ((8, 32, 64), (32, 32, 64), (8, 8, 16))
+        ):
             ours = adapt_rows(core, [AdapterSet(one) for one in cards[:adapters]])
             x, each = tokens(rows, length), rows // adapters
             segments = tuple((i * each, (i + 1) * each, i) for i in range(adapters))
@@ -195,7 +224,9 @@ def adapters_of_rows(*, quick: bool) -> Iterator[Row]:
             }
             times = rounds(sides, 3 if quick else 6)
             what = f"{adapters} adapters over {rows} rows of {length} tokens, {kind}"
-            peer = ratio_row("rows", what, times, "PEFT", "its base", overhead=True, adapter=kind, ids=["R6.7"])
+            peer = ratio_row(
+                "rows", what, times, "PEFT", "its base", overhead=True, adapter=kind, ids=["R6.7"]
+            )
             yield ratio_row(
                 "rows",
                 what,

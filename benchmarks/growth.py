@@ -43,7 +43,9 @@ def card(model: InferenceCore, rank: int, name: str = "docs") -> LoRACard:
     return LoRACard(name, rank, 2.0 * rank, made.target_modules, pairs)
 
 
-def line(name: str, against: str, works: dict[int, Callable[[], Any]], count: int, why: str) -> Iterator[Row]:
+def line(
+    name: str, against: str, works: dict[int, Callable[[], Any]], count: int, why: str
+) -> Iterator[Row]:
     """Points of one line of a chart, and its slope at the end."""
     times = rounds({str(size): work for size, work in works.items()}, count)
     found = {size: median_with_interval(times[str(size)]) for size in works}
@@ -52,7 +54,9 @@ def line(name: str, against: str, works: dict[int, Callable[[], Any]], count: in
         yield figure_row("growth", f"{name}, {against} {size:,}", middle * 1e3, "ms", **more)
     *_, one, two = works
     slope = math.log(found[two][0] / found[one][0]) / math.log(two / one)
-    yield figure_row("growth", f"{name}: slope against {against}", slope, f"({why})", line=name, against=against)
+    yield figure_row(
+        "growth", f"{name}: slope against {against}", slope, f"({why})", line=name, against=against
+    )
 
 
 def encoding(model: Any, ids: torch.Tensor, *args: Any) -> Callable[[], Any]:
@@ -85,13 +89,21 @@ def forwards(*, quick: bool) -> Iterator[Row]:
         each = 32 // number
         segments = tuple((i * each, (i + 1) * each, i) for i in range(number))
         works[number] = encoding(adapt_rows(model, sets), rows, segments)
-    yield from line("32 rows of 16 tokens", "adapters", works, count, "a fixed cost per adapter and layer")
+    yield from line(
+        "32 rows of 16 tokens", "adapters", works, count, "a fixed cost per adapter and layer"
+    )
     adapted = lora.adapt(model, card(model, 8))
     works = {}
     for batch in (1, 4) if quick else (1, 4, 16, 64):
         ids = torch.randint(0, 1000, (batch, 64), generator=torch.Generator().manual_seed(0))
         works[batch] = encoding(adapted, ids)
-    yield from line("factored forward of 64 tokens a row", "rows", works, count, "linear once a row fills the cores")
+    yield from line(
+        "factored forward of 64 tokens a row",
+        "rows",
+        works,
+        count,
+        "linear once a row fills the cores",
+    )
 
 
 def cards(*, quick: bool) -> Iterator[Row]:
@@ -121,7 +133,9 @@ def peak(work: Callable[[], Any]) -> float:
     """MiB that this process has at most while it works, over what it has before."""
     work()
     before = settled()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is resident now
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="ascii"
+    )  # the peak is what is resident now
     work()
     return (resident("VmHWM") - before) / 2**20
 
@@ -135,15 +149,21 @@ def memory(*, quick: bool) -> Iterator[Row]:
     """Factors against rank, layers and adapters; what a forward needs besides, against rows."""
     model = core(2)
     sizes = {
-        ("factors", "rank"): {rank: held(lora.adapt(model, card(model, rank))) for rank in (4, 16, 64, 256)},
+        ("factors", "rank"): {
+            rank: held(lora.adapt(model, card(model, rank))) for rank in (4, 16, 64, 256)
+        },
         ("folded copy", "rank"): {
-            rank: folded_bytes(lora.adapt(model, card(model, rank))) / 2**20 for rank in (4, 16, 64, 256)
+            rank: folded_bytes(lora.adapt(model, card(model, rank))) / 2**20
+            for rank in (4, 16, 64, 256)
         },
         ("factors", "layers"): {
-            layers: held(lora.adapt(deep := core(layers), card(deep, 8))) for layers in (2, 4, 8, 16)
+            layers: held(lora.adapt(deep := core(layers), card(deep, 8)))
+            for layers in (2, 4, 8, 16)
         },
         ("factors", "adapters"): {
-            number: held(adapt_rows(model, [AdapterSet(card(model, 8, f"skill-{i}")) for i in range(number)]))
+            number: held(
+                adapt_rows(model, [AdapterSet(card(model, 8, f"skill-{i}")) for i in range(number)])
+            )
             for number in (1, 4, 16, 32)
         },
     }

@@ -51,18 +51,27 @@ def loading(*, quick: bool) -> Iterator[Row]:
                 "safetensors": lambda plain=plain: load_file(plain),
             }
             times = rounds(
-                sides | {"PEFT load_adapter": load_adapter}, 5 if quick else 40, {"PEFT load_adapter": forget}
+                sides | {"PEFT load_adapter": load_adapter},
+                5 if quick else 40,
+                {"PEFT load_adapter": forget},
             )
         what = f"load a card, {kind}"
-        yield ratio_row("lifecycle", what, times, "lora.load", "safetensors", target=0.3, ids=["R6.7"])
-        yield ratio_row("lifecycle", what, times, "lora.load", "PEFT load_adapter", target=0.02, ids=["R6.7"])
+        yield ratio_row(
+            "lifecycle", what, times, "lora.load", "safetensors", target=0.3, ids=["R6.7"]
+        )
+        yield ratio_row(
+            "lifecycle", what, times, "lora.load", "PEFT load_adapter", target=0.02, ids=["R6.7"]
+        )
         yield _milliseconds(what, times["lora.load"], "R6.1")
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> Any:
         return rng.standard_normal(shape, np.float32)
 
-    pairs = {f"layers.{i // 7}.{i % 7}": LowRank(draw(1024, 16), draw(16, 2048)) for i in range(28 if quick else 224)}
+    pairs = {
+        f"layers.{i // 7}.{i % 7}": LowRank(draw(1024, 16), draw(16, 2048))
+        for i in range(28 if quick else 224)
+    }
     many = LoRACard("many", 16, 16.0, ["all-linear"], pairs)
     with tempfile.TemporaryDirectory() as folder:
         lora.save(many, f"{folder}/many.lora.arrow")
@@ -79,7 +88,11 @@ def applying(*, quick: bool) -> Iterator[Row]:
     base = model()
     for kind, (rank, targets) in KINDS.items():
         docs, law = card(base, "docs", rank, targets), card(base, "law", rank, targets)
-        manager, folding, swapping = LoRAManager(base), LoRAManager(base, fold=True), LoRAManager(base)
+        manager, folding, swapping = (
+            LoRAManager(base),
+            LoRAManager(base, fold=True),
+            LoRAManager(base),
+        )
         theirs = peft_model([docs, law])
         swapping.prepare([docs])
         swapping.swap()
@@ -118,19 +131,35 @@ def applying(*, quick: bool) -> Iterator[Row]:
         yield _milliseconds(what, times["apply"], "R6.2")
 
         times = rounds(
-            {"swap": swap, "PEFT set_adapter": set_adapter}, count, {"swap": prepare, "PEFT set_adapter": int}
+            {"swap": swap, "PEFT set_adapter": set_adapter},
+            count,
+            {"swap": prepare, "PEFT set_adapter": int},
         )
-        yield ratio_row("lifecycle", f"swap, {kind}", times, "swap", "PEFT set_adapter", target=0.05, ids=["R6.7"])
+        yield ratio_row(
+            "lifecycle",
+            f"swap, {kind}",
+            times,
+            "swap",
+            "PEFT set_adapter",
+            target=0.05,
+            ids=["R6.7"],
+        )
 
         manager.apply_card(docs)
         theirs.add_adapter("again", config(docs))
         sides = {"remove": lambda manager=manager: manager.remove_card("docs")}
         sides |= {"PEFT delete_adapter": lambda theirs=theirs: theirs.delete_adapter("again")}
         resets = {"remove": lambda manager=manager, docs=docs: manager.apply_card(docs)}
-        resets |= {"PEFT delete_adapter": lambda theirs=theirs, docs=docs: theirs.add_adapter("again", config(docs))}
+        resets |= {
+            "PEFT delete_adapter": lambda theirs=theirs, docs=docs: theirs.add_adapter(
+                "again", config(docs)
+            )
+        }
         times = rounds(sides, count, resets)
         what = f"remove, {kind}"
-        yield ratio_row("lifecycle", what, times, "remove", "PEFT delete_adapter", target=0.05, ids=["R6.7"])
+        yield ratio_row(
+            "lifecycle", what, times, "remove", "PEFT delete_adapter", target=0.05, ids=["R6.7"]
+        )
         yield _milliseconds(what, times["remove"], "R6.6")
 
 
@@ -155,7 +184,10 @@ def present(*, quick: bool) -> Iterator[Row]:
                 "apply": lambda one=one: manager.apply_card(one),
                 "swap": manager.swap,
             }
-            resets = {"apply": lambda: manager.remove_card("card-0"), "swap": lambda: manager.prepare([docs])}
+            resets = {
+                "apply": lambda: manager.remove_card("card-0"),
+                "swap": lambda: manager.prepare([docs]),
+            }
             manager.prepare([docs])
             times = rounds(sides, 5 if quick else 40, resets)
             for name, seconds in times.items():
@@ -165,12 +197,23 @@ def present(*, quick: bool) -> Iterator[Row]:
                 yield figure_row("present", what, middle * 1e3, "ms", ids=["R6.7"], **more)
                 if count > 1:
                     yield figure_row(
-                        "present", f"{what}, of that with 1", middle / first[name], "x", below=2, ids=["R6.7"]
+                        "present",
+                        f"{what}, of that with 1",
+                        middle / first[name],
+                        "x",
+                        below=2,
+                        ids=["R6.7"],
                     )
                 first.setdefault(name, middle)
             if len(paths) >= 90:
                 share = grown / Path(path).stat().st_size
-                yield figure_row("present", f"RSS growth per card with {count:,}", share, "of its file", below=0.1)
+                yield figure_row(
+                    "present",
+                    f"RSS growth per card with {count:,}",
+                    share,
+                    "of its file",
+                    below=0.1,
+                )
     yield from _peft_present((1, 4) if quick else (1, 10, 32), docs)
 
 
@@ -187,7 +230,13 @@ def _peft_present(counts: Iterable[int], docs: LoRACard) -> Iterator[Row]:
         middle, low, high = median_with_interval(seconds)
         what = f"PEFT add_adapter with {count:,} present"
         yield figure_row(
-            "present", what, middle * 1e3, "ms", interval=[low * 1e3, high * 1e3], present=count, of="PEFT add_adapter"
+            "present",
+            what,
+            middle * 1e3,
+            "ms",
+            interval=[low * 1e3, high * 1e3],
+            present=count,
+            of="PEFT add_adapter",
         )
 
 
@@ -202,7 +251,9 @@ def _tensors(docs: LoRACard) -> dict[str, Any]:
 def _milliseconds(what: str, seconds: list[float], requirement: str) -> Row:
     middle, low, high = median_with_interval(seconds)
     below, interval = MILLISECONDS[requirement], [low * 1e3, high * 1e3]
-    return figure_row("lifecycle", what, middle * 1e3, "ms", below=below, ids=[requirement], interval=interval)
+    return figure_row(
+        "lifecycle", what, middle * 1e3, "ms", below=below, ids=[requirement], interval=interval
+    )
 
 
 def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`

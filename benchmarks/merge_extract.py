@@ -40,7 +40,9 @@ class OneLinear(nn.Module):
 def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterator[Row]:
     """Three cards of rank 16 merged to rank 16 by weights; PEFT's ``svd`` does the same."""
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["linear"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=RANK, target_modules=["linear"], init_lora_weights=False
+    )
     model = peft.get_peft_model(OneLinear(inputs, outputs), config, adapter_name="a")
     for name in ("b", "c"):
         model.add_adapter(name, config)
@@ -51,7 +53,9 @@ def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterato
         return merge(cards, "weighted", list(WEIGHTS.values()), rank=RANK)
 
     def theirs(**options: Any) -> None:
-        model.add_weighted_adapter(list(WEIGHTS), [*WEIGHTS.values()], "merged", combination_type="svd", **options)
+        model.add_weighted_adapter(
+            list(WEIGHTS), [*WEIGHTS.values()], "merged", combination_type="svd", **options
+        )
 
     def reset() -> None:
         model.delete_adapter("merged")
@@ -66,12 +70,31 @@ def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterato
         "their_error": layer.get_delta_weight("merged").detach().double().numpy(),
     }
     reset()
-    errors = {side: float(np.linalg.norm(whole - dense) / np.linalg.norm(whole)) for side, dense in found.items()}
-    sides = {"merge": ours, "PEFT svd": theirs, "PEFT svd, thin": lambda: theirs(svd_full_matrices=False)}
-    times = rounds(sides, 2 if quick else 7, {"PEFT svd": reset, "PEFT svd, thin": reset}, rest=REST)
+    errors = {
+        side: float(np.linalg.norm(whole - dense) / np.linalg.norm(whole))
+        for side, dense in found.items()
+    }
+    sides = {
+        "merge": ours,
+        "PEFT svd": theirs,
+        "PEFT svd, thin": lambda: theirs(svd_full_matrices=False),
+    }
+    times = rounds(
+        sides, 2 if quick else 7, {"PEFT svd": reset, "PEFT svd, thin": reset}, rest=REST
+    )
     what = f"merge 3 cards of rank {RANK}, {outputs} x {inputs}"
     for beside, least in (("PEFT svd", target), ("PEFT svd, thin", None)):
-        yield ratio_row("merging", what, times, "merge", beside, target=least, at_least=True, ids=["R20.1"], **errors)
+        yield ratio_row(
+            "merging",
+            what,
+            times,
+            "merge",
+            beside,
+            target=least,
+            at_least=True,
+            ids=["R20.1"],
+            **errors,
+        )
 
 
 def _card(name: str, layer: Any) -> LoRACard:
@@ -83,12 +106,19 @@ def extraction(*, quick: bool) -> Iterator[Row]:
     """ΔW of 768 x 3072 at rank 16: noise alone, where nothing stands out, and a skill of rank 32 under noise."""
     generator = np.random.default_rng(0)
     noise = generator.standard_normal((768, 3072), np.float32)
-    skill = generator.standard_normal((768, 32), np.float32) @ generator.standard_normal((32, 3072), np.float32)
+    skill = generator.standard_normal((768, 32), np.float32) @ generator.standard_normal(
+        (32, 3072), np.float32
+    )
     for name, tuned in (("noise", noise), ("skill and noise", skill + noise)):
         base, model = {"up.weight": np.zeros_like(tuned)}, {"up.weight": tuned}
         results: dict[str, LoRACard] = {}
 
-        def extract(method: str, base: Any = base, model: Any = model, results: dict[str, LoRACard] = results) -> None:
+        def extract(
+            method: str,
+            base: Any = base,
+            model: Any = model,
+            results: dict[str, LoRACard] = results,
+        ) -> None:
             results[method] = extract_delta(base, model, rank=RANK, method=method)
 
         sides = {
@@ -96,11 +126,22 @@ def extraction(*, quick: bool) -> Iterator[Row]:
             "full SVD in float64": lambda extract=extract: extract("full"),
         }
         times = rounds(sides, 2 if quick else 7, rest=REST)
-        errors = {method: card.metadata["extract"]["modules"]["up"]["error"] for method, card in results.items()}
+        errors = {
+            method: card.metadata["extract"]["modules"]["up"]["error"]
+            for method, card in results.items()
+        }
         more = {"error": errors["randomized"], "their_error": errors["full"]}
         what = f"extract rank {RANK} of 768 x 3072, {name}"
         yield ratio_row(
-            "merging", what, times, "randomized", "full SVD in float64", target=20, at_least=True, ids=["R16.1"], **more
+            "merging",
+            what,
+            times,
+            "randomized",
+            "full SVD in float64",
+            target=20,
+            at_least=True,
+            ids=["R16.1"],
+            **more,
         )
 
 
@@ -108,7 +149,9 @@ def importing(*, quick: bool) -> Iterator[Row]:
     """A directory that PEFT wrote for MiniLM, rank 8 on query and value: read, and read and put to work."""
     torch.manual_seed(0)
     base = AutoModel.from_pretrained(get_model_path()).eval().requires_grad_(requires_grad=False)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=["query", "value"], init_lora_weights=False
+    )
     with tempfile.TemporaryDirectory() as folder:
         made = peft.get_peft_model(base, config)
         made.save_pretrained(folder)
@@ -117,12 +160,16 @@ def importing(*, quick: bool) -> Iterator[Row]:
         peer = "PeftModel.from_pretrained"
         sides = {
             "import_peft": lambda: import_peft(folder),
-            "import_peft and adapt": lambda: lora.adapt(base, import_peft(folder), check_base=False),
+            "import_peft and adapt": lambda: lora.adapt(
+                base, import_peft(folder), check_base=False
+            ),
             peer: lambda: loaded.append(peft.PeftModel.from_pretrained(base, folder)),
         }
         times = rounds(sides, 3 if quick else 15, {peer: lambda: loaded.pop().unload()})
     for side in ("import_peft", "import_peft and adapt"):
-        yield ratio_row("merging", "read what PEFT wrote", times, side, peer, at_least=True, ids=["R23.1"])
+        yield ratio_row(
+            "merging", "read what PEFT wrote", times, side, peer, at_least=True, ids=["R23.1"]
+        )
 
 
 def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`

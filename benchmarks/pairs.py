@@ -45,7 +45,11 @@ def timed(work: Work, repeats: int = 1) -> float:
 
 
 def rounds(
-    sides: Mapping[str, Work], count: int, resets: Mapping[str, Work] | None = None, *, rest: float = 0.0
+    sides: Mapping[str, Work],
+    count: int,
+    resets: Mapping[str, Work] | None = None,
+    *,
+    rest: float = 0.0,
 ) -> Times:
     """Seconds of each side in each of `count` rounds, in every one in another order.
 
@@ -145,7 +149,16 @@ def figure_row(
     bound = below if above is None else above
     met = None if bound is None else bool(value < bound if above is None else value >= bound)
     kind = {"kind": "at least" if above is not None else "below", "unit": unit}
-    return {"group": group, "what": what, **kind, "value": value, "target": bound, "met": met, "ids": list(ids), **more}
+    return {
+        "group": group,
+        "what": what,
+        **kind,
+        "value": value,
+        "target": bound,
+        "met": met,
+        "ids": list(ids),
+        **more,
+    }
 
 
 def resident(kind: str = "VmRSS") -> int:
@@ -163,10 +176,27 @@ def settled() -> int:
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    packages = ("lora-cards", "torch", "numpy", "pyarrow", "peft", "sentence-transformers", "safetensors")
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    cpu = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+    packages = (
+        "lora-cards",
+        "torch",
+        "numpy",
+        "pyarrow",
+        "peft",
+        "sentence-transformers",
+        "safetensors",
+    )
+    versions = {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in packages
+    }
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -179,7 +209,9 @@ def machine() -> dict[str, Any]:
 def run(groups: Callable[[bool], Iterable[Iterable[Row]]], summary: str) -> None:
     """Run a script's groups of rows, print each row as it comes, and write them as JSON where asked."""
     parser = argparse.ArgumentParser(description=summary)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller sizes: it works, no more")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds and smaller sizes: it works, no more"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())

@@ -40,10 +40,15 @@ WIDTH, RANK = 384, 8
 def card_of(index: int, layers: int) -> LoRACard:
     """A card of random factors."""
     generator = np.random.default_rng(index)
-    modules = [f"encoder.layer.{layer}.attention.self.{name}" for layer in range(layers) for name in ("query", "value")]
+    modules = [
+        f"encoder.layer.{layer}.attention.self.{name}"
+        for layer in range(layers)
+        for name in ("query", "value")
+    ]
     weights = {
         module: LowRank(
-            generator.standard_normal((WIDTH, RANK), np.float32), generator.standard_normal((RANK, WIDTH), np.float32)
+            generator.standard_normal((WIDTH, RANK), np.float32),
+            generator.standard_normal((RANK, WIDTH), np.float32),
         )
         for module in modules
     }
@@ -87,7 +92,9 @@ def cost(work: Callable[[], Any]) -> dict[str, float]:
 
 def median_us(times: Sequence[float]) -> dict[str, float]:
     """Median and quartiles in microseconds."""
-    low, middle, high = statistics.quantiles([value * 1e6 for value in times], n=4, method="inclusive")
+    low, middle, high = statistics.quantiles(
+        [value * 1e6 for value in times], n=4, method="inclusive"
+    )
     return {"us": middle, "low": low, "high": high}
 
 
@@ -112,14 +119,23 @@ def getting(registry: AdapterRegistry, rounds: int) -> dict[str, Any]:
         cold.append(timed(lambda name=name: registry.get(name)))
         warm.append(timed(lambda name=name: registry.get(name)))
     ratios = [a / b for a, b in zip(cold, warm, strict=True)]
-    return {"cold": median_us(cold), "warm": median_us(warm), "cold/warm": statistics.median(ratios)}
+    return {
+        "cold": median_us(cold),
+        "warm": median_us(warm),
+        "cold/warm": statistics.median(ratios),
+    }
 
 
 def routing(paths: Sequence[Path], rounds: int) -> dict[str, Any]:
     """Registering all cards with a router, and routing one query and 32 over them."""
     generator = np.random.default_rng(1)
-    table = {f"topic {index}": row for index, row in enumerate(generator.standard_normal((len(paths), WIDTH)))}
-    queries = {f"query {index}": row for index, row in enumerate(generator.standard_normal((32, WIDTH)))}
+    table = {
+        f"topic {index}": row
+        for index, row in enumerate(generator.standard_normal((len(paths), WIDTH)))
+    }
+    queries = {
+        f"query {index}": row for index, row in enumerate(generator.standard_normal((32, WIDTH)))
+    }
     known: dict[str, Array] = {**table, **queries}
     router = LoRARouter(lambda texts: np.stack([known[text] for text in texts]))
     candidates = [router.candidate(load(path)) for path in paths]
@@ -129,7 +145,9 @@ def routing(paths: Sequence[Path], rounds: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     texts = list(queries)
     first = timed(lambda: router.select(texts[0], 3))
-    one = [timed(lambda index=index: router.select(texts[index % 32], 3)) for index in range(rounds)]
+    one = [
+        timed(lambda index=index: router.select(texts[index % 32], 3)) for index in range(rounds)
+    ]
     many = [timed(lambda: router.select_many(texts, 3)) for _ in range(max(3, rounds // 10))]
     return {
         "register_seconds": seconds,
@@ -142,12 +160,16 @@ def routing(paths: Sequence[Path], rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Run all and print a table; as JSON too where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="cards for one layer instead of 6, and fewer rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="cards for one layer instead of 6, and fewer rounds"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     layers, rounds = (1, 30) if options.quick else (6, 300)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # to load them all, which the usual limit does not allow
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (hard, hard)
+    )  # to load them all, which the usual limit does not allow
     with tempfile.TemporaryDirectory() as folder:
         paths = write(Path(folder), layers)
         size = sum(path.stat().st_size for path in paths) / 1e6
@@ -173,8 +195,13 @@ def main() -> None:
     }
     print(json.dumps(found["machine"]))
     print(f"{COUNT} cards, {size:.0f} MB on disk, at most {BOUND} mapped")
-    for name, row in (("register all (start-up)", start_up), ("load and hold all, instead", everything)):
-        print(f"{name:<34} {row['seconds']:8.3f} s {row['mb']:8.1f} MB {row['descriptors']:5.0f} descriptors")
+    for name, row in (
+        ("register all (start-up)", start_up),
+        ("load and hold all, instead", everything),
+    ):
+        print(
+            f"{name:<34} {row['seconds']:8.3f} s {row['mb']:8.1f} MB {row['descriptors']:5.0f} descriptors"
+        )
     print(f"{'register all again (no change)':<34} {again['seconds']:8.3f} s")
     for name, row in (
         ("get, not mapped (evicting one)", get["cold"]),

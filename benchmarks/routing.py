@@ -24,11 +24,16 @@ def scoring(*, quick: bool) -> Iterator[Row]:
     rng = np.random.default_rng(0)
     for cards, each in ((1000, 1),) if quick else ((1000, 1), (1000, 100), (100_000, 1)):
         rows = rng.standard_normal((cards * each, WIDTH))
-        found = {f"card-{i:06}": candidate_of(f"card-{i:06}", rows[i * each : (i + 1) * each]) for i in range(cards)}
+        found = {
+            f"card-{i:06}": candidate_of(f"card-{i:06}", rows[i * each : (i + 1) * each])
+            for i in range(cards)
+        }
         index = Index(MappingProxyType(found))
         matrix, query = index.rows, unit(rng.standard_normal((1, WIDTH)))[0]
         select(query, index, top_k=3)
-        sides = {"select": lambda index=index, query=query: select(query, index, top_k=3, threshold=0.1)}
+        sides = {
+            "select": lambda index=index, query=query: select(query, index, top_k=3, threshold=0.1)
+        }
         sides["rows @ query"] = lambda matrix=matrix, query=query: matrix @ query
         times = rounds(sides, 5 if quick else 40)
         what = f"route over {cards * each:,} exemplars of {cards:,} cards"
@@ -39,19 +44,25 @@ def intent(*, quick: bool) -> Iterator[Row]:
     """What ``intent_query=`` adds to a call that names its card."""
     engine = lora.ArrowEngine.from_pretrained()
     for name in ("docs", "law", "music"):
-        card = fresh(engine.base, name, rank=8, alpha=16.0, target_modules=["query", "value"], seed=0)
+        card = fresh(
+            engine.base, name, rank=8, alpha=16.0, target_modules=["query", "value"], seed=0
+        )
         engine.register_lora(card, f"questions about {name}")
     texts = [f"a sentence about the {i}th question of law, read twice" for i in range(32)]
     sides = {
         "named": lambda: engine.encode_with_lora(texts, "law"),
-        "by intent_query": lambda: engine.encode_with_lora(texts, intent_query="questions about law"),
+        "by intent_query": lambda: engine.encode_with_lora(
+            texts, intent_query="questions about law"
+        ),
         "the query alone": lambda: engine.encode(["questions about law"]),
     }
     times = rounds(sides, 5 if quick else 30)
     what = "encode 32 sentences with the card that fits"
     yield ratio_row("routing", what, times, "by intent_query", "named", overhead=True, ids=["R6.8"])
     middle, low, high = median_with_interval([1e3 * s for s in times["the query alone"]])
-    yield figure_row("routing", "of which: to embed the query", middle, "ms", interval=[low, high], ids=["R6.8"])
+    yield figure_row(
+        "routing", "of which: to embed the query", middle, "ms", interval=[low, high], ids=["R6.8"]
+    )
 
 
 def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`

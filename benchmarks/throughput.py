@@ -62,8 +62,12 @@ def texts(count: int) -> list[str]:
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
-                sentences = (" ".join(part.split()) for part in re.split(r"(?<=[.!?:])\s+|\n\s*\n", text))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (
+                text := ast.get_docstring(node)
+            ):
+                sentences = (
+                    " ".join(part.split()) for part in re.split(r"(?<=[.!?:])\s+|\n\s*\n", text)
+                )
                 found |= dict.fromkeys(one for one in sentences if 3 <= len(one.split()) <= 100)
     mixed = np.random.default_rng(0).permutation(list(found)).tolist()
     return (mixed * (count // len(mixed) + 1))[:count]
@@ -71,7 +75,10 @@ def texts(count: int) -> list[str]:
 
 def encoding(*, quick: bool) -> Iterator[Row]:
     """All of MiniLM, without a card."""
-    engine, theirs = lora.ArrowEngine.from_pretrained(), SentenceTransformer(str(get_model_path()), device="cpu")
+    engine, theirs = (
+        lora.ArrowEngine.from_pretrained(),
+        SentenceTransformer(str(get_model_path()), device="cpu"),
+    )
     count = 200 if quick else 2000
     mixed = texts(count)
     sides = {"engine.encode": lambda: engine.encode(mixed)}
@@ -103,24 +110,46 @@ def streams(*, quick: bool) -> Iterator[Row]:
                 each = f"{threads} thread{'s' * (threads > 1)}"
                 what = f"encode_batches, {count:,} rows, {workers} worker{'s' * (workers > 1)} of {each}"
                 rate = rows / seconds
-                yield figure_row("throughput", what, rate, "rows/s", rows=count, workers=workers, ids=["R5.12"])
-                yield figure_row("throughput", f"{what}: peak RSS", peak, "MiB", rows=count, workers=workers)
+                yield figure_row(
+                    "throughput", what, rate, "rows/s", rows=count, workers=workers, ids=["R5.12"]
+                )
+                yield figure_row(
+                    "throughput", f"{what}: peak RSS", peak, "MiB", rows=count, workers=workers
+                )
                 if workers == 1:
                     alone = rate
                     size = {"rows": count, "workers": workers}
-                    yield figure_row("throughput", f"{what}: own memory, model loaded", anonymous, "MiB", **size)
-                    yield figure_row("throughput", f"{what}: mapped, shared by all", mapped, "MiB", **size)
+                    yield figure_row(
+                        "throughput", f"{what}: own memory, model loaded", anonymous, "MiB", **size
+                    )
+                    yield figure_row(
+                        "throughput", f"{what}: mapped, shared by all", mapped, "MiB", **size
+                    )
                 else:
                     yield figure_row(
-                        "throughput", f"{what}: of one worker's rate, per worker", rate / alone / workers, "x"
+                        "throughput",
+                        f"{what}: of one worker's rate, per worker",
+                        rate / alone / workers,
+                        "x",
                     )
 
 
-def _job(source: str, folder: str, workers: int, threads: int) -> tuple[float, int, float, float, float]:
+def _job(
+    source: str, folder: str, workers: int, threads: int
+) -> tuple[float, int, float, float, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     jobs = []
     for i in range(workers):
-        command = [sys.executable, "-c", WORKER, source, str(i), str(workers), f"{folder}/out-{i}.parquet", str(BATCH)]
+        command = [
+            sys.executable,
+            "-c",
+            WORKER,
+            source,
+            str(i),
+            str(workers),
+            f"{folder}/out-{i}.parquet",
+            str(BATCH),
+        ]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         jobs.append(subprocess.Popen(command, **pipes, text=True, env=environment))  # type: ignore[call-overload] # noqa: S603 - this interpreter
     before = [tuple(map(float, job.stdout.readline().split())) for job in jobs if job.stdout]
@@ -133,7 +162,12 @@ def _job(source: str, folder: str, workers: int, threads: int) -> tuple[float, i
     rows = int(sum(found[0] for found in after))
     if rows != pq.read_metadata(source).num_rows:
         raise AssertionError(f"{rows} rows came back")
-    return max(found[1] for found in after) if workers == 1 else seconds, rows, max(f[2] for f in after), *before[0][:2]
+    return (
+        max(found[1] for found in after) if workers == 1 else seconds,
+        rows,
+        max(f[2] for f in after),
+        *before[0][:2],
+    )
 
 
 def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`

@@ -44,7 +44,9 @@ class Peer:
         still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         self.model = SentenceTransformer(str(get_model_path()), device="cpu", config_kwargs=still)
         targets = list(card.target_modules)
-        config = peft.LoraConfig("FEATURE_EXTRACTION", r=card.rank, lora_alpha=card.alpha, target_modules=targets)
+        config = peft.LoraConfig(
+            "FEATURE_EXTRACTION", r=card.rank, lora_alpha=card.alpha, target_modules=targets
+        )
         self.model.add_adapter(config)
         for name, layer in self.model[0].auto_model.named_modules():
             if isinstance(layer, LoraLayer):
@@ -52,14 +54,18 @@ class Peer:
                 layer.lora_A["default"].weight.data.copy_(torch.tensor(pair.A.T))
                 layer.lora_B["default"].weight.data.copy_(torch.tensor(pair.B.T))
         both = ("query_to_doc", "doc_to_query")
-        self.loss = MultipleNegativesRankingLoss(self.model, directions=both, partition_mode="per_direction")
+        self.loss = MultipleNegativesRankingLoss(
+            self.model, directions=both, partition_mode="per_direction"
+        )
         learned = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(learned, lr=RATE, weight_decay=0.0)
         self.model.train()
 
     def step(self, batch: Pairs) -> float:
         """One update; returns the loss before it."""
-        loss = self.loss([self.model.preprocess(batch.queries), self.model.preprocess(batch.positives)], None)
+        loss = self.loss(
+            [self.model.preprocess(batch.queries), self.model.preprocess(batch.positives)], None
+        )
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -70,11 +76,15 @@ def side_by_side(
     engine: lora.ArrowEngine, pairs: Pairs, size: int, steps: int, seed: int
 ) -> tuple[lora.LoRACard, Peer, Times]:
     """Both trained by the same steps, and the time of each but for the first and the last: there is more to do in those."""
-    settings = Settings(EPOCHS, size, RATE, share=SHARE, validate_every=steps + 1, validation_size=1)
+    settings = Settings(
+        EPOCHS, size, RATE, share=SHARE, validate_every=steps + 1, validation_size=1
+    )
     trainer = LoRATrainer(engine, **SHAPE, seed=seed, settings=settings)
     peer = Peer(fresh(engine.base, "untrained", **SHAPE, seed=seed))
     training, _ = pairs.split(SHARE, seed=seed)
-    batches = [rows for epoch in range(EPOCHS) for rows in batches_of(training, size, seed, epoch)][:steps]
+    batches = [rows for epoch in range(EPOCHS) for rows in batches_of(training, size, seed, epoch)][
+        :steps
+    ]
     shuffled = random.Random(seed)  # noqa: S311 - an order, not a secret
     theirs_first = [shuffled.random() < 0.5 for _ in batches]
     times: Times = {OURS: [], THEIRS: []}
@@ -108,18 +118,25 @@ def side_by_side(
 
 def compared(what: str, times: Times, target: float | None = None) -> Row:
     """The row of a comparison: how many times faster ours is."""
-    return ratio_row("training", what, times, OURS, THEIRS, target=target, at_least=True, ids=["R17.1"])
+    return ratio_row(
+        "training", what, times, OURS, THEIRS, target=target, at_least=True, ids=["R17.1"]
+    )
 
 
 def quality(what: str, unit: str, base: float, ours: float, theirs: float, **more: Any) -> Row:
     """The row of what was learned."""
     told = f"{unit}; base {base:.4f}, theirs {theirs:.4f}"
-    return figure_row("training", what, ours, told, ids=["R17.1"], base=base, ours=ours, theirs=theirs, **more)
+    return figure_row(
+        "training", what, ours, told, ids=["R17.1"], base=base, ours=ours, theirs=theirs, **more
+    )
 
 
 def trainings(seeds: int, steps: int, *, quick: bool) -> Iterator[Row]:
     """What both learn from several seeds, and how long their steps took."""
-    engine, pairs = lora.ArrowEngine.from_pretrained(get_model_path(), device="cpu"), docstring_pairs().unique()
+    engine, pairs = (
+        lora.ArrowEngine.from_pretrained(get_model_path(), device="cpu"),
+        docstring_pairs().unique(),
+    )
     size, judges = (16, 50) if quick else (64, 400)
     times: Times = {OURS: [], THEIRS: []}
     found: dict[str, list[list[float]]] = {"mrr": [], "recall_at_1": []}
@@ -127,34 +144,57 @@ def trainings(seeds: int, steps: int, *, quick: bool) -> Iterator[Row]:
         card, peer, taken = side_by_side(engine, pairs, size, steps, seed)
         times = {side: [*times[side], *taken[side]] for side in times}
         _, held_out = pairs.split(SHARE, seed=seed)
-        held_out = held_out.take(np.random.default_rng(seed).permutation(len(held_out))[:judges].tolist())
+        held_out = held_out.take(
+            np.random.default_rng(seed).permutation(len(held_out))[:judges].tolist()
+        )
         models = (engine.base, lora.adapt(engine.base, card), peer.model.eval())
         scores = [evaluate(model, held_out) for model in models]
         for kind, rows in found.items():
             rows.append([getattr(score, kind) for score in scores])
-            yield quality(f"held out, seed {seed}, {steps} steps", kind, *rows[-1], queries=len(held_out))
+            yield quality(
+                f"held out, seed {seed}, {steps} steps", kind, *rows[-1], queries=len(held_out)
+            )
     for kind, rows in found.items():
         gaps = [ours - theirs for _, ours, theirs in rows]
-        spread = {"ours_less_theirs": statistics.mean(gaps), "spread": statistics.stdev(gaps) if seeds > 1 else None}
-        yield quality(f"held out, mean of {seeds} seeds", kind, *np.mean(rows, axis=0).tolist(), **spread)
+        spread = {
+            "ours_less_theirs": statistics.mean(gaps),
+            "spread": statistics.stdev(gaps) if seeds > 1 else None,
+        }
+        yield quality(
+            f"held out, mean of {seeds} seeds", kind, *np.mean(rows, axis=0).tolist(), **spread
+        )
     yield compared(f"a step of {size} pairs", times, 1.2)
     rows = alike(engine, pairs)
     yield compared(
-        f"{size} pairs of texts of like length", side_by_side(engine, rows, size, max(4, 2 * steps // 3), 0)[2]
+        f"{size} pairs of texts of like length",
+        side_by_side(engine, rows, size, max(4, 2 * steps // 3), 0)[2],
     )
 
 
 def alike(engine: lora.ArrowEngine, pairs: Pairs) -> Pairs:
     """The pairs whose texts are nearly equally long, so that no side can save on padding."""
-    lengths = [[len(row) for row in engine.base.tokenize(texts)] for texts in (pairs.queries, pairs.positives)]
-    return pairs.take([i for i, (a, b) in enumerate(zip(*lengths, strict=True)) if 12 <= a <= 16 and 10 <= b <= 14])
+    lengths = [
+        [len(row) for row in engine.base.tokenize(texts)]
+        for texts in (pairs.queries, pairs.positives)
+    ]
+    return pairs.take(
+        [
+            i
+            for i, (a, b) in enumerate(zip(*lengths, strict=True))
+            if 12 <= a <= 16 and 10 <= b <= 14
+        ]
+    )
 
 
 def groups(quick: bool) -> Iterable[Iterable[Row]]:  # noqa: FBT001 - of `run`
     """All rows."""
     warnings.simplefilter("ignore")  # PEFT's
     logging.disable_progress_bar()
-    yield trainings(int(os.environ.get("SEEDS", "1")), 5 if quick else int(os.environ.get("STEPS", "12")), quick=quick)
+    yield trainings(
+        int(os.environ.get("SEEDS", "1")),
+        5 if quick else int(os.environ.get("STEPS", "12")),
+        quick=quick,
+    )
 
 
 if __name__ == "__main__":

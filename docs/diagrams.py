@@ -26,8 +26,20 @@ from lora.routing import Calibration
 from lora.table import schema_of
 
 THEMES = {
-    "light": {"ink": "#222222", "soft": "#888888", "fill": "#eef2fb", "first": "#3050a0", "second": "#b05010"},
-    "dark": {"ink": "#e0e0e8", "soft": "#888890", "fill": "#2a2f42", "first": "#8fb0ff", "second": "#ffb070"},
+    "light": {
+        "ink": "#222222",
+        "soft": "#888888",
+        "fill": "#eef2fb",
+        "first": "#3050a0",
+        "second": "#b05010",
+    },
+    "dark": {
+        "ink": "#e0e0e8",
+        "soft": "#888890",
+        "fill": "#2a2f42",
+        "first": "#8fb0ff",
+        "second": "#ffb070",
+    },
 }
 """Colours by theme; the background is the page's."""
 
@@ -46,13 +58,17 @@ STATES = {
 def write(folder: Path, name: str, size: tuple[float, float], draw: Draw) -> None:
     """Draw once for each theme, as ``NAME-light.svg`` and ``NAME-dark.svg``."""
     for theme, colours in THEMES.items():
-        ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), colours["ink"])
+        ink = dict.fromkeys(
+            ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), colours["ink"]
+        )
         style = {"svg.hashsalt": name, "font.size": 10, "axes.edgecolor": colours["soft"], **ink}
         with rc_context(style):
             figure = Figure(figsize=size, dpi=72, layout="constrained")  # an SVG's own dpi
             draw(figure, colours)
             figure.draw_without_rendering()  # arrows need to know where boxes end, and lie under them
-            figure.savefig(folder / f"{name}-{theme}.svg", transparent=True, metadata={"Date": None})
+            figure.savefig(
+                folder / f"{name}-{theme}.svg", transparent=True, metadata={"Date": None}
+            )
 
 
 def picture(name: str, told: str, folder: str = "") -> str:
@@ -126,7 +142,9 @@ def reduced(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
     """The graph less the edges that a longer path implies."""
 
     def reach(start: str) -> set[str]:
-        return graph[start].union(*(reach(other) for other in graph[start])) if graph[start] else set()
+        return (
+            graph[start].union(*(reach(other) for other in graph[start])) if graph[start] else set()
+        )
 
     return {
         name: {one for one in ones if not any(one in reach(other) for other in ones - {one})}
@@ -168,7 +186,11 @@ def rows_of(graph: Mapping[str, set[str]]) -> list[list[str]]:
 def draw_imports(graph: Mapping[str, set[str]]) -> Draw:
     """A row for each depth, an arrow from importer to imported."""
     rows, level = rows_of(graph), depths(graph)
-    where = {name: ((i + 0.5) / len(row), float(y)) for y, row in enumerate(rows) for i, name in enumerate(row)}
+    where = {
+        name: ((i + 0.5) / len(row), float(y))
+        for y, row in enumerate(rows)
+        for i, name in enumerate(row)
+    }
 
     def draw(figure: Any, colours: Colours) -> None:
         axes = figure.subplots()
@@ -236,7 +258,9 @@ def draw_states(found: Mapping[tuple[tuple[bool, bool], tuple[bool, bool]], set[
             across, down = (far - x) * figure.get_figwidth(), (low - y) * figure.get_figheight()
             bow = -BOW if across and down else BOW  # a diagonal keeps away from the row below
             _arrow(axes, boxes[source], boxes[target], colours["soft"], bow)
-            away = bow / 2 + (0.06 if across else 0.14)  # its bow and room, as a share of its length
+            away = bow / 2 + (
+                0.06 if across else 0.14
+            )  # its bow and room, as a share of its length
             label = (
                 (x + far) / 2 + away * down / figure.get_figwidth(),
                 (y + low) / 2 - away * across / figure.get_figheight(),
@@ -266,8 +290,14 @@ def draw_schema(schema: pa.Schema) -> Draw:
             kind = field.type
             style = {"facecolor": colours["fill"], "edgecolor": colours["first"]}
             axes.add_patch(Rectangle((x + 0.02, y + 0.06), 0.96, leaves(kind) - 0.12, **style))
-            named = "fixed_size_list[2]" if pa.types.is_fixed_size_list(kind) else str(kind).split("<")[0]
-            told = f"{field.name}\n{named}" + ("" if field.nullable else "\nnot null" if x == 0 else "")
+            named = (
+                "fixed_size_list[2]"
+                if pa.types.is_fixed_size_list(kind)
+                else str(kind).split("<")[0]
+            )
+            told = f"{field.name}\n{named}" + (
+                "" if field.nullable else "\nnot null" if x == 0 else ""
+            )
             axes.text(x + 0.5, y + leaves(kind) / 2, told, ha="center", va="center", fontsize=9)
             for i in range(kind.num_fields):
                 bar(kind.field(i), x + 1, y + sum(leaves(kind.field(k).type) for k in range(i)))
@@ -298,7 +328,9 @@ def draw_training(training: Training) -> Draw:
     def draw(figure: Any, colours: Colours) -> None:
         left = figure.subplots()
         right = left.twinx()
-        left.plot([row["step"] for row in rows], [row["loss"] for row in rows], color=colours["first"])
+        left.plot(
+            [row["step"] for row in rows], [row["loss"] for row in rows], color=colours["first"]
+        )
         right.plot(*zip(*scores, strict=True), "o-", color=colours["second"])
         left.set(xlabel="step", ylim=(0, None))
         left.set_ylabel("training loss", color=colours["first"])
@@ -316,7 +348,13 @@ def draw_spectrum(training: Training) -> Draw:
         for part, colour in (("query", "first"), ("value", "second")):
             for module, found in facts.items():
                 if module.endswith(part):
-                    axes.plot(range(1, len(found.spectrum) + 1), found.spectrum, ".-", color=colours[colour], alpha=0.6)
+                    axes.plot(
+                        range(1, len(found.spectrum) + 1),
+                        found.spectrum,
+                        ".-",
+                        color=colours[colour],
+                        alpha=0.6,
+                    )
             axes.plot([], [], color=colours[colour], label=f"{part}, layers 0 to 5")
         axes.set(xlabel="index", ylabel="singular value of ΔW", ylim=(0, None))
         axes.legend(frameon=False)
@@ -324,7 +362,9 @@ def draw_spectrum(training: Training) -> Draw:
     return draw
 
 
-def routed(engine: lora.ArrowEngine, size: int = 240) -> tuple[list[float], list[float], Calibration]:
+def routed(
+    engine: lora.ArrowEngine, size: int = 240
+) -> tuple[list[float], list[float], Calibration]:
     """Best scores of queries about modules that a skill does not hold, of queries about other things, and a threshold."""
     pairs = docstring_pairs()
     known, rest = pairs.split(0.6, seed=0)
@@ -353,9 +393,26 @@ def draw_routing(known: list[float], unknown: list[float], threshold: float) -> 
     def draw(figure: Any, colours: Colours) -> None:
         axes = figure.subplots()
         bins = np.linspace(min(known + unknown), 1.0, 40)
-        axes.hist(known, bins, color=colours["first"], alpha=0.7, label="known: unseen modules of the library")
-        axes.hist(unknown, bins, color=colours["second"], alpha=0.7, label="unknown: questions about other things")
-        axes.axvline(threshold, color=colours["ink"], linestyle="--", label=f"calibrated threshold {threshold:.2f}")
+        axes.hist(
+            known,
+            bins,
+            color=colours["first"],
+            alpha=0.7,
+            label="known: unseen modules of the library",
+        )
+        axes.hist(
+            unknown,
+            bins,
+            color=colours["second"],
+            alpha=0.7,
+            label="unknown: questions about other things",
+        )
+        axes.axvline(
+            threshold,
+            color=colours["ink"],
+            linestyle="--",
+            label=f"calibrated threshold {threshold:.2f}",
+        )
         axes.set(xlabel="cosine similarity to the nearest example", ylabel="queries")
         figure.legend(frameon=False, loc="outside upper left")
 
@@ -367,14 +424,29 @@ BOW = 0.16
 
 
 def _box(axes: Any, place: tuple[float, float], text: str, colours: Colours) -> Any:
-    style = {"boxstyle": "round,pad=0.4", "facecolor": colours["fill"], "edgecolor": colours["first"]}
+    style = {
+        "boxstyle": "round,pad=0.4",
+        "facecolor": colours["fill"],
+        "edgecolor": colours["first"],
+    }
     return axes.text(*place, text, ha="center", va="center", bbox=style, zorder=2)
 
 
 def _arrow(axes: Any, start: Any, end: Any, colour: str, bow: float) -> None:
     """From the edge of one box to that of another."""
-    ends = {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch(), "shrinkA": 1, "shrinkB": 1}
-    line = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 0.9, "color": colour, "zorder": 1}
+    ends = {
+        "patchA": start.get_bbox_patch(),
+        "patchB": end.get_bbox_patch(),
+        "shrinkA": 1,
+        "shrinkB": 1,
+    }
+    line = {
+        "arrowstyle": "-|>",
+        "mutation_scale": 9,
+        "linewidth": 0.9,
+        "color": colour,
+        "zorder": 1,
+    }
     style = f"arc3,rad={bow}"
     places = start.get_position(), end.get_position()
     axes.add_patch(FancyArrowPatch(*places, connectionstyle=style, **ends, **line))
@@ -394,4 +466,6 @@ def draw_all(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(__file__).parent, "picture", (7.2, 3.8), draw_whole)  # the README's, which lies in the repository
+    write(
+        Path(__file__).parent, "picture", (7.2, 3.8), draw_whole
+    )  # the README's, which lies in the repository

@@ -27,16 +27,64 @@ COMPARED: Sequence[tuple[str, str, str, str, str]] = (
     ("forward", SMALL, "LoRALinear", "PEFT", "forward of 128 tokens, rank 8 on query and value"),
     ("forward", WIDE, "LoRALinear", "PEFT", "forward of 128 tokens, rank 16 on all Linears"),
     ("forward", WIDE, "folded", "PEFT", "forward of 128 tokens, rank 16, folded (PEFT not merged)"),
-    ("forward", "32 adapters over 32 rows of 64 tokens, r8 q,v", "ours", "PEFT", "forward of 32 texts, 32 adapters"),
-    ("lifecycle", "load a card, 224 modules", "lora.load", "safetensors", "load a card of 224 modules"),
+    (
+        "forward",
+        "32 adapters over 32 rows of 64 tokens, r8 q,v",
+        "ours",
+        "PEFT",
+        "forward of 32 texts, 32 adapters",
+    ),
+    (
+        "lifecycle",
+        "load a card, 224 modules",
+        "lora.load",
+        "safetensors",
+        "load a card of 224 modules",
+    ),
     ("lifecycle", "load a card, r8 q,v", "lora.load", "safetensors", "load a card of 12 modules"),
-    ("lifecycle", "load a card, r8 q,v", "lora.load", "PEFT load_adapter", "load a card of 12 modules"),
-    ("lifecycle", "apply to 12 layers, r8 q,v", "apply", "PEFT inject", "apply a card of 12 modules, not folded"),
-    ("lifecycle", "apply to 12 layers, r8 q,v", "apply, folded", "PEFT inject", "apply a card of 12 modules, folded"),
+    (
+        "lifecycle",
+        "load a card, r8 q,v",
+        "lora.load",
+        "PEFT load_adapter",
+        "load a card of 12 modules",
+    ),
+    (
+        "lifecycle",
+        "apply to 12 layers, r8 q,v",
+        "apply",
+        "PEFT inject",
+        "apply a card of 12 modules, not folded",
+    ),
+    (
+        "lifecycle",
+        "apply to 12 layers, r8 q,v",
+        "apply, folded",
+        "PEFT inject",
+        "apply a card of 12 modules, folded",
+    ),
     ("lifecycle", "swap, r8 q,v", "swap", "PEFT set_adapter", "swap to a set that is prepared"),
-    ("throughput", "encode 2,000 sentences", "engine.encode", "sentence-transformers", "encode 2,000 sentences"),
-    ("merge_extract", "merge 3 cards of rank 16, 768 x 768", "merge", "PEFT svd", "merge three cards of rank 16"),
-    ("training", "a step of 64 pairs", "LoRATrainer", "PEFT in a loop", "training step of 64 pairs of texts"),
+    (
+        "throughput",
+        "encode 2,000 sentences",
+        "engine.encode",
+        "sentence-transformers",
+        "encode 2,000 sentences",
+    ),
+    (
+        "merge_extract",
+        "merge 3 cards of rank 16, 768 x 768",
+        "merge",
+        "PEFT svd",
+        "merge three cards of rank 16",
+    ),
+    (
+        "training",
+        "a step of 64 pairs",
+        "LoRATrainer",
+        "PEFT in a loop",
+        "training step of 64 pairs of texts",
+    ),
 )
 """What the README tells: script, figure, side, peer, and its name there."""
 
@@ -58,13 +106,17 @@ def summary(report: Report) -> str:
     """The table of the README."""
     lines = ["| what | beside | figure (95 % interval) |", "|---|---|---|"]
     for script, what, side, peer, name in COMPARED:
-        found = [row for row in rows_of(report, script, what=what, side=side) if row["beside"] == peer]
+        found = [
+            row for row in rows_of(report, script, what=what, side=side) if row["beside"] == peer
+        ]
         if found:
             _, figure, interval, _, _ = shown(found[0])
             told = figure if found[0]["kind"] == "times faster" else f"{figure} its time"
             lines.append(f"| {name} | {peer} | {told} ({interval}) |")
         else:  # an overhead, and that of the peer
-            (ours,), (theirs,) = (list(rows_of(report, script, what=what, side=one)) for one in (side, peer))
+            (ours,), (theirs,) = (
+                list(rows_of(report, script, what=what, side=one)) for one in (side, peer)
+            )
             _, figure, interval, _, _ = shown(ours)
             lines.append(
                 f"| {name} | {peer} | {figure} ({interval}) over its base; {peer} {shown(theirs)[1]} over its |"
@@ -101,7 +153,11 @@ def page(report: Report) -> str:
         ]
         lines += ["", "| what | figure | 95 % interval | target | met |", "|---|---|---|---|---|"]
         lines += ["| " + " | ".join(shown(row)) + " |" for row in part["rows"]]
-        lines += [line for name, title in CHARTS.get(script, {}).items() for line in ("", picture(name, title))]
+        lines += [
+            line
+            for name, title in CHARTS.get(script, {}).items()
+            for line in ("", picture(name, title))
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -126,25 +182,39 @@ def draw_overhead(report: Report) -> Draw:
     """A panel for each kind of card, a line for each side."""
 
     def draw(figure: Any, colours: Colours) -> None:
-        kinds = sorted({row["adapter"] for row in rows_of(report, "forward", side="folded")}, reverse=True)
-        for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        kinds = sorted(
+            {row["adapter"] for row in rows_of(report, "forward", side="folded")}, reverse=True
+        )
+        for axes, kind in zip(
+            figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True
+        ):
             for side, colour, mark in (
                 ("PEFT", "second", "s-"),
                 ("LoRALinear", "first", "o--"),
                 ("folded", "first", "o-"),
             ):
                 found = [
-                    row for row in rows_of(report, "forward", side=side, adapter=kind) if row["what"].startswith("one")
+                    row
+                    for row in rows_of(report, "forward", side=side, adapter=kind)
+                    if row["what"].startswith("one")
                 ]
                 places = [row["tokens"] for row in found]
-                axes.plot(places, [100 * row["value"] for row in found], mark, color=colours[colour], label=side)
+                axes.plot(
+                    places,
+                    [100 * row["value"] for row in found],
+                    mark,
+                    color=colours[colour],
+                    label=side,
+                )
                 ends = [[100 * row["interval"][end] for row in found] for end in (0, 1)]
                 axes.fill_between(places, *ends, color=colours[colour], alpha=0.15, linewidth=0)
             axes.axhline(0, color=colours["soft"], linewidth=0.8)
             axes.set(xscale="log", xlabel="tokens", title=kind)
             axes.set_xticks(places, [f"{place:,}" for place in places], minor=False)
             axes.minorticks_off()
-        highest = max(row["value"] for row in rows_of(report, "forward", side="PEFT", group="forward"))
+        highest = max(
+            row["value"] for row in rows_of(report, "forward", side="PEFT", group="forward")
+        )
         figure.axes[0].set(ylabel="overhead over the base model, %", ylim=(-10, 120 * highest))
         figure.axes[0].legend(frameon=False)
 
@@ -160,12 +230,18 @@ def draw_rows(report: Report) -> Draw:
         axes = figure.subplots()
         for shift, side, colour in ((0.2, "ours", "first"), (-0.2, "PEFT", "second")):
             values = [
-                100 * row["value"] for name in names for row in found if (row["what"], row["side"]) == (name, side)
+                100 * row["value"]
+                for name in names
+                for row in found
+                if (row["what"], row["side"]) == (name, side)
             ]
             places = [len(names) - i + shift for i in range(len(names))]
             bars = axes.barh(places, values, 0.38, color=colours[colour], label=side)
             axes.bar_label(bars, fmt="%+.0f %%", padding=3, color=colours["ink"])
-        axes.set_yticks([len(names) - i for i in range(len(names))], [name.replace(", ", ",\n") for name in names])
+        axes.set_yticks(
+            [len(names) - i for i in range(len(names))],
+            [name.replace(", ", ",\n") for name in names],
+        )
         axes.set(xlabel="overhead over the base model, %")
         axes.margins(x=0.15)
         figure.legend(frameon=False, loc="outside upper right", ncols=2)
@@ -182,7 +258,9 @@ def draw_lifecycle(report: Report) -> Draw:
         for i, row in enumerate(reversed(found)):
             axes.plot(row["interval"], [i, i], color=colours["first"], linewidth=3)
             axes.plot(row["value"], i, "o", color=colours["first"])
-            axes.plot(row["target"], i, "|", color=colours["second"], markersize=14, markeredgewidth=2)
+            axes.plot(
+                row["target"], i, "|", color=colours["second"], markersize=14, markeredgewidth=2
+            )
         names = [f"{row['what']}\nof {row['beside']}" for row in reversed(found)]
         axes.set_yticks(range(len(found)), names, fontsize=8)
         axes.axvline(1, color=colours["soft"], linewidth=0.8)
@@ -200,7 +278,13 @@ def draw_present(report: Report) -> Draw:
         for of, mark in lines.items():
             found = list(rows_of(report, "lifecycle", of=of, unit="ms"))
             colour = colours["second" if of.startswith("PEFT") else "first"]
-            axes.plot([row["present"] for row in found], [row["value"] for row in found], mark, color=colour, label=of)
+            axes.plot(
+                [row["present"] for row in found],
+                [row["value"] for row in found],
+                mark,
+                color=colour,
+                label=of,
+            )
         axes.set(xscale="log", yscale="log", xlabel="cards present", ylabel="milliseconds")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -223,7 +307,12 @@ def draw_growth(report: Report, unit: str) -> Draw:
             points = [row for row in found if (row["line"], row["against"]) == (name, against)]
             sizes = [row["size"] for row in points]
             axes.plot(sizes, [size / sizes[0] for size in sizes], ":", color=colours["soft"])
-            axes.plot(sizes, [row["value"] / points[0]["value"] for row in points], "o-", color=colours["first"])
+            axes.plot(
+                sizes,
+                [row["value"] / points[0]["value"] for row in points],
+                "o-",
+                color=colours["first"],
+            )
             axes.set(xscale="log", yscale="log", xlabel=against)
             axes.minorticks_off()
             for axis, most in ((axes.xaxis, sizes[-1]), (axes.yaxis, sizes[-1] / sizes[0])):

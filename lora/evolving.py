@@ -105,7 +105,9 @@ def distil(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
     check(kind, KINDS["distil"], parameters)
     engine = ArrowEngine.from_pretrained(parameters["model"])
     options = {key: parameters[key] for key in ("rank", "alpha", "seed") if key in parameters}
-    distiller = watching(engine, parameters["documents"], max_steps=parameters.get("steps"), **options)
+    distiller = watching(
+        engine, parameters["documents"], max_steps=parameters.get("steps"), **options
+    )
     best = next((outcome.card for outcome in outcomes(distiller) if outcome.card is not None), None)
     if best is None:
         return None

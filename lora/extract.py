@@ -235,7 +235,9 @@ class _How:
         if self.method not in METHODS:
             raise ArgumentError("extract: method", " or ".join(METHODS), shown(self.method))
         object.__setattr__(self, "seed", integer(self.seed, "extract: seed", 0))
-        object.__setattr__(self, "oversampling", integer(self.oversampling, "extract: oversampling", 1))
+        object.__setattr__(
+            self, "oversampling", integer(self.oversampling, "extract: oversampling", 1)
+        )
         if self.dtype is not None and self.dtype not in tuple(DTYPES):
             raise ArgumentError("extract: dtype", f"one of {', '.join(DTYPES)}", shown(self.dtype))
 
@@ -268,19 +270,28 @@ def _extract(
     if not pairs:
         raise ArgumentError(
             f"extract: card {name!r}",
-            "weights of Linears that differ" if len(models) > 1 else "weights of Linears that are not zero",
+            "weights of Linears that differ"
+            if len(models) > 1
+            else "weights of Linears that are not zero",
             f"none among the {len(modules)} targeted modules",
             "there is nothing to put into a card: see that the right models and target_modules were given",
         )
     widest = max((pair.dtype for pair in pairs.values()), key=lambda dtype: dtype.itemsize)
-    weights = {module: LowRank(p.A.astype(widest), p.B.astype(widest), 1.0) for module, p in pairs.items()}
+    weights = {
+        module: LowRank(p.A.astype(widest), p.B.astype(widest), 1.0) for module, p in pairs.items()
+    }
     rank = max(pair.rank for pair in weights.values())
-    record: dict[str, Any] = {"kind": "delta" if len(models) > 1 else "direct", "method": how.method}
+    record: dict[str, Any] = {
+        "kind": "delta" if len(models) > 1 else "direct",
+        "method": how.method,
+    }
     if how.method == "randomized":
         record |= {"seed": how.seed, "oversampling": how.oversampling}
     fingerprint = _fingerprint(models[0], pairs) if len(models) > 1 else None
     metadata = {"extract": {**record, "modules": records}}
-    return LoRACard(name, rank, float(rank), targets, weights, metadata, base_fingerprint=fingerprint)
+    return LoRACard(
+        name, rank, float(rank), targets, weights, metadata, base_fingerprint=fingerprint
+    )
 
 
 def _fingerprint(base: Mapping[str, Any], modules: Iterable[str]) -> str:
@@ -289,7 +300,9 @@ def _fingerprint(base: Mapping[str, Any], modules: Iterable[str]) -> str:
     for module in sorted(modules):
         weight = _array(base[_key(module)], _key(module))
         weight = np.ascontiguousarray(weight, weight.dtype.newbyteorder("="))
-        sha.update(f"{module}\0{weight.dtype.name}\0{weight.shape}\0".encode(errors="surrogatepass"))
+        sha.update(
+            f"{module}\0{weight.dtype.name}\0{weight.shape}\0".encode(errors="surrogatepass")
+        )
         sha.update(weight.view(np.uint8).data)
     return sha.hexdigest()
 
@@ -301,7 +314,9 @@ def _mapping(weights: Weights, role: str) -> Mapping[str, Any]:
     if isinstance(weights, Mapping):
         return weights
     if not isinstance(weights, Model):
-        raise ArgumentError(f"extract: {role}", "a mapping of weights or a model", type(weights).__name__)
+        raise ArgumentError(
+            f"extract: {role}", "a mapping of weights or a model", type(weights).__name__
+        )
     return weights.state_dict()
 
 
@@ -321,7 +336,12 @@ def _targeted(models: tuple[Mapping[str, Any], ...], targets: tuple[str, ...]) -
         missing = [_key(module) for module in modules if _key(module) not in model]
         if missing:
             hint = "give both models one naming, or leave these modules out of target_modules"
-            raise TargetError(f"extract: {role}", "every weight that the other model has", f"no {missing[:5]}", hint)
+            raise TargetError(
+                f"extract: {role}",
+                "every weight that the other model has",
+                f"no {missing[:5]}",
+                hint,
+            )
     return modules
 
 
@@ -338,12 +358,16 @@ def _matrices(models: tuple[Mapping[str, Any], ...], key: str, *, explicit: bool
     arrays = [_array(model[key], key) for model in models]
     if len({array.shape for array in arrays}) > 1:
         hint = "these are not two versions of one model"
-        raise ShapeError(f"extract: tuned {key!r}", f"the base's shape {arrays[0].shape}", arrays[1].shape, hint)
+        raise ShapeError(
+            f"extract: tuned {key!r}", f"the base's shape {arrays[0].shape}", arrays[1].shape, hint
+        )
     if arrays[0].ndim == 2 and 0 not in arrays[0].shape:
         return arrays
     if explicit:
         hint = "a factor pair stands for a Linear's weight: leave this module out of target_modules"
-        raise ShapeError(f"extract: {key!r}", "a matrix (out, in), not empty", f"shape {arrays[0].shape}", hint)
+        raise ShapeError(
+            f"extract: {key!r}", "a matrix (out, in), not empty", f"shape {arrays[0].shape}", hint
+        )
     return []
 
 
@@ -354,10 +378,14 @@ def _array(weight: Any, key: str) -> Array:
             narrow = str(tensor.dtype) == "torch.bfloat16"  # which NumPy lacks
             weight = tensor.float().numpy().astype(DTYPES["bfloat16"]) if narrow else tensor.numpy()
         except (AttributeError, TypeError, RuntimeError) as error:
-            raise ArgumentError(f"extract: {key!r}", "a NumPy array or a tensor", type(weight).__name__) from error
+            raise ArgumentError(
+                f"extract: {key!r}", "a NumPy array or a tensor", type(weight).__name__
+            ) from error
     if weight.dtype.newbyteorder("=") not in DTYPES.values():
         hint = "dequantise the model first"
-        raise ArgumentError(f"extract: {key!r}", f"a dtype of {', '.join(DTYPES)}", weight.dtype, hint)
+        raise ArgumentError(
+            f"extract: {key!r}", f"a dtype of {', '.join(DTYPES)}", weight.dtype, hint
+        )
     array: Array = weight
     return array
 
@@ -372,19 +400,27 @@ def _one(
     arrays = _matrices(models, _key(module), explicit=explicit)
     if not arrays:
         return None
-    precise = np.result_type(np.float32, *(array.dtype for array in arrays if array.dtype.itemsize > 2))
+    precise = np.result_type(
+        np.float32, *(array.dtype for array in arrays if array.dtype.itemsize > 2)
+    )
     work = np.dtype(np.float64) if how.method == "full" else precise
     arrays = [array.astype(work, copy=False) for array in arrays]
     with np.errstate(over="ignore", invalid="ignore"):
         matrix = arrays[0].copy() if len(arrays) == 1 else arrays[1] - arrays[0]
     largest = float(max(matrix.max(), -matrix.min()))  # which NaN and infinities come out of
     if not np.isfinite(largest):
-        raise ArgumentError(f"extract: {_key(module)!r}", "finite weights and differences", "NaN or infinity")
+        raise ArgumentError(
+            f"extract: {_key(module)!r}", "finite weights and differences", "NaN or infinity"
+        )
     half = (int(np.frexp(largest)[1]) + 1) // 2
     scale = matrix.dtype.type(2.0**-half)
     matrix *= scale
     matrix *= scale  # near 1, by a power of 4: no square of it over- or underflows
-    return _approximated(matrix, half, module, how, DTYPES[how.dtype or precise.name]) if largest else None
+    return (
+        _approximated(matrix, half, module, how, DTYPES[how.dtype or precise.name])
+        if largest
+        else None
+    )
 
 
 def _approximated(
@@ -398,7 +434,12 @@ def _approximated(
         b = np.ldexp(root[:, None] * svd.u[:, :rank].T, half).astype(dtype)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         hint = "choose a wider dtype"
-        raise ArgumentError(f"extract: module {module!r}", f"factors within the range of {dtype}", "larger ones", hint)
+        raise ArgumentError(
+            f"extract: module {module!r}",
+            f"factors within the range of {dtype}",
+            "larger ones",
+            hint,
+        )
     residual = np.ldexp(b.astype(wide), -half).T @ np.ldexp(a.astype(wide), -half).T
     residual -= matrix
     error = float(np.linalg.norm(residual) / np.linalg.norm(matrix))
@@ -407,14 +448,18 @@ def _approximated(
 
 def _exact(matrix: Array, module: str, how: _How) -> tuple[_SVD, int]:  # noqa: ARG001 - the same for any module
     u, s, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
-    s = np.where(s > s[0] * max(matrix.shape) * np.finfo(np.float64).eps, s, 0.0)  # what is less is rounding
+    s = np.where(
+        s > s[0] * max(matrix.shape) * np.finfo(np.float64).eps, s, 0.0
+    )  # what is less is rounding
     svd = _SVD(u, s, v)
     return svd, _rank(svd, how.rank) or len(s)
 
 
 def _randomized(matrix: Array, module: str, how: _How) -> tuple[_SVD, int]:
     """As `_exact`, from a subspace wide enough for the rank; of all columns once that is no less work."""
-    rng = np.random.default_rng([how.seed, *hashlib.sha256(module.encode(errors="surrogatepass")).digest()])
+    rng = np.random.default_rng(
+        [how.seed, *hashlib.sha256(module.encode(errors="surrogatepass")).digest()]
+    )
     guess = how.rank if isinstance(how.rank, int) else 8
     while (width := how.oversampling * guess) < min(matrix.shape):
         svd = _subspace(matrix, width, rng)
@@ -431,7 +476,9 @@ def _subspace(matrix: Array, width: int, rng: np.random.Generator) -> _SVD:
     for _ in range(POWER_ITERATIONS):
         basis = thin_qr(matrix.T @ basis)[0]
         basis = thin_qr(matrix @ basis)[0]
-    long, small = thin_qr(matrix.T @ basis)  # the SVD of the small triangle takes a fifth of that of the long side
+    long, small = thin_qr(
+        matrix.T @ basis
+    )  # the SVD of the small triangle takes a fifth of that of the long side
     v, s, u = np.linalg.svd(small, full_matrices=False)
     return _SVD(basis @ u.T, s, (long @ v).T)
 
@@ -441,7 +488,9 @@ def _rank(svd: _SVD, rule: Rank, whole: Array | None = None) -> int | None:
     if isinstance(rule, int):
         return min(rule, int(np.count_nonzero(svd.s)))
     rest = 0.0 if whole is None else float(np.linalg.norm(whole - (svd.u * svd.s) @ svd.v)) ** 2
-    tails = np.cumsum(np.append(svd.s.astype(np.float64) ** 2, rest)[::-1])[::-1]  # energy outside the first 0, 1, …
+    tails = np.cumsum(np.append(svd.s.astype(np.float64) ** 2, rest)[::-1])[
+        ::-1
+    ]  # energy outside the first 0, 1, …
     allowed = tails[0] * (1 - rule.share if isinstance(rule, Energy) else rule.bound**2)
     enough = np.flatnonzero(tails[1:] <= allowed)
     return int(enough[0]) + 1 if enough.size else None

@@ -39,7 +39,9 @@ class Uncalled(nn.Module):
 
 
 _SCALARS = frozenset({bool, int, float, str, type(None)})
-_CONTAINERS = frozenset({dict, OrderedDict, list, set})  # the usual ones, told and copied four times faster
+_CONTAINERS = frozenset(
+    {dict, OrderedDict, list, set}
+)  # the usual ones, told and copied four times faster
 _HELD = (Tensor, np.ndarray, dict, list, deque, set, tuple)
 
 
@@ -53,7 +55,9 @@ class Own:
     """
 
     def __init__(self) -> None:
-        self._twins: dict[int, tuple[Any, Any]] = {}  # id -> (original, which keeps the id taken; twin)
+        self._twins: dict[
+            int, tuple[Any, Any]
+        ] = {}  # id -> (original, which keeps the id taken; twin)
 
     def __call__(self, value: Any) -> Any:  # noqa: D102
         if type(value) in _SCALARS:
@@ -227,7 +231,9 @@ class TrainableLinear(nn.Linear):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, base: nn.Linear, pair: LowRank, *, dropout: float = 0.0, own: Own | None = None) -> None:
+    def __init__(
+        self, base: nn.Linear, pair: LowRank, *, dropout: float = 0.0, own: Own | None = None
+    ) -> None:
         check_linear(base, "base")
         check_fit(base, pair, "pair")
         if not 0 <= dropout < 1:
@@ -275,7 +281,9 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """
     inner, flat = x.reshape(-1, x.shape[-1]) @ a, out.reshape(-1, out.shape[-1])
     if torch.is_inference_mode_enabled():
-        return flat.addmm_(inner, b.to(inner.dtype)).reshape(out.shape)  # autocast leaves what is in place alone
+        return flat.addmm_(inner, b.to(inner.dtype)).reshape(
+            out.shape
+        )  # autocast leaves what is in place alone
     return torch.addmm(flat, inner, b).reshape(out.shape)
 
 
@@ -315,7 +323,9 @@ def stacked(terms: Terms, weight: Tensor) -> tuple[Tensor, Tensor]:
     if not live:
         return weight.new_empty((weight.shape[1], 0)), weight.new_empty((0, weight.shape[0]))
     pair = concat(live, dtype=np.float64 if weight.dtype == torch.float64 else None)
-    return tuple(torch.tensor(factor).to(weight.device, weight.dtype) for factor in (pair.A, pair.B))  # type: ignore[return-value]
+    return tuple(
+        torch.tensor(factor).to(weight.device, weight.dtype) for factor in (pair.A, pair.B)
+    )  # type: ignore[return-value]
 
 
 def folded(layer: LoRALinear, own: Own | None = None) -> nn.Linear:
@@ -325,7 +335,9 @@ def folded(layer: LoRALinear, own: Own | None = None) -> nn.Linear:
     """
     linear = shared_copy(layer, nn.Linear, own)
     del linear.terms, linear.lora_A, linear.lora_B, linear.many
-    linear.weight = nn.Parameter(added(layer.weight, layer.lora_A, layer.lora_B), requires_grad=False)
+    linear.weight = nn.Parameter(
+        added(layer.weight, layer.lora_A, layer.lora_B), requires_grad=False
+    )
     return linear
 
 
@@ -375,10 +387,19 @@ def check_linear(module: nn.Module, where: str) -> None:
 
     Requirements: R3.14
     """
-    plain = isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, LoRALinear.forward)
-    if not plain or not {"weight", "bias"} <= module._parameters.keys() or "forward" in module.__dict__:
+    plain = isinstance(module, nn.Linear) and type(module).forward in (
+        nn.Linear.forward,
+        LoRALinear.forward,
+    )
+    if (
+        not plain
+        or not {"weight", "bias"} <= module._parameters.keys()
+        or "forward" in module.__dict__
+    ):
         raise UnsupportedModelError(
-            f"module {where!r}", "a Linear with nn.Linear's own forward, weight and bias", type(module).__name__
+            f"module {where!r}",
+            "a Linear with nn.Linear's own forward, weight and bias",
+            type(module).__name__,
         )
 
 

@@ -68,13 +68,17 @@ def apply(x: Array, pairs: Iterable[tuple[LowRank, float]]) -> Array:
     """
     pair = concat(pairs, dtype=_widened(x.dtype))
     if x.ndim < 1 or x.shape[-1] != pair.in_features:
-        raise ShapeError("input of a factor pair", f"last dimension {pair.in_features}", f"shape {x.shape}")
+        raise ShapeError(
+            "input of a factor pair", f"last dimension {pair.in_features}", f"shape {x.shape}"
+        )
     with np.errstate(over="ignore", invalid="ignore"):
         product: Array = x.astype(pair.dtype) @ pair.A @ pair.B
     return product
 
 
-def concat(pairs: Iterable[tuple[LowRank, float]], *, dtype: np.dtype[Any] | type | None = None) -> LowRank:
+def concat(
+    pairs: Iterable[tuple[LowRank, float]], *, dtype: np.dtype[Any] | type | None = None
+) -> LowRank:
     """One pair that does what the weighted sum of all does: ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …; wₙsₙBₙ]``, scaling 1.
 
     The rank is the sum of ranks. Pairs of weight 0 are left out, so that 0 · NaN adds nothing; if none is left the result
@@ -100,10 +104,14 @@ def concat(pairs: Iterable[tuple[LowRank, float]], *, dtype: np.dtype[Any] | typ
                 f"in -> out of {first.in_features} -> {first.out_features}",
                 f"{pair.in_features} -> {pair.out_features}",
             )
-    wide = np.result_type(np.float32, dtype or np.float32, *(_widened(pair.dtype) for pair, _ in terms))
+    wide = np.result_type(
+        np.float32, dtype or np.float32, *(_widened(pair.dtype) for pair, _ in terms)
+    )
     live = [(pair, weight) for pair, weight in terms if weight != 0]
     if not live:
-        return LowRank(np.zeros((first.in_features, 1), wide), np.zeros((1, first.out_features), wide), 1.0)
+        return LowRank(
+            np.zeros((first.in_features, 1), wide), np.zeros((1, first.out_features), wide), 1.0
+        )
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = [_scaled(pair, weight, wide) for pair, weight in live]
     return LowRank(_frozen([pair.A.astype(wide) for pair, _ in live], 1), _frozen(scaled, 0), 1.0)

@@ -19,7 +19,15 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from lora.card import DTYPES, Array, LoRACard, LowRank, check_card, finite, integer
-from lora.errors import ArgumentError, BaseModelError, CardError, ConflictError, ShapeError, TargetError, shown
+from lora.errors import (
+    ArgumentError,
+    BaseModelError,
+    CardError,
+    ConflictError,
+    ShapeError,
+    TargetError,
+    shown,
+)
 from lora.lowrank import delta, thin_qr
 
 EPSILON = float(np.finfo(np.float64).eps)
@@ -66,7 +74,9 @@ class Slerp:
     t: float = 0.5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "t", _between(self.t, "slerp: t", "a number from 0 to 1", closed=True))
+        object.__setattr__(
+            self, "t", _between(self.t, "slerp: t", "a number from 0 to 1", closed=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +95,9 @@ class Ties:
     elect: str = "mass"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "density", _between(self.density, "ties: density", "the share kept, > 0 and <= 1"))
+        object.__setattr__(
+            self, "density", _between(self.density, "ties: density", "the share kept, > 0 and <= 1")
+        )
         if self.elect not in ("mass", "count"):
             raise ArgumentError("ties: elect", "'mass' or 'count'", shown(self.elect))
 
@@ -104,7 +116,9 @@ class Dare:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "density", _between(self.density, "dare: density", "the share kept, > 0 and <= 1"))
+        object.__setattr__(
+            self, "density", _between(self.density, "dare: density", "the share kept, > 0 and <= 1")
+        )
         object.__setattr__(self, "seed", integer(self.seed, "dare: seed"))
 
 
@@ -220,7 +234,11 @@ def merge(
     rows: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
     for module in sorted({module for card in given for module in card.weights}):
-        terms = [_Term(card.name, card.weights[module], weight) for card, weight in parents if module in card.weights]
+        terms = [
+            _Term(card.name, card.weights[module], weight)
+            for card, weight in parents
+            if module in card.weights
+        ]
         row, errors[module] = _merged(strategy, module, terms, limit, dtype)
         if row is not None:
             rows[module] = row
@@ -228,12 +246,23 @@ def merge(
     told = {
         "strategy": next(key for key, kind in STRATEGIES.items() if isinstance(strategy, kind)),
         "options": asdict(strategy),
-        "parents": [{"name": name, "digest": sha, "weight": weight} for name, sha, weight, _ in keyed],
+        "parents": [
+            {"name": name, "digest": sha, "weight": weight} for name, sha, weight, _ in keyed
+        ],
         "error": errors,
     }
     largest = max((row.rank for row in rows.values()), default=1)
     base_model, fingerprint = _base(given, rows.keys(), targets)
-    return LoRACard(name, largest, float(largest), tuple(targets), rows, {"merge": told}, base_model, fingerprint)
+    return LoRACard(
+        name,
+        largest,
+        float(largest),
+        tuple(targets),
+        rows,
+        {"merge": told},
+        base_model,
+        fingerprint,
+    )
 
 
 def content_digest(card: LoRACard) -> str:
@@ -250,10 +279,13 @@ def content_digest(card: LoRACard) -> str:
     Requirements: R20.10
     """
     modules = [
-        [module, pair.scaling, pair.dtype.name, pair.A.shape, pair.B.shape] for module, pair in card.weights.items()
+        [module, pair.scaling, pair.dtype.name, pair.A.shape, pair.B.shape]
+        for module, pair in card.weights.items()
     ]
     fields = [card.name, card.rank, card.alpha, card.target_modules, modules, dict(card.metadata)]
-    header = json.dumps([*fields, card.base_model, card.base_fingerprint, dict(card.extra)], sort_keys=True)
+    header = json.dumps(
+        [*fields, card.base_model, card.base_fingerprint, dict(card.extra)], sort_keys=True
+    )
     sha = hashlib.sha256(f"{header}\n".encode())
     for pair in card.weights.values():
         sha.update(pair.A.view(np.uint8).data)
@@ -287,8 +319,14 @@ def _merged(
             case Cat():
                 return _concatenated(module, terms, dtype), 0.0
             case Ties() | Dare():
-                dense = _ties(strategy, terms) if isinstance(strategy, Ties) else _dare(strategy, module, terms)
-                left, sigma, right = np.linalg.svd(_representable(dense, module).T, full_matrices=False)
+                dense = (
+                    _ties(strategy, terms)
+                    if isinstance(strategy, Ties)
+                    else _dare(strategy, module, terms)
+                )
+                left, sigma, right = np.linalg.svd(
+                    _representable(dense, module).T, full_matrices=False
+                )
                 floor = EPSILON * max(dense.shape) * sigma[0]
                 limit = limit or max(term.pair.rank for term in terms)
                 return _kept(left, sigma, right, floor=floor, limit=limit, dtype=dtype)
@@ -302,10 +340,16 @@ def _live(module: str, terms: list[_Term]) -> list[tuple[LowRank, float]]:
     for _, pair, weight in terms:
         weights.setdefault(pair, []).append(weight)
     sums = [(pair, _representable(_sum(parts), module)) for pair, parts in weights.items()]
-    return [(pair, weight) for pair, weight in sums if weight * _scaling(pair) and pair.A.any() and pair.B.any()]
+    return [
+        (pair, weight)
+        for pair, weight in sums
+        if weight * _scaling(pair) and pair.A.any() and pair.B.any()
+    ]
 
 
-def _linear(module: str, terms: list[_Term], limit: int | None, dtype: np.dtype[Any]) -> tuple[LowRank | None, float]:
+def _linear(
+    module: str, terms: list[_Term], limit: int | None, dtype: np.dtype[Any]
+) -> tuple[LowRank | None, float]:
     """Σ weight · ΔW, at the rank that it has or the best approximation at `limit`."""
     live = _live(module, terms)
     if len(live) == 1 and live[0][0].rank <= (limit or live[0][0].rank):
@@ -318,7 +362,9 @@ def _linear(module: str, terms: list[_Term], limit: int | None, dtype: np.dtype[
     left, sigma, right = np.linalg.svd(_representable(core, module), full_matrices=False)
     floor = _representable(EPSILON * max(len(p), len(q)) * bound, module)
     kept = min(limit or len(sigma), len(sigma))
-    return _kept(p @ left[:, :kept], sigma, right[:kept] @ q.T, floor=floor, limit=kept, dtype=dtype)
+    return _kept(
+        p @ left[:, :kept], sigma, right[:kept] @ q.T, floor=floor, limit=kept, dtype=dtype
+    )
 
 
 def _concatenated(module: str, terms: list[_Term], dtype: np.dtype[Any]) -> LowRank | None:
@@ -364,7 +410,9 @@ def _kept(
         return None, 0.0
     scaling = math.ldexp(1.0, math.frexp(sigma[0])[1] - 1)
     root = np.sqrt(sigma[:kept] / scaling)
-    pair = LowRank((left[:, :kept] * root).astype(dtype), (root[:, None] * right[:kept]).astype(dtype), scaling)
+    pair = LowRank(
+        (left[:, :kept] * root).astype(dtype), (root[:, None] * right[:kept]).astype(dtype), scaling
+    )
     whole = sigma[:real] / scaling
     return pair, float(np.linalg.norm(whole[kept:]) / np.linalg.norm(whole))
 
@@ -372,7 +420,9 @@ def _kept(
 def _ties(strategy: Ties, terms: list[_Term]) -> Array:
     """ΔW ``(out, in)``: each entry the weighted mean of those that have the elected sign."""
     _, exponent = math.frexp(max(abs(term.weight) for term in terms))
-    weights = [math.ldexp(term.weight, -exponent) for term in terms]  # a mean: what scales all of them cancels
+    weights = [
+        math.ldexp(term.weight, -exponent) for term in terms
+    ]  # a mean: what scales all of them cancels
     parts = [
         _trimmed(delta(term.pair, dtype=np.float64), strategy.density) * weight
         for term, weight in zip(terms, weights, strict=True)
@@ -402,7 +452,10 @@ def _dare(strategy: Dare, module: str, terms: list[_Term]) -> Array:
     parts = []
     for name, pair, weight in terms:
         dense = delta(pair, dtype=np.float64)
-        parts.append(np.where(_mask(strategy, module, name, dense.shape), dense, 0.0) * (weight / strategy.density))
+        parts.append(
+            np.where(_mask(strategy, module, name, dense.shape), dense, 0.0)
+            * (weight / strategy.density)
+        )
     total: Array = sum(parts, np.zeros_like(parts[0]))
     return total
 
@@ -424,14 +477,18 @@ def _arc(a: LoRACard, b: LoRACard, t: float) -> list[float]:
         found = _cores(module, [(a, b)[side].weights[module] for side in sides])
         for side in (0, 1):
             held = side in sides
-            points[side].append((found.cores[sides.index(side)] if held else np.zeros_like(found.cores[0])).ravel())
+            points[side].append(
+                (found.cores[sides.index(side)] if held else np.zeros_like(found.cores[0])).ravel()
+            )
             size = found.sizes[sides.index(side)] if held else 0.0
             noise[side] += EPSILON * max(len(found.P), len(found.Q)) * size
     flat = [np.concatenate(parts or [np.zeros(1)]) for parts in points]
     lengths = [_representable(float(np.linalg.norm(point)), "all") for point in flat]
     for card, length, floor in zip((a, b), lengths, noise, strict=True):
         if length <= floor:
-            raise ArgumentError(f"slerp: card {card.name!r}", "a ΔW that is not 0", "0", "use 'weighted' instead")
+            raise ArgumentError(
+                f"slerp: card {card.name!r}", "a ΔW that is not 0", "0", "use 'weighted' instead"
+            )
     x, y = (point / length for point, length in zip(flat, lengths, strict=True))
     angle = 2 * math.atan2(float(np.linalg.norm(x - y)), float(np.linalg.norm(x + y)))
     if math.pi - angle < OPPOSITE:
@@ -441,7 +498,11 @@ def _arc(a: LoRACard, b: LoRACard, t: float) -> list[float]:
             f"{angle} radians between them",
             "no arc is the shortest: use 'weighted' instead",
         )
-    shares = [1 - t, t] if angle < PARALLEL else [math.sin(part * angle) / math.sin(angle) for part in (1 - t, t)]
+    shares = (
+        [1 - t, t]
+        if angle < PARALLEL
+        else [math.sin(part * angle) / math.sin(angle) for part in (1 - t, t)]
+    )
     reach = (1 - t) * lengths[0] + t * lengths[1]
     return [reach / length * share for share, length in zip(shares, lengths, strict=True)]
 
@@ -456,9 +517,17 @@ def _cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
     for card in found:
         check_card(card)
         for module, pair in card.weights.items():
-            where, shape = f"card {card.name!r}: module {module!r}", (pair.in_features, pair.out_features)
+            where, shape = (
+                f"card {card.name!r}: module {module!r}",
+                (pair.in_features, pair.out_features),
+            )
             if not (np.isfinite(pair.A).all() and np.isfinite(pair.B).all()):
-                raise CardError(where, "finite factors", "NaN or an infinity", "leave the card out, or make it anew")
+                raise CardError(
+                    where,
+                    "finite factors",
+                    "NaN or an infinity",
+                    "leave the card out, or make it anew",
+                )
             other, expected = shapes.setdefault(module, (card.name, shape))
             if shape != expected:
                 hint = "merge cards of one base model"
@@ -474,7 +543,10 @@ def _check_names(cards: Sequence[LoRACard]) -> None:
         parts = module.split(".")
         for other in (".".join(parts[start:]) for start in range(1, len(parts))):
             if other in held and not any({module, other} <= one.weights.keys() for one in cards):
-                where, found = f"card {card.name!r}: module {module!r}", f"{other!r} in card {held[other].name!r}"
+                where, found = (
+                    f"card {card.name!r}: module {module!r}",
+                    f"{other!r} in card {held[other].name!r}",
+                )
                 hint = "rename by dataclasses.replace(card, weights=...): both may mean one module"
                 raise TargetError(where, "names of one form in all cards", found, hint)
 
@@ -483,7 +555,11 @@ def _strategy(strategy: Strategy | str) -> Strategy:
     if isinstance(strategy, str) and strategy in STRATEGIES:
         return STRATEGIES[strategy]()
     if not isinstance(strategy, Strategy):
-        raise ArgumentError("merge: strategy", f"one of {', '.join(STRATEGIES)}, or a value of theirs", shown(strategy))
+        raise ArgumentError(
+            "merge: strategy",
+            f"one of {', '.join(STRATEGIES)}, or a value of theirs",
+            shown(strategy),
+        )
     return strategy
 
 
@@ -491,23 +567,34 @@ def _limit(rank: int | None, strategy: Strategy) -> int | None:
     if rank is None:
         return None
     if isinstance(strategy, Cat):
-        raise ArgumentError("merge: rank", "none, as 'cat' keeps every column", shown(rank), "'weighted' truncates")
+        raise ArgumentError(
+            "merge: rank", "none, as 'cat' keeps every column", shown(rank), "'weighted' truncates"
+        )
     return integer(rank, "merge: rank", 1)
 
 
-def _applied(cards: Sequence[LoRACard], strategy: Strategy, weights: Iterable[float] | None) -> list[float]:
+def _applied(
+    cards: Sequence[LoRACard], strategy: Strategy, weights: Iterable[float] | None
+) -> list[float]:
     """The weight of each card: as given, normalised, or as the strategy makes it."""
     given = _weights(weights, len(cards))
     if isinstance(strategy, Average | Slerp) and weights is not None:
         hint = "use 'weighted'"
-        raise ArgumentError("merge: weights", f"none for {type(strategy).__name__}", shown(weights), hint)
+        raise ArgumentError(
+            "merge: weights", f"none for {type(strategy).__name__}", shown(weights), hint
+        )
     match strategy:
         case Average():
             return [1 / len(cards)] * len(cards)
         case Weighted(normalize=True):
             if (total := finite(_sum(given), "merge: sum of weights", ArgumentError)) == 0:
-                raise ArgumentError("merge: weights", "a sum that is not 0, to divide by", shown(given))
-            return [finite(weight / total, "merge: weights over their sum", ArgumentError) for weight in given]
+                raise ArgumentError(
+                    "merge: weights", "a sum that is not 0, to divide by", shown(given)
+                )
+            return [
+                finite(weight / total, "merge: weights over their sum", ArgumentError)
+                for weight in given
+            ]
         case Slerp(t=t):
             if len(cards) != 2:
                 raise ArgumentError("merge: cards", "exactly two for slerp", len(cards))
@@ -525,13 +612,18 @@ def _weights(weights: Iterable[float] | None, count: int) -> list[float]:
         return [1.0] * count
     if not isinstance(weights, Iterable) or isinstance(weights, str | Mapping):
         raise ArgumentError("merge: weights", "a list of numbers, one per card", shown(weights))
-    found = [finite(weight, f"merge: weight {index}", ArgumentError) + 0.0 for index, weight in enumerate(weights)]
+    found = [
+        finite(weight, f"merge: weight {index}", ArgumentError) + 0.0
+        for index, weight in enumerate(weights)
+    ]
     if len(found) != count:
         raise ArgumentError("merge: weights", f"one for each of {count} cards", len(found))
     return found
 
 
-def _base(cards: Sequence[LoRACard], modules: Iterable[str], targets: Iterable[str]) -> tuple[str | None, str | None]:
+def _base(
+    cards: Sequence[LoRACard], modules: Iterable[str], targets: Iterable[str]
+) -> tuple[str | None, str | None]:
     """The base model and fingerprint of the merged card.
 
     A fingerprint covers the weights that a card adapts, so only those of cards that adapt the same can be compared, and
@@ -545,9 +637,14 @@ def _base(cards: Sequence[LoRACard], modules: Iterable[str], targets: Iterable[s
             other, expected = prints.setdefault(covers, (card.name, card.base_fingerprint))
             if card.base_fingerprint != expected:
                 where = f"card {card.name!r}: base_fingerprint"
-                raise BaseModelError(where, f"{expected} as in card {other!r}", card.base_fingerprint, hint)
+                raise BaseModelError(
+                    where, f"{expected} as in card {other!r}", card.base_fingerprint, hint
+                )
     names = {card.base_model for card in cards} - {None}
-    alike = len({card.base_fingerprint for card in cards}) == 1 and cards[0].base_fingerprint is not None
+    alike = (
+        len({card.base_fingerprint for card in cards}) == 1
+        and cards[0].base_fingerprint is not None
+    )
     if len(names) > 1 and not alike:
         found = shown(sorted(map(str, names)))
         hint = f"{hint}, or name it alike by dataclasses.replace(card, base_model=...)"
@@ -574,7 +671,9 @@ def _sum(values: Iterable[float]) -> float:
 def _representable(value: Any, module: str) -> Any:
     """The value, or an error where it is beyond float64."""
     if not np.isfinite(value).all():
-        raise ArgumentError(f"merge: module {module!r}", "a ΔW within float64", "an overflow", "use smaller weights")
+        raise ArgumentError(
+            f"merge: module {module!r}", "a ΔW within float64", "an overflow", "use smaller weights"
+        )
     return value
 
 

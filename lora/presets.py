@@ -79,7 +79,9 @@ class LoRAConfig:
     tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        card = LoRACard("config", self.rank, self.alpha, self.target_modules, {})  # one rule for both
+        card = LoRACard(
+            "config", self.rank, self.alpha, self.target_modules, {}
+        )  # one rule for both
         for field in ("rank", "alpha", "target_modules"):
             object.__setattr__(self, field, getattr(card, field))
         dropout = finite(self.dropout, "config: dropout", ArgumentError)
@@ -133,12 +135,38 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         preset.task: preset
         for preset in (
             Preset("coder", 16, 32.0, 0.05, _ATTENTION, ("code-gen", "refactoring", "syntax")),
-            Preset("researcher", 8, 16.0, 0.1, ("query", "key", "value"), ("analysis", "research", "synthesis")),
-            Preset("security", 16, 32.0, 0.05, (*_ATTENTION, *_FEED_FORWARD), ("security", "vulnerabilities", "audit")),
             Preset(
-                "architect", 12, 24.0, 0.05, ("query", "value", "gate", "up"), ("architecture", "design", "patterns")
+                "researcher",
+                8,
+                16.0,
+                0.1,
+                ("query", "key", "value"),
+                ("analysis", "research", "synthesis"),
             ),
-            Preset("reviewer", 8, 16.0, 0.1, ("query", "value"), ("review", "quality", "best-practices")),
+            Preset(
+                "security",
+                16,
+                32.0,
+                0.05,
+                (*_ATTENTION, *_FEED_FORWARD),
+                ("security", "vulnerabilities", "audit"),
+            ),
+            Preset(
+                "architect",
+                12,
+                24.0,
+                0.05,
+                ("query", "value", "gate", "up"),
+                ("architecture", "design", "patterns"),
+            ),
+            Preset(
+                "reviewer",
+                8,
+                16.0,
+                0.1,
+                ("query", "value"),
+                ("review", "quality", "best-practices"),
+            ),
         )
     }
 )
@@ -173,7 +201,9 @@ class Fitted:
         return sum(self.modules.values())
 
 
-def fit(preset: Preset | str, shapes: Mapping[str, tuple[int, int]], *, dtype: str = "float32") -> Fitted:
+def fit(
+    preset: Preset | str, shapes: Mapping[str, tuple[int, int]], *, dtype: str = "float32"
+) -> Fitted:
     """Map a preset onto a model's Linears.
 
     A decoder's ``gate_proj`` and ``up_proj`` play gate and up; on an encoder, whose feed-forward has no gate, "gate/up" is
@@ -215,17 +245,28 @@ def fit(preset: Preset | str, shapes: Mapping[str, tuple[int, int]], *, dtype: s
     played = {name: role_of(name) for name in shapes}
     if missing := set(preset.roles) - {"gate"} - set(played.values()):
         hint = "name the target modules in a LoRAConfig of your own"
-        known = f"modules such as {', '.join(key for key, role in ROLES.items() if role in missing)}"
-        raise TargetError(f"preset {preset.task!r}", known, f"none that is a {' or '.join(sorted(missing))}", hint)
+        known = (
+            f"modules such as {', '.join(key for key, role in ROLES.items() if role in missing)}"
+        )
+        raise TargetError(
+            f"preset {preset.task!r}", known, f"none that is a {' or '.join(sorted(missing))}", hint
+        )
     chosen = sorted(name for name, role in played.items() if role in preset.roles)
     modules = {name: preset.rank * sum(shapes[name]) for name in chosen}
     config = LoRAConfig(
-        preset.rank, preset.alpha, preset.dropout, _targets(chosen, list(shapes)), preset.task, preset.tags
+        preset.rank,
+        preset.alpha,
+        preset.dropout,
+        _targets(chosen, list(shapes)),
+        preset.task,
+        preset.tags,
     )
     return Fitted(config, MappingProxyType(modules), sum(modules.values()) * DTYPES[dtype].itemsize)
 
 
-def cost_table(models: Mapping[str, Mapping[str, tuple[int, int]]], *, dtype: str = "float32") -> str:
+def cost_table(
+    models: Mapping[str, Mapping[str, tuple[int, int]]], *, dtype: str = "float32"
+) -> str:
     """What each preset costs on each model, as a Markdown table.
 
     Parameters
@@ -255,7 +296,9 @@ def cost_table(models: Mapping[str, Mapping[str, tuple[int, int]]], *, dtype: st
         for preset in PRESETS.values():
             found = fit(preset, shapes, dtype=dtype)
             cells = (title, preset.task, preset.rank, f"{preset.alpha:g}", len(found.modules))
-            lines.append(f"| {' | '.join(map(str, cells))} | {found.num_params:,} | {found.nbytes:,} |")
+            lines.append(
+                f"| {' | '.join(map(str, cells))} | {found.num_params:,} | {found.nbytes:,} |"
+            )
     return "\n".join(lines)
 
 
@@ -331,12 +374,18 @@ class CardInfo:
         for field in ("version", "description", "created", "modified", "training_data"):
             _text(getattr(self, field), f"card info: {field}")
         if _SEMVER.fullmatch(self.version) is None:
-            raise ArgumentError("card info: version", "a semantic version such as 1.0.0", shown(self.version))
+            raise ArgumentError(
+                "card info: version", "a semantic version such as 1.0.0", shown(self.version)
+            )
         for field in ("created", "modified"):
             if (value := getattr(self, field)) and not _is_time(value):
-                raise ArgumentError(f"card info: {field}", "a UTC time such as 2026-01-31T12:00:00Z", shown(value))
+                raise ArgumentError(
+                    f"card info: {field}", "a UTC time such as 2026-01-31T12:00:00Z", shown(value)
+                )
         if self.modified and self.modified < self.created:
-            raise ArgumentError("card info: modified", f"a time not before created, {self.created}", self.modified)
+            raise ArgumentError(
+                "card info: modified", f"a time not before created, {self.created}", self.modified
+            )
         if self.quality is not None:
             quality = finite(self.quality, "card info: quality", ArgumentError)
             if not 0 <= quality <= 1:
@@ -353,7 +402,9 @@ class CardInfo:
         """What a card's metadata say; other keys are left aside, what is missing has its default."""
         if not isinstance(metadata, Mapping):
             raise ArgumentError("card info", "a mapping of metadata", shown(metadata))
-        return cls(**{field.name: metadata[field.name] for field in fields(cls) if field.name in metadata})
+        return cls(
+            **{field.name: metadata[field.name] for field in fields(cls) if field.name in metadata}
+        )
 
 
 def _check_shapes(shapes: object) -> None:
@@ -361,7 +412,9 @@ def _check_shapes(shapes: object) -> None:
         raise ArgumentError("shapes", "a mapping of names to (in, out)", shown(shapes))
     for name, shape in shapes.items():
         if not isinstance(name, str) or not isinstance(shape, Sequence) or len(shape) != 2:
-            raise ArgumentError("shapes", "a name and (in, out) of each Linear", shown((name, shape)))
+            raise ArgumentError(
+                "shapes", "a name and (in, out) of each Linear", shown((name, shape))
+            )
         for size in shape:
             integer(size, f"shape of {shown(name)}", 1)
 
@@ -375,7 +428,9 @@ def _targets(chosen: list[str], names: list[str]) -> tuple[str, ...]:
         found = next((suffix for suffix in suffixes if not match_targets(rest, [suffix])), None)
         if found is None:
             where, other = f"preset: module {name!r}", match_targets(rest, [name])
-            raise TargetError(where, "a name that ends no other module's", f"{other[0]!r}, which is not wanted")
+            raise TargetError(
+                where, "a name that ends no other module's", f"{other[0]!r}, which is not wanted"
+            )
         targets.add(found)
     return tuple(sorted(targets))
 
@@ -386,7 +441,9 @@ def _is_time(text: str) -> bool:
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    return {key: list(item) if isinstance(item, tuple) else item for key, item in asdict(value).items()}
+    return {
+        key: list(item) if isinstance(item, tuple) else item for key, item in asdict(value).items()
+    }
 
 
 def _text(value: object, where: str) -> str:

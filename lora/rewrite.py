@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lora.card import Adapters, AdapterSet, LoRACard, LowRank
-from lora.errors import BaseModelError, ConflictError, StateError, TargetError, UnsupportedModelError
+from lora.errors import (
+    BaseModelError,
+    ConflictError,
+    StateError,
+    TargetError,
+    UnsupportedModelError,
+)
 from lora.layer import (
     WIDE,
     LoRALinear,
@@ -35,7 +41,9 @@ from lora.targets import Injection, Site, plan, targeted_modules
 
 M = TypeVar("M", bound=nn.Module)
 
-_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"})
+_HOOKS = frozenset(
+    {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+)
 _KEPT = frozenset(nn.Module().__dict__) - _HOOKS
 _PLAIN = frozenset({bool, int, float, str, type(None), Tensor})
 
@@ -84,7 +92,9 @@ def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool
             check_fingerprint(model, card, injection)
         new = {module: (card.weights[key], weight) for module, key in injection.bound.items()}
         if terms.setdefault(name, new) != new:
-            raise ConflictError(f"adapt: {name!r}", "the card that the model already has under this name", "another")
+            raise ConflictError(
+                f"adapt: {name!r}", "the card that the model already has under this name", "another"
+            )
     layers: dict[int, dict[str, tuple[LowRank, float]]] = {}
     for name, modules in terms.items():
         for module, term in modules.items():
@@ -118,7 +128,11 @@ def folded_bytes(model: nn.Module) -> int:
 
     Requirements: R2.12
     """
-    return sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, LoRALinear) and _folds(layer))
+    return sum(
+        layer.weight.nbytes
+        for layer in model.modules()
+        if isinstance(layer, LoRALinear) and _folds(layer)
+    )
 
 
 def _folds(layer: LoRALinear) -> bool:
@@ -149,7 +163,9 @@ def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True)
             new = {module: (card.weights[key], weight) for module, key in injection.bound.items()}
             if existing.get(name, new) != new:
                 raise ConflictError(
-                    f"adapt_rows: {name!r}", "the card that the model already has under this name", "another"
+                    f"adapt_rows: {name!r}",
+                    "the card that the model already has under this name",
+                    "another",
                 )
             for module, term in new.items():
                 linear = _bindable(model, module)
@@ -164,7 +180,13 @@ def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True)
 
 
 def fresh(
-    model: nn.Module, name: str, *, rank: int, alpha: float, target_modules: Sequence[str] | str, seed: int
+    model: nn.Module,
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] | str,
+    seed: int,
 ) -> LoRACard:
     """An untrained card for a model: A uniform with |A| <= 1/√in, B zero, one pair per targeted Linear.
 
@@ -181,9 +203,16 @@ def fresh(
     empty = LoRACard(name, rank, alpha, target_modules, {})  # type: ignore[arg-type]
     modules = sorted(targeted_modules(sites, empty.target_modules))
     if not modules:
-        raise TargetError(f"card {name!r}", f"modules that match {list(empty.target_modules)}", "none in the model")
+        raise TargetError(
+            f"card {name!r}",
+            f"modules that match {list(empty.target_modules)}",
+            "none in the model",
+        )
     shapes = {module: (sites[module].in_features, sites[module].out_features) for module in modules}
-    return replace(empty, weights={module: initial(*shape, empty.rank, rng) for module, shape in shapes.items()})
+    return replace(
+        empty,
+        weights={module: initial(*shape, empty.rank, rng) for module, shape in shapes.items()},
+    )
 
 
 def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
@@ -193,7 +222,9 @@ def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
     """
     bound = plan(linears(model), card).bound
     if held := [module for module in bound if isinstance(model.get_submodule(module), LoRALinear)]:
-        raise UnsupportedModelError(f"modules {held}", "plain Linears to train on", "adapted ones", "fold them first")
+        raise UnsupportedModelError(
+            f"modules {held}", "plain Linears to train on", "adapted ones", "fold them first"
+        )
     pairs = {id(_bindable(model, module)): card.weights[key] for module, key in bound.items()}
 
     def convert(module: nn.Module, own: Own) -> nn.Module | None:
@@ -213,18 +244,24 @@ def trained(model: nn.Module, card: LoRACard) -> LoRACard:
     for module, key in plan(linears(model), card).bound.items():
         layer = model.get_submodule(module)
         if not isinstance(layer, TrainableLinear):
-            raise StateError(f"module {module!r}", "a layer made trainable from this card", type(layer).__name__)
+            raise StateError(
+                f"module {module!r}", "a layer made trainable from this card", type(layer).__name__
+            )
         weights[key] = layer.learned()
     return replace(card, weights=weights)
 
 
-def injections(model: nn.Module, adapters: Adapters, *, strict: bool = False) -> dict[str, Injection]:
+def injections(
+    model: nn.Module, adapters: Adapters, *, strict: bool = False
+) -> dict[str, Injection]:
     """What each card would bind to, without doing it.
 
     Requirements: R3.12
     """
     sites = linears(model)
-    return {name: plan(sites, card, strict=strict) for name, (card, _) in AdapterSet(adapters).items()}
+    return {
+        name: plan(sites, card, strict=strict) for name, (card, _) in AdapterSet(adapters).items()
+    }
 
 
 def check_module(model: object) -> None:
@@ -244,12 +281,18 @@ def linears(model: nn.Module) -> dict[str, Site]:
     check_module(model)
     owners: dict[int, str] = {}
     sites: dict[str, Site] = {}
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    around: dict[str, bool] = {}  # name -> whether it may read its children's weights without calling them
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    around: dict[
+        str, bool
+    ] = {}  # name -> whether it may read its children's weights without calling them
     for name, module in model.named_modules(remove_duplicate=False):
         parent = name.rpartition(".")[0] if name else None
         inside = parent is not None and around.get(parent, False)
-        around[name] = inside or isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer | Uncalled)
+        around[name] = inside or isinstance(
+            module, nn.MultiheadAttention | nn.TransformerEncoderLayer | Uncalled
+        )
         if isinstance(module, nn.Linear):
             owner = owners.setdefault(id(module), name)
             head = id(module._parameters.get("weight")) in embeddings
@@ -302,7 +345,9 @@ def uncalled(model: nn.Module, *inputs: Any, **options: Any) -> tuple[str, ...]:
 
     with torch.no_grad():
         _rewrite(model, convert)(*inputs, **options)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
     return tuple(name for name, module in layers.items() if id(module) not in called)
 
 
@@ -327,8 +372,12 @@ def _rewrite(model: M, convert: Callable[[nn.Module, Own], nn.Module | None]) ->
         if id(module) not in copies:
             copy = convert(module, own) or shared_copy(module, type(module), own)
             copies[id(module)] = copy
-            children = module._modules.items()  # an empty container is falsy: only None stays as it is
-            copy._modules.update({name: None if child is None else visit(child) for name, child in children})
+            children = (
+                module._modules.items()
+            )  # an empty container is falsy: only None stays as it is
+            copy._modules.update(
+                {name: None if child is None else visit(child) for name, child in children}
+            )
         return copies[id(module)]
 
     return visit(model)  # type: ignore[return-value]
@@ -354,7 +403,9 @@ def _fingerprint(model: nn.Module, injection: Injection) -> str:
     sha = hashlib.sha256()
     for key, module in sorted((key, module) for module, key in injection.bound.items()):
         weight = model.get_submodule(module).weight.detach().cpu().contiguous()  # type: ignore[operator]
-        sha.update(f"{key}\0{str(weight.dtype).removeprefix('torch.')}\0{tuple(weight.shape)}\0".encode())
+        sha.update(
+            f"{key}\0{str(weight.dtype).removeprefix('torch.')}\0{tuple(weight.shape)}\0".encode()
+        )
         sha.update(weight.view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
@@ -367,7 +418,9 @@ def _check_sound(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError(where, "a module in Python", "a ScriptModule")
         if "forward" in module.__dict__:
-            raise UnsupportedModelError(where, "the class's forward", "a forward set on the instance")
+            raise UnsupportedModelError(
+                where, "the class's forward", "a forward set on the instance"
+            )
         for key, value in _attributes(module):
             if _leads_to_a_module(value):
                 raise UnsupportedModelError(
@@ -377,7 +430,11 @@ def _check_sound(model: nn.Module) -> None:
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What is on the instance beyond what ``nn.Module`` keeps there, and the hooks that a forward or backward runs."""
-    return ((key, value) for key, value in module.__dict__.items() if key not in _KEPT and type(value) not in _PLAIN)
+    return (
+        (key, value)
+        for key, value in module.__dict__.items()
+        if key not in _KEPT and type(value) not in _PLAIN
+    )
 
 
 def _leads_to_a_module(value: Any) -> bool:

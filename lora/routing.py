@@ -73,7 +73,9 @@ class Index:
     @cached_property
     def starts(self) -> Array:
         """Each candidate's first row."""
-        return np.cumsum([0, *(len(candidate.exemplars) for candidate in self.candidates.values())])[:-1]
+        return np.cumsum(
+            [0, *(len(candidate.exemplars) for candidate in self.candidates.values())]
+        )[:-1]
 
     def with_candidate(self, candidate: Candidate) -> "Index":
         """An index in which `candidate` stands in place of any of its name; kept sorted by name."""
@@ -82,18 +84,24 @@ class Index:
                 where, width = f"candidate {candidate.name!r}", candidate.exemplars.shape[1]
                 raise ShapeError(where, f"embeddings of width {other.exemplars.shape[1]}", width)
             break
-        return Index(MappingProxyType(dict(sorted({**self.candidates, candidate.name: candidate}.items()))))
+        return Index(
+            MappingProxyType(dict(sorted({**self.candidates, candidate.name: candidate}.items())))
+        )
 
     def without(self, name: str) -> "Index":
         """An index without the candidate of that name."""
-        return Index(MappingProxyType({key: c for key, c in self.candidates.items() if key != name}))
+        return Index(
+            MappingProxyType({key: c for key, c in self.candidates.items() if key != name})
+        )
 
     def tagged(self, tags: Collection[str]) -> "Index":
         """An index of the candidates that have all of these tags."""
         wanted = _tags(tags)
         if not wanted:
             return self
-        return Index(MappingProxyType({key: c for key, c in self.candidates.items() if c.tags >= wanted}))
+        return Index(
+            MappingProxyType({key: c for key, c in self.candidates.items() if c.tags >= wanted})
+        )
 
 
 EMPTY = Index(MappingProxyType({}))
@@ -208,7 +216,9 @@ def select(
     return rank(query, index, shortlist(query, index, top_k, threshold), top_k, threshold)
 
 
-def rank(query: Array, index: Index, positions: Sequence[int], top_k: int, threshold: float | None) -> list[Route]:
+def rank(
+    query: Array, index: Index, positions: Sequence[int], top_k: int, threshold: float | None
+) -> list[Route]:
     """What `select` gives if just the candidates at these positions are there: the formula itself.
 
     Requirements: R4.4, R4.5, R4.6, R4.9
@@ -218,9 +228,13 @@ def rank(query: Array, index: Index, positions: Sequence[int], top_k: int, thres
         return []
     starts = list(accumulate((len(candidate.exemplars) for candidate in chosen), initial=0))[:-1]
     rows = np.concatenate([candidate.exemplars for candidate in chosen])
-    similarity = np.einsum("nd,d->n", rows, query)  # a matrix product may score two equal rows differently
+    similarity = np.einsum(
+        "nd,d->n", rows, query
+    )  # a matrix product may score two equal rows differently
     scores = np.round(np.maximum.reduceat(similarity, starts).clip(-1, 1), DECIMALS) + 0.0
-    routes = [Route(c.name, score, c.virtual) for c, score in zip(chosen, scores.tolist(), strict=True)]
+    routes = [
+        Route(c.name, score, c.virtual) for c, score in zip(chosen, scores.tolist(), strict=True)
+    ]
     reached = [route for route in routes if threshold is None or route.score >= threshold]
     return sorted(reached, key=lambda route: (-route.score, route.name))[:top_k]
 
@@ -258,7 +272,9 @@ def shortlist(query: Array, index: Index, top_k: int, threshold: float | None) -
     return positions
 
 
-def calibrate(scores: Mapping[str, Sequence[float]], rate: float = 0.05, *, seed: int = 0) -> Calibration:
+def calibrate(
+    scores: Mapping[str, Sequence[float]], rate: float = 0.05, *, seed: int = 0
+) -> Calibration:
     """A threshold under which at most a share `rate` of known queries of *new* sources falls.
 
     Split conformal prediction with one score per source group: queries of one source resemble each other, so that a
@@ -304,8 +320,12 @@ def calibrate(scores: Mapping[str, Sequence[float]], rate: float = 0.05, *, seed
     if k < 1:
         needed = math.ceil((1 - slack) / rate) - 1
         raise ArgumentError("scores", f"at least {needed} source groups for a rate of {rate}", n)
-    drawn = sorted(float(scores[group][int(rng.integers(len(scores[group])))]) for group in sorted(scores))
-    return Calibration(drawn[k - 1], n, k / (n + 1), (_beta_point(k, n, 0.05), _beta_point(k, n, 0.95)))
+    drawn = sorted(
+        float(scores[group][int(rng.integers(len(scores[group])))]) for group in sorted(scores)
+    )
+    return Calibration(
+        drawn[k - 1], n, k / (n + 1), (_beta_point(k, n, 0.05), _beta_point(k, n, 0.95))
+    )
 
 
 def texts_of(texts: Any) -> list[str]:
@@ -348,16 +368,22 @@ def _finite_scores(group: Any) -> bool:
 def _beta_point(k: int, n: int, probability: float) -> float:
     """The point below which Beta(k, n + 1 - k) has `probability`, by bisection on the binomial tail."""
     low, high = 0.0, 1.0
-    choices = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k)]  # of i in n, as logs
+    choices = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k)
+    ]  # of i in n, as logs
     for _ in range(60):
         middle = (low + high) / 2
         success, failure = math.log(middle), math.log1p(-middle)
-        tail = 1.0 - sum(math.exp(c + i * success + (n - i) * failure) for i, c in enumerate(choices))
+        tail = 1.0 - sum(
+            math.exp(c + i * success + (n - i) * failure) for i, c in enumerate(choices)
+        )
         low, high = (middle, high) if tail < probability else (low, middle)
     return round((low + high) / 2, 6)
 
 
-def candidate_of(name: str, embeddings: Any, *, virtual: bool = False, tags: Collection[str] = ()) -> Candidate:
+def candidate_of(
+    name: str, embeddings: Any, *, virtual: bool = False, tags: Collection[str] = ()
+) -> Candidate:
     """A candidate with its exemplars normalised.
 
     Requirements: R4.1, R4.2, R4.8
@@ -369,6 +395,10 @@ def candidate_of(name: str, embeddings: Any, *, virtual: bool = False, tags: Col
 
 
 def _tags(tags: Collection[str]) -> frozenset[str]:
-    if isinstance(tags, str) or not isinstance(tags, Collection) or not all(isinstance(tag, str) for tag in tags):
+    if (
+        isinstance(tags, str)
+        or not isinstance(tags, Collection)
+        or not all(isinstance(tag, str) for tag in tags)
+    ):
         raise ArgumentError("tags", "a collection of str", shown(tags))
     return frozenset(tags)

@@ -22,7 +22,15 @@ import pyarrow as pa
 
 from lora.card import LoRACard, is_digest
 from lora.envelope import check_envelope
-from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, LoRAError, StoreError, shown
+from lora.errors import (
+    ArgumentError,
+    CardError,
+    CardFileError,
+    CardNotFoundError,
+    LoRAError,
+    StoreError,
+    shown,
+)
 from lora.table import ROW_BYTES, Header, card_to_table, one_batch, read_header, table_to_card
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -190,7 +198,9 @@ def _map(path: PathLike) -> mmap.mmap | bytes:
             return b""  # which can't be mapped
         if sys.version_info >= (3, 13):
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, trackfd=False)
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # which keeps a descriptor of its own
+        return mmap.mmap(
+            file.fileno(), 0, access=mmap.ACCESS_COPY
+        )  # which keeps a descriptor of its own
 
 
 def _forget(data: mmap.mmap | bytes) -> None:
@@ -214,7 +224,9 @@ def _batch(data: mmap.mmap | bytes) -> pa.RecordBatch:
         buffer = pa.py_buffer(data)
         reader = pa.ipc.open_file(buffer)
         if not _agrees(buffer, reader.schema):
-            raise CardFileError("card file: schema", "one at the start of the file and in its footer", "two")
+            raise CardFileError(
+                "card file: schema", "one at the start of the file and in its footer", "two"
+            )
         return reader.get_batch(0)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CardFileError("card file", "an Arrow IPC file", error) from error
@@ -235,7 +247,9 @@ def _card_errors(path: PathLike) -> Iterator[None]:
     try:
         yield
     except CardError as error:
-        raise CardFileError(f"{os.fspath(path)}: {error.where}", error.expected, error.found, error.hint) from error
+        raise CardFileError(
+            f"{os.fspath(path)}: {error.where}", error.expected, error.found, error.hint
+        ) from error
 
 
 @contextmanager

@@ -37,7 +37,12 @@ N = TypeVar("N", int, float)
 _NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?(e[-+]?[0-9]{1,4})?")
 
 _ARROW_TYPES: Mapping[str, pa.DataType] = MappingProxyType(
-    {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64(), "bfloat16": pa.uint16()}
+    {
+        "float16": pa.float16(),
+        "float32": pa.float32(),
+        "float64": pa.float64(),
+        "bfloat16": pa.uint16(),
+    }
 )
 
 
@@ -86,7 +91,9 @@ def schema_of(dtype: str) -> pa.Schema:
 
     Requirements: R1.4, R1.9
     """
-    storage = pa.struct([("data", pa.list_(_ARROW_TYPES[dtype])), ("shape", pa.list_(pa.int32(), 2))])
+    storage = pa.struct(
+        [("data", pa.list_(_ARROW_TYPES[dtype])), ("shape", pa.list_(pa.int32(), 2))]
+    )
 
     def tensor(name: str, dims: str) -> pa.Field:
         extension = {
@@ -130,7 +137,9 @@ def card_to_table(card: LoRACard) -> pa.Table:
         _column(schema.field("A").type, [pair.A for pair in pairs], card.name),
         _column(schema.field("B").type, [pair.B for pair in pairs], card.name),
     ]
-    return pa.Table.from_batches([pa.record_batch(columns, schema=schema.with_metadata(_fields(card)))])
+    return pa.Table.from_batches(
+        [pa.record_batch(columns, schema=schema.with_metadata(_fields(card)))]
+    )
 
 
 def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
@@ -149,9 +158,15 @@ def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
     with _file_errors():
         _, dtype, card, rows = _read(batch)
         factors = zip(
-            rows.names, rows.scalings, _views(rows.a, DTYPES[dtype]), _views(rows.b, DTYPES[dtype]), strict=True
+            rows.names,
+            rows.scalings,
+            _views(rows.a, DTYPES[dtype]),
+            _views(rows.b, DTYPES[dtype]),
+            strict=True,
         )
-        return replace(card, weights={module: LowRank(a, b, scaling) for module, scaling, a, b in factors})
+        return replace(
+            card, weights={module: LowRank(a, b, scaling) for module, scaling, a, b in factors}
+        )
 
 
 def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
@@ -162,7 +177,9 @@ def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
     if not isinstance(table, pa.Table | pa.RecordBatch):
         raise ArgumentError("card table", "an Arrow table or record batch", type(table).__name__)
     if table.num_rows * ROW_BYTES > (size := table.get_total_buffer_size()):
-        raise CardFileError("card table", f"rows that {size} bytes can hold", f"{table.num_rows} rows")
+        raise CardFileError(
+            "card table", f"rows that {size} bytes can hold", f"{table.num_rows} rows"
+        )
     try:
         table.validate(full=True)
         batches = table.combine_chunks().to_batches() if isinstance(table, pa.Table) else [table]
@@ -264,14 +281,20 @@ def _rows(batch: pa.RecordBatch, largest: int) -> _Rows:
     if len(set(names)) != len(names):
         raise CardFileError("card table: column 'module'", "each module once", "duplicates")
     a, b = _factors(batch, "A"), _factors(batch, "B")
-    for name, scaling, (_, rank), (inner, _) in zip(names, scalings, a.shapes, b.shapes, strict=True):
+    for name, scaling, (_, rank), (inner, _) in zip(
+        names, scalings, a.shapes, b.shapes, strict=True
+    ):
         if rank != inner:
-            raise CardFileError(f"card table: module {shown(name)}", f"B with A's rank {rank}", f"rank {inner}")
+            raise CardFileError(
+                f"card table: module {shown(name)}", f"B with A's rank {rank}", f"rank {inner}"
+            )
         if not name.isprintable() or not math.isfinite(scaling):
             where = f"card table: module {shown(name)}"
             raise CardFileError(where, "a printable name and a finite scaling", scaling)
     if names and (found := max(rank for _, rank in a.shapes)) != largest:
-        raise CardFileError("card table: lora.rank", f"the largest rank of its modules, {found}", largest)
+        raise CardFileError(
+            "card table: lora.rank", f"the largest rank of its modules, {found}", largest
+        )
     return _Rows(names, scalings, a, b)
 
 
@@ -308,17 +331,27 @@ def offsets_of(sizes: list[int], where: str) -> Array:
     """
     offsets = np.cumsum([0, *sizes], dtype=np.int64)
     if offsets[-1] > MAX_ELEMENTS:
-        raise CardError(where, f"at most {MAX_ELEMENTS} elements", int(offsets[-1]), "split the card by module")
+        raise CardError(
+            where, f"at most {MAX_ELEMENTS} elements", int(offsets[-1]), "split the card by module"
+        )
     return offsets.astype(np.int32)
 
 
 def _column(storage: pa.StructType, factors: list[Array], name: str) -> pa.StructArray:
     data_type, shape_type = storage.field("data").type, storage.field("shape").type
     offsets = offsets_of([factor.size for factor in factors], f"card {name!r}: a factor column")
-    flat = np.concatenate([factor.reshape(-1) for factor in factors]) if factors else np.empty(0, np.uint16)
+    flat = (
+        np.concatenate([factor.reshape(-1) for factor in factors])
+        if factors
+        else np.empty(0, np.uint16)
+    )
     shapes = np.array([factor.shape for factor in factors], np.int32).reshape(-1)
-    values = pa.Array.from_buffers(data_type.value_type, len(flat), [None, pa.py_buffer(flat.view(np.uint8))])
-    lengths = pa.Array.from_buffers(shape_type.value_type, len(shapes), [None, pa.py_buffer(shapes)])
+    values = pa.Array.from_buffers(
+        data_type.value_type, len(flat), [None, pa.py_buffer(flat.view(np.uint8))]
+    )
+    lengths = pa.Array.from_buffers(
+        shape_type.value_type, len(shapes), [None, pa.py_buffer(shapes)]
+    )
     rows = len(factors)
     data = pa.Array.from_buffers(data_type, rows, [None, pa.py_buffer(offsets)], children=[values])
     shape = pa.Array.from_buffers(shape_type, rows, [None], children=[lengths])
@@ -328,23 +361,34 @@ def _column(storage: pa.StructType, factors: list[Array], name: str) -> pa.Struc
 def _metadata(schema: pa.Schema) -> tuple[dict[str, str], dict[str, str]]:
     """Schema metadata as the card's own fields and the rest."""
     pairs = [(key.decode(), value.decode()) for key, value in (schema.metadata or {}).items()]
-    return {k: v for k, v in pairs if k in FIELD_KEYS}, {k: v for k, v in pairs if k not in FIELD_KEYS}
+    return {k: v for k, v in pairs if k in FIELD_KEYS}, {
+        k: v for k, v in pairs if k not in FIELD_KEYS
+    }
 
 
 def _version(fields: Mapping[str, str]) -> tuple[int, int]:
     text = _required(fields, "lora.format")
     parts = text.split(".")
-    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts):
+    if len(parts) != 2 or not all(
+        part.isascii() and part.isdecimal() and len(part) < 6 for part in parts
+    ):
         raise CardFileError("card table: lora.format", "a version major.minor", shown(text))
     version = (int(parts[0]), int(parts[1]))
     if version[0] != FORMAT_VERSION[0]:
-        raise CardFileError("card table: lora.format", f"major version {FORMAT_VERSION[0]}", text, "update lora-cards")
+        raise CardFileError(
+            "card table: lora.format",
+            f"major version {FORMAT_VERSION[0]}",
+            text,
+            "update lora-cards",
+        )
     return version
 
 
 def _required(fields: Mapping[str, str], key: str) -> str:
     if key not in fields:
-        raise CardFileError("card table: schema metadata", f"the key {key!r}", f"only {shown(sorted(fields))}")
+        raise CardFileError(
+            "card table: schema metadata", f"the key {key!r}", f"only {shown(sorted(fields))}"
+        )
     return fields[key]
 
 
@@ -355,7 +399,9 @@ def _number(fields: Mapping[str, str], key: str, kind: type[N]) -> N:
     try:
         return kind(text)
     except ValueError as error:
-        raise CardFileError(f"card table: {key}", f"a number ({kind.__name__})", repr(text)) from error
+        raise CardFileError(
+            f"card table: {key}", f"a number ({kind.__name__})", repr(text)
+        ) from error
 
 
 def _json(fields: Mapping[str, str], key: str, kind: type[Any]) -> Any:
@@ -395,7 +441,11 @@ def _check_columns(batch: pa.RecordBatch, dtype: str) -> None:
     for want, kept, field, column in zip(expected, known, batch.schema, batch.columns, strict=True):
         where = f"card table: column {want.name!r}"
         if not _declares(field, want, kept) or _plain(_storage(column).type) != want.type:
-            raise CardFileError(where, f"{want.type}, {want.metadata or {}}", f"{field.type}, {field.metadata or {}}")
+            raise CardFileError(
+                where,
+                f"{want.type}, {want.metadata or {}}",
+                f"{field.type}, {field.metadata or {}}",
+            )
         if _nulls(_storage(column)):
             raise CardFileError(where, "no nulls", "nulls")
 
@@ -405,7 +455,9 @@ def _declares(field: pa.Field, want: pa.Field, kept: pa.Field) -> bool:
     if isinstance(field.type, pa.BaseExtensionType):
         return bool(field.type == kept.type)
     declared, ours = field.metadata or {}, want.metadata or {}
-    name, parameters = (declared.get(key) for key in (b"ARROW:extension:name", b"ARROW:extension:metadata"))
+    name, parameters = (
+        declared.get(key) for key in (b"ARROW:extension:name", b"ARROW:extension:metadata")
+    )
     try:
         return name is None or (
             name == ours.get(b"ARROW:extension:name")
@@ -418,7 +470,9 @@ def _declares(field: pa.Field, want: pa.Field, kept: pa.Field) -> bool:
 def _plain(kind: pa.DataType) -> pa.DataType:
     """The type less what writers differ in and a reader need not know: names and nullability of list items."""
     if pa.types.is_struct(kind):
-        return pa.struct([(kind.field(i).name, _plain(kind.field(i).type)) for i in range(kind.num_fields)])
+        return pa.struct(
+            [(kind.field(i).name, _plain(kind.field(i).type)) for i in range(kind.num_fields)]
+        )
     if pa.types.is_fixed_size_list(kind):
         return pa.list_(kind.value_type, kind.list_size)
     return pa.list_(kind.value_type) if pa.types.is_list(kind) else kind
@@ -429,7 +483,9 @@ def _nulls(column: pa.Array) -> bool:
         return True
     if pa.types.is_struct(column.type):
         return any(_nulls(column.field(i)) for i in range(column.type.num_fields))
-    return (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)) and _nulls(column.values)
+    return (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)) and _nulls(
+        column.values
+    )
 
 
 def _check_buffers(batch: pa.RecordBatch) -> None:
@@ -451,11 +507,17 @@ def _storage(column: pa.Array) -> pa.Array:
 def _factors(batch: pa.RecordBatch, name: str) -> _Factors:
     storage = _storage(batch.column(name))
     data, shape = storage.field("data"), storage.field("shape")
-    offsets = _integers(data.offsets) if batch.num_rows else np.zeros(1, np.int64)  # of no rows, a file may have none
+    offsets = (
+        _integers(data.offsets) if batch.num_rows else np.zeros(1, np.int64)
+    )  # of no rows, a file may have none
     shapes = _integers(shape.values.slice(2 * shape.offset, 2 * batch.num_rows)).reshape(-1, 2)
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
-        raise CardFileError(f"card table: column {name!r}", "positive shapes, each as long as its data", "others")
-    return _Factors(offsets.tolist(), [(rows, columns) for rows, columns in shapes.tolist()], data.values)
+        raise CardFileError(
+            f"card table: column {name!r}", "positive shapes, each as long as its data", "others"
+        )
+    return _Factors(
+        offsets.tolist(), [(rows, columns) for rows, columns in shapes.tolist()], data.values
+    )
 
 
 def _integers(column: pa.Array) -> Array:

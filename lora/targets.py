@@ -115,7 +115,9 @@ def targeted_modules(sites: Mapping[str, Site], targets: Iterable[str]) -> set[s
     Requirements: R3.11
     """
     owners = _owners(sites)
-    return set().union(*(owners.get(target, set()) | _all_linear(sites, target) for target in targets))
+    return set().union(
+        *(owners.get(target, set()) | _all_linear(sites, target) for target in targets)
+    )
 
 
 def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> Injection:
@@ -151,7 +153,10 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     """
     check_card(card)
     owners = _owners(sites)
-    targeted = {target: owners.get(target, set()) | _all_linear(sites, target) for target in card.target_modules}
+    targeted = {
+        target: owners.get(target, set()) | _all_linear(sites, target)
+        for target in card.target_modules
+    }
     bound = _bind(owners, set().union(*targeted.values()), card)
     for module, key in bound.items():
         _check_shape(sites[module], module, card, key)
@@ -205,11 +210,15 @@ def _bind(owners: Mapping[str, set[str]], targeted: set[str], card: LoRACard) ->
     for key in sorted(card.weights):
         modules = sorted(owners.get(key, set()) & targeted)
         if len(modules) > 1:
-            raise TargetError(f"card {card.name!r}: weight {key!r}", "one module that it fits", modules)
+            raise TargetError(
+                f"card {card.name!r}: weight {key!r}", "one module that it fits", modules
+            )
         for module in modules:
             if module in bound:
                 keys = [bound[module], key]
-                raise TargetError(f"card {card.name!r}: module {module!r}", "one weight that fits it", keys)
+                raise TargetError(
+                    f"card {card.name!r}: module {module!r}", "one weight that fits it", keys
+                )
             bound[module] = key
     return dict(sorted(bound.items()))
 

@@ -47,8 +47,12 @@ class SafetensorsWeights(Mapping[str, Array]):
         if file.is_dir():
             file = file / (INDEX if (file / INDEX).is_file() else SINGLE)
         if not file.is_file():
-            raise CardNotFoundError(str(path), f"a safetensors file, or a folder with {SINGLE} or {INDEX}", "none")
-        self._files = _index(file) if file.name.endswith(".json") else dict.fromkeys(_names(file), file)
+            raise CardNotFoundError(
+                str(path), f"a safetensors file, or a folder with {SINGLE} or {INDEX}", "none"
+            )
+        self._files = (
+            _index(file) if file.name.endswith(".json") else dict.fromkeys(_names(file), file)
+        )
 
     def __getitem__(self, name: str) -> Array:
         file = self._files[name]
@@ -57,7 +61,9 @@ class SafetensorsWeights(Mapping[str, Array]):
                 array: Array = opened.get_tensor(name)
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             expected = f"a tensor of {', '.join(DTYPES)}"
-            raise UnsupportedModelError(f"{file}: {name!r}", expected, error, "dequantise the model first") from error
+            raise UnsupportedModelError(
+                f"{file}: {name!r}", expected, error, "dequantise the model first"
+            ) from error
         return array
 
     def __iter__(self) -> Iterator[str]:
@@ -78,18 +84,25 @@ def _names(file: Path) -> list[str]:
 def _index(file: Path) -> dict[str, Path]:
     """The shard of each tensor; shards lie beside their index."""
     try:
-        shards = {str(name): str(shard) for name, shard in json.loads(file.read_text("utf-8"))["weight_map"].items()}
+        shards = {
+            str(name): str(shard)
+            for name, shard in json.loads(file.read_text("utf-8"))["weight_map"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(str(file), "an index with a weight_map", error) from error
     held: dict[str, Path] = {}
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard:
-            raise ArgumentError(f"{file}: shard", "the name of a file beside the index", repr(shard))
+            raise ArgumentError(
+                f"{file}: shard", "the name of a file beside the index", repr(shard)
+            )
         if not (path := file.parent / shard).is_file():
             raise CardNotFoundError(str(path), "a shard that the index names", "none")
         inside = set(_names(path))
         mine = [name for name, where in shards.items() if where == shard]
         if missing := [name for name in mine if name not in inside]:
-            raise UnsupportedModelError(str(path), "the tensors that the index names", f"none of {missing[:5]}")
+            raise UnsupportedModelError(
+                str(path), "the tensors that the index names", f"none of {missing[:5]}"
+            )
         held |= dict.fromkeys(mine, path)
     return held

@@ -11,7 +11,11 @@ SPEC = Path(__file__).parent
 def main() -> None:
     """Lock what is new; exit 1 if something changed unnoticed."""
     spec, path = read_spec(SPEC), SPEC / "lock.toml"
-    unnoticed = [fault for fault in lock_faults(spec, read_lock(path)) if "raise" in fault] if path.exists() else []
+    unnoticed = (
+        [fault for fault in lock_faults(spec, read_lock(path)) if "raise" in fault]
+        if path.exists()
+        else []
+    )
     if unnoticed:
         sys.exit("\n".join(unnoticed))
     path.write_text(lock_text(spec), encoding="utf-8")

@@ -29,7 +29,15 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from lora.card import finite, integer
-from lora.errors import ArgumentError, LoRAError, MissingPackageError, PeerError, StateError, StoreError, shown
+from lora.errors import (
+    ArgumentError,
+    LoRAError,
+    MissingPackageError,
+    PeerError,
+    StateError,
+    StoreError,
+    shown,
+)
 from lora.evolution.data import Pairs
 from lora.store import PathLike, as_path, replacing
 
@@ -147,8 +155,12 @@ class MockTeacher:
         """A pair for each sentence of four words or more."""
         sentences = re.split(r"(?<=[.!?])\s+", " ".join(str(json.loads(material)["text"]).split()))
         wanted = [sentence for sentence in sentences if len(sentence.split()) >= 4]
-        asked = [f"What is said of {' '.join(sentence.split()[:3]).lower()}?" for sentence in wanted]
-        return json.dumps({"pairs": [{"query": q, "answer": a} for q, a in zip(asked, wanted, strict=True)]})
+        asked = [
+            f"What is said of {' '.join(sentence.split()[:3]).lower()}?" for sentence in wanted
+        ]
+        return json.dumps(
+            {"pairs": [{"query": q, "answer": a} for q, a in zip(asked, wanted, strict=True)]}
+        )
 
 
 class Ledger:
@@ -210,12 +222,18 @@ class Ledger:
             spent = int(db.execute("SELECT COALESCE(SUM(charged), 0) FROM calls").fetchone()[0])
             if spent + tokens > self.budget:
                 left = f"a call of up to {tokens} with {spent} spent"
-                raise StateError("token budget", f"at most {self.budget} tokens", left, "nothing was sent")
+                raise StateError(
+                    "token budget", f"at most {self.budget} tokens", left, "nothing was sent"
+                )
             row = (time.time(), host, body, tokens, "sent")
-            entry = db.execute("INSERT INTO calls (at, host, body, charged, outcome) VALUES (?, ?, ?, ?, ?)", row)
+            entry = db.execute(
+                "INSERT INTO calls (at, host, body, charged, outcome) VALUES (?, ?, ?, ?, ?)", row
+            )
             return int(entry.lastrowid or 0)
 
-    def settle(self, call: int, outcome: str, sent: int | None = None, received: int | None = None) -> None:
+    def settle(
+        self, call: int, outcome: str, sent: int | None = None, received: int | None = None
+    ) -> None:
         """Enter how a call ended; without figures it stays charged in full."""
         with self._transaction() as db:
             db.execute("UPDATE calls SET outcome = ? WHERE id = ?", (outcome, call))
@@ -310,13 +328,23 @@ class OpenAITeacher:
                 raise ArgumentError(f"teacher: {name}", "text", "none")
         integer(tries, "teacher: tries", least=1)
         integer(max_tokens, "teacher: max_tokens", least=1)
-        seconds = [finite(s, "teacher: timeout, longest_wait", ArgumentError) for s in (timeout, longest_wait)]
+        seconds = [
+            finite(s, "teacher: timeout, longest_wait", ArgumentError)
+            for s in (timeout, longest_wait)
+        ]
         if seconds[0] <= 0 or seconds[1] < 0:
-            raise ArgumentError("teacher: timeout, longest_wait", "seconds > 0 and >= 0", shown(seconds))
+            raise ArgumentError(
+                "teacher: timeout, longest_wait", "seconds > 0 and >= 0", shown(seconds)
+            )
         self.host = _host(base_url)
         self.model, self.ledger, self.base_url = model, ledger, base_url
         self._cache = None if cache is None else as_path(cache)
-        self._tries, self._longest_wait, self._max_tokens, self._sleep = tries, longest_wait, max_tokens, sleep
+        self._tries, self._longest_wait, self._max_tokens, self._sleep = (
+            tries,
+            longest_wait,
+            max_tokens,
+            sleep,
+        )
         self._rung = 0
         self._client = _client(base_url, api_key, timeout)
 
@@ -339,11 +367,15 @@ class OpenAITeacher:
                 continue
             self._rung = rung
             return answer
-        raise PeerError(f"teacher {self.host}", "a chat completion", "every form of request refused")
+        raise PeerError(
+            f"teacher {self.host}", "a chat completion", "every form of request refused"
+        )
 
     def _body(self, rung: str, instruction: str, material: str) -> dict[str, Any]:
         told = (
-            instruction if rung == "json_schema" else f"{instruction} Answer with JSON by this schema: {_text(SCHEMA)}"
+            instruction
+            if rung == "json_schema"
+            else f"{instruction} Answer with JSON by this schema: {_text(SCHEMA)}"
         )
         forms: dict[str, dict[str, Any]] = {
             "json_schema": {
@@ -368,17 +400,30 @@ class OpenAITeacher:
         place = self._place(body)
         try:
             answer = json.loads(place.read_bytes())["answer"] if place else ""
-        except (OSError, ValueError, KeyError, TypeError):  # none, or none that can be read: it is asked for again
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # none, or none that can be read: it is asked for again
             return ""
         return answer if isinstance(answer, str) else ""
 
     def _sent(self, body: dict[str, Any]) -> str:
         """Send a request until it is answered: the only retries, and each is paid for from the budget."""
         text = _text(body)
-        bound = len(text.encode()) + 64 + self._max_tokens  # no tokenizer makes more tokens than bytes
+        bound = (
+            len(text.encode()) + 64 + self._max_tokens
+        )  # no tokenizer makes more tokens than bytes
         for attempt in range(self._tries):
             call = self.ledger.reserve(self.host, text, bound)
-            log.info("sent to %s: %d characters for %s, call %d of the ledger", self.host, len(text), self.model, call)
+            log.info(
+                "sent to %s: %d characters for %s, call %d of the ledger",
+                self.host,
+                len(text),
+                self.model,
+                call,
+            )
             answer, wait = self._posted(body, call, 0.5 * 2**attempt)
             if answer is not None:
                 place = self._place(body)
@@ -389,11 +434,15 @@ class OpenAITeacher:
                 return answer
             if wait > self._longest_wait:
                 raise PeerError(
-                    f"teacher {self.host}", f"an answer within {self._longest_wait} s", f"wait {wait:.0f} s"
+                    f"teacher {self.host}",
+                    f"an answer within {self._longest_wait} s",
+                    f"wait {wait:.0f} s",
                 )
             if attempt + 1 < self._tries:
                 self._sleep(wait)
-        raise PeerError(f"teacher {self.host}", f"an answer in {self._tries} tries", "none", "see the ledger")
+        raise PeerError(
+            f"teacher {self.host}", f"an answer in {self._tries} tries", "none", "see the ledger"
+        )
 
     def _posted(self, body: dict[str, Any], call: int, wait: float) -> tuple[str | None, float]:
         """Send once: the answer, or None and how long to wait before sending again."""
@@ -406,9 +455,16 @@ class OpenAITeacher:
             if error.status_code in (400, 422):
                 raise _RefusedForm from None
             if error.status_code in _AGAIN or error.status_code >= 500:
-                return None, max(wait, _asked_to_wait(error.response.headers.get("retry-after", "")))
-            where, found = f"teacher {self.host}", f"status {error.status_code}"  # its text might repeat the key
-            raise PeerError(where, "status 200", found, "check the URL, the model and the key") from None
+                return None, max(
+                    wait, _asked_to_wait(error.response.headers.get("retry-after", ""))
+                )
+            where, found = (
+                f"teacher {self.host}",
+                f"status {error.status_code}",
+            )  # its text might repeat the key
+            raise PeerError(
+                where, "status 200", found, "check the URL, the model and the key"
+            ) from None
         except openai.APIConnectionError as error:  # timeouts too
             unsent = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
             self.ledger.settle(call, type(error).__name__, *((0, 0) if unsent else ()))
@@ -465,7 +521,12 @@ class CloudDistiller:
     """
 
     def __init__(
-        self, teacher: Teacher, *, consent: Consent | None = None, pairs_each: int = 8, piece: int = 4000
+        self,
+        teacher: Teacher,
+        *,
+        consent: Consent | None = None,
+        pairs_each: int = 8,
+        piece: int = 4000,
     ) -> None:
         integer(pairs_each, "distiller: pairs_each", least=1)
         integer(piece, "distiller: piece", least=1)
@@ -493,7 +554,9 @@ class CloudDistiller:
     def from_queries(self, topic: str, queries: Sequence[str]) -> Distilled:
         """Pairs like these queries, with answers from the teacher's own knowledge; errors as `from_documents`'."""
         text = "\n".join(queries)[: self._piece]
-        return self._distilled("queries", [(topic, {"kind": "queries", "title": topic, "text": text})])
+        return self._distilled(
+            "queries", [(topic, {"kind": "queries", "title": topic, "text": text})]
+        )
 
     def _distilled(self, kind: str, texts: Sequence[tuple[str, Mapping[str, str]]]) -> Distilled:
         self._allow(kind)
@@ -532,7 +595,9 @@ class CloudDistiller:
         log.info("asking %s about %s, as allowed", host, kind)
 
 
-def screened(answer: str, seen: set[tuple[str, str]], most: int) -> tuple[list[tuple[str, str]], Counter[str]]:
+def screened(
+    answer: str, seen: set[tuple[str, str]], most: int
+) -> tuple[list[tuple[str, str]], Counter[str]]:
     r"""The pairs of an answer that are believed, and why the others are not.
 
     Parameters
@@ -604,7 +669,9 @@ def _fault(pair: tuple[Any, Any], seen: set[tuple[str, str]]) -> str | None:
 
 
 def _hostile(text: str) -> bool:
-    if len(text) > LONGEST or any(unicodedata.category(c)[0] == "C" and c not in "\n\t" for c in text):
+    if len(text) > LONGEST or any(
+        unicodedata.category(c)[0] == "C" and c not in "\n\t" for c in text
+    ):
         return True
     return bool(_INJECTIONS.search(unicodedata.normalize("NFKC", text)))
 
@@ -622,7 +689,9 @@ def _items(answer: str) -> list[Any] | None:
     """The list of pairs in an answer, or None if there is none."""
     for opening, end in (("", ""), ("{", "}"), ("[", "]")):
         try:
-            value = json.loads(answer[answer.find(opening) : answer.rfind(end) + 1] if opening else answer)
+            value = json.loads(
+                answer[answer.find(opening) : answer.rfind(end) + 1] if opening else answer
+            )
         except (ValueError, RecursionError):
             continue
         value = value.get("pairs") if isinstance(value, dict) else value
@@ -663,7 +732,9 @@ def _host(url: str) -> str:
     except (ValueError, AttributeError, TypeError) as error:
         raise ArgumentError("teacher: base_url", "a URL", error) from error
     if parts.username is not None or parts.password is not None:
-        raise ArgumentError("teacher: base_url", "a URL without user and password", "one with them", "use api_key")
+        raise ArgumentError(
+            "teacher: base_url", "a URL without user and password", "one with them", "use api_key"
+        )
     if not host or not (parts.scheme == "https" or (parts.scheme == "http" and host in _LOOPBACK)):
         expected = "https://…, or http://… on this machine"
         raise ArgumentError("teacher: base_url", expected, shown(f"{parts.scheme}://{host}"))
@@ -680,7 +751,9 @@ def _client(base_url: str, api_key: str, timeout: float) -> Any:
         import httpx2  # noqa: PLC0415 - openai's own dependency
         import openai  # noqa: PLC0415 - an optional package
     except ImportError as error:
-        raise MissingPackageError("teacher", "openai", "not installed", "pip install 'lora-cards[cloud]'") from error
+        raise MissingPackageError(
+            "teacher", "openai", "not installed", "pip install 'lora-cards[cloud]'"
+        ) from error
 
     class Bounded(httpx2.SyncByteStream):
         """A body that may be neither longer nor slower than allowed."""
@@ -702,7 +775,9 @@ def _client(base_url: str, api_key: str, timeout: float) -> Any:
             self.inner.close()
 
     def bound(response: Any) -> None:
-        if response.headers.get("content-encoding", "identity") != "identity":  # a small body may become a huge one
+        if (
+            response.headers.get("content-encoding", "identity") != "identity"
+        ):  # a small body may become a huge one
             raise httpx2.ReadError("a compressed body")
         response.stream = Bounded(response.stream)
 
@@ -711,5 +786,10 @@ def _client(base_url: str, api_key: str, timeout: float) -> Any:
     )
     headers = {"Accept-Encoding": "identity"}
     return openai.OpenAI(
-        api_key=api_key, base_url=base_url, max_retries=0, timeout=timeout, http_client=http, default_headers=headers
+        api_key=api_key,
+        base_url=base_url,
+        max_retries=0,
+        timeout=timeout,
+        http_client=http,
+        default_headers=headers,
     )

@@ -72,10 +72,14 @@ class Pairs:
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise DataError("pairs", "the pairs schema", error) from error
         for column in ("query", "positive"):
-            empty = pc.index(pc.equal(pc.utf8_trim_whitespace(table[column]), ""), value=True).as_py()
+            empty = pc.index(
+                pc.equal(pc.utf8_trim_whitespace(table[column]), ""), value=True
+            ).as_py()
             if empty >= 0:
                 raise DataError(f"pairs: row {empty}: {column}", "text", "an empty string")
-        inside = pc.and_(pc.greater_equal(table["quality"], 0.0), pc.less_equal(table["quality"], 1.0))
+        inside = pc.and_(
+            pc.greater_equal(table["quality"], 0.0), pc.less_equal(table["quality"], 1.0)
+        )
         outside = pc.index(inside, value=False).as_py()
         if outside >= 0:
             found = table["quality"][outside].as_py()
@@ -91,7 +95,9 @@ class Pairs:
         DataError
             Naming the row that is not a pair.
         """
-        return cls(_table(_record(row, index, f"pairs: row {index}") for index, row in enumerate(rows)))
+        return cls(
+            _table(_record(row, index, f"pairs: row {index}") for index, row in enumerate(rows))
+        )
 
     @classmethod
     def load(cls, path: PathLike) -> Self:
@@ -110,7 +116,11 @@ class Pairs:
                 return cls(_completed(pq.read_table(path)))
             if path.suffix in (".jsonl", ".json"):
                 lines = enumerate(_json_rows(path))
-                return cls(_table(_record(row, index, f"{path}: line {line}") for index, (line, row) in lines))
+                return cls(
+                    _table(
+                        _record(row, index, f"{path}: line {line}") for index, (line, row) in lines
+                    )
+                )
             with pa.memory_map(str(path)) as source:
                 return cls(_completed(pa.ipc.open_file(source).read_all()))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -285,7 +295,8 @@ def _wanted(path: Path) -> bool:
         "config",
     }
     return not any(
-        part in left_out or part.startswith(("_", "config-")) for part in path.with_suffix("").parts[:-1]
+        part in left_out or part.startswith(("_", "config-"))
+        for part in path.with_suffix("").parts[:-1]
     ) and (not path.name.startswith(("_", "test_")) or path.name == "__init__.py")
 
 
@@ -293,7 +304,9 @@ def _rows(path: Path, root: Path, answer: str) -> Iterator[dict[str, str]]:
     parts = path.relative_to(root).with_suffix("").parts
     module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
     try:
-        with warnings.catch_warnings():  # of invalid escapes in the source read: whatever the filters, it is parsed
+        with (
+            warnings.catch_warnings()
+        ):  # of invalid escapes in the source read: whatever the filters, it is parsed
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError):
@@ -307,7 +320,9 @@ def _rows(path: Path, root: Path, answer: str) -> Iterator[dict[str, str]]:
 
 def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Any]]:
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+        if isinstance(
+            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        ) and not node.name.startswith("_"):
             name = f"{prefix}.{node.name}".lstrip(".")
             yield name, node
             if isinstance(node, ast.ClassDef):
@@ -329,7 +344,9 @@ def first_sentence(text: str) -> str:
 
 def _code(node: Any) -> str:
     body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(ast.copy_location(type(node)(**{**dict(ast.iter_fields(node)), "body": body}), node))
+    return ast.unparse(
+        ast.copy_location(type(node)(**{**dict(ast.iter_fields(node)), "body": body}), node)
+    )
 
 
 def _record(row: Row, index: int, where: str) -> dict[str, Any]:
@@ -344,7 +361,9 @@ def _record(row: Row, index: int, where: str) -> dict[str, Any]:
         raise DataError(where, f"query, positive and at most {SCHEMA.names[2:]}", list(row))
     for column, value in row.items():
         if not _fits(column, value):
-            expected = {"quality": "a number in [0, 1]", "negative": "text or null"}.get(column, "text")
+            expected = {"quality": "a number in [0, 1]", "negative": "text or null"}.get(
+                column, "text"
+            )
             raise DataError(f"{where}: {column}", expected, repr(value)[:80])
     return {"negative": None, "quality": 1.0, "group": str(index), **row}
 
@@ -354,7 +373,9 @@ def _fits(column: str, value: object) -> bool:
         return isinstance(value, int | float | np.number) and bool(0 <= value <= 1)
     if value is None:
         return column == "negative"
-    if not isinstance(value, str) or value.encode(errors="ignore").decode() != value:  # lone surrogates
+    if (
+        not isinstance(value, str) or value.encode(errors="ignore").decode() != value
+    ):  # lone surrogates
         return False
     return column in ("negative", "group") or bool(value.strip())
 

@@ -27,7 +27,17 @@ from lora.errors import ArgumentError, CardNotFoundError, DataError, PeerError, 
 from lora.evolution.cloud import CloudDistiller, Distilled
 from lora.evolution.data import Pairs, docstring_pairs, first_sentence
 from lora.evolution.gate import LEAST, Verdict, judge, reciprocal_ranks
-from lora.evolution.novelty import LINK, Alarm, Detector, Novelty, Signals, fit, signals_of, similarities, topics
+from lora.evolution.novelty import (
+    LINK,
+    Alarm,
+    Detector,
+    Novelty,
+    Signals,
+    fit,
+    signals_of,
+    similarities,
+    topics,
+)
 from lora.evolution.train import LoRATrainer, Progress, Settings
 from lora.inference.router import Description, LoRARouter
 from lora.rewrite import adapt
@@ -101,7 +111,9 @@ class Policy:
             integer(getattr(self, name), f"policy: {name}", least=1)
         for name in ("link", "quality", "share"):
             if not 0 <= finite(getattr(self, name), f"policy: {name}", ArgumentError) <= 1:
-                raise ArgumentError(f"policy: {name}", "a number in [0, 1]", shown(getattr(self, name)))
+                raise ArgumentError(
+                    f"policy: {name}", "a number in [0, 1]", shown(getattr(self, name))
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +154,9 @@ class Source:
             raise CardNotFoundError(str(root), "a folder of documents", "none")
         texts: dict[str, str] = {}
         rows: list[dict[str, str]] = []
-        for path in sorted(path for path in root.rglob("*") if path.suffix in TEXT_FILES and path.is_file()):
+        for path in sorted(
+            path for path in root.rglob("*") if path.suffix in TEXT_FILES and path.is_file()
+        ):
             name = str(path.relative_to(root))
             with path.open("rb") as file:
                 texts[name] = file.read(FILE_LIMIT).decode("utf-8", "replace")
@@ -156,7 +170,9 @@ class Source:
             pairs = pairs.add(docstring_pairs(root))
         except DataError:
             if not texts:
-                raise DataError(str(root), f"Python files with docstrings or {TEXT_FILES}", "none") from None
+                raise DataError(
+                    str(root), f"Python files with docstrings or {TEXT_FILES}", "none"
+                ) from None
         return cls(pairs.unique(), MappingProxyType(texts))
 
 
@@ -215,10 +231,14 @@ class Memory:
         rows = [{"query": text, "vector": vector.tolist()} for text, vector in self.pending.items()]
         for task in self.tasks.values():
             vectors = zip(task.queries, task.vectors.tolist(), strict=True)
-            rows += [{"task": task.name, "query": query, "vector": vector} for query, vector in vectors]
+            rows += [
+                {"task": task.name, "query": query, "vector": vector} for query, vector in vectors
+            ]
         numbers = [{key: getattr(task, key) for key in _NUMBERS} for task in self.tasks.values()]
         told = json.dumps({"alarm": asdict(self.alarm), "tasks": numbers})
-        return pa.Table.from_pylist([*rows, *self.logged], _MEMORY.with_metadata({"lora.memory": told}))
+        return pa.Table.from_pylist(
+            [*rows, *self.logged], _MEMORY.with_metadata({"lora.memory": told})
+        )
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:
@@ -234,13 +254,20 @@ class Memory:
         Requirements: R18.2
         """
         try:
-            told, rows = json.loads(table.schema.metadata[b"lora.memory"]), table.cast(_MEMORY).to_pylist()
+            told, rows = (
+                json.loads(table.schema.metadata[b"lora.memory"]),
+                table.cast(_MEMORY).to_pylist(),
+            )
             alarm = Alarm(**{**told["alarm"], "recent": tuple(told["alarm"]["recent"])})
-            logged = tuple({key: row[key] for key in _LOGGED} for row in rows if row["positive"] is not None)
+            logged = tuple(
+                {key: row[key] for key in _LOGGED} for row in rows if row["positive"] is not None
+            )
             texts: dict[str | None, dict[str, Array]] = {}
             for row in rows:
                 if row["positive"] is None:
-                    texts.setdefault(row["task"], {})[row["query"]] = np.array(row["vector"], np.float64)
+                    texts.setdefault(row["task"], {})[row["query"]] = np.array(
+                        row["vector"], np.float64
+                    )
             tasks = {}
             for numbers in told["tasks"]:
                 found, state = texts[numbers["name"]], numbers["state"].replace("working", "open")
@@ -248,7 +275,13 @@ class Memory:
                 tasks[numbers["name"]] = Task(
                     **{**numbers, "queries": tuple(found), "vectors": vectors, "state": state}
                 )
-        except (ArgumentError, AttributeError, KeyError, TypeError, ValueError) as error:  # pyarrow's are ValueErrors
+        except (
+            ArgumentError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # pyarrow's are ValueErrors
             raise DataError("memory", "a table of a distiller's memory", error) from error
         return cls(alarm, MappingProxyType(texts.get(None, {})), MappingProxyType(tasks), logged)
 
@@ -408,11 +441,24 @@ class SkillDistiller:
         self.seed = integer(seed, "seed", least=0)
         self.engine, self.policy, self.sources = engine, policy, dict(sources or {})
         self._fixed, self._calibrated = detector, _Calibrated()
-        self._guards = tuple(self._guarded(_sampled(pairs, policy.sample, seed)) for pairs in guards)
-        self._detector(engine.router.candidates)  # whatever is wrong with the guard set is told here
-        self._teacher, self._store, self._max_steps = teacher, None if store is None else as_path(store), max_steps
+        self._guards = tuple(
+            self._guarded(_sampled(pairs, policy.sample, seed)) for pairs in guards
+        )
+        self._detector(
+            engine.router.candidates
+        )  # whatever is wrong with the guard set is told here
+        self._teacher, self._store, self._max_steps = (
+            teacher,
+            None if store is None else as_path(store),
+            max_steps,
+        )
         self._trainer: Callable[[int], LoRATrainer] = lambda seed: LoRATrainer(
-            engine, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed, settings=settings
+            engine,
+            rank=rank,
+            alpha=alpha,
+            target_modules=target_modules,
+            seed=seed,
+            settings=settings,
         )
         self._memory = Memory(policy.alarm) if memory is None else self._recalled(memory)
         self._write = threading.Lock()
@@ -420,7 +466,9 @@ class SkillDistiller:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """All tasks, those with most queries first."""
-        return tuple(sorted(self._memory.tasks.values(), key=lambda task: (-len(task.queries), task.name)))
+        return tuple(
+            sorted(self._memory.tasks.values(), key=lambda task: (-len(task.queries), task.name))
+        )
 
     @property
     def guards(self) -> tuple[Pairs, ...]:
@@ -484,7 +532,9 @@ class SkillDistiller:
         Requirements: R18.3
         """
         task = self._task(name)
-        known = np.mean([s.similarity for s in signals_of(task.vectors, Index(self.engine.router.candidates))])
+        known = np.mean(
+            [s.similarity for s in signals_of(task.vectors, Index(self.engine.router.candidates))]
+        )
         counts: dict[str, int] = {}
         own, texts = Pairs.of([]), dict[str, str]()
         for source_name, source in sorted(self.sources.items()):
@@ -494,10 +544,15 @@ class SkillDistiller:
             good = _good(source.pairs, self.policy.quality)
             counts[f"source {source_name}"] = len(good)
             own, texts = own.add(good), {**texts, **source.texts}
-        logged = Pairs.of({**row, "group": f"logged {i}"} for i, row in enumerate(self._memory.logged))
+        logged = Pairs.of(
+            {**row, "group": f"logged {i}"} for i, row in enumerate(self._memory.logged)
+        )
         logged = _good(logged, self.policy.quality)
         if len(logged):
-            near = similarities(_embedded(self.engine, logged.queries), task.vectors).max(axis=1) >= self.policy.link
+            near = (
+                similarities(_embedded(self.engine, logged.queries), task.vectors).max(axis=1)
+                >= self.policy.link
+            )
             logged = logged.take(np.flatnonzero(near).tolist())
         counts["logged"] = len(logged)
         taught = Distilled(Pairs.of([]))
@@ -554,9 +609,16 @@ class SkillDistiller:
         still = sum(novelty.kind == "novel" for novelty in self._judged(task.vectors))
         if 2 * still < len(task.queries):
             reason = f"known by now: {still} of {len(task.queries)} queries are novel"
-            return Outcome(task.name, None, None, MappingProxyType({"trial": task.trials, "reason": reason}))
+            return Outcome(
+                task.name, None, None, MappingProxyType({"trial": task.trials, "reason": reason})
+            )
         material = self.gather(task.name, send=True)
-        figures: dict[str, Any] = {"trial": task.trials, "seed": seed, "queries": task.seen, **material.figures}
+        figures: dict[str, Any] = {
+            "trial": task.trials,
+            "seed": seed,
+            "queries": task.seen,
+            **material.figures,
+        }
         try:
             training, held_out, judged_on = divided(material, self.policy.share, seed)
             held_out = _sampled(held_out, self.policy.sample, seed)
@@ -575,19 +637,31 @@ class SkillDistiller:
                 "versions": {"lora": lora.__version__, "python": platform.python_version()}
                 | {package: version(package) for package in ("numpy", "pyarrow", "torch")},
             }
-            trained = self._trainer(seed).train(training, name=task.name, max_steps=self._max_steps, progress=progress)
+            trained = self._trainer(seed).train(
+                training, name=task.name, max_steps=self._max_steps, progress=progress
+            )
             tuned = adapt(self.engine.base, trained.card)
             gain = ranks(self.engine.base, held_out), ranks(tuned, held_out)
-            sides = [(ranks(self.engine.base, guard.pairs), ranks(tuned, guard.pairs)) for guard in guards]
-            verdict = min((judge(gain, side, seed=seed) for side in sides), key=lambda found: found.guard.lower)
+            sides = [
+                (ranks(self.engine.base, guard.pairs), ranks(tuned, guard.pairs))
+                for guard in guards
+            ]
+            verdict = min(
+                (judge(gain, side, seed=seed) for side in sides),
+                key=lambda found: found.guard.lower,
+            )
         except DataError as error:  # too little, or nothing that could be learned
-            return Outcome(task.name, None, None, MappingProxyType({**figures, "reason": str(error)}))
+            return Outcome(
+                task.name, None, None, MappingProxyType({**figures, "reason": str(error)})
+            )
         figures |= verdict.figures()
         if not verdict.accepted:
             return Outcome(task.name, None, verdict, MappingProxyType(figures))
         judged = set(held_out.queries)  # not among the examples: it shall tell what is known
         examples = [*task.queries, *_sampled(training, self.policy.examples, seed).queries]
-        examples = [text for text in dict.fromkeys(examples) if text not in judged][: self.policy.examples]
+        examples = [text for text in dict.fromkeys(examples) if text not in judged][
+            : self.policy.examples
+        ]
         metadata = {
             "description": " / ".join(task.queries[:3]),
             "examples": examples,
@@ -643,17 +717,25 @@ class SkillDistiller:
     def _task(self, name: str) -> Task:
         found = self._memory.tasks.get(name)
         if found is None:
-            raise StateError(f"task {name!r}", f"one of {sorted(self._memory.tasks)}", "none of that name")
+            raise StateError(
+                f"task {name!r}", f"one of {sorted(self._memory.tasks)}", "none of that name"
+            )
         return found
 
     def _claim(self, name: str | None) -> Task:
         """An open task, from now on this caller's."""
         with self._write:
-            waiting = [task for task in self.tasks if task.state == "open" and name in (None, task.name)]
+            waiting = [
+                task for task in self.tasks if task.state == "open" and name in (None, task.name)
+            ]
             if not waiting:
                 found = {task.name: task.state for task in self.tasks}
-                raise StateError("work", "an open task" if name is None else f"an open task {name!r}", found)
-            task = replace(waiting[0], state="working", trials=waiting[0].trials + 1, tried=waiting[0].seen)
+                raise StateError(
+                    "work", "an open task" if name is None else f"an open task {name!r}", found
+                )
+            task = replace(
+                waiting[0], state="working", trials=waiting[0].trials + 1, tried=waiting[0].seen
+            )
             self._memory = replace(self._memory, tasks=_with(self._memory.tasks, task))
         return task
 
@@ -663,7 +745,9 @@ class SkillDistiller:
             self._memory = replace(self._memory, tasks=_with(self._memory.tasks, task))
 
 
-def remembered(memory: Memory, text: str, vector: Array, novelty: Novelty, policy: Policy) -> Memory:
+def remembered(
+    memory: Memory, text: str, vector: Array, novelty: Novelty, policy: Policy
+) -> Memory:
     """What a distiller knows after one more query.
 
     A novel query joins the task whose topic it is of; a discarded task is opened again when it has `Policy.topic_size`
@@ -672,9 +756,15 @@ def remembered(memory: Memory, text: str, vector: Array, novelty: Novelty, polic
     Requirements: R18.2
     """
     memory = replace(memory, alarm=memory.alarm.after(novelty.kind))
-    if novelty.kind != "novel" or text in memory.pending or any(text in task.queries for task in memory.tasks.values()):
+    if (
+        novelty.kind != "novel"
+        or text in memory.pending
+        or any(text in task.queries for task in memory.tasks.values())
+    ):
         return memory
-    near = [(similarities([vector], task.vectors).max(), task.name) for task in memory.tasks.values()]
+    near = [
+        (similarities([vector], task.vectors).max(), task.name) for task in memory.tasks.values()
+    ]
     best, name = max(near, default=(-1.0, ""))
     if best >= policy.link:
         task = memory.tasks[name]
@@ -694,7 +784,9 @@ def remembered(memory: Memory, text: str, vector: Array, novelty: Novelty, polic
         for topic in topics(vectors, policy.link):
             if len(topic) >= policy.topic_size:
                 queries = tuple(texts[i] for i in topic)
-                name = f"skill-{hashlib.sha256(json.dumps(sorted(queries)).encode()).hexdigest()[:8]}"
+                name = (
+                    f"skill-{hashlib.sha256(json.dumps(sorted(queries)).encode()).hexdigest()[:8]}"
+                )
                 tasks = _with(tasks, Task(name, queries, vectors[list(topic)], seen=len(topic)))
                 pending = {key: value for key, value in pending.items() if key not in queries}
     return replace(memory, pending=MappingProxyType(pending), tasks=tasks)
@@ -724,7 +816,9 @@ def calibrated(guards: Sequence[_Guard], index: Index, seed: int) -> Detector:
     """
     groups: dict[str, list[Signals]] = {}
     for number, guard in enumerate(guards):
-        found = zip(guard.pairs.table["group"].to_pylist(), signals_of(guard.vectors, index), strict=True)
+        found = zip(
+            guard.pairs.table["group"].to_pylist(), signals_of(guard.vectors, index), strict=True
+        )
         for group, signals in found:
             groups.setdefault(f"{number} {group}", []).append(signals)
     return fit(groups, seed=seed)
@@ -757,8 +851,14 @@ def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, 
         training, held_out = material.own.add(material.taught).split(share, seed=seed)
     groups = set(held_out.table["group"].to_pylist())
     texts = {*held_out.queries, *held_out.positives}
-    rows = zip(training.table["group"].to_pylist(), training.queries, training.positives, strict=True)
-    kept = [i for i, (group, query, told) in enumerate(rows) if group not in groups and not {query, told} & texts]
+    rows = zip(
+        training.table["group"].to_pylist(), training.queries, training.positives, strict=True
+    )
+    kept = [
+        i
+        for i, (group, query, told) in enumerate(rows)
+        if group not in groups and not {query, told} & texts
+    ]
     return training.take(kept).unique(), held_out.unique(), judged_on
 
 
@@ -776,7 +876,9 @@ def ranks(model: Any, pairs: Pairs) -> Array:
     """
     candidates = sorted(set(pairs.positives))
     place = {text: row for row, text in enumerate(candidates)}
-    queries, targets = (np.asarray(model.encode(texts), np.float64) for texts in (pairs.queries, candidates))
+    queries, targets = (
+        np.asarray(model.encode(texts), np.float64) for texts in (pairs.queries, candidates)
+    )
     if not (np.isfinite(queries).all() and np.isfinite(targets).all()):
         raise DataError("ranks", "finite embeddings", "NaN or infinity", "lower the learning rate")
     return reciprocal_ranks(queries, targets, [place[text] for text in pairs.positives])
@@ -814,7 +916,9 @@ def _sampled(pairs: Pairs, size: int, seed: int) -> Pairs:
 
 
 def _good(pairs: Pairs, quality: float) -> Pairs:
-    return pairs.take([i for i, found in enumerate(pairs.table["quality"].to_pylist()) if found >= quality])
+    return pairs.take(
+        [i for i, found in enumerate(pairs.table["quality"].to_pylist()) if found >= quality]
+    )
 
 
 def _with(tasks: Mapping[str, Task], task: Task) -> Mapping[str, Task]:

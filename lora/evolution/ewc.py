@@ -57,7 +57,10 @@ def penalty(params: Tensors, anchor: Anchor, strength: float) -> Tensor:
     -----
     Requirements: R17.6
     """
-    terms = [(anchor.fisher[name] * (params[name] - theta) ** 2).sum() for name, theta in anchor.params.items()]
+    terms = [
+        (anchor.fisher[name] * (params[name] - theta) ** 2).sum()
+        for name, theta in anchor.params.items()
+    ]
     return strength / 2 * torch.stack(terms).sum()
 
 
@@ -84,7 +87,9 @@ def fisher_of(losses: Iterable[Tensor], params: Tensors) -> Tensors:
     """
     sums, count = {name: torch.zeros_like(tensor) for name, tensor in params.items()}, 0
     for loss in losses:
-        gradients = torch.autograd.grad(loss, list(params.values()), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            loss, list(params.values()), retain_graph=True, allow_unused=True
+        )
         for name, gradient in zip(params, gradients, strict=True):
             if gradient is not None:
                 sums[name] += gradient.detach() ** 2
@@ -101,7 +106,9 @@ def normalized(fisher: Tensors) -> Tensors:
     """
     count = sum(tensor.numel() for tensor in fisher.values())
     mean = float(sum(float(tensor.double().sum()) for tensor in fisher.values())) / max(count, 1)
-    return MappingProxyType({name: tensor / mean if mean else tensor for name, tensor in fisher.items()})
+    return MappingProxyType(
+        {name: tensor / mean if mean else tensor for name, tensor in fisher.items()}
+    )
 
 
 def online(old: Anchor, new: Anchor, decay: float = 1.0) -> Anchor:
@@ -120,4 +127,6 @@ def online(old: Anchor, new: Anchor, decay: float = 1.0) -> Anchor:
         raise ArgumentError("online: decay", "a number in [0, 1]", decay)
     if old.params.keys() != new.params.keys():
         raise ArgumentError("online", "anchors of the same parameters", "others")
-    return Anchor(new.params, {name: decay * old.fisher[name] + fisher for name, fisher in new.fisher.items()})
+    return Anchor(
+        new.params, {name: decay * old.fisher[name] + fisher for name, fisher in new.fisher.items()}
+    )

@@ -24,7 +24,15 @@ from typing import Any, Protocol, Self
 import pyarrow as pa
 
 from lora.card import integer
-from lora.errors import ArgumentError, LoRAError, MismatchError, MissingPackageError, PeerError, StateError, shown
+from lora.errors import (
+    ArgumentError,
+    LoRAError,
+    MismatchError,
+    MissingPackageError,
+    PeerError,
+    StateError,
+    shown,
+)
 from lora.evolution.nights import due, next_night, night_of, parse_at
 from lora.evolution.queue import Job, JobQueue, Version
 from lora.evolution.work import KINDS, Kind, check, content_id, forget, halt, paths_in, supervise
@@ -134,7 +142,10 @@ class SkillFactory:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -142,7 +153,9 @@ class SkillFactory:
         """Let go of the queue."""
         self.queue.close()
 
-    def add(self, kind: str, parameters: Mapping[str, Any], *, dry_run: bool = False, **options: Any) -> Job:
+    def add(
+        self, kind: str, parameters: Mapping[str, Any], *, dry_run: bool = False, **options: Any
+    ) -> Job:
         """Queue a job; one of the same kind, parameters and inputs that is known already is returned as it is.
 
         Parameters
@@ -173,7 +186,8 @@ class SkillFactory:
         paths = paths_in(self._kinds[kind], parameters)
         inputs = {path: content_id(path) for several in paths.values() for path in several}
         absolute = {
-            key: several if isinstance(parameters[key], list | tuple) else several[0] for key, several in paths.items()
+            key: several if isinstance(parameters[key], list | tuple) else several[0]
+            for key, several in paths.items()
         }
         base = str(absolute.get("model", ""))
         job = Job.of(kind, {**parameters, **absolute}, inputs, base=base, **options)
@@ -214,7 +228,11 @@ class SkillFactory:
 
     def live(self) -> dict[str, Path]:
         """The card file to serve, of each skill."""
-        return {version.name: self.cards.path(version.digest) for version in self.queue.versions() if version.live}
+        return {
+            version.name: self.cards.path(version.digest)
+            for version in self.queue.versions()
+            if version.live
+        }
 
     def next_run(self, at: str) -> datetime:
         """When nightly work is due next, on the local wall clock; what is past is due now.
@@ -249,7 +267,11 @@ class SkillFactory:
         """
         with self._swap:
             while self._service is not None:
-                wanted = [v for v in self.queue.versions() if v.live and self._serving.get(v.name) != v.digest]
+                wanted = [
+                    v
+                    for v in self.queue.versions()
+                    if v.live and self._serving.get(v.name) != v.digest
+                ]
                 if not wanted:
                     return
                 for version in wanted:
@@ -318,7 +340,11 @@ class SkillFactory:
             try:
                 while True:
                     self.sync()
-                    while len(running) < self.workers and not stop.is_set() and self._begin(executor, running):
+                    while (
+                        len(running) < self.workers
+                        and not stop.is_set()
+                        and self._begin(executor, running)
+                    ):
                         pass
                     if not running:
                         return
@@ -355,7 +381,9 @@ class SkillFactory:
             running[executor.submit(supervise, self._order(job))] = job
         except BaseException as error:
             self._say(self.queue.release(job, self._clock()))
-            if isinstance(error, RuntimeError) and not isinstance(error, LoRAError):  # a broken pool, or one shut down
+            if isinstance(error, RuntimeError) and not isinstance(
+                error, LoRAError
+            ):  # a broken pool, or one shut down
                 raise StateError("factory: executor", "one that takes jobs", error) from error
             raise
         return True
@@ -410,7 +438,9 @@ class SkillFactory:
     def _sweep(self) -> None:
         """Remove the cards that no version names and the folders of jobs that are done with."""
         named = {version.digest for version in self.queue.versions()}
-        open_jobs = {job.id for job in self.queue.jobs() if job.state in ("queued", "running", "dead")}
+        open_jobs = {
+            job.id for job in self.queue.jobs() if job.state in ("queued", "running", "dead")
+        }
         with os_errors(self.root):
             for sha in self.cards.digests():
                 if sha not in named:
@@ -457,7 +487,9 @@ def cluster(address: str) -> Iterator[Executor]:
     try:
         from distributed import Client  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise MissingPackageError("factory: cluster", "the package distributed", error, "install [cluster]") from error
+        raise MissingPackageError(
+            "factory: cluster", "the package distributed", error, "install [cluster]"
+        ) from error
     try:
         client = Client(address, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:

@@ -135,7 +135,10 @@ def judge(gain: tuple[Any, Any], guard: tuple[Any, Any], *, seed: int = 0) -> Ve
 
     Requirements: R18.3
     """
-    found = [change(*side, seed=seed, where=where) for side, where in ((gain, "gate: gain"), (guard, "gate: guard"))]
+    found = [
+        change(*side, seed=seed, where=where)
+        for side, where in ((gain, "gate: gain"), (guard, "gate: guard"))
+    ]
     return Verdict(found[0], found[1], seed)
 
 
@@ -212,9 +215,15 @@ def reciprocal_ranks(queries: Any, candidates: Any, own: Sequence[int]) -> Array
     if places.shape != (len(rows),) or rows.shape[1] != targets.shape[1]:
         found = f"shapes {rows.shape}, {targets.shape} and {places.shape}"
         raise ShapeError("reciprocal ranks", "shapes (n, d), (m, d) and (n,)", found)
-    if places.size and (places.dtype.kind not in "iu" or not 0 <= places.min() <= places.max() < len(targets)):
-        raise ArgumentError("reciprocal ranks: own", f"rows of {len(targets)} candidates", shown(own))
-    scores = np.einsum("nd,md->nm", rows, targets)  # not a matrix product: equal candidates score equally
+    if places.size and (
+        places.dtype.kind not in "iu" or not 0 <= places.min() <= places.max() < len(targets)
+    ):
+        raise ArgumentError(
+            "reciprocal ranks: own", f"rows of {len(targets)} candidates", shown(own)
+        )
+    scores = np.einsum(
+        "nd,md->nm", rows, targets
+    )  # not a matrix product: equal candidates score equally
     mine = scores[np.arange(len(rows)), places]
     ranks: Array = 1.0 / (scores >= mine[:, None]).sum(axis=1)
     return ranks

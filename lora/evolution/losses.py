@@ -22,7 +22,12 @@ Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
 def contrastive(
-    queries: Tensor, positives: Tensor, negatives: Tensor | None, qualities: Tensor, *, scale: float = SCALE
+    queries: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    qualities: Tensor,
+    *,
+    scale: float = SCALE,
 ) -> Tensor:
     """Cross-entropy of each query's own positive among the batch's, and of each positive's own query; their mean.
 
@@ -48,7 +53,9 @@ def contrastive_loss(queries: Tensor, positives: Tensor, *, scale: float = SCALE
     return contrastive(queries, positives, None, queries.new_ones(len(queries)), scale=scale).mean()
 
 
-def cosine(queries: Tensor, positives: Tensor, negatives: Tensor | None, qualities: Tensor) -> Tensor:
+def cosine(
+    queries: Tensor, positives: Tensor, negatives: Tensor | None, qualities: Tensor
+) -> Tensor:
     """Squared error of a pair's similarity against its quality, and of its negative's against 0.
 
     Without negatives the next pair's positive is one.
@@ -63,7 +70,12 @@ def cosine(queries: Tensor, positives: Tensor, negatives: Tensor | None, qualiti
 
 
 def triplet(
-    queries: Tensor, positives: Tensor, negatives: Tensor | None, qualities: Tensor, *, margin: float = MARGIN
+    queries: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    qualities: Tensor,
+    *,
+    margin: float = MARGIN,
 ) -> Tensor:
     """By how much a positive is not nearer than its negative by a margin, in cosine distance; a pair counts by its quality.
 
@@ -76,11 +88,15 @@ def triplet(
     near = F.cosine_similarity(queries, positives)
     if negatives is None:
         every = F.normalize(queries, dim=-1) @ F.normalize(positives, dim=-1).T
-        far = every.masked_fill(torch.eye(len(every), dtype=torch.bool, device=every.device), -1.0).amax(1)
+        far = every.masked_fill(
+            torch.eye(len(every), dtype=torch.bool, device=every.device), -1.0
+        ).amax(1)
     else:
         far = F.cosine_similarity(queries, negatives)
     return qualities * F.relu(margin + far - near)
 
 
-LOSSES: Mapping[str, Loss] = MappingProxyType({"contrastive": contrastive, "cosine": cosine, "triplet": triplet})
+LOSSES: Mapping[str, Loss] = MappingProxyType(
+    {"contrastive": contrastive, "cosine": cosine, "triplet": triplet}
+)
 """Losses by name."""

@@ -151,19 +151,28 @@ def signals_of(queries: Any, index: Index) -> list[Signals]:
     Requirements: R18.1
     """
     if not index.candidates:
-        raise StateError("novelty", "at least one known skill", "none", "register a card with its examples")
+        raise StateError(
+            "novelty", "at least one known skill", "none", "register a card with its examples"
+        )
     scores = np.maximum.reduceat(similarities(queries, index.rows), index.starts, axis=1)
     names = list(index.candidates)  # sorted: of equal ones, the first is the best
     best = scores.argmax(axis=1)
     found = []
     for row, place in zip(scores, best.tolist(), strict=True):
         second = max(np.delete(row, place).tolist(), default=-1.0)
-        found.append(Signals(row[place].item(), round(row[place].item() - second, DECIMALS), names[place]))
+        found.append(
+            Signals(row[place].item(), round(row[place].item() - second, DECIMALS), names[place])
+        )
     return found
 
 
 def fit(
-    known: Mapping[str, Sequence[Signals]], *, rate: float = 0.05, doubt: float = 0.2, share: float = 0.4, seed: int = 0
+    known: Mapping[str, Sequence[Signals]],
+    *,
+    rate: float = 0.05,
+    doubt: float = 0.2,
+    share: float = 0.4,
+    seed: int = 0,
 ) -> Detector:
     """A detector for which at most a share `rate` of known queries of new sources is novel, and `doubt` not known.
 
@@ -197,23 +206,33 @@ def fit(
     if not (isinstance(share, float) and 0 < share < 1):
         raise ArgumentError("share", "a share in (0, 1)", shown(share))
     if not isinstance(known, Mapping) or not all(known.values()):
-        raise ArgumentError("known", "a mapping of source group to signals, at least one in each", shown(known))
+        raise ArgumentError(
+            "known", "a mapping of source group to signals, at least one in each", shown(known)
+        )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ArgumentError("seed", "an integer >= 0", shown(seed))
     groups = sorted(known)
     order = np.random.default_rng([seed, len(groups)]).permutation(len(groups))
     size = round(share * len(groups))
     scaling, rest = ([groups[i] for i in sorted(part)] for part in (order[:size], order[size:]))
-    rows = np.array([(s.similarity, s.margin) for group in scaling for s in known[group]], np.float64)
+    rows = np.array(
+        [(s.similarity, s.margin) for group in scaling for s in known[group]], np.float64
+    )
     if not len(rows) or not np.isfinite(rows).all():
-        raise ArgumentError("known", "finite signals of several source groups", f"{len(groups)} groups")
+        raise ArgumentError(
+            "known", "finite signals of several source groups", f"{len(groups)} groups"
+        )
     centre = np.median(rows, axis=0)
-    step = np.maximum(centre - np.quantile(rows, TAIL, axis=0), 10.0**-DECIMALS)  # signals may all be equal
+    step = np.maximum(
+        centre - np.quantile(rows, TAIL, axis=0), 10.0**-DECIMALS
+    )  # signals may all be equal
     places, steps = (centre[0].item(), centre[1].item()), (step[0].item(), step[1].item())
     free = Calibration(-math.inf, 0, 0.0, (0.0, 1.0))
     scorer = Detector(places, steps, free, free)
     scores = {group: [scorer.score(s) for s in known[group]] for group in rest}
-    return Detector(places, steps, calibrate(scores, rate, seed=seed), calibrate(scores, doubt, seed=seed))
+    return Detector(
+        places, steps, calibrate(scores, rate, seed=seed), calibrate(scores, doubt, seed=seed)
+    )
 
 
 @dataclass(frozen=True)
@@ -293,7 +312,11 @@ def topics(embeddings: Any, threshold: float = LINK) -> tuple[tuple[int, ...], .
 
     Requirements: R18.2
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
+    if (
+        isinstance(threshold, bool)
+        or not isinstance(threshold, int | float)
+        or not -1 <= threshold <= 1
+    ):
         raise ArgumentError("threshold", "a cosine in [-1, 1]", shown(threshold))
     near = similarities(embeddings, embeddings) >= threshold
     waiting = list(range(len(near)))
@@ -316,7 +339,9 @@ def similarities(left: Any, right: Any) -> Array:
     rows, columns = unit(left), unit(right)
     if rows.shape[1] != columns.shape[1]:
         raise ShapeError("embeddings", f"width {rows.shape[1]}", f"width {columns.shape[1]}")
-    cosines = np.einsum("nd,md->nm", rows, columns)  # not a matrix product: a pair's cosine is the same at any place
+    cosines = np.einsum(
+        "nd,md->nm", rows, columns
+    )  # not a matrix product: a pair's cosine is the same at any place
     result: Array = np.round(np.clip(cosines, -1, 1), DECIMALS) + 0.0
     return result
 
@@ -346,7 +371,13 @@ def auroc(novel: Sequence[float], known: Sequence[float]) -> float:
     Requirements: R18.1
     """
     low, high = np.sort(np.asarray(novel, np.float64)), np.asarray(known, np.float64)
-    if not (low.ndim == high.ndim == 1 and low.size and high.size) or np.isnan(low).any() or np.isnan(high).any():
-        raise ArgumentError("auroc", "scores on both sides, without NaN", f"shapes {low.shape} and {high.shape}")
+    if (
+        not (low.ndim == high.ndim == 1 and low.size and high.size)
+        or np.isnan(low).any()
+        or np.isnan(high).any()
+    ):
+        raise ArgumentError(
+            "auroc", "scores on both sides, without NaN", f"shapes {low.shape} and {high.shape}"
+        )
     below, ties_too = np.searchsorted(low, high, "left"), np.searchsorted(low, high, "right")
     return int((below + ties_too).sum()) / (2 * low.size * high.size)

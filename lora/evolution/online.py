@@ -58,10 +58,20 @@ class LearningEvent:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise DataError(f"learning event: {name}", "text", shown(value))
-        for name, least, most in (("reward", -1, 1), ("rouge", 0, 1), ("entropy_change", -math.inf, math.inf)):
+        for name, least, most in (
+            ("reward", -1, 1),
+            ("rouge", 0, 1),
+            ("entropy_change", -math.inf, math.inf),
+        ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-                raise DataError(f"learning event: {name}", f"a number in [{least}, {most}]", shown(value))
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not least <= value <= most
+            ):
+                raise DataError(
+                    f"learning event: {name}", f"a number in [{least}, {most}]", shown(value)
+                )
 
     def check_breakthrough(self) -> bool:
         """Whether the answer was right and gave certainty."""
@@ -117,13 +127,17 @@ class OnlineAdapter:
         publish: Callable[[LoRACard], None] | None = None,
     ) -> None:
         if not isinstance(engine.base, InferenceCore):
-            raise UnsupportedModelError("OnlineAdapter", "an engine over an InferenceCore", type(engine.base).__name__)
+            raise UnsupportedModelError(
+                "OnlineAdapter", "an engine over an InferenceCore", type(engine.base).__name__
+            )
         if not (math.isfinite(step_size) and step_size > 0):
             raise ArgumentError("step_size", "a finite number > 0", shown(step_size))
         if not (math.isfinite(tolerance) and tolerance >= 0):
             raise ArgumentError("tolerance", "a finite number >= 0", shown(tolerance))
         self.core, self.guard, self.step_size, self.publish = engine.base, guard, step_size, publish
-        card = fresh(self.core, name, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed)
+        card = fresh(
+            self.core, name, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
+        )
         self.state = Adaptation(replace(card, base_fingerprint=fingerprint(self.core, card)))
         self.least_mrr = evaluate(self.core, guard).mrr - tolerance
 
@@ -142,7 +156,9 @@ class OnlineAdapter:
         state = self.state
         card, mrr = stepped(self.core, state.card, event, self.step_size, self.guard)
         kept = mrr >= self.least_mrr
-        self.state = Adaptation(card if kept else state.card, state.steps + 1, state.undone + (not kept))
+        self.state = Adaptation(
+            card if kept else state.card, state.steps + 1, state.undone + (not kept)
+        )
         if kept and self.publish is not None:
             self.publish(card)
         return self.state
@@ -160,8 +176,12 @@ def stepped(
     factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
     with torch.enable_grad():
         query, answer = model.embed([event.query]), model.embed([event.answer])
-        gradients = torch.autograd.grad(F.cosine_similarity(query, answer).sum(), factors, allow_unused=True)
-    length = math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in gradients if gradient is not None))
+        gradients = torch.autograd.grad(
+            F.cosine_similarity(query, answer).sum(), factors, allow_unused=True
+        )
+    length = math.sqrt(
+        sum(float((gradient.double() ** 2).sum()) for gradient in gradients if gradient is not None)
+    )
     with torch.no_grad():
         for factor, gradient in zip(factors, gradients, strict=True):
             if gradient is not None and length > 0:

@@ -147,7 +147,10 @@ def hot_zones(scores: Mapping[str, float], share: float = 0.5) -> tuple[str, ...
     share = finite(share, "hot_zones: share", ArgumentError)
     if not 0 < share <= 1:
         raise ArgumentError("hot_zones: share", "a number in (0, 1]", share)
-    mass = {name: Fraction(finite(score, f"score of {name!r}", ArgumentError)) for name, score in scores.items()}
+    mass = {
+        name: Fraction(finite(score, f"score of {name!r}", ArgumentError))
+        for name, score in scores.items()
+    }
     if min(mass.values(), default=0) < 0:
         raise ArgumentError("hot_zones: scores", "numbers >= 0", min(scores.values()))
     missing, zones = Fraction(repr(share)) * sum(mass.values()), []
@@ -171,7 +174,9 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """
     if len(a) != len(b):
         raise ShapeError("rank_correlation", f"two scores of {len(a)} layers", len(b))
-    left, right = (np.sign(np.subtract.outer(scores, scores)).sum(1) for scores in (a, b))  # ranks, centred and doubled
+    left, right = (
+        np.sign(np.subtract.outer(scores, scores)).sum(1) for scores in (a, b)
+    )  # ranks, centred and doubled
     spread = (left @ left) * (right @ right)
     return float(left @ right / np.sqrt(spread)) if spread else None
 
@@ -204,7 +209,11 @@ class WeightMap:
     def correlations(self) -> dict[str, float | None]:
         """Rank correlation over blocks of each score with ablation; empty if that was not measured."""
         truth = list(scores_of(self.blocks, "ablation").values())
-        return {s: rank_correlation([*scores_of(self.blocks, s).values()], truth) for s in SCORES[:3] if truth}
+        return {
+            s: rank_correlation([*scores_of(self.blocks, s).values()], truth)
+            for s in SCORES[:3]
+            if truth
+        }
 
     def table(self) -> pa.Table:
         """A row for each Linear and each block: kind (``"layer"`` or ``"block"``), name, and `SCORES`."""
@@ -281,8 +290,12 @@ def changes(
 
     Requirements: R15.5
     """
-    before, after = (model.state_dict() if isinstance(model, Model) else model for model in (base, tuned))
-    card = extract_delta(before, after, rank, target_modules=target_modules, dtype="float64", on_module=on_step)
+    before, after = (
+        model.state_dict() if isinstance(model, Model) else model for model in (base, tuned)
+    )
+    card = extract_delta(
+        before, after, rank, target_modules=target_modules, dtype="float64", on_module=on_step
+    )
     held: Any = card.metadata["extract"]
     moved = {}
     for name in card.weights:
@@ -290,7 +303,9 @@ def changes(
         delta = _array(after[key]) - _array(before[key])
         largest = np.abs(delta).max()  # so that no square over- or underflows
         moved[name] = float(np.sqrt(np.square(delta / largest).mean()) * largest)
-    return tuple(LayerChange(name, moved[name], held["modules"][name]["energy"]) for name in ranking(moved))
+    return tuple(
+        LayerChange(name, moved[name], held["modules"][name]["energy"]) for name in ranking(moved)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,7 +363,9 @@ class WeightMapProbe:
             raise ArgumentError("probe: texts", "at least one", "none")
         model = fold(self.encoder).eval()
         if not callable(getattr(model, "encode", None)):
-            raise UnsupportedModelError("probe: encoder", "a module with encode(texts)", type(model).__name__)
+            raise UnsupportedModelError(
+                "probe: encoder", "a module with encode(texts)", type(model).__name__
+            )
         blocks = _blocks(model, self.blocks)
         seen, turned = self._tallies(adapt(model, ()), texts, blocks)
         lost = self._lost(model, texts, blocks) if ablation else {}
@@ -369,29 +386,41 @@ class WeightMapProbe:
         self, model: nn.Module, texts: list[str], blocks: tuple[str, ...]
     ) -> tuple[dict[str, Tally], dict[str, Tally]]:
         """The squared inputs of each Linear that runs, and the turns of each block."""
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linears = {
+            name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+        }
         seen: dict[str, Tally] = {}
         turned: dict[str, Tally] = {}
         for name, linear in linears.items():
             _watch(linear, name, seen, lambda x, _: squares(x))
         for block in blocks:
-            _watch(model.get_submodule(block), block, turned, partial(turns, where=f"probe: {block!r}"))
+            _watch(
+                model.get_submodule(block), block, turned, partial(turns, where=f"probe: {block!r}")
+            )
         for position, text in enumerate(texts, 1):
             _encoded(model, [text])
             self._report("text", position, len(texts))
         for block in blocks:
             if block not in turned or not any(_inside(name, block) for name in seen):
                 raise TargetError(
-                    f"probe: block {block!r}", "a block in which a Linear runs", "none that a text reaches"
+                    f"probe: block {block!r}",
+                    "a block in which a Linear runs",
+                    "none that a text reaches",
                 )
-        return {name: seen[name] for name in linears if name in seen}, {block: turned[block] for block in blocks}
+        return {name: seen[name] for name in linears if name in seen}, {
+            block: turned[block] for block in blocks
+        }
 
-    def _lost(self, model: nn.Module, texts: list[str], blocks: tuple[str, ...]) -> dict[str, float]:
+    def _lost(
+        self, model: nn.Module, texts: list[str], blocks: tuple[str, ...]
+    ) -> dict[str, float]:
         """How far the embeddings turn where a block passes its input on."""
         whole, lost = _encoded(model, texts), {}
         for position, block in enumerate(blocks, 1):
             handle = model.get_submodule(block).register_forward_hook(_passed_on, with_kwargs=True)
-            lost[block] = _score(turns(whole, _encoded(model, texts)).mean, f"probe: {block!r} ablated")
+            lost[block] = _score(
+                turns(whole, _encoded(model, texts)).mean, f"probe: {block!r} ablated"
+            )
             handle.remove()
             self._report(block, position, len(blocks))
         return lost
@@ -412,7 +441,9 @@ def _directions(rows: Array) -> Array:
     """Each row at length 1; a zero stays one."""
     alive = rows.any(-1, keepdims=True)
     with np.errstate(invalid="ignore"):
-        rows = rows / np.where(alive, np.abs(rows).max(-1, keepdims=True), 1.0)  # so that no square over- or underflows
+        rows = rows / np.where(
+            alive, np.abs(rows).max(-1, keepdims=True), 1.0
+        )  # so that no square over- or underflows
         result: Array = rows / np.where(alive, np.sqrt((rows * rows).sum(-1, keepdims=True)), 1.0)
     return result
 
@@ -432,7 +463,9 @@ def _score(value: Any, where: str) -> float:
 def _blocks(model: nn.Module, wanted: Sequence[str] | None) -> tuple[str, ...]:
     names = dict(model.named_modules(remove_duplicate=False))
     if wanted is None:
-        lists = {name: len(module) for name, module in names.items() if isinstance(module, nn.ModuleList)}
+        lists = {
+            name: len(module) for name, module in names.items() if isinstance(module, nn.ModuleList)
+        }
         longest = max(lists, key=lambda name: lists[name], default="")
         wanted = [f"{longest}.{index}".removeprefix(".") for index in range(lists.get(longest, 0))]
     if not isinstance(wanted, Iterable):
@@ -440,7 +473,12 @@ def _blocks(model: nn.Module, wanted: Sequence[str] | None) -> tuple[str, ...]:
     blocks = tuple(dict.fromkeys([wanted] if isinstance(wanted, str) else wanted))
     unknown = [block for block in blocks if block not in names]
     if unknown or not blocks:
-        raise TargetError("probe: blocks", "names of modules of the model", unknown or "none", "name them in `blocks`")
+        raise TargetError(
+            "probe: blocks",
+            "names of modules of the model",
+            unknown or "none",
+            "name them in `blocks`",
+        )
     return blocks
 
 
@@ -448,13 +486,20 @@ def _inside(name: str, block: str) -> bool:
     return f"{name}.".startswith(f"{block}.")
 
 
-def _watch(module: nn.Module, name: str, tallies: dict[str, Tally], measure: Callable[[Array, Array], Tally]) -> None:
+def _watch(
+    module: nn.Module,
+    name: str,
+    tallies: dict[str, Tally],
+    measure: Callable[[Array, Array], Tally],
+) -> None:
     """Add a measure of each input and output of a module to its tally."""
 
     def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
         x, y = _stream(args, options), output[0] if isinstance(output, tuple) else output
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            raise UnsupportedModelError(f"probe: {name!r}", "a tensor in and out", f"{type(x)}, {type(y)}")
+            raise UnsupportedModelError(
+                f"probe: {name!r}", "a tensor in and out", f"{type(x)}, {type(y)}"
+            )
         tally = measure(_array(x), _array(y))
         tallies[name] = tallies[name] + tally if name in tallies else tally
 

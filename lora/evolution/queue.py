@@ -80,9 +80,26 @@ _TABLES = (
 
 _TIME = pa.timestamp("us", tz="UTC")
 _JOBS = pa.schema(
-    {"id": pa.string(), "kind": pa.string(), "name": pa.string(), "base": pa.string(), "priority": pa.int64()}
-    | {"state": pa.string(), "attempts": pa.int64(), "failures": pa.int64(), "max_failures": pa.int64()}
-    | {"created": _TIME, "started": _TIME, "ended": _TIME, "digest": pa.string(), "error": pa.string()}
+    {
+        "id": pa.string(),
+        "kind": pa.string(),
+        "name": pa.string(),
+        "base": pa.string(),
+        "priority": pa.int64(),
+    }
+    | {
+        "state": pa.string(),
+        "attempts": pa.int64(),
+        "failures": pa.int64(),
+        "max_failures": pa.int64(),
+    }
+    | {
+        "created": _TIME,
+        "started": _TIME,
+        "ended": _TIME,
+        "digest": pa.string(),
+        "error": pa.string(),
+    }
 )
 _EVENTS = pa.schema(
     {"event": pa.int64(), "at": _TIME, "what": pa.string(), "name": pa.string(), "job": pa.string()}
@@ -184,13 +201,17 @@ class Job:
         Requirements: R19.1, R19.2
         """
         try:
-            text = json.dumps([kind, dict(parameters), dict(inputs), base], sort_keys=True, allow_nan=False)
+            text = json.dumps(
+                [kind, dict(parameters), dict(inputs), base], sort_keys=True, allow_nan=False
+            )
             _, known, read, _ = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise ArgumentError(f"job: {shown(kind)}: parameters", "JSON", error) from error
         name = known.get("name")
         if not isinstance(name, str) or not name or not name.isprintable():
-            raise ArgumentError(f"job: {shown(kind)}: name", "the name of the skill to make", shown(name))
+            raise ArgumentError(
+                f"job: {shown(kind)}: name", "the name of the skill to make", shown(name)
+            )
         if not -(2**31) <= integer(priority, "job: priority") < 2**31:
             raise ArgumentError("job: priority", "an integer of 32 bits", priority)
         integer(max_failures, "job: max_failures", 1)
@@ -199,7 +220,9 @@ class Job:
         if memory is not None:
             integer(memory, "job: memory", 1)
         sha = hashlib.sha256(text.encode()).hexdigest()
-        return cls(sha, kind, name, known, read, base, priority, max_failures, float(seconds), memory)
+        return cls(
+            sha, kind, name, known, read, base, priority, max_failures, float(seconds), memory
+        )
 
 
 @dataclass(frozen=True)
@@ -266,7 +289,9 @@ class JobQueue:
         self.path = as_path(path)
         self._write = threading.RLock()
         with self._sql_errors():
-            self._db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(
+                self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+            )
         try:
             self._db.row_factory = sqlite3.Row
             self._prepare()
@@ -293,12 +318,18 @@ class JobQueue:
 
     def jobs(self, state: str | None = None) -> list[Job]:
         """Jobs in the order in which they run or ran: by priority, then by age."""
-        return self._select(Job, "SELECT * FROM jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY priority DESC, age", state)
+        return self._select(
+            Job,
+            "SELECT * FROM jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY priority DESC, age",
+            state,
+        )
 
     def versions(self, name: str | None = None) -> list[Version]:
         """The versions that are kept, by name and number."""
         return self._select(
-            Version, "SELECT * FROM versions WHERE ?1 IS NULL OR name = ?1 ORDER BY name, version", name
+            Version,
+            "SELECT * FROM versions WHERE ?1 IS NULL OR name = ?1 ORDER BY name, version",
+            name,
         )
 
     def status(self) -> pa.Table:
@@ -314,7 +345,9 @@ class JobQueue:
         Requirements: R19.7
         """
         with self._reading() as db:
-            return _table([dict(row) for row in db.execute("SELECT * FROM events ORDER BY event")], _EVENTS)
+            return _table(
+                [dict(row) for row in db.execute("SELECT * FROM events ORDER BY event")], _EVENTS
+            )
 
     def skills(self) -> pa.Table:
         """Every version that is kept.
@@ -335,10 +368,16 @@ class JobQueue:
         row |= {"state": "queued", "attempts": 0, "failures": 0, "created": now}
         names, places = ", ".join(row), ", ".join(f":{name}" for name in row)
         with self._transaction() as db:
-            added = db.execute(f"INSERT INTO jobs ({names}) VALUES ({places}) ON CONFLICT DO NOTHING", row)  # noqa: S608 - own names
+            added = db.execute(
+                f"INSERT INTO jobs ({names}) VALUES ({places}) ON CONFLICT DO NOTHING", row
+            )  # noqa: S608 - own names
             if added.rowcount:
-                self._tell("add", job.name, now, job=job.id, kind=job.kind, attempt=0, state="queued")
-            known: Job = _read(Job, db.execute("SELECT * FROM jobs WHERE id = ?", (job.id,)).fetchone())
+                self._tell(
+                    "add", job.name, now, job=job.id, kind=job.kind, attempt=0, state="queued"
+                )
+            known: Job = _read(
+                Job, db.execute("SELECT * FROM jobs WHERE id = ?", (job.id,)).fetchone()
+            )
             return known
 
     def claim(self, now: float) -> Job | None:
@@ -388,7 +427,13 @@ class JobQueue:
             if ended is not None:
                 name, known = job.name, self.versions(job.name)
                 was = next((version.version for version in known if version.live), None)
-                row = (name, max((version.version for version in known), default=0) + 1, digest, job.id, now)
+                row = (
+                    name,
+                    max((version.version for version in known), default=0) + 1,
+                    digest,
+                    job.id,
+                    now,
+                )
                 db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, 0, NULL)", row)
                 self._put_live(name, row[1])
                 db.execute(
@@ -440,14 +485,20 @@ class JobQueue:
         with self._transaction():
             job = self.job(job_id)
             if job is None or job.state != "dead":
-                raise StateError(f"retry {shown(job_id)}", "a dead job", "none" if job is None else f"one {job.state}")
+                raise StateError(
+                    f"retry {shown(job_id)}",
+                    "a dead job",
+                    "none" if job is None else f"one {job.state}",
+                )
             again = self._move("retry", job, now, failures=0)
             assert again is not None  # noqa: S101 - the transaction holds the file
             return again
 
     # What is served
 
-    def roll_back(self, name: str, version: int | None, now: float, *, dry_run: bool = False) -> Version:
+    def roll_back(
+        self, name: str, version: int | None, now: float, *, dry_run: bool = False
+    ) -> Version:
         """Make an earlier version live; by default the one before the live one.
 
         Raises
@@ -466,11 +517,17 @@ class JobQueue:
             where = f"roll back {shown(name)}"
             if not known:
                 raise UnknownCardError(where, "a skill that was accepted", "none of that name")
-            chosen = _previous(known) if version is None else next((v for v in known if v.version == version), None)
+            chosen = (
+                _previous(known)
+                if version is None
+                else next((v for v in known if v.version == version), None)
+            )
             if chosen is None and version is None:
                 raise StateError(where, "a version before the live one", "none that is kept")
             if chosen is None:
-                raise UnknownCardError(f"{where}: version", f"one of {[v.version for v in known]}", shown(version))
+                raise UnknownCardError(
+                    f"{where}: version", f"one of {[v.version for v in known]}", shown(version)
+                )
             if not dry_run:
                 self._put_live(name, chosen.version)
                 db.execute("UPDATE versions SET refused = NULL WHERE name = ? AND live", (name,))
@@ -488,8 +545,16 @@ class JobQueue:
             if version.live and any((v.name, v.version) == key and v.live for v in known):
                 earlier = _previous(known)
                 self._put_live(version.name, None if earlier is None else earlier.version)
-            db.execute("UPDATE versions SET refused = ? WHERE name = ? AND version = ?", (reason, *key))
-            self._tell("refuse", version.name, now, job=version.job, note=f"version {version.version}: {reason}")
+            db.execute(
+                "UPDATE versions SET refused = ? WHERE name = ? AND version = ?", (reason, *key)
+            )
+            self._tell(
+                "refuse",
+                version.name,
+                now,
+                job=version.job,
+                note=f"version {version.version}: {reason}",
+            )
 
     # Nights
 
@@ -514,14 +579,18 @@ class JobQueue:
                 for statement in _TABLES:
                     db.execute(statement)
             elif found != VERSION:
-                raise StateError(str(self.path), f"a queue of version {VERSION}", f"version {found}")
+                raise StateError(
+                    str(self.path), f"a queue of version {VERSION}", f"version {found}"
+                )
 
     @contextmanager
     def _sql_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            raise StoreError(str(self.path), "a job queue that can be read and written", error) from error
+            raise StoreError(
+                str(self.path), "a job queue that can be read and written", error
+            ) from error
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -547,13 +616,13 @@ class JobQueue:
         with self._reading() as db:
             return [_read(kind, row) for row in db.execute(statement, values)]
 
-    def _move(self, what: str, job: Job, now: float, note: str | None = None, **changes: Any) -> Job | None:
+    def _move(
+        self, what: str, job: Job, now: float, note: str | None = None, **changes: Any
+    ) -> Job | None:
         """Move a job that this attempt holds."""
         changes["state"] = MOVES[what].after
         assigned = ", ".join(f"{name} = :{name}" for name in changes)
-        statement = (
-            f"UPDATE jobs SET {assigned} WHERE id = :id AND state = :before AND attempts = :attempts RETURNING *"  # noqa: S608 - own names
-        )
+        statement = f"UPDATE jobs SET {assigned} WHERE id = :id AND state = :before AND attempts = :attempts RETURNING *"  # noqa: S608 - own names
         held = {"id": job.id, "before": MOVES[what].before, "attempts": job.attempts}
         row = self._db.execute(statement, {**changes, **held}).fetchone()
         return None if row is None else self._moved(what, row, now, note)
@@ -565,7 +634,9 @@ class JobQueue:
         return job
 
     def _put_live(self, name: str, version: int | None) -> None:
-        self._db.execute("UPDATE versions SET live = (version IS ?) WHERE name = ?", (version, name))
+        self._db.execute(
+            "UPDATE versions SET live = (version IS ?) WHERE name = ?", (version, name)
+        )
 
     def _tell(self, what: str, name: str, now: float, **more: Any) -> None:
         row = {"at": now, "what": what, "name": name, **more}
@@ -576,7 +647,11 @@ class JobQueue:
 def _previous(versions: list[Version]) -> Version | None:
     """The newest version before the live one that no engine refused."""
     live = next((v.version for v in versions if v.live), 0)
-    return max((v for v in versions if v.version < live and v.refused is None), key=lambda v: v.version, default=None)
+    return max(
+        (v for v in versions if v.version < live and v.refused is None),
+        key=lambda v: v.version,
+        default=None,
+    )
 
 
 def _read(kind: type[Any], row: sqlite3.Row) -> Any:

@@ -31,7 +31,10 @@ SCHEDULES: Mapping[str, Make] = MappingProxyType(
         "exponential": lambda optimizer, steps: ExponentialLR(optimizer, gamma=LAST ** (1 / steps)),
         "step": lambda optimizer, steps: StepLR(optimizer, step_size=-(-steps // 3), gamma=0.1),
         "one-cycle": lambda optimizer, steps: OneCycleLR(
-            optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, cycle_momentum=False
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+            total_steps=steps + 1,
+            cycle_momentum=False,
         ),
     }
 )

@@ -32,7 +32,18 @@ _THINGS = (
 _WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "thing": _THINGS,
-        "field": ("name", "date", "price", "owner", "colour", "status", "height", "region", "length", "priority"),
+        "field": (
+            "name",
+            "date",
+            "price",
+            "owner",
+            "colour",
+            "status",
+            "height",
+            "region",
+            "length",
+            "priority",
+        ),
         "verb": ("sort", "count", "filter", "group", "rank", "merge"),
         "measure": ("latency", "yield", "error", "cost", "recall", "noise", "traffic", "growth"),
         "cause": ("cache", "index", "batch", "rank", "filter", "dropout", "schedule", "prompt"),
@@ -86,7 +97,10 @@ _TASKS: Mapping[str, _Task] = MappingProxyType(
             "{measure} {way} in the {thing} runs with {cause}",
             lambda s: f"{{thing}}: {_FINDING[s['way']]}",
         ),
-        "security": ("{thing}.{field} reaches the {sink} as it came", lambda s: _WEAKNESS[s["sink"]]),
+        "security": (
+            "{thing}.{field} reaches the {sink} as it came",
+            lambda s: _WEAKNESS[s["sink"]],
+        ),
         "architect": ("{need} for every {field} of a {thing}", lambda s: _PATTERN[s["need"]]),
         "reviewer": ("in this change {thing}_{field} is {fault}", lambda s: _REMARK[s["fault"]]),
     }
@@ -132,12 +146,19 @@ def synthetic_pairs(task: str, count: int, *, seed: int = 0) -> Pairs:
         raise ArgumentError("seed", "an integer >= 0", shown(seed))
     every = _every(task)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(every):
-        raise ArgumentError(f"count of {task} pairs", f"an integer from 1 to {len(every)}", shown(count))
+        raise ArgumentError(
+            f"count of {task} pairs", f"an integer from 1 to {len(every)}", shown(count)
+        )
     drawn = np.random.default_rng(seed).permutation(len(every))[:count]
     question, rule = _TASKS[task]
     chosen = [every[int(index)] for index in drawn]
-    rows = [(question.format_map(slots), rule(slots).format_map(slots), slots["thing"]) for slots in chosen]
-    return Pairs.of({"query": query, "positive": answer, "group": thing} for query, answer, thing in rows)
+    rows = [
+        (question.format_map(slots), rule(slots).format_map(slots), slots["thing"])
+        for slots in chosen
+    ]
+    return Pairs.of(
+        {"query": query, "positive": answer, "group": thing} for query, answer, thing in rows
+    )
 
 
 def _every(task: str) -> list[Slots]:

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from lora.card import LoRACard, LowRank, integer
 from lora.drawing import new_figure
-from lora.errors import ArgumentError, DataError, ShapeError, StateError, UnsupportedModelError, shown
+from lora.errors import (
+    ArgumentError,
+    DataError,
+    ShapeError,
+    StateError,
+    UnsupportedModelError,
+    shown,
+)
 from lora.evolution.data import Pairs
 from lora.evolution.ewc import Anchor, fisher_of, normalized, penalty
 from lora.evolution.losses import LOSSES
@@ -36,7 +43,9 @@ from lora.store import PathLike, replacing
 
 log = logging.getLogger(__name__)
 
-AUTOCAST: Mapping[str, torch.dtype] = MappingProxyType({"bf16": torch.bfloat16, "fp16": torch.float16})
+AUTOCAST: Mapping[str, torch.dtype] = MappingProxyType(
+    {"bf16": torch.bfloat16, "fp16": torch.float16}
+)
 """What the encoder may compute in, by name."""
 
 GROUP = 384
@@ -134,10 +143,16 @@ class Settings:
                 raise ArgumentError(f"settings: {name}", "a finite number > 0", shown(value))
         if not (isinstance(self.warmup, int | float) and 0 <= self.warmup < 1):
             raise ArgumentError("settings: warmup", "a share in [0, 1)", shown(self.warmup))
-        choices = {"schedule": tuple(SCHEDULES), "loss": tuple(LOSSES), "autocast": (None, *AUTOCAST)}
+        choices = {
+            "schedule": tuple(SCHEDULES),
+            "loss": tuple(LOSSES),
+            "autocast": (None, *AUTOCAST),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ArgumentError(f"settings: {name}", f"one of {known}", shown(getattr(self, name)))
+                raise ArgumentError(
+                    f"settings: {name}", f"one of {known}", shown(getattr(self, name))
+                )
 
 
 PRESETS: Mapping[str, Settings] = MappingProxyType(
@@ -189,12 +204,16 @@ class Training:
         MissingPackageError
             If the ``plot`` extra is not installed.
         """
-        steps, losses, scores = (self.history[name].to_pylist() for name in ("step", "loss", "val_mrr"))
+        steps, losses, scores = (
+            self.history[name].to_pylist() for name in ("step", "loss", "val_mrr")
+        )
         figure = new_figure(figsize=(7, 4), layout="constrained")
         left = figure.subplots()
         right = left.twinx()
         left.plot(steps, losses, color="tab:blue", label="loss")
-        validated = [(step, score) for step, score in zip(steps, scores, strict=True) if score is not None]
+        validated = [
+            (step, score) for step, score in zip(steps, scores, strict=True) if score is not None
+        ]
         right.plot(*zip(*validated, strict=True), "o-", color="tab:orange") if validated else None
         left.set(xlabel="step", ylabel="loss", title=self.card.name)
         right.set_ylabel("validation MRR")
@@ -252,7 +271,9 @@ class LoRATrainer:
         base_model: str | None = None,
     ) -> None:
         if not isinstance(engine.base, InferenceCore):
-            raise UnsupportedModelError("LoRATrainer", "an engine over an InferenceCore", type(engine.base).__name__)
+            raise UnsupportedModelError(
+                "LoRATrainer", "an engine over an InferenceCore", type(engine.base).__name__
+            )
         if isinstance(settings, str) and settings not in PRESETS:
             raise ArgumentError("settings", f"one of {list(PRESETS)} or a Settings", repr(settings))
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -261,7 +282,9 @@ class LoRATrainer:
         self.settings = PRESETS[settings] if isinstance(settings, str) else settings or Settings()
         self.seed = seed
         self.base_model = base_model
-        card = fresh(self.core, "untrained", rank=rank, alpha=alpha, target_modules=target_modules, seed=seed)
+        card = fresh(
+            self.core, "untrained", rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
+        )
         self._card = rank_stabilized(card) if self.settings.rslora else card
 
     def train(
@@ -323,7 +346,9 @@ class LoRATrainer:
         run = session.restore(checkpoint)
         before = evaluate(self.core, validation)
         for step, epoch, rows in schedule[run.step :]:
-            if run.worse >= self.settings.patience:  # here, so that a run killed at this very point stops too
+            if (
+                run.worse >= self.settings.patience
+            ):  # here, so that a run killed at this very point stops too
                 log.info("stopped early after step %d", step)
                 break
             loss = session.step(training.take(rows), step)
@@ -339,7 +364,9 @@ class LoRATrainer:
         if checkpoint is not None:
             Path(checkpoint).unlink(missing_ok=True)
         learned = trained(session.model, card)
-        return Training(learned, _history(run.rows), MappingProxyType({"before": before, "after": after}))
+        return Training(
+            learned, _history(run.rows), MappingProxyType({"before": before, "after": after})
+        )
 
     def anchor(self, card: LoRACard, pairs: Pairs, *, examples: int = 64) -> Anchor:
         """Where a card's factors are, and how much its task, as these pairs show it, needs each to stay.
@@ -364,7 +391,9 @@ class LoRATrainer:
         with torch.enable_grad():
             losses = session.losses(session.embedded(_texts(batch)), batch)
         fisher = normalized(fisher_of(losses, session.params))
-        return Anchor({name: tensor.detach().clone() for name, tensor in session.params.items()}, fisher)
+        return Anchor(
+            {name: tensor.detach().clone() for name, tensor in session.params.items()}, fisher
+        )
 
     def _named(self, name: str, metadata: Mapping[str, Any], start: LoRACard | None) -> LoRACard:
         """The card that a training starts from."""
@@ -373,9 +402,13 @@ class LoRATrainer:
             if {key: (pair.A.shape, pair.B.shape) for key, pair in start.weights.items()} != {
                 key: (pair.A.shape, pair.B.shape) for key, pair in card.weights.items()
             }:
-                raise ShapeError(f"start: card {start.name!r}", "modules and shapes as this trainer's", "others")
+                raise ShapeError(
+                    f"start: card {start.name!r}", "modules and shapes as this trainer's", "others"
+                )
             card = start
-        card = replace(card, name=name, metadata=metadata, base_model=self.base_model, base_fingerprint=None)
+        card = replace(
+            card, name=name, metadata=metadata, base_model=self.base_model, base_fingerprint=None
+        )
         return replace(card, base_fingerprint=fingerprint(self.core, card))
 
 
@@ -393,10 +426,14 @@ class _Session:
         identity: str,
         ewc: tuple[Anchor, float] | None = None,
     ) -> None:
-        self.model = trainable(core, card, dropout=settings.dropout).eval()  # but for steps: validation has no dropout
+        self.model = trainable(
+            core, card, dropout=settings.dropout
+        ).eval()  # but for steps: validation has no dropout
         self.model.encoder.checkpointing = settings.checkpointing
         self.settings, self.seed, self.identity, self.ewc = settings, seed, identity, ewc
-        self.layers = {n: m for n, m in self.model.named_modules() if isinstance(m, TrainableLinear)}
+        self.layers = {
+            n: m for n, m in self.model.named_modules() if isinstance(m, TrainableLinear)
+        }
         self.params = {
             f"{name}.{factor}": getattr(layer, factor)
             for name, layer in self.layers.items()
@@ -404,11 +441,16 @@ class _Session:
         }
         rates = {".lora_A": settings.lr, ".lora_B": settings.lr * settings.lora_plus}
         groups = [
-            {"params": [param for name, param in self.params.items() if name.endswith(factor)], "lr": lr}
+            {
+                "params": [param for name, param in self.params.items() if name.endswith(factor)],
+                "lr": lr,
+            }
             for factor, lr in rates.items()
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
-        self.schedule = schedule_of(self.optimizer, settings.schedule, steps, warmup=settings.warmup)
+        self.schedule = schedule_of(
+            self.optimizer, settings.schedule, steps, warmup=settings.warmup
+        )
         self.scaler = torch.amp.GradScaler(core.device.type, enabled=settings.autocast == "fp16")
         self.last_lr = settings.lr
 
@@ -419,7 +461,9 @@ class _Session:
         loss = self._backward(batch, step)
         self.model.eval()
         if not math.isfinite(loss):
-            raise DataError(f"training: step {step + 1}", "a finite loss", loss, "lower the learning rate")
+            raise DataError(
+                f"training: step {step + 1}", "a finite loss", loss, "lower the learning rate"
+            )
         self.scaler.unscale_(self.optimizer)
         if self.settings.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.params.values(), self.settings.clip)
@@ -432,8 +476,12 @@ class _Session:
     def losses(self, embeddings: Sequence[Tensor], batch: Pairs) -> Tensor:
         """The loss of each pair, from the embeddings of queries, positives and, where there are any, negatives."""
         queries, positives, negatives = (*embeddings, None)[:3]
-        qualities = torch.tensor(batch.table["quality"].fill_null(1.0).to_pylist(), device=self.model.device)
-        return LOSSES[self.settings.loss](queries.float(), positives.float(), _float(negatives), qualities)  # type: ignore[union-attr]
+        qualities = torch.tensor(
+            batch.table["quality"].fill_null(1.0).to_pylist(), device=self.model.device
+        )
+        return LOSSES[self.settings.loss](
+            queries.float(), positives.float(), _float(negatives), qualities
+        )  # type: ignore[union-attr]
 
     def embedded(self, texts: Sequence[Sequence[str]]) -> list[Tensor]:
         """The embeddings of each list of texts; on a CPU in groups of similar length, since padding costs what text does."""
@@ -479,7 +527,10 @@ class _Session:
     def validate(self, run: _Run, validation: Pairs) -> _Run:
         """The run with a validation in its last row, and the factors if they are the best so far."""
         found = evaluate(self.model, validation)
-        rows = (*run.rows[:-1], {**run.rows[-1], "val_mrr": found.mrr, "val_recall_at_1": found.recall_at_1})
+        rows = (
+            *run.rows[:-1],
+            {**run.rows[-1], "val_mrr": found.mrr, "val_recall_at_1": found.recall_at_1},
+        )
         if found.mrr <= run.best_mrr:
             return replace(run, rows=rows, worse=run.worse + 1)
         best = {name: tensor.detach().clone() for name, tensor in self.params.items()}
@@ -498,13 +549,21 @@ class _Session:
         tensors = {f"best.{name}": tensor for name, tensor in run.best.items()}
         for name, parameter in self.params.items():
             tensors[f"now.{name}"] = parameter.detach()
-            state = self.optimizer.state.get(parameter, {})  # none for a layer that the forward never calls
+            state = self.optimizer.state.get(
+                parameter, {}
+            )  # none for a layer that the forward never calls
             tensors |= {f"{key}.{name}": tensor for key, tensor in state.items()}
-        notes = {key: value for key, value in asdict(replace(run, best={})).items() if key != "best"}
+        notes = {
+            key: value for key, value in asdict(replace(run, best={})).items() if key != "best"
+        }
         notes |= {"identity": self.identity, "schedule": _plain(self.schedule.state_dict())}
         notes |= {"scaler": self.scaler.state_dict()}
         with replacing(path) as file:
-            file.write(save_tensors({k: t.contiguous() for k, t in tensors.items()}, {"run": json.dumps(notes)}))
+            file.write(
+                save_tensors(
+                    {k: t.contiguous() for k, t in tensors.items()}, {"run": json.dumps(notes)}
+                )
+            )
 
     def restore(self, path: PathLike | None) -> _Run:
         """The run that a checkpoint holds, or a new one where there is none."""
@@ -518,7 +577,12 @@ class _Session:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StateError(str(path), "a checkpoint", error, "remove it to start anew") from error
         if identity != self.identity:
-            raise StateError(str(path), "a checkpoint of this very run", "one of another", "remove it to start anew")
+            raise StateError(
+                str(path),
+                "a checkpoint of this very run",
+                "one of another",
+                "remove it to start anew",
+            )
         self.schedule.load_state_dict(notes.pop("schedule"))
         if scaled := notes.pop("scaler"):
             self.scaler.load_state_dict(scaled)
@@ -526,8 +590,12 @@ class _Session:
         for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = lr
         for name, parameter in self.params.items():
-            moments = {key: tensors.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
-            self.optimizer.state[parameter] = {key: found for key, found in moments.items() if found is not None}
+            moments = {
+                key: tensors.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+            self.optimizer.state[parameter] = {
+                key: found for key, found in moments.items() if found is not None
+            }
         best = {name: tensors[f"best.{name}"] for name in self.params}
         del notes["identity"]
         return _Run(**{**notes, "rows": tuple(notes["rows"]), "best": best})
@@ -540,7 +608,10 @@ def rank_stabilized(card: LoRACard) -> LoRACard:
 
     Requirements: R17.5
     """
-    weights = {key: LowRank(pair.A, pair.B, card.alpha / math.sqrt(pair.rank)) for key, pair in card.weights.items()}
+    weights = {
+        key: LowRank(pair.A, pair.B, card.alpha / math.sqrt(pair.rank))
+        for key, pair in card.weights.items()
+    }
     return replace(card, weights=weights)
 
 
@@ -565,14 +636,25 @@ def evaluate(model: Any, pairs: Pairs) -> Retrieval:
         raise DataError("evaluate", "at least one pair", "none")
     candidates = sorted(set(pairs.positives))
     place = {text: index for index, text in enumerate(candidates)}
-    queries, targets = (np.asarray(model.encode(texts), np.float64) for texts in (pairs.queries, candidates))
-    if not (np.isfinite(queries).all() and np.isfinite(targets).all()):  # NaN is not less than anything: rank 1
-        raise DataError("evaluate", "finite embeddings", "NaN or infinity", "lower the learning rate")
+    queries, targets = (
+        np.asarray(model.encode(texts), np.float64) for texts in (pairs.queries, candidates)
+    )
+    if not (
+        np.isfinite(queries).all() and np.isfinite(targets).all()
+    ):  # NaN is not less than anything: rank 1
+        raise DataError(
+            "evaluate", "finite embeddings", "NaN or infinity", "lower the learning rate"
+        )
     targets /= np.maximum(np.linalg.norm(targets, axis=1, keepdims=True), 1e-300)
     scores = queries @ targets.T
     own = scores[np.arange(len(scores)), [place[text] for text in pairs.positives]]
     ranks = (scores >= own[:, None]).sum(1)
-    return Retrieval(float((ranks == 1).mean()), float((ranks <= 10).mean()), float((1 / ranks).mean()), len(ranks))
+    return Retrieval(
+        float((ranks == 1).mean()),
+        float((ranks <= 10).mean()),
+        float((1 / ranks).mean()),
+        len(ranks),
+    )
 
 
 def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> Iterator[list[int]]:
@@ -610,12 +692,20 @@ def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> Iterator[list[
         yield spare
 
 
-def _schedule(pairs: Pairs, settings: Settings, seed: int, max_steps: int | None) -> list[tuple[int, int, list[int]]]:
+def _schedule(
+    pairs: Pairs, settings: Settings, seed: int, max_steps: int | None
+) -> list[tuple[int, int, list[int]]]:
     """Step, epoch and rows of every step."""
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
+    if max_steps is not None and (
+        isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1
+    ):
         raise ArgumentError("max_steps", "an integer >= 1 or None", repr(max_steps))
     epochs = range(settings.epochs)
-    batches = ((epoch, rows) for epoch in epochs for rows in batches_of(pairs, settings.batch_size, seed, epoch))
+    batches = (
+        (epoch, rows)
+        for epoch in epochs
+        for rows in batches_of(pairs, settings.batch_size, seed, epoch)
+    )
     steps = [(step, epoch, rows) for step, (epoch, rows) in enumerate(islice(batches, max_steps))]
     if not steps:
         raise DataError("training pairs", "at least two different pairs", len(pairs))
@@ -638,10 +728,21 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 def _identity(
-    trainer: LoRATrainer, card: LoRACard, pairs: Pairs, max_steps: int | None, ewc: tuple[Anchor, float] | None
+    trainer: LoRATrainer,
+    card: LoRACard,
+    pairs: Pairs,
+    max_steps: int | None,
+    ewc: tuple[Anchor, float] | None,
 ) -> str:
     """SHA-256 of all that a run's result depends on."""
-    told = [asdict(trainer.settings), trainer.seed, max_steps, card.rank, card.alpha, card.target_modules]
+    told = [
+        asdict(trainer.settings),
+        trainer.seed,
+        max_steps,
+        card.rank,
+        card.alpha,
+        card.target_modules,
+    ]
     sha = hashlib.sha256(json.dumps([*told, card.base_fingerprint]).encode())
     for column in pairs.table.columns:
         sha.update(json.dumps(column.to_pylist()).encode())

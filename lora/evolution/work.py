@@ -26,7 +26,15 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeAlias
 
-from lora.errors import ArgumentError, CardNotFoundError, DataError, LoRAError, StateError, StoreError, shown
+from lora.errors import (
+    ArgumentError,
+    CardNotFoundError,
+    DataError,
+    LoRAError,
+    StateError,
+    StoreError,
+    shown,
+)
 
 Function: TypeAlias = Callable[[str, dict[str, Any], Path], Path | None]
 """What does a job: kind, JSON parameters and its folder -> the card file it made, or None if none is worth serving."""
@@ -56,7 +64,9 @@ class Kind:
 
     def __post_init__(self) -> None:
         module, colon, name = self.function.partition(":")
-        if not (colon and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        if not (
+            colon and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+        ):
             raise ArgumentError("job kind: function", "package.module:name", repr(self.function))
 
 
@@ -66,7 +76,16 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "lora.evolution.work:train",
             inputs=("data", "model"),
             needed=("name", "data", "model"),
-            optional=("rank", "alpha", "target_modules", "seed", "base_model", "preset", "steps", "metadata"),
+            optional=(
+                "rank",
+                "alpha",
+                "target_modules",
+                "seed",
+                "base_model",
+                "preset",
+                "steps",
+                "metadata",
+            ),
         ),
         "extract": Kind(
             "lora.evolution.work:extract",
@@ -92,11 +111,22 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 
 VALUES: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType(
     {
-        **dict.fromkeys(("rank", "steps"), ("an integer >= 1", lambda value: type(value) is int and value >= 1)),
+        **dict.fromkeys(
+            ("rank", "steps"), ("an integer >= 1", lambda value: type(value) is int and value >= 1)
+        ),
         "seed": ("an integer >= 0", lambda value: type(value) is int and value >= 0),
-        "alpha": ("a finite number > 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
-        "energy": ("a number in (0, 1]", lambda value: type(value) in (int, float) and 0 < value <= 1),
-        "error": ("a number in [0, 1)", lambda value: type(value) in (int, float) and 0 <= value < 1),
+        "alpha": (
+            "a finite number > 0",
+            lambda value: type(value) in (int, float) and 0 < value < math.inf,
+        ),
+        "energy": (
+            "a number in (0, 1]",
+            lambda value: type(value) in (int, float) and 0 < value <= 1,
+        ),
+        "error": (
+            "a number in [0, 1)",
+            lambda value: type(value) in (int, float) and 0 <= value < 1,
+        ),
         "metadata": ("an object", lambda value: isinstance(value, dict)),
     }
 )
@@ -125,7 +155,9 @@ def check(name: str, kind: Kind, parameters: Mapping[str, Any]) -> None:
     Requirements: R19.1
     """
     if missing := [key for key in kind.needed if key not in parameters]:
-        raise ArgumentError(f"{name}: parameters", ", ".join(kind.needed), f"no {', '.join(missing)}")
+        raise ArgumentError(
+            f"{name}: parameters", ", ".join(kind.needed), f"no {', '.join(missing)}"
+        )
     known = (*kind.needed, *(parameters if kind.optional is None else kind.optional))
     if strange := sorted(str(key) for key in parameters if key not in known):
         raise ArgumentError(f"{name}: parameters", f"only {', '.join(known)}", ", ".join(strange))
@@ -168,8 +200,13 @@ def content_id(path: str) -> str:
     """
     try:
         if Path(path).is_dir():
-            files = [(file, file.stat()) for file in sorted(Path(path).rglob("*")) if file.is_file()]
-            told = [[str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns] for file, stat in files]
+            files = [
+                (file, file.stat()) for file in sorted(Path(path).rglob("*")) if file.is_file()
+            ]
+            told = [
+                [str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns]
+                for file, stat in files
+            ]
             return hashlib.sha256(json.dumps(told).encode()).hexdigest()
         with Path(path).open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -204,7 +241,12 @@ def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
     with (
         (folder / LOG).open("ab") as log,
         subprocess.Popen(  # noqa: S603 - this very interpreter
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
         ) as process,
     ):
         assert process.stdin is not None  # noqa: S101 - a pipe
@@ -260,12 +302,16 @@ def main() -> None:
 def _perform(order: Mapping[str, Any], folder: Path) -> str | None:
     for path, known in order["inputs"].items():
         if (found := content_id(path)) != known:
-            raise DataError(path, f"what it was when the job was added ({known[:12]}…)", f"{found[:12]}…")
+            raise DataError(
+                path, f"what it was when the job was added ({known[:12]}…)", f"{found[:12]}…"
+            )
     module, _, name = order["function"].partition(":")
     function: Function = getattr(importlib.import_module(module), name)
     made = function(order["kind"], order["parameters"], folder)
     if made is not None and not Path(made).is_file():
-        raise CardNotFoundError(str(made), f"the card that {order['function']} made", "nothing there")
+        raise CardNotFoundError(
+            str(made), f"the card that {order['function']} made", "nothing there"
+        )
     return None if made is None else str(Path(made).absolute())
 
 
@@ -402,12 +448,22 @@ def extract(kind: str, parameters: dict[str, Any], folder: Path) -> Path:
     from lora.weights import SafetensorsWeights  # noqa: PLC0415
 
     check(kind, KINDS["extract"], parameters)
-    rules: dict[str, Callable[[Any], Any]] = {"rank": lambda rank: rank, "energy": Energy, "error": Error}
+    rules: dict[str, Callable[[Any], Any]] = {
+        "rank": lambda rank: rank,
+        "energy": Energy,
+        "error": Error,
+    }
     given = [rules[key](parameters[key]) for key in rules if key in parameters]
     if len(given) > 1:
-        raise ArgumentError("extract: parameters", "one of rank, energy, error", f"{len(given)} of them")
+        raise ArgumentError(
+            "extract: parameters", "one of rank, energy, error", f"{len(given)} of them"
+        )
     base, tuned = SafetensorsWeights(parameters["base"]), SafetensorsWeights(parameters["tuned"])
-    chosen = {key: parameters[key] for key in ("name", "target_modules", "method", "seed") if key in parameters}
+    chosen = {
+        key: parameters[key]
+        for key in ("name", "target_modules", "method", "seed")
+        if key in parameters
+    }
     path = folder / "card.lora.arrow"
     save(extract_delta(base, tuned, *given, **chosen), path)
     return path
@@ -442,7 +498,9 @@ def merge(kind: str, parameters: dict[str, Any], folder: Path) -> Path:
     except TypeError as error:
         raise ArgumentError("merge: options", f"options of {name}", error) from error
     cards = [load(path) for path in parameters["cards"]]
-    card = merged(cards, strategy, parameters.get("weights"), parameters.get("rank"), parameters["name"])
+    card = merged(
+        cards, strategy, parameters.get("weights"), parameters.get("rank"), parameters["name"]
+    )
     path = folder / "card.lora.arrow"
     save(card, path)
     return path

@@ -35,7 +35,9 @@ class Credentials:
     insecure_token: bool = False
 
     def __post_init__(self) -> None:
-        if self.token is not None and not (self.token and self.token.isascii() and self.token.isprintable()):
+        if self.token is not None and not (
+            self.token and self.token.isascii() and self.token.isprintable()
+        ):
             raise ArgumentError("credentials: token", "printable ASCII", "another text")
         if (self.certificate is None) != (self.key is None):
             raise ArgumentError("credentials", "certificate and key, or neither", "one of them")

@@ -83,11 +83,15 @@ def scan(root: Path, old: Catalog) -> Catalog:
     if stamps == {name: stamp for name, (stamp, _) in old.files.items()}:
         return old
     files = {
-        name: old.files[name] if old.files.get(name, (None,))[0] == stamp else (stamp, _served(root / name, stamp))
+        name: old.files[name]
+        if old.files.get(name, (None,))[0] == stamp
+        else (stamp, _served(root / name, stamp))
         for name, stamp in sorted(stamps.items())
     }
     cards = {card.manifest.digest: card for _, card in files.values() if card is not None}
-    ordered = sorted(cards.values(), key=lambda card: (Precedence(card.manifest.version), card.manifest.digest))
+    ordered = sorted(
+        cards.values(), key=lambda card: (Precedence(card.manifest.version), card.manifest.digest)
+    )
     names = {card.manifest.name: card.manifest.digest for card in ordered}
     return Catalog(MappingProxyType(files), MappingProxyType(cards), MappingProxyType(names))
 
@@ -115,9 +119,16 @@ def mapped(card: Served) -> Iterator[pa.Buffer]:
 def _stamps(root: Path) -> Iterator[tuple[str, Stamp]]:
     with os_errors(root), os.scandir(root) as entries:
         for entry in entries:
-            if entry.name.endswith(SUFFIX) and not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
+            if (
+                entry.name.endswith(SUFFIX)
+                and not entry.name.startswith(".")
+                and entry.is_file(follow_symlinks=False)
+            ):
                 try:
-                    yield entry.name, (*_stamp(entry.stat(follow_symlinks=False)), _signed_at(Path(entry.path)))
+                    yield (
+                        entry.name,
+                        (*_stamp(entry.stat(follow_symlinks=False)), _signed_at(Path(entry.path))),
+                    )
                 except FileNotFoundError:  # gone since
                     continue
 

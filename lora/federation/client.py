@@ -99,7 +99,10 @@ class LoRAFlightClient:
         self.cache = cache if isinstance(cache, CardCache) else CardCache(cache)
         self.metrics = metrics or Metrics()
         token = credentials.token
-        self._check, self._headers = check, [(b"authorization", f"Bearer {token}".encode())] if token else []
+        self._check, self._headers = (
+            check,
+            [(b"authorization", f"Bearer {token}".encode())] if token else [],
+        )
         self._known: MappingProxyType[str, Manifest] = MappingProxyType({})
         options = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.enable_retries", 0)]
         with self._talking("connecting"):
@@ -111,7 +114,9 @@ class LoRAFlightClient:
                 generic_options=options,
             )
 
-    def list_remote_skills(self, name_prefix: str = "", base_model: str | None = None) -> list[Manifest]:
+    def list_remote_skills(
+        self, name_prefix: str = "", base_model: str | None = None
+    ) -> list[Manifest]:
         """What the peer offers, by name; what is no well-formed manifest is left out and counted.
 
         Raises
@@ -124,11 +129,15 @@ class LoRAFlightClient:
         Requirements: R12.1, R12.5
         """
         wanted = {"name_prefix": name_prefix} if name_prefix else {}
-        criteria = json.dumps(wanted | ({} if base_model is None else {"base_model": base_model})).encode()
+        criteria = json.dumps(
+            wanted | ({} if base_model is None else {"base_model": base_model})
+        ).encode()
         found: list[Manifest] = []
         with self._talking("list"):
             results = self._flight.do_action(flight.Action("list", criteria), self._options())
-            for count, result in enumerate(results):  # which come one at a time; of flights Arrow reads all first
+            for count, result in enumerate(
+                results
+            ):  # which come one at a time; of flights Arrow reads all first
                 if count == MAX_CARDS:
                     raise PeerError(f"{self.uri}: list", f"at most {MAX_CARDS} cards", "more")
                 try:
@@ -149,16 +158,25 @@ class LoRAFlightClient:
         if is_digest(name_or_digest):
             descriptor = flight.FlightDescriptor.for_command(name_or_digest.encode())
         else:
-            descriptor = flight.FlightDescriptor.for_path(name_or_digest.encode(errors="surrogatepass"))
+            descriptor = flight.FlightDescriptor.for_path(
+                name_or_digest.encode(errors="surrogatepass")
+            )
         with self._talking(f"card {shown(name_or_digest, 80)}"):
             info = self._flight.get_flight_info(descriptor, self._options())
         manifest = manifest_from_json(info.app_metadata)
         if name_or_digest not in (manifest.name, manifest.digest):
-            raise MismatchError(f"{self.uri}: card", shown(name_or_digest, 80), shown(manifest.name, 80))
+            raise MismatchError(
+                f"{self.uri}: card", shown(name_or_digest, 80), shown(manifest.name, 80)
+            )
         return manifest
 
     def fetch_skill(
-        self, name: str, *, digest: str | None = None, refresh: bool = False, progress: Progress | None = None
+        self,
+        name: str,
+        *,
+        digest: str | None = None,
+        refresh: bool = False,
+        progress: Progress | None = None,
     ) -> LoRACard:
         """A card by name or digest, from the cache if it is there; a second call does no network I/O.
 
@@ -189,11 +207,15 @@ class LoRAFlightClient:
             manifest = self.manifest(wanted)
         if digest is not None and manifest.digest != digest:
             raise MismatchError(f"card {shown(name, 80)}: digest", digest, manifest.digest)
-        found = self.fetch(manifest, self.policy if digest is None else self.policy.pinned(digest), progress)
+        found = self.fetch(
+            manifest, self.policy if digest is None else self.policy.pinned(digest), progress
+        )
         self._known = MappingProxyType({**self._known, wanted: manifest})
         return found.card
 
-    def fetch(self, manifest: Manifest, policy: Policy | None = None, progress: Progress | None = None) -> Fetched:
+    def fetch(
+        self, manifest: Manifest, policy: Policy | None = None, progress: Progress | None = None
+    ) -> Fetched:
         """The card of a manifest, from the cache if it is there whole, else from the peer.
 
         Requirements: R12.2, R12.3
@@ -223,7 +245,9 @@ class LoRAFlightClient:
         PeerError, ManifestError
         """
         with self._talking("version"):
-            result = next(self._flight.do_action(flight.Action("version", b""), self._options()), None)
+            result = next(
+                self._flight.do_action(flight.Action("version", b""), self._options()), None
+            )
         if result is None:
             raise PeerError(f"{self.uri}: version", "an answer", "none")
         return json_object(result.body.to_pybytes()[:4096], f"{self.uri}: version")
@@ -253,7 +277,9 @@ class LoRAFlightClient:
 
     def _vouch(self, manifest: Manifest, policy: Policy) -> None:
         check_signature(manifest, policy)
-        check_version(manifest, self.cache.highest_version(manifest.name, _signer(manifest)), policy)
+        check_version(
+            manifest, self.cache.highest_version(manifest.name, _signer(manifest)), policy
+        )
 
     def _accept(self, card: LoRACard, manifest: Manifest, policy: Policy) -> None:
         check_contents(card, manifest, policy)
@@ -264,7 +290,9 @@ class LoRAFlightClient:
     def _pieces(self, manifest: Manifest) -> Iterator[pa.Buffer]:
         """The bytes of a card's file as they come; the call as a whole has a deadline."""
         options = self._options(self.timeout + manifest.size / self.min_rate)
-        for result in self._flight.do_action(flight.Action("card", manifest.digest.encode()), options):
+        for result in self._flight.do_action(
+            flight.Action("card", manifest.digest.encode()), options
+        ):
             yield result.body
 
     def _options(self, timeout: float | None = None) -> Any:
@@ -278,12 +306,20 @@ class LoRAFlightClient:
         except (flight.FlightError, pa.ArrowException, UnicodeDecodeError) as error:
             text = " ".join(str(error).split())[:200]
             if "no such card" in text:
-                raise UnknownCardError(f"{self.uri}: {what}", "a card that is served there", "none") from error
-            raise PeerError(f"{self.uri}: {what}", "an answer", text or type(error).__name__) from error
+                raise UnknownCardError(
+                    f"{self.uri}: {what}", "a card that is served there", "none"
+                ) from error
+            raise PeerError(
+                f"{self.uri}: {what}", "an answer", text or type(error).__name__
+            ) from error
 
 
 def received(
-    pieces: Iterable[pa.Buffer], file: BinaryIO, manifest: Manifest, policy: Policy, progress: Progress | None
+    pieces: Iterable[pa.Buffer],
+    file: BinaryIO,
+    manifest: Manifest,
+    policy: Policy,
+    progress: Progress | None,
 ) -> tuple[int, str]:
     """Write pieces to a file, hashing them meanwhile on a thread of its own; their size, and their SHA-256.
 
@@ -297,7 +333,9 @@ def received(
         for piece in pieces:
             size += piece.size
             if size > limit:
-                raise MismatchError(f"card {manifest.name!r}: bytes received", limit, f"{size} or more")
+                raise MismatchError(
+                    f"card {manifest.name!r}: bytes received", limit, f"{size} or more"
+                )
             writer.put(piece)
             if progress is not None:
                 progress(size, manifest.size)

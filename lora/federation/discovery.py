@@ -81,19 +81,27 @@ class Discovery:
         cap: int = 256,
         interval: float = 10.0,
     ) -> None:
-        if not 0 < len(node_id) <= 63 or not all(c.isascii() and (c.isalnum() or c == "-") for c in node_id):
-            raise ArgumentError("discovery: node_id", "1 to 63 letters, digits and hyphens", repr(node_id))
+        if not 0 < len(node_id) <= 63 or not all(
+            c.isascii() and (c.isalnum() or c == "-") for c in node_id
+        ):
+            raise ArgumentError(
+                "discovery: node_id", "1 to 63 letters, digits and hyphens", repr(node_id)
+            )
         self._ask, self._lock, self._closing = ask, threading.Lock(), threading.Event()
         book = PeerBook(node_id, cap, interval)
         for uri in static:
             book = book.with_static(uri)
         self._book = book
-        self._local = bool(interfaces) and all(map(is_loopback, interfaces or ()))  # else loopback is never meant
+        self._local = bool(interfaces) and all(
+            map(is_loopback, interfaces or ())
+        )  # else loopback is never meant
         self._zeroconf = None if interfaces == () else _zeroconf(interfaces)
         if self._zeroconf is not None:
             if port is not None:
                 told = _announcement(node_id, port, addresses or interfaces or (), tls=tls)
-                self._zeroconf.register_service(told, cooperating_responders=True)  # node ids are unique: no probing
+                self._zeroconf.register_service(
+                    told, cooperating_responders=True
+                )  # node ids are unique: no probing
             self._browser = zeroconf.ServiceBrowser(self._zeroconf, SERVICE, handlers=[self._heard])
         self._asking = threading.Thread(target=self._run, name="lora-discovery", daemon=True)
         self._asking.start()
@@ -173,7 +181,11 @@ class Discovery:
             info = self._zeroconf.get_service_info(SERVICE, f"{key}.{SERVICE}", RESOLVE_MS)
         except (zeroconf.Error, OSError, ValueError):
             return []
-        if info is None or not info.port or (info.properties.get(b"format") or b"").split(b".")[0] != _MAJOR:
+        if (
+            info is None
+            or not info.port
+            or (info.properties.get(b"format") or b"").split(b".")[0] != _MAJOR
+        ):
             return []
         tls = info.properties.get(b"tls") == b"1"
         return [
@@ -191,7 +203,11 @@ def _zeroconf(interfaces: Sequence[str] | None) -> zeroconf.Zeroconf:
     try:
         if interfaces is None:
             return zeroconf.Zeroconf()
-        version = zeroconf.IPVersion.V6Only if all(":" in address for address in interfaces) else zeroconf.IPVersion.All
+        version = (
+            zeroconf.IPVersion.V6Only
+            if all(":" in address for address in interfaces)
+            else zeroconf.IPVersion.All
+        )
         if all(":" not in address for address in interfaces):
             version = zeroconf.IPVersion.V4Only
         return zeroconf.Zeroconf(interfaces=list(interfaces), ip_version=version)
@@ -199,12 +215,18 @@ def _zeroconf(interfaces: Sequence[str] | None) -> zeroconf.Zeroconf:
         raise StoreError("discovery", "interfaces that can be listened on", error) from error
 
 
-def _announcement(node_id: str, port: int, addresses: Sequence[str], *, tls: bool) -> zeroconf.ServiceInfo:
+def _announcement(
+    node_id: str, port: int, addresses: Sequence[str], *, tls: bool
+) -> zeroconf.ServiceInfo:
     return zeroconf.ServiceInfo(
         SERVICE,
         f"{node_id}.{SERVICE}",
         port=port,
-        properties={"id": node_id, "format": ".".join(map(str, FORMAT_VERSION)), "tls": str(int(tls))},
+        properties={
+            "id": node_id,
+            "format": ".".join(map(str, FORMAT_VERSION)),
+            "tls": str(int(tls)),
+        },
         server=f"{node_id}.local.",
         parsed_addresses=reachable(addresses),
     )
@@ -218,6 +240,10 @@ def reachable(addresses: Sequence[str]) -> list[str]:
     given = [ipaddress.ip_address(address.partition("%")[0]) for address in addresses]
     if given and not any(address.is_unspecified for address in given):
         return [str(address) for address in given]
-    own = [ip.ip if isinstance(ip.ip, str) else ip.ip[0] for adapter in ifaddr.get_adapters() for ip in adapter.ips]
+    own = [
+        ip.ip if isinstance(ip.ip, str) else ip.ip[0]
+        for adapter in ifaddr.get_adapters()
+        for ip in adapter.ips
+    ]
     wide = [ip for ip in own if not ipaddress.ip_address(ip).is_loopback]
     return wide or own

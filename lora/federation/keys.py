@@ -34,7 +34,9 @@ def generate_key(path: PathLike) -> str:
     with os_errors(path):
         path.touch(0o600, exist_ok=False)
         path.write_bytes(text)
-        shared = key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+        shared = key.public_key().public_bytes(
+            pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo
+        )
         path.with_name(f"{path.name}.pub").write_bytes(shared)
     return public_key(key)
 
@@ -50,7 +52,9 @@ def load_private_key(path: PathLike) -> Ed25519PrivateKey:
     try:
         key = pem.load_pem_private_key(read_small(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):  # which could quote the key: not chained
-        raise ArgumentError(str(path), "an Ed25519 private key as PEM, without a passphrase", "none") from None
+        raise ArgumentError(
+            str(path), "an Ed25519 private key as PEM, without a passphrase", "none"
+        ) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise ArgumentError(str(path), "an Ed25519 private key", type(key).__name__)
     return key
@@ -76,7 +80,9 @@ def sign_file(card: PathLike, key: PathLike) -> Manifest:
     Requirements: R14.1
     """
     path = as_path(card)
-    signed = sign(manifest_of(inspect(path), digest(path), path.stat().st_size), load_private_key(key))
+    signed = sign(
+        manifest_of(inspect(path), digest(path), path.stat().st_size), load_private_key(key)
+    )
     with replacing(signature_path(path)) as file:
         file.write(signed.to_json())
     return signed

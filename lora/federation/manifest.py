@@ -24,7 +24,9 @@ MAX_DESCRIPTION = 4096
 """Characters of a description that a manifest carries; the card may hold more."""
 
 _PREFIX = b"lora-card-manifest 1\n"
-_SEMVER = re.compile(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-([0-9A-Za-z.-]{1,64}))?(?:\+[0-9A-Za-z.-]{1,64})?")
+_SEMVER = re.compile(
+    r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-([0-9A-Za-z.-]{1,64}))?(?:\+[0-9A-Za-z.-]{1,64})?"
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Manifest:
             "name": _is_text(self.name),
             "digest": is_digest(self.digest),
             "size": _is_count(self.size),
-            "version": self.version == "" or (isinstance(self.version, str) and bool(_SEMVER.fullmatch(self.version))),
+            "version": self.version == ""
+            or (isinstance(self.version, str) and bool(_SEMVER.fullmatch(self.version))),
             "rank": _is_count(self.rank),
             "alpha": type(self.alpha) in (int, float),
             "targets": isinstance(targets, tuple) and all(map(_is_text, targets)),
@@ -108,11 +111,15 @@ class Manifest:
         }
         for field, holds in rules.items():
             if not holds:
-                raise ManifestError(f"manifest: {field}", "a value of its kind", shown(getattr(self, field)))
+                raise ManifestError(
+                    f"manifest: {field}", "a value of its kind", shown(getattr(self, field))
+                )
 
     def to_json(self) -> bytes:
         """The manifest as UTF-8 JSON, keys sorted."""
-        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(
+            asdict(self), sort_keys=True, ensure_ascii=False, separators=(",", ":")
+        ).encode()
 
     def signed_bytes(self) -> bytes:
         """What a signature covers: a line that says so, and all other fields as JSON in ASCII, keys sorted.
@@ -123,7 +130,9 @@ class Manifest:
         return _PREFIX + json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
 
 
-def manifest_of(card: Header | LoRACard, digest: str, size: int, signature: Signature | None = None) -> Manifest:
+def manifest_of(
+    card: Header | LoRACard, digest: str, size: int, signature: Signature | None = None
+) -> Manifest:
     """What there is to announce of a card in a file of that digest and size.
 
     Requirements: R11.2
@@ -166,7 +175,9 @@ def manifest_from_json(data: bytes) -> Manifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestError("manifest", f"at most {MAX_MANIFEST_BYTES} bytes", len(data))
     told = json_object(data, "manifest")
-    known: dict[str, Any] = {field.name: told[field.name] for field in fields(Manifest) if field.name in told}
+    known: dict[str, Any] = {
+        field.name: told[field.name] for field in fields(Manifest) if field.name in told
+    }
     if missing := [field for field in ("name", "digest", "size") if field not in known]:
         raise ManifestError("manifest", f"a {missing[0]}", "none")
     if known.get("signature") is not None:
@@ -183,7 +194,9 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
         If it is none, or holds a key twice, NaN, or an infinity.
     """
     try:
-        told = json.loads(bytes(data).decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+        told = json.loads(
+            bytes(data).decode(), object_pairs_hook=_once, parse_constant=_no_constant
+        )
     except (ValueError, RecursionError) as error:
         raise ManifestError(where, "JSON", shown(bytes(data[:80]))) from error
     if not isinstance(told, dict):
@@ -205,7 +218,12 @@ def check_name(name: str) -> None:
     -----
     Requirements: R14.2
     """
-    sound = 0 < len(name) <= MAX_NAME and name.isprintable() and not set(name) & set("/\\") and name[0] != "."
+    sound = (
+        0 < len(name) <= MAX_NAME
+        and name.isprintable()
+        and not set(name) & set("/\\")
+        and name[0] != "."
+    )
     if not sound:
         rule = f"1 to {MAX_NAME} printable characters, no slash, no dot in front"
         raise BadNameError("card name", rule, shown(name, 80))
@@ -232,7 +250,10 @@ class Precedence:
         if match is None:
             return ()
         major, minor, patch, pre = match.groups()
-        parts = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in (pre or "").split(".")]
+        parts = [
+            (0, int(part), "") if part.isdecimal() else (1, 0, part)
+            for part in (pre or "").split(".")
+        ]
         return (int(major), int(minor), int(patch), pre is None, parts)
 
     def __lt__(self, other: "Precedence") -> bool:
@@ -242,7 +263,11 @@ class Precedence:
 def differences(announced: Manifest, found: Manifest) -> list[str]:
     """The fields, apart from the signature, in which two manifests differ."""
     bare = replace(announced, signature=found.signature)
-    return [field.name for field in fields(Manifest) if getattr(bare, field.name) != getattr(found, field.name)]
+    return [
+        field.name
+        for field in fields(Manifest)
+        if getattr(bare, field.name) != getattr(found, field.name)
+    ]
 
 
 def _signature(told: Any) -> Signature:

@@ -16,7 +16,15 @@ from types import MappingProxyType
 from typing import Self
 
 from lora.card import LoRACard
-from lora.errors import ArgumentError, LoRAError, PeerError, RefusedError, StoreError, UnknownCardError, shown
+from lora.errors import (
+    ArgumentError,
+    LoRAError,
+    PeerError,
+    RefusedError,
+    StoreError,
+    UnknownCardError,
+    shown,
+)
 from lora.federation.access import Credentials, check_location, flight_uri, is_loopback
 from lora.federation.cache import CardCache
 from lora.federation.client import Fetched, LoRAFlightClient, Progress
@@ -126,7 +134,9 @@ class Node:
                 Discovery(
                     self.node_id,
                     self._ask,
-                    port=self.server.port if self.server and (interfaces or not is_loopback(host)) else None,
+                    port=self.server.port
+                    if self.server and (interfaces or not is_loopback(host))
+                    else None,
                     addresses=_addresses(host, interfaces),
                     interfaces=interfaces,
                     interval=interval,
@@ -156,7 +166,9 @@ class Node:
         """What `sync` found last."""
         return self._offers
 
-    def fetch(self, name: str, *, digest: str | None = None, progress: Progress | None = None) -> Fetched:
+    def fetch(
+        self, name: str, *, digest: str | None = None, progress: Progress | None = None
+    ) -> Fetched:
         """A card by name, from the first offer that passes: a peer that dies, stalls, lies or truncates is left.
 
         Parameters
@@ -182,7 +194,9 @@ class Node:
         Requirements: R12.4
         """
         policy = self.policy if digest is None else self.policy.pinned(digest)
-        offers = [offer for offer in self._offers.get(name, ()) if digest in (None, offer.manifest.digest)]
+        offers = [
+            offer for offer in self._offers.get(name, ()) if digest in (None, offer.manifest.digest)
+        ]
         failures: list[LoRAError] = []
         for offer in offers:
             for uri in offer.uris:
@@ -194,7 +208,9 @@ class Node:
                     self.metrics.add(f"refusals_{type(error).__name__}")
                     failures.append(error)
         if not failures:
-            raise UnknownCardError(f"card {shown(name, 80)}", f"one of {len(self._offers)} that peers offer", "none")
+            raise UnknownCardError(
+                f"card {shown(name, 80)}", f"one of {len(self._offers)} that peers offer", "none"
+            )
         for other in failures[:-1]:
             failures[-1].add_note(str(other))
         raise failures[-1]
@@ -235,7 +251,9 @@ class Node:
             return []
 
 
-def ranked(listings: Mapping[str, Iterable[Manifest]], policy: Policy) -> dict[str, tuple[Offer, ...]]:
+def ranked(
+    listings: Mapping[str, Iterable[Manifest]], policy: Policy
+) -> dict[str, tuple[Offer, ...]]:
     """What peers offer, by name: what the policy vouches for first, then the highest version, then by digest.
 
     Peers that announce the same are alternatives of one offer. The order that the peers are given in changes nothing.
@@ -257,7 +275,10 @@ def ranked(listings: Mapping[str, Iterable[Manifest]], policy: Policy) -> dict[s
     best.sort(key=lambda manifest: not _vouched(manifest, policy))
     names: dict[str, tuple[Offer, ...]] = {}
     for manifest in best:
-        names[manifest.name] = (*names.get(manifest.name, ()), Offer(manifest, tuple(sorted(where[manifest]))))
+        names[manifest.name] = (
+            *names.get(manifest.name, ()),
+            Offer(manifest, tuple(sorted(where[manifest]))),
+        )
     return names
 
 

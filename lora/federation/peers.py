@@ -88,7 +88,9 @@ class PeerBook:
             return self._with(replace(known, due=min(known.due, max(now, known.asked + PAUSE))))
         book = self
         if sum(not peer.static for peer in self.peers.values()) >= self.cap:
-            unproven = next((peer for peer in self.peers.values() if not peer.static and not peer.uri), None)
+            unproven = next(
+                (peer for peer in self.peers.values() if not peer.static and not peer.uri), None
+            )
             if unproven is None:
                 return self
             book = self._without(unproven.key)
@@ -106,17 +108,25 @@ class PeerBook:
         if node_id and node_id == self.own:
             unlisted = replace(known, uri="", asked=now, due=now + self.interval)
             return self._with(unlisted) if known.static else self._without(key)
-        return self._with(replace(known, uri=uri, node_id=node_id, misses=0, asked=now, due=now + self.interval))
+        return self._with(
+            replace(known, uri=uri, node_id=node_id, misses=0, asked=now, due=now + self.interval)
+        )
 
     def missed(self, key: str, *, now: float) -> "PeerBook":
         """No answer: after `MISSES` of them the peer is no longer listed; only static ones are then asked again."""
         known = self.peers.get(key)
         if known is None:
             return self
-        known = replace(known, misses=known.misses + 1, asked=now, due=now + PAUSE * 2**known.misses)
+        known = replace(
+            known, misses=known.misses + 1, asked=now, due=now + PAUSE * 2**known.misses
+        )
         if known.misses < MISSES:
             return self._with(known)
-        return self._with(replace(known, uri="", due=now + self.interval)) if known.static else self._without(key)
+        return (
+            self._with(replace(known, uri="", due=now + self.interval))
+            if known.static
+            else self._without(key)
+        )
 
     def due(self, *, now: float) -> tuple[str, ...]:
         """Whom to ask now."""

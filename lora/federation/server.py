@@ -21,7 +21,15 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
-from lora.errors import ArgumentError, LoRAError, ManifestError, StateError, StoreError, UnknownCardError, shown
+from lora.errors import (
+    ArgumentError,
+    LoRAError,
+    ManifestError,
+    StateError,
+    StoreError,
+    UnknownCardError,
+    shown,
+)
 from lora.federation.access import Credentials, check_location, flight_uri
 from lora.federation.catalog import Catalog, Served, mapped, scan
 from lora.federation.manifest import json_object
@@ -120,11 +128,18 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         node_id: str = "",
         metrics: Metrics | None = None,
     ) -> None:
-        self.root, self.limits, self.node_id, self.metrics = as_path(root), limits, node_id, metrics or Metrics()
+        self.root, self.limits, self.node_id, self.metrics = (
+            as_path(root),
+            limits,
+            node_id,
+            metrics or Metrics(),
+        )
         tls = check_location(location, credentials)
         if tls != (credentials.certificate is not None) or (credentials.ca is not None and not tls):
             raise ArgumentError(
-                "server", "a certificate with grpc+tls, neither that nor an authority without", location
+                "server",
+                "a certificate with grpc+tls, neither that nor an authority without",
+                location,
             )
         self._catalog, self._scanning = scan(self.root, Catalog()), threading.Lock()
         try:
@@ -191,21 +206,31 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
             raise UnknownCardError("ticket", "a digest, or one and /file", "another")
         card = self._digest(sha)
         schema, pieces = (
-            (FILE_SCHEMA, map(_row, file_pieces(card, CHUNK))) if form else (card.schema, table_pieces(card))
+            (FILE_SCHEMA, map(_row, file_pieces(card, CHUNK)))
+            if form
+            else (card.schema, table_pieces(card))
         )
-        return flight.GeneratorStream(schema, self._sent(context, pieces, lambda batch: int(batch.nbytes)))
+        return flight.GeneratorStream(
+            schema, self._sent(context, pieces, lambda batch: int(batch.nbytes))
+        )
 
     @_answering
     def do_action(self, context: Any, action: Any) -> Iterator[Any]:
         """One of `ACTIONS`."""
         _check_size(action.body)
         if action.type == "card":
-            return self._sent(context, file_pieces(self._digest(action.body.to_pybytes().decode()), PIECE), len)
+            return self._sent(
+                context, file_pieces(self._digest(action.body.to_pybytes().decode()), PIECE), len
+            )
         if action.type == "list":
             told = [card.manifest.to_json() for card in self._matching(action.body.to_pybytes())]
             return self._sent(context, iter(told), len)
         if action.type == "health":
-            about: dict[str, Any] = {"status": "ok", "cards": len(self.catalog.cards), "streams": len(self._streams)}
+            about: dict[str, Any] = {
+                "status": "ok",
+                "cards": len(self.catalog.cards),
+                "streams": len(self._streams),
+            }
         elif action.type == "version":
             about = {"server": "lora", "format": list(FORMAT_VERSION), "node_id": self.node_id}
         else:
@@ -228,7 +253,9 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         """The cards that criteria ask for, by digest."""
         _check_size(criteria)
         wanted = json_object(criteria, "criteria") if criteria else {}
-        if set(wanted) - {"name_prefix", "base_model"} or not all(isinstance(text, str) for text in wanted.values()):
+        if set(wanted) - {"name_prefix", "base_model"} or not all(
+            isinstance(text, str) for text in wanted.values()
+        ):
             raise ManifestError("criteria", "texts for name_prefix or base_model", shown(wanted))
         prefix, base = wanted.get("name_prefix", ""), wanted.get("base_model")
         return [
@@ -252,7 +279,9 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         return card
 
     def _info(self, card: Served) -> Any:
-        endpoint = flight.FlightEndpoint(card.manifest.digest.encode(), [])  # no location: where it was asked for
+        endpoint = flight.FlightEndpoint(
+            card.manifest.digest.encode(), []
+        )  # no location: where it was asked for
         return flight.FlightInfo(
             card.schema,
             flight.FlightDescriptor.for_path(card.manifest.name.encode(errors="surrogatepass")),
@@ -262,7 +291,9 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
             app_metadata=card.manifest.to_json(),
         )
 
-    def _sent(self, context: Any, pieces: Iterator[Any], size: Callable[[Any], int]) -> Iterator[Any]:
+    def _sent(
+        self, context: Any, pieces: Iterator[Any], size: Callable[[Any], int]
+    ) -> Iterator[Any]:
         """The pieces, as long as there is a place for one stream more and the client takes them."""
         try:
             with self._streams.opened(context.peer()) as stream:
@@ -284,7 +315,11 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
             return flight.FlightServerError("no such card")
         if isinstance(error, ManifestError | UnicodeDecodeError):
             return flight.FlightServerError("bad request")
-        log.log(logging.WARNING if isinstance(error, LoRAError) else logging.ERROR, "request failed: %r", error)
+        log.log(
+            logging.WARNING if isinstance(error, LoRAError) else logging.ERROR,
+            "request failed: %r",
+            error,
+        )
         return flight.FlightInternalError("internal error")
 
 
@@ -312,7 +347,9 @@ def table_pieces(card: Served) -> Iterator[pa.RecordBatch]:
 def _row(piece: bytes) -> pa.RecordBatch:
     """A batch of one row of `FILE_SCHEMA`, without a copy."""
     offsets = pa.py_buffer(np.array([0, len(piece)], np.int32))
-    return pa.record_batch([pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(piece)])], FILE_SCHEMA)
+    return pa.record_batch(
+        [pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(piece)])], FILE_SCHEMA
+    )
 
 
 def _no_links(path: str, flags: int) -> int:
@@ -332,7 +369,12 @@ class _Token(flight.ServerMiddlewareFactory):  # type: ignore[misc]
 
     def start_call(self, info: Any, headers: Any) -> None:  # noqa: ARG002 - Flight's protocol
         """Check a call's headers."""
-        found = [value for key, values in headers.items() if key.lower() == "authorization" for value in values]
+        found = [
+            value
+            for key, values in headers.items()
+            if key.lower() == "authorization"
+            for value in values
+        ]
         if len(found) != 1 or not hmac.compare_digest(_as_bytes(found[0]), self._expected):
             raise flight.FlightUnauthenticatedError("unauthenticated")
 

@@ -105,7 +105,10 @@ class Streams:
         while not self._closing.wait(TICK):
             now = time.monotonic()
             for stream in self._open:
-                if now - stream.last > self.limits.stall or now - stream.start > self.limits.duration:
+                if (
+                    now - stream.last > self.limits.stall
+                    or now - stream.start > self.limits.duration
+                ):
                     with suppress(OSError):  # as above; it is tried again at the next tick
                         self.metrics.add("streams_cut", shut_down(self.port, stream.peer))
 
@@ -125,7 +128,9 @@ def shut_down(port: int, peer: str | None) -> int:
     for handle in Path("/dev/fd").iterdir():
         with suppress(OSError, ValueError, TypeError), _socket(int(handle.name)) as connection:
             host, from_port = connection.getpeername()[:2]
-            if (wanted is None or (_plain(host), from_port) == wanted) and connection.getsockname()[1] == port:
+            if (wanted is None or (_plain(host), from_port) == wanted) and connection.getsockname()[
+                1
+            ] == port:
                 connection.shutdown(socket.SHUT_RDWR)
                 count += 1
     return count
@@ -145,7 +150,11 @@ def _address(peer: str) -> tuple[str, int] | None:
     """The host and port in what gRPC calls a peer: ``ipv4:127.0.0.1:5000`` or ``ipv6:%5B::1%5D:5000``."""
     kind, _, rest = urllib.parse.unquote(peer).partition(":")
     host, _, port = rest.rpartition(":")
-    return (_plain(host.strip("[]")), int(port)) if kind in ("ipv4", "ipv6") and port.isdecimal() else None
+    return (
+        (_plain(host.strip("[]")), int(port))
+        if kind in ("ipv4", "ipv6") and port.isdecimal()
+        else None
+    )
 
 
 def _plain(host: str) -> str:

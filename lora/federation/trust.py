@@ -26,7 +26,14 @@ from lora.errors import (
     UnsignedError,
     shown,
 )
-from lora.federation.manifest import Manifest, Precedence, Signature, check_name, differences, manifest_of
+from lora.federation.manifest import (
+    Manifest,
+    Precedence,
+    Signature,
+    check_name,
+    differences,
+    manifest_of,
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,9 @@ class Policy:
         for where in ("trusted", "pins"):
             given = getattr(self, where)
             if isinstance(given, str) or not all(is_digest(item) for item in given):
-                raise ArgumentError(f"policy: {where}", "texts of 64 lower-case hex digits", shown(given))
+                raise ArgumentError(
+                    f"policy: {where}", "texts of 64 lower-case hex digits", shown(given)
+                )
             object.__setattr__(self, where, frozenset(given))
 
     def pinned(self, digest: str) -> "Policy":
@@ -100,7 +109,9 @@ def waived(policy: Policy, refusals: Iterable[str]) -> Policy:
     wanted = [f"allow_{refusal}" for refusal in refusals]
     if unknown := [name for name in wanted if name not in known]:
         names = ", ".join(name.removeprefix("allow_") for name in known)
-        raise ArgumentError("policy: waive", f"one of {names}", shown(unknown[0].removeprefix("allow_")))
+        raise ArgumentError(
+            "policy: waive", f"one of {names}", shown(unknown[0].removeprefix("allow_"))
+        )
     return replace(policy, **dict.fromkeys(wanted, True))  # type: ignore[arg-type]
 
 
@@ -144,7 +155,12 @@ def check_declared(manifest: Manifest, policy: Policy) -> None:
         check_name(manifest.name)
     if not 0 < manifest.size <= policy.max_bytes:
         where = f"card {shown(manifest.name)}: declared size"
-        raise MismatchError(where, f"1 to {policy.max_bytes} bytes", manifest.size, "max_bytes of the policy sets this")
+        raise MismatchError(
+            where,
+            f"1 to {policy.max_bytes} bytes",
+            manifest.size,
+            "max_bytes of the policy sets this",
+        )
 
 
 def check_received(manifest: Manifest, size: int, digest: str, policy: Policy) -> None:
@@ -184,15 +200,23 @@ def check_signature(manifest: Manifest, policy: Policy) -> None:
             key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signature.public_key))
             key.verify(bytes.fromhex(signature.value), manifest.signed_bytes())
         except (InvalidSignature, ValueError) as error:
-            raise SignatureError(where, f"one by {signature.public_key} of this manifest", "another") from error
+            raise SignatureError(
+                where, f"one by {signature.public_key} of this manifest", "another"
+            ) from error
     if manifest.digest in policy.pins:
         return
     if signature is None and not policy.allow_unsigned:
         hint = f"pin {manifest.digest}, or allow_unsigned waives this"
         raise UnsignedError(where, "a signature or a pinned digest", "neither", hint)
-    if signature is not None and signature.public_key not in policy.trusted and not policy.allow_unknown_signers:
+    if (
+        signature is not None
+        and signature.public_key not in policy.trusted
+        and not policy.allow_unknown_signers
+    ):
         hint = "trust that key, or allow_unknown_signers waives this"
-        raise UnknownSignerError(where, "one by a trusted key", f"one by {signature.public_key}", hint)
+        raise UnknownSignerError(
+            where, "one by a trusted key", f"one by {signature.public_key}", hint
+        )
 
 
 def check_version(manifest: Manifest, seen: str, policy: Policy) -> None:
@@ -229,17 +253,25 @@ def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
     if (other := differences(manifest, found)) and not policy.allow_mismatch:
         told, is_ = getattr(manifest, other[0]), getattr(found, other[0])
         raise MismatchError(
-            f"{where}: {other[0]}", f"as announced, {shown(told)}", shown(is_), "allow_mismatch waives this"
+            f"{where}: {other[0]}",
+            f"as announced, {shown(told)}",
+            shown(is_),
+            "allow_mismatch waives this",
         )
     if policy.base_model not in (None, card.base_model) and not policy.allow_other_base:
         hint = "allow_other_base waives this"
-        raise BaseModelError(f"{where}: base model", policy.base_model, card.base_model or "none", hint)
+        raise BaseModelError(
+            f"{where}: base model", policy.base_model, card.base_model or "none", hint
+        )
     for module, pair in card.weights.items():
         norm = norm_of(pair)
         if not math.isfinite(norm) and not _finite(pair):
             if not policy.allow_nonfinite:
                 raise NonFiniteError(
-                    f"{where}: module {module!r}", "finite values", "NaN or an infinity", "allow_nonfinite waives this"
+                    f"{where}: module {module!r}",
+                    "finite values",
+                    "NaN or an infinity",
+                    "allow_nonfinite waives this",
                 )
         elif not norm <= policy.max_norm and not policy.allow_any_norm:
             raise AbsurdNormError(
@@ -261,7 +293,9 @@ def norm_of(pair: LowRank) -> float:
         a: Array = pair.A.astype(wide, copy=False)
         b: Array = pair.B.astype(wide, copy=False)
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            if pair.rank > min(pair.in_features, pair.out_features):  # then ΔW itself is the smaller
+            if pair.rank > min(
+                pair.in_features, pair.out_features
+            ):  # then ΔW itself is the smaller
                 squared = float(np.sum((a @ b).astype(np.float64) ** 2))
             else:
                 squared = float(np.sum((a.T @ a).astype(np.float64) * (b @ b.T).astype(np.float64)))

@@ -69,7 +69,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -207,7 +209,9 @@ class InferenceCore(nn.Module):
         super().__init__()
         if config.hidden_act not in ACTIVATIONS or config.pooling not in ("mean", "cls"):
             found = f"{config.hidden_act}, {config.pooling}"
-            raise UnsupportedModelError("encoder config", f"one of {list(ACTIVATIONS)}; mean or cls pooling", found)
+            raise UnsupportedModelError(
+                "encoder config", f"one of {list(ACTIVATIONS)}; mean or cls pooling", found
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.embeddings = Embeddings(config)
@@ -352,7 +356,9 @@ def by_set(rows: list[int], sets: Sequence[int] | None) -> tuple[list[int], Segm
     return rows, tuple((start, stop, sets[rows[start]]) for start, stop in segments)
 
 
-def pad(rows: Sequence[Sequence[int]], token: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def pad(
+    rows: Sequence[Sequence[int]], token: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
     """Ids as one tensor, and where its tokens are: None if all rows are equally long."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[token] * (longest - len(row))] for row in rows], device=device)
@@ -370,17 +376,28 @@ def read_config(folder: Path) -> EncoderConfig:
         If the model type, activation, position embeddings or pooling are not supported.
     """
     config = _json(folder / "config.json")
-    if config.get("model_type") != "bert" or config.get("position_embedding_type", "absolute") != "absolute":
+    if (
+        config.get("model_type") != "bert"
+        or config.get("position_embedding_type", "absolute") != "absolute"
+    ):
         raise UnsupportedModelError(
             f"{folder / 'config.json'}: model_type",
             "'bert' with absolute positions",
             f"{config.get('model_type')!r}, {config.get('position_embedding_type', 'absolute')!r}",
             "pass a module of your own with an encode method to ArrowEngine instead",
         )
-    known = {field.name: config[field.name] for field in fields(EncoderConfig) if field.name in config}
-    missing = [field.name for field in fields(EncoderConfig) if field.default is MISSING and field.name not in known]
+    known = {
+        field.name: config[field.name] for field in fields(EncoderConfig) if field.name in config
+    }
+    missing = [
+        field.name
+        for field in fields(EncoderConfig)
+        if field.default is MISSING and field.name not in known
+    ]
     if missing:
-        raise UnsupportedModelError(str(folder / "config.json"), "the fields of a BERT model", f"none called {missing}")
+        raise UnsupportedModelError(
+            str(folder / "config.json"), "the fields of a BERT model", f"none called {missing}"
+        )
     limit = int(config["max_position_embeddings"])
     sentence = _json(folder / "sentence_bert_config.json", {})
     known["max_seq_length"] = min(limit, sentence.get("max_seq_length") or limit)
@@ -392,7 +409,9 @@ def read_config(folder: Path) -> EncoderConfig:
         elif kind == "Normalize":
             known["normalize"] = True
         elif kind != "Transformer":
-            raise UnsupportedModelError(f"{folder / 'modules.json'}", "Transformer, Pooling, Normalize", kind)
+            raise UnsupportedModelError(
+                f"{folder / 'modules.json'}", "Transformer, Pooling, Normalize", kind
+            )
     return EncoderConfig(**known)
 
 
@@ -451,7 +470,9 @@ def _state_dict(tensors: dict[str, Tensor], core: nn.Module, folder: Path) -> di
     for name, tensor in wanted.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise UnsupportedModelError(f"{folder}: weight {name!r}", f"shape {tuple(tensor.shape)}", found)
+            raise UnsupportedModelError(
+                f"{folder}: weight {name!r}", f"shape {tuple(tensor.shape)}", found
+            )
     return {name: tensors[name] for name in wanted}
 
 

@@ -144,7 +144,9 @@ class LoRAManager(Generic[M]):
         """Know a card by name, in place of an earlier one of that name, without applying it."""
         check_card(card)
         with self._write:
-            self._state = replace(self._state, loaded=MappingProxyType({**self._state.loaded, card.name: card}))
+            self._state = replace(
+                self._state, loaded=MappingProxyType({**self._state.loaded, card.name: card})
+            )
 
     def unload_card(self, name: str) -> None:
         """Forget a loaded card; an active one stays active, an unknown one is no error."""
@@ -191,7 +193,9 @@ class LoRAManager(Generic[M]):
                 self._commit(self._build(self.active.without(name), {}))
                 log.info("removed card %r from %d layers", name, layers)
 
-    def replace_card(self, card: LoRACard, *, strict: bool = False, check_base: bool = True) -> Injection:
+    def replace_card(
+        self, card: LoRACard, *, strict: bool = False, check_base: bool = True
+    ) -> Injection:
         """Put another card of the same name in the place, and with the weight, of the active one.
 
         Requirements: R7.4
@@ -199,7 +203,9 @@ class LoRAManager(Generic[M]):
         check_card(card)
         with self._write:
             if card.name not in self.active:
-                raise UnknownCardError(f"replace_card {card.name!r}", "an active card", f"only {list(self.active)}")
+                raise UnknownCardError(
+                    f"replace_card {card.name!r}", "an active card", f"only {list(self.active)}"
+                )
             wanted = AdapterSet({card.name: (card, self.active.weight(card.name))})
             plans = self._plan(wanted, strict=strict, check_base=check_base)
             self._commit(self._build(self.active.without(card.name) | wanted, plans))
@@ -215,11 +221,15 @@ class LoRAManager(Generic[M]):
         """
         with self._write:
             if name not in self.active:
-                raise UnknownCardError(f"set_weight {name!r}", "an active card", f"only {list(self.active)}")
+                raise UnknownCardError(
+                    f"set_weight {name!r}", "an active card", f"only {list(self.active)}"
+                )
             wanted = AdapterSet({name: (self.active[name][0], weight)})
             self._commit(self._build(self.active.without(name) | wanted, {}))
 
-    def prepare(self, adapters: Adapters, *, strict: bool = False, check_base: bool = True) -> dict[str, Injection]:
+    def prepare(
+        self, adapters: Adapters, *, strict: bool = False, check_base: bool = True
+    ) -> dict[str, Injection]:
         """Build the model for another set without making it active; cards that bind nothing are left out of it.
 
         Of what can be rolled back to, the oldest makes room if there are `HISTORY` sets, so that the swap frees no model.
@@ -229,7 +239,9 @@ class LoRAManager(Generic[M]):
         with self._write:
             wanted = AdapterSet(adapters)
             plans = self._plan(wanted, strict=strict, check_base=check_base)
-            earlier = self._state.earlier[1 - HISTORY :]  # room for one: a swap has no model to free
+            earlier = self._state.earlier[
+                1 - HISTORY :
+            ]  # room for one: a swap has no model to free
             self._state = replace(self._state, prepared=self._build(wanted, plans), earlier=earlier)
             for injection in plans.values():
                 _report(injection, "prepared")
@@ -275,7 +287,9 @@ class LoRAManager(Generic[M]):
         if not bound:
             return self._base
         model = adapt(self.base, bound, check_base=False)
-        kept = MappingProxyType({name: replace(plans[name], bound=dict(plans[name].bound)) for name in bound})
+        kept = MappingProxyType(
+            {name: replace(plans[name], bound=dict(plans[name].bound)) for name in bound}
+        )
         folds = self._fold and folded_bytes(model) <= self._fold_budget
         return Active(bound, kept, fold(model) if folds else model)
 
@@ -301,8 +315,16 @@ def _report(injection: Injection, what: str) -> None:
     if not injection.bound:
         log.warning("card %r binds to nothing and is not active", injection.name)
     if injection.targets_not_found:
-        log.warning("card %r: targets not found: %s", injection.name, ", ".join(injection.targets_not_found))
+        log.warning(
+            "card %r: targets not found: %s", injection.name, ", ".join(injection.targets_not_found)
+        )
     if injection.weights_not_used:
-        log.warning("card %r: weights not used: %s", injection.name, ", ".join(injection.weights_not_used))
+        log.warning(
+            "card %r: weights not used: %s", injection.name, ", ".join(injection.weights_not_used)
+        )
     if injection.bypassed:
-        log.warning("card %r: layers that may never be called: %s", injection.name, ", ".join(injection.bypassed))
+        log.warning(
+            "card %r: layers that may never be called: %s",
+            injection.name,
+            ", ".join(injection.bypassed),
+        )

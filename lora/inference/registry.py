@@ -22,7 +22,15 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from lora.card import LoRACard, integer, is_digest
-from lora.errors import ArgumentError, CardFileError, ConflictError, LoRAError, RegistryFull, UnknownCardError, shown
+from lora.errors import (
+    ArgumentError,
+    CardFileError,
+    ConflictError,
+    LoRAError,
+    RegistryFull,
+    UnknownCardError,
+    shown,
+)
 from lora.presets import CardInfo
 from lora.store import PathLike, as_path, digest, inspect, load
 from lora.table import Header
@@ -95,7 +103,9 @@ class Catalogue:
     def unregistered(self, name: str, version: str | None = None) -> "Catalogue":
         """A catalogue without that version of a name, or without any."""
         known = self.entries.get(name, ())
-        return self._with(name, tuple(entry for entry in known if version not in (None, entry.version)))
+        return self._with(
+            name, tuple(entry for entry in known if version not in (None, entry.version))
+        )
 
     def _with(self, name: str, known: tuple[Entry, ...]) -> "Catalogue":
         others = {key: entries for key, entries in self.entries.items() if key != name}
@@ -165,7 +175,9 @@ class AdapterRegistry:
         with self._write:
             return tuple(one.key for one in self._alive())
 
-    def register(self, path: PathLike, *, version: str | None = None, digest: str | None = None) -> Entry:
+    def register(
+        self, path: PathLike, *, version: str | None = None, digest: str | None = None
+    ) -> Entry:
         """Know a card file by its header; one that is registered already is no error.
 
         Parameters
@@ -194,7 +206,9 @@ class AdapterRegistry:
         entry = _entry(as_path(path).absolute(), version, digest)
         if entry.nbytes > self._max_bytes:
             where, hint = f"register {str(path)!r}", "raise max_bytes"
-            raise RegistryFull(where, f"a file of at most {self._max_bytes} bytes", entry.nbytes, hint)
+            raise RegistryFull(
+                where, f"a file of at most {self._max_bytes} bytes", entry.nbytes, hint
+            )
         with self._write:
             known = self._catalogue.find(*entry.key)
             if known is None:
@@ -203,7 +217,10 @@ class AdapterRegistry:
                 where = f"register {str(path)!r}: {entry.name!r} {entry.version}"
                 found = f"other content than that of {str(known.path)!r}"
                 raise ConflictError(
-                    where, "one card per name and version", found, "pass version=, or unregister it first"
+                    where,
+                    "one card per name and version",
+                    found,
+                    "pass version=, or unregister it first",
                 )
             return known or entry
 
@@ -212,7 +229,9 @@ class AdapterRegistry:
         _check_name(name)
         with self._write:
             self._catalogue = self._catalogue.unregistered(name, version)
-            self._kept = {key: card for key, card in self._kept.items() if self._catalogue.find(*key)}
+            self._kept = {
+                key: card for key, card in self._kept.items() if self._catalogue.find(*key)
+            }
 
     def entry(self, name: str, version: str | None = None) -> Entry:
         """What is known of a card without mapping it.
@@ -234,9 +253,13 @@ class AdapterRegistry:
         catalogue = self._catalogue
         found = catalogue.find(name, version)
         if found is None:
-            where = f"registry: {name!r}" if version is None else f"registry: {name!r} {shown(version)}"
+            where = (
+                f"registry: {name!r}" if version is None else f"registry: {name!r} {shown(version)}"
+            )
             known = [entry.version for entry in catalogue.entries.get(name, ())]
-            raise UnknownCardError(where, "a registered card", f"only versions {shown(known)}" if known else "none")
+            raise UnknownCardError(
+                where, "a registered card", f"only versions {shown(known)}" if known else "none"
+            )
         return found
 
     def get(self, name: str, version: str | None = None) -> LoRACard:
@@ -270,7 +293,10 @@ class AdapterRegistry:
             in_use: dict[Key, LoRACard] = {}
             while not (fits := self._fits(entry)) and self._kept:
                 self._let_go_of_one(in_use)
-            self._kept = {**in_use, **self._kept}  # these were the least recently asked for, and still are
+            self._kept = {
+                **in_use,
+                **self._kept,
+            }  # these were the least recently asked for, and still are
             if fits:
                 return
         alive = self._alive()
@@ -321,8 +347,14 @@ def precedence(version: str) -> tuple[Any, ...]:
     Requirements: R22.3
     """
     release, _, before = version.partition("+")[0].partition("-")
-    numbers = tuple((len(part), part) for part in release.split("."))  # no leading zeros: a longer number is larger
-    parts = tuple((0, len(part), part) if part.isdecimal() else (1, 0, part) for part in before.split(".") if part)
+    numbers = tuple(
+        (len(part), part) for part in release.split(".")
+    )  # no leading zeros: a longer number is larger
+    parts = tuple(
+        (0, len(part), part) if part.isdecimal() else (1, 0, part)
+        for part in before.split(".")
+        if part
+    )
     return numbers, not parts, parts, version
 
 
@@ -340,8 +372,12 @@ def _entry(path: Path, version: str | None, digest: str | None) -> Entry:
         CardInfo(version)
     except ArgumentError as error:
         where = f"register {str(path)!r}: version"
-        raise ArgumentError(where, "a semantic version such as 1.0.0", shown(version), "pass version=") from error
-    return Entry(header.name, version, path, header, signature.size if signature else 0, digest, signature)
+        raise ArgumentError(
+            where, "a semantic version such as 1.0.0", shown(version), "pass version="
+        ) from error
+    return Entry(
+        header.name, version, path, header, signature.size if signature else 0, digest, signature
+    )
 
 
 def _loaded(entry: Entry) -> LoRACard:
@@ -386,7 +422,9 @@ def _steady(path: Path, expected: Signature | None = None) -> Iterator[Signature
 
 def _changed(path: Path) -> CardFileError:
     hint = "unregister it and register it again"
-    return CardFileError(str(path), "the file that was registered", "another one, or a change to it", hint)
+    return CardFileError(
+        str(path), "the file that was registered", "another one, or a change to it", hint
+    )
 
 
 def _signature(path: Path) -> Signature | None:

@@ -51,13 +51,21 @@ class LoRARouter:
         return self._index.candidates
 
     def register_card(
-        self, card: LoRACard, description: Description | None = None, *, tags: Collection[str] | None = None
+        self,
+        card: LoRACard,
+        description: Description | None = None,
+        *,
+        tags: Collection[str] | None = None,
     ) -> None:
         """Register a card, in place of an earlier one of its name; see `candidate`."""
         self.register(self.candidate(card, description, tags=tags))
 
     def candidate(
-        self, card: LoRACard, description: Description | None = None, *, tags: Collection[str] | None = None
+        self,
+        card: LoRACard,
+        description: Description | None = None,
+        *,
+        tags: Collection[str] | None = None,
     ) -> Candidate:
         """What `register_card` would register.
 
@@ -88,7 +96,9 @@ class LoRARouter:
         with self._write:
             self._index = self._index.with_candidate(candidate)
 
-    def register_virtual_candidate(self, name: str, description: Description, *, tags: Collection[str] = ()) -> None:
+    def register_virtual_candidate(
+        self, name: str, description: Description, *, tags: Collection[str] = ()
+    ) -> None:
         """Register a card whose weights are elsewhere."""
         self.register(self._described(name, description, virtual=True, tags=tags))
 
@@ -98,7 +108,12 @@ class LoRARouter:
             self._index = self._index.without(name)
 
     def select(
-        self, query: str, top_k: int = 1, threshold: float | None = None, *, tags: Collection[str] = ()
+        self,
+        query: str,
+        top_k: int = 1,
+        threshold: float | None = None,
+        *,
+        tags: Collection[str] = (),
     ) -> list[Route]:
         """The best cards for a query, best first; see `lora.routing.select`."""
         return self.select_many([query], top_k, threshold, tags=tags)[0]
@@ -115,11 +130,15 @@ class LoRARouter:
         index, embedded = self._index.tagged(tags), unit(self._embedded(queries))
         return [select(row, index, top_k=top_k, threshold=threshold) for row in embedded]
 
-    def _described(self, name: str, description: Description, *, virtual: bool, tags: Collection[str]) -> Candidate:
+    def _described(
+        self, name: str, description: Description, *, virtual: bool, tags: Collection[str]
+    ) -> Candidate:
         if not isinstance(name, str) or not name:
             raise ArgumentError("candidate", "a name", shown(name))
         if not isinstance(description, str | Collection):
-            raise ArgumentError(f"candidate {name!r}", "a description or several", shown(description))
+            raise ArgumentError(
+                f"candidate {name!r}", "a description or several", shown(description)
+            )
         texts = [description] if isinstance(description, str) else list(description)
         if not texts:
             raise ArgumentError(f"candidate {name!r}", "a description", "none", "pass description=")

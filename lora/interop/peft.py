@@ -17,7 +17,14 @@ from typing import Any
 
 from lora.card import LoRACard, check_card, finite
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, shown
-from lora.interop.safetensors import common_fields, json_field, naming, pair_of, read_pairs, write_tensors
+from lora.interop.safetensors import (
+    common_fields,
+    json_field,
+    naming,
+    pair_of,
+    read_pairs,
+    write_tensors,
+)
 from lora.store import PathLike, as_path, os_errors, replacing
 from lora.targets import ALL_LINEAR, match_targets, matches
 
@@ -26,7 +33,9 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 MAX_CONFIG_BYTES = 2**24
 """A configuration that is larger is not read."""
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+)
 
 _ADVICE = {
     "lora_magnitude_vector": "DoRA is not plain LoRA",
@@ -36,7 +45,16 @@ _ADVICE = {
     "modules_to_save": "modules that were trained whole can't be a card",
 }
 
-_HELD = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "base_model_name_or_path"})
+_HELD = frozenset(
+    {
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "base_model_name_or_path",
+    }
+)
 """What a card has fields for; the rest is kept in its metadata, under ``peft``."""
 
 _CARRIED = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "revision", "task_type")
@@ -44,13 +62,34 @@ _CARRIED = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "revision", "task_
 
 _PLAIN = _HELD.union(
     _CARRIED,
-    ("peft_type", "peft_version", "inference_mode", "runtime_config", "bias", "use_rslora", "init_lora_weights"),
-    ("exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"),
-    ("eva_config", "corda_config", "lora_ga_config", "loftq_config"),  # read by an initialisation only
+    (
+        "peft_type",
+        "peft_version",
+        "inference_mode",
+        "runtime_config",
+        "bias",
+        "use_rslora",
+        "init_lora_weights",
+    ),
+    (
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "megatron_core",
+        "qalora_group_size",
+    ),
+    (
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "loftq_config",
+    ),  # read by an initialisation only
 )
 """Keys that plain LoRA may set; any other, known to PEFT today or not, must be unset."""
 
-_MAY_BE_EMPTY = frozenset({"modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"})
+_MAY_BE_EMPTY = frozenset(
+    {"modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"}
+)
 
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base as it was: the others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) change its weights."""
@@ -97,10 +136,14 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
     with naming(folder):
         if not pairs:
             raise CardFileError(WEIGHTS, "at least one pair of factors", "none")
-        weights = {m: pair_of(m, a.T, b.T, _scaling(config, m, a.shape[0])) for m, (a, b) in pairs.items()}
+        weights = {
+            m: pair_of(m, a.T, b.T, _scaling(config, m, a.shape[0])) for m, (a, b) in pairs.items()
+        }
         targets = config.get("target_modules")
         base = config.get("base_model_name_or_path")
-        rest = {key: value for key, value in config.items() if key not in _HELD and value is not None}
+        rest = {
+            key: value for key, value in config.items() if key not in _HELD and value is not None
+        }
         return LoRACard(
             name=name or header.get("lora.name") or folder.name,
             rank=max(pair.rank for pair in weights.values()),
@@ -177,7 +220,9 @@ def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) ->
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
-        raise CardNotFoundError(str(path), "a PEFT configuration", "nothing", "give the folder that holds it")
+        raise CardNotFoundError(
+            str(path), "a PEFT configuration", "nothing", "give the folder that holds it"
+        )
     with os_errors(path):
         if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
             raise CardFileError("size", f"at most {MAX_CONFIG_BYTES} bytes", size)
@@ -194,37 +239,59 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _check_plain(config: Mapping[str, Any]) -> None:
     """Refuse what is not plain LoRA, and fields that are not of the kind that PEFT writes."""
     if config.get("peft_type") != "LORA":
-        raise CardFileError("peft_type", "'LORA'", shown(config.get("peft_type")), "no other method can be a card")
+        raise CardFileError(
+            "peft_type", "'LORA'", shown(config.get("peft_type")), "no other method can be a card"
+        )
     for key, value in sorted(config.items()):
         unset = value is None or value is False or (key in _MAY_BE_EMPTY and value in ([], {}))
         if key not in _PLAIN and not unset:
             raise CardFileError(key, "unset", shown(value), "only plain LoRA can be a card")
     if config.get("bias", "none") != "none":
-        raise CardFileError("bias", "'none'", shown(config["bias"]), "trained biases can't be a card")
+        raise CardFileError(
+            "bias", "'none'", shown(config["bias"]), "trained biases can't be a card"
+        )
     if not any(config.get("init_lora_weights", True) is each for each in _INITS[:3]) and (
         config["init_lora_weights"] not in _INITS[3:]
     ):
         hint = "it changed the base: save with path_initial_model_for_weight_conversion to get plain LoRA"
-        raise CardFileError("init_lora_weights", f"one of {_INITS}", shown(config["init_lora_weights"]), hint)
-    names = ("text, a list of text or unset", lambda v: v is None or isinstance(v, str) or _all(v, str))
+        raise CardFileError(
+            "init_lora_weights", f"one of {_INITS}", shown(config["init_lora_weights"]), hint
+        )
+    names = (
+        "text, a list of text or unset",
+        lambda v: v is None or isinstance(v, str) or _all(v, str),
+    )
     kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "r": ("an integer", _is_int),
         "lora_alpha": ("a number", _is_number),
         "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
-        "rank_pattern": ("integers by pattern", lambda v: isinstance(v, dict) and all(map(_is_int, v.values()))),
-        "alpha_pattern": ("numbers by pattern", lambda v: isinstance(v, dict) and all(map(_is_number, v.values()))),
+        "rank_pattern": (
+            "integers by pattern",
+            lambda v: isinstance(v, dict) and all(map(_is_int, v.values())),
+        ),
+        "alpha_pattern": (
+            "numbers by pattern",
+            lambda v: isinstance(v, dict) and all(map(_is_number, v.values())),
+        ),
         "target_modules": names,
         "exclude_modules": names,
         "layers_pattern": names,
-        "layers_to_transform": ("integers or unset", lambda v: v is None or _is_int(v) or _all(v, int)),
+        "layers_to_transform": (
+            "integers or unset",
+            lambda v: v is None or _is_int(v) or _all(v, int),
+        ),
     }
     defaults = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     for key, (expected, fits) in kinds.items():
         if not fits(value := config.get(key, defaults.get(key))):
             raise CardFileError(key, expected, shown(value))
     chosen = config.get("layers_to_transform") is not None
-    if isinstance(config.get("target_modules"), str) and (chosen or config.get("layers_pattern") is not None):
-        raise CardFileError("target_modules", "a list where layers are chosen", shown(config["target_modules"]))
+    if isinstance(config.get("target_modules"), str) and (
+        chosen or config.get("layers_pattern") is not None
+    ):
+        raise CardFileError(
+            "target_modules", "a list where layers are chosen", shown(config["target_modules"])
+        )
     if config.get("layers_pattern") and not chosen:
         raise CardFileError("layers_to_transform", "the layers that layers_pattern finds", "none")
 
@@ -234,14 +301,21 @@ def _scaling(config: Mapping[str, Any], module: str, found: int) -> float:
     try:
         if not _targeted(config, module):
             hint = "PEFT would ignore it: remove the tensors, or correct target_modules, exclude_modules, layers_…"
-            raise CardFileError(f"module {shown(module)}", "a module that the configuration targets", "another", hint)
+            raise CardFileError(
+                f"module {shown(module)}",
+                "a module that the configuration targets",
+                "another",
+                hint,
+            )
         rank = _by_pattern(config.get("rank_pattern", {}), module, config["r"])
         alpha = _by_pattern(config.get("alpha_pattern", {}), module, config["lora_alpha"])
     except (re.error, OverflowError, RecursionError) as error:
         raise CardFileError(f"{CONFIG}: a pattern", "a regular expression", error) from error
     if rank != found:
         hint = "correct r or rank_pattern"
-        raise CardFileError(f"module {shown(module)}", f"rank {rank}, as the configuration says", found, hint)
+        raise CardFileError(
+            f"module {shown(module)}", f"rank {rank}, as the configuration says", found, hint
+        )
     return finite(alpha, "alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -260,7 +334,9 @@ def _targeted(config: Mapping[str, Any], module: str) -> bool:
     layers = config.get("layers_to_transform")
     if not _named(targets, module) or layers is None or layers == [] or module in targets:
         return _named(targets, module)
-    return _layer(module, config.get("layers_pattern")) in (layers if isinstance(layers, list) else [layers])
+    return _layer(module, config.get("layers_pattern")) in (
+        layers if isinstance(layers, list) else [layers]
+    )
 
 
 def _named(rule: str | list[str], module: str) -> bool:
@@ -283,12 +359,23 @@ def _config(card: LoRACard) -> dict[str, Any]:
     """The configuration under which PEFT computes what the card does."""
     where = f"card {card.name!r}"
     if not card.weights:
-        raise CardError(f"{where}: weights", "at least one module", "none", "PEFT has no empty adapters")
+        raise CardError(
+            f"{where}: weights", "at least one module", "none", "PEFT has no empty adapters"
+        )
     if "" in card.weights:
-        raise CardError(f"{where}: module ''", "a name", "the root", "PEFT can't adapt a bare Linear")
-    if unused := sorted(card.weights.keys() - set(match_targets(card.weights, card.target_modules))):
+        raise CardError(
+            f"{where}: module ''", "a name", "the root", "PEFT can't adapt a bare Linear"
+        )
+    if unused := sorted(
+        card.weights.keys() - set(match_targets(card.weights, card.target_modules))
+    ):
         hint = "target them, or drop them: the card does not apply them, PEFT would"
-        raise CardError(f"{where}: target_modules", f"targets that match {shown(unused)}", card.target_modules, hint)
+        raise CardError(
+            f"{where}: target_modules",
+            f"targets that match {shown(unused)}",
+            card.target_modules,
+            hint,
+        )
     alphas = {}
     for module, pair in card.weights.items():
         scaling = finite(pair.scaling, f"{where}: scaling")
@@ -308,7 +395,9 @@ def _config(card: LoRACard) -> dict[str, Any]:
         "r": card.rank,
         "lora_alpha": _whole(card.alpha),
         "target_modules": list(card.weights),
-        "rank_pattern": {_exactly(m): pair.rank for m, pair in card.weights.items() if pair.rank != card.rank},
+        "rank_pattern": {
+            _exactly(m): pair.rank for m, pair in card.weights.items() if pair.rank != card.rank
+        },
         "alpha_pattern": alphas,
     }
 
@@ -328,7 +417,12 @@ def _check_free(folder: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         found = "one with files" if folder.is_dir() else "a file"
-        raise ArgumentError(str(folder), "a folder that is new or empty", found, "overwrite=True replaces a PEFT one")
+        raise ArgumentError(
+            str(folder),
+            "a folder that is new or empty",
+            found,
+            "overwrite=True replaces a PEFT one",
+        )
     if not (folder / CONFIG).is_file():
         raise ArgumentError(str(folder), "a PEFT directory to replace", f"no {CONFIG} in it")
 
@@ -364,4 +458,6 @@ def _is_number(value: object) -> bool:
 
 
 def _all(value: object, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+    return isinstance(value, list) and all(
+        isinstance(item, kind) and not isinstance(item, bool) for item in value
+    )

@@ -15,7 +15,14 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from lora.card import Array, FrozenJSON, LoRACard, LowRank, check_card, finite
-from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, StoreError, shown
+from lora.errors import (
+    ArgumentError,
+    CardError,
+    CardFileError,
+    CardNotFoundError,
+    StoreError,
+    shown,
+)
 from lora.store import PathLike, as_path, digest, replacing
 
 LAYOUTS = ("linear", "matrix")
@@ -71,7 +78,9 @@ def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") 
         "lora.rank": str(card.rank),
         "lora.alpha": repr(card.alpha),
         "lora.targets": json.dumps(card.target_modules, ensure_ascii=False),
-        "lora.scalings": json.dumps({module: pair.scaling for module, pair in card.weights.items()}),
+        "lora.scalings": json.dumps(
+            {module: pair.scaling for module, pair in card.weights.items()}
+        ),
         "lora.layout": layout,
     }
     if card.base_model is not None:
@@ -134,8 +143,12 @@ def load_safetensors(
         given = _agreed("layout", layout, header.get("lora.layout"), _layout)
         turned = _oriented(pairs, given, rank)
         scalings = json_field(header, "lora.scalings", dict)
-        weights = {module: pair_of(module, a, b, scalings.get(module)) for module, (a, b) in turned.items()}
-        targets = json_field(header, "lora.targets", list) if "lora.targets" in header else tuple(weights)
+        weights = {
+            module: pair_of(module, a, b, scalings.get(module)) for module, (a, b) in turned.items()
+        }
+        targets = (
+            json_field(header, "lora.targets", list) if "lora.targets" in header else tuple(weights)
+        )
         return LoRACard(
             name=name or header.get("lora.name") or path.stem,
             rank=max((pair.rank for pair in weights.values()), default=1) if rank is None else rank,
@@ -180,7 +193,10 @@ def read_pairs(
         for name in sorted(file.keys()):
             if (match := key.fullmatch(name)) is None:
                 raise CardFileError(
-                    f"tensor {shown(name)}", "a factor A or B of a Linear", "something else", advice(name)
+                    f"tensor {shown(name)}",
+                    "a factor A or B of a Linear",
+                    "something else",
+                    advice(name),
                 )
             module, factor = match["module"] or "", match["factor"].upper()
             adapters.add(match.groupdict().get("adapter"))
@@ -192,12 +208,19 @@ def read_pairs(
                 raise CardFileError(f"tensor {shown(name)}", expected, f"shape {shape} of {code}")
         if len(adapters) > 1:
             raise CardFileError(
-                "tensors", "one adapter", sorted(map(str, adapters)), "save each in a folder of its own"
+                "tensors",
+                "one adapter",
+                sorted(map(str, adapters)),
+                "save each in a folder of its own",
             )
         for module, held in names.items():
             if missing := {"A", "B"} - held.keys():
-                raise CardFileError(f"module {shown(module)}", "both factors", f"no factor {missing.pop()}")
-        pairs = {m: (file.get_tensor(held["A"]), file.get_tensor(held["B"])) for m, held in names.items()}
+                raise CardFileError(
+                    f"module {shown(module)}", "both factors", f"no factor {missing.pop()}"
+                )
+        pairs = {
+            m: (file.get_tensor(held["A"]), file.get_tensor(held["B"])) for m, held in names.items()
+        }
         return pairs, dict(file.metadata() or {})
 
 
@@ -210,7 +233,9 @@ def pair_of(module: str, a: Array, b: Array, scaling: float | None) -> LowRank:
         return LowRank(a, b, scaling)
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]
+) -> None:
     """Write a safetensors file whose bytes depend on nothing but the arguments (safetensors' own order varies).
 
     Requirements: R23.2, R23.5
@@ -219,7 +244,11 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mappin
     end = 0
     for name, array in sorted(tensors.items()):
         start, end = end, end + array.nbytes
-        header[name] = {"dtype": _CODES[array.dtype.name], "shape": array.shape, "data_offsets": (start, end)}
+        header[name] = {
+            "dtype": _CODES[array.dtype.name],
+            "shape": array.shape,
+            "data_offsets": (start, end),
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -262,7 +291,9 @@ def naming(path: PathLike) -> Iterator[None]:
     try:
         yield
     except CardError as error:
-        raise CardFileError(f"{path}: {error.where}", error.expected, error.found, error.hint) from error
+        raise CardFileError(
+            f"{path}: {error.where}", error.expected, error.found, error.hint
+        ) from error
 
 
 @contextmanager
@@ -283,7 +314,9 @@ def _opened(path: PathLike) -> Iterator[Any]:
 def _check_regular(path: Path) -> None:
     """Refuse what a read would block on or fail at."""
     if not path.is_file():
-        raise CardNotFoundError(str(path), "a safetensors file", "something else" if path.exists() else "nothing there")
+        raise CardNotFoundError(
+            str(path), "a safetensors file", "something else" if path.exists() else "nothing there"
+        )
 
 
 def _oriented(pairs: Pairs, layout: str | None, rank: int | None) -> Pairs:
@@ -292,12 +325,23 @@ def _oriented(pairs: Pairs, layout: str | None, rank: int | None) -> Pairs:
     fits = [each for each in LAYOUTS if layout in (None, each) and _chain(turned[each], rank)]
     if not fits:
         shapes = {module: (a.shape, b.shape) for module, (a, b) in pairs.items()}
-        expected = "(r, in) and (out, r), or (in, r) and (r, out)" if layout is None else f"the layout {layout!r}"
+        expected = (
+            "(r, in) and (out, r), or (in, r) and (r, out)"
+            if layout is None
+            else f"the layout {layout!r}"
+        )
         raise CardFileError("factors", f"{expected}, of largest rank {rank or 'r'}", shown(shapes))
-    low = [each for each in fits if all(a.shape[1] <= min(a.shape[0], b.shape[1]) for a, b in turned[each].values())]
+    low = [
+        each
+        for each in fits
+        if all(a.shape[1] <= min(a.shape[0], b.shape[1]) for a, b in turned[each].values())
+    ]
     if pairs and len(fits) > 1 and len(low) != 1:
         raise CardFileError(
-            "factors", "shapes that fit one layout", "shapes that fit both", f"pass layout=, one of {LAYOUTS}"
+            "factors",
+            "shapes that fit one layout",
+            "shapes that fit both",
+            f"pass layout=, one of {LAYOUTS}",
         )
     return turned[fits[0] if len(fits) == 1 or not pairs else low[0]]
 
@@ -329,5 +373,7 @@ def _agreed(what: str, given: Any, stored: str | None, read: Callable[[Any], Any
     """What the caller or the header says, where they do not contradict each other."""
     values = {read(value) for value in (given, stored) if value is not None}
     if len(values) > 1:
-        raise CardFileError(what, f"the header's {shown(stored)}", shown(given), "leave the argument out")
+        raise CardFileError(
+            what, f"the header's {shown(stored)}", shown(given), "leave the argument out"
+        )
     return values.pop() if values else None

@@ -74,7 +74,9 @@ def run_bench(only: Sequence[str] = (), *, quick: bool = False, threads: int = 2
             raise ArgumentError("bench", f"one of {', '.join(SCRIPTS)}", repr(name))
     for peer in ("peft", "sentence_transformers"):
         if importlib.util.find_spec(peer) is None:
-            raise MissingPackageError("bench", peer, "not installed", "pip install 'lora-cards[bench]'")
+            raise MissingPackageError(
+                "bench", peer, "not installed", "pip install 'lora-cards[bench]'"
+            )
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     for name in only or SCRIPTS:
         with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +91,11 @@ def run_bench(only: Sequence[str] = (), *, quick: bool = False, threads: int = 2
                 check=False,
             )
             if done.returncode:
-                raise StateError(f"bench {name}", "a script that ends well", done.stderr.strip().rpartition("\n")[2])
+                raise StateError(
+                    f"bench {name}",
+                    "a script that ends well",
+                    done.stderr.strip().rpartition("\n")[2],
+                )
             told = json.loads(found.read_text(encoding="utf-8"))
         yield Part(name, told["machine"], tuple(told["rows"]))
 
@@ -112,4 +118,10 @@ def shown(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     interval = " … ".join(form(end).removesuffix(f" {unit}") for end in row.get("interval", ()))
     sign = {"times faster": ">=", "at least": ">=", "below": "<"}.get(row["kind"], "<=")
     target = "" if row["target"] is None else f"{sign} {form(row['target'])}"
-    return what, form(row["value"]), interval, target, {None: "", True: "yes", False: "no"}[row["met"]]
+    return (
+        what,
+        form(row["value"]),
+        interval,
+        target,
+        {None: "", True: "yes", False: "no"}[row["met"]],
+    )

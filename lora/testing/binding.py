@@ -56,7 +56,9 @@ class Router(Protocol):
         """Names and scores, best first."""
         ...
 
-    def select_many(self, queries: Sequence[str], top_k: int, threshold: float | None) -> list[list[tuple[str, float]]]:
+    def select_many(
+        self, queries: Sequence[str], top_k: int, threshold: float | None
+    ) -> list[list[tuple[str, float]]]:
         """As `select`, for each query."""
         ...
 
@@ -75,7 +77,9 @@ class Binding(Protocol):
         """The card in a file, every scaling resolved."""
         ...
 
-    def forward(self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]) -> Array:
+    def forward(
+        self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]
+    ) -> Array:
         """What a Linear with these terms makes of x ``(..., in)``; weight ``(out, in)``, all of one dtype."""
         ...
 

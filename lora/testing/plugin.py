@@ -6,7 +6,9 @@ Load it with ``-p lora.testing.plugin``. The implementation is the reference unl
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two processes with two threads each are slower than one
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: two processes with two threads each are slower than one
 
 import re
 import signal
@@ -74,7 +76,9 @@ class Subject:
 
 def _stub(binding: Any, member: str) -> Callable[..., Any]:
     def fails(*_: Any, **__: Any) -> None:
-        raise NotImplementedError(f"binding {binding.name!r} has no {member!r} and does not declare it missing")
+        raise NotImplementedError(
+            f"binding {binding.name!r} has no {member!r} and does not declare it missing"
+        )
 
     return fails
 
@@ -82,16 +86,29 @@ def _stub(binding: Any, member: str) -> Callable[..., Any]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the suite's options."""
     group = parser.getgroup("lora conformance")
-    group.addoption("--binding", default=None, help="implementation under test, package.module:NAME")
-    group.addoption("--only", default=None, help="run the tests of one chapter (R4) or requirement (R4.9)")
-    group.addoption("--neutral", action="store_true", help="only what any implementation can be held to")
+    group.addoption(
+        "--binding", default=None, help="implementation under test, package.module:NAME"
+    )
+    group.addoption(
+        "--only", default=None, help="run the tests of one chapter (R4) or requirement (R4.9)"
+    )
+    group.addoption(
+        "--neutral", action="store_true", help="only what any implementation can be held to"
+    )
     group.addoption("--conformance-json", default=None, help="write verdicts here")
-    group.addoption("--conformance-timeout", type=float, default=300.0, help="seconds that one property may take")
+    group.addoption(
+        "--conformance-timeout",
+        type=float,
+        default=300.0,
+        help="seconds that one property may take",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marker and choose the Hypothesis profile."""
-    config.addinivalue_line("markers", "requirement(*ids): the requirements that a test is evidence for")
+    config.addinivalue_line(
+        "markers", "requirement(*ids): the requirements that a test is evidence for"
+    )
     settings.load_profile(profile())
     if chosen := config.getoption("--binding"):
         try:
@@ -121,7 +138,9 @@ def load_binding(chosen: str | None) -> Any:
         raise ArgumentError(f"binding {path!r}", "package.module:NAME", error) from error
     unknown = set(getattr(binding, "expected_failures", {})) - set(read_statements())
     if unknown:
-        raise ArgumentError(f"binding {path!r}: expected_failures", "known requirements", sorted(unknown))
+        raise ArgumentError(
+            f"binding {path!r}: expected_failures", "known requirements", sorted(unknown)
+        )
     return binding() if isinstance(binding, type) else binding
 
 
@@ -169,7 +188,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, Any, Any]:
     """Note what a report needs on the item (it travels with xdist), and accept failures that the binding declares."""
     through = "impl" in getattr(item, "fixturenames", ())
     if call.when == "call" and through:
@@ -197,7 +218,9 @@ class Collector:
         """Keep the outcome of a property through the binding."""
         notes: dict[str, Any] = dict(report.user_properties)
         if report.when == "call" and "requirements" in notes:
-            verdict = "expected failure" if getattr(report, "wasxfail", None) else str(report.outcome)
+            verdict = (
+                "expected failure" if getattr(report, "wasxfail", None) else str(report.outcome)
+            )
             self.outcomes.append(
                 Outcome(
                     report.nodeid.split("/")[-1],
@@ -227,16 +250,22 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _ids(item: pytest.Item) -> tuple[str, ...]:
-    return tuple(i.partition("@")[0] for marker in item.iter_markers("requirement") for i in marker.args)
+    return tuple(
+        i.partition("@")[0] for marker in item.iter_markers("requirement") for i in marker.args
+    )
 
 
 def _skip_reason(report: pytest.TestReport) -> str:
-    return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+    return (
+        report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+    )
 
 
 def _falsified(error: BaseException) -> str:
     """The error, and the falsifying example where there is one."""
     notes = [
-        note for note in getattr(error, "__notes__", ()) if "Failing test case" in note or "Falsifying example" in note
+        note
+        for note in getattr(error, "__notes__", ())
+        if "Failing test case" in note or "Falsifying example" in note
     ]
     return "\n".join([f"{type(error).__name__}: {error}"[:1000], *notes])[:2000]

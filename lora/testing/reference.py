@@ -35,9 +35,13 @@ def card_of(plain: PlainCard) -> LoRACard:
 
 def plain_of(card: LoRACard) -> PlainCard:
     """A card as plain values."""
-    weights = {module: PlainPair(pair.A, pair.B, pair.scaling) for module, pair in card.weights.items()}
+    weights = {
+        module: PlainPair(pair.A, pair.B, pair.scaling) for module, pair in card.weights.items()
+    }
     metadata, extra = dict(card.metadata), dict(card.extra)
-    return PlainCard(card.name, card.rank, card.alpha, card.target_modules, weights, metadata, extra)
+    return PlainCard(
+        card.name, card.rank, card.alpha, card.target_modules, weights, metadata, extra
+    )
 
 
 def tensor_of(array: Array) -> torch.Tensor:
@@ -70,7 +74,9 @@ class _Router:
     def select(self, query: str, top_k: int, threshold: float | None) -> list[tuple[str, float]]:
         return [(route.name, route.score) for route in self._router.select(query, top_k, threshold)]
 
-    def select_many(self, queries: Sequence[str], top_k: int, threshold: float | None) -> list[list[tuple[str, float]]]:
+    def select_many(
+        self, queries: Sequence[str], top_k: int, threshold: float | None
+    ) -> list[list[tuple[str, float]]]:
         many = self._router.select_many(queries, top_k, threshold)
         return [[(route.name, route.score) for route in routes] for routes in many]
 
@@ -92,7 +98,9 @@ class Reference:
             path.write_bytes(data)
             return plain_of(load(path))
 
-    def forward(self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]) -> Array:  # noqa: D102
+    def forward(
+        self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]
+    ) -> Array:  # noqa: D102
         w = tensor_of(weight)
         base = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=w.dtype)
         with torch.no_grad():
@@ -131,7 +139,9 @@ class Reference:
         weights: Sequence[float] | None,
         rank: int | None,
     ) -> PlainCard:
-        return plain_of(merge([card_of(card) for card in cards], STRATEGIES[strategy](**options), weights, rank))
+        return plain_of(
+            merge([card_of(card) for card in cards], STRATEGIES[strategy](**options), weights, rank)
+        )
 
 
 BINDING = Reference()

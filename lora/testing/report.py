@@ -47,7 +47,9 @@ def read_statements() -> Mapping[str, Requirement]:
     return read_spec(packed if packed.is_dir() else HERE.parents[1] / "spec")
 
 
-def report_of(binding: Any, outcomes: Sequence[Outcome], *, profile: str, seed: str = "random") -> dict[str, Any]:
+def report_of(
+    binding: Any, outcomes: Sequence[Outcome], *, profile: str, seed: str = "random"
+) -> dict[str, Any]:
     """The report on a binding: per requirement a verdict and its tests.
 
     A requirement is *failed* if any of its tests failed, an *expected failure* if one did and the binding says why,
@@ -81,8 +83,14 @@ def verdict_of(verdicts: Sequence[str], *, declared: bool) -> str:
     found = set(verdicts)
     if declared:
         red = {"failed", "expected failure"} & found
-        return "expected failure" if red else "skipped" if found == {"skipped"} else "unexpected pass"
-    return next(verdict for verdict in ("failed", "passed", "expected failure", "skipped") if verdict in found)
+        return (
+            "expected failure" if red else "skipped" if found == {"skipped"} else "unexpected pass"
+        )
+    return next(
+        verdict
+        for verdict in ("failed", "passed", "expected failure", "skipped")
+        if verdict in found
+    )
 
 
 def red(report: Mapping[str, Any]) -> list[str]:
@@ -93,11 +101,17 @@ def red(report: Mapping[str, Any]) -> list[str]:
 def write_report(report: Mapping[str, Any], path: Path) -> None:
     """Write a report as JSON."""
     with replacing(path) as file:
-        file.write(json.dumps(report, indent=1, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+        file.write(
+            json.dumps(report, indent=1, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+        )
 
 
 def run_suite(
-    binding: str | None, *, only: str | None = None, junit: Path | None = None, timeout: float = 300.0
+    binding: str | None,
+    *,
+    only: str | None = None,
+    junit: Path | None = None,
+    timeout: float = 300.0,
 ) -> dict[str, Any]:
     """Run the suite against a binding in a process of its own; pytest's own output goes to stderr.
 
@@ -123,25 +137,57 @@ def run_suite(
     -----
     Requirements: R24.1, R24.5
     """
-    if only is not None and not any(only in (name, name.partition(".")[0]) for name in read_statements()):
+    if only is not None and not any(
+        only in (name, name.partition(".")[0]) for name in read_statements()
+    ):
         raise ArgumentError("--only", "a known chapter or requirement", repr(only))
     if find_spec("pytest") is None or find_spec("hypothesis") is None:
         hint = "pip install 'lora-cards[test]'"
-        raise MissingPackageError("conformance suite", "pytest and hypothesis", "not installed", hint)
+        raise MissingPackageError(
+            "conformance suite", "pytest and hypothesis", "not installed", hint
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", folder, "-q", "--tb=no"]
-        command += ["-p", "lora.testing.plugin", "-p", "no:cacheprovider", "-W", "error", "--neutral"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-c",
+            os.devnull,
+            "--rootdir",
+            folder,
+            "-q",
+            "--tb=no",
+        ]
+        command += [
+            "-p",
+            "lora.testing.plugin",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "error",
+            "--neutral",
+        ]
         command += ["--conformance-json", str(path), "--conformance-timeout", str(timeout)]
-        command += [*(["--binding", binding] if binding else []), *(["--only", only] if only else [])]
+        command += [
+            *(["--binding", binding] if binding else []),
+            *(["--only", only] if only else []),
+        ]
         command += [*([f"--junit-xml={junit.absolute()}"] if junit else []), str(suite_folder())]
         paths = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
         environment = {**os.environ, "PYTHONPATH": paths}
         run = subprocess.run(  # noqa: S603
-            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, env=environment, check=False
+            command,
+            stdout=sys.stderr,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            check=False,
         )
         if run.returncode not in (0, 1) or not path.is_file():
-            said = run.stderr.strip().rpartition("\n")[2] or f"pytest's exit status {run.returncode}"
+            said = (
+                run.stderr.strip().rpartition("\n")[2] or f"pytest's exit status {run.returncode}"
+            )
             raise ArgumentError("conformance suite", "a run with verdicts", said)
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return report

@@ -19,28 +19,56 @@ ranks = st.integers(1, 5)
 features = st.integers(1, 7)
 
 _words = st.sampled_from(
-    ["encoder", "layer", "0", "1", "11", "query", "value", "self", "lm_head", "a,b", "größe", "注意"]
+    [
+        "encoder",
+        "layer",
+        "0",
+        "1",
+        "11",
+        "query",
+        "value",
+        "self",
+        "lm_head",
+        "a,b",
+        "größe",
+        "注意",
+    ]
 )
-_text = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=6).filter(str.isprintable)
+_text = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=6).filter(
+    str.isprintable
+)
 
-names = st.one_of(st.lists(_words, min_size=1, max_size=4).map(".".join), _text, st.just("a, b"), st.just("-1"))
+names = st.one_of(
+    st.lists(_words, min_size=1, max_size=4).map(".".join), _text, st.just("a, b"), st.just("-1")
+)
 """Names with dots, digits, commas, other scripts."""
 
 module_names = st.one_of(names, st.just(""))
 """Names of modules: the root's is empty."""
 
-targets = st.lists(st.one_of(module_names, st.just("all-linear")), max_size=4, unique=True).map(tuple)
+targets = st.lists(st.one_of(module_names, st.just("all-linear")), max_size=4, unique=True).map(
+    tuple
+)
 """Target modules, none included."""
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | _text,
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | _text,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_text, inner, max_size=3),
     max_leaves=8,
 )
 """Any JSON value."""
 
 metadata = st.dictionaries(
-    st.one_of(_text, st.sampled_from(["name", "rank", "alpha", "lora.name", "lora.rank", "description", "version"])),
+    st.one_of(
+        _text,
+        st.sampled_from(
+            ["name", "rank", "alpha", "lora.name", "lora.rank", "description", "version"]
+        ),
+    ),
     json_values,
     max_size=4,
 )
@@ -55,18 +83,29 @@ scalings = st.floats(-8, 8, width=32) | st.sampled_from([0.0, 1.0, -0.0, 5e-324,
 def bits(draw: st.DrawFn, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     """An array of any bit patterns: NaN payloads, infinities, signed zeros, subnormals."""
     width = dtype.itemsize * 8
-    edges = [0, 1, 1 << (width - 1), (1 << width) - 1, (1 << (width - 1)) - 1, (1 << (width - 1)) + 1]
+    edges = [
+        0,
+        1,
+        1 << (width - 1),
+        (1 << width) - 1,
+        (1 << (width - 1)) - 1,
+        (1 << (width - 1)) + 1,
+    ]
     elements = st.one_of(st.integers(0, (1 << width) - 1), st.sampled_from(edges))
     return draw(hnp.arrays(_BITS[dtype.itemsize], shape, elements=elements)).view(dtype)
 
 
-def numbers(dtype: np.dtype[Any], shape: tuple[int, ...], *, largest: float = 4.0) -> st.SearchStrategy[Array]:
+def numbers(
+    dtype: np.dtype[Any], shape: tuple[int, ...], *, largest: float = 4.0
+) -> st.SearchStrategy[Array]:
     """An array of finite numbers of `dtype`, zeros of both signs among them."""
     elements = st.floats(-largest, largest, width=16) | st.sampled_from([0.0, -0.0, 1.0])
     return hnp.arrays(np.float64, shape, elements=elements).map(lambda array: array.astype(dtype))
 
 
-def integers(dtype: np.dtype[Any], shape: tuple[int, ...], *, largest: int = 3) -> st.SearchStrategy[Array]:
+def integers(
+    dtype: np.dtype[Any], shape: tuple[int, ...], *, largest: int = 3
+) -> st.SearchStrategy[Array]:
     """An array of small integers of `dtype`: sums and products of them are exact."""
     whole = st.integers(-largest, largest)
     return hnp.arrays(np.int64, shape, elements=whole).map(lambda array: array.astype(dtype))
@@ -74,7 +113,11 @@ def integers(dtype: np.dtype[Any], shape: tuple[int, ...], *, largest: int = 3) 
 
 @st.composite
 def plain_cards(
-    draw: st.DrawFn, *, dtype: np.dtype[Any] | None = None, max_modules: int = 3, with_extra: bool = True
+    draw: st.DrawFn,
+    *,
+    dtype: np.dtype[Any] | None = None,
+    max_modules: int = 3,
+    with_extra: bool = True,
 ) -> PlainCard:
     """A valid card with factors of any bits: no module, one, several; equal and unequal ranks."""
     dtype = draw(dtypes) if dtype is None else dtype
@@ -112,8 +155,12 @@ def layers(
     terms: dict[str, Term] = {}
     for name in draw(st.lists(names, max_size=max_terms, unique=True)):
         rank = draw(st.one_of(ranks, st.just(min(rows, columns))))
-        scale = float(draw(st.sampled_from([1, 2, -1, 3])) if whole else draw(st.floats(-4, 4, width=16)))
-        weighted = float(draw(st.sampled_from([1, 0, 2, -1])) if whole else draw(st.floats(-2, 2, width=16)))
+        scale = float(
+            draw(st.sampled_from([1, 2, -1, 3])) if whole else draw(st.floats(-4, 4, width=16))
+        )
+        weighted = float(
+            draw(st.sampled_from([1, 0, 2, -1])) if whole else draw(st.floats(-2, 2, width=16))
+        )
         a, b = draw(elements(dtype, (rows, rank))), draw(elements(dtype, (rank, columns)))
         terms[name] = Term(a, b, scale, weighted)
     return x, weight, bias, terms

@@ -29,7 +29,9 @@ def underflow(dtype: np.dtype[Any]) -> float:
     matrix products are faster without subnormals on much hardware, the smallest normal number.
     """
     info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
-    return float(info.smallest_subnormal) / 2 if dtype == np.float16 else float(info.smallest_normal)
+    return (
+        float(info.smallest_subnormal) / 2 if dtype == np.float16 else float(info.smallest_normal)
+    )
 
 
 def gamma(n: int, dtype: np.dtype[Any]) -> float:
@@ -55,7 +57,9 @@ def exact(x: Array, weight: Array, bias: Array | None, terms: Iterable[Term]) ->
     x, weight = x.astype(wide), weight.astype(wide)
     out = x @ weight.T + (0 if bias is None else bias.astype(wide))
     for term in terms:
-        out = out + x @ term.A.astype(wide) @ term.B.astype(wide) * (wide(term.scaling) * wide(term.weight))
+        out = out + x @ term.A.astype(wide) @ term.B.astype(wide) * (
+            wide(term.scaling) * wide(term.weight)
+        )
     result: Array = out
     return result
 
@@ -67,7 +71,9 @@ def magnitude(x: Array, weight: Array, bias: Array | None, terms: Iterable[Term]
     nothing is promised.
     """
     positive = [Term(abs(t.A), abs(t.B), abs(t.scaling), abs(t.weight)) for t in terms]
-    return exact(abs(x), abs(weight), None if bias is None else abs(bias), positive).astype(np.float64)
+    return exact(abs(x), abs(weight), None if bias is None else abs(bias), positive).astype(
+        np.float64
+    )
 
 
 def layer_bound(x: Array, weight: Array, bias: Array | None, terms: Iterable[Term]) -> Array:
@@ -94,11 +100,15 @@ def layer_bound(x: Array, weight: Array, bias: Array | None, terms: Iterable[Ter
         low = arithmetic.rounded(arithmetic.scaled(low, term))
         plain = arithmetic.rounded(arithmetic.sum(plain, low))
     steps = x.shape[-1] + sum(term.A.shape[1] + 4 for term in terms) + 1
-    result: Array = np.maximum(stacked.error, plain.error) + gamma(steps, oracle(x.dtype)) * stacked.size
+    result: Array = (
+        np.maximum(stacked.error, plain.error) + gamma(steps, oracle(x.dtype)) * stacked.size
+    )
     return result
 
 
-def gauge_bound(x: Array, pair: tuple[Array, Array], m: Array, turned: tuple[Array, Array], scale: float) -> Array:
+def gauge_bound(
+    x: Array, pair: tuple[Array, Array], m: Array, turned: tuple[Array, Array], scale: float
+) -> Array:
     """Largest |x A' B' - x A B| · scale where A' = A M and B' = M⁻¹ B were computed in float64 and rounded to A's dtype.
 
     Gaussian elimination with partial pivoting solves (M + E) B' = B with |E| ≤ γ₃ᵣ |L||U|, where |L| ≤ 1 and
@@ -157,4 +167,6 @@ class _Arithmetic:
 
     def rounded(self, a: _Rough) -> _Rough:
         """``a`` rounded to the dtype."""
-        return _Rough(a.size, a.error + roundoff(self.dtype) * (a.size + a.error) + underflow(self.dtype))
+        return _Rough(
+            a.size, a.error + roundoff(self.dtype) * (a.size + a.error) + underflow(self.dtype)
+        )

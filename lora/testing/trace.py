@@ -68,13 +68,26 @@ def read_spec(folder: Path) -> dict[str, Requirement]:
         entries = list(_ENTRY.finditer(text))
         headings = _HEADING.findall(text)
         if [entry["id"] for entry in entries] != headings:
-            raise SpecError(f"{path.name}", "well-formed entries", sorted(set(headings) ^ {e["id"] for e in entries}))
+            raise SpecError(
+                f"{path.name}",
+                "well-formed entries",
+                sorted(set(headings) ^ {e["id"] for e in entries}),
+            )
         for entry in entries:
-            if entry["id"] in found or not path.name.startswith(f"R{int(entry['id'][1:].split('.')[0]):02d}-"):
-                raise SpecError(f"{path.name}: {entry['id']}", "each id once, in its chapter", "another place")
+            if entry["id"] in found or not path.name.startswith(
+                f"R{int(entry['id'][1:].split('.')[0]):02d}-"
+            ):
+                raise SpecError(
+                    f"{path.name}: {entry['id']}", "each id once, in its chapter", "another place"
+                )
             sentence = " ".join(entry["sentence"].split())
             found[entry["id"]] = Requirement(
-                entry["id"], title, int(entry["revision"]), entry["evidence"], entry["status"], sentence
+                entry["id"],
+                title,
+                int(entry["revision"]),
+                entry["evidence"],
+                entry["status"],
+                sentence,
             )
     return found
 
@@ -84,7 +97,9 @@ def read_tests(folder: Path) -> list[Evidence]:
     return [
         evidence
         for path in sorted(folder.rglob("*.py"))
-        for evidence in _evidence(ast.parse(path.read_text(encoding="utf-8")), path.relative_to(folder).as_posix())
+        for evidence in _evidence(
+            ast.parse(path.read_text(encoding="utf-8")), path.relative_to(folder).as_posix()
+        )
     ]
 
 
@@ -94,24 +109,36 @@ def read_code(folder: Path) -> dict[str, list[str]]:
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                name = (
-                    f"{path.relative_to(folder).as_posix()}{'' if isinstance(node, ast.Module) else '::' + node.name}"
-                )
+                name = f"{path.relative_to(folder).as_posix()}{'' if isinstance(node, ast.Module) else '::' + node.name}"
                 for match in _NAMED.finditer(" ".join((ast.get_docstring(node) or "").split())):
                     for requirement in match[1].split(", "):
                         found.setdefault(requirement.strip(), []).append(name)
     return found
 
 
-def faults(spec: dict[str, Requirement], tests: list[Evidence], code: dict[str, list[str]]) -> list[str]:
+def faults(
+    spec: dict[str, Requirement], tests: list[Evidence], code: dict[str, list[str]]
+) -> list[str]:
     """What breaks the trace: ids unknown to the specification, and built requirements without evidence of their kind."""
-    wrong = [f"{e.test} names {i}, which is not in the specification" for e in tests for i in e.ids if i not in spec]
-    wrong += [f"{name} names {i}, which is not in the specification" for i in code if i not in spec for name in code[i]]
+    wrong = [
+        f"{e.test} names {i}, which is not in the specification"
+        for e in tests
+        for i in e.ids
+        if i not in spec
+    ]
+    wrong += [
+        f"{name} names {i}, which is not in the specification"
+        for i in code
+        if i not in spec
+        for name in code[i]
+    ]
     for requirement in spec.values():
         kinds = {evidence.kind for evidence in tests if requirement.id in evidence.ids}
         enough = {"P*": {"P*"}, "P": {"P", "P*"}}.get(requirement.evidence, {"U", "P", "P*"})
         if requirement.status == "built" and not kinds & enough:
-            wrong.append(f"{requirement.id} is built but has no evidence of kind {requirement.evidence}")
+            wrong.append(
+                f"{requirement.id} is built but has no evidence of kind {requirement.evidence}"
+            )
     for evidence in tests:
         for name, revision in evidence.pinned.items():
             if name in spec and spec[name].revision != revision:
@@ -144,9 +171,12 @@ def lock_text(spec: dict[str, Requirement]) -> str:
     Requirements: R9.8
     """
     lines = [
-        f'"{r.id}" = {{ revision = {r.revision}, sentence = "{sentence_digest(r.sentence)}" }}' for r in spec.values()
+        f'"{r.id}" = {{ revision = {r.revision}, sentence = "{sentence_digest(r.sentence)}" }}'
+        for r in spec.values()
     ]
-    return "\n".join(["# Id -> revision and SHA-256 of its sentence; written by spec/lock.py.", *lines, ""])
+    return "\n".join(
+        ["# Id -> revision and SHA-256 of its sentence; written by spec/lock.py.", *lines, ""]
+    )
 
 
 def lock_faults(spec: dict[str, Requirement], lock: dict[str, tuple[int, str]]) -> list[str]:
@@ -159,9 +189,13 @@ def lock_faults(spec: dict[str, Requirement], lock: dict[str, tuple[int, str]]) 
         revision, digest = lock.get(name, (0, ""))
         changed = sentence_digest(requirement.sentence) != digest
         if requirement.revision == revision and changed:
-            wrong.append(f"{name} says something else than its revision {revision} did: raise the revision")
+            wrong.append(
+                f"{name} says something else than its revision {revision} did: raise the revision"
+            )
         elif requirement.revision != revision:
-            wrong.append(f"{name} is at revision {requirement.revision}, locked at {revision}: run spec/lock.py")
+            wrong.append(
+                f"{name} is at revision {requirement.revision}, locked at {revision}: run spec/lock.py"
+            )
     return wrong
 
 
@@ -185,7 +219,8 @@ def _of_function(node: ast.FunctionDef, file: str, outer: tuple[str, ...]) -> It
     ids = outer + tuple(i for decorator in node.decorator_list for i in _ids(decorator))
     if ids and node.name.startswith("test"):
         drawn = any(
-            isinstance(d, ast.Call) and ast.unparse(d.func).split(".")[-1] == "given" for d in node.decorator_list
+            isinstance(d, ast.Call) and ast.unparse(d.func).split(".")[-1] == "given"
+            for d in node.decorator_list
         )
         through = any(argument.arg == "impl" for argument in node.args.args)
         yield _named(ids, f"{file}::{node.name}", ("P*" if through else "P") if drawn else "U")

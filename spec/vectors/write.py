@@ -45,26 +45,48 @@ def edge_pair(dtype: str) -> lora.LowRank:
         inf | (1 << (width - 1)) | 5,
     ]
     flat = np.array(patterns, bits)
-    return lora.LowRank(flat.reshape(4, 2).view(kind), flat[::-1].reshape(2, 4).copy().view(kind), 1.0)
+    return lora.LowRank(
+        flat.reshape(4, 2).view(kind), flat[::-1].reshape(2, 4).copy().view(kind), 1.0
+    )
 
 
 def valid_cards() -> dict[str, dict[str, lora.LoRACard]]:
     """Requirement -> name -> card."""
-    two = {"encoder.layer.0.query": pair("float32", 4, 2, 3), "encoder.layer.1.query": pair("float32", 4, 2, 3, seed=1)}
-    names = {name: pair("float32", 2, 1, 2) for name in ("", "a,b", "größe.注意", "layer.1.query", "layer.11.query")}
-    mixed = {"a": pair("float64", 3, 3, 2, scaling=0.5), "b": pair("float64", 3, 1, 2, scaling=-2.0)}
-    meta = {"name": "other", "rank": 99, "nested": {"list": [1, 2.5, None, True, "ü"]}, "lora.name": "shadow"}
+    two = {
+        "encoder.layer.0.query": pair("float32", 4, 2, 3),
+        "encoder.layer.1.query": pair("float32", 4, 2, 3, seed=1),
+    }
+    names = {
+        name: pair("float32", 2, 1, 2)
+        for name in ("", "a,b", "größe.注意", "layer.1.query", "layer.11.query")
+    }
+    mixed = {
+        "a": pair("float64", 3, 3, 2, scaling=0.5),
+        "b": pair("float64", 3, 1, 2, scaling=-2.0),
+    }
+    meta = {
+        "name": "other",
+        "rank": 99,
+        "nested": {"list": [1, 2.5, None, True, "ü"]},
+        "lora.name": "shadow",
+    }
     return {
         "R1.4": {
             "basic": lora.LoRACard("docs", 2, 4.0, ("query", "value"), two),
             "no-modules": lora.LoRACard("empty", 1, 1.0, (), {}),
             "names": lora.LoRACard("größe, a", 1, 16.0, ("a,b", "größe", ""), names),
         },
-        "R1.3": {"metadata-that-looks-like-fields": lora.LoRACard("docs", 2, 4.0, ("query",), two, meta)},
-        "R1.7": {name: lora.LoRACard(name, 2, 1.0, ("m",), {"m": edge_pair(name)}) for name in DTYPES},
+        "R1.3": {
+            "metadata-that-looks-like-fields": lora.LoRACard("docs", 2, 4.0, ("query",), two, meta)
+        },
+        "R1.7": {
+            name: lora.LoRACard(name, 2, 1.0, ("m",), {"m": edge_pair(name)}) for name in DTYPES
+        },
         "R1.8": {"mixed-ranks": lora.LoRACard("mixed", 3, 16.0, ("a", "b"), mixed)},
         "R1.10": {
-            "unknown-keys": lora.LoRACard("docs", 2, 4.0, ("query",), two, extra={"x-note": "kept", "lora.later": "2"})
+            "unknown-keys": lora.LoRACard(
+                "docs", 2, 4.0, ("query",), two, extra={"x-note": "kept", "lora.later": "2"}
+            )
         },
     }
 
@@ -94,7 +116,9 @@ def expectation(card: lora.LoRACard) -> dict[str, object]:
 def file_of(*batches: pa.RecordBatch, compression: str | None = None) -> bytes:
     """An Arrow IPC file of these batches."""
     sink = io.BytesIO()
-    with pa.ipc.new_file(sink, batches[0].schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+    with pa.ipc.new_file(
+        sink, batches[0].schema, options=pa.ipc.IpcWriteOptions(compression=compression)
+    ) as writer:
         for batch in batches:
             writer.write_batch(batch)
     return sink.getvalue()
@@ -103,7 +127,11 @@ def file_of(*batches: pa.RecordBatch, compression: str | None = None) -> bytes:
 def invalid_files() -> dict[str, tuple[bytes, str]]:
     """Name -> (bytes, the rule that they break)."""
     card = lora.LoRACard(
-        "docs", 2, 4.0, ("query",), {"query": pair("float32", 4, 2, 3), "value": pair("float32", 4, 2, 3)}
+        "docs",
+        2,
+        4.0,
+        ("query",),
+        {"query": pair("float32", 4, 2, 3), "value": pair("float32", 4, 2, 3)},
     )
     batch = lora.card_to_table(card).to_batches()[0]
     whole = file_of(batch)
@@ -116,11 +144,15 @@ def invalid_files() -> dict[str, tuple[bytes, str]]:
                 del metadata[f"lora.{key}"]
         return file_of(batch.replace_schema_metadata(metadata))
 
-    def column(name: str, change: Callable[[pa.Array], pa.Array], *, nullable: bool = False) -> bytes:
+    def column(
+        name: str, change: Callable[[pa.Array], pa.Array], *, nullable: bool = False
+    ) -> bytes:
         index = batch.schema.get_field_index(name)
         changed = change(batch.column(index))
         field = batch.schema.field(index).with_type(changed.type).with_nullable(nullable)
-        return file_of(batch.set_column(index, field, changed).replace_schema_metadata(batch.schema.metadata))
+        return file_of(
+            batch.set_column(index, field, changed).replace_schema_metadata(batch.schema.metadata)
+        )
 
     def shapes(values: list[int]) -> Callable[[pa.Array], pa.Array]:
         def change(array: pa.Array) -> pa.Array:
@@ -153,12 +185,30 @@ def invalid_files() -> dict[str, tuple[bytes, str]]:
         "unknown-dtype": (keys(dtype="float8"), "the dtype is known"),
         "another-dtype": (keys(dtype="float64"), "the columns have the declared dtype"),
         "unknown-column": (file_of(extra), "there are four columns"),
-        "missing-column": (file_of(batch.select(["module", "scaling", "A"])), "there are four columns"),
-        "duplicate-module": (column("module", lambda _: pa.array(["query", "query"])), "each module occurs once"),
-        "null-scaling": (column("scaling", lambda _: pa.array([None, 1.0]), nullable=True), "there are no nulls"),
-        "nan-scaling": (column("scaling", lambda _: pa.array([np.nan, 1.0])), "a scaling is finite"),
-        "scaling-as-float32": (column("scaling", lambda c: c.cast(pa.float32())), "scaling is float64"),
-        "shape-too-large": (column("A", shapes([4, 2, 4, 3])), "a shape's product is its data's length"),
+        "missing-column": (
+            file_of(batch.select(["module", "scaling", "A"])),
+            "there are four columns",
+        ),
+        "duplicate-module": (
+            column("module", lambda _: pa.array(["query", "query"])),
+            "each module occurs once",
+        ),
+        "null-scaling": (
+            column("scaling", lambda _: pa.array([None, 1.0]), nullable=True),
+            "there are no nulls",
+        ),
+        "nan-scaling": (
+            column("scaling", lambda _: pa.array([np.nan, 1.0])),
+            "a scaling is finite",
+        ),
+        "scaling-as-float32": (
+            column("scaling", lambda c: c.cast(pa.float32())),
+            "scaling is float64",
+        ),
+        "shape-too-large": (
+            column("A", shapes([4, 2, 4, 3])),
+            "a shape's product is its data's length",
+        ),
         "shape-negative": (column("A", shapes([4, 2, -4, -2])), "shapes are positive"),
         "ranks-differ": (column("A", shapes([4, 2, 8, 1])), "A and B have one rank"),
     }
@@ -170,16 +220,28 @@ def main() -> None:
     folder.mkdir()
     lines = [f"# Vectors of file format {VERSION}: frozen.", f'version = "{VERSION}"', ""]
 
-    def put(path: str, data: bytes, expected: dict[str, object], requirement: str, *, valid: bool) -> None:
+    def put(
+        path: str, data: bytes, expected: dict[str, object], requirement: str, *, valid: bool
+    ) -> None:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
         told = json.dumps(expected, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        target.with_name(target.name.replace(".lora.arrow", ".json")).write_text(told, encoding="utf-8")
-        file_hash, told_hash = hashlib.sha256(data).hexdigest(), hashlib.sha256(told.encode()).hexdigest()
+        target.with_name(target.name.replace(".lora.arrow", ".json")).write_text(
+            told, encoding="utf-8"
+        )
+        file_hash, told_hash = (
+            hashlib.sha256(data).hexdigest(),
+            hashlib.sha256(told.encode()).hexdigest(),
+        )
         lines.extend(["[[vector]]", f'path = "{path}"', f'requirement = "{requirement}"'])
         lines.extend(
-            [f"valid = {str(valid).lower()}", f'sha256 = "{file_hash}"', f'expectation_sha256 = "{told_hash}"', ""]
+            [
+                f"valid = {str(valid).lower()}",
+                f'sha256 = "{file_hash}"',
+                f'expectation_sha256 = "{told_hash}"',
+                "",
+            ]
         )
 
     for requirement, cards in valid_cards().items():
@@ -188,7 +250,13 @@ def main() -> None:
                 *lora.card_to_table(card).to_batches()
                 or [pa.RecordBatch.from_pylist([], lora.card_to_table(card).schema)]
             )
-            put(f"{requirement}/valid/{name}.lora.arrow", data, expectation(card), requirement, valid=True)
+            put(
+                f"{requirement}/valid/{name}.lora.arrow",
+                data,
+                expectation(card),
+                requirement,
+                valid=True,
+            )
     for name, (data, rule) in invalid_files().items():
         put(f"R7.9/invalid/{name}.lora.arrow", data, {"rule": rule}, "R7.9", valid=False)
     (folder / "manifest.toml").write_text("\n".join(lines), encoding="utf-8")

@@ -15,8 +15,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
 DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
-STORED = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64(), "bfloat16": pa.uint16()}
-FIELDS = [f"lora.{field}" for field in ("format", "name", "rank", "alpha", "targets", "dtype", "metadata")]
+STORED = {
+    "float16": pa.float16(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    "bfloat16": pa.uint16(),
+}
+FIELDS = [
+    f"lora.{field}" for field in ("format", "name", "rank", "alpha", "targets", "dtype", "metadata")
+]
 TENSOR = "arrow.variable_shape_tensor"
 LARGEST = 2**31 - 1
 
@@ -34,20 +41,47 @@ def check(card: PlainCard) -> None:
     """Refuse a card that breaks a rule; its scalings are resolved."""
     need(isinstance(card.name, str) and card.name, "name", "a string, not empty", card.name)
     need(type(card.rank) is int and card.rank >= 1, "rank", "an integer >= 1", card.rank)
-    finite = isinstance(card.alpha, int | float) and 0 < card.alpha <= float(np.finfo(np.float64).max)
+    finite = isinstance(card.alpha, int | float) and 0 < card.alpha <= float(
+        np.finfo(np.float64).max
+    )
     need(finite, "alpha", "a finite number > 0", card.alpha)
-    need(all(isinstance(target, str) for target in card.target_modules), "targets", "strings", card.target_modules)
+    need(
+        all(isinstance(target, str) for target in card.target_modules),
+        "targets",
+        "strings",
+        card.target_modules,
+    )
     ranks, dtypes = set(), set()
     for module, (a, b, scaling) in card.weights.items():
         where = f"module {module!r}"
         need(a.ndim == b.ndim == 2, where, "A (in, rank) and B (rank, out)", (a.shape, b.shape))
-        need(a.shape[1] == b.shape[0], where, f"B with {a.shape[1]} rows, the rank of A {a.shape}", b.shape)
+        need(
+            a.shape[1] == b.shape[0],
+            where,
+            f"B with {a.shape[1]} rows, the rank of A {a.shape}",
+            b.shape,
+        )
         need(1 <= a.shape[1] <= card.rank, where, f"a rank from 1 to {card.rank}", a.shape[1])
-        need(scaling is not None and np.isfinite(scaling), where, "a finite scaling, stated if ranks differ", scaling)
+        need(
+            scaling is not None and np.isfinite(scaling),
+            where,
+            "a finite scaling, stated if ranks differ",
+            scaling,
+        )
         ranks.add(a.shape[1])
         dtypes |= {a.dtype, b.dtype}
-    need(not ranks or max(ranks) == card.rank, "rank", f"the largest one, {max(ranks, default=0)}", card.rank)
-    need(len(dtypes) <= 1 and dtypes <= set(DTYPES.values()), "dtype", f"one of {', '.join(DTYPES)}", dtypes)
+    need(
+        not ranks or max(ranks) == card.rank,
+        "rank",
+        f"the largest one, {max(ranks, default=0)}",
+        card.rank,
+    )
+    need(
+        len(dtypes) <= 1 and dtypes <= set(DTYPES.values()),
+        "dtype",
+        f"one of {', '.join(DTYPES)}",
+        dtypes,
+    )
 
 
 def checked(card: PlainCard) -> PlainCard:
@@ -88,7 +122,9 @@ def write(card: PlainCard) -> bytes:
     }
     extension = {"ARROW:extension:name": TENSOR, "ARROW:extension:metadata": "{}"}
     fields = [
-        pa.field(name, column.type, nullable=False, metadata=extension if name in {"A", "B"} else None)
+        pa.field(
+            name, column.type, nullable=False, metadata=extension if name in {"A", "B"} else None
+        )
         for name, column in columns.items()
     ]
     schema, out = pa.schema(fields, metadata=header), io.BytesIO()
@@ -100,7 +136,9 @@ def write(card: PlainCard) -> bytes:
 def tensors(column: str, factors: Sequence[Array], stored: pa.DataType) -> pa.Array:
     """Storage of the canonical tensor type: struct<data: list<T>, shape: fixed_size_list<int32>[2]>."""
     offsets = np.cumsum([0, *(factor.size for factor in factors)])
-    need(offsets[-1] <= LARGEST, f"column {column}", f"at most {LARGEST} elements", int(offsets[-1]))
+    need(
+        offsets[-1] <= LARGEST, f"column {column}", f"at most {LARGEST} elements", int(offsets[-1])
+    )
     raw = b"".join(factor.tobytes() for factor in factors)  # row-major, every bit as it is
     data = pa.Array.from_buffers(stored, int(offsets[-1]), [None, pa.py_buffer(raw)])
     shapes = np.array([factor.shape for factor in factors], np.int32).ravel()
@@ -133,7 +171,9 @@ def read(data: bytes) -> PlainCard:
         rank=int(decimal(fields, "lora.rank", "0123456789")),
         alpha=float(decimal(fields, "lora.alpha", "0123456789.+-eE")),
         target_modules=tuple(parsed(fields, "lora.targets", list)),
-        weights={name: PlainPair(*pair) for name, *pair in zip(modules, a, b, scalings, strict=True)},
+        weights={
+            name: PlainPair(*pair) for name, *pair in zip(modules, a, b, scalings, strict=True)
+        },
         metadata=parsed(fields, "lora.metadata", dict),
         extra=extra,
     )
@@ -195,23 +235,40 @@ def check_columns(batch: pa.RecordBatch, stored: pa.DataType, file: pa.Buffer) -
         if field.name in {"A", "B"}:
             known = isinstance(kind, pa.BaseExtensionType)
             metadata = field.metadata or {}
-            extension = kind.extension_name if known else metadata.get(b"ARROW:extension:name", b"").decode()
+            extension = (
+                kind.extension_name
+                if known
+                else metadata.get(b"ARROW:extension:name", b"").decode()
+            )
             need(extension == TENSOR, where, TENSOR, extension)
-            need("permutation" not in f"{kind} {metadata}", where, "row-major factors", f"{kind} {metadata}")
+            need(
+                "permutation" not in f"{kind} {metadata}",
+                where,
+                "row-major factors",
+                f"{kind} {metadata}",
+            )
             kind = kind.storage_type if known else kind
         need(layout(kind) == expected[field.name], where, expected[field.name], layout(kind))
         need(column.null_count == 0, where, "no nulls", column.null_count)
         spans += [
-            (held.address, held.address + held.size) for held in column.buffers() if held is not None and held.size
+            (held.address, held.address + held.size)
+            for held in column.buffers()
+            if held is not None and held.size
         ]
-    edges = [file.address, *(edge for span in sorted(spans) for edge in span), file.address + file.size]
+    edges = [
+        file.address,
+        *(edge for span in sorted(spans) for edge in span),
+        file.address + file.size,
+    ]
     apart = edges == sorted(edges)
     need(apart, "buffers", "each in its own bytes of the file", "compressed or shared bytes")
 
 
 def factors_of(batch: pa.RecordBatch, column: str, dtype: np.dtype[Any]) -> list[Array]:
     """The factors of a column."""
-    storage = getattr(batch[column], "storage", batch[column])  # of a pyarrow that knows the extension type, or not
+    storage = getattr(
+        batch[column], "storage", batch[column]
+    )  # of a pyarrow that knows the extension type, or not
     data, shapes = storage.field("data"), storage.field("shape")
     nulls = sum(part.null_count for part in (data, data.values, shapes, shapes.values))
     need(nulls == 0, f"column {column}", "no nulls", nulls)
@@ -221,7 +278,12 @@ def factors_of(batch: pa.RecordBatch, column: str, dtype: np.dtype[Any]) -> list
         batch["module"].to_pylist(), offsets[:-1], offsets[1:], shapes.to_pylist(), strict=True
     ):
         fits = min(shape) >= 0 and shape[0] * shape[1] == end - start
-        need(fits, f"factor {column} of module {module!r}", f"a shape of {end - start} elements", shape)
+        need(
+            fits,
+            f"factor {column} of module {module!r}",
+            f"a shape of {end - start} elements",
+            shape,
+        )
         factors.append(values[start:end].reshape(shape))
     return factors
 
@@ -234,13 +296,25 @@ def matches(module: str, suffix: str) -> bool:
     return module == suffix or module.endswith("." + suffix)
 
 
-HEADS = ["lm_head", "embed_out", "output_projection", "cls", "classifier", "score", "qa_outputs", "logits", "head"]
+HEADS = [
+    "lm_head",
+    "embed_out",
+    "output_projection",
+    "cls",
+    "classifier",
+    "score",
+    "qa_outputs",
+    "logits",
+    "head",
+]
 
 
 def is_target(module: str, targets: Sequence[str]) -> bool:
     """Whether a Linear of this name is a target; "all-linear" stands for every one but an output head."""
     head = any(segment in HEADS for segment in module.split("."))
-    return any(matches(module, target) or (target == "all-linear" and not head) for target in targets)
+    return any(
+        matches(module, target) or (target == "all-linear" and not head) for target in targets
+    )
 
 
 # --- routing: R4 -------------------------------------------------------------------------------------------------------
@@ -255,7 +329,12 @@ class Router:
     def units(self, texts: Sequence[str]) -> Array:
         """Embeddings of length 1, or 0; dividing by the largest entry first keeps squares from over- or underflow."""
         vectors = np.asarray(self.embed(texts)).astype(np.float64)
-        need(vectors.ndim == 2 and len(vectors) == len(texts), "embed", f"{len(texts)} vectors", vectors.shape)
+        need(
+            vectors.ndim == 2 and len(vectors) == len(texts),
+            "embed",
+            f"{len(texts)} vectors",
+            vectors.shape,
+        )
         need(np.isfinite(vectors).all(), "embed", "finite numbers", vectors)
         largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0.0)
         vectors = vectors / np.where(largest == 0, 1.0, largest)
@@ -264,7 +343,12 @@ class Router:
 
     def register(self, name: str, texts: Sequence[str], *, virtual: bool = False) -> None:
         """Put a candidate, virtual or not, in place of any of its name."""
-        need(len(texts) >= 1 and not isinstance(texts, str), f"candidate {name!r}", "one or several texts", texts)
+        need(
+            len(texts) >= 1 and not isinstance(texts, str),
+            f"candidate {name!r}",
+            "one or several texts",
+            texts,
+        )
         self.candidates[name] = self.units(list(texts))
 
     def unregister(self, name: str) -> None:
@@ -276,19 +360,29 @@ class Router:
         need(top_k >= 0, "top_k", "a number >= 0", top_k)
         unit = self.units([query])[0]
         scores = {
-            name: round(float((rows * unit).sum(axis=1).max()), 6) + 0.0 for name, rows in self.candidates.items()
+            name: round(float((rows * unit).sum(axis=1).max()), 6) + 0.0
+            for name, rows in self.candidates.items()
         }
         ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
-        return [(name, score) for name, score in ranked if threshold is None or score >= threshold][:top_k]
+        return [(name, score) for name, score in ranked if threshold is None or score >= threshold][
+            :top_k
+        ]
 
-    def select_many(self, queries: Sequence[str], top_k: int, threshold: float | None) -> list[list[tuple[str, float]]]:
+    def select_many(
+        self, queries: Sequence[str], top_k: int, threshold: float | None
+    ) -> list[list[tuple[str, float]]]:
         """As `select`, for each query."""
         return [self.select(query, top_k, threshold) for query in queries]
 
 
 # --- merging: R20 ------------------------------------------------------------------------------------------------------
 
-OPTIONS = {"weighted": {"normalize"}, "slerp": {"t"}, "ties": {"density", "elect"}, "dare": {"density", "seed"}}
+OPTIONS = {
+    "weighted": {"normalize"},
+    "slerp": {"t"},
+    "ties": {"density", "elect"},
+    "dare": {"density", "seed"},
+}
 STRATEGIES = {"average", "task_arithmetic", "cat", *OPTIONS}
 
 
@@ -301,23 +395,42 @@ def merged(
 ) -> PlainCard:
     """The cards' ΔW combined module by module, each result cut by SVD to the rank that it has or may have."""
     need(strategy in STRATEGIES, "strategy", f"one of {sorted(STRATEGIES)}", strategy)
-    need(set(options) <= OPTIONS.get(strategy, set()), strategy, f"options {OPTIONS.get(strategy)}", options)
-    need(cards and (rank is None or rank >= 1), "merge", "cards, and a rank >= 1", (len(cards), rank))
+    need(
+        set(options) <= OPTIONS.get(strategy, set()),
+        strategy,
+        f"options {OPTIONS.get(strategy)}",
+        options,
+    )
+    need(
+        cards and (rank is None or rank >= 1), "merge", "cards, and a rank >= 1", (len(cards), rank)
+    )
     need(strategy not in {"average", "slerp"} or weights is None, strategy, "no weights", weights)
     need(strategy != "cat" or rank is None, strategy, "no rank", rank)
     weights = [1.0] * len(cards) if weights is None else list(weights)
-    need(len(weights) == len(cards) and np.isfinite(weights).all(), "weights", "a finite one per card", weights)
+    need(
+        len(weights) == len(cards) and np.isfinite(weights).all(),
+        "weights",
+        "a finite one per card",
+        weights,
+    )
     cards, shapes, dtypes = [checked(card) for card in cards], {}, set()
     for card in cards:
         for module, (a, b, _) in card.weights.items():
             shape = (b.shape[1], a.shape[0])
-            need(shapes.setdefault(module, shape) == shape, f"module {module!r}", shapes[module], shape)
+            need(
+                shapes.setdefault(module, shape) == shape,
+                f"module {module!r}",
+                shapes[module],
+                shape,
+            )
             finite = np.isfinite(a.astype("f8")).all() and np.isfinite(b.astype("f8")).all()
             need(finite, f"module {module!r}", "finite factors", card.name)
             dtypes.add(a.dtype)
     wide = np.dtype("f8") if np.dtype("f8") in dtypes else np.dtype("f4")
     dtype = dtypes.pop() if len(dtypes) == 1 else wide
-    whole = [{module: change(card, module, shape) for module, shape in shapes.items()} for card in cards]
+    whole = [
+        {module: change(card, module, shape) for module, shape in shapes.items()} for card in cards
+    ]
     if strategy == "average":
         weights = [1 / len(cards)] * len(cards)
     if strategy == "slerp":
@@ -338,13 +451,27 @@ def merged(
             keys = [f"{options.get('seed', 0)}|{len(module)}|{module}|{name}" for name in names]
             total = dare(parts, weights, options.get("density", 0.5), keys)
         else:
-            total, largest = sum(part * weight for part, weight in zip(parts, weights, strict=True)), None
-        noise = sum(abs(part * weight).max() for part, weight in zip(parts, weights, strict=True)) * 1e-13
+            total, largest = (
+                sum(part * weight for part, weight in zip(parts, weights, strict=True)),
+                None,
+            )
+        noise = (
+            sum(abs(part * weight).max() for part, weight in zip(parts, weights, strict=True))
+            * 1e-13
+        )
         if abs(total).max() > noise:
             results[module] = cut(total, rank or largest, dtype)
     top = max((pair.A.shape[1] for pair in results.values()), default=1)
     targets = tuple(sorted({target for card in cards for target in card.target_modules}))
-    return PlainCard("merged", top, float(top), targets, results, {"merged from": [card.name for card in cards]}, {})
+    return PlainCard(
+        "merged",
+        top,
+        float(top),
+        targets,
+        results,
+        {"merged from": [card.name for card in cards]},
+        {},
+    )
 
 
 def change(card: PlainCard, module: str, shape: tuple[int, int]) -> Array:
@@ -366,7 +493,10 @@ def cut(total: Array, rank: int | None, dtype: np.dtype[Any]) -> PlainPair:
 def arc(one: Mapping[str, Array], two: Mapping[str, Array], t: float) -> list[float]:
     """Weights of two cards: the direction turns evenly, the length goes linearly."""
     need(0 <= t <= 1, "t", "from 0 to 1", t)
-    x, y = (np.concatenate([np.zeros(1), *(part.ravel() for part in card.values())]) for card in (one, two))
+    x, y = (
+        np.concatenate([np.zeros(1), *(part.ravel() for part in card.values())])
+        for card in (one, two)
+    )
     lengths = [float(np.sqrt((point * point).sum())) for point in (x, y)]
     need(min(lengths) > 0, "slerp", "cards that are not 0", lengths)
     x, y = x / lengths[0], y / lengths[1]
@@ -397,7 +527,9 @@ def ties(parts: Sequence[Array], weights: Sequence[float], density: float, elect
     return (stacked * agrees).sum(axis=0) / np.where(share > 0, share, 1)
 
 
-def dare(parts: Sequence[Array], weights: Sequence[float], density: float, keys: Sequence[str]) -> Array:
+def dare(
+    parts: Sequence[Array], weights: Sequence[float], density: float, keys: Sequence[str]
+) -> Array:
     """Keep entries by chance, with a generator for each card's module, and rescale what is kept."""
     need(0 < density <= 1, "density", "the share kept, above 0", density)
     total = np.zeros_like(parts[0])
@@ -410,23 +542,38 @@ def dare(parts: Sequence[Array], weights: Sequence[float], density: float, keys:
 # --- extraction: R16 ---------------------------------------------------------------------------------------------------
 
 
-def low_rank(delta: Array, rank: int | None, energy: float | None, error: float | None) -> tuple[Array, Array]:
+def low_rank(
+    delta: Array, rank: int | None, energy: float | None, error: float | None
+) -> tuple[Array, Array]:
     """A and B of the smallest rank that will do: the first directions of the singular value decomposition of ΔW."""
     left, values, right = np.linalg.svd(delta.T, full_matrices=False)
     lost = [float(np.sqrt((values[k:] ** 2).sum())) for k in range(1, len(values) + 1)]
     whole = float(np.sqrt((values**2).sum()))
     if energy is not None:
         error = np.sqrt(max(0.0, 1 - energy))
-    k = min(rank, len(values)) if error is None else 1 + next(k for k, at in enumerate(lost) if at <= error * whole)
+    k = (
+        min(rank, len(values))
+        if error is None
+        else 1 + next(k for k, at in enumerate(lost) if at <= error * whole)
+    )
     root = np.sqrt(values[:k])
     return left[:, :k] * root, root[:, None] * right[:k]
 
 
 def extracted(
-    base: Mapping[str, Array], tuned: Mapping[str, Array], rank: int | None, energy: float | None, error: float | None
+    base: Mapping[str, Array],
+    tuned: Mapping[str, Array],
+    rank: int | None,
+    energy: float | None,
+    error: float | None,
 ) -> PlainCard:
     """A card with scaling 1 for every module that differs; computed in float64."""
-    need(sum(rule is not None for rule in (rank, energy, error)) == 1, "rank", "one rule", (rank, energy, error))
+    need(
+        sum(rule is not None for rule in (rank, energy, error)) == 1,
+        "rank",
+        "one rule",
+        (rank, energy, error),
+    )
     need(rank is None or (type(rank) is int and rank >= 1), "rank", "an integer >= 1", rank)
     need(energy is None or 0 < energy <= 1, "energy", "a share in (0, 1]", energy)
     need(error is None or 0 <= error < 1, "error", "a bound in [0, 1)", error)
@@ -461,7 +608,9 @@ class NumpyOnly:
         return read(data)
 
     @np.errstate(all="ignore")
-    def forward(self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]) -> Array:
+    def forward(
+        self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]
+    ) -> Array:
         """``x Wᵀ + b + Σ (x @ A @ B) · scaling · weight``, summed in float32 or better, each stage rounded once."""
         wide = np.float64 if x.dtype == np.float64 else np.float32
 
@@ -470,7 +619,9 @@ class NumpyOnly:
 
         rows = x.astype(wide)
         out = rounded(rows @ weight.T.astype(wide) + (0 if bias is None else bias.astype(wide)))
-        for _, term in sorted(terms.items()):  # by name: the order they are given in changes nothing
+        for _, term in sorted(
+            terms.items()
+        ):  # by name: the order they are given in changes nothing
             hidden = rounded(rows @ term.A.astype(wide))
             low = rounded(hidden @ term.B.astype(wide))
             out = rounded(out + rounded(low * wide(term.scaling * term.weight)))
@@ -485,13 +636,25 @@ class NumpyOnly:
         bound: dict[str, str] = {}
         for key, pair in checked(card).weights.items():
             modules = [
-                module for module in self.match_targets(list(shapes), card.target_modules) if matches(module, key)
+                module
+                for module in self.match_targets(list(shapes), card.target_modules)
+                if matches(module, key)
             ]
             need(len(modules) <= 1, f"weight key {key!r}", "one module", modules)
             for module in modules:
-                need(module not in bound, f"module {module!r}", "one weight key", [bound.get(module), key])
+                need(
+                    module not in bound,
+                    f"module {module!r}",
+                    "one weight key",
+                    [bound.get(module), key],
+                )
                 found = (pair.A.shape[0], pair.B.shape[1])
-                need(found == tuple(shapes[module]), f"module {module!r}", f"(in, out) = {shapes[module]}", found)
+                need(
+                    found == tuple(shapes[module]),
+                    f"module {module!r}",
+                    f"(in, out) = {shapes[module]}",
+                    found,
+                )
                 bound[module] = key
         return bound
 

@@ -12,7 +12,10 @@ from torch import nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+    from peft.tuners.tuners_utils import (
+        _maybe_include_all_linear_layers,
+        check_target_module_exists,
+    )
 
 from lora.testing.binding import Array, PlainCard, PlainPair, Term
 from lora.testing.reference import array_of, tensor_of
@@ -54,9 +57,13 @@ class Peft:
         "R20.9": "DARE's mask for a module depends on which other modules a card has",
     }
 
-    def forward(self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]) -> Array:
+    def forward(
+        self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]
+    ) -> Array:
         """One adapter for each term, all active; PEFT's scaling is set to weight · scaling."""
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=tensor_of(weight).dtype)
+        layer = nn.Linear(
+            weight.shape[1], weight.shape[0], bias=bias is not None, dtype=tensor_of(weight).dtype
+        )
         model = nn.ModuleDict({"layer": layer})
         with torch.no_grad():
             layer.weight.copy_(tensor_of(weight))
@@ -74,7 +81,9 @@ class Peft:
         """By PEFT's own matching; all-linear over a module tree with these names."""
         config = peft.LoraConfig(target_modules=list(targets))
         if "all-linear" in targets:
-            every = _maybe_include_all_linear_layers(peft.LoraConfig(target_modules="all-linear"), tree_of(names))
+            every = _maybe_include_all_linear_layers(
+                peft.LoraConfig(target_modules="all-linear"), tree_of(names)
+            )
             config.target_modules = {*every.target_modules, *targets} - {"all-linear"}
         return [name for name in names if check_target_module_exists(config, name)]
 
@@ -100,7 +109,10 @@ class Peft:
             weights = [weight / sum(weights) for weight in weights]
         targets = tuple(sorted({target for card in cards for target in card.target_modules}))
         modules = sorted({module for card in cards for module in card.weights})
-        held = {module: next(card.weights[module] for card in cards if module in card.weights) for module in modules}
+        held = {
+            module: next(card.weights[module] for card in cards if module in card.weights)
+            for module in modules
+        }
         dtypes = {pair.A.dtype.name for card in cards for pair in card.weights.values()}
         wide = torch.float64 if "float64" in dtypes else torch.float32
         model = nn.ModuleDict(
@@ -111,7 +123,11 @@ class Peft:
         )
         adapters = {
             f"a{index}": {
-                f"m{modules.index(module)}": (a, b, card.alpha / card.rank if scaling is None else scaling)
+                f"m{modules.index(module)}": (
+                    a,
+                    b,
+                    card.alpha / card.rank if scaling is None else scaling,
+                )
                 for module, (a, b, scaling) in card.weights.items()
             }
             for index, card in enumerate(cards)
@@ -119,7 +135,9 @@ class Peft:
         }
         if not adapters:
             return PlainCard("merged", 1, 1.0, targets, {}, {}, {})
-        ranks = [max((pair.A.shape[1] for pair in card.weights.values()), default=0) for card in cards]
+        ranks = [
+            max((pair.A.shape[1] for pair in card.weights.values()), default=0) for card in cards
+        ]
         torch.manual_seed(options.get("seed", 0))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a density of 1 prunes nothing
@@ -131,7 +149,9 @@ class Peft:
                 svd_rank=rank or (max(ranks) if strategy in {"ties", "dare"} else sum(ranks)),
                 svd_full_matrices=False,  # else a rank above min(in, out) is an error
                 density=options.get("density", 0.5),
-                majority_sign_method={"mass": "total", "count": "frequency"}[options.get("elect", "mass")],
+                majority_sign_method={"mass": "total", "count": "frequency"}[
+                    options.get("elect", "mass")
+                ],
             )
         dtype = dtypes.pop() if len(dtypes) == 1 else str(wide).removeprefix("torch.")
         kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
@@ -147,7 +167,9 @@ class Peft:
         return PlainCard("merged", largest, float(largest), targets, merged, {}, {})
 
 
-def adapted(model: nn.Module, adapters: Mapping[str, Mapping[str, tuple[Array, Array, float]]]) -> peft.LoraModel:
+def adapted(
+    model: nn.Module, adapters: Mapping[str, Mapping[str, tuple[Array, Array, float]]]
+) -> peft.LoraModel:
     """PEFT's model of this one with these adapters: name -> module -> (A, B, scaling)."""
     wrapped = None
     for name, modules in adapters.items():

@@ -15,7 +15,9 @@ COLUMNS = ["module", "scaling", "A", "B"]
 def rewritten(data, metadata=dict, columns=None, stream=False):
     """The file with other schema metadata, with some of its columns, or as a stream."""
     batch = pa.ipc.open_file(data).get_batch(0)
-    batch = batch.select(columns or batch.schema.names).replace_schema_metadata(metadata(batch.schema.metadata))
+    batch = batch.select(columns or batch.schema.names).replace_schema_metadata(
+        metadata(batch.schema.metadata)
+    )
     sink = io.BytesIO()
     with (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -25,7 +27,9 @@ def rewritten(data, metadata=dict, columns=None, stream=False):
 def with_pairs(card, change):
     """The card with each pair changed; the arithmetic of NaN is no matter here."""
     with np.errstate(all="ignore"):
-        return card._replace(weights={module: change(pair) for module, pair in card.weights.items()})
+        return card._replace(
+            weights={module: change(pair) for module, pair in card.weights.items()}
+        )
 
 
 class TargetsJoinedByCommas(Fault):
@@ -36,7 +40,9 @@ class TargetsJoinedByCommas(Fault):
 
     def read_card(self, data):
         card = super().read_card(data)
-        return card._replace(target_modules=tuple(dict.fromkeys(",".join(card.target_modules).split(","))))
+        return card._replace(
+            target_modules=tuple(dict.fromkeys(",".join(card.target_modules).split(",")))
+        )
 
 
 class AlphaOfTheFileIgnored(Fault):
@@ -69,7 +75,11 @@ class MetadataOverwriteFields(Fault):
 
     def read_card(self, data):
         card = super().read_card(data)
-        over = [card.metadata[key] for key in ("targets", "target_modules", "lora.targets") if key in card.metadata]
+        over = [
+            card.metadata[key]
+            for key in ("targets", "target_modules", "lora.targets")
+            if key in card.metadata
+        ]
         return card._replace(target_modules=(ascii(over[0]),)) if over else card
 
 
@@ -137,7 +147,9 @@ class MixedDtypesPromoted(Fault):
 
     def write_card(self, card):
         if len({factor.dtype for pair in card.weights.values() for factor in pair[:2]}) > 1:
-            card = with_pairs(card, lambda pair: PlainPair(pair.A.astype("f8"), pair.B.astype("f8"), pair.scaling))
+            card = with_pairs(
+                card, lambda pair: PlainPair(pair.A.astype("f8"), pair.B.astype("f8"), pair.scaling)
+            )
         return super().write_card(card)
 
 
@@ -203,7 +215,11 @@ class BadFieldsAreWritten(Fault):
 
     def write_card(self, card):
         rank = card.rank if isinstance(card.rank, int) and card.rank >= 1 else 1
-        alpha = card.alpha if isinstance(card.alpha, int | float) and 0 < card.alpha < math.inf else float(rank)
+        alpha = (
+            card.alpha
+            if isinstance(card.alpha, int | float) and 0 < card.alpha < math.inf
+            else float(rank)
+        )
         return super().write_card(card._replace(rank=rank, alpha=alpha))
 
 
@@ -217,8 +233,13 @@ class BadFieldsAreRead(Fault):
         try:
             return super().read_card(data)
         except ValueError:
-            shapes = pa.ipc.open_file(data).get_batch(0).column("A").storage.field("shape").to_pylist()
-            good = {b"lora.rank": str(max((rank for _, rank in shapes), default=1)).encode(), b"lora.alpha": b"1.0"}
+            shapes = (
+                pa.ipc.open_file(data).get_batch(0).column("A").storage.field("shape").to_pylist()
+            )
+            good = {
+                b"lora.rank": str(max((rank for _, rank in shapes), default=1)).encode(),
+                b"lora.alpha": b"1.0",
+            }
             return super().read_card(rewritten(data, lambda keys: {**keys, **good}))
 
 

@@ -59,8 +59,17 @@ def suite():
             spec.loader.exec_module(module)
             for name, test in inspect.getmembers(module, inspect.isfunction):
                 if name.startswith("test") and "impl" in inspect.signature(test).parameters:
-                    ids = {i for mark in test.pytestmark if mark.name == "requirement" for i in mark.args}
-                    found.append(Property(test, frozenset(ids), MEMBERS & names_in(test.hypothesis.inner_test)))
+                    ids = {
+                        i
+                        for mark in test.pytestmark
+                        if mark.name == "requirement"
+                        for i in mark.args
+                    }
+                    found.append(
+                        Property(
+                            test, frozenset(ids), MEMBERS & names_in(test.hypothesis.inner_test)
+                        )
+                    )
     finally:
         settings.load_profile(before)
     return sorted(found, key=lambda each: -len(each.ids))
@@ -72,7 +81,9 @@ def names_in(function, seen=frozenset()):
     for code in codes:
         names.update(code.co_names)
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    helpers = {function.__globals__.get(name) for name in names if callable(function.__globals__.get(name))} - seen
+    helpers = {
+        function.__globals__.get(name) for name in names if callable(function.__globals__.get(name))
+    } - seen
     ours = {f for f in helpers if inspect.isfunction(f) and f.__module__ == function.__module__}
     return names.union(*(names_in(helper, seen | ours) for helper in ours))
 
@@ -96,7 +107,9 @@ def examine(each, red):
 
     def open_at(example):
         late = example >= EXAMPLES
-        return [f for f in tried if not each.ids <= red[f] and (not late or each.ids <= f.turns_red)]
+        return [
+            f for f in tried if not each.ids <= red[f] and (not late or each.ids <= f.turns_red)
+        ]
 
     @wraps(inner)
     def on_all(impl, **drawn):
@@ -119,13 +132,17 @@ def examine(each, red):
 
 def overridden(fault):
     """The members of the binding in which a fault differs from the reference."""
-    return {member for member in MEMBERS if getattr(fault, member) is not getattr(Reference, member)}
+    return {
+        member for member in MEMBERS if getattr(fault, member) is not getattr(Reference, member)
+    }
 
 
 def given_anew(drawn, draw):
     """The arguments, copied, so that no user sees what another did to them; interactive draws go through `draw`."""
     return {
-        name: SimpleNamespace(draw=partial(draw, value)) if isinstance(value, DataObject) else copy.deepcopy(value)
+        name: SimpleNamespace(draw=partial(draw, value))
+        if isinstance(value, DataObject)
+        else copy.deepcopy(value)
         for name, value in drawn.items()
     }
 

@@ -59,7 +59,9 @@ class KeysOfWeights(ExtractionFault):
     turns_red = frozenset({"R16.1", "R16.2", "R16.3", "R16.5"})
 
     def spoilt(self, card, deltas, rule):
-        return card._replace(weights={f"{module}.weight": pair for module, pair in card.weights.items()})
+        return card._replace(
+            weights={f"{module}.weight": pair for module, pair in card.weights.items()}
+        )
 
 
 class SmallestSingularValues(ExtractionFault):
@@ -70,7 +72,9 @@ class SmallestSingularValues(ExtractionFault):
 
     def spoilt(self, card, deltas, rule):
         backwards = slice(None, None, -1)
-        return self.with_pairs(card, lambda m, p: pair_of(deltas[f"{m}.weight"], p.A.shape[1], backwards))
+        return self.with_pairs(
+            card, lambda m, p: pair_of(deltas[f"{m}.weight"], p.A.shape[1], backwards)
+        )
 
 
 class FirstColumnsInsteadOfTheBest(ExtractionFault):
@@ -82,7 +86,9 @@ class FirstColumnsInsteadOfTheBest(ExtractionFault):
     def spoilt(self, card, deltas, rule):
         def columns(module, pair):
             matrix, rank = deltas[f"{module}.weight"], pair.A.shape[1]
-            return PlainPair(np.eye(matrix.shape[1], rank), np.ascontiguousarray(matrix[:, :rank].T), 1.0)
+            return PlainPair(
+                np.eye(matrix.shape[1], rank), np.ascontiguousarray(matrix[:, :rank].T), 1.0
+            )
 
         return self.with_pairs(card, columns)
 
@@ -143,7 +149,9 @@ class RankAboveTheMatrix(ExtractionFault):
 
         def padded(_, pair):
             more = max(0, rule[0] - pair.A.shape[1])
-            return pair._replace(A=np.pad(pair.A, ((0, 0), (0, more))), B=np.pad(pair.B, ((0, more), (0, 0))))
+            return pair._replace(
+                A=np.pad(pair.A, ((0, 0), (0, more))), B=np.pad(pair.B, ((0, more), (0, 0)))
+            )
 
         return self.with_pairs(card, padded)
 
@@ -193,7 +201,9 @@ class OneRankForAllModules(ExtractionFault):
     def spoilt(self, card, deltas, rule):
         if rule[0] is not None:
             return card
-        return self.with_pairs(card, lambda module, _: pair_of(deltas[f"{module}.weight"], card.rank))
+        return self.with_pairs(
+            card, lambda module, _: pair_of(deltas[f"{module}.weight"], card.rank)
+        )
 
 
 class OneDirectionTooMany(ExtractionFault):
@@ -205,7 +215,9 @@ class OneDirectionTooMany(ExtractionFault):
     def spoilt(self, card, deltas, rule):
         if rule[0] is not None:
             return card
-        return self.with_pairs(card, lambda m, pair: pair_of(deltas[f"{m}.weight"], pair.A.shape[1] + 1))
+        return self.with_pairs(
+            card, lambda m, pair: pair_of(deltas[f"{m}.weight"], pair.A.shape[1] + 1)
+        )
 
 
 EXTRACT_FAULTS = faults_in(globals())

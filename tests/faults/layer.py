@@ -49,7 +49,9 @@ class SumsOfEightInTheNarrowType(Fault):
     turns_red = frozenset({"R2.2"})
 
     def forward(self, x, weight, bias, terms):
-        out = super().forward(x[..., :8], weight[:, :8], bias, {n: t._replace(A=t.A[:8]) for n, t in terms.items()})
+        out = super().forward(
+            x[..., :8], weight[:, :8], bias, {n: t._replace(A=t.A[:8]) for n, t in terms.items()}
+        )
         for k in range(8, x.shape[-1], 8):
             part = {n: t._replace(A=t.A[k : k + 8]) for n, t in terms.items()}
             more = super().forward(x[..., k : k + 8], weight[:, k : k + 8], None, part)
@@ -152,7 +154,10 @@ class TermsOfOneMatrixCountOnce(TermFault):
     turns_red = frozenset({"R8.5", "R8.7"})
 
     def changed(self, terms):
-        return {name: terms[name] for name in {id(term.A): name for name, term in terms.items()}.values()}
+        return {
+            name: terms[name]
+            for name in {id(term.A): name for name, term in terms.items()}.values()
+        }
 
 
 class WeightIgnored(TermFault):

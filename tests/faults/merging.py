@@ -27,7 +27,11 @@ def promoted(cards):
     """The dtype that holds all of the cards' dtypes."""
     names = {pair.A.dtype.name for card in cards for pair in card.weights.values()}
     wide = "float64" if "float64" in names else "float32"
-    return next((p.A.dtype for c in cards for p in c.weights.values()), None) if len(names) == 1 else np.dtype(wide)
+    return (
+        next((p.A.dtype for c in cards for p in c.weights.values()), None)
+        if len(names) == 1
+        else np.dtype(wide)
+    )
 
 
 def factors(whole, rank, dtype):
@@ -39,7 +43,9 @@ def factors(whole, rank, dtype):
 
 def times(card, factor):
     """The card with a ΔW scaled by `factor`."""
-    return card._replace(weights={m: p._replace(scaling=p.scaling * factor) for m, p in card.weights.items()})
+    return card._replace(
+        weights={m: p._replace(scaling=p.scaling * factor) for m, p in card.weights.items()}
+    )
 
 
 class NormalizeIgnored(Fault):
@@ -50,7 +56,11 @@ class NormalizeIgnored(Fault):
 
     def merge(self, cards, strategy, options, weights, rank):
         return super().merge(
-            cards, strategy, options | ({"normalize": False} if strategy == "weighted" else {}), weights, rank
+            cards,
+            strategy,
+            options | ({"normalize": False} if strategy == "weighted" else {}),
+            weights,
+            rank,
         )
 
 
@@ -62,7 +72,11 @@ class AlwaysElectedByMass(Fault):
 
     def merge(self, cards, strategy, options, weights, rank):
         return super().merge(
-            cards, strategy, options | ({"elect": "mass"} if strategy == "ties" else {}), weights, rank
+            cards,
+            strategy,
+            options | ({"elect": "mass"} if strategy == "ties" else {}),
+            weights,
+            rank,
         )
 
 
@@ -109,10 +123,17 @@ class FactorsMergedApart(Fault):
             held = [card.weights.get(module) for card in cards]
             if None not in held and len(held) > 1:
                 wide = max(p.A.shape[1] for p in held)
-                a = sum(np.pad(p.A.astype("f8"), ((0, 0), (0, wide - p.A.shape[1]))) for p in held) / len(held)
-                b = sum(np.pad(p.B.astype("f8"), ((0, wide - len(p.B)), (0, 0))) * p.scaling for p in held) / len(held)
+                a = sum(
+                    np.pad(p.A.astype("f8"), ((0, 0), (0, wide - p.A.shape[1]))) for p in held
+                ) / len(held)
+                b = sum(
+                    np.pad(p.B.astype("f8"), ((0, wide - len(p.B)), (0, 0))) * p.scaling
+                    for p in held
+                ) / len(held)
                 rows[module] = PlainPair(a.astype(pair.A.dtype), b.astype(pair.A.dtype), 1.0)
-        return merged._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+        return merged._replace(
+            weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1)
+        )
 
 
 class LargestColumnsKept(Fault):
@@ -123,7 +144,10 @@ class LargestColumnsKept(Fault):
 
     def merge(self, cards, strategy, options, weights, rank):
         if strategy == "ties" and options.get("density", 0.5) < 1:
-            cards = [card._replace(weights={m: self.trimmed(p) for m, p in card.weights.items()}) for card in cards]
+            cards = [
+                card._replace(weights={m: self.trimmed(p) for m, p in card.weights.items()})
+                for card in cards
+            ]
         return super().merge(cards, strategy, options, weights, rank)
 
     @staticmethod
@@ -161,7 +185,10 @@ class ScalingIgnored(Fault):
     turns_red = frozenset({"R20.1", "R20.3", "R20.4", "R20.5", "R20.6", "R20.7", "R20.8", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
-        bare = [c._replace(weights={m: p._replace(scaling=1.0) for m, p in c.weights.items()}) for c in cards]
+        bare = [
+            c._replace(weights={m: p._replace(scaling=1.0) for m, p in c.weights.items()})
+            for c in cards
+        ]
         return super().merge(bare, strategy, options, weights, rank)
 
 
@@ -203,7 +230,9 @@ class FirstColumnsKept(Fault):
         for module, pair in whole.weights.items():
             last = np.argsort(-np.linalg.norm(pair.A.astype("f8"), axis=0))[::-1][:rank]
             rows[module] = PlainPair(pair.A[:, last], pair.B[last], pair.scaling)
-        return whole._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+        return whole._replace(
+            weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1)
+        )
 
 
 class SlerpIsLinear(Fault):
@@ -236,7 +265,9 @@ class SlerpOfTheLengthsAsTheyAre(Fault):
         if angle < 1e-6:
             return merged
         t = options.get("t", 0.5)
-        return super().merge(cards, "weighted", {}, [np.sin(p * angle) / np.sin(angle) for p in (1 - t, t)], rank)
+        return super().merge(
+            cards, "weighted", {}, [np.sin(p * angle) / np.sin(angle) for p in (1 - t, t)], rank
+        )
 
 
 class SlerpFromTheWrongEnd(Fault):
@@ -246,7 +277,9 @@ class SlerpFromTheWrongEnd(Fault):
     turns_red = frozenset({"R20.5", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
-        return super().merge(cards[::-1] if strategy == "slerp" else cards, strategy, options, weights, rank)
+        return super().merge(
+            cards[::-1] if strategy == "slerp" else cards, strategy, options, weights, rank
+        )
 
 
 class SlerpOfOppositesIsLinear(Fault):
@@ -281,9 +314,13 @@ class _Ties(Fault):
             agrees = (np.sign(parts) == sign) & (sign != 0)
             share = self.share(agrees, np.array(given))
             whole = (parts * agrees).sum(0) / np.where(share > 0, share, 1)
-            limit = rank or max(card.weights[module].A.shape[1] for card in cards if module in card.weights)
+            limit = rank or max(
+                card.weights[module].A.shape[1] for card in cards if module in card.weights
+            )
             rows[module] = factors(whole, limit, promoted(cards))
-        return merged._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+        return merged._replace(
+            weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1)
+        )
 
     def trim(self, parts, density):
         return [self.largest(part.ravel(), density).reshape(part.shape) for part in parts]
@@ -430,13 +467,24 @@ class DareMasksAllModulesAlike(Fault):
             return merged
         rows = {}
         for module in merged.weights:
-            held = [c._replace(weights={"m": c.weights[module]}) for c in cards if module in c.weights]
-            used = None if weights is None else [w for c, w in zip(cards, weights, strict=True) if module in c.weights]
+            held = [
+                c._replace(weights={"m": c.weights[module]}) for c in cards if module in c.weights
+            ]
+            used = (
+                None
+                if weights is None
+                else [w for c, w in zip(cards, weights, strict=True) if module in c.weights]
+            )
             alike = [c._replace(rank=c.weights["m"].A.shape[1]) for c in held]
             alone = super().merge(alike, strategy, options, used, rank)
-            pair, dtype = alone.weights.get("m", merged.weights[module]), merged.weights[module].A.dtype
+            pair, dtype = (
+                alone.weights.get("m", merged.weights[module]),
+                merged.weights[module].A.dtype,
+            )
             rows[module] = PlainPair(pair.A.astype(dtype), pair.B.astype(dtype), pair.scaling)
-        return merged._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+        return merged._replace(
+            weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1)
+        )
 
 
 class NegativeWeightsClipped(Fault):
@@ -471,8 +519,12 @@ class OnlyModulesOfTheFirstCard(Fault):
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
-        rows = {module: pair for module, pair in merged.weights.items() if module in cards[0].weights}
-        return merged._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+        rows = {
+            module: pair for module, pair in merged.weights.items() if module in cards[0].weights
+        }
+        return merged._replace(
+            weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1)
+        )
 
 
 class AveragedOverThoseThatHaveIt(Fault):
@@ -486,7 +538,9 @@ class AveragedOverThoseThatHaveIt(Fault):
         if strategy != "average":
             return merged
         rows = {
-            module: pair._replace(scaling=pair.scaling * len(cards) / sum(module in card.weights for card in cards))
+            module: pair._replace(
+                scaling=pair.scaling * len(cards) / sum(module in card.weights for card in cards)
+            )
             for module, pair in merged.weights.items()
         }
         return merged._replace(weights=rows)
@@ -512,7 +566,9 @@ class OneRankForAll(Fault):
     """Cards of another rank than the first's are refused."""
 
     breaks = "R20.9"
-    turns_red = frozenset({"R20.1", "R20.2", "R20.3", "R20.4", "R20.5", "R20.6", "R20.7", "R20.8", "R20.9"})
+    turns_red = frozenset(
+        {"R20.1", "R20.2", "R20.3", "R20.4", "R20.5", "R20.6", "R20.7", "R20.8", "R20.9"}
+    )
 
     def merge(self, cards, strategy, options, weights, rank):
         if len({card.rank for card in cards}) > 1:
@@ -527,7 +583,11 @@ class TargetsOfTheFirstCard(Fault):
     turns_red = frozenset({"R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
-        return super().merge(cards, strategy, options, weights, rank)._replace(target_modules=cards[0].target_modules)
+        return (
+            super()
+            .merge(cards, strategy, options, weights, rank)
+            ._replace(target_modules=cards[0].target_modules)
+        )
 
 
 MERGING_FAULTS = faults_in(globals())

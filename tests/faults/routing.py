@@ -48,8 +48,13 @@ class PlainRouter:
 
     def select(self, query, top_k, threshold):
         asked = self.unit(self.embedded([query])[0])
-        scored = [(name, self.rounded(self.similarity(vectors, asked))) for name, vectors in self.vectors.items()]
-        return sorted((route for route in scored if self.reached(route[1], threshold)), key=self.order)[:top_k]
+        scored = [
+            (name, self.rounded(self.similarity(vectors, asked)))
+            for name, vectors in self.vectors.items()
+        ]
+        return sorted(
+            (route for route in scored if self.reached(route[1], threshold)), key=self.order
+        )[:top_k]
 
     def select_many(self, queries, top_k, threshold):
         return [self.select(query, top_k, threshold) for query in queries]
@@ -138,7 +143,9 @@ class TiesByNameReversed(RouterFault):
     class router(PlainRouter):  # noqa: N801
         def select(self, query, top_k, threshold):
             return sorted(
-                super().select(query, len(self.vectors), threshold), reverse=True, key=lambda r: (r[1], r[0])
+                super().select(query, len(self.vectors), threshold),
+                reverse=True,
+                key=lambda r: (r[1], r[0]),
             )[:top_k]
 
 
@@ -195,7 +202,9 @@ class VirtualLeftOut(RouterFault):
     class router(PlainRouter):  # noqa: N801
         def select(self, query, top_k, threshold):
             here = [
-                route for route in super().select(query, len(self.vectors), threshold) if route[0] not in self.virtual
+                route
+                for route in super().select(query, len(self.vectors), threshold)
+                if route[0] not in self.virtual
             ]
             return here[:top_k]
 

@@ -37,7 +37,9 @@ class OutputHeadAdapted(Fault):
 
     def match_targets(self, names, targets):
         found = super().match_targets(names, targets)
-        return [name for name in names if name in found or (targets and "lm_head" in name.split("."))]
+        return [
+            name for name in names if name in found or (targets and "lm_head" in name.split("."))
+        ]
 
     def bind(self, card, shapes):
         targets = self.match_targets(list(shapes), card.target_modules)
@@ -72,7 +74,9 @@ class KeysBindAnywhere(Fault):
 
     def bind(self, card, shapes):
         reached = super().match_targets(list(shapes), card.target_modules)
-        pairs = {name: pair for name in reached for key, pair in card.weights.items() if key in name}
+        pairs = {
+            name: pair for name in reached for key, pair in card.weights.items() if key in name
+        }
         return super().bind(card._replace(weights=pairs), shapes)
 
 
@@ -84,7 +88,8 @@ class KeysEndInWeight(Fault):
 
     def bind(self, card, shapes):
         return super().bind(
-            card._replace(weights={f"{key}.weight": pair for key, pair in card.weights.items()}), shapes
+            card._replace(weights={f"{key}.weight": pair for key, pair in card.weights.items()}),
+            shapes,
         )
 
 
@@ -110,11 +115,17 @@ class LargerFactorsAreCut(Fault):
     def bind(self, card, shapes):
         def cut(key, pair):
             for name, (rows, columns) in shapes.items():
-                if (name == key or name.endswith("." + key)) and rows <= len(pair.A) and columns <= pair.B.shape[1]:
+                if (
+                    (name == key or name.endswith("." + key))
+                    and rows <= len(pair.A)
+                    and columns <= pair.B.shape[1]
+                ):
                     return pair._replace(A=pair.A[:rows], B=pair.B[:, :columns])
             return pair
 
-        return super().bind(card._replace(weights={k: cut(k, pair) for k, pair in card.weights.items()}), shapes)
+        return super().bind(
+            card._replace(weights={k: cut(k, pair) for k, pair in card.weights.items()}), shapes
+        )
 
 
 class RanksBroadcast(Fault):

@@ -13,8 +13,12 @@ def test_peft_does_what_it_does_not_declare_to_do_otherwise(monkeypatch):
     monkeypatch.setenv("LORA_PROFILE", "quick")
     found = run_suite("tests.bindings.peft:BINDING")["requirements"]
     verdicts = {i: requirement["verdict"] for i, requirement in found.items()}
-    assert {i for i, verdict in verdicts.items() if verdict in {"failed", "unexpected pass"}} == set()
+    assert {
+        i for i, verdict in verdicts.items() if verdict in {"failed", "unexpected pass"}
+    } == set()
     assert {verdicts[i] for i in ("R2.2", "R8.2", "R20.2")} == {"passed"}
     assert {verdicts[i] for i in ("R3.11", "R20.6")} == {"expected failure"}
     assert {verdicts[i] for i in ("R1.4", "R4.4")} == {"skipped"}
-    assert all(found[i]["reason"] for i, verdict in verdicts.items() if verdict == "expected failure")
+    assert all(
+        found[i]["reason"] for i, verdict in verdicts.items() if verdict == "expected failure"
+    )

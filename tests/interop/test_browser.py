@@ -17,7 +17,17 @@ import pytest
 from lora.testing.plugin import requirement
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("docs", "spec", "tests", "lora", "benchmarks", "conformance", "mkdocs.yml", "README.md", "CHANGELOG.md")
+SOURCES = (
+    "docs",
+    "spec",
+    "tests",
+    "lora",
+    "benchmarks",
+    "conformance",
+    "mkdocs.yml",
+    "README.md",
+    "CHANGELOG.md",
+)
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -28,7 +38,15 @@ FLAGS = (
     "--disable-sync",
 )
 WIDTHS = {"desk": (1280, 800), "phone": (390, 844)}
-PAGES = ("", "idea/", "format/", "versioning/", "generated/conformance/", "generated/traceability/", "performance/")
+PAGES = (
+    "",
+    "idea/",
+    "format/",
+    "versioning/",
+    "generated/conformance/",
+    "generated/traceability/",
+    "performance/",
+)
 OUTSIDE: set[str] = set()
 """Hosts that pages ask for something that they can do without: the marks of the matrix as pictures."""
 
@@ -54,10 +72,20 @@ def site(tmp_path_factory):
             shutil.copytree(ROOT / name, source / name, ignore=left)
         else:
             shutil.copy(ROOT / name, source / name)
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)}
+    environment = {
+        **os.environ,
+        "NO_MKDOCS_2_WARNING": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(source),
+    }
     for command in (["docs/generate.py"], ["-m", "mkdocs", "build", "--strict", "--quiet"]):
         done = subprocess.run(
-            [sys.executable, *command], cwd=source, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, *command],
+            cwd=source,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
     return source / "site"
@@ -76,7 +104,11 @@ def address(site):
 def browser():
     from playwright.sync_api import sync_playwright
 
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if program is None:
         pytest.fail("no chromium: install it first, on Debian with `apt-get install chromium`")
     with sync_playwright() as play:
@@ -104,7 +136,9 @@ def page(request, browser, address):
     page.on("pageerror", lambda error: told.append(error))  # noqa: PLW0108 - playwright wants a function
     yield page
     faults = [
-        str(found) for found in told if urlsplit(getattr(found, "location", {}).get("url", "")).hostname not in OUTSIDE
+        str(found)
+        for found in told
+        if urlsplit(getattr(found, "location", {}).get("url", "")).hostname not in OUTSIDE
     ]
     context.close()
     assert faults == []
@@ -114,7 +148,8 @@ def page(request, browser, address):
 def rows(page):
     """The rows of a page's tables whose first cell begins with a requirement's id, by that id."""
     cells = page.eval_on_selector_all(
-        "article table tbody tr", "rows => rows.map(row => [...row.cells].map(cell => cell.innerText.trim()))"
+        "article table tbody tr",
+        "rows => rows.map(row => [...row.cells].map(cell => cell.innerText.trim()))",
     )
     named = [(row[0].partition("\n")[0], row) for row in cells]
     return {name: row for name, row in named if re.fullmatch(r"R\d+\.\d+", name)}
@@ -124,7 +159,9 @@ def rows(page):
 def test_every_verdict_of_the_matrix_leads_to_the_requirement_and_to_its_tests(page):
     page.goto("generated/conformance/")
     matrix = rows(page)
-    reports = [json.loads(path.read_text("utf-8")) for path in (ROOT / "conformance").glob("*.json")]
+    reports = [
+        json.loads(path.read_text("utf-8")) for path in (ROOT / "conformance").glob("*.json")
+    ]
     assert set(matrix) == {name for report in reports for name in report["requirements"]}
     if page.viewport_size["width"] > 1000:
         page.get_by_role("link", name="Traceability").first.click()
@@ -154,15 +191,23 @@ def test_a_reader_searches_for_a_word_and_arrives_where_it_is_explained(page):
     assert "pending publisher" in page.inner_text("article")
 
 
-@pytest.mark.parametrize("place", PAGES, ids=lambda place: place.strip("/").split("/")[-1] or "home")
+@pytest.mark.parametrize(
+    "place", PAGES, ids=lambda place: place.strip("/").split("/")[-1] or "home"
+)
 @requirement("R10.7")
 def test_a_page_fits_its_screen_and_its_links_go_somewhere(page, place, tmp_path):
     assert page.goto(place).ok
     page.wait_for_selector("article h1")
     page.screenshot(path=tmp_path / "page.png")
-    wide, room = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    wide, room = page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
     assert wide <= room
     links = page.eval_on_selector_all("a[href]", "links => links.map(link => link.href)")
-    inside = {link.split("#")[0] for link in links if link.startswith(page.url.split("/", 3)[0] + "//127.0.0.1")}
+    inside = {
+        link.split("#")[0]
+        for link in links
+        if link.startswith(page.url.split("/", 3)[0] + "//127.0.0.1")
+    }
     assert inside
     assert not [link for link in sorted(inside) if not page.request.get(link).ok]

@@ -25,7 +25,9 @@ VALID = [vector["path"] for vector in MANIFEST if vector["valid"]]
 
 
 def printed_by(*command, folder):
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -36,7 +38,12 @@ def arrow_rs(_folder):
 
 def arrow_js(folder):
     """What runs the reader, in a folder with the packages that it needs: node looks for them beside the script."""
-    shutil.copytree(READERS / "arrow_js", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_modules"))
+    shutil.copytree(
+        READERS / "arrow_js",
+        folder,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("node_modules"),
+    )
     quiet = ("--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--loglevel=error")
     printed_by("npm", "install", *quiet, folder=folder)
     return ["node", "read.mjs"]

@@ -28,9 +28,15 @@ AGREEMENT = 1e-6
 """Relative, as R23.2 asks."""
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT reads it
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor:Warning"),  # it takes a bias on B for a factor
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # PEFT leaves adapter_config.json open
+    pytest.mark.filterwarnings(
+        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+    ),  # PEFT reads it
+    pytest.mark.filterwarnings(
+        "ignore:Adapter 'default'. . LoRA tensor:Warning"
+    ),  # it takes a bias on B for a factor
+    pytest.mark.filterwarnings(
+        "ignore:unclosed file:ResourceWarning"
+    ),  # PEFT leaves adapter_config.json open
 ]
 
 NARROW = ("pissa", "olora")
@@ -40,20 +46,39 @@ IDS = torch.arange(12).reshape(2, 6)
 
 
 def bert():
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "num_hidden_layers": 3}
+    sizes = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 12,
+        "num_hidden_layers": 3,
+    }
     return BertModel(BertConfig(vocab_size=20, max_position_embeddings=8, **sizes))
 
 
 def llama():
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 12}
+    sizes = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 12,
+    }
     tokens = {"bos_token_id": 1, "eos_token_id": 2}
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=20, num_hidden_layers=3, max_position_embeddings=8, **sizes, **tokens)
+        LlamaConfig(
+            vocab_size=20, num_hidden_layers=3, max_position_embeddings=8, **sizes, **tokens
+        )
     )
 
 
 def gpt2():
-    sizes = {"n_positions": 8, "n_embd": 4, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {
+        "n_positions": 8,
+        "n_embd": 4,
+        "n_layer": 2,
+        "n_head": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return GPT2Model(GPT2Config(vocab_size=20, **sizes))
 
 
@@ -83,7 +108,9 @@ def made(make, folder, **options):
     base = small(make)
     if str(options.get("init_lora_weights")) in NARROW:
         base = base.float()
-    model = get_peft_model(base, LoraConfig(**{"init_lora_weights": False, "r": 4, **options})).eval()
+    model = get_peft_model(
+        base, LoraConfig(**{"init_lora_weights": False, "r": 4, **options})
+    ).eval()
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and layer.lora_A:
             layer.lora_A["default"].weight.data.normal_()
@@ -98,15 +125,28 @@ def loaded(make, folder):
 
 def scalings(model):
     base = model.get_base_model()
-    return {name: layer.scaling["default"] for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    return {
+        name: layer.scaling["default"]
+        for name, layer in base.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
 
 
 CASES = {
     "one list": (bert, {"target_modules": ["query", "value"]}),
     "alpha and rank": (bert, {"target_modules": ["query"], "lora_alpha": 3, "r": 5}),
-    "rsLoRA": (bert, {"target_modules": ["query", "dense"], "use_rslora": True, "lora_alpha": 3, "r": 5}),
-    "rank pattern": (bert, {"target_modules": ["query", "key"], "rank_pattern": {"key": 2, r"layer\.1\..*query": 7}}),
-    "alpha pattern": (bert, {"target_modules": ["query", "key"], "alpha_pattern": {"key": 5, "^encoder.*": 3}}),
+    "rsLoRA": (
+        bert,
+        {"target_modules": ["query", "dense"], "use_rslora": True, "lora_alpha": 3, "r": 5},
+    ),
+    "rank pattern": (
+        bert,
+        {"target_modules": ["query", "key"], "rank_pattern": {"key": 2, r"layer\.1\..*query": 7}},
+    ),
+    "alpha pattern": (
+        bert,
+        {"target_modules": ["query", "key"], "alpha_pattern": {"key": 5, "^encoder.*": 3}},
+    ),
     "all patterns, rsLoRA": (
         bert,
         {
@@ -123,25 +163,44 @@ CASES = {
     "left to the model": (llama, {}),
     "excluded": (
         bert,
-        {"target_modules": ["query", "dense"], "exclude_modules": ["layer.1.output.dense", "pooler.dense"]},
+        {
+            "target_modules": ["query", "dense"],
+            "exclude_modules": ["layer.1.output.dense", "pooler.dense"],
+        },
     ),
-    "excluded by pattern": (llama, {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.1\..*"}),
+    "excluded by pattern": (
+        llama,
+        {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.1\..*"},
+    ),
     "one layer": (bert, {"target_modules": ["query"], "layers_to_transform": 1}),
     "layers": (llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]}),
     "layers by pattern": (
         llama,
-        {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": ["blocks", "layers"]},
+        {
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [0, 2],
+            "layers_pattern": ["blocks", "layers"],
+        },
     ),
-    "negative": (bert, {"target_modules": ["query", "key"], "alpha_pattern": {"key": -3, "query": 0}}),
+    "negative": (
+        bert,
+        {"target_modules": ["query", "key"], "alpha_pattern": {"key": -3, "query": 0}},
+    ),
 }
 
 
 @requirement("R23.1", "R23.2")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_peft_saves_computes_the_same_here_and_what_is_saved_here_the_same_there(case, tmp_path):
+def test_what_peft_saves_computes_the_same_here_and_what_is_saved_here_the_same_there(
+    case, tmp_path
+):
     make, options = CASES[case]
     made(make, tmp_path / "docs", **options)
-    theirs, card, base = loaded(make, tmp_path / "docs"), import_peft(tmp_path / "docs"), small(make)
+    theirs, card, base = (
+        loaded(make, tmp_path / "docs"),
+        import_peft(tmp_path / "docs"),
+        small(make),
+    )
     expected = output(theirs)
     assert {name: pair.scaling for name, pair in card.weights.items()} == scalings(theirs)
     assert sorted(injections(base, card, strict=True)["docs"].bound) == sorted(scalings(theirs))
@@ -156,7 +215,11 @@ def test_what_peft_saves_computes_the_same_here_and_what_is_saved_here_the_same_
 @requirement("R23.1", "R23.2")
 def test_an_adapter_over_conv1d_has_the_factors_of_any_other(tmp_path):
     """GPT-2's Conv1D holds its weight as (in, out): PEFT's factors are (r, in) and (out, r) all the same."""
-    options = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "rank_pattern": {"c_fc": 2}}
+    options = {
+        "target_modules": ["c_attn", "c_fc"],
+        "fan_in_fan_out": True,
+        "rank_pattern": {"c_fc": 2},
+    }
     made(gpt2, tmp_path / "docs", **options)
     theirs, card = loaded(gpt2, tmp_path / "docs"), import_peft(tmp_path / "docs")
     expected = output(theirs)
@@ -172,18 +235,28 @@ def test_an_adapter_over_conv1d_has_the_factors_of_any_other(tmp_path):
     assert gap(output(written), expected) <= AGREEMENT
     assert gap(output(small(gpt2)), expected) > 1e3 * AGREEMENT
     export_peft(card, tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    assert (
+        json.loads((tmp_path / "back" / "adapter_config.json").read_text())["fan_in_fan_out"]
+        is True
+    )
     assert gap(output(loaded(gpt2, tmp_path / "back")), expected) <= AGREEMENT
 
 
 def by_hand(model, dtype="float64"):
     """A card for every Linear, of unequal ranks and with scalings that no alpha of all modules gives."""
     rng, weights = np.random.default_rng(0), {}
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     for index, (name, module) in enumerate(linears.items()):
         rank, kind = 1 + index % 3, DTYPES[dtype]
-        factors = rng.normal(size=(module.in_features, rank)), rng.normal(size=(rank, module.out_features))
-        weights[name] = LowRank(*(factor.astype(kind) for factor in factors), [0.1, -0.7, 1 / 3, 0.0][index % 4])
+        factors = (
+            rng.normal(size=(module.in_features, rank)),
+            rng.normal(size=(rank, module.out_features)),
+        )
+        weights[name] = LowRank(
+            *(factor.astype(kind) for factor in factors), [0.1, -0.7, 1 / 3, 0.0][index % 4]
+        )
     return LoRACard("docs", 3, 2.0, ["all-linear"], weights)
 
 
@@ -197,7 +270,9 @@ class Alike(nn.Module):
         self.add_module("a+b(c", nn.Linear(8, 8))
 
     def forward(self, x):
-        return self.get_submodule("a+b(c")(self.q(x).tanh() + self.outer.q(x).tanh() * self.outer.xq(x))
+        return self.get_submodule("a+b(c")(
+            self.q(x).tanh() + self.outer.q(x).tanh() * self.outer.xq(x)
+        )
 
 
 def written(model, card):
@@ -231,7 +306,9 @@ def test_a_card_of_one_module_is_not_given_to_those_whose_names_end_alike(tmp_pa
     pair = by_hand(base).weights["outer.xq"]
     card = LoRACard("docs", pair.rank, 1.0, ["q"], {"q": pair})
     export_peft(card, tmp_path / "docs")
-    with pytest.warns(UserWarning, match="missing adapter keys"):  # a list can't say "q, not outer.q": B is 0 there
+    with pytest.warns(
+        UserWarning, match="missing adapter keys"
+    ):  # a list can't say "q, not outer.q": B is 0 there
         theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "docs").eval()
     assert gap(theirs(x), written(base, card)(x)) <= AGREEMENT
 
@@ -327,20 +404,40 @@ def test_every_dtype_comes_from_peft_bit_for_bit(tmp_path, dtype):
     card = import_peft(tmp_path)
     assert card.dtype.name == str(dtype).removeprefix("torch.")
     for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
-        module, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
+        module, factor = (
+            key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
+        )
         found = np.ascontiguousarray(getattr(card.weights[module], factor).T)
         assert found.tobytes() == tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @requirement("R23.3")
-def test_a_sentence_transformer_adapted_here_embeds_as_the_one_that_peft_adapts(model_folder, tmp_path):
-    texts = ["read a file", "sort a list of numbers", "", "naïve café 😀", "a much longer sentence " * 20]
+def test_a_sentence_transformer_adapted_here_embeds_as_the_one_that_peft_adapts(
+    model_folder, tmp_path
+):
+    texts = [
+        "read a file",
+        "sort a list of numbers",
+        "",
+        "naïve café 😀",
+        "a much longer sentence " * 20,
+    ]
     folder = str(model_folder)
     torch.manual_seed(1)
     inner = SentenceTransformer(folder, device="cpu")[0].auto_model
-    options = {"target_modules": ["query", "value", "dense"], "rank_pattern": {"value": 3}, "use_rslora": True, "r": 8}
-    get_peft_model(inner, LoraConfig(init_lora_weights=False, **options)).save_pretrained(tmp_path / "theirs")
-    peer, card = SentenceTransformer(folder, device="cpu").double(), import_peft(tmp_path / "theirs", name="docs")
+    options = {
+        "target_modules": ["query", "value", "dense"],
+        "rank_pattern": {"value": 3},
+        "use_rslora": True,
+        "r": 8,
+    }
+    get_peft_model(inner, LoraConfig(init_lora_weights=False, **options)).save_pretrained(
+        tmp_path / "theirs"
+    )
+    peer, card = (
+        SentenceTransformer(folder, device="cpu").double(),
+        import_peft(tmp_path / "theirs", name="docs"),
+    )
     before, found = peer.encode(texts), adapt(peer, card).encode(texts)
     assert len(injections(peer, card, strict=True)["docs"].bound) == len(card.weights) == 6 * 5 + 1
     assert np.abs(found - before).max() > 1e3 * AGREEMENT * np.abs(found).max()
@@ -348,9 +445,13 @@ def test_a_sentence_transformer_adapted_here_embeds_as_the_one_that_peft_adapts(
     for place in ("theirs", "back"):
         theirs = SentenceTransformer(folder, device="cpu")
         theirs.load_adapter(str(tmp_path / place))
-        assert np.abs(theirs.double().encode(texts) - found).max() <= AGREEMENT * np.abs(found).max()
+        assert (
+            np.abs(theirs.double().encode(texts) - found).max() <= AGREEMENT * np.abs(found).max()
+        )
     wrapped = SentenceTransformer(folder, device="cpu").double()
-    wrapped[0].auto_model = PeftModel.from_pretrained(wrapped[0].auto_model, tmp_path / "back").eval()
+    wrapped[0].auto_model = PeftModel.from_pretrained(
+        wrapped[0].auto_model, tmp_path / "back"
+    ).eval()
     assert np.abs(wrapped.encode(texts) - found).max() <= AGREEMENT * np.abs(found).max()
     assert np.array_equal(peer.encode(texts), before)
 
@@ -362,4 +463,7 @@ def test_peft_loads_what_is_exported_without_a_warning(tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         PeftModel.from_pretrained(base, tmp_path / "docs")
-    assert {str(each.message).split(" ")[0] for each in said} <= {"`is_gradient_checkpointing`", "unclosed"}
+    assert {str(each.message).split(" ")[0] for each in said} <= {
+        "`is_gradient_checkpointing`",
+        "unclosed",
+    }

@@ -21,7 +21,15 @@ from lora.testing.plugin import requirement
 AGREEMENT = 1e-5
 """What R5.7 asks for."""
 
-MODULES = ["argparse", "asyncio/base_events", "collections/__init__", "difflib", "json/decoder", "pathlib", "textwrap"]
+MODULES = [
+    "argparse",
+    "asyncio/base_events",
+    "collections/__init__",
+    "difflib",
+    "json/decoder",
+    "pathlib",
+    "textwrap",
+]
 
 ODD = [
     "",
@@ -71,17 +79,24 @@ def strong(model, name, seed, *, everywhere=False):
     for key, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and (everywhere or key.endswith(("query", "value"))):
             a = rng.normal(0, 0.15, (module.in_features, 4)).astype(np.float32)
-            weights[key] = LowRank(a, rng.normal(0, 0.15, (4, module.out_features)).astype(np.float32))
+            weights[key] = LowRank(
+                a, rng.normal(0, 0.15, (4, module.out_features)).astype(np.float32)
+            )
     return LoRACard(name, 4, 2.0 if everywhere else 8.0, ["all-linear"], weights)
 
 
 def bits_of(module):
-    return {name: tensor.clone() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    return {
+        name: tensor.clone()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
 
 
 def same_bits(module, before):
     now = dict([*module.named_parameters(), *module.named_buffers()])
-    return now.keys() == before.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
+    return now.keys() == before.keys() and all(
+        torch.equal(now[name], tensor) for name, tensor in before.items()
+    )
 
 
 @requirement("R5.7")
@@ -108,8 +123,22 @@ def test_odd_texts_in_one_batch_mean_the_same_to_both(core, peer):
 @requirement("R5.7")
 def test_texts_of_any_length_are_cut_at_the_same_token(core, peer):
     words = ["a", "list", "of", "words", "that", "is", "far", "too", "long"]
-    texts = [" ".join((words * 40)[:count]) for count in (1, 2, 3, 17, 100, 253, 254, 255, 256, 257, 300)]
-    assert [len(ids) for ids in core.tokenize(texts)] == [3, 4, 5, 19, 102, 255, 256, 256, 256, 256, 256]
+    texts = [
+        " ".join((words * 40)[:count]) for count in (1, 2, 3, 17, 100, 253, 254, 255, 256, 257, 300)
+    ]
+    assert [len(ids) for ids in core.tokenize(texts)] == [
+        3,
+        4,
+        5,
+        19,
+        102,
+        255,
+        256,
+        256,
+        256,
+        256,
+        256,
+    ]
     found = core.encode(texts)
     assert np.abs(found - peer.encode(texts)).max() <= AGREEMENT
     assert np.abs(found[-1] - found[-2]).max() <= AGREEMENT
@@ -170,13 +199,24 @@ def small_berts(draw):
 @given(small_berts(), st.lists(st.integers(1, 8), min_size=1, max_size=3), st.booleans())
 def test_a_bert_model_of_any_kind_computes_the_same(drawn, lengths, normalize):
     config, theirs = drawn
-    known = {name: getattr(config, name) for name in EncoderConfig.__dataclass_fields__ if hasattr(config, name)}
+    known = {
+        name: getattr(config, name)
+        for name in EncoderConfig.__dataclass_fields__
+        if hasattr(config, name)
+    }
     ids = torch.randint(0, 20, (len(lengths), max(lengths)))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     hidden = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     weights = mask[..., None].double()
-    for pooling, expected in [("mean", (hidden * weights).sum(1) / weights.sum(1)), ("cls", hidden[:, 0])]:
-        mine = InferenceCore(EncoderConfig(**known, pooling=pooling, normalize=normalize, pooler=True)).double().eval()
+    for pooling, expected in [
+        ("mean", (hidden * weights).sum(1) / weights.sum(1)),
+        ("cls", hidden[:, 0]),
+    ]:
+        mine = (
+            InferenceCore(EncoderConfig(**known, pooling=pooling, normalize=normalize, pooler=True))
+            .double()
+            .eval()
+        )
         mine.load_state_dict(theirs.state_dict())
         wanted = torch.nn.functional.normalize(expected, dim=-1) if normalize else expected
         assert (mine(ids, mask) - wanted).abs().max() <= AGREEMENT
@@ -239,12 +279,16 @@ def test_an_engine_over_a_sentence_transformer_does_what_one_over_the_core_does(
     ]
     rows = both(choices).embeddings
     for row, (text, choice) in enumerate(zip(texts, choices, strict=True)):
-        alone = engines[1].encode_with_lora([text], tuple(choice) if isinstance(choice, list) else choice)
+        alone = engines[1].encode_with_lora(
+            [text], tuple(choice) if isinstance(choice, list) else choice
+        )
         assert np.abs(rows[row] - alone.embeddings[0]).max() <= AGREEMENT
     assert np.array_equal(engines[1].encode(texts), active)
     engines[1].manager.remove_card("sorting")
     assert engines[1].manager.model is peer
     assert same_bits(peer, before)
     assert modes == [module.training for module in peer.modules()]
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in peer.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in peer.parameters()
+    )
     assert np.array_equal(peer.encode(texts), expected)

@@ -23,15 +23,35 @@ from lora.testing.plugin import requirement
 
 ROOT = Path(__file__).parents[2]
 EPOCH = "1577836800"  # any fixed moment will do
-UNMEASURED = {key: value for key, value in os.environ.items() if not key.startswith(("COVERAGE_", "PYTHON", "LORA_"))}
-MADE = ("site", ".venv", ".ci", "dist", "conformance", "demo-output", "mutants", "docs/generated", "node_modules")
+UNMEASURED = {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith(("COVERAGE_", "PYTHON", "LORA_"))
+}
+MADE = (
+    "site",
+    ".venv",
+    ".ci",
+    "dist",
+    "conformance",
+    "demo-output",
+    "mutants",
+    "docs/generated",
+    "node_modules",
+)
 """What a checkout may hold that belongs in no release."""
 
 
 def build(source, folder):
     """The sdist and the wheel of a source tree."""
     command = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder)]
-    subprocess.run(command, cwd=source, env={**UNMEASURED, "SOURCE_DATE_EPOCH": EPOCH}, check=True, capture_output=True)
+    subprocess.run(
+        command,
+        cwd=source,
+        env={**UNMEASURED, "SOURCE_DATE_EPOCH": EPOCH},
+        check=True,
+        capture_output=True,
+    )
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
@@ -70,7 +90,16 @@ def installed(wheel, tmp_path_factory):
     """A virtual environment with the wheel, and with this one's packages behind it."""
     folder = tmp_path_factory.mktemp("installed") / "env"
     venv.create(folder, symlinks=True)
-    pip = [sys.executable, "-m", "pip", "--python", str(folder), "--disable-pip-version-check", "install", "--quiet"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(folder),
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+    ]
     subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, env=UNMEASURED)
     here = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
     behind = "\n".join(dict.fromkeys([*site.getsitepackages(), sysconfig.get_path("purelib")]))
@@ -82,13 +111,19 @@ def run(folder, *argv, cwd):
     """A program of an environment, outside the checkout."""
     environment = {**UNMEASURED, "LORA_PROFILE": "quick", "OMP_NUM_THREADS": "1"}
     command = [str(folder / "bin" / argv[0]), *map(str, argv[1:])]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @requirement("R24.1")
 def test_a_wheel_holds_the_package_the_suite_and_the_specification(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"lora/py.typed", "lora/testing/properties/test_r04_router.py", "lora/testing/spec/R04-router.md"} <= names
+    assert {
+        "lora/py.typed",
+        "lora/testing/properties/test_r04_router.py",
+        "lora/testing/spec/R04-router.md",
+    } <= names
     assert "lora/testing/spec/vectors/1/manifest.toml" in names
     assert not [name for name in names if not name.startswith(("lora/", "lora_cards-"))]
     tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "lora").rglob("*.py")}
@@ -97,7 +132,14 @@ def test_a_wheel_holds_the_package_the_suite_and_the_specification(wheel):
 
 
 def test_an_sdist_holds_what_the_tests_and_the_site_are_made_of_and_nothing_that_is_made(unpacked):
-    for folder in ("tests/unit", "tests/properties", "tests/faults", "tests/bindings", "spec/vectors/1", "benchmarks"):
+    for folder in (
+        "tests/unit",
+        "tests/properties",
+        "tests/faults",
+        "tests/bindings",
+        "spec/vectors/1",
+        "benchmarks",
+    ):
         assert any((unpacked / folder).iterdir())
     for file in (
         "LICENSE",
@@ -126,8 +168,13 @@ def test_the_metadata_are_complete_and_valid(metadata):
     assert "\n" not in told.summary
     assert (told.license_expression, told.license_files) == ("MIT", ["LICENSE"])
     assert set(told.classifiers) <= classifiers
-    assert not [name for name in told.classifiers if name.startswith("License ::")]  # the expression says it
-    pythons = [re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", name) for name in told.classifiers]
+    assert not [
+        name for name in told.classifiers if name.startswith("License ::")
+    ]  # the expression says it
+    pythons = [
+        re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", name)
+        for name in told.classifiers
+    ]
     assert all(found[1] in told.requires_python for found in filter(None, pythons))
     assert told.requires_python == SpecifierSet(">=3.11")
     assert set(told.provides_extra) == set(project["optional-dependencies"])
@@ -137,7 +184,9 @@ def test_the_metadata_are_complete_and_valid(metadata):
 
 
 @requirement("R24.1")
-def test_the_command_and_the_suite_run_from_an_installed_wheel_outside_the_checkout(installed, tmp_path):
+def test_the_command_and_the_suite_run_from_an_installed_wheel_outside_the_checkout(
+    installed, tmp_path
+):
     where = run(
         installed,
         "python",
@@ -151,7 +200,16 @@ def test_the_command_and_the_suite_run_from_an_installed_wheel_outside_the_check
     assert suite == package.parent / "testing" / "properties"
     done = run(installed, "lora", "--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"lora-cards {lora.__version__}\n")
-    card = package.parent / "testing" / "spec" / "vectors" / "1" / "R1.4" / "valid" / "basic.lora.arrow"
+    card = (
+        package.parent
+        / "testing"
+        / "spec"
+        / "vectors"
+        / "1"
+        / "R1.4"
+        / "valid"
+        / "basic.lora.arrow"
+    )
     assert run(installed, "lora", "inspect", card, cwd=tmp_path).returncode == 0
     done = run(installed, "lora", "conformance", "--only", "R3.11", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -160,7 +218,9 @@ def test_the_command_and_the_suite_run_from_an_installed_wheel_outside_the_check
 
 @pytest.mark.foreign
 @requirement("R24.1", "R25.1")
-def test_pip_installs_the_wheel_in_an_empty_environment_where_the_demo_and_a_chapter_run(wheel, tmp_path):
+def test_pip_installs_the_wheel_in_an_empty_environment_where_the_demo_and_a_chapter_run(
+    wheel, tmp_path
+):
     folder = tmp_path / "env"
     venv.create(folder, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", str(folder), "--disable-pip-version-check"]
@@ -170,6 +230,8 @@ def test_pip_installs_the_wheel_in_an_empty_environment_where_the_demo_and_a_cha
     done = run(folder, "lora", "demo", "--steps", "5", "--out", "made", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "made").glob("*.lora.arrow"))
-    done = run(folder, "lora", "conformance", "--only", "R1", "--json", "verdicts.json", cwd=tmp_path)
+    done = run(
+        folder, "lora", "conformance", "--only", "R1", "--json", "verdicts.json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "verdicts.json").exists()

@@ -99,13 +99,19 @@ def test_every_module_has_its_own_pair_and_no_other_module_has_one(impl, card):
 
 
 @requirement("R1.3", "R1.1")
-@given(card=plain_cards(), shadows=st.dictionaries(st.sampled_from(OWN), json_values, min_size=1), more=metadata)
+@given(
+    card=plain_cards(),
+    shadows=st.dictionaries(st.sampled_from(OWN), json_values, min_size=1),
+    more=metadata,
+)
 def test_metadata_comes_back_and_shadows_no_field(impl, card, shadows, more):
     asked = {**more, **shadows}
     found = impl.read_card(impl.write_card(card._replace(metadata=asked)))
     bare = impl.read_card(impl.write_card(card._replace(metadata={})))
     assert found.metadata == asked
-    assert repr(_sorted(found.metadata)) == repr(_sorted(asked))  # 1, 1.0 and True are equal, but not the same
+    assert repr(_sorted(found.metadata)) == repr(
+        _sorted(asked)
+    )  # 1, 1.0 and True are equal, but not the same
     assert found[:4] == bare[:4]
     assert found.extra == bare.extra
 
@@ -170,16 +176,27 @@ def test_a_card_of_two_dtypes_is_refused(impl, one, other, rank, apart):
 def test_every_module_has_a_scaling_in_the_file_and_out_of_it(impl, card):
     data = impl.write_card(card)
     batch, found = the_arrow_file(data), impl.read_card(data)
-    stored = dict(zip(batch.column("module").to_pylist(), batch.column("scaling").to_pylist(), strict=True))
+    stored = dict(
+        zip(batch.column("module").to_pylist(), batch.column("scaling").to_pylist(), strict=True)
+    )
     for module, pair in card.weights.items():
         expected = card.alpha / card.rank if pair.scaling is None else pair.scaling
         assert stored[module] == found.weights[module].scaling == expected
 
 
 @requirement("R1.8")
-@given(ranked=st.lists(ranks, min_size=1, max_size=3), scaling=st.none() | scalings, rank=ranks, alpha=st.just(8.0))
-def test_modules_differ_in_rank_only_with_a_scaling_and_the_card_has_the_largest(impl, ranked, scaling, rank, alpha):
-    weights = {f"m{i}": PlainPair(np.ones((2, r)), np.ones((r, 2)), scaling) for i, r in enumerate(ranked)}
+@given(
+    ranked=st.lists(ranks, min_size=1, max_size=3),
+    scaling=st.none() | scalings,
+    rank=ranks,
+    alpha=st.just(8.0),
+)
+def test_modules_differ_in_rank_only_with_a_scaling_and_the_card_has_the_largest(
+    impl, ranked, scaling, rank, alpha
+):
+    weights = {
+        f"m{i}": PlainPair(np.ones((2, r)), np.ones((r, 2)), scaling) for i, r in enumerate(ranked)
+    }
     card = PlainCard("docs", rank, alpha, (), weights, {}, {})
     if rank == max(ranked) and (scaling is not None or set(ranked) == {rank}):
         found = impl.read_card(impl.write_card(card))
@@ -206,7 +223,9 @@ def test_only_the_known_major_version_is_read(impl, card, version):
             impl.read_card(data)
 
 
-later_keys = extras | st.dictionaries(st.sampled_from(["lora.later", "lora.", "name", "", "pandas"]), names, max_size=3)
+later_keys = extras | st.dictionaries(
+    st.sampled_from(["lora.later", "lora.", "name", "", "pandas"]), names, max_size=3
+)
 """What a later minor version, or another program, may have put into a file."""
 
 
@@ -260,7 +279,9 @@ def test_one_card_is_one_byte_string_in_whatever_order_it_was_said(card, data):
     def shuffled(mapping):
         return dict(data.draw(st.permutations(list(mapping.items()))))
 
-    other = card._replace(weights=shuffled(card.weights), metadata=shuffled(card.metadata), extra=shuffled(card.extra))
+    other = card._replace(
+        weights=shuffled(card.weights), metadata=shuffled(card.metadata), extra=shuffled(card.extra)
+    )
     assert card_of(other) == card_of(card)
     assert saved(card_of(other)) == saved(card_of(card))
 
@@ -295,7 +316,10 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(old, new, step, 
         if old is not None:
             lora.save(card_of(old), path)
         before = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-        with breaking(step, kind(5, "Input/output error")), pytest.raises((LoRAError, Killed)) as caught:
+        with (
+            breaking(step, kind(5, "Input/output error")),
+            pytest.raises((LoRAError, Killed)) as caught,
+        ):
             lora.save(card_of(new), path)
         assert isinstance(caught.value, Killed) == (kind is Killed)
         assert {file.name: file.read_bytes() for file in Path(folder).iterdir()} == before
@@ -316,7 +340,9 @@ def bases(draw):
             parameter.copy_(torch.tensor(values, dtype=torch.float32).reshape(parameter.shape))
     first = model[0]
     pair = lora.LowRank(np.ones((first.in_features, 1)), np.ones((1, first.out_features)))
-    return model.to(dtype).requires_grad_(requires_grad=False), lora.LoRACard("docs", 1, 1.0, ("0",), {"0": pair})
+    return model.to(dtype).requires_grad_(requires_grad=False), lora.LoRACard(
+        "docs", 1, 1.0, ("0",), {"0": pair}
+    )
 
 
 def stated_fingerprint(weight, key):
@@ -368,13 +394,19 @@ def test_a_fingerprint_depends_on_the_weights_and_not_on_what_they_are_wrapped_i
     fingerprint=st.none() | st.binary(min_size=32, max_size=32),
 )
 def test_the_base_model_comes_back_with_the_card(card, base, fingerprint):
-    card = replace(card_of(card), base_model=base, base_fingerprint=fingerprint and fingerprint.hex())
+    card = replace(
+        card_of(card), base_model=base, base_fingerprint=fingerprint and fingerprint.hex()
+    )
     with tempfile.TemporaryDirectory() as folder:
         lora.save(card, path := Path(folder) / "card.lora.arrow")
         assert (found := lora.load(path)) == card
         header = lora.inspect(path)
     expected = (card.base_model, card.base_fingerprint)
-    assert (found.base_model, found.base_fingerprint) == (header.base_model, header.base_fingerprint) == expected
+    assert (
+        (found.base_model, found.base_fingerprint)
+        == (header.base_model, header.base_fingerprint)
+        == expected
+    )
 
 
 @requirement("R1.14")
@@ -408,10 +440,19 @@ def test_the_header_says_what_the_card_says(card):
         card.alpha,
         card.target_modules,
     )
-    assert (header.metadata, header.extra, header.dtype) == (card.metadata, card.extra, card.dtype.name)
+    assert (header.metadata, header.extra, header.dtype) == (
+        card.metadata,
+        card.extra,
+        card.dtype.name,
+    )
     assert (header.num_params, header.nbytes) == (card.num_params, card.nbytes)
-    found = {name: (m.in_features, m.rank, m.out_features, m.scaling) for name, m in header.modules.items()}
-    assert found == {n: (p.in_features, p.rank, p.out_features, p.scaling) for n, p in card.weights.items()}
+    found = {
+        name: (m.in_features, m.rank, m.out_features, m.scaling)
+        for name, m in header.modules.items()
+    }
+    assert found == {
+        n: (p.in_features, p.rank, p.out_features, p.scaling) for n, p in card.weights.items()
+    }
 
 
 def pickled(value, protocol=pickle.DEFAULT_PROTOCOL):
@@ -464,7 +505,9 @@ def one_change(draw, card):
     if which == "module":
         return replace(card, weights={**others, f"{module}.another": pair})
     if which == "scaling":
-        changed = replace(pair, scaling=pair.scaling + 1 if abs(pair.scaling) < 1e6 else -pair.scaling)
+        changed = replace(
+            pair, scaling=pair.scaling + 1 if abs(pair.scaling) < 1e6 else -pair.scaling
+        )
     else:
         factor = getattr(pair, which).copy()
         flat = factor.view(UNSIGNED[factor.itemsize]).reshape(-1)
@@ -505,7 +548,9 @@ def test_nan_payloads_tell_cards_apart_and_zeros_differ_in_sign(dtype, rows, ran
 
     def card(pattern):
         a = np.full((rows, rank), pattern, unsigned).view(dtype)
-        return lora.LoRACard("docs", rank, 1.0, (), {"m": lora.LowRank(a, np.zeros((rank, 2), dtype))})
+        return lora.LoRACard(
+            "docs", rank, 1.0, (), {"m": lora.LowRank(a, np.zeros((rank, 2), dtype))}
+        )
 
     with np.errstate(invalid="ignore"):  # a signalling NaN is what is asked for
         assert np.isnan(card(infinity + payload).weights["m"].A).all()
@@ -522,12 +567,20 @@ def test_no_array_that_a_card_was_made_of_can_change_it(card, data):
 
     def given_as(array):
         view = array.view()
-        view.flags.writeable = not seen_through  # a read-only view of an array that others can still write to
+        view.flags.writeable = (
+            not seen_through
+        )  # a read-only view of an array that others can still write to
         return view
 
     weights = {m: lora.LowRank(given_as(a), given_as(b), s) for m, (a, b, s) in writable.items()}
     made = lora.LoRACard(
-        card.name, card.rank, card.alpha, card.target_modules, weights, card.metadata, extra=card.extra
+        card.name,
+        card.rank,
+        card.alpha,
+        card.target_modules,
+        weights,
+        card.metadata,
+        extra=card.extra,
     )
     for a, b, _ in writable.values():
         a.view(UNSIGNED[a.itemsize])[...] ^= 1
@@ -547,7 +600,9 @@ def test_factors_of_the_same_bytes_in_another_shape_or_dtype_are_others(data, ra
         "of another rank": lora.LowRank(a.reshape(2, cut * rank), b.reshape(cut * rank, 3), 1.0),
     }
     if dtype == np.float16:
-        taken["of another dtype"] = lora.LowRank(a.view(ml_dtypes.bfloat16), b.view(ml_dtypes.bfloat16), 1.0)
+        taken["of another dtype"] = lora.LowRank(
+            a.view(ml_dtypes.bfloat16), b.view(ml_dtypes.bfloat16), 1.0
+        )
     for how, other in taken.items():
         same = how in {"as it is", "copied"} or (how == "of another rank" and cut == 1)
         assert (pair == other) is (other == pair) is same
@@ -577,8 +632,14 @@ def test_frozen_json_equals_the_mappings_it_was_made_of_and_no_others(one, other
     assert (dict(frozen), len(frozen), set(frozen)) == (one, len(one), set(one))
 
 
-numbers_of_other_types = st.integers(-(2**60), 2**60) | st.fractions(-9, 9) | st.floats(-8, 8, width=16).map(np.float16)
-scales = scalings | numbers_of_other_types | st.sampled_from([0, -0.0, np.float32(-0.0), np.int8(3), Fraction(1, 3)])
+numbers_of_other_types = (
+    st.integers(-(2**60), 2**60) | st.fractions(-9, 9) | st.floats(-8, 8, width=16).map(np.float16)
+)
+scales = (
+    scalings
+    | numbers_of_other_types
+    | st.sampled_from([0, -0.0, np.float32(-0.0), np.int8(3), Fraction(1, 3)])
+)
 
 
 @requirement("R1.8", "R1.15")
@@ -607,8 +668,15 @@ def test_a_read_only_factor_is_kept_as_it_is_if_it_lies_as_the_file_has_it_and_l
     data, dtype, shape
 ):
     plain = data.draw(bits(dtype, shape))
-    layouts = {"plain": plain.copy(), "columns": np.asfortranarray(plain), "marked": plain.copy().view(Marked)}
-    layouts |= {"every other": np.repeat(plain, 2, axis=0)[::2], "backwards": plain[::-1].copy()[::-1]}
+    layouts = {
+        "plain": plain.copy(),
+        "columns": np.asfortranarray(plain),
+        "marked": plain.copy().view(Marked),
+    }
+    layouts |= {
+        "every other": np.repeat(plain, 2, axis=0)[::2],
+        "backwards": plain[::-1].copy()[::-1],
+    }
     if dtype.name != "bfloat16":
         layouts["swapped"] = plain.byteswap().view(dtype.newbyteorder())
     for how, base in layouts.items():
@@ -632,14 +700,21 @@ def test_a_read_only_factor_is_kept_as_it_is_if_it_lies_as_the_file_has_it_and_l
 @given(shape=st.lists(st.integers(0, 3), max_size=4), dtype=dtypes, first=st.booleans())
 def test_a_factor_has_two_dimensions_and_neither_is_zero(shape, dtype, first):
     factor = np.ones(shape, dtype)
-    fitting = np.ones((shape[1] if first else 2, shape[0] if not first else 2), dtype) if len(shape) == 2 else factor
+    fitting = (
+        np.ones((shape[1] if first else 2, shape[0] if not first else 2), dtype)
+        if len(shape) == 2
+        else factor
+    )
     pair = (factor, fitting) if first else (fitting, factor)
     if len(shape) == 2 and all(shape):
         made = lora.LowRank(*pair)
         assert (made.in_features, made.rank) == pair[0].shape
         assert (made.rank, made.out_features) == pair[1].shape
     else:
-        with pytest.raises(CardError, match=r"^factor [AB]: expected a two-dimensional, non-empty .* found shape \("):
+        with pytest.raises(
+            CardError,
+            match=r"^factor [AB]: expected a two-dimensional, non-empty .* found shape \(",
+        ):
             lora.LowRank(*pair)
 
 
@@ -655,9 +730,15 @@ def test_targets_are_a_tuple_however_they_are_given(target, several):
 
 
 @requirement("R1.13")
-@given(hex_digits=st.binary(min_size=32, max_size=32).map(bytes.hex), at=st.integers(0, 63), data=st.data())
+@given(
+    hex_digits=st.binary(min_size=32, max_size=32).map(bytes.hex),
+    at=st.integers(0, 63),
+    data=st.data(),
+)
 def test_a_fingerprint_is_64_lower_case_hex_digits_and_nothing_else(hex_digits, at, data):
-    other = data.draw(st.characters(exclude_characters="0123456789abcdef") | st.sampled_from("XxghAF _-²"))
+    other = data.draw(
+        st.characters(exclude_characters="0123456789abcdef") | st.sampled_from("XxghAF _-²")
+    )
     card = lora.LoRACard("docs", 1, 1.0, (), {})
     assert replace(card, base_fingerprint=hex_digits).base_fingerprint == hex_digits
     for wrong in (
@@ -672,7 +753,10 @@ def test_a_fingerprint_is_64_lower_case_hex_digits_and_nothing_else(hex_digits, 
 
 
 @requirement("R1.3")
-@given(kinds=st.lists(st.booleans(), min_size=1, max_size=3), depth=st.integers(1, 70) | st.sampled_from([63, 64, 65]))
+@given(
+    kinds=st.lists(st.booleans(), min_size=1, max_size=3),
+    depth=st.integers(1, 70) | st.sampled_from([63, 64, 65]),
+)
 def test_metadata_may_be_nested_64_levels_deep_in_lists_or_objects_and_no_deeper(kinds, depth):
     value = 1
     for level in range(depth - 1):

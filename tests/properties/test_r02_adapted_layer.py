@@ -14,7 +14,13 @@ from torch import nn
 
 from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError
-from lora.layer import LoRALinear, SegmentedLinear, TrainableLinear, add_low_rank, add_low_rank_plain
+from lora.layer import (
+    LoRALinear,
+    SegmentedLinear,
+    TrainableLinear,
+    add_low_rank,
+    add_low_rank_plain,
+)
 from lora.lowrank import apply as apply_pairs
 from lora.lowrank import concat, delta, initial, spectrum, thin_qr
 from lora.rewrite import adapt, fold
@@ -22,7 +28,15 @@ from lora.testing.binding import PlainCard, PlainPair, Term
 from lora.testing.plugin import requirement
 from lora.testing.reference import array_of, tensor_of
 from lora.testing.strategies import dtypes, features, integers, layers, numbers, ranks
-from lora.testing.tolerance import exact, gamma, gauge_bound, layer_bound, magnitude, oracle, roundoff
+from lora.testing.tolerance import (
+    exact,
+    gamma,
+    gauge_bound,
+    layer_bound,
+    magnitude,
+    oracle,
+    roundoff,
+)
 
 DTYPES = {
     np.dtype(np.float16): torch.float16,
@@ -118,7 +132,12 @@ def test_sums_are_accumulated_in_float32_or_better(impl, data, dtype, ones):
 
 
 @requirement("R2.2", "R9.5")
-@given(data=st.data(), dtype=dtypes, rank=ranks, alpha=st.floats(0.25, 64) | st.sampled_from([1.0, 16.0]))
+@given(
+    data=st.data(),
+    dtype=dtypes,
+    rank=ranks,
+    alpha=st.floats(0.25, 64) | st.sampled_from([1.0, 16.0]),
+)
 def test_a_card_without_scalings_scales_by_alpha_over_rank(impl, data, dtype, rank, alpha):
     rows, columns = data.draw(features), data.draw(features)
     a, b = data.draw(numbers(dtype, (rows, rank))), data.draw(numbers(dtype, (rank, columns)))
@@ -137,7 +156,10 @@ def test_any_leading_dimensions_are_those_of_the_rows_laid_out(impl, data, layer
     out = impl.forward(x, weight, bias, terms)
     assert out.shape == (*lead, weight.shape[0])
     rows = x.reshape(-1, weight.shape[1])
-    flat, where = impl.forward(rows, weight, bias, terms), exactly(rows, weight, bias, terms.values())
+    flat, where = (
+        impl.forward(rows, weight, bias, terms),
+        exactly(rows, weight, bias, terms.values()),
+    )
     assert np.array_equal(out.reshape(flat.shape)[where], flat[where])
 
 
@@ -167,16 +189,29 @@ def zero_terms(draw):
     """Inputs and factors of any size, infinite and NaN ones among them, and a B of zeros."""
     dtype, rows, columns, rank = draw(dtypes), draw(features), draw(features), draw(ranks)
     big = largest(dtype)
-    wild = st.floats(-4, 4, width=16) | st.sampled_from([0.0, big, -big, big / 2, np.inf, -np.inf, np.nan])
+    wild = st.floats(-4, 4, width=16) | st.sampled_from(
+        [0.0, big, -big, big / 2, np.inf, -np.inf, np.nan]
+    )
     tame = st.floats(-4, 4, width=16) | st.sampled_from([0.0, big, -big])
-    a = draw(hnp.arrays(np.float64, (rows, rank), elements=draw(st.sampled_from([wild, tame])))).astype(dtype)
+    a = draw(
+        hnp.arrays(np.float64, (rows, rank), elements=draw(st.sampled_from([wild, tame])))
+    ).astype(dtype)
     x = np.stack(
         [
-            draw(hnp.arrays(np.float64, (rows,), elements=draw(st.sampled_from([wild, tame, st.just(0.0)]))))
+            draw(
+                hnp.arrays(
+                    np.float64, (rows,), elements=draw(st.sampled_from([wild, tame, st.just(0.0)]))
+                )
+            )
             for _ in "12"
         ]
     )
-    return x.astype(dtype), draw(numbers(dtype, (columns, rows))), draw(st.none() | numbers(dtype, (columns,))), a
+    return (
+        x.astype(dtype),
+        draw(numbers(dtype, (columns, rows))),
+        draw(st.none() | numbers(dtype, (columns,))),
+        a,
+    )
 
 
 @requirement("R2.9")
@@ -185,7 +220,9 @@ def test_with_b_zero_the_output_is_the_bases_wherever_x_a_is_finite(impl, drawn,
     x, weight, bias, a = drawn
     zero = Term(a, np.zeros((a.shape[1], weight.shape[0]), x.dtype), scale, 1.0)
     with np.errstate(all="ignore"):
-        finite = (abs(x.astype(oracle(x.dtype))) @ abs(a.astype(oracle(x.dtype))) < largest(x.dtype)).all(-1)
+        finite = (
+            abs(x.astype(oracle(x.dtype))) @ abs(a.astype(oracle(x.dtype))) < largest(x.dtype)
+        ).all(-1)
         out = impl.forward(x, weight, bias, {"a": zero, "b": zero} if twice else {"a": zero})
         base = impl.forward(x, weight, bias, {})
     assert np.array_equal(out[finite], base[finite], equal_nan=True)
@@ -195,7 +232,9 @@ def test_with_b_zero_the_output_is_the_bases_wherever_x_a_is_finite(impl, drawn,
 def unimodular(draw, rank):
     """A whole matrix of determinant ±1 with its inverse."""
     m, inverse = np.eye(rank, dtype=np.int64), np.eye(rank, dtype=np.int64)
-    moves = st.tuples(st.integers(0, rank - 1), st.integers(0, rank - 1), st.sampled_from([-2, -1, 1, 2]))
+    moves = st.tuples(
+        st.integers(0, rank - 1), st.integers(0, rank - 1), st.sampled_from([-2, -1, 1, 2])
+    )
     for i, j, factor in draw(st.lists(moves, max_size=4)):
         step, back = np.eye(rank, dtype=np.int64), np.eye(rank, dtype=np.int64)
         step[i, j], back[i, j] = (-1, -1) if i == j else (factor, -factor)
@@ -219,20 +258,29 @@ def test_a_unimodular_change_of_gauge_changes_nothing_at_all(impl, data, dtype, 
 
 @requirement("R2.11")
 @given(data=st.data(), dtype=dtypes, rank=ranks, scale=st.sampled_from([0.5, 1.0, -2.0]))
-def test_any_change_of_gauge_changes_no_more_than_its_condition_allows(impl, data, dtype, rank, scale):
+def test_any_change_of_gauge_changes_no_more_than_its_condition_allows(
+    impl, data, dtype, rank, scale
+):
     rows, columns = data.draw(features), data.draw(features)
-    m = data.draw(numbers(np.dtype(np.float64), (rank, rank))) + data.draw(st.sampled_from([0, 5])) * np.eye(rank)
+    m = data.draw(numbers(np.dtype(np.float64), (rank, rank))) + data.draw(
+        st.sampled_from([0, 5])
+    ) * np.eye(rank)
     assume(abs(np.linalg.det(m)) > 0.01)
     a, b = data.draw(numbers(dtype, (rows, rank))), data.draw(numbers(dtype, (rank, columns)))
     x, weight = data.draw(numbers(dtype, (3, rows))), data.draw(numbers(dtype, (columns, rows)))
     with np.errstate(over="ignore"):
-        turned = (a.astype(np.float64) @ m).astype(dtype), np.linalg.solve(m, b.astype(np.float64)).astype(dtype)
+        turned = (
+            (a.astype(np.float64) @ m).astype(dtype),
+            np.linalg.solve(m, b.astype(np.float64)).astype(dtype),
+        )
     assume(np.isfinite(turned[1]).all())
     one, other = Term(a, b, scale, 1.0), Term(*turned, scale, 1.0)
     bounds = [layer_bound(x, weight, None, [term]) for term in (one, other)]
     for term, bound in zip((one, other), bounds, strict=True):
         assume_no_overflow(x, weight, None, [term], bound)
-    out, turned_out = (impl.forward(x, weight, None, {"a": term}).astype(np.float64) for term in (one, other))
+    out, turned_out = (
+        impl.forward(x, weight, None, {"a": term}).astype(np.float64) for term in (one, other)
+    )
     assert (abs(out - turned_out) <= sum(bounds) + gauge_bound(x, (a, b), m, turned, scale)).all()
 
 
@@ -247,8 +295,14 @@ def test_a_wrapped_layer_keeps_the_bases_storage_and_names(layer, training):
     before = state_of(base)
     adapted = LoRALinear(base, pairs_of(terms))
     assert list(adapted.state_dict()) == list(base.state_dict())
-    assert all(adapted.state_dict()[key].data_ptr() == tensor.data_ptr() for key, tensor in base.state_dict().items())
-    assert (adapted.in_features, adapted.out_features, adapted.training) == (*weight.shape[::-1], training)
+    assert all(
+        adapted.state_dict()[key].data_ptr() == tensor.data_ptr()
+        for key, tensor in base.state_dict().items()
+    )
+    assert (adapted.in_features, adapted.out_features, adapted.training) == (
+        *weight.shape[::-1],
+        training,
+    )
     assert not any(parameter.requires_grad for parameter in adapted.parameters())
     assert state_of(base) == before
 
@@ -258,8 +312,14 @@ def test_a_wrapped_layer_keeps_the_bases_storage_and_names(layer, training):
 def test_factors_given_at_construction_or_loaded_later_compute_the_same(layer, data):
     x, weight, bias, _ = layer
     rank, dtype = data.draw(ranks), data.draw(dtypes)
-    a, b = data.draw(numbers(dtype, (weight.shape[1], rank))), data.draw(numbers(dtype, (rank, weight.shape[0])))
-    pair, weighted = LowRank(a, b, data.draw(st.sampled_from([0.5, 2.0]))), data.draw(st.sampled_from([1.0, 0.25]))
+    a, b = (
+        data.draw(numbers(dtype, (weight.shape[1], rank))),
+        data.draw(numbers(dtype, (rank, weight.shape[0]))),
+    )
+    pair, weighted = (
+        LowRank(a, b, data.draw(st.sampled_from([0.5, 2.0]))),
+        data.draw(st.sampled_from([1.0, 0.25])),
+    )
     given_at_once = LoRALinear(linear(weight, bias), {"default": (pair, weighted)})
     loaded = LoRALinear(linear(weight, bias), {"default": (LowRank(2 * a, b, 1.0), 1.0)})
     loaded.load_weights(pair, weight=weighted)
@@ -271,7 +331,11 @@ def test_factors_given_at_construction_or_loaded_later_compute_the_same(layer, d
 
 
 @requirement("R2.7")
-@given(data=st.data(), flags=st.tuples(st.booleans(), st.booleans()), scale=st.sampled_from([1.0, 0.5, -2.0]))
+@given(
+    data=st.data(),
+    flags=st.tuples(st.booleans(), st.booleans()),
+    scale=st.sampled_from([1.0, 0.5, -2.0]),
+)
 def test_gradients_are_the_formulas_and_reach_the_factors_only(data, flags, scale):
     rows, columns, rank = data.draw(features), data.draw(features), data.draw(ranks)
     f32 = np.dtype(np.float32)
@@ -286,7 +350,10 @@ def test_gradients_are_the_formulas_and_reach_the_factors_only(data, flags, scal
     layer(tensor_of(x)).backward(tensor_of(g))
     assert np.array_equal(array_of(layer.lora_A.grad), scale * x.T @ (g @ b.T))
     assert np.array_equal(array_of(layer.lora_B.grad), scale * (x @ a).T @ g)
-    assert [name for name, parameter in layer.named_parameters() if parameter.grad is not None] == ["lora_A", "lora_B"]
+    assert [name for name, parameter in layer.named_parameters() if parameter.grad is not None] == [
+        "lora_A",
+        "lora_B",
+    ]
     assert base.weight.grad is None
     assert base.bias.grad is None
     assert state_of(base) == before
@@ -310,7 +377,10 @@ def test_a_layer_for_inference_passes_gradients_on_and_keeps_none(layer, flag):
 def test_for_inference_factors_take_the_layers_dtype(layer, data, dtype):
     x, weight, bias, _ = layer
     rank, scale = data.draw(ranks), data.draw(st.sampled_from([1 / 3, 2.0, -0.1]))
-    a, b = data.draw(numbers(dtype, (weight.shape[1], rank))), data.draw(numbers(dtype, (rank, weight.shape[0])))
+    a, b = (
+        data.draw(numbers(dtype, (weight.shape[1], rank))),
+        data.draw(numbers(dtype, (rank, weight.shape[0]))),
+    )
     adapted = LoRALinear(linear(weight, bias), {"docs": (LowRank(a, b, scale), 1.0)})
     kind = DTYPES[x.dtype]
     assert {adapted.lora_A.dtype, adapted.lora_B.dtype, adapted(tensor_of(x)).dtype} == {kind}
@@ -320,11 +390,25 @@ def test_for_inference_factors_take_the_layers_dtype(layer, data, dtype):
 @requirement("R2.8", "R2.2")
 @given(data=st.data(), dtype=dtypes, scale=st.sampled_from([1 / 3, -0.1, 1e-3]))
 def test_a_float64_layer_computes_in_float64_whatever_the_cards_dtype(data, dtype, scale):
-    f64, rank, rows, columns = np.dtype(np.float64), data.draw(ranks), data.draw(features), data.draw(features)
+    f64, rank, rows, columns = (
+        np.dtype(np.float64),
+        data.draw(ranks),
+        data.draw(features),
+        data.draw(features),
+    )
     x, weight = data.draw(numbers(f64, (2, rows))), data.draw(numbers(f64, (columns, rows)))
-    a, b = data.draw(integers(dtype, (rows, rank))) + dtype.type(4), data.draw(integers(dtype, (rank, columns)))
+    a, b = (
+        data.draw(integers(dtype, (rows, rank))) + dtype.type(4),
+        data.draw(integers(dtype, (rank, columns))),
+    )
     adapted = LoRALinear(linear(weight), {"docs": (LowRank(a, b, scale), 1.0)})
-    check(array_of(adapted(tensor_of(x))), x, weight, None, [Term(a.astype(f64), b.astype(f64), scale, 1.0)])
+    check(
+        array_of(adapted(tensor_of(x))),
+        x,
+        weight,
+        None,
+        [Term(a.astype(f64), b.astype(f64), scale, 1.0)],
+    )
 
 
 @requirement("R2.8")
@@ -332,10 +416,15 @@ def test_a_float64_layer_computes_in_float64_whatever_the_cards_dtype(data, dtyp
 def test_for_training_factors_are_float32_masters_whatever_the_base_and_under_autocast(
     data, base_dtype, card_dtype, rank
 ):
-    autocast = base_dtype != np.float64 and data.draw(st.booleans())  # torch's autocast leaves float64 alone
+    autocast = base_dtype != np.float64 and data.draw(
+        st.booleans()
+    )  # torch's autocast leaves float64 alone
     rows, columns = data.draw(features), data.draw(features)
     weight = data.draw(numbers(base_dtype, (columns, rows)))
-    a, b = data.draw(numbers(card_dtype, (rows, rank))), data.draw(numbers(card_dtype, (rank, columns)))
+    a, b = (
+        data.draw(numbers(card_dtype, (rows, rank))),
+        data.draw(numbers(card_dtype, (rank, columns))),
+    )
     layer = TrainableLinear(linear(weight), LowRank(a, b, 0.5))
     assert np.array_equal(array_of(layer.lora_A), a.astype(np.float32))
     x = torch.ones(2, rows, dtype=torch.float32 if autocast else DTYPES[base_dtype])
@@ -350,7 +439,9 @@ def test_for_training_factors_are_float32_masters_whatever_the_base_and_under_au
 
 
 @requirement("R2.10")
-@given(rows=st.integers(1, 4096), columns=features, rank=st.integers(1, 16), seed=st.integers(0, 2**63))
+@given(
+    rows=st.integers(1, 4096), columns=features, rank=st.integers(1, 16), seed=st.integers(0, 2**63)
+)
 def test_a_fresh_pair_is_zero_in_b_bounded_in_a_and_decided_by_its_seed(rows, columns, rank, seed):
     pair = initial(rows, columns, rank, np.random.default_rng(seed))
     assert (pair.A.shape, pair.B.shape, pair.dtype) == ((rows, rank), (rank, columns), np.float32)
@@ -367,11 +458,17 @@ class Ends:
         self.bits = itertools.cycle(bits)
 
     def uniform(self, low, high, shape):
-        return np.array([high if next(self.bits) else low for _ in range(np.prod(shape))]).reshape(shape)
+        return np.array([high if next(self.bits) else low for _ in range(np.prod(shape))]).reshape(
+            shape
+        )
 
 
 @requirement("R2.10")
-@given(rows=st.integers(1, 4096), rank=st.integers(1, 3), ends=st.lists(st.booleans(), min_size=1, max_size=9))
+@given(
+    rows=st.integers(1, 4096),
+    rank=st.integers(1, 3),
+    ends=st.lists(st.booleans(), min_size=1, max_size=9),
+)
 def test_not_even_a_draw_of_the_bound_itself_is_rounded_beyond_it(rows, rank, ends):
     found = initial(rows, 1, rank, Ends(ends)).A.astype(np.float64)
     assert np.array_equal(found > 0, Ends(ends).uniform(-1, 1, found.shape) > 0)
@@ -383,7 +480,9 @@ def test_not_even_a_draw_of_the_bound_itself_is_rounded_beyond_it(rows, rank, en
 @given(layer=layers(), rounds=st.integers(1, 4))
 def test_folding_and_going_back_any_number_of_times_leaves_the_base_as_it_was(layer, rounds):
     x, weight, bias, terms = layer
-    model = nn.Sequential(linear(weight, bias), nn.Identity(), linear(np.ones((2, len(weight)), x.dtype)))
+    model = nn.Sequential(
+        linear(weight, bias), nn.Identity(), linear(np.ones((2, len(weight)), x.dtype))
+    )
     cards = [
         LoRACard(f"c{i}", t.A.shape[1], 1.0, ["0"], {"0": LowRank(t.A, t.B, t.scaling)})
         for i, t in enumerate(terms.values())
@@ -395,7 +494,9 @@ def test_folding_and_going_back_any_number_of_times_leaves_the_base_as_it_was(la
         assert folded[2].weight.data_ptr() == model[2].weight.data_ptr()
         narrow, touched = x.dtype.itemsize < 4, bool(cards)
         assert type(folded[0]) is (LoRALinear if narrow and touched else nn.Linear)
-        assert (folded[0].weight.data_ptr() == model[0].weight.data_ptr()) is (narrow or not touched)
+        assert (folded[0].weight.data_ptr() == model[0].weight.data_ptr()) is (
+            narrow or not touched
+        )
         assert state_of(model) == before
         assert torch.equal(model(tensor_of(x)), plain)
 
@@ -424,7 +525,8 @@ def test_delta_is_what_the_pair_does_to_the_weight(layer):
         pair = LowRank(term.A, term.B, term.scaling)
         assert delta(pair).shape == weight.shape
         assert np.array_equal(
-            wide @ delta(pair, dtype=np.float64).T, wide @ term.A.astype(float) @ term.B.astype(float) * term.scaling
+            wide @ delta(pair, dtype=np.float64).T,
+            wide @ term.A.astype(float) @ term.B.astype(float) * term.scaling,
         )
         assert np.array_equal(delta(pair), delta(pair, dtype=np.float64))
 
@@ -436,7 +538,14 @@ def test_the_algebra_of_pairs_agrees_with_the_layer(layer, mixed):
     x, weight, _, terms = layer
     assume(terms)
     pairs = [
-        (LowRank(t.A.astype(np.float32).astype(mixed), t.B.astype(np.float32).astype(mixed), t.scaling), t.weight)
+        (
+            LowRank(
+                t.A.astype(np.float32).astype(mixed),
+                t.B.astype(np.float32).astype(mixed),
+                t.scaling,
+            ),
+            t.weight,
+        )
         for t in terms.values()
     ]
     work = np.dtype(np.float64 if np.float64 in (x.dtype, mixed) else np.float32)
@@ -464,7 +573,9 @@ def test_the_fused_order_equals_the_plain_one(layer, inference):
 @given(layer=layers(max_terms=2), many=st.booleans())
 def test_the_order_that_forms_the_weight_equals_the_factored_one(layer, many):
     x, weight, bias, terms = layer
-    pairs = {name: (LowRank(term.A, term.B, term.scaling), term.weight) for name, term in terms.items()}
+    pairs = {
+        name: (LowRank(term.A, term.B, term.scaling), term.weight) for name, term in terms.items()
+    }
     adapted = LoRALinear(linear(weight, bias), pairs)
     adapted.many = -1.0 if many else float("inf")
     with torch.inference_mode():
@@ -484,7 +595,12 @@ def test_a_row_of_a_segmented_layer_gets_what_it_would_get_alone(data, layer, wh
     for _ in range(data.draw(st.integers(1, 3))):
         names = data.draw(st.lists(st.sampled_from("abc"), unique=True, max_size=2))
         shapes = [(weight.shape[1], 2), (2, weight.shape[0])]
-        sets.append({n: Term(*(data.draw(elements(x.dtype, shape)) for shape in shapes), 2.0, 1.0) for n in names})
+        sets.append(
+            {
+                n: Term(*(data.draw(elements(x.dtype, shape)) for shape in shapes), 2.0, 1.0)
+                for n in names
+            }
+        )
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, rows), max_size=2))), rows]
     segments = [
         (start, stop, data.draw(st.integers(0, len(sets) - 1)))
@@ -492,7 +608,9 @@ def test_a_row_of_a_segmented_layer_gets_what_it_would_get_alone(data, layer, wh
         if start < stop and data.draw(st.booleans())
     ]
     base = linear(weight, bias)
-    out = array_of(SegmentedLinear(base, [pairs_of(terms) for terms in sets])(tensor_of(x), tuple(segments)))
+    out = array_of(
+        SegmentedLinear(base, [pairs_of(terms) for terms in sets])(tensor_of(x), tuple(segments))
+    )
     plain = array_of(base(tensor_of(x)))
     for row in range(rows):
         index = next((i for start, stop, i in segments if start <= row < stop), None)
@@ -513,7 +631,10 @@ def test_a_stacked_pair_does_what_the_sum_of_its_parts_does(layer):
     stacked = concat(pairs_of(terms).values())
     assert stacked.rank == max(1, sum(t.A.shape[1] for t in terms.values() if t.weight != 0))
     wide = x.astype(np.float64)
-    parts = sum(wide @ delta(LowRank(t.A, t.B, t.scaling), dtype=np.float64).T * t.weight for t in terms.values())
+    parts = sum(
+        wide @ delta(LowRank(t.A, t.B, t.scaling), dtype=np.float64).T * t.weight
+        for t in terms.values()
+    )
     assert np.array_equal(wide @ delta(stacked, dtype=np.float64).T, parts)
 
 
@@ -571,7 +692,10 @@ def spectral_bound(pair):
     size = abs(1 if pair.scaling is None else pair.scaling)
     for factor in (pair.A, pair.B):
         size *= np.linalg.norm(factor.astype(np.float64))
-    return gamma(64 * (pair.in_features + pair.out_features) * pair.rank**2, np.dtype(np.float64)) * size
+    return (
+        gamma(64 * (pair.in_features + pair.out_features) * pair.rank**2, np.dtype(np.float64))
+        * size
+    )
 
 
 @requirement("R2.11", "R2.2")
@@ -597,7 +721,9 @@ def test_the_spectrum_is_that_of_delta_w_in_whatever_gauge(data, dtype, rank, sc
 def test_what_is_not_finite_has_no_spectrum(data, shape):
     """Not either factor, and not ΔW: numbers of 1e300 in both are finite, and their products are not."""
     rows, rank, columns = shape
-    signs = st.integers(0, 2**32).map(lambda seed: np.random.default_rng(seed).choice([1.0, -1.0], (9, 9)))
+    signs = st.integers(0, 2**32).map(
+        lambda seed: np.random.default_rng(seed).choice([1.0, -1.0], (9, 9))
+    )
     a, b = data.draw(signs)[:rows, :rank], data.draw(signs)[:rank, :columns]
     assert len(spectrum(LowRank(a, b))) == min(shape)
     with pytest.raises(ArgumentError, match=r"^spectrum of a pair: expected a ΔW within float64"):
@@ -606,7 +732,9 @@ def test_what_is_not_finite_has_no_spectrum(data, shape):
         for factor in (a, b):
             row, column = (data.draw(st.integers(0, size - 1)) for size in factor.shape)
             kept, factor[row, column] = factor[row, column], bad
-            with pytest.raises(ArgumentError, match=r"^spectrum of a pair: expected finite factors"):
+            with pytest.raises(
+                ArgumentError, match=r"^spectrum of a pair: expected finite factors"
+            ):
                 spectrum(LowRank(a, b))
             factor[row, column] = kept
 
@@ -628,6 +756,8 @@ def test_a_thin_qr_is_orthonormal_times_upper_triangular(data, shape, dtype):
     assert np.array_equal(matrix, before)
     assert not np.tril(r, -1).any()
     assert np.linalg.norm(q.T @ q - np.eye(count)) <= bound
-    assert np.linalg.norm(q @ r - matrix) <= bound * max(np.linalg.norm(matrix), float(np.finfo(dtype).tiny))
+    assert np.linalg.norm(q @ r - matrix) <= bound * max(
+        np.linalg.norm(matrix), float(np.finfo(dtype).tiny)
+    )
     expected = np.linalg.qr(matrix)[1]
     assert np.linalg.norm(r - expected) <= bound * np.linalg.norm(matrix)

@@ -14,7 +14,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor, nn
 
 from lora.card import AdapterSet, LoRACard, LowRank
-from lora.errors import ConflictError, LoRAError, ShapeError, StateError, TargetError, UnknownCardError
+from lora.errors import (
+    ConflictError,
+    LoRAError,
+    ShapeError,
+    StateError,
+    TargetError,
+    UnknownCardError,
+)
 from lora.inference import manager as manager_module
 from lora.inference.manager import HISTORY, LoRAManager
 from lora.layer import LoRALinear
@@ -40,7 +47,8 @@ def fits(name, key):
 
 def targeted(name, targets):
     return any(
-        fits(name, target) or (target == "all-linear" and "lm_head" not in name.split(".")) for target in targets
+        fits(name, target) or (target == "all-linear" and "lm_head" not in name.split("."))
+        for target in targets
     )
 
 
@@ -48,8 +56,12 @@ def targeted(name, targets):
 def names_and_keys(draw, extra=()):
     """Module names, and keys that are names, suffixes of names, or names of nothing."""
     names = draw(module_lists)
-    suffixes = [".".join(name.split(".")[start:]) for name in names for start in range(name.count(".") + 1)]
-    return names, draw(st.lists(st.sampled_from([*suffixes, *extra]) | dotted, max_size=4, unique=True))
+    suffixes = [
+        ".".join(name.split(".")[start:]) for name in names for start in range(name.count(".") + 1)
+    ]
+    return names, draw(
+        st.lists(st.sampled_from([*suffixes, *extra]) | dotted, max_size=4, unique=True)
+    )
 
 
 @requirement("R3.11")
@@ -64,14 +76,21 @@ def test_a_target_matches_the_names_that_end_with_it_at_a_dot(impl, drawn):
 @given(drawn=names_and_keys(extra=["all-linear"]), data=st.data())
 def test_the_order_of_names_and_targets_changes_no_match(impl, drawn, data):
     names, targets = drawn
-    shuffled = impl.match_targets(data.draw(st.permutations(names)), data.draw(st.permutations(targets)))
+    shuffled = impl.match_targets(
+        data.draw(st.permutations(names)), data.draw(st.permutations(targets))
+    )
     assert sorted(shuffled) == sorted(impl.match_targets(names, targets))
     apart = {name for target in targets for name in impl.match_targets(names, [target])}
     assert apart == set(shuffled)
 
 
 @requirement("R3.11")
-@given(number=st.integers(0, 9), digit=st.integers(1, 9), leaf=st.sampled_from(["query", "q.lin"]), deep=st.booleans())
+@given(
+    number=st.integers(0, 9),
+    digit=st.integers(1, 9),
+    leaf=st.sampled_from(["query", "q.lin"]),
+    deep=st.booleans(),
+)
 def test_layer_1_is_never_layer_11(impl, number, digit, leaf, deep):
     prefix = "encoder.layer." if deep else ""
     names = [f"{prefix}{number}.{leaf}", f"{prefix}{digit}{number}.{leaf}"]
@@ -83,15 +102,23 @@ def bindings(draw):
     """Linears with their shapes, and a card some of whose keys fit some of them."""
     names, targets = draw(names_and_keys(extra=["all-linear"]))
     shapes = {name: (2, draw(st.sampled_from([2, 2, 2, 3]))) for name in names}
-    suffixes = [".".join(name.split(".")[start:]) for name in names for start in range(name.count(".") + 1)]
-    keys = draw(st.lists(st.sampled_from(suffixes) | st.sampled_from(names) | dotted, max_size=4, unique=True))
+    suffixes = [
+        ".".join(name.split(".")[start:]) for name in names for start in range(name.count(".") + 1)
+    ]
+    keys = draw(
+        st.lists(
+            st.sampled_from(suffixes) | st.sampled_from(names) | dotted, max_size=4, unique=True
+        )
+    )
     pair = PlainPair(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32), 1.0)
     return PlainCard("docs", 1, 1.0, tuple(targets), dict.fromkeys(keys, pair), {}, {}), shapes
 
 
 @requirement("R3.11")
 @given(drawn=bindings(), data=st.data())
-def test_a_weight_binds_to_the_one_targeted_module_that_it_fits_or_the_card_is_refused(impl, drawn, data):
+def test_a_weight_binds_to_the_one_targeted_module_that_it_fits_or_the_card_is_refused(
+    impl, drawn, data
+):
     card, shapes = drawn
     reached = [name for name in shapes if targeted(name, card.target_modules)]
     pairs = [(name, key) for name in reached for key in card.weights if fits(name, key)]
@@ -110,7 +137,9 @@ def test_a_weight_binds_to_the_one_targeted_module_that_it_fits_or_the_card_is_r
 @st.composite
 def linears(draw):
     """Names of Linears, some of them names of one module, with output heads at any place among their components."""
-    heads = st.sampled_from(sorted(OUTPUT_HEADS)) | st.sampled_from(["head_0", "xhead", "lm_head2", "Score"])
+    heads = st.sampled_from(sorted(OUTPUT_HEADS)) | st.sampled_from(
+        ["head_0", "xhead", "lm_head2", "Score"]
+    )
     parts = st.lists(words.filter("lm_head".__ne__) | heads, min_size=1, max_size=3).map(".".join)
     sites = {}
     for name in draw(st.lists(parts, min_size=1, max_size=6, unique=True)):
@@ -122,10 +151,16 @@ def linears(draw):
 
 @requirement("R3.11")
 @given(sites=linears(), data=st.data())
-def test_all_linear_is_every_module_but_those_whose_name_has_an_output_heads_as_a_component(sites, data):
+def test_all_linear_is_every_module_but_those_whose_name_has_an_output_heads_as_a_component(
+    sites, data
+):
     names = list(sites)
-    suffixes = [".".join(name.split(".")[start:]) for name in names for start in range(name.count(".") + 1)]
-    targets = data.draw(st.lists(st.sampled_from([*suffixes, "uery", "", "nowhere"]), max_size=2, unique=True))
+    suffixes = [
+        ".".join(name.split(".")[start:]) for name in names for start in range(name.count(".") + 1)
+    ]
+    targets = data.draw(
+        st.lists(st.sampled_from([*suffixes, "uery", "", "nowhere"]), max_size=2, unique=True)
+    )
     plain = [name for name in names if not set(name.split(".")) & OUTPUT_HEADS]
     named = [name for name in names if any(fits(name, target) for target in targets)]
     assert [(name, key) for name in names for key in suffixes if matches(name, key)] == [
@@ -142,10 +177,14 @@ def test_all_linear_is_every_module_but_those_whose_name_has_an_output_heads_as_
 
 @requirement("R3.11", "R3.12", "R3.14")
 @given(sites=linears(), data=st.data())
-def test_a_plan_binds_a_module_under_its_first_name_and_tells_which_of_them_may_never_be_called(sites, data):
+def test_a_plan_binds_a_module_under_its_first_name_and_tells_which_of_them_may_never_be_called(
+    sites, data
+):
     pair = LowRank(np.ones((2, 1)), np.ones((1, 2)), 1.0)
     keys = data.draw(st.lists(st.sampled_from([*sites]), unique=True))
-    targets = data.draw(st.sampled_from([("all-linear",), tuple(keys), ("nowhere", *keys, "all-linear")]))
+    targets = data.draw(
+        st.sampled_from([("all-linear",), tuple(keys), ("nowhere", *keys, "all-linear")])
+    )
     card = LoRACard("docs", 1, 1.0, targets, dict.fromkeys(keys, pair))
     reached = targeted_modules(sites, targets)
     bindings = [
@@ -160,8 +199,12 @@ def test_a_plan_binds_a_module_under_its_first_name_and_tells_which_of_them_may_
     found = plan(sites, card)
     assert list(found.bound.items()) == sorted(bindings)
     assert found.bypassed == tuple(sorted(owner for owner, _ in bindings if sites[owner].bypassed))
-    assert found.weights_not_used == tuple(key for key in card.weights if key not in dict(bindings).values())
-    assert found.targets_not_found == tuple(target for target in targets if not targeted_modules(sites, [target]))
+    assert found.weights_not_used == tuple(
+        key for key in card.weights if key not in dict(bindings).values()
+    )
+    assert found.targets_not_found == tuple(
+        target for target in targets if not targeted_modules(sites, [target])
+    )
 
 
 # ---- module trees
@@ -199,7 +242,11 @@ def notes(draw):
 @st.composite
 def leaves(draw, made, *, whole):
     """A module without parts; a Linear may share its weight with one that was made before."""
-    kinds = ["linear", "relu"] if whole else ["linear", "linear", "norm", "batch", "dropout", "relu", "empty"]
+    kinds = (
+        ["linear", "relu"]
+        if whole
+        else ["linear", "linear", "norm", "batch", "dropout", "relu", "empty"]
+    )
     others = [module for module in made if isinstance(module, nn.Linear)]
     kind = draw(st.sampled_from(kinds)) if others else "linear"
     if kind != "linear":
@@ -211,7 +258,9 @@ def leaves(draw, made, *, whole):
             "empty": nn.Sequential,
         }
         return plain[kind](WIDTH) if kind in ("norm", "batch") else plain[kind]()
-    linear = nn.Linear(WIDTH, WIDTH, bias=draw(st.booleans()), dtype=torch.float64 if whole else None)
+    linear = nn.Linear(
+        WIDTH, WIDTH, bias=draw(st.booleans()), dtype=torch.float64 if whole else None
+    )
     if whole:
         for parameter in linear.parameters():
             parameter.data = torch.randint(-2, 3, parameter.shape).double()
@@ -267,7 +316,8 @@ def cards(draw, model, name="docs"):
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     shapes = [(WIDTH, 2), (2, WIDTH)]
     weights = {
-        name: LowRank(*(rng.integers(-2, 3, shape).astype(np.float64) for shape in shapes), 2.0) for name in chosen
+        name: LowRank(*(rng.integers(-2, 3, shape).astype(np.float64) for shape in shapes), 2.0)
+        for name in chosen
     }
     return LoRACard(name, 2, 1.0, draw(st.sampled_from([tuple(chosen), ("all-linear",)])), weights)
 
@@ -312,7 +362,10 @@ def picture(model):
 
 def mutable(value, found):
     """Every mutable object that a value leads to, by id."""
-    if isinstance(value, nn.Module | dict | list | set | deque | tuple | Tensor) and id(value) not in found:
+    if (
+        isinstance(value, nn.Module | dict | list | set | deque | tuple | Tensor)
+        and id(value) not in found
+    ):
         if not isinstance(value, tuple):
             found[id(value)] = value
         if isinstance(value, nn.Module):
@@ -346,8 +399,12 @@ def test_the_result_shares_every_parameters_storage_and_no_mutable_object(data):
     result = adapt(model, data.draw(cards(model)))
     assert picture(model) == before
     assert not mutable(model, {}).keys() & mutable(result, {}).keys()
-    places = {name: tensor.data_ptr() for name, tensor in model.named_parameters(remove_duplicate=False)}
-    assert {name: tensor.data_ptr() for name, tensor in result.named_parameters(remove_duplicate=False)} == places
+    places = {
+        name: tensor.data_ptr() for name, tensor in model.named_parameters(remove_duplicate=False)
+    }
+    assert {
+        name: tensor.data_ptr() for name, tensor in result.named_parameters(remove_duplicate=False)
+    } == places
     for parameter in result.parameters():
         assert isinstance(parameter, nn.Parameter)
         assert (parameter.requires_grad, parameter.is_leaf, parameter.grad) == (False, True, None)
@@ -373,7 +430,11 @@ def test_a_rewrite_with_no_card_computes_what_the_model_does_to_the_last_bit(dat
 
 
 def dtypes_of(model):
-    return {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
+    return {
+        tensor.dtype
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.is_floating_point()
+    }
 
 
 def train_and_step(result):
@@ -409,7 +470,9 @@ def replace_parameters(result):
 
 
 def load_other_numbers(result):
-    result.load_state_dict({key: torch.full_like(tensor, 7) for key, tensor in result.state_dict().items()})
+    result.load_state_dict(
+        {key: torch.full_like(tensor, 7) for key, tensor in result.state_dict().items()}
+    )
 
 
 def hook_everything(result):
@@ -432,7 +495,11 @@ OPERATIONS = {
     "fold": lambda result: fold(result).half(),
     "cards": lambda result: result.apply(lambda module: setattr(module, "mark", 1)),
 }
-LAST = {"dictionaries": spoil_dictionaries, "parameters": replace_parameters, "none": lambda result: None}
+LAST = {
+    "dictionaries": spoil_dictionaries,
+    "parameters": replace_parameters,
+    "none": lambda result: None,
+}
 
 
 @requirement("R3.9", "R3.7")
@@ -456,9 +523,16 @@ def test_adapting_twice_is_adapting_to_the_union_and_the_order_is_irrelevant(dat
     a, b = data.draw(cards(model, "a")), data.draw(cards(model, "b"))
     x = torch.randn(4, WIDTH)
     want = adapt(model, [a, b])
-    for other in (adapt(adapt(model, a), b), adapt(adapt(model, b), a), adapt(want, a), adapt(model, [b, a])):
+    for other in (
+        adapt(adapt(model, a), b),
+        adapt(adapt(model, b), a),
+        adapt(want, a),
+        adapt(model, [b, a]),
+    ):
         assert torch.equal(run(other, x), run(want, x))
-        assert [type(module) for module in other.modules()] == [type(module) for module in want.modules()]
+        assert [type(module) for module in other.modules()] == [
+            type(module) for module in want.modules()
+        ]
     if a.weights:
         with pytest.raises(ConflictError, match="'a'"):
             adapt(want, AdapterSet({"a": (a, 0.5)}))
@@ -493,7 +567,9 @@ def test_the_report_says_what_was_bound_and_what_was_not(data, strict):
     pair = LowRank(np.ones((WIDTH, 1)), np.ones((1, WIDTH)))
     keys = data.draw(st.lists(st.sampled_from([*found, "nowhere", "m"]), unique=True))
     near = [name[-1] for name in found if name]  # "3" is the end of "m3" and does not match it
-    targets = data.draw(st.lists(st.sampled_from([*found, *near, "elsewhere", "all-linear"]), unique=True))
+    targets = data.draw(
+        st.lists(st.sampled_from([*found, *near, "elsewhere", "all-linear"]), unique=True)
+    )
     card = LoRACard("docs", 1, 1.0, targets, dict.fromkeys(keys, pair))
     everywhere = "all-linear" in targets
     bound = sorted(key for key in keys if key in found and (everywhere or key in targets))
@@ -519,7 +595,9 @@ def test_the_report_says_what_was_bound_and_what_was_not(data, strict):
 def base_model():
     torch.manual_seed(5)
     return nn.Sequential(
-        OrderedDict(first=nn.Linear(3, 4), act=nn.Tanh(), second=nn.Linear(4, 3), norm=nn.BatchNorm1d(3))
+        OrderedDict(
+            first=nn.Linear(3, 4), act=nn.Tanh(), second=nn.Linear(4, 3), norm=nn.BatchNorm1d(3)
+        )
     ).eval()
 
 
@@ -532,7 +610,9 @@ def make_card(name, version, modules, targets=None):
     for module in modules:
         rows, columns = LAYERS.get(module, (9, 9))
         shapes = [(rows, 2), (2, columns)]
-        weights[module] = LowRank(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes), 0.5)
+        weights[module] = LowRank(
+            *(rng.standard_normal(shape).astype(np.float32) for shape in shapes), 0.5
+        )
     return LoRACard(name, 2 if modules else 1, 1.0, targets or modules, weights)
 
 
@@ -618,7 +698,10 @@ class ManagerMachine(RuleBasedStateMachine):
         if card.name == "c" and "c" not in self.active:
             self.refused(TargetError, lambda: self.manager.apply_card(card, strict=True))
 
-    @rule(card=st.sampled_from(FITTING), operation=st.sampled_from(["apply", "remove", "replace", "weight", "prepare"]))
+    @rule(
+        card=st.sampled_from(FITTING),
+        operation=st.sampled_from(["apply", "remove", "replace", "weight", "prepare"]),
+    )
     def crash_in_the_middle(self, card, operation):
         name, inside = card.name, card.name in self.active
         operations = {
@@ -672,7 +755,8 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(
         chosen=st.lists(
-            st.tuples(st.sampled_from([*FITTING, BINDING_NOTHING]), WEIGHTS), unique_by=lambda pair: pair[0].name
+            st.tuples(st.sampled_from([*FITTING, BINDING_NOTHING]), WEIGHTS),
+            unique_by=lambda pair: pair[0].name,
         )
     )
     def prepare(self, chosen):
@@ -680,7 +764,9 @@ class ManagerMachine(RuleBasedStateMachine):
         model = self.manager.model
         assert set(self.manager.prepare(wanted)) == set(wanted)
         assert self.manager.model is model
-        self.prepared = {name: entry for name, entry in wanted.items() if name != BINDING_NOTHING.name}
+        self.prepared = {
+            name: entry for name, entry in wanted.items() if name != BINDING_NOTHING.name
+        }
         self.earlier = self.earlier[1 - HISTORY :]  # room for what the swap will replace
 
     @rule()
@@ -711,11 +797,18 @@ class ManagerMachine(RuleBasedStateMachine):
     def it_tracks_what_is_active_and_where(self):
         state = self.manager.state
         assert self.manager.active == AdapterSet(self.active)
-        assert [earlier.adapters for earlier in state.earlier] == [AdapterSet(entries) for entries in self.earlier]
+        assert [earlier.adapters for earlier in state.earlier] == [
+            AdapterSet(entries) for entries in self.earlier
+        ]
         assert (state.prepared is None) is (self.prepared is None)
         assert self.prepared is None or state.prepared.adapters == AdapterSet(self.prepared)
-        where = {layer: sorted(n for n, (card, _) in self.active.items() if layer in card.weights) for layer in LAYERS}
-        assert self.manager.injected == {layer: tuple(names) for layer, names in where.items() if names}
+        where = {
+            layer: sorted(n for n, (card, _) in self.active.items() if layer in card.weights)
+            for layer in LAYERS
+        }
+        assert self.manager.injected == {
+            layer: tuple(names) for layer, names in where.items() if names
+        }
         known = {**self.loaded, **{name: card for name, (card, _) in self.active.items()}}
         assert dict(self.manager.list_cards()) == dict(sorted(known.items()))
         assert isinstance(state.loaded, MappingProxyType)
@@ -739,5 +832,17 @@ class ManagerMachine(RuleBasedStateMachine):
 
 ManagerMachine.TestCase.settings = settings(stateful_step_count=30)
 TestManager = requirement(
-    "R3.2", "R3.3", "R3.4", "R3.5", "R3.7", "R3.10", "R3.13", "R7.4", "R7.5", "R8.3", "R8.4", "R22.1", "R22.2"
+    "R3.2",
+    "R3.3",
+    "R3.4",
+    "R3.5",
+    "R3.7",
+    "R3.10",
+    "R3.13",
+    "R7.4",
+    "R7.5",
+    "R8.3",
+    "R8.4",
+    "R22.1",
+    "R22.2",
 )(ManagerMachine.TestCase)

@@ -30,7 +30,11 @@ WHOLE = [*map(wide, [(3, 4), (4, 3), (0, 0, 5), (0, 6, 8), (7, 24), (-3, -4)])]
 ODD, ASKED = (0, 0, 0, -2, 7, -1, -7, 5), (-7, 0, 0, -2, 0, -1, -5, -7)
 HALFWAY = [*map(wide, [(8, 8), (8, 0, 8), (7, 7, 5, 2, 1), (5, 7, 1, 7, 2), ODD, ASKED])]
 
-coordinates = st.floats(-4, 4, width=32) | st.integers(-3, 3).map(float) | st.sampled_from([0.0, -0.0, 1e-30, 1e30])
+coordinates = (
+    st.floats(-4, 4, width=32)
+    | st.integers(-3, 3).map(float)
+    | st.sampled_from([0.0, -0.0, 1e-30, 1e30])
+)
 vectors = st.one_of(
     st.lists(coordinates, min_size=WIDTH, max_size=WIDTH).map(tuple),
     st.sampled_from(WHOLE),
@@ -48,7 +52,9 @@ class Meanings(dict):
         return np.array([self[text] for text in texts], float).reshape(-1, WIDTH)
 
     def scaled(self, power):
-        return Meanings({text: np.ldexp(np.array(vector, float), power) for text, vector in self.items()})
+        return Meanings(
+            {text: np.ldexp(np.array(vector, float), power) for text, vector in self.items()}
+        )
 
 
 @st.composite
@@ -103,9 +109,15 @@ def test_the_best_come_first_and_equal_scores_by_name(impl, drawn):
 
 
 @requirement("R4.9")
-@given(st.sampled_from(HALFWAY) | vectors, st.sampled_from(HALFWAY) | vectors, st.sets(names, min_size=2, max_size=9))
+@given(
+    st.sampled_from(HALFWAY) | vectors,
+    st.sampled_from(HALFWAY) | vectors,
+    st.sets(names, min_size=2, max_size=9),
+)
 @example(ODD, ASKED, set("abcdefg"))
-def test_candidates_that_mean_the_same_tie_wherever_the_score_falls_and_are_ordered_by_name(impl, meant, asked, known):
+def test_candidates_that_mean_the_same_tie_wherever_the_score_falls_and_are_ordered_by_name(
+    impl, meant, asked, known
+):
     candidates = {name: [name + "?"] for name in known}
     meanings = Meanings(dict.fromkeys((name + "?" for name in known), meant), query=asked)
     found = made(impl, candidates, meanings).select("query", len(known), None)
@@ -130,18 +142,31 @@ def test_a_threshold_keeps_exactly_the_scores_at_or_above_it(impl, drawn, anywhe
     router = made(impl, candidates, meanings)
     everything = router.select("query", len(candidates), None)
     score = data.draw(st.sampled_from([score for _, score in everything]))
-    for threshold in (score, math.nextafter(score, -2), math.nextafter(score, 2), anywhere, -1.0, 0.0, 1.0, 1.5):
+    for threshold in (
+        score,
+        math.nextafter(score, -2),
+        math.nextafter(score, 2),
+        anywhere,
+        -1.0,
+        0.0,
+        1.0,
+        1.5,
+    ):
         kept = [route for route in everything if route[1] >= threshold]
         assert router.select("query", len(candidates), threshold) == kept
 
 
 @requirement("R4.5", "R4.6", "R4.8")
-@given(st.sampled_from(WHOLE), st.sampled_from(WHOLE), st.integers(-900, 900), st.integers(-900, 900))
+@given(
+    st.sampled_from(WHOLE), st.sampled_from(WHOLE), st.integers(-900, 900), st.integers(-900, 900)
+)
 def test_a_cosine_that_is_a_short_decimal_is_scored_as_that_decimal(impl, a, b, grown, shrunk):
     lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))  # whole numbers
     exact = sum(x * y for x, y in zip(a, b, strict=True)) / lengths
     assert exact == round(exact, 4)
-    meanings = Meanings(text=np.ldexp(np.array(a, float), grown), query=np.ldexp(np.array(b, float), shrunk))
+    meanings = Meanings(
+        text=np.ldexp(np.array(a, float), grown), query=np.ldexp(np.array(b, float), shrunk)
+    )
     router = made(impl, {"card": ["text"]}, meanings)
     assert router.select("query", 1, exact) == [("card", exact)]
     assert router.select("query", 1, math.nextafter(exact, 2)) == []
@@ -154,9 +179,13 @@ def test_scaling_by_powers_of_two_changes_no_bit(impl, drawn, power, asked):
     scaled = meanings.scaled(power)
     scaled["query"] = meanings.scaled(asked)["query"]
     for text, by in [*((text, power) for text in meanings if text != "query"), ("query", asked)]:
-        assume(np.array_equal(np.ldexp(scaled[text], -by), meanings[text]))  # nothing over- or underflowed
+        assume(
+            np.array_equal(np.ldexp(scaled[text], -by), meanings[text])
+        )  # nothing over- or underflowed
     k = max(1, len(candidates))
-    before, after = (made(impl, candidates, embed).select("query", k, None) for embed in (meanings, scaled))
+    before, after = (
+        made(impl, candidates, embed).select("query", k, None) for embed in (meanings, scaled)
+    )
     assert before == after
 
 
@@ -167,8 +196,12 @@ def test_a_zero_vector_scores_zero_on_either_side(impl, drawn, data):
     zero = data.draw(st.sampled_from([(0.0,) * WIDTH, (-0.0,) * WIDTH]))
     nothing = data.draw(st.sampled_from(sorted(candidates)))
     meanings |= dict.fromkeys(candidates[nothing], zero)
-    assert dict(made(impl, candidates, meanings).select("query", len(candidates), None))[nothing] == 0
-    asked = made(impl, candidates, Meanings(meanings, query=zero)).select("query", len(candidates), 0.0)
+    assert (
+        dict(made(impl, candidates, meanings).select("query", len(candidates), None))[nothing] == 0
+    )
+    asked = made(impl, candidates, Meanings(meanings, query=zero)).select(
+        "query", len(candidates), 0.0
+    )
     assert asked == [(name, 0.0) for name in sorted(candidates)]
 
 
@@ -177,10 +210,15 @@ def test_a_zero_vector_scores_zero_on_either_side(impl, drawn, data):
 def test_the_order_and_repetition_of_a_candidates_examples_change_nothing(impl, drawn, data):
     candidates, meanings = drawn
     repeated = {
-        name: data.draw(st.permutations([*texts, *data.draw(st.lists(st.sampled_from(texts), max_size=2))]))
+        name: data.draw(
+            st.permutations([*texts, *data.draw(st.lists(st.sampled_from(texts), max_size=2))])
+        )
         for name, texts in candidates.items()
     }
-    found = [made(impl, each, meanings).select("query", len(candidates), None) for each in (candidates, repeated)]
+    found = [
+        made(impl, each, meanings).select("query", len(candidates), None)
+        for each in (candidates, repeated)
+    ]
     assert found[0] == found[1]
 
 
@@ -196,7 +234,10 @@ def test_ranking_the_short_list_is_ranking_all(sizes, spread, seed, data):
     width, count, top_k = sizes
     rng = np.random.default_rng(seed)
     centre, asked = rng.standard_normal((2, width))
-    known = {str(i): centre + spread * rng.standard_normal((rng.integers(1, 4), width)) for i in range(count)}
+    known = {
+        str(i): centre + spread * rng.standard_normal((rng.integers(1, 4), width))
+        for i in range(count)
+    }
     index = EMPTY
     for name, rows in known.items():
         index = index.with_candidate(candidate_of(name, rows))
@@ -204,8 +245,12 @@ def test_ranking_the_short_list_is_ranking_all(sizes, spread, seed, data):
     everything = rank(query, index, range(count), count, None)
     threshold = data.draw(st.none() | st.sampled_from(everything).map(lambda route: route.score))
     short = shortlist(query, index, top_k, threshold)
-    assert rank(query, index, short, top_k, threshold) == rank(query, index, range(count), top_k, threshold)
-    assert select(query, index, top_k=top_k, threshold=threshold) == rank(query, index, short, top_k, threshold)
+    assert rank(query, index, short, top_k, threshold) == rank(
+        query, index, range(count), top_k, threshold
+    )
+    assert select(query, index, top_k=top_k, threshold=threshold) == rank(
+        query, index, short, top_k, threshold
+    )
     if spread == 1.0 and width > 100 and count > top_k + 20:
         assert len(short) < count
 
@@ -224,19 +269,25 @@ def test_the_order_of_registration_changes_nothing(impl, drawn, data):
 @given(st.data(), pools)
 def test_a_register_holds_what_was_last_registered_and_not_unregistered_since(impl, data, pool):
     known = data.draw(st.lists(names, min_size=1, max_size=4, unique=True))
-    meanings = Meanings({str(index): vector for index, vector in enumerate(pool)}, query=data.draw(vectors))
+    meanings = Meanings(
+        {str(index): vector for index, vector in enumerate(pool)}, query=data.draw(vectors)
+    )
     router, expected = impl.make_router(meanings), {}
     for name in data.draw(st.lists(st.sampled_from([*known, "unknown"]), max_size=8)):
         if name == "unknown" or data.draw(st.booleans()):
             router.unregister(name)
             expected.pop(name, None)
         else:
-            texts = data.draw(st.lists(st.sampled_from([*map(str, range(len(pool)))]), min_size=1, max_size=3))
+            texts = data.draw(
+                st.lists(st.sampled_from([*map(str, range(len(pool)))]), min_size=1, max_size=3)
+            )
             virtual = data.draw(st.booleans())
             router.register(name, texts, virtual=virtual)
             expected.pop(name, None)
             expected[name] = texts
-        assert router.select("query", 9, None) == made(impl, expected, meanings).select("query", 9, None)
+        assert router.select("query", 9, None) == made(impl, expected, meanings).select(
+            "query", 9, None
+        )
 
 
 @requirement("R4.7")
@@ -244,7 +295,10 @@ def test_a_register_holds_what_was_last_registered_and_not_unregistered_since(im
 def test_virtual_candidates_are_ranked_as_any_other(impl, drawn, data, threshold):
     candidates, meanings = drawn
     virtual = data.draw(st.sets(st.sampled_from(sorted(candidates)), min_size=1))
-    found = [made(impl, candidates, meanings, each).select("query", 9, threshold) for each in (set(), virtual)]
+    found = [
+        made(impl, candidates, meanings, each).select("query", 9, threshold)
+        for each in (set(), virtual)
+    ]
     assert found[0] == found[1]
 
 
@@ -261,7 +315,9 @@ def test_many_queries_are_routed_as_each_alone(impl, drawn, asked, top_k, thresh
 
 @requirement("R4.2", "R4.3")
 @given(registers(min_size=1), vectors, vectors)
-def test_descriptions_are_embedded_when_registered_and_queries_when_asked(impl, drawn, later, asked):
+def test_descriptions_are_embedded_when_registered_and_queries_when_asked(
+    impl, drawn, later, asked
+):
     candidates, meanings = drawn
     expected = made(impl, candidates, Meanings(meanings, query=asked)).select("query", 9, None)
     router = made(impl, candidates, meanings)
@@ -285,7 +341,12 @@ def test_asking_by_tags_is_asking_a_register_of_the_tagged(drawn, tags, wanted, 
                 router.register_virtual_candidate(name, texts, tags=has)
             else:
                 task = {"task_type": "task"} if "task" in has else {}
-                metadata = {"description": texts[0], "examples": texts[1:], "tags": sorted(has - {"task"}), **task}
+                metadata = {
+                    "description": texts[0],
+                    "examples": texts[1:],
+                    "tags": sorted(has - {"task"}),
+                    **task,
+                }
                 router.register_card(LoRACard(name, 1, 1.0, (), {}, metadata))
     expected = tagged.select("query", 9)
     assert everyone.select("query", 9, tags=wanted) == expected
@@ -296,14 +357,21 @@ def test_asking_by_tags_is_asking_a_register_of_the_tagged(drawn, tags, wanted, 
 
 
 @requirement("R4.8")
-@given(st.lists(st.tuples(vectors, st.integers(-900, 900)), min_size=1, max_size=4), st.sampled_from("fdgil"))
+@given(
+    st.lists(st.tuples(vectors, st.integers(-900, 900)), min_size=1, max_size=4),
+    st.sampled_from("fdgil"),
+)
 def test_every_row_is_normalised_by_itself_in_float64_whatever_its_size_and_dtype(sized, kind):
-    sized = sized if kind in "dg" else [(vector, 0) for vector, _ in sized]  # other types have no room for large powers
+    sized = (
+        sized if kind in "dg" else [(vector, 0) for vector, _ in sized]
+    )  # other types have no room for large powers
     rows = np.array([np.ldexp(np.array(vector, float), power) for vector, power in sized])
     rows = (np.round(rows.clip(-99, 99)) if kind in "il" else rows).astype(kind)
     found = unit(rows)
     assert found.dtype == np.float64
-    assert np.array_equal(found, np.concatenate([unit(row[None].astype(np.float64)) for row in rows]))
+    assert np.array_equal(
+        found, np.concatenate([unit(row[None].astype(np.float64)) for row in rows])
+    )
     lengths = np.sqrt((found * found).sum(axis=1))
     live = rows.any(axis=1)
     assert (abs(lengths[live] - 1) <= gamma(2 * WIDTH + 4, np.dtype(np.float64))).all()
@@ -312,7 +380,9 @@ def test_every_row_is_normalised_by_itself_in_float64_whatever_its_size_and_dtyp
 
 @requirement("R4.7")
 @given(registers(min_size=1), st.data())
-def test_a_route_says_whether_its_candidate_is_virtual_and_one_is_chosen_unless_more_are_asked_for(drawn, data):
+def test_a_route_says_whether_its_candidate_is_virtual_and_one_is_chosen_unless_more_are_asked_for(
+    drawn, data
+):
     candidates, meanings = drawn
     virtual = data.draw(st.sets(st.sampled_from(sorted(candidates))))
     router = LoRARouter(meanings)
@@ -322,12 +392,19 @@ def test_a_route_says_whether_its_candidate_is_virtual_and_one_is_chosen_unless_
         else:
             router.register(candidate_of(name, meanings(texts)))
     routes = router.select("query", len(candidates))
-    assert {route.name: route.virtual for route in routes} == {name: name in virtual for name in candidates}
+    assert {route.name: route.virtual for route in routes} == {
+        name: name in virtual for name in candidates
+    }
     query = unit(meanings(["query"]))[0]
     known = EMPTY
     for candidate in router.candidates.values():
         known = known.with_candidate(candidate)
-    assert select(query, known) == select(query, known, top_k=1) == router.select("query") == routes[:1]
+    assert (
+        select(query, known)
+        == select(query, known, top_k=1)
+        == router.select("query")
+        == routes[:1]
+    )
 
 
 @requirement("R4.9")
@@ -351,7 +428,9 @@ def test_a_register_takes_embeddings_of_one_width_only(widths):
         with pytest.raises(ShapeError, match=f"'{name}'") as caught:
             index.with_candidate(candidate)
         assert (str(widths[0]) in caught.value.expected, caught.value.found) == (True, str(width))
-    assert list(index.candidates) == [name for name, width in zip("abcd", widths, strict=False) if width == widths[0]]
+    assert list(index.candidates) == [
+        name for name, width in zip("abcd", widths, strict=False) if width == widths[0]
+    ]
 
 
 scores = st.integers(-64, 64).map(lambda n: n / 64)
@@ -363,12 +442,16 @@ groups = st.dictionaries(names, st.lists(scores, min_size=1, max_size=3), min_si
 def shares(draw, count):
     """A rate in (0, 1), often a whole number of (count + 1)ths, where the k-th score just becomes allowed."""
     near = draw(st.integers(1, count).map(lambda k: Fraction(k, count + 1)))
-    return draw(st.just(near) | st.fractions(Fraction(1, 200), Fraction(199, 200), max_denominator=200))
+    return draw(
+        st.just(near) | st.fractions(Fraction(1, 200), Fraction(199, 200), max_denominator=200)
+    )
 
 
 @requirement("R4.11")
 @given(groups, st.data())
-def test_a_threshold_is_the_kth_smallest_of_one_score_a_group_for_the_largest_k_that_the_rate_allows(known, data):
+def test_a_threshold_is_the_kth_smallest_of_one_score_a_group_for_the_largest_k_that_the_rate_allows(
+    known, data
+):
     n, rate = len(known), data.draw(shares(len(known)))
     k = math.floor(rate * (n + 1))
     if k < 1:
@@ -384,7 +467,11 @@ def test_a_threshold_is_the_kth_smallest_of_one_score_a_group_for_the_largest_k_
 
 
 @requirement("R4.11")
-@given(st.integers(2, 40), st.fractions(Fraction(1, 40), Fraction(39, 40), max_denominator=40), st.booleans())
+@given(
+    st.integers(2, 40),
+    st.fractions(Fraction(1, 40), Fraction(39, 40), max_denominator=40),
+    st.booleans(),
+)
 def test_too_few_groups_are_told_how_many_would_do_and_so_many_do(m, share, whole):
     rate = float(Fraction(1, m) if whole else share)  # 1 / m needs just m - 1 groups
     with pytest.raises(ArgumentError) as caught:
@@ -400,7 +487,9 @@ def test_too_few_groups_are_told_how_many_would_do_and_so_many_do(m, share, whol
 
 @requirement("R4.11")
 @given(st.lists(scores, min_size=2, max_size=25), st.data())
-def test_of_sources_that_are_each_left_out_in_turn_the_stated_share_falls_below_the_others_threshold(known, data):
+def test_of_sources_that_are_each_left_out_in_turn_the_stated_share_falls_below_the_others_threshold(
+    known, data
+):
     """The promise of split conformal prediction, counted out: exactly, where no two scores are equal."""
     n = len(known) - 1
     rate = float(data.draw(st.integers(1, n))) / (n + 1)
@@ -418,7 +507,9 @@ def test_a_threshold_moves_with_the_scores_and_knows_no_order_of_groups(known, d
     rate = data.draw(st.integers(1, len(known))) / (len(known) + 1)
     seed = data.draw(st.integers(0, 9))
     found = calibrate(known, rate, seed=seed)
-    moved = {name: [math.ldexp(score, power) + shift for score in group] for name, group in known.items()}
+    moved = {
+        name: [math.ldexp(score, power) + shift for score in group] for name, group in known.items()
+    }
     shuffled = dict(data.draw(st.permutations(list(moved.items()))))
     there = calibrate(shuffled, rate, seed=seed)
     assert there.threshold == math.ldexp(found.threshold, power) + shift
@@ -455,13 +546,26 @@ def test_the_interval_holds_nine_in_ten_of_the_rates_that_such_calibrations_have
     found = calibrate({str(group): [group] for group in range(n)}, k / (n + 1))
     for end, share in zip(found.interval, (Fraction(1, 20), Fraction(19, 20)), strict=True):
         assert end == round(end, 6)
-        assert beta_share(k, n, Fraction(end) - near) <= share <= beta_share(k, n, Fraction(end) + near)
-    mirrored = calibrate({str(group): [group] for group in range(n)}, (n + 1 - k) / (n + 1)).interval
-    assert all(abs(low + high - 1) <= 2e-6 for low, high in zip(found.interval, mirrored[::-1], strict=True))
+        assert (
+            beta_share(k, n, Fraction(end) - near)
+            <= share
+            <= beta_share(k, n, Fraction(end) + near)
+        )
+    mirrored = calibrate(
+        {str(group): [group] for group in range(n)}, (n + 1 - k) / (n + 1)
+    ).interval
+    assert all(
+        abs(low + high - 1) <= 2e-6
+        for low, high in zip(found.interval, mirrored[::-1], strict=True)
+    )
 
 
 @requirement("R4.11", "R7.8")
-@given(st.lists(scores, min_size=24, max_size=24), st.floats(0.04, 1, exclude_max=True), st.integers(0, 2**70))
+@given(
+    st.lists(scores, min_size=24, max_size=24),
+    st.floats(0.04, 1, exclude_max=True),
+    st.integers(0, 2**70),
+)
 def test_a_rate_is_a_share_and_a_seed_a_whole_number_of_at_least_0(known, rate, seed):
     spread = {str(index): [score, score + 0.5] for index, score in enumerate(known)}
     assert calibrate(spread, rate, seed=seed).rate <= rate
@@ -475,8 +579,15 @@ def test_a_rate_is_a_share_and_a_seed_a_whole_number_of_at_least_0(known, rate, 
 
 
 @requirement("R4.11")
-@given(st.lists(scores, min_size=19, max_size=30), st.lists(scores, min_size=2, max_size=3, unique=True))
-def test_any_score_of_a_group_may_stand_for_it_and_one_in_twenty_is_the_rate_unless_another_is_asked_for(known, group):
-    assert {calibrate({"docs": group}, 0.5, seed=seed).threshold for seed in range(60)} == set(group)
+@given(
+    st.lists(scores, min_size=19, max_size=30),
+    st.lists(scores, min_size=2, max_size=3, unique=True),
+)
+def test_any_score_of_a_group_may_stand_for_it_and_one_in_twenty_is_the_rate_unless_another_is_asked_for(
+    known, group
+):
+    assert {calibrate({"docs": group}, 0.5, seed=seed).threshold for seed in range(60)} == set(
+        group
+    )
     many = {str(index): [score] for index, score in enumerate(known)}
     assert calibrate(many) == calibrate(many, 0.05) != calibrate(many, 0.95)

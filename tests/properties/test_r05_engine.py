@@ -21,13 +21,19 @@ from lora.testing.tolerance import gamma, roundoff
 LONGEST = 9
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-VOCABULARY = {token: i for i, token in enumerate([*SPECIAL, *ascii_lowercase, *map("##".__add__, ascii_lowercase)])}
+VOCABULARY = {
+    token: i
+    for i, token in enumerate([*SPECIAL, *ascii_lowercase, *map("##".__add__, ascii_lowercase)])
+}
 
 
 def tokenizer():
     """A word-piece tokenizer of letters."""
     made = Tokenizer(models.WordPiece(VOCABULARY, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.normalizer, made.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     made.enable_truncation(LONGEST)
     return made
@@ -54,7 +60,9 @@ def cores(draw):
     core = InferenceCore(config, TOKENIZER).double().eval().requires_grad_(requires_grad=False)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     for name, parameter in core.named_parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7)
+        parameter.copy_(
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7
+        )
         if name.endswith("LayerNorm.weight"):
             parameter.add_(1)
     return core
@@ -67,12 +75,16 @@ def cards(draw, core, name):
     chosen = draw(st.lists(st.sampled_from(sorted(linears)), min_size=1, unique=True))
     dtype = draw(st.sampled_from([np.dtype(np.float64), *DTYPES.values()]))
     # Narrow factors are scaled before they are widened; a power of two keeps that exact.
-    scaling = draw(st.sampled_from([1.0, 2.0, -0.5]) | (st.floats(-2, 2) if dtype == F64 else st.nothing()))
+    scaling = draw(
+        st.sampled_from([1.0, 2.0, -0.5]) | (st.floats(-2, 2) if dtype == F64 else st.nothing())
+    )
     rng, rank = np.random.default_rng(draw(st.integers(0, 2**32))), draw(st.integers(1, 3))
     weights = {
         key: LowRank(
             rng.normal(0, 1, (linears[key].in_features, rank)).astype(dtype),
-            rng.normal(0, draw(st.sampled_from([0, 0.1, 1])), (rank, linears[key].out_features)).astype(dtype),
+            rng.normal(
+                0, draw(st.sampled_from([0, 0.1, 1])), (rank, linears[key].out_features)
+            ).astype(dtype),
             scaling,
         )
         for key in chosen
@@ -85,12 +97,17 @@ def cards(draw, core, name):
 def adapter_sets(draw, core, letters):
     weights = st.sampled_from([1.0, 0.5, -1.0, 0.0, 2.0])
     return AdapterSet(
-        {name: (draw(cards(core, name)), draw(weights)) for name in draw(st.sets(st.sampled_from(letters)))}
+        {
+            name: (draw(cards(core, name)), draw(weights))
+            for name in draw(st.sets(st.sampled_from(letters)))
+        }
     )
 
 
 rows_of_ids = st.lists(
-    st.lists(st.integers(0, len(VOCABULARY) - 1), min_size=1, max_size=LONGEST), min_size=1, max_size=3
+    st.lists(st.integers(0, len(VOCABULARY) - 1), min_size=1, max_size=LONGEST),
+    min_size=1,
+    max_size=3,
 )
 
 
@@ -134,8 +151,12 @@ def bound(core, adapters, ids, mask):
             local = x @ origin.T + module.bias.abs()
         else:
             spread = (inputs[0].var(-1, keepdim=True, correction=0) + module.eps).sqrt()
-            local = (x + x.mean(-1, keepdim=True)) / spread * module.weight.abs() + module.bias.abs()
-            local = local + output.abs() * (x**2).mean(-1, keepdim=True) / spread**2  # the variance's own error
+            local = (
+                x + x.mean(-1, keepdim=True)
+            ) / spread * module.weight.abs() + module.bias.abs()
+            local = (
+                local + output.abs() * (x**2).mean(-1, keepdim=True) / spread**2
+            )  # the variance's own error
         outputs.append(output)
         locals_.append(local.detach())
 
@@ -147,7 +168,9 @@ def bound(core, adapters, ids, mask):
     total = torch.zeros(embedded.numel(), dtype=torch.float64)
     for index, number in enumerate(embedded.flatten()):
         slopes = torch.autograd.grad(number, outputs, retain_graph=True)
-        total[index] = sum((slope.abs() * local).sum() for slope, local in zip(slopes, locals_, strict=True))
+        total[index] = sum(
+            (slope.abs() * local).sum() for slope, local in zip(slopes, locals_, strict=True)
+        )
     config, ranks = core.config, sum(card.rank for card, _ in adapters.values())
     n = config.hidden_size + config.intermediate_size + ids.shape[1] + ranks + 64
     return 4 * gamma(n, F64) * (total.reshape(embedded.shape) + embedded.detach().abs())
@@ -198,7 +221,13 @@ def choices(draw, active, known, core):
     plain = AdapterSet([known[name] for name in names])
     weighted = AdapterSet({name: (known[name], weight) for name, weight in weights.items()})
     stranger = draw(cards(core, "stranger"))
-    forms = [(None, active), ({}, AdapterSet()), (names, plain), (tuple(names), plain), (frozenset(names), plain)]
+    forms = [
+        (None, active),
+        ({}, AdapterSet()),
+        (names, plain),
+        (tuple(names), plain),
+        (frozenset(names), plain),
+    ]
     forms += [(weights, weighted), (weighted, weighted), (stranger, AdapterSet(stranger))]
     forms += [(name, AdapterSet(known[name])) for name in names[:1]]
     return draw(st.sampled_from(forms))
@@ -219,12 +248,18 @@ def test_one_call_takes_a_choice_for_each_text_and_gives_each_what_it_would_get_
     found = engine.encode_with_lora(texts, [choice for choice, _ in asked])
     assert found.adapters == tuple(meant for _, meant in asked)
     for text, (choice, meant), row in zip(texts, asked, found.embeddings, strict=True):
-        alone = engine.encode_with_lora([text], tuple(choice) if isinstance(choice, list) else choice)
+        alone = engine.encode_with_lora(
+            [text], tuple(choice) if isinstance(choice, list) else choice
+        )
         assert alone.adapters == (meant,)
         ids, mask = padded(core.tokenize([text]))
         exact = written(core, meant)[0](ids, mask)[0]
         # Computed in float64 and then rounded once to float32.
-        near = bound(core, meant, ids, mask)[0] + roundoff(F32) * exact.abs() + np.finfo(F32).smallest_subnormal
+        near = (
+            bound(core, meant, ids, mask)[0]
+            + roundoff(F32) * exact.abs()
+            + np.finfo(F32).smallest_subnormal
+        )
         for result in (row, alone.embeddings[0]):
             assert ((torch.from_numpy(result).double() - exact).abs() <= near).all()
 

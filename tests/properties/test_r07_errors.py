@@ -25,7 +25,15 @@ from torch import nn
 import lora
 from lora import lowrank
 from lora.card import integer
-from lora.errors import ArgumentError, CardError, CardFileError, ConflictError, LoRAError, ShapeError, TargetError
+from lora.errors import (
+    ArgumentError,
+    CardError,
+    CardFileError,
+    ConflictError,
+    LoRAError,
+    ShapeError,
+    TargetError,
+)
 from lora.inference.encoder import EncoderConfig
 from lora.table import offsets_of, one_batch, read_header
 from lora.testing.binding import PlainCard, PlainPair
@@ -45,12 +53,17 @@ def plain_pair(shape, rank=1):
 
 @requirement("R7.2")
 @given(
-    sizes=st.dictionaries(st.integers(0, 20), st.tuples(shapes, shapes, st.booleans()), min_size=1, max_size=4),
+    sizes=st.dictionaries(
+        st.integers(0, 20), st.tuples(shapes, shapes, st.booleans()), min_size=1, max_size=4
+    ),
     rank=ranks,
 )
 def test_a_card_binds_exactly_when_every_pair_fits_its_module(impl, sizes, rank):
     modules = {f"layer.{index}.query": site for index, (site, _, _) in sizes.items()}
-    pairs = {f"layer.{i}.query": plain_pair(site if fits else shape, rank) for i, (site, shape, fits) in sizes.items()}
+    pairs = {
+        f"layer.{i}.query": plain_pair(site if fits else shape, rank)
+        for i, (site, shape, fits) in sizes.items()
+    }
     card = PlainCard("docs", rank, 1.0, ("query",), pairs, {}, {})
     if all((pair.A.shape[0], pair.B.shape[1]) == modules[name] for name, pair in pairs.items()):
         assert impl.bind(card, modules) == {name: name for name in modules}
@@ -86,7 +99,11 @@ bad_alphas = st.one_of(
 @requirement("R7.6")
 @given(card=plain_cards(max_modules=0), rank=bad_ranks, alpha=bad_alphas)
 def test_a_bad_rank_or_alpha_makes_no_card(impl, card, rank, alpha):
-    for wrong in (card._replace(rank=rank), card._replace(alpha=alpha), card._replace(rank=rank, alpha=alpha)):
+    for wrong in (
+        card._replace(rank=rank),
+        card._replace(alpha=alpha),
+        card._replace(rank=rank, alpha=alpha),
+    ):
         with pytest.raises(Exception, match=r"."):
             impl.write_card(wrong)
 
@@ -105,8 +122,11 @@ def with_fields(data, **fields):
 @requirement("R7.6")
 @given(
     card=plain_cards(),
-    rank=st.integers(max_value=0) | st.floats().filter(lambda x: not x.is_integer()) | st.sampled_from(["", "x", "²"]),
-    alpha=st.floats(max_value=0.0) | st.sampled_from(["", "x", "nan", "inf", "-inf", "NaN", "Infinity", "1e999"]),
+    rank=st.integers(max_value=0)
+    | st.floats().filter(lambda x: not x.is_integer())
+    | st.sampled_from(["", "x", "²"]),
+    alpha=st.floats(max_value=0.0)
+    | st.sampled_from(["", "x", "nan", "inf", "-inf", "NaN", "Infinity", "1e999"]),
 )
 def test_a_file_with_a_bad_rank_or_alpha_is_refused(impl, card, rank, alpha):
     data = impl.write_card(card)
@@ -120,19 +140,29 @@ def test_a_file_with_a_bad_rank_or_alpha_is_refused(impl, card, rank, alpha):
 
 
 def base_model(shape=(4, 4), count=2):
-    return nn.Sequential(*(nn.Linear(*shape) for _ in range(count))).requires_grad_(requires_grad=False)
+    return nn.Sequential(*(nn.Linear(*shape) for _ in range(count))).requires_grad_(
+        requires_grad=False
+    )
 
 
 def card_for(pairs, name="docs", targets=None, alpha=2.0, **fields):
     weights = {module: lora.LowRank(*pair) for module, pair in pairs.items()}
     rank = max((pair.rank for pair in weights.values()), default=1)
-    return lora.LoRACard(name, rank, alpha, tuple(weights) if targets is None else targets, weights, **fields)
+    return lora.LoRACard(
+        name, rank, alpha, tuple(weights) if targets is None else targets, weights, **fields
+    )
 
 
 def docs(**fields):
     """A small card with some fields as given."""
     pair = lora.LowRank(np.ones((4, 2), np.float32), np.ones((2, 4), np.float32))
-    good = {"name": "docs", "rank": 2, "alpha": 4.0, "target_modules": ("0",), "weights": {"0": pair}}
+    good = {
+        "name": "docs",
+        "rank": 2,
+        "alpha": 4.0,
+        "target_modules": ("0",),
+        "weights": {"0": pair},
+    }
     return lora.LoRACard(**{**good, **fields})
 
 
@@ -168,7 +198,10 @@ def logged():
 @given(site=shapes, shape=shapes, rank=ranks)
 def test_a_pair_that_does_not_fit_is_refused_by_name_and_nothing_is_changed(site, shape, rank):
     model = base_model(site)
-    good, wrong = card_for({"0": plain_pair(site)}, "good"), card_for({"1": plain_pair(shape, rank)}, "wrong")
+    good, wrong = (
+        card_for({"0": plain_pair(site)}, "good"),
+        card_for({"1": plain_pair(shape, rank)}, "wrong"),
+    )
     manager = lora.LoRAManager(model)
     manager.apply_card(good)
     before = manager.state
@@ -186,11 +219,15 @@ def test_a_pair_that_does_not_fit_is_refused_by_name_and_nothing_is_changed(site
 
 @requirement("R7.3")
 @given(
-    there=st.sets(st.sampled_from("012"), min_size=1), gone=st.sets(st.sampled_from(["9", "query", "x.0"]), min_size=1)
+    there=st.sets(st.sampled_from("012"), min_size=1),
+    gone=st.sets(st.sampled_from(["9", "query", "x.0"]), min_size=1),
 )
 def test_targets_not_found_are_a_warning_and_the_rest_is_injected_unless_strict(there, gone):
     model = base_model(count=3)
-    card = card_for({name: plain_pair((4, 4)) for name in sorted(there)}, targets=(*sorted(gone), *sorted(there)))
+    card = card_for(
+        {name: plain_pair((4, 4)) for name in sorted(there)},
+        targets=(*sorted(gone), *sorted(there)),
+    )
     strict, lenient = lora.LoRAManager(model), lora.LoRAManager(model)
     with pytest.raises(TargetError) as caught:
         strict.apply_card(card, strict=True)
@@ -206,11 +243,18 @@ def test_targets_not_found_are_a_warning_and_the_rest_is_injected_unless_strict(
 
 @requirement("R7.4")
 @given(
-    weight=st.sampled_from([1.0, 0.5, -2.0, 0.0]), other=st.sampled_from([1.0, 0.25]), alpha=st.sampled_from([1.0, 2.0])
+    weight=st.sampled_from([1.0, 0.5, -2.0, 0.0]),
+    other=st.sampled_from([1.0, 0.25]),
+    alpha=st.sampled_from([1.0, 2.0]),
 )
-def test_applying_what_is_active_is_skipped_and_another_under_its_name_is_refused(weight, other, alpha):
+def test_applying_what_is_active_is_skipped_and_another_under_its_name_is_refused(
+    weight, other, alpha
+):
     manager = lora.LoRAManager(base_model())
-    first, second = card_for({"0": plain_pair((4, 4))}), card_for({"0": plain_pair((4, 4))}, alpha=alpha)
+    first, second = (
+        card_for({"0": plain_pair((4, 4))}),
+        card_for({"0": plain_pair((4, 4))}, alpha=alpha),
+    )
     report = manager.apply_card(first, weight=weight)
     before = manager.state
     with logged() as lines:
@@ -253,7 +297,10 @@ huge = st.builds(lambda: 10**5000)  # an integer that has no repr
 nothing = st.none()
 no_text = nothing | st.integers() | st.binary() | st.lists(st.integers(), min_size=1) | huge
 unprintable = st.text(st.characters(categories=("Cc", "Cf", "Cs", "Zl")), min_size=1)
-no_number = st.sampled_from([None, "1", "x", b"1", True, [], 1j, float("nan"), float("inf"), -float("inf")]) | huge
+no_number = (
+    st.sampled_from([None, "1", "x", b"1", True, [], 1j, float("nan"), float("inf"), -float("inf")])
+    | huge
+)
 no_path = nothing | st.integers() | st.binary() | st.floats() | huge
 no_collection = nothing | st.integers() | st.floats() | huge
 no_card = nothing | st.integers() | st.text() | st.just(nn.Linear(1, 1)) | huge
@@ -261,15 +308,23 @@ no_module = nothing | st.integers() | st.text() | st.builds(docs) | huge
 no_texts = nothing | st.text() | st.integers() | st.lists(no_text, min_size=1) | huge
 no_array = nothing | st.floats() | st.lists(st.floats()) | huge
 bad_shape = st.sampled_from([(), (3,), (2, 3, 4), (0, 2), (2, 0), (0, 0)])
-bad_dtype = st.sampled_from(["int8", "int64", "bool", "complex64", "O", "S3", "U2", "M8[s]", "f4,f4", ">i2"])
-garbage = st.binary(max_size=200) | st.binary(max_size=80).map(lambda data: b"ARROW1\0\0" + data + b"ARROW1")
+bad_dtype = st.sampled_from(
+    ["int8", "int64", "bool", "complex64", "O", "S3", "U2", "M8[s]", "f4,f4", ">i2"]
+)
+garbage = st.binary(max_size=200) | st.binary(max_size=80).map(
+    lambda data: b"ARROW1\0\0" + data + b"ARROW1"
+)
 digests = (
-    st.sampled_from(["", "0" * 63, "0" * 65, "G" * 64, "A" * 64]) | st.integers() | st.binary(min_size=64, max_size=64)
+    st.sampled_from(["", "0" * 63, "0" * 65, "G" * 64, "A" * 64])
+    | st.integers()
+    | st.binary(min_size=64, max_size=64)
 )
 deep = st.integers(66, 5000).map(_nested)
 no_json = st.one_of(
     st.dictionaries(
-        st.text(), st.sampled_from([float("nan"), float("inf"), b"", {1}, 1j, object()]) | huge, min_size=1
+        st.text(),
+        st.sampled_from([float("nan"), float("inf"), b"", {1}, 1j, object()]) | huge,
+        min_size=1,
     ),
     st.dictionaries(st.integers() | st.booleans() | nothing, json_values, min_size=1),
     st.builds(lambda key, value: {"nested": [{key: value}]}, st.integers(), json_values),
@@ -371,11 +426,31 @@ ones = np.ones((4, 2), np.float32)
 BAD_INPUT = {
     # a card, field by field
     "a card name that is no text": (ValueError, no_text, lambda bad: docs(name=bad)),
-    "a card name that is empty or not printable": (ValueError, unprintable | st.just(""), lambda bad: docs(name=bad)),
-    "a rank that is no integer >= 1": (ValueError, bad_ranks | huge | st.booleans(), lambda bad: docs(rank=bad)),
-    "a rank that no shape can have": (ValueError, st.integers(2**31), lambda bad: docs(rank=bad, weights={})),
-    "a rank that is not the largest": (ValueError, st.integers(3, 2**31 - 1) | st.just(1), lambda bad: docs(rank=bad)),
-    "an alpha that is no number > 0": (ValueError, bad_alphas | no_number, lambda bad: docs(alpha=bad)),
+    "a card name that is empty or not printable": (
+        ValueError,
+        unprintable | st.just(""),
+        lambda bad: docs(name=bad),
+    ),
+    "a rank that is no integer >= 1": (
+        ValueError,
+        bad_ranks | huge | st.booleans(),
+        lambda bad: docs(rank=bad),
+    ),
+    "a rank that no shape can have": (
+        ValueError,
+        st.integers(2**31),
+        lambda bad: docs(rank=bad, weights={}),
+    ),
+    "a rank that is not the largest": (
+        ValueError,
+        st.integers(3, 2**31 - 1) | st.just(1),
+        lambda bad: docs(rank=bad),
+    ),
+    "an alpha that is no number > 0": (
+        ValueError,
+        bad_alphas | no_number,
+        lambda bad: docs(alpha=bad),
+    ),
     "targets that are no names": (
         ValueError,
         no_collection | st.binary(min_size=1),
@@ -401,7 +476,9 @@ BAD_INPUT = {
     "weights of two dtypes": (
         ValueError,
         st.permutations(["float16", "float32", "float64"]),
-        lambda bad: card_for({kind: (np.ones((2, 1), kind), np.ones((1, 2), kind)) for kind in bad}),
+        lambda bad: card_for(
+            {kind: (np.ones((2, 1), kind), np.ones((1, 2), kind)) for kind in bad}
+        ),
     ),
     "ranks that differ without a scaling": (
         ValueError,
@@ -411,22 +488,50 @@ BAD_INPUT = {
     "metadata that is no JSON object": (ValueError, no_json, lambda bad: docs(metadata=bad)),
     "metadata that holds itself": (ValueError, st.builds(_cyclic), lambda bad: docs(metadata=bad)),
     "JSON that is no object": (ValueError, no_json, lora.FrozenJSON),
-    "extra that is no mapping": (ValueError, no_collection | st.lists(names), lambda bad: docs(extra=bad)),
+    "extra that is no mapping": (
+        ValueError,
+        no_collection | st.lists(names),
+        lambda bad: docs(extra=bad),
+    ),
     "extra that is no text": (ValueError, no_text, lambda bad: docs(extra={"x": bad})),
-    "extra by another key": (ValueError, st.integers() | nothing, lambda bad: docs(extra={bad: "x"})),
+    "extra by another key": (
+        ValueError,
+        st.integers() | nothing,
+        lambda bad: docs(extra={bad: "x"}),
+    ),
     "extra that is a field of the card": (
         ValueError,
         st.sampled_from(["lora.name", "lora.rank", "lora.format", "lora.metadata"]),
         lambda bad: docs(extra={bad: "x"}),
     ),
-    "a base model that is no text": (ValueError, no_text.filter(bool) | unprintable, lambda bad: docs(base_model=bad)),
-    "a base fingerprint that is none": (ValueError, digests, lambda bad: docs(base_fingerprint=bad)),
+    "a base model that is no text": (
+        ValueError,
+        no_text.filter(bool) | unprintable,
+        lambda bad: docs(base_model=bad),
+    ),
+    "a base fingerprint that is none": (
+        ValueError,
+        digests,
+        lambda bad: docs(base_fingerprint=bad),
+    ),
     # a pair of factors
     "a factor A that is no array": (ValueError, no_array, lambda bad: lora.LowRank(bad, ones.T)),
     "a factor B that is no array": (ValueError, no_array, lambda bad: lora.LowRank(ones, bad)),
-    "a factor of another shape": (ValueError, bad_shape, lambda bad: lora.LowRank(np.ones(bad), ones.T)),
-    "a factor of another dtype": (ValueError, bad_dtype, lambda bad: lora.LowRank(np.zeros((4, 2), bad), ones.T)),
-    "factors of two dtypes": (ValueError, st.just("float64"), lambda bad: lora.LowRank(ones, ones.T.astype(bad))),
+    "a factor of another shape": (
+        ValueError,
+        bad_shape,
+        lambda bad: lora.LowRank(np.ones(bad), ones.T),
+    ),
+    "a factor of another dtype": (
+        ValueError,
+        bad_dtype,
+        lambda bad: lora.LowRank(np.zeros((4, 2), bad), ones.T),
+    ),
+    "factors of two dtypes": (
+        ValueError,
+        st.just("float64"),
+        lambda bad: lora.LowRank(ones, ones.T.astype(bad)),
+    ),
     "factors of two ranks": (
         ValueError,
         st.integers(3, 9),
@@ -446,25 +551,47 @@ BAD_INPUT = {
     "pairs of two shapes to add up": (
         ValueError,
         shapes.filter(lambda shape: shape != (4, 4)),
-        lambda bad: lowrank.concat([(docs().weights["0"], 1.0), (lora.LowRank(*plain_pair(bad)), 1.0)]),
+        lambda bad: lowrank.concat(
+            [(docs().weights["0"], 1.0), (lora.LowRank(*plain_pair(bad)), 1.0)]
+        ),
     ),
     # a set of cards
-    "a set of what are no cards": (ValueError, no_collection | st.lists(st.integers(), min_size=1), lora.AdapterSet),
+    "a set of what are no cards": (
+        ValueError,
+        no_collection | st.lists(st.integers(), min_size=1),
+        lora.AdapterSet,
+    ),
     "a set of text": (ValueError, st.text(min_size=1), lora.AdapterSet),
     "a set under another name": (
         ValueError,
         names.filter("docs".__ne__) | nothing,
         lambda bad: lora.AdapterSet({bad: docs()}),
     ),
-    "a set with a weight that is none": (ValueError, no_number, lambda bad: lora.AdapterSet({"docs": (docs(), bad)})),
-    "a set of triples": (ValueError, st.integers(), lambda bad: lora.AdapterSet({"docs": (docs(), 1.0, bad)})),
+    "a set with a weight that is none": (
+        ValueError,
+        no_number,
+        lambda bad: lora.AdapterSet({"docs": (docs(), bad)}),
+    ),
+    "a set of triples": (
+        ValueError,
+        st.integers(),
+        lambda bad: lora.AdapterSet({"docs": (docs(), 1.0, bad)}),
+    ),
     "a set of two cards of one name": (
         ValueError,
         st.just(8.0),
         lambda bad: lora.AdapterSet([docs(), docs(alpha=bad)]),
     ),
-    "a union of two weights": (ValueError, st.floats(2, 3), lambda bad: one_card() | {"docs": (docs(), bad)}),
-    "a union of two cards of one name": (ValueError, st.just(8.0), lambda bad: one_card() | docs(alpha=bad)),
+    "a union of two weights": (
+        ValueError,
+        st.floats(2, 3),
+        lambda bad: one_card() | {"docs": (docs(), bad)},
+    ),
+    "a union of two cards of one name": (
+        ValueError,
+        st.just(8.0),
+        lambda bad: one_card() | docs(alpha=bad),
+    ),
     "a factor of a set that is no number": (ValueError, no_number, lambda bad: one_card() * bad),
     "a place between sets that is no number": (
         ValueError,
@@ -484,7 +611,11 @@ BAD_INPUT = {
         st.sampled_from([[float("nan")], [float("inf")], [None], ["x"], [1]]),
         lambda bad: lora.table_to_card(a_table(scaling=pa.array(bad))),
     ),
-    "what is no card, to be saved": (ValueError, no_card, lambda bad: in_folder(lambda path: lora.save(bad, path))),
+    "what is no card, to be saved": (
+        ValueError,
+        no_card,
+        lambda bad: in_folder(lambda path: lora.save(bad, path)),
+    ),
     "a path that is none, to save at": (ValueError, no_path, lambda bad: lora.save(docs(), bad)),
     "a path that is none, to load": (ValueError, no_path, lora.load),
     "a path that is none, to inspect": (ValueError, no_path, lora.inspect),
@@ -494,7 +625,11 @@ BAD_INPUT = {
         st.just("nowhere"),
         lambda bad: in_folder(lambda path: lora.save(docs(), path.parent / bad / path.name)),
     ),
-    "a folder, to save at": (OSError, st.just(docs()), lambda bad: in_folder(lambda path: lora.save(bad, path.parent))),
+    "a folder, to save at": (
+        OSError,
+        st.just(docs()),
+        lambda bad: in_folder(lambda path: lora.save(bad, path.parent)),
+    ),
     "a file taken for a folder, to save in": (
         OSError,
         st.just("x"),
@@ -503,7 +638,11 @@ BAD_INPUT = {
     "a file that is not there, to load": (FileNotFoundError, st.just(lora.load), in_folder),
     "a file that is not there, to inspect": (FileNotFoundError, st.just(lora.inspect), in_folder),
     "a file that is not there, to digest": (FileNotFoundError, st.just(lora.digest), in_folder),
-    "a path that can be none": (OSError, st.sampled_from(["a\0b", "x" * 5000, "", "/", "."]), lora.load),
+    "a path that can be none": (
+        OSError,
+        st.sampled_from(["a\0b", "x" * 5000, "", "/", "."]),
+        lora.load,
+    ),
     "a folder, to read": (
         OSError,
         st.sampled_from([lora.load, lora.inspect, lora.digest]),
@@ -517,15 +656,31 @@ BAD_INPUT = {
     ),
     "garbage, to load": (ValueError, garbage, lambda bad: reading(lora.load, bad)),
     "garbage, to inspect": (ValueError, garbage, lambda bad: reading(lora.inspect, bad)),
-    "a digest that is none": (ValueError, digests, lambda bad: lora.load("card.lora.arrow", verify=bad)),
+    "a digest that is none": (
+        ValueError,
+        digests,
+        lambda bad: lora.load("card.lora.arrow", verify=bad),
+    ),
     "another digest": (ValueError, st.binary(min_size=32, max_size=32).map(bytes.hex), verified),
     # models
     "what is no model, to adapt": (TypeError, no_module, lambda bad: lora.adapt(bad, docs())),
     "what is no model, to fold": (TypeError, no_module, lora.fold),
     "what is no model, to watch": (TypeError, no_module, lora.uncalled),
-    "what is no model, to fingerprint": (TypeError, no_module, lambda bad: lora.fingerprint(bad, docs())),
-    "what is no card, to fingerprint for": (ValueError, no_card, lambda bad: lora.fingerprint(base_model(), bad)),
-    "what are no cards, to adapt with": (ValueError, no_collection, lambda bad: lora.adapt(base_model(), bad)),
+    "what is no model, to fingerprint": (
+        TypeError,
+        no_module,
+        lambda bad: lora.fingerprint(bad, docs()),
+    ),
+    "what is no card, to fingerprint for": (
+        ValueError,
+        no_card,
+        lambda bad: lora.fingerprint(base_model(), bad),
+    ),
+    "what are no cards, to adapt with": (
+        ValueError,
+        no_collection,
+        lambda bad: lora.adapt(base_model(), bad),
+    ),
     "a card for another shape": (
         ValueError,
         shapes.filter(lambda shape: shape != (4, 4)),
@@ -540,7 +695,8 @@ BAD_INPUT = {
         LookupError,
         st.sampled_from(["0", "1"]),
         lambda bad: lora.adapt(
-            nn.Sequential(base_model(), base_model()), docs(target_modules=(bad,), weights={bad: docs().weights["0"]})
+            nn.Sequential(base_model(), base_model()),
+            docs(target_modules=(bad,), weights={bad: docs().weights["0"]}),
         ),
     ),
     "a card for another base": (
@@ -553,7 +709,11 @@ BAD_INPUT = {
         st.floats(5, 9),
         lambda bad: lora.adapt(lora.adapt(base_model(), docs()), docs(alpha=bad)),
     ),
-    "a model with a forward of its own": (TypeError, st.just(None), lambda bad: lora.adapt(_patched(bad), docs())),
+    "a model with a forward of its own": (
+        TypeError,
+        st.just(None),
+        lambda bad: lora.adapt(_patched(bad), docs()),
+    ),
     "a base that is no Linear": (
         TypeError,
         no_module | st.just(nn.Conv1d(1, 1, 1)) | st.just(nn.Bilinear(1, 1, 1)),
@@ -580,14 +740,26 @@ BAD_INPUT = {
     ),
     "what is no card, to apply": (ValueError, no_card, lambda bad: managed().apply_card(bad)),
     "what is no card, to add": (ValueError, no_card, lambda bad: managed().add_card(bad)),
-    "what is no card, to put in place": (ValueError, no_card, lambda bad: managed().replace_card(bad)),
-    "what are no cards, to prepare": (ValueError, no_collection, lambda bad: managed().prepare(bad)),
+    "what is no card, to put in place": (
+        ValueError,
+        no_card,
+        lambda bad: managed().replace_card(bad),
+    ),
+    "what are no cards, to prepare": (
+        ValueError,
+        no_collection,
+        lambda bad: managed().prepare(bad),
+    ),
     "a weight that is no number, to apply with": (
         ValueError,
         no_number,
         lambda bad: managed().apply_card(docs(name="law"), weight=bad),
     ),
-    "a weight that is no number, to set": (ValueError, no_number, lambda bad: managed().set_weight("docs", bad)),
+    "a weight that is no number, to set": (
+        ValueError,
+        no_number,
+        lambda bad: managed().set_weight("docs", bad),
+    ),
     "a card that is not active, to put in place": (
         KeyError,
         names.filter("docs".__ne__),
@@ -598,19 +770,43 @@ BAD_INPUT = {
         names.filter("docs".__ne__),
         lambda bad: managed().set_weight(bad, 1.0),
     ),
-    "another card of an active name": (ValueError, st.floats(5, 9), lambda bad: managed().apply_card(docs(alpha=bad))),
+    "another card of an active name": (
+        ValueError,
+        st.floats(5, 9),
+        lambda bad: managed().apply_card(docs(alpha=bad)),
+    ),
     "nothing prepared, to swap": (RuntimeError, st.builds(managed), lambda bad: bad.swap()),
-    "nothing earlier, to roll back to": (RuntimeError, st.builds(managed), lambda bad: bad.rollback()),
+    "nothing earlier, to roll back to": (
+        RuntimeError,
+        st.builds(managed),
+        lambda bad: bad.rollback(),
+    ),
     # a router
-    "what embeds nothing": (ValueError, no_card.filter(lambda bad: not callable(bad)), lora.LoRARouter),
-    "what is no card, to register": (ValueError, no_card, lambda bad: router().register_card(bad, "text")),
-    "a card without a description": (ValueError, st.builds(docs), lambda bad: router().register_card(bad)),
+    "what embeds nothing": (
+        ValueError,
+        no_card.filter(lambda bad: not callable(bad)),
+        lora.LoRARouter,
+    ),
+    "what is no card, to register": (
+        ValueError,
+        no_card,
+        lambda bad: router().register_card(bad, "text"),
+    ),
+    "a card without a description": (
+        ValueError,
+        st.builds(docs),
+        lambda bad: router().register_card(bad),
+    ),
     "a description that is none": (
         ValueError,
         no_collection,
         lambda bad: router().register_virtual_candidate("docs", bad),
     ),
-    "no description": (ValueError, st.just([]), lambda bad: router().register_virtual_candidate("docs", bad)),
+    "no description": (
+        ValueError,
+        st.just([]),
+        lambda bad: router().register_virtual_candidate("docs", bad),
+    ),
     "descriptions of another kind": (
         ValueError,
         st.lists(no_text, min_size=1),
@@ -651,7 +847,9 @@ BAD_INPUT = {
     # a threshold
     "a rate outside (0, 1)": (
         ValueError,
-        st.floats(max_value=0) | st.floats(min_value=1) | st.sampled_from([None, "x", float("nan"), [], 1j]),
+        st.floats(max_value=0)
+        | st.floats(min_value=1)
+        | st.sampled_from([None, "x", float("nan"), [], 1j]),
         lambda bad: lora.calibrate({str(i): [0.5] for i in range(99)}, bad),
     ),
     "too few groups": (
@@ -659,7 +857,11 @@ BAD_INPUT = {
         st.integers(0, 18),
         lambda bad: lora.calibrate({str(i): [0.5] for i in range(bad)}, 0.05),
     ),
-    "scores that are no mapping": (ValueError, no_collection | st.lists(st.floats()), lora.calibrate),
+    "scores that are no mapping": (
+        ValueError,
+        no_collection | st.lists(st.floats()),
+        lora.calibrate,
+    ),
     "scores that are not finite": (
         ValueError,
         st.sampled_from([[], [float("nan")], [0.5, float("inf")], "x", ["x"], None, 0.5, [[0.5]]]),
@@ -677,7 +879,11 @@ BAD_INPUT = {
         st.just(None),
         lambda _bad: in_folder(lora.ArrowEngine.from_pretrained),
     ),
-    "a model folder that is no path": (ValueError, no_path.filter(bool), lora.InferenceCore.from_pretrained),
+    "a model folder that is no path": (
+        ValueError,
+        no_path.filter(bool),
+        lora.InferenceCore.from_pretrained,
+    ),
     "a model of another kind": (
         TypeError,
         st.sampled_from(["gpt2", "t5", None]),
@@ -694,7 +900,11 @@ BAD_INPUT = {
         no_texts,
         lambda bad: engine().encode_with_lora(bad, {}),
     ),
-    "an adapter that is not known": (KeyError, names, lambda bad: engine().encode_with_lora(["x"], bad)),
+    "an adapter that is not known": (
+        KeyError,
+        names,
+        lambda bad: engine().encode_with_lora(["x"], bad),
+    ),
     "an adapter that is not known, among several": (
         KeyError,
         names,
@@ -725,7 +935,11 @@ BAD_INPUT = {
         st.just(lambda path: engine().load_lora(path)),
         in_folder,
     ),
-    "what is no card, for the engine": (ValueError, no_card, lambda bad: engine().register_lora(bad, "text")),
+    "what is no card, for the engine": (
+        ValueError,
+        no_card,
+        lambda bad: engine().register_lora(bad, "text"),
+    ),
 }
 
 
@@ -769,12 +983,16 @@ def test_bad_input_is_an_error_that_says_where_what_was_expected_and_what_was_fo
 def damages(draw, size):
     """A way to change a file of that many bytes."""
     at = draw(st.integers(0, size - 1))
-    kind = draw(st.sampled_from(["flip", "byte", "word", "cut", "truncate", "insert", "append", "zero"]))
+    kind = draw(
+        st.sampled_from(["flip", "byte", "word", "cut", "truncate", "insert", "append", "zero"])
+    )
     some = draw(st.binary(min_size=1, max_size=64))
     return {
         "flip": lambda data: data[:at] + bytes([data[at] ^ 1 << (some[0] & 7)]) + data[at + 1 :],
         "byte": lambda data: data[:at] + some[:1] + data[at + 1 :],
-        "word": lambda data: (data[: at - at % 4] + (some * 8)[:8] + data[at - at % 4 + 8 :])[:size],
+        "word": lambda data: (data[: at - at % 4] + (some * 8)[:8] + data[at - at % 4 + 8 :])[
+            :size
+        ],
         "cut": lambda data: data[:at] + data[at + len(some) :],
         "truncate": lambda data: data[:at],
         "insert": lambda data: data[:at] + some + data[at:],
@@ -816,12 +1034,21 @@ def test_a_damaged_file_is_refused_or_is_a_well_formed_card_and_has_another_dige
 
 
 @requirement("R7.9")
-@given(card=plain_cards(), length=st.floats(0, 1, exclude_max=True), tail=st.binary(min_size=1, max_size=200))
+@given(
+    card=plain_cards(),
+    length=st.floats(0, 1, exclude_max=True),
+    tail=st.binary(min_size=1, max_size=200),
+)
 def test_a_file_cut_short_or_added_to_is_refused(card, length, tail):
     with tempfile.TemporaryDirectory() as folder:
         lora.save(card_of(card), path := Path(folder) / "card.lora.arrow")
         intact = path.read_bytes()
-        for wrong in (intact[: int(length * len(intact))], intact + tail, intact + intact, tail + intact):
+        for wrong in (
+            intact[: int(length * len(intact))],
+            intact + tail,
+            intact + intact,
+            tail + intact,
+        ):
             path.unlink()
             path.write_bytes(wrong)
             with pytest.raises(CardFileError):
@@ -843,8 +1070,12 @@ def test_structure_that_arrow_takes_and_a_card_may_not_have_is_refused(card, dat
         "null scaling": lambda: batch.set_column(
             1, "scaling", pa.array([*scalings[:row], None, *scalings[row + 1 :]], pa.float64())
         ),
-        "NaN": lambda: batch.set_column(1, "scaling", pa.array([*scalings[:row], float("nan"), *scalings[row + 1 :]])),
-        "twice": lambda: pa.Table.from_batches([batch, batch.slice(row, 1)]).combine_chunks().to_batches()[0],
+        "NaN": lambda: batch.set_column(
+            1, "scaling", pa.array([*scalings[:row], float("nan"), *scalings[row + 1 :]])
+        ),
+        "twice": lambda: (
+            pa.Table.from_batches([batch, batch.slice(row, 1)]).combine_chunks().to_batches()[0]
+        ),
         "shared": lambda: batch.set_column(3, "B", batch.column("A")),
         "unknown column": lambda: batch.append_column("C", batch.column("scaling")),
         "no column": lambda: batch.drop_columns([data.draw(st.sampled_from(batch.schema.names))]),
@@ -852,7 +1083,9 @@ def test_structure_that_arrow_takes_and_a_card_may_not_have_is_refused(card, dat
             1, "scaling", pa.array(scalings, pa.float64()).cast(pa.float32(), safe=False)
         ),
     }
-    made = wrong[data.draw(st.sampled_from(sorted(wrong)))]().replace_schema_metadata(batch.schema.metadata)
+    made = wrong[data.draw(st.sampled_from(sorted(wrong)))]().replace_schema_metadata(
+        batch.schema.metadata
+    )
     with pytest.raises(CardFileError):
         lora.table_to_card(made)
     assert lora.table_to_card(batch) == card_of(card)
@@ -867,9 +1100,13 @@ def test_a_table_in_chunks_or_slices_is_the_same_card(card, cuts):
     parts = [table.slice(start, stop - start) for start, stop in pairwise(bounds)]
     assert lora.table_to_card(pa.concat_tables(parts)) == made
     for part in parts:
-        found = lora.table_to_card(part) if part.num_rows == 0 or _largest(part) == made.rank else None
+        found = (
+            lora.table_to_card(part) if part.num_rows == 0 or _largest(part) == made.rank else None
+        )
         kept = part.column("module").to_pylist()
-        assert found is None or found == replace(made, weights={name: made.weights[name] for name in kept})
+        assert found is None or found == replace(
+            made, weights={name: made.weights[name] for name in kept}
+        )
 
 
 def _largest(table):
@@ -903,7 +1140,12 @@ def with_columns(batch, columns, *, nullable=False, declared=lambda metadata: me
     """The batch with other columns, under their names and the same schema metadata."""
     columns = [columns.get(name, batch.column(name)) for name in batch.schema.names]
     fields = [
-        pa.field(field.name, column.type, nullable=nullable, metadata=declared(field.metadata or {}) or None)
+        pa.field(
+            field.name,
+            column.type,
+            nullable=nullable,
+            metadata=declared(field.metadata or {}) or None,
+        )
         for field, column in zip(batch.schema, columns, strict=True)
     ]
     return pa.record_batch(columns, schema=pa.schema(fields, batch.schema.metadata))
@@ -918,8 +1160,15 @@ def batch_of(card):
 def test_a_table_declares_four_columns_without_nulls_and_the_canonical_tensors(card):
     card = card_of(card)
     schema = lora.card_to_table(card).schema
-    number = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64(), "bfloat16": pa.uint16()}
-    tensor = pa.struct([("data", pa.list_(number[card.dtype.name])), ("shape", pa.list_(pa.int32(), 2))])
+    number = {
+        "float16": pa.float16(),
+        "float32": pa.float32(),
+        "float64": pa.float64(),
+        "bfloat16": pa.uint16(),
+    }
+    tensor = pa.struct(
+        [("data", pa.list_(number[card.dtype.name])), ("shape", pa.list_(pa.int32(), 2))]
+    )
     assert schema.names == ["module", "scaling", "A", "B"]
     assert schema.types == [pa.string(), pa.float64(), tensor, tensor]
     assert not any(field.nullable for field in schema)
@@ -940,11 +1189,16 @@ def spaced(metadata):
 
 @requirement("R1.9", "R1.6", "R7.9")
 @given(card=plain_cards(max_modules=4), data=st.data())
-def test_item_names_nullability_the_order_of_rows_and_where_values_start_carry_no_meaning(card, data):
+def test_item_names_nullability_the_order_of_rows_and_where_values_start_carry_no_meaning(
+    card, data
+):
     assume(card.weights)
     card = card_of(card)
     batch = batch_of(card)
-    nullable, declared = data.draw(st.booleans()), data.draw(st.sampled_from([dict, spaced, lambda _: {}]))
+    nullable, declared = (
+        data.draw(st.booleans()),
+        data.draw(st.sampled_from([dict, spaced, lambda _: {}])),
+    )
     columns = {
         name: rebuilt(
             batch.column(name),
@@ -960,7 +1214,9 @@ def test_item_names_nullability_the_order_of_rows_and_where_values_start_carry_n
     for same in (told, pa.Table.from_batches([told]), told.take(pa.array(rows, pa.int32()))):
         found = lora.table_to_card(same)
         assert found == card
-        assert all(factor.flags.aligned for pair in found.weights.values() for factor in (pair.A, pair.B))
+        assert all(
+            factor.flags.aligned for pair in found.weights.values() for factor in (pair.A, pair.B)
+        )
     for name in "AB":  # what is aligned is seen where it is, and not copied
         values = batch.column(name).field("data").values.buffers()[1]
         for pair in lora.table_to_card(batch).weights.values():
@@ -1003,7 +1259,10 @@ def test_an_extension_that_is_not_ours_and_names_that_are_not_ours_are_refused(c
 def test_a_null_is_refused_at_any_depth_and_its_column_named(card, data):
     assume(card.weights)
     batch = batch_of(card_of(card))
-    name, row = data.draw(st.sampled_from(batch.schema.names)), data.draw(st.integers(0, batch.num_rows - 1))
+    name, row = (
+        data.draw(st.sampled_from(batch.schema.names)),
+        data.draw(st.integers(0, batch.num_rows - 1)),
+    )
     column = batch.column(name)
     told = column.to_pylist()
     depth = data.draw(st.integers(0, 2)) if name in "AB" else 0
@@ -1022,10 +1281,18 @@ def test_a_null_is_refused_at_any_depth_and_its_column_named(card, data):
 
 @requirement("R7.9")
 @given(data=st.data(), rank=st.sampled_from([1, 4, 8]), sizes=st.tuples(features, features))
-def test_shapes_are_positive_and_as_long_as_their_data_also_where_32_bits_would_overflow(data, rank, sizes):
+def test_shapes_are_positive_and_as_long_as_their_data_also_where_32_bits_would_overflow(
+    data, rank, sizes
+):
     f32 = np.float32
-    pairs = {key: lora.LowRank(np.ones((sizes[0], rank), f32), np.ones((rank, sizes[1]), f32), 1.0) for key in "mn"}
-    batch, which = batch_of(lora.LoRACard("docs", rank, 1.0, (), pairs)), data.draw(st.sampled_from("AB"))
+    pairs = {
+        key: lora.LowRank(np.ones((sizes[0], rank), f32), np.ones((rank, sizes[1]), f32), 1.0)
+        for key in "mn"
+    }
+    batch, which = (
+        batch_of(lora.LoRACard("docs", rank, 1.0, (), pairs)),
+        data.draw(st.sampled_from("AB")),
+    )
     true = {"A": (sizes[0], rank), "B": (rank, sizes[1])}
     free = 0 if which == "A" else 1  # the dimension that the other factor does not share
     shapes = {name: [list(true[name]) for _ in pairs] for name in "AB"}
@@ -1039,7 +1306,9 @@ def test_shapes_are_positive_and_as_long_as_their_data_also_where_32_bits_would_
     for name in "AB":
         made = with_columns(batch, {name: rebuilt(batch.column(name), shapes=[true[name]] * 2)})
         assert lora.table_to_card(made).weights == pairs
-    made = with_columns(batch, {name: rebuilt(batch.column(name), shapes=shapes[name]) for name in "AB"})
+    made = with_columns(
+        batch, {name: rebuilt(batch.column(name), shapes=shapes[name]) for name in "AB"}
+    )
     named = "A" if kind == "negative" else which
     with pytest.raises(CardFileError, match=f"column '{named}': expected positive shapes"):
         lora.table_to_card(made)
@@ -1049,13 +1318,19 @@ def test_shapes_are_positive_and_as_long_as_their_data_also_where_32_bits_would_
 @given(data=st.data(), rank=ranks, sizes=st.tuples(features, features))
 def test_two_factors_may_touch_in_memory_and_not_share_a_byte(data, rank, sizes):
     rng, f32 = np.random.default_rng(data.draw(st.integers(0, 9))), np.float32
-    a, b = (rng.integers(-3, 4, shape).astype(f32) for shape in ((sizes[0], rank), (rank, sizes[1])))
+    a, b = (
+        rng.integers(-3, 4, shape).astype(f32) for shape in ((sizes[0], rank), (rank, sizes[1]))
+    )
     card = lora.LoRACard("docs", rank, 1.0, (), {"m": lora.LowRank(a, b, 1.0)})
     shared = data.draw(st.integers(0, min(a.nbytes, b.nbytes)) | st.sampled_from([0, 1]))
-    whole = pa.py_buffer(a.tobytes() + bytes(b.nbytes - shared) if shared else a.tobytes() + b.tobytes())
+    whole = pa.py_buffer(
+        a.tobytes() + bytes(b.nbytes - shared) if shared else a.tobytes() + b.tobytes()
+    )
     parts = {"A": whole.slice(0, a.nbytes), "B": whole.slice(a.nbytes - shared, b.nbytes)}
     batch = batch_of(card)
-    made = with_columns(batch, {name: rebuilt(batch.column(name), raw=part) for name, part in parts.items()})
+    made = with_columns(
+        batch, {name: rebuilt(batch.column(name), raw=part) for name, part in parts.items()}
+    )
     if shared == 0:
         assert lora.table_to_card(made) == card
     else:
@@ -1065,15 +1340,21 @@ def test_two_factors_may_touch_in_memory_and_not_share_a_byte(data, rank, sizes)
 
 @requirement("R7.9", "R1.12")
 @given(card=plain_cards(max_modules=3), data=st.data())
-def test_a_module_without_a_printable_name_or_a_finite_scaling_is_named_before_any_weight_is_read(card, data):
+def test_a_module_without_a_printable_name_or_a_finite_scaling_is_named_before_any_weight_is_read(
+    card, data
+):
     assume(card.weights)
     batch, row = batch_of(card_of(card)), data.draw(st.integers(0, len(card.weights) - 1))
     told = {name: batch.column(name).to_pylist() for name in ("module", "scaling")}
     if data.draw(st.booleans()):
-        told["module"][row] = data.draw(st.text(st.characters(categories=("Cc", "Cf", "Zl")), min_size=1, max_size=9))
+        told["module"][row] = data.draw(
+            st.text(st.characters(categories=("Cc", "Cf", "Zl")), min_size=1, max_size=9)
+        )
     else:
         told["scaling"][row] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
-    made = with_columns(batch, {name: pa.array(values, batch.column(name).type) for name, values in told.items()})
+    made = with_columns(
+        batch, {name: pa.array(values, batch.column(name).type) for name, values in told.items()}
+    )
     for read in (lora.table_to_card, lambda table: read_header(one_batch(table))):
         with pytest.raises(CardFileError) as caught:
             read(made)
@@ -1088,16 +1369,27 @@ def test_a_table_holds_its_rows_and_its_offsets_lead_into_its_values(data, rows,
     assert lora.table_to_card(schema.empty_table()) == bare
     for few in (pa.nulls(rows), pa.array([True] * rows)):
         small = pa.table([few] * 4, names=schema.names).replace_schema_metadata(schema.metadata)
-        with pytest.raises(CardFileError, match=rf"expected rows that \d+ bytes can hold, found {rows} rows"):
+        with pytest.raises(
+            CardFileError, match=rf"expected rows that \d+ bytes can hold, found {rows} rows"
+        ):
             lora.table_to_card(small)
-    pairs = {str(index): (np.ones((index + 1, rank)), np.ones((rank, 2)), 1.0) for index in range(modules)}
+    pairs = {
+        str(index): (np.ones((index + 1, rank)), np.ones((rank, 2)), 1.0)
+        for index in range(modules)
+    }
     batch, which = batch_of(card_for(pairs)), data.draw(st.sampled_from("AB"))
     column = rebuilt(batch.column(which))
     lists = column.field("data")
     offsets = lists.offsets.to_numpy().copy()
-    offsets[data.draw(st.integers(1, modules - 1))] = data.draw(st.sampled_from([2**30, -1, offsets[-1] + 1]))
-    wild = pa.Array.from_buffers(lists.type, modules, [None, pa.py_buffer(offsets)], children=[lists.values])
-    made = pa.Array.from_buffers(column.type, modules, [None], children=[wild, column.field("shape")])
+    offsets[data.draw(st.integers(1, modules - 1))] = data.draw(
+        st.sampled_from([2**30, -1, offsets[-1] + 1])
+    )
+    wild = pa.Array.from_buffers(
+        lists.type, modules, [None, pa.py_buffer(offsets)], children=[lists.values]
+    )
+    made = pa.Array.from_buffers(
+        column.type, modules, [None], children=[wild, column.field("shape")]
+    )
     with pytest.raises(CardFileError, match=r"^card table: expected a valid Arrow batch"):
         lora.table_to_card(with_columns(batch, {which: made}))
 
@@ -1105,8 +1397,13 @@ def test_a_table_holds_its_rows_and_its_offsets_lead_into_its_values(data, rows,
 def with_metadata(card, changes):
     """The card's table with other schema metadata; without what is None."""
     table = lora.card_to_table(card)
-    found = {**table.schema.metadata, **{key.encode(): value and value.encode() for key, value in changes.items()}}
-    return table.replace_schema_metadata({key: value for key, value in found.items() if value is not None})
+    found = {
+        **table.schema.metadata,
+        **{key.encode(): value and value.encode() for key, value in changes.items()},
+    }
+    return table.replace_schema_metadata(
+        {key: value for key, value in found.items() if value is not None}
+    )
 
 
 digits = st.text("0123456789", max_size=7)
@@ -1200,12 +1497,22 @@ def test_each_of_the_seven_fields_must_be_there_and_is_named_if_it_is_not(card, 
 
 
 @requirement("R1.3", "R7.9")
-@given(card=plain_cards(max_modules=1), told=metadata, key=names, value=json_values, depth=st.integers(0, 3))
-def test_json_in_a_file_is_of_its_kind_without_constants_of_its_own_or_a_key_twice(card, told, key, value, depth):
+@given(
+    card=plain_cards(max_modules=1),
+    told=metadata,
+    key=names,
+    value=json_values,
+    depth=st.integers(0, 3),
+)
+def test_json_in_a_file_is_of_its_kind_without_constants_of_its_own_or_a_key_twice(
+    card, told, key, value, depth
+):
     card, item = card_of(card), f"{json.dumps(key)}:{json.dumps(value)}"
     nested = "[" * depth + "{%s}" + "]" * depth
     good = {"lora.metadata": json.dumps({**told, "nested": json.loads(nested % item)})}
-    assert dict(lora.table_to_card(with_metadata(card, good)).metadata) == json.loads(good["lora.metadata"])
+    assert dict(lora.table_to_card(with_metadata(card, good)).metadata) == json.loads(
+        good["lora.metadata"]
+    )
     wrong = [
         nested % f"{item},{item}",
         nested % f'"x":{"NaN" if depth else "-Infinity"}',
@@ -1225,7 +1532,12 @@ def test_json_in_a_file_is_of_its_kind_without_constants_of_its_own_or_a_key_twi
 
 
 @requirement("R1.9")
-@given(sizes=st.lists(st.integers(0, 9) | st.sampled_from([2**30, 2**31 - 1, 2**31, 2**40]), max_size=4), where=names)
+@given(
+    sizes=st.lists(
+        st.integers(0, 9) | st.sampled_from([2**30, 2**31 - 1, 2**31, 2**40]), max_size=4
+    ),
+    where=names,
+)
 def test_offsets_are_the_sums_of_sizes_as_far_as_32_bits_go(sizes, where):
     if sum(sizes) < 2**31:
         found = offsets_of(sizes, where)
@@ -1243,22 +1555,65 @@ def test_offsets_are_the_sums_of_sizes_as_far_as_32_bits_go(sizes, where):
     alpha=st.integers(1, 2**60) | st.fractions(Fraction(1, 99), 99) | st.floats(5e-324, 1.7e308),
     wide=st.sampled_from([int, np.int64, np.uint32]),
 )
-def test_a_rank_is_any_whole_number_and_an_alpha_any_positive_one_and_both_are_kept_as_plain_numbers(rank, alpha, wide):
+def test_a_rank_is_any_whole_number_and_an_alpha_any_positive_one_and_both_are_kept_as_plain_numbers(
+    rank, alpha, wide
+):
     card = docs(rank=wide(rank), alpha=alpha, weights={})
     assert (card.rank, card.alpha) == (rank, float(alpha))
     assert (type(card.rank), type(card.alpha)) == (int, float)
-    for wrong in (True, False, 0, -rank, rank + 2**31, float(rank), np.float64(rank), str(rank), None):
-        with pytest.raises(CardError, match=f"rank: expected an integer >= 1 and <= {2**31 - 1}, found "):
+    for wrong in (
+        True,
+        False,
+        0,
+        -rank,
+        rank + 2**31,
+        float(rank),
+        np.float64(rank),
+        str(rank),
+        None,
+    ):
+        with pytest.raises(
+            CardError, match=f"rank: expected an integer >= 1 and <= {2**31 - 1}, found "
+        ):
             docs(rank=wrong, weights={})
-    for wrong in (True, False, 0, -0.0, -alpha, math.inf, math.nan, str(alpha), b"1", bytearray(b"1"), None, 10**400):
+    for wrong in (
+        True,
+        False,
+        0,
+        -0.0,
+        -alpha,
+        math.inf,
+        math.nan,
+        str(alpha),
+        b"1",
+        bytearray(b"1"),
+        None,
+        10**400,
+    ):
         with pytest.raises(CardError, match="alpha: expected a finite number > 0, found "):
             docs(alpha=wrong, weights={})
 
 
 @requirement("R7.8")
-@given(value=st.integers(), least=st.none() | st.integers(-9, 9), gap=st.integers(1, 9), where=names, hint=names)
-def test_an_integer_is_taken_from_the_least_on_and_no_bool_nor_text_nor_float_is_one(value, least, gap, where, hint):
-    wrong = [True, False, float(gap), np.float64(gap), str(gap), None, *([] if least is None else [least - gap])]
+@given(
+    value=st.integers(),
+    least=st.none() | st.integers(-9, 9),
+    gap=st.integers(1, 9),
+    where=names,
+    hint=names,
+)
+def test_an_integer_is_taken_from_the_least_on_and_no_bool_nor_text_nor_float_is_one(
+    value, least, gap, where, hint
+):
+    wrong = [
+        True,
+        False,
+        float(gap),
+        np.float64(gap),
+        str(gap),
+        None,
+        *([] if least is None else [least - gap]),
+    ]
     for good in (value, np.int64(gap), *([] if least is None else [least])):
         if least is None or good >= least:
             found = integer(good, where, least)
@@ -1290,8 +1645,15 @@ NAMED = {
 
 
 @requirement("R7.8", "R7.6")
-@given(name=names, field=st.sampled_from(sorted(NAMED)), module=names, scaling=st.sampled_from([math.nan, "x"]))
-def test_an_error_names_the_card_and_the_field_or_the_factor_that_is_wrong(name, field, module, scaling):
+@given(
+    name=names,
+    field=st.sampled_from(sorted(NAMED)),
+    module=names,
+    scaling=st.sampled_from([math.nan, "x"]),
+)
+def test_an_error_names_the_card_and_the_field_or_the_factor_that_is_wrong(
+    name, field, module, scaling
+):
     with pytest.raises(CardError) as caught:
         docs(name=name, **{field: NAMED[field]})
     assert caught.value.where == f"card {name!r}: {field}"
@@ -1314,7 +1676,13 @@ def test_an_error_names_the_card_and_the_field_or_the_factor_that_is_wrong(name,
     with pytest.raises(CardError, match=r"^scaling: "):
         lora.LowRank(ones, ones.T, scaling)
     with pytest.raises(CardError) as caught:
-        docs(name=name, weights={module: docs().weights["0"], f"{module}.x": lora.LowRank(ones[:, :1], ones.T[:1])})
+        docs(
+            name=name,
+            weights={
+                module: docs().weights["0"],
+                f"{module}.x": lora.LowRank(ones[:, :1], ones.T[:1]),
+            },
+        )
     assert caught.value.where == f"card {name!r}: module {module + '.x'!r}"
     with pytest.raises(lora.LoRAError) as caught:
         lora.AdapterSet({name: (docs(name=name), scaling)})

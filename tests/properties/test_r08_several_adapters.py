@@ -38,7 +38,9 @@ def several(draw, *, whole=False, dtype=None, least=2):
         rank = draw(ranks)
         a, b = draw(elements(dtype, (rows, rank))), draw(elements(dtype, (rank, columns)))
         scale = draw(st.sampled_from([1.0, 2.0] if whole else [0.5, 1 / 3, -2.0]))
-        terms[name] = Term(a, b, scale, draw(WHOLE_WEIGHTS if whole else st.floats(-2, 2, width=16)))
+        terms[name] = Term(
+            a, b, scale, draw(WHOLE_WEIGHTS if whole else st.floats(-2, 2, width=16))
+        )
     return x, weight, bias, terms
 
 
@@ -55,7 +57,9 @@ def fits(x, weight, bias, terms):
 def test_every_cards_weighted_term_is_in_the_output(impl, layer):
     x, weight, bias, terms = layer
     out, want = impl.forward(x, weight, bias, terms), exact(x, weight, bias, terms.values())
-    assert (abs(out.astype(want.dtype) - want) <= layer_bound(x, weight, bias, terms.values())).all()
+    assert (
+        abs(out.astype(want.dtype) - want) <= layer_bound(x, weight, bias, terms.values())
+    ).all()
 
 
 @requirement("R8.1", "R8.2", "R8.5")
@@ -76,7 +80,9 @@ def test_two_cards_of_one_content_count_twice(impl, layer, name):
     twice = {**terms, "a": first, name: first}
     doubled = {**terms, "a": first._replace(weight=2.0)}
     assume(fits(x, weight, bias, twice.values()))
-    assert np.array_equal(impl.forward(x, weight, bias, twice), impl.forward(x, weight, bias, doubled))
+    assert np.array_equal(
+        impl.forward(x, weight, bias, twice), impl.forward(x, weight, bias, doubled)
+    )
 
 
 @requirement("R8.7")
@@ -86,7 +92,9 @@ def test_a_cards_weight_scales_its_term_and_no_other(impl, layer, factor):
     chosen = min(terms)
     others = {name: term for name, term in terms.items() if name != chosen}
     rest = impl.forward(x, weight, bias, others)
-    term = impl.forward(x, weight, bias, {**others, chosen: terms[chosen]._replace(weight=1.0)}) - rest
+    term = (
+        impl.forward(x, weight, bias, {**others, chosen: terms[chosen]._replace(weight=1.0)}) - rest
+    )
     out = impl.forward(x, weight, bias, {**others, chosen: terms[chosen]._replace(weight=factor)})
     assert np.array_equal(out - rest, factor * term)
 
@@ -105,7 +113,9 @@ def test_the_order_in_which_terms_are_given_changes_nothing(impl, layer, data):
     x, weight, bias, terms = layer
     assume(fits(x, weight, bias, terms.values()))
     shuffled = dict(data.draw(st.permutations(list(terms.items()))))
-    assert np.array_equal(impl.forward(x, weight, bias, shuffled), impl.forward(x, weight, bias, terms))
+    assert np.array_equal(
+        impl.forward(x, weight, bias, shuffled), impl.forward(x, weight, bias, terms)
+    )
 
 
 # ---- this library's layers, models and sets
@@ -113,7 +123,9 @@ def test_the_order_in_which_terms_are_given_changes_nothing(impl, layer, data):
 
 def model_of(weight, bias):
     """A model of one Linear, called ``m``."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=tensor_of(weight).dtype)
+    linear = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=bias is not None, dtype=tensor_of(weight).dtype
+    )
     with torch.no_grad():
         linear.weight.copy_(tensor_of(weight))
         if bias is not None:
@@ -126,7 +138,9 @@ def model_of(weight, bias):
 def cards_of(terms):
     """An adapter set of the terms, in their order."""
     weights = {name: {"m": LowRank(term.A, term.B, term.scaling)} for name, term in terms.items()}
-    return {n: (LoRACard(n, t.A.shape[1], 1.0, ["m"], weights[n]), t.weight) for n, t in terms.items()}
+    return {
+        n: (LoRACard(n, t.A.shape[1], 1.0, ["m"], weights[n]), t.weight) for n, t in terms.items()
+    }
 
 
 @requirement("R8.8")
@@ -182,15 +196,21 @@ EIGHTHS = st.integers(-16, 16).map(lambda n: n / 8)
 
 
 def pool_card(name, version):
-    pair = LowRank(np.full((2, 1), version, np.float64), np.full((1, 2), len(name) + version, np.float64))
+    pair = LowRank(
+        np.full((2, 1), version, np.float64), np.full((1, 2), len(name) + version, np.float64)
+    )
     return LoRACard(name, 1, 1.0, ["m"], {"m": pair}, {"version": version})
 
 
 @st.composite
 def adapter_sets(draw, *, versions=(0,)):
     """Sets over a few names; with several versions, two sets may hold different cards under one name."""
-    chosen = draw(st.dictionaries(st.sampled_from("abc"), st.tuples(st.sampled_from(versions), EIGHTHS)))
-    return AdapterSet({name: (pool_card(name, version), weight) for name, (version, weight) in chosen.items()})
+    chosen = draw(
+        st.dictionaries(st.sampled_from("abc"), st.tuples(st.sampled_from(versions), EIGHTHS))
+    )
+    return AdapterSet(
+        {name: (pool_card(name, version), weight) for name, (version, weight) in chosen.items()}
+    )
 
 
 def outcome(operation, *operands):
@@ -227,7 +247,11 @@ def test_interpolation_runs_from_one_set_to_the_other(a, b, t):
 
 
 @requirement("R8.9")
-@given(a=adapter_sets(versions=(0, 1)), b=adapter_sets(versions=(0, 1)), c=adapter_sets(versions=(0, 1)))
+@given(
+    a=adapter_sets(versions=(0, 1)),
+    b=adapter_sets(versions=(0, 1)),
+    c=adapter_sets(versions=(0, 1)),
+)
 def test_the_union_is_that_of_sets_and_refuses_a_conflict_from_either_side(a, b, c):
     assert a | a == a == a | AdapterSet() == AdapterSet() | a
     assert outcome(operator.or_, a, b) == outcome(operator.or_, b, a)
@@ -253,8 +277,13 @@ def test_sets_are_values(a, b, data):
     assert len({a, again}) == 1
     alone = [repr(AdapterSet({name: entry}))[len("AdapterSet(") : -1] for name, entry in a.items()]
     assert repr(a) == f"AdapterSet({', '.join(alone)})"
-    assert all(repr(name) in text and repr(a.weight(name)) in text for name, text in zip(a, alone, strict=True))
-    assert all(a.without(name) == AdapterSet({n: e for n, e in a.items() if n != name}) for name in "abcd")
+    assert all(
+        repr(name) in text and repr(a.weight(name)) in text
+        for name, text in zip(a, alone, strict=True)
+    )
+    assert all(
+        a.without(name) == AdapterSet({n: e for n, e in a.items() if n != name}) for name in "abcd"
+    )
     with pytest.raises(AttributeError):
         a.weights = 1
     with pytest.raises(TypeError):
@@ -279,7 +308,12 @@ def test_a_weight_is_a_finite_number(a, bad):
 def test_a_card_without_a_weight_counts_once_however_it_is_given(a):
     cards = [card for card, _ in a.values()]
     once = AdapterSet({name: (card, 1.0) for name, (card, _) in a.items()})
-    assert AdapterSet(cards) == AdapterSet({card.name: card for card in cards}) == AdapterSet(iter(cards)) == once
+    assert (
+        AdapterSet(cards)
+        == AdapterSet({card.name: card for card in cards})
+        == AdapterSet(iter(cards))
+        == once
+    )
     for card in cards:
         assert AdapterSet(card) == AdapterSet([card, card]) == AdapterSet({card.name: card})
         assert AdapterSet(card).weight(card.name) == 1
@@ -291,7 +325,9 @@ def test_the_sum_of_two_sets_adds_what_each_adds(layer, data):
     x, weight, bias, terms = layer
     model, x = model_of(weight, bias), tensor_of(x)
     one = AdapterSet(cards_of(terms))
-    other = AdapterSet({name: (card, data.draw(WHOLE_WEIGHTS)) for name, (card, _) in one.items()}).without(min(terms))
+    other = AdapterSet(
+        {name: (card, data.draw(WHOLE_WEIGHTS)) for name, (card, _) in one.items()}
+    ).without(min(terms))
     base = model.m(x)
     both = adapt(model, one + other).m(x) - base
     assert torch.equal(both, (adapt(model, one).m(x) - base) + (adapt(model, other).m(x) - base))

@@ -57,7 +57,9 @@ def wire():
                 except LoRAError as error:
                     return error
                 finally:
-                    fetch.left = [path.name for path in Path(folder).iterdir() if path.name != "versions"]
+                    fetch.left = [
+                        path.name for path in Path(folder).iterdir() if path.name != "versions"
+                    ]
                     cache.evict(0)
 
             yield fetch
@@ -86,7 +88,9 @@ def test_no_change_of_the_bytes_passes_and_none_leaves_a_trace(wire, data):
     at = data.draw(st.integers(0, len(DATA) - 1))
     kind = data.draw(st.sampled_from(["flip", "cut", "grow", "swap", "none"]))
     sent = {
-        "flip": DATA[:at] + bytes([DATA[at] ^ (1 << data.draw(st.integers(0, 7)))]) + DATA[at + 1 :],
+        "flip": DATA[:at]
+        + bytes([DATA[at] ^ (1 << data.draw(st.integers(0, 7)))])
+        + DATA[at + 1 :],
         "cut": DATA[:at],
         "grow": DATA + data.draw(st.binary(min_size=1, max_size=3000)),
         "swap": DATA[at:] + DATA[:at],
@@ -116,9 +120,13 @@ ERRORS = {
 
 @requirement("R12.3", "R14.2")
 @given(st.sets(st.sampled_from(STAGES)))
-def test_of_several_faults_the_one_of_the_first_stage_is_named_and_the_cache_stays_as_it_was(wire, faults):
+def test_of_several_faults_the_one_of_the_first_stage_is_named_and_the_cache_stays_as_it_was(
+    wire, faults
+):
     """Declared size → bytes received → SHA-256 → signature → Arrow parse → structure → values."""
-    card = holding(float("nan") if "values" in faults else 0.5, "../x" if "name" in faults else "docs")
+    card = holding(
+        float("nan") if "values" in faults else 0.5, "../x" if "name" in faults else "docs"
+    )
     data, manifest = file_of(card)
     if "parse" in faults:
         data = data[:8] + bytes(len(data) - 8)
@@ -146,7 +154,9 @@ def test_of_several_faults_the_one_of_the_first_stage_is_named_and_the_cache_sta
 
 
 def replaced(manifest, **fields):
-    return Manifest(**{**{name: getattr(manifest, name) for name in manifest.__dataclass_fields__}, **fields})
+    return Manifest(
+        **{**{name: getattr(manifest, name) for name in manifest.__dataclass_fields__}, **fields}
+    )
 
 
 @requirement("R14.2")
@@ -154,7 +164,9 @@ def replaced(manifest, **fields):
 def test_a_norm_is_refused_exactly_when_it_is_beyond_the_policys(wire, value, limit):
     card = holding(value)
     exact = np.linalg.norm(delta(card.weights["q"], dtype=np.float64))
-    assert norm_of(card.weights["q"]) == pytest.approx(exact, rel=1e-5, abs=1e-18)  # float32 underflows below
+    assert norm_of(card.weights["q"]) == pytest.approx(
+        exact, rel=1e-5, abs=1e-18
+    )  # float32 underflows below
     with suppress(RefusedError):
         check_contents(card, manifest_of(card, GOOD.digest, 1), Policy(max_norm=limit))
         assert exact <= limit * 1.0001

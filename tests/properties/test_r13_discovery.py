@@ -32,7 +32,9 @@ def told(book, events):
 
 @requirement("R13.3", "R13.4", "R13.5")
 @given(EVENTS, st.integers(1, 4))
-def test_no_events_grow_the_book_past_its_cap_list_this_node_or_drop_what_the_user_named(events, cap):
+def test_no_events_grow_the_book_past_its_cap_list_this_node_or_drop_what_the_user_named(
+    events, cap
+):
     for book in told(PeerBook("me", cap).with_static("grpc://static:1"), events):
         assert sum(not peer.static for peer in book.peers.values()) <= cap
         assert "me" not in book.peers

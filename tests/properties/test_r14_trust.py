@@ -6,9 +6,23 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lora.errors import BadNameError, ManifestError, RefusedError, SignatureError, UnknownSignerError, UnsignedError
+from lora.errors import (
+    BadNameError,
+    ManifestError,
+    RefusedError,
+    SignatureError,
+    UnknownSignerError,
+    UnsignedError,
+)
 from lora.federation.manifest import Manifest, Precedence, check_name, manifest_from_json
-from lora.federation.trust import Policy, check_declared, check_signature, check_version, public_key, sign
+from lora.federation.trust import (
+    Policy,
+    check_declared,
+    check_signature,
+    check_version,
+    public_key,
+    sign,
+)
 from lora.testing.plugin import requirement
 
 KEYS = st.binary(min_size=32, max_size=32).map(Ed25519PrivateKey.from_private_bytes)
@@ -33,7 +47,12 @@ MANIFESTS = st.builds(
 
 
 @requirement("R14.1")
-@given(MANIFESTS, KEYS, MANIFESTS, st.sampled_from(sorted(set(Manifest.__dataclass_fields__) - {"signature"})))
+@given(
+    MANIFESTS,
+    KEYS,
+    MANIFESTS,
+    st.sampled_from(sorted(set(Manifest.__dataclass_fields__) - {"signature"})),
+)
 def test_a_signature_holds_for_what_was_signed_and_for_nothing_else(manifest, key, other, field):
     signed, policy = sign(manifest, key), Policy(frozenset({public_key(key)}))
     check_signature(signed, policy)
@@ -50,7 +69,9 @@ def test_a_signature_holds_for_what_was_signed_and_for_nothing_else(manifest, ke
 def test_who_is_believed_is_what_the_policy_says(manifest, key, other, choices):
     pinned, unsigned, unknown = choices
     pins = frozenset({manifest.digest}) if pinned else frozenset()
-    policy = Policy(frozenset({public_key(other)}), pins, allow_unsigned=unsigned, allow_unknown_signers=unknown)
+    policy = Policy(
+        frozenset({public_key(other)}), pins, allow_unsigned=unsigned, allow_unknown_signers=unknown
+    )
 
     def verdict(candidate):
         try:
@@ -62,7 +83,9 @@ def test_who_is_believed_is_what_the_policy_says(manifest, key, other, choices):
     assert verdict(manifest) is (None if pinned or unsigned else UnsignedError)
     assert verdict(sign(manifest, other)) is None
     stranger = public_key(key) != public_key(other)
-    assert verdict(sign(manifest, key)) is (UnknownSignerError if stranger and not (pinned or unknown) else None)
+    assert verdict(sign(manifest, key)) is (
+        UnknownSignerError if stranger and not (pinned or unknown) else None
+    )
 
 
 @requirement("R11.2", "R12.1")
@@ -81,7 +104,11 @@ def test_a_manifest_that_is_cut_or_changed_is_one_or_is_refused(manifest, data):
     sent = bytearray(manifest.to_json())
     at = data.draw(st.integers(0, len(sent) - 1))
     changed = data.draw(st.sampled_from(["cut", "byte"]))
-    sent = sent[:at] if changed == "cut" else sent[:at] + bytes([data.draw(st.integers(0, 255))]) + sent[at + 1 :]
+    sent = (
+        sent[:at]
+        if changed == "cut"
+        else sent[:at] + bytes([data.draw(st.integers(0, 255))]) + sent[at + 1 :]
+    )
     try:
         found = manifest_from_json(bytes(sent))
     except ManifestError:
@@ -101,7 +128,9 @@ def test_versions_have_one_order(versions):
 
 @requirement("R14.2")
 @given(MANIFESTS, VERSIONS, st.booleans(), st.booleans())
-def test_no_older_version_than_one_seen_is_accepted_unless_one_insists(manifest, seen, pinned, allowed):
+def test_no_older_version_than_one_seen_is_accepted_unless_one_insists(
+    manifest, seen, pinned, allowed
+):
     policy = Policy(pins=frozenset({manifest.digest} if pinned else ()), allow_older=allowed)
     older = Precedence(manifest.version) < Precedence(seen)
     try:
@@ -113,9 +142,18 @@ def test_no_older_version_than_one_seen_is_accepted_unless_one_insists(manifest,
 
 
 @requirement("R14.2")
-@given(TEXTS | st.sampled_from(["../x", "/x", "x\\y", ".x", "x\0", "x\n", "\u202ex", "x" * 129]), MANIFESTS)
+@given(
+    TEXTS | st.sampled_from(["../x", "/x", "x\\y", ".x", "x\0", "x\n", "\u202ex", "x" * 129]),
+    MANIFESTS,
+)
 def test_a_name_from_outside_is_printable_short_and_no_path(name, manifest):
-    sound = 0 < len(name) <= 128 and name.isprintable() and "/" not in name and "\\" not in name and name[0] != "."
+    sound = (
+        0 < len(name) <= 128
+        and name.isprintable()
+        and "/" not in name
+        and "\\" not in name
+        and name[0] != "."
+    )
     try:
         check_name(name)
     except BadNameError:

@@ -44,7 +44,9 @@ class Branch(nn.Module):
         self.dense = nn.Linear(WIDTH, len(weight), bias=False)
         self.dense.weight.data = torch.from_numpy(weight)
         turn = torch.eye(WIDTH, dtype=torch.float64)
-        turn[:2, :2] = torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        turn[:2, :2] = torch.tensor(
+            [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        )
         self.gain, self.turn = gain, turn
 
     def forward(self, x):
@@ -83,7 +85,9 @@ def planted(draw):
     table = draw(hnp.arrays(F64, (4, WIDTH), elements=entries))
     branches = []
     for index in range(count):
-        weight = draw(hnp.arrays(F64, (draw(st.sampled_from([1, 2, 7, 40])), WIDTH), elements=entries))
+        weight = draw(
+            hnp.arrays(F64, (draw(st.sampled_from([1, 2, 7, 40])), WIDTH), elements=entries)
+        )
         weight *= draw(hnp.arrays(F64, weight.shape, elements=st.sampled_from([-1.0, 1.0])))
         weight *= 8 if index == magnitude else 1
         angle = draw(st.floats(1, 3)) if index == influence else draw(st.floats(-0.1, 0.1))
@@ -113,26 +117,41 @@ class TestEachScore:
         self, layer
     ):
         weight, norms = layer
-        exact = [Fraction(abs(float(w))) * Fraction(n) for row in weight for w, n in zip(row, norms, strict=True)]
+        exact = [
+            Fraction(abs(float(w))) * Fraction(n)
+            for row in weight
+            for w, n in zip(row, norms, strict=True)
+        ]
         plain = [Fraction(abs(float(w))) for w in weight.flat]
         for found, terms in ((wanda(weight, norms), exact), (wanda(weight), plain)):
-            assert abs(Fraction(found) - sum(terms) / len(terms)) <= Fraction(bound(weight.size)) * sum(terms)
+            assert abs(Fraction(found) - sum(terms) / len(terms)) <= Fraction(
+                bound(weight.size)
+            ) * sum(terms)
 
     @requirement("R15.1")
     @given(layers(), st.integers(1, 5), st.integers(1, 5))
     def test_a_layer_of_the_same_weights_repeated_is_as_hot(self, layer, down, across):
         weight, norms = layer
-        once, many = wanda(weight, norms), wanda(np.tile(weight, (down, across)), np.tile(norms, across))
+        once, many = (
+            wanda(weight, norms),
+            wanda(np.tile(weight, (down, across)), np.tile(norms, across)),
+        )
         assert abs(once - many) <= bound(weight.size * down * across) * once
 
     @requirement("R15.1")
     @given(st.data(), st.integers(1, 4), tokens.filter(bool))
-    def test_influence_is_the_mean_of_1_less_the_cosine_whatever_the_lengths(self, data, width, count):
+    def test_influence_is_the_mean_of_1_less_the_cosine_whatever_the_lengths(
+        self, data, width, count
+    ):
         x, y = (data.draw(integers(F64, (count, width))) for _ in range(2))
         assume(x.any(-1).all() and y.any(-1).all())
         lengths = np.sqrt((x * x).sum(-1).astype(np.longdouble) * (y * y).sum(-1))
         exact = (1 - (x * y).sum(-1) / lengths).mean()
-        stretch = data.draw(hnp.arrays(F64, (2, count, 1), elements=st.sampled_from([1.0, 0.25, 3.0, 1e200, 1e-200])))
+        stretch = data.draw(
+            hnp.arrays(
+                F64, (2, count, 1), elements=st.sampled_from([1.0, 0.25, 3.0, 1e200, 1e-200])
+            )
+        )
         found = turns(x * stretch[0], y * stretch[1]).mean
         # each direction is off by γ in every component, the square of a distance of at most 2 by four times that
         assert abs(found - exact) <= 4 * width * gamma(2 * width + count + 8, F64)
@@ -140,7 +159,9 @@ class TestEachScore:
 
     @requirement("R15.1")
     @given(st.data(), dtypes, features, tokens.filter(bool))
-    def test_a_block_that_only_passes_its_input_on_has_exactly_no_influence(self, data, dtype, width, count):
+    def test_a_block_that_only_passes_its_input_on_has_exactly_no_influence(
+        self, data, dtype, width, count
+    ):
         x = data.draw(numbers(dtype, (count, width)))
         assert turns(x, x.copy()).mean == 0
 
@@ -153,14 +174,18 @@ class TestPlanted:
     def test_each_score_ranks_its_own_layer_first(self, model_and_hot, some):
         model, hot = model_and_hot
         found = WeightMapProbe(model).probe(some)
-        for score, block in zip(("magnitude", "wanda", "influence", "ablation"), [*hot, hot[2]], strict=True):
+        for score, block in zip(
+            ("magnitude", "wanda", "influence", "ablation"), [*hot, hot[2]], strict=True
+        ):
             assert ranking(scores_of(found.blocks, score))[0] == block, score
         for score, block in zip(("magnitude", "wanda"), hot, strict=False):
             assert ranking(scores_of(found.layers, score))[0] == f"{block}.dense", score
 
     @requirement("R15.2")
     @given(
-        st.lists(st.floats(0.5, 4, width=16), min_size=2, max_size=5, unique=True), st.permutations(range(5)), features
+        st.lists(st.floats(0.5, 4, width=16), min_size=2, max_size=5, unique=True),
+        st.permutations(range(5)),
+        features,
     )
     def test_activations_count_channel_by_channel_where_large_meets_large(self, values, order, out):
         weight, norms = np.tile(np.sort(values), (out, 1)), np.sort(values)
@@ -197,7 +222,9 @@ class TestHotZones:
 
     @requirement("R15.3")
     @given(st.data(), dtypes, features, tokens.filter(bool))
-    def test_a_batch_split_changes_a_tally_no_more_than_sums_in_another_order(self, data, dtype, width, count):
+    def test_a_batch_split_changes_a_tally_no_more_than_sums_in_another_order(
+        self, data, dtype, width, count
+    ):
         x, y = (data.draw(numbers(dtype, (count, width))) for _ in range(2))
         cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=3)))
         for measure in (lambda part: squares(x[part]), lambda part: turns(x[part], y[part])):
@@ -239,9 +266,13 @@ class TestHotZones:
                 letters = letters @ before.turn.T
             rms = np.sqrt(((letters.numpy() * block.gain) ** 2).mean(0))
             expected = wanda(block.dense.weight.detach().numpy(), rms)
-            found = next(row.wanda for row in first.layers if model.get_submodule(row.name) is block.dense)
+            found = next(
+                row.wanda for row in first.layers if model.get_submodule(row.name) is block.dense
+            )
             # four turns of four-term products, then the mean of squares: relative to a vector's length
-            assert abs(found - expected) <= (bound(count) + 8 * gamma(WIDTH * 4, F64)) * WIDTH * 8 * 64
+            assert (
+                abs(found - expected) <= (bound(count) + 8 * gamma(WIDTH * 4, F64)) * WIDTH * 8 * 64
+            )
 
 
 @requirement("R15.4")
@@ -278,7 +309,11 @@ def pairs_of_models(draw):
     So each entry's magnitude is a singular value of ΔW, and nothing is rounded.
     """
     base, tuned, values = {}, {}, {}
-    for name in draw(st.lists(st.sampled_from(["a.query", "b.query", "größe", "0.dense"]), min_size=1, unique=True)):
+    for name in draw(
+        st.lists(
+            st.sampled_from(["a.query", "b.query", "größe", "0.dense"]), min_size=1, unique=True
+        )
+    ):
         shape = draw(st.tuples(features, features))
         entries = draw(st.lists(st.integers(-9, 9).filter(bool), max_size=min(shape)))
         rows, columns = (draw(st.permutations(range(size)))[: len(entries)] for size in shape)
@@ -310,7 +345,9 @@ class TestTwoModels:
     ):
         base, tuned, values = pair
         found = changes(base, tuned, rank)
-        assert sorted(row.name for row in found) == sorted(name for name, (_, entries) in values.items() if entries)
+        assert sorted(row.name for row in found) == sorted(
+            name for name, (_, entries) in values.items() if entries
+        )
         for row in found:
             shape, entries = values[row.name]
             exact = np.sqrt(sum(e * e for e in entries) / (shape[0] * shape[1]))
@@ -321,10 +358,17 @@ class TestTwoModels:
 
     @requirement("R15.5")
     @given(pairs_of_models(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
-    def test_a_layer_that_repeats_its_weights_changes_as_much_and_is_held_as_well(self, pair, rank, down, across):
+    def test_a_layer_that_repeats_its_weights_changes_as_much_and_is_held_as_well(
+        self, pair, rank, down, across
+    ):
         base, tuned, values = pair
-        tiled = [{name: np.tile(weight, (down, across)) for name, weight in model.items()} for model in (base, tuned)]
-        small, large = ({row.name: row for row in changes(*models, rank)} for models in ((base, tuned), tiled))
+        tiled = [
+            {name: np.tile(weight, (down, across)) for name, weight in model.items()}
+            for model in (base, tuned)
+        ]
+        small, large = (
+            {row.name: row for row in changes(*models, rank)} for models in ((base, tuned), tiled)
+        )
         assert small.keys() == large.keys()
         for name, row in small.items():
             (rows, columns), _ = values[name]
@@ -347,6 +391,8 @@ class TestTwoModels:
         base, tuned, _ = pair
         scaled = {name: np.ldexp(tuned[name] - base[name], exponent) for name in base}
         zero = {name: np.zeros_like(weight) for name, weight in base.items()}
-        plain, moved = (changes(zero, model) for model in ({n: tuned[n] - base[n] for n in base}, scaled))
+        plain, moved = (
+            changes(zero, model) for model in ({n: tuned[n] - base[n] for n in base}, scaled)
+        )
         assert [row.name for row in plain] == [row.name for row in moved]
         assert [np.ldexp(row.change, exponent) for row in plain] == [row.change for row in moved]

@@ -13,7 +13,11 @@ from lora.testing.strategies import dtypes, features, integers, numbers, ranks
 from lora.testing.tolerance import accumulator, exact, gamma, layer_bound, roundoff, underflow
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-MODULES = [f"encoder.layer.{layer}.{part}" for layer in (0, 1, 11) for part in ("query", "größe", "output.dense")]
+MODULES = [
+    f"encoder.layer.{layer}.{part}"
+    for layer in (0, 1, 11)
+    for part in ("query", "größe", "output.dense")
+]
 shares = st.floats(0.01, 0.999) | st.sampled_from([0.5, 0.9, 0.99, 1.0])
 SHAPES = st.tuples(features, features)
 bounds = st.floats(0.0, 0.99) | st.sampled_from([0.0, 1e-12, 1e-6, 0.05])
@@ -63,7 +67,10 @@ def low_rank_models(draw, *, rank=ranks, shape=SHAPES):
 @st.composite
 def large_models(draw, *, rank=None):
     """Weights large enough for a subspace to be smaller, of any spectrum, or whole numbers that differ by a product."""
-    rng, dtype = np.random.default_rng(draw(st.integers(0, 2**32))), draw(st.sampled_from([F32, F64]))
+    rng, dtype = (
+        np.random.default_rng(draw(st.integers(0, 2**32))),
+        draw(st.sampled_from([F32, F64])),
+    )
     base, tuned = {}, {}
     for module in draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=3, unique=True)):
         shape = draw(st.tuples(st.integers(12, 40), st.integers(12, 40)))
@@ -127,7 +134,11 @@ def slack(base, tuned, key, card):
     if pair:
         scale = abs(scaling_of(card, pair))
         lost = underflow(stored) * scale * np.sqrt(matrix.size) * (norm(pair.A) + norm(pair.B) + 1)
-    return (4 * steps * gamma(12 * longest, work) + 2 * rounding) * norm(matrix) + 2 * subtracted + lost
+    return (
+        (4 * steps * gamma(12 * longest, work) + 2 * rounding) * norm(matrix)
+        + 2 * subtracted
+        + lost
+    )
 
 
 # ---- through the binding
@@ -153,7 +164,9 @@ def test_what_is_left_is_orthogonal_to_what_was_taken(impl, models, rank):
     for key in base:
         taken = product(card, key) + np.zeros_like(base[key])
         left = delta(base, tuned, key) - taken
-        allowed = slack(base, tuned, key, card) * (norm(taken) + norm(left) + slack(base, tuned, key, card))
+        allowed = slack(base, tuned, key, card) * (
+            norm(taken) + norm(left) + slack(base, tuned, key, card)
+        )
         assert norm(left @ taken.T) <= allowed
         assert norm(left.T @ taken) <= allowed
 
@@ -343,7 +356,13 @@ def test_the_randomized_method_depends_on_seed_and_module_alone(models, rule, se
     assert extract_delta(*shuffled, rule, method="randomized", seed=seed) == card
     for module, pair in card.weights.items():
         alone = extract_delta(
-            base, tuned, rule, method="randomized", seed=seed, target_modules=module, dtype=pair.dtype.name
+            base,
+            tuned,
+            rule,
+            method="randomized",
+            seed=seed,
+            target_modules=module,
+            dtype=pair.dtype.name,
         )
         mine = next(value for name, value in alone.weights.items() if name == module)
         assert same_bits(mine.A, pair.A)
@@ -360,7 +379,12 @@ def test_the_randomized_method_reports_what_it_really_left(models, rule, seed):
         true, unsure = measured(base, tuned, card, key), measuring(base, card, key)
         assert abs(found["error"] - true) <= unsure
         off = slack(base, tuned, key, card) / norm(delta(base, tuned, key))
-        assert true >= tail(spectrum(delta(base, tuned, key)), found["rank"]) / norm(delta(base, tuned, key)) - off
+        assert (
+            true
+            >= tail(spectrum(delta(base, tuned, key)), found["rank"])
+            / norm(delta(base, tuned, key))
+            - off
+        )
         if isinstance(rule, Error):
             assert true <= rule.bound + off + unsure
         if isinstance(rule, Energy):
@@ -384,7 +408,11 @@ def test_the_randomized_method_is_exact_where_the_rank_suffices(rank, seed, data
 
 
 @requirement("R16.8")
-@given(models=models(), rule=rules, dtype=st.sampled_from([None, "float16", "bfloat16", "float32", "float64"]))
+@given(
+    models=models(),
+    rule=rules,
+    dtype=st.sampled_from([None, "float16", "bfloat16", "float32", "float64"]),
+)
 def test_the_card_records_rank_error_and_energy_of_each_module(models, rule, dtype):
     base, tuned = models
     assume(max(abs(tuned[key].astype(np.float64)).max() for key in tuned) < 1e6)
@@ -394,16 +422,22 @@ def test_the_card_records_rank_error_and_energy_of_each_module(models, rule, dty
     for module, found in modules_of(card).items():
         true = measured(base, tuned, card, f"{module}.weight")
         assert found["rank"] == card.weights[module].rank
-        assert abs(found["error"] - true) <= 4 * gamma(base[f"{module}.weight"].size + 12, F64) * (1 + true)
+        assert abs(found["error"] - true) <= 4 * gamma(base[f"{module}.weight"].size + 12, F64) * (
+            1 + true
+        )
         assert found["energy"] == 1 - found["error"] ** 2
 
 
 @requirement("R16.1", "R16.8")
 @given(models=models(dtype=F64), power=st.integers(-480, 480), rule=rules)
-def test_scaling_both_models_by_a_power_of_two_scales_the_difference_and_nothing_else(models, power, rule):
+def test_scaling_both_models_by_a_power_of_two_scales_the_difference_and_nothing_else(
+    models, power, rule
+):
     """However small or large weights are, no square of one is lost or overflows on the way."""
     base, tuned = models
-    scaled = [{key: np.ldexp(weight, 2 * power) for key, weight in model.items()} for model in models]
+    scaled = [
+        {key: np.ldexp(weight, 2 * power) for key, weight in model.items()} for model in models
+    ]
     for model, wide in zip(models, scaled, strict=True):
         assume(all(np.array_equal(np.ldexp(wide[key], -2 * power), model[key]) for key in model))
         assume(all(np.isfinite(weight).all() for weight in wide.values()))

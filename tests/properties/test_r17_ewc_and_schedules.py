@@ -44,14 +44,18 @@ def test_a_schedule_rises_to_its_peak_then_never_rises_again(kind, steps, warmup
 @requirement("R17.2")
 @given(KINDS, st.integers(4, 60), WARMUPS, st.floats(1e-6, 10))
 def test_a_schedule_scales_with_its_peak(kind, steps, warmup, lr):
-    assert rates(kind, steps, warmup, lr) == pytest.approx([lr * rate for rate in rates(kind, steps, warmup)], rel=1e-9)
+    assert rates(kind, steps, warmup, lr) == pytest.approx(
+        [lr * rate for rate in rates(kind, steps, warmup)], rel=1e-9
+    )
 
 
 @requirement("R17.2")
 @given(st.integers(2, 60))
 def test_each_schedule_is_the_one_it_is_called(steps):
     assert rates("constant", steps, 0.0) == [1.0] * steps
-    assert rates("linear", steps, 0.0) == pytest.approx([1 - i / steps for i in range(steps)], abs=1e-9)
+    assert rates("linear", steps, 0.0) == pytest.approx(
+        [1 - i / steps for i in range(steps)], abs=1e-9
+    )
     cosine = [(1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
     assert rates("cosine", steps, 0.0) == pytest.approx(cosine, abs=1e-9)
     exponential = rates("exponential", steps, 0.0)
@@ -68,7 +72,9 @@ def regressions(draw):
     for _ in range(2):
         scales = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=d, max_size=d))
         x = torch.diag(torch.tensor(scales, dtype=torch.float64))
-        y = torch.tensor(draw(st.lists(st.floats(-3, 3), min_size=d, max_size=d)), dtype=torch.float64)
+        y = torch.tensor(
+            draw(st.lists(st.floats(-3, 3), min_size=d, max_size=d)), dtype=torch.float64
+        )
         tasks.append((x, y))
     return tasks
 
@@ -86,17 +92,25 @@ def test_with_the_exact_fisher_on_orthogonal_features_ewc_is_joint_training(task
     theta = solved(x1, y1)
     start = theta.clone().requires_grad_()
     examples = []
-    for row in x1:  # the exact Fisher of a Gaussian of variance 1: residuals of 1 and -1, equally likely
+    for (
+        row
+    ) in x1:  # the exact Fisher of a Gaussian of variance 1: residuals of 1 and -1, equally likely
         prediction = (row * start).sum()
         examples += [(prediction - (prediction.detach() + sign)) ** 2 / 2 for sign in (1.0, -1.0)]
     fisher = {name: tensor * len(x1) for name, tensor in fisher_of(examples, {"w": start}).items()}
     assert torch.allclose(fisher["w"], (x1**2).sum(0))
     anchor = Anchor({"w": theta}, fisher)
-    for point in (torch.zeros_like(theta), solved(torch.cat([x1, x2]), torch.cat([y1, y2])), theta + 1.0):
+    for point in (
+        torch.zeros_like(theta),
+        solved(torch.cat([x1, x2]), torch.cat([y1, y2])),
+        theta + 1.0,
+    ):
         at = point.clone().requires_grad_()
         second = ((y2 - x2 @ at) ** 2).sum() / 2
         (ewc,) = torch.autograd.grad(second + penalty({"w": at}, anchor, 1.0), at)
-        (joint,) = torch.autograd.grad(((y1 - x1 @ at) ** 2).sum() / 2 + ((y2 - x2 @ at) ** 2).sum() / 2, at)
+        (joint,) = torch.autograd.grad(
+            ((y1 - x1 @ at) ** 2).sum() / 2 + ((y2 - x2 @ at) ** 2).sum() / 2, at
+        )
         assert torch.allclose(ewc, joint, atol=1e-9)
 
 
@@ -127,7 +141,9 @@ def test_a_normalised_fisher_forgets_its_scale(fisher, scale):
 def test_repeating_the_examples_changes_no_fisher(times):
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     losses = [(w * torch.tensor(row)).sum() ** 2 for row in ([1.0, 0.0], [0.5, -1.0])]
-    assert torch.allclose(fisher_of(losses * times, {"w": w})["w"], fisher_of(losses, {"w": w})["w"])
+    assert torch.allclose(
+        fisher_of(losses * times, {"w": w})["w"], fisher_of(losses, {"w": w})["w"]
+    )
 
 
 @requirement("R17.1")

@@ -44,7 +44,9 @@ def batches(draw, elements=vectors, least=1):
 
 
 def loss_of(queries, positives, scale, dtype=torch.float64):
-    return contrastive_loss(torch.tensor(queries, dtype=dtype), torch.tensor(positives, dtype=dtype), scale=scale)
+    return contrastive_loss(
+        torch.tensor(queries, dtype=dtype), torch.tensor(positives, dtype=dtype), scale=scale
+    )
 
 
 def exact_loss(queries, positives, scale):
@@ -57,7 +59,9 @@ def exact_loss(queries, positives, scale):
     for i in range(n):
         for rows, others in (unit, unit[::-1]):
             logits = [scale * np.sum(rows[i] * other) for other in others]
-            total += np.log(np.sum(np.exp(np.array(logits) - max(logits)))) + max(logits) - logits[i]
+            total += (
+                np.log(np.sum(np.exp(np.array(logits) - max(logits)))) + max(logits) - logits[i]
+            )
     return float(total / (2 * n))
 
 
@@ -81,14 +85,20 @@ def test_the_loss_is_the_mean_of_both_cross_entropies(batch, scale, types):
 
 @requirement("R17.1")
 @given(batches(), scales, st.randoms())
-def test_neither_the_order_of_the_batch_nor_the_direction_nor_a_length_changes_the_loss(batch, scale, random):
+def test_neither_the_order_of_the_batch_nor_the_direction_nor_a_length_changes_the_loss(
+    batch, scale, random
+):
     queries, positives = batch
     order = random.sample(range(len(queries)), len(queries))
     stretched = queries * [[2.0 ** random.randint(0, 9)] for _ in queries]
     loss, error = float(loss_of(queries, positives, scale)), 2 * bound(*queries.shape, scale, F64)
-    assert float(loss_of(queries[order], positives[order], scale)) == pytest.approx(loss, rel=0, abs=error)
+    assert float(loss_of(queries[order], positives[order], scale)) == pytest.approx(
+        loss, rel=0, abs=error
+    )
     assert float(loss_of(positives, queries, scale)) == pytest.approx(loss, rel=0, abs=error)
-    if np.abs(queries)[queries != 0].min(initial=1.0) > 1e-3:  # below, the smallest norm that is divided by matters
+    if (
+        np.abs(queries)[queries != 0].min(initial=1.0) > 1e-3
+    ):  # below, the smallest norm that is divided by matters
         assert float(loss_of(stretched, positives, scale)) == pytest.approx(loss, rel=0, abs=error)
 
 
@@ -119,15 +129,21 @@ def test_orthogonal_pairs_reach_the_minimum_that_the_scale_allows_and_equal_text
 @given(batches(st.sampled_from([-2.0, -1.0, 1.0, 2.0]), least=2), st.data())
 def test_the_gradient_is_the_slope_of_the_loss(batch, data):
     queries, positives = (torch.tensor(side, requires_grad=True) for side in batch)
-    towards = data.draw(hnp.arrays(np.float64, batch[0].shape, elements=st.sampled_from([-1.0, 0.0, 1.0])))
+    towards = data.draw(
+        hnp.arrays(np.float64, batch[0].shape, elements=st.sampled_from([-1.0, 0.0, 1.0]))
+    )
     contrastive_loss(queries, positives, scale=2.0).backward()
     h = gamma(1, F64) ** (1 / 3)
     for side, tensor in enumerate((queries, positives)):
         ahead, behind = ([*batch], [*batch])
         ahead[side], behind[side] = batch[side] + h * towards, batch[side] - h * towards
         slope = (exact_loss(*ahead, 2.0) - exact_loss(*behind, 2.0)) / (2 * h)
-        curvature = (4 * 2.0 * math.sqrt(batch[0].size)) ** 3  # of third order, for rows of length >= 1
-        assert float((tensor.grad * torch.tensor(towards)).sum()) == pytest.approx(slope, rel=0, abs=curvature * h**2)
+        curvature = (
+            4 * 2.0 * math.sqrt(batch[0].size)
+        ) ** 3  # of third order, for rows of length >= 1
+        assert float((tensor.grad * torch.tensor(towards)).sum()) == pytest.approx(
+            slope, rel=0, abs=curvature * h**2
+        )
 
 
 class Lookup:
@@ -140,13 +156,16 @@ class Lookup:
         return np.array([self.known[text] for text in texts], np.float32)
 
 
-signs = hnp.arrays(np.float32, 4, elements=st.sampled_from([-1.0, 1.0])) | st.just(np.zeros(4, np.float32))
+signs = hnp.arrays(np.float32, 4, elements=st.sampled_from([-1.0, 1.0])) | st.just(
+    np.zeros(4, np.float32)
+)
 """Vectors of equal length (or none), so that every score is exact and ties abound."""
 
 
 @requirement("R17.3", "R17.9")
 @given(
-    st.lists(st.tuples(words, words), min_size=1, max_size=12) | st.just([("a", letter) for letter in LETTERS]),
+    st.lists(st.tuples(words, words), min_size=1, max_size=12)
+    | st.just([("a", letter) for letter in LETTERS]),
     st.fixed_dictionaries(dict.fromkeys(LETTERS, signs)),
     st.integers(-3, 3),
 )
@@ -163,7 +182,9 @@ def test_a_rank_counts_the_distinct_positives_that_score_at_least_as_high(rows, 
     assert found.recall_at_10 == sum(rank <= 10 for rank in ranks) / n
     assert found.mrr == pytest.approx(sum(1 / rank for rank in ranks) / n, rel=gamma(2 * n, F64))
     assert found.recall_at_1 <= found.mrr <= 1
-    scaled = Lookup({text: vector * 2.0 ** (power * ord(text) % 3) for text, vector in known.items()})
+    scaled = Lookup(
+        {text: vector * 2.0 ** (power * ord(text) % 3) for text, vector in known.items()}
+    )
     assert evaluate(scaled, Pairs.of(rows)) == found  # only directions count
 
 
@@ -198,7 +219,9 @@ def test_no_text_occurs_twice_in_a_batch_and_no_pair_twice_in_an_epoch(rows, siz
     for batch in batches:
         for i, row in enumerate(batch):
             assert not {*rows[row]} & {text for other in batch[:i] for text in rows[other]}
-    assert all(len(batch) == size for batch in batches) or [2 <= len(batch) < size for batch in batches] == [True]
+    assert all(len(batch) == size for batch in batches) or [
+        2 <= len(batch) < size for batch in batches
+    ] == [True]
     compatible = len({text for row in rows for text in row}) == sum(len({*row}) for row in rows)
     if compatible:  # nothing has to wait
         assert len(batches) == (len(rows) // size or len(rows) > 1)
@@ -223,11 +246,18 @@ def engine():
 def pairs():
     """``a<i> c<j>`` asks for ``b<i> d<j>``: what is learned of some combinations holds for the others."""
     combinations = [(i, j) for i in range(TOPICS) for j in range(TOPICS)]
-    return Pairs.of([{"query": f"a{i} c{j}", "positive": f"b{i} d{j}", "group": f"{i}{j}"} for i, j in combinations])
+    return Pairs.of(
+        [
+            {"query": f"a{i} c{j}", "positive": f"b{i} d{j}", "group": f"{i}{j}"}
+            for i, j in combinations
+        ]
+    )
 
 
 def trainer(options, seed, targets):
-    return LoRATrainer(engine(), rank=2, seed=seed, target_modules=targets, settings=Settings(**dict(options)))
+    return LoRATrainer(
+        engine(), rank=2, seed=seed, target_modules=targets, settings=Settings(**dict(options))
+    )
 
 
 @lru_cache(64)
@@ -238,10 +268,18 @@ def uninterrupted(options, seed, targets):
 def equal(a, b):
     """Whether two trainings gave the same bits."""
     factors = [
-        [(key, pair.A.tobytes(), pair.B.tobytes()) for key, pair in sorted(result.card.weights.items())]
+        [
+            (key, pair.A.tobytes(), pair.B.tobytes())
+            for key, pair in sorted(result.card.weights.items())
+        ]
         for result in (a, b)
     ]
-    return factors[0] == factors[1] and a.card == b.card and a.history.equals(b.history) and a.metrics == b.metrics
+    return (
+        factors[0] == factors[1]
+        and a.card == b.card
+        and a.history.equals(b.history)
+        and a.metrics == b.metrics
+    )
 
 
 class Killed(BaseException):
@@ -269,7 +307,9 @@ options_of_a_run = st.fixed_dictionaries(
     st.sampled_from([("query", "value"), "all-linear"]),
     st.lists(st.integers(1, STEPS), min_size=1, max_size=3),
 )
-def test_a_run_that_was_interrupted_at_any_steps_ends_with_the_same_bits(options, seed, targets, stops):
+def test_a_run_that_was_interrupted_at_any_steps_ends_with_the_same_bits(
+    options, seed, targets, stops
+):
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "run"
 
@@ -284,9 +324,15 @@ def test_a_run_that_was_interrupted_at_any_steps_ends_with_the_same_bits(options
         for stop in stops:
             with contextlib.suppress(Killed):
                 trainer(options, seed, targets).train(
-                    pairs(), name="toy", max_steps=STEPS, checkpoint=checkpoint, progress=kill_at(stop)
+                    pairs(),
+                    name="toy",
+                    max_steps=STEPS,
+                    checkpoint=checkpoint,
+                    progress=kill_at(stop),
                 )
-        result = trainer(options, seed, targets).train(pairs(), name="toy", max_steps=STEPS, checkpoint=checkpoint)
+        result = trainer(options, seed, targets).train(
+            pairs(), name="toy", max_steps=STEPS, checkpoint=checkpoint
+        )
         assert list(Path(folder).iterdir()) == []
     assert equal(result, uninterrupted(options, seed, targets))
 
@@ -305,7 +351,9 @@ def checkpoint_of_base():
                 raise Killed
 
         with contextlib.suppress(Killed):
-            trainer(tuple(BASE.items()), 0, "all-linear").train(pairs(), name="toy", checkpoint=path, progress=stop)
+            trainer(tuple(BASE.items()), 0, "all-linear").train(
+                pairs(), name="toy", checkpoint=path, progress=stop
+            )
         return path.read_bytes()
 
 
@@ -314,7 +362,9 @@ def checkpoint_of_base():
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_and_left_alone(data):
     content, options, seed, rows, steps = checkpoint_of_base(), dict(BASE), 0, pairs(), None
     change = data.draw(
-        st.sampled_from(["cut", "garbage", "seed", "rows", "order", "steps", *BASE, "dropout", "schedule"])
+        st.sampled_from(
+            ["cut", "garbage", "seed", "rows", "order", "steps", *BASE, "dropout", "schedule"]
+        )
     )
     if change == "cut":
         content = content[: data.draw(st.integers(0, len(content) - 1))]
@@ -365,9 +415,13 @@ def test_training_never_learns_from_the_groups_that_validate(options, seed, rand
     rows = data.table.to_pylist()
     others = [row["positive"] for row in rows if row["group"] in held_out]
     random.shuffle(others)
-    changed = Pairs.of([{**row, "positive": others.pop()} if row["group"] in held_out else row for row in rows])
+    changed = Pairs.of(
+        [{**row, "positive": others.pop()} if row["group"] in held_out else row for row in rows]
+    )
     one, two = (
-        LoRATrainer(engine(), rank=2, seed=seed, settings=Settings(**blind)).train(given, name="toy", max_steps=STEPS)
+        LoRATrainer(engine(), rank=2, seed=seed, settings=Settings(**blind)).train(
+            given, name="toy", max_steps=STEPS
+        )
         for given in (data, changed)
     )
     assert one.history["loss"].to_pylist() == two.history["loss"].to_pylist()

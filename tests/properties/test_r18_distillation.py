@@ -45,7 +45,9 @@ def embeddings(draw, least=0, most=9):
 
 @requirement("R18.1")
 @given(known(), signals(), seeds)
-def test_every_score_is_known_unsure_or_novel_by_its_place_among_the_two_thresholds(groups, found, seed):
+def test_every_score_is_known_unsure_or_novel_by_its_place_among_the_two_thresholds(
+    groups, found, seed
+):
     detector = fit(groups, rate=0.2, doubt=0.4, seed=seed)
     told = detector.judge(found)
     assert detector.novel.threshold <= detector.known.threshold
@@ -61,7 +63,9 @@ def test_every_score_is_known_unsure_or_novel_by_its_place_among_the_two_thresho
 
 @requirement("R18.1")
 @given(known(), signals(), st.floats(0, 1), st.floats(0, 1), seeds)
-def test_a_query_with_less_of_either_signal_is_never_better_known(groups, found, less, thinner, seed):
+def test_a_query_with_less_of_either_signal_is_never_better_known(
+    groups, found, less, thinner, seed
+):
     detector = fit(groups, rate=0.2, doubt=0.4, seed=seed)
     order = ("novel", "unsure", "known")
     worse = Signals(found.similarity - less, found.margin - thinner)
@@ -76,7 +80,9 @@ def test_either_signal_alone_makes_a_query_novel_if_it_is_low_enough(groups, see
     high = Signals(2.0, 4.0)
     steps = 3 + abs(detector.novel.threshold)
     assert detector.judge(high).kind == "known"
-    similarity, margin = (c - steps * s for c, s in zip(detector.centre, detector.step, strict=True))
+    similarity, margin = (
+        c - steps * s for c, s in zip(detector.centre, detector.step, strict=True)
+    )
     assert detector.judge(Signals(similarity, 4.0)).kind == "novel"
     assert detector.judge(Signals(2.0, margin)).kind == "novel"
 
@@ -99,10 +105,14 @@ def test_the_signals_are_the_best_skill_and_its_lead_over_the_second(queries, fi
     index = EMPTY.with_candidate(candidate_of("a", first))
     (alone, *_) = signals_of(queries, index)
     (both, *_) = signals_of(queries, index.with_candidate(candidate_of("b", second)))
-    best = {name: similarities(queries[:1], rows).max() for name, rows in (("a", first), ("b", second))}
+    best = {
+        name: similarities(queries[:1], rows).max() for name, rows in (("a", first), ("b", second))
+    }
     assert alone.similarity == best["a"]
     assert alone.margin == round(alone.similarity + 1, 6)
-    assert both.similarity == max(best.values()) >= alone.similarity  # a new skill makes nothing stranger
+    assert (
+        both.similarity == max(best.values()) >= alone.similarity
+    )  # a new skill makes nothing stranger
     assert both.margin == round(abs(best["a"] - best["b"]), 6)
     assert best[both.nearest] == both.similarity
 
@@ -110,12 +120,14 @@ def test_the_signals_are_the_best_skill_and_its_lead_over_the_second(queries, fi
 @requirement("R18.1")
 @given(st.lists(cosines, min_size=1, max_size=9), st.lists(cosines, min_size=1, max_size=9))
 def test_auroc_is_the_share_of_pairs_in_the_right_order(novel, familiar):
-    wins = sum(Fraction(1) if n < k else Fraction(1, 2) if n == k else 0 for n in novel for k in familiar)
+    wins = sum(
+        Fraction(1) if n < k else Fraction(1, 2) if n == k else 0 for n in novel for k in familiar
+    )
     assert auroc(novel, familiar) == float(wins / (len(novel) * len(familiar)))
     assert auroc(novel, familiar) + auroc(familiar, novel) == 1
-    assert auroc(novel, familiar) == auroc([math.atan(n) for n in novel], [math.atan(k) for k in familiar]) or len(
-        {math.atan(x) for x in (*novel, *familiar)}
-    ) < len({*novel, *familiar})
+    assert auroc(novel, familiar) == auroc(
+        [math.atan(n) for n in novel], [math.atan(k) for k in familiar]
+    ) or len({math.atan(x) for x in (*novel, *familiar)}) < len({*novel, *familiar})
 
 
 @requirement("R18.2")
@@ -146,7 +158,9 @@ def test_topics_are_a_partition_that_does_not_depend_on_the_order(rows, threshol
     random.shuffle(order)
     found, shuffled = topics(rows, threshold), topics(rows[order], threshold)
     assert sorted(i for topic in found for i in topic) == list(range(len(rows)))
-    assert {frozenset(topic) for topic in found} == {frozenset(order[i] for i in topic) for topic in shuffled}
+    assert {frozenset(topic) for topic in found} == {
+        frozenset(order[i] for i in topic) for topic in shuffled
+    }
     sizes = [len(topic) for topic in found]
     assert sizes == sorted(sizes, reverse=True)
 
@@ -160,7 +174,10 @@ def test_texts_that_are_alike_are_together_and_a_topic_is_never_two(rows, thresh
     assert all(place[i] == place[j] for i, j in np.argwhere(near).tolist())
     for topic in found:  # whichever way a topic is cut in two, something ties the parts together
         for cut in range(1, len(topic)):
-            assert near[np.ix_(topic[:cut], topic[cut:])].any() or near[np.ix_(topic[cut:], topic[:cut])].any()
+            assert (
+                near[np.ix_(topic[:cut], topic[cut:])].any()
+                or near[np.ix_(topic[cut:], topic[:cut])].any()
+            )
     finer = topics(rows, threshold + stricter)
     assert all(len({place[i] for i in topic}) == 1 for topic in finer)
 
@@ -186,7 +203,9 @@ def test_a_skill_is_accepted_exactly_if_it_surely_helps_and_surely_does_no_harm(
 
 @requirement("R18.3")
 @given(paired(), seeds, st.randoms(use_true_random=False))
-def test_the_bounds_enclose_the_mean_and_do_not_depend_on_the_order_of_the_queries(sides, seed, random):
+def test_the_bounds_enclose_the_mean_and_do_not_depend_on_the_order_of_the_queries(
+    sides, seed, random
+):
     found = change(*sides, seed=seed)
     assert found.lower <= found.mean <= found.upper
     assert found.mean == float(math.fsum(sides[1] - sides[0])) / len(sides[0])
@@ -211,7 +230,9 @@ def test_a_query_that_is_ranked_better_never_lowers_a_bound(sides, data, seed):
 
 @requirement("R18.3")
 @given(paired(), seeds)
-def test_a_skill_that_changes_nothing_is_not_accepted_and_one_without_a_single_gain_neither(sides, seed):
+def test_a_skill_that_changes_nothing_is_not_accepted_and_one_without_a_single_gain_neither(
+    sides, seed
+):
     before, after = sides
     assert not judge((before, before), (before, before), seed=seed).accepted
     assert judge((before, before), (before, before), seed=seed).harmless
@@ -223,7 +244,9 @@ def test_a_skill_that_changes_nothing_is_not_accepted_and_one_without_a_single_g
 def test_a_rank_counts_all_that_score_at_least_as_high(queries, candidates, data):
     width = min(queries.shape[1], candidates.shape[1])
     queries, candidates = queries[:, :width], candidates[:, :width]
-    own = data.draw(st.lists(st.integers(0, len(candidates) - 1), min_size=len(queries), max_size=len(queries)))
+    own = data.draw(
+        st.lists(st.integers(0, len(candidates) - 1), min_size=len(queries), max_size=len(queries))
+    )
     found = reciprocal_ranks(queries, candidates, own)
     everyone = reciprocal_ranks(queries, np.concatenate([candidates, candidates]), own)
     for row in range(len(own)):
@@ -255,13 +278,17 @@ def material(draw):
 
 @requirement("R18.3")
 @given(material(), seeds)
-def test_no_text_and_no_group_is_both_trained_and_judged_on_and_a_teacher_does_not_judge_its_own_lesson(found, seed):
+def test_no_text_and_no_group_is_both_trained_and_judged_on_and_a_teacher_does_not_judge_its_own_lesson(
+    found, seed
+):
     everything = found.own.add(found.taught)
     assume(len(set(everything.table["group"].to_pylist())) > 1)
     training, held_out, judged_on = divided(found, 0.7, seed)
     assert not {*training.queries, *training.positives} & {*held_out.queries, *held_out.positives}
     assert not set(training.table["group"].to_pylist()) & set(held_out.table["group"].to_pylist())
-    keys = [Counter(zip(part.queries, part.positives, strict=True)) for part in (training, held_out)]
+    keys = [
+        Counter(zip(part.queries, part.positives, strict=True)) for part in (training, held_out)
+    ]
     assert all(count == 1 for part in keys for count in part.values())
     if judged_on == "own material":
         own = set(zip(found.own.queries, found.own.positives, strict=True))
@@ -315,7 +342,13 @@ def test_everything_in_an_answer_is_either_kept_or_counted(items, most):
 
 
 @requirement("R18.7")
-@given(st.sampled_from(HOSTILE), WORDS, WORDS, st.booleans(), st.sampled_from([str, str.upper, str.title]))
+@given(
+    st.sampled_from(HOSTILE),
+    WORDS,
+    WORDS,
+    st.booleans(),
+    st.sampled_from([str, str.upper, str.title]),
+)
 def test_hostile_text_is_dropped_wherever_it_stands(hostile, around, other, asked, case):
     text = case(f"{around}\n{hostile} {around}") if len(hostile) < LONGEST else hostile
     pair = {"query": text, "answer": other} if asked else {"query": other, "answer": text}

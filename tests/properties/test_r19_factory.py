@@ -68,7 +68,10 @@ class Factory(RuleBasedStateMachine):
     def teardown(self):
         """A new coordinator brings every job to an end, in no more attempts than were allowed."""
         try:
-            if seen(self.queue) == (self.jobs, sorted(self.effects)):  # else a rule has failed already
+            if seen(self.queue) == (
+                self.jobs,
+                sorted(self.effects),
+            ):  # else a rule has failed already
                 self.drain()
         finally:
             self.queue.close()
@@ -115,7 +118,9 @@ class Factory(RuleBasedStateMachine):
         for key, known in self.jobs.items():
             if known.state == "running":
                 failures = known.failures + 1
-                jobs[key] = replace(known, state="dead" if failures == 3 else "queued", failures=failures)
+                jobs[key] = replace(
+                    known, state="dead" if failures == 3 else "queued", failures=failures
+                )
             else:
                 jobs[key] = known
         self.queue.recover(self.now)
@@ -127,7 +132,10 @@ class Factory(RuleBasedStateMachine):
     @rule(number=st.integers(0, 5), killed_at=kills)
     def add(self, number, killed_at):
         job = Job.of(
-            "toy", {"name": f"skill {number % 2}", "number": number}, base="ab"[number % 2], priority=number % 3
+            "toy",
+            {"name": f"skill {number % 2}", "number": number},
+            base="ab"[number % 2],
+            priority=number % 3,
         )
         self.orders[job.id] = job
         expected = {job.id: Known()} | self.jobs
@@ -145,7 +153,9 @@ class Factory(RuleBasedStateMachine):
         expected = self.jobs
         if key is not None:
             known = self.jobs[key]
-            expected = self.jobs | {key: replace(known, state="running", attempts=known.attempts + 1)}
+            expected = self.jobs | {
+                key: replace(known, state="running", attempts=known.attempts + 1)
+            }
         job = self.act((expected, self.effects), lambda queue: queue.claim(self.now), killed_at)
         if job is not None:
             assert job.id == key
@@ -157,9 +167,15 @@ class Factory(RuleBasedStateMachine):
         if what == "fail" and known.failures + 1 == 3:
             state = "dead"
         changed = replace(known, state=state, failures=known.failures + failed)
-        expected = (self.jobs | {job.id: changed}, [*self.effects, *effect]) if holds else (self.jobs, self.effects)
+        expected = (
+            (self.jobs | {job.id: changed}, [*self.effects, *effect])
+            if holds
+            else (self.jobs, self.effects)
+        )
         actions = {
-            "accept": lambda queue: queue.accept(job, f"{len(self.effects):064x}", self.now, KEEP_ALL),
+            "accept": lambda queue: queue.accept(
+                job, f"{len(self.effects):064x}", self.now, KEEP_ALL
+            ),
             "reject": lambda queue: queue.reject(job, self.now),
             "release": lambda queue: queue.release(job, self.now),
             "fail": lambda queue: queue.fail(job, "no luck", self.now),
@@ -192,7 +208,9 @@ class Factory(RuleBasedStateMachine):
     @precondition(lambda self: any(known.state == "dead" for known in self.jobs.values()))
     @rule(data=st.data(), killed_at=kills)
     def retry(self, data, killed_at):
-        key = data.draw(st.sampled_from(sorted(k for k, known in self.jobs.items() if known.state == "dead")))
+        key = data.draw(
+            st.sampled_from(sorted(k for k, known in self.jobs.items() if known.state == "dead"))
+        )
         expected = self.jobs | {key: replace(self.jobs[key], state="queued", failures=0)}
         self.act((expected, self.effects), lambda queue: queue.retry(key, self.now), killed_at)
 
@@ -205,7 +223,9 @@ class Factory(RuleBasedStateMachine):
 
     @invariant()
     def no_job_takes_effect_twice(self):
-        accepted = [row["job"] for row in self.queue.history().to_pylist() if row["what"] == "accept"]
+        accepted = [
+            row["job"] for row in self.queue.history().to_pylist() if row["what"] == "accept"
+        ]
         done = sorted(job.id for job in self.queue.jobs("done"))
         assert sorted(accepted) == sorted(self.effects) == done
 
@@ -220,7 +240,8 @@ class Factory(RuleBasedStateMachine):
     @invariant()
     def no_job_fails_more_often_than_it_may(self):
         assert all(
-            known.failures <= 3 and (known.failures < 3 or known.state == "dead") for known in self.jobs.values()
+            known.failures <= 3 and (known.failures < 3 or known.state == "dead")
+            for known in self.jobs.values()
         )
 
     @invariant()
@@ -250,7 +271,9 @@ def test_jobs_begin_by_priority_then_age_and_never_beside_another_base_model(ord
         added = []
         for number, (priority, base) in enumerate(orders):
             job = Job.of("toy", {"name": "skill", "number": number}, base=base, priority=priority)
-            added.append(queue.add(job, 10.0 - number))  # a clock that runs backwards makes nobody older
+            added.append(
+                queue.add(job, 10.0 - number)
+            )  # a clock that runs backwards makes nobody older
         running, begun = [], []
         while len(begun) < len(orders) or running:
             job = queue.claim(0.0) if len(running) < workers else None
@@ -261,7 +284,9 @@ def test_jobs_begin_by_priority_then_age_and_never_beside_another_base_model(ord
             else:
                 assert running  # where nothing runs, the next can begin
                 queue.reject(running.pop(data.draw(st.integers(0, len(running) - 1))), 0.0)
-        assert begun == [job.id for job in sorted(added, key=lambda job: (-job.priority, added.index(job)))]
+        assert begun == [
+            job.id for job in sorted(added, key=lambda job: (-job.priority, added.index(job)))
+        ]
 
 
 VALUES = st.recursive(
@@ -270,25 +295,39 @@ VALUES = st.recursive(
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=6,
 )
-PARAMETERS = st.dictionaries(st.text(max_size=3).filter(lambda key: key != "name"), VALUES, max_size=4)
+PARAMETERS = st.dictionaries(
+    st.text(max_size=3).filter(lambda key: key != "name"), VALUES, max_size=4
+)
 
 
 @requirement("R19.2")
 @given(parameters=PARAMETERS, other=PARAMETERS, priority=st.integers(-5, 5), data=st.data())
-def test_a_job_is_known_by_what_goes_into_it_and_survives_the_file(parameters, other, priority, data):
+def test_a_job_is_known_by_what_goes_into_it_and_survives_the_file(
+    parameters, other, priority, data
+):
     named = {"name": "skill", **parameters}
     shuffled = dict(data.draw(st.permutations(list(named.items()))))
     job = Job.of("toy", named)
     assert Job.of("toy", shuffled, priority=priority, seconds=5.0).id == job.id
     different = Job.of("toy", {"name": "skill", **other})
     assert (different.id == job.id) == (
-        different.parameters == job.parameters and repr(sorted_all(other)) == repr(sorted_all(parameters))
+        different.parameters == job.parameters
+        and repr(sorted_all(other)) == repr(sorted_all(parameters))
     )
     assert (
-        len({job.id, Job.of("toy", named, {"/a": "1"}).id, Job.of("toy", named, base="b").id, Job.of("t", named).id})
+        len(
+            {
+                job.id,
+                Job.of("toy", named, {"/a": "1"}).id,
+                Job.of("toy", named, base="b").id,
+                Job.of("t", named).id,
+            }
+        )
         == 4
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -313,8 +352,14 @@ TIMES = st.times().map(lambda at: at.replace(second=0, microsecond=0))
 
 
 @requirement("R19.4")
-@given(at=TIMES, start=MOMENTS, steps=st.lists(st.timedeltas(timedelta(0), timedelta(days=3)), max_size=20))
-def test_while_the_clock_runs_on_each_night_is_run_once_at_the_first_look_after_it_began(at, start, steps):
+@given(
+    at=TIMES,
+    start=MOMENTS,
+    steps=st.lists(st.timedeltas(timedelta(0), timedelta(days=3)), max_size=20),
+)
+def test_while_the_clock_runs_on_each_night_is_run_once_at_the_first_look_after_it_began(
+    at, start, steps
+):
     now, last, runs = start, night_of(at, start), []
     for step in steps:
         now += step
@@ -345,10 +390,14 @@ def test_a_night_begins_at_its_time_and_not_a_moment_before(at, day):
     ahead=st.integers(-3, 3) | st.integers(-2000, 2000),
     back=st.timedeltas(timedelta(0), timedelta(hours=23)),
 )
-def test_a_clock_that_jumps_runs_no_night_twice_for_less_than_a_day_and_never_stops_the_nights(at, now, ahead, back):
+def test_a_clock_that_jumps_runs_no_night_twice_for_less_than_a_day_and_never_stops_the_nights(
+    at, now, ahead, back
+):
     last = night_of(at, now)
     assert due(at, last, now - back) is None
-    told = last + timedelta(days=ahead)  # the last night that was run, by a clock that may have been wrong
+    told = last + timedelta(
+        days=ahead
+    )  # the last night that was run, by a clock that may have been wrong
     found = due(at, told, now)
     assert found == (None if ahead in (0, 1) else last)
     following = next_night(at, told, now)

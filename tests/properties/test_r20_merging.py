@@ -54,7 +54,9 @@ def one(draw, name, shapes, *, dtype=F64, whole=True, inner=ranks):
     weights = {}
     for module, (rows, columns) in shapes.items():
         rank = draw(inner)
-        a, b = (draw(elements(dtype, shape, whole=whole)) for shape in ((rows, rank), (rank, columns)))
+        a, b = (
+            draw(elements(dtype, shape, whole=whole)) for shape in ((rows, rank), (rank, columns))
+        )
         weights[module] = PlainPair(a, b, draw(st.sampled_from([1.0, 2.0, -0.5, 0.25])))
     return card_with(name, weights)
 
@@ -65,7 +67,9 @@ def several(draw, *, least=1, most=4, dtype=F64, whole=True, everywhere=True):
     modules = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=2, unique=True))
     shapes, cards = {module: (draw(features), draw(features)) for module in modules}, []
     inner = draw(st.just(ranks) | ranks.map(st.just))
-    for name in draw(st.lists(st.sampled_from("abcdef"), min_size=least, max_size=most, unique=True)):
+    for name in draw(
+        st.lists(st.sampled_from("abcdef"), min_size=least, max_size=most, unique=True)
+    ):
         held = modules if everywhere else draw(st.lists(st.sampled_from(modules), unique=True))
         own = dtype or draw(dtypes)
         own_shapes = {module: shapes[module] for module in held}
@@ -81,7 +85,9 @@ def card_with(name, weights):
 
 def shapes_of(cards):
     """Module -> ``(out, in)``, of all cards."""
-    return {m: (pair.B.shape[1], pair.A.shape[0]) for card in cards for m, pair in card.weights.items()}
+    return {
+        m: (pair.B.shape[1], pair.A.shape[0]) for card in cards for m, pair in card.weights.items()
+    }
 
 
 def change(card, module, shape):
@@ -89,23 +95,32 @@ def change(card, module, shape):
     if module not in card.weights:
         return np.zeros(shape)
     a, b, scaling = card.weights[module]
-    return (a.astype(F64) @ b.astype(F64)).T * (card.alpha / card.rank if scaling is None else scaling)
+    return (a.astype(F64) @ b.astype(F64)).T * (
+        card.alpha / card.rank if scaling is None else scaling
+    )
 
 
 def flat(card, shapes):
     """ΔW of all modules as one vector, with a 0 in front, lest it be empty."""
-    return np.concatenate([[0.0], *(change(card, module, shape).ravel() for module, shape in sorted(shapes.items()))])
+    return np.concatenate(
+        [[0.0], *(change(card, module, shape).ravel() for module, shape in sorted(shapes.items()))]
+    )
 
 
 def scaled(card, factor):
     """The card with another ΔW: `factor` times it."""
-    weights = {module: pair._replace(scaling=pair.scaling * factor) for module, pair in card.weights.items()}
+    weights = {
+        module: pair._replace(scaling=pair.scaling * factor)
+        for module, pair in card.weights.items()
+    }
     return card._replace(weights=weights)
 
 
 def weights_for(draw, strategy, cards, choice=POSITIVE):
     """Weights where the strategy takes them."""
-    return None if strategy in {"average", "slerp"} else [draw(st.sampled_from(choice)) for _ in cards]
+    return (
+        None if strategy in {"average", "slerp"} else [draw(st.sampled_from(choice)) for _ in cards]
+    )
 
 
 def applied(strategy, options, weights, count):
@@ -120,14 +135,25 @@ def applied(strategy, options, weights, count):
 
 
 def total(cards, factors, module, shape):
-    return sum(change(card, module, shape) * factor for card, factor in zip(cards, factors, strict=True))
+    return sum(
+        change(card, module, shape) * factor for card, factor in zip(cards, factors, strict=True)
+    )
 
 
 def size_of(cards, factors, module):
     """Σ |factor · scaling| ‖A‖ ‖B‖: nothing on the way to the merged ΔW is larger."""
-    held = [(card.weights[module], abs(f)) for card, f in zip(cards, factors, strict=True) if module in card.weights]
-    lengths = [(f * abs(s), np.linalg.norm(a.astype(F64)), np.linalg.norm(b.astype(F64))) for (a, b, s), f in held]
-    return sum(f * a * b for f, a, b in lengths), sum((1 + f) * (1 + a) * (1 + b) for f, a, b in lengths)
+    held = [
+        (card.weights[module], abs(f))
+        for card, f in zip(cards, factors, strict=True)
+        if module in card.weights
+    ]
+    lengths = [
+        (f * abs(s), np.linalg.norm(a.astype(F64)), np.linalg.norm(b.astype(F64)))
+        for (a, b, s), f in held
+    ]
+    return sum(f * a * b for f, a, b in lengths), sum(
+        (1 + f) * (1 + a) * (1 + b) for f, a, b in lengths
+    )
 
 
 def allowed(merged, cards, factors, module, shape):
@@ -138,7 +164,9 @@ def allowed(merged, cards, factors, module, shape):
     the dtype; as ``‖|A||B|‖ ≤ √k · size`` for balanced and for stacked ones, that costs (2u + u²) of it.
     """
     dtype = dtype_of(merged, cards)
-    inner = sum(card.weights[module].A.shape[1] for card in cards if module in card.weights) + min(shape)
+    inner = sum(card.weights[module].A.shape[1] for card in cards if module in card.weights) + min(
+        shape
+    )
     size, magnitude = size_of(cards, factors, module)
     u, k = roundoff(dtype), np.sqrt(min(shape))
     steps = gamma(6 * sum(shape) * inner, accumulator(dtype))
@@ -182,13 +210,20 @@ def refuses(impl, *args):
 
 @requirement("R20.1")
 @given(cards=several(most=3), choice=st.sampled_from([*LINEAR, *DENSE]), data=st.data())
-def test_a_strategy_is_a_value_which_gives_the_same_card_whenever_it_is_asked(impl, cards, choice, data):
+def test_a_strategy_is_a_value_which_gives_the_same_card_whenever_it_is_asked(
+    impl, cards, choice, data
+):
     strategy, options = choice
     weights = weights_for(data.draw, strategy, cards)
     rank = FULL if choice in DENSE else None
-    copies = [{m: [part.copy() for part in pair[:2]] for m, pair in card.weights.items()} for card in cards]
+    copies = [
+        {m: [part.copy() for part in pair[:2]] for m, pair in card.weights.items()}
+        for card in cards
+    ]
     first = impl.merge(cards, strategy, options, weights, rank)
-    impl.merge(cards[:1], strategy, {**options, **({"seed": 1} if strategy == "dare" else {})}, None, rank)
+    impl.merge(
+        cards[:1], strategy, {**options, **({"seed": 1} if strategy == "dare" else {})}, None, rank
+    )
     again = impl.merge(cards, strategy, options, weights, rank)
     for module, pair in first.weights.items():
         assert np.array_equal(pair.A, again.weights[module].A)
@@ -223,7 +258,10 @@ def test_one_large_entry_wins_by_mass_and_two_small_ones_win_by_count(impl, big,
 
 
 @requirement("R20.1")
-@given(cards=several(least=2, most=2), bad=st.sampled_from([0.0, -0.5, 1.5, float("nan"), float("inf")]))
+@given(
+    cards=several(least=2, most=2),
+    bad=st.sampled_from([0.0, -0.5, 1.5, float("nan"), float("inf")]),
+)
 def test_what_is_no_strategy_no_option_or_no_weight_is_refused(impl, cards, bad):
     assert refuses(impl, cards, "linear-ish", {}, None, None)
     assert refuses(impl, cards, "ties", {"density": bad}, None, None)
@@ -258,7 +296,10 @@ def turned(card, turn):
     weights = {}
     for module, pair in card.weights.items():
         m, inverse = turn(pair.A.shape[1])
-        a, b = (pair.A.astype(F64) @ m).astype(pair.A.dtype), (inverse @ pair.B.astype(F64)).astype(pair.B.dtype)
+        a, b = (
+            (pair.A.astype(F64) @ m).astype(pair.A.dtype),
+            (inverse @ pair.B.astype(F64)).astype(pair.B.dtype),
+        )
         weights[module] = PlainPair(a, b, pair.scaling)
     return card._replace(weights=weights)
 
@@ -300,12 +341,16 @@ def test_every_factorisation_of_one_change_gives_the_same_merge(impl, cards, see
     turn = exactly(np.random.default_rng(seed))  # each factor by another M
     others = [turned(card, turn) for card in cards]
     shapes = shapes_of(cards)
-    assert all(np.array_equal(flat(a, shapes), flat(b, shapes)) for a, b in zip(cards, others, strict=True))
+    assert all(
+        np.array_equal(flat(a, shapes), flat(b, shapes)) for a, b in zip(cards, others, strict=True)
+    )
     factors = applied(strategy, options, weights, len(cards))
     first, second = (impl.merge(some, strategy, options, weights, rank) for some in (cards, others))
     for module, shape in shapes.items():
         apart = np.linalg.norm(change(first, module, shape) - change(second, module, shape))
-        assert apart <= sum(allowed(first, some, factors, module, shape) for some in (cards, others))
+        assert apart <= sum(
+            allowed(first, some, factors, module, shape) for some in (cards, others)
+        )
 
 
 @requirement("R20.2")
@@ -318,9 +363,13 @@ def test_any_change_of_factors_moves_the_merge_by_what_it_rounds(impl, cards, se
     factors = applied(strategy, options, weights, len(cards))
     first, second = (impl.merge(some, strategy, options, weights, None) for some in (cards, others))
     for module, shape in shapes_of(cards).items():
-        moved = np.linalg.norm(total(cards, factors, module, shape) - total(others, factors, module, shape))
+        moved = np.linalg.norm(
+            total(cards, factors, module, shape) - total(others, factors, module, shape)
+        )
         apart = np.linalg.norm(change(first, module, shape) - change(second, module, shape))
-        assert apart <= moved + sum(allowed(first, some, factors, module, shape) for some in (cards, others))
+        assert apart <= moved + sum(
+            allowed(first, some, factors, module, shape) for some in (cards, others)
+        )
 
 
 # ---- R20.3 identity, idempotence, symmetry, scaling
@@ -329,7 +378,9 @@ def test_any_change_of_factors_moves_the_merge_by_what_it_rounds(impl, cards, se
 @requirement("R20.3")
 @given(cards=several(most=1, dtype=None, whole=False), data=st.data())
 def test_the_merge_of_one_card_is_that_card(impl, cards, data):
-    strategy, options = data.draw(st.sampled_from([*LINEAR, ("ties", {"density": 1.0}), ("dare", {"density": 1.0})]))
+    strategy, options = data.draw(
+        st.sampled_from([*LINEAR, ("ties", {"density": 1.0}), ("dare", {"density": 1.0})])
+    )
     merged = impl.merge(cards, strategy, options, None, None)
     assert_near(merged, lambda m, shape: change(cards[0], m, shape), cards, [1.0])
     assert merged.rank <= cards[0].rank
@@ -384,19 +435,27 @@ def test_weights_scaled_alike_scale_a_sum_and_leave_a_mean_as_it_is(impl, cards,
     larger = impl.merge(cards, strategy, options, [factor * weight for weight in weights], rank)
     mean = strategy == "ties" or options.get("normalize", False)
     factors = [factor * f + f for f in applied(strategy, options, weights, len(cards))]
-    assert_near(larger, lambda m, shape: (1 if mean else factor) * change(merged, m, shape), cards, factors)
+    assert_near(
+        larger, lambda m, shape: (1 if mean else factor) * change(merged, m, shape), cards, factors
+    )
 
 
 # ---- R20.4 linear merges
 
 
 @requirement("R20.4")
-@given(cards=several(dtype=None, whole=False, everywhere=False), choice=st.sampled_from(LINEAR), data=st.data())
+@given(
+    cards=several(dtype=None, whole=False, everywhere=False),
+    choice=st.sampled_from(LINEAR),
+    data=st.data(),
+)
 def test_a_linear_merge_is_exact_at_the_sum_of_ranks(impl, cards, choice, data):
     strategy, options = choice
     weights = weights_for(data.draw, strategy, cards)
     factors = applied(strategy, options, weights, len(cards))
-    summed = {m: sum(c.weights[m].A.shape[1] for c in cards if m in c.weights) for m in shapes_of(cards)}
+    summed = {
+        m: sum(c.weights[m].A.shape[1] for c in cards if m in c.weights) for m in shapes_of(cards)
+    }
     largest = max(summed.values(), default=1)
     for rank in (None,) if strategy == "cat" else (None, largest):
         merged = impl.merge(cards, strategy, options, weights, rank)
@@ -434,7 +493,10 @@ def angle_between(x, y):
 def ends(draw):
     """Two cards, not 0, whose modules may differ; one module of theirs keeps them apart."""
     cards, place = draw(several(least=2, most=2, everywhere=False)), np.ones((1, 1))
-    points = [[3.0, 0.0], draw(st.sampled_from([[0.0, 3.0], [2.0, 2.0], [-2.0, 2.0], [3.0, 1.0], [0.0, -1.0]]))]
+    points = [
+        [3.0, 0.0],
+        draw(st.sampled_from([[0.0, 3.0], [2.0, 2.0], [-2.0, 2.0], [3.0, 1.0], [0.0, -1.0]])),
+    ]
     return [
         card_with(card.name, {**card.weights, "anchor": PlainPair(place, np.array([point]), 1.0)})
         for card, point in zip(cards, points, strict=True)
@@ -469,8 +531,12 @@ ARCS = st.sampled_from([0.0, 1.0, 0.5, 0.25]) | st.floats(0, 1)
 @given(cards=ends())
 def test_slerp_reaches_its_end_points(impl, cards):
     shapes, x, y, _, _, off = arc_of(cards)
-    assert np.linalg.norm(flat(impl.merge(cards, "slerp", {"t": 0.0}, None, None), shapes) - x) <= off
-    assert np.linalg.norm(flat(impl.merge(cards, "slerp", {"t": 1.0}, None, None), shapes) - y) <= off
+    assert (
+        np.linalg.norm(flat(impl.merge(cards, "slerp", {"t": 0.0}, None, None), shapes) - x) <= off
+    )
+    assert (
+        np.linalg.norm(flat(impl.merge(cards, "slerp", {"t": 1.0}, None, None), shapes) - y) <= off
+    )
 
 
 @requirement("R20.5")
@@ -496,12 +562,19 @@ def test_slerp_turns_at_constant_angular_speed_while_the_length_goes_linearly(im
 
 
 @requirement("R20.5")
-@given(cards=several(most=1), factor=st.sampled_from([1.0, 2.0, 0.5]), small=st.sampled_from([0.0, 2.0**-30]), t=ARCS)
+@given(
+    cards=several(most=1),
+    factor=st.sampled_from([1.0, 2.0, 0.5]),
+    small=st.sampled_from([0.0, 2.0**-30]),
+    t=ARCS,
+)
 def test_slerp_of_nearly_parallel_cards_is_linear(impl, cards, factor, small, t):
     weights = {}
     for module, (a, b, scaling) in cards[0].weights.items():
         more = np.ones((a.shape[0], 1)), np.full((1, b.shape[1]), small)
-        weights[module] = PlainPair(np.hstack([a, more[0]]), np.vstack([b, more[1]]), scaling * factor)
+        weights[module] = PlainPair(
+            np.hstack([a, more[0]]), np.vstack([b, more[1]]), scaling * factor
+        )
     cards = [cards[0], card_with("z", weights)]
     shapes, x, y, lengths, angle, off = arc_of(cards)
     found = flat(impl.merge(cards, "slerp", {"t": t}, None, None), shapes)
@@ -531,7 +604,9 @@ def kept(part, density):
     flat_part = part.ravel()
     order = sorted(range(flat_part.size), key=lambda i: (-abs(flat_part[i]), i))
     chosen = set(order[: max(1, round(density * flat_part.size))])
-    return np.array([value if i in chosen else 0.0 for i, value in enumerate(flat_part)]).reshape(part.shape)
+    return np.array([value if i in chosen else 0.0 for i, value in enumerate(flat_part)]).reshape(
+        part.shape
+    )
 
 
 def ties_by_hand(parts, weights, density, elect):
@@ -539,11 +614,16 @@ def ties_by_hand(parts, weights, density, elect):
     trimmed = [kept(part, density) for part in parts]
     result = np.zeros_like(parts[0])
     for place in np.ndindex(result.shape):
-        entries = [(float(part[place]) * weight, abs(weight)) for part, weight in zip(trimmed, weights, strict=True)]
+        entries = [
+            (float(part[place]) * weight, abs(weight))
+            for part, weight in zip(trimmed, weights, strict=True)
+        ]
         votes = sum(np.sign(value) if elect == "count" else value for value, _ in entries)
         agreeing = [entry for entry in entries if entry[0] * votes > 0]
         if agreeing:
-            result[place] = sum(value for value, _ in agreeing) / sum(weight for _, weight in agreeing)
+            result[place] = sum(value for value, _ in agreeing) / sum(
+                weight for _, weight in agreeing
+            )
     return result
 
 
@@ -559,7 +639,9 @@ def test_ties_is_the_weighted_mean_of_what_agrees_after_trimming(impl, cards, de
     merged = impl.merge(cards, "ties", {"density": density, "elect": elect}, weights, FULL)
 
     def by_hand(module, shape):
-        return ties_by_hand([change(card, module, shape) for card in cards], weights, density, elect)
+        return ties_by_hand(
+            [change(card, module, shape) for card in cards], weights, density, elect
+        )
 
     assert_near(merged, by_hand, cards, [1.0] * len(cards))
 
@@ -570,7 +652,9 @@ def test_ties_keeps_exactly_the_stated_count_of_entries(impl, rows, columns, den
     rng = np.random.default_rng(seed)
     b = rng.permutation(np.arange(1.0, rows * columns + 1)).reshape(rows, columns)
     card = card_with("a", {"m": PlainPair(np.eye(rows), b * rng.choice([-1.0, 1.0], b.shape), 1.0)})
-    found = change(impl.merge([card], "ties", {"density": density}, None, FULL), "m", (columns, rows))
+    found = change(
+        impl.merge([card], "ties", {"density": density}, None, FULL), "m", (columns, rows)
+    )
     assert (abs(found) > 0.5).sum() == max(1, round(density * b.size))
 
 
@@ -579,13 +663,19 @@ def test_ties_keeps_exactly_the_stated_count_of_entries(impl, rows, columns, den
 def test_among_entries_of_one_magnitude_ties_keeps_the_first(impl, rows, columns, density, seed):
     b = np.random.default_rng(seed).choice([-1.0, 1.0], (rows, columns))
     card = card_with("a", {"m": PlainPair(np.eye(rows), b, 1.0)})
-    found = change(impl.merge([card], "ties", {"density": density}, None, FULL), "m", (columns, rows))
+    found = change(
+        impl.merge([card], "ties", {"density": density}, None, FULL), "m", (columns, rows)
+    )
     count = max(1, round(density * b.size))
     assert np.array_equal(np.flatnonzero(abs(found) > 0.5), np.arange(count))
 
 
 @requirement("R20.6")
-@given(cards=several(most=1), elect=st.sampled_from(["mass", "count"]), weight=st.sampled_from(POSITIVE))
+@given(
+    cards=several(most=1),
+    elect=st.sampled_from(["mass", "count"]),
+    weight=st.sampled_from(POSITIVE),
+)
 def test_where_signs_balance_ties_elects_nothing(impl, cards, elect, weight):
     both = [cards[0], scaled(cards[0], -1.0)._replace(name="z")]
     merged = impl.merge(both, "ties", {"density": 1.0, "elect": elect}, [weight, weight], FULL)
@@ -599,7 +689,9 @@ def full_entries(name, side, seed, modules=("m",)):
     """A card of rank 1 whose ΔW has no entry of 0: what is 0 after DARE was dropped."""
     rng = np.random.default_rng(seed)
     draw = [1.0, -1.0, 2.0, -2.0, 3.0]
-    pairs = {m: PlainPair(rng.choice(draw, (side, 1)), rng.choice(draw, (1, side)), 1.0) for m in modules}
+    pairs = {
+        m: PlainPair(rng.choice(draw, (side, 1)), rng.choice(draw, (1, side)), 1.0) for m in modules
+    }
     return card_with(name, pairs)
 
 
@@ -619,7 +711,10 @@ SHARES = st.sampled_from([0.1, 0.25, 0.4, 0.6, 0.75, 0.9])
 def test_an_entry_is_dropped_or_rescaled_by_one_over_density(impl, cards, density, seed, weight):
     merged = impl.merge(cards, "dare", {"density": density, "seed": seed}, [weight], FULL)
     for module, shape in shapes_of(cards).items():
-        whole, found = change(cards[0], module, shape) * weight / density, change(merged, module, shape)
+        whole, found = (
+            change(cards[0], module, shape) * weight / density,
+            change(merged, module, shape),
+        )
         off = allowed(merged, cards, [weight / density], module, shape)
         assert (np.minimum(abs(found), abs(found - whole)) <= off).all()
 
@@ -628,13 +723,17 @@ def test_an_entry_is_dropped_or_rescaled_by_one_over_density(impl, cards, densit
 @given(density=SHARES, seed=SEEDS)
 def test_the_share_kept_is_density(impl, density, seed):
     found = mask(impl, [full_entries("a", 48, seed)], density, seed)
-    assert abs(found.mean() - density) <= np.sqrt(np.log(2 / CHANCE) / (2 * found.size))  # Hoeffding
+    assert abs(found.mean() - density) <= np.sqrt(
+        np.log(2 / CHANCE) / (2 * found.size)
+    )  # Hoeffding
 
 
 @requirement("R20.7")
 @settings(max_examples=10)
 @given(density=SHARES, seed=SEEDS, side=st.integers(1, 4))
-def test_over_seeds_each_entry_is_kept_as_often_as_density_says_so_that_its_mean_is_unbiased(impl, density, seed, side):
+def test_over_seeds_each_entry_is_kept_as_often_as_density_says_so_that_its_mean_is_unbiased(
+    impl, density, seed, side
+):
     card, rounds = full_entries("a", side, seed), 150
     often = sum(mask(impl, [card], density, seed + i).astype(float) for i in range(rounds)) / rounds
     assert (abs(often - density) <= np.sqrt(np.log(2 * side * side / CHANCE) / (2 * rounds))).all()
@@ -642,7 +741,9 @@ def test_over_seeds_each_entry_is_kept_as_often_as_density_says_so_that_its_mean
 
 @requirement("R20.7")
 @given(density=SHARES, seed=SEEDS, content=SEEDS)
-def test_a_mask_depends_on_seed_module_and_card_name_and_on_nothing_else(impl, density, seed, content):
+def test_a_mask_depends_on_seed_module_and_card_name_and_on_nothing_else(
+    impl, density, seed, content
+):
     side = 24  # of 576 entries with densities from 0.1 to 0.9, all agree with a chance below 1e-49
     found = mask(impl, [full_entries("a", side, seed)], density, seed)
     assert np.array_equal(mask(impl, [full_entries("a", side, content)], density, seed), found)
@@ -655,19 +756,38 @@ def test_a_mask_depends_on_seed_module_and_card_name_and_on_nothing_else(impl, d
 
 @requirement("R20.7")
 @given(cards=several(least=2, everywhere=False), density=DENSITIES, seed=SEEDS, data=st.data())
-def test_what_dare_makes_of_several_cards_is_the_sum_of_what_it_makes_of_each(impl, cards, density, seed, data):
-    options, weights = {"density": density, "seed": seed}, weights_for(data.draw, "dare", cards, SIGNED)
+def test_what_dare_makes_of_several_cards_is_the_sum_of_what_it_makes_of_each(
+    impl, cards, density, seed, data
+):
+    options, weights = (
+        {"density": density, "seed": seed},
+        weights_for(data.draw, "dare", cards, SIGNED),
+    )
     order = data.draw(st.permutations(range(len(cards))))
-    merged = impl.merge([cards[i] for i in order], "dare", options, [weights[i] for i in order], FULL)
-    each = [impl.merge([card], "dare", options, [weight], FULL) for card, weight in zip(cards, weights, strict=True)]
+    merged = impl.merge(
+        [cards[i] for i in order], "dare", options, [weights[i] for i in order], FULL
+    )
+    each = [
+        impl.merge([card], "dare", options, [weight], FULL)
+        for card, weight in zip(cards, weights, strict=True)
+    ]
     factors = [2 * weight / density for weight in weights]
-    assert_near(merged, lambda m, shape: sum(change(part, m, shape) for part in each), cards, factors)
+    assert_near(
+        merged, lambda m, shape: sum(change(part, m, shape) for part in each), cards, factors
+    )
 
 
 @requirement("R20.7")
 @given(cards=several(least=2, most=2))
 def test_dare_refuses_two_cards_of_one_name_as_they_would_share_a_mask(impl, cards):
-    assert refuses(impl, [cards[0], cards[1]._replace(name=cards[0].name)], "dare", {"density": 0.5}, None, None)
+    assert refuses(
+        impl,
+        [cards[0], cards[1]._replace(name=cards[0].name)],
+        "dare",
+        {"density": 0.5},
+        None,
+        None,
+    )
 
 
 # ---- R20.8 task arithmetic
@@ -699,7 +819,9 @@ def test_a_card_less_itself_is_a_card_that_changes_nothing(impl, cards, weight, 
 def test_what_was_added_can_be_taken_away_again(impl, cards):
     both = impl.merge(cards, "task_arithmetic", {}, [1.0, 1.0], None)
     back = impl.merge([both, cards[1]], "task_arithmetic", {}, [1.0, -1.0], None)
-    assert_near(back, lambda m, shape: change(cards[0], m, shape), [*cards, cards[1]], [2.0, 2.0, 2.0])
+    assert_near(
+        back, lambda m, shape: change(cards[0], m, shape), [*cards, cards[1]], [2.0, 2.0, 2.0]
+    )
 
 
 # ---- R20.9 cards that differ
@@ -719,14 +841,18 @@ PROMOTED = {
 @given(first=dtypes, second=dtypes, shape=st.tuples(features, features), data=st.data())
 def test_cards_of_two_dtypes_merge_into_the_one_that_holds_both(impl, first, second, shape, data):
     strategy, options = choice = data.draw(st.sampled_from([*LINEAR, *DENSE]))
-    cards = [data.draw(one(name, {"m": shape}, dtype=d)) for name, d in (("a", first), ("b", second))]
+    cards = [
+        data.draw(one(name, {"m": shape}, dtype=d)) for name, d in (("a", first), ("b", second))
+    ]
     rank = FULL if choice in DENSE else None
     merged = impl.merge(cards, strategy, options, weights_for(data.draw, strategy, cards), rank)
     expected = PROMOTED.get(tuple(sorted((first.name, second.name))), first.name)
     assert {part.dtype.name for pair in merged.weights.values() for part in pair[:2]} <= {expected}
     for linear, factors in (("average", [0.5, 0.5]), ("cat", [1.0, 1.0])):
         merged = impl.merge(cards, linear, {}, None, None)
-        assert_near(merged, lambda m, s, factors=factors: total(cards, factors, m, s), cards, factors)
+        assert_near(
+            merged, lambda m, s, factors=factors: total(cards, factors, m, s), cards, factors
+        )
 
 
 @requirement("R20.9")
@@ -739,11 +865,18 @@ def test_a_module_that_a_card_lacks_counts_as_zero(impl, cards, data):
     merged = impl.merge(cards, strategy, options, weights, rank)
     dtype = dtype_of(merged, cards)
     silent = [
-        card._replace(weights={m: card.weights.get(m, silence(dtype_of(card, [merged]), s)) for m, s in shapes.items()})
+        card._replace(
+            weights={
+                m: card.weights.get(m, silence(dtype_of(card, [merged]), s))
+                for m, s in shapes.items()
+            }
+        )
         for card in cards
     ]
     assume(all(dtype_of(card, [merged]) == dtype for card in cards if not card.weights))
-    filled = impl.merge([card_with(card.name, card.weights) for card in silent], strategy, options, weights, rank)
+    filled = impl.merge(
+        [card_with(card.name, card.weights) for card in silent], strategy, options, weights, rank
+    )
     assert_same(merged, filled, cards, applied(strategy, options, weights, len(cards)))
 
 
@@ -756,11 +889,16 @@ def silence(dtype, shape):
 def test_the_merged_card_is_a_card_with_the_targets_of_all(impl, cards, data):
     strategy, options = data.draw(st.sampled_from([*LINEAR, *DENSE]))
     merged = impl.merge(cards, strategy, options, weights_for(data.draw, strategy, cards), None)
-    assert set(merged.target_modules) == {target for card in cards for target in card.target_modules}
+    assert set(merged.target_modules) == {
+        target for card in cards for target in card.target_modules
+    }
     back = impl.read_card(impl.write_card(merged))
     shapes = shapes_of(cards)
     assert set(back.weights) <= set(shapes)
-    assert all(np.array_equal(change(back, m, shape), change(merged, m, shape)) for m, shape in shapes.items())
+    assert all(
+        np.array_equal(change(back, m, shape), change(merged, m, shape))
+        for m, shape in shapes.items()
+    )
 
 
 @requirement("R20.9")
@@ -777,25 +915,42 @@ def test_cards_that_disagree_on_a_modules_shape_are_refused(impl, cards, data):
 
 
 @requirement("R20.10")
-@given(cards=several(dtype=F64, whole=False, everywhere=False), rank=st.integers(1, 3), data=st.data())
-def test_the_merged_card_tells_its_parents_their_weights_and_what_truncation_cost(cards, rank, data):
+@given(
+    cards=several(dtype=F64, whole=False, everywhere=False), rank=st.integers(1, 3), data=st.data()
+)
+def test_the_merged_card_tells_its_parents_their_weights_and_what_truncation_cost(
+    cards, rank, data
+):
     strategy, options = data.draw(st.sampled_from([*LINEAR[:-1], *DENSE]))
     weights = weights_for(data.draw, strategy, cards)
     value, parents = STRATEGIES[strategy](**options), [card_of(card) for card in cards]
     exact, cut = (merge(parents, value, weights, limit) for limit in (FULL, rank))
     told = cut.metadata["merge"]
-    factors = applied("task_arithmetic", {}, weights, len(cards)) if weights else [1 / len(cards)] * len(cards)
-    factors = applied(strategy, options, weights, len(cards)) if options.get("normalize") else factors
+    factors = (
+        applied("task_arithmetic", {}, weights, len(cards))
+        if weights
+        else [1 / len(cards)] * len(cards)
+    )
+    factors = (
+        applied(strategy, options, weights, len(cards)) if options.get("normalize") else factors
+    )
     assert (told["strategy"], told["options"]) == (strategy, {**asdict(value)})
     assert told["parents"] == [
         {"name": card.name, "digest": content_digest(card), "weight": factor}
-        for card, factor in sorted(zip(parents, factors, strict=True), key=lambda pair: pair[0].name)
+        for card, factor in sorted(
+            zip(parents, factors, strict=True), key=lambda pair: pair[0].name
+        )
     ]
     assert set(told["error"]) == set(shapes_of(cards))
     for module, shape in shapes_of(cards).items():
         want, found = (change(plain_of(card), module, shape) for card in (exact, cut))
-        noise = 4 * allowed(plain_of(cut), cards, applied(strategy, options, weights, len(cards)), module, shape)
-        assert abs(told["error"][module] * np.linalg.norm(want) - np.linalg.norm(found - want)) <= noise
+        noise = 4 * allowed(
+            plain_of(cut), cards, applied(strategy, options, weights, len(cards)), module, shape
+        )
+        assert (
+            abs(told["error"][module] * np.linalg.norm(want) - np.linalg.norm(found - want))
+            <= noise
+        )
 
 
 @requirement("R20.10")

@@ -18,9 +18,16 @@ from lora.testing.tolerance import gamma
 FORMATS = st.sampled_from([".arrow", ".parquet", ".jsonl", ".json", ""])
 SPACES = ["", " ", "\t\n", "\u3000", "\u2028"]
 
-words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda text: text.strip())
-texts = st.one_of(st.sampled_from(["a", "b", "a ", "ß", "日本", "a\0b", '"', "\u200b", "👩‍👩‍👧", "e\u0301"]), words)
-qualities = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 5e-324, np.nextafter(1, 0)]), st.floats(0, 1))
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
+    lambda text: text.strip()
+)
+texts = st.one_of(
+    st.sampled_from(["a", "b", "a ", "ß", "日本", "a\0b", '"', "\u200b", "👩‍👩‍👧", "e\u0301"]),
+    words,
+)
+qualities = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, 5e-324, np.nextafter(1, 0)]), st.floats(0, 1)
+)
 groups = st.one_of(st.sampled_from(["a", "b", "c", ""]), words)
 rows = st.fixed_dictionaries(
     {"query": texts, "positive": texts, "group": groups},
@@ -29,26 +36,40 @@ rows = st.fixed_dictionaries(
 data_sets = st.lists(rows, max_size=8).map(Pairs.of)
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just("\ud800"),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.just("\ud800"),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(["query", "positive", "negative", "quality", "group", "x"]), inner, max_size=5
+            st.sampled_from(["query", "positive", "negative", "quality", "group", "x"]),
+            inner,
+            max_size=5,
         )
     ),
     max_leaves=8,
 )
 bad_values = st.one_of(
-    st.tuples(st.sampled_from(["query", "positive"]), st.sampled_from([*SPACES, None, 1, b"a", ["a"], "a\ud800"])),
+    st.tuples(
+        st.sampled_from(["query", "positive"]),
+        st.sampled_from([*SPACES, None, 1, b"a", ["a"], "a\ud800"]),
+    ),
     st.tuples(st.just("negative"), st.sampled_from([1, b"a", ["a"], "\udfff"])),
     st.tuples(st.just("group"), st.sampled_from([None, 3, ["a"], "\ud800"])),
     st.tuples(
         st.just("quality"),
-        st.sampled_from([None, "0.5", float("nan"), float("inf"), -1e-300, np.nextafter(1, 2), 10**400, [0.5]]),
+        st.sampled_from(
+            [None, "0.5", float("nan"), float("inf"), -1e-300, np.nextafter(1, 2), 10**400, [0.5]]
+        ),
     ),
     st.tuples(st.sampled_from(["answer", "", "Query", "quality "]), texts),
 )
-turns = st.tuples(st.sampled_from(["user", "assistant", "system"]), st.sampled_from(["a", "b", " ", "", None]))
+turns = st.tuples(
+    st.sampled_from(["user", "assistant", "system"]), st.sampled_from(["a", "b", " ", "", None])
+)
 
 
 def records(pairs):
@@ -83,7 +104,9 @@ def test_rows_go_in_and_come_out_as_they_are(pairs):
     again = Pairs.of(pairs.table.to_pylist())
     assert again == pairs
     assert records(again) == records(pairs)
-    assert [pairs.queries, pairs.positives] == [pairs.table[name].to_pylist() for name in ("query", "positive")]
+    assert [pairs.queries, pairs.positives] == [
+        pairs.table[name].to_pylist() for name in ("query", "positive")
+    ]
 
 
 @requirement("R21.5")
@@ -119,7 +142,9 @@ def test_adding_is_concatenation(a, b, c):
 
 @requirement("R21.5", "R17.3")
 @given(
-    st.lists(rows, min_size=2, max_size=12).map(Pairs.of).filter(lambda pairs: pairs.statistics()["groups"] > 1),
+    st.lists(rows, min_size=2, max_size=12)
+    .map(Pairs.of)
+    .filter(lambda pairs: pairs.statistics()["groups"] > 1),
     st.floats(0, 1, exclude_min=True, exclude_max=True),
     st.integers(0, 2**32),
 )
@@ -147,7 +172,11 @@ def test_a_split_does_not_depend_on_the_order_of_the_rows(pairs, order, seed):
 
 
 @requirement("R21.5")
-@given(st.lists(st.builds(dict, rows, query=st.sampled_from("ab"), positive=st.sampled_from("ab"))).map(Pairs.of))
+@given(
+    st.lists(
+        st.builds(dict, rows, query=st.sampled_from("ab"), positive=st.sampled_from("ab"))
+    ).map(Pairs.of)
+)
 def test_unique_keeps_the_first_of_each_query_and_positive(pairs):
     unique = pairs.unique()
     first = {}
@@ -161,9 +190,13 @@ def test_unique_keeps_the_first_of_each_query_and_positive(pairs):
 @requirement("R21.5")
 @given(data_sets, st.data())
 def test_take_picks_rows_by_position(pairs, data):
-    positions = st.lists(st.integers(0, max(len(pairs) - 1, 0)), max_size=6) if len(pairs) else st.just([])
+    positions = (
+        st.lists(st.integers(0, max(len(pairs) - 1, 0)), max_size=6) if len(pairs) else st.just([])
+    )
     chosen = data.draw(positions)
-    inner = data.draw(st.lists(st.integers(0, max(len(chosen) - 1, 0)), max_size=4)) if chosen else []
+    inner = (
+        data.draw(st.lists(st.integers(0, max(len(chosen) - 1, 0)), max_size=4)) if chosen else []
+    )
     assert records(pairs.take(chosen)) == [records(pairs)[row] for row in chosen]
     assert pairs.take(chosen).take(inner) == pairs.take([chosen[row] for row in inner])
     assert pairs.take(range(len(pairs))) == pairs
@@ -177,7 +210,9 @@ def test_statistics_are_what_counting_by_hand_gives(pairs):
 
     def mean(values):
         return pytest.approx(
-            sum(values) / len(values) if values else 0.0, rel=gamma(9, np.dtype(np.float64)), abs=1e-320
+            sum(values) / len(values) if values else 0.0,
+            rel=gamma(9, np.dtype(np.float64)),
+            abs=1e-320,
         )
 
     assert stats == {
@@ -207,8 +242,18 @@ def test_a_bad_row_is_refused_by_its_number(good, bad, data):
 @requirement("R21.5")
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("query", " "), ("query", None), ("positive", "\u3000"), ("positive", ""), ("positive", None), ("group", None)]
-    + [("quality", value) for value in (None, float("nan"), -5e-324, np.nextafter(1, 2), float("inf"))],
+    [
+        ("query", " "),
+        ("query", None),
+        ("positive", "\u3000"),
+        ("positive", ""),
+        ("positive", None),
+        ("group", None),
+    ]
+    + [
+        ("quality", value)
+        for value in (None, float("nan"), -5e-324, np.nextafter(1, 2), float("inf"))
+    ],
 )
 @settings(max_examples=10)
 @given(pairs=data_sets.filter(len), data=st.data())
@@ -218,14 +263,31 @@ def test_a_bad_value_in_a_table_is_refused_too(column, value, pairs, data):
     values[row] = value
     index = SCHEMA.get_field_index(column)
     table = pairs.table.set_column(index, column, pa.array(values, SCHEMA.field(column).type))
-    with pytest.raises(DataError, match=column if value is None else rf"^pairs: row {row}: {column}"):
+    with pytest.raises(
+        DataError, match=column if value is None else rf"^pairs: row {row}: {column}"
+    ):
         Pairs(table)
     with pytest.raises(DataError, match=f"none called .*{column}"):
         Pairs(pairs.table.drop_columns([column]))
 
 
 @requirement("R21.5")
-@given(st.sampled_from([("a",), ("a", "b", "c", "d"), (), "ab", b"ab", 5, None, {"query": "a"}, {1: "a"}, {"a", "b"}]))
+@given(
+    st.sampled_from(
+        [
+            ("a",),
+            ("a", "b", "c", "d"),
+            (),
+            "ab",
+            b"ab",
+            5,
+            None,
+            {"query": "a"},
+            {1: "a"},
+            {"a", "b"},
+        ]
+    )
+)
 def test_what_is_no_row_at_all_is_refused_by_its_number(row):
     with pytest.raises(DataError, match=r"^pairs: row 1\b"):
         Pairs.of([("q", "p"), row])
@@ -234,7 +296,18 @@ def test_what_is_no_row_at_all_is_refused_by_its_number(row):
 @requirement("R21.5")
 @given(
     st.lists(st.one_of(rows, st.sampled_from(["", "  ", "\t"])), max_size=6),
-    st.sampled_from(["{", "nope", '{"query": "a"}', "5", "null", '"text"', '{"query":"a","positive":" "}', "[" * 5000])
+    st.sampled_from(
+        [
+            "{",
+            "nope",
+            '{"query": "a"}',
+            "5",
+            "null",
+            '"text"',
+            '{"query":"a","positive":" "}',
+            "[" * 5000,
+        ]
+    )
     | st.just('{"query":"a","positive":"b","quality":NaN}'),
 )
 def test_a_bad_line_of_a_jsonl_file_is_refused_by_its_number_blank_lines_counted(lines, bad):
@@ -265,24 +338,36 @@ def test_a_damaged_file_is_pairs_or_a_data_error_but_never_a_crash(pairs, suffix
         pairs.save(path)
         raw = bytearray(path.read_bytes())
         for _ in range(data.draw(st.integers(1, 3)) if raw else 0):
-            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.sampled_from([0, 1, 127, 128, 255]))
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(
+                st.sampled_from([0, 1, 127, 128, 255])
+            )
         path.write_bytes(raw[: data.draw(st.just(len(raw)) | st.integers(0, len(raw)))])
         try:
             loaded = Pairs.load(path)
         except DataError:
             return
-        assert Pairs.of(loaded.table.to_pylist()) == loaded  # whatever it is, it is a well-formed data set
+        assert (
+            Pairs.of(loaded.table.to_pylist()) == loaded
+        )  # whatever it is, it is a well-formed data set
 
 
 @requirement("R21.5")
 @given(st.lists(st.lists(turns, max_size=6), max_size=4))
 def test_a_chat_gives_each_question_with_the_answer_right_after_it(chats):
-    lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]}) for chat in chats]
+    lines = [
+        json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]})
+        for chat in chats
+    ]
     expected = []
     for number, chat in enumerate(chats):
         for i in range(len(chat) - 1):
             (role, asked), (then, told) = chat[i], chat[i + 1]
-            if role == "user" and then == "assistant" and (asked or "").strip() and (told or "").strip():
+            if (
+                role == "user"
+                and then == "assistant"
+                and (asked or "").strip()
+                and (told or "").strip()
+            ):
                 expected.append((asked, told, f"transcript {number}"))
     folder, path = written("\n".join(lines))
     with folder:
@@ -295,7 +380,11 @@ def test_a_chat_gives_each_question_with_the_answer_right_after_it(chats):
 
 
 @requirement("R21.6")
-@given(st.lists(st.sampled_from(["Return", "x", ".", ". ", "\n", "\n\n", "  ", "e.g.", "é"]), max_size=12).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(["Return", "x", ".", ". ", "\n", "\n\n", "  ", "e.g.", "é"]), max_size=12
+    ).map("".join)
+)
 def test_the_first_sentence_is_one_line_of_the_first_paragraph(text):
     sentence = first_sentence(text)
     paragraph = text.strip().split("\n\n")[0]

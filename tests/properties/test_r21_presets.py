@@ -17,10 +17,15 @@ from lora.targets import match_targets
 from lora.testing.plugin import requirement
 from lora.testing.strategies import json_values, metadata, targets
 
-ATTENTION = {f"attention.self.{part}": "hh" for part in ("query", "key", "value")} | {"attention.output.dense": "hh"}
+ATTENTION = {f"attention.self.{part}": "hh" for part in ("query", "key", "value")} | {
+    "attention.output.dense": "hh"
+}
 BERT = ATTENTION | {"intermediate.dense": "hf", "output.dense": "fh"}
 CROSS = {f"cross{name}": shape for name, shape in ATTENTION.items()}
-LLAMA = {f"self_attn.{part}_proj": shape for part, shape in zip("qkvo", ("hh", "hk", "hk", "hh"), strict=True)}
+LLAMA = {
+    f"self_attn.{part}_proj": shape
+    for part, shape in zip("qkvo", ("hh", "hk", "hk", "hh"), strict=True)
+}
 LLAMA |= {"mlp.gate_proj": "hf", "mlp.up_proj": "hf", "mlp.down_proj": "fh"}
 OTHERS = {
     "pooler.dense": "hh",
@@ -42,12 +47,24 @@ def models(draw):
     width = {name: draw(st.integers(1, 64)) for name in "hkf"}
     layer = dict(draw(st.sampled_from([BERT, LLAMA, BERT | CROSS])))
     prefix = draw(
-        st.sampled_from(["", "encoder.layer.", "bert.encoder.layer.", "model.layers.", "0.auto_model.encoder.layer."])
+        st.sampled_from(
+            [
+                "",
+                "encoder.layer.",
+                "bert.encoder.layer.",
+                "model.layers.",
+                "0.auto_model.encoder.layer.",
+            ]
+        )
     )
     found = {}
-    for index in draw(st.lists(st.sampled_from([0, 1, 2, 10, 11]), min_size=1, max_size=3, unique=True)):
+    for index in draw(
+        st.lists(st.sampled_from([0, 1, 2, 10, 11]), min_size=1, max_size=3, unique=True)
+    ):
         found |= {f"{prefix}{index}.{name}": shape for name, shape in layer.items()}
-    found |= draw(st.fixed_dictionaries({}, optional={name: st.just(shape) for name, shape in OTHERS.items()}))
+    found |= draw(
+        st.fixed_dictionaries({}, optional={name: st.just(shape) for name, shape in OTHERS.items()})
+    )
     items = draw(st.permutations(sorted(found.items())))
     return {name: (width[shape[0]], width[shape[1]]) for name, shape in items}
 
@@ -89,21 +106,38 @@ def test_parameters_and_bytes_are_those_of_a_card_with_these_modules(shapes, pre
     fitted = fit(preset, shapes, dtype=dtype)
     config, rng = fitted.config, np.random.default_rng(0)
     pairs = {name: initial(*shapes[name], config.rank, rng) for name in fitted.modules}
-    pairs = {name: replace(p, A=p.A.astype(DTYPES[dtype]), B=p.B.astype(DTYPES[dtype])) for name, p in pairs.items()}
+    pairs = {
+        name: replace(p, A=p.A.astype(DTYPES[dtype]), B=p.B.astype(DTYPES[dtype]))
+        for name, p in pairs.items()
+    }
     card = LoRACard("card", config.rank, config.alpha, config.target_modules, pairs)
     assert fitted.num_params == card.num_params
     assert fitted.nbytes == card.nbytes
-    assert fitted.modules == {name: pair.A.size + pair.B.size for name, pair in card.weights.items()}
+    assert fitted.modules == {
+        name: pair.A.size + pair.B.size for name, pair in card.weights.items()
+    }
 
 
 @requirement("R21.2")
 @given(named=st.dictionaries(st.sampled_from(["bert", "llama"]), models(), min_size=1))
 def test_the_table_states_what_fitting_finds(named):
     lines = cost_table(named).splitlines()[2:]
-    rows = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in lines]
-    fitted = [(title, preset, fit(preset, shapes)) for title, shapes in named.items() for preset in PRESETS]
+    rows = [
+        [cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in lines
+    ]
+    fitted = [
+        (title, preset, fit(preset, shapes))
+        for title, shapes in named.items()
+        for preset in PRESETS
+    ]
     assert rows == [
-        [title, task, str(f.config.rank), f"{f.config.alpha:g}", *map(str, (len(f.modules), f.num_params, f.nbytes))]
+        [
+            title,
+            task,
+            str(f.config.rank),
+            f"{f.config.alpha:g}",
+            *map(str, (len(f.modules), f.num_params, f.nbytes)),
+        ]
         for title, task, f in fitted
     ]
 
@@ -153,9 +187,18 @@ def test_what_is_left_out_has_its_default(config, data):
 @requirement("R21.3")
 @given(
     bad=st.one_of(
-        st.tuples(st.just("rank"), st.integers(max_value=0) | st.sampled_from([1.5, "8", None, True, 2**31])),
-        st.tuples(st.just("alpha"), st.floats(max_value=0) | st.sampled_from([float("nan"), float("inf"), "x", None])),
-        st.tuples(st.just("dropout"), st.floats(min_value=1) | st.sampled_from([-0.1, float("nan"), "x", None, True])),
+        st.tuples(
+            st.just("rank"),
+            st.integers(max_value=0) | st.sampled_from([1.5, "8", None, True, 2**31]),
+        ),
+        st.tuples(
+            st.just("alpha"),
+            st.floats(max_value=0) | st.sampled_from([float("nan"), float("inf"), "x", None]),
+        ),
+        st.tuples(
+            st.just("dropout"),
+            st.floats(min_value=1) | st.sampled_from([-0.1, float("nan"), "x", None, True]),
+        ),
         st.tuples(st.just("target_modules"), st.sampled_from([3, None, ["a", "a"], ["\n"], [1]])),
         st.tuples(st.just("task_type"), st.sampled_from([3, None, b"x"])),
         st.tuples(st.just("tags"), st.sampled_from([3, None, ["a", "a"], [1]])),
@@ -171,7 +214,9 @@ numbers = st.integers(0, 10**6)
 identifiers = st.from_regex(r"[a-z][0-9a-z-]{0,4}", fullmatch=True) | st.integers(0, 99).map(str)
 versions = st.builds(
     lambda core, pre, build: (
-        ".".join(map(str, core)) + ("-" + ".".join(pre) if pre else "") + ("+" + build if build else "")
+        ".".join(map(str, core))
+        + ("-" + ".".join(pre) if pre else "")
+        + ("+" + build if build else "")
     ),
     st.tuples(numbers, numbers, numbers),
     st.lists(identifiers, max_size=2),
@@ -200,7 +245,9 @@ def test_what_a_card_says_of_itself_is_read_back_from_among_other_metadata(info,
     card = LoRACard("docs", 1, 1.0, [], {}, {**others, **info.to_metadata()})
     assert CardInfo.from_metadata(card.metadata) == info
     assert {key: card.metadata[key] for key in others if key not in info.to_metadata()} == {
-        key: value for key, value in json.loads(json.dumps(others)).items() if key not in info.to_metadata()
+        key: value
+        for key, value in json.loads(json.dumps(others)).items()
+        if key not in info.to_metadata()
     }
 
 
@@ -225,14 +272,26 @@ def test_what_a_card_says_of_itself_is_read_back_from_among_other_metadata(info,
                 ]
             ),
         ),
-        st.tuples(st.just("quality"), st.floats(min_value=1, exclude_min=True) | st.sampled_from([-0.1, "x", True])),
+        st.tuples(
+            st.just("quality"),
+            st.floats(min_value=1, exclude_min=True) | st.sampled_from([-0.1, "x", True]),
+        ),
         st.tuples(
             st.sampled_from(["created", "modified"]),
             st.sampled_from(
-                ["today", "2026-13-01T00:00:00Z", "2026-01-01", "2026-01-01T24:00:00Z", "2026-01-01T00:00:00", 5]
+                [
+                    "today",
+                    "2026-13-01T00:00:00Z",
+                    "2026-01-01",
+                    "2026-01-01T24:00:00Z",
+                    "2026-01-01T00:00:00",
+                    5,
+                ]
             ),
         ),
-        st.tuples(st.sampled_from(["description", "training_data"]), st.sampled_from([None, 3, ["x"]])),
+        st.tuples(
+            st.sampled_from(["description", "training_data"]), st.sampled_from([None, 3, ["x"]])
+        ),
         st.tuples(st.just("tags"), st.sampled_from([["a", "a"], [1], 3, None])),
     ),
     info=infos(),

@@ -47,7 +47,9 @@ def test_an_answer_is_a_function_of_its_question_whatever_the_seed(task, first, 
 
 @requirement("R21.4")
 @given(task=tasks, seed=seeds)
-def test_what_an_answer_shares_with_its_question_finds_it_and_shuffled_answers_are_not_found(task, seed):
+def test_what_an_answer_shares_with_its_question_finds_it_and_shuffled_answers_are_not_found(
+    task, seed
+):
     pairs = synthetic_pairs(task, 80, seed=seed)
     shuffled = np.random.default_rng(seed).permutation(pairs.positives).tolist()
     assert found(pairs.queries, pairs.positives) > 2 * found(pairs.queries, shuffled)
@@ -62,7 +64,8 @@ def test_a_split_asks_about_things_that_were_not_trained_on(task, seed):
 
 @requirement("R21.4", "R7.8")
 @pytest.mark.parametrize(
-    ("task", "count", "seed"), [("poet", 1, 0), ("coder", 0, 0), ("coder", 10**6, 0), ("coder", 1, -1)]
+    ("task", "count", "seed"),
+    [("poet", 1, 0), ("coder", 0, 0), ("coder", 10**6, 0), ("coder", 1, -1)],
 )
 def test_what_can_not_be_drawn_is_refused(task, count, seed):
     with pytest.raises(ArgumentError, match="expected"):

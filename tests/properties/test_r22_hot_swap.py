@@ -29,8 +29,13 @@ def base_model():
 
 def card(name, size=3):
     """A card for all three layers, so that a mixture of two cards would show."""
-    factors = np.full((size, 1), len(name), np.float32), np.full((1, size), ord(name[0]) - 96, np.float32)
-    return LoRACard(name, 1, 1.0, ["0", "1", "2"], {str(layer): LowRank(*factors) for layer in range(3)})
+    factors = (
+        np.full((size, 1), len(name), np.float32),
+        np.full((1, size), ord(name[0]) - 96, np.float32),
+    )
+    return LoRACard(
+        name, 1, 1.0, ["0", "1", "2"], {str(layer): LowRank(*factors) for layer in range(3)}
+    )
 
 
 SETS = [

@@ -38,7 +38,9 @@ def cards(draw: st.DrawFn) -> LoRACard:
     rank = max((pair.rank for pair in pairs.values()), default=plain.rank)
     card = LoRACard(plain.name, rank, plain.alpha, plain.target_modules, pairs, plain.metadata)
     digest = draw(st.none() | st.text("0123456789abcdef", min_size=64, max_size=64))
-    return replace(card, base_model=draw(st.none() | gen.names), base_fingerprint=digest, extra=plain.extra)
+    return replace(
+        card, base_model=draw(st.none() | gen.names), base_fingerprint=digest, extra=plain.extra
+    )
 
 
 ALIKE = ["a", "b.a", "c.b.a", "xa", "b.*", "c(a"]
@@ -49,15 +51,24 @@ ALIKE = ["a", "b.a", "c.b.a", "xa", "b.*", "c(a"]
 def exportable(draw: st.DrawFn) -> LoRACard:
     """A card that PEFT can express: named modules, each targeted, and scaling · rank a float."""
     card = draw(cards())
-    weights = {m: p for m, p in card.weights.items() if m and abs(p.scaling * p.rank) < np.finfo(float).max}
+    weights = {
+        m: p for m, p in card.weights.items() if m and abs(p.scaling * p.rank) < np.finfo(float).max
+    }
     if draw(st.booleans()):
         weights = dict(zip(draw(st.permutations(ALIKE)), weights.values(), strict=False))
     assume(weights)
-    return replace(card, weights=weights, target_modules=tuple(weights), rank=max(p.rank for p in weights.values()))
+    return replace(
+        card,
+        weights=weights,
+        target_modules=tuple(weights),
+        rank=max(p.rank for p in weights.values()),
+    )
 
 
 def bits(weights: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
-    return {m: (p.dtype, p.A.shape, p.A.tobytes(), p.B.shape, p.B.tobytes()) for m, p in weights.items()}
+    return {
+        m: (p.dtype, p.A.shape, p.A.tobytes(), p.B.shape, p.B.tobytes()) for m, p in weights.items()
+    }
 
 
 @requirement("R23.4")
@@ -137,7 +148,10 @@ def test_a_changed_file_is_refused_or_is_a_well_formed_card(card, data):
         else:
             del content[position:]
         chosen.write_bytes(content)
-        for read, path in ((import_peft, place / "x"), (load_safetensors, place / "x" / "y.safetensors")):
+        for read, path in (
+            (import_peft, place / "x"),
+            (load_safetensors, place / "x" / "y.safetensors"),
+        ):
             said, found = "", None
             try:
                 found = read(path)

@@ -16,7 +16,9 @@ VECTORS = tomllib.loads((FOLDER / "manifest.toml").read_text("utf-8"))["vector"]
 
 
 def those(*, valid):
-    return [pytest.param(vector, id=vector["path"]) for vector in VECTORS if vector["valid"] is valid]
+    return [
+        pytest.param(vector, id=vector["path"]) for vector in VECTORS if vector["valid"] is valid
+    ]
 
 
 def expectation(vector):
@@ -26,7 +28,9 @@ def expectation(vector):
 @requirement("R24.4")
 def test_the_vectors_are_frozen_and_the_manifest_names_them_all():
     for vector in VECTORS:
-        assert hashlib.sha256((FOLDER / vector["path"]).read_bytes()).hexdigest() == vector["sha256"]
+        assert (
+            hashlib.sha256((FOLDER / vector["path"]).read_bytes()).hexdigest() == vector["sha256"]
+        )
         assert hashlib.sha256(expectation(vector)).hexdigest() == vector["expectation_sha256"]
     files = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.lora.arrow")}
     assert files == {vector["path"] for vector in VECTORS}
@@ -35,7 +39,10 @@ def test_the_vectors_are_frozen_and_the_manifest_names_them_all():
 @requirement("R24.4", "R1.9")
 @pytest.mark.parametrize("vector", those(valid=True))
 def test_a_valid_vector_holds_what_its_expectation_says(impl, vector):
-    card, told = impl.read_card((FOLDER / vector["path"]).read_bytes()), json.loads(expectation(vector))
+    card, told = (
+        impl.read_card((FOLDER / vector["path"]).read_bytes()),
+        json.loads(expectation(vector)),
+    )
     assert (card.name, card.rank, card.alpha) == (told["name"], told["rank"], told["alpha"])
     assert list(card.target_modules) == told["target_modules"]
     assert (dict(card.metadata), dict(card.extra)) == (told["metadata"], told["extra"])

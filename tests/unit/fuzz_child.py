@@ -38,7 +38,11 @@ def real_card(dtype="float32", modules=MODULES, rank=2, seed=0) -> lora.LoRACard
         )
         for index, module in enumerate(modules)
     }
-    metadata = {"description": "a card to be damaged", "version": "1.2.3", "tags": ["fuzz", "größe"]}
+    metadata = {
+        "description": "a card to be damaged",
+        "version": "1.2.3",
+        "tags": ["fuzz", "größe"],
+    }
     return lora.LoRACard(
         "docs",
         rank,
@@ -62,7 +66,9 @@ def file_bytes(card: lora.LoRACard) -> bytes:
 def arrow_bytes(batches: list[pa.RecordBatch], schema: pa.Schema | None = None, **options) -> bytes:
     """An Arrow file with these batches."""
     sink = io.BytesIO()
-    with pa.ipc.new_file(sink, schema or batches[0].schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+    with pa.ipc.new_file(
+        sink, schema or batches[0].schema, options=pa.ipc.IpcWriteOptions(**options)
+    ) as writer:
         for batch in batches:
             writer.write_batch(batch)
     return sink.getvalue()
@@ -78,14 +84,20 @@ def with_fields(batch: pa.RecordBatch, changes=(), **fields: str | bytes | None)
     kept = {key.decode(): value for key, value in batch.schema.metadata.items()}
     kept |= {f"lora.{key}": value for key, value in fields.items()} | dict(changes)
     return arrow_bytes(
-        [batch.replace_schema_metadata({key: value for key, value in kept.items() if value is not None})]
+        [
+            batch.replace_schema_metadata(
+                {key: value for key, value in kept.items() if value is not None}
+            )
+        ]
     )
 
 
 def with_column(batch: pa.RecordBatch, name: str, column: pa.Array) -> bytes:
     """The file of a batch with one column replaced, by another type if need be."""
     index = batch.schema.get_field_index(name)
-    schema = batch.schema.set(index, pa.field(name, column.type, metadata=batch.schema.field(name).metadata))
+    schema = batch.schema.set(
+        index, pa.field(name, column.type, metadata=batch.schema.field(name).metadata)
+    )
     columns = [column if i == index else kept for i, kept in enumerate(batch.columns)]
     return arrow_bytes([pa.record_batch(columns, schema=schema)])
 
@@ -108,17 +120,26 @@ class Edit:
         self.footer_length = len(data) - 10
         (length,) = struct.unpack_from("<i", data, self.footer_length)
         self.footer_at = self.footer_length - length
-        footer = _Table(data[self.footer_at : self.footer_length], struct.unpack_from("<I", data, self.footer_at)[0])
+        footer = _Table(
+            data[self.footer_at : self.footer_length],
+            struct.unpack_from("<I", data, self.footer_at)[0],
+        )
         self.block = self.footer_at + footer.follow(3) + 4
         offset, metadata = struct.unpack_from("<qi", data, self.block)
         self.body = offset + metadata
         self.message_at = offset + 8
-        message = _Table(data[self.message_at : self.body], struct.unpack_from("<I", data, self.message_at)[0])
+        message = _Table(
+            data[self.message_at : self.body], struct.unpack_from("<I", data, self.message_at)[0]
+        )
         batch = _Table(message.data, message.follow(2))
         self.body_length = self.message_at + (message.field(3) or 0)
         self.rows = self.message_at + batch.field(0)
-        self.nodes = [self.message_at + batch.follow(1) + 4 + 16 * i for i in range(batch.length(1))]
-        self.buffers = [self.message_at + batch.follow(2) + 4 + 16 * i for i in range(batch.length(2))]
+        self.nodes = [
+            self.message_at + batch.follow(1) + 4 + 16 * i for i in range(batch.length(1))
+        ]
+        self.buffers = [
+            self.message_at + batch.follow(2) + 4 + 16 * i for i in range(batch.length(2))
+        ]
         self.spans = [struct.unpack_from("<qq", data, at) for at in self.buffers]
 
     def put(self, at: int, form: str, *values: int) -> bytes:
@@ -178,19 +199,37 @@ def _false_frames() -> Iterator[tuple[str, bytes]]:
     yield "lz4", arrow_bytes([batch], compression="lz4")
     yield "zstd", arrow_bytes([batch], compression="zstd")
     zeros = np.zeros((2**20, 4), np.float32)
-    bomb = lora.LoRACard("bomb", 4, 1.0, (), {"m": lora.LowRank(zeros, np.zeros((4, 1), np.float32))})
+    bomb = lora.LoRACard(
+        "bomb", 4, 1.0, (), {"m": lora.LowRank(zeros, np.zeros((4, 1), np.float32))}
+    )
     yield "16 MB in a zstd buffer", arrow_bytes([plain(bomb)], compression="zstd")
     names = pa.array(MODULES).dictionary_encode()
     yield "a dictionary", with_column(batch, "module", names)
-    for offset, length, body in ((-8, 64, 64), (0, 64, 64), (2**62, 64, 64), (8, -8, 64), (8, 8, 2**62), (8, 2**30, 8)):
-        yield f"a block at {offset}, {length} + {body}", edit.put(edit.block, "<qiiq", offset, length, 0, body)
-    yield "a block shifted by 8", edit.put(edit.block, "<q", struct.unpack_from("<q", good, edit.block)[0] + 8)
+    for offset, length, body in (
+        (-8, 64, 64),
+        (0, 64, 64),
+        (2**62, 64, 64),
+        (8, -8, 64),
+        (8, 8, 2**62),
+        (8, 2**30, 8),
+    ):
+        yield (
+            f"a block at {offset}, {length} + {body}",
+            edit.put(edit.block, "<qiiq", offset, length, 0, body),
+        )
+    yield (
+        "a block shifted by 8",
+        edit.put(edit.block, "<q", struct.unpack_from("<q", good, edit.block)[0] + 8),
+    )
     yield "another body length in the message", edit.put(edit.body_length, "<q", 2**40)
     yield "a longer body in the footer", edit.put(edit.block + 16, "<q", len(good))
     (start,) = struct.unpack_from("<I", good, edit.footer_at)
     for name, value in (("footer root", 2**32 - 1), ("footer root", 0), ("footer root", start + 1)):
         yield f"{name} at {value}", edit.put(edit.footer_at, "<I", value)
-    yield "the schema's message as the batch", edit.put(edit.block, "<qi", 8, struct.unpack_from("<i", good, 12)[0] + 8)
+    yield (
+        "the schema's message as the batch",
+        edit.put(edit.block, "<qi", 8, struct.unpack_from("<i", good, 12)[0] + 8),
+    )
     endian = good.replace(*_endianness(good))
     yield "big-endian", endian
     position = good.index(b"docs")
@@ -209,7 +248,9 @@ def _stream(batch: pa.RecordBatch) -> bytes:
 def _endianness(good: bytes) -> tuple[bytes, bytes]:
     """Swap the field numbers of the schema tables: their vtable names `fields` where it should name `endianness`."""
     edit = Edit(good)
-    footer = _Table(good[edit.footer_at : edit.footer_length], struct.unpack_from("<I", good, edit.footer_at)[0])
+    footer = _Table(
+        good[edit.footer_at : edit.footer_length], struct.unpack_from("<I", good, edit.footer_at)[0]
+    )
     schema = _Table(footer.data, footer.follow(1))
     at = schema.field(0)
     assert at is None, "the writer left the default out"
@@ -217,7 +258,9 @@ def _endianness(good: bytes) -> tuple[bytes, bytes]:
     size = struct.unpack_from("<H", footer.data, vtable)[0]
     old = bytes(footer.data[vtable : vtable + size])
     new = bytearray(old)
-    struct.pack_into("<H", new, 4, struct.unpack_from("<H", old, 6)[0])  # an offset that is not 0 stands for "big"
+    struct.pack_into(
+        "<H", new, 4, struct.unpack_from("<H", old, 6)[0]
+    )  # an offset that is not 0 stands for "big"
     return old, bytes(new)
 
 
@@ -228,11 +271,16 @@ def _false_sizes() -> Iterator[tuple[str, bytes]]:
     yield "2**31 - 1 rows", _many_rows(edit)
     schema = plain(real_card()).schema
     nothing = pa.schema([(name, pa.null()) for name in schema.names], schema.metadata)
-    yield "2**31 - 1 rows of nothing", _many_rows(Edit(arrow_bytes([pa.record_batch([pa.nulls(1)] * 4, nothing)])))
+    yield (
+        "2**31 - 1 rows of nothing",
+        _many_rows(Edit(arrow_bytes([pa.record_batch([pa.nulls(1)] * 4, nothing)]))),
+    )
     for index, at in enumerate(edit.nodes):
         length, _ = struct.unpack_from("<qq", edit.data, at)
         for value in (-1, 0, length - 1, length + 1, 2**40):
-            if index not in (A_ITEMS_NODE, 9) or value < length:  # values beyond the last list are nobody's
+            if (
+                index not in (A_ITEMS_NODE, 9) or value < length
+            ):  # values beyond the last list are nobody's
                 yield f"node {index} of length {value}", edit.put(at, "<q", value)
         for nulls in (1, length, length + 1):
             yield f"node {index} with {nulls} nulls", edit.put(at + 8, "<q", nulls)
@@ -241,7 +289,13 @@ def _false_sizes() -> Iterator[tuple[str, bytes]]:
 def _false_spans() -> Iterator[tuple[str, bytes]]:
     edit = Edit(file_bytes(real_card()))
     for index, (offset, length) in enumerate(edit.spans):
-        for span in ((-8, length), (offset, -8), (2**62, length), (offset, 2**62), (offset, len(edit.data))):
+        for span in (
+            (-8, length),
+            (offset, -8),
+            (2**62, length),
+            (offset, 2**62),
+            (offset, len(edit.data)),
+        ):
             yield f"buffer {index} at {span}", edit.put(edit.buffers[index], "<qq", *span)
         if length:
             yield f"buffer {index} empty", edit.put(edit.buffers[index] + 8, "<q", 0)
@@ -253,13 +307,29 @@ def _false_spans() -> Iterator[tuple[str, bytes]]:
 
 def _false_numbers() -> Iterator[tuple[str, bytes]]:
     edit = Edit(file_bytes(real_card()))
-    for buffer, value, row in product((NAME_OFFSETS, A_OFFSETS, B_OFFSETS), (-1, 2**31 - 1, -(2**31), 1), range(4)):
-        if (buffer, value, row) not in ((NAME_OFFSETS, 1, 0), (NAME_OFFSETS, 1, 1)):  # these are other names, but names
-            yield f"offset {row} in buffer {buffer} is {value}", edit.put_body(buffer, "<i", value, skip=4 * row)
-    for buffer, value, item in product((A_SHAPES, B_SHAPES), (-1, 0, 1, 2**31 - 1, -(2**31), 2**30), range(6)):
-        yield f"shape {item} in buffer {buffer} is {value}", edit.put_body(buffer, "<i", value, skip=4 * item)
+    for buffer, value, row in product(
+        (NAME_OFFSETS, A_OFFSETS, B_OFFSETS), (-1, 2**31 - 1, -(2**31), 1), range(4)
+    ):
+        if (buffer, value, row) not in (
+            (NAME_OFFSETS, 1, 0),
+            (NAME_OFFSETS, 1, 1),
+        ):  # these are other names, but names
+            yield (
+                f"offset {row} in buffer {buffer} is {value}",
+                edit.put_body(buffer, "<i", value, skip=4 * row),
+            )
+    for buffer, value, item in product(
+        (A_SHAPES, B_SHAPES), (-1, 0, 1, 2**31 - 1, -(2**31), 2**30), range(6)
+    ):
+        yield (
+            f"shape {item} in buffer {buffer} is {value}",
+            edit.put_body(buffer, "<i", value, skip=4 * item),
+        )
     for buffer in (A_SHAPES, B_SHAPES):
-        yield f"shapes of 2**62 elements in buffer {buffer}", edit.put_body(buffer, "<ii", 2**31 - 1, 2**31 - 1)
+        yield (
+            f"shapes of 2**62 elements in buffer {buffer}",
+            edit.put_body(buffer, "<ii", 2**31 - 1, 2**31 - 1),
+        )
         yield f"negative shapes in buffer {buffer}", edit.put_body(buffer, "<ii", -5, -2)
     for value in (float("nan"), float("inf"), float("-inf")):
         yield f"a scaling of {value}", edit.put_body(SCALING, "<d", value)
@@ -280,12 +350,21 @@ def _false_schemas() -> Iterator[tuple[str, bytes]]:
     for key, value in metadata.items():
         if key.startswith(b"lora."):
             twice = pa.KeyValueMetadata([*metadata.items(), (key, value)])
-            yield f"the key {key.decode()} twice", arrow_bytes([batch.replace_schema_metadata(twice)])
+            yield (
+                f"the key {key.decode()} twice",
+                arrow_bytes([batch.replace_schema_metadata(twice)]),
+            )
     both = pa.KeyValueMetadata([*metadata.items(), (b"lora.name", b"law")])
     yield "two names", arrow_bytes([batch.replace_schema_metadata(both)])
     yield (
         "an unknown key twice",
-        arrow_bytes([batch.replace_schema_metadata(pa.KeyValueMetadata([*metadata.items(), (b"x-later", b"2")]))]),
+        arrow_bytes(
+            [
+                batch.replace_schema_metadata(
+                    pa.KeyValueMetadata([*metadata.items(), (b"x-later", b"2")])
+                )
+            ]
+        ),
     )
     yield "a key that is not UTF-8", with_fields(batch, {b"\xff\xfe": "x"}.items())
     yield "an unknown value that is not UTF-8", with_fields(batch, {"x": b"\xff"}.items())
@@ -294,12 +373,21 @@ def _false_schemas() -> Iterator[tuple[str, bytes]]:
     for key in ("format", "name", "rank", "alpha", "targets", "dtype", "metadata"):
         yield f"no {key}", with_fields(batch, **{key: None})
     index = pa.array([0, 1, 2], pa.int32())
-    yield "an unknown column", arrow_bytes([batch.append_column(pa.field("index", pa.int32()), index)])
-    yield "a column twice", arrow_bytes([batch.append_column(batch.schema.field("B"), batch.column("B"))])
+    yield (
+        "an unknown column",
+        arrow_bytes([batch.append_column(pa.field("index", pa.int32()), index)]),
+    )
+    yield (
+        "a column twice",
+        arrow_bytes([batch.append_column(batch.schema.field("B"), batch.column("B"))]),
+    )
     for name in batch.schema.names:
         yield f"no column {name}", arrow_bytes([batch.drop_columns([name])])
     yield "columns in another order", arrow_bytes([batch.select(["module", "scaling", "B", "A"])])
-    yield "a column of another name", arrow_bytes([batch.rename_columns(["module", "scaling", "A", "b"])])
+    yield (
+        "a column of another name",
+        arrow_bytes([batch.rename_columns(["module", "scaling", "A", "b"])]),
+    )
     for name, parameters in (
         ("arrow.variable_shape_tensor", '{"dim_names":["in","rank"],"permutation":[1,0]}'),
         ("arrow.variable_shape_tensor", '{"dim_names":["rank","in"]}'),
@@ -310,7 +398,10 @@ def _false_schemas() -> Iterator[tuple[str, bytes]]:
     ):
         declared = {"ARROW:extension:name": name, "ARROW:extension:metadata": parameters}
         schema = batch.schema.set(2, batch.schema.field("A").with_metadata(declared))
-        yield f"A as {name} {parameters[:50]}", arrow_bytes([pa.record_batch(batch.columns, schema=schema)])
+        yield (
+            f"A as {name} {parameters[:50]}",
+            arrow_bytes([pa.record_batch(batch.columns, schema=schema)]),
+        )
 
 
 def _false_columns() -> Iterator[tuple[str, bytes]]:
@@ -339,16 +430,26 @@ def _false_columns() -> Iterator[tuple[str, bytes]]:
         yield f"shapes as {kind}", with_column(batch, "A", tensors(a, shape_type=kind))
     three = tensors(a, shape_type=pa.list_(pa.int32(), 3), shapes=[[*x.shape, 1] for x in a])
     yield "shapes of three dimensions", with_column(batch, "A", three)
-    swapped = pa.StructArray.from_arrays([tensors(a).field("shape"), tensors(a).field("data")], ["shape", "data"])
+    swapped = pa.StructArray.from_arrays(
+        [tensors(a).field("shape"), tensors(a).field("data")], ["shape", "data"]
+    )
     yield "shape before data", with_column(batch, "A", swapped)
     yield "lists without shapes", with_column(batch, "A", tensors(a).field("data"))
     yield (
         "a union",
-        with_column(batch, "module", pa.UnionArray.from_sparse(pa.array([0, 0, 0], pa.int8()), [pa.array(names)])),
+        with_column(
+            batch,
+            "module",
+            pa.UnionArray.from_sparse(pa.array([0, 0, 0], pa.int8()), [pa.array(names)]),
+        ),
     )
     yield (
         "run-end encoded scalings",
-        with_column(batch, "scaling", pa.RunEndEncodedArray.from_arrays(pa.array([3], pa.int32()), pa.array([1.0]))),
+        with_column(
+            batch,
+            "scaling",
+            pa.RunEndEncodedArray.from_arrays(pa.array([3], pa.int32()), pa.array([1.0])),
+        ),
     )
     yield "a null module", with_column(batch, "module", pa.array([names[0], None, names[2]]))
     yield "a null scaling", with_column(batch, "scaling", pa.array([1.0, None, 1.0]))
@@ -356,12 +457,24 @@ def _false_columns() -> Iterator[tuple[str, bytes]]:
     holed = pa.array([None, *tensors(a).to_pylist()[1:]], tensors(a).type)
     yield "a null factor", with_column(batch, "A", holed)
     yield "null data", with_column(batch, "A", tensors(a, data=[None, *data[1:]], shapes=shapes))
-    yield "a null element", with_column(batch, "A", tensors(a, data=[[None, *data[0][1:]], *data[1:]], shapes=shapes))
+    yield (
+        "a null element",
+        with_column(batch, "A", tensors(a, data=[[None, *data[0][1:]], *data[1:]], shapes=shapes)),
+    )
     yield "a null shape", with_column(batch, "A", tensors(a, data=data, shapes=[None, *shapes[1:]]))
-    yield "a null dimension", with_column(batch, "A", tensors(a, data=data, shapes=[[5, None], *shapes[1:]]))
+    yield (
+        "a null dimension",
+        with_column(batch, "A", tensors(a, data=data, shapes=[[5, None], *shapes[1:]])),
+    )
     yield "a module twice", with_column(batch, "module", pa.array([names[0], names[0], names[2]]))
-    yield "one rank in A, another in B", with_column(batch, "B", tensors([np.ones((3, 3), np.float32), *b[1:]]))
-    yield "a shape smaller than its data", with_column(batch, "A", tensors(a, shapes=[[5, 2], [5, 2], [7, 2]]))
+    yield (
+        "one rank in A, another in B",
+        with_column(batch, "B", tensors([np.ones((3, 3), np.float32), *b[1:]])),
+    )
+    yield (
+        "a shape smaller than its data",
+        with_column(batch, "A", tensors(a, shapes=[[5, 2], [5, 2], [7, 2]])),
+    )
     yield "an empty factor", with_column(batch, "A", tensors([np.ones((0, 2), np.float32), *a[1:]]))
     half = plain(real_card("float16"))
     yield "float16 declared as bfloat16", with_fields(half, dtype="bfloat16")
@@ -426,7 +539,19 @@ def _false_fields() -> Iterator[tuple[str, bytes]]:
             "true",
             "[]",
         ),
-        "targets": ("", "null", "{}", '"query"', "[1]", "[null]", '["a","a"]', '["a\\u0000"]', deeper, "[[]]", "['a']"),
+        "targets": (
+            "",
+            "null",
+            "{}",
+            '"query"',
+            "[1]",
+            "[null]",
+            '["a","a"]',
+            '["a\\u0000"]',
+            deeper,
+            "[[]]",
+            "['a']",
+        ),
         "metadata": (
             "",
             "null",
@@ -449,7 +574,9 @@ def _false_fields() -> Iterator[tuple[str, bytes]]:
             yield f"{key} {value[:40]!r} of {len(value)}", with_fields(batch, **{key: value})
 
 
-def mutations(data: bytes, other: bytes, random: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
+def mutations(
+    data: bytes, other: bytes, random: random.Random, count: int
+) -> Iterator[tuple[str, bytes]]:
     """Real files, damaged at random; a few of each kind in turn."""
     kinds = (_bits, _bytes, _edges, _cut, _inserted, _zeroed, _swapped, _spliced)
     for index in range(count):
@@ -500,7 +627,10 @@ def _swapped(data, _other, random):
     """Two spans of eight bytes change places."""
     first, second = sorted(random.sample(range(0, len(data) - 8, 8), 2))
     damaged = bytearray(data)
-    damaged[first : first + 8], damaged[second : second + 8] = data[second : second + 8], data[first : first + 8]
+    damaged[first : first + 8], damaged[second : second + 8] = (
+        data[second : second + 8],
+        data[first : first + 8],
+    )
     return bytes(damaged)
 
 
@@ -518,7 +648,9 @@ class Trial:
         self.counts = {"read": 0, "refused": 0, "loaded": 0}
         self.wrong: list[str] = []
 
-    def read(self, name: str, data: bytes, original: str | None = None, *, must_fail: bool = False) -> None:
+    def read(
+        self, name: str, data: bytes, original: str | None = None, *, must_fail: bool = False
+    ) -> None:
         """Load, inspect and verify a file; note anything but a refusal or a well-formed card."""
         self.counts["read"] += 1
         self.path.unlink(missing_ok=True)
@@ -565,10 +697,22 @@ class Trial:
             header.metadata,
             header.extra,
         )
-        if same != (card.name, card.rank, card.alpha, card.target_modules, card.dtype.name, card.metadata, card.extra):
+        if same != (
+            card.name,
+            card.rank,
+            card.alpha,
+            card.target_modules,
+            card.dtype.name,
+            card.metadata,
+            card.extra,
+        ):
             return "another header than the card's"
-        shapes = {m: (i.in_features, i.rank, i.out_features, i.scaling) for m, i in header.modules.items()}
-        if shapes != {m: (p.in_features, p.rank, p.out_features, p.scaling) for m, p in card.weights.items()}:
+        shapes = {
+            m: (i.in_features, i.rank, i.out_features, i.scaling) for m, i in header.modules.items()
+        }
+        if shapes != {
+            m: (p.in_features, p.rank, p.out_features, p.scaling) for m, p in card.weights.items()
+        }:
             return "other shapes than the card's"
         return self._well_formed(card)
 
@@ -617,9 +761,23 @@ def main(seeds: list[int]) -> None:
             for size in (0, 13, 64, 1024, 5000):
                 garbage = source.randbytes(size)
                 trial.read(f"seed {seed}: garbage", garbage, must_fail=True)
-                trial.read(f"seed {seed}: framed garbage", b"ARROW1\0\0" + garbage + b"ARROW1", must_fail=True)
+                trial.read(
+                    f"seed {seed}: framed garbage",
+                    b"ARROW1\0\0" + garbage + b"ARROW1",
+                    must_fail=True,
+                )
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    print(json.dumps({**trial.counts, "intact": intact, "false": false, "grown_mb": grown, "wrong": trial.wrong}))  # noqa: T201
+    print(
+        json.dumps(
+            {
+                **trial.counts,
+                "intact": intact,
+                "false": false,
+                "grown_mb": grown,
+                "wrong": trial.wrong,
+            }
+        )
+    )  # noqa: T201
 
 
 def lora_digest(data: bytes) -> str:

@@ -60,7 +60,12 @@ class Liar(flight.FlightServerBase):
     def _info(self, manifest):
         told = manifest if isinstance(manifest, bytes) else manifest.to_json()
         return flight.FlightInfo(
-            lora.table.schema_of("float32"), flight.FlightDescriptor.for_path("x"), [], -1, -1, app_metadata=told
+            lora.table.schema_of("float32"),
+            flight.FlightDescriptor.for_path("x"),
+            [],
+            -1,
+            -1,
+            app_metadata=told,
         )
 
     def list_flights(self, context, criteria):
@@ -74,8 +79,16 @@ class Liar(flight.FlightServerBase):
             return (told if isinstance(told, bytes) else told.to_json() for told in self.manifests)
         if action.type == "version":
             return iter([b"{}"])
-        data = self.data[action.body.to_pybytes().decode()] if isinstance(self.data, dict) else self.data
-        return data() if callable(data) else (data[at : at + 2**20] for at in range(0, len(data), 2**20))
+        data = (
+            self.data[action.body.to_pybytes().decode()]
+            if isinstance(self.data, dict)
+            else self.data
+        )
+        return (
+            data()
+            if callable(data)
+            else (data[at : at + 2**20] for at in range(0, len(data), 2**20))
+        )
 
 
 class Line:
@@ -184,10 +197,17 @@ class Authority:
     def _issued(self, name, key, *, authority, days=(-1, 1)):
         now = dt.datetime.now(dt.UTC)
         hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        builder = x509.CertificateBuilder().subject_name(name).issuer_name(self.name).public_key(key.public_key())
-        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now + dt.timedelta(days=days[0]))
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(self.name)
+            .public_key(key.public_key())
+        )
+        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(
+            now + dt.timedelta(days=days[0])
+        )
         builder = builder.not_valid_after(now + dt.timedelta(days=days[1]))
         builder = builder.add_extension(x509.SubjectAlternativeName(hosts), critical=False)
-        return builder.add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True).sign(
-            self.key, hashes.SHA256()
-        )
+        return builder.add_extension(
+            x509.BasicConstraints(ca=authority, path_length=None), critical=True
+        ).sign(self.key, hashes.SHA256())

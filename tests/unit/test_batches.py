@@ -16,7 +16,15 @@ from lora.errors import ArgumentError, DataError, UnknownCardError
 from lora.testing.plugin import requirement
 from tests.unit.test_cli import shell
 
-TEXTS = ["reading a file", None, "cooking rice", "", "opening a path", "boiling soup", "writing bytes"]
+TEXTS = [
+    "reading a file",
+    None,
+    "cooking rice",
+    "",
+    "opening a path",
+    "boiling soup",
+    "writing bytes",
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +32,13 @@ def cards(tmp_path_factory):
     """Two skills that change every embedding, in files."""
     folder = tmp_path_factory.mktemp("cards")
     rng, paths = np.random.default_rng(0), []
-    for name, description in {"docs": "reading and writing files", "food": "cooking and recipes"}.items():
-        pair = LowRank(*(rng.normal(0, 0.2, shape).astype(np.float32) for shape in ((384, 2), (2, 384))), 1.0)
+    for name, description in {
+        "docs": "reading and writing files",
+        "food": "cooking and recipes",
+    }.items():
+        pair = LowRank(
+            *(rng.normal(0, 0.2, shape).astype(np.float32) for shape in ((384, 2), (2, 384))), 1.0
+        )
         weights = {"encoder.layer.0.attention.self.query": pair}
         card = LoRACard(name, 2, 2.0, ("query",), weights, {"description": description})
         paths.append(str(folder / f"{name}.lora.arrow"))
@@ -34,7 +47,9 @@ def cards(tmp_path_factory):
 
 
 def batches(count=1, **columns):
-    whole = pa.record_batch({"id": list(range(len(TEXTS) * count)), "text": TEXTS * count, **columns})
+    whole = pa.record_batch(
+        {"id": list(range(len(TEXTS) * count)), "text": TEXTS * count, **columns}
+    )
     return [whole.slice(at, 3) for at in range(0, whole.num_rows, 3)]
 
 
@@ -71,13 +86,15 @@ def test_a_column_may_name_each_rows_card_and_the_router_may_choose_it(cards):
     assert np.allclose(rows[0], docs[0], atol=1e-5)
     assert np.allclose(rows[2], base[2], atol=1e-5)
     assert not np.allclose(rows[0], base[0], atol=1e-3)
-    routed = pa.Table.from_batches(list(encode_batches(batches(), cards=cards, route=True)))["adapter"].to_pylist()
+    routed = pa.Table.from_batches(list(encode_batches(batches(), cards=cards, route=True)))[
+        "adapter"
+    ].to_pylist()
     assert routed[0] == routed[6] == "docs"
     assert routed[2] == "food"
     assert set(
-        pa.Table.from_batches(list(encode_batches(batches(), cards=cards, route=True, threshold=1.0)))[
-            "adapter"
-        ].to_pylist()
+        pa.Table.from_batches(
+            list(encode_batches(batches(), cards=cards, route=True, threshold=1.0))
+        )["adapter"].to_pylist()
     ) == {None}
 
 
@@ -114,22 +131,33 @@ def killing(stream, once, **options):
 def rows_of(tables):
     """Ids and embeddings, in order of ids."""
     table = pa.concat_tables(tables).sort_by("id")
-    return table["id"].to_pylist(), np.array([row or [0.0] * 384 for row in table["embedding"].to_pylist()])
+    return table["id"].to_pylist(), np.array(
+        [row or [0.0] * 384 for row in table["embedding"].to_pylist()]
+    )
 
 
 def expected_rows(cards, count):
-    return rows_of([pa.Table.from_batches(list(encode_batches(batches(count), cards=cards, adapter="docs")))])
+    return rows_of(
+        [pa.Table.from_batches(list(encode_batches(batches(count), cards=cards, adapter="docs")))]
+    )
 
 
 @requirement("R5.12")
 @pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    "ignore::DeprecationWarning",
+    "ignore::UserWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
 )  # Dask's own
 def test_on_dask_with_a_worker_killed_nothing_is_lost_or_doubled(cards, tmp_path):
     bag = pytest.importorskip("dask.bag", reason="needs the cluster extra")
     distributed = pytest.importorskip("distributed")
     work = partial(killing, once=str(tmp_path / "once"), cards=cards, adapter="docs")
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}
+    options = {
+        "n_workers": 2,
+        "threads_per_worker": 1,
+        "dashboard_address": None,
+        "host": "127.0.0.1",
+    }
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster):
         found = bag.from_sequence(batches(4), npartitions=4).map_partitions(work).compute()
     assert (tmp_path / "once").exists()
@@ -151,9 +179,15 @@ def test_on_ray_nothing_is_lost_or_doubled(cards, tmp_path, monkeypatch):
         table = pa.Table.from_batches(batches(4))
 
         def work(part):
-            return pa.Table.from_batches(list(encode_batches(part.to_batches(), cards=cards, adapter="docs")))
+            return pa.Table.from_batches(
+                list(encode_batches(part.to_batches(), cards=cards, adapter="docs"))
+            )
 
-        found = ray.data.from_arrow(table).repartition(4).map_batches(work, batch_format="pyarrow", num_cpus=0.5)
+        found = (
+            ray.data.from_arrow(table)
+            .repartition(4)
+            .map_batches(work, batch_format="pyarrow", num_cpus=0.5)
+        )
         ids, rows = rows_of(ray.get(found.to_arrow_refs()))
     finally:
         ray.shutdown()
@@ -166,7 +200,18 @@ def test_on_ray_nothing_is_lost_or_doubled(cards, tmp_path, monkeypatch):
 def test_the_command_streams_a_parquet_file(cards, tmp_path):
     source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
     parquet.write_table(pa.Table.from_batches(batches(3)), source)
-    done = shell("encode", "--parquet", source, "--out", out, "--card", cards[0], "--adapter", "docs", "--json")
+    done = shell(
+        "encode",
+        "--parquet",
+        source,
+        "--out",
+        out,
+        "--card",
+        cards[0],
+        "--adapter",
+        "docs",
+        "--json",
+    )
     assert (done.returncode, done.stdout) == (0, f'{{"file": "{out}", "rows": 21}}\n')
     ids, rows = rows_of([parquet.read_table(out)])
     known, expected = expected_rows(cards, 3)

@@ -14,7 +14,9 @@ from tests.unit.test_cli import shell
 @requirement("R6.7", "R6.8", "R25.2")
 def test_a_quick_bench_reports_figures_with_their_interval_and_the_machine(tmp_path):
     out = tmp_path / "figures.json"
-    done = shell("bench", "--quick", "--only", "routing", "--threads", "1", "--out", str(out), "--json")
+    done = shell(
+        "bench", "--quick", "--only", "routing", "--threads", "1", "--out", str(out), "--json"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text("utf-8"))
     assert report == json.loads(done.stdout)
@@ -34,8 +36,18 @@ def test_loading_applying_and_removing_are_measured_beside_safetensors_and_peft(
     measured = {requirement for row in part.rows for requirement in row["ids"]}
     assert {"R6.1", "R6.2", "R6.6", "R6.7"} <= measured
     beside = {row["beside"] for row in part.rows if "beside" in row}
-    assert beside == {"safetensors", "PEFT load_adapter", "PEFT inject", "PEFT set_adapter", "PEFT delete_adapter"}
-    present = {row["present"] for row in part.rows if row["group"] == "present" and row.get("of") == "apply"}
+    assert beside == {
+        "safetensors",
+        "PEFT load_adapter",
+        "PEFT inject",
+        "PEFT set_adapter",
+        "PEFT delete_adapter",
+    }
+    present = {
+        row["present"]
+        for row in part.rows
+        if row["group"] == "present" and row.get("of") == "apply"
+    }
     assert present == {1, 10}
 
 
@@ -43,7 +55,9 @@ def test_loading_applying_and_removing_are_measured_beside_safetensors_and_peft(
 def test_forwards_are_compared_with_peft_only_if_both_compute_the_same():
     """The script refuses to time outputs that differ."""
     (part,) = bench.run_bench(["forward"], quick=True, threads=1)
-    assert {"R6.3", "R6.5", "R8.6"} <= {requirement for row in part.rows for requirement in row["ids"]}
+    assert {"R6.3", "R6.5", "R8.6"} <= {
+        requirement for row in part.rows for requirement in row["ids"]
+    }
     assert {row["side"] for row in part.rows if "side" in row} >= {
         "folded",
         "LoRALinear",
@@ -56,8 +70,13 @@ def test_forwards_are_compared_with_peft_only_if_both_compute_the_same():
 
 @requirement("R25.2")
 def test_a_peer_that_is_not_installed_is_named_with_what_installs_it(monkeypatch):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
-    with pytest.raises(MissingPackageError, match=r"bench: expected peft, found not installed; .*lora-cards\[bench\]"):
+    monkeypatch.setattr(
+        bench.importlib.util, "find_spec", lambda name: None if name == "peft" else name
+    )
+    with pytest.raises(
+        MissingPackageError,
+        match=r"bench: expected peft, found not installed; .*lora-cards\[bench\]",
+    ):
         next(bench.run_bench(["routing"]))
 
 
@@ -67,7 +86,9 @@ def test_a_part_that_is_none_and_a_script_that_fails_are_named(tmp_path, monkeyp
         next(bench.run_bench(["magic"]))
     monkeypatch.setattr(bench, "bench_folder", lambda: tmp_path)
     (tmp_path / "growth.py").write_text("raise SystemExit('no more cores')")
-    with pytest.raises(StateError, match="bench growth: expected a script that ends well, found no more cores"):
+    with pytest.raises(
+        StateError, match="bench growth: expected a script that ends well, found no more cores"
+    ):
         next(bench.run_bench(["growth"]))
 
 
@@ -76,14 +97,31 @@ def test_a_part_that_is_none_and_a_script_that_fails_are_named(tmp_path, monkeyp
     ("row", "cells"),
     [
         (
-            {"what": "load", "kind": "below", "unit": "ms", "value": 0.5, "target": 100, "met": True},
+            {
+                "what": "load",
+                "kind": "below",
+                "unit": "ms",
+                "value": 0.5,
+                "target": 100,
+                "met": True,
+            },
             ("load", "0.5 ms", "", "< 100 ms", "yes"),
         ),
         (
-            {"what": "x", "kind": "times faster", "value": 2, "interval": [1, 3], "target": 1.5, "met": True},
+            {
+                "what": "x",
+                "kind": "times faster",
+                "value": 2,
+                "interval": [1, 3],
+                "target": 1.5,
+                "met": True,
+            },
             ("x", "2 × as fast", "1 … 3", ">= 1.5 × as fast", "yes"),
         ),
-        ({"what": "x", "kind": "ratio", "value": 2, "target": None, "met": None}, ("x", "2 ×", "", "", "")),
+        (
+            {"what": "x", "kind": "ratio", "value": 2, "target": None, "met": None},
+            ("x", "2 ×", "", "", ""),
+        ),
     ],
 )
 def test_a_row_says_its_target_and_whether_it_is_met(row, cells):

@@ -24,10 +24,17 @@ from lora.testing.plugin import requirement
 COMMANDS = sorted(typer.main.get_command(app).commands)
 EVERY = {
     **typer.main.get_command(app).commands,
-    **{f"factory {name}": found for name, found in typer.main.get_command(app).commands["factory"].commands.items()},
+    **{
+        f"factory {name}": found
+        for name, found in typer.main.get_command(app).commands["factory"].commands.items()
+    },
 }
 SCRIPTS = sysconfig.get_path("scripts")
-QUIET = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONUNBUFFERED", "LORA_", "COV_"))}
+QUIET = {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith(("PYTHONUNBUFFERED", "LORA_", "COV_"))
+}
 
 
 def shell(*argv, **options):
@@ -51,7 +58,11 @@ def here(monkeypatch, capsys):
 
     def run(*argv, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["lora", *map(str, argv)])
-        stream = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8") if isinstance(stdin, bytes) else stdin
+        stream = (
+            io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+            if isinstance(stdin, bytes)
+            else stdin
+        )
         monkeypatch.setattr(sys, "stdin", stream)
         with pytest.raises(SystemExit) as ended:
             main()
@@ -66,7 +77,9 @@ def made(name, **metadata):
     rng = np.random.default_rng(len(name))
     modules = [f"encoder.layer.{i}.attention.self.query" for i in range(6)]
     factors = {m: (rng.normal(0, 0.1, (384, 2)), rng.normal(0, 0.1, (2, 384))) for m in modules}
-    weights = {m: LowRank(a.astype(np.float32), b.astype(np.float32)) for m, (a, b) in factors.items()}
+    weights = {
+        m: LowRank(a.astype(np.float32), b.astype(np.float32)) for m, (a, b) in factors.items()
+    }
     return LoRACard(name, 2, 4.0, ("query",), weights, metadata)
 
 
@@ -75,12 +88,15 @@ def folder(tmp_path_factory):
     """Cards, a data set, and files that are neither."""
     path = tmp_path_factory.mktemp("cli")
     lora.save(
-        made("docs", description="Python documentation: files, paths, reading and writing"), path / "docs.lora.arrow"
+        made("docs", description="Python documentation: files, paths, reading and writing"),
+        path / "docs.lora.arrow",
     )
     lora.save(made("food", description="Cooking recipes and food"), path / "food.lora.arrow")
     lora.save(made("odd[/b]{x}", note="[/red] 日本\n"), path / "odd[1].lora.arrow")
     Pairs.of(
-        {"query": f"number {i} of {j}", "positive": f"n{i}.{j}", "group": str(i)} for i in range(8) for j in range(3)
+        {"query": f"number {i} of {j}", "positive": f"n{i}.{j}", "group": str(i)}
+        for i in range(8)
+        for j in range(3)
     ).save(path / "pairs.jsonl")
     (path / "garbage.lora.arrow").write_bytes(b"garbage" * 99)
     return path
@@ -113,7 +129,9 @@ def test_inspect_says_what_the_file_says_of_itself(here, folder):
     code, out, err = here("inspect", path, "--json", "--verify", lora.digest(path))
     assert (code, err) == (0, "")
     facts = json.loads(out)
-    assert facts.pop("modules") == {f"encoder.layer.{i}.attention.self.query": [384, 2, 384, 2.0] for i in range(6)}
+    assert facts.pop("modules") == {
+        f"encoder.layer.{i}.attention.self.query": [384, 2, 384, 2.0] for i in range(6)
+    }
     assert facts == {
         "name": "docs",
         "digest": lora.digest(path),
@@ -143,11 +161,22 @@ def test_a_name_that_looks_like_markup_is_shown_as_it_is(here, folder):
 
 @requirement("R25.3", "R1.12")
 def test_inspect_imports_no_torch(folder):
-    command = [sys.executable, "-X", "importtime", "-m", "lora.cli", "inspect", folder / "docs.lora.arrow", "--json"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "lora.cli",
+        "inspect",
+        folder / "docs.lora.arrow",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=QUIET)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pyarrow" in imported
-    assert not {"torch", "lora.engine", "lora.evolution.train", "tokenizers", "matplotlib"} & imported
+    assert (
+        not {"torch", "lora.engine", "lora.evolution.train", "tokenizers", "matplotlib"} & imported
+    )
 
 
 # errors
@@ -158,13 +187,22 @@ def test_inspect_imports_no_torch(folder):
     ("argv", "said"),
     [
         (["inspect", "nothing.lora.arrow"], "nothing.lora.arrow: expected"),
-        (["inspect", "garbage.lora.arrow"], "garbage.lora.arrow: card file: expected an Arrow IPC file"),
+        (
+            ["inspect", "garbage.lora.arrow"],
+            "garbage.lora.arrow: card file: expected an Arrow IPC file",
+        ),
         (["inspect", "."], "expected a file"),
         (["inspect", "docs.lora.arrow", "--verify", "abc"], "expected a SHA-256"),
         (["inspect", "docs.lora.arrow", "--verify", "0" * 64], f"SHA-256: expected {'0' * 64}"),
-        (["train", "pairs.jsonl", "--name", "a", "--out", "nowhere/a.lora.arrow"], "existing folder"),
+        (
+            ["train", "pairs.jsonl", "--name", "a", "--out", "nowhere/a.lora.arrow"],
+            "existing folder",
+        ),
         (["train", "pairs.jsonl", "--name", "a", "--out", "."], "a file in an existing folder"),
-        (["train", "nothing.jsonl", "--name", "a", "--out", "a.lora.arrow"], "nothing.jsonl: expected a data set"),
+        (
+            ["train", "nothing.jsonl", "--name", "a", "--out", "a.lora.arrow"],
+            "nothing.jsonl: expected a data set",
+        ),
         (
             ["train", "garbage.lora.arrow", "--name", "a", "--out", "a.lora.arrow"],
             "garbage.lora.arrow: expected an Arrow",
@@ -188,17 +226,37 @@ def test_an_error_is_one_line_on_stderr_and_exit_1(folder, argv, said):
         (["route", "a", "--card", "docs.lora.arrow", "--threshold", "nan"], "threshold"),
         (["route", "a", "--card", "docs.lora.arrow", "--top-k", "0"], "top_k"),
         (["route", "a", "--card", "odd[1].lora.arrow"], "expected a description"),
-        (["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--preset", "fast"], "'fast'"),
-        (["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--seed", "-1"], "seed"),
-        (["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--target", "nope"], "nope"),
-        (["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--steps", "0"], "max_steps"),
         (
-            ["train", "pairs.jsonl", "--name", "a[/b]{c}", "--out", "a.lora.arrow", "--checkpoint", "pairs.jsonl"],
+            ["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--preset", "fast"],
+            "'fast'",
+        ),
+        (["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--seed", "-1"], "seed"),
+        (
+            ["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--target", "nope"],
+            "nope",
+        ),
+        (
+            ["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--steps", "0"],
+            "max_steps",
+        ),
+        (
+            [
+                "train",
+                "pairs.jsonl",
+                "--name",
+                "a[/b]{c}",
+                "--out",
+                "a.lora.arrow",
+                "--checkpoint",
+                "pairs.jsonl",
+            ],
             "checkpoint",
         ),
     ],
 )
-def test_an_error_of_a_command_that_runs_the_model_is_one_line_too(here, folder, monkeypatch, argv, said):
+def test_an_error_of_a_command_that_runs_the_model_is_one_line_too(
+    here, folder, monkeypatch, argv, said
+):
     monkeypatch.chdir(folder)
     code, out, err = here(*argv)
     assert (code, out) == (1, "")
@@ -279,7 +337,10 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(folder):
 def test_head_can_take_one_byte_of_many_embeddings():
     command = [sys.executable, "-m", "lora.cli", "encode", *(f"text {i}" for i in range(200))]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**QUIET, "OMP_NUM_THREADS": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**QUIET, "OMP_NUM_THREADS": "1"},
     ) as child:
         first = child.stdout.read(1)
         child.stdout.close()
@@ -311,14 +372,18 @@ def test_encode_prints_one_line_for_each_text(here, engine):
 @requirement("R25.3")
 def test_encode_applies_cards_and_gives_json_or_a_file(here, engine, folder, tmp_path):
     cards = [folder / "docs.lora.arrow", folder / "food.lora.arrow"]
-    expected = engine.encode_with_lora(TEXTS, lora.AdapterSet([lora.load(card) for card in cards])).embeddings
+    expected = engine.encode_with_lora(
+        TEXTS, lora.AdapterSet([lora.load(card) for card in cards])
+    ).embeddings
     code, out, err = here("encode", *TEXTS, "--card", cards[0], "--card", cards[1], "--json")
     assert (code, err) == (0, "")
     found = np.array(json.loads(out), np.float32)
     assert found == pytest.approx(expected, abs=1e-5)  # folded here, factored there
     assert np.abs(found - engine.encode(TEXTS)).max() > 1e-3
     path = tmp_path / "rows.npy"
-    code, out, err = here("encode", *TEXTS, "--card", cards[0], "--card", cards[1], "--out", path, "--json")
+    code, out, err = here(
+        "encode", *TEXTS, "--card", cards[0], "--card", cards[1], "--out", path, "--json"
+    )
     assert (code, json.loads(out), err) == (0, {"file": str(path), "shape": [3, 384]}, "")
     assert np.array_equal(np.load(path), found)
     assert here("encode", "a", "--out", path) == (0, f"{path}: 1 × 384\n", "")
@@ -343,12 +408,25 @@ def test_route_ranks_cards_and_abstains_below_the_threshold(here, engine, folder
 
 @requirement("R25.3", "R17.10")
 def test_train_saves_a_card_with_its_bar_on_a_terminal_and_its_json_on_stdout(folder, tmp_path):
-    out, plot, checkpoint = (tmp_path / name for name in ("tiny.lora.arrow", "history.svg", "run.checkpoint"))
+    out, plot, checkpoint = (
+        tmp_path / name for name in ("tiny.lora.arrow", "history.svg", "run.checkpoint")
+    )
     terminal, tty = os.openpty()
-    reading = ThreadPoolExecutor(1).submit(lambda: list(pieces(terminal)))  # a full terminal would hold the command up
+    reading = ThreadPoolExecutor(1).submit(
+        lambda: list(pieces(terminal))
+    )  # a full terminal would hold the command up
     try:
         done = shell(
-            *("train", folder / "pairs.jsonl", "--name", "tiny{0}", "--out", out, "--description", "numbers"),
+            *(
+                "train",
+                folder / "pairs.jsonl",
+                "--name",
+                "tiny{0}",
+                "--out",
+                out,
+                "--description",
+                "numbers",
+            ),
             *(
                 "--steps",
                 2,
@@ -372,11 +450,22 @@ def test_train_saves_a_card_with_its_bar_on_a_terminal_and_its_json_on_stdout(fo
     assert done.returncode == 0, drawn
     facts = json.loads(done.stdout)
     card = lora.load(out, verify=facts["digest"])
-    assert (card.name, card.rank, card.alpha, card.metadata) == ("tiny{0}", 1, 2.0, {"description": "numbers"})
-    assert set(card.weights) == {f"encoder.layer.{i}.attention.self.{part}" for i, part in enumerate(["query", "key"])}
+    assert (card.name, card.rank, card.alpha, card.metadata) == (
+        "tiny{0}",
+        1,
+        2.0,
+        {"description": "numbers"},
+    )
+    assert set(card.weights) == {
+        f"encoder.layer.{i}.attention.self.{part}" for i, part in enumerate(["query", "key"])
+    }
     assert facts["file"] == str(out)
     assert facts["steps"] == 1  # one epoch of so few pairs is one batch
-    assert set(facts["before"]) == set(facts["after"]) == {"recall_at_1", "recall_at_10", "mrr", "queries"}
+    assert (
+        set(facts["before"])
+        == set(facts["after"])
+        == {"recall_at_1", "recall_at_10", "mrr", "queries"}
+    )
     assert plot.read_text().lstrip().startswith("<?xml")
     assert not checkpoint.exists()
     assert "tiny{0}" in drawn
@@ -454,7 +543,9 @@ def test_the_help_of_every_command_has_an_example_that_it_understands(here, comm
 
 @requirement("R25.4")
 def test_the_version_and_the_commands_are_told_through_the_installed_script(here):
-    done = subprocess.run([Path(SCRIPTS) / "lora", "--version"], capture_output=True, text=True, check=True, env=QUIET)
+    done = subprocess.run(
+        [Path(SCRIPTS) / "lora", "--version"], capture_output=True, text=True, check=True, env=QUIET
+    )
     assert (done.stdout, done.stderr) == (f"lora-cards {lora.__version__}\n", "")
     code, out, _ = here("--help")
     assert code == 0
@@ -480,6 +571,8 @@ def test_bash_completes_commands_and_options(typed, completed):
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     environment = {**QUIET, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=True, env=environment
+    )
     assert done.stdout.split() == completed
     assert done.stderr == ""

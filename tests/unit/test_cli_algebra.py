@@ -18,7 +18,10 @@ from lora.testing.plugin import requirement
 
 def card_of(name, seed, **options):
     rng = np.random.default_rng(seed)
-    pairs = {f"layer.{i}.query": LowRank(rng.normal(size=(4, 2)), rng.normal(size=(2, 4))) for i in range(2)}
+    pairs = {
+        f"layer.{i}.query": LowRank(rng.normal(size=(4, 2)), rng.normal(size=(2, 4)))
+        for i in range(2)
+    }
     return LoRACard(name, 2, 4.0, ["query"], pairs, **options)
 
 
@@ -29,7 +32,10 @@ def folder(tmp_path):
     rng = np.random.default_rng(3)
     base = {f"layer.{i}.query.weight": rng.normal(size=(4, 4)) for i in range(2)}
     save_file(base, tmp_path / "base.safetensors")
-    tuned = {key: w + delta(card_of("docs", 1).weights[key.removesuffix(".weight")]) for key, w in base.items()}
+    tuned = {
+        key: w + delta(card_of("docs", 1).weights[key.removesuffix(".weight")])
+        for key, w in base.items()
+    }
     save_file(tuned, tmp_path / "tuned.safetensors")
     return tmp_path
 
@@ -39,7 +45,9 @@ def shell(folder):
     def run(*argv):
         environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "lora.cli", *map(str, argv)]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
 
     return run
 
@@ -56,7 +64,16 @@ def near(a, b):
 @requirement("R25.2", "R20.1")
 def test_merge_writes_the_card_that_the_library_merges(shell, folder):
     done = shell(
-        *("merge", "docs.lora.arrow", "law.lora.arrow", "-o", "both.lora.arrow", "--strategy", "weighted", "--json"),
+        *(
+            "merge",
+            "docs.lora.arrow",
+            "law.lora.arrow",
+            "-o",
+            "both.lora.arrow",
+            "--strategy",
+            "weighted",
+            "--json",
+        ),
         *("--weight", 2, "--weight", -1, "--name", "both"),
     )
     assert done.returncode == 0, done.stderr
@@ -73,7 +90,10 @@ def test_merge_writes_the_card_that_the_library_merges(shell, folder):
         (["--strategy", "mean"], "--strategy: expected one of average, weighted"),
         (["--density", "0.5"], "--density: expected an option of average"),
         (["--strategy", "ties", "--density", "2"], "ties: density: expected"),
-        (["--strategy", "weighted", "--weight", "1"], "merge: weights: expected one for each of 2 cards, found 1"),
+        (
+            ["--strategy", "weighted", "--weight", "1"],
+            "merge: weights: expected one for each of 2 cards, found 1",
+        ),
         (["--rank", "0"], "merge: rank: expected an integer >= 1"),
     ],
 )
@@ -89,7 +109,16 @@ def test_a_merge_that_can_not_be_is_one_line_and_writes_nothing(shell, folder, o
 @requirement("R25.2", "R16.5", "R16.6")
 def test_extract_finds_the_card_that_was_written_into_the_weights(shell, folder):
     done = shell(
-        *("extract", "tuned.safetensors", "--base", "base.safetensors", "-o", "found.lora.arrow", "--error", 1e-9),
+        *(
+            "extract",
+            "tuned.safetensors",
+            "--base",
+            "base.safetensors",
+            "-o",
+            "found.lora.arrow",
+            "--error",
+            1e-9,
+        ),
         *("--target", "query", "--json"),
     )
     assert done.returncode == 0, done.stderr
@@ -105,7 +134,10 @@ def test_extract_finds_the_card_that_was_written_into_the_weights(shell, folder)
 @requirement("R25.3")
 def test_extract_takes_one_rule_for_the_rank(shell):
     done = shell("extract", "tuned.safetensors", "-o", "x.lora.arrow", "--rank", 2, "--energy", 0.5)
-    assert (done.returncode, "expected one of --rank, --energy, --error, found 2 of them" in done.stderr) == (1, True)
+    assert (
+        done.returncode,
+        "expected one of --rank, --energy, --error, found 2 of them" in done.stderr,
+    ) == (1, True)
 
 
 @requirement("R25.2", "R23.4", "R23.5")
@@ -125,7 +157,9 @@ def test_convert_goes_to_peft_and_to_safetensors_and_back(shell, folder):
 
 @requirement("R25.2", "R15.5")
 def test_probe_ranks_what_moved_between_two_models(shell):
-    done = shell("probe", "--base", "base.safetensors", "--tuned", "tuned.safetensors", "--rank", 2, "--json")
+    done = shell(
+        "probe", "--base", "base.safetensors", "--tuned", "tuned.safetensors", "--rank", 2, "--json"
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {row["name"] for row in rows} == {"layer.0.query", "layer.1.query"}
@@ -137,7 +171,9 @@ def test_probe_ranks_what_moved_between_two_models(shell):
 
 @requirement("R25.2", "R15.4")
 def test_probe_ranks_the_blocks_of_the_real_encoder(shell, folder):
-    (folder / "texts.txt").write_text("a card is a value\n\nadapting is a function\nstate is one reference\n")
+    (folder / "texts.txt").write_text(
+        "a card is a value\n\nadapting is a function\nstate is one reference\n"
+    )
     done = shell("probe", "texts.txt", "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -181,19 +217,31 @@ def test_convert_does_what_its_options_say_or_refuses_them(shell, folder):
     ("command", "said"),
     [
         (["extract", "tuned.safetensors", "-o", "none/x.lora.arrow"], "found no folder none"),
-        (["extract", "tuned.safetensors", "-o", "."], "expected a file in an existing folder, found a folder"),
+        (
+            ["extract", "tuned.safetensors", "-o", "."],
+            "expected a file in an existing folder, found a folder",
+        ),
         (
             ["extract", "tuned.safetensors", "-o", "x.lora.arrow", "--rank", 0],
             "rank: expected an integer >= 1, found 0",
         ),
-        (["extract", "tuned.safetensors", "-o", "x.lora.arrow", "--name", ""], "card name: expected non-empty"),
+        (
+            ["extract", "tuned.safetensors", "-o", "x.lora.arrow", "--name", ""],
+            "card name: expected non-empty",
+        ),
         (["merge", "docs.lora.arrow", "-o", "none/x.lora.arrow"], "found no folder none"),
-        (["merge", "docs.lora.arrow", "-o", "x.safetensors"], "expected another ending, found .safetensors"),
+        (
+            ["merge", "docs.lora.arrow", "-o", "x.safetensors"],
+            "expected another ending, found .safetensors",
+        ),
         (["conformance", "--only", "R4.4", "--json", "none/x.json"], "found no folder none"),
         (["probe", "latin.txt"], "latin.txt: expected text in UTF-8"),
         (["probe", "none.txt"], "none.txt: expected text in UTF-8"),
         (["probe", "latin.txt", "--share", 2], "share: expected a number in (0, 1], found 2.0"),
-        (["probe", "latin.txt", "--base", "base.safetensors", "--tuned", "tuned.safetensors"], "found both"),
+        (
+            ["probe", "latin.txt", "--base", "base.safetensors", "--tuned", "tuned.safetensors"],
+            "found both",
+        ),
     ],
 )
 def test_what_can_not_be_done_is_refused_in_one_line_before_the_work(shell, folder, command, said):

@@ -17,9 +17,22 @@ def craft(folder, days):
     """A folder of documents about a craft: so many paragraphs in each of twelve files."""
     folder.mkdir()
     day = "How a potter treats the {0} on day {1}. Keep the {0} damp and slow for {1} hours."
-    things = ["kiln", "glaze", "clay", "wheel", "bisque", "slip", "engobe", "stoneware", "porcelain", "raku"]
+    things = [
+        "kiln",
+        "glaze",
+        "clay",
+        "wheel",
+        "bisque",
+        "slip",
+        "engobe",
+        "stoneware",
+        "porcelain",
+        "raku",
+    ]
     for thing in [*things, "sgraffito", "trimming"]:
-        (folder / f"{thing}.md").write_text("\n\n".join(day.format(thing, i) for i in range(days)), encoding="utf-8")
+        (folder / f"{thing}.md").write_text(
+            "\n\n".join(day.format(thing, i) for i in range(days)), encoding="utf-8"
+        )
     return folder
 
 
@@ -91,7 +104,9 @@ def test_errors_are_one_line(shop, argv, message):
 def test_what_is_unknown_is_noticed_and_a_dry_run_keeps_nothing(shop):
     """Of a made-up craft, and of what the engine is taken to know: Python's own documentation."""
     folder = craft(shop / "docs", 3)
-    (row,) = json.loads(ran("evolve", "--documents", folder, "--out", "skills", "--dry-run", "--json"))
+    (row,) = json.loads(
+        ran("evolve", "--documents", folder, "--out", "skills", "--dry-run", "--json")
+    )
     assert (row["source docs"], row["taught"]) == (36, 0)
     assert row["queries"] >= 5
     assert not (shop / "skills").exists()
@@ -106,7 +121,18 @@ def test_what_is_unknown_is_noticed_and_a_dry_run_keeps_nothing(shop):
 def test_a_task_is_a_preset_of_training_that_options_can_override(shop):
     rows = [{"query": f"number {i}", "positive": f"n{i}", "group": str(i % 4)} for i in range(16)]
     Pairs.of(rows).save(shop / "pairs.jsonl")
-    options = ["--preset", "reviewer", "--loss", "triplet", "--schedule", "linear", "--warmup", "0.1", "--steps", "1"]
+    options = [
+        "--preset",
+        "reviewer",
+        "--loss",
+        "triplet",
+        "--schedule",
+        "linear",
+        "--warmup",
+        "0.1",
+        "--steps",
+        "1",
+    ]
     ran("train", "pairs.jsonl", "--name", "x", "--out", "x.lora.arrow", *options, "--rank", "4")
     card = lora.load(shop / "x.lora.arrow")
     assert (card.rank, card.alpha, card.target_modules) == (4, 16.0, ("query", "value"))

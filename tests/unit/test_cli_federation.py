@@ -30,7 +30,9 @@ class Serving:
 
     def __init__(self, *argv):
         command = [sys.executable, "-m", "lora.cli", "serve", *map(str, argv)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def __enter__(self):
         self.line = self.process.stdout.readline().strip()
@@ -56,7 +58,9 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
     public = json.loads(ran("keygen", key, "--json"))["public_key"]
     ran("sign", cards / "docs.lora.arrow", "--key", key)
     sha = lora.digest(cards / "docs.lora.arrow")
-    with Serving(cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0) as server:
+    with Serving(
+        cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0
+    ) as server:
         assert server.line.startswith("serving 1 card at grpc://127.0.0.1:")
         (row,) = json.loads(ran("list", "--peer", server.uri, "--json"))
         assert (row["name"], row["digest"], row["signer"]) == ("docs", sha, public)
@@ -96,7 +100,9 @@ def test_token_certificates_and_metrics_are_options(cards, tmp_path):
     with Serving(cards, "--host", "localhost", "--port", 0, "--no-announce", *options) as server:
         assert server.uri.startswith("grpc+tls://localhost:")
         assert len(json.loads(ran("list", "--peer", server.uri, *options, "--json"))) == 1
-        assert "found none" in ran("list", "--peer", server.uri, *options[:-2], "--wait", "1", code=1)
+        assert "found none" in ran(
+            "list", "--peer", server.uri, *options[:-2], "--wait", "1", code=1
+        )
     with Serving(cards, "--token-file", tmp_path / "t") as refused:
         assert refused.line == ""
     assert "TLS beyond loopback" in refused.output[1]
@@ -105,17 +111,23 @@ def test_token_certificates_and_metrics_are_options(cards, tmp_path):
 
 @requirement("R25.2", "R11.1")
 def test_a_server_says_as_json_where_it_and_its_metrics_are(cards):
-    with Serving(cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0, "--json") as server:
+    with Serving(
+        cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0, "--json"
+    ) as server:
         told = json.loads(server.line)
         assert told["cards"] == 1
-        assert [row["name"] for row in json.loads(ran("list", "--peer", told["uri"], "--json"))] == ["docs"]
+        assert [
+            row["name"] for row in json.loads(ran("list", "--peer", told["uri"], "--json"))
+        ] == ["docs"]
         with urllib.request.urlopen(told["metrics"]) as answer:  # noqa: S310 - on loopback
             assert b"lora_" in answer.read()
 
 
 @requirement("R25.2", "R5.16")
 def test_metrics_are_served_where_they_are_asked_for(cards):
-    with Serving(cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0) as server:
+    with Serving(
+        cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0
+    ) as server:
         where = server.process.stdout.readline().split()[-1]
         ran("list", "--peer", server.uri)
         with urllib.request.urlopen(where) as answer:  # noqa: S310 - on loopback

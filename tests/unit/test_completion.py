@@ -17,8 +17,17 @@ from lora.testing.plugin import requirement
 
 CARD = Path(__file__).parents[2] / "spec" / "vectors" / "1" / "R1.4" / "valid" / "basic.lora.arrow"
 SCRIPTS = sysconfig.get_path("scripts")
-PLAIN = {k: v for k, v in os.environ.items() if not k.startswith(("COV_", "LORA_", "PYTHON")) and "COLOR" not in k}
-ENVIRONMENT = {**PLAIN, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+PLAIN = {
+    k: v
+    for k, v in os.environ.items()
+    if not k.startswith(("COV_", "LORA_", "PYTHON")) and "COLOR" not in k
+}
+ENVIRONMENT = {
+    **PLAIN,
+    "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "TERM": "xterm",
+}
 COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-8]|4[0-8]|9[0-7])[0-9;]*m")
 COMMANDS = typer.main.get_command(app).commands
 
@@ -27,7 +36,9 @@ def drawn(*argv, **environment):
     """What a command draws on a terminal."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "lora.cli", *map(str, argv)]
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**ENVIRONMENT, **environment}) as child:
+    with subprocess.Popen(
+        command, stdout=theirs, stderr=theirs, env={**ENVIRONMENT, **environment}
+    ) as child:
         os.close(theirs)
         text = b""
         with contextlib.suppress(OSError):  # how Linux says that the other end is closed
@@ -41,13 +52,19 @@ def drawn(*argv, **environment):
 def piped(*argv, **environment):
     """What a command prints into a pipe."""
     command = [sys.executable, "-m", "lora.cli", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, check=True)
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, check=True
+    )
 
 
 @requirement("R25.4")
 def test_completion_is_installed_once_and_a_new_shell_has_it(tmp_path):
     home = {**ENVIRONMENT, "HOME": str(tmp_path)}
-    install = ["bash", "-c", "lora --install-completion; true"]  # typer asks which shell its parent is
+    install = [
+        "bash",
+        "-c",
+        "lora --install-completion; true",
+    ]  # typer asks which shell its parent is
     for _ in range(2):
         done = subprocess.run(install, env=home, capture_output=True, text=True, check=True)
         assert "bash completion installed" in done.stdout + done.stderr
@@ -67,7 +84,9 @@ def test_completion_is_installed_once_and_a_new_shell_has_it(tmp_path):
 def test_every_shell_is_offered_all_commands(shell):
     """What each shell's script asks the command, asked here."""
     words = {"bash": {"COMP_WORDS": "lora ", "COMP_CWORD": "1"}}
-    asked = words.get(shell, {"_TYPER_COMPLETE_ARGS": "lora ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"})
+    asked = words.get(
+        shell, {"_TYPER_COMPLETE_ARGS": "lora ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    )
     done = subprocess.run(
         [Path(SCRIPTS) / "lora"],
         env={**ENVIRONMENT, "_LORA_COMPLETE": f"complete_{shell}", **asked},
@@ -95,7 +114,9 @@ def test_a_terminal_gets_emphasis_and_no_color_is_honoured():
 
 @requirement("R25.3")
 def test_what_is_shown_on_a_terminal_is_what_is_piped_but_for_emphasis():
-    shown = re.sub(r"\x1b\[[0-9;]*m", "", drawn("inspect", CARD, COLUMNS="120")).replace("\r\n", "\n")
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", drawn("inspect", CARD, COLUMNS="120")).replace(
+        "\r\n", "\n"
+    )
     assert shown == piped("inspect", CARD, COLUMNS="120").stdout
 
 
@@ -126,11 +147,17 @@ main()
 
 
 @requirement("R25.3")
-@pytest.mark.parametrize("argv", [["--help"], ["inspect", CARD], ["inspect", CARD, "--json"]], ids=len)
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["inspect", CARD], ["inspect", CARD, "--json"]], ids=len
+)
 def test_a_reader_that_stops_after_a_line_sees_no_complaint(argv):
     command = " ".join([sys.executable, "-m", "lora.cli", *map(str, argv)])
     done = subprocess.run(
-        ["bash", "-c", f"{command} | head -c 1"], env=ENVIRONMENT, capture_output=True, text=True, check=True
+        ["bash", "-c", f"{command} | head -c 1"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert (len(done.stdout), done.stderr) == (1, "")
 
@@ -140,7 +167,9 @@ def test_a_reader_that_stops_after_a_line_sees_no_complaint(argv):
 
 @requirement("R25.4")
 def test_the_list_of_commands_is_whole_sentences():
-    lines = re.findall(r"^  (\w+)  +(.*)$", piped("--help").stdout.partition("Commands:")[2], re.MULTILINE)
+    lines = re.findall(
+        r"^  (\w+)  +(.*)$", piped("--help").stdout.partition("Commands:")[2], re.MULTILINE
+    )
     assert [name for name, _ in lines] == list(COMMANDS)
     assert all(said.endswith(".") and not said.endswith("...") for _, said in lines)
 
@@ -154,12 +183,21 @@ def test_help_speaks_of_what_a_user_can_know():
 
 @requirement("R25.4")
 def test_what_is_called_alike_is_meant_alike():
-    every = {**COMMANDS, **{f"factory {name}": found for name, found in COMMANDS["factory"].commands.items()}}
+    every = {
+        **COMMANDS,
+        **{f"factory {name}": found for name, found in COMMANDS["factory"].commands.items()},
+    }
     options = [(name, param) for name, command in every.items() for param in command.params]
     for name, param in options:
         assert ("-o" in param.opts) == ("--out" in param.opts), name
-        if not param.default and param.secondary_opts:  # --no-… is for what is on, or is decided elsewhere
+        if (
+            not param.default and param.secondary_opts
+        ):  # --no-… is for what is on, or is decided elsewhere
             assert param.default is None, f"{name} {param.name}"
-    assert {name for name, command in every.items() if not any("--json" in p.opts for p in command.params)} == {
+    assert {
+        name
+        for name, command in every.items()
+        if not any("--json" in p.opts for p in command.params)
+    } == {
         "factory",
     }

@@ -24,7 +24,8 @@ def test_a_jsonl_file_with_the_least_and_the_most_that_a_line_may_hold_is_read(t
     lines = [
         '\ufeff{"query": "a", "positive": "b"}',
         "",
-        json.dumps({"query": "c", "positive": HUGE, "negative": "e", "quality": 0.5, "group": "g"}) + "\r",
+        json.dumps({"query": "c", "positive": HUGE, "negative": "e", "quality": 0.5, "group": "g"})
+        + "\r",
         '["q", "p", "n"]',
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -37,12 +38,16 @@ def test_a_jsonl_file_with_the_least_and_the_most_that_a_line_may_hold_is_read(t
 
 @requirement("R21.5")
 def test_foreign_arrow_and_parquet_files_get_the_optional_columns(tmp_path):
-    table = pa.table({"id": [1, 2], "query": ["a", "b"], "positive": pa.array(["c", "d"], pa.large_string())})
+    table = pa.table(
+        {"id": [1, 2], "query": ["a", "b"], "positive": pa.array(["c", "d"], pa.large_string())}
+    )
     pq.write_table(table, tmp_path / "pairs.parquet")
     with pa.ipc.new_file(tmp_path / "pairs.arrow", table.schema) as writer:
         writer.write_table(table)
     expected = Pairs.of([("a", "c"), ("b", "d")])
-    assert Pairs.load(tmp_path / "pairs.parquet") == Pairs.load(tmp_path / "pairs.arrow") == expected
+    assert (
+        Pairs.load(tmp_path / "pairs.parquet") == Pairs.load(tmp_path / "pairs.arrow") == expected
+    )
 
 
 @requirement("R21.5")
@@ -57,7 +62,10 @@ def test_a_question_in_a_chat_goes_with_the_answer_right_after_it(tmp_path):
         ("assistant", "file.close()"),
         ("assistant", "anything else?"),
     ]
-    tool = [{"role": "user", "content": "search"}, {"role": "assistant", "content": None, "tool_calls": []}]
+    tool = [
+        {"role": "user", "content": "search"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+    ]
     chats = [[{"role": role, "content": content} for role, content in turns], tool]
     path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     rows = Pairs.from_chat(path).table.select(["query", "positive", "group"]).to_pylist()
@@ -206,7 +214,9 @@ SOURCES = {
     ''',
     "pack/sub/mod.py": 'def h():\n    """Go as deep as this."""\n    return "Go as deep as that."\n',
     "__init__.py": 'def root():\n    """Belong to the root."""\n',
-    "latin.py": "# -*- coding: latin-1 -*-\ndef café():\n    'Brew a cup of café.'\n    return 0\n".encode("latin-1"),
+    "latin.py": "# -*- coding: latin-1 -*-\ndef café():\n    'Brew a cup of café.'\n    return 0\n".encode(
+        "latin-1"
+    ),
     "bom.py": b"\xef\xbb\xbfdef marked():\n    'Start with a mark.'\n",
     "bait.py": 'raise SystemExit("imported")\n',
     "broken.py": "def f(:\n",
@@ -304,7 +314,9 @@ def test_the_standard_library_gives_thousands_of_pairs_in_more_than_a_hundred_mo
     assert all("\n" not in query and len(query.split()) >= 3 for query in stdlib.queries)
     rows = zip(stdlib.positives, stdlib.table["group"].to_pylist(), strict=True)
     assert all(name.split(".")[0] == group for name, group in rows)
-    assert stdlib.table["group"].unique().to_pylist() == sorted(set(stdlib.table["group"].to_pylist()))
+    assert stdlib.table["group"].unique().to_pylist() == sorted(
+        set(stdlib.table["group"].to_pylist())
+    )
 
 
 @requirement("R21.6", "R17.3")
@@ -318,7 +330,9 @@ def test_the_standard_library_is_split_by_module(stdlib):
 
 @requirement("R21.6")
 def test_another_process_finds_the_same_pairs_and_imports_none_of_the_modules(stdlib, tree):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tree)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tree)], capture_output=True, text=True, check=True
+    )
     digest, imported = done.stdout.split("\n")[:2]
     assert digest == hashlib.sha256(repr(stdlib.table.to_pylist()).encode()).hexdigest()
     assert imported == ""

@@ -11,7 +11,17 @@ from lora.testing.plugin import requirement
 @requirement("R25.1", "R25.3", "R17.10")
 def test_the_demo_trains_saves_maps_routes_and_gives_the_base_back(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "lora.cli", "demo", "--steps", "1", "--out", str(out), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "lora.cli",
+        "demo",
+        "--steps",
+        "1",
+        "--out",
+        str(out),
+        "--json",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500)
     told = json.loads(run.stdout)
     assert told["restored"] is True

@@ -18,7 +18,16 @@ from lora.engine import ArrowEngine
 from lora.errors import ArgumentError, CardNotFoundError, DataError, StateError
 from lora.evolution.cloud import CloudDistiller, Consent, MockTeacher
 from lora.evolution.data import Pairs
-from lora.evolution.distill import Memory, Policy, SkillDistiller, Source, digest, divided, ranks, trial_seed
+from lora.evolution.distill import (
+    Memory,
+    Policy,
+    SkillDistiller,
+    Source,
+    digest,
+    divided,
+    ranks,
+    trial_seed,
+)
 from lora.evolution.novelty import Alarm, Detector
 from lora.evolution.train import Settings, evaluate
 from lora.inference.encoder import EncoderConfig, InferenceCore
@@ -35,7 +44,11 @@ class Words:
 
     def encode(self, texts):
         rows = [
-            [*(text.count(word) for word in WORDS), *(0.05 * text.count(letter) for letter in "xyz")] for text in texts
+            [
+                *(text.count(word) for word in WORDS),
+                *(0.05 * text.count(letter) for letter in "xyz"),
+            ]
+            for text in texts
         ]
         return np.array(rows, np.float32).reshape(len(rows), 7)
 
@@ -53,7 +66,8 @@ class Stub:
 
 
 GUARD = Pairs.of(
-    {"query": f"python {'xyz'[i % 3] * (i % 4)}", "positive": f"x{i}", "group": f"g{i}"} for i in range(40)
+    {"query": f"python {'xyz'[i % 3] * (i % 4)}", "positive": f"x{i}", "group": f"g{i}"}
+    for i in range(40)
 )
 SMALL = Policy(alarm=Alarm(k=3, n=6, release=1), link=0.8, topic_size=3)
 
@@ -162,7 +176,9 @@ def test_a_task_that_was_worked_on_when_the_power_went_is_open_again(tmp_path):
 
 @requirement("R18.2")
 def test_a_memory_serves_under_the_policy_of_the_distiller_that_has_it():
-    distiller = watching(memory=remembering(9).memory, policy=replace(SMALL, alarm=Alarm(k=2, n=4, release=0)))
+    distiller = watching(
+        memory=remembering(9).memory, policy=replace(SMALL, alarm=Alarm(k=2, n=4, release=0))
+    )
     assert (distiller.alarm.k, len(distiller.alarm.recent), distiller.alarm.ringing) == (2, 4, True)
 
 
@@ -177,21 +193,33 @@ def test_what_is_no_memory_of_this_model_is_refused(tmp_path):
             Memory.load(tmp_path / name)
     memory = remembering(9).memory
     table = memory.to_table()
-    for change in ({b"lora.memory": b"{}"}, {b"lora.memory": b"[]"}, {b"lora.memory": b"no JSON"}, {}):
+    for change in (
+        {b"lora.memory": b"{}"},
+        {b"lora.memory": b"[]"},
+        {b"lora.memory": b"no JSON"},
+        {},
+    ):
         with pytest.raises(DataError, match="memory"):
             Memory.from_table(table.replace_schema_metadata(change))
     with pytest.raises(DataError, match="memory"):
         Memory.from_table(table.filter(pc.is_null(table["task"])))  # of its tasks, no query is left
     for vectors in (np.ones((9, 3)), -next(iter(memory.tasks.values())).vectors):
         (task, *_) = memory.tasks.values()
-        strange = replace(memory, pending={}, tasks={task.name: replace(task, vectors=vectors[: len(task.queries)])})
+        strange = replace(
+            memory,
+            pending={},
+            tasks={task.name: replace(task, vectors=vectors[: len(task.queries)])},
+        )
         with pytest.raises(ArgumentError, match="embeddings by this base model"):
             watching(memory=strange)
 
 
 @requirement("R18.3")
 def test_only_sources_and_answers_about_the_topic_are_gathered_and_bad_ones_dropped():
-    rows = [{"query": f"{{}} {i}", "positive": f"{{}} answer {i}", "quality": 0.4 if i < 3 else 0.9} for i in range(8)]
+    rows = [
+        {"query": f"{{}} {i}", "positive": f"{{}} answer {i}", "quality": 0.4 if i < 3 else 0.9}
+        for i in range(8)
+    ]
     sources = {
         subject: Source(Pairs.of({**row, "query": row["query"].format(subject)} for row in rows))
         for subject in ("law", "pasta", "python")
@@ -211,7 +239,8 @@ def test_only_sources_and_answers_about_the_topic_are_gathered_and_bad_ones_drop
 
 @requirement("R18.3")
 @pytest.mark.parametrize(
-    ("question", "answer", "quality"), [("", "a", 1.0), ("q", " ", 1.0), ("q", "a", 1.5), ("q", None, 1)]
+    ("question", "answer", "quality"),
+    [("", "a", 1.0), ("q", " ", 1.0), ("q", "a", 1.5), ("q", None, 1)],
 )
 def test_an_empty_answer_is_not_logged(question, answer, quality):
     distiller = watching()
@@ -243,10 +272,16 @@ class Abroad(MockTeacher):
 
 
 @requirement("R18.6")
-@pytest.mark.parametrize("consent", [None, Consent("example.org", ["queries"]), Consent("example.com", ["documents"])])
+@pytest.mark.parametrize(
+    "consent", [None, Consent("example.org", ["queries"]), Consent("example.com", ["documents"])]
+)
 def test_without_consent_the_teacher_is_left_out_and_the_reason_told(monkeypatch, consent):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a socket was opened"))
-    sources = {"law": Source(Pairs.of([("law of x", "a"), ("law of y", "b")]), {"code": "law is secret here."})}
+    sources = {
+        "law": Source(
+            Pairs.of([("law of x", "a"), ("law of y", "b")]), {"code": "law is secret here."}
+        )
+    }
     distiller = watching(sources=sources, teacher=CloudDistiller(Abroad(), consent=consent))
     for i in range(5):
         distiller.observe(f"law number {i}")
@@ -258,22 +293,31 @@ def test_without_consent_the_teacher_is_left_out_and_the_reason_told(monkeypatch
 
 @requirement("R18.3")
 def test_a_teacher_does_not_judge_its_own_lesson_where_there_is_anything_else():
-    own = Pairs.of({"query": f"law {i}", "positive": f"a{i}", "group": f"book {i % 8}"} for i in range(80))
-    poisoned = Pairs.of({"query": f"bad {i}", "positive": f"b{i}", "group": f"book {i % 8}"} for i in range(80))
+    own = Pairs.of(
+        {"query": f"law {i}", "positive": f"a{i}", "group": f"book {i % 8}"} for i in range(80)
+    )
+    poisoned = Pairs.of(
+        {"query": f"bad {i}", "positive": f"b{i}", "group": f"book {i % 8}"} for i in range(80)
+    )
     material = SimpleNamespace(own=own, taught=poisoned, figures={})
     training, held_out, judged_on = divided(material, 0.7, 1)
     assert judged_on == "own material"
     assert all(query.startswith("law") for query in held_out.queries)
     assert any(query.startswith("bad") for query in training.queries)
     assert not set(training.table["group"].to_pylist()) & set(held_out.table["group"].to_pylist())
-    assert divided(SimpleNamespace(own=Pairs.of([]), taught=poisoned), 0.7, 1)[2] == "own and taught material"
+    assert (
+        divided(SimpleNamespace(own=Pairs.of([]), taught=poisoned), 0.7, 1)[2]
+        == "own and taught material"
+    )
     with pytest.raises(DataError, match="at least two groups"):
         divided(SimpleNamespace(own=Pairs.of([]), taught=Pairs.of([])), 0.7, 1)
 
 
 @requirement("R18.3")
 def test_every_trial_is_judged_on_another_split():
-    own = Pairs.of({"query": f"law {i}", "positive": f"a{i}", "group": f"book {i}"} for i in range(60))
+    own = Pairs.of(
+        {"query": f"law {i}", "positive": f"a{i}", "group": f"book {i}"} for i in range(60)
+    )
     material = SimpleNamespace(own=own, taught=Pairs.of([]))
     held_out = [divided(material, 0.7, trial_seed(0, trial))[1] for trial in (1, 2, 3)]
     assert len({digest(pairs) for pairs in held_out}) == 3
@@ -346,7 +390,9 @@ def test_a_skill_that_helps_is_accepted_registered_and_routed_to():
     assert (route.name, route.virtual) == (outcome.task, False)
     told = engine.encode_with_lora([query], intent_query=query)
     assert not np.array_equal(told.embeddings, engine.encode([query]))
-    assert np.array_equal(told.embeddings, engine.encode_with_lora([query], outcome.card).embeddings)
+    assert np.array_equal(
+        told.embeddings, engine.encode_with_lora([query], outcome.card).embeddings
+    )
 
 
 @requirement("R18.4")
@@ -368,7 +414,9 @@ def test_an_accepted_card_tells_where_it_comes_from():
 
 @requirement("R18.4")
 def test_an_accepted_card_can_be_saved_loaded_and_measured_again(tmp_path):
-    engine, distiller = learning(combined("efgh"), guard=combined("efgh"), store=tmp_path / "skills")
+    engine, distiller = learning(
+        combined("efgh"), guard=combined("efgh"), store=tmp_path / "skills"
+    )
     material = distiller.gather(distiller.tasks[0].name)
     outcome = distiller.work()
     (path,) = (tmp_path / "skills").iterdir()
@@ -378,7 +426,9 @@ def test_an_accepted_card_can_be_saved_loaded_and_measured_again(tmp_path):
     assert digest(held_out) == outcome.figures["sha256"]["held_out"]
     tuned = lora.adapt(engine.base, card)
     assert ranks(tuned, held_out).mean() == pytest.approx(outcome.verdict.gain.after, rel=1e-12)
-    assert ranks(engine.base, held_out).mean() == pytest.approx(outcome.verdict.gain.before, rel=1e-12)
+    assert ranks(engine.base, held_out).mean() == pytest.approx(
+        outcome.verdict.gain.before, rel=1e-12
+    )
     assert evaluate(tuned, held_out).mrr == pytest.approx(outcome.verdict.gain.after, rel=1e-6)
 
 
@@ -401,12 +451,17 @@ def test_a_skill_that_helps_but_harms_what_was_known_is_discarded(order):
     """The lesson contradicts what the model was taught first."""
     lesson = combined("efgh").table.to_pylist()
     contrary = Pairs.of(
-        {**row, "positive": lesson[(i + SIZE) % len(lesson)]["positive"]} for i, row in enumerate(lesson)
+        {**row, "positive": lesson[(i + SIZE) % len(lesson)]["positive"]}
+        for i, row in enumerate(lesson)
     )
     taught = lora.fold(lora.adapt(core(), accepted()[2].card))
     engine, distiller = learning(contrary, guard=combined("efgh"), model=taught)
-    other = Pairs.of({"query": text, "positive": text, "group": text} for text in combined("abcd").queries)
-    distiller._guards = (*distiller._guards, distiller._guarded(other))[::order]  # one of which it does not harm
+    other = Pairs.of(
+        {"query": text, "positive": text, "group": text} for text in combined("abcd").queries
+    )
+    distiller._guards = (*distiller._guards, distiller._guarded(other))[
+        ::order
+    ]  # one of which it does not harm
     outcome = distiller.work()
     assert not outcome.accepted
     assert outcome.figures["helps"] is True
@@ -419,7 +474,9 @@ def test_a_skill_that_helps_but_harms_what_was_known_is_discarded(order):
 @requirement("R18.3")
 @pytest.mark.parametrize("rows", [0, 1, 5, 15])
 def test_too_little_material_is_discarded_with_the_reason(rows):
-    _, distiller = learning(combined("efgh"), sources={"book": Source(combined("efgh").take(range(rows)))})
+    _, distiller = learning(
+        combined("efgh"), sources={"book": Source(combined("efgh").take(range(rows)))}
+    )
     outcome = distiller.work()
     assert outcome.verdict is None
     assert "at least" in outcome.figures["reason"]
@@ -452,7 +509,9 @@ def test_what_an_accepted_skill_was_judged_on_is_guarded_from_then_on_and_is_not
     assert digest(second) == outcome.figures["sha256"]["held_out"]
     assert set(second.queries) & set(combined("efgh").queries[:12])  # of those that opened the task
     assert not set(second.queries) & set(outcome.card.metadata["examples"])
-    after = SkillDistiller(distiller.engine, distiller.guards, detector=EVERYTHING, memory=distiller.memory)
+    after = SkillDistiller(
+        distiller.engine, distiller.guards, detector=EVERYTHING, memory=distiller.memory
+    )
     assert after.guards == distiller.guards
     assert [task.state for task in after.tasks] == ["accepted"]
     with pytest.raises(DataError, match="guard: expected at least"):
@@ -463,7 +522,10 @@ def test_what_an_accepted_skill_was_judged_on_is_guarded_from_then_on_and_is_not
 def test_a_new_skill_makes_what_was_known_no_stranger():
     engine = Stub()
     distiller = watching(engine)
-    python, law = [f"python {'xyz'[i % 3]}" for i in range(9)], [f"law number {i}" for i in range(9)]
+    python, law = (
+        [f"python {'xyz'[i % 3]}" for i in range(9)],
+        [f"law number {i}" for i in range(9)],
+    )
     for subject in ("law", "pasta"):
         engine.router.register_virtual_candidate(subject, [subject, f"{subject} number"])
     assert {distiller.observe(text).kind for text in python} <= {
@@ -526,7 +588,9 @@ def test_queries_from_many_threads_are_all_seen():
     distiller = watching()
     texts = [f"law number {i}" for i in range(200)]
     threads = [
-        threading.Thread(target=lambda part: [distiller.observe(t) for t in part], args=(texts[i::4],))
+        threading.Thread(
+            target=lambda part: [distiller.observe(t) for t in part], args=(texts[i::4],)
+        )
         for i in range(4)
     ]
     for thread in threads:
@@ -540,8 +604,12 @@ def test_queries_from_many_threads_are_all_seen():
 @requirement("R18.3")
 def test_a_folder_of_documents_is_read_as_pairs_and_texts(tmp_path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "guide.md").write_text("# Title\n\nA card is a value. It never changes.\n\nShort.\n")
-    (tmp_path / "sub" / "note.txt").write_bytes(b"Bytes that are \xff not text. They are read anyway.")
+    (tmp_path / "guide.md").write_text(
+        "# Title\n\nA card is a value. It never changes.\n\nShort.\n"
+    )
+    (tmp_path / "sub" / "note.txt").write_bytes(
+        b"Bytes that are \xff not text. They are read anyway."
+    )
     (tmp_path / "tool.py").write_text('def run():\n    """Run the whole tool once."""\n')
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     source = Source.read(tmp_path)
@@ -575,7 +643,8 @@ def test_a_distiller_needs_a_guard_that_can_judge_and_calibrate():
 
 @requirement("R18.2")
 @pytest.mark.parametrize(
-    "options", [{"topic_size": 0}, {"link": 2.0}, {"quality": float("nan")}, {"pending": 1.5}, {"share": -1}]
+    "options",
+    [{"topic_size": 0}, {"link": 2.0}, {"quality": float("nan")}, {"pending": 1.5}, {"share": -1}],
 )
 def test_a_policy_checks_its_numbers(options):
     with pytest.raises(ArgumentError, match="policy"):

@@ -49,7 +49,9 @@ class Block(NamedTuple):
 
 
 def blocks_of(path):
-    found = re.findall(r"^```(\S[^\n]*)\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        r"^```(\S[^\n]*)\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
     return [Block(path.relative_to(ROOT).as_posix(), info.strip(), text) for info, text in found]
 
 
@@ -79,7 +81,9 @@ def test_the_interval_that_so_many_groups_allow_is_the_one_stated():
     )
     assert len(rows) == 3
     for groups, asked, expected, low, high in rows:
-        found = lora.calibrate({str(group): [group / 1e4] for group in range(int(groups))}, float(asked) / 100)
+        found = lora.calibrate(
+            {str(group): [group / 1e4] for group in range(int(groups))}, float(asked) / 100
+        )
         stated = [float(expected), float(low), float(high)]
         assert [round(100 * share, 1) for share in (found.rate, *found.interval)] == stated
 
@@ -96,7 +100,14 @@ def test_there_is_a_test_strategy_page_and_a_coverage_floor():
 @requirement("R10.9")
 def test_the_names_of_earlier_systems_are_told_with_what_was_changed_or_dropped():
     page = (ROOT / "docs/names.md").read_text("utf-8")
-    earlier = ["LoRAFormat", "LoRAExtractor", "AdapterMerger", "MergeConfig", "HotSwapManager", "AdapterPool"]
+    earlier = [
+        "LoRAFormat",
+        "LoRAExtractor",
+        "AdapterMerger",
+        "MergeConfig",
+        "HotSwapManager",
+        "AdapterPool",
+    ]
     dropped = ["Fuzzy matching", "In-place merging", "DoRA", "GGUF", "4-bit", "Routing *networks*"]
     for word in earlier + dropped:
         assert word in page
@@ -108,11 +119,22 @@ def test_the_names_of_earlier_systems_are_told_with_what_was_changed_or_dropped(
 def test_the_docs_say_what_a_signature_does_not_prove_and_name_every_refusal_with_its_opt_out():
     page = (ROOT / "docs/federation.md").read_text("utf-8")
     section = page.split("## What a signature does not prove")[1].split("\n## ")[0]
-    for word in ("good", "harmless", "who the signer is", "stolen", "when it was signed", "the peer"):
+    for word in (
+        "good",
+        "harmless",
+        "who the signer is",
+        "stolen",
+        "when it was signed",
+        "the peer",
+    ):
         assert word in section
     for field in dataclasses.fields(Policy):
         assert not field.name.startswith("allow_") or f"`{field.name}`" in page
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RefusedError)]
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, RefusedError)
+    ]
     for kind in kinds:
         assert kind in (RefusedError, ManifestError) or f"`{kind.__name__}`" in page
 
@@ -123,7 +145,9 @@ def pages(tmp_path, monkeypatch, generate):
     module = generate
     monkeypatch.setattr(module, "REPORTS", tmp_path)
     good = SimpleNamespace(name="lora-cards", version="1")
-    bad = SimpleNamespace(name="faulty", version="2", expected_failures={"R4.5": "it has no threshold"})
+    bad = SimpleNamespace(
+        name="faulty", version="2", expected_failures={"R4.5": "it has no threshold"}
+    )
     for binding, verdict in ((good, "passed"), (bad, "failed")):
         outcomes = [
             Outcome("test_r04.py::a", ("R4.4",), verdict, 50),
@@ -134,7 +158,9 @@ def pages(tmp_path, monkeypatch, generate):
 
 
 @requirement("R10.8", "R24.5")
-def test_the_traceability_page_has_a_row_for_each_requirement_with_its_tests_examples_and_faults(pages):
+def test_the_traceability_page_has_a_row_for_each_requirement_with_its_tests_examples_and_faults(
+    pages,
+):
     found = [row for row in pages.traceability().splitlines() if row.startswith('| <span id="R')]
     rows = {row.partition('id="')[2].partition('"')[0]: row for row in found}
     assert list(rows) == list(read_spec(ROOT / "spec"))
@@ -160,11 +186,14 @@ def test_the_figures_of_the_readme_and_of_the_site_are_those_that_were_measured(
     report = pages.figures.read()
     assert list(report) == list(SCRIPTS)
     assert (
-        min(row["rounds"] for part in report.values() for row in part["rows"] if "rounds" in row) > 5
+        min(row["rounds"] for part in report.values() for row in part["rows"] if "rounds" in row)
+        > 5
     )  # not a quick run
     table = pages.figures.summary(report)
     assert table in (ROOT / "README.md").read_text("utf-8")
-    assert '--8<-- "docs/generated/summary.md"' in (ROOT / "docs" / "performance.md").read_text("utf-8")
+    assert '--8<-- "docs/generated/summary.md"' in (ROOT / "docs" / "performance.md").read_text(
+        "utf-8"
+    )
     page = pages.figures.page(report).splitlines()
     assert len([line for line in page if line.startswith("| ")]) == sum(
         len(part["rows"]) + 1 for part in report.values()
@@ -173,8 +202,21 @@ def test_the_figures_of_the_readme_and_of_the_site_are_those_that_were_measured(
 
 @requirement("R10.6")
 def test_a_page_of_figures_says_what_was_found_and_whether_it_met_its_target(pages):
-    row = {"what": "swap", "side": "ours", "beside": "theirs", "kind": "ratio", "value": 0.5, "interval": [0.25, 2.0]}
-    machine = {"cpu": "a core", "cores": 2, "threads": 1, "load": [0.5, 1.0, 1.5], "versions": {"torch": "2"}}
+    row = {
+        "what": "swap",
+        "side": "ours",
+        "beside": "theirs",
+        "kind": "ratio",
+        "value": 0.5,
+        "interval": [0.25, 2.0],
+    }
+    machine = {
+        "cpu": "a core",
+        "cores": 2,
+        "threads": 1,
+        "load": [0.5, 1.0, 1.5],
+        "versions": {"torch": "2"},
+    }
     rows = [row | {"target": 0.05, "met": False}, row | {"target": None, "met": None}]
     page = pages.figures.page({"routing": {"machine": machine, "rows": rows}})
     assert "Measured on a core, 2 cores, 1 threads, with torch 2." in page
@@ -183,7 +225,9 @@ def test_a_page_of_figures_says_what_was_found_and_whether_it_met_its_target(pag
 
 
 def limited(requirement_id, **wanted):
-    return pytest.param(requirement_id, wanted, marks=requirement(requirement_id), id=requirement_id)
+    return pytest.param(
+        requirement_id, wanted, marks=requirement(requirement_id), id=requirement_id
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,16 +242,24 @@ def limited(requirement_id, **wanted):
     ],
 )
 def test_what_was_measured_last_keeps_the_limits(pages, limit, wanted):
-    rows = [row for part in pages.figures.read() for row in pages.figures.rows_of(pages.figures.read(), part, **wanted)]
+    rows = [
+        row
+        for part in pages.figures.read()
+        for row in pages.figures.rows_of(pages.figures.read(), part, **wanted)
+    ]
     rows = [row for row in rows if limit in row["ids"]]
     assert rows
     assert all(row["met"] for row in rows)
 
 
 @requirement("R6.3")
-def test_what_an_active_adapter_added_to_a_forward_when_it_was_measured_last_is_less_than_a_tenth(pages):
+def test_what_an_active_adapter_added_to_a_forward_when_it_was_measured_last_is_less_than_a_tenth(
+    pages,
+):
     """An engine's are folded; of rank 16 on all Linears it is reported, and as little."""
-    rows = list(pages.figures.rows_of(pages.figures.read(), "forward", side="folded", kind="overhead"))
+    rows = list(
+        pages.figures.rows_of(pages.figures.read(), "forward", side="folded", kind="overhead")
+    )
     assert {row["adapter"] for row in rows} == {"r8 q,v", "r16 all Linears"}
     assert all(row["value"] < 0.1 for row in rows)
 
@@ -215,7 +267,9 @@ def test_what_an_active_adapter_added_to_a_forward_when_it_was_measured_last_is_
 @requirement("R10.6")
 def test_every_chart_of_the_page_on_performance_is_drawn(pages, tmp_path):
     pages.figures.draw_all(tmp_path, pages.figures.read())
-    wanted = re.findall(r"generated/([a-z]+-[a-z]+\.svg)", (ROOT / "docs" / "performance.md").read_text("utf-8"))
+    wanted = re.findall(
+        r"generated/([a-z]+-[a-z]+\.svg)", (ROOT / "docs" / "performance.md").read_text("utf-8")
+    )
     assert len(wanted) >= 8
     assert {path.name for path in tmp_path.iterdir()} >= set(wanted)
 
@@ -223,7 +277,9 @@ def test_every_chart_of_the_page_on_performance_is_drawn(pages, tmp_path):
 def test_the_readme_names_only_commands_that_exist():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for page in ("README.md", "CONTRIBUTING.md"):
-        for targets in re.findall(r"^make ([a-z ]+?)\s*(?:#|$)", (ROOT / page).read_text("utf-8"), re.MULTILINE):
+        for targets in re.findall(
+            r"^make ([a-z ]+?)\s*(?:#|$)", (ROOT / page).read_text("utf-8"), re.MULTILINE
+        ):
             assert all(f"\n{target}:" in makefile for target in targets.split())
 
 
@@ -247,7 +303,9 @@ UNLISTED = {"cli", "demo"}  # the command line has a page of its own
 @requirement("R10.1")
 def test_the_reference_has_every_module_and_every_public_name_with_its_docstring(generate):
     documented = {name for names in generate.REFERENCE.values() for name in names}
-    modules = {found.name for found in pkgutil.walk_packages(lora.__path__, "lora.") if not found.ispkg}
+    modules = {
+        found.name for found in pkgutil.walk_packages(lora.__path__, "lora.") if not found.ispkg
+    }
     assert {f"lora.{name}" for name in documented | UNLISTED} == modules
     rooms = [lora, lora.federation, lora.evolution]
     for room in rooms:
@@ -258,19 +316,30 @@ def test_the_reference_has_every_module_and_every_public_name_with_its_docstring
     assert {f"interop.{name}" for name in lora.interop.__all__} <= documented
     for title, names in generate.REFERENCE.items():
         page = generate.reference(names, title)
-        assert [line.removeprefix("::: lora.") for line in page.splitlines() if line.startswith(":::")] == names
-        assert f"generated/reference-{title.lower().replace(' ', '-')}.md" in (ROOT / "mkdocs.yml").read_text("utf-8")
+        assert [
+            line.removeprefix("::: lora.") for line in page.splitlines() if line.startswith(":::")
+        ] == names
+        assert f"generated/reference-{title.lower().replace(' ', '-')}.md" in (
+            ROOT / "mkdocs.yml"
+        ).read_text("utf-8")
 
 
 @requirement("R10.1", "R25.4")
-def test_the_page_of_the_command_line_has_every_command_with_all_its_options_and_an_example(generate):
-    sections = dict(part.split("\n", 1) for part in ("\n" + generate.command_line()).split("\n## ")[1:])
+def test_the_page_of_the_command_line_has_every_command_with_all_its_options_and_an_example(
+    generate,
+):
+    sections = dict(
+        part.split("\n", 1) for part in ("\n" + generate.command_line()).split("\n## ")[1:]
+    )
     tree = dict(generate.commands())
     assert list(sections) == list(tree)
     assert {"lora merge", "lora factory run", "lora sign"} <= set(tree)
     for name, command in tree.items():
         for parameter in command.params:
-            assert all(f"`{option}`" in sections[name] for option in parameter.opts), (name, parameter.name)
+            assert all(f"`{option}`" in sections[name] for option in parameter.opts), (
+                name,
+                parameter.name,
+            )
         assert name == "lora" or f"```sh\n{name}" in sections[name]
 
 
@@ -294,7 +363,9 @@ def test_the_home_page_makes_a_card_saves_it_loads_it_and_applies_it(tmp_path, m
     exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
     assert lora.load("docs.lora.arrow", verify=left["digest"]) == left["card"]
     x = np.ones((1, 4), np.float32)
-    change = (left["adapted"]["proj"](left["x"]) - left["model"]["proj"](left["x"])).detach().numpy()
+    change = (
+        (left["adapted"]["proj"](left["x"]) - left["model"]["proj"](left["x"])).detach().numpy()
+    )
     pair = left["card"].weights["proj"]
     assert np.allclose(change, 2 * x @ pair.A @ pair.B, atol=1e-5)
 
@@ -304,13 +375,17 @@ def test_the_page_on_routing_routes_a_query_and_abstains_on_another():
     (block,) = [block for block in blocks_of(ROOT / "docs/routing.md") if block.info == "python"]
     left = {}
     exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
-    assert [route.name for route in left["router"].select("which file?", threshold=0.5)] == ["python-docs"]
+    assert [route.name for route in left["router"].select("which file?", threshold=0.5)] == [
+        "python-docs"
+    ]
 
 
 @requirement("R10.10", "R10.2", "R10.3", "R10.4")
 def test_the_tutorial_runs_from_nothing_to_a_shared_skill(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    steps = [block for block in blocks_of(ROOT / "docs/tutorial.md") if block.info == "{.python .step}"]
+    steps = [
+        block for block in blocks_of(ROOT / "docs/tutorial.md") if block.info == "{.python .step}"
+    ]
     left = {}
     for block in steps:
         exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
@@ -324,7 +399,9 @@ def test_a_quickstart_and_the_guides_are_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
     for page in (path.relative_to(ROOT / "docs").as_posix() for path in PAGES):
         assert f": {page}\n" in navigation, page
-    assert {"docs/tutorial.md", "docs/federation.md", "docs/evolution.md"} <= {block.page for block in BLOCKS}
+    assert {"docs/tutorial.md", "docs/federation.md", "docs/evolution.md"} <= {
+        block.page for block in BLOCKS
+    }
 
 
 @requirement("R10.7")
@@ -334,7 +411,12 @@ def test_every_block_is_of_a_kind_that_some_test_runs():
     assert '"--markdown-docs"' in settings
     for block in BLOCKS:
         if "python" in block.info:
-            assert block.info in ("python", "{.python .step}", "{.python .foreign}", "{.python .spark}"), named(block)
+            assert block.info in (
+                "python",
+                "{.python .step}",
+                "{.python .foreign}",
+                "{.python .spark}",
+            ), named(block)
             ast.parse(block.text)
         else:
             assert block.info in ("sh", "text", "{.js .card}"), named(block)
@@ -351,7 +433,9 @@ def test_what_the_page_gives_to_spark_gives_back_batches_of_the_schema_that_it_n
     def map_in_arrow(work, schema):
         seen.extend([schema, *work(iter([pa.record_batch({"text": ["open a file", None]})]))])
 
-    exec(compile(block.text, block.page, "exec"), {"frame": SimpleNamespace(mapInArrow=map_in_arrow)})  # noqa: S102
+    exec(
+        compile(block.text, block.page, "exec"), {"frame": SimpleNamespace(mapInArrow=map_in_arrow)}
+    )  # noqa: S102
     schema, batch = seen
     told = {"string": pa.string(), "array<float>": pa.list_(pa.float32())}
     assert batch.schema.names == [field.split()[0] for field in schema.split(", ")]
@@ -376,10 +460,18 @@ def test_the_block_runs_where_its_language_or_package_is(block, tmp_path):
     if "js" in block.info:
         package = ROOT / "tests/interop/readers/arrow_js/package.json"
         shutil.copy(package, tmp_path / "package.json")
-        quiet = ("--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--loglevel=error")
+        quiet = (
+            "--no-audit",
+            "--no-fund",
+            "--ignore-scripts",
+            "--prefer-offline",
+            "--loglevel=error",
+        )
         subprocess.run(["npm", "install", *quiet], cwd=tmp_path, check=True, timeout=300)
         command = ["node", script.name]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert "ray" in block.text or "query" in run.stdout
 
@@ -413,10 +505,14 @@ def skill(name, seed, size=384):
     rng = np.random.default_rng(seed)
     shapes = ((size, 2), (2, size))
     weights = {
-        f"encoder.layer.0.attention.self.{part}": lora.LowRank(*(rng.normal(0, 0.1, s).astype("f4") for s in shapes))
+        f"encoder.layer.0.attention.self.{part}": lora.LowRank(
+            *(rng.normal(0, 0.1, s).astype("f4") for s in shapes)
+        )
         for part in ("query", "value")
     }
-    about = {"description": "how to open and read files" if name == "docs" else "what a contract says"}
+    about = {
+        "description": "how to open and read files" if name == "docs" else "what a contract says"
+    }
     return lora.LoRACard(name, 2, 4.0, ("query", "value"), weights, about)
 
 
@@ -431,7 +527,9 @@ def prepared(folder):
     rng = np.random.default_rng(3)
     for name in ("base", "tuned"):
         (folder / name).mkdir()
-        weights = {f"layer.{i}.query.weight": rng.normal(size=(16, 16)).astype("f4") for i in range(2)}
+        weights = {
+            f"layer.{i}.query.weight": rng.normal(size=(16, 16)).astype("f4") for i in range(2)
+        }
         save_file(weights, folder / name / "model.safetensors")
     rows = [{"query": f"number {i}", "positive": f"n{i}", "group": str(i % 4)} for i in range(16)]
     Pairs.of(rows).save(folder / "pairs.jsonl")
@@ -451,12 +549,17 @@ def shells():
     for block in BLOCKS:
         if block.info == "sh":
             found.setdefault(block.page, []).extend(lines_of(block.text))
-    found["--help"] = [words for command in every(COMMANDS) for words in lines_of(examples(command))]
+    found["--help"] = [
+        words for command in every(COMMANDS) for words in lines_of(examples(command))
+    ]
     return {page: lines for page, lines in found.items() if lines}
 
 
 def every(command):
-    return [command, *(one for part in getattr(command, "commands", {}).values() for one in every(part))]
+    return [
+        command,
+        *(one for part in getattr(command, "commands", {}).values() for one in every(part)),
+    ]
 
 
 def examples(command):
@@ -481,7 +584,9 @@ def parsed(words):
 
 @requirement("R10.7", "R25.4")
 @pytest.mark.parametrize("page", shells())
-def test_the_commands_of_a_page_run_or_at_least_exist_with_these_options(page, tmp_path, monkeypatch, capfd):
+def test_the_commands_of_a_page_run_or_at_least_exist_with_these_options(
+    page, tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_PROFILE", "quick")
     prepared(tmp_path)
@@ -517,7 +622,9 @@ def test_the_page_on_sharing_works_on_this_machine_behind_mutual_tls(tmp_path, m
         cache = ("--cache", str(tmp_path / "cache"))
         words = shlex.split(fetch.replace("8815", port))
         assert lora.digest("cards/docs.lora.arrow") in ran(*words, *cache)
-        stranger = [word for word in words if word not in ("--cert", "reader.pem", "--key", "reader.key")]
+        stranger = [
+            word for word in words if word not in ("--cert", "reader.pem", "--key", "reader.key")
+        ]
         assert "found none" in ran(*stranger, *cache, "--wait", "1", code=1)
 
 
@@ -546,15 +653,24 @@ def by_hand(data):
     start, length = at("<q", block), at("<i", block + 8)
     batch = follow(start + 8 + at("<I", start + 8), 2)
     rows, vector = at("<q", field(batch, 0)), follow(batch, 2) + 4
-    spans = [(at("<q", vector + 16 * i), at("<q", vector + 16 * i + 8)) for i in range(at("<I", vector - 4))]
+    spans = [
+        (at("<q", vector + 16 * i), at("<q", vector + 16 * i + 8))
+        for i in range(at("<I", vector - 4))
+    ]
     buffers = [data[start + length + o : start + length + o + n] for o, n in spans]
     _, where, text, _, scaling, *tensors = buffers
     ends = struct.unpack(f"<{rows + 1}i", where)
     names = [text[a:b].decode() for a, b in pairwise(ends)]
-    found = {name: [number] for name, number in zip(names, struct.unpack(f"<{rows}d", scaling), strict=True)}
+    found = {
+        name: [number]
+        for name, number in zip(names, struct.unpack(f"<{rows}d", scaling), strict=True)
+    }
     for half in (tensors[:8], tensors[8:]):
         _, _, lists, _, elements, _, _, shapes = half
-        bounds, sizes = struct.unpack(f"<{rows + 1}i", lists), struct.unpack(f"<{2 * rows}i", shapes)
+        bounds, sizes = (
+            struct.unpack(f"<{rows + 1}i", lists),
+            struct.unpack(f"<{2 * rows}i", shapes),
+        )
         for i, name in enumerate(names):
             flat = np.frombuffer(elements, "<f4")[bounds[i] : bounds[i + 1]]
             found[name].append(flat.reshape(sizes[2 * i : 2 * i + 2]))
@@ -578,7 +694,10 @@ def test_the_hex_dump_covers_every_byte_once_and_names_what_lies_there(tmp_path,
     lora.save(generate.tiny(), tmp_path / "tiny.lora.arrow")
     data = (tmp_path / "tiny.lora.arrow").read_bytes()
     spans = generate.spans(data)
-    assert [spans[0].start, *(span.end for span in spans)] == [*(span.start for span in spans), len(data)]
+    assert [spans[0].start, *(span.end for span in spans)] == [
+        *(span.start for span in spans),
+        len(data),
+    ]
     told = {span.told: data[span.start : span.end] for span in spans}
     assert told["A.data: float32, row-major, (in, rank)"] == struct.pack("<2f", 1, 2)
     assert told["B.data: float32, row-major, (rank, out)"] == struct.pack("<3f", 3, 4, 5)
@@ -591,11 +710,21 @@ def test_the_hex_dump_covers_every_byte_once_and_names_what_lies_there(tmp_path,
     assert told["module: the names, UTF-8"] == b"proj"
     page = generate.hexdump()
     whole = page.split("## All of it")[1]
-    assert bytes.fromhex("".join(re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+?)  ", whole, re.MULTILINE))) == data
+    assert (
+        bytes.fromhex(
+            "".join(re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+?)  ", whole, re.MULTILINE))
+        )
+        == data
+    )
     assert lora.digest(tmp_path / "tiny.lora.arrow") in page
-    keys = re.findall(r"^\| `(lora\.\w+)` \|", (ROOT / "docs/format.md").read_text("utf-8"), re.MULTILINE)
+    keys = re.findall(
+        r"^\| `(lora\.\w+)` \|", (ROOT / "docs/format.md").read_text("utf-8"), re.MULTILINE
+    )
     stored = {
-        entry.told for span in spans if span.told.startswith("the schema") for entry in generate.entries(data, span)
+        entry.told
+        for span in spans
+        if span.told.startswith("the schema")
+        for entry in generate.entries(data, span)
     }
     assert set(keys) - stored == {"lora.base_model", "lora.base_fingerprint"}  # which are optional
 
@@ -634,12 +763,16 @@ def test_the_pictures_are_drawn_from_what_they_show_and_the_same_each_time(tmp_p
 
 @requirement("R10.7")
 def test_every_picture_on_a_page_is_one_that_is_drawn_in_both_themes(generate):
-    source = "".join((ROOT / "docs" / name).read_text("utf-8") for name in ("diagrams.py", "figures.py"))
+    source = "".join(
+        (ROOT / "docs" / name).read_text("utf-8") for name in ("diagrams.py", "figures.py")
+    )
     names = re.findall(r'write\(folder, "(\w+)"', source)
     for path in PAGES:
         shown = re.findall(r"generated/(\w+)-(\w+)\.svg#only-(\w+)\)", path.read_text("utf-8"))
         assert (
-            [theme for _, theme, _ in shown] == [only for _, _, only in shown] == ["light", "dark"] * (len(shown) // 2)
+            [theme for _, theme, _ in shown]
+            == [only for _, _, only in shown]
+            == ["light", "dark"] * (len(shown) // 2)
         )
         assert {name for name, _, _ in shown} <= set(names)
     assert len(names) == 12

@@ -15,14 +15,30 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from lora.errors import ArgumentError, CardNotFoundError, LoRAError, ShapeError, UnsupportedModelError
-from lora.inference.encoder import TOKEN_BUDGET, EncoderConfig, InferenceCore, batches, by_set, pad, read_config
+from lora.errors import (
+    ArgumentError,
+    CardNotFoundError,
+    LoRAError,
+    ShapeError,
+    UnsupportedModelError,
+)
+from lora.inference.encoder import (
+    TOKEN_BUDGET,
+    EncoderConfig,
+    InferenceCore,
+    batches,
+    by_set,
+    pad,
+    read_config,
+)
 from lora.rewrite import adapt_rows, linears
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
 
 CPU = torch.device("cpu")
-VOCABULARY = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *ascii_lowercase])}
+VOCABULARY = {
+    token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *ascii_lowercase])
+}
 CONFIG = EncoderConfig(
     vocab_size=len(VOCABULARY),
     hidden_size=8,
@@ -36,7 +52,10 @@ CONFIG = EncoderConfig(
 def word_tokenizer():
     """A tokenizer that knows one-letter words."""
     made = Tokenizer(models.WordPiece(VOCABULARY, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.normalizer, made.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return made
 
@@ -64,7 +83,10 @@ def folder(tmp_path):
 @requirement("R5.7")
 def test_a_folder_is_loaded_as_it_was_saved(folder):
     expected, core = core_of(), InferenceCore.from_pretrained(str(folder))
-    assert all(torch.equal(tensor, core.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    assert all(
+        torch.equal(tensor, core.state_dict()[name])
+        for name, tensor in expected.state_dict().items()
+    )
     expected.tokenizer.enable_truncation(CONFIG.max_position_embeddings)
     texts = ["a b c", "", "a " * 40, "é A"]
     assert np.array_equal(core.encode(texts), expected.encode(texts))
@@ -100,7 +122,10 @@ def test_a_write_to_mapped_weights_never_reaches_the_file(folder):
 @requirement("R5.7")
 def test_a_saved_model_with_a_head_a_prefix_and_no_pooler_is_loaded(folder):
     weights = {f"bert.{name}": tensor for name, tensor in core_of().state_dict().items()}
-    more = {"bert.embeddings.position_ids": torch.arange(16)[None], "cls.predictions.bias": torch.zeros(3)}
+    more = {
+        "bert.embeddings.position_ids": torch.arange(16)[None],
+        "cls.predictions.bias": torch.zeros(3),
+    }
     save_file({**weights, **more}, folder / "model.safetensors")
     assert not hasattr(InferenceCore.from_pretrained(folder), "pooler")
     pooler = {"bert.pooler.dense.weight": torch.ones(8, 8), "bert.pooler.dense.bias": torch.ones(8)}
@@ -114,16 +139,25 @@ def test_a_saved_model_with_a_head_a_prefix_and_no_pooler_is_loaded(folder):
 def test_sentence_transformers_files_decide_on_length_pooling_and_normalisation(folder):
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": 5})
     types = ["Transformer", "Pooling", "Normalize"]
-    modules = [{"type": f"sentence_transformers.models.{kind}", "path": f"{i}_{kind}"} for i, kind in enumerate(types)]
+    modules = [
+        {"type": f"sentence_transformers.models.{kind}", "path": f"{i}_{kind}"}
+        for i, kind in enumerate(types)
+    ]
     write_json(folder / "modules.json", modules)
     write_json(
-        folder / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+        folder / "1_Pooling" / "config.json",
+        {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
     )
     config = read_config(folder)
     assert (config.max_seq_length, config.pooling, config.normalize) == (5, "cls", True)
     core = InferenceCore.from_pretrained(folder)
     assert core.tokenize(["a b c d e f", "a"]) == [[2, 4, 5, 6, 3], [2, 4, 3]]
-    assert np.allclose(np.linalg.norm(core.encode(["a b"]), axis=1), 1, rtol=0, atol=gamma(16, np.dtype(np.float32)))
+    assert np.allclose(
+        np.linalg.norm(core.encode(["a b"]), axis=1),
+        1,
+        rtol=0,
+        atol=gamma(16, np.dtype(np.float32)),
+    )
     write_json(folder / "1_Pooling" / "config.json", {"pooling_mode": "mean"})
     write_json(folder / "modules.json", modules[:2])
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": 99})
@@ -148,12 +182,14 @@ def test_a_missing_folder_is_named(tmp_path):
 
 @requirement("R5.7")
 @pytest.mark.parametrize(
-    "change", [{"model_type": "roberta"}, {"model_type": None}, {"position_embedding_type": "relative_key"}]
+    "change",
+    [{"model_type": "roberta"}, {"model_type": None}, {"position_embedding_type": "relative_key"}],
 )
 def test_another_kind_of_model_is_refused_with_what_to_do_instead(folder, change):
     write_json(folder / "config.json", {"model_type": "bert", **asdict(CONFIG), **change})
     with pytest.raises(
-        UnsupportedModelError, match=r"'bert' with absolute positions, found .*pass a module of your own"
+        UnsupportedModelError,
+        match=r"'bert' with absolute positions, found .*pass a module of your own",
     ) as caught:
         InferenceCore.from_pretrained(folder)
     assert str(next(iter(change.values()))) in str(caught.value)
@@ -176,7 +212,9 @@ def test_another_kind_of_model_is_refused_with_what_to_do_instead(folder, change
 )
 def test_a_config_that_does_not_fit_the_weights_is_refused(folder, change, message):
     config = {"model_type": "bert", **asdict(CONFIG), **change}
-    write_json(folder / "config.json", {name: value for name, value in config.items() if value is not None})
+    write_json(
+        folder / "config.json", {name: value for name, value in config.items() if value is not None}
+    )
     with pytest.raises(UnsupportedModelError, match=message):
         InferenceCore.from_pretrained(folder)
 
@@ -186,7 +224,9 @@ def test_a_weight_of_another_shape_is_refused_by_name(folder):
     weights = load_file(folder / "model.safetensors")
     name = "encoder.layer.1.attention.self.query.weight"
     save_file({**weights, name: torch.zeros(8, 7)}, folder / "model.safetensors")
-    with pytest.raises(UnsupportedModelError, match=rf"{name}.*expected shape \(8, 8\), found \(8, 7\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"{name}.*expected shape \(8, 8\), found \(8, 7\)"
+    ):
         InferenceCore.from_pretrained(folder)
 
 
@@ -223,15 +263,23 @@ def test_truncated_weights_are_refused(folder):
 @requirement("R5.7")
 @pytest.mark.parametrize("kind", ["Dense", "WeightedLayerPooling"])
 def test_a_module_that_is_not_known_is_refused(folder, kind):
-    write_json(folder / "modules.json", [{"type": f"sentence_transformers.models.{kind}", "path": ""}])
-    with pytest.raises(UnsupportedModelError, match=f"Transformer, Pooling, Normalize, found {kind}"):
+    write_json(
+        folder / "modules.json", [{"type": f"sentence_transformers.models.{kind}", "path": ""}]
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=f"Transformer, Pooling, Normalize, found {kind}"
+    ):
         InferenceCore.from_pretrained(folder)
 
 
 @requirement("R5.7")
 @pytest.mark.parametrize(
     "pooling",
-    [{"pooling_mode_max_tokens": True}, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, {}],
+    [
+        {"pooling_mode_max_tokens": True},
+        {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
+        {},
+    ],
 )
 def test_a_pooling_that_is_not_known_is_refused(folder, pooling):
     write_json(folder / "modules.json", [{"type": "Pooling", "path": "1_Pooling"}])
@@ -268,9 +316,13 @@ def test_a_text_without_a_token_gets_the_zero_vector_and_the_others_what_they_ge
     found = core.encode(["", "a b", " ", "c"])
     assert not found[[0, 2]].any()
     assert np.array_equal(core.encode([""]), found[:1])
-    assert np.abs(found[[1, 3]] - core.encode(["a b", "c"])).max() <= gamma(1000, np.dtype(np.float32))
+    assert np.abs(found[[1, 3]] - core.encode(["a b", "c"])).max() <= gamma(
+        1000, np.dtype(np.float32)
+    )
     for texts in ([], ["a", ""]):
-        with pytest.raises(ArgumentError, match="texts: expected one or several, each of at least one token"):
+        with pytest.raises(
+            ArgumentError, match="texts: expected one or several, each of at least one token"
+        ):
             core.embed(texts)
 
 
@@ -300,7 +352,9 @@ def test_as_many_sets_as_texts_are_asked_for():
 def test_no_gradient_is_kept_while_encoding():
     core = core_of().requires_grad_(requires_grad=True)
     seen = []
-    core.encoder.register_forward_hook(lambda _module, _inputs, output: seen.append(output.requires_grad))
+    core.encoder.register_forward_hook(
+        lambda _module, _inputs, output: seen.append(output.requires_grad)
+    )
     core.encode(["a"])
     assert seen == [False]
 
@@ -320,10 +374,14 @@ def test_padding_changes_no_embedding(pooling):
 @requirement("R5.7")
 def test_a_batch_of_many_lengths_comes_back_in_the_order_of_the_texts():
     core, rng = core_of().double(), np.random.default_rng(0)
-    texts = [" ".join("abcdef"[i] for i in rng.integers(0, 6, rng.integers(0, 14))) for _ in range(300)]
+    texts = [
+        " ".join("abcdef"[i] for i in rng.integers(0, 6, rng.integers(0, 14))) for _ in range(300)
+    ]
     together = core.encode(texts)
     alone = np.concatenate([core.encode([text]) for text in texts])
-    assert np.allclose(together, alone, rtol=2 * np.finfo(np.float32).eps, atol=gamma(1000, np.dtype(np.float64)))
+    assert np.allclose(
+        together, alone, rtol=2 * np.finfo(np.float32).eps, atol=gamma(1000, np.dtype(np.float64))
+    )
 
 
 lengths = st.lists(st.integers(0, 40), max_size=40)
@@ -333,11 +391,15 @@ lengths = st.lists(st.integers(0, 40), max_size=40)
 @given(lengths, st.integers(1, 100))
 def test_batches_hold_every_text_once_and_keep_to_the_budget(drawn, budget):
     made = list(batches(drawn, budget))
-    assert sorted(row for batch in made for row in batch) == [row for row, length in enumerate(drawn) if length]
+    assert sorted(row for batch in made for row in batch) == [
+        row for row, length in enumerate(drawn) if length
+    ]
     for batch in made:
         assert len(batch) == 1 or len(batch) * max(drawn[row] for row in batch) <= budget
     ordered = [drawn[row] for batch in made for row in batch]
-    assert ordered == sorted(filter(None, drawn), reverse=True)  # so neighbours, and all of one batch, are alike
+    assert ordered == sorted(
+        filter(None, drawn), reverse=True
+    )  # so neighbours, and all of one batch, are alike
 
 
 @requirement("R5.7")
@@ -349,7 +411,10 @@ def test_batches_are_as_large_as_the_budget_allows(drawn, budget):
 
 @requirement("R5.7")
 def test_the_budget_is_one_of_tokens():
-    assert [len(batch) for batch in batches([8] * (TOKEN_BUDGET // 8 + 1))] == [TOKEN_BUDGET // 8, 1]
+    assert [len(batch) for batch in batches([8] * (TOKEN_BUDGET // 8 + 1))] == [
+        TOKEN_BUDGET // 8,
+        1,
+    ]
 
 
 @requirement("R5.8")
@@ -359,10 +424,14 @@ def test_rows_of_one_set_become_one_run(sets, data):
     ordered, segments = by_set(list(rows), sets)
     assert sorted(ordered) == sorted(rows)
     assert [index for _, _, index in segments] == sorted({sets[row] for row in rows})
-    assert [place for start, stop, _ in segments for place in range(start, stop)] == list(range(len(rows)))
+    assert [place for start, stop, _ in segments for place in range(start, stop)] == list(
+        range(len(rows))
+    )
     for start, stop, index in segments:
         assert {sets[row] for row in ordered[start:stop]} == {index}
-        assert ordered[start:stop] == [row for row in rows if sets[row] == index]  # in the order they came
+        assert ordered[start:stop] == [
+            row for row in rows if sets[row] == index
+        ]  # in the order they came
 
 
 @requirement("R5.8")
@@ -371,7 +440,10 @@ def test_rows_without_sets_stay_as_they_are():
 
 
 @requirement("R5.7")
-@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=6), min_size=1, max_size=6), st.sampled_from([0, 7]))
+@given(
+    st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=6), min_size=1, max_size=6),
+    st.sampled_from([0, 7]),
+)
 def test_padding_keeps_every_token_and_the_mask_says_which(rows, token):
     ids, mask = pad(rows, token, CPU)
     even = len({len(row) for row in rows}) == 1
@@ -397,4 +469,7 @@ def test_every_refusal_is_one_of_the_librarys_own(folder):
     (folder / "config.json").write_text("null")
     with pytest.raises(LoRAError) as caught:
         InferenceCore.from_pretrained(folder)
-    assert (caught.value.where, caught.value.expected) == (str(folder / "config.json"), "a JSON dict")
+    assert (caught.value.where, caught.value.expected) == (
+        str(folder / "config.json"),
+        "a JSON dict",
+    )

@@ -20,14 +20,20 @@ def card(core, name, *, strength, seed, **metadata):
         for layer in range(core.config.num_hidden_layers)
         for kind in ("query", "value")
     }
-    return lora.LoRACard(name, 8, 16.0, ("query", "value"), weights, metadata, base_model="all-MiniLM-L6-v2")
+    return lora.LoRACard(
+        name, 8, 16.0, ("query", "value"), weights, metadata, base_model="all-MiniLM-L6-v2"
+    )
 
 
 @requirement("R9.4", "R5.3", "R1.13", "R5.6")
-def test_a_card_travels_from_memory_through_a_file_into_a_real_encoder_and_out_again(model_folder, tmp_path):
+def test_a_card_travels_from_memory_through_a_file_into_a_real_encoder_and_out_again(
+    model_folder, tmp_path
+):
     engine = lora.ArrowEngine.from_pretrained(model_folder)
     base = engine.encode(TEXTS)
-    plain = card(engine.base, "docs", strength=0.1, seed=0, description="reading and writing files in Python")
+    plain = card(
+        engine.base, "docs", strength=0.1, seed=0, description="reading and writing files in Python"
+    )
     signed = lora.LoRACard(
         *(plain.name, plain.rank, plain.alpha, plain.target_modules, plain.weights, plain.metadata),
         base_fingerprint=lora.fingerprint(engine.base, plain),

@@ -67,7 +67,10 @@ def cards(core):
         "sorting": "sorting lists and ordering numbers",
         "foxes": "animals in the forest",
     }
-    return {name: strong(core, name, seed, description=text) for seed, (name, text) in enumerate(described.items())}
+    return {
+        name: strong(core, name, seed, description=text)
+        for seed, (name, text) in enumerate(described.items())
+    }
 
 
 @pytest.fixture
@@ -83,7 +86,9 @@ class Words(nn.Module):
         torch.manual_seed(0)
         self.dense = nn.Linear(2, 3)
         self.calls = calls = []
-        self.note = lambda texts: calls.append(list(texts))  # adapted copies have a list of their own
+        self.note = lambda texts: calls.append(
+            list(texts)
+        )  # adapted copies have a list of their own
 
     def encode(self, texts):
         self.note(texts)
@@ -91,7 +96,9 @@ class Words(nn.Module):
         for text in texts:
             if text == "bomb":
                 raise RuntimeError("it went off")
-            rows.append(self.dense(torch.tensor([float(len(text.split(" ")[0])), float(len(text))])))
+            rows.append(
+                self.dense(torch.tensor([float(len(text.split(" ")[0])), float(len(text))]))
+            )
         return torch.stack(rows).detach().numpy()
 
 
@@ -192,13 +199,24 @@ def test_each_text_of_a_call_gets_its_own_adapters(core, engine, cards):
     for card in cards.values():
         engine.register_lora(card)
     engine.manager.apply_card(cards["files"])
-    choices = ["sorting", None, {}, {"files": 0.5, "foxes": -1}, "sorting", cards["foxes"], ["files", "sorting"], {}]
+    choices = [
+        "sorting",
+        None,
+        {},
+        {"files": 0.5, "foxes": -1},
+        "sorting",
+        cards["foxes"],
+        ["files", "sorting"],
+        {},
+    ]
     texts = [*TEXTS, *TEXTS[::-1]]
     before = state_of(engine)
     found = engine.encode_with_lora(texts, choices)
     assert_unchanged(engine, before)
     for row, (text, choice) in enumerate(zip(texts, choices, strict=True)):
-        alone = engine.encode_with_lora([text], tuple(choice) if isinstance(choice, list) else choice)
+        alone = engine.encode_with_lora(
+            [text], tuple(choice) if isinstance(choice, list) else choice
+        )
         assert np.abs(found.embeddings[row] - alone.embeddings[0]).max() <= TOLERANCE
         assert found.adapters[row] == alone.adapters[0]
     assert engine.encode_with_lora([], []).embeddings.shape == (0, 384)
@@ -214,7 +232,12 @@ def test_another_encoder_runs_once_for_each_distinct_set():
     found = engine.encode_with_lora(texts, ["w", {}, {"w": 1.0}, None, {"w": 2.0}])
     assert words.calls == [["a", "ccc"], ["bb c", "a"], ["eeeee f"]]
     for row, choice in enumerate(["w", {}, "w", {}, {"w": 2.0}]):
-        assert np.allclose(found.embeddings[row], engine.encode_with_lora([texts[row]], choice), rtol=0, atol=TOLERANCE)
+        assert np.allclose(
+            found.embeddings[row],
+            engine.encode_with_lora([texts[row]], choice),
+            rtol=0,
+            atol=TOLERANCE,
+        )
     assert len(engine.encode_with_lora([], [])) == 0
 
 
@@ -235,7 +258,13 @@ def test_another_encoder_runs_once_for_each_distinct_set():
         (None, {"intent_query": 5}, ArgumentError),
         (None, {"intent_query": "words", "top_k": 0}, ArgumentError),
         (None, {"intent_query": "words", "tags": "words"}, ArgumentError),
-        (LoRACard("wide", 1, 1.0, ["dense"], {"dense": LowRank(np.ones((9, 1)), np.ones((1, 3)))}), {}, ShapeError),
+        (
+            LoRACard(
+                "wide", 1, 1.0, ["dense"], {"dense": LowRank(np.ones((9, 1)), np.ones((1, 3)))}
+            ),
+            {},
+            ShapeError,
+        ),
     ],
 )
 def test_a_call_that_is_refused_leaves_the_engine_as_it_was(adapters, options, error):
@@ -266,14 +295,18 @@ def test_an_encoder_that_fails_half_way_leaves_the_engine_as_it_was(adapters, te
 @requirement("R5.1")
 def test_an_adapter_that_is_not_known_is_named_with_those_that_are(engine, cards):
     engine.register_lora(cards["files"])
-    with pytest.raises(UnknownCardError, match=r"adapter 'nobody': expected one of \['files'\], found none") as caught:
+    with pytest.raises(
+        UnknownCardError, match=r"adapter 'nobody': expected one of \['files'\], found none"
+    ) as caught:
         engine.encode_with_lora(TEXTS, ["files", {}, {"nobody": 1.0}, None])
     assert isinstance(caught.value, KeyError)
 
 
 @requirement("R5.1")
 @pytest.mark.parametrize("call", ["encode", "encode_with_lora"])
-@pytest.mark.parametrize("texts", ["one text", ["a", 1], [None], 5, None, {"a", "b"}, {"a": 1}, iter(["a"])])
+@pytest.mark.parametrize(
+    "texts", ["one text", ["a", 1], [None], 5, None, {"a", "b"}, {"a": 1}, iter(["a"])]
+)
 def test_what_is_no_sequence_of_texts_is_refused(engine, call, texts):
     with pytest.raises(ArgumentError, match="texts: expected a sequence of str, found"):
         getattr(engine, call)(texts)
@@ -288,7 +321,9 @@ def test_texts_of_a_call_with_one_adapter_each_are_checked_as_any(texts):
 
 
 @requirement("R5.15", "R5.11")
-@pytest.mark.parametrize("options", [{"fold": "x"}, {"fold": None}, {"threshold": "high"}, {"threshold": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"fold": "x"}, {"fold": None}, {"threshold": "high"}, {"threshold": float("nan")}]
+)
 def test_an_option_out_of_range_is_refused_at_once(core, options):
     with pytest.raises(ArgumentError, match=f"{next(iter(options))}: expected"):
         ArrowEngine(core, **options)
@@ -297,17 +332,27 @@ def test_an_option_out_of_range_is_refused_at_once(core, options):
 @requirement("R5.3", "R3.10")
 def test_nothing_of_a_card_can_be_seen_before_all_that_can_fail_is_done(tmp_path):
     engine, seen = ArrowEngine(Words()), []
-    save(LoRACard("w", 1, 1.0, ["dense"], words_card().weights, {"description": "words"}), tmp_path / "w.lora.arrow")
+    save(
+        LoRACard("w", 1, 1.0, ["dense"], words_card().weights, {"description": "words"}),
+        tmp_path / "w.lora.arrow",
+    )
     embed, apply = engine.router.candidate, engine.manager.apply_card
     engine.router.candidate = lambda *given: (seen.append(known(engine)), embed(*given))[1]
-    engine.manager.apply_card = lambda *given, **options: (seen.append(known(engine)), apply(*given, **options))[1]
+    engine.manager.apply_card = lambda *given, **options: (
+        seen.append(known(engine)),
+        apply(*given, **options),
+    )[1]
     engine.load_lora(tmp_path / "w.lora.arrow")
     assert seen == [(False, False, False)] * 2
     assert known(engine) == (True, True, True)
 
 
 def known(engine):
-    return "w" in engine.manager.list_cards(), "w" in engine.manager.active, "w" in engine.router.candidates
+    return (
+        "w" in engine.manager.list_cards(),
+        "w" in engine.manager.active,
+        "w" in engine.router.candidates,
+    )
 
 
 @requirement("R5.3")
@@ -317,7 +362,9 @@ def test_a_card_file_is_loaded_applied_described_and_removed(core, engine, cards
     assert engine.load_lora(tmp_path / "f.lora.arrow") == "files"
     assert engine.manager.active == AdapterSet(cards["files"])
     assert list(engine.router.candidates) == ["files"]
-    assert np.abs(engine.encode(TEXTS) - adapt(core, cards["files"]).encode(TEXTS)).max() <= TOLERANCE
+    assert (
+        np.abs(engine.encode(TEXTS) - adapt(core, cards["files"]).encode(TEXTS)).max() <= TOLERANCE
+    )
     engine.remove_lora("files")
     engine.remove_lora("files")
     assert not engine.manager.active
@@ -353,7 +400,9 @@ def test_a_load_that_fails_leaves_the_engine_as_it_was(tmp_path):
         "an active one with other content": words_card("active", 0.75),
         "a new one that is described by a number": words_card("new", description=5),
         "a known one that is described by a number": words_card("known", 2, description=5),
-        "one for another base": LoRACard("new", 1, 1.0, ["dense"], words_card().weights, {}, base_fingerprint="0" * 64),
+        "one for another base": LoRACard(
+            "new", 1, 1.0, ["dense"], words_card().weights, {}, base_fingerprint="0" * 64
+        ),
     }
     for what, card in files.items():
         path = tmp_path / f"{what}.lora.arrow"
@@ -382,10 +431,16 @@ def test_loading_other_content_under_an_active_name_names_the_way_out(tmp_path):
 @requirement("R5.3")
 def test_a_card_for_another_base_is_refused_unless_waived(core, cards):
     made_for = fingerprint(core, cards["files"])
-    other = LoRACard("other", 4, 8.0, ["query", "value"], cards["files"].weights, base_fingerprint="0" * 64)
-    right = LoRACard("right", 4, 8.0, ["query", "value"], cards["files"].weights, base_fingerprint=made_for)
+    other = LoRACard(
+        "other", 4, 8.0, ["query", "value"], cards["files"].weights, base_fingerprint="0" * 64
+    )
+    right = LoRACard(
+        "right", 4, 8.0, ["query", "value"], cards["files"].weights, base_fingerprint=made_for
+    )
     engine, waiving = ArrowEngine(core), ArrowEngine(core, check_base=False)
-    assert np.array_equal(engine.encode_with_lora(TEXTS, right), waiving.encode_with_lora(TEXTS, other))
+    assert np.array_equal(
+        engine.encode_with_lora(TEXTS, right), waiving.encode_with_lora(TEXTS, other)
+    )
     for choice in (other, [{}, other, None, {}]):
         waiving.encode_with_lora(TEXTS, choice)
         with pytest.raises(BaseModelError):
@@ -393,7 +448,9 @@ def test_a_card_for_another_base_is_refused_unless_waived(core, cards):
 
 
 @requirement("R5.11")
-def test_the_router_picks_the_adapters_that_fit_the_intent_and_the_result_says_so(core, engine, cards):
+def test_the_router_picks_the_adapters_that_fit_the_intent_and_the_result_says_so(
+    core, engine, cards
+):
     for card in cards.values():
         engine.register_lora(card)
     engine.manager.apply_card(cards["foxes"])
@@ -435,7 +492,9 @@ def test_the_base_answers_when_the_router_abstains(core, engine, cards):
 @requirement("R5.11")
 def test_a_card_of_which_only_the_description_is_here_is_refused_by_name(engine):
     engine.router.register_virtual_candidate("far", "reading files")
-    with pytest.raises(UnknownCardError, match=r"candidate 'far': .* loaded here, found a virtual one; load it"):
+    with pytest.raises(
+        UnknownCardError, match=r"candidate 'far': .* loaded here, found a virtual one; load it"
+    ):
         engine.encode_with_lora(TEXTS, intent_query="reading files")
 
 
@@ -466,7 +525,11 @@ def test_any_module_with_an_encode_method_runs():
     assert np.array_equal(engine.encode(["a b", "ccc"]), expected)
     engine.manager.apply_card(words_card(size=2.0))
     x = np.array([[1, 3], [3, 3]], np.float32)
-    assert np.allclose(engine.encode(["a b", "ccc"]), expected + 2 * x.sum(1, keepdims=True), rtol=gamma(8, x.dtype))
+    assert np.allclose(
+        engine.encode(["a b", "ccc"]),
+        expected + 2 * x.sum(1, keepdims=True),
+        rtol=gamma(8, x.dtype),
+    )
     assert np.array_equal(words.encode(["a b", "ccc"]), expected)
 
 
@@ -508,7 +571,9 @@ def test_an_encoder_that_gives_no_row_for_each_text_is_refused(rows):
 @requirement("R5.10")
 @pytest.mark.parametrize("encoder", [nn.Linear(2, 2), "a name", None, len])
 def test_what_can_not_encode_is_refused(encoder):
-    with pytest.raises(ArgumentError, match=r"encoder: expected a torch module with encode\(texts\)"):
+    with pytest.raises(
+        ArgumentError, match=r"encoder: expected a torch module with encode\(texts\)"
+    ):
         ArrowEngine(encoder)
 
 
@@ -516,7 +581,8 @@ def test_what_can_not_encode_is_refused(encoder):
 def test_a_folder_of_another_kind_of_model_says_how_to_pass_ones_own(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
     with pytest.raises(
-        UnsupportedModelError, match=r"roberta.*pass a module of your own with an encode method to ArrowEngine"
+        UnsupportedModelError,
+        match=r"roberta.*pass a module of your own with an encode method to ArrowEngine",
     ):
         ArrowEngine.from_pretrained(tmp_path)
 
@@ -537,7 +603,9 @@ def tensors(module):
 
 @requirement("R5.15")
 @pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: a device that every machine has, and that computes nothing
+@pytest.mark.parametrize(
+    "device", ["cpu", "meta"]
+)  # meta: a device that every machine has, and that computes nothing
 def test_all_tensors_of_a_snapshot_live_on_one_device(core, cards, device, fold):
     engine = ArrowEngine(core, device=device, fold=fold)
     assert (engine.base is core) == (device == "cpu")
@@ -559,7 +627,9 @@ def nearest(found, states):
     """The one state that a result is within tolerance of, all others being a hundred tolerances away; else None."""
     distances = {name: float(np.abs(found - expected).max()) for name, expected in states.items()}
     best, *others = sorted(distances, key=distances.get)
-    clear = distances[best] <= TOLERANCE and all(distances[other] >= 100 * TOLERANCE for other in others)
+    clear = distances[best] <= TOLERANCE and all(
+        distances[other] >= 100 * TOLERANCE for other in others
+    )
     return best if clear else None
 
 
@@ -574,7 +644,9 @@ class Readers:
         }
         self.seen, self.failures, self.stop = [], [], threading.Event()
         reads = [self.active, self.reported, self.mixed]
-        self.threads = [threading.Thread(target=self.run, args=(reads[n % len(reads)],)) for n in range(count)]
+        self.threads = [
+            threading.Thread(target=self.run, args=(reads[n % len(reads)],)) for n in range(count)
+        ]
 
     def run(self, read):
         try:
@@ -640,7 +712,9 @@ def test_every_result_under_a_busy_writer_is_that_of_exactly_one_state(core, car
         while (time.monotonic() < end or rounds < 2) and not readers.failures:
             for step in steps:
                 step()
-                enough = len(readers.seen) + 2 * len(readers.threads) * (rounds % 2)  # every other round takes its time
+                enough = len(readers.seen) + 2 * len(readers.threads) * (
+                    rounds % 2
+                )  # every other round takes its time
                 while len(readers.seen) < enough and not readers.failures:
                     time.sleep(0.001)
             rounds += 1
@@ -651,7 +725,9 @@ def test_every_result_under_a_busy_writer_is_that_of_exactly_one_state(core, car
 @requirement("R5.9", "R5.11")
 def test_a_card_that_comes_and_goes_while_requests_are_routed_is_used_or_not_but_never_an_error():
     card = words_card("w")
-    engine = ArrowEngine(Returning(np.ones((1, 2))))  # quick, so that much happens between two looks
+    engine = ArrowEngine(
+        Returning(np.ones((1, 2)))
+    )  # quick, so that much happens between two looks
     wrong, stop, interval = [], threading.Event(), sys.getswitchinterval()
 
     def read():

@@ -117,7 +117,8 @@ def test_the_two_schemas_of_a_file_are_one(falsified, tmp_path):
     for name in ("another name at the start of the file", "another name in the footer"):
         (tmp_path / "card").write_bytes(falsified[name])
         with pytest.raises(
-            CardFileError, match=r"schema: expected one at the start of the file and in its footer, found two"
+            CardFileError,
+            match=r"schema: expected one at the start of the file and in its footer, found two",
         ):
             lora.load(tmp_path / "card")
 
@@ -142,6 +143,10 @@ assert loaded == card and [pair.A.shape for pair in loaded.weights.values()] == 
 print("whole")
 """
     done = subprocess.run(
-        [sys.executable, "-c", child, tmp_path / "card"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", child, tmp_path / "card"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "whole"), done.stderr

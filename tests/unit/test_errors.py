@@ -42,7 +42,11 @@ KINDS = {
 
 @requirement("R7.8")
 def test_every_kind_is_listed_here():
-    found = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, LoRAError)}
+    found = {
+        name
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, LoRAError)
+    }
     assert found == {*KINDS, "LoRAError"}
 
 

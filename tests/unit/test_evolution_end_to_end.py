@@ -17,30 +17,56 @@ from lora.evolving import EXAMPLES, watching
 from lora.testing.plugin import requirement
 
 ASKED = 40
-LEARNING = {"settings": Settings(epochs=9, batch_size=32, lr=2e-3, validation_size=32), "max_steps": 12}
+LEARNING = {
+    "settings": Settings(epochs=9, batch_size=32, lr=2e-3, validation_size=32),
+    "max_steps": 12,
+}
 
 
 @pytest.fixture(scope="module")
 def story():
     """The engine, its distiller, queries of networkx in an order of their own, and what came of the one task."""
     engine, seed = ArrowEngine.from_pretrained(device="cpu"), 0
-    known, _ = docstring_pairs().split(0.5, seed=seed)  # as `watching` does: the other half is the guard set
+    known, _ = docstring_pairs().split(
+        0.5, seed=seed
+    )  # as `watching` does: the other half is the guard set
     sentences = np.random.default_rng(seed).permutation(known.queries).tolist()
     trainer = LoRATrainer(engine, seed=seed, settings=LEARNING["settings"])
     told = {"examples": sentences[:EXAMPLES]}
     skill = trainer.train(known, name="python", metadata=told, max_steps=LEARNING["max_steps"]).card
     folder, others = Path(nx.__file__).parent, sentences[EXAMPLES : EXAMPLES + ASKED]
     distiller = watching(
-        engine, folder, cards=[skill], queries=others, seed=seed, policy=Policy(examples=64), **LEARNING
+        engine,
+        folder,
+        cards=[skill],
+        queries=others,
+        seed=seed,
+        policy=Policy(examples=64),
+        **LEARNING,
     )
-    noticed_of_python, skilled = distiller.tasks, engine.encode_with_lora(others, adapters="python").embeddings
-    queries = np.random.default_rng(seed).permutation(distiller.sources["networkx"].pairs.queries).tolist()
+    noticed_of_python, skilled = (
+        distiller.tasks,
+        engine.encode_with_lora(others, adapters="python").embeddings,
+    )
+    queries = (
+        np.random.default_rng(seed)
+        .permutation(distiller.sources["networkx"].pairs.queries)
+        .tolist()
+    )
     for query in queries[:ASKED]:
         engine.encode_with_lora([query], intent_query=query)
     noticed_of_networkx = distiller.tasks
     outcome = distiller.work()
     again = engine.encode_with_lora(others, adapters="python").embeddings
-    return engine, distiller, queries, noticed_of_python, noticed_of_networkx, outcome, (skilled, again)
+    return (
+        engine,
+        distiller,
+        queries,
+        noticed_of_python,
+        noticed_of_networkx,
+        outcome,
+        (skilled, again),
+    )
 
 
 @requirement("R18.1", "R18.2", "R5.14")
@@ -75,7 +101,9 @@ def test_the_skill_that_was_there_before_helps_on_what_it_is_for(story):
 
 
 @requirement("R18.4", "R5.1")
-def test_from_then_on_queries_of_the_new_library_go_to_the_new_skill_and_those_of_the_old_one_do_not(story):
+def test_from_then_on_queries_of_the_new_library_go_to_the_new_skill_and_those_of_the_old_one_do_not(
+    story,
+):
     engine, distiller, queries, _, _, outcome, _ = story
     examples = set(outcome.card.metadata["examples"])
     new = [query for query in queries if query not in examples][:ASKED]
@@ -88,5 +116,7 @@ def test_from_then_on_queries_of_the_new_library_go_to_the_new_skill_and_those_o
     of_new, of_old = chosen(new), chosen(old)
     assert of_new[outcome.card.name] > of_new["python"]
     assert of_old[outcome.card.name] < of_old["python"]
-    asked = engine.encode_with_lora([outcome.task], intent_query=outcome.card.metadata["examples"][0])
+    asked = engine.encode_with_lora(
+        [outcome.task], intent_query=outcome.card.metadata["examples"][0]
+    )
     assert list(asked.adapters[0]) == [outcome.card.name]

@@ -19,7 +19,10 @@ from lora.testing.plugin import requirement
 
 def weights(count=1, shape=(4, 6), *, seed=0, dtype=np.float32, part="query"):
     rng = np.random.default_rng(seed)
-    return {f"layer.{index}.{part}.weight": rng.standard_normal(shape).astype(dtype) for index in range(count)}
+    return {
+        f"layer.{index}.{part}.weight": rng.standard_normal(shape).astype(dtype)
+        for index in range(count)
+    }
 
 
 class Counting(Mapping):
@@ -78,7 +81,9 @@ def test_a_tuned_torch_model_is_reproduced_by_its_card_on_the_base():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     tuned = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
-    tuned.load_state_dict({**tuned.state_dict(), **{k: v for k, v in base.state_dict().items() if "bias" in k}})
+    tuned.load_state_dict(
+        {**tuned.state_dict(), **{k: v for k, v in base.state_dict().items() if "bias" in k}}
+    )
     card = extract_delta(base, tuned, 8, name="tuned")
     adapted = lora.adapt(base, card)
     x = torch.randn(3, 6, dtype=torch.float64)
@@ -155,7 +160,9 @@ def test_the_randomized_method_comes_near_the_least_error():
 def test_a_wider_subspace_is_more_accurate_and_another_seed_another_result():
     model = {"q.weight": np.random.default_rng(1).standard_normal((120, 100))}
     errors = [
-        extract_direct(model, 8, method="randomized", oversampling=width).metadata["extract"]["modules"]["q"]["error"]
+        extract_direct(model, 8, method="randomized", oversampling=width).metadata["extract"][
+            "modules"
+        ]["q"]["error"]
         for width in (1, 3)
     ]
     assert errors[1] < errors[0]
@@ -184,7 +191,12 @@ def test_the_randomized_method_counts_what_its_subspace_does_not_hold():
     """Of noise, the first directions hold little: a share of what was looked at is no share of the whole."""
     model = {"q.weight": np.random.default_rng(1).standard_normal((120, 100))}
     for rule, least in ((Energy(0.2), 0.2), (Error(0.95), 1 - 0.95**2)):
-        assert extract_direct(model, rule, method="randomized").metadata["extract"]["modules"]["q"]["energy"] >= least
+        assert (
+            extract_direct(model, rule, method="randomized").metadata["extract"]["modules"]["q"][
+                "energy"
+            ]
+            >= least
+        )
 
 
 @requirement("R16.4")
@@ -201,7 +213,9 @@ def test_tiny_and_huge_weights_are_neither_lost_nor_overflow(largest):
 def test_rounding_the_factors_is_part_of_the_recorded_error():
     model = weights(shape=(30, 30))
     errors = [
-        extract_direct(model, 30, dtype=dtype).metadata["extract"]["modules"]["layer.0.query"]["error"]
+        extract_direct(model, 30, dtype=dtype).metadata["extract"]["modules"]["layer.0.query"][
+            "error"
+        ]
         for dtype in ("float64", "float32", "float16", "bfloat16")
     ]
     assert errors == sorted(errors)
@@ -221,10 +235,16 @@ def test_all_linear_leaves_out_heads_embeddings_and_what_is_no_matrix():
         "embeddings_project",
         "conv",
     ]
-    model = {f"{name}.weight": matrix for name in names} | {"norm.weight": np.ones(3), "query.bias": np.ones(3)}
+    model = {f"{name}.weight": matrix for name in names} | {
+        "norm.weight": np.ones(3),
+        "query.bias": np.ones(3),
+    }
     model["conv.weight"] = np.ones((3, 3, 2))
     assert sorted(extract_direct(model).weights) == ["dense", "embeddings_project", "query"]
-    assert sorted(extract_direct(model, target_modules=["wte", "query"]).weights) == ["query", "wte"]
+    assert sorted(extract_direct(model, target_modules=["wte", "query"]).weights) == [
+        "query",
+        "wte",
+    ]
 
 
 def test_progress_is_told_after_each_module():
@@ -234,7 +254,11 @@ def test_progress_is_told_after_each_module():
 
 
 def test_the_cards_dtype_is_that_of_the_widest_weights():
-    mixed = {**weights(1), **weights(1, dtype=np.float64, part="key"), **weights(1, dtype=np.float16, part="value")}
+    mixed = {
+        **weights(1),
+        **weights(1, dtype=np.float64, part="key"),
+        **weights(1, dtype=np.float16, part="value"),
+    }
     assert extract_direct(mixed, 1).dtype == np.float64
     assert extract_direct(weights(1, dtype=np.float16), 1).dtype == np.float32
     assert extract_direct(mixed, 1, dtype="bfloat16").dtype == ml_dtypes.bfloat16
@@ -265,23 +289,63 @@ KEY = "layer.0.query.weight"
             ShapeError,
             r"tuned 'layer.0.query.weight': expected .*\(4, 6\), found \(4, 5\)",
         ),
-        (GOOD, {KEY: OTHER[KEY]}, TargetError, r"extract: tuned: .*no \['layer.1.query.weight'\]; give both models"),
+        (
+            GOOD,
+            {KEY: OTHER[KEY]},
+            TargetError,
+            r"extract: tuned: .*no \['layer.1.query.weight'\]; give both models",
+        ),
         ({KEY: GOOD[KEY]}, OTHER, TargetError, r"extract: base: .*no \['layer.1.query.weight'\]"),
-        (GOOD, {**OTHER, KEY: np.full((4, 6), np.nan)}, ArgumentError, "finite weights and differences"),
-        ({**GOOD, KEY: np.full((4, 6), np.inf)}, OTHER, ArgumentError, "finite weights and differences"),
+        (
+            GOOD,
+            {**OTHER, KEY: np.full((4, 6), np.nan)},
+            ArgumentError,
+            "finite weights and differences",
+        ),
+        (
+            {**GOOD, KEY: np.full((4, 6), np.inf)},
+            OTHER,
+            ArgumentError,
+            "finite weights and differences",
+        ),
         (
             {KEY: np.full((1, 1), -1.7e308)},
             {KEY: np.full((1, 1), 1.7e308)},
             ArgumentError,
             "finite weights and differences",
         ),
-        (GOOD, dict(GOOD), ArgumentError, "weights of Linears that differ, found none among the 2 targeted modules"),
-        ({}, {}, TargetError, r"match \['all-linear'\], found none; weights are looked for under '<module>.weight'"),
+        (
+            GOOD,
+            dict(GOOD),
+            ArgumentError,
+            "weights of Linears that differ, found none among the 2 targeted modules",
+        ),
+        (
+            {},
+            {},
+            TargetError,
+            r"match \['all-linear'\], found none; weights are looked for under '<module>.weight'",
+        ),
         ({"a": np.eye(2)}, {"a": np.eye(2)}, TargetError, "found none"),
-        ({KEY: np.eye(2, dtype=int)}, {KEY: np.eye(2)}, ArgumentError, "dtype of .*, found int64; dequantise"),
+        (
+            {KEY: np.eye(2, dtype=int)},
+            {KEY: np.eye(2)},
+            ArgumentError,
+            "dtype of .*, found int64; dequantise",
+        ),
         ({KEY: [[1.0]]}, {KEY: np.eye(1)}, ArgumentError, "a NumPy array or a tensor, found list"),
-        (None, GOOD, ArgumentError, "extract: base: expected a mapping of weights or a model, found NoneType"),
-        (GOOD, 3, ArgumentError, "extract: tuned: expected a mapping of weights or a model, found int"),
+        (
+            None,
+            GOOD,
+            ArgumentError,
+            "extract: base: expected a mapping of weights or a model, found NoneType",
+        ),
+        (
+            GOOD,
+            3,
+            ArgumentError,
+            "extract: tuned: expected a mapping of weights or a model, found int",
+        ),
     ],
 )
 def test_bad_models_are_refused_with_what_is_wrong(base, tuned, kind, message):
@@ -304,7 +368,11 @@ def test_bad_models_are_refused_with_what_is_wrong(base, tuned, kind, message):
         ({"method": "svd"}, ArgumentError, "method: expected full or randomized, found 'svd'"),
         ({"seed": -1}, ArgumentError, "seed: expected an integer >= 0, found -1"),
         ({"oversampling": 0}, ArgumentError, "oversampling: expected an integer >= 1, found 0"),
-        ({"dtype": "int8"}, ArgumentError, "dtype: expected one of float16, float32, float64, bfloat16, found 'int8'"),
+        (
+            {"dtype": "int8"},
+            ArgumentError,
+            "dtype: expected one of float16, float32, float64, bfloat16, found 'int8'",
+        ),
         ({"dtype": ["float32"]}, ArgumentError, "dtype: expected one of"),
         ({"target_modules": ["nothing"]}, TargetError, r"match \['nothing'\], found none"),
         ({"target_modules": []}, TargetError, r"match \[\], found none"),
@@ -325,7 +393,8 @@ def test_bad_arguments_are_refused_before_any_weight_is_read(arguments, kind, me
 @pytest.mark.parametrize("weight", [np.ones(3), np.ones((2, 2, 3)), np.ones((0, 3)), np.array(1.0)])
 def test_what_is_named_and_no_matrix_is_refused(weight):
     with pytest.raises(
-        ShapeError, match=re.escape(f"shape {weight.shape}; a factor pair stands for a Linear's weight")
+        ShapeError,
+        match=re.escape(f"shape {weight.shape}; a factor pair stands for a Linear's weight"),
     ):
         extract_direct({"conv.weight": weight}, target_modules="conv")
     with pytest.raises(ArgumentError, match="not zero, found none among the 1 targeted modules"):
@@ -335,7 +404,8 @@ def test_what_is_named_and_no_matrix_is_refused(weight):
 @requirement("R7.8")
 def test_factors_too_large_for_the_dtype_are_refused():
     with pytest.raises(
-        ArgumentError, match="factors within the range of float16, found larger ones; choose a wider dtype"
+        ArgumentError,
+        match="factors within the range of float16, found larger ones; choose a wider dtype",
     ):
         extract_direct({"q.weight": np.full((2, 2), 1e12)}, dtype="float16")
 

@@ -101,7 +101,18 @@ def patricide(kind, parameters, folder):
         time.sleep(600)
     return copy(kind, parameters, folder)
 '''
-NAMES = ("copy", "nothing", "missing", "crash", "leave", "hang", "hog", "wrong", "flaky", "patricide")
+NAMES = (
+    "copy",
+    "nothing",
+    "missing",
+    "crash",
+    "leave",
+    "hang",
+    "hog",
+    "wrong",
+    "flaky",
+    "patricide",
+)
 TOY_KINDS = {name: Kind(f"toy_jobs:{name}", ("card",)) for name in NAMES}
 
 CHILD = """
@@ -170,11 +181,20 @@ class Bench:
 
     def add(self, factory, kind="copy", name="docs", parameters=(), **options):
         self.number += 1
-        made = {"name": name, "number": self.number, "log": str(self.log), "card": str(self.card(name, self.number))}
+        made = {
+            "name": name,
+            "number": self.number,
+            "log": str(self.log),
+            "card": str(self.card(name, self.number)),
+        }
         return factory.add(kind, {**made, **dict(parameters)}, **options)
 
     def told(self):
-        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        return (
+            [json.loads(line) for line in self.log.read_text().splitlines()]
+            if self.log.exists()
+            else []
+        )
 
     def done(self):
         """Numbers of the toy jobs that ran, in order."""
@@ -182,7 +202,11 @@ class Bench:
 
 
 def states(factory):
-    return dict(zip(factory.status()["kind"].to_pylist(), factory.status()["state"].to_pylist(), strict=True))
+    return dict(
+        zip(
+            factory.status()["kind"].to_pylist(), factory.status()["state"].to_pylist(), strict=True
+        )
+    )
 
 
 def gone(pid, seconds=10.0):
@@ -216,7 +240,9 @@ class Inline:
 @requirement("R19.1", "R19.3", "R19.7")
 def test_jobs_run_by_priority_then_age_each_in_a_process_of_its_own(bench):
     seen = []
-    with bench.factory(on_event=lambda job: seen.append((job.parameters["number"], job.state))) as factory:
+    with bench.factory(
+        on_event=lambda job: seen.append((job.parameters["number"], job.state))
+    ) as factory:
         for priority in (0, 0, 7, -1):
             bench.add(factory, priority=priority)
         table = factory.run()
@@ -239,7 +265,12 @@ def test_any_executor_carries_the_jobs_to_the_same_end(bench, kind):
     }[kind]()
     try:
         with bench.factory(executor=made or Inline(), workers=2) as factory:
-            jobs = [bench.add(factory), bench.add(factory, "nothing"), bench.add(factory, "wrong"), bench.add(factory)]
+            jobs = [
+                bench.add(factory),
+                bench.add(factory, "nothing"),
+                bench.add(factory, "wrong"),
+                bench.add(factory),
+            ]
             factory.run()
             found = [factory.queue.job(job.id) for job in jobs]
     finally:
@@ -258,7 +289,9 @@ def test_two_workers_work_at_once_and_never_for_two_base_models(bench):
     kinds = {"copy": Kind("toy_jobs:copy", ("card", "model"))}
     at_once = set()
     with SkillFactory(bench.root, kinds=kinds, workers=2) as factory:
-        factory._on_event = lambda _: at_once.add(tuple(job.base[-1:] for job in factory.queue.jobs("running")))
+        factory._on_event = lambda _: at_once.add(
+            tuple(job.base[-1:] for job in factory.queue.jobs("running"))
+        )
         for model in (models[0], models[0], models[1], None):
             more = {"sleep": 0.5} | ({"model": str(model)} if model else {})
             bench.add(factory, parameters=more)
@@ -270,7 +303,10 @@ def test_two_workers_work_at_once_and_never_for_two_base_models(bench):
 
 @requirement("R19.2", "R19.3")
 def test_a_pool_whose_worker_is_killed_ends_the_run_and_loses_no_job(bench):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool, bench.factory(executor=pool) as factory:
+    with (
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+        bench.factory(executor=pool) as factory,
+    ):
         job = bench.add(factory, "patricide")
         other = bench.add(factory)
         with pytest.raises(StateError, match="executor: expected one that takes jobs"):
@@ -285,11 +321,17 @@ def test_a_pool_whose_worker_is_killed_ends_the_run_and_loses_no_job(bench):
 def test_a_dask_cluster_carries_the_jobs_and_a_worker_that_is_killed_costs_none(bench):
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as local:
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50
+    ) as local:
         with cluster(local.scheduler_address) as executor:
             with bench.factory(executor=executor, workers=2) as factory:
                 killed = bench.add(factory, "patricide")
-                others = [bench.add(factory, name="law"), bench.add(factory, "wrong"), bench.add(factory, name="law")]
+                others = [
+                    bench.add(factory, name="law"),
+                    bench.add(factory, "wrong"),
+                    bench.add(factory, name="law"),
+                ]
                 factory.run()
                 found = [factory.queue.job(job.id) for job in (killed, *others)]
                 live = factory.live()
@@ -310,12 +352,17 @@ def test_a_cluster_that_is_not_there_is_an_error_that_names_it(monkeypatch):
 
     with dask.config.set({"distributed.comm.timeouts.connect": "200ms"}):
         with (
-            pytest.raises(PeerError, match=r"cluster tcp://127\.0\.0\.1:9: expected a Dask scheduler"),
+            pytest.raises(
+                PeerError, match=r"cluster tcp://127\.0\.0\.1:9: expected a Dask scheduler"
+            ),
             cluster("tcp://127.0.0.1:9"),
         ):
             pass
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(MissingPackageError, match=r"the package distributed.*install \[cluster\]"), cluster("tcp://x"):
+    with (
+        pytest.raises(MissingPackageError, match=r"the package distributed.*install \[cluster\]"),
+        cluster("tcp://x"),
+    ):
         pass
 
 
@@ -346,7 +393,9 @@ def test_a_job_that_fails_hangs_or_eats_too_much_ends_with_its_reason_and_stops_
             "hog": bench.add(factory, "hog", max_failures=1, memory=400 * 2**20),
             "wrong": bench.add(factory, "wrong"),
             "missing": bench.add(factory, "missing", max_failures=1),
-            "misnamed": bench.add(factory, parameters={"card": str(bench.card("other"))}, max_failures=1),
+            "misnamed": bench.add(
+                factory, parameters={"card": str(bench.card("other"))}, max_failures=1
+            ),
         }
         good = [bench.add(factory, priority=-1) for _ in range(2)]
         factory.run()
@@ -361,10 +410,15 @@ def test_a_job_that_fails_hangs_or_eats_too_much_ends_with_its_reason_and_stops_
             "DataError: pairs: expected at least two, found 0",
             1,
         )
-        assert "expected the card that toy_jobs:missing made, found nothing there" in errors["missing"].error
+        assert (
+            "expected the card that toy_jobs:missing made, found nothing there"
+            in errors["missing"].error
+        )
         assert "one named 'docs', found 'other'" in errors["misnamed"].error
         assert all(gone(pid) for _, _, pid, _ in bench.told())
-        logs = {name: (bench.root / "work" / job.id / "log").read_text() for name, job in bad.items()}
+        logs = {
+            name: (bench.root / "work" / job.id / "log").read_text() for name, job in bad.items()
+        }
         assert "DataError" in logs["wrong"]
         assert len(factory.skills()) == 2
 
@@ -380,7 +434,10 @@ def test_what_passes_is_tried_again_and_what_is_dead_stays_listed_until_it_is_as
         assert factory.run()["state"].to_pylist() == ["done"]
         again = bench.add(factory, "flaky")
         factory.run()
-        assert (factory.queue.job(again.id).state, factory.queue.job(again.id).attempts) == ("done", 2)
+        assert (factory.queue.job(again.id).state, factory.queue.job(again.id).attempts) == (
+            "done",
+            2,
+        )
         assert list((bench.root / "work").iterdir()) == []
 
 
@@ -391,7 +448,10 @@ def test_an_input_that_changed_since_the_job_was_added_is_not_worked_on(bench):
         path = bench.card("docs", 1)
         path.write_bytes(path.read_bytes() + b"\n")
         assert factory.run()["state"].to_pylist() == ["dead"]
-        assert f"{path}: expected what it was when the job was added" in factory.queue.job(job.id).error
+        assert (
+            f"{path}: expected what it was when the job was added"
+            in factory.queue.job(job.id).error
+        )
         changed = factory.add("copy", job.parameters)
         assert changed.id != job.id
 
@@ -403,7 +463,9 @@ def test_what_can_not_be_queued_is_refused_and_a_dry_run_queues_nothing(bench):
             factory.add("bake", {"name": "docs"})
         with pytest.raises(CardNotFoundError, match="what the job is to read"):
             factory.add("merge", {"name": "docs", "cards": ["nowhere.lora.arrow"]})
-        with pytest.raises(ArgumentError, match="cards: expected a path or a list of paths, found 3"):
+        with pytest.raises(
+            ArgumentError, match="cards: expected a path or a list of paths, found 3"
+        ):
             factory.add("merge", {"name": "docs", "cards": 3})
         with pytest.raises(ArgumentError, match="name"):
             factory.add("merge", {})
@@ -444,25 +506,40 @@ MOMENTS = {
 
 @requirement("R19.2")
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_coordinator_killed_at_any_boundary_loses_no_job_and_none_takes_effect_twice(bench, moment):
+def test_a_coordinator_killed_at_any_boundary_loses_no_job_and_none_takes_effect_twice(
+    bench, moment
+):
     with bench.factory() as factory:
         job = bench.add(factory, "patricide" if moment == "during the job" else "copy")
         second = bench.add(factory)
-    killed = subprocess.run([sys.executable, "-c", CHILD, bench.root, moment], check=False, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", CHILD, bench.root, moment], check=False, timeout=120
+    )
     assert killed.returncode == -signal.SIGKILL
     with bench.factory() as factory:
-        assert factory.queue.job(job.id).state == {"before a claim": "queued", "after the commit": "done"}.get(
-            moment, "running"
-        )
+        assert factory.queue.job(job.id).state == {
+            "before a claim": "queued",
+            "after the commit": "done",
+        }.get(moment, "running")
         assert factory.run()["state"].to_pylist() == ["done", "done"]
         events = factory.history().to_pylist()
-        assert [event["job"] for event in events if event["what"] == "accept"] == [job.id, second.id]
+        assert [event["job"] for event in events if event["what"] == "accept"] == [
+            job.id,
+            second.id,
+        ]
         assert [version.version for version in factory.queue.versions()] == [1, 2]
-        assert [load(factory.cards.path(v.digest)).name for v in factory.queue.versions()] == ["docs", "docs"]
+        assert [load(factory.cards.path(v.digest)).name for v in factory.queue.versions()] == [
+            "docs",
+            "docs",
+        ]
         assert len(factory.cards.digests()) == 2
     assert list((bench.root / "work").iterdir()) == []
-    runs = [number for word, number, *_ in bench.told() if word != "copy" or moment != "during the job"]
-    assert runs.count(1) == MOMENTS[moment]  # what was whole when the coordinator died is not done twice
+    runs = [
+        number for word, number, *_ in bench.told() if word != "copy" or moment != "during the job"
+    ]
+    assert (
+        runs.count(1) == MOMENTS[moment]
+    )  # what was whole when the coordinator died is not done twice
     assert all(gone(pid) for _, _, pid, _ in bench.told())
 
 
@@ -471,7 +548,9 @@ def test_a_job_whose_coordinator_dies_every_time_is_dead_in_the_end(bench):
     with bench.factory() as factory:
         job = bench.add(factory, max_failures=2)
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", CHILD, bench.root, "after a claim"], check=False, timeout=120)
+        subprocess.run(
+            [sys.executable, "-c", CHILD, bench.root, "after a claim"], check=False, timeout=120
+        )
     with bench.factory() as factory:
         assert factory.run()["state"].to_pylist() == ["dead"]
         assert factory.queue.job(job.id).error == "the coordinator died"
@@ -485,7 +564,9 @@ def test_two_coordinators_never_run_at_once_and_others_may_add_and_look_meanwhil
         if job.state == "running" and not refused:
             with bench.factory() as other:
                 assert other.status()["state"].to_pylist() == ["running"]
-                with pytest.raises(StateError, match=r"coordinator\.lock: expected one coordinator at a time") as error:
+                with pytest.raises(
+                    StateError, match=r"coordinator\.lock: expected one coordinator at a time"
+                ) as error:
                     other.run()
                 refused.append(error)
                 bench.add(other)
@@ -510,9 +591,9 @@ def test_an_interrupted_run_kills_its_jobs_and_holds_nothing_against_them(bench)
         with pytest.raises(KeyboardInterrupt):
             factory.run(stop=Interrupt())
         assert time.monotonic() - before < 60
-        assert [(factory.queue.job(job.id).state, factory.queue.job(job.id).failures) for job in jobs] == [
-            ("queued", 0)
-        ] * 3
+        assert [
+            (factory.queue.job(job.id).state, factory.queue.job(job.id).failures) for job in jobs
+        ] == [("queued", 0)] * 3
     assert all(gone(pid) for _, _, pid, _ in bench.told())
 
 
@@ -552,7 +633,9 @@ def test_an_accepted_version_is_swapped_in_and_an_earlier_one_comes_back_by_name
         manager.swap()
 
     def served():
-        return {name: float(card.weights["0"].A[0, 0]) - 1 for name, (card, _) in manager.active.items()}
+        return {
+            name: float(card.weights["0"].A[0, 0]) - 1 for name, (card, _) in manager.active.items()
+        }
 
     with bench.factory(service=serve, keep=2) as factory:
         for name in ("docs", "law", "docs", "docs"):
@@ -664,7 +747,10 @@ def test_the_first_start_has_missed_nothing(bench):
     begun, following, _ = nightly(bench, datetime(2026, 6, 1, 20), 1, bench.add)  # noqa: DTZ001 - a wall clock
     assert begun == []
     assert following == datetime(2026, 6, 2, 2)  # noqa: DTZ001 - as above
-    with bench.factory() as factory, pytest.raises(ArgumentError, match="a time of day such as 02:00, found '2 am'"):
+    with (
+        bench.factory() as factory,
+        pytest.raises(ArgumentError, match="a time of day such as 02:00, found '2 am'"),
+    ):
         factory.run(at="2 am")
 
 
@@ -682,7 +768,10 @@ def test_the_built_in_kinds_make_what_the_library_makes(bench):
         save_file({"0.weight": weight.astype(np.float32)}, bench.folder / f"{name}.safetensors")
     with bench.factory() as factory:
         cards = [str(bench.card("docs", number)) for number in range(2)]
-        factory.add("merge", {"name": "both", "cards": cards, "strategy": "ties", "options": {"density": 1.0}})
+        factory.add(
+            "merge",
+            {"name": "both", "cards": cards, "strategy": "ties", "options": {"density": 1.0}},
+        )
         sources = {key: str(bench.folder / f"{key}.safetensors") for key in ("base", "tuned")}
         factory.add("extract", {"name": "step", "rank": 1, **sources})
         strange = factory.add("merge", {"name": "both", "cards": cards, "strategy": "magic"})
@@ -696,16 +785,25 @@ def test_the_built_in_kinds_make_what_the_library_makes(bench):
 
 @requirement("R19.1", "R19.2")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_job_whose_parameters_are_missing_or_unknown_is_refused_when_it_is_added_and_when_it_runs(bench, kind):
+def test_a_job_whose_parameters_are_missing_or_unknown_is_refused_when_it_is_added_and_when_it_runs(
+    bench, kind
+):
     whole = {"name": "docs"} | dict.fromkeys(KINDS[kind].needed[1:], str(bench.card()))
-    wrong = [({key: value for key, value in whole.items() if key != gone}, f"found no {gone}") for gone in whole]
-    wrong.append(({**whole, "ranks": 3, "layers": 1}, r"expected only name, .*, found layers, ranks"))
+    wrong = [
+        ({key: value for key, value in whole.items() if key != gone}, f"found no {gone}")
+        for gone in whole
+    ]
+    wrong.append(
+        ({**whole, "ranks": 3, "layers": 1}, r"expected only name, .*, found layers, ranks")
+    )
     with bench.factory() as factory:
         for parameters, message in wrong:
             with pytest.raises(ArgumentError, match=f"{kind}: parameters: .*{message}"):
                 factory.add(kind, parameters)
         assert len(factory.status()) == 0
-        every = whole | {key: {"metadata": {}, "error": 0}.get(key, 1) for key in KINDS[kind].optional}
+        every = whole | {
+            key: {"metadata": {}, "error": 0}.get(key, 1) for key in KINDS[kind].optional
+        }
         assert factory.add(kind, every, dry_run=True).parameters.keys() == every.keys()
     module, _, function = KINDS[kind].function.partition(":")
     for parameters, message in wrong:
@@ -728,7 +826,9 @@ def test_a_job_whose_parameters_are_missing_or_unknown_is_refused_when_it_is_add
         ("merge", "rank", 2.5, "an integer >= 1, found 2.5"),
     ],
 )
-def test_a_job_with_a_value_that_cannot_be_is_refused_when_it_is_added(bench, kind, key, value, expected):
+def test_a_job_with_a_value_that_cannot_be_is_refused_when_it_is_added(
+    bench, kind, key, value, expected
+):
     whole = {"name": "docs"} | dict.fromkeys(KINDS[kind].needed[1:], str(bench.card()))
     with bench.factory() as factory:
         with pytest.raises(ArgumentError, match=f"{kind}: {key}: expected {expected}"):
@@ -739,7 +839,9 @@ def test_a_job_with_a_value_that_cannot_be_is_refused_when_it_is_added(bench, ki
 @requirement("R19.1", "R19.2")
 def test_a_job_that_an_older_factory_let_in_is_dead_at_its_first_attempt(bench):
     with bench.factory() as factory:
-        factory.queue.add(Job.of("merge", {"name": "both", "cards": [str(bench.card())], "ranks": 1}), 0.0)
+        factory.queue.add(
+            Job.of("merge", {"name": "both", "cards": [str(bench.card())], "ranks": 1}), 0.0
+        )
         factory.run()
         (job,) = factory.queue.jobs()
     assert (job.state, job.attempts) == ("dead", 1)
@@ -749,7 +851,9 @@ def test_a_job_that_an_older_factory_let_in_is_dead_at_its_first_attempt(bench):
 @requirement("R19.1", "R19.5")
 def test_a_kind_that_is_passed_in_is_run_like_one_that_is_built_in(bench):
     assert set(KINDS) == {"train", "extract", "merge", "distil"}
-    with SkillFactory(bench.root, kinds={**KINDS, "distil": Kind("toy_jobs:copy", ("card",))}) as factory:
+    with SkillFactory(
+        bench.root, kinds={**KINDS, "distil": Kind("toy_jobs:copy", ("card",))}
+    ) as factory:
         bench.add(factory, "distil")
         factory.run()
         assert states(factory) == {"distil": "done"}
@@ -758,7 +862,11 @@ def test_a_kind_that_is_passed_in_is_run_like_one_that_is_built_in(bench):
 
 def pairs(path, answer):
     """Pairs of invented words: ``ka<i> mo<j>`` asks for what `answer` says."""
-    rows = [{"query": f"ka{i} mo{j}", "positive": answer(i, j), "group": f"{i}{j}"} for i in range(8) for j in range(8)]
+    rows = [
+        {"query": f"ka{i} mo{j}", "positive": answer(i, j), "group": f"{i}{j}"}
+        for i in range(8)
+        for j in range(8)
+    ]
     Pairs.of(rows).save(path)
     return str(path)
 
@@ -768,7 +876,9 @@ def test_training_is_a_job_whose_card_is_taken_if_it_is_better_than_its_base(ben
     options = {"name": "words", "model": str(model_folder), "rank": 4, "steps": 6}
     data = pairs(bench.folder / "pairs.jsonl", lambda i, j: f"re{i} tu{j}")
     with bench.factory() as factory:
-        job = factory.add("train", {**options, "data": data, "metadata": {"description": "invented words"}})
+        job = factory.add(
+            "train", {**options, "data": data, "metadata": {"description": "invented words"}}
+        )
         assert (job.base, set(job.inputs)) == (str(model_folder), {str(model_folder), data})
         factory.run()
         assert factory.queue.job(job.id).state == "done", factory.queue.job(job.id).error
@@ -779,7 +889,9 @@ def test_training_is_a_job_whose_card_is_taken_if_it_is_better_than_its_base(ben
 
 @requirement("R19.1")
 def test_training_that_is_no_better_than_its_base_makes_no_version(bench, model_folder):
-    found = pairs(bench.folder / "found.jsonl", lambda i, j: f"ka{i} mo{j}")  # where the base finds everything
+    found = pairs(
+        bench.folder / "found.jsonl", lambda i, j: f"ka{i} mo{j}"
+    )  # where the base finds everything
     options = {"name": "words", "model": str(model_folder), "rank": 4, "steps": 1, "data": found}
     assert train("train", options, bench.folder) is None
     with pytest.raises(ArgumentError, match=r"only name, data, model, rank, .*, found layers"):

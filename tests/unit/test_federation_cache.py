@@ -11,7 +11,14 @@ import pytest
 import lora
 from lora.errors import ArgumentError, CardNotFoundError, ManifestError, StoreError
 from lora.federation.cache import STALE, CardCache, default_cache
-from lora.federation.keys import generate_key, load_private_key, load_public_key, read_signed, sign_file, signature_path
+from lora.federation.keys import (
+    generate_key,
+    load_private_key,
+    load_public_key,
+    read_signed,
+    sign_file,
+    signature_path,
+)
 from lora.federation.trust import Policy, check_signature, public_key
 from lora.metrics import Metrics, prometheus_text, serving
 from lora.testing.plugin import requirement
@@ -70,7 +77,9 @@ def test_eviction_takes_the_longest_unused_and_leaves_a_mapped_card_whole(cache)
     assert cache.evict(2 * size + 10) == [shas[1]]
     assert cache.evict(10**9) == []
     assert cache.digests() == sorted([shas[0], shas[2]])
-    assert np.array_equal(card.weights["layer.0.query"].A, made("bb", size=1000).weights["layer.0.query"].A)
+    assert np.array_equal(
+        card.weights["layer.0.query"].A, made("bb", size=1000).weights["layer.0.query"].A
+    )
     assert cache.evict(0) == [shas[2], shas[0]]
 
 
@@ -131,7 +140,12 @@ def test_a_key_is_made_once_is_private_and_signs(tmp_path):
     with pytest.raises(StoreError):
         generate_key(key)
     assert key.read_bytes() == before
-    assert load_public_key(key) == load_public_key(f"{key}.pub") == public_key(load_private_key(key)) == public
+    assert (
+        load_public_key(key)
+        == load_public_key(f"{key}.pub")
+        == public_key(load_private_key(key))
+        == public
+    )
     sha = lora.save(made(version="1.0.0"), card)
     signed = sign_file(card, key)
     assert read_signed(signature_path(card)) == signed
@@ -161,7 +175,10 @@ def test_what_is_no_key_is_named_without_being_quoted(tmp_path):
 @requirement("R5.16")
 def test_sums_grow_from_any_thread_and_are_served_as_prometheus_text():
     metrics = Metrics()
-    threads = [threading.Thread(target=lambda: [metrics.add("fetches") for _ in range(1000)]) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: [metrics.add("fetches") for _ in range(1000)])
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -174,7 +191,10 @@ def test_sums_grow_from_any_thread_and_are_served_as_prometheus_text():
     metrics.add("fetches")
     assert found["fetches"] == 4000
     assert "lora_fetches_total 4001.0" in prometheus_text(metrics)
-    with serving(metrics, 0) as port, urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+    with (
+        serving(metrics, 0) as port,
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer,
+    ):
         assert b"lora_fetches_total 4001.0" in answer.read()
 
 

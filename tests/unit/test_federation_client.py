@@ -42,7 +42,17 @@ from lora.federation.server import LoRAFlightServer
 from lora.federation.trust import Policy, public_key, waived
 from lora.testing.plugin import requirement
 from lora.testing.vectors import vectors_folder
-from tests.unit.hostile import AUTHOR, STRANGER, Authority, Liar, Line, announced, listening, made, saved
+from tests.unit.hostile import (
+    AUTHOR,
+    STRANGER,
+    Authority,
+    Liar,
+    Line,
+    announced,
+    listening,
+    made,
+    saved,
+)
 
 TRUSTING = Policy(frozenset({public_key(AUTHOR)}))
 ANY = Policy(allow_unsigned=True)
@@ -68,7 +78,11 @@ def liar():
 
 def contents(cache):
     """Everything in the cache but the versions that it has seen."""
-    return sorted(str(path.relative_to(cache.root)) for path in cache.root.rglob("*") if "versions" not in path.parts)
+    return sorted(
+        str(path.relative_to(cache.root))
+        for path in cache.root.rglob("*")
+        if "versions" not in path.parts
+    )
 
 
 def refused(liar, cache, error, match=None, policy=TRUSTING, **options):
@@ -96,7 +110,9 @@ def test_what_a_peer_offers_is_listed_by_name(folder, cache):
 
 
 @requirement("R12.1")
-def test_a_list_is_bounded_and_what_is_malformed_in_it_is_left_out(liar, cache, tmp_path, monkeypatch):
+def test_a_list_is_bounded_and_what_is_malformed_in_it_is_left_out(
+    liar, cache, tmp_path, monkeypatch
+):
     good = announced(made(), tmp_path / "a")
     liar.manifests = [b"{", good, b"x" * 70000, b'{"name":1,"digest":"0","size":1}']
     with LoRAFlightClient(liar.uri, cache) as client:
@@ -113,7 +129,10 @@ def test_a_second_call_does_no_network_io_and_progress_is_told(folder, cache):
     sha = saved(card, folder)
     seen = []
     with LoRAFlightServer(folder) as server, LoRAFlightClient(server.uri, cache, ANY) as client:
-        assert client.fetch_skill("docs", progress=lambda done, total: seen.append((done, total))) == card
+        assert (
+            client.fetch_skill("docs", progress=lambda done, total: seen.append((done, total)))
+            == card
+        )
         requests = dict(server.metrics.snapshot())
         assert client.fetch_skill("docs") == card
         assert dict(server.metrics.snapshot()) == requests
@@ -159,7 +178,11 @@ def test_a_truncation_at_every_4_kib_is_noticed(liar, cache, tmp_path):
 @requirement("R12.3")
 @pytest.mark.parametrize("size", [0, -1, 2**31 + 1, 2**62])
 def test_a_size_that_is_absurd_is_refused_before_a_byte_is_asked_for(liar, cache, tmp_path, size):
-    told = announced(made(), tmp_path / "a", AUTHOR).to_json().replace(b'"size":', b'"size":%d,"was":' % size)
+    told = (
+        announced(made(), tmp_path / "a", AUTHOR)
+        .to_json()
+        .replace(b'"size":', b'"size":%d,"was":' % size)
+    )
     liar.manifests, liar.data = [told], lambda: pytest.fail("asked for")
     refused(liar, cache, (MismatchError, ManifestError), "size")
 
@@ -181,7 +204,10 @@ def test_an_endless_stream_ends_with_the_announced_size(liar, cache, tmp_path):
 
 @requirement("R12.3", "R12.5")
 def test_a_message_of_any_size_is_not_buffered(liar, cache, tmp_path):
-    liar.manifests, liar.data = [announced(made(), tmp_path / "a", AUTHOR)], lambda: iter([bytes(MAX_MESSAGE + 1)])
+    liar.manifests, liar.data = (
+        [announced(made(), tmp_path / "a", AUTHOR)],
+        lambda: iter([bytes(MAX_MESSAGE + 1)]),
+    )
     refused(liar, cache, PeerError)
 
 
@@ -204,7 +230,14 @@ def holding(a=0.1, **fields):
     """A card with these values in its factors."""
     pair = LowRank(np.full((4, 1), a, np.float32), np.full((1, 4), a, np.float32))
     return LoRACard(
-        **{"name": "docs", "rank": 1, "alpha": 1.0, "target_modules": ("q",), "weights": {"q": pair}, **fields}
+        **{
+            "name": "docs",
+            "rank": 1,
+            "alpha": 1.0,
+            "target_modules": ("q",),
+            "weights": {"q": pair},
+            **fields,
+        }
     )
 
 
@@ -217,7 +250,13 @@ REFUSALS = {
     "unknown_signers": (holding(), STRANGER, UnknownSignerError, TRUSTING, {}),
     "nonfinite": (holding(float("nan")), AUTHOR, NonFiniteError, TRUSTING, {}),
     "any_norm": (holding(1e9), AUTHOR, AbsurdNormError, TRUSTING, {}),
-    "other_base": (holding(base_model="x"), AUTHOR, BaseModelError, Policy(TRUSTING.trusted, base_model="y"), {}),
+    "other_base": (
+        holding(base_model="x"),
+        AUTHOR,
+        BaseModelError,
+        Policy(TRUSTING.trusted, base_model="y"),
+        {},
+    ),
     "any_name": (holding(name="../x"), AUTHOR, BadNameError, TRUSTING, {}),
 }
 
@@ -230,7 +269,10 @@ def test_each_refusal_has_an_error_and_an_opt_out_of_its_own(liar, cache, tmp_pa
     liar.manifests, liar.data = [manifest], (tmp_path / "a").read_bytes()
     for other in REFUSALS:
         if other != optout:
-            with LoRAFlightClient(liar.uri, cache, waived(policy, [other]), **options) as client, pytest.raises(error):
+            with (
+                LoRAFlightClient(liar.uri, cache, waived(policy, [other]), **options) as client,
+                pytest.raises(error),
+            ):
                 client.fetch_skill(card.name)
     assert contents(cache) == []
     with LoRAFlightClient(liar.uri, cache, waived(policy, [optout]), **options) as client:
@@ -239,7 +281,9 @@ def test_each_refusal_has_an_error_and_an_opt_out_of_its_own(liar, cache, tmp_pa
 
 
 @requirement("R14.2")
-def test_other_bytes_than_announced_are_kept_under_their_own_digest_if_one_insists(liar, cache, tmp_path):
+def test_other_bytes_than_announced_are_kept_under_their_own_digest_if_one_insists(
+    liar, cache, tmp_path
+):
     liar.manifests = [announced(made(), tmp_path / "a", AUTHOR)]
     sha = lora.save(made(size=8), tmp_path / "b")
     liar.data = (tmp_path / "b").read_bytes()
@@ -287,10 +331,15 @@ def test_a_card_that_was_altered_after_signing_is_refused(liar, cache, tmp_path)
 
 
 @requirement("R14.2")
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a\0b", "a" * 300, "", ".hidden", "a\\b", "a\nb", "\u202eabc"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a\0b", "a" * 300, "", ".hidden", "a\\b", "a\nb", "\u202eabc"]
+)
 def test_a_bad_name_is_refused_before_a_byte_is_asked_for(liar, cache, name):
     liar.manifests, liar.data = [Manifest(name, "0" * 64, 10)], lambda: pytest.fail("asked for")
-    with LoRAFlightClient(liar.uri, cache, ANY) as client, pytest.raises((BadNameError, MismatchError)):
+    with (
+        LoRAFlightClient(liar.uri, cache, ANY) as client,
+        pytest.raises((BadNameError, MismatchError)),
+    ):
         client.fetch(liar.manifests[0])
     assert contents(cache) == []
 
@@ -298,12 +347,21 @@ def test_a_bad_name_is_refused_before_a_byte_is_asked_for(liar, cache, name):
 @requirement("R12.3")
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("name", "other"), ("rank", 3), ("description", "nicer"), ("targets", ("key",)), ("version", "9.0.0")],
+    [
+        ("name", "other"),
+        ("rank", 3),
+        ("description", "nicer"),
+        ("targets", ("key",)),
+        ("version", "9.0.0"),
+    ],
 )
 def test_an_announcement_that_is_not_of_the_card_is_refused(liar, cache, tmp_path, field, value):
     manifest = lora.federation.trust.replace(announced(made(), tmp_path / "a"), **{field: value})
     liar.manifests, liar.data = [manifest], (tmp_path / "a").read_bytes()
-    with LoRAFlightClient(liar.uri, cache, ANY) as client, pytest.raises(MismatchError, match=field):
+    with (
+        LoRAFlightClient(liar.uri, cache, ANY) as client,
+        pytest.raises(MismatchError, match=field),
+    ):
         client.fetch(manifest)
     assert contents(cache) == []
 
@@ -322,17 +380,26 @@ def test_the_callers_own_check_is_the_last(liar, cache, tmp_path):
 
 
 @requirement("R12.5")
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(range(256)) * 64, b"\x16\x03\x01"])
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(range(256)) * 64, b"\x16\x03\x01"]
+)
 def test_a_silent_listener_and_a_garbage_server_end_with_the_deadline(cache, answer):
     with listening(answer) as uri:
         for secure in (uri, uri.replace("grpc:", "grpc+tls:")):
             start = time.monotonic()
             with LoRAFlightClient(secure, cache, ANY, timeout=0.5) as client:
-                for call in (client.list_remote_skills, client.health, lambda c=client: c.fetch_skill("docs")):
+                for call in (
+                    client.list_remote_skills,
+                    client.health,
+                    lambda c=client: c.fetch_skill("docs"),
+                ):
                     with pytest.raises(PeerError):
                         call()
             assert time.monotonic() - start < 6
-    with LoRAFlightClient(uri, cache, ANY, timeout=0.5) as client, pytest.raises(PeerError):  # nobody listens any more
+    with (
+        LoRAFlightClient(uri, cache, ANY, timeout=0.5) as client,
+        pytest.raises(PeerError),
+    ):  # nobody listens any more
         client.list_remote_skills()
 
 
@@ -348,15 +415,22 @@ def test_a_slow_drip_ends_with_the_minimum_rate(liar, cache, tmp_path):
 
     liar.manifests, liar.data = [manifest], drip
     start = time.monotonic()
-    with LoRAFlightClient(liar.uri, cache, TRUSTING, timeout=1, min_rate=1e6) as client, pytest.raises(PeerError):
+    with (
+        LoRAFlightClient(liar.uri, cache, TRUSTING, timeout=1, min_rate=1e6) as client,
+        pytest.raises(PeerError),
+    ):
         client.fetch_skill("docs")
     assert time.monotonic() - start < 1 + len(data) / 1e6 + 3
     assert contents(cache) == []
 
 
 @requirement("R12.6")
-@pytest.mark.parametrize("error", [flight.FlightCancelledError, flight.FlightUnavailableError, KeyError, SystemExit])
-def test_a_stream_that_breaks_off_is_a_peer_error_in_the_calling_thread(liar, cache, tmp_path, error):
+@pytest.mark.parametrize(
+    "error", [flight.FlightCancelledError, flight.FlightUnavailableError, KeyError, SystemExit]
+)
+def test_a_stream_that_breaks_off_is_a_peer_error_in_the_calling_thread(
+    liar, cache, tmp_path, error
+):
     liar.manifests = [announced(made(size=200_000, rank=4), tmp_path / "a", AUTHOR)]
 
     def broken():
@@ -376,7 +450,9 @@ def test_a_stream_that_breaks_off_is_a_peer_error_in_the_calling_thread(liar, ca
     thread = threading.Thread(target=fetching)
     thread.start()
     thread.join(20)
-    assert [type(caught) for caught in found] == [MismatchError if error is SystemExit else PeerError]
+    assert [type(caught) for caught in found] == [
+        MismatchError if error is SystemExit else PeerError
+    ]
     assert contents(cache) == []
 
 
@@ -385,7 +461,9 @@ def test_a_line_that_is_cut_or_silent_is_a_peer_error_and_heals(folder, cache):
     sha = saved(made(size=400_000, rank=4), folder)
     with ExitStack() as opened:
         line = opened.enter_context(Line(opened.enter_context(LoRAFlightServer(folder)).port))
-        client = opened.enter_context(LoRAFlightClient(line.uri, cache, ANY, timeout=2, min_rate=1e7))
+        client = opened.enter_context(
+            LoRAFlightClient(line.uri, cache, ANY, timeout=2, min_rate=1e7)
+        )
         line.limit = 2_000_000
         with pytest.raises(PeerError):
             client.fetch_skill("docs")
@@ -488,7 +566,9 @@ def zygote(folder, tmp_path):
     sha = saved(made(size=250_000, rank=8), folder)
     with LoRAFlightServer(folder) as server:
         command = [sys.executable, "-c", ZYGOTE, server.uri, str(tmp_path / "cache")]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
+        environment = {
+            key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")
+        }
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         ) as process:

@@ -48,7 +48,9 @@ def nodes():
 def uris(discovery, wanted, seconds=15):
     """The peers' URIs among the wanted ports', as soon as they are all and only those that are wanted."""
     end = time.monotonic() + seconds
-    while (found := sorted(peer.uri for peer in discovery.peers())) != wanted and time.monotonic() < end:
+    while (
+        found := sorted(peer.uri for peer in discovery.peers())
+    ) != wanted and time.monotonic() < end:
         time.sleep(0.02)
     return found
 
@@ -112,7 +114,9 @@ def test_a_flood_of_fake_peers_neither_fills_the_book_nor_displaces_who_answers(
 @requirement("R13.5")
 def test_static_peers_need_no_multicast_and_come_back_when_they_answer_again(nodes):
     nodes.ids["grpc://a:1"] = "one"
-    with Discovery("me", nodes.ask, interfaces=(), static=["grpc://a:1", "grpc://b:2"], interval=0.1) as found:
+    with Discovery(
+        "me", nodes.ask, interfaces=(), static=["grpc://a:1", "grpc://b:2"], interval=0.1
+    ) as found:
         assert uris(found, ["grpc://a:1"]) == ["grpc://a:1"]
         nodes.ids["grpc://b:2"] = ""
         assert uris(found, ["grpc://a:1", "grpc://b:2"]) == ["grpc://a:1", "grpc://b:2"]
@@ -136,7 +140,9 @@ def test_a_peer_whose_answer_breaks_the_asking_ends_no_thread(nodes, caplog):
             raise RuntimeError("broken")
         return "good"
 
-    with Discovery("me", ask, interfaces=(), static=["grpc://bad:1", "grpc://good:1"], interval=0.1) as found:
+    with Discovery(
+        "me", ask, interfaces=(), static=["grpc://bad:1", "grpc://good:1"], interval=0.1
+    ) as found:
         assert uris(found, ["grpc://good:1"]) == ["grpc://good:1"]
     assert "broken" in caplog.text
 
@@ -201,13 +207,30 @@ def test_nodes_on_a_network_of_their_own_find_each_other_over_ipv4_and_ipv6(netw
             subprocess.run(["ip", "netns", "add", space], check=True)
         a, b = spaces
         subprocess.run(
-            ["ip", "link", "add", "v0", "netns", a, "type", "veth", "peer", "name", "v0", "netns", b], check=True
+            [
+                "ip",
+                "link",
+                "add",
+                "v0",
+                "netns",
+                a,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "v0",
+                "netns",
+                b,
+            ],
+            check=True,
         )
         for number, space in enumerate(spaces, 1):
             ip = ["ip", "-n", space]
             subprocess.run([*ip, "link", "set", "v0", "up"], check=True)
             more = ["nodad"] if ":" in network else []
-            subprocess.run([*ip, "addr", "add", f"{network}{number}/{bits}", "dev", "v0", *more], check=True)
+            subprocess.run(
+                [*ip, "addr", "add", f"{network}{number}/{bits}", "dev", "v0", *more], check=True
+            )
         time.sleep(2)  # for the link-local address
         processes = [
             subprocess.Popen(

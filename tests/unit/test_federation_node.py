@@ -35,7 +35,15 @@ TRUSTING = Policy(frozenset({public_key(AUTHOR)}))
 
 def joined(tmp_path, peers, policy=ANY, **options):
     """A node that serves nothing, once all its static peers have answered."""
-    node = Node(tmp_path / "cache", peers=peers, policy=policy, interfaces=(), interval=0.2, timeout=3, **options)
+    node = Node(
+        tmp_path / "cache",
+        peers=peers,
+        policy=policy,
+        interfaces=(),
+        interval=0.2,
+        timeout=3,
+        **options,
+    )
     node.discovery.wait(10, len(peers))
     return node
 
@@ -101,9 +109,14 @@ def test_a_peer_that_lies_truncates_or_is_refused_is_left_and_the_next_is_tried(
 
 @requirement("R12.4", "R14.2")
 def test_what_is_vouched_for_comes_first_then_the_higher_version(tmp_path):
-    old, new = (announced(made("docs", version=version), tmp_path / version) for version in ("1.2.0", "1.10.0"))
+    old, new = (
+        announced(made("docs", version=version), tmp_path / version)
+        for version in ("1.2.0", "1.10.0")
+    )
     signed, strange = sign(old, AUTHOR), sign(new, STRANGER)
-    offers = ranked({"grpc://b:1": [old, new], "grpc://a:1": [strange, signed, old]}, TRUSTING)["docs"]
+    offers = ranked({"grpc://b:1": [old, new], "grpc://a:1": [strange, signed, old]}, TRUSTING)[
+        "docs"
+    ]
     assert offers[0].manifest == signed
     assert [offer.manifest.version for offer in offers[1:]] == ["1.10.0", "1.10.0", "1.2.0"]
     assert offers[-1].uris == ("grpc://a:1", "grpc://b:1")
@@ -120,10 +133,13 @@ with LoRAFlightServer(sys.argv[1]) as server:
 
 
 @requirement("R12.4", "R13.2")
-def test_a_server_that_is_killed_in_mid_stream_is_replaced_by_another_with_the_same_digest(tmp_path):
+def test_a_server_that_is_killed_in_mid_stream_is_replaced_by_another_with_the_same_digest(
+    tmp_path,
+):
     folder = folder_of(tmp_path, "cards", made("docs", size=800_000, rank=4))
     servers = [
-        subprocess.Popen([sys.executable, "-c", SERVER, folder], stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", SERVER, folder], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     try:
         uris = sorted((server.stdout.readline().strip(), server) for server in servers)
@@ -155,7 +171,11 @@ def test_a_server_that_is_killed_in_mid_stream_is_replaced_by_another_with_the_s
 def test_a_partition_heals(tmp_path):
     """Through a TCP proxy, as through any load balancer."""
     cards = folder_of(tmp_path, "a", made("docs"))
-    with LoRAFlightServer(cards) as server, Line(server.port) as line, joined(tmp_path, [line.uri]) as node:
+    with (
+        LoRAFlightServer(cards) as server,
+        Line(server.port) as line,
+        joined(tmp_path, [line.uri]) as node,
+    ):
         assert list(node.sync()) == ["docs"]
         line.silent = True
         line.cut()
@@ -191,16 +211,23 @@ def skill(name, description, size=384, module="encoder.layer.0.attention.self.qu
     """A card of MiniLM's shapes that changes every embedding."""
     rng = np.random.default_rng(1)
     pair = LowRank(
-        rng.normal(0, 0.2, (size, 2)).astype(np.float32), rng.normal(0, 0.2, (2, size)).astype(np.float32), 1.0
+        rng.normal(0, 0.2, (size, 2)).astype(np.float32),
+        rng.normal(0, 0.2, (2, size)).astype(np.float32),
+        1.0,
     )
-    return LoRACard(name, 2, 2.0, ("query",), {module: pair}, {"description": description}, **fields)
+    return LoRACard(
+        name, 2, 2.0, ("query",), {module: pair}, {"description": description}, **fields
+    )
 
 
 @pytest.fixture
 def remote(tmp_path):
     """A server of skills, and its folder."""
     cards = folder_of(
-        tmp_path, "remote", skill("docs", "Python documentation: reading and writing files"), skill("mute", "")
+        tmp_path,
+        "remote",
+        skill("docs", "Python documentation: reading and writing files"),
+        skill("mute", ""),
     )
     with LoRAFlightServer(cards) as server:
         yield server
@@ -209,7 +236,11 @@ def remote(tmp_path):
 @pytest.fixture
 def node(engine, remote, tmp_path):
     with engine.start_federation(
-        peers=[remote.uri.removeprefix("grpc://")], cache=tmp_path / "mine", policy=ANY, interfaces=(), timeout=3
+        peers=[remote.uri.removeprefix("grpc://")],
+        cache=tmp_path / "mine",
+        policy=ANY,
+        interfaces=(),
+        timeout=3,
     ) as node:
         node.discovery.wait(10, 1)
         yield node
@@ -220,7 +251,9 @@ QUERY = "how do I write a file in Python"
 
 
 @requirement("R5.13", "R5.11", "R4.7")
-def test_a_remote_skill_is_found_by_its_description_fetched_and_applied_for_that_request_alone(engine, node):
+def test_a_remote_skill_is_found_by_its_description_fetched_and_applied_for_that_request_alone(
+    engine, node
+):
     texts = ["reading files", "cooking rice"]
     base = engine.encode(texts)
     assert engine.sync_remote_skills() == ("docs",)
@@ -239,7 +272,9 @@ def test_a_remote_skill_is_found_by_its_description_fetched_and_applied_for_that
 
 
 @requirement("R5.13")
-def test_what_is_here_goes_before_what_is_remote_and_what_is_gone_is_forgotten(engine, node, remote):
+def test_what_is_here_goes_before_what_is_remote_and_what_is_gone_is_forgotten(
+    engine, node, remote
+):
     engine.register_lora(skill("docs", "something else entirely"))
     assert engine.sync_remote_skills() == ()
     engine.remove_lora("docs")
@@ -269,7 +304,9 @@ def test_a_peer_that_is_gone_costs_the_request_its_skill_and_nothing_else(engine
     ],
     ids=["shape", "target", "base"],
 )
-def test_a_card_that_does_not_fit_the_model_is_refused_before_it_is_cached(engine, node, remote, card, error):
+def test_a_card_that_does_not_fit_the_model_is_refused_before_it_is_cached(
+    engine, node, remote, card, error
+):
     saved(card, remote.root)
     engine.sync_remote_skills()
     found = engine.encode_with_lora(["a"], intent_query=QUERY)
@@ -301,7 +338,9 @@ def test_an_engine_believes_nobody_by_default(engine, remote, tmp_path):
 def test_an_engine_can_serve(engine, tmp_path):
     cards = folder_of(tmp_path, "mine", made("docs"))
     with engine.start_federation(root=cards, cache=tmp_path / "c", interfaces=()) as node:
-        assert list(lora.federation.LoRAFlightClient(node.server.uri, tmp_path / "c2").list_remote_skills())
+        assert list(
+            lora.federation.LoRAFlightClient(node.server.uri, tmp_path / "c2").list_remote_skills()
+        )
     engine.stop_federation()
 
 
@@ -311,7 +350,10 @@ def test_what_a_peer_says_of_itself_hides_and_breaks_nothing(tmp_path):
     good = announced(made("docs", version="1.0.0"), tmp_path / "good", AUTHOR)
     forged = good.to_json().replace(b'"description":""', b'"description":"\\ud800"')
     later = announced(made("docs", version="9.0.0", base_model="other"), tmp_path / "later")
-    data = {good.digest: (tmp_path / "good").read_bytes(), later.digest: (tmp_path / "later").read_bytes()}
+    data = {
+        good.digest: (tmp_path / "good").read_bytes(),
+        later.digest: (tmp_path / "later").read_bytes(),
+    }
     policy = Policy(base_model="mine", allow_unsigned=True, allow_unknown_signers=True)
     mine = announced(made("docs", version="1.0.0", base_model="mine"), tmp_path / "mine")
     data[mine.digest] = (tmp_path / "mine").read_bytes()
@@ -351,5 +393,7 @@ def test_a_request_tries_only_so_many_cards_that_can_not_be_had(engine, node, re
 
 @requirement("R14.2")
 def test_a_wide_pair_is_measured_without_a_matrix_larger_than_itself():
-    pair = LowRank(np.full((1, 60_000), 0.01, np.float32), np.full((60_000, 1), 0.01, np.float32), 1.0)
+    pair = LowRank(
+        np.full((1, 60_000), 0.01, np.float32), np.full((60_000, 1), 0.01, np.float32), 1.0
+    )
     assert norm_of(pair) == pytest.approx(6.0, rel=1e-4)

@@ -28,7 +28,9 @@ from tests.unit.hostile import AUTHOR, Authority, Line, made, saved
 def folder(tmp_path):
     path = tmp_path / "cards"
     path.mkdir()
-    saved(made("docs", description="Python documentation", base_model="minilm", version="1.2.0"), path)
+    saved(
+        made("docs", description="Python documentation", base_model="minilm", version="1.2.0"), path
+    )
     saved(made("law", size=8), path)
     return path
 
@@ -57,10 +59,18 @@ def action(client, kind, body=b""):
 def test_a_card_is_read_with_plain_flight_and_its_factors_without_this_library(folder, plain):
     (info,) = [info for info in plain.list_flights() if info.descriptor.path == [b"docs"]]
     told = json.loads(info.app_metadata)
-    assert told["digest"] == lora.digest(folder / "docs.lora.arrow") == info.endpoints[0].ticket.ticket.decode()
+    assert (
+        told["digest"]
+        == lora.digest(folder / "docs.lora.arrow")
+        == info.endpoints[0].ticket.ticket.decode()
+    )
     assert told["size"] == info.total_bytes == (folder / "docs.lora.arrow").stat().st_size
     assert (told["rank"], told["alpha"], told["targets"], told["modules"]) == (2, 4.0, ["query"], 1)
-    assert (told["description"], told["base_model"], told["version"]) == ("Python documentation", "minilm", "1.2.0")
+    assert (told["description"], told["base_model"], told["version"]) == (
+        "Python documentation",
+        "minilm",
+        "1.2.0",
+    )
     assert info.total_records == 1
     assert info.schema.metadata[b"lora.name"] == b"docs"
     table = plain.do_get(info.endpoints[0].ticket).read_all()
@@ -74,13 +84,18 @@ def test_a_card_is_read_with_plain_flight_and_its_factors_without_this_library(f
 @requirement("R11.2")
 def test_criteria_narrow_the_list(plain):
     assert names(plain) == ["docs", "law"]
-    assert names(plain, b'{"name_prefix":"do"}') == names(plain, b'{"base_model":"minilm"}') == ["docs"]
+    assert (
+        names(plain, b'{"name_prefix":"do"}')
+        == names(plain, b'{"base_model":"minilm"}')
+        == ["docs"]
+    )
     assert names(plain, b'{"name_prefix":"do","base_model":"other"}') == []
 
 
 @requirement("R11.2", "R11.7")
 @pytest.mark.parametrize(
-    "criteria", [b"x", b"[]", b'{"a":1}', b'{"name_prefix":"a","name_prefix":"b"}', b"[" * 5000, b"\xff"]
+    "criteria",
+    [b"x", b"[]", b'{"a":1}', b'{"name_prefix":"a","name_prefix":"b"}', b"[" * 5000, b"\xff"],
 )
 def test_other_criteria_are_a_bad_request(plain, criteria):
     with pytest.raises(flight.FlightServerError, match=r"^bad request"):
@@ -94,13 +109,27 @@ def test_names_and_digests_are_described_alike(folder, plain):
     by_digest = plain.get_flight_info(flight.FlightDescriptor.for_command(sha.encode()))
     assert by_name.app_metadata == by_digest.app_metadata
     assert json.loads(by_name.app_metadata)["digest"] == sha
-    assert plain.get_schema(flight.FlightDescriptor.for_path("law")).schema.metadata[b"lora.name"] == b"law"
+    assert (
+        plain.get_schema(flight.FlightDescriptor.for_path("law")).schema.metadata[b"lora.name"]
+        == b"law"
+    )
 
 
 @requirement("R11.4", "R11.7")
 @pytest.mark.parametrize(
     "wanted",
-    ["../secret", "/etc/passwd", "docs.lora.arrow", "", "a" * 300, "docs\0", "./docs", "0" * 64, "%2e%2e", "é"],
+    [
+        "../secret",
+        "/etc/passwd",
+        "docs.lora.arrow",
+        "",
+        "a" * 300,
+        "docs\0",
+        "./docs",
+        "0" * 64,
+        "%2e%2e",
+        "é",
+    ],
 )
 def test_nothing_outside_the_folder_can_be_named(tmp_path, plain, wanted):
     saved(made("secret"), tmp_path)
@@ -138,7 +167,10 @@ def test_both_forms_come_in_pieces_and_are_the_card(folder):
     data = (folder / "big.lora.arrow").read_bytes()
     with LoRAFlightServer(folder) as server, flight.connect(server.uri) as client:
         rows = [chunk.data for chunk in client.do_get(flight.Ticket(sha.encode()))]
-        pieces = [chunk.data.column("bytes")[0].as_py() for chunk in client.do_get(flight.Ticket(f"{sha}/file"))]
+        pieces = [
+            chunk.data.column("bytes")[0].as_py()
+            for chunk in client.do_get(flight.Ticket(f"{sha}/file"))
+        ]
         acted = action(client, "card", sha.encode())
     assert [batch.num_rows for batch in rows] == [1, 1, 1]
     assert lora.table_to_card(pa.Table.from_batches(rows)) == lora.load(folder / "big.lora.arrow")
@@ -176,7 +208,9 @@ def test_serving_is_read_only(plain, folder):
 @requirement("R11.1", "R5.16")
 def test_health_version_and_metrics(server, plain):
     assert {listed.type for listed in plain.list_actions()} == {"card", "list", "health", "version"}
-    assert [json.loads(told)["name"] for told in action(plain, "list", b'{"name_prefix":"do"}')] == ["docs"]
+    assert [
+        json.loads(told)["name"] for told in action(plain, "list", b'{"name_prefix":"do"}')
+    ] == ["docs"]
     (health,), (version,) = action(plain, "health"), action(plain, "version")
     assert json.loads(health) == {"status": "ok", "cards": 2, "streams": 0}
     assert json.loads(version) == {"server": "lora", "format": [1, 0], "node_id": "n1"}
@@ -194,7 +228,12 @@ def test_changes_in_the_folder_show_up_without_a_restart(folder, server, plain):
     assert names(plain) == ["docs", "new"]
     old = lora.digest(folder / "docs.lora.arrow")
     sha = saved(made("docs", size=32, version="1.2.1"), folder)
-    assert json.loads(plain.get_flight_info(flight.FlightDescriptor.for_path("docs")).app_metadata)["digest"] == sha
+    assert (
+        json.loads(plain.get_flight_info(flight.FlightDescriptor.for_path("docs")).app_metadata)[
+            "digest"
+        ]
+        == sha
+    )
     with pytest.raises(flight.FlightServerError, match="no such card"):
         action(plain, "card", old.encode())
     catalog = server.catalog
@@ -210,13 +249,19 @@ def test_of_two_versions_a_name_is_the_higher(folder, plain):
 
 
 @requirement("R14.1")
-def test_a_signature_beside_a_card_is_served_and_one_of_another_card_is_not(tmp_path, folder, server, plain, caplog):
+def test_a_signature_beside_a_card_is_served_and_one_of_another_card_is_not(
+    tmp_path, folder, server, plain, caplog
+):
     public = generate_key(tmp_path / "me.pem")
     sign_file(folder / "docs.lora.arrow", tmp_path / "me.pem")
-    told = manifest_from_json(plain.get_flight_info(flight.FlightDescriptor.for_path("docs")).app_metadata)
+    told = manifest_from_json(
+        plain.get_flight_info(flight.FlightDescriptor.for_path("docs")).app_metadata
+    )
     check_signature(told, Policy(frozenset({public})))
     (folder / "docs.lora.arrow.sig.json").rename(folder / "law.lora.arrow.sig.json")
-    told = manifest_from_json(plain.get_flight_info(flight.FlightDescriptor.for_path("law")).app_metadata)
+    told = manifest_from_json(
+        plain.get_flight_info(flight.FlightDescriptor.for_path("law")).app_metadata
+    )
     assert told.signature is None
     assert "another card" in caplog.text
     (folder / "law.lora.arrow.sig.json").write_bytes(b"{")
@@ -225,11 +270,16 @@ def test_a_signature_beside_a_card_is_served_and_one_of_another_card_is_not(tmp_
 
 @requirement("R11.6")
 def test_without_the_token_nothing_is_told(folder):
-    with LoRAFlightServer(folder, credentials=Credentials("secret")) as server, flight.connect(server.uri) as client:
+    with (
+        LoRAFlightServer(folder, credentials=Credentials("secret")) as server,
+        flight.connect(server.uri) as client,
+    ):
         for headers in ([], [(b"authorization", b"Bearer other")], [(b"authorization", b"secret")]):
             options = flight.FlightCallOptions(headers=headers)
             for call in (client.list_flights, lambda options: client.do_action("health", options)):
-                with pytest.raises(flight.FlightUnauthenticatedError, match="unauthenticated") as caught:
+                with pytest.raises(
+                    flight.FlightUnauthenticatedError, match="unauthenticated"
+                ) as caught:
                     list(call(options=options))
                 assert "secret" not in str(caught.value)
         options = flight.FlightCallOptions(headers=[(b"authorization", b"Bearer secret")])
@@ -240,12 +290,16 @@ def test_without_the_token_nothing_is_told(folder):
 def test_a_token_travels_in_clear_on_loopback_alone_unless_the_caller_insists(folder):
     with pytest.raises(ArgumentError, match=r"TLS beyond loopback.*insecure_token=True"):
         LoRAFlightServer(folder, "grpc://0.0.0.0:0", credentials=Credentials("secret"))
-    with LoRAFlightServer(folder, "grpc://0.0.0.0:0", credentials=Credentials("secret", insecure_token=True)) as server:
+    with LoRAFlightServer(
+        folder, "grpc://0.0.0.0:0", credentials=Credentials("secret", insecure_token=True)
+    ) as server:
         assert server.port
     assert not check_location("grpc://[::1]:5", Credentials("secret"))
     assert check_location("grpc+tls://cards.example:443", Credentials("secret"))
     assert "secret" not in repr(Credentials("secret", b"secret", b"secret"))
-    assert [is_loopback(host) for host in ("localhost", "127.9.9.9", "::1", "10.0.0.1", "example.org")] == [
+    assert [
+        is_loopback(host) for host in ("localhost", "127.9.9.9", "::1", "10.0.0.1", "example.org")
+    ] == [
         True,
         True,
         True,
@@ -269,7 +323,9 @@ def test_mutual_tls_lets_in_only_the_authoritys_clients(folder):
 
         def listed(c):
             options = flight.FlightCallOptions(timeout=5)
-            with flight.connect(server.uri, tls_root_certs=c.ca, cert_chain=c.certificate, private_key=c.key) as client:
+            with flight.connect(
+                server.uri, tls_root_certs=c.ca, cert_chain=c.certificate, private_key=c.key
+            ) as client:
                 return len(list(client.list_flights(options=options)))
 
         assert listed(mine.credentials()) == 2
@@ -315,7 +371,10 @@ def test_a_failure_inside_is_told_as_nothing_but_that(folder, server, plain, mon
     sha = lora.digest(folder / "docs.lora.arrow")
     monkeypatch.setattr("lora.federation.server.file_pieces", lambda *_: (1 / 0 for _ in "x"))
     monkeypatch.setattr("lora.federation.server.table_pieces", lambda card: (1 / 0 for _ in "x"))
-    for call in (lambda: action(plain, "card", sha.encode()), lambda: plain.do_get(flight.Ticket(sha)).read_all()):
+    for call in (
+        lambda: action(plain, "card", sha.encode()),
+        lambda: plain.do_get(flight.Ticket(sha)).read_all(),
+    ):
         with pytest.raises(flight.FlightInternalError, match=r"^internal error") as caught:
             call()
         assert "division" not in str(caught.value)
@@ -354,10 +413,15 @@ def stalled(uri, sha):
 
 
 @requirement("R11.8")
-def test_of_a_hundred_stalled_readers_some_are_refused_and_the_rest_cut_off_while_others_are_served(folder):
+def test_of_a_hundred_stalled_readers_some_are_refused_and_the_rest_cut_off_while_others_are_served(
+    folder,
+):
     sha = saved(made("big", size=500_000, rank=8), folder)
     readers, refused = [], 0
-    with LoRAFlightServer(folder, limits=Limits(streams=40)) as server, flight.connect(server.uri) as client:
+    with (
+        LoRAFlightServer(folder, limits=Limits(streams=40)) as server,
+        flight.connect(server.uri) as client,
+    ):
         for _ in range(100):
             try:
                 readers.append(stalled(server.uri, sha))
@@ -367,11 +431,16 @@ def test_of_a_hundred_stalled_readers_some_are_refused_and_the_rest_cut_off_whil
         assert names(client) == ["big", "docs", "law"]
         server._streams.limits = Limits(streams=40, stall=0.5)
         end = time.monotonic() + 20
-        while (streams := json.loads(action(client, "health")[0])["streams"]) and time.monotonic() < end:
+        while (
+            streams := json.loads(action(client, "health")[0])["streams"]
+        ) and time.monotonic() < end:
             assert streams <= 40
             time.sleep(0.1)
         assert streams == 0
-        assert sum(map(len, action(client, "card", sha.encode()))) == (folder / "big.lora.arrow").stat().st_size
+        assert (
+            sum(map(len, action(client, "card", sha.encode())))
+            == (folder / "big.lora.arrow").stat().st_size
+        )
         cut = server.metrics.snapshot()["streams_cut"]
         assert cut > 10
     ended = 0
@@ -386,7 +455,9 @@ def test_of_a_hundred_stalled_readers_some_are_refused_and_the_rest_cut_off_whil
 
 @requirement("R11.8")
 def test_a_stream_that_never_ends_is_cut_off_and_shutdown_does_not_wait(folder):
-    sha = saved(made("big", size=2_000_000, rank=8), folder)  # more than gRPC takes ahead of a slow reader
+    sha = saved(
+        made("big", size=2_000_000, rank=8), folder
+    )  # more than gRPC takes ahead of a slow reader
     with LoRAFlightServer(folder, limits=Limits(duration=0.5)) as server:
         client, stream = stalled(server.uri, sha)
         with pytest.raises((flight.FlightUnavailableError, flight.FlightCancelledError)):
@@ -403,7 +474,11 @@ def test_a_stream_that_never_ends_is_cut_off_and_shutdown_does_not_wait(folder):
 
 @requirement("R11.8")
 def test_only_the_connection_that_is_meant_is_shut_down(server):
-    with Line(server.port) as line, flight.connect(line.uri) as near, flight.connect(server.uri) as other:
+    with (
+        Line(server.port) as line,
+        flight.connect(line.uri) as near,
+        flight.connect(server.uri) as other,
+    ):
         names(near)
         names(other)
         mine = line.pairs[0][1].getsockname()[1]

@@ -41,7 +41,9 @@ def test_a_gain_that_a_few_queries_make_is_not_enough():
 
 
 @requirement("R18.3")
-@pytest.mark.parametrize(("loss", "harmless"), [(0.0, True), (0.009, True), (0.011, False), (0.2, False)])
+@pytest.mark.parametrize(
+    ("loss", "harmless"), [(0.0, True), (0.009, True), (0.011, False), (0.2, False)]
+)
 def test_a_guard_set_may_lose_at_most_a_hundredth(loss, harmless):
     gain = ([0.5] * 20, [1.0] * 20)
     verdict = judge(gain, ([0.5] * 20, [0.5 - loss] * 20))
@@ -52,7 +54,9 @@ def test_a_guard_set_may_lose_at_most_a_hundredth(loss, harmless):
 def test_harm_is_what_is_possible_not_only_what_was_seen():
     rng = np.random.default_rng(0)
     before = np.full(30, 0.5)
-    after = np.where(rng.permutation(30) < 15, 1.0, 1 / 3)  # on average better, of some queries much worse
+    after = np.where(
+        rng.permutation(30) < 15, 1.0, 1 / 3
+    )  # on average better, of some queries much worse
     verdict = judge(([0.5] * 20, [1.0] * 20), (before, after - (after.mean() - 0.5)))
     assert abs(verdict.guard.mean) < 1e-12
     assert -verdict.guard.lower > MAX_LOSS
@@ -75,7 +79,9 @@ def test_the_lower_bound_lies_where_the_normal_approximation_has_it():
     after = before + rng.normal(0.1, 0.05, 2000)
     found = change(before, after)
     error = np.std(after - before) / np.sqrt(2000)
-    assert found.lower == pytest.approx(found.mean - 1.645 * error, abs=0.15 * error)  # of 4000 draws: 6 deviations
+    assert found.lower == pytest.approx(
+        found.mean - 1.645 * error, abs=0.15 * error
+    )  # of 4000 draws: 6 deviations
     assert found.upper == pytest.approx(found.mean + 1.645 * error, abs=0.15 * error)
 
 
@@ -95,10 +101,14 @@ class Words:
 
 @requirement("R18.3")
 def test_the_mean_of_reciprocal_ranks_is_the_trainers_mrr():
-    pairs = Pairs.of([("ab", "aab"), ("bc", "c"), ("aaa", "c"), ("d", "bd"), ("abcd", "bd"), ("d", "d")])
+    pairs = Pairs.of(
+        [("ab", "aab"), ("bc", "c"), ("aaa", "c"), ("d", "bd"), ("abcd", "bd"), ("d", "d")]
+    )
     candidates = sorted(set(pairs.positives))
     encode = Words().encode
-    found = reciprocal_ranks(encode(pairs.queries), encode(candidates), [candidates.index(p) for p in pairs.positives])
+    found = reciprocal_ranks(
+        encode(pairs.queries), encode(candidates), [candidates.index(p) for p in pairs.positives]
+    )
     assert float(found.mean()) == pytest.approx(evaluate(Words(), pairs).mrr, rel=1e-12)
 
 

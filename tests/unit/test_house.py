@@ -113,7 +113,17 @@ def test_pure_modules_know_no_clock_no_environment_no_files_no_logging():
 
 @requirement("R1.12")
 def test_the_core_is_usable_without_torch():
-    names = ["LoRACard", "LowRank", "AdapterSet", "save", "load", "inspect", "digest", "card_to_table", "calibrate"]
+    names = [
+        "LoRACard",
+        "LowRank",
+        "AdapterSet",
+        "save",
+        "load",
+        "inspect",
+        "digest",
+        "card_to_table",
+        "calibrate",
+    ]
     names += ["merge", "extract_delta", "LoRAConfig"]
     script = f"import sys, lora\nfor name in {names}: getattr(lora, name)\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -129,12 +139,14 @@ def test_every_public_name_is_listed_and_can_be_had():
 def test_nothing_unsafe_is_called():
     for _, path in rooms():
         assert not imports(path) & {"pickle", "marshal", "shelve", "dill"}, path.name
-        calls = [ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)]
+        calls = [
+            ast.unparse(n.func)
+            for n in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(n, ast.Call)
+        ]
         assert not {"eval", "exec", "torch.load", "yaml.load", "os.system"} & set(calls), path.name
 
 
 def test_the_rooms_are_had_without_an_import_of_their_own():
-    script = (
-        "import lora; lora.federation.Policy; lora.evolution.Pairs; lora.merging.Ties; lora.interop.peft.import_peft"
-    )
+    script = "import lora; lora.federation.Policy; lora.evolution.Pairs; lora.merging.Ties; lora.interop.peft.import_peft"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -49,7 +49,12 @@ def refused(folder, kind=CardFileError):
 
 @requirement("R23.1")
 def test_a_directory_becomes_a_card(tmp_path):
-    folder = written(tmp_path / "docs", base_model_name_or_path="some/base", task_type="CAUSAL_LM", lora_dropout=0.1)
+    folder = written(
+        tmp_path / "docs",
+        base_model_name_or_path="some/base",
+        task_type="CAUSAL_LM",
+        lora_dropout=0.1,
+    )
     card = import_peft(folder)
     assert (card.name, card.rank, card.alpha, card.target_modules, card.base_model) == (
         "docs",
@@ -62,7 +67,9 @@ def test_a_directory_becomes_a_card(tmp_path):
     assert np.array_equal(pair.A, factors()[f"{PREFIX}lora_A.weight"].T)
     assert np.array_equal(pair.B, factors()[f"{PREFIX}lora_B.weight"].T)
     assert pair.scaling == 3.0
-    assert card.metadata == {"peft": {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.1}}
+    assert card.metadata == {
+        "peft": {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
+    }
     assert import_peft(folder, name="law").name == "law"
 
 
@@ -100,7 +107,11 @@ def test_the_scaling_is_what_peft_computes(tmp_path, config, scaling):
     ],
 )
 def test_targets_in_every_form_end_as_names(tmp_path, config, targets):
-    base = {"m.0.q": "x"} if "layers_to_transform" not in config or "layers_pattern" in config else {"a.m.0.q": "x"}
+    base = (
+        {"m.0.q": "x"}
+        if "layers_to_transform" not in config or "layers_pattern" in config
+        else {"a.m.0.q": "x"}
+    )
     tensors = {key.replace("m.0.q", next(iter(base))): value for key, value in factors().items()}
     assert import_peft(written(tmp_path, tensors, **config)).target_modules == targets
 
@@ -159,7 +170,10 @@ def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, key, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("init_lora_weights", name) for name in (True, False, None, "gaussian", "eva", "orthogonal", "mica")),
+        *(
+            ("init_lora_weights", name)
+            for name in (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+        ),
         ("eva_config", {"rho": 2.0}),
         ("modules_to_save", []),
         ("something_new", None),
@@ -207,7 +221,9 @@ def test_a_config_that_is_malformed_or_contradicts_the_weights_is_refused(tmp_pa
 
 
 @requirement("R23.1")
-@pytest.mark.parametrize("config", [{"layers_to_transform": [0]}, {"layers_to_transform": [0], "layers_pattern": "m"}])
+@pytest.mark.parametrize(
+    "config", [{"layers_to_transform": [0]}, {"layers_to_transform": [0], "layers_pattern": "m"}]
+)
 def test_layers_can_t_be_chosen_beside_a_pattern(tmp_path, config):
     assert "target_modules" in refused(written(tmp_path, target_modules=".*q", **config))
 
@@ -236,7 +252,10 @@ A, B = factors().values()
         ({**factors(), f"{PREFIX}lora_A.weight": A.astype(np.int32)}, "dtype"),
         ({**factors(), f"{PREFIX}lora_A.weight": A.astype(np.float16)}, "dtype"),
         (
-            {**factors(), **{k.replace("m.0.q", "q"): v.astype(np.float64) for k, v in factors().items()}},
+            {
+                **factors(),
+                **{k.replace("m.0.q", "q"): v.astype(np.float64) for k, v in factors().items()},
+            },
             "one dtype",
         ),
     ],
@@ -294,7 +313,14 @@ def config_of(folder):
 
 @requirement("R23.2")
 def test_a_card_becomes_a_directory(tmp_path):
-    kept = {"peft": {"task_type": "CAUSAL_LM", "fan_in_fan_out": True, "use_rslora": True, "peft_version": "9"}}
+    kept = {
+        "peft": {
+            "task_type": "CAUSAL_LM",
+            "fan_in_fan_out": True,
+            "use_rslora": True,
+            "peft_version": "9",
+        }
+    }
     export_peft(card(metadata=kept, base_model="some/base"), tmp_path / "docs")
     assert held(tmp_path) == ["docs"]
     assert held(tmp_path / "docs") == [CONFIG, WEIGHTS]
@@ -302,7 +328,11 @@ def test_a_card_becomes_a_directory(tmp_path):
     assert config["alpha_pattern"] == {r"^m\.0\.q": 0.2}
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (2, 6, {})
     assert isinstance(config["lora_alpha"], int)
-    assert (config["task_type"], config["fan_in_fan_out"], config["use_rslora"]) == ("CAUSAL_LM", True, False)
+    assert (config["task_type"], config["fan_in_fan_out"], config["use_rslora"]) == (
+        "CAUSAL_LM",
+        True,
+        False,
+    )
     assert config["base_model_name_or_path"] == "some/base"
     assert "peft_version" not in config
     export_peft(card(scaling=None), tmp_path / "plain")

@@ -19,7 +19,11 @@ RNG = np.random.default_rng(0)
 
 
 def pair(rows=5, rank=2, columns=3, scaling=None, dtype=np.float32):
-    return LowRank(RNG.normal(size=(rows, rank)).astype(dtype), RNG.normal(size=(rank, columns)).astype(dtype), scaling)
+    return LowRank(
+        RNG.normal(size=(rows, rank)).astype(dtype),
+        RNG.normal(size=(rank, columns)).astype(dtype),
+        scaling,
+    )
 
 
 def tensors(pairs, layout, suffix=""):
@@ -42,7 +46,12 @@ def test_a_file_without_a_header_says_its_layout_by_its_shapes(tmp_path, layout,
     path, pairs = tmp_path / "docs.safetensors", {"a.q": pair(), "a.square": pair(7, 2, 7)}
     save_file(tensors(pairs, layout, suffix), path)
     card = load_safetensors(path, alpha=8)
-    assert (card.name, card.rank, card.alpha, card.target_modules) == ("docs", 2, 8.0, ("a.q", "a.square"))
+    assert (card.name, card.rank, card.alpha, card.target_modules) == (
+        "docs",
+        2,
+        8.0,
+        ("a.q", "a.square"),
+    )
     for name, expected in pairs.items():
         assert card.weights[name] == LowRank(expected.A, expected.B, 4.0)
     assert load_safetensors(path, alpha=8, layout=layout).weights == card.weights
@@ -69,7 +78,10 @@ def test_square_factors_are_never_guessed(tmp_path, sizes):
     assert "layout=" in refused(path, alpha=8)
     save_file(tensors({"q": square}, "linear"), path, metadata={"rank": str(sizes[1])})
     assert "layout=" in refused(path, alpha=8)
-    found = {layout: load_safetensors(path, alpha=8, layout=layout).weights["q"] for layout in ("linear", "matrix")}
+    found = {
+        layout: load_safetensors(path, alpha=8, layout=layout).weights["q"]
+        for layout in ("linear", "matrix")
+    }
     assert found["linear"].A.tobytes() == square.A.tobytes()
     assert found["matrix"].A.tobytes() == np.ascontiguousarray(square.A.T).tobytes()
 
@@ -169,7 +181,12 @@ def test_files_that_are_missing_or_malformed_are_named(tmp_path):
     assert "gone" in refused(tmp_path / "gone", CardNotFoundError)
     assert str(tmp_path) in refused(tmp_path, CardNotFoundError)
     header = b'{"q.lora_a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4000000000000000000]}}'
-    for content in (b"", b"garbage that is long enough", len(header).to_bytes(8, "little") + header, b"\xff" * 8):
+    for content in (
+        b"",
+        b"garbage that is long enough",
+        len(header).to_bytes(8, "little") + header,
+        b"\xff" * 8,
+    ):
         (tmp_path / "x").write_bytes(content)
         assert "well-formed" in refused(tmp_path / "x", alpha=1)
     for options in ({"alpha": "x"}, {"alpha": float("nan")}, {"layout": "rows"}, {"layout": []}):
@@ -181,9 +198,13 @@ def test_files_that_are_missing_or_malformed_are_named(tmp_path):
 @pytest.mark.parametrize(("layout", "shape"), [("linear", (2, 5)), ("matrix", (5, 2))])
 def test_what_is_saved_is_a_plain_safetensors_file(tmp_path, layout, shape):
     weights = {"a.q": pair(), "": pair(rank=1, scaling=0.5)}
-    card = LoRACard("docs", 2, 8.0, ["q"], weights, {"description": "größe"}, base_model="some/base")
+    card = LoRACard(
+        "docs", 2, 8.0, ["q"], weights, {"description": "größe"}, base_model="some/base"
+    )
     path = tmp_path / "docs.safetensors"
-    assert save_safetensors(card, path, layout=layout) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (
+        save_safetensors(card, path, layout=layout) == hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     found = load_file(path)
     assert sorted(found) == ["a.q.lora_a", "a.q.lora_b", "lora_a", "lora_b"]
     assert found["a.q.lora_a"].shape == shape
@@ -230,4 +251,6 @@ def test_target_modules_are_those_of_a_card(tmp_path):
     for given in ("query", ["query"], {"query"}):
         card = load_safetensors(tmp_path / "docs.safetensors", target_modules=given)
         assert card.target_modules == ("query",)
-    assert "target_modules: expected printable names" in refused(tmp_path / "docs.safetensors", target_modules=3)
+    assert "target_modules: expected printable names" in refused(
+        tmp_path / "docs.safetensors", target_modules=3
+    )

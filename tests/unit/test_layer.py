@@ -48,7 +48,10 @@ def test_dropout_acts_in_training_only(base):
 
 @requirement("R2.4")
 def test_dropout_acts_on_the_low_rank_path_only(base):
-    layer, x = TrainableLinear(base, LowRank(PAIR.A, np.zeros((2, 3), np.float32), 1.0), dropout=0.9), torch.ones(64, 4)
+    layer, x = (
+        TrainableLinear(base, LowRank(PAIR.A, np.zeros((2, 3), np.float32), 1.0), dropout=0.9),
+        torch.ones(64, 4),
+    )
     assert layer.training
     assert torch.equal(layer(x), base(x))
 
@@ -106,11 +109,16 @@ def test_terms_are_added_replaced_and_removed_one_by_one(base):
 def test_factors_that_do_not_fit_are_refused_and_change_nothing(base):
     layer, x = LoRALinear(base, {"docs": (PAIR, 1.0)}), torch.ones(4)
     before = layer(x)
-    with pytest.raises(ShapeError, match="factors 'law' of a layer: expected in -> out of 4 -> 3, found 4 -> 5"):
+    with pytest.raises(
+        ShapeError, match="factors 'law' of a layer: expected in -> out of 4 -> 3, found 4 -> 5"
+    ):
         layer.load_weights(WRONG, name="law")
     assert list(layer.terms) == ["docs"]
     assert torch.equal(layer(x), before)
-    for make in (lambda: LoRALinear(base, {"docs": (WRONG, 1.0)}), lambda: TrainableLinear(base, WRONG)):
+    for make in (
+        lambda: LoRALinear(base, {"docs": (WRONG, 1.0)}),
+        lambda: TrainableLinear(base, WRONG),
+    ):
         with pytest.raises(ShapeError, match="4 -> 5"):
             make()
 
@@ -156,7 +164,10 @@ UNSUITABLE = {
 @makers
 @pytest.mark.parametrize("unsuitable", UNSUITABLE.values(), ids=UNSUITABLE)
 def test_what_does_not_compute_a_plain_linear_is_refused(make, unsuitable):
-    with pytest.raises(UnsupportedModelError, match=r"module 'base': expected a Linear with nn\.Linear's own forward"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"module 'base': expected a Linear with nn\.Linear's own forward",
+    ):
         make(unsuitable())
 
 
@@ -165,7 +176,9 @@ def test_what_does_not_compute_a_plain_linear_is_refused(make, unsuitable):
 def test_loading_a_state_dict_gives_the_layer_storage_of_its_own(base, make):
     before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
     layer = make(base)
-    layer.load_state_dict({key: torch.full_like(tensor, 7) for key, tensor in layer.state_dict().items()})
+    layer.load_state_dict(
+        {key: torch.full_like(tensor, 7) for key, tensor in layer.state_dict().items()}
+    )
     assert all((tensor == 7).all() for tensor in layer.state_dict().values())
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
 
@@ -177,7 +190,9 @@ def test_a_layer_can_be_copied_and_the_copy_loaded(base, make, way):
     layer, x = make(base), torch.ones(2, 4)
     twin = way(layer)
     assert torch.equal(twin(x), layer(x))
-    twin.load_state_dict({key: torch.zeros_like(tensor) for key, tensor in twin.state_dict().items()})
+    twin.load_state_dict(
+        {key: torch.zeros_like(tensor) for key, tensor in twin.state_dict().items()}
+    )
     assert torch.equal(layer(x), make(base)(x))
     assert not twin.weight.any()
 
@@ -185,7 +200,9 @@ def test_a_layer_can_be_copied_and_the_copy_loaded(base, make, way):
 @requirement("R2.7", "R2.8")
 def test_training_a_layer_moves_its_factors_and_leaves_the_base_alone(base):
     before, layer = base.weight.detach().clone(), TrainableLinear(base, PAIR)
-    optimizer = torch.optim.SGD([parameter for parameter in layer.parameters() if parameter.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in layer.parameters() if parameter.requires_grad], lr=0.1
+    )
     layer(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     learned = layer.learned()

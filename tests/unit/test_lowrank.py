@@ -25,12 +25,20 @@ def test_a_pair_without_a_scaling_counts_as_it_is():
 @requirement("R2.2")
 @pytest.mark.parametrize(
     ("dtype", "wide"),
-    [(np.float16, np.float32), (ml_dtypes.bfloat16, np.float32), (np.float32, np.float32), (np.float64, np.float64)],
+    [
+        (np.float16, np.float32),
+        (ml_dtypes.bfloat16, np.float32),
+        (np.float32, np.float32),
+        (np.float64, np.float64),
+    ],
 )
 def test_narrow_factors_are_computed_in_float32(dtype, wide):
     pair = LowRank(PAIR.A.astype(dtype), PAIR.B.astype(dtype), 1.0)
     assert (
-        delta(pair).dtype == concat([(pair, 1.0)]).dtype == apply(np.ones((2, 3), dtype), [(pair, 1.0)]).dtype == wide
+        delta(pair).dtype
+        == concat([(pair, 1.0)]).dtype
+        == apply(np.ones((2, 3), dtype), [(pair, 1.0)]).dtype
+        == wide
     )
 
 
@@ -52,7 +60,9 @@ def test_a_pair_of_weight_zero_is_left_out_even_if_it_holds_nan():
 
 @requirement("R8.5")
 def test_stacking_nothing_is_an_error():
-    with pytest.raises(ArgumentError, match="concat: expected at least one factor pair, found none"):
+    with pytest.raises(
+        ArgumentError, match="concat: expected at least one factor pair, found none"
+    ):
         concat([])
 
 
@@ -101,9 +111,11 @@ def test_a_fresh_a_fills_its_range_evenly():
 @pytest.mark.parametrize("kind", ["noise", "zero", "one column twice", "triangular"])
 def test_a_thin_qr_is_a_qr(shape, dtype, kind):
     matrix = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    matrix = {"noise": matrix, "zero": 0 * matrix, "one column twice": matrix[:, [0] * shape[1]]}.get(
-        kind, np.triu(matrix)
-    )
+    matrix = {
+        "noise": matrix,
+        "zero": 0 * matrix,
+        "one column twice": matrix[:, [0] * shape[1]],
+    }.get(kind, np.triu(matrix))
     q, r = thin_qr(matrix)
     eps = np.finfo(dtype).eps * sum(shape)
     assert (q.shape, r.shape) == ((shape[0], min(shape)), (min(shape), shape[1]))

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from lora.card import LoRACard, LowRank
-from lora.errors import BaseModelError, CardNotFoundError, ConflictError, ShapeError, TargetError, UnknownCardError
+from lora.errors import (
+    BaseModelError,
+    CardNotFoundError,
+    ConflictError,
+    ShapeError,
+    TargetError,
+    UnknownCardError,
+)
 from lora.inference.manager import LoRAManager
 from lora.layer import LoRALinear
 from lora.rewrite import fingerprint
@@ -50,7 +57,9 @@ def messages(caplog):
 @requirement("R3.1", "R3.8")
 def test_a_card_is_loaded_from_disk_and_known_but_not_applied(manager, model, tmp_path, messages):
     save(card(), tmp_path / "docs.lora.arrow")
-    loaded = manager.load_card(tmp_path / "docs.lora.arrow", verify=digest(tmp_path / "docs.lora.arrow"))
+    loaded = manager.load_card(
+        tmp_path / "docs.lora.arrow", verify=digest(tmp_path / "docs.lora.arrow")
+    )
     assert loaded == card()
     assert dict(manager.list_cards()) == {"docs": card()}
     assert manager.model is model
@@ -95,7 +104,9 @@ def test_swaps_and_rollbacks_are_logged(manager, messages):
 
 
 @requirement("R7.3", "R3.12")
-def test_targets_and_weights_that_are_not_there_are_warned_of_and_the_rest_is_injected(manager, messages):
+def test_targets_and_weights_that_are_not_there_are_warned_of_and_the_rest_is_injected(
+    manager, messages
+):
     report = manager.apply_card(card(modules=("0", "9"), targets=("0", "7", "8")))
     assert messages() == [
         ("INFO", "applied card 'docs': 1 layers"),
@@ -119,7 +130,10 @@ def test_layers_that_may_never_be_called_are_warned_of(messages):
     manager = LoRAManager(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)}))
     report = manager.apply_card(card(modules=("out_proj",)))
     assert report.bypassed == ("attention.out_proj",)
-    assert messages()[-1] == ("WARNING", "card 'docs': layers that may never be called: attention.out_proj")
+    assert messages()[-1] == (
+        "WARNING",
+        "card 'docs': layers that may never be called: attention.out_proj",
+    )
 
 
 @requirement("R7.4", "R3.13")
@@ -135,7 +149,10 @@ def test_applying_an_active_card_again_is_logged_and_changes_nothing(manager, me
 @requirement("R7.4")
 def test_another_card_of_an_active_name_is_refused_with_a_way_out(manager):
     manager.apply_card(card())
-    with pytest.raises(ConflictError, match=r"apply_card 'docs': .* found a card with other content; use replace_card"):
+    with pytest.raises(
+        ConflictError,
+        match=r"apply_card 'docs': .* found a card with other content; use replace_card",
+    ):
         manager.apply_card(card(value=2.0))
     with pytest.raises(ConflictError, match="found another weight; use set_weight"):
         manager.apply_card(card(), weight=0.5)
@@ -156,7 +173,9 @@ def test_removing_an_unknown_card_returns_silently(manager, messages):
 def test_replacing_or_weighting_an_unknown_card_names_it_and_those_that_are_active(manager):
     manager.apply_card(card())
     for act in (lambda: manager.replace_card(card("law")), lambda: manager.set_weight("law", 2.0)):
-        with pytest.raises(UnknownCardError, match=r"'law': expected an active card, found only \['docs'\]"):
+        with pytest.raises(
+            UnknownCardError, match=r"'law': expected an active card, found only \['docs'\]"
+        ):
             act()
 
 
@@ -165,7 +184,9 @@ def test_a_card_that_does_not_fit_leaves_the_others_active(manager):
     manager.apply_card(card())
     state, out = manager.state, manager.model(X)
     wide = LowRank(np.ones((4, 1), np.float32), np.ones((1, 5), np.float32), 1.0)
-    with pytest.raises(ShapeError, match="card 'law': module '2': expected in -> out of 4 -> 4, found 4 -> 5"):
+    with pytest.raises(
+        ShapeError, match="card 'law': module '2': expected in -> out of 4 -> 4, found 4 -> 5"
+    ):
         manager.apply_card(LoRACard("law", 1, 1.0, ["2"], {"2": wide}))
     assert manager.state is state
     assert torch.equal(manager.model(X), out)
@@ -188,7 +209,9 @@ def test_a_base_check_waived_for_one_card_stays_waived_when_others_come_and_go(m
         with pytest.raises(BaseModelError, match="card 'foreign'"):
             act()
     manager.apply_card(foreign, check_base=False)
-    manager.apply_card(card("own", ("2",), base_fingerprint=fingerprint(model, card("own", ("2",)))))
+    manager.apply_card(
+        card("own", ("2",), base_fingerprint=fingerprint(model, card("own", ("2",))))
+    )
     manager.set_weight("own", 0.5)
     manager.remove_card("own")
     assert list(manager.active) == ["foreign"]

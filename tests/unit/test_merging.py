@@ -8,19 +8,41 @@ import numpy as np
 import pytest
 
 from lora.card import LoRACard, LowRank
-from lora.errors import ArgumentError, BaseModelError, CardError, ConflictError, ShapeError, TargetError
+from lora.errors import (
+    ArgumentError,
+    BaseModelError,
+    CardError,
+    ConflictError,
+    ShapeError,
+    TargetError,
+)
 from lora.lowrank import delta
-from lora.merging import STRATEGIES, Average, Cat, Dare, Slerp, TaskArithmetic, Ties, Weighted, content_digest, merge
+from lora.merging import (
+    STRATEGIES,
+    Average,
+    Cat,
+    Dare,
+    Slerp,
+    TaskArithmetic,
+    Ties,
+    Weighted,
+    content_digest,
+    merge,
+)
 from lora.testing.plugin import requirement
 
 FINGERPRINT, OTHER = "0" * 64, "1" * 64
 
 
-def card(name="docs", *, rank=2, seed=0, shape=(6, 5), dtype=np.float32, modules=("0.query",), **fields):
+def card(
+    name="docs", *, rank=2, seed=0, shape=(6, 5), dtype=np.float32, modules=("0.query",), **fields
+):
     rng = np.random.default_rng(seed)
     weights = {
         module: LowRank(
-            rng.normal(size=(shape[0], rank)).astype(dtype), rng.normal(size=(rank, shape[1])).astype(dtype), 0.5
+            rng.normal(size=(shape[0], rank)).astype(dtype),
+            rng.normal(size=(rank, shape[1])).astype(dtype),
+            0.5,
         )
         for module in modules
     }
@@ -65,13 +87,19 @@ def test_a_strategy_may_be_named():
         (lambda: Dare(seed=0.5), "dare: seed: expected an integer, found 0.5"),
         (lambda: Dare(seed=True), "dare: seed: expected an integer, found True"),
         (lambda: Weighted(normalize=1), "weighted: normalize: expected True or False, found 1"),
-        (lambda: merge([DOCS], "mean"), "one of average, weighted, slerp, ties, dare, task_arithmetic, cat"),
+        (
+            lambda: merge([DOCS], "mean"),
+            "one of average, weighted, slerp, ties, dare, task_arithmetic, cat",
+        ),
         (lambda: merge([DOCS], Ties), "merge: strategy: expected one of"),
         (lambda: merge([]), "merge: cards: expected at least one card, found none"),
         (lambda: merge(DOCS), "merge: cards: expected a list of cards"),
         (lambda: merge(7), "merge: cards: expected a list of cards"),
         (lambda: merge(["docs"]), "card: expected a LoRACard, found str"),
-        (lambda: merge([DOCS], "average", [1.0]), "expected none for Average, found .*use 'weighted'"),
+        (
+            lambda: merge([DOCS], "average", [1.0]),
+            "expected none for Average, found .*use 'weighted'",
+        ),
         (lambda: merge([DOCS, LAW], "slerp", [1, 1]), "expected none for Slerp"),
         (lambda: merge([DOCS], "slerp"), "expected exactly two for slerp, found 1"),
         (lambda: merge([DOCS], "weighted", [1, 2]), "expected one for each of 1 cards, found 2"),
@@ -82,10 +110,16 @@ def test_a_strategy_may_be_named():
         (lambda: merge([DOCS], rank=0), "merge: rank: expected an integer >= 1, found 0"),
         (lambda: merge([DOCS], rank=1.5), "merge: rank: expected an integer >= 1, found 1.5"),
         (lambda: merge([DOCS], "cat", rank=2), "merge: rank: expected none.*'weighted' truncates"),
-        (lambda: merge([DOCS, replace(DOCS, name="b")], "weighted", [1e308, 1e308]), "found an overflow"),
+        (
+            lambda: merge([DOCS, replace(DOCS, name="b")], "weighted", [1e308, 1e308]),
+            "found an overflow",
+        ),
         (lambda: merge([DOCS, LAW], "weighted", [1e308, 1e308]), "found an overflow"),
         (lambda: merge([DOCS, LAW], "dare", [1e308, 1e308]), "found an overflow"),
-        (lambda: merge([DOCS, LAW], Weighted(normalize=True), [1e308, 1e308]), "merge: sum of weights"),
+        (
+            lambda: merge([DOCS, LAW], Weighted(normalize=True), [1e308, 1e308]),
+            "merge: sum of weights",
+        ),
     ],
 )
 def test_an_argument_out_of_range_is_named(make, message):
@@ -99,10 +133,14 @@ def test_an_argument_out_of_range_is_named(make, message):
 @requirement("R20.5")
 def test_slerp_says_which_card_is_zero_and_when_two_are_opposite():
     bare = LoRACard("bare", 1, 1.0, ["query"], {})
-    with pytest.raises(ArgumentError, match=r"slerp: card 'bare': expected a ΔW that is not 0.*use 'weighted'"):
+    with pytest.raises(
+        ArgumentError, match=r"slerp: card 'bare': expected a ΔW that is not 0.*use 'weighted'"
+    ):
         merge([DOCS, bare], "slerp")
     turned = {m: replace(p, scaling=-p.scaling) for m, p in DOCS.weights.items()}
-    with pytest.raises(ArgumentError, match="cards 'docs' and 'docs2': expected directions that are not opposite"):
+    with pytest.raises(
+        ArgumentError, match="cards 'docs' and 'docs2': expected directions that are not opposite"
+    ):
         merge([DOCS, replace(DOCS, name="docs2", weights=turned)], "slerp")
 
 
@@ -111,19 +149,25 @@ def test_factors_whose_product_cancels_are_zero_to_slerp_although_rounding_says_
     a = np.full((3, 2), 0.1)
     pair = LowRank(a, np.array([[0.3, 0.7], [-0.3, -0.7]]) * np.pi, 1.0)
     with pytest.raises(ArgumentError, match="a ΔW that is not 0"):
-        merge([LoRACard("x", 2, 1.0, ["q"], {"q": pair}), LoRACard("y", 2, 1.0, ["q"], {"q": pair})], "slerp")
+        merge(
+            [LoRACard("x", 2, 1.0, ["q"], {"q": pair}), LoRACard("y", 2, 1.0, ["q"], {"q": pair})],
+            "slerp",
+        )
 
 
 @requirement("R20.7")
 def test_dare_names_the_names_that_clash():
-    with pytest.raises(ConflictError, match=r"names that differ for dare, found \['docs', 'docs'\]; rename one"):
+    with pytest.raises(
+        ConflictError, match=r"names that differ for dare, found \['docs', 'docs'\]; rename one"
+    ):
         merge([DOCS, DOCS], "dare")
 
 
 @requirement("R20.9")
 def test_shapes_that_differ_are_named_with_both_cards():
     with pytest.raises(
-        ShapeError, match=r"card 'law': module '0.query': expected in, out = \(6, 5\) as in card 'docs'"
+        ShapeError,
+        match=r"card 'law': module '0.query': expected in, out = \(6, 5\) as in card 'docs'",
     ):
         merge([DOCS, card("law", shape=(5, 6))])
 
@@ -134,14 +178,18 @@ def test_shapes_that_differ_are_named_with_both_cards():
 def test_factors_that_are_not_finite_are_refused_even_at_weight_zero(dtype, bad):
     pair = LowRank(np.full((6, 1), bad, dtype), np.ones((1, 5), dtype), 1.0)
     spoilt = LoRACard("spoilt", 1, 1.0, ["query"], {"0.query": pair})
-    with pytest.raises(CardError, match=r"card 'spoilt': module '0.query': expected finite factors"):
+    with pytest.raises(
+        CardError, match=r"card 'spoilt': module '0.query': expected finite factors"
+    ):
         merge([DOCS, spoilt], "weighted", [1, 0])
 
 
 @requirement("R20.9", "R1.13")
 def test_cards_for_other_weights_of_the_same_modules_are_refused():
     one, two = (replace(c, base_fingerprint=f) for c, f in ((DOCS, FINGERPRINT), (LAW, OTHER)))
-    with pytest.raises(BaseModelError, match=r"card 'law': base_fingerprint: expected 000.* as in card 'docs'"):
+    with pytest.raises(
+        BaseModelError, match=r"card 'law': base_fingerprint: expected 000.* as in card 'docs'"
+    ):
         merge([one, two])
     assert merge([one, replace(two, base_fingerprint=FINGERPRINT)]).base_fingerprint == FINGERPRINT
     assert merge([one, LAW]).base_fingerprint == FINGERPRINT
@@ -160,7 +208,8 @@ def test_fingerprints_of_other_modules_say_nothing_and_do_not_outlive_the_merge(
 def test_base_models_of_two_names_are_refused_unless_the_fingerprint_says_they_are_one():
     one, two = replace(DOCS, base_model="minilm"), replace(LAW, base_model="bert")
     with pytest.raises(
-        BaseModelError, match=r"expected one, found \['bert', 'minilm'\]; merge cards of one base model"
+        BaseModelError,
+        match=r"expected one, found \['bert', 'minilm'\]; merge cards of one base model",
     ):
         merge([one, two])
     alike = [replace(c, base_fingerprint=FINGERPRINT) for c in (one, two)]
@@ -197,7 +246,9 @@ def test_a_card_less_another_factorisation_of_itself_leaves_nothing():
         card(dtype=np.float64).weights["0.query"],
         np.linalg.qr(np.random.default_rng(3).normal(size=(2, 2))),
     )
-    twin = LoRACard("twin", 2, 1.0, ["query"], {"0.query": LowRank(pair.A @ turn, turn.T @ pair.B, 0.5)})
+    twin = LoRACard(
+        "twin", 2, 1.0, ["query"], {"0.query": LowRank(pair.A @ turn, turn.T @ pair.B, 0.5)}
+    )
     assert not merge([card(dtype=np.float64), twin], "task_arithmetic", [1, -1]).weights
 
 
@@ -215,9 +266,12 @@ def test_merged_factors_are_balanced_and_their_scaling_is_explicit():
 @requirement("R20.4")
 @pytest.mark.parametrize("size", [2.0**-120, 2.0**120])
 def test_changes_far_from_one_survive_in_narrow_dtypes(size):
-    pairs = {name: card(name, dtype=np.float16, seed=i).weights["0.query"] for i, name in enumerate("ab")}
+    pairs = {
+        name: card(name, dtype=np.float16, seed=i).weights["0.query"] for i, name in enumerate("ab")
+    }
     cards = [
-        LoRACard(name, 2, 1.0, ["query"], {"0.query": replace(pair, scaling=size)}) for name, pair in pairs.items()
+        LoRACard(name, 2, 1.0, ["query"], {"0.query": replace(pair, scaling=size)})
+        for name, pair in pairs.items()
     ]
     merged = delta(merge(cards, "task_arithmetic").weights["0.query"], dtype=np.float64) / size
     want = sum(delta(replace(pair, scaling=1.0), dtype=np.float64) for pair in pairs.values())
@@ -251,7 +305,10 @@ def test_weights_of_any_size_give_ties_the_same_mean(size):
 def test_halves_of_an_entry_round_to_even_and_one_entry_is_kept_at_least():
     pair = LowRank(np.eye(1), np.array([[5.0, 4.0, 3.0, 2.0, 1.0]]), 1.0)
     cards = [LoRACard("a", 1, 1.0, ["q"], {"q": pair})]
-    found = [np.count_nonzero(delta(merge(cards, Ties(d)).weights["q"]).round(9)) for d in (0.01, 0.5, 0.7, 1)]
+    found = [
+        np.count_nonzero(delta(merge(cards, Ties(d)).weights["q"]).round(9))
+        for d in (0.01, 0.5, 0.7, 1)
+    ]
     assert found == [1, 2, 4, 5]
 
 
@@ -294,12 +351,19 @@ def test_no_change_is_formed_where_a_merge_is_linear(strategy):
 
 @requirement("R20.9", "R7.8")
 def test_names_of_which_one_may_mean_the_other_are_not_merged():
-    short, long = card("short", modules=("0.query",)), card("long", modules=("encoder.0.query",), seed=1)
+    short, long = (
+        card("short", modules=("0.query",)),
+        card("long", modules=("encoder.0.query",), seed=1),
+    )
     for pair in ((short, long), (long, short)):
         with pytest.raises(
-            TargetError, match=r"'encoder.0.query': expected names of one form.*'0.query' in card 'short'"
+            TargetError,
+            match=r"'encoder.0.query': expected names of one form.*'0.query' in card 'short'",
         ):
             merge(pair)
-    assert set(merge([short, card("other", modules=("10.query",))]).weights) == {"0.query", "10.query"}
+    assert set(merge([short, card("other", modules=("10.query",))]).weights) == {
+        "0.query",
+        "10.query",
+    }
     both = card("both", modules=("0.query", "encoder.0.query"))  # its own affair
     assert set(merge([both, short]).weights) == set(both.weights)

@@ -11,15 +11,23 @@ from lora.testing.plugin import requirement
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/mutation.md").read_text("utf-8")
-SCORES = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+\.\d) % \|$", PAGE, re.MULTILINE)
+SCORES = re.findall(
+    r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+\.\d) % \|$", PAGE, re.MULTILINE
+)
 SURVIVORS = re.findall(r"^\| `(\w+)\.([\w.]+)` \| (\d+(?:, \d+)*) \| (.+) \|$", PAGE, re.MULTILINE)
 
 
 @requirement("R24.6")
 def test_nine_mutants_in_ten_are_noticed_in_every_pure_module_and_each_of_the_others_has_a_reason():
-    mutated = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mutmut"]["only_mutate"]
+    mutated = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mutmut"][
+        "only_mutate"
+    ]
     assert sorted(f"lora/{module}.py" for module, *_ in SCORES) == sorted(mutated)
-    listed = [(module, name, int(number)) for module, name, told, _ in SURVIVORS for number in told.split(", ")]
+    listed = [
+        (module, name, int(number))
+        for module, name, told, _ in SURVIVORS
+        for number in told.split(", ")
+    ]
     assert len(set(listed)) == len(listed)
     for module, name, *_ in SURVIVORS:
         assert callable(operator.attrgetter(name)(import_module(f"lora.{module}")))

@@ -81,9 +81,16 @@ def test_at_most_the_rate_that_was_asked_for_is_falsely_novel_on_new_sources():
     for _ in range(60):
         detector = fit({f"{i}": source() for i in range(50)}, rate=0.1, doubt=0.3)
         fresh = [detector.judge(signals).kind for _ in range(40) for signals in source()]
-        rates.append([np.mean([kind == "novel" for kind in fresh]), np.mean([kind != "known" for kind in fresh])])
+        rates.append(
+            [
+                np.mean([kind == "novel" for kind in fresh]),
+                np.mean([kind != "known" for kind in fresh]),
+            ]
+        )
     for share, asked in zip(np.mean(rates, axis=0), (0.1, 0.3), strict=True):
-        error = np.sqrt(asked * (1 - asked) * (1 / 30 + 1 / 40) / 60)  # of the threshold, and of the fresh sources
+        error = np.sqrt(
+            asked * (1 - asked) * (1 / 30 + 1 / 40) / 60
+        )  # of the threshold, and of the fresh sources
         assert asked / 2 < share < asked + 4 * error
 
 
@@ -92,7 +99,11 @@ def test_scores_between_the_thresholds_have_a_name():
     detector = Detector((0.5, 0.5), (0.1, 0.1), FLAT, Calibration(0.0, 1, 0.5, (0.0, 1.0)))
     kinds = [detector.judge(Signals(x, 1.0)).kind for x in (0.39, 0.41, 0.49, 0.5, 0.9)]
     assert kinds == ["novel", "unsure", "unsure", "known", "known"]
-    assert [detector.judge(Signals(0.9, m)).kind for m in (0.39, 0.41, 0.51)] == ["novel", "unsure", "known"]
+    assert [detector.judge(Signals(0.9, m)).kind for m in (0.39, 0.41, 0.51)] == [
+        "novel",
+        "unsure",
+        "known",
+    ]
     told = detector.judge(Signals(0.45, 1.0, "python"))
     assert isinstance(told, Novelty)
     assert told.score == pytest.approx(-0.5)
@@ -162,7 +173,9 @@ def test_a_detector_is_consistent():
 
 
 @requirement("R18.2")
-@pytest.mark.parametrize("numbers", [(0, 3, 0), (2, 1, 0), (2, 3, 2), (2, 3, -1), (1.0, 3, 0), (True, 3, 0)])
+@pytest.mark.parametrize(
+    "numbers", [(0, 3, 0), (2, 1, 0), (2, 3, 2), (2, 3, -1), (1.0, 3, 0), (True, 3, 0)]
+)
 def test_an_alarm_checks_its_numbers(numbers):
     with pytest.raises(ArgumentError, match="release < k <= n"):
         Alarm(*numbers)
@@ -193,7 +206,9 @@ def test_topics_check_what_they_are_given():
 
 
 @requirement("R18.1")
-@pytest.mark.parametrize("sides", [([], [1.0]), ([1.0], []), ([float("nan")], [1.0]), ([[1.0]], [1.0])])
+@pytest.mark.parametrize(
+    "sides", [([], [1.0]), ([1.0], []), ([float("nan")], [1.0]), ([[1.0]], [1.0])]
+)
 def test_auroc_needs_scores_on_both_sides(sides):
     with pytest.raises(ArgumentError, match="auroc"):
         auroc(*sides)

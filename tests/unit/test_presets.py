@@ -34,7 +34,14 @@ REVIEWER = ("review", "quality", "best-practices")
 ENCODER = [
     LoRAConfig(16, 32.0, 0.05, ("attention.output.dense", "key", "query", "value"), "coder", CODER),
     LoRAConfig(8, 16.0, 0.1, ("key", "query", "value"), "researcher", RESEARCHER),
-    LoRAConfig(16, 32.0, 0.05, ("intermediate.dense", "key", "output.dense", "query", "value"), "security", SECURITY),
+    LoRAConfig(
+        16,
+        32.0,
+        0.05,
+        ("intermediate.dense", "key", "output.dense", "query", "value"),
+        "security",
+        SECURITY,
+    ),
     LoRAConfig(12, 24.0, 0.05, ("intermediate.dense", "query", "value"), "architect", ARCHITECT),
     LoRAConfig(8, 16.0, 0.1, ("query", "value"), "reviewer", REVIEWER),
 ]
@@ -43,13 +50,17 @@ DECODER = [
     LoRAConfig(16, 32.0, 0.05, ("k_proj", "o_proj", "q_proj", "v_proj"), "coder", CODER),
     LoRAConfig(8, 16.0, 0.1, ("k_proj", "q_proj", "v_proj"), "researcher", RESEARCHER),
     LoRAConfig(16, 32.0, 0.05, FEED_FORWARD, "security", SECURITY),
-    LoRAConfig(12, 24.0, 0.05, ("gate_proj", "q_proj", "up_proj", "v_proj"), "architect", ARCHITECT),
+    LoRAConfig(
+        12, 24.0, 0.05, ("gate_proj", "q_proj", "up_proj", "v_proj"), "architect", ARCHITECT
+    ),
     LoRAConfig(8, 16.0, 0.1, ("q_proj", "v_proj"), "reviewer", REVIEWER),
 ]
 
 
 @requirement("R21.1")
-@pytest.mark.parametrize(("shapes", "configs"), [(MINILM, ENCODER), (LLAMA, DECODER)], ids=["encoder", "decoder"])
+@pytest.mark.parametrize(
+    ("shapes", "configs"), [(MINILM, ENCODER), (LLAMA, DECODER)], ids=["encoder", "decoder"]
+)
 def test_the_five_presets(shapes, configs):
     assert [fit(preset, shapes).config for preset in PRESETS] == configs
 
@@ -68,16 +79,27 @@ def test_figures_on_minilm():
 @pytest.mark.parametrize("task", list(PRESETS))
 def test_a_preset_is_what_a_fresh_card_of_the_real_encoder_has(task):
     core = InferenceCore(EncoderConfig(30, 8, 2, 2, 16, 12, pooler=True))
-    fitted = fit(task, {name: (site.in_features, site.out_features) for name, site in linears(core).items()})
+    fitted = fit(
+        task, {name: (site.in_features, site.out_features) for name, site in linears(core).items()}
+    )
     config = fitted.config
-    card = fresh(core, task, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, seed=0)
+    card = fresh(
+        core,
+        task,
+        rank=config.rank,
+        alpha=config.alpha,
+        target_modules=config.target_modules,
+        seed=0,
+    )
     assert set(card.weights) == set(fitted.modules)
     assert (card.num_params, card.nbytes) == (fitted.num_params, fitted.nbytes)
 
 
 @requirement("R21.1")
 def test_a_model_without_the_roles_is_refused():
-    with pytest.raises(TargetError, match=r"preset 'coder': .*o_proj.*found none that is a output; name the target"):
+    with pytest.raises(
+        TargetError, match=r"preset 'coder': .*o_proj.*found none that is a output; name the target"
+    ):
         fit("coder", {name: shape for name, shape in LLAMA.items() if "o_proj" not in name})
     with pytest.raises(TargetError, match="none that is a query or value"):
         fit("reviewer", {"0": (4, 4), "2": (4, 4)})
@@ -86,10 +108,13 @@ def test_a_model_without_the_roles_is_refused():
 @requirement("R21.1")
 def test_modules_that_no_suffix_tells_apart_are_refused():
     down = Preset("down", 4, 4.0, 0.0, ("down",), ())
-    assert fit(down, MINILM).config.target_modules == tuple(sorted(f"{index}.output.dense" for index in range(6)))
+    assert fit(down, MINILM).config.target_modules == tuple(
+        sorted(f"{index}.output.dense" for index in range(6))
+    )
     shapes = {"output.dense": (4, 4), "attention.output.dense": (4, 4)}
     with pytest.raises(
-        TargetError, match=r"module 'output.dense': .*found 'attention.output.dense', which is not wanted"
+        TargetError,
+        match=r"module 'output.dense': .*found 'attention.output.dense', which is not wanted",
     ):
         fit(down, shapes)
 
@@ -97,20 +122,27 @@ def test_modules_that_no_suffix_tells_apart_are_refused():
 @requirement("R21.1", "R7.8")
 @pytest.mark.parametrize("preset", ["cook", "", None, 3, ["coder"]])
 def test_an_unknown_preset_is_refused_with_those_there_are(preset):
-    with pytest.raises(ArgumentError, match="expected one of coder, researcher, security, architect, reviewer, found"):
+    with pytest.raises(
+        ArgumentError,
+        match="expected one of coder, researcher, security, architect, reviewer, found",
+    ):
         fit(preset, MINILM)
 
 
 @requirement("R21.2", "R7.8")
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(ArgumentError, match="dtype: expected one of float16, float32, float64, bfloat16, found 'int8'"):
+    with pytest.raises(
+        ArgumentError,
+        match="dtype: expected one of float16, float32, float64, bfloat16, found 'int8'",
+    ):
         fit("coder", MINILM, dtype="int8")
 
 
 @requirement("R21.3", "R7.8")
 def test_the_message_for_an_unknown_field_lists_the_known_ones():
     with pytest.raises(
-        ArgumentError, match=r"rank, alpha, dropout, target_modules, task_type, tags, found \['lora_alpha'\]"
+        ArgumentError,
+        match=r"rank, alpha, dropout, target_modules, task_type, tags, found \['lora_alpha'\]",
     ):
         LoRAConfig.from_dict({"lora_alpha": 16})
     with pytest.raises(ArgumentError, match="a mapping of fields, found list"):
@@ -135,9 +167,18 @@ def test_cross_attention_is_attention():
     [
         (LoRAConfig, {"dropout": 1.0}),
         (LoRAConfig, {"dropout": -1e-9}),
-        *((CardInfo, {"version": version}) for version in ("1.0.0\n", "1.0.0-", "1.0.0+", "1.0", "1.0.0.0", "v1.0.0")),
-        *((CardInfo, {"created": time}) for time in ("2026-01-01T00:00:00Z\n", "2026-01-01T00:00:00Z+1", "2026-01-01")),
-        *((CardInfo, {"modified": f"{day}T00:00:00Z"}) for day in ("2026-02-29", "1900-02-29", "2026-04-31")),
+        *(
+            (CardInfo, {"version": version})
+            for version in ("1.0.0\n", "1.0.0-", "1.0.0+", "1.0", "1.0.0.0", "v1.0.0")
+        ),
+        *(
+            (CardInfo, {"created": time})
+            for time in ("2026-01-01T00:00:00Z\n", "2026-01-01T00:00:00Z+1", "2026-01-01")
+        ),
+        *(
+            (CardInfo, {"modified": f"{day}T00:00:00Z"})
+            for day in ("2026-02-29", "1900-02-29", "2026-04-31")
+        ),
         (CardInfo, {"quality": 1.0000001}),
         (CardInfo, {"quality": -1e-9}),
     ],
@@ -157,7 +198,9 @@ def test_the_ends_of_the_ranges_are_allowed():
 
 
 @requirement("R21.1", "R7.8")
-@pytest.mark.parametrize("shapes", [None, ["query"], {1: (4, 4)}, {"query": 4}, {"query": (4,)}, {"query": (4, 0)}])
+@pytest.mark.parametrize(
+    "shapes", [None, ["query"], {1: (4, 4)}, {"query": 4}, {"query": (4,)}, {"query": (4, 0)}]
+)
 def test_what_is_no_shape_of_a_linear_is_refused(shapes):
     with pytest.raises(ArgumentError, match="shape"):
         fit("reviewer", shapes)

@@ -38,7 +38,12 @@ def live(queue):
 @requirement("R19.2")
 def test_the_moves_are_a_table_that_leads_every_job_to_an_end():
     assert set(STATES) == {"queued", "running", "done", "rejected", "dead"}
-    assert {move.after for move in MOVES.values() if move.before == "running"} == {"queued", "done", "rejected", "dead"}
+    assert {move.after for move in MOVES.values() if move.before == "running"} == {
+        "queued",
+        "done",
+        "rejected",
+        "dead",
+    }
     assert {what for what, move in MOVES.items() if move.before in ("done", "rejected")} == set()
     assert [what for what, move in MOVES.items() if move.after == "running"] == ["claim"]
     with pytest.raises(TypeError):
@@ -145,7 +150,9 @@ def test_a_job_of_another_base_model_waits_and_lets_nobody_past(queue):
     assert queue.claim(0.0) is None
     queue.reject(first, 0.0)
     assert queue.claim(0.0).parameters["number"] == 0
-    assert queue.claim(0.0) is None  # job 2 is of the base that runs, job 3 of none; but job 1 is older
+    assert (
+        queue.claim(0.0) is None
+    )  # job 2 is of the base that runs, job 3 of none; but job 1 is older
 
 
 @requirement("R19.1", "R19.2")
@@ -178,7 +185,10 @@ def test_the_last_versions_are_kept_and_the_live_one_whatever_its_age(queue):
     queue.roll_back("docs", 6, 8.0)
     queue.add(order(8), 8.0)
     queue.accept(queue.claim(8.0), "8" * 64, 8.0, 1)
-    assert [(version.version, version.live) for version in queue.versions()] == [(6, False), (8, True)]
+    assert [(version.version, version.live) for version in queue.versions()] == [
+        (6, False),
+        (8, True),
+    ]
 
 
 @requirement("R19.5")
@@ -190,11 +200,18 @@ def test_versions_that_the_engine_refuses_never_push_out_the_last_good_one(queue
         assert live(queue) == {"docs": 1}
         assert len(queue.versions()) == 2
     accepted(queue, 5, keep=1)
-    assert [(version.version, version.live) for version in queue.versions()] == [(1, False), (5, True)]
+    assert [(version.version, version.live) for version in queue.versions()] == [
+        (1, False),
+        (5, True),
+    ]
     accepted(queue, 6, keep=3)
     queue.refuse(queue.versions()[-1], "does not fit", 7.0)
     accepted(queue, 7, keep=3)
-    assert [version.version for version in queue.versions()] == [1, 5, 7]  # the last three that were not refused
+    assert [version.version for version in queue.versions()] == [
+        1,
+        5,
+        7,
+    ]  # the last three that were not refused
 
 
 @requirement("R19.5")
@@ -213,7 +230,9 @@ def test_rolling_back_takes_the_version_before_or_the_one_that_is_named(queue):
     assert live(queue) == {"docs": 3, "law": 1}
     assert queue.roll_back("docs", None, 5.0).version == 2
     assert queue.roll_back("docs", None, 5.0).version == 1
-    with pytest.raises(StateError, match="roll back 'docs': expected a version before the live one"):
+    with pytest.raises(
+        StateError, match="roll back 'docs': expected a version before the live one"
+    ):
         queue.roll_back("docs", None, 5.0)
     assert queue.roll_back("docs", 3, 5.0).version == 3
     assert live(queue) == {"docs": 3, "law": 1}
@@ -233,7 +252,11 @@ def test_a_version_that_the_engine_refuses_gives_way_to_the_one_before(queue):
     assert live(queue) == {"docs": 2}
     queue.refuse(queue.versions()[1], "nor does this", 4.0)
     assert live(queue) == {"docs": 1}
-    assert [version.refused for version in queue.versions()] == [None, "nor does this", "does not fit"]
+    assert [version.refused for version in queue.versions()] == [
+        None,
+        "nor does this",
+        "does not fit",
+    ]
     queue.refuse(queue.versions()[0], "nothing fits", 4.0)
     assert live(queue) == {}
     assert queue.roll_back("docs", 2, 5.0) is not None
@@ -249,7 +272,12 @@ def test_status_history_and_skills_are_arrow_tables(queue):
     status = queue.status()
     assert status.schema.field("created").type == pa.timestamp("us", tz="UTC")
     waiting, done = status.to_pylist()
-    assert (done["state"], done["digest"], done["error"], done["attempts"]) == ("done", f"{1:064x}", None, 1)
+    assert (done["state"], done["digest"], done["error"], done["attempts"]) == (
+        "done",
+        f"{1:064x}",
+        None,
+        1,
+    )
     assert waiting["created"] == datetime(1970, 1, 1, 0, 0, 2, 500000, UTC)
     assert (waiting["state"], waiting["failures"], waiting["error"], waiting["base"]) == (
         "queued",
@@ -260,7 +288,12 @@ def test_status_history_and_skills_are_arrow_tables(queue):
     assert queue.history()["what"].to_pylist() == ["add", "claim", "accept", "add", "claim", "fail"]
     assert queue.history()["note"].to_pylist()[-1] == "no luck"
     (version,) = queue.skills().to_pylist()
-    assert (version["name"], version["version"], version["live"], version["refused"]) == ("docs", 1, True, None)
+    assert (version["name"], version["version"], version["live"], version["refused"]) == (
+        "docs",
+        1,
+        True,
+        None,
+    )
 
 
 @requirement("R19.7")
@@ -274,7 +307,9 @@ def test_the_tables_of_an_empty_queue_have_their_columns(queue):
 def test_what_is_no_queue_or_one_of_another_version_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "queue.sqlite"
     path.write_bytes(b"something else entirely" * 99)
-    with pytest.raises(StoreError, match=r"queue\.sqlite: expected a job queue that can be read and written"):
+    with pytest.raises(
+        StoreError, match=r"queue\.sqlite: expected a job queue that can be read and written"
+    ):
         JobQueue(path)
     assert path.read_bytes() == b"something else entirely" * 99
     with pytest.raises(StoreError, match="unable to open"):
@@ -291,7 +326,9 @@ def test_what_is_no_queue_or_one_of_another_version_is_refused_and_left_alone(tm
 def test_an_error_of_the_file_is_named_and_changes_nothing(queue):
     queue.add(order(), 0.0)
     job = queue.claim(0.0)
-    queue._db.execute("CREATE TRIGGER full BEFORE INSERT ON versions BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+    queue._db.execute(
+        "CREATE TRIGGER full BEFORE INSERT ON versions BEGIN SELECT RAISE(FAIL, 'disk full'); END"
+    )
     with pytest.raises(StoreError, match="disk full"):
         queue.accept(job, "0" * 64, 1.0)
     assert [one.state for one in queue.jobs()] == ["running"]

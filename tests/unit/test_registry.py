@@ -70,10 +70,16 @@ def maps_of(folder):
 
 
 @requirement("R22.3")
-def test_a_thousand_cards_are_registered_by_header_and_few_descriptors_are_open_whatever_is_asked_for(tmp_path):
+def test_a_thousand_cards_are_registered_by_header_and_few_descriptors_are_open_whatever_is_asked_for(
+    tmp_path,
+):
     registry = AdapterRegistry(max_cards=20)
     for index in range(1000):
-        path, table, sink = tmp_path / f"{index}", card_to_table(card_of(f"card {index}", index)), io.BytesIO()
+        path, table, sink = (
+            tmp_path / f"{index}",
+            card_to_table(card_of(f"card {index}", index)),
+            io.BytesIO(),
+        )
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         path.write_bytes(sink.getvalue())  # `save` would wait for the disk each time
@@ -92,7 +98,9 @@ def test_a_thousand_cards_are_registered_by_header_and_few_descriptors_are_open_
 
 
 @requirement("R22.3")
-def test_the_least_recently_asked_for_is_let_go_of_first_and_what_is_asked_for_again_is_not_mapped_again(written):
+def test_the_least_recently_asked_for_is_let_go_of_first_and_what_is_asked_for_again_is_not_mapped_again(
+    written,
+):
     registry = AdapterRegistry(max_cards=2)
     for name in "abc":
         registry.register(written(card_of(name)))
@@ -125,7 +133,8 @@ def test_a_registry_that_is_full_of_what_is_in_use_says_so_and_what_to_do(writte
         registry.register(written(card_of(name)))
     held = [registry.get("a"), registry.get("b")]
     with pytest.raises(
-        RegistryFull, match=r"get 'c' 0.1.0: .* max_cards=2, max_bytes=1048576, found 2 cards of .* in use"
+        RegistryFull,
+        match=r"get 'c' 0.1.0: .* max_cards=2, max_bytes=1048576, found 2 cards of .* in use",
     ):
         registry.get("c")
     with pytest.raises(StateError, match="let go of cards"):
@@ -149,7 +158,9 @@ def test_bytes_are_bounded_as_well_and_a_file_that_can_never_fit_is_refused_at_o
     del card
     registry.get("large")
     assert registry.mapped == (("large", "0.1.0"),)
-    with pytest.raises(RegistryFull, match=f"at most {limit - 1} bytes, found {limit}; raise max_bytes"):
+    with pytest.raises(
+        RegistryFull, match=f"at most {limit - 1} bytes, found {limit}; raise max_bytes"
+    ):
         AdapterRegistry(max_bytes=limit - 1).register(large)
 
 
@@ -182,7 +193,10 @@ def test_a_view_of_a_factor_and_a_card_made_of_its_factors_keep_a_card_in_use(wr
     registry = AdapterRegistry(max_cards=1)
     registry.register(written(card_of("docs", 3)))
     registry.register(written(card_of("law")))
-    for hold in (lambda card: card.weights["0"].A[1:, 0].T, lambda card: replace(card, name="other").weights):
+    for hold in (
+        lambda card: card.weights["0"].A[1:, 0].T,
+        lambda card: replace(card, name="other").weights,
+    ):
         held = hold(registry.get("docs"))
         with pytest.raises(RegistryFull):
             registry.get("law")
@@ -224,7 +238,12 @@ def test_the_newest_version_is_had_by_default_and_any_by_its_number(written):
     registry = AdapterRegistry()
     for version in ("1.10.0", "2.0.0-rc.1", "1.9.0", "2.0.0"):
         registry.register(written(card_of(version=version), version))
-    assert [entry.version for entry in registry.entries["docs"]] == ["1.9.0", "1.10.0", "2.0.0-rc.1", "2.0.0"]
+    assert [entry.version for entry in registry.entries["docs"]] == [
+        "1.9.0",
+        "1.10.0",
+        "2.0.0-rc.1",
+        "2.0.0",
+    ]
     assert registry.get("docs").metadata["version"] == registry.entry("docs").version == "2.0.0"
     assert registry.get("docs", "1.10.0").metadata["version"] == "1.10.0"
     registry.unregister("docs", "2.0.0")
@@ -242,7 +261,8 @@ def test_a_card_without_a_version_has_the_default_one_and_a_version_can_be_given
     first, second = written(card_of()), written(card_of(value=2, version="as of May"), "second")
     assert registry.register(first).version == CardInfo().version
     with pytest.raises(
-        ArgumentError, match=r"second.*version: expected a semantic version .* 'as of May'; pass version="
+        ArgumentError,
+        match=r"second.*version: expected a semantic version .* 'as of May'; pass version=",
     ):
         registry.register(second)
     assert registry.register(second, version="1.0.0").key == ("docs", "1.0.0")
@@ -258,7 +278,9 @@ def test_an_unknown_card_or_version_is_named(written):
     registry.register(written(card_of()))
     with pytest.raises(UnknownCardError, match="'law': expected a registered card, found none"):
         registry.get("law")
-    with pytest.raises(UnknownCardError, match=r"'docs' '3.0.0': expected a registered card, found only .*0\.1\.0"):
+    with pytest.raises(
+        UnknownCardError, match=r"'docs' '3.0.0': expected a registered card, found only .*0\.1\.0"
+    ):
         registry.get("docs", "3.0.0")
     for operation in (registry.get, registry.entry):
         with pytest.raises(ArgumentError, match="text"):
@@ -274,7 +296,9 @@ def test_the_same_content_registers_twice_and_other_content_is_a_conflict(writte
     assert registry.register(first) is registry.register(copy) is entry
     assert registry.register(copy, digest=digest(first)) is entry
     for path, given in ((other, None), (other, digest(other)), (first, digest(other))):
-        with pytest.raises(ConflictError, match=r"'docs' 0\.1\.0: expected one card .*pass version="):
+        with pytest.raises(
+            ConflictError, match=r"'docs' 0\.1\.0: expected one card .*pass version="
+        ):
             registry.register(path, digest=given)
     first.unlink()  # what it was can no longer be compared
     with pytest.raises(ConflictError, match="unregister"):
@@ -293,7 +317,8 @@ def test_a_file_that_is_gone_or_changed_since_it_was_registered_is_a_named_error
     registry.register(path)
     written(card_of(value=2))
     with pytest.raises(
-        CardFileError, match=r"docs\.lora\.arrow: expected the file that was registered.*register it again"
+        CardFileError,
+        match=r"docs\.lora\.arrow: expected the file that was registered.*register it again",
     ):
         registry.get("docs")
     path.unlink()
@@ -365,7 +390,11 @@ def test_what_is_no_card_file_is_not_registered(tmp_path, written):
     registry = AdapterRegistry()
     garbage = tmp_path / "garbage"
     garbage.write_bytes(b"no card")
-    for path, kind in ((tmp_path / "missing", CardNotFoundError), (garbage, CardFileError), (tmp_path, StoreError)):
+    for path, kind in (
+        (tmp_path / "missing", CardNotFoundError),
+        (garbage, CardFileError),
+        (tmp_path, StoreError),
+    ):
         with pytest.raises(kind):
             registry.register(path)
     with pytest.raises(ArgumentError, match="path"):
@@ -401,7 +430,9 @@ def test_threads_get_what_they_ask_for_and_the_bounds_hold_all_the_while(written
                 held[index] = registry.get(f"card {index}")
                 if held[index].weights["0"].A[0, 0] != index or len(registry.mapped) > 6:
                     wrong.append(index)
-            except LoRAError as error:  # three threads hold two cards each at most: there is always room
+            except (
+                LoRAError
+            ) as error:  # three threads hold two cards each at most: there is always room
                 wrong.append(error)
             if len(held) > 1:
                 held.clear()
@@ -419,10 +450,14 @@ def test_threads_get_what_they_ask_for_and_the_bounds_hold_all_the_while(written
 
 
 @requirement("R22.4")
-def test_the_benchmark_reports_what_a_thousand_cards_cost_at_start_up_in_memory_and_in_routing(tmp_path):
+def test_the_benchmark_reports_what_a_thousand_cards_cost_at_start_up_in_memory_and_in_routing(
+    tmp_path,
+):
     report = tmp_path / "report.json"
     script = Path(__file__).parents[2] / "benchmarks" / "registry.py"
-    subprocess.run([sys.executable, script, "--quick", "--json", report], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, script, "--quick", "--json", report], check=True, stdout=subprocess.DEVNULL
+    )
     found = json.loads(report.read_text())
     assert found["cards"] == 1000
     assert found["start_up"]["seconds"] > 0

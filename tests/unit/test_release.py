@@ -102,7 +102,11 @@ def test_an_action_is_pinned_to_one_commit_everywhere():
 
 def test_what_a_workflow_makes_exists(path):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    made = [run.split()[1:] for step in steps(read(path)) if (run := step.get("run", "")).startswith("make ")]
+    made = [
+        run.split()[1:]
+        for step in steps(read(path))
+        if (run := step.get("run", "")).startswith("make ")
+    ]
     assert made
     assert {target for run in made for target in run} <= targets
 
@@ -115,13 +119,20 @@ def test_only_a_tag_of_a_version_releases_and_only_after_the_tests():
     assert (tested, "hatchling build" in built) == ("make test lint types", True)
     for tag, code in ((f"v{lora.__version__}", 0), (f"v{lora.__version__}1", 1), ("v", 1)):
         environment = {"GITHUB_REF_NAME": tag, "PATH": os.environ["PATH"]}
-        done = subprocess.run(["bash", "-c", checked], env=environment, cwd=ROOT, check=False, capture_output=True)
+        done = subprocess.run(
+            ["bash", "-c", checked], env=environment, cwd=ROOT, check=False, capture_output=True
+        )
         assert done.returncode == code
-    assert workflow["jobs"]["publish"]["environment"]["url"] == f"https://pypi.org/project/{PROJECT['name']}/"
+    assert (
+        workflow["jobs"]["publish"]["environment"]["url"]
+        == f"https://pypi.org/project/{PROJECT['name']}/"
+    )
 
 
 def test_the_pythons_that_are_tested_are_those_that_are_promised():
-    matrix = read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["test"]["strategy"]["matrix"]
+    matrix = read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["test"]["strategy"][
+        "matrix"
+    ]
     pattern = re.compile(r"Programming Language :: Python :: (3\.\d+)")
     named = [found[1] for name in PROJECT["classifiers"] if (found := pattern.fullmatch(name))]
     assert matrix["python"] == named
@@ -149,7 +160,11 @@ def test_the_versions_stated_are_those_in_the_code():
 
 @requirement("R24.4")
 def test_the_folder_of_vectors_stated_is_the_one_there_is():
-    folders = [path.name for path in (ROOT / "spec" / "vectors").iterdir() if path.is_dir() and path.name.isdecimal()]
+    folders = [
+        path.name
+        for path in (ROOT / "spec" / "vectors").iterdir()
+        if path.is_dir() and path.name.isdecimal()
+    ]
     assert folders == [str(FORMAT_VERSION[0])]
     assert f"`spec/vectors/{folders[0]}/`" in page()
 
@@ -166,7 +181,11 @@ def imported(*argv):
     """Third-party modules' top names, and lora's own modules, that a fresh interpreter imports."""
     command = [sys.executable, "-X", "importtime", *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    names = {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     ours = {name for name in names if name.split(".")[0] == "lora"}
     return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"lora"}, ours
 
@@ -180,12 +199,22 @@ def test_importing_the_package_imports_nothing_else():
 
 @requirement("R25.4")
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["--version"], ["train", "--help"], ["factory", "add", "--help"]], ids=" ".join
+    "argv",
+    [["--help"], ["--version"], ["train", "--help"], ["factory", "add", "--help"]],
+    ids=" ".join,
 )
 def test_help_costs_no_numpy_no_arrow_and_no_torch(argv):
     outside, ours = imported("-m", "lora.cli", *argv)
     assert {"typer", "rich"} <= outside
-    assert not outside & {"numpy", "pyarrow", "ml_dtypes", "torch", "tokenizers", "safetensors", "cryptography"}
+    assert not outside & {
+        "numpy",
+        "pyarrow",
+        "ml_dtypes",
+        "torch",
+        "tokenizers",
+        "safetensors",
+        "cryptography",
+    }
     assert ours <= {"lora", "lora.errors", "lora.cli"}
 
 
@@ -204,4 +233,8 @@ def test_inspecting_a_card_costs_no_torch_and_no_model():
         "transformers",
         "pandas",
     }
-    assert not [name for name in ours if name.startswith(("lora.evolution", "lora.federation", "lora.inference"))]
+    assert not [
+        name
+        for name in ours
+        if name.startswith(("lora.evolution", "lora.federation", "lora.inference"))
+    ]

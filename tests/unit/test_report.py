@@ -53,10 +53,18 @@ def test_a_run_says_what_failed_and_on_which_example():
 @requirement("R24.1", "R24.5")
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("Raising", "RuntimeError: out of order"), ("Hanging", "no verdict after 20"), ("Mute", "AssertionError")],
+    [
+        ("Raising", "RuntimeError: out of order"),
+        ("Hanging", "no verdict after 20"),
+        ("Mute", "AssertionError"),
+    ],
 )
-def test_a_binding_that_does_not_answer_has_its_verdict_and_the_rest_still_runs(kind, said, tmp_path):
-    report = run_suite(f"tests.bindings.broken:{kind}", only="R4", timeout=20, junit=tmp_path / "junit.xml")
+def test_a_binding_that_does_not_answer_has_its_verdict_and_the_rest_still_runs(
+    kind, said, tmp_path
+):
+    report = run_suite(
+        f"tests.bindings.broken:{kind}", only="R4", timeout=20, junit=tmp_path / "junit.xml"
+    )
     verdicts = {name: entry["verdict"] for name, entry in report["requirements"].items()}
     assert verdicts["R4.10"] == "failed"
     assert "R4.10" in red(report)
@@ -74,15 +82,27 @@ def test_the_command_prints_every_verdict_and_fails_with_an_undeclared_one(tmp_p
     good = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (good.returncode, "R3.11" in good.stdout, "passed" in good.stdout) == (0, True, True)
     bad = subprocess.run(
-        [*command, "--binding", "tests.faults.targets:Substring", "--json", str(tmp_path / "verdicts.json")],
+        [
+            *command,
+            "--binding",
+            "tests.faults.targets:Substring",
+            "--json",
+            str(tmp_path / "verdicts.json"),
+        ],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (bad.returncode, bad.stderr.splitlines()[-1]) == (1, "lora: 1 of 1 requirements failed: R3.11")
+    assert (bad.returncode, bad.stderr.splitlines()[-1]) == (
+        1,
+        "lora: 1 of 1 requirements failed: R3.11",
+    )
     assert json.loads((tmp_path / "verdicts.json").read_text())["schema_version"] == SCHEMA_VERSION
     for options, said in (
-        (["--binding", "nowhere:NOTHING"], "binding 'nowhere:NOTHING': expected package.module:NAME"),
+        (
+            ["--binding", "nowhere:NOTHING"],
+            "binding 'nowhere:NOTHING': expected package.module:NAME",
+        ),
         (["--only", "R99"], "expected a known chapter or requirement, found 'R99'"),
     ):
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
@@ -106,6 +126,8 @@ def test_a_binding_that_is_not_there_or_expects_unknown_ids_is_refused(monkeypat
     for path in ("nowhere:BINDING", "lora.testing.reference:NOTHING"):
         with pytest.raises(ArgumentError, match="binding"):
             load_binding(path)
-    monkeypatch.setattr("lora.testing.reference.Reference.expected_failures", {"R99.1": "?"}, raising=False)
+    monkeypatch.setattr(
+        "lora.testing.reference.Reference.expected_failures", {"R99.1": "?"}, raising=False
+    )
     with pytest.raises(ArgumentError, match=r"R99\.1"):
         load_binding(None)

@@ -15,7 +15,17 @@ from torch.nn.utils import parametrize
 from lora.card import LoRACard, LowRank
 from lora.errors import BaseModelError, ConflictError, StateError, UnsupportedModelError
 from lora.layer import LoRALinear, SegmentedLinear, TrainableLinear
-from lora.rewrite import adapt, adapt_rows, fingerprint, fold, injections, linears, trainable, trained, uncalled
+from lora.rewrite import (
+    adapt,
+    adapt_rows,
+    fingerprint,
+    fold,
+    injections,
+    linears,
+    trainable,
+    trained,
+    uncalled,
+)
 from lora.testing.plugin import requirement
 
 X = torch.arange(12.0).reshape(3, 4) / 10
@@ -62,7 +72,9 @@ def unchanged(model):
 
     def check():
         assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-        assert [(name, p.requires_grad, p.dtype, p.data_ptr()) for name, p in model.named_parameters()] == flags
+        assert [
+            (name, p.requires_grad, p.dtype, p.data_ptr()) for name, p in model.named_parameters()
+        ] == flags
         assert all(p.grad is None for p in model.parameters())
         assert not any(module.training for module in model.modules())
         assert torch.equal(model(X), out)
@@ -73,7 +85,9 @@ def unchanged(model):
 @requirement("R3.9")
 def test_every_parameter_shares_its_storage_and_is_frozen(model, adapted):
     pairs = list(zip(model.named_parameters(), adapted.named_parameters(), strict=True))
-    assert all(a[0] == b[0] and a[1].data_ptr() == b[1].data_ptr() and a[1] is not b[1] for a, b in pairs)
+    assert all(
+        a[0] == b[0] and a[1].data_ptr() == b[1].data_ptr() and a[1] is not b[1] for a, b in pairs
+    )
     assert not any(parameter.requires_grad for parameter in adapted.parameters())
     assert list(adapted.state_dict()) == list(model.state_dict())
 
@@ -123,7 +137,8 @@ def test_a_forward_in_training_leaves_the_running_statistics(adapted, unchanged)
 
 @requirement("R3.9")
 @pytest.mark.parametrize(
-    "convert", [nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16), lambda m: m.to("meta")]
+    "convert",
+    [nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16), lambda m: m.to("meta")],
 )
 def test_a_conversion_leaves_the_original(adapted, unchanged, convert):
     convert(adapted)
@@ -144,7 +159,9 @@ def test_hooks_do_not_fire_on_the_original(model, adapted, unchanged):
 
 
 @requirement("R3.9")
-def test_hooks_of_the_original_fire_on_the_copy_and_a_removed_one_only_on_what_it_was_removed_from(model):
+def test_hooks_of_the_original_fire_on_the_copy_and_a_removed_one_only_on_what_it_was_removed_from(
+    model,
+):
     fired = []
     handle = model.out.register_forward_hook(lambda *_: fired.append(1))
     adapted = adapt(model, card("out"))
@@ -157,7 +174,9 @@ def test_hooks_of_the_original_fire_on_the_copy_and_a_removed_one_only_on_what_i
 
 @requirement("R3.9", "R3.7")
 def test_loading_a_state_dict_writes_to_the_copy_alone(adapted, unchanged):
-    adapted.load_state_dict({key: torch.full_like(tensor, 7) for key, tensor in adapted.state_dict().items()})
+    adapted.load_state_dict(
+        {key: torch.full_like(tensor, 7) for key, tensor in adapted.state_dict().items()}
+    )
     assert (adapted.out.weight == 7).all()
     unchanged()
     adapted.out.load_state_dict({"weight": torch.ones(4, 4), "bias": torch.ones(4)})
@@ -168,7 +187,9 @@ def test_loading_a_state_dict_writes_to_the_copy_alone(adapted, unchanged):
 def test_loading_into_a_copy_of_a_copy_reaches_neither(adapted, unchanged):
     before = adapted(X)
     second = adapt(adapted, card("out", name="law"))
-    second.load_state_dict({key: torch.full_like(tensor, 7) for key, tensor in second.state_dict().items()})
+    second.load_state_dict(
+        {key: torch.full_like(tensor, 7) for key, tensor in second.state_dict().items()}
+    )
     assert torch.equal(adapted(X), before)
     unchanged()
 
@@ -240,9 +261,17 @@ def test_containers_of_every_kind_are_copied_and_keep_their_kind(model):
     }
     twin = adapt(model, card("out")).things
     assert twin["counter"] == Counter(a=2)
-    assert (type(twin["named"]), twin["queue"].maxlen, type(twin["ordered"])) == (Point, 3, OrderedDict)
+    assert (type(twin["named"]), twin["queue"].maxlen, type(twin["ordered"])) == (
+        Point,
+        3,
+        OrderedDict,
+    )
     assert twin["tuple"][1] is twin["named"][1] is not tensor
-    for key, value in (("tuple", twin["tuple"][0]), ("named", twin["named"].x), ("queue", twin["queue"][0])):
+    for key, value in (
+        ("tuple", twin["tuple"][0]),
+        ("named", twin["named"].x),
+        ("queue", twin["queue"][0]),
+    ):
         value.append(key)
     twin["set"].add(2)
     twin["counter"]["a"] += 1
@@ -304,7 +333,11 @@ def test_one_parameter_in_two_modules_stays_one():
     adapted = adapt(model, card("a"))
     assert adapted["a"].weight is adapted["b"].weight
     folded = fold(adapted)
-    assert folded["b"].weight.data_ptr() == model["b"].weight.data_ptr() != folded["a"].weight.data_ptr()
+    assert (
+        folded["b"].weight.data_ptr()
+        == model["b"].weight.data_ptr()
+        != folded["a"].weight.data_ptr()
+    )
 
 
 @requirement("R3.9")
@@ -326,7 +359,10 @@ def test_an_lstm_computes_the_same_and_keeps_its_weights():
     assert all(any(w is p for p in adapted.parameters()) for w in adapted.rnn._flat_weights)
     adapted.double()
     adapted(X[None].double())
-    assert all(a is b and a.dtype == torch.float32 for a, b in zip(model.rnn._flat_weights, flat, strict=True))
+    assert all(
+        a is b and a.dtype == torch.float32
+        for a, b in zip(model.rnn._flat_weights, flat, strict=True)
+    )
     assert torch.equal(model(X[None])[0], want)
 
 
@@ -346,11 +382,15 @@ def test_lists_and_dictionaries_of_parameters_are_the_copys_own(filled):
 
 
 @requirement("R3.9")
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])  # noqa: S301
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)  # noqa: S301
 def test_an_adapted_model_can_be_copied_whole(adapted, unchanged, way):
     twin = way(adapted)
     assert torch.equal(twin(X), adapted(X))
-    twin.load_state_dict({key: torch.zeros_like(tensor) for key, tensor in twin.state_dict().items()})
+    twin.load_state_dict(
+        {key: torch.zeros_like(tensor) for key, tensor in twin.state_dict().items()}
+    )
     assert adapted.out.weight.any()
     unchanged()
 
@@ -461,16 +501,26 @@ def parametrized(name):
     [lambda: Doubled(4, 4), lambda: parametrized("weight"), lambda: parametrized("bias")],
     ids=["own", "weight", "bias"],
 )
-def test_a_linear_that_is_more_than_a_linear_is_refused_where_a_card_binds_and_kept_where_none_does(linear):
+def test_a_linear_that_is_more_than_a_linear_is_refused_where_a_card_binds_and_kept_where_none_does(
+    linear,
+):
     model = nn.Sequential(linear(), nn.Linear(4, 4))
-    with pytest.raises(UnsupportedModelError, match=r"module '0': expected a Linear with nn\.Linear's own forward"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"module '0': expected a Linear with nn\.Linear's own forward"
+    ):
         adapt(model, card("0"))
     assert torch.equal(adapt(model, card("1"))[0](X), model[0](X))
 
 
 @requirement("R3.14")
 def test_functions_and_values_that_lead_to_no_module_are_fine(model):
-    model.plain = [print, partial(sorted, key=len), lambda x, y=3: (x, y, X), {"a": (1, "b")}, "text".upper]
+    model.plain = [
+        print,
+        partial(sorted, key=len),
+        lambda x, y=3: (x, y, X),
+        {"a": (1, "b")},
+        "text".upper,
+    ]
     assert torch.equal(adapt(model, ())(X), model(X))
 
 
@@ -534,7 +584,8 @@ def test_a_card_for_other_weights_is_refused_unless_that_is_waived(model):
     assert isinstance(adapt(model, marked).out, LoRALinear)
     model.out.weight.data[0, 0] += 1
     with pytest.raises(
-        BaseModelError, match=r"card 'docs': base model net: expected weights with fingerprint .* check_base=False"
+        BaseModelError,
+        match=r"card 'docs': base model net: expected weights with fingerprint .* check_base=False",
     ):
         adapt(model, marked)
     assert isinstance(adapt(model, marked, check_base=False).out, LoRALinear)
@@ -543,7 +594,9 @@ def test_a_card_for_other_weights_is_refused_unless_that_is_waived(model):
 @requirement("R1.13")
 def test_an_adapted_model_has_the_fingerprint_of_its_base_and_a_folded_one_has_not(model, adapted):
     mine = card("out")
-    assert fingerprint(adapted, mine) == fingerprint(model, mine) != fingerprint(fold(adapted), mine)
+    assert (
+        fingerprint(adapted, mine) == fingerprint(model, mine) != fingerprint(fold(adapted), mine)
+    )
 
 
 @requirement("R3.9", "R7.4")
@@ -560,7 +613,9 @@ def test_rows_are_adapted_set_by_set():
     assert isinstance(mixed, SegmentedLinear)
     out = mixed(X, ((0, 1, 0), (1, 3, 1)))
     for row, name in enumerate("abb"):
-        assert torch.allclose(out[row], adapt(linear, adapters_of(name))(X[row]), atol=16 * torch.finfo(X.dtype).eps)
+        assert torch.allclose(
+            out[row], adapt(linear, adapters_of(name))(X[row]), atol=16 * torch.finfo(X.dtype).eps
+        )
 
 
 def adapters_of(name):
@@ -584,5 +639,7 @@ def test_a_trainable_model_has_only_the_cards_factors_to_train(model, unchanged)
 
 @requirement("R2.8", "R7.8")
 def test_a_model_that_was_not_made_trainable_has_nothing_to_give_back(adapted):
-    with pytest.raises(StateError, match="expected a layer made trainable from this card, found LoRALinear"):
+    with pytest.raises(
+        StateError, match="expected a layer made trainable from this card, found LoRALinear"
+    ):
         trained(adapted, card("out"))

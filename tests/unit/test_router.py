@@ -22,7 +22,12 @@ def card(name="docs", **metadata):
 @requirement("R4.1", "R4.2")
 @pytest.mark.parametrize(
     "metadata",
-    [{"description": "b"}, {"examples": ["a", "b"]}, {"description": "a", "examples": "b"}, {"examples": [None, "b"]}],
+    [
+        {"description": "b"},
+        {"examples": ["a", "b"]},
+        {"description": "a", "examples": "b"},
+        {"examples": [None, "b"]},
+    ],
 )
 def test_a_card_is_registered_by_what_it_says_of_itself(metadata):
     router = LoRARouter(counts)
@@ -41,7 +46,8 @@ def test_a_description_that_is_given_stands_in_place_of_the_cards_own():
 
 @requirement("R4.13")
 @pytest.mark.parametrize(
-    "metadata", [{"tags": ["law"]}, {"tags": "law"}, {"task_type": "law"}, {"tags": ["x", "law", None]}]
+    "metadata",
+    [{"tags": ["law"]}, {"tags": "law"}, {"task_type": "law"}, {"tags": ["x", "law", None]}],
 )
 def test_a_card_is_tagged_by_what_it_says_of_itself(metadata):
     router = LoRARouter(counts)
@@ -72,13 +78,18 @@ def test_a_route_says_whether_its_card_is_elsewhere():
 @pytest.mark.parametrize("description", [None, []])
 def test_a_card_that_says_nothing_of_itself_is_refused_by_name(description):
     router = LoRARouter(counts)
-    with pytest.raises(ArgumentError, match="candidate 'docs': expected a description, found none; pass description="):
+    with pytest.raises(
+        ArgumentError,
+        match="candidate 'docs': expected a description, found none; pass description=",
+    ):
         router.register_card(card(), description)
     assert not router.candidates
 
 
 @requirement("R4.1", "R7.8")
-@pytest.mark.parametrize("metadata", [{"description": 5}, {"examples": {"a": 1}}, {"examples": ["a", 5]}])
+@pytest.mark.parametrize(
+    "metadata", [{"description": 5}, {"examples": {"a": 1}}, {"examples": ["a", 5]}]
+)
 def test_a_card_that_describes_itself_by_no_text_is_refused(metadata):
     router = LoRARouter(counts)
     with pytest.raises(ArgumentError, match="texts: expected a sequence of str"):
@@ -102,7 +113,8 @@ def test_no_query_has_no_route_and_asks_nothing_of_the_encoder():
 
 @requirement("R4.2", "R4.3", "R7.8")
 @pytest.mark.parametrize(
-    "wrong", [lambda texts: np.zeros((len(texts) + 1, 3)), lambda texts: np.zeros(3), lambda texts: 0.0]
+    "wrong",
+    [lambda texts: np.zeros((len(texts) + 1, 3)), lambda texts: np.zeros(3), lambda texts: 0.0],
 )
 def test_an_encoder_that_gives_no_row_for_each_text_is_refused(wrong):
     with pytest.raises(ShapeError, match=r"embed: expected shape \(1, d\), found shape"):
@@ -113,7 +125,9 @@ def test_an_encoder_that_gives_no_row_for_each_text_is_refused(wrong):
 
 @requirement("R4.2", "R4.12")
 def test_a_registration_that_fails_leaves_the_register_as_it_was():
-    router = LoRARouter(lambda texts: np.array([[1.0] * (3 if text == "wide" else 2) for text in texts]))
+    router = LoRARouter(
+        lambda texts: np.array([[1.0] * (3 if text == "wide" else 2) for text in texts])
+    )
     router.register_virtual_candidate("docs", "text")
     router.register_virtual_candidate("law", "text")
     before = router.candidates

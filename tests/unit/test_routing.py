@@ -49,7 +49,9 @@ def test_unit_vectors_are_the_same_whatever_the_memory_order():
 @requirement("R4.8")
 @pytest.mark.parametrize("shape", [(), (3,), (1, 2, 3)])
 def test_embeddings_that_are_no_matrix_are_refused(shape):
-    with pytest.raises(ShapeError, match=r"embeddings: expected shape \(n, d\), found shape") as caught:
+    with pytest.raises(
+        ShapeError, match=r"embeddings: expected shape \(n, d\), found shape"
+    ) as caught:
         unit(np.zeros(shape))
     assert isinstance(caught.value, ValueError)
 
@@ -65,7 +67,11 @@ def test_embeddings_that_are_not_finite_are_refused(bad):
 def test_an_index_is_a_value():
     one = index_of(a=[1, 0])
     two = one.with_candidate(candidate_of("b", np.array([[0.0, 1]])))
-    assert (list(one.candidates), list(two.candidates), list(two.without("a").candidates)) == (["a"], ["a", "b"], ["b"])
+    assert (list(one.candidates), list(two.candidates), list(two.without("a").candidates)) == (
+        ["a"],
+        ["a", "b"],
+        ["b"],
+    )
     with pytest.raises(TypeError):
         two.candidates["c"] = None
     assert two.without("unknown").candidates == two.candidates
@@ -80,7 +86,9 @@ def test_an_index_keeps_each_candidates_rows_together():
 
 @requirement("R4.1")
 def test_a_candidate_of_another_width_is_refused_by_name():
-    with pytest.raises(ShapeError, match="candidate 'wide': expected embeddings of width 2, found 3"):
+    with pytest.raises(
+        ShapeError, match="candidate 'wide': expected embeddings of width 2, found 3"
+    ):
         index_of(a=[1, 0], wide=[1, 0, 0])
 
 
@@ -95,7 +103,10 @@ def test_the_nearest_example_decides():
     index = index_of(one=[[0.6, 0.8]], several=[[0, 1], [1, 0], [-1, 0]])
     query = np.array([1.0, 0.0])
     assert select(query, index, top_k=2) == [Route("several", 1.0), Route("one", 0.6)]
-    assert select(query, index, top_k=2, threshold=0.6) == [Route("several", 1.0), Route("one", 0.6)]
+    assert select(query, index, top_k=2, threshold=0.6) == [
+        Route("several", 1.0),
+        Route("one", 0.6),
+    ]
     assert select(query, index, top_k=2, threshold=0.600001) == [Route("several", 1.0)]
 
 
@@ -120,7 +131,9 @@ def test_a_threshold_that_is_not_finite_is_refused(threshold):
 
 @requirement("R4.3")
 def test_a_query_of_another_width_is_refused():
-    with pytest.raises(ShapeError, match=r"query embedding: expected shape \(2,\), found shape \(3,\)"):
+    with pytest.raises(
+        ShapeError, match=r"query embedding: expected shape \(2,\), found shape \(3,\)"
+    ):
         select(np.zeros(3), index_of(a=[1, 0]))
 
 
@@ -155,7 +168,9 @@ def scores_of(groups, known):
 def test_queries_of_new_sources_fall_below_the_threshold_at_the_stated_rate_and_no_more():
     rng, triggered = np.random.default_rng(0), 0
     for draw in range(DRAWS):
-        effects = rng.normal(size=40)  # queries of one source resemble each other, and high scorers are many
+        effects = rng.normal(
+            size=40
+        )  # queries of one source resemble each other, and high scorers are many
         groups = {
             str(i): effect + rng.normal(0, 0.1, rng.integers(1, 4 + 20 * (effect > 0)))
             for i, effect in enumerate(effects[1:])
@@ -172,7 +187,9 @@ def test_a_query_a_group_instead_of_a_source_a_group_breaks_the_rate():
     for draw in range(DRAWS):
         effects = rng.normal(size=40)
         pooled = [effect + rng.normal(0, 0.1, 1 + 20 * (effect > 0)) for effect in effects[1:]]
-        found = calibrate({f"{i}": [score] for i, score in enumerate(np.concatenate(pooled))}, 0.1, seed=draw)
+        found = calibrate(
+            {f"{i}": [score] for i, score in enumerate(np.concatenate(pooled))}, 0.1, seed=draw
+        )
         triggered += effects[0] + rng.normal(0, 0.1) < found.threshold
     assert triggered > likely(DRAWS, 0.1)[-1]
 
@@ -198,7 +215,9 @@ def test_nine_calibrations_in_ten_have_their_true_rate_in_the_stated_interval(gr
     for _ in range(DRAWS):
         found = calibrate({str(i): [score] for i, score in enumerate(rng.random(groups))}, rate)
         low, high = found.interval
-        inside += low <= found.threshold <= high  # of uniform scores, the share below a threshold is the threshold
+        inside += (
+            low <= found.threshold <= high
+        )  # of uniform scores, the share below a threshold is the threshold
     assert inside in likely(DRAWS, 0.9)
 
 
@@ -209,8 +228,12 @@ def test_the_interval_is_the_beta_laws(groups):
     # Of Beta(1, n) the point of probability p is 1 - (1 - p)^(1/n); it is stated to six decimals.
     expected = [1 - (1 - p) ** (1 / groups) for p in (0.05, 0.95)]
     assert found.interval == pytest.approx(expected, rel=0, abs=0.51e-6)
-    last = calibrate({str(i): [i] for i in range(groups)}, groups / (groups + 1))  # Beta(n, 1) is its mirror image
-    assert last.interval == pytest.approx([1 - point for point in expected[::-1]], rel=0, abs=0.51e-6)
+    last = calibrate(
+        {str(i): [i] for i in range(groups)}, groups / (groups + 1)
+    )  # Beta(n, 1) is its mirror image
+    assert last.interval == pytest.approx(
+        [1 - point for point in expected[::-1]], rel=0, abs=0.51e-6
+    )
 
 
 @requirement("R4.11")
@@ -220,7 +243,8 @@ def test_the_threshold_is_the_kth_smallest_of_one_score_a_group():
     assert calibrate(dict(reversed(scores.items())), 0.25) == calibrate(scores, 0.25)
     several = {"a": [1, 2, 3], "b": [4, 5, 6], "c": [1, 8]}
     assert all(
-        calibrate(several, 0.7, seed=s) == calibrate(dict(reversed(several.items())), 0.7, seed=s) for s in range(9)
+        calibrate(several, 0.7, seed=s) == calibrate(dict(reversed(several.items())), 0.7, seed=s)
+        for s in range(9)
     )
     drawn = {calibrate({"a": [1, 2, 3], "b": [5]}, 0.4, seed=seed).threshold for seed in range(40)}
     assert drawn == {1, 2, 3}
@@ -233,7 +257,9 @@ def test_just_enough_groups_will_do_and_one_fewer_is_refused_with_the_number_nee
     rate, scores = 1 / (needed + 1), {str(i): [0.0] for i in range(needed)}
     assert calibrate(scores, rate).groups == needed
     del scores["0"]
-    with pytest.raises(ArgumentError, match=f"at least {needed} source groups for a rate of .*, found {needed - 1}"):
+    with pytest.raises(
+        ArgumentError, match=f"at least {needed} source groups for a rate of .*, found {needed - 1}"
+    ):
         calibrate(scores, rate)
 
 

@@ -24,7 +24,8 @@ def a_card(name="docs", rows=16, columns=16, rank=4, modules=3, **fields):
     rng = np.random.default_rng(7)
     weights = {
         f"layer.{i}.query": lora.LowRank(
-            rng.standard_normal((rows, rank), np.float32), rng.standard_normal((rank, columns), np.float32)
+            rng.standard_normal((rows, rank), np.float32),
+            rng.standard_normal((rank, columns), np.float32),
         )
         for i in range(modules)
     }
@@ -70,11 +71,15 @@ def test_every_factor_lies_in_a_private_map_of_the_file(path):
     card = lora.load(path)
     mapped = spans(path)
     assert mapped
-    assert all(permissions == "rw-p" for _, _, permissions in mapped)  # private: a write reaches no file
+    assert all(
+        permissions == "rw-p" for _, _, permissions in mapped
+    )  # private: a write reaches no file
     for pair in card.weights.values():
         for factor in (pair.A, pair.B):
             first = factor.__array_interface__["data"][0]
-            assert any(start <= first and first + factor.nbytes <= stop for start, stop, _ in mapped)
+            assert any(
+                start <= first and first + factor.nbytes <= stop for start, stop, _ in mapped
+            )
             assert not factor.flags.writeable
             assert not factor.flags.owndata
     del card, pair, factor
@@ -99,7 +104,9 @@ def test_no_page_of_a_loaded_card_is_resident_until_it_is_used(large, verified):
     path, digest = large
     card = lora.load(path, verify=digest if verified else None)
     assert resident(path) < 0.01 * path.stat().st_size
-    total = sum(float(factor.sum()) for pair in card.weights.values() for factor in (pair.A, pair.B))
+    total = sum(
+        float(factor.sum()) for pair in card.weights.values() for factor in (pair.A, pair.B)
+    )
     assert np.isfinite(total)
     assert resident(path) > 0.9 * card.nbytes
 
@@ -108,7 +115,9 @@ def test_no_page_of_a_loaded_card_is_resident_until_it_is_used(large, verified):
 def test_a_card_is_loaded_where_the_system_does_not_take_its_pages_back(path, monkeypatch):
     class Locked(mmap.mmap):
         def madvise(self, *_):
-            raise OSError(errno.EINVAL, "Invalid argument")  # what Linux says of pages that are locked
+            raise OSError(
+                errno.EINVAL, "Invalid argument"
+            )  # what Linux says of pages that are locked
 
     lora.save(a_card(), path)
     monkeypatch.setattr(mmap, "mmap", Locked)
@@ -120,7 +129,9 @@ def test_a_loaded_card_keeps_a_descriptor_only_where_python_must(path):
     lora.save(a_card(), path)
     before = len(list(Path("/proc/self/fd").iterdir()))
     cards = [lora.load(path) for _ in range(5)]
-    assert len(list(Path("/proc/self/fd").iterdir())) - before == (0 if sys.version_info >= (3, 13) else len(cards))
+    assert len(list(Path("/proc/self/fd").iterdir())) - before == (
+        0 if sys.version_info >= (3, 13) else len(cards)
+    )
 
 
 @requirement("R1.6", "R1.5", "R6.4")
@@ -210,7 +221,12 @@ print(json.dumps({"inspecting": inspecting, "reading": reading, "name": header.n
     found = child(script, small, path)
     assert found["reading"] > 36_000
     assert found["inspecting"] < 4_000
-    assert (found["name"], found["rank"], found["alpha"], found["targets"]) == ("docs", 32, 8.0, ["query"])
+    assert (found["name"], found["rank"], found["alpha"], found["targets"]) == (
+        "docs",
+        32,
+        8.0,
+        ["query"],
+    )
     assert found["metadata"] == {"description": "text"}
     assert found["modules"] == {f"layer.{i}.query": [20_000, 32, 20_000] for i in range(8)}
 
@@ -264,10 +280,15 @@ lora.save(new, sys.argv[1])
     digest = lora.save(a_card("old"), path)
     other = path.with_name("other.lora.arrow")
     lora.save(a_card("new", rows=2000), other)
-    done = subprocess.run([sys.executable, "-c", script, path, other, step], timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, path, other, step], timeout=60, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     assert lora.load(path, verify=digest).name == "old"
-    assert sorted(found.name for found in path.parent.glob("*.lora.arrow")) == ["card.lora.arrow", "other.lora.arrow"]
+    assert sorted(found.name for found in path.parent.glob("*.lora.arrow")) == [
+        "card.lora.arrow",
+        "other.lora.arrow",
+    ]
     lora.save(a_card("new"), path)
     assert lora.load(path).name == "new"
 
@@ -366,7 +387,9 @@ print(json.dumps(lora.save(lora.load(sys.argv[1]), sys.argv[2])))
 def test_a_missing_file_is_named(tmp_path, path):
     reads = (lora.load, lora.inspect, lora.digest)
     for read in reads:
-        with pytest.raises(CardNotFoundError, match=r"expected an existing path, found nothing at") as caught:
+        with pytest.raises(
+            CardNotFoundError, match=r"expected an existing path, found nothing at"
+        ) as caught:
             read(path)
         assert caught.value.where == str(path)
         assert isinstance(caught.value, FileNotFoundError)
@@ -394,7 +417,9 @@ def test_only_a_regular_file_is_read(tmp_path):
 
 
 @requirement("R7.8")
-def test_a_file_that_may_not_be_read_and_a_folder_that_may_not_be_written_are_store_errors(tmp_path, path):
+def test_a_file_that_may_not_be_read_and_a_folder_that_may_not_be_written_are_store_errors(
+    tmp_path, path
+):
     script = """
 import json, os, sys
 import lora
@@ -426,16 +451,27 @@ print(json.dumps(said))
 def test_only_the_digest_of_these_bytes_is_let_through(path):
     digest = lora.save(a_card(), path)
     assert lora.load(path, verify=digest) == a_card()
-    with pytest.raises(CardFileError, match=rf"card file: SHA-256: expected {'0' * 64}, found {digest}"):
+    with pytest.raises(
+        CardFileError, match=rf"card file: SHA-256: expected {'0' * 64}, found {digest}"
+    ):
         lora.load(path, verify="0" * 64)
     path.write_bytes(b"not even an Arrow file")
-    with pytest.raises(CardFileError, match="SHA-256"):  # it is hashed before a byte of it is parsed
+    with pytest.raises(
+        CardFileError, match="SHA-256"
+    ):  # it is hashed before a byte of it is parsed
         lora.load(path, verify=digest)
 
 
 @requirement("R1.3", "R1.10")
 def test_text_of_every_script_and_keys_of_every_kind_come_back(path):
-    extra = {"": "", "pandas": "{}", "ARROW:schema": "x", "a\0b": "c\0d", "lora.later": "1", "größe": "注意"}
+    extra = {
+        "": "",
+        "pandas": "{}",
+        "ARROW:schema": "x",
+        "a\0b": "c\0d",
+        "lora.later": "1",
+        "größe": "注意",
+    }
     made = a_card("größe, 注意", extra=extra, base_model="")
     lora.save(made, path)
     assert lora.load(path) == made

@@ -13,11 +13,24 @@ import pytest
 
 import lora
 from lora.errors import ArgumentError, CardError, CardFileError
-from lora.table import FORMAT_VERSION, MAX_ELEMENTS, _factors, offsets_of, one_batch, read_header, schema_of
+from lora.table import (
+    FORMAT_VERSION,
+    MAX_ELEMENTS,
+    _factors,
+    offsets_of,
+    one_batch,
+    read_header,
+    schema_of,
+)
 from lora.testing.plugin import requirement
 
 fuzz = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzz_child.py"))))
-STORED = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64(), "bfloat16": pa.uint16()}
+STORED = {
+    "float16": pa.float16(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    "bfloat16": pa.uint16(),
+}
 
 
 def read_back(card):
@@ -46,13 +59,19 @@ def test_factors_are_stored_as_canonical_variable_shape_tensors(dtype):
 @requirement("R1.9", "R1.7")
 def test_the_extension_is_in_the_file_as_text_and_bfloat16_is_declared():
     data = fuzz.file_bytes(fuzz.real_card("bfloat16"))
-    for text in (b"arrow.variable_shape_tensor", b'{"dim_names":["in","rank"]}', b'{"dim_names":["rank","out"]}'):
+    for text in (
+        b"arrow.variable_shape_tensor",
+        b'{"dim_names":["in","rank"]}',
+        b'{"dim_names":["rank","out"]}',
+    ):
         assert text in data
     batch = read_back(fuzz.real_card("bfloat16"))
     assert batch.schema.metadata[b"lora.dtype"] == b"bfloat16"
     row = batch.column("A").storage.field("data")[0].values.to_numpy()
     assert row.dtype == np.uint16
-    assert np.array_equal(row, fuzz.real_card("bfloat16").weights[fuzz.MODULES[0]].A.view(np.uint16).ravel())
+    assert np.array_equal(
+        row, fuzz.real_card("bfloat16").weights[fuzz.MODULES[0]].A.view(np.uint16).ravel()
+    )
 
 
 @requirement("R1.9")
@@ -75,7 +94,8 @@ def test_more_elements_than_a_column_holds_are_refused_by_name():
     assert offsets_of([], "here").tolist() == [0]
     assert offsets_of([3, 4], "here").dtype == np.int32
     with pytest.raises(
-        CardError, match=r"here: expected at most 2147483647 elements, found 2147483648; split the card"
+        CardError,
+        match=r"here: expected at most 2147483647 elements, found 2147483648; split the card",
     ):
         offsets_of([2**30, 2**30], "here")
 
@@ -88,7 +108,10 @@ def test_a_card_too_large_for_a_column_is_refused_before_a_byte_of_it_is_copied(
             a = np.frombuffer(zeros, np.float16).reshape(2**30, 2)
             b = np.zeros((2, 1), np.float16)
             card = lora.LoRACard("vast", 2, 1.0, (), {"m": lora.LowRank(a, b)})
-            with pytest.raises(CardError, match=r"card 'vast': a factor column: expected at most 2147483647 elements"):
+            with pytest.raises(
+                CardError,
+                match=r"card 'vast': a factor column: expected at most 2147483647 elements",
+            ):
                 lora.card_to_table(card)
             del a, card
 
@@ -113,7 +136,11 @@ def test_the_schema_metadata_is_readable_text():
 
 @requirement("R1.4", "R1.6")
 def test_a_table_and_its_card_hold_the_same_values():
-    for card in (fuzz.real_card(), fuzz.real_card("bfloat16"), lora.LoRACard("empty", 1, 1.0, (), {})):
+    for card in (
+        fuzz.real_card(),
+        fuzz.real_card("bfloat16"),
+        lora.LoRACard("empty", 1, 1.0, (), {}),
+    ):
         table = lora.card_to_table(card)
         table.validate(full=True)
         assert lora.table_to_card(table) == card
@@ -123,9 +150,17 @@ def test_a_table_and_its_card_hold_the_same_values():
 
 @requirement("R1.12")
 def test_a_header_counts_as_the_card_does():
-    for card in (fuzz.real_card(), fuzz.real_card("bfloat16", rank=5), lora.LoRACard("empty", 1, 1.0, (), {})):
+    for card in (
+        fuzz.real_card(),
+        fuzz.real_card("bfloat16", rank=5),
+        lora.LoRACard("empty", 1, 1.0, (), {}),
+    ):
         header = read_header(one_batch(lora.card_to_table(card)))
-        assert (header.num_params, header.nbytes, header.dtype) == (card.num_params, card.nbytes, card.dtype.name)
+        assert (header.num_params, header.nbytes, header.dtype) == (
+            card.num_params,
+            card.nbytes,
+            card.dtype.name,
+        )
         assert header.format_version == FORMAT_VERSION
         with pytest.raises(TypeError):
             header.modules["another"] = None
@@ -171,9 +206,12 @@ REFUSALS = {
 @pytest.mark.parametrize("text", ['{"a":1,"a":2}', '{"b":{"a":1,"a":1}}', '{"b":[{"":0,"":0}]}'])
 def test_a_key_that_occurs_twice_is_refused_at_any_depth(text):
     table = lora.card_to_table(fuzz.real_card())
-    doubled = table.replace_schema_metadata({**table.schema.metadata, b"lora.metadata": text.encode()})
+    doubled = table.replace_schema_metadata(
+        {**table.schema.metadata, b"lora.metadata": text.encode()}
+    )
     with pytest.raises(
-        CardFileError, match=r"lora.metadata: expected JSON, found a key occurs twice in \['a', 'a'\]|''"
+        CardFileError,
+        match=r"lora.metadata: expected JSON, found a key occurs twice in \['a', 'a'\]|''",
     ):
         lora.table_to_card(doubled)
 
@@ -198,7 +236,9 @@ def test_a_refusal_names_the_file_the_place_and_the_rule(falsified, tmp_path, na
 def test_a_table_in_memory_is_checked_before_it_is_put_together():
     batch = fuzz.plain(fuzz.real_card())
     a = batch.column("A")
-    offsets = pa.py_buffer(np.array([0, 2**30, 22, 36], np.int32))  # far beyond the values, and back
+    offsets = pa.py_buffer(
+        np.array([0, 2**30, 22, 36], np.int32)
+    )  # far beyond the values, and back
     data = a.field("data")
     wild = pa.Array.from_buffers(data.type, 3, [None, offsets], children=[data.values])
     column = pa.Array.from_buffers(a.type, 3, [None], children=[wild, a.field("shape")])
@@ -211,7 +251,9 @@ def test_a_table_in_memory_is_checked_before_it_is_put_together():
 @requirement("R7.9")
 def test_a_table_promises_no_more_rows_than_its_bytes_can_hold():
     schema = pa.schema([(name, pa.null()) for name in ("module", "scaling", "A", "B")])
-    with pytest.raises(CardFileError, match=r"expected rows that \d+ bytes can hold, found 100000 rows"):
+    with pytest.raises(
+        CardFileError, match=r"expected rows that \d+ bytes can hold, found 100000 rows"
+    ):
         lora.table_to_card(pa.table([pa.nulls(100_000)] * 4, schema=schema))
 
 
@@ -220,7 +262,9 @@ def test_offsets_and_shapes_are_no_views_of_the_table():
     batch = fuzz.plain(fuzz.real_card())
     for name in ("A", "B"):
         offsets, shapes, _ = _factors(batch, name)
-        assert {type(number) for number in (*offsets, *(size for shape in shapes for size in shape))} == {int}
+        assert {
+            type(number) for number in (*offsets, *(size for shape in shapes for size in shape))
+        } == {int}
 
 
 @requirement("R7.9")
@@ -228,8 +272,12 @@ def test_no_two_factors_share_bytes():
     card = fuzz.real_card()
     batch = fuzz.plain(card)
     square = fuzz.tensors([np.ones((2, 2), np.float32)] * 3)
-    shared = batch.set_column(2, batch.schema.field("A"), square).set_column(3, batch.schema.field("B"), square)
-    with pytest.raises(CardFileError, match=r"buffers: expected separate bytes for each, found two that overlap"):
+    shared = batch.set_column(2, batch.schema.field("A"), square).set_column(
+        3, batch.schema.field("B"), square
+    )
+    with pytest.raises(
+        CardFileError, match=r"buffers: expected separate bytes for each, found two that overlap"
+    ):
         lora.table_to_card(shared)
     apart = fuzz.arrow_bytes([shared])
     assert lora.table_to_card(pa.ipc.open_file(pa.py_buffer(apart)).get_batch(0)).rank == 2
@@ -275,7 +323,9 @@ def test_values_that_are_not_aligned_are_copied_and_never_read_in_place():
     values = column.field("data").values
     raw = b"\0" + values.buffers()[1].to_pybytes()
     shifted = pa.Array.from_buffers(values.type, len(values), [None, pa.py_buffer(raw).slice(1)])
-    data = pa.Array.from_buffers(column.field("data").type, 3, column.field("data").buffers()[:2], children=[shifted])
+    data = pa.Array.from_buffers(
+        column.field("data").type, 3, column.field("data").buffers()[:2], children=[shifted]
+    )
     moved = pa.Array.from_buffers(column.type, 3, [None], children=[data, column.field("shape")])
     found = lora.table_to_card(batch.set_column(2, batch.schema.field("A"), moved))
     assert found == card
@@ -284,7 +334,9 @@ def test_values_that_are_not_aligned_are_copied_and_never_read_in_place():
 
 @requirement("R7.8")
 def test_what_is_no_table_and_no_card_is_named_by_its_type():
-    with pytest.raises(ArgumentError, match=r"card table: expected an Arrow table or record batch, found dict"):
+    with pytest.raises(
+        ArgumentError, match=r"card table: expected an Arrow table or record batch, found dict"
+    ):
         lora.table_to_card({})
     with pytest.raises(ArgumentError, match=r"card: expected a LoRACard, found str"):
         lora.card_to_table("docs")
@@ -294,7 +346,9 @@ def test_what_is_no_table_and_no_card_is_named_by_its_type():
 def test_half_a_declared_dtype_is_not_taken_for_another():
     half = fuzz.plain(fuzz.real_card("float16"))
     renamed = half.replace_schema_metadata({**half.schema.metadata, b"lora.dtype": b"bfloat16"})
-    with pytest.raises(CardFileError, match=r"column 'A': expected struct<data: list<item: uint16>"):
+    with pytest.raises(
+        CardFileError, match=r"column 'A': expected struct<data: list<item: uint16>"
+    ):
         lora.table_to_card(renamed)
     assert lora.table_to_card(fuzz.plain(fuzz.real_card("bfloat16"))).dtype == ml_dtypes.bfloat16
 

@@ -17,7 +17,11 @@ def pair(rows=4, columns=4):
 
 def card(targets, *keys, **shapes):
     return LoRACard(
-        "docs", 1, 1.0, targets, {**{key: pair() for key in keys}, **{k: pair(*s) for k, s in shapes.items()}}
+        "docs",
+        1,
+        1.0,
+        targets,
+        {**{key: pair() for key in keys}, **{k: pair(*s) for k, s in shapes.items()}},
     )
 
 
@@ -58,7 +62,11 @@ def test_all_linear_leaves_output_heads_out_unless_they_are_named(head):
 @requirement("R3.11")
 def test_a_linear_tied_to_an_embedding_is_an_output_head_whatever_its_name():
     model = nn.ModuleDict(
-        {"words": nn.Embedding(7, 4), "inner": nn.Linear(4, 4), "decode": nn.Linear(4, 7, bias=False)}
+        {
+            "words": nn.Embedding(7, 4),
+            "inner": nn.Linear(4, 4),
+            "decode": nn.Linear(4, 7, bias=False),
+        }
     )
     model["decode"].weight = model["words"].weight
     weights = {"inner": pair(), "decode": pair(4, 7)}
@@ -76,19 +84,25 @@ def test_no_targets_bind_nothing():
 @requirement("R3.11")
 def test_a_weight_that_fits_two_targeted_modules_is_ambiguous():
     with pytest.raises(
-        TargetError, match=r"card 'docs': weight 'query': expected one module .* found \['0.query', '1.query'\]"
+        TargetError,
+        match=r"card 'docs': weight 'query': expected one module .* found \['0.query', '1.query'\]",
     ):
         plan(sites("0.query", "1.query"), card(["query"], "query"))
 
 
 @requirement("R3.11")
 def test_a_weight_that_fits_one_module_where_a_target_matches_is_not_ambiguous():
-    assert dict(plan(sites("0.query", "1.query"), card(["1.query"], "query")).bound) == {"1.query": "query"}
+    assert dict(plan(sites("0.query", "1.query"), card(["1.query"], "query")).bound) == {
+        "1.query": "query"
+    }
 
 
 @requirement("R3.11")
 def test_two_weights_for_one_module_are_an_error():
-    with pytest.raises(TargetError, match=r"card 'docs': module '0.query': expected one weight .*'0.query', 'query'"):
+    with pytest.raises(
+        TargetError,
+        match=r"card 'docs': module '0.query': expected one weight .*'0.query', 'query'",
+    ):
         plan(sites("0.query"), card(["query"], "query", "0.query"))
 
 
@@ -102,7 +116,10 @@ def test_keys_with_the_name_of_the_parameter_do_not_bind_and_are_reported():
 def test_a_pair_that_does_not_fit_names_card_module_expected_and_found():
     with pytest.raises(ShapeError) as caught:
         plan(sites("0.query"), card(["query"], query=(4, 5)))
-    assert str(caught.value) == "card 'docs': module '0.query': expected in -> out of 4 -> 4, found 4 -> 5"
+    assert (
+        str(caught.value)
+        == "card 'docs': module '0.query': expected in -> out of 4 -> 4, found 4 -> 5"
+    )
 
 
 @requirement("R7.7")
@@ -115,7 +132,9 @@ def test_strict_names_everything_that_is_not_there():
     lacking = card(["query", "value"], "0.query", "elsewhere")
     report = plan(sites("0.query"), lacking)
     assert (report.targets_not_found, report.weights_not_used) == (("value",), ("elsewhere",))
-    with pytest.raises(TargetError, match=r"targets not found: \['value'\], weights not used: \['elsewhere'\]"):
+    with pytest.raises(
+        TargetError, match=r"targets not found: \['value'\], weights not used: \['elsewhere'\]"
+    ):
         plan(sites("0.query"), lacking, strict=True)
 
 

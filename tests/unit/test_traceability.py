@@ -43,7 +43,11 @@ def test_every_built_requirement_is_traced_to_evidence_of_its_kind():
 @pytest.mark.parametrize("chapter", ["R1", "R2", "R3", "R7"])
 def test_format_layer_manager_and_errors_are_tested_in_full(chapter):
     told = {i for evidence in read_tests(ROOT / "tests") for i in evidence.ids}
-    built = {r.id for r in read_spec(ROOT / "spec").values() if r.status == "built" and r.id.startswith(f"{chapter}.")}
+    built = {
+        r.id
+        for r in read_spec(ROOT / "spec").values()
+        if r.status == "built" and r.id.startswith(f"{chapter}.")
+    }
     assert len(built) > 8
     assert built - told == set()
 
@@ -61,7 +65,12 @@ def evidence_in(folder, text):
 @requirement("R9.8")
 def test_an_entry_is_read_whole(tmp_path):
     found = spec_of(tmp_path)["R1.1"]
-    assert (found.chapter, found.revision, found.evidence, found.status) == ("R1 Cards", 1, "P", "built")
+    assert (found.chapter, found.revision, found.evidence, found.status) == (
+        "R1 Cards",
+        1,
+        "P",
+        "built",
+    )
     assert found.sentence == "The card shall hold a name."
 
 
@@ -111,7 +120,9 @@ def test_a_sentence_that_changes_needs_a_new_revision_and_a_new_lock(tmp_path):
 
 
 @requirement("R9.8")
-@pytest.mark.parametrize(("pin", "outdated"), [("R1.1@1", False), ("R1.1@2", True), ("R1.1", False)])
+@pytest.mark.parametrize(
+    ("pin", "outdated"), [("R1.1@1", False), ("R1.1@2", True), ("R1.1", False)]
+)
 def test_a_test_that_is_pinned_to_another_revision_is_outdated(tmp_path, pin, outdated):
     tests = evidence_in(tmp_path, f"@requirement('{pin}')\n@given(x=y)\ndef test_a(x): ...")
     assert any("is outdated" in fault for fault in faults(spec_of(tmp_path), tests, {})) is outdated

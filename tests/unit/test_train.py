@@ -67,14 +67,34 @@ def pairs(labels=None):
     if labels is not None:
         answers = [answers[row] for row in np.random.default_rng(labels).permutation(len(answers))]
     return Pairs.of(
-        [{"query": f"a{i} c{j}", "positive": p, "group": f"{i}{j}"} for (i, j), p in zip(places, answers, strict=True)]
+        [
+            {"query": f"a{i} c{j}", "positive": p, "group": f"{i}{j}"}
+            for (i, j), p in zip(places, answers, strict=True)
+        ]
     )
 
 
 def train(
-    data=None, *, seed=0, targets=("query", "value"), steps=30, name="toy", checkpoint=None, progress=None, **options
+    data=None,
+    *,
+    seed=0,
+    targets=("query", "value"),
+    steps=30,
+    name="toy",
+    checkpoint=None,
+    progress=None,
+    **options,
 ):
-    settings = Settings(**{"epochs": 100, "batch_size": 8, "lr": 1e-2, "validate_every": 5, "patience": 99, **options})
+    settings = Settings(
+        **{
+            "epochs": 100,
+            "batch_size": 8,
+            "lr": 1e-2,
+            "validate_every": 5,
+            "patience": 99,
+            **options,
+        }
+    )
     trainer = LoRATrainer(engine(), rank=4, seed=seed, target_modules=targets, settings=settings)
     data = pairs() if data is None else data
     return trainer.train(data, name=name, max_steps=steps, checkpoint=checkpoint, progress=progress)
@@ -83,9 +103,14 @@ def train(
 def bits(result):
     """All that a training gave, for comparing bit for bit."""
     card = [
-        (key, pair.A.tobytes(), pair.B.tobytes(), pair.scaling) for key, pair in sorted(result.card.weights.items())
+        (key, pair.A.tobytes(), pair.B.tobytes(), pair.scaling)
+        for key, pair in sorted(result.card.weights.items())
     ]
-    return card, result.history.to_pydict(), {when: asdict(found) for when, found in result.metrics.items()}
+    return (
+        card,
+        result.history.to_pydict(),
+        {when: asdict(found) for when, found in result.metrics.items()},
+    )
 
 
 def measured(result):
@@ -98,8 +123,16 @@ def measured(result):
 @requirement("R17.3")
 def test_the_presets_are_what_they_are_called():
     assert set(PRESETS) == {"quick", "stable"}
-    assert (PRESETS["quick"].epochs, PRESETS["quick"].lr, PRESETS["quick"].schedule) == (1, 0.005, "constant")
-    assert (PRESETS["stable"].epochs, PRESETS["stable"].lr, PRESETS["stable"].schedule) == (5, 0.0005, "cosine")
+    assert (PRESETS["quick"].epochs, PRESETS["quick"].lr, PRESETS["quick"].schedule) == (
+        1,
+        0.005,
+        "constant",
+    )
+    assert (PRESETS["stable"].epochs, PRESETS["stable"].lr, PRESETS["stable"].schedule) == (
+        5,
+        0.0005,
+        "cosine",
+    )
     assert all(preset.share == Settings().share == 0.8 for preset in PRESETS.values())
     assert LoRATrainer(engine(), settings="quick").settings == PRESETS["quick"]
     assert LoRATrainer(engine()).settings == Settings()
@@ -138,7 +171,9 @@ def test_a_trainer_that_cannot_train_is_refused_when_it_is_made():
 
     with pytest.raises(UnsupportedModelError, match="InferenceCore, found Other"):
         LoRATrainer(ArrowEngine(Other()))
-    with pytest.raises(ArgumentError, match="one of \\['quick', 'stable'\\] or a Settings, found 'fast'"):
+    with pytest.raises(
+        ArgumentError, match="one of \\['quick', 'stable'\\] or a Settings, found 'fast'"
+    ):
         LoRATrainer(engine(), settings="fast")
     with pytest.raises(TargetError, match="nothing_here"):
         LoRATrainer(engine(), target_modules=("nothing_here",))
@@ -149,7 +184,11 @@ def test_a_trainer_that_cannot_train_is_refused_when_it_is_made():
 
 @requirement("R17.1", "R17.3")
 def test_data_that_cannot_be_trained_on_are_refused():
-    for few in ([], [("a0 c0", "b0 d0")], [{"query": f"a{i}", "positive": "b0", "group": "g"} for i in range(8)]):
+    for few in (
+        [],
+        [("a0 c0", "b0 d0")],
+        [{"query": f"a{i}", "positive": "b0", "group": "g"} for i in range(8)],
+    ):
         with pytest.raises(DataError, match="at least two groups"):
             train(Pairs.of(few))
     with pytest.raises(DataError, match="at least two different pairs, found 1"):
@@ -167,10 +206,17 @@ def test_data_that_cannot_be_trained_on_are_refused():
 def test_validations_come_at_their_interval_and_at_the_end():
     history = train(steps=13, validate_every=5).history
     validated = [
-        step for step, value in zip(*history.select(["step", "val_mrr"]).to_pydict().values(), strict=True) if value
+        step
+        for step, value in zip(
+            *history.select(["step", "val_mrr"]).to_pydict().values(), strict=True
+        )
+        if value
     ]
     assert validated == [5, 10, 13]
-    assert history["val_recall_at_1"].is_valid().to_pylist() == history["val_mrr"].is_valid().to_pylist()
+    assert (
+        history["val_recall_at_1"].is_valid().to_pylist()
+        == history["val_mrr"].is_valid().to_pylist()
+    )
 
 
 @requirement("R17.3")
@@ -222,7 +268,10 @@ def test_an_epoch_takes_each_pair_at_most_once_and_the_next_one_in_another_order
     history = train(steps=None, epochs=2, batch_size=10).history
     assert history["epoch"].to_pylist() == [1] * 5 + [2] * 5  # 51 pairs to train on
     data = Pairs.of([(f"q{i}", f"p{i}") for i in range(50)])
-    orders = {tuple(row for batch in batches_of(data, 10, *key) for row in batch) for key in [(0, 0), (0, 1), (1, 0)]}
+    orders = {
+        tuple(row for batch in batches_of(data, 10, *key) for row in batch)
+        for key in [(0, 0), (0, 1), (1, 0)]
+    }
     assert len(orders) == 3
     assert all(sorted(order) == list(range(50)) for order in orders)
 
@@ -245,7 +294,9 @@ def test_the_first_step_moves_b_alone_and_by_the_learning_rate():
     result = train(steps=1)
     for module, pair in result.card.weights.items():
         assert np.array_equal(pair.B, np.clip(pair.B, -1.0001e-2, 1.0001e-2))
-        assert np.abs(pair.B).max() == pytest.approx(1e-2, rel=1e-4)  # Adam's first step is the sign of the gradient
+        assert np.abs(pair.B).max() == pytest.approx(
+            1e-2, rel=1e-4
+        )  # Adam's first step is the sign of the gradient
         assert np.array_equal(pair.A, start.weights[module].A)  # its gradient is zero while B is
 
 
@@ -255,24 +306,37 @@ def test_the_base_model_the_generator_and_the_engine_are_as_before():
     made.train()
     mine, state = ArrowEngine(made), torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
-    LoRATrainer(mine, settings=Settings(batch_size=8, dropout=0.5)).train(pairs(), name="toy", max_steps=3)
+    LoRATrainer(mine, settings=Settings(batch_size=8, dropout=0.5)).train(
+        pairs(), name="toy", max_steps=3
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in made.parameters())
+    assert not any(
+        parameter.requires_grad or parameter.grad is not None for parameter in made.parameters()
+    )
     assert all(module.training for module in made.modules())
     assert mine.manager.list_cards() == {}
 
 
 @requirement("R17.1")
 def test_the_card_says_what_it_is_and_fits_the_base_it_was_trained_on():
-    trainer = LoRATrainer(engine(), rank=4, alpha=2.0, settings=Settings(batch_size=8), base_model="toy/base")
+    trainer = LoRATrainer(
+        engine(), rank=4, alpha=2.0, settings=Settings(batch_size=8), base_model="toy/base"
+    )
     card = trainer.train(pairs(), name="docs", metadata={"description": "d"}, max_steps=2).card
-    assert (card.name, card.rank, card.alpha, card.target_modules) == ("docs", 4, 2.0, ("query", "value"))
+    assert (card.name, card.rank, card.alpha, card.target_modules) == (
+        "docs",
+        4,
+        2.0,
+        ("query", "value"),
+    )
     assert (card.metadata, card.base_model) == ({"description": "d"}, "toy/base")
     assert {pair.scaling for pair in card.weights.values()} == {0.5}
     assert len(card.weights) == 4
     texts = ["a0 c0", "b1 d1"]
-    assert not np.array_equal(engine().encode_with_lora(texts, card).embeddings, engine().encode(texts))
+    assert not np.array_equal(
+        engine().encode_with_lora(texts, card).embeddings, engine().encode(texts)
+    )
     with pytest.raises(BaseModelError, match="toy/base"):
         adapt(core(seed=1), card)
     again = trainer.train(pairs(), name="docs", metadata={"description": "d"}, max_steps=2).card
@@ -284,9 +348,18 @@ def test_true_labels_teach_what_holds_for_held_out_data_and_shuffled_ones_do_not
     known, held_out = pairs().split(0.8, seed=7)
     base = evaluate(engine(), held_out)
     rows, shuffled = known.table.to_pylist(), np.random.default_rng(1).permutation(len(known))
-    wrong = Pairs.of([{**row, "positive": rows[other]["positive"]} for row, other in zip(rows, shuffled, strict=True)])
-    right_card, wrong_card = (train(data, steps=100, validate_every=100).card for data in (known, wrong))
-    right, misled = (evaluate(adapt(engine().base, card), held_out) for card in (right_card, wrong_card))
+    wrong = Pairs.of(
+        [
+            {**row, "positive": rows[other]["positive"]}
+            for row, other in zip(rows, shuffled, strict=True)
+        ]
+    )
+    right_card, wrong_card = (
+        train(data, steps=100, validate_every=100).card for data in (known, wrong)
+    )
+    right, misled = (
+        evaluate(adapt(engine().base, card), held_out) for card in (right_card, wrong_card)
+    )
     assert base.mrr < 0.5
     assert right.mrr > 0.9
     assert misled.mrr < 0.5
@@ -294,11 +367,16 @@ def test_true_labels_teach_what_holds_for_held_out_data_and_shuffled_ones_do_not
 
 @requirement("R17.9")
 def test_the_loss_is_a_function_of_the_model():
-    data = Pairs.of([{"query": f"a{i}", "positive": f"b{i}", "group": f"{i // 4}"} for i in range(8)])
-    frozen, learning = (
-        train(data, share=0.5, batch_size=4, steps=20, lr=lr).history["loss"].to_pylist() for lr in (1e-30, 1e-2)
+    data = Pairs.of(
+        [{"query": f"a{i}", "positive": f"b{i}", "group": f"{i // 4}"} for i in range(8)]
     )
-    assert frozen == pytest.approx([frozen[0]] * 20, rel=gamma(1000, np.dtype(np.float32)))  # one batch, in any order
+    frozen, learning = (
+        train(data, share=0.5, batch_size=4, steps=20, lr=lr).history["loss"].to_pylist()
+        for lr in (1e-30, 1e-2)
+    )
+    assert frozen == pytest.approx(
+        [frozen[0]] * 20, rel=gamma(1000, np.dtype(np.float32))
+    )  # one batch, in any order
     assert learning[0] == frozen[0]
     assert learning[-1] < frozen[0] / 2
 
@@ -322,7 +400,9 @@ def test_recall_counts_the_first_and_the_first_ten_and_nothing_is_measured_on_no
 
     ladder = Pairs.of([("q", str(step)) for step in range(12)])
     found = evaluate(Ladder(), ladder)
-    assert found == Retrieval(1 / 12, 10 / 12, pytest.approx(sum(1 / n for n in range(1, 13)) / 12), 12)
+    assert found == Retrieval(
+        1 / 12, 10 / 12, pytest.approx(sum(1 / n for n in range(1, 13)) / 12), 12
+    )
     with pytest.raises(DataError, match="at least one pair"):
         evaluate(Ladder(), Pairs.of([]))
 
@@ -337,7 +417,12 @@ def real(model_folder):
         for part, size in zip(docstring_pairs().split(0.8, seed=0), (400, 120), strict=True)
     )
     rows, order = known.table.to_pylist(), rng.permutation(len(known))
-    shuffled = Pairs.of([{**row, "positive": rows[other]["positive"]} for row, other in zip(rows, order, strict=True)])
+    shuffled = Pairs.of(
+        [
+            {**row, "positive": rows[other]["positive"]}
+            for row, other in zip(rows, order, strict=True)
+        ]
+    )
     settings = Settings(epochs=9, batch_size=16, lr=4e-3, validation_size=16)
     results = {
         label: LoRATrainer(mini, settings=settings).train(data, name=label, max_steps=steps)
@@ -350,32 +435,50 @@ def real(model_folder):
 def test_minilm_learns_from_true_labels_and_not_from_shuffled_ones(real):
     mini, held_out, results = real
     base = evaluate(mini, held_out)
-    true, shuffled = (evaluate(adapt(mini.base, results[label].card), held_out) for label in ("true", "shuffled"))
+    true, shuffled = (
+        evaluate(adapt(mini.base, results[label].card), held_out) for label in ("true", "shuffled")
+    )
     assert true.mrr > base.mrr + 0.01
     assert shuffled.mrr < base.mrr
-    assert np.array_equal(mini.encode(["open a file"]), InferenceCore.encode(mini.base, ["open a file"]))
+    assert np.array_equal(
+        mini.encode(["open a file"]), InferenceCore.encode(mini.base, ["open a file"])
+    )
 
 
 @requirement("R17.1")
 def test_a_card_of_minilm_has_a_pair_for_each_query_and_value(real):
     card = real[2]["true"].card
-    expected = {f"encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value")}
+    expected = {
+        f"encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value")
+    }
     assert set(card.weights) == expected
     assert card.num_params == 12 * 2 * 384 * 8
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # PEFT leaves adapter_config.json open
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT reads it
+@pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning"
+)  # PEFT leaves adapter_config.json open
 @requirement("R17.1", "R23.2")
-def test_a_trained_card_gives_in_peft_on_the_hugging_face_model_what_it_gives_here(real, tmp_path, model_folder):
+def test_a_trained_card_gives_in_peft_on_the_hugging_face_model_what_it_gives_here(
+    real, tmp_path, model_folder
+):
     from peft import PeftModel
     from transformers import BertModel
 
     card = real[2]["true"].card
     export_peft(card, tmp_path / "peft")
-    theirs = PeftModel.from_pretrained(BertModel.from_pretrained(model_folder).double(), tmp_path / "peft").eval()
-    core = InferenceCore.from_pretrained(model_folder).double()  # so that a difference is one of computation
-    ids, mask = pad(core.tokenize(["Open a file.", "Return the sum of a list of numbers."]), 0, core.device)
+    theirs = PeftModel.from_pretrained(
+        BertModel.from_pretrained(model_folder).double(), tmp_path / "peft"
+    ).eval()
+    core = InferenceCore.from_pretrained(
+        model_folder
+    ).double()  # so that a difference is one of computation
+    ids, mask = pad(
+        core.tokenize(["Open a file.", "Return the sum of a list of numbers."]), 0, core.device
+    )
     with torch.no_grad():
         hidden = theirs(input_ids=ids, attention_mask=mask).last_hidden_state
         pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
@@ -475,9 +578,14 @@ def test_layers_that_the_forward_never_calls_do_not_hinder_a_checkpoint(tmp_path
 
     def run(progress=None):
         trainer = LoRATrainer(
-            mini, rank=1, settings=settings, target_modules=("pooler.dense", "0.attention.self.query")
+            mini,
+            rank=1,
+            settings=settings,
+            target_modules=("pooler.dense", "0.attention.self.query"),
         )
-        return trainer.train(data, name="pooler", max_steps=2, checkpoint=tmp_path / "run", progress=progress)
+        return trainer.train(
+            data, name="pooler", max_steps=2, checkpoint=tmp_path / "run", progress=progress
+        )
 
     with pytest.raises(StopError):
         run(stop_at(1))
@@ -510,7 +618,9 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path)
 def test_the_history_has_a_row_for_each_step():
     history = train(steps=7, validate_every=3).history
     whole, real = ("step", "epoch"), ("loss", "lr", "val_mrr", "val_recall_at_1")
-    assert history.schema == pa.schema([*((name, "int64") for name in whole), *((name, "float64") for name in real)])
+    assert history.schema == pa.schema(
+        [*((name, "int64") for name in whole), *((name, "float64") for name in real)]
+    )
     assert history["step"].to_pylist() == list(range(1, 8))
     assert all(history[name].null_count == 0 for name in ("step", "epoch", "loss", "lr"))
     assert all(math.isfinite(loss) for loss in history["loss"].to_pylist())
@@ -520,7 +630,9 @@ def test_the_history_has_a_row_for_each_step():
 def test_progress_is_told_after_every_step():
     told = []
     result = train(steps=7, progress=lambda *step: told.append(step))
-    assert told == [(step, 7, loss) for step, loss in enumerate(result.history["loss"].to_pylist(), 1)]
+    assert told == [
+        (step, 7, loss) for step, loss in enumerate(result.history["loss"].to_pylist(), 1)
+    ]
 
 
 @requirement("R17.10")
@@ -537,7 +649,11 @@ def test_the_plot_is_an_svg_or_a_png_by_its_ending(tmp_path):
     for bad in ("history.xyz", "nowhere/history.svg"):
         with pytest.raises(LoRAError, match="history"):
             result.plot(tmp_path / bad)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["history", "history.png", "history.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "history",
+        "history.png",
+        "history.svg",
+    ]
 
 
 @requirement("R17.10")

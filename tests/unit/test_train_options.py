@@ -25,7 +25,9 @@ from tests.unit.test_train import bits, engine, pairs, train
 def with_negatives(data):
     """The pairs, each with another's positive as its negative."""
     rows = data.table.to_pylist()
-    return Pairs.of([{**row, "negative": rows[index - 7]["positive"]} for index, row in enumerate(rows)])
+    return Pairs.of(
+        [{**row, "negative": rows[index - 7]["positive"]} for index, row in enumerate(rows)]
+    )
 
 
 @requirement("R17.1")
@@ -69,14 +71,18 @@ def test_a_batch_in_parts_is_the_same_update(loss):
     whole = train(loss=loss, steps=4, seed=1)
     for accumulate in (2, 3, 8):
         parts = train(loss=loss, steps=4, seed=1, accumulate=accumulate)
-        assert parts.history["loss"].to_pylist() == pytest.approx(whole.history["loss"].to_pylist(), rel=1e-4)
+        assert parts.history["loss"].to_pylist() == pytest.approx(
+            whole.history["loss"].to_pylist(), rel=1e-4
+        )
         for key, pair in whole.card.weights.items():
             assert np.allclose(parts.card.weights[key].B, pair.B, rtol=0.02, atol=1e-4)
 
 
 @requirement("R17.4")
 def test_blocks_that_are_computed_again_give_the_same_bits():
-    assert bits(train(steps=5, dropout=0.1)) == bits(train(steps=5, dropout=0.1, checkpointing=True))
+    assert bits(train(steps=5, dropout=0.1)) == bits(
+        train(steps=5, dropout=0.1, checkpointing=True)
+    )
 
 
 @requirement("R17.4")
@@ -84,7 +90,9 @@ def test_blocks_that_are_computed_again_give_the_same_bits():
 def test_autocast_computes_narrow_and_comes_near(kind):
     exact, near = train(steps=10), train(steps=10, autocast=kind)
     assert near.history["loss"].to_pylist() != exact.history["loss"].to_pylist()
-    assert near.history["loss"].to_pylist() == pytest.approx(exact.history["loss"].to_pylist(), rel=0.05)
+    assert near.history["loss"].to_pylist() == pytest.approx(
+        exact.history["loss"].to_pylist(), rel=0.05
+    )
     assert {pair.dtype for pair in near.card.weights.values()} == {np.dtype(np.float32)}
 
 
@@ -94,7 +102,9 @@ def test_a_clipped_gradient_is_no_longer_than_it_may_be(monkeypatch):
     plain = torch.optim.AdamW.step
 
     def watched(self, *args, **options):
-        found = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        found = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
         norms.append(float(torch.cat([grad.flatten() for grad in found]).norm()))
         return plain(self, *args, **options)
 
@@ -165,13 +175,20 @@ def test_lora_plus_moves_b_by_its_own_rate():
 def test_rslora_scales_by_the_root_of_the_rank():
     card = train(steps=1, rslora=True).card
     assert {pair.scaling for pair in card.weights.values()} == {card.alpha / math.sqrt(card.rank)}
-    assert {pair.scaling for pair in train(steps=1).card.weights.values()} == {card.alpha / card.rank}
+    assert {pair.scaling for pair in train(steps=1).card.weights.values()} == {
+        card.alpha / card.rank
+    }
 
 
 def conflicting():
     """The same queries with other answers."""
     rows = pairs().table.to_pylist()
-    return Pairs.of([{**row, "positive": rows[(index + 9) % len(rows)]["positive"]} for index, row in enumerate(rows)])
+    return Pairs.of(
+        [
+            {**row, "positive": rows[(index + 9) % len(rows)]["positive"]}
+            for index, row in enumerate(rows)
+        ]
+    )
 
 
 @requirement("R17.7", "R17.6")
@@ -181,7 +198,9 @@ def test_a_second_task_forgets_less_of_the_first_with_what_the_first_needs():
     first = trainer.train(pairs(), name="first", max_steps=60).card
     anchor = trainer.anchor(first, pairs())
     assert all((tensor >= 0).all() for tensor in anchor.fisher.values())
-    mean = sum(float(t.sum()) for t in anchor.fisher.values()) / sum(t.numel() for t in anchor.fisher.values())
+    mean = sum(float(t.sum()) for t in anchor.fisher.values()) / sum(
+        t.numel() for t in anchor.fisher.values()
+    )
     assert mean == pytest.approx(1.0, rel=1e-4)
 
     def left(**more):
@@ -244,8 +263,12 @@ def test_opposite_rewards_move_oppositely_by_a_bounded_step():
             for f in ("A", "B")
         ]
     for reward, moved in steps.items():
-        assert math.sqrt(sum((m**2).sum() for m in moved)) == pytest.approx(0.1 * abs(reward), rel=1e-3)
-        assert all(np.allclose(m, reward * up, atol=1e-6) for m, up in zip(moved, steps[1.0], strict=True))
+        assert math.sqrt(sum((m**2).sum() for m in moved)) == pytest.approx(
+            0.1 * abs(reward), rel=1e-3
+        )
+        assert all(
+            np.allclose(m, reward * up, atol=1e-6) for m, up in zip(moved, steps[1.0], strict=True)
+        )
 
 
 @requirement("R17.11")

@@ -9,7 +9,17 @@ for other in ("lora", "pyarrow"):
 from arro3.core import list_flatten, list_offsets, struct_field  # noqa: E402
 from arro3.io import read_ipc  # noqa: E402
 
-FIELDS = ("format", "name", "rank", "alpha", "targets", "dtype", "metadata", "base_model", "base_fingerprint")
+FIELDS = (
+    "format",
+    "name",
+    "rank",
+    "alpha",
+    "targets",
+    "dtype",
+    "metadata",
+    "base_model",
+    "base_fingerprint",
+)
 
 
 def factors(column):
@@ -40,7 +50,10 @@ def read(path):
         "extra": metadata,
         "modules": {name: {"scaling": scaling, "A": a, "B": b} for name, scaling, a, b in rows},
         "extensions": [field.metadata_str.get("ARROW:extension:name") for field in tensors],
-        "stored": [str(list_flatten(struct_field(batch.column(name), [0])).to_numpy().dtype) for name in ("A", "B")],
+        "stored": [
+            str(list_flatten(struct_field(batch.column(name), [0])).to_numpy().dtype)
+            for name in ("A", "B")
+        ],
     }
 
 
