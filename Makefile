@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all bench mutants lint types docs serve clean
+.PHONY: demo test test-all size bench mutants lint types docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
@@ -18,6 +18,10 @@ test: $(VENV)/.test
 # Everything, with peers and foreign readers: needs node and npm.
 test-all: $(VENV)/.all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""
+
+# Lines, code tokens and words of docstring, by area.
+size: $(VENV)/bin/python
+	$(BIN)/python -m tests.size
 
 # This library beside its peers, ten minutes on two cores, and the README's table of it.
 bench: $(VENV)/.test

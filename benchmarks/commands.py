@@ -26,9 +26,9 @@ def command(*arguments: str) -> Callable[[], str]:
     """A run of this interpreter."""
 
     def call() -> str:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - itself
             [sys.executable, *arguments], capture_output=True, text=True, check=True
-        )  # noqa: S603 - itself
+        )
         return done.stdout
 
     return call

@@ -6,7 +6,6 @@ models and processes. They compare and hash by content, bit for bit: two NaNs wi
 """
 
 import json
-import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from lora.checks import finite, integer, is_digest
 from lora.errors import ArgumentError, CardError, ConflictError, shown
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -495,11 +495,6 @@ def same_bits(a: Array, b: Array) -> bool:
     return bool(np.array_equal(a.view(bits), b.view(bits)))
 
 
-def is_digest(text: object) -> bool:
-    """Whether `text` is a SHA-256 in lower-case hex."""
-    return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
-
-
 def _factor(array: Array, which: str) -> Array:
     if not isinstance(array, np.ndarray) or array.ndim != 2 or 0 in array.shape:
         found = f"shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
@@ -527,50 +522,6 @@ def _frozen(array: Array) -> bool:
             return False
         base = base.base
     return True
-
-
-def finite(value: object, where: str, kind: type[CardError | ArgumentError] = CardError) -> float:
-    """The value as a float.
-
-    Raises
-    ------
-    CardError or ArgumentError
-        If it is no number, or not a finite one.
-
-    Notes
-    -----
-    Requirements: R7.8
-    """
-    try:
-        number = math.nan if isinstance(value, bool | str | bytes | bytearray) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise kind(where, "a finite number", shown(value))
-    return number
-
-
-def integer(value: object, where: str, least: int | None = None, hint: str = "") -> int:
-    """The value as an int.
-
-    Raises
-    ------
-    ArgumentError
-        If it is no integer (which a bool is not), or less than `least`.
-
-    Notes
-    -----
-    Requirements: R7.8
-    """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or (least is not None and number < least):
-        raise ArgumentError(
-            where, "an integer" if least is None else f"an integer >= {least}", shown(value), hint
-        )
-    return number
 
 
 def _rank(value: object, where: str) -> int:

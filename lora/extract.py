@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from lora.card import DTYPES, Array, LoRACard, LowRank, finite, integer
+from lora.card import DTYPES, Array, LoRACard, LowRank
+from lora.checks import finite, integer
 from lora.errors import ArgumentError, ShapeError, TargetError, shown
 from lora.lowrank import thin_qr
-from lora.targets import ALL_LINEAR, match_targets, matches
+from lora.targets import ALL_LINEAR, fingerprint_of, match_targets, matches
 
 METHODS = ("full", "randomized")
 """How singular values may be computed."""
@@ -296,15 +297,13 @@ def _extract(
 
 def _fingerprint(base: Mapping[str, Any], modules: Iterable[str]) -> str:
     """What `lora.fingerprint` says of a model with these weights: SHA-256 over sorted key, dtype, shape and bytes."""
-    sha = hashlib.sha256()
-    for module in sorted(modules):
+
+    def entry(module: str) -> tuple[str, str, tuple[int, ...], Any]:
         weight = _array(base[_key(module)], _key(module))
         weight = np.ascontiguousarray(weight, weight.dtype.newbyteorder("="))
-        sha.update(
-            f"{module}\0{weight.dtype.name}\0{weight.shape}\0".encode(errors="surrogatepass")
-        )
-        sha.update(weight.view(np.uint8).data)
-    return sha.hexdigest()
+        return module, weight.dtype.name, weight.shape, weight.view(np.uint8).data
+
+    return fingerprint_of(map(entry, sorted(modules)))
 
 
 # ---- which modules, and their ΔW

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from lora.card import LowRank, finite
+from lora.card import LowRank
+from lora.checks import finite
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
 from lora.lowrank import concat
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lora.card import DTYPES, Array, LoRACard, LowRank, check_card, finite, integer
+from lora.card import DTYPES, Array, LoRACard, LowRank, check_card
+from lora.checks import finite, integer
 from lora.errors import (
     ArgumentError,
     BaseModelError,

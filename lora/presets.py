@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, Self
 
-from lora.card import DTYPES, LoRACard, finite, integer
+from lora.card import DTYPES, LoRACard
+from lora.checks import finite, integer
 from lora.errors import ArgumentError, TargetError, shown
 from lora.targets import match_targets, matches
 

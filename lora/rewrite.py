@@ -5,7 +5,6 @@ detached and frozen over the same storage; buffers, which a forward may write, a
 target is not enough: ``train()``, ``half()`` or a hook on the result would reach the modules that both share.
 """
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +36,7 @@ from lora.layer import (
     shared_copy,
 )
 from lora.lowrank import initial
-from lora.targets import Injection, Site, plan, targeted_modules
+from lora.targets import Injection, Site, fingerprint_of, plan, targeted_modules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -400,14 +399,13 @@ def _bindable(model: nn.Module, name: str) -> nn.Module:
 
 
 def _fingerprint(model: nn.Module, injection: Injection) -> str:
-    sha = hashlib.sha256()
-    for key, module in sorted((key, module) for module, key in injection.bound.items()):
+    def entry(key: str, module: str) -> tuple[str, str, tuple[int, ...], Any]:
         weight = model.get_submodule(module).weight.detach().cpu().contiguous()  # type: ignore[operator]
-        sha.update(
-            f"{key}\0{str(weight.dtype).removeprefix('torch.')}\0{tuple(weight.shape)}\0".encode()
-        )
-        sha.update(weight.view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return key, dtype, tuple(weight.shape), weight.view(torch.uint8).numpy().data
+
+    bound = sorted((key, module) for module, key in injection.bound.items())
+    return fingerprint_of(entry(key, module) for key, module in bound)
 
 
 def _check_sound(model: nn.Module) -> None:

@@ -20,7 +20,8 @@ from typing import BinaryIO, TypeAlias
 
 import pyarrow as pa
 
-from lora.card import LoRACard, is_digest
+from lora.card import LoRACard
+from lora.checks import is_digest
 from lora.envelope import check_envelope
 from lora.errors import (
     ArgumentError,

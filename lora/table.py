@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from lora.card import DTYPES, FIELD_KEYS, Array, FrozenJSON, LoRACard, LowRank, check_card
+from lora.checks import parse_json
 from lora.errors import ArgumentError, CardError, CardFileError, shown
 
 FORMAT_VERSION = (1, 0)
@@ -405,25 +406,7 @@ def _number(fields: Mapping[str, str], key: str, kind: type[N]) -> N:
 
 
 def _json(fields: Mapping[str, str], key: str, kind: type[Any]) -> Any:
-    text = _required(fields, key)
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise CardFileError(f"card table: {key}", "JSON", error) from error
-    if not isinstance(value, kind):
-        raise CardFileError(f"card table: {key}", f"a JSON {kind.__name__}", type(value).__name__)
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a key occurs twice in {shown([key for key, _ in pairs])}")
-    return found
+    return parse_json(_required(fields, key), f"card table: {key}", kind)
 
 
 @lru_cache(len(DTYPES))

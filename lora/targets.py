@@ -4,8 +4,10 @@ One rule serves targets and weight keys: a key matches a module if the module's 
 ``"." + key``. So ``1.query`` matches ``layer.1.query`` and never ``layer.11.query``.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lora.card import LoRACard, check_card
 from lora.errors import ShapeError, TargetError
@@ -231,3 +233,17 @@ def _check_shape(site: Site, module: str, card: LoRACard, key: str) -> None:
             f"in -> out of {site.in_features} -> {site.out_features}",
             f"{pair.in_features} -> {pair.out_features}",
         )
+
+
+def fingerprint_of(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:
+    """Return the SHA-256 of a base model's weights, over sorted key, dtype, shape and bytes.
+
+    Args:
+        weights: (card's key, name of the dtype, shape, buffer with the bytes) of each weight, sorted
+            by key. They are read one at a time, so that only one needs to be in memory.
+    """
+    sha = hashlib.sha256()
+    for key, dtype, shape, data in weights:
+        sha.update(f"{key}\0{dtype}\0{shape}\0".encode(errors="surrogatepass"))
+        sha.update(data)
+    return sha.hexdigest()

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from lora.card import finite, integer
+from lora.checks import finite, integer
 from lora.errors import (
     ArgumentError,
     LoRAError,

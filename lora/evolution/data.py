@@ -208,6 +208,11 @@ class Pairs:
         """The pairs at these positions, in this order."""
         return Pairs(self.table.take(pa.array(rows, pa.int64())))
 
+    def sample(self, size: int, seed: int) -> "Pairs":
+        """At most `size` pairs, drawn without replacement and kept in their order."""
+        order = np.random.default_rng([seed, size]).permutation(len(self))
+        return self.take(sorted(order[:size].tolist()))
+
     def statistics(self) -> dict[str, Any]:
         """Numbers of rows, groups, negatives and distinct positives; mean quality and lengths in characters."""
 

@@ -22,7 +22,8 @@ import pyarrow as pa
 from torch import nn
 
 import lora
-from lora.card import Array, LoRACard, finite, integer
+from lora.card import Array, LoRACard
+from lora.checks import finite, integer
 from lora.errors import ArgumentError, CardNotFoundError, DataError, PeerError, StateError, shown
 from lora.evolution.cloud import CloudDistiller, Distilled
 from lora.evolution.data import Pairs, docstring_pairs, first_sentence
@@ -441,9 +442,7 @@ class SkillDistiller:
         self.seed = integer(seed, "seed", least=0)
         self.engine, self.policy, self.sources = engine, policy, dict(sources or {})
         self._fixed, self._calibrated = detector, _Calibrated()
-        self._guards = tuple(
-            self._guarded(_sampled(pairs, policy.sample, seed)) for pairs in guards
-        )
+        self._guards = tuple(self._guarded(pairs.sample(policy.sample, seed)) for pairs in guards)
         self._detector(
             engine.router.candidates
         )  # whatever is wrong with the guard set is told here
@@ -538,7 +537,7 @@ class SkillDistiller:
         counts: dict[str, int] = {}
         own, texts = Pairs.of([]), dict[str, str]()
         for source_name, source in sorted(self.sources.items()):
-            shown_to = _sampled(source.pairs, self.policy.sample, self.seed)
+            shown_to = source.pairs.sample(self.policy.sample, self.seed)
             if not len(shown_to) or self._nearness(task, shown_to.queries) <= known:
                 continue
             good = _good(source.pairs, self.policy.quality)
@@ -621,7 +620,7 @@ class SkillDistiller:
         }
         try:
             training, held_out, judged_on = divided(material, self.policy.share, seed)
-            held_out = _sampled(held_out, self.policy.sample, seed)
+            held_out = held_out.sample(self.policy.sample, seed)
             figures |= {
                 "judged_on": judged_on,
                 "sizes": {
@@ -658,7 +657,7 @@ class SkillDistiller:
         if not verdict.accepted:
             return Outcome(task.name, None, verdict, MappingProxyType(figures))
         judged = set(held_out.queries)  # not among the examples: it shall tell what is known
-        examples = [*task.queries, *_sampled(training, self.policy.examples, seed).queries]
+        examples = [*task.queries, *training.sample(self.policy.examples, seed).queries]
         examples = [text for text in dict.fromkeys(examples) if text not in judged][
             : self.policy.examples
         ]
@@ -908,11 +907,6 @@ def digest(pairs: Pairs) -> str:
 def _embedded(engine: Engine, texts: Sequence[str]) -> Array:
     """Embeddings by the base model, so that active skills never move what is known."""
     return np.asarray(engine.base.encode(list(texts)), np.float64)  # type: ignore[operator]
-
-
-def _sampled(pairs: Pairs, size: int, seed: int) -> Pairs:
-    order = np.random.default_rng([seed, size]).permutation(len(pairs))
-    return pairs.take(sorted(order[:size].tolist()))
 
 
 def _good(pairs: Pairs, quality: float) -> Pairs:

@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self
 
 import pyarrow as pa
 
-from lora.card import integer
+from lora.checks import integer
 from lora.errors import (
     ArgumentError,
     LoRAError,

@@ -18,7 +18,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from lora.card import Array, finite
+from lora.card import Array
+from lora.checks import finite
 from lora.errors import ArgumentError, ShapeError, TargetError, UnsupportedModelError, shown
 from lora.extract import Model, Weights, extract_delta
 from lora.rewrite import adapt, fold

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 
-from lora.card import finite, integer
+from lora.checks import finite, integer
 from lora.errors import ArgumentError, StateError, StoreError, UnknownCardError, shown
 from lora.store import PathLike, as_path
 
@@ -369,8 +369,9 @@ class JobQueue:
         names, places = ", ".join(row), ", ".join(f":{name}" for name in row)
         with self._transaction() as db:
             added = db.execute(
-                f"INSERT INTO jobs ({names}) VALUES ({places}) ON CONFLICT DO NOTHING", row
-            )  # noqa: S608 - own names
+                f"INSERT INTO jobs ({names}) VALUES ({places}) ON CONFLICT DO NOTHING",  # noqa: S608
+                row,
+            )
             if added.rowcount:
                 self._tell(
                     "add", job.name, now, job=job.id, kind=job.kind, attempt=0, state="queued"

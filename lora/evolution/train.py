@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from lora.card import LoRACard, LowRank, integer
+from lora.card import LoRACard, LowRank
+from lora.checks import integer
 from lora.drawing import new_figure
 from lora.errors import (
     ArgumentError,
@@ -332,7 +333,7 @@ class LoRATrainer:
         """
         card = self._named(name, metadata or {}, start)
         training, validation = pairs.unique().split(self.settings.share, seed=self.seed)
-        validation = _sample(validation, self.settings.validation_size, self.seed)
+        validation = validation.sample(self.settings.validation_size, self.seed)
         schedule = _schedule(training, self.settings, self.seed, max_steps)
         session = _Session(
             self.core,
@@ -387,7 +388,7 @@ class LoRATrainer:
         Requirements: R17.6
         """
         session = _Session(self.core, card, self.settings, steps=1, seed=self.seed, identity="")
-        batch = _sample(pairs.unique(), examples, self.seed)
+        batch = pairs.unique().sample(examples, self.seed)
         with torch.enable_grad():
             losses = session.losses(session.embedded(_texts(batch)), batch)
         fisher = normalized(fisher_of(losses, session.params))
@@ -475,13 +476,12 @@ class _Session:
 
     def losses(self, embeddings: Sequence[Tensor], batch: Pairs) -> Tensor:
         """The loss of each pair, from the embeddings of queries, positives and, where there are any, negatives."""
-        queries, positives, negatives = (*embeddings, None)[:3]
+        queries, positives, *negatives = (column.float() for column in embeddings)
         qualities = torch.tensor(
             batch.table["quality"].fill_null(1.0).to_pylist(), device=self.model.device
         )
-        return LOSSES[self.settings.loss](
-            queries.float(), positives.float(), _float(negatives), qualities
-        )  # type: ignore[union-attr]
+        loss = LOSSES[self.settings.loss]
+        return loss(queries, positives, negatives[0] if negatives else None, qualities)
 
     def embedded(self, texts: Sequence[Sequence[str]]) -> list[Tensor]:
         """The embeddings of each list of texts; on a CPU in groups of similar length, since padding costs what text does."""
@@ -712,19 +712,10 @@ def _schedule(
     return steps
 
 
-def _sample(pairs: Pairs, size: int, seed: int) -> Pairs:
-    order = np.random.default_rng([seed, size]).permutation(len(pairs))
-    return pairs.take(sorted(order[:size].tolist()))
-
-
 def _texts(batch: Pairs) -> list[list[str]]:
     """Queries, positives, and negatives if every pair has one."""
     negatives = batch.table["negative"].to_pylist()
     return [batch.queries, batch.positives, *([negatives] if None not in negatives else [])]
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
 
 
 def _identity(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from lora.card import is_digest
+from lora.checks import is_digest
 from lora.errors import ArgumentError
 from lora.federation.manifest import Precedence
 from lora.store import SUFFIX, PathLike, as_path, digest, os_errors

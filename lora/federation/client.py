@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import pyarrow as pa
 from pyarrow import flight
 
-from lora.card import LoRACard, is_digest
+from lora.card import LoRACard
+from lora.checks import is_digest
 from lora.errors import CardFileError, LoRAError, MismatchError, PeerError, UnknownCardError, shown
 from lora.federation.access import Credentials, check_location
 from lora.federation.cache import CardCache

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import total_ordering
 from typing import Any
 
-from lora.card import LoRACard, is_digest
+from lora.card import LoRACard
+from lora.checks import is_digest
 from lora.errors import BadNameError, ManifestError, shown
 from lora.table import Header
 

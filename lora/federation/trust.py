@@ -13,7 +13,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from lora.card import Array, LoRACard, LowRank, is_digest
+from lora.card import Array, LoRACard, LowRank
+from lora.checks import is_digest
 from lora.errors import (
     AbsurdNormError,
     ArgumentError,

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lora.card import LoRACard, integer, is_digest
+from lora.card import LoRACard
+from lora.checks import integer, is_digest
 from lora.errors import (
     ArgumentError,
     CardFileError,

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.card import LoRACard, check_card, finite
+from lora.card import LoRACard, check_card
+from lora.checks import finite
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, shown
 from lora.interop.safetensors import (
     common_fields,

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from lora.card import Array, FrozenJSON, LoRACard, LowRank, check_card, finite
+from lora.card import Array, FrozenJSON, LoRACard, LowRank, check_card
+from lora.checks import finite
 from lora.errors import (
     ArgumentError,
     CardError,

@@ -98,9 +98,9 @@ class Reference:
             path.write_bytes(data)
             return plain_of(load(path))
 
-    def forward(
+    def forward(  # noqa: D102
         self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]
-    ) -> Array:  # noqa: D102
+    ) -> Array:
         w = tensor_of(weight)
         base = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=w.dtype)
         with torch.no_grad():

@@ -24,7 +24,7 @@ from torch import nn
 
 import lora
 from lora import lowrank
-from lora.card import integer
+from lora.checks import integer
 from lora.errors import (
     ArgumentError,
     CardError,

@@ -767,7 +767,7 @@ def main(seeds: list[int]) -> None:
                     must_fail=True,
                 )
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    print(
+    print(  # noqa: T201
         json.dumps(
             {
                 **trial.counts,
@@ -777,7 +777,7 @@ def main(seeds: list[int]) -> None:
                 "wrong": trial.wrong,
             }
         )
-    )  # noqa: T201
+    )
 
 
 def lora_digest(data: bytes) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lora
-from lora.card import DTYPES, FIELD_KEYS, MAX_DEPTH, MAX_RANK, check_card, is_digest, same_bits
+from lora.card import DTYPES, FIELD_KEYS, MAX_DEPTH, MAX_RANK, check_card, same_bits
+from lora.checks import is_digest
 from lora.errors import ArgumentError, CardError, ConflictError
 from lora.testing.plugin import requirement
 

@@ -433,9 +433,9 @@ def test_what_the_page_gives_to_spark_gives_back_batches_of_the_schema_that_it_n
     def map_in_arrow(work, schema):
         seen.extend([schema, *work(iter([pa.record_batch({"text": ["open a file", None]})]))])
 
-    exec(
+    exec(  # noqa: S102
         compile(block.text, block.page, "exec"), {"frame": SimpleNamespace(mapInArrow=map_in_arrow)}
-    )  # noqa: S102
+    )
     schema, batch = seen
     told = {"string": pa.string(), "array<float>": pa.list_(pa.float32())}
     assert batch.schema.names == [field.split()[0] for field in schema.split(", ")]

@@ -12,7 +12,7 @@ HOUSE = Path(lora.__file__).parent
 
 LAYERS = [
     ["errors"],
-    ["metrics"],
+    ["metrics", "checks"],
     ["card"],
     ["lowrank"],
     ["table", "targets", "routing"],
@@ -32,6 +32,7 @@ LAYERS = [
 RANK = {name: position for position, layer in enumerate(LAYERS) for name in layer}
 PURE = [
     "errors",
+    "checks",
     "card",
     "lowrank",
     "table",

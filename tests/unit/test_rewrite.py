@@ -383,8 +383,10 @@ def test_lists_and_dictionaries_of_parameters_are_the_copys_own(filled):
 
 @requirement("R3.9")
 @pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)  # noqa: S301
+    "way",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],  # noqa: S301
+    ids=["deepcopy", "pickle"],
+)
 def test_an_adapted_model_can_be_copied_whole(adapted, unchanged, way):
     twin = way(adapted)
     assert torch.equal(twin(X), adapted(X))

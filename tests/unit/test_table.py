@@ -195,9 +195,9 @@ REFUSALS = {
     "alpha '0' of 1": "alpha: expected a finite number > 0, found 0",
     "alpha 'nan' of 3": "lora.alpha: expected a number",
     "targets '[1]' of 3": "target_modules: expected printable names, found 1",
-    "targets '{}' of 2": "lora.targets: expected a JSON list, found dict",
+    "targets '{}' of 2": "lora.targets: expected a JSON array, found {}",
     """metadata '{"a":NaN}' of 9""": "lora.metadata: expected JSON, found NaN is not JSON",
-    "metadata '[]' of 2": "lora.metadata: expected a JSON dict, found list",
+    "metadata '[]' of 2": r"lora.metadata: expected a JSON object, found \[\]",
     "a name that is not UTF-8": "schema: expected UTF-8 text",
 }
 

@@ -1,0 +1,111 @@
+"""Checks that many modules share: numbers, digests, semantic versions and JSON from outside.
+
+Each function returns the checked value, or raises an error that says what was expected and what was found.
+"""
+
+import json
+import math
+import operator
+import re
+from typing import Any, TypeVar
+
+from lora.errors import ArgumentError, CardError, CardFileError, LoRAError, shown
+
+T = TypeVar("T")
+
+_SEMVER = re.compile(
+    r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
+    r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
+    r"(\+[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?",
+    re.ASCII,
+)
+
+
+def finite(value: object, where: str, kind: type[CardError | ArgumentError] = CardError) -> float:
+    """Return the value as a float; raise `kind` unless it is a finite number."""
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes | bytearray) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise kind(where, "a finite number", shown(value))
+    return number
+
+
+def integer(value: object, where: str, least: int | None = None, hint: str = "") -> int:
+    """Return the value as an int; raise `ArgumentError` unless it is an integer of at least `least`.
+
+    A bool is not an integer here.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        expected = "an integer" if least is None else f"an integer >= {least}"
+        raise ArgumentError(where, expected, shown(value), hint)
+    return number
+
+
+def is_digest(text: object) -> bool:
+    """Tell whether `text` is a SHA-256 in lower-case hex."""
+    return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+def is_semantic_version(text: object) -> bool:
+    """Tell whether `text` is a version such as 1.0.0-rc.1. Source: Semantic Versioning 2.0.0."""
+    return isinstance(text, str) and _SEMVER.fullmatch(text) is not None
+
+
+def version_order(version: str) -> tuple[Any, ...]:
+    """Return the key that semantic versions are sorted by; no version ("") comes before all.
+
+    Build metadata does not count. Source: Semantic Versioning 2.0.0, section 11.
+
+    Examples
+    --------
+        >>> sorted(["1.0.0", "1.0.0-rc.10", "0.9.9", "1.0.0-rc.9", "", "1.0.0-7"], key=version_order)
+        ['', '0.9.9', '1.0.0-7', '1.0.0-rc.9', '1.0.0-rc.10', '1.0.0']
+    """
+    if not version:
+        return ()
+    release, _, pre_release = version.partition("+")[0].partition("-")
+    # Without leading zeros, a number with more digits is the larger one.
+    numbers = tuple((len(part), part) for part in release.split("."))
+    parts = tuple(
+        (0, len(part), part) if part.isdecimal() else (1, 0, part)
+        for part in pre_release.split(".")
+        if part
+    )
+    return numbers, not parts, parts
+
+
+def parse_json(
+    text: str | bytes, where: str, kind: type[T], error: type[LoRAError] = CardFileError
+) -> T:
+    """Return the JSON value in a text from outside; raise `error` unless it is a `kind`.
+
+    A key that occurs twice, NaN and the infinities are refused: other readers would see another value.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as problem:
+        raise error(where, "JSON", problem) from problem
+    if not isinstance(value, kind):
+        raise error(where, f"a JSON {_JSON_NAMES.get(kind, kind.__name__)}", shown(value))
+    return value
+
+
+_JSON_NAMES: dict[type, str] = {dict: "object", list: "array", str: "string"}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"a key occurs twice in {shown([key for key, _ in pairs])}")
+    return value
