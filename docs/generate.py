@@ -145,7 +145,7 @@ def escaped(text: str) -> str:
 
 
 def traceability() -> str:
-    """A table for each chapter: requirement and kind; sentence, code, tests, examples run and faults found."""
+    """A table for each chapter: its code; requirement and kind, sentence, tests, examples, faults."""
     spec, tests, code = (
         read_spec(ROOT / "spec"),
         read_tests(ROOT / "tests"),
@@ -155,7 +155,7 @@ def traceability() -> str:
     lines = [
         "# Traceability",
         "",
-        "Every requirement with its evidence, the code that names it, and the tests that hold it: properties that any",
+        "Each chapter with the modules that implement it, each requirement with the tests that hold it: properties that any",
         "implementation can be held to (P\\*), those of this one (P), and tests (U). Then how many examples the properties",
         "drew in the last run, and the faults, seeded on purpose, that they found.",
         "",
@@ -166,16 +166,17 @@ def traceability() -> str:
     }  # or a page would read it as emphasis
     for requirement in spec.values():
         if requirement.chapter != chapter:
-            chapter = requirement.chapter
+            chapter, number = requirement.chapter, requirement.id.split(".")[0]
             lines += [
                 "",
                 f"## {chapter}",
                 "",
-                "| id | requirement, and its code, tests, examples, faults found |",
+                "Code: " + ", ".join(f"`{module}`" for module in code.get(number, [])) + ".",
+                "",
+                "| id | requirement, and its tests, examples, faults found |",
                 "|---|---|",
             ]
         kind = KINDS[requirement.evidence] if requirement.status == "built" else "planned"
-        where = [f"`{name}`" for name in code.get(requirement.id, [])]
         found = [
             f"`{e.test.split('/')[-1]}` ({starred[e.kind]})"
             for e in tests
@@ -195,7 +196,7 @@ def traceability() -> str:
             found.append("found: " + ", ".join(f"`{name}`" for name in killed))
         row = (
             f'<span id="{requirement.id}">{requirement.id}</span><br>{kind}',
-            "<br>".join([escaped(requirement.sentence), *where, *found]),
+            "<br>".join([escaped(requirement.sentence), *found]),
         )
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,5 @@
-"""LoRA adapters as values: a card is a value, adapting is a function, state is one reference that is replaced.
+"""LoRA adapters as values: a card is a value, adapting is a function, state is one reference that
+is replaced.
 
 The public names, imported when first used, so that reading a card never imports torch.
 """

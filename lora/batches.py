@@ -1,9 +1,13 @@
-"""Encode a stream of Arrow record batches: a pure function of its arguments, for any engine that runs such functions.
+"""Encode a stream of Arrow record batches: a pure function of its arguments, for any engine that
+runs such functions.
 
-It runs in a plain loop as it is; Dask's ``bag.map_partitions`` wants a list of what it yields, Ray Data's ``map_batches`` a
-table, and Spark's ``mapInArrow``, which has no fixed-size lists, the embeddings cast to a list. Its arguments are paths and
-plain values, so that they travel; each process opens the model and the cards once. Their files are mapped: processes of one
-machine share their pages.
+It runs in a plain loop as it is; Dask's ``bag.map_partitions`` wants a list of what it yields, Ray
+Data's ``map_batches`` a table, and Spark's ``mapInArrow``, which has no fixed-size lists, the
+embeddings cast to a list. Its arguments are paths and plain values, so that they travel; each
+process opens the model and the cards once. Their files are mapped: processes of one machine share
+their pages.
+
+Requirements: R5.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,51 +34,34 @@ def encode_batches(
     column: str = "text",
     model: PathLike | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Each batch with two columns more: ``embedding`` and ``adapter``, the card of each row (null for the base model).
+    """Each batch with two columns more: ``embedding`` and ``adapter``, the card of each row (null
+    for the base model).
 
-    Parameters
-    ----------
-    batches
-        Any number, each with a column of texts; a null text has a null embedding.
-    cards
-        Card files that rows may get.
-    adapter
-        The name of one of them, for every row.
-    adapter_column
-        The column that names each row's; null for the base model.
-    route
-        Choose each row's by its text; none if none reaches `threshold`.
-    threshold
-        As `lora.routing.select`'s.
-    column
-        The column of texts.
-    model
-        A Hugging Face folder; None for the embedded default model.
+    Args:
+        batches: Any number, each with a column of texts; a null text has a null embedding.
+        cards: Card files that rows may get.
+        adapter: The name of one of them, for every row.
+        adapter_column: The column that names each row's; null for the base model.
+        route: Choose each row's by its text; none if none reaches `threshold`.
+        threshold: As `lora.routing.select`'s.
+        column: The column of texts.
+        model: A Hugging Face folder; None for the embedded default model.
 
-    Yields
-    ------
-    RecordBatch
-        The columns that were there, ``embedding`` (fixed-size list of float32) and ``adapter`` (string).
+    Yields:
+        The columns that were there, ``embedding`` (fixed-size list of float32) and ``adapter``
+        (string).
 
-    Raises
-    ------
-    ArgumentError
-        If more than one way to choose is given.
-    UnknownCardError
-        If a name is none of the cards'.
-    DataError
-        If there is no such column, it holds no texts, or ``embedding`` or ``adapter`` is there already.
+    Raises:
+        ArgumentError: If more than one way to choose is given.
+        UnknownCardError: If a name is none of the cards'.
+        DataError: If there is no such column, it holds no texts, or ``embedding`` or ``adapter`` is
+            there already.
 
-    Examples
-    --------
-    >>> batch = pa.record_batch({"text": ["read a file", None]})
-    >>> (encoded,) = encode_batches([batch])
-    >>> encoded.column_names, encoded["embedding"].is_valid().to_pylist()
-    (['text', 'embedding', 'adapter'], [True, False])
-
-    Notes
-    -----
-    Requirements: R5.12
+    Examples:
+        >>> batch = pa.record_batch({"text": ["read a file", None]})
+        >>> (encoded,) = encode_batches([batch])
+        >>> encoded.column_names, encoded["embedding"].is_valid().to_pylist()
+        (['text', 'embedding', 'adapter'], [True, False])
     """
     if (adapter is not None) + (adapter_column is not None) + bool(route) > 1:
         raise ArgumentError("encode_batches", "one of adapter, adapter_column and route", "several")

@@ -1,8 +1,10 @@
 """The values everything else is made of: a factor pair, a card, and a set of weighted cards.
 
-All three are checked where they are made and never change afterwards, so they may be shared by any number of threads,
-models and processes. They compare and hash by content, bit for bit: two NaNs with one payload are the same factor,
-``+0`` and ``-0`` are not.
+All three are checked where they are made and never change afterwards, so they may be shared by any
+number of threads, models and processes. They compare and hash by content, bit for bit: two NaNs
+with one payload are the same factor, ``+0`` and ``-0`` are not.
+
+Requirements: R1, R7, R8.
 """
 
 import json
@@ -60,21 +62,17 @@ _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class FrozenJSON(Mapping[str, Any]):
-    """A JSON object as a value: every read gives a fresh copy, so nothing can be changed through it.
+    """A JSON object as a value: every read gives a fresh copy, so nothing can be changed through
+    it.
 
-    Parameters
-    ----------
-    values
-        A mapping with string keys and JSON values, nested at most `MAX_DEPTH` deep; NaN and infinities are not JSON.
-    where
-        Named in the error when `values` is not JSON.
+    Args:
+        values: A mapping with string keys and JSON values, nested at most `MAX_DEPTH` deep; NaN and
+            infinities are not JSON.
+        where: Named in the error when `values` is not JSON.
 
-    Examples
-    --------
-    >>> FrozenJSON({"version": "1.0.0", "tags": ["python"]})["tags"]
-    ['python']
-
-    Requirements: R1.3, R1.15
+    Examples:
+        >>> FrozenJSON({"version": "1.0.0", "tags": ["python"]})["tags"]
+        ['python']
     """
 
     __slots__ = ("text",)
@@ -113,32 +111,25 @@ class FrozenJSON(Mapping[str, Any]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
-    """One pair of LoRA factors: ΔW = scaling · (A @ B).T for a Linear whose weight is ``(out, in)``.
+    """One pair of LoRA factors: ΔW = scaling · (A @ B).T for a Linear whose weight is ``(out,
+    in)``.
 
-    Parameters
-    ----------
-    A
-        Shape ``(in, r)``. A read-only array is kept as it is; one that can be written to, itself or as what it is a view
-        of, is copied.
-    B
-        Shape ``(r, out)``, of A's dtype.
-    scaling
-        What A @ B is multiplied with. ``None`` takes ``alpha / rank`` of the card that the pair is put into.
+    Args:
+        A: Shape ``(in, r)``. A read-only array is kept as it is; one that can be written to, itself
+            or as what it is a view of, is copied.
+        B: Shape ``(r, out)``, of A's dtype.
+        scaling: What A @ B is multiplied with. ``None`` takes ``alpha / rank`` of the card that the
+            pair is put into.
 
-    Raises
-    ------
-    CardError
-        If a factor is not a two-dimensional, non-empty array of one of `DTYPES`, if the two disagree in rank or dtype,
-        or if `scaling` is not finite.
+    Raises:
+        CardError: If a factor is not a two-dimensional, non-empty array of one of `DTYPES`, if the
+            two disagree in rank or dtype, or if `scaling` is not finite.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> pair = LowRank(np.zeros((384, 8), np.float32), np.zeros((8, 384), np.float32), scaling=2.0)
-    >>> pair.rank, pair.in_features, pair.out_features
-    (8, 384, 384)
-
-    Requirements: R1.2, R1.6, R1.7, R1.8
+    Examples:
+        >>> import numpy as np
+        >>> pair = LowRank(np.zeros((384, 8), np.float32), np.zeros((8, 384), np.float32), scaling=2.0)
+        >>> pair.rank, pair.in_features, pair.out_features
+        (8, 384, 384)
     """
 
     A: Array
@@ -209,40 +200,30 @@ class LowRank:
 class LoRACard:
     """A LoRA adapter as an immutable value.
 
-    Parameters
-    ----------
-    name
-        Non-empty and printable.
-    rank
-        Integer >= 1: the largest rank of any module.
-    alpha
-        Finite and > 0. A pair without a scaling gets ``alpha / rank``.
-    target_modules
-        Names of the modules to adapt: a module matches if its dotted name equals a target or ends with ``"." + target``;
-        ``"all-linear"`` matches every Linear except an output head. A single string is one target.
-    weights
-        One `LowRank` per module, keyed by (a dotted suffix of) the module's name. All of one dtype.
-    metadata
-        Any JSON object: version, author, description …
-    base_model, base_fingerprint
-        Name of the model that the card was made for, and the SHA-256 of its targeted weights (64 hex digits).
-    extra
-        Schema metadata of a file that this version of the format does not know; kept on a round trip.
+    Args:
+        name: Non-empty and printable.
+        rank: Integer >= 1: the largest rank of any module.
+        alpha: Finite and > 0. A pair without a scaling gets ``alpha / rank``.
+        target_modules: Names of the modules to adapt: a module matches if its dotted name equals a
+            target or ends with ``"." + target``; ``"all-linear"`` matches every Linear except an
+            output head. A single string is one target.
+        weights: One `LowRank` per module, keyed by (a dotted suffix of) the module's name. All of
+            one dtype.
+        metadata: Any JSON object: version, author, description …
+        base_model, base_fingerprint: Name of the model that the card was made for, and the SHA-256
+            of its targeted weights (64 hex digits).
+        extra: Schema metadata of a file that this version of the format does not know; kept on a
+            round trip.
 
-    Raises
-    ------
-    CardError
-        Naming the field, what it should be, and what it was.
+    Raises:
+        CardError: Naming the field, what it should be, and what it was.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> pair = LowRank(np.ones((4, 2), np.float32), np.ones((2, 3), np.float32))
-    >>> card = LoRACard("docs", 2, 4.0, ["query"], {"layer.0.query": pair}, {"description": "Python documentation"})
-    >>> card.weights["layer.0.query"].scaling, card.num_params, card.nbytes
-    (2.0, 14, 56)
-
-    Requirements: R1.1, R1.2, R1.3, R1.7, R1.8, R1.13, R1.15, R7.6
+    Examples:
+        >>> import numpy as np
+        >>> pair = LowRank(np.ones((4, 2), np.float32), np.ones((2, 3), np.float32))
+        >>> card = LoRACard("docs", 2, 4.0, ["query"], {"layer.0.query": pair}, {"description": "Python documentation"})
+        >>> card.weights["layer.0.query"].scaling, card.num_params, card.nbytes
+        (2.0, 14, 56)
     """
 
     name: str
@@ -344,35 +325,28 @@ Adapters: TypeAlias = (
 
 
 class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
-    """An immutable set of cards with weights: what is active, prepared, rolled back to, or asked for by one text.
+    """An immutable set of cards with weights: what is active, prepared, rolled back to, or asked
+    for by one text.
 
-    A mapping from card name to ``(card, weight)``, sorted by name. A layer computes
-    ``base(x) + Σ weight · scaling · (x @ A @ B)``.
+    A mapping from card name to ``(card, weight)``, sorted by name. A layer computes ``base(x) + Σ
+    weight · scaling · (x @ A @ B)``.
 
-    Parameters
-    ----------
-    adapters
-        A mapping ``name -> card`` or ``name -> (card, weight)``, one card, an iterable of cards, or a set.
+    ``a | b`` joins two sets (what both hold must be equal), ``a + b`` adds weights, ``a * s``
+    scales them.
 
-    Raises
-    ------
-    ConflictError
-        If one name stands for two different cards.
-    ArgumentError
-        If a key is not its card's name, or a weight is not finite.
+    Args:
+        adapters: A mapping ``name -> card`` or ``name -> (card, weight)``, one card, an iterable of
+            cards, or a set.
 
-    Notes
-    -----
-    ``a | b`` joins two sets (what both hold must be equal), ``a + b`` adds weights, ``a * s`` scales them.
+    Raises:
+        ConflictError: If one name stands for two different cards.
+        ArgumentError: If a key is not its card's name, or a weight is not finite.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> card = LoRACard("docs", 1, 1.0, ["q"], {"q": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
-    >>> (AdapterSet(card) * 0.5 + AdapterSet(card)).weight("docs")
-    1.5
-
-    Requirements: R8.7, R8.8, R8.9
+    Examples:
+        >>> import numpy as np
+        >>> card = LoRACard("docs", 1, 1.0, ["q"], {"q": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
+        >>> (AdapterSet(card) * 0.5 + AdapterSet(card)).weight("docs")
+        1.5
     """
 
     __slots__ = ("_entries", "_hash")
@@ -460,10 +434,7 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
 
 
 def interpolate(a: AdapterSet, b: AdapterSet, t: float) -> AdapterSet:
-    """``(1 - t) · a + t · b``: the set a fraction `t` of the way from `a` to `b`.
-
-    Requirements: R8.9
-    """
+    """``(1 - t) · a + t · b``: the set a fraction `t` of the way from `a` to `b`."""
     t = finite(t, "t", ArgumentError)
     return AdapterSet(a) * (1 - t) + AdapterSet(b) * t
 
@@ -471,24 +442,15 @@ def interpolate(a: AdapterSet, b: AdapterSet, t: float) -> AdapterSet:
 def check_card(card: object) -> None:
     """Refuse what is not a card.
 
-    Raises
-    ------
-    ArgumentError
-        Naming the type that it is of.
-
-    Notes
-    -----
-    Requirements: R7.8
+    Raises:
+        ArgumentError: Naming the type that it is of.
     """
     if not isinstance(card, LoRACard):
         raise ArgumentError("card", "a LoRACard", type(card).__name__)
 
 
 def same_bits(a: Array, b: Array) -> bool:
-    """Whether two arrays have one shape, one dtype and the same bits.
-
-    Requirements: R1.7, R1.15
-    """
+    """Whether two arrays have one shape, one dtype and the same bits."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     bits = _BITS[a.dtype.itemsize]

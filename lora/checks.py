@@ -1,6 +1,9 @@
 """Checks that many modules share: numbers, digests, semantic versions and JSON from outside.
 
-Each function returns the checked value, or raises an error that says what was expected and what was found.
+Each function returns the checked value, or raises an error that says what was expected and what was
+found.
+
+Requirements: R7.
 """
 
 import json
@@ -33,7 +36,8 @@ def finite(value: object, where: str, kind: type[CardError | ArgumentError] = Ca
 
 
 def integer(value: object, where: str, least: int | None = None, hint: str = "") -> int:
-    """Return the value as an int; raise `ArgumentError` unless it is an integer of at least `least`.
+    """Return the value as an int; raise `ArgumentError` unless it is an integer of at least
+    `least`.
 
     A bool is not an integer here.
     """
@@ -62,10 +66,9 @@ def version_order(version: str) -> tuple[Any, ...]:
 
     Build metadata does not count. Source: Semantic Versioning 2.0.0, section 11.
 
-    Examples
-    --------
-        >>> sorted(["1.0.0", "1.0.0-rc.10", "0.9.9", "1.0.0-rc.9", "", "1.0.0-7"], key=version_order)
-        ['', '0.9.9', '1.0.0-7', '1.0.0-rc.9', '1.0.0-rc.10', '1.0.0']
+    Examples:
+            >>> sorted(["1.0.0", "1.0.0-rc.10", "0.9.9", "1.0.0-rc.9", "", "1.0.0-7"], key=version_order)
+            ['', '0.9.9', '1.0.0-7', '1.0.0-rc.9', '1.0.0-rc.10', '1.0.0']
     """
     if not version:
         return ()
@@ -85,7 +88,8 @@ def parse_json(
 ) -> T:
     """Return the JSON value in a text from outside; raise `error` unless it is a `kind`.
 
-    A key that occurs twice, NaN and the infinities are refused: other readers would see another value.
+    A key that occurs twice, NaN and the infinities are refused: other readers would see another
+    value.
     """
     try:
         text = text if isinstance(text, str) else text.decode()

@@ -1,7 +1,9 @@
 """The command line: thin commands over the public API.
 
-Errors are one line on stderr and exit 1 (2 for usage). Torch is imported only by commands that run a model,
-NumPy and Arrow by none that only help or complete.
+Errors are one line on stderr and exit 1 (2 for usage). Torch is imported only by commands that run
+a model, NumPy and Arrow by none that only help or complete.
+
+Requirements: R5, R6, R11, R12, R13, R14, R15, R16, R17, R18, R19, R20, R21, R23, R24, R25.
 """
 
 import json
@@ -60,10 +62,7 @@ Model = Annotated[
 
 
 def main() -> None:
-    """Run the command line; the entry point of the ``lora`` script.
-
-    Requirements: R25.3
-    """
+    """Run the command line; the entry point of the ``lora`` script."""
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -201,9 +200,8 @@ def encode(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode texts, with cards applied if any are given. A Parquet file is streamed in bounded memory.
-
-    Requirements: R5.12, R25.2
+    """Encode texts, with cards applied if any are given. A Parquet file is streamed in bounded
+    memory.
     """
     if parquet is not None:
         if texts or out is None:
@@ -258,7 +256,9 @@ def route(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Rank cards for a query by their descriptions. Nothing is printed if none reaches the threshold."""
+    """Rank cards for a query by their descriptions. Nothing is printed if none reaches the
+    threshold.
+    """
     engine = lora.ArrowEngine.from_pretrained(model)
     for path in card:
         engine.router.register_card(lora.load(path))
@@ -308,10 +308,7 @@ def merge(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Merge cards into one, by what they do to the weights.
-
-    Requirements: R20.1, R25.2
-    """
+    """Merge cards into one, by what they do to the weights."""
     _check_file("--out", out)
     options = {"density": density, "elect": elect, "seed": seed, "t": t, "normalize": normalize}
     how = _strategy(strategy, {key: value for key, value in options.items() if value is not None})
@@ -368,9 +365,8 @@ def extract(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a card from a fine-tuned model. Singular value decomposition of what changed, or of the weights themselves.
-
-    Requirements: R16.5, R16.6, R25.2
+    """Make a card from a fine-tuned model. Singular value decomposition of what changed, or of the
+    weights themselves.
     """
     from lora.weights import SafetensorsWeights  # noqa: PLC0415 - only here
 
@@ -435,10 +431,7 @@ def probe(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Rank a model's layers. By what they do to texts, or by how far they moved between two models.
-
-    Requirements: R15.1, R15.4, R15.5, R25.2
-    """
+    """Rank a model's layers. By what they do to texts, or by how far they moved between two models."""
     from lora.evolution.probe import SCORES, WeightMapProbe, changes, hot_zones, scores_of  # noqa: PLC0415 - imports torch
     from lora.weights import SafetensorsWeights  # noqa: PLC0415 - only here
 
@@ -498,10 +491,7 @@ def convert(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert between a card, a PEFT folder and a safetensors file. The endings say which.
-
-    Requirements: R23.1, R23.2, R23.5, R25.2
-    """
+    """Convert between a card, a PEFT folder and a safetensors file. The endings say which."""
     from lora.interop.peft import export_peft  # noqa: PLC0415 - only here
     from lora.interop.safetensors import save_safetensors  # noqa: PLC0415 - only here
 
@@ -557,10 +547,7 @@ def train(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Train a card on pairs and save it.
-
-    Requirements: R17.1, R17.2, R17.3, R21.1, R25.2
-    """
+    """Train a card on pairs and save it."""
     from lora.evolution import train as training  # noqa: PLC0415 - imports torch
     from lora.evolution.data import Pairs, docstring_pairs  # noqa: PLC0415 - as above
     from lora.presets import PRESETS, LoRAConfig, fit  # noqa: PLC0415 - only here
@@ -636,10 +623,7 @@ def conformance(
         float, typer.Option(help="Seconds that one property may take.", min=1)
     ] = 300.0,
 ) -> None:
-    """Hold an implementation to the specification. Exit 1 if a requirement fails undeclared.
-
-    Requirements: R24.1, R24.5
-    """
+    """Hold an implementation to the specification. Exit 1 if a requirement fails undeclared."""
     from lora.testing.report import red, run_suite, write_report  # noqa: PLC0415 - needs the test extra
 
     if json_file is not None:
@@ -683,10 +667,7 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this library beside its peers. In one process each, in shuffled rounds.
-
-    Requirements: R6.7, R25.2
-    """
+    """Measure this library beside its peers. In one process each, in shuffled rounds."""
     from lora.store import replacing  # noqa: PLC0415 - it imports Arrow
     from lora.testing.bench import SCRIPTS, run_bench, shown  # noqa: PLC0415 - only here
 
@@ -751,10 +732,7 @@ def serve(
     insecure_token: ClearToken = False,
     as_json: Json = False,
 ) -> None:
-    """Serve a folder of cards to other nodes. It is read-only, and ends when interrupted.
-
-    Requirements: R11.1, R11.6, R13.1, R25.2
-    """
+    """Serve a folder of cards to other nodes. It is read-only, and ends when interrupted."""
     import signal  # noqa: PLC0415 - only here
     import threading  # noqa: PLC0415 - only here
 
@@ -805,10 +783,7 @@ def list_cards(
     insecure_token: ClearToken = False,
     as_json: Json = False,
 ) -> None:
-    """List the cards that peers offer. Those named by --peer, or all that are found on the network.
-
-    Requirements: R12.1, R13.1, R13.5, R25.2
-    """
+    """List the cards that peers offer. Those named by --peer, or all that are found on the network."""
     with _visitor(peer, wait, _credentials(token_file, cert, key, ca, insecure_token)) as node:
         if peers:
             rows = [{"peer": found.uri, "node": found.node_id} for found in node.peers()]
@@ -852,10 +827,7 @@ def fetch(
     insecure_token: ClearToken = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch a card, verify it, and keep it in the cache.
-
-    Requirements: R12.2, R12.9, R14.2, R25.2
-    """
+    """Fetch a card, verify it, and keep it in the cache."""
     from lora.federation.keys import load_public_key  # noqa: PLC0415 - only for federation
     from lora.federation.trust import Policy, waived  # noqa: PLC0415 - as above
     from lora.store import replacing  # noqa: PLC0415 - as above
@@ -887,10 +859,7 @@ def keygen(
     ],
     as_json: Json = False,
 ) -> None:
-    """Make an Ed25519 key to sign cards with.
-
-    Requirements: R14.1, R25.2
-    """
+    """Make an Ed25519 key to sign cards with."""
     from lora.federation.keys import generate_key  # noqa: PLC0415 - only for federation
 
     public = generate_key(file)
@@ -904,10 +873,7 @@ def sign_card(
     key: Annotated[Path, typer.Option(help="PEM private key, of `lora keygen`.")],
     as_json: Json = False,
 ) -> None:
-    """Sign a card. Its signature is written beside it, and served with it.
-
-    Requirements: R14.1, R25.2
-    """
+    """Sign a card. Its signature is written beside it, and served with it."""
     from lora.federation.keys import sign_file, signature_path  # noqa: PLC0415 - only for federation
 
     manifest = sign_file(card, key)
@@ -953,10 +919,7 @@ def evolve(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Learn what the engine does not know of some documents. What measurably helps is kept.
-
-    Requirements: R18.3, R18.5, R18.6, R25.2
-    """
+    """Learn what the engine does not know of some documents. What measurably helps is kept."""
     from lora.evolving import outcomes, watching  # noqa: PLC0415 - imports torch
     from lora.store import os_errors  # noqa: PLC0415 - imports Arrow
 
@@ -1040,10 +1003,7 @@ def factory_add(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Queue a job.
-
-    Requirements: R19.1, R19.7, R25.2
-    """
+    """Queue a job."""
     from lora.evolution.factory import SkillFactory  # noqa: PLC0415 - only here
 
     parameters = {"name": name, **dict(map(_setting, given or []))}
@@ -1075,10 +1035,7 @@ def factory_run(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Run what is queued; exit 1 if a job is dead.
-
-    Requirements: R19.3, R19.4, R19.7, R25.2
-    """
+    """Run what is queued; exit 1 if a job is dead."""
     import signal  # noqa: PLC0415 - only here
     import threading  # noqa: PLC0415 - as above
 
@@ -1121,10 +1078,7 @@ def factory_status(
     root: Root = Path("factory"),
     as_json: Json = False,
 ) -> None:
-    """Show the jobs, or what happened, or the skills.
-
-    Requirements: R19.7, R25.2
-    """
+    """Show the jobs, or what happened, or the skills."""
     from lora.evolution.factory import SkillFactory  # noqa: PLC0415 - only here
 
     with SkillFactory(root) as opened:
@@ -1142,10 +1096,7 @@ def factory_rollback(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Put an earlier version of a skill into service.
-
-    Requirements: R19.5, R25.2
-    """
+    """Put an earlier version of a skill into service."""
     from lora.evolution.factory import SkillFactory  # noqa: PLC0415 - only here
 
     with SkillFactory(root) as opened:
@@ -1183,10 +1134,7 @@ def demo(
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int, float | None], None]]:
-    """A bar on stderr, as a callback of step, steps and loss (None where there is none).
-
-    Requirements: R17.10, R25.3
-    """
+    """A bar on stderr, as a callback of step, steps and loss (None where there is none)."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -1211,7 +1159,9 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, float | None], None
 def _read_card(
     source: Path, name: str | None = None, alpha: float | None = None
 ) -> "lora.LoRACard":
-    """The card in a card file, a PEFT directory, or a safetensors file, to which alone an alpha can be given."""
+    """The card in a card file, a PEFT directory, or a safetensors file, to which alone an alpha can
+    be given.
+    """
     from lora.interop.peft import import_peft  # noqa: PLC0415 - not needed by most commands
     from lora.interop.safetensors import load_safetensors  # noqa: PLC0415 - as above
 
@@ -1352,7 +1302,9 @@ def _visitor(
     policy: Any = None,
     cache: Path | None = None,
 ) -> Iterator[Any]:
-    """A node that serves nothing, once it has found the peers that are named, or waited for those that are not."""
+    """A node that serves nothing, once it has found the peers that are named, or waited for those
+    that are not.
+    """
     from lora.federation.cache import default_cache  # noqa: PLC0415 - only for federation
     from lora.federation.node import Node, uri_of  # noqa: PLC0415 - as above
     from lora.federation.trust import Policy  # noqa: PLC0415 - as above

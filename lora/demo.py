@@ -1,4 +1,8 @@
-"""The whole story in one function, from a data set to a removed card: everything in it is the public API."""
+"""The whole story in one function, from a data set to a removed card: everything in it is the
+public API.
+
+Requirements: R25.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -28,18 +32,10 @@ Bar = Callable[[str], AbstractContextManager[Callable[[int, int, float], None]]]
 def run(out: Path, *, steps: int, console: Console, progress_bar: Bar) -> dict[str, Any]:
     """Train, save, map, route, apply and remove a card; returns what was measured.
 
-    Parameters
-    ----------
-    out
-        Folder for the files it leaves; made if it is not there.
-    steps
-        Training steps, >= 1.
-    console, progress_bar
-        Where to tell the story.
-
-    Notes
-    -----
-    Requirements: R25.1
+    Args:
+        out: Folder for the files it leaves; made if it is not there.
+        steps: Training steps, >= 1.
+        console, progress_bar: Where to tell the story.
     """
     out.mkdir(parents=True, exist_ok=True)
 

@@ -1,4 +1,6 @@
-"""A card at a glance: for each module the size and effective rank of its ΔW, and the singular values, as a drawing."""
+"""A card at a glance: for each module the size and effective rank of its ΔW, and the singular
+values, as a drawing.
+"""
 
 import math
 from collections.abc import Mapping
@@ -20,18 +22,13 @@ FORMATS = (".svg", ".png", ".pdf")
 class Facts:
     """What a module's ΔW is like.
 
-    Parameters
-    ----------
-    norm
-        ‖ΔW‖, Frobenius.
-    effective_rank
-        exp of the entropy of the singular values as shares of their sum: from 1 to the rank; 0 for ΔW = 0.
-    spectrum
-        The singular values, largest first.
-
-    Notes
-    -----
     Source: the effective rank of Roy and Vetterli 2007.
+
+    Args:
+        norm: ‖ΔW‖, Frobenius.
+        effective_rank: exp of the entropy of the singular values as shares of their sum: from 1 to
+            the rank; 0 for ΔW = 0.
+        spectrum: The singular values, largest first.
     """
 
     norm: float
@@ -42,33 +39,27 @@ class Facts:
 def card_facts(card: LoRACard) -> Mapping[str, Facts]:
     """Module -> what its ΔW is like, from the factors alone.
 
-    Examples
-    --------
-    >>> from lora.card import LowRank
-    >>> pair = LowRank(np.eye(3, 2), np.array([[3.0, 0, 0], [0, 3, 0]]), 1.0)
-    >>> facts = card_facts(LoRACard("docs", 2, 2.0, ["query"], {"query": pair}))["query"]
-    >>> round(facts.norm, 6), round(facts.effective_rank, 6)
-    (4.242641, 2.0)
+    Examples:
+        >>> from lora.card import LowRank
+        >>> pair = LowRank(np.eye(3, 2), np.array([[3.0, 0, 0], [0, 3, 0]]), 1.0)
+        >>> facts = card_facts(LoRACard("docs", 2, 2.0, ["query"], {"query": pair}))["query"]
+        >>> round(facts.norm, 6), round(facts.effective_rank, 6)
+        (4.242641, 2.0)
     """
     return {module: _facts(spectrum(pair)) for module, pair in card.weights.items()}
 
 
 def draw_card(card: LoRACard, path: PathLike) -> None:
-    """Draw a card: ‖ΔW‖ and effective rank by layer and kind of module, and the singular values of each.
+    """Draw a card: ‖ΔW‖ and effective rank by layer and kind of module, and the singular values of
+    each.
 
-    Parameters
-    ----------
-    card
-        With at least one module.
-    path
-        Ends in one of `FORMATS`.
+    Args:
+        card: With at least one module.
+        path: Ends in one of `FORMATS`.
 
-    Raises
-    ------
-    ArgumentError
-        If the path ends otherwise, or the card has no module.
-    MissingPackageError
-        If the ``plot`` extra is not installed.
+    Raises:
+        ArgumentError: If the path ends otherwise, or the card has no module.
+        MissingPackageError: If the ``plot`` extra is not installed.
     """
     check_card(card)
     kind = as_path(path).suffix.lower()
@@ -106,10 +97,8 @@ def draw_card(card: LoRACard, path: PathLike) -> None:
 def new_figure(**options: Any) -> Any:
     """An empty matplotlib figure.
 
-    Raises
-    ------
-    MissingPackageError
-        If the ``plot`` extra is not installed.
+    Raises:
+        MissingPackageError: If the ``plot`` extra is not installed.
     """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
@@ -123,10 +112,9 @@ def new_figure(**options: Any) -> Any:
 def place(module: str) -> tuple[str, str]:
     """A module's kind and layer: its name with the first number left out, and that number.
 
-    Examples
-    --------
-    >>> place("encoder.layer.11.attention.self.query"), place("pooler.dense")
-    (('encoder.layer.attention.self.query', '11'), ('pooler.dense', '–'))
+    Examples:
+        >>> place("encoder.layer.11.attention.self.query"), place("pooler.dense")
+        (('encoder.layer.attention.self.query', '11'), ('pooler.dense', '–'))
     """
     parts = module.split(".")
     layer = next((part for part in parts if part.isdecimal()), "–")

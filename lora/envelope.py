@@ -1,9 +1,13 @@
-"""The frame of an Arrow IPC file, read by hand: what must be true before Arrow is asked to parse it.
+"""The frame of an Arrow IPC file, read by hand: what must be true before Arrow is asked to parse
+it.
 
-Arrow believes a file's sizes. A compressed buffer of 8 kB may expand to 256 MB, and 400 bytes may promise two thousand
-million rows; both are decided by a few integers in the footer and in the record batch's message, which are FlatBuffers
-tables. This module reads just those integers, every access bounded by the bytes that are there. Layout: Arrow columnar
-format 1.5, "IPC File Format"; field numbers: ``File.fbs`` and ``Message.fbs``.
+Arrow believes a file's sizes. A compressed buffer of 8 kB may expand to 256 MB, and 400 bytes may
+promise two thousand million rows; both are decided by a few integers in the footer and in the
+record batch's message, which are FlatBuffers tables. This module reads just those integers, every
+access bounded by the bytes that are there. Layout: Arrow columnar format 1.5, "IPC File Format";
+field numbers: ``File.fbs`` and ``Message.fbs``.
+
+Requirements: R7.
 """
 
 import struct
@@ -71,22 +75,14 @@ class _Table(NamedTuple):
 def check_envelope(data: Bytes, row_bytes: int) -> None:
     """Refuse a file whose frame is not that of one plain record batch within its own bytes.
 
-    Parameters
-    ----------
-    data
-        The whole file.
-    row_bytes
-        Bytes that a row occupies at the least; more rows than fit are refused.
+    Args:
+        data: The whole file.
+        row_bytes: Bytes that a row occupies at the least; more rows than fit are refused.
 
-    Raises
-    ------
-    CardFileError
-        Naming what is wrong: the magic, the footer, dictionaries, the number of batches, compression, sizes, byte order,
-        a schema key given twice, bytes between the batch and the footer.
-
-    Notes
-    -----
-    Requirements: R7.9
+    Raises:
+        CardFileError: Naming what is wrong: the magic, the footer, dictionaries, the number of
+            batches, compression, sizes, byte order, a schema key given twice, bytes between the
+            batch and the footer.
     """
     try:
         _check(data, row_bytes)

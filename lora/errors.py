@@ -1,7 +1,9 @@
 """Every error this library raises on purpose: it names where, what was expected and what was found.
 
-Each kind is also the built-in exception that a caller would guess, so ``except ValueError`` works as well as
-``except LoRAError``.
+Each kind is also the built-in exception that a caller would guess, so ``except ValueError`` works
+as well as ``except LoRAError``.
+
+Requirements: R7.
 """
 
 from typing import Any
@@ -10,21 +12,14 @@ from typing import Any
 class LoRAError(Exception):
     """Base of every error raised on purpose.
 
-    Parameters
-    ----------
-    where
-        The thing at fault: a card and field, a module, a file.
-    expected, found
-        What the rule asks for, and what was there instead.
-    hint
-        What to do about it, where there is something to do.
+    Args:
+        where: The thing at fault: a card and field, a module, a file.
+        expected, found: What the rule asks for, and what was there instead.
+        hint: What to do about it, where there is something to do.
 
-    Examples
-    --------
-    >>> print(CardError("card 'docs': rank", "an integer >= 1", -1))
-    card 'docs': rank: expected an integer >= 1, found -1
-
-    Requirements: R7.8
+    Examples:
+        >>> print(CardError("card 'docs': rank", "an integer >= 1", -1))
+        card 'docs': rank: expected an integer >= 1, found -1
     """
 
     def __init__(self, where: str, expected: object, found: object, hint: str = "") -> None:
@@ -47,14 +42,9 @@ class LoRAError(Exception):
 def shown(value: object, limit: int = 200) -> str:
     """The repr of a value for an error message, whatever that repr does and however long it is.
 
-    Examples
-    --------
-    >>> shown(10**5000), shown("docs"), shown("x" * 9, limit=4)
-    ('an int without a repr', "'docs'", "'xxx…")
-
-    Notes
-    -----
-    Requirements: R7.8
+    Examples:
+        >>> shown(10**5000), shown("docs"), shown("x" * 9, limit=4)
+        ('an int without a repr', "'docs'", "'xxx…")
     """
     try:
         text = repr(value)

@@ -1,7 +1,10 @@
-"""One cycle of evolution over a folder of documents: notice that they are not known, learn them, keep what helps.
+"""One cycle of evolution over a folder of documents: notice that they are not known, learn them,
+keep what helps.
 
-What is known is Python's own documentation, half of it as the router's example of a known topic, half as the guard set,
-unless there are cards that say what they know.
+What is known is Python's own documentation, half of it as the router's example of a known topic,
+half as the guard set, unless there are cards that say what they know.
+
+Requirements: R5, R18, R19.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,27 +41,16 @@ def watching(
 ) -> SkillDistiller:
     """A distiller of the engine that has seen queries about the documents.
 
-    Parameters
-    ----------
-    documents
-        A folder, see `lora.evolution.distill.Source.read`.
-    cards
-        Skills that the engine has, with descriptions; Python's documentation counts as known where there are none.
-    queries
-        What users asked; some of the documents' own queries if there is nothing.
-    seed
-        Of every choice.
-    options
-        As `SkillDistiller`'s.
+    Args:
+        documents: A folder, see `lora.evolution.distill.Source.read`.
+        cards: Skills that the engine has, with descriptions; Python's documentation counts as known
+            where there are none.
+        queries: What users asked; some of the documents' own queries if there is nothing.
+        seed: Of every choice.
+        options: As `SkillDistiller`'s.
 
-    Raises
-    ------
-    CardNotFoundError, DataError
-        If there is nothing to learn from.
-
-    Notes
-    -----
-    Requirements: R5.14, R18.1, R18.2
+    Raises:
+        CardNotFoundError, DataError: If there is nothing to learn from.
     """
     folder, rng = as_path(documents), np.random.default_rng(seed)
     source = Source.read(folder)
@@ -77,10 +69,7 @@ def watching(
 
 
 def outcomes(distiller: SkillDistiller, progress: Progress | None = None) -> Iterator[Outcome]:
-    """Work on every task that is open, the largest first, until none is.
-
-    Requirements: R18.3, R18.4
-    """
+    """Work on every task that is open, the largest first, until none is."""
     while any(task.state == "open" for task in distiller.tasks):
         yield distiller.work(progress=progress)
 
@@ -88,19 +77,11 @@ def outcomes(distiller: SkillDistiller, progress: Progress | None = None) -> Ite
 def distil(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
     """A skill factory's job: learn a folder of documents; None if nothing helped.
 
-    Parameters
-    ----------
-    kind
-        ``"distil"``.
-    parameters
-        ``name``, ``documents`` (a folder) and ``model`` (the base model's folder); optionally ``steps``, ``rank``,
-        ``alpha`` and ``seed``.
-    folder
-        The job's.
-
-    Notes
-    -----
-    Requirements: R19.1
+    Args:
+        kind: ``"distil"``.
+        parameters: ``name``, ``documents`` (a folder) and ``model`` (the base model's folder);
+            optionally ``steps``, ``rank``, ``alpha`` and ``seed``.
+        folder: The job's.
     """
     check(kind, KINDS["distil"], parameters)
     engine = ArrowEngine.from_pretrained(parameters["model"])

@@ -1,8 +1,11 @@
 """A card from full weights: the best low-rank approximation of ΔW, module by module.
 
-`extract_delta` makes a card of what separates a tuned model from its base. `extract_direct` approximates one model's own
-weights. Both read weights one module at a time, so that a model need never be in memory as a whole.
-Source: Eckart and Young 1936; for the randomised method Halko, Martinsson and Tropp 2011, algorithm 4.4.
+`extract_delta` makes a card of what separates a tuned model from its base. `extract_direct`
+approximates one model's own weights. Both read weights one module at a time, so that a model need
+never be in memory as a whole. Source: Eckart and Young 1936; for the randomised method Halko,
+Martinsson and Tropp 2011, algorithm 4.4.
+
+Requirements: R16.
 """
 
 import hashlib
@@ -46,20 +49,16 @@ OnModule: TypeAlias = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Energy:
-    """As a rank: for each module the smallest one that holds this share of ΔW's energy, the sum of its squares.
+    """As a rank: for each module the smallest one that holds this share of ΔW's energy, the sum of
+    its squares.
 
-    Parameters
-    ----------
-    share
-        In (0, 1].
+    Args:
+        share: In (0, 1].
 
-    Examples
-    --------
-    >>> Energy(1.5)
-    Traceback (most recent call last):
-    lora.errors.ArgumentError: Energy: share: expected a number in (0, 1], found 1.5
-
-    Requirements: R16.5
+    Examples:
+        >>> Energy(1.5)
+        Traceback (most recent call last):
+        lora.errors.ArgumentError: Energy: share: expected a number in (0, 1], found 1.5
     """
 
     share: float
@@ -75,20 +74,15 @@ class Energy:
 class Error:
     """As a rank: for each module the smallest one whose relative Frobenius error is within a bound.
 
-    The bound is on the approximation; rounding the factors to the card's dtype comes on top and is part of what the card
-    records.
+    The bound is on the approximation; rounding the factors to the card's dtype comes on top and is
+    part of what the card records.
 
-    Parameters
-    ----------
-    bound
-        In [0, 1).
+    Args:
+        bound: In [0, 1).
 
-    Examples
-    --------
-    >>> Error(0.05).bound
-    0.05
-
-    Requirements: R16.5
+    Examples:
+        >>> Error(0.05).bound
+        0.05
     """
 
     bound: float
@@ -119,60 +113,48 @@ def extract_delta(
 ) -> LoRACard:
     """A card that turns a base model into a tuned one, as nearly as its rank allows.
 
-    Only weights of Linears are extracted: what tuning did to biases, norms and embeddings is not in the card. Of adapted
-    models, extract from their `fold`.
+    Only weights of Linears are extracted: what tuning did to biases, norms and embeddings is not in
+    the card. Of adapted models, extract from their `fold`.
 
-    Parameters
-    ----------
-    base, tuned
-        Weights ``(out, in)`` of both under ``"<module>.weight"``: mappings, which may be lazy, or torch modules.
-    rank
-        A number, or `Energy` or `Error` for a rank of each module's own. None ever exceeds min(in, out), nor the rank that
-        ΔW numerically has.
-    name
-        Of the card.
-    target_modules
-        Which modules, by the rule that cards bind by. Names alone don't tell a Linear from an embedding, so
-        ``"all-linear"`` leaves out, besides output heads, names such as ``word_embeddings``, ``embed_tokens`` and ``wte``,
-        and what is not two-dimensional. What is named explicitly has to be.
-    method
-        ``"full"``: the exact singular value decomposition in float64. ``"randomized"``: a seeded subspace iteration in the
-        weights' precision (at least float32), over 20 times as fast for 3072 × 768 at rank 16.
-    seed
-        Of the randomised method. Each module's random numbers depend on it and on the module's name alone.
-    oversampling
-        Width of the randomised method's subspace over the rank, >= 1; accuracy and time grow with it.
-    dtype
-        Of the factors, by name; by default float32, or float64 if any of the weights is.
-    on_module
-        Called after each module, for a progress bar.
+    Args:
+        base, tuned: Weights ``(out, in)`` of both under ``"<module>.weight"``: mappings, which may
+            be lazy, or torch modules.
+        rank: A number, or `Energy` or `Error` for a rank of each module's own. None ever exceeds
+            min(in, out), nor the rank that ΔW numerically has.
+        name: Of the card.
+        target_modules: Which modules, by the rule that cards bind by. Names alone don't tell a
+            Linear from an embedding, so ``"all-linear"`` leaves out, besides output heads, names
+            such as ``word_embeddings``, ``embed_tokens`` and ``wte``, and what is not
+            two-dimensional. What is named explicitly has to be.
+        method: ``"full"``: the exact singular value decomposition in float64. ``"randomized"``: a
+            seeded subspace iteration in the weights' precision (at least float32), over 20 times as
+            fast for 3072 × 768 at rank 16.
+        seed: Of the randomised method. Each module's random numbers depend on it and on the
+            module's name alone.
+        oversampling: Width of the randomised method's subspace over the rank, >= 1; accuracy and
+            time grow with it.
+        dtype: Of the factors, by name; by default float32, or float64 if any of the weights is.
+        on_module: Called after each module, for a progress bar.
 
-    Returns
-    -------
-    LoRACard
-        Every scaling is 1. A module whose weights are equal in both gets no row. The base fingerprint is that of the base's
-        weights with a row, in the dtype that they were given in: a model that lacks one is another base. Under ``"extract"``
-        the metadata hold the method and, per module, rank, relative Frobenius error and explained energy, measured on the
+    Returns:
+        Every scaling is 1. A module whose weights are equal in both gets no row. The base
+        fingerprint is that of the base's weights with a row, in the dtype that they were given in:
+        a model that lacks one is another base. Under ``"extract"`` the metadata hold the method
+        and, per module, rank, relative Frobenius error and explained energy, measured on the
         factors as they are in the card.
 
-    Raises
-    ------
-    TargetError
-        If no module matches, or one model lacks a weight of the other.
-    ShapeError
-        If weights differ in shape, or an explicitly named one is not a matrix.
-    ArgumentError
-        If the models don't differ, a weight is not finite, or an argument is out of range.
+    Raises:
+        TargetError: If no module matches, or one model lacks a weight of the other.
+        ShapeError: If weights differ in shape, or an explicitly named one is not a matrix.
+        ArgumentError: If the models don't differ, a weight is not finite, or an argument is out of
+            range.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> base = {"query.weight": np.zeros((2, 3)), "key.weight": np.zeros((2, 3))}
-    >>> card = extract_delta(base, {**base, "query.weight": np.diag([4.0, 3.0, 0.0])[:2]}, rank=1)
-    >>> card.metadata["extract"]["modules"]
-    {'query': {'energy': 0.64, 'error': 0.6, 'rank': 1}}
-
-    Requirements: R16.1, R16.2, R16.3, R16.4, R16.5, R16.6, R16.7, R16.8, R16.9
+    Examples:
+        >>> import numpy as np
+        >>> base = {"query.weight": np.zeros((2, 3)), "key.weight": np.zeros((2, 3))}
+        >>> card = extract_delta(base, {**base, "query.weight": np.diag([4.0, 3.0, 0.0])[:2]}, rank=1)
+        >>> card.metadata["extract"]["modules"]
+        {'query': {'energy': 0.64, 'error': 0.6, 'rank': 1}}
     """
     models = (_mapping(base, "base"), _mapping(tuned, "tuned"))
     how = _How(rank, method, seed, oversampling, dtype)
@@ -193,27 +175,22 @@ def extract_direct(
 ) -> LoRACard:
     """A card whose ΔW approximates a model's own weights: compression, not a skill.
 
-    Weights of trained models are far from low rank (of MiniLM's, the top 8 directions hold 13-20 % of the energy), and
-    applying the card to the model it came from adds that share once more. See the recorded ``energy`` before using it.
+    Weights of trained models are far from low rank (of MiniLM's, the top 8 directions hold 13-20 %
+    of the energy), and applying the card to the model it came from adds that share once more. See
+    the recorded ``energy`` before using it.
 
-    Parameters
-    ----------
-    model, rank, name, target_modules, method, seed, oversampling, dtype, on_module
-        As in `extract_delta`, of which this is the case of a base whose weights are zero.
+    Args:
+        model, rank, name, target_modules, method, seed, oversampling, dtype, on_module: As in
+            `extract_delta`, of which this is the case of a base whose weights are zero.
 
-    Raises
-    ------
-    TargetError, ShapeError, ArgumentError
-        As `extract_delta`.
+    Raises:
+        TargetError, ShapeError, ArgumentError: As `extract_delta`.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> card = extract_direct({"query.weight": np.diag([2.0, 1.0, 1.0])}, rank=1)
-    >>> round(card.metadata["extract"]["modules"]["query"]["energy"], 3)
-    0.667
-
-    Requirements: R16.4, R16.5, R16.6, R16.7, R16.8, R16.9
+    Examples:
+        >>> import numpy as np
+        >>> card = extract_direct({"query.weight": np.diag([2.0, 1.0, 1.0])}, rank=1)
+        >>> round(card.metadata["extract"]["modules"]["query"]["energy"], 3)
+        0.667
     """
     how = _How(rank, method, seed, oversampling, dtype)
     return _extract((_mapping(model, "model"),), how, name, target_modules, on_module)
@@ -244,7 +221,9 @@ class _How:
 
 
 class _SVD(NamedTuple):
-    """``u @ diag(s) @ v``, the largest singular value first: a matrix, or its part within a subspace."""
+    """``u @ diag(s) @ v``, the largest singular value first: a matrix, or its part within a
+    subspace.
+    """
 
     u: Array
     s: Array
@@ -296,7 +275,9 @@ def _extract(
 
 
 def _fingerprint(base: Mapping[str, Any], modules: Iterable[str]) -> str:
-    """What `lora.fingerprint` says of a model with these weights: SHA-256 over sorted key, dtype, shape and bytes."""
+    """What `lora.fingerprint` says of a model with these weights: SHA-256 over sorted key, dtype,
+    shape and bytes.
+    """
 
     def entry(module: str) -> tuple[str, str, tuple[int, ...], Any]:
         weight = _array(base[_key(module)], _key(module))
@@ -353,7 +334,9 @@ def _is_embedding(module: str) -> bool:
 
 
 def _matrices(models: tuple[Mapping[str, Any], ...], key: str, *, explicit: bool) -> list[Array]:
-    """A module's weight ``(out, in)`` in each model; none where ``"all-linear"`` met what is not a Linear's."""
+    """A module's weight ``(out, in)`` in each model; none where ``"all-linear"`` met what is not a
+    Linear's.
+    """
     arrays = [_array(model[key], key) for model in models]
     if len({array.shape for array in arrays}) > 1:
         hint = "these are not two versions of one model"
@@ -455,7 +438,9 @@ def _exact(matrix: Array, module: str, how: _How) -> tuple[_SVD, int]:  # noqa: 
 
 
 def _randomized(matrix: Array, module: str, how: _How) -> tuple[_SVD, int]:
-    """As `_exact`, from a subspace wide enough for the rank; of all columns once that is no less work."""
+    """As `_exact`, from a subspace wide enough for the rank; of all columns once that is no less
+    work.
+    """
     rng = np.random.default_rng(
         [how.seed, *hashlib.sha256(module.encode(errors="surrogatepass")).digest()]
     )
@@ -470,7 +455,9 @@ def _randomized(matrix: Array, module: str, how: _How) -> tuple[_SVD, int]:
 
 
 def _subspace(matrix: Array, width: int, rng: np.random.Generator) -> _SVD:
-    """The decomposition of a matrix within the span of its images of random vectors, sharpened by power iterations."""
+    """The decomposition of a matrix within the span of its images of random vectors, sharpened by
+    power iterations.
+    """
     basis = thin_qr(matrix @ rng.standard_normal((matrix.shape[1], width), matrix.dtype))[0]
     for _ in range(POWER_ITERATIONS):
         basis = thin_qr(matrix.T @ basis)[0]
@@ -483,7 +470,9 @@ def _subspace(matrix: Array, width: int, rng: np.random.Generator) -> _SVD:
 
 
 def _rank(svd: _SVD, rule: Rank, whole: Array | None = None) -> int | None:
-    """The smallest rank that the rule is content with; None if all of the decomposed part of `whole` is too little."""
+    """The smallest rank that the rule is content with; None if all of the decomposed part of
+    `whole` is too little.
+    """
     if isinstance(rule, int):
         return min(rule, int(np.count_nonzero(svd.s)))
     rest = 0.0 if whole is None else float(np.linalg.norm(whole - (svd.u * svd.s) @ svd.v)) ** 2

@@ -1,7 +1,10 @@
-"""LoRALinear: a Linear that adds low-rank terms to what its base computes, and shares the base's storage.
+"""LoRALinear: a Linear that adds low-rank terms to what its base computes, and shares the base's
+storage.
 
-The base module is never touched: the layer is a copy with dictionaries of its own, whose parameters are detached, frozen
-views of the same storage.
+The base module is never touched: the layer is a copy with dictionaries of its own, whose parameters
+are detached, frozen views of the same storage.
+
+Requirements: R2, R3, R5, R7, R8.
 """
 
 import math
@@ -33,9 +36,8 @@ Segments = tuple[tuple[int, int, int], ...]
 
 
 class Uncalled(nn.Module):
-    """A module whose weights a model loads and saves, but never calls: an adapter has no effect there.
-
-    Requirements: R3.14
+    """A module whose weights a model loads and saves, but never calls: an adapter has no effect
+    there.
     """
 
 
@@ -47,12 +49,12 @@ _HELD = (Tensor, np.ndarray, dict, list, deque, set, tuple)
 
 
 class Own:
-    """Maps what a module holds to its twin, one twin an object, so that what modules share, their copies share too.
+    """Maps what a module holds to its twin, one twin an object, so that what modules share, their
+    copies share too.
 
-    A parameter's twin is detached, over the same storage; any other tensor's or array's, which a forward may write, is a
-    copy; a container's is a copy that holds the items' twins; anything else is its own twin.
-
-    Requirements: R3.9
+    A parameter's twin is detached, over the same storage; any other tensor's or array's, which a
+    forward may write, is a copy; a container's is a copy that holds the items' twins; anything else
+    is its own twin.
     """
 
     def __init__(self) -> None:
@@ -75,7 +77,9 @@ class Own:
         return self._twins[id(value)][1]  # a tuple has another one now
 
     def _fill(self, value: Any) -> None:
-        """Put twins of the items in the place of the items; the container is known by then, so it may hold itself."""
+        """Put twins of the items in the place of the items; the container is known by then, so it
+        may hold itself.
+        """
         twin = self._twins[id(value)][1]
         if isinstance(value, dict):
             for key, item in value.items():
@@ -93,38 +97,29 @@ class Own:
 class LoRALinear(nn.Linear):
     """``base(x) + Σ weight · scaling · (x @ A @ B)`` over any number of named terms.
 
-    For inference: the terms are stacked into one pair of matrices in the layer's dtype and on its device, kept as buffers
-    outside the state dict, whose names stay the base's. Terms of weight 0 cost nothing and change no bit.
+    For inference: the terms are stacked into one pair of matrices in the layer's dtype and on its
+    device, kept as buffers outside the state dict, whose names stay the base's. Terms of weight 0
+    cost nothing and change no bit.
 
-    Parameters
-    ----------
-    base
-        A Linear with the forward of ``nn.Linear``. It is not changed.
-    terms
-        Name -> ``(pair, weight)``; the order is irrelevant.
+    Args:
+        base: A Linear with the forward of ``nn.Linear``. It is not changed.
+        terms: Name -> ``(pair, weight)``; the order is irrelevant.
 
-    Attributes
-    ----------
-    many
-        Elements of an input above which the weight is formed for the call, see `weight_side_from`.
+    Attributes:
+        many: Elements of an input above which the weight is formed for the call, see
+            `weight_side_from`.
 
-    Raises
-    ------
-    UnsupportedModelError
-        If the base computes something else than ``nn.Linear``.
-    ShapeError
-        If a pair does not fit the base.
+    Raises:
+        UnsupportedModelError: If the base computes something else than ``nn.Linear``.
+        ShapeError: If a pair does not fit the base.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> base = nn.Linear(2, 2, bias=False).requires_grad_(False)
-    >>> ones = LowRank(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32), 0.5)
-    >>> layer = LoRALinear(base, {"docs": (ones, 1.0)})
-    >>> (layer(torch.ones(2)) - base(torch.ones(2))).round(decimals=4)
-    tensor([1., 1.])
-
-    Requirements: R2.1, R2.2, R2.3, R2.5, R2.6, R2.8, R2.9, R8.1, R8.2, R8.3, R8.4
+    Examples:
+        >>> import numpy as np
+        >>> base = nn.Linear(2, 2, bias=False).requires_grad_(False)
+        >>> ones = LowRank(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32), 0.5)
+        >>> layer = LoRALinear(base, {"docs": (ones, 1.0)})
+        >>> (layer(torch.ones(2)) - base(torch.ones(2))).round(decimals=4)
+        tensor([1., 1.])
     """
 
     lora_A: Tensor
@@ -146,17 +141,11 @@ class LoRALinear(nn.Linear):
         return layer
 
     def load_weights(self, pair: LowRank, *, name: str = "default", weight: float = 1.0) -> None:
-        """Set the term called `name`, in place of an earlier one of that name.
-
-        Requirements: R2.3
-        """
+        """Set the term called `name`, in place of an earlier one of that name."""
         self._set({**self.terms, name: (pair, weight)})
 
     def remove(self, name: str) -> None:
-        """Take one term away; the others stay as they are.
-
-        Requirements: R8.4
-        """
+        """Take one term away; the others stay as they are."""
         self._set({key: term for key, term in self.terms.items() if key != name})
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -177,18 +166,12 @@ class LoRALinear(nn.Linear):
 
 
 class SegmentedLinear(nn.Linear):
-    """A Linear whose low-rank term depends on the row: each run of rows of a batch has its own set of terms.
+    """A Linear whose low-rank term depends on the row: each run of rows of a batch has its own set
+    of terms.
 
-    Parameters
-    ----------
-    base
-        As for `LoRALinear`.
-    sets
-        One set of terms per adapter set; an empty one leaves its rows to the base.
-
-    Notes
-    -----
-    Requirements: R5.8
+    Args:
+        base: As for `LoRALinear`.
+        sets: One set of terms per adapter set; an empty one leaves its rows to the base.
     """
 
     def __init__(self, base: nn.Linear, sets: Sequence[Terms], own: Own | None = None) -> None:
@@ -200,7 +183,9 @@ class SegmentedLinear(nn.Linear):
             self.register_buffer(f"lora_B{index}", b, persistent=False)
 
     def forward(self, x: Tensor, segments: Segments = ()) -> Tensor:
-        """Rows ``[start, stop)`` of x, counted in its first dimension, get the terms of their segment's set."""
+        """Rows ``[start, stop)`` of x, counted in its first dimension, get the terms of their
+        segment's set.
+        """
         out = F.linear(x, self.weight, self.bias)
         for start, stop, index in segments:
             a, b = getattr(self, f"lora_A{index}"), getattr(self, f"lora_B{index}")
@@ -210,23 +195,17 @@ class SegmentedLinear(nn.Linear):
 
 
 class TrainableLinear(nn.Linear):
-    """A Linear with one pair of trainable float32 master factors, and dropout on the low-rank path in training.
+    """A Linear with one pair of trainable float32 master factors, and dropout on the low-rank path
+    in training.
 
-    Gradients reach ``lora_A`` and ``lora_B`` only. The factors are cast to the input's dtype on the way, so that a narrow
-    base and autocast both work.
+    Gradients reach ``lora_A`` and ``lora_B`` only. The factors are cast to the input's dtype on the
+    way, so that a narrow base and autocast both work.
 
-    Parameters
-    ----------
-    base
-        As for `LoRALinear`.
-    pair
-        Where training starts; its scaling stays fixed.
-    dropout
-        Probability in [0, 1) of zeroing an input of the low-rank path, only in training mode.
-
-    Notes
-    -----
-    Requirements: R2.4, R2.7, R2.8
+    Args:
+        base: As for `LoRALinear`.
+        pair: Where training starts; its scaling stays fixed.
+        dropout: Probability in [0, 1) of zeroing an input of the low-rank path, only in training
+            mode.
     """
 
     lora_A: nn.Parameter
@@ -258,27 +237,17 @@ class TrainableLinear(nn.Linear):
 
 
 def add_low_rank_plain(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``out + x @ A @ B``, as the formula says.
-
-    Requirements: R2.2
-    """
+    """``out + x @ A @ B``, as the formula says."""
     return out + x @ a @ b
 
 
 def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`add_low_rank_plain` with the last product added by the matrix multiplication itself (addmm).
 
-    Parameters
-    ----------
-    out, x
-        Shapes ``(..., out)`` and ``(..., in)`` with the same leading dimensions; in inference mode, the
-        result takes the place of `out`.
-    a, b
-        Shapes ``(in, r)`` and ``(r, out)``.
-
-    Notes
-    -----
-    Requirements: R2.2, R2.5, R2.6
+    Args:
+        out, x: Shapes ``(..., out)`` and ``(..., in)`` with the same leading dimensions; in
+            inference mode, the result takes the place of `out`.
+        a, b: Shapes ``(in, r)`` and ``(r, out)``.
     """
     inner, flat = x.reshape(-1, x.shape[-1]) @ a, out.reshape(-1, out.shape[-1])
     if torch.is_inference_mode_enabled():
@@ -294,31 +263,28 @@ def added(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def weight_side_from(weight: Tensor) -> float:
-    """Elements of an input above which ``x (W + ΔW)ᵀ`` is cheaper than the factored order, ΔW being formed for the call.
+    """Elements of an input above which ``x (W + ΔW)ᵀ`` is cheaper than the factored order, ΔW being
+    formed for the call.
 
     Measured: where the input's and the output's elements together are about twice the weight's.
-
-    Requirements: R2.13
     """
     rows, columns = weight.shape
     return 2 * weight.numel() * columns / (rows + columns)
 
 
 def exact_weight_side(weight: Tensor) -> bool:
-    """Whether ``W + ΔW`` would keep a small ΔW, and be used for nothing but this call: not in training, not by autocast.
-
-    Requirements: R2.13
+    """Whether ``W + ΔW`` would keep a small ΔW, and be used for nothing but this call: not in
+    training, not by autocast.
     """
     autocast = torch.is_autocast_enabled(weight.device.type)
     return weight.dtype in WIDE and torch.is_inference_mode_enabled() and not autocast
 
 
 def stacked(terms: Terms, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …]`` of the terms that have a weight, sorted by name, as the base weight's kind.
+    """``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …]`` of the terms that have a weight, sorted by name, as the
+    base weight's kind.
 
     Shapes ``(in, R)`` and ``(R, out)``; R is 0 if there is none.
-
-    Requirements: R8.2, R8.8
     """
     live = [terms[name] for name in sorted(terms) if terms[name][1] != 0]
     if not live:
@@ -330,10 +296,7 @@ def stacked(terms: Terms, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def folded(layer: LoRALinear, own: Own | None = None) -> nn.Linear:
-    """A plain Linear whose weight is ``W + ΔW``, computed in the layer's dtype.
-
-    Requirements: R2.12
-    """
+    """A plain Linear whose weight is ``W + ΔW``, computed in the layer's dtype."""
     linear = shared_copy(layer, nn.Linear, own)
     del linear.terms, linear.lora_A, linear.lora_B, linear.many
     linear.weight = nn.Parameter(
@@ -345,21 +308,14 @@ def folded(layer: LoRALinear, own: Own | None = None) -> nn.Linear:
 def shared_copy(module: nn.Module, kind: type[M], own: Own | None = None) -> M:
     """A copy of one module with dictionaries of its own over the same storage.
 
-    Parameters are re-wrapped, detached and frozen; submodules are still the original's, for the caller to replace. Loading
-    a state dict, which writes in place, first gives the copy storage of its own.
+    Parameters are re-wrapped, detached and frozen; submodules are still the original's, for the
+    caller to replace. Loading a state dict, which writes in place, first gives the copy storage of
+    its own.
 
-    Parameters
-    ----------
-    module
-        Any module.
-    kind
-        Class of the copy; what it needs beyond the module's state, the caller sets.
-    own
-        Maps what the module holds to its twin; give one to all copies that belong together.
-
-    Notes
-    -----
-    Requirements: R2.1, R3.9
+    Args:
+        module: Any module.
+        kind: Class of the copy; what it needs beyond the module's state, the caller sets.
+        own: Maps what the module holds to its twin; give one to all copies that belong together.
     """
     result: M = object.__new__(kind)
     _take_over(result, module, own or Own())
@@ -367,7 +323,9 @@ def shared_copy(module: nn.Module, kind: type[M], own: Own | None = None) -> M:
 
 
 def _take_over(result: nn.Module, module: nn.Module, own: Own) -> None:
-    """Fill a new module with twins of all that another one holds; hooks that know their module get to know the new one."""
+    """Fill a new module with twins of all that another one holds; hooks that know their module get
+    to know the new one.
+    """
     for key, value in module.__dict__.items():
         result.__dict__[key] = own(value)
     hooks: dict[int, Any] = result._load_state_dict_pre_hooks
@@ -384,10 +342,7 @@ def detached(tensor: Tensor) -> Tensor:
 
 
 def check_linear(module: nn.Module, where: str) -> None:
-    """Refuse what does not compute what ``nn.Linear`` does from a weight of its own.
-
-    Requirements: R3.14
-    """
+    """Refuse what does not compute what ``nn.Linear`` does from a weight of its own."""
     plain = isinstance(module, nn.Linear) and type(module).forward in (
         nn.Linear.forward,
         LoRALinear.forward,
@@ -413,10 +368,7 @@ def _pair(term: object, name: str) -> LowRank:
 
 
 def check_fit(linear: nn.Linear, pair: LowRank, name: str) -> None:
-    """Refuse a pair whose shape is not the Linear's.
-
-    Requirements: R7.2, R7.7
-    """
+    """Refuse a pair whose shape is not the Linear's."""
     if (pair.in_features, pair.out_features) != (linear.in_features, linear.out_features):
         raise ShapeError(
             f"factors {name!r} of a layer",

@@ -1,6 +1,10 @@
-"""Algebra on factor pairs: what a pair means as a matrix, what it does to an input, how pairs add up.
+"""Algebra on factor pairs: what a pair means as a matrix, what it does to an input, how pairs add
+up.
 
-NumPy only, one pass, no state. Narrow dtypes are computed in float32, as a layer's matrix products accumulate.
+NumPy only, one pass, no state. Narrow dtypes are computed in float32, as a layer's matrix products
+accumulate.
+
+Requirements: R2, R8.
 """
 
 from collections.abc import Iterable
@@ -15,26 +19,19 @@ from lora.errors import ArgumentError, ShapeError
 def delta(pair: LowRank, *, dtype: np.dtype[Any] | type | None = None) -> Array:
     """ΔW = scaling · (A @ B).T, the change to a Linear's weight.
 
-    Parameters
-    ----------
-    pair
-        Factors ``(in, r)`` and ``(r, out)``; a scaling of None counts as 1.
-    dtype
-        Of the computation and the result; float32, or float64 for float64 factors, unless given.
+    Args:
+        pair: Factors ``(in, r)`` and ``(r, out)``; a scaling of None counts as 1.
+        dtype: Of the computation and the result; float32, or float64 for float64 factors, unless
+            given.
 
-    Returns
-    -------
-    Array
+    Returns:
         Shape ``(out, in)``.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> delta(LowRank(np.eye(2, 1), np.ones((1, 2)), 3.0))
-    array([[3., 0.],
-           [3., 0.]])
-
-    Requirements: R2.2
+    Examples:
+        >>> import numpy as np
+        >>> delta(LowRank(np.eye(2, 1), np.ones((1, 2)), 3.0))
+        array([[3., 0.],
+               [3., 0.]])
     """
     wide = np.dtype(dtype or np.promote_types(_widened(pair.dtype), np.float32))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -45,26 +42,15 @@ def delta(pair: LowRank, *, dtype: np.dtype[Any] | type | None = None) -> Array:
 def apply(x: Array, pairs: Iterable[tuple[LowRank, float]]) -> Array:
     """Σ weight · scaling · (x @ A @ B): what the pairs add to a Linear's output.
 
-    Parameters
-    ----------
-    x
-        Shape ``(..., in)``, any number of leading dimensions.
-    pairs
-        Factor pairs with their weights; all of one ``in`` and ``out``, at least one.
+    Args:
+        x: Shape ``(..., in)``, any number of leading dimensions.
+        pairs: Factor pairs with their weights; all of one ``in`` and ``out``, at least one.
 
-    Returns
-    -------
-    Array
+    Returns:
         Shape ``(..., out)``.
 
-    Raises
-    ------
-    ShapeError
-        If x's last dimension is not ``in``.
-
-    Notes
-    -----
-    Requirements: R2.2, R2.5, R8.2, R8.7
+    Raises:
+        ShapeError: If x's last dimension is not ``in``.
     """
     pair = concat(pairs, dtype=_widened(x.dtype))
     if x.ndim < 1 or x.shape[-1] != pair.in_features:
@@ -79,19 +65,18 @@ def apply(x: Array, pairs: Iterable[tuple[LowRank, float]]) -> Array:
 def concat(
     pairs: Iterable[tuple[LowRank, float]], *, dtype: np.dtype[Any] | type | None = None
 ) -> LowRank:
-    """One pair that does what the weighted sum of all does: ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …; wₙsₙBₙ]``, scaling 1.
+    """One pair that does what the weighted sum of all does: ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …;
+    wₙsₙBₙ]``, scaling 1.
 
-    The rank is the sum of ranks. Pairs of weight 0 are left out, so that 0 · NaN adds nothing; if none is left the result
-    is a rank-1 pair of zeros. The result is float32, or float64 if any factor or `dtype` is.
+    The rank is the sum of ranks. Pairs of weight 0 are left out, so that 0 · NaN adds nothing; if
+    none is left the result is a rank-1 pair of zeros. The result is float32, or float64 if any
+    factor or `dtype` is.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> pair = LowRank(np.ones((3, 2)), np.ones((2, 3)), 2.0)
-    >>> concat([(pair, 1.0), (pair, 0.5)]).rank
-    4
-
-    Requirements: R8.2, R8.5, R8.7
+    Examples:
+        >>> import numpy as np
+        >>> pair = LowRank(np.ones((3, 2)), np.ones((2, 3)), 2.0)
+        >>> concat([(pair, 1.0), (pair, 0.5)]).rank
+        4
     """
     terms = list(pairs)
     if not terms:
@@ -118,27 +103,21 @@ def concat(
 
 
 def spectrum(pair: LowRank) -> Array:
-    """The singular values of ΔW, largest first, from the factors alone: those of the product of their QR triangles.
+    """The singular values of ΔW, largest first, from the factors alone: those of the product of
+    their QR triangles.
 
-    Parameters
-    ----------
-    pair
-        Finite factors ``(in, r)`` and ``(r, out)``.
+    Args:
+        pair: Finite factors ``(in, r)`` and ``(r, out)``.
 
-    Returns
-    -------
-    Array
+    Returns:
         float64, shape ``(min(in, r, out),)``.
 
-    Raises
-    ------
-    ArgumentError
-        If a factor, or ΔW, is not finite.
+    Raises:
+        ArgumentError: If a factor, or ΔW, is not finite.
 
-    Examples
-    --------
-    >>> spectrum(LowRank(np.eye(3, 1), np.array([[3.0, 4.0]]), -2.0))
-    array([10.])
+    Examples:
+        >>> spectrum(LowRank(np.eye(3, 1), np.array([[3.0, 4.0]]), -2.0))
+        array([10.])
     """
     a, b = pair.A.astype(np.float64), pair.B.astype(np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -153,18 +132,18 @@ def spectrum(pair: LowRank) -> Array:
 
 
 def thin_qr(matrix: Array) -> tuple[Array, Array]:
-    """The reduced QR of a matrix ``(m, n)``: Q ``(m, k)`` orthonormal, R ``(k, n)`` upper triangular, k = min(m, n).
+    """The reduced QR of a matrix ``(m, n)``: Q ``(m, k)`` orthonormal, R ``(k, n)`` upper
+    triangular, k = min(m, n).
 
-    What `numpy.linalg.qr` gives, up to rounding, in about half its time when m is large and n is not: Q is formed by
-    matrix products instead of reflection by reflection.
-    Source: Joffrain et al., "Accumulating Householder transformations, revisited" (2006): the product of reflections
+    What `numpy.linalg.qr` gives, up to rounding, in about half its time when m is large and n is
+    not: Q is formed by matrix products instead of reflection by reflection. Source: Joffrain et
+    al., "Accumulating Householder transformations, revisited" (2006): the product of reflections
     ``I - τᵢ vᵢ vᵢᵀ`` is ``I - V T Vᵀ``, where T⁻¹ has 1/τ on its diagonal and VᵀV above it.
 
-    Examples
-    --------
-    >>> Q, R = thin_qr(np.array([[3.0, 0.0], [4.0, 5.0]]))
-    >>> np.allclose(Q @ R, [[3, 0], [4, 5]]), np.allclose(Q.T @ Q, np.identity(2))
-    (True, True)
+    Examples:
+        >>> Q, R = thin_qr(np.array([[3.0, 0.0], [4.0, 5.0]]))
+        >>> np.allclose(Q @ R, [[3, 0], [4, 5]]), np.allclose(Q.T @ Q, np.identity(2))
+        (True, True)
     """
     packed, tau = np.linalg.qr(matrix, mode="raw")
     count = len(tau)
@@ -182,8 +161,6 @@ def initial(in_features: int, out_features: int, rank: int, rng: np.random.Gener
     """A fresh float32 pair: A uniform with |A| <= 1/√in (Kaiming, a = √5, fan-in = in), B zero.
 
     Source: Hu et al. 2021, section 4.1, as PEFT initialises it.
-
-    Requirements: R2.10
     """
     bound = 1 / np.sqrt(in_features)
     a = rng.uniform(-bound, bound, (in_features, rank)).astype(np.float32)
@@ -192,7 +169,9 @@ def initial(in_features: int, out_features: int, rank: int, rng: np.random.Gener
 
 
 def _scaled(pair: LowRank, weight: float, wide: np.dtype[Any]) -> Array:
-    """B times weight and scaling, in float64 before it is narrowed: a factor beyond float32 leaves a zero a zero."""
+    """B times weight and scaling, in float64 before it is narrowed: a factor beyond float32 leaves
+    a zero a zero.
+    """
     largest = float(np.finfo(np.float64).max)
     factor = min(max(weight * _scaling(pair), -largest), largest)
     return (pair.B.astype(np.float64) * factor).astype(wide)

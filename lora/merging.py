@@ -1,11 +1,16 @@
-"""Merging: several cards become one, by strategies that are values and act on ΔW, never on A and B apart.
+"""Merging: several cards become one, by strategies that are values and act on ΔW, never on A and B
+apart.
 
-Linear strategies (average, weighted, task arithmetic, SLERP) work in small cores: QR of the stacked factors, SVD of the
-core, the best approximation at O((in + out)·R²). TIES and DARE form ΔW of one module at a time and truncate it. Everything
-is computed in float64 and rounded once, to the dtype that the cards' dtypes promote to. Cards are put in the order of
-their names first, so that the order they are given in changes nothing, bit for bit.
+Linear strategies (average, weighted, task arithmetic, SLERP) work in small cores: QR of the stacked
+factors, SVD of the core, the best approximation at O((in + out)·R²). TIES and DARE form ΔW of one
+module at a time and truncate it. Everything is computed in float64 and rounded once, to the dtype
+that the cards' dtypes promote to. Cards are put in the order of their names first, so that the
+order they are given in changes nothing, bit for bit.
 
-Sources: Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE), Shoemake 1985 (SLERP).
+Sources: Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE),
+Shoemake 1985 (SLERP).
+
+Requirements: R20.
 """
 
 import hashlib
@@ -42,18 +47,12 @@ PARALLEL = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """The mean of all cards: Σ ΔWᵢ / n; a module that a card lacks counts as 0. Takes no weights.
-
-    Requirements: R20.1, R20.3
-    """
+    """The mean of all cards: Σ ΔWᵢ / n; a module that a card lacks counts as 0. Takes no weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """Σ wᵢ ΔWᵢ, with weights divided by their sum if `normalize`.
-
-    Requirements: R20.1, R20.3
-    """
+    """Σ wᵢ ΔWᵢ, with weights divided by their sum if `normalize`."""
 
     normalize: bool = False
 
@@ -66,10 +65,9 @@ class Weighted:
 class Slerp:
     """A fraction `t` of the way from one card to another, along the arc between them.
 
-    A card is one point: its ΔW of all modules, flattened. The direction moves at constant angular speed, the length
-    linearly. Within `PARALLEL` radians this is linear interpolation; within `OPPOSITE` radians of opposite it is an error.
-
-    Requirements: R20.1, R20.5
+    A card is one point: its ΔW of all modules, flattened. The direction moves at constant angular
+    speed, the length linearly. Within `PARALLEL` radians this is linear interpolation; within
+    `OPPOSITE` radians of opposite it is an error.
     """
 
     t: float = 0.5
@@ -82,14 +80,14 @@ class Slerp:
 
 @dataclass(frozen=True, slots=True)
 class Ties:
-    """Trim, elect signs, merge: per entry of ΔW, the weighted mean of the cards that agree with the elected sign.
+    """Trim, elect signs, merge: per entry of ΔW, the weighted mean of the cards that agree with the
+    elected sign.
 
-    Of each card's ΔW the ``max(1, round(density · size))`` largest entries are kept (halves round to even; of equal
-    magnitudes the first in row-major order of ``(out, in)``). Weights are applied before signs are elected: by the sign of
-    the sum (``"mass"``), or of the sum of signs (``"count"``); a sum of 0 elects nothing. The mean is Σ wᵢxᵢ / Σ |wᵢ| over
-    the entries of the elected sign.
-
-    Requirements: R20.1, R20.6
+    Of each card's ΔW the ``max(1, round(density · size))`` largest entries are kept (halves round
+    to even; of equal magnitudes the first in row-major order of ``(out, in)``). Weights are applied
+    before signs are elected: by the sign of the sum (``"mass"``), or of the sum of signs
+    (``"count"``); a sum of 0 elects nothing. The mean is Σ wᵢxᵢ / Σ |wᵢ| over the entries of the
+    elected sign.
     """
 
     density: float = 0.5
@@ -105,12 +103,11 @@ class Ties:
 
 @dataclass(frozen=True, slots=True)
 class Dare:
-    """Σ wᵢ · maskᵢ · ΔWᵢ / density: each entry is kept with probability `density`, so the expectation is Σ wᵢ ΔWᵢ.
+    """Σ wᵢ · maskᵢ · ΔWᵢ / density: each entry is kept with probability `density`, so the
+    expectation is Σ wᵢ ΔWᵢ.
 
-    A mask depends on `seed`, the module's and the card's name and the shape alone: neither on the order of the cards nor
-    on which others there are.
-
-    Requirements: R20.1, R20.7
+    A mask depends on `seed`, the module's and the card's name and the shape alone: neither on the
+    order of the cards nor on which others there are.
     """
 
     density: float = 0.5
@@ -125,19 +122,15 @@ class Dare:
 
 @dataclass(frozen=True, slots=True)
 class TaskArithmetic:
-    """Σ wᵢ ΔWᵢ, where a negative weight takes a skill away.
-
-    Requirements: R20.1, R20.8
-    """
+    """Σ wᵢ ΔWᵢ, where a negative weight takes a skill away."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cat:
-    """Σ wᵢ ΔWᵢ by concatenation: ``[A₁ … Aₙ]`` as they are, and Bs that carry the weights. Takes no rank.
+    """Σ wᵢ ΔWᵢ by concatenation: ``[A₁ … Aₙ]`` as they are, and Bs that carry the weights. Takes no
+    rank.
 
     A pair that several cards share stands there once, with the sum of their weights.
-
-    Requirements: R20.1, R20.4
     """
 
 
@@ -166,61 +159,49 @@ def merge(
 ) -> LoRACard:
     """Merge cards into one, by their ΔW.
 
-    Parameters
-    ----------
-    cards
-        At least one; for `Slerp` exactly two. They may differ in rank, dtype and modules (a module that a card lacks
-        counts as 0).
-    strategy
-        A strategy or the name of one.
-    weights
-        One finite number per card, in their order; 1 each by default. `Average` and `Slerp` take none.
-    rank
-        The largest rank of a module. By default what is needed to be exact; for TIES and DARE, whose ΔW has full rank,
-        the largest of the parents' ranks at that module.
-    name
-        Of the merged card.
+    Args:
+        cards: At least one; for `Slerp` exactly two. They may differ in rank, dtype and modules (a
+            module that a card lacks counts as 0).
+        strategy: A strategy or the name of one.
+        weights: One finite number per card, in their order; 1 each by default. `Average` and
+            `Slerp` take none.
+        rank: The largest rank of a module. By default what is needed to be exact; for TIES and
+            DARE, whose ΔW has full rank, the largest of the parents' ranks at that module.
+        name: Of the merged card.
 
-    Returns
-    -------
-    LoRACard
-        Balanced factors (‖A‖ = ‖B‖) with explicit scalings, or a parent's own where a module comes from it alone. A module
-        of which nothing is left (ΔW = 0) has no row. Targets are those of all parents; the base fingerprint is kept where
-        it still covers the same modules. Its metadata tell of the merge:
-        ``{"merge": {"strategy", "options", "parents": [{"name", "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}}``,
-        with `content_digest` of each parent, the weight that was applied to it, and each module's truncation error.
+    Returns:
+        Balanced factors (‖A‖ = ‖B‖) with explicit scalings, or a parent's own where a module comes
+        from it alone. A module of which nothing is left (ΔW = 0) has no row. Targets are those of
+        all parents; the base fingerprint is kept where it still covers the same modules. Its
+        metadata tell of the merge: ``{"merge": {"strategy", "options", "parents": [{"name",
+        "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}}``, with `content_digest` of each
+        parent, the weight that was applied to it, and each module's truncation error.
 
-    Raises
-    ------
-    ArgumentError
-        If an argument is out of range, or SLERP's cards are zero or point opposite ways.
-    BaseModelError
-        If cards that adapt the same modules were made for different weights, or for models of different names.
-    CardError
-        If a factor is not finite.
-    ConflictError
-        If two cards have one name and `Dare` would give them one mask.
-    ShapeError
-        If cards disagree on a module's shape.
-    TargetError
-        If a module's name in one card ends in that of another card's module, so that both may be one.
+    Raises:
+        ArgumentError: If an argument is out of range, or SLERP's cards are zero or point opposite
+            ways.
+        BaseModelError: If cards that adapt the same modules were made for different weights, or for
+            models of different names.
+        CardError: If a factor is not finite.
+        ConflictError: If two cards have one name and `Dare` would give them one mask.
+        ShapeError: If cards disagree on a module's shape.
+        TargetError: If a module's name in one card ends in that of another card's module, so that
+            both may be one.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> one = LowRank(np.array([[2.0], [0.0]]), np.array([[3.0, 0.0]]), 1.0)
-    >>> two = LowRank(np.array([[0.0], [2.0]]), np.array([[0.0, 1.0]]), 1.0)
-    >>> docs, law = LoRACard("docs", 1, 1.0, ["query"], {"query": one}), LoRACard("law", 1, 1.0, ["query"], {"query": two})
-    >>> both = merge([docs, law], "weighted", [1.0, 2.0])
-    >>> both.rank, np.abs(delta(both.weights["query"]).round(9))
-    (2, array([[6., 0.],
-           [0., 4.]]))
-    >>> merge([docs, law], rank=1).metadata["merge"]["error"]["query"].__round__(3)
-    0.316
-    >>> merge([docs, docs], "task_arithmetic", [1, -1]).weights
-    mappingproxy({})
-
-    Requirements: R20.2, R20.3, R20.4, R20.8, R20.9, R20.10
+    Examples:
+        >>> import numpy as np
+        >>> one = LowRank(np.array([[2.0], [0.0]]), np.array([[3.0, 0.0]]), 1.0)
+        >>> two = LowRank(np.array([[0.0], [2.0]]), np.array([[0.0, 1.0]]), 1.0)
+        >>> docs = LoRACard("docs", 1, 1.0, ["query"], {"query": one})
+        >>> law = LoRACard("law", 1, 1.0, ["query"], {"query": two})
+        >>> both = merge([docs, law], "weighted", [1.0, 2.0])
+        >>> both.rank, np.abs(delta(both.weights["query"]).round(9))
+        (2, array([[6., 0.],
+               [0., 4.]]))
+        >>> merge([docs, law], rank=1).metadata["merge"]["error"]["query"].__round__(3)
+        0.316
+        >>> merge([docs, docs], "task_arithmetic", [1, -1]).weights
+        mappingproxy({})
     """
     given = _cards(cards)
     strategy = _strategy(strategy)
@@ -267,17 +248,15 @@ def merge(
 
 
 def content_digest(card: LoRACard) -> str:
-    """SHA-256 of what a card holds, 64 hex digits: equal for equal cards, whatever file they come from.
+    """SHA-256 of what a card holds, 64 hex digits: equal for equal cards, whatever file they come
+    from.
 
-    It covers the fields in their order as JSON, a line feed, and each module's A and B, row-major. A file's digest covers
-    its layout too, so it is another.
+    It covers the fields in their order as JSON, a line feed, and each module's A and B, row-major.
+    A file's digest covers its layout too, so it is another.
 
-    Examples
-    --------
-    >>> content_digest(LoRACard("empty", 1, 1.0, [], {})) == content_digest(LoRACard("empty", 1, 1.0, [], {}))
-    True
-
-    Requirements: R20.10
+    Examples:
+        >>> content_digest(LoRACard("empty", 1, 1.0, [], {})) == content_digest(LoRACard("empty", 1, 1.0, [], {}))
+        True
     """
     modules = [
         [module, pair.scaling, pair.dtype.name, pair.A.shape, pair.B.shape]
@@ -303,7 +282,9 @@ class _Term(NamedTuple):
 
 
 class _Cores(NamedTuple):
-    """Pairs in common orthonormal bases: ``scalingᵢ · Aᵢ Bᵢ = P coreᵢ Qᵀ``; no ‖Aᵢ‖ ‖Bᵢ‖ |scalingᵢ| exceeds its size."""
+    """Pairs in common orthonormal bases: ``scalingᵢ · Aᵢ Bᵢ = P coreᵢ Qᵀ``; no ‖Aᵢ‖ ‖Bᵢ‖ |scalingᵢ|
+    exceeds its size.
+    """
 
     P: Array
     Q: Array
@@ -336,7 +317,9 @@ def _merged(
 
 
 def _live(module: str, terms: list[_Term]) -> list[tuple[LowRank, float]]:
-    """Each different pair with the sum of its weights, exactly rounded; without those that cancel or are 0."""
+    """Each different pair with the sum of its weights, exactly rounded; without those that cancel
+    or are 0.
+    """
     weights: dict[LowRank, list[float]] = {}
     for _, pair, weight in terms:
         weights.setdefault(pair, []).append(weight)
@@ -369,7 +352,9 @@ def _linear(
 
 
 def _concatenated(module: str, terms: list[_Term], dtype: np.dtype[Any]) -> LowRank | None:
-    """The pairs side by side, Bs times what their factor differs by from the largest, which is the scaling."""
+    """The pairs side by side, Bs times what their factor differs by from the largest, which is the
+    scaling.
+    """
     live = _live(module, terms)
     if not live:
         return None
@@ -384,7 +369,9 @@ def _concatenated(module: str, terms: list[_Term], dtype: np.dtype[Any]) -> LowR
 
 
 def _cores(module: str, pairs: Sequence[LowRank]) -> _Cores:
-    """QR of the stacked As and of the stacked Bs: all that is left to do happens in the small triangles."""
+    """QR of the stacked As and of the stacked Bs: all that is left to do happens in the small
+    triangles.
+    """
     p, left = thin_qr(np.concatenate([pair.A.astype(np.float64) for pair in pairs], axis=1))
     q, right = thin_qr(np.concatenate([pair.B.T.astype(np.float64) for pair in pairs], axis=1))
     ends = np.cumsum([pair.rank for pair in pairs])[:-1]
@@ -400,10 +387,11 @@ def _cores(module: str, pairs: Sequence[LowRank]) -> _Cores:
 def _kept(
     left: Array, sigma: Array, right: Array, *, floor: float, limit: int, dtype: np.dtype[Any]
 ) -> tuple[LowRank | None, float]:
-    """The balanced pair of an SVD cut at `limit` and at the noise `floor`, and the share of the norm that `limit` cost.
+    """The balanced pair of an SVD cut at `limit` and at the noise `floor`, and the share of the
+    norm that `limit` cost.
 
-    The scaling is a power of two near the largest singular value: the factors' entries stay near 1, where every dtype is
-    at its best, and what is doubled comes out doubled.
+    The scaling is a power of two near the largest singular value: the factors' entries stay near 1,
+    where every dtype is at its best, and what is doubled comes out doubled.
     """
     real = int((sigma > floor).sum())
     kept = min(limit, real)
@@ -462,7 +450,9 @@ def _dare(strategy: Dare, module: str, terms: list[_Term]) -> Array:
 
 
 def _mask(strategy: Dare, module: str, name: str, shape: tuple[int, ...]) -> Array:
-    """Which entries are kept: those whose number in [0, 1), 53 bits of a keyed counter-based stream, is below density."""
+    """Which entries are kept: those whose number in [0, 1), 53 bits of a keyed counter-based
+    stream, is below density.
+    """
     key = hashlib.sha256(json.dumps([strategy.seed, module, name]).encode()).digest()
     raw = np.random.Philox(key=int.from_bytes(key[:16], "little")).random_raw(math.prod(shape))
     kept: Array = ((raw >> np.uint64(11)) * 2.0**-53 < strategy.density).reshape(shape)
@@ -627,8 +617,8 @@ def _base(
 ) -> tuple[str | None, str | None]:
     """The base model and fingerprint of the merged card.
 
-    A fingerprint covers the weights that a card adapts, so only those of cards that adapt the same can be compared, and
-    only such a one fits the merged card.
+    A fingerprint covers the weights that a card adapts, so only those of cards that adapt the same
+    can be compared, and only such a one fits the merged card.
     """
     prints: dict[tuple[frozenset[str], frozenset[str]], tuple[str, str]] = {}
     hint = "merge cards of one base model"
@@ -655,7 +645,9 @@ def _base(
 
 
 def _promoted(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
-    """The dtype that holds all of them: itself for one, else float64 if it is among them, else float32."""
+    """The dtype that holds all of them: itself for one, else float64 if it is among them, else
+    float32.
+    """
     if len(dtypes) == 1:
         return next(iter(dtypes))
     return DTYPES["float64"] if DTYPES["float64"] in dtypes else DTYPES["float32"]

@@ -1,4 +1,8 @@
-"""Counters and timings: added to from any thread, read as a snapshot, written as Prometheus text where something serves."""
+"""Counters and timings: added to from any thread, read as a snapshot, written as Prometheus text
+where something serves.
+
+Requirements: R5.
+"""
 
 import threading
 import time
@@ -18,15 +22,12 @@ class Metrics:
 
     Thread safety: any number of writers and readers.
 
-    Examples
-    --------
-    >>> metrics = Metrics()
-    >>> metrics.add("fetches")
-    >>> metrics.add("fetched_bytes", 4096)
-    >>> dict(metrics.snapshot())
-    {'fetched_bytes': 4096, 'fetches': 1}
-
-    Requirements: R5.16
+    Examples:
+        >>> metrics = Metrics()
+        >>> metrics.add("fetches")
+        >>> metrics.add("fetched_bytes", 4096)
+        >>> dict(metrics.snapshot())
+        {'fetched_bytes': 4096, 'fetches': 1}
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,9 @@ class Metrics:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count a block as `name`, its seconds as ``name_seconds``, and as ``name_failed`` if it raises."""
+        """Count a block as `name`, its seconds as ``name_seconds``, and as ``name_failed`` if it
+        raises.
+        """
         start = time.perf_counter()
         try:
             yield
@@ -58,19 +61,13 @@ class Metrics:
 
 
 def prometheus_text(metrics: Metrics) -> str:
-    """The sums as Prometheus text, each as ``lora_…_total``.
-
-    Requirements: R5.16
-    """
+    """The sums as Prometheus text, each as ``lora_…_total``."""
     return generate_latest(_registry(metrics)).decode()
 
 
 @contextmanager
 def serving(metrics: Metrics, port: int, host: str = "127.0.0.1") -> Iterator[int]:
-    """Serve the sums over HTTP while the block runs; yields the port.
-
-    Requirements: R5.16
-    """
+    """Serve the sums over HTTP while the block runs; yields the port."""
     server, thread = start_http_server(port, host, _registry(metrics))
     try:
         yield server.server_port

@@ -1,7 +1,10 @@
-"""What to train and for what: `LoRAConfig`, five task presets fitted to a model's real modules, and `CardInfo`.
+"""What to train and for what: `LoRAConfig`, five task presets fitted to a model's real modules, and
+`CardInfo`.
 
-A preset names roles (query, gate …); `fit` finds the modules that play them, by the names that BERT and Llama and their
-kin give them, and states the cost.
+A preset names roles (query, gate …); `fit` finds the modules that play them, by the names that BERT
+and Llama and their kin give them, and states the cost.
+
+Requirements: R21.
 """
 
 import re
@@ -44,32 +47,20 @@ ROLES: Mapping[str, str] = MappingProxyType(
 class LoRAConfig:
     """What an adapter is to be like, as a value.
 
-    Parameters
-    ----------
-    rank
-        Integer >= 1.
-    alpha
-        Finite and > 0; ΔW is scaled by alpha / rank.
-    dropout
-        On the low-rank path in training, in [0, 1).
-    target_modules
-        As a card's.
-    task_type
-        What the adapter is for; may be empty.
-    tags
-        Each once.
+    Args:
+        rank: Integer >= 1.
+        alpha: Finite and > 0; ΔW is scaled by alpha / rank.
+        dropout: On the low-rank path in training, in [0, 1).
+        target_modules: As a card's.
+        task_type: What the adapter is for; may be empty.
+        tags: Each once.
 
-    Raises
-    ------
-    CardError, ArgumentError
-        Naming the field.
+    Raises:
+        CardError, ArgumentError: Naming the field.
 
-    Examples
-    --------
-    >>> LoRAConfig.from_dict({"rank": 4}).to_dict()["alpha"]
-    16.0
-
-    Requirements: R21.3
+    Examples:
+        >>> LoRAConfig.from_dict({"rank": 4}).to_dict()["alpha"]
+        16.0
     """
 
     rank: int = 8
@@ -100,10 +91,8 @@ class LoRAConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The config of these fields; what is missing has its default.
 
-        Raises
-        ------
-        ArgumentError
-            If a key is no field.
+        Raises:
+            ArgumentError: If a key is no field.
         """
         if not isinstance(values, Mapping):
             raise ArgumentError("config", "a mapping of fields", type(values).__name__)
@@ -115,10 +104,7 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A task's adapter before it meets a model: roles in place of module names.
-
-    Requirements: R21.1
-    """
+    """A task's adapter before it meets a model: roles in place of module names."""
 
     task: str
     rank: int
@@ -178,18 +164,10 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 class Fitted:
     """A preset on one model.
 
-    Parameters
-    ----------
-    config
-        With targets that match exactly the modules of the preset's roles.
-    modules
-        Name -> number of parameters of its factors, r · (in + out), sorted.
-    nbytes
-        Of all factors in the dtype asked for.
-
-    Notes
-    -----
-    Requirements: R21.1, R21.2
+    Args:
+        config: With targets that match exactly the modules of the preset's roles.
+        modules: Name -> number of parameters of its factors, r · (in + out), sorted.
+        nbytes: Of all factors in the dtype asked for.
     """
 
     config: LoRAConfig
@@ -207,34 +185,25 @@ def fit(
 ) -> Fitted:
     """Map a preset onto a model's Linears.
 
-    A decoder's ``gate_proj`` and ``up_proj`` play gate and up; on an encoder, whose feed-forward has no gate, "gate/up" is
-    ``intermediate.dense`` alone.
+    A decoder's ``gate_proj`` and ``up_proj`` play gate and up; on an encoder, whose feed-forward
+    has no gate, "gate/up" is ``intermediate.dense`` alone.
 
-    Parameters
-    ----------
-    preset
-        One of `PRESETS` or its name, or another.
-    shapes
-        Name of every Linear of the model -> ``(in, out)``.
-    dtype
-        Of the factors, for the bytes.
+    Args:
+        preset: One of `PRESETS` or its name, or another.
+        shapes: Name of every Linear of the model -> ``(in, out)``.
+        dtype: Of the factors, for the bytes.
 
-    Raises
-    ------
-    ArgumentError
-        If there is no preset or dtype of that name, or `shapes` are none.
-    TargetError
-        If a role other than the gate is played by no module, or no targets match exactly the modules that are wanted.
+    Raises:
+        ArgumentError: If there is no preset or dtype of that name, or `shapes` are none.
+        TargetError: If a role other than the gate is played by no module, or no targets match
+            exactly the modules that are wanted.
 
-    Examples
-    --------
-    >>> names = ["layer.0.attention.output.dense", "layer.0.output.dense", "layer.0.intermediate.dense"]
-    >>> names += [f"layer.0.attention.self.{part}" for part in ("query", "key", "value")]
-    >>> fitted = fit("coder", dict.fromkeys(names, (384, 384)))
-    >>> fitted.config.target_modules, fitted.num_params
-    (('attention.output.dense', 'key', 'query', 'value'), 49152)
-
-    Requirements: R21.1, R21.2
+    Examples:
+        >>> names = ["layer.0.attention.output.dense", "layer.0.output.dense", "layer.0.intermediate.dense"]
+        >>> names += [f"layer.0.attention.self.{part}" for part in ("query", "key", "value")]
+        >>> fitted = fit("coder", dict.fromkeys(names, (384, 384)))
+        >>> fitted.config.target_modules, fitted.num_params
+        (('attention.output.dense', 'key', 'query', 'value'), 49152)
     """
     if not isinstance(preset, Preset):
         if preset not in tuple(PRESETS):
@@ -270,22 +239,16 @@ def cost_table(
 ) -> str:
     """What each preset costs on each model, as a Markdown table.
 
-    Parameters
-    ----------
-    models
-        Title -> name of every Linear -> ``(in, out)``.
-    dtype
-        Of the factors.
+    Args:
+        models: Title -> name of every Linear -> ``(in, out)``.
+        dtype: Of the factors.
 
-    Examples
-    --------
-    >>> llama = {f"model.layers.0.self_attn.{part}_proj": (64, 64) for part in "qkvo"}
-    >>> llama |= {f"model.layers.0.mlp.{part}_proj": (64, 128) for part in ("gate", "up")}
-    >>> llama |= {"model.layers.0.mlp.down_proj": (128, 64)}
-    >>> print(cost_table({"tiny": llama}).splitlines()[-1])
-    | tiny | reviewer | 8 | 16 | 2 | 2,048 | 8,192 |
-
-    Requirements: R21.2
+    Examples:
+        >>> llama = {f"model.layers.0.self_attn.{part}_proj": (64, 64) for part in "qkvo"}
+        >>> llama |= {f"model.layers.0.mlp.{part}_proj": (64, 128) for part in ("gate", "up")}
+        >>> llama |= {"model.layers.0.mlp.down_proj": (128, 64)}
+        >>> print(cost_table({"tiny": llama}).splitlines()[-1])
+        | tiny | reviewer | 8 | 16 | 2 | 2,048 | 8,192 |
     """
     lines = [
         f"| model | preset | rank | alpha | modules | parameters | bytes ({dtype}) |",
@@ -306,12 +269,9 @@ def cost_table(
 def role_of(module: str) -> str | None:
     """The role of a module by its name, if it has one.
 
-    Examples
-    --------
-    >>> role_of("layer.0.attention.output.dense"), role_of("layer.0.output.dense"), role_of("pooler.dense")
-    ('output', 'down', None)
-
-    Requirements: R21.1
+    Examples:
+        >>> role_of("layer.0.attention.output.dense"), role_of("layer.0.output.dense"), role_of("pooler.dense")
+        ('output', 'down', None)
     """
     found = max((key for key in ROLES if matches(module, key)), key=len, default=None)
     return None if found is None else ROLES[found]
@@ -333,34 +293,23 @@ _TIME = re.compile(
 class CardInfo:
     """What a card says of itself in its metadata.
 
-    Parameters
-    ----------
-    version
-        Semantic version 2.0.0.
-    description
-        Any text; routers embed it.
-    quality
-        In [0, 1], or None where it was not measured.
-    created, modified
-        UTC, as ``YYYY-MM-DDThh:mm:ssZ``; given by the caller, and empty where unknown.
-    training_data
-        What it was trained on.
-    tags
-        Each once.
+    Args:
+        version: Semantic version 2.0.0.
+        description: Any text; routers embed it.
+        quality: In [0, 1], or None where it was not measured.
+        created, modified: UTC, as ``YYYY-MM-DDThh:mm:ssZ``; given by the caller, and empty where
+            unknown.
+        training_data: What it was trained on.
+        tags: Each once.
 
-    Raises
-    ------
-    ArgumentError
-        Naming the field.
+    Raises:
+        ArgumentError: Naming the field.
 
-    Examples
-    --------
-    >>> info = CardInfo("1.2.0", "Python documentation", tags=("python",))
-    >>> card = LoRACard("docs", 1, 1.0, [], {}, info.to_metadata())
-    >>> CardInfo.from_metadata(card.metadata) == info
-    True
-
-    Requirements: R21.7
+    Examples:
+        >>> info = CardInfo("1.2.0", "Python documentation", tags=("python",))
+        >>> card = LoRACard("docs", 1, 1.0, [], {}, info.to_metadata())
+        >>> CardInfo.from_metadata(card.metadata) == info
+        True
     """
 
     version: str = "0.1.0"
@@ -421,7 +370,9 @@ def _check_shapes(shapes: object) -> None:
 
 
 def _targets(chosen: list[str], names: list[str]) -> tuple[str, ...]:
-    """The shortest suffix of each chosen name that matches none of the others: targets that match exactly those chosen."""
+    """The shortest suffix of each chosen name that matches none of the others: targets that match
+    exactly those chosen.
+    """
     rest, targets = set(names) - set(chosen), set()
     for name in chosen:
         parts = name.split(".")

@@ -1,8 +1,12 @@
-"""adapt(model, adapters) -> model': the rewrite at the heart of the library. It never touches its input.
+"""adapt(model, adapters) -> model': the rewrite at the heart of the library. It never touches its
+input.
 
-Every module object is copied once (so aliases stay aliases), with dictionaries of its own; every parameter is re-wrapped,
-detached and frozen over the same storage; buffers, which a forward may write, are copied. Copying only the path to a
-target is not enough: ``train()``, ``half()`` or a hook on the result would reach the modules that both share.
+Every module object is copied once (so aliases stay aliases), with dictionaries of its own; every
+parameter is re-wrapped, detached and frozen over the same storage; buffers, which a forward may
+write, are copied. Copying only the path to a target is not enough: ``train()``, ``half()`` or a
+hook on the result would reach the modules that both share.
+
+Requirements: R1, R2, R3, R5, R7, R8, R17.
 """
 
 from collections import deque
@@ -50,37 +54,28 @@ _PLAIN = frozenset({bool, int, float, str, type(None), Tensor})
 def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool = False) -> M:
     """A model that computes what `model` does plus the adapters' low-rank terms.
 
-    Parameters
-    ----------
-    model
-        Any module tree; adapted models too: ``adapt(adapt(m, a), b)`` equals ``adapt(m, a | b)``.
-    adapters
-        An `AdapterSet`, a card, a mapping or an iterable of cards.
-    check_base
-        Refuse a card whose base fingerprint is another model's.
-    strict
-        Refuse a card that names anything the model does not have.
+    Args:
+        model: Any module tree; adapted models too: ``adapt(adapt(m, a), b)`` equals ``adapt(m, a |
+            b)``.
+        adapters: An `AdapterSet`, a card, a mapping or an iterable of cards.
+        check_base: Refuse a card whose base fingerprint is another model's.
+        strict: Refuse a card that names anything the model does not have.
 
-    Returns
-    -------
-    nn.Module
-        Shares every parameter's storage with `model` and no mutable object; its parameters are frozen.
+    Returns:
+        Shares every parameter's storage with `model` and no mutable object; its parameters are
+        frozen.
 
-    Raises
-    ------
-    ShapeError, TargetError, BaseModelError, ConflictError, UnsupportedModelError
-        Before anything is made.
+    Raises:
+        ShapeError, TargetError, BaseModelError, ConflictError, UnsupportedModelError: Before
+            anything is made.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> model = nn.Sequential(nn.Linear(2, 2))
-    >>> card = LoRACard("docs", 1, 1.0, ["0"], {"0": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
-    >>> adapted = adapt(model, card)
-    >>> type(adapted[0]).__name__, type(model[0]).__name__, adapted[0].weight.data_ptr() == model[0].weight.data_ptr()
-    ('LoRALinear', 'Linear', True)
-
-    Requirements: R1.13, R3.2, R3.6, R3.7, R3.9, R3.13, R8.1, R8.5
+    Examples:
+        >>> import numpy as np
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> card = LoRACard("docs", 1, 1.0, ["0"], {"0": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
+        >>> adapted = adapt(model, card)
+        >>> type(adapted[0]).__name__, type(model[0]).__name__, adapted[0].weight.data_ptr() == model[0].weight.data_ptr()
+        ('LoRALinear', 'Linear', True)
     """
     adapters = AdapterSet(adapters)
     sites = linears(model)
@@ -110,10 +105,9 @@ def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool
 def fold(model: M) -> M:
     """A model whose float32 and float64 adapted layers are plain Linears holding ``W + ΔW``.
 
-    It costs no time when it runs, and the memory of the touched weights; narrower layers stay factored, since rounding
-    ``W + ΔW`` to them would lose most of a small ΔW. The model given, and the base beneath it, stay as they are.
-
-    Requirements: R2.12
+    It costs no time when it runs, and the memory of the touched weights; narrower layers stay
+    factored, since rounding ``W + ΔW`` to them would lose most of a small ΔW. The model given, and
+    the base beneath it, stay as they are.
     """
 
     def convert(module: nn.Module, own: Own) -> nn.Module | None:
@@ -123,10 +117,7 @@ def fold(model: M) -> M:
 
 
 def folded_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that `fold` would form.
-
-    Requirements: R2.12
-    """
+    """Bytes of the weights that `fold` would form."""
     return sum(
         layer.weight.nbytes
         for layer in model.modules()
@@ -139,18 +130,13 @@ def _folds(layer: LoRALinear) -> bool:
 
 
 def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:
-    """A model whose bound layers hold several adapter sets, one for each segment of rows of a batch.
+    """A model whose bound layers hold several adapter sets, one for each segment of rows of a
+    batch.
 
-    Parameters
-    ----------
-    model
-        A model, adapted or not, whose forward passes `lora.layer.Segments` on to its Linears, as `InferenceCore` does.
-    sets
-        The distinct adapter sets; segments name them by position.
-
-    Notes
-    -----
-    Requirements: R5.8
+    Args:
+        model: A model, adapted or not, whose forward passes `lora.layer.Segments` on to its
+            Linears, as `InferenceCore` does.
+        sets: The distinct adapter sets; segments name them by position.
     """
     sites, existing = linears(model), _existing(model)
     layers: dict[int, list[dict[str, tuple[LowRank, float]]]] = {}
@@ -187,16 +173,11 @@ def fresh(
     target_modules: Sequence[str] | str,
     seed: int,
 ) -> LoRACard:
-    """An untrained card for a model: A uniform with |A| <= 1/√in, B zero, one pair per targeted Linear.
+    """An untrained card for a model: A uniform with |A| <= 1/√in, B zero, one pair per targeted
+    Linear.
 
-    Raises
-    ------
-    TargetError
-        If no module matches.
-
-    Notes
-    -----
-    Requirements: R2.10
+    Raises:
+        TargetError: If no module matches.
     """
     sites, rng = linears(model), np.random.default_rng(seed)
     empty = LoRACard(name, rank, alpha, target_modules, {})  # type: ignore[arg-type]
@@ -215,10 +196,7 @@ def fresh(
 
 
 def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
-    """A model whose only trainable parameters are copies of the card's factors.
-
-    Requirements: R2.4, R2.7, R2.8
-    """
+    """A model whose only trainable parameters are copies of the card's factors."""
     bound = plan(linears(model), card).bound
     if held := [module for module in bound if isinstance(model.get_submodule(module), LoRALinear)]:
         raise UnsupportedModelError(
@@ -235,10 +213,7 @@ def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
 
 
 def trained(model: nn.Module, card: LoRACard) -> LoRACard:
-    """The card with the factors that `model`, made by `trainable` from it, holds now.
-
-    Requirements: R17.1
-    """
+    """The card with the factors that `model`, made by `trainable` from it, holds now."""
     weights = dict(card.weights)
     for module, key in plan(linears(model), card).bound.items():
         layer = model.get_submodule(module)
@@ -253,10 +228,7 @@ def trained(model: nn.Module, card: LoRACard) -> LoRACard:
 def injections(
     model: nn.Module, adapters: Adapters, *, strict: bool = False
 ) -> dict[str, Injection]:
-    """What each card would bind to, without doing it.
-
-    Requirements: R3.12
-    """
+    """What each card would bind to, without doing it."""
     sites = linears(model)
     return {
         name: plan(sites, card, strict=strict) for name, (card, _) in AdapterSet(adapters).items()
@@ -264,19 +236,13 @@ def injections(
 
 
 def check_module(model: object) -> None:
-    """Refuse what is not a torch module.
-
-    Requirements: R3.14, R7.8
-    """
+    """Refuse what is not a torch module."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError("model", "a torch module", type(model).__name__)
 
 
 def linears(model: nn.Module) -> dict[str, Site]:
-    """Every name of every Linear in a model, with its shape.
-
-    Requirements: R3.9, R3.11, R3.14
-    """
+    """Every name of every Linear in a model, with its shape."""
     check_module(model)
     owners: dict[int, str] = {}
     sites: dict[str, Site] = {}
@@ -303,17 +269,12 @@ def fingerprint(model: nn.Module, card: LoRACard) -> str:
     """SHA-256 of the base weights that a card binds to: over sorted key, dtype, shape and bytes.
 
     Keys are the card's, so that one base has one fingerprint whatever model it is wrapped in.
-
-    Requirements: R1.13
     """
     return _fingerprint(model, plan(linears(model), card))
 
 
 def check_fingerprint(model: nn.Module, card: LoRACard, injection: Injection) -> None:
-    """Refuse a card that was made for other weights than those it binds to.
-
-    Requirements: R1.13
-    """
+    """Refuse a card that was made for other weights than those it binds to."""
     if card.base_fingerprint is None or not injection.bound:
         return
     found = _fingerprint(model, injection)
@@ -327,11 +288,10 @@ def check_fingerprint(model: nn.Module, card: LoRACard, injection: Injection) ->
 
 
 def uncalled(model: nn.Module, *inputs: Any, **options: Any) -> tuple[str, ...]:
-    """Adapted layers that a forward of `model` with these inputs never calls, so that their adapters have no effect.
+    """Adapted layers that a forward of `model` with these inputs never calls, so that their
+    adapters have no effect.
 
     The forward runs on a copy; `model` stays as it is.
-
-    Requirements: R3.14
     """
     called: set[int] = set()
 
@@ -427,7 +387,9 @@ def _check_sound(model: nn.Module) -> None:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What is on the instance beyond what ``nn.Module`` keeps there, and the hooks that a forward or backward runs."""
+    """What is on the instance beyond what ``nn.Module`` keeps there, and the hooks that a forward
+    or backward runs.
+    """
     return (
         (key, value)
         for key, value in module.__dict__.items()
@@ -436,7 +398,9 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _leads_to_a_module(value: Any) -> bool:
-    """Whether containers, bound methods, partial functions or closures lead from a value to a module."""
+    """Whether containers, bound methods, partial functions or closures lead from a value to a
+    module.
+    """
     if isinstance(value, dict | list | tuple | set) and not value:  # hooks that nobody registered
         return False
     waiting: list[Any] = [value]

@@ -1,9 +1,13 @@
-"""Which cards fit a query: cosine similarity to examples, top k, a threshold, and how to set that threshold.
+"""Which cards fit a query: cosine similarity to examples, top k, a threshold, and how to set that
+threshold.
 
-A card is described by one or several example sentences; its score is that of the nearest one. Scores are float64,
-and a score is rounded to 1e-6 before it is compared, so that neither the order of registration nor that of summation
-decides a tie: ties are ordered by name. ("Arrow routing" in the literature, Ostapenko et al. 2024, picks adapters inside a
-model by singular vectors; this is another thing.)
+A card is described by one or several example sentences; its score is that of the nearest one.
+Scores are float64, and a score is rounded to 1e-6 before it is compared, so that neither the order
+of registration nor that of summation decides a tie: ties are ordered by name. ("Arrow routing" in
+the literature, Ostapenko et al. 2024, picks adapters inside a model by singular vectors; this is
+another thing.)
+
+Requirements: R4, R7.
 """
 
 import math
@@ -28,16 +32,11 @@ DECIMALS = 6
 class Candidate:
     """A card that may be chosen.
 
-    Parameters
-    ----------
-    name
-        The card's.
-    exemplars
-        Unit embeddings of its example sentences, shape ``(n, d)``, float64.
-    virtual
-        Whether its weights are elsewhere.
-    tags
-        What it may be filtered by.
+    Args:
+        name: The card's.
+        exemplars: Unit embeddings of its example sentences, shape ``(n, d)``, float64.
+        virtual: Whether its weights are elsewhere.
+        tags: What it may be filtered by.
     """
 
     name: str
@@ -48,9 +47,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Index:
-    """Candidates by name, with all their exemplars as the rows of one matrix, made when first needed.
-
-    Requirements: R4.9, R4.12, R4.13
+    """Candidates by name, with all their exemplars as the rows of one matrix, made when first
+    needed.
     """
 
     candidates: Mapping[str, Candidate]
@@ -120,17 +118,12 @@ class Route:
 class Calibration:
     """A threshold with what is known of its false-trigger rate.
 
-    Parameters
-    ----------
-    threshold
-        Queries that score below it are taken as unknown.
-    groups
-        Source groups that it rests on.
-    rate
-        Expected share of known queries below it, at most what was asked for.
-    interval
-        Where 90 % of calibrations with so many groups have their true rate: the 5 % and 95 % points of
-        Beta(k, n + 1 - k).
+    Args:
+        threshold: Queries that score below it are taken as unknown.
+        groups: Source groups that it rests on.
+        rate: Expected share of known queries below it, at most what was asked for.
+        interval: Where 90 % of calibrations with so many groups have their true rate: the 5 % and
+            95 % points of Beta(k, n + 1 - k).
     """
 
     threshold: float
@@ -142,28 +135,21 @@ class Calibration:
 def unit(vectors: Array) -> Array:
     """Rows scaled to length 1, float64; a zero row stays zero.
 
-    Scaling a row by a power of two changes nothing: it is first scaled to a largest magnitude in [0.5, 1), exactly.
+    Scaling a row by a power of two changes nothing: it is first scaled to a largest magnitude in
+    [0.5, 1), exactly.
 
-    Parameters
-    ----------
-    vectors
-        Shape ``(n, d)``, finite.
+    Args:
+        vectors: Shape ``(n, d)``, finite.
 
-    Raises
-    ------
-    ShapeError
-        If it is not two-dimensional.
-    ArgumentError
-        If it holds NaN or an infinity.
+    Raises:
+        ShapeError: If it is not two-dimensional.
+        ArgumentError: If it holds NaN or an infinity.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> unit(np.array([[3.0, 4.0], [0.0, 0.0]]))
-    array([[0.6, 0.8],
-           [0. , 0. ]])
-
-    Requirements: R4.8
+    Examples:
+        >>> import numpy as np
+        >>> unit(np.array([[3.0, 4.0], [0.0, 0.0]]))
+        array([[0.6, 0.8],
+               [0. , 0. ]])
     """
     try:
         rows = np.asarray(vectors, np.float64, order="C")
@@ -190,22 +176,12 @@ def select(
 ) -> list[Route]:
     """The best candidates for a query, best first; none if none reaches the threshold.
 
-    Parameters
-    ----------
-    query
-        A unit embedding, shape ``(d,)``.
-    index
-        The candidates.
-    top_k
-        How many at most, >= 1.
-    threshold
-        The least score, or None for no limit.
-    tags
-        Only candidates that have all of these.
-
-    Notes
-    -----
-    Requirements: R4.4, R4.5, R4.6, R4.7, R4.9, R4.13
+    Args:
+        query: A unit embedding, shape ``(d,)``.
+        index: The candidates.
+        top_k: How many at most, >= 1.
+        threshold: The least score, or None for no limit.
+        tags: Only candidates that have all of these.
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
         raise ArgumentError("top_k", "an integer >= 1", shown(top_k))
@@ -219,10 +195,7 @@ def select(
 def rank(
     query: Array, index: Index, positions: Sequence[int], top_k: int, threshold: float | None
 ) -> list[Route]:
-    """What `select` gives if just the candidates at these positions are there: the formula itself.
-
-    Requirements: R4.4, R4.5, R4.6, R4.9
-    """
+    """What `select` gives if just the candidates at these positions are there: the formula itself."""
     chosen = [index.listed[i] for i in positions]
     if not chosen:
         return []
@@ -240,24 +213,19 @@ def rank(
 
 
 def shortlist(query: Array, index: Index, top_k: int, threshold: float | None) -> list[int]:
-    """Positions of all candidates that may be among the best, by one float32 product with all exemplars.
+    """Positions of all candidates that may be among the best, by one float32 product with all
+    exemplars.
 
-    A product of unit vectors of width d is off by at most (d + 3) u in float32, u = 2⁻²⁴: d for the sum, whatever its
-    order, one for each factor's rounding, one for the rest. What that and the rounding of scores leave open stays on the
-    list, so that ranking the list gives what ranking all would.
+    A product of unit vectors of width d is off by at most (d + 3) u in float32, u = 2⁻²⁴: d for the
+    sum, whatever its order, one for each factor's rounding, one for the rest. What that and the
+    rounding of scores leave open stays on the list, so that ranking the list gives what ranking all
+    would.
 
-    Parameters
-    ----------
-    query
-        A unit embedding, shape ``(d,)``; for one that is longer, nothing is left out.
-    index, top_k, threshold
-        As `select`'s.
-
-    Notes
-    -----
     Source of the bound: Higham 2002, section 3.1.
 
-    Requirements: R4.4, R4.9
+    Args:
+        query: A unit embedding, shape ``(d,)``; for one that is longer, nothing is left out.
+        index, top_k, threshold: As `select`'s.
     """
     if not index.candidates or not float(query @ query) < 2:
         return list(range(len(index.listed)))
@@ -277,34 +245,26 @@ def calibrate(
 ) -> Calibration:
     """A threshold under which at most a share `rate` of known queries of *new* sources falls.
 
-    Split conformal prediction with one score per source group: queries of one source resemble each other, so that a
-    random split is too optimistic. One score of each group is drawn; the threshold is the k-th smallest of the n drawn,
-    k = ⌊rate · (n + 1)⌋, which a query of a new source undercuts with probability at most k / (n + 1).
+    Split conformal prediction with one score per source group: queries of one source resemble each
+    other, so that a random split is too optimistic. One score of each group is drawn; the threshold
+    is the k-th smallest of the n drawn, k = ⌊rate · (n + 1)⌋, which a query of a new source
+    undercuts with probability at most k / (n + 1).
 
-    Parameters
-    ----------
-    scores
-        Source group -> scores of known queries from it.
-    rate
-        In (0, 1).
-    seed
-        Of the draw.
+    Source: Vovk, Gammerman and Shafer 2005; Angelopoulos and Bates 2021, section 3.2 (the Beta
+    law).
 
-    Raises
-    ------
-    ArgumentError
-        If `rate` is out of range, a group is empty, or the groups are too few for it (``1 / rate - 1`` are needed).
+    Args:
+        scores: Source group -> scores of known queries from it.
+        rate: In (0, 1).
+        seed: Of the draw.
 
-    Notes
-    -----
-    Source: Vovk, Gammerman and Shafer 2005; Angelopoulos and Bates 2021, section 3.2 (the Beta law).
+    Raises:
+        ArgumentError: If `rate` is out of range, a group is empty, or the groups are too few for it
+            (``1 / rate - 1`` are needed).
 
-    Examples
-    --------
-    >>> calibrate({f"module {i}": [i / 100] for i in range(19)}, 0.1)
-    Calibration(threshold=0.01, groups=19, rate=0.1, interval=(0.019033, 0.226374))
-
-    Requirements: R4.11
+    Examples:
+        >>> calibrate({f"module {i}": [i / 100] for i in range(19)}, 0.1)
+        Calibration(threshold=0.01, groups=19, rate=0.1, interval=(0.019033, 0.226374))
     """
     if not isinstance(rate, int | float) or not 0 < rate < 1:
         raise ArgumentError("rate", "a share in (0, 1)", shown(rate))
@@ -331,14 +291,8 @@ def calibrate(
 def texts_of(texts: Any) -> list[str]:
     """The texts of a request as a list.
 
-    Raises
-    ------
-    ArgumentError
-        If it is one str, or anything else than an ordered collection of str.
-
-    Notes
-    -----
-    Requirements: R7.8
+    Raises:
+        ArgumentError: If it is one str, or anything else than an ordered collection of str.
     """
     ordered = isinstance(texts, Collection) and not isinstance(texts, str | AbstractSet | Mapping)
     if not ordered or not all(isinstance(text, str) for text in texts):
@@ -347,10 +301,7 @@ def texts_of(texts: Any) -> list[str]:
 
 
 def check_threshold(threshold: object) -> None:
-    """Refuse what is neither a finite number nor None.
-
-    Requirements: R7.8
-    """
+    """Refuse what is neither a finite number nor None."""
     number = isinstance(threshold, int | float | np.number) and not isinstance(threshold, bool)
     if threshold is not None and not (number and math.isfinite(threshold)):  # type: ignore[arg-type]
         raise ArgumentError("threshold", "a finite number or None", shown(threshold))
@@ -366,7 +317,9 @@ def _finite_scores(group: Any) -> bool:
 
 
 def _beta_point(k: int, n: int, probability: float) -> float:
-    """The point below which Beta(k, n + 1 - k) has `probability`, by bisection on the binomial tail."""
+    """The point below which Beta(k, n + 1 - k) has `probability`, by bisection on the binomial
+    tail.
+    """
     low, high = 0.0, 1.0
     choices = [
         math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k)
@@ -384,10 +337,7 @@ def _beta_point(k: int, n: int, probability: float) -> float:
 def candidate_of(
     name: str, embeddings: Any, *, virtual: bool = False, tags: Collection[str] = ()
 ) -> Candidate:
-    """A candidate with its exemplars normalised.
-
-    Requirements: R4.1, R4.2, R4.8
-    """
+    """A candidate with its exemplars normalised."""
     exemplars = unit(embeddings)
     if not len(exemplars):
         raise ArgumentError(f"candidate {name!r}", "at least one example", "none")

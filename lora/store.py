@@ -1,8 +1,11 @@
 """Cards on disk: the core's only file I/O.
 
-A card file is an Arrow IPC file, mapped on loading: its factors are views into the map, which is private copy-on-write, so
-a stray write can neither crash the process nor reach the file. POSIX semantics are assumed for replacing a mapped file by
-rename; nothing is promised for a file that is edited in place.
+A card file is an Arrow IPC file, mapped on loading: its factors are views into the map, which is
+private copy-on-write, so a stray write can neither crash the process nor reach the file. POSIX
+semantics are assumed for replacing a mapped file by rename; nothing is promised for a file that is
+edited in place.
+
+Requirements: R1, R7.
 """
 
 import hashlib
@@ -43,37 +46,27 @@ SUFFIX = ".lora.arrow"
 def save(card: LoRACard, path: PathLike) -> str:
     """Write a card atomically and return its digest.
 
-    The bytes go to a temporary file beside `path`, are flushed to the disk and renamed over it: a reader sees the old file
-    or the new one. On one installation one card always gives the same bytes.
+    The bytes go to a temporary file beside `path`, are flushed to the disk and renamed over it: a
+    reader sees the old file or the new one. On one installation one card always gives the same
+    bytes.
 
-    Parameters
-    ----------
-    card
-        Any card.
-    path
-        Where to; ``*.lora.arrow`` by convention. The folder must exist.
+    Args:
+        card: Any card.
+        path: Where to; ``*.lora.arrow`` by convention. The folder must exist.
 
-    Returns
-    -------
-    str
+    Returns:
         SHA-256 of the file, 64 hex digits.
 
-    Raises
-    ------
-    CardNotFoundError
-        If the folder does not exist.
-    StoreError
-        If the operating system refuses; `path` is as it was.
+    Raises:
+        CardNotFoundError: If the folder does not exist.
+        StoreError: If the operating system refuses; `path` is as it was.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     saved = save(LoRACard("empty", 1, 1.0, [], {}), f"{folder}/empty.lora.arrow")
-    ...     saved == digest(f"{folder}/empty.lora.arrow")
-    True
-
-    Requirements: R1.4, R1.11, R1.14
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save(LoRACard("empty", 1, 1.0, [], {}), f"{folder}/empty.lora.arrow")
+        ...     saved == digest(f"{folder}/empty.lora.arrow")
+        True
     """
     table = card_to_table(card)
     with replacing(path) as file:
@@ -85,11 +78,11 @@ def save(card: LoRACard, path: PathLike) -> str:
 
 @contextmanager
 def replacing(path: PathLike) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends well, and vanishes when it does not.
+    """A new file that takes the place of `path` when the block ends well, and vanishes when it does
+    not.
 
-    It is flushed to the disk before it is renamed, and the folder after, so that a crash leaves the old file or the new.
-
-    Requirements: R1.11
+    It is flushed to the disk before it is renamed, and the folder after, so that a crash leaves the
+    old file or the new.
     """
     path = as_path(path)
     with os_errors(path), _folder(path.parent) as folder:
@@ -108,23 +101,13 @@ def replacing(path: PathLike) -> Iterator[BinaryIO]:
 def load(path: PathLike, verify: str | None = None) -> LoRACard:
     """Map a card file and return the card in it, without copying a factor.
 
-    Parameters
-    ----------
-    path
-        A card file.
-    verify
-        The digest that the file must have; it is hashed before a byte of it is parsed.
+    Args:
+        path: A card file.
+        verify: The digest that the file must have; it is hashed before a byte of it is parsed.
 
-    Raises
-    ------
-    CardNotFoundError
-        If there is no such file.
-    CardFileError
-        If it is not a well-formed card, or not the one asked for.
-
-    Notes
-    -----
-    Requirements: R1.5, R1.6, R1.14, R7.1, R7.9
+    Raises:
+        CardNotFoundError: If there is no such file.
+        CardFileError: If it is not a well-formed card, or not the one asked for.
     """
     if verify is not None and not is_digest(verify):
         raise ArgumentError("verify", "a SHA-256 as 64 lower-case hex digits", repr(verify))
@@ -140,24 +123,15 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
 def inspect(path: PathLike) -> Header:
     """Everything a card file says of itself; no byte of its factors is touched.
 
-    Raises
-    ------
-    CardNotFoundError, CardFileError
-        As `load`.
-
-    Notes
-    -----
-    Requirements: R1.12
+    Raises:
+        CardNotFoundError, CardFileError: As `load`.
     """
     with _card_errors(path):
         return read_header(one_batch(_batch(_map(path))))
 
 
 def digest(path: PathLike) -> str:
-    """SHA-256 of a file's bytes: a card file's identity.
-
-    Requirements: R1.14
-    """
+    """SHA-256 of a file's bytes: a card file's identity."""
     with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -165,14 +139,8 @@ def digest(path: PathLike) -> str:
 def as_path(path: PathLike) -> Path:
     """The path, or an error that says what was given instead.
 
-    Raises
-    ------
-    ArgumentError
-        If it is neither a str nor an `os.PathLike` of one.
-
-    Notes
-    -----
-    Requirements: R7.8
+    Raises:
+        ArgumentError: If it is neither a str nor an `os.PathLike` of one.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise ArgumentError("path", "a str or os.PathLike", shown(path))
@@ -205,7 +173,9 @@ def _map(path: PathLike) -> mmap.mmap | bytes:
 
 
 def _forget(data: mmap.mmap | bytes) -> None:
-    """Let go of the pages that were read to check the file: none is resident until a factor is used."""
+    """Let go of the pages that were read to check the file: none is resident until a factor is
+    used.
+    """
     if isinstance(data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         with suppress(OSError):  # as where all memory is locked
             data.madvise(mmap.MADV_DONTNEED)
@@ -234,7 +204,9 @@ def _batch(data: mmap.mmap | bytes) -> pa.RecordBatch:
 
 
 def _agrees(buffer: pa.Buffer, schema: pa.Schema) -> bool:
-    """Whether the schema at the start, where a writer puts one, is the footer's: readers differ in which they take."""
+    """Whether the schema at the start, where a writer puts one, is the footer's: readers differ in
+    which they take.
+    """
     try:
         first = pa.ipc.read_schema(buffer.slice(8))
     except (pa.ArrowException, OSError):
@@ -257,13 +229,8 @@ def _card_errors(path: PathLike) -> Iterator[None]:
 def os_errors(path: Path) -> Iterator[None]:
     """What the operating system refuses, as an error of this library that names the path.
 
-    Raises
-    ------
-    CardNotFoundError, StoreError
-
-    Notes
-    -----
-    Requirements: R7.1, R7.8
+    Raises:
+        CardNotFoundError, StoreError:
     """
     try:
         yield

@@ -1,9 +1,12 @@
 """A card as an Arrow table, and back: the one definition of the schema.
 
-One row per module, sorted by name: ``module``, ``scaling``, ``A``, ``B``. Factors use the storage of Arrow's canonical
-``arrow.variable_shape_tensor``: a struct of the flat row-major data and its shape. bfloat16, which Arrow lacks, is stored
-as ``uint16`` and declared in ``lora.dtype``. A card's other fields are schema metadata, each under its own key, so that
-user metadata (one JSON value) can never shadow them.
+One row per module, sorted by name: ``module``, ``scaling``, ``A``, ``B``. Factors use the storage
+of Arrow's canonical ``arrow.variable_shape_tensor``: a struct of the flat row-major data and its
+shape. bfloat16, which Arrow lacks, is stored as ``uint16`` and declared in ``lora.dtype``. A card's
+other fields are schema metadata, each under its own key, so that user metadata (one JSON value) can
+never shadow them.
+
+Requirements: R1, R7.
 """
 
 import json
@@ -59,10 +62,7 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a card says of itself without its weights.
-
-    Requirements: R1.12
-    """
+    """What a card says of itself without its weights."""
 
     name: str
     rank: int
@@ -88,10 +88,7 @@ class Header:
 
 
 def schema_of(dtype: str) -> pa.Schema:
-    """The schema of a card whose factors have `dtype`, without its metadata.
-
-    Requirements: R1.4, R1.9
-    """
+    """The schema of a card whose factors have `dtype`, without its metadata."""
     storage = pa.struct(
         [("data", pa.list_(_ARROW_TYPES[dtype])), ("shape", pa.list_(pa.int32(), 2))]
     )
@@ -116,18 +113,13 @@ def schema_of(dtype: str) -> pa.Schema:
 def card_to_table(card: LoRACard) -> pa.Table:
     """The card as a table of one batch.
 
-    Raises
-    ------
-    CardError
-        If a factor column would hold more than `MAX_ELEMENTS` elements.
+    Raises:
+        CardError: If a factor column would hold more than `MAX_ELEMENTS` elements.
 
-    Examples
-    --------
-    >>> table = card_to_table(LoRACard("empty", 1, 1.0, [], {}))
-    >>> table.num_rows, table.column_names
-    (0, ['module', 'scaling', 'A', 'B'])
-
-    Requirements: R1.4, R1.8, R1.9, R1.11
+    Examples:
+        >>> table = card_to_table(LoRACard("empty", 1, 1.0, [], {}))
+        >>> table.num_rows, table.column_names
+        (0, ['module', 'scaling', 'A', 'B'])
     """
     check_card(card)
     schema = schema_of(card.dtype.name)
@@ -146,14 +138,9 @@ def card_to_table(card: LoRACard) -> pa.Table:
 def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
     """The card in a table; factors are views of the table's buffers.
 
-    Raises
-    ------
-    CardFileError
-        If the table is not structurally a card: wrong version, columns, types, nulls, shapes, duplicates, shared bytes.
-
-    Notes
-    -----
-    Requirements: R1.4, R1.6, R1.7, R1.10, R7.6, R7.9
+    Raises:
+        CardFileError: If the table is not structurally a card: wrong version, columns, types,
+            nulls, shapes, duplicates, shared bytes.
     """
     batch = one_batch(table)
     with _file_errors():
@@ -171,10 +158,7 @@ def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
 
 
 def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
-    """The table's rows as one fully validated batch: Arrow's own checks first, ours come after.
-
-    Requirements: R7.9
-    """
+    """The table's rows as one fully validated batch: Arrow's own checks first, ours come after."""
     if not isinstance(table, pa.Table | pa.RecordBatch):
         raise ArgumentError("card table", "an Arrow table or record batch", type(table).__name__)
     if table.num_rows * ROW_BYTES > (size := table.get_total_buffer_size()):
@@ -194,16 +178,11 @@ def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
 def read_header(batch: pa.RecordBatch) -> Header:
     """Check a validated batch's structure and read everything but the factors' elements.
 
-    Offsets and shapes are copied to the heap before they are used, so that what was checked is what is read.
+    Offsets and shapes are copied to the heap before they are used, so that what was checked is what
+    is read.
 
-    Raises
-    ------
-    CardFileError
-        Naming the first rule that is broken.
-
-    Notes
-    -----
-    Requirements: R1.10, R1.12, R7.9
+    Raises:
+        CardFileError: Naming the first rule that is broken.
     """
     with _file_errors():
         version, dtype, card, rows = _read(batch)
@@ -238,7 +217,9 @@ def _file_errors() -> Iterator[None]:
 
 
 class _Factors(NamedTuple):
-    """A factor column: where each row's elements start and its shape, both copied, and all rows' elements."""
+    """A factor column: where each row's elements start and its shape, both copied, and all rows'
+    elements.
+    """
 
     offsets: list[int]
     shapes: list[tuple[int, int]]
@@ -255,7 +236,9 @@ class _Rows(NamedTuple):
 
 
 def _read(batch: pa.RecordBatch) -> tuple[tuple[int, int], str, LoRACard, _Rows]:
-    """All that a batch holds, checked: format version, dtype, the card without its weights, and the rows."""
+    """All that a batch holds, checked: format version, dtype, the card without its weights, and the
+    rows.
+    """
     fields, extra = _metadata(batch.schema)
     version = _version(fields)
     dtype = fields.get("lora.dtype", "")
@@ -321,14 +304,8 @@ def _fields(card: LoRACard) -> dict[str, str]:
 def offsets_of(sizes: list[int], where: str) -> Array:
     """List offsets of consecutive arrays, int32.
 
-    Raises
-    ------
-    CardError
-        If they don't fit.
-
-    Notes
-    -----
-    Requirements: R1.9
+    Raises:
+        CardError: If they don't fit.
     """
     offsets = np.cumsum([0, *sizes], dtype=np.int64)
     if offsets[-1] > MAX_ELEMENTS:
@@ -411,7 +388,9 @@ def _json(fields: Mapping[str, str], key: str, kind: type[Any]) -> Any:
 
 @lru_cache(len(DTYPES))
 def _known(dtype: str) -> tuple[pa.Schema, pa.Schema]:
-    """The schema of such a card, and how this pyarrow reads it: with our extension's types, if it knows them."""
+    """The schema of such a card, and how this pyarrow reads it: with our extension's types, if it
+    knows them.
+    """
     schema = schema_of(dtype)
     return schema, pa.ipc.read_schema(schema.serialize())
 
@@ -434,7 +413,9 @@ def _check_columns(batch: pa.RecordBatch, dtype: str) -> None:
 
 
 def _declares(field: pa.Field, want: pa.Field, kept: pa.Field) -> bool:
-    """Whether a column declares no extension or just ours: a permutation would turn every factor round."""
+    """Whether a column declares no extension or just ours: a permutation would turn every factor
+    round.
+    """
     if isinstance(field.type, pa.BaseExtensionType):
         return bool(field.type == kept.type)
     declared, ours = field.metadata or {}, want.metadata or {}
@@ -451,7 +432,9 @@ def _declares(field: pa.Field, want: pa.Field, kept: pa.Field) -> bool:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type less what writers differ in and a reader need not know: names and nullability of list items."""
+    """The type less what writers differ in and a reader need not know: names and nullability of
+    list items.
+    """
     if pa.types.is_struct(kind):
         return pa.struct(
             [(kind.field(i).name, _plain(kind.field(i).type)) for i in range(kind.num_fields)]
@@ -504,7 +487,9 @@ def _factors(batch: pa.RecordBatch, name: str) -> _Factors:
 
 
 def _integers(column: pa.Array) -> Array:
-    """A copy of an int32 column without nulls; its own `to_numpy` would first import pandas, where that is installed."""
+    """A copy of an int32 column without nulls; its own `to_numpy` would first import pandas, where
+    that is installed.
+    """
     buffer = column.buffers()[1]
     if buffer is None or not len(column):
         return np.empty(0, np.int64)
@@ -512,7 +497,9 @@ def _integers(column: pa.Array) -> Array:
 
 
 def _views(column: _Factors, dtype: np.dtype[Any]) -> Iterator[Array]:
-    """Each row's factor as a read-only view of the column's values (a copy only if they are not aligned)."""
+    """Each row's factor as a read-only view of the column's values (a copy only if they are not
+    aligned).
+    """
     offsets, shapes, values = column
     buffer = values.buffers()[1]
     if buffer is None or not shapes:

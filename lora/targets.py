@@ -1,7 +1,10 @@
 """Which modules a card adapts: names and shapes in, a binding plan out.
 
-One rule serves targets and weight keys: a key matches a module if the module's dotted name equals it or ends with
-``"." + key``. So ``1.query`` matches ``layer.1.query`` and never ``layer.11.query``.
+One rule serves targets and weight keys: a key matches a module if the module's dotted name equals
+it or ends with ``"." + key``. So ``1.query`` matches ``layer.1.query`` and never
+``layer.11.query``.
+
+Requirements: R3, R7.
 """
 
 import hashlib
@@ -35,16 +38,11 @@ OUTPUT_HEADS = frozenset(
 class Site:
     """A Linear that a card may bind to.
 
-    Parameters
-    ----------
-    in_features, out_features
-        Of the Linear.
-    owner
-        The module's first name: modules that are known by several names share it.
-    head
-        Whether it is an output head whatever its name (its weight is tied to an embedding).
-    bypassed
-        Whether its parent is known to read the weight without calling the module.
+    Args:
+        in_features, out_features: Of the Linear.
+        owner: The module's first name: modules that are known by several names share it.
+        head: Whether it is an output head whatever its name (its weight is tied to an embedding).
+        bypassed: Whether its parent is known to read the weight without calling the module.
     """
 
     in_features: int
@@ -58,22 +56,13 @@ class Site:
 class Injection:
     """What applying a card does, or did.
 
-    Parameters
-    ----------
-    name
-        The card's.
-    bound
-        Module name -> the card's weight key, sorted by module.
-    targets_not_found
-        Targets that match no module.
-    weights_not_used
-        Weight keys that bind to no targeted module.
-    bypassed
-        Bound modules that their parent may never call, so that the adapter has no effect there.
-
-    Notes
-    -----
-    Requirements: R3.12, R3.14
+    Args:
+        name: The card's.
+        bound: Module name -> the card's weight key, sorted by module.
+        targets_not_found: Targets that match no module.
+        weights_not_used: Weight keys that bind to no targeted module.
+        bypassed: Bound modules that their parent may never call, so that the adapter has no effect
+            there.
     """
 
     name: str
@@ -86,12 +75,9 @@ class Injection:
 def matches(name: str, key: str) -> bool:
     """Whether a dotted module name equals `key` or ends with ``"." + key``.
 
-    Examples
-    --------
-    >>> matches("layer.1.query", "1.query"), matches("layer.11.query", "1.query"), matches("layer.1", "")
-    (True, False, False)
-
-    Requirements: R3.11
+    Examples:
+        >>> matches("layer.1.query", "1.query"), matches("layer.11.query", "1.query"), matches("layer.1", "")
+        (True, False, False)
     """
     return name == key or name.endswith("." + key)
 
@@ -99,12 +85,9 @@ def matches(name: str, key: str) -> bool:
 def match_targets(names: Iterable[str], targets: Iterable[str]) -> list[str]:
     """The names that any of the targets matches, in their order.
 
-    Examples
-    --------
-    >>> match_targets(["a.query", "a.key", "lm_head"], ["all-linear"])
-    ['a.query', 'a.key']
-
-    Requirements: R3.11
+    Examples:
+        >>> match_targets(["a.query", "a.key", "lm_head"], ["all-linear"])
+        ['a.query', 'a.key']
     """
     targets = set(targets)
     every = ALL_LINEAR in targets
@@ -112,10 +95,7 @@ def match_targets(names: Iterable[str], targets: Iterable[str]) -> list[str]:
 
 
 def targeted_modules(sites: Mapping[str, Site], targets: Iterable[str]) -> set[str]:
-    """The first names of the modules that any of the targets matches under any of their names.
-
-    Requirements: R3.11
-    """
+    """The first names of the modules that any of the targets matches under any of their names."""
     owners = _owners(sites)
     return set().union(
         *(owners.get(target, set()) | _all_linear(sites, target) for target in targets)
@@ -125,33 +105,24 @@ def targeted_modules(sites: Mapping[str, Site], targets: Iterable[str]) -> set[s
 def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> Injection:
     """Decide what a card binds to in a model, and check that it fits.
 
-    Parameters
-    ----------
-    sites
-        Every name of every Linear of the model.
-    card
-        The card.
-    strict
-        Make it an error if a target matches no module or a weight binds to none.
+    Args:
+        sites: Every name of every Linear of the model.
+        card: The card.
+        strict: Make it an error if a target matches no module or a weight binds to none.
 
-    Raises
-    ------
-    ShapeError
-        If a pair does not fit its module.
-    TargetError
-        If a weight key fits two modules or two keys one module; with `strict`, if a target or a weight binds to nothing.
+    Raises:
+        ShapeError: If a pair does not fit its module.
+        TargetError: If a weight key fits two modules or two keys one module; with `strict`, if a
+            target or a weight binds to nothing.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from lora.card import LowRank
-    >>> pair = LowRank(np.zeros((4, 1)), np.zeros((1, 4)))
-    >>> card = LoRACard("docs", 1, 1.0, ["query", "value"], {"0.query": pair})
-    >>> injection = plan({"layer.0.query": Site(4, 4, "layer.0.query")}, card)
-    >>> injection.bound, injection.targets_not_found
-    ({'layer.0.query': '0.query'}, ('value',))
-
-    Requirements: R3.6, R3.11, R3.12, R7.2, R7.3, R7.7
+    Examples:
+        >>> import numpy as np
+        >>> from lora.card import LowRank
+        >>> pair = LowRank(np.zeros((4, 1)), np.zeros((1, 4)))
+        >>> card = LoRACard("docs", 1, 1.0, ["query", "value"], {"0.query": pair})
+        >>> injection = plan({"layer.0.query": Site(4, 4, "layer.0.query")}, card)
+        >>> injection.bound, injection.targets_not_found
+        ({'layer.0.query': '0.query'}, ('value',))
     """
     check_card(card)
     owners = _owners(sites)

@@ -1,4 +1,8 @@
-"""The weights in safetensors files as a lazy mapping: of one file, of shards, or of a model's folder."""
+"""The weights in safetensors files as a lazy mapping: of one file, of shards, or of a model's
+folder.
+
+Requirements: R16.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,28 +21,22 @@ SINGLE = "model.safetensors"
 class SafetensorsWeights(Mapping[str, Array]):
     """Name -> array over one or several safetensors files; nothing that was read is kept.
 
-    Parameters
-    ----------
-    path
-        A ``*.safetensors`` file, an index of shards, or a folder with ``model.safetensors`` or such an index.
+    Args:
+        path: A ``*.safetensors`` file, an index of shards, or a folder with ``model.safetensors``
+            or such an index.
 
-    Raises
-    ------
-    CardNotFoundError
-        If there is no such file.
-    UnsupportedModelError
-        If a file is not well formed; on reading, if a tensor is of a dtype that NumPy lacks.
+    Raises:
+        CardNotFoundError: If there is no such file.
+        UnsupportedModelError: If a file is not well formed; on reading, if a tensor is of a dtype
+            that NumPy lacks.
 
-    Examples
-    --------
-    >>> import tempfile, numpy as np
-    >>> from safetensors.numpy import save_file
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_file({"query.weight": np.eye(2)}, f"{folder}/model.safetensors")
-    ...     SafetensorsWeights(folder)["query.weight"].shape
-    (2, 2)
-
-    Requirements: R16.6, R16.9
+    Examples:
+        >>> import tempfile, numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"query.weight": np.eye(2)}, f"{folder}/model.safetensors")
+        ...     SafetensorsWeights(folder)["query.weight"].shape
+        (2, 2)
     """
 
     def __init__(self, path: PathLike) -> None:

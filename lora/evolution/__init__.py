@@ -1,4 +1,6 @@
-"""How an engine learns: data, training, what it does not know and who teaches it, work unattended, where its layers work."""
+"""How an engine learns: data, training, what it does not know and who teaches it, work unattended,
+where its layers work.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

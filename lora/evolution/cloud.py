@@ -1,10 +1,15 @@
-"""Pairs from a teacher model: what may be sent, what it may cost, and what of its answers is believed.
+"""Pairs from a teacher model: what may be sent, what it may cost, and what of its answers is
+believed.
 
-Nothing is sent without a `Consent` that names the host and the kinds of data. Before anything is sent it is entered in a
-ledger with the most that it may cost, and refused if that is over the budget. What comes back is taken for data from a
-stranger: parsed, checked, and dropped with a count of the reasons.
+Nothing is sent without a `Consent` that names the host and the kinds of data. Before anything is
+sent it is entered in a ledger with the most that it may cost, and refused if that is over the
+budget. What comes back is taken for data from a stranger: parsed, checked, and dropped with a count
+of the reasons.
 
-Thread safety: teachers, ledgers and distillers may be used from several threads; processes may share a ledger and a cache.
+Thread safety: teachers, ledgers and distillers may be used from several threads; processes may
+share a ledger and a cache.
+
+Requirements: R18.
 """
 
 import hashlib
@@ -94,24 +99,16 @@ _INJECTIONS = re.compile(
 class Consent:
     """Permission to send data: to which host, and of which kinds.
 
-    Parameters
-    ----------
-    host
-        As in the teacher's URL, without port.
-    data
-        Some of `KINDS`.
+    Args:
+        host: As in the teacher's URL, without port.
+        data: Some of `KINDS`.
 
-    Raises
-    ------
-    ArgumentError
-        If it names no host or no data.
+    Raises:
+        ArgumentError: If it names no host or no data.
 
-    Examples
-    --------
-    >>> Consent("api.openai.com", ["documents"])
-    Consent(host='api.openai.com', data=('documents',))
-
-    Requirements: R18.6
+    Examples:
+        >>> Consent("api.openai.com", ["documents"])
+        Consent(host='api.openai.com', data=('documents',))
     """
 
     host: str
@@ -139,14 +136,12 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class MockTeacher:
-    """A teacher that makes its pairs from the material alone: the same ones each time, and nothing leaves the process.
+    """A teacher that makes its pairs from the material alone: the same ones each time, and nothing
+    leaves the process.
 
-    Examples
-    --------
-    >>> print(MockTeacher().ask("", json.dumps({"text": "Cards hold the factors. Yes."})))
-    {"pairs": [{"query": "What is said of cards hold the?", "answer": "Cards hold the factors."}]}
-
-    Requirements: R18.5
+    Examples:
+        >>> print(MockTeacher().ask("", json.dumps({"text": "Cards hold the factors. Yes."})))
+        {"pairs": [{"query": "What is said of cards hold the?", "answer": "Cards hold the factors."}]}
     """
 
     host: str = ""
@@ -166,33 +161,24 @@ class MockTeacher:
 class Ledger:
     """What was sent and what it cost: a SQLite file, and a budget of tokens over its whole life.
 
-    A call's full cost is reserved, in one transaction with the check of the budget, before it is sent; what is not known
-    to have cost less stays charged in full, also after a crash.
+    A call's full cost is reserved, in one transaction with the check of the budget, before it is
+    sent; what is not known to have cost less stays charged in full, also after a crash.
 
-    Parameters
-    ----------
-    path
-        The file, made if it is not there.
-    budget
-        Tokens, sent and received together, >= 0.
+    Args:
+        path: The file, made if it is not there.
+        budget: Tokens, sent and received together, >= 0.
 
-    Raises
-    ------
-    ArgumentError
-        If the budget is not an integer >= 0.
-    StoreError
-        If the file is no ledger or can't be written.
+    Raises:
+        ArgumentError: If the budget is not an integer >= 0.
+        StoreError: If the file is no ledger or can't be written.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     ledger = Ledger(f"{folder}/ledger.sqlite", budget=100)
-    ...     ledger.settle(ledger.reserve("host", "{}", 80), "answered", 10, 5)
-    ...     ledger.spent, ledger.table()["outcome"].to_pylist()
-    (15, ['answered'])
-
-    Requirements: R18.5, R18.6
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ledger = Ledger(f"{folder}/ledger.sqlite", budget=100)
+        ...     ledger.settle(ledger.reserve("host", "{}", 80), "answered", 10, 5)
+        ...     ledger.spent, ledger.table()["outcome"].to_pylist()
+        (15, ['answered'])
     """
 
     def __init__(self, path: PathLike, budget: int) -> None:
@@ -213,10 +199,8 @@ class Ledger:
     def reserve(self, host: str, body: str, tokens: int) -> int:
         """Enter a call that is about to be made; returns its number.
 
-        Raises
-        ------
-        StateError
-            If it might overrun the budget: nothing may be sent then.
+        Raises:
+            StateError: If it might overrun the budget: nothing may be sent then.
         """
         with self._transaction() as db:
             spent = int(db.execute("SELECT COALESCE(SUM(charged), 0) FROM calls").fetchone()[0])
@@ -242,7 +226,9 @@ class Ledger:
                 db.execute("UPDATE calls SET input = ?, output = ?, charged = ? WHERE id = ?", row)
 
     def table(self) -> pa.Table:
-        """Every call: number, time (seconds since 1970), host, the body as it was sent, tokens, and how it ended."""
+        """Every call: number, time (seconds since 1970), host, the body as it was sent, tokens, and
+        how it ended.
+        """
         with self._transaction() as db:
             cursor = db.execute("SELECT * FROM calls ORDER BY id")
             names = [column[0] for column in cursor.description]
@@ -269,44 +255,28 @@ class _RefusedForm(Exception):  # noqa: N818 - never seen outside
 
 
 class OpenAITeacher:
-    """A teacher behind any server that speaks OpenAI's chat completions, asked by the official client.
+    """A teacher behind any server that speaks OpenAI's chat completions, asked by the official
+    client.
 
-    Redirects are not followed and proxies of the environment are not used, so that data go to the host that was named
-    and nowhere else. The key is neither logged nor written.
+    Redirects are not followed and proxies of the environment are not used, so that data go to the
+    host that was named and nowhere else. The key is neither logged nor written.
 
-    Parameters
-    ----------
-    model
-        Its name at the server.
-    ledger
-        Holds the budget.
-    api_key
-        Sent as it is; the environment is not read.
-    base_url
-        ``https://…``, or ``http://…`` on this machine.
-    cache
-        Folder of earlier answers, by the hash of the request; None to ask each time.
-    timeout
-        Seconds for connecting, for each wait, and for an answer's whole body.
-    tries
-        How often a request is sent at most: after 408, 409, 429, 5xx, a timeout or a broken connection it is sent again.
-    longest_wait
-        Seconds between tries at most; a server that asks for more is given up.
-    max_tokens
-        Of an answer.
-    sleep
-        Waits that many seconds.
+    Args:
+        model: Its name at the server.
+        ledger: Holds the budget.
+        api_key: Sent as it is; the environment is not read.
+        base_url: ``https://…``, or ``http://…`` on this machine.
+        cache: Folder of earlier answers, by the hash of the request; None to ask each time.
+        timeout: Seconds for connecting, for each wait, and for an answer's whole body.
+        tries: How often a request is sent at most: after 408, 409, 429, 5xx, a timeout or a broken
+            connection it is sent again.
+        longest_wait: Seconds between tries at most; a server that asks for more is given up.
+        max_tokens: Of an answer.
+        sleep: Waits that many seconds.
 
-    Raises
-    ------
-    ArgumentError
-        If a number is out of range or the URL may not be used.
-    MissingPackageError
-        If the ``cloud`` extra is not installed.
-
-    Notes
-    -----
-    Requirements: R18.5
+    Raises:
+        ArgumentError: If a number is out of range or the URL may not be used.
+        MissingPackageError: If the ``cloud`` extra is not installed.
     """
 
     def __init__(
@@ -351,12 +321,9 @@ class OpenAITeacher:
     def ask(self, instruction: str, material: str) -> str:
         """The answer's text; "" if the server's answer holds none.
 
-        Raises
-        ------
-        PeerError
-            If the server gave no answer.
-        StateError
-            If the budget does not allow the request; it was not sent.
+        Raises:
+            PeerError: If the server gave no answer.
+            StateError: If the budget does not allow the request; it was not sent.
         """
         for rung in range(self._rung, len(RUNGS)):
             body = self._body(RUNGS[rung], instruction, material)
@@ -410,7 +377,9 @@ class OpenAITeacher:
         return answer if isinstance(answer, str) else ""
 
     def _sent(self, body: dict[str, Any]) -> str:
-        """Send a request until it is answered: the only retries, and each is paid for from the budget."""
+        """Send a request until it is answered: the only retries, and each is paid for from the
+        budget.
+        """
         text = _text(body)
         bound = (
             len(text.encode()) + 64 + self._max_tokens
@@ -478,18 +447,10 @@ class OpenAITeacher:
 class Distilled:
     """What a teacher gave.
 
-    Parameters
-    ----------
-    pairs
-        What was believed; a pair's group is the document or topic that it was asked for.
-    dropped
-        How often, for each of `REASONS`.
-    failures
-        Why texts were not answered.
-
-    Notes
-    -----
-    Requirements: R18.7
+    Args:
+        pairs: What was believed; a pair's group is the document or topic that it was asked for.
+        dropped: How often, for each of `REASONS`.
+        failures: Why texts were not answered.
     """
 
     pairs: Pairs
@@ -500,24 +461,17 @@ class Distilled:
 class CloudDistiller:
     """Asks a teacher for pairs about documents or topics.
 
-    Parameters
-    ----------
-    teacher
-        A `Teacher`: `MockTeacher`, `OpenAITeacher` or another.
-    consent
-        Allows to send; without it only a teacher within this process is asked.
-    pairs_each
-        Pairs to ask for, for each piece of a document or each topic.
-    piece
-        Characters of a piece.
+    Args:
+        teacher: A `Teacher`: `MockTeacher`, `OpenAITeacher` or another.
+        consent: Allows to send; without it only a teacher within this process is asked.
+        pairs_each: Pairs to ask for, for each piece of a document or each topic.
+        piece: Characters of a piece.
 
-    Examples
-    --------
-    >>> found = CloudDistiller(MockTeacher()).from_documents({"cards": "Cards hold two factors. Cards hold two factors."})
-    >>> found.pairs.positives, found.dropped["duplicate"]
-    (['Cards hold two factors.'], 1)
-
-    Requirements: R18.5, R18.6, R18.7
+    Examples:
+        >>> documents = {"cards": "Cards hold two factors. Cards hold two factors."}
+        >>> found = CloudDistiller(MockTeacher()).from_documents(documents)
+        >>> found.pairs.positives, found.dropped["duplicate"]
+        (['Cards hold two factors.'], 1)
     """
 
     def __init__(
@@ -537,12 +491,10 @@ class CloudDistiller:
     def from_documents(self, documents: Mapping[str, str]) -> Distilled:
         """Pairs that ask for what documents, by name, say.
 
-        Raises
-        ------
-        StateError
-            If sending documents to the teacher's host is not allowed, or the budget allows not even the first.
-        PeerError
-            If the teacher answered nothing at all.
+        Raises:
+            StateError: If sending documents to the teacher's host is not allowed, or the budget
+                allows not even the first.
+            PeerError: If the teacher answered nothing at all.
         """
         texts = [
             (name, {"kind": "document", "title": name, "text": piece})
@@ -552,7 +504,9 @@ class CloudDistiller:
         return self._distilled("documents", texts)
 
     def from_queries(self, topic: str, queries: Sequence[str]) -> Distilled:
-        """Pairs like these queries, with answers from the teacher's own knowledge; errors as `from_documents`'."""
+        """Pairs like these queries, with answers from the teacher's own knowledge; errors as
+        `from_documents`'.
+        """
         text = "\n".join(queries)[: self._piece]
         return self._distilled(
             "queries", [(topic, {"kind": "queries", "title": topic, "text": text})]
@@ -600,22 +554,16 @@ def screened(
 ) -> tuple[list[tuple[str, str]], Counter[str]]:
     r"""The pairs of an answer that are believed, and why the others are not.
 
-    Parameters
-    ----------
-    answer
-        JSON, alone or somewhere in other text: ``{"pairs": [{"query": …, "answer": …}, …]}``, or the list itself.
-    seen
-        Pairs of earlier answers, with which these are put.
-    most
-        How many are kept.
+    Args:
+        answer: JSON, alone or somewhere in other text: ``{"pairs": [{"query": …, "answer": …},
+            …]}``, or the list itself.
+        seen: Pairs of earlier answers, with which these are put.
+        most: How many are kept.
 
-    Examples
-    --------
-    >>> told = [("a?", "b"), ("A? ", "b"), ("c\u202e", "d")]
-    >>> screened(json.dumps([{"query": query, "answer": answer} for query, answer in told]), set(), 9)
-    ([('a?', 'b')], Counter({'duplicate': 1, 'hostile': 1}))
-
-    Requirements: R18.7
+    Examples:
+        >>> told = [("a?", "b"), ("A? ", "b"), ("c\u202e", "d")]
+        >>> screened(json.dumps([{"query": query, "answer": answer} for query, answer in told]), set(), 9)
+        ([('a?', 'b')], Counter({'duplicate': 1, 'hostile': 1}))
     """
     dropped: Counter[str] = Counter()
     kept: list[tuple[str, str]] = []
@@ -640,12 +588,9 @@ def screened(
 def pieces(text: str, size: int) -> list[str]:
     r"""A text cut into pieces of at most `size` characters, between paragraphs where that can be.
 
-    Examples
-    --------
-    >>> pieces("one\n\ntwo\n\nthree four", 8)
-    ['one\n\ntwo', 'three fo', 'ur']
-
-    Requirements: R18.5
+    Examples:
+        >>> pieces("one\n\ntwo\n\nthree four", 8)
+        ['one\n\ntwo', 'three fo', 'ur']
     """
     found: list[str] = []
     for paragraph in (part.strip() for part in re.split(r"\n\s*\n", text)):
@@ -700,7 +645,9 @@ def _items(answer: str) -> list[Any] | None:
 
 
 def _completion(content: bytes) -> tuple[str, tuple[int, ...]]:
-    """The text of a chat completion, "" where it has none, and its tokens in and out if it states them credibly."""
+    """The text of a chat completion, "" where it has none, and its tokens in and out if it states
+    them credibly.
+    """
     try:
         value = json.loads(content)
         usage = value.get("usage") or {}
@@ -746,7 +693,9 @@ def _text(value: Mapping[str, Any]) -> str:
 
 
 def _client(base_url: str, api_key: str, timeout: float) -> Any:
-    """The official client: no retries, redirects or proxies, and answers that end in time and in size."""
+    """The official client: no retries, redirects or proxies, and answers that end in time and in
+    size.
+    """
     try:
         import httpx2  # noqa: PLC0415 - openai's own dependency
         import openai  # noqa: PLC0415 - an optional package

@@ -1,7 +1,11 @@
-"""Training data: pairs of texts as an Arrow table, in a value with the few operations that training needs.
+"""Training data: pairs of texts as an Arrow table, in a value with the few operations that training
+needs.
 
-Columns: ``query`` and ``positive`` (never empty), ``negative`` (may be null), ``quality`` in [0, 1], and ``group``, the
-source that a pair comes from: data are split by group, since pairs of one source resemble each other.
+Columns: ``query`` and ``positive`` (never empty), ``negative`` (may be null), ``quality`` in [0,
+1], and ``group``, the source that a pair comes from: data are split by group, since pairs of one
+source resemble each other.
+
+Requirements: R17, R21.
 """
 
 import ast
@@ -41,23 +45,17 @@ Row: TypeAlias = Mapping[str, Any] | Sequence[str]
 class Pairs:
     """A data set of pairs.
 
-    Parameters
-    ----------
-    table
-        A table with `SCHEMA`'s columns; build one with `Pairs.of` or an importer.
+    Args:
+        table: A table with `SCHEMA`'s columns; build one with `Pairs.of` or an importer.
 
-    Raises
-    ------
-    DataError
-        If columns are missing, a query or positive is empty, or a quality is outside [0, 1].
+    Raises:
+        DataError: If columns are missing, a query or positive is empty, or a quality is outside [0,
+            1].
 
-    Examples
-    --------
-    >>> pairs = Pairs.of([("open a file", "builtins.open"), {"query": "quit", "positive": "sys.exit", "group": "sys"}])
-    >>> len(pairs), pairs.statistics()["groups"]
-    (2, 2)
-
-    Requirements: R21.5
+    Examples:
+        >>> pairs = Pairs.of([("open a file", "builtins.open"), {"query": "quit", "positive": "sys.exit", "group": "sys"}])
+        >>> len(pairs), pairs.statistics()["groups"]
+        (2, 2)
     """
 
     table: pa.Table
@@ -90,10 +88,8 @@ class Pairs:
     def of(cls, rows: Iterable[Row]) -> Self:
         """Pairs of rows; an omitted group is the row's position.
 
-        Raises
-        ------
-        DataError
-            Naming the row that is not a pair.
+        Raises:
+            DataError: Naming the row that is not a pair.
         """
         return cls(
             _table(_record(row, index, f"pairs: row {index}") for index, row in enumerate(rows))
@@ -103,10 +99,8 @@ class Pairs:
     def load(cls, path: PathLike) -> Self:
         """Read an Arrow file that `save` wrote, a Parquet file or a JSONL file, by its ending.
 
-        Raises
-        ------
-        CardNotFoundError, DataError
-            If there is no such file, or it does not hold pairs.
+        Raises:
+            CardNotFoundError, DataError: If there is no such file, or it does not hold pairs.
         """
         path = Path(path)
         if not path.is_file():
@@ -128,14 +122,14 @@ class Pairs:
 
     @classmethod
     def from_chat(cls, path: PathLike) -> Self:
-        """Pairs from chat transcripts: JSONL, ``{"messages": [{"role": …, "content": …}, …]}`` a line.
+        """Pairs from chat transcripts: JSONL, ``{"messages": [{"role": …, "content": …}, …]}`` a
+        line.
 
-        A user's message is the query of the assistant's answer right after it; a transcript is a group.
+        A user's message is the query of the assistant's answer right after it; a transcript is a
+        group.
 
-        Raises
-        ------
-        DataError
-            If a line is no transcript, or none holds a question with its answer.
+        Raises:
+            DataError: If a line is no transcript, or none holds a question with its answer.
         """
         rows: list[Row] = []
         for index, (line, record) in enumerate(_json_rows(Path(path))):
@@ -175,16 +169,9 @@ class Pairs:
     def split(self, share: float = 0.8, *, seed: int = 0) -> "tuple[Pairs, Pairs]":
         """Two parts with no group in common, the first with `share` of the groups.
 
-        Raises
-        ------
-        ArgumentError
-            If the share is not in (0, 1).
-        DataError
-            If there are fewer than two groups.
-
-        Notes
-        -----
-        Requirements: R17.3, R21.5
+        Raises:
+            ArgumentError: If the share is not in (0, 1).
+            DataError: If there are fewer than two groups.
         """
         if not 0 < share < 1:
             raise ArgumentError("share", "a number in (0, 1)", share)
@@ -214,7 +201,9 @@ class Pairs:
         return self.take(sorted(order[:size].tolist()))
 
     def statistics(self) -> dict[str, Any]:
-        """Numbers of rows, groups, negatives and distinct positives; mean quality and lengths in characters."""
+        """Numbers of rows, groups, negatives and distinct positives; mean quality and lengths in
+        characters.
+        """
 
         def mean(values: pa.ChunkedArray) -> float:
             return float(pc.mean(values).as_py() or 0.0)
@@ -251,25 +240,19 @@ class Pairs:
 
 
 def docstring_pairs(source: PathLike | None = None, *, answer: str = "name") -> Pairs:
-    """First docstring sentence → qualified name (or source) of every public function and class in a source tree.
+    """First docstring sentence → qualified name (or source) of every public function and class in a
+    source tree.
 
-    The code is parsed, never imported. A pair's group is its top-level module, so that a split holds out whole modules.
+    The code is parsed, never imported. A pair's group is its top-level module, so that a split
+    holds out whole modules.
 
-    Parameters
-    ----------
-    source
-        A folder of Python packages and modules; None for the standard library of this Python.
-    answer
-        ``"name"``: the dotted name; ``"code"``: the source without its docstring.
+    Args:
+        source: A folder of Python packages and modules; None for the standard library of this
+            Python.
+        answer: ``"name"``: the dotted name; ``"code"``: the source without its docstring.
 
-    Raises
-    ------
-    DataError
-        If nothing is found.
-
-    Notes
-    -----
-    Requirements: R21.6
+    Raises:
+        DataError: If nothing is found.
     """
     if answer not in ("name", "code"):
         raise ArgumentError("answer", "'name' or 'code'", repr(answer))
@@ -337,10 +320,9 @@ def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Any]]:
 def first_sentence(text: str) -> str:
     r"""The first sentence of a docstring, on one line.
 
-    Examples
-    --------
-    >>> first_sentence("Return the\n    absolute value. Of a number.")
-    'Return the absolute value.'
+    Examples:
+        >>> first_sentence("Return the\n    absolute value. Of a number.")
+        'Return the absolute value.'
     """
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     head, stop, _ = paragraph.partition(". ")

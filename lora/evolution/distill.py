@@ -1,9 +1,13 @@
-"""SkillDistiller: an engine's own learning, from a query that it does not know to a skill that is kept or thrown away.
+"""SkillDistiller: an engine's own learning, from a query that it does not know to a skill that is
+kept or thrown away.
 
-What it has seen is one immutable state, replaced in one assignment: observing and logging are pure functions of it, from
-any thread. A task is worked on by one caller at a time, outside the lock; serving is never held up. A skill is trained on
-one part of the material and judged on another, drawn afresh for each trial, and never on what only a teacher says where
-there is anything else to judge it on: who poisons the lesson must not write the exam.
+What it has seen is one immutable state, replaced in one assignment: observing and logging are pure
+functions of it, from any thread. A task is worked on by one caller at a time, outside the lock;
+serving is never held up. A skill is trained on one part of the material and judged on another,
+drawn afresh for each trial, and never on what only a teacher says where there is anything else to
+judge it on: who poisons the lesson must not write the exam.
+
+Requirements: R18.
 """
 
 import hashlib
@@ -71,30 +75,18 @@ class Engine(Protocol):
 class Policy:
     """How a distiller decides.
 
-    Parameters
-    ----------
-    alarm
-        When dissonance is more than noise.
-    link
-        Cosine at which two queries are of one topic.
-    topic_size
-        Dissonant queries that make a topic a task, and a discarded task worth another trial.
-    pending
-        Dissonant queries that are remembered.
-    logged
-        Question-answer pairs that are remembered.
-    quality
-        The least that a pair needs, in [0, 1].
-    share
-        Of the material's groups to train on; the rest judges.
-    sample
-        Pairs at most that are embedded to judge, to guard and to tell whether a source is about a topic.
-    examples
-        Sentences at most that the router knows a skill by.
-
-    Notes
-    -----
-    Requirements: R18.2, R18.3
+    Args:
+        alarm: When dissonance is more than noise.
+        link: Cosine at which two queries are of one topic.
+        topic_size: Dissonant queries that make a topic a task, and a discarded task worth another
+            trial.
+        pending: Dissonant queries that are remembered.
+        logged: Question-answer pairs that are remembered.
+        quality: The least that a pair needs, in [0, 1].
+        share: Of the material's groups to train on; the rest judges.
+        sample: Pairs at most that are embedded to judge, to guard and to tell whether a source is
+            about a topic.
+        examples: Sentences at most that the router knows a skill by.
     """
 
     alarm: Alarm = Alarm()  # noqa: RUF009 - a frozen value
@@ -121,16 +113,9 @@ class Policy:
 class Source:
     """Something to learn from.
 
-    Parameters
-    ----------
-    pairs
-        Pairs of queries and answers.
-    texts
-        Documents by name, for a teacher to be asked about.
-
-    Notes
-    -----
-    Requirements: R18.3
+    Args:
+        pairs: Pairs of queries and answers.
+        texts: Documents by name, for a teacher to be asked about.
     """
 
     pairs: Pairs
@@ -140,15 +125,13 @@ class Source:
     def read(cls, folder: PathLike) -> Self:
         """The documents of a folder.
 
-        Python files give docstring sentence → qualified name. Prose (`TEXT_FILES`) gives first sentence → rest of each
-        paragraph of two sentences or more, and is what a teacher may be asked about. A file is a group.
+        Python files give docstring sentence → qualified name. Prose (`TEXT_FILES`) gives first
+        sentence → rest of each paragraph of two sentences or more, and is what a teacher may be
+        asked about. A file is a group.
 
-        Raises
-        ------
-        CardNotFoundError
-            If there is no such folder.
-        DataError
-            If it holds neither.
+        Raises:
+            CardNotFoundError: If there is no such folder.
+            DataError: If it holds neither.
         """
         root = as_path(folder)
         if not root.is_dir():
@@ -181,26 +164,14 @@ class Source:
 class Task:
     """A topic to learn.
 
-    Parameters
-    ----------
-    name
-        Of the skill that it will become; worked out from its first queries.
-    queries
-        Its last dissonant queries, oldest first; at most `Policy.pending`.
-    vectors
-        Their embeddings by the base model.
-    state
-        ``"open"``, ``"working"``, ``"accepted"`` or ``"discarded"``.
-    trials
-        How often it was tried.
-    seen
-        How many dissonant queries it has had.
-    tried
-        How many of them at its last trial.
-
-    Notes
-    -----
-    Requirements: R18.2
+    Args:
+        name: Of the skill that it will become; worked out from its first queries.
+        queries: Its last dissonant queries, oldest first; at most `Policy.pending`.
+        vectors: Their embeddings by the base model.
+        state: ``"open"``, ``"working"``, ``"accepted"`` or ``"discarded"``.
+        trials: How often it was tried.
+        seen: How many dissonant queries it has had.
+        tried: How many of them at its last trial.
     """
 
     name: str
@@ -214,10 +185,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """All that a distiller has seen: one value, that can be saved and handed to the next one.
-
-    Requirements: R18.2
-    """
+    """All that a distiller has seen: one value, that can be saved and handed to the next one."""
 
     alarm: Alarm
     pending: Mapping[str, Array] = field(default_factory=dict)
@@ -225,9 +193,8 @@ class Memory:
     logged: tuple[Mapping[str, Any], ...] = ()
 
     def to_table(self) -> pa.Table:
-        """A row for each text: one that waits, one of a task, or an answer; the numbers are in the schema's metadata.
-
-        Requirements: R18.2
+        """A row for each text: one that waits, one of a task, or an answer; the numbers are in the
+        schema's metadata.
         """
         rows = [{"query": text, "vector": vector.tolist()} for text, vector in self.pending.items()]
         for task in self.tasks.values():
@@ -245,14 +212,8 @@ class Memory:
     def from_table(cls, table: pa.Table) -> Self:
         """The memory that `to_table` gave; a task that was being worked on is open.
 
-        Raises
-        ------
-        DataError
-            If it is none.
-
-        Notes
-        -----
-        Requirements: R18.2
+        Raises:
+            DataError: If it is none.
         """
         try:
             told, rows = (
@@ -287,10 +248,7 @@ class Memory:
         return cls(alarm, MappingProxyType(texts.get(None, {})), MappingProxyType(tasks), logged)
 
     def save(self, path: PathLike) -> None:
-        """Write it as an Arrow file, atomically.
-
-        Requirements: R18.2
-        """
+        """Write it as an Arrow file, atomically."""
         table = self.to_table()
         with replacing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
@@ -299,14 +257,8 @@ class Memory:
     def load(cls, path: PathLike) -> Self:
         """Read what `save` wrote.
 
-        Raises
-        ------
-        CardNotFoundError, DataError
-            If there is no such file, or it is no memory.
-
-        Notes
-        -----
-        Requirements: R18.2
+        Raises:
+            CardNotFoundError, DataError: If there is no such file, or it is no memory.
         """
         path = as_path(path)
         if not path.is_file():
@@ -328,18 +280,11 @@ _NUMBERS = ("name", "state", "trials", "seen", "tried")
 class Material:
     """What was gathered for a task.
 
-    Parameters
-    ----------
-    own
-        From documents and logged answers.
-    taught
-        From the teacher.
-    figures
-        How many pairs came from where, what the teacher's answers lost, and why it was not asked.
-
-    Notes
-    -----
-    Requirements: R18.3
+    Args:
+        own: From documents and logged answers.
+        taught: From the teacher.
+        figures: How many pairs came from where, what the teacher's answers lost, and why it was not
+            asked.
     """
 
     own: Pairs
@@ -351,20 +296,12 @@ class Material:
 class Outcome:
     """What became of a task.
 
-    Parameters
-    ----------
-    task
-        Its name.
-    card
-        The skill, registered; None if it was discarded.
-    verdict
-        The gate's; None if there was too little material to train or to judge.
-    figures
-        All of it as JSON values: the gate's figures or ``reason``, material, seed and trial, digests, versions.
-
-    Notes
-    -----
-    Requirements: R18.3, R18.4
+    Args:
+        task: Its name.
+        card: The skill, registered; None if it was discarded.
+        verdict: The gate's; None if there was too little material to train or to judge.
+        figures: All of it as JSON values: the gate's figures or ``reason``, material, seed and
+            trial, digests, versions.
     """
 
     task: str
@@ -381,41 +318,28 @@ class Outcome:
 class SkillDistiller:
     """Watches queries, and turns what an engine does not know into skills that measurably help.
 
-    Parameters
-    ----------
-    engine
-        Over an `InferenceCore`, with at least one card registered.
-    guard
-        What is known and may not get worse: pairs of three dozen source groups or more, none of them among the router's
-        examples. They also calibrate the detector, anew whenever the router's candidates change. What a skill was judged
-        on is guarded, too, once the skill is accepted. Or several sets, as an earlier distiller's `guards`.
-    sources
-        Folders' worth of material, by name.
-    teacher
-        To be asked about the documents that fit a topic, or about the topic where none does.
-    policy
-        How it decides.
-    detector
-        Tells known from novel, instead of one that is calibrated.
-    settings, rank, alpha, target_modules, max_steps
-        Of the training.
-    seed
-        Of everything; a trial's own is drawn from it and the trial's number.
-    store
-        Folder to save accepted cards in; None to register them only.
-    memory
-        Of an earlier distiller over the same base model, to go on from.
+    Thread safety: `observe`, `log_qa` and `tasks` from any thread, at any time; `work` from
+    several, each on another task.
 
-    Raises
-    ------
-    DataError, ArgumentError, StateError
-        If the guard set can't judge or calibrate, the engine knows nothing yet, or the memory is of another base model.
+    Args:
+        engine: Over an `InferenceCore`, with at least one card registered.
+        guard: What is known and may not get worse: pairs of three dozen source groups or more, none
+            of them among the router's examples. They also calibrate the detector, anew whenever the
+            router's candidates change. What a skill was judged on is guarded, too, once the skill
+            is accepted. Or several sets, as an earlier distiller's `guards`.
+        sources: Folders' worth of material, by name.
+        teacher: To be asked about the documents that fit a topic, or about the topic where none
+            does.
+        policy: How it decides.
+        detector: Tells known from novel, instead of one that is calibrated.
+        settings, rank, alpha, target_modules, max_steps: Of the training.
+        seed: Of everything; a trial's own is drawn from it and the trial's number.
+        store: Folder to save accepted cards in; None to register them only.
+        memory: Of an earlier distiller over the same base model, to go on from.
 
-    Notes
-    -----
-    Thread safety: `observe`, `log_qa` and `tasks` from any thread, at any time; `work` from several, each on another task.
-
-    Requirements: R18.1, R18.2, R18.3, R18.4
+    Raises:
+        DataError, ArgumentError, StateError: If the guard set can't judge or calibrate, the engine
+            knows nothing yet, or the memory is of another base model.
     """
 
     def __init__(
@@ -485,10 +409,7 @@ class SkillDistiller:
         return self._memory.alarm
 
     def observe(self, text: str) -> Novelty:
-        """See a query: known, unsure or novel; what is novel may open a task.
-
-        Requirements: R18.1, R18.2
-        """
+        """See a query: known, unsure or novel; what is novel may open a task."""
         vector = _embedded(self.engine, [text])
         (novelty,) = self._judged(vector)
         with self._write:
@@ -496,16 +417,11 @@ class SkillDistiller:
         return novelty
 
     def log_qa(self, question: str, answer: str, *, quality: float = 1.0) -> None:
-        """Remember an answer that was given, to learn from if its question is of a topic that is learned.
+        """Remember an answer that was given, to learn from if its question is of a topic that is
+        learned.
 
-        Raises
-        ------
-        DataError
-            If one is empty or the quality is not in [0, 1].
-
-        Notes
-        -----
-        Requirements: R18.3
+        Raises:
+            DataError: If one is empty or the quality is not in [0, 1].
         """
         row = {"query": question, "positive": answer, "quality": quality}
         Pairs.of([row])
@@ -516,19 +432,12 @@ class SkillDistiller:
     def gather(self, name: str, *, send: bool = False) -> Material:
         """What there is to learn a task from.
 
-        A source fits if its pairs are nearer to the topic's queries, on average, than what is known already. Logged
-        answers fit if their question is of the topic.
+        A source fits if its pairs are nearer to the topic's queries, on average, than what is known
+        already. Logged answers fit if their question is of the topic.
 
-        Parameters
-        ----------
-        name
-            The task's.
-        send
-            Ask the teacher, too.
-
-        Notes
-        -----
-        Requirements: R18.3
+        Args:
+            name: The task's.
+            send: Ask the teacher, too.
         """
         task = self._task(name)
         known = np.mean(
@@ -577,21 +486,12 @@ class SkillDistiller:
     def work(self, name: str | None = None, *, progress: Progress | None = None) -> Outcome:
         """Gather, train and judge; register the skill if it is accepted, else discard it.
 
-        Parameters
-        ----------
-        name
-            Of an open task; by default that with most queries.
-        progress
-            As `LoRATrainer.train`'s.
+        Args:
+            name: Of an open task; by default that with most queries.
+            progress: As `LoRATrainer.train`'s.
 
-        Raises
-        ------
-        StateError
-            If there is no such open task. Whatever else goes wrong leaves it open.
-
-        Notes
-        -----
-        Requirements: R18.3, R18.4
+        Raises:
+            StateError: If there is no such open task. Whatever else goes wrong leaves it open.
         """
         task = self._claim(name)
         try:
@@ -679,7 +579,9 @@ class SkillDistiller:
         return Outcome(task.name, card, verdict, MappingProxyType(figures))
 
     def _recalled(self, memory: Memory) -> Memory:
-        """A memory under this policy's alarm, if its embeddings are by this base model, as its first one tells."""
+        """A memory under this policy's alarm, if its embeddings are by this base model, as its
+        first one tells.
+        """
         seen = {
             text: vector
             for task in memory.tasks.values()
@@ -749,10 +651,9 @@ def remembered(
 ) -> Memory:
     """What a distiller knows after one more query.
 
-    A novel query joins the task whose topic it is of; a discarded task is opened again when it has `Policy.topic_size`
-    more. Otherwise it waits; when the alarm rings, topics of that many queries become tasks.
-
-    Requirements: R18.2
+    A novel query joins the task whose topic it is of; a discarded task is opened again when it has
+    `Policy.topic_size` more. Otherwise it waits; when the alarm rings, topics of that many queries
+    become tasks.
     """
     memory = replace(memory, alarm=memory.alarm.after(novelty.kind))
     if (
@@ -809,10 +710,7 @@ class _Calibrated:
 
 
 def calibrated(guards: Sequence[_Guard], index: Index, seed: int) -> Detector:
-    """A detector for what an index knows, from queries that should be known, grouped by source.
-
-    Requirements: R18.1
-    """
+    """A detector for what an index knows, from queries that should be known, grouped by source."""
     groups: dict[str, list[Signals]] = {}
     for number, guard in enumerate(guards):
         found = zip(
@@ -824,19 +722,14 @@ def calibrated(guards: Sequence[_Guard], index: Index, seed: int) -> Detector:
 
 
 def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, str]:
-    """Pairs to train on, pairs to judge on, and whether these are the engine's own or only a teacher's.
+    """Pairs to train on, pairs to judge on, and whether these are the engine's own or only a
+    teacher's.
 
-    The parts have no group and no text in common. Where the own material has `LEAST` pairs to spare, a teacher's are only
-    trained on.
+    The parts have no group and no text in common. Where the own material has `LEAST` pairs to
+    spare, a teacher's are only trained on.
 
-    Raises
-    ------
-    DataError
-        If there are fewer than two groups.
-
-    Notes
-    -----
-    Requirements: R18.3
+    Raises:
+        DataError: If there are fewer than two groups.
     """
     try:
         training, held_out = material.own.split(share, seed=seed)
@@ -862,16 +755,11 @@ def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, 
 
 
 def ranks(model: Any, pairs: Pairs) -> Array:
-    """Each query's reciprocal rank of its positive among all of them, by a model with ``encode(texts)``.
+    """Each query's reciprocal rank of its positive among all of them, by a model with
+    ``encode(texts)``.
 
-    Raises
-    ------
-    DataError
-        If an embedding is not finite.
-
-    Notes
-    -----
-    Requirements: R18.3
+    Raises:
+        DataError: If an embedding is not finite.
     """
     candidates = sorted(set(pairs.positives))
     place = {text: row for row, text in enumerate(candidates)}
@@ -886,21 +774,15 @@ def ranks(model: Any, pairs: Pairs) -> Array:
 def trial_seed(seed: int, trial: int) -> int:
     """A trial's own seed, so that no two trials of a task are judged on the same split.
 
-    Examples
-    --------
-    >>> trial_seed(0, 1) == trial_seed(0, 1), trial_seed(0, 1) == trial_seed(0, 2)
-    (True, False)
-
-    Requirements: R18.3
+    Examples:
+        >>> trial_seed(0, 1) == trial_seed(0, 1), trial_seed(0, 1) == trial_seed(0, 2)
+        (True, False)
     """
     return int(np.random.SeedSequence([seed, trial]).generate_state(1)[0])
 
 
 def digest(pairs: Pairs) -> str:
-    """SHA-256 of the pairs' values, whatever file they came from.
-
-    Requirements: R18.4
-    """
+    """SHA-256 of the pairs' values, whatever file they came from."""
     return hashlib.sha256(json.dumps(pairs.table.to_pydict(), sort_keys=True).encode()).hexdigest()
 
 

@@ -1,6 +1,9 @@
 """Elastic weight consolidation: learn a second task without moving what the first one needs.
 
-Sources: Kirkpatrick et al. 2017 (the penalty); Schwarz et al. 2018 and Chaudhry et al. 2018 (the online Fisher, EWC++).
+Sources: Kirkpatrick et al. 2017 (the penalty); Schwarz et al. 2018 and Chaudhry et al. 2018 (the
+online Fisher, EWC++).
+
+Requirements: R17.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,16 +22,9 @@ Tensors = Mapping[str, Tensor]
 class Anchor:
     """Where the parameters were after a task, and how much it needs each to stay.
 
-    Parameters
-    ----------
-    params
-        θ*, by name.
-    fisher
-        The diagonal of the Fisher information there, >= 0, by the same names and shapes.
-
-    Notes
-    -----
-    Requirements: R17.6
+    Args:
+        params: θ*, by name.
+        fisher: The diagonal of the Fisher information there, >= 0, by the same names and shapes.
     """
 
     params: Tensors
@@ -47,15 +43,10 @@ class Anchor:
 def penalty(params: Tensors, anchor: Anchor, strength: float) -> Tensor:
     """λ/2 Σ F (θ − θ*)².
 
-    Examples
-    --------
-    >>> anchor = Anchor({"w": torch.tensor([1.0])}, {"w": torch.tensor([4.0])})
-    >>> float(penalty({"w": torch.tensor([3.0])}, anchor, strength=0.5))
-    4.0
-
-    Notes
-    -----
-    Requirements: R17.6
+    Examples:
+        >>> anchor = Anchor({"w": torch.tensor([1.0])}, {"w": torch.tensor([4.0])})
+        >>> float(penalty({"w": torch.tensor([3.0])}, anchor, strength=0.5))
+        4.0
     """
     terms = [
         (anchor.fisher[name] * (params[name] - theta) ** 2).sum()
@@ -65,25 +56,17 @@ def penalty(params: Tensors, anchor: Anchor, strength: float) -> Tensor:
 
 
 def fisher_of(losses: Iterable[Tensor], params: Tensors) -> Tensors:
-    """The diagonal Fisher information, from the gradients of one example's negative log-likelihood at a time.
+    """The diagonal Fisher information, from the gradients of one example's negative log-likelihood
+    at a time.
 
     Squaring the gradient of a batch's mean instead would shrink it by the batch's size.
 
-    Parameters
-    ----------
-    losses
-        A scalar for each example, all of graphs over `params`.
-    params
-        By name; one that no loss depends on has 0.
+    Args:
+        losses: A scalar for each example, all of graphs over `params`.
+        params: By name; one that no loss depends on has 0.
 
-    Returns
-    -------
-    Mapping of str to Tensor
+    Returns:
         The mean of the squared gradients.
-
-    Notes
-    -----
-    Requirements: R17.6
     """
     sums, count = {name: torch.zeros_like(tensor) for name, tensor in params.items()}, 0
     for loss in losses:
@@ -100,9 +83,8 @@ def fisher_of(losses: Iterable[Tensor], params: Tensors) -> Tensors:
 
 
 def normalized(fisher: Tensors) -> Tensors:
-    """A Fisher information with a mean of 1 over all parameters, so that one λ suits any task; all zeros stay zeros.
-
-    Requirements: R17.6
+    """A Fisher information with a mean of 1 over all parameters, so that one λ suits any task; all
+    zeros stay zeros.
     """
     count = sum(tensor.numel() for tensor in fisher.values())
     mean = float(sum(float(tensor.double().sum()) for tensor in fisher.values())) / max(count, 1)
@@ -112,16 +94,11 @@ def normalized(fisher: Tensors) -> Tensors:
 
 
 def online(old: Anchor, new: Anchor, decay: float = 1.0) -> Anchor:
-    """EWC++: one anchor for all tasks so far, at the newest parameters, with ``decay · F_old + F_new``.
+    """EWC++: one anchor for all tasks so far, at the newest parameters, with ``decay · F_old +
+    F_new``.
 
-    Parameters
-    ----------
-    decay
-        In [0, 1]: how much of the older tasks' information stays.
-
-    Notes
-    -----
-    Requirements: R17.6
+    Args:
+        decay: In [0, 1]: how much of the older tasks' information stays.
     """
     if not 0 <= decay <= 1:
         raise ArgumentError("online: decay", "a number in [0, 1]", decay)

@@ -1,10 +1,14 @@
-"""SkillFactory: runs queued jobs unattended, by night if told so, and puts what they make into service.
+"""SkillFactory: runs queued jobs unattended, by night if told so, and puts what they make into
+service.
 
-What it knows is in its folder and nowhere else: ``queue.sqlite`` (jobs, events, versions), ``cards/`` (accepted cards by
-digest), ``work/`` (a folder for each job that is not done). One coordinator at a time runs jobs, held to that by a lock
-that the system lets go of when its process dies; any number of processes may add jobs, look and roll back.
+What it knows is in its folder and nowhere else: ``queue.sqlite`` (jobs, events, versions),
+``cards/`` (accepted cards by digest), ``work/`` (a folder for each job that is not done). One
+coordinator at a time runs jobs, held to that by a lock that the system lets go of when its process
+dies; any number of processes may add jobs, look and roll back.
 
 Thread safety: one thread runs; any thread may call the rest.
+
+Requirements: R19.
 """
 
 import logging
@@ -49,7 +53,9 @@ WATCH = 30.0
 
 
 class Service(Protocol):
-    """How an engine puts a card into service: load it, build the model with it, swap; raise if it won't do."""
+    """How an engine puts a card into service: load it, build the model with it, swap; raise if it
+    won't do.
+    """
 
     def __call__(self, name: str, path: Path) -> None:
         """Serve this card in place of the one of that name."""
@@ -79,39 +85,30 @@ class _Never:
 class SkillFactory:
     """A queue of long work in a folder, and what runs it.
 
-    Every job runs in a fresh process of its own, within its limits of time and memory, whichever executor carries it.
+    Every job runs in a fresh process of its own, within its limits of time and memory, whichever
+    executor carries it.
 
-    Parameters
-    ----------
-    root
-        Its folder, made if it is not there. Workers on other machines must see it, and what jobs read, at the same path.
-    kinds
-        What it can do, by name; add ``"distil"`` and others to `lora.evolution.work.KINDS`.
-    executor
-        Carries the jobs: any `concurrent.futures.Executor`; by default threads, each waiting for a job's process.
-        Processes of a pool should be spawned, not forked.
-    workers
-        Jobs at a time.
-    service
-        Called with each version that is to be served, at the start and whenever that changes; see `Service`.
-    keep
-        Versions of each skill that are kept, as `JobQueue.accept`'s.
-    on_event
-        Called with a job whenever it moved to another state.
-    clock
-        Seconds since 1970.
+    Args:
+        root: Its folder, made if it is not there. Workers on other machines must see it, and what
+            jobs read, at the same path.
+        kinds: What it can do, by name; add ``"distil"`` and others to `lora.evolution.work.KINDS`.
+        executor: Carries the jobs: any `concurrent.futures.Executor`; by default threads, each
+            waiting for a job's process. Processes of a pool should be spawned, not forked.
+        workers: Jobs at a time.
+        service: Called with each version that is to be served, at the start and whenever that
+            changes; see `Service`.
+        keep: Versions of each skill that are kept, as `JobQueue.accept`'s.
+        on_event: Called with a job whenever it moved to another state.
+        clock: Seconds since 1970.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> from lora import LoRACard, save
-    >>> with tempfile.TemporaryDirectory() as folder, SkillFactory(f"{folder}/factory") as factory:
-    ...     _ = save(LoRACard("a", 1, 1.0, [], {}), f"{folder}/a.lora.arrow")
-    ...     _ = factory.add("merge", {"name": "both", "cards": [f"{folder}/a.lora.arrow"]})
-    ...     factory.run()["state"].to_pylist()
-    ['done']
-
-    Requirements: R19.1, R19.2, R19.3, R19.4, R19.5, R19.6, R19.7
+    Examples:
+        >>> import tempfile
+        >>> from lora import LoRACard, save
+        >>> with tempfile.TemporaryDirectory() as folder, SkillFactory(f"{folder}/factory") as factory:
+        ...     _ = save(LoRACard("a", 1, 1.0, [], {}), f"{folder}/a.lora.arrow")
+        ...     _ = factory.add("merge", {"name": "both", "cards": [f"{folder}/a.lora.arrow"]})
+        ...     factory.run()["state"].to_pylist()
+        ['done']
     """
 
     def __init__(
@@ -156,29 +153,20 @@ class SkillFactory:
     def add(
         self, kind: str, parameters: Mapping[str, Any], *, dry_run: bool = False, **options: Any
     ) -> Job:
-        """Queue a job; one of the same kind, parameters and inputs that is known already is returned as it is.
+        """Queue a job; one of the same kind, parameters and inputs that is known already is
+        returned as it is.
 
-        Parameters
-        ----------
-        kind
-            One of the factory's kinds.
-        parameters
-            What its function takes; ``name`` is the skill's. Paths of what it reads are made absolute.
-        dry_run
-            Say what would be queued, and queue nothing.
-        options
-            ``priority`` (higher first), ``max_failures``, ``seconds`` and ``memory`` (bytes), as `Job.of`'s.
+        Args:
+            kind: One of the factory's kinds.
+            parameters: What its function takes; ``name`` is the skill's. Paths of what it reads are
+                made absolute.
+            dry_run: Say what would be queued, and queue nothing.
+            options: ``priority`` (higher first), ``max_failures``, ``seconds`` and ``memory``
+                (bytes), as `Job.of`'s.
 
-        Raises
-        ------
-        ArgumentError
-            If the kind is unknown, or parameters are missing, unknown or won't do.
-        CardNotFoundError
-            If what it is to read is not there.
-
-        Notes
-        -----
-        Requirements: R19.1, R19.2
+        Raises:
+            ArgumentError: If the kind is unknown, or parameters are missing, unknown or won't do.
+            CardNotFoundError: If what it is to read is not there.
         """
         if kind not in self._kinds:
             raise ArgumentError("job kind", f"one of {', '.join(self._kinds)}", shown(kind))
@@ -198,32 +186,21 @@ class SkillFactory:
     def retry(self, job_id: str) -> Job:
         """Take a job from the dead-letter list and queue it again.
 
-        Raises
-        ------
-        StateError
-            If it is not dead.
+        Raises:
+            StateError: If it is not dead.
         """
         return self.queue.retry(job_id, self._clock())
 
     def status(self) -> pa.Table:
-        """Every job: what it is, its state, attempts, times, and what it made or why it failed.
-
-        Requirements: R19.7
-        """
+        """Every job: what it is, its state, attempts, times, and what it made or why it failed."""
         return self.queue.status()
 
     def history(self) -> pa.Table:
-        """Everything that happened, the oldest first.
-
-        Requirements: R19.7
-        """
+        """Everything that happened, the oldest first."""
         return self.queue.history()
 
     def skills(self) -> pa.Table:
-        """Every version that is kept, and which of each name is live.
-
-        Requirements: R19.5, R19.7
-        """
+        """Every version that is kept, and which of each name is live."""
         return self.queue.skills()
 
     def live(self) -> dict[str, Path]:
@@ -235,25 +212,17 @@ class SkillFactory:
         }
 
     def next_run(self, at: str) -> datetime:
-        """When nightly work is due next, on the local wall clock; what is past is due now.
-
-        Requirements: R19.4
-        """
+        """When nightly work is due next, on the local wall clock; what is past is due now."""
         return next_night(parse_at(at), self.queue.night(), self._now())
 
     def rollback(self, name: str, version: int | None = None, *, dry_run: bool = False) -> Version:
         """Serve an earlier version of a skill again, by default the one before; returns that.
 
-        This factory swaps to it at once; another that runs on the folder with a service of its own, at its next look.
+        This factory swaps to it at once; another that runs on the folder with a service of its own,
+        at its next look.
 
-        Raises
-        ------
-        UnknownCardError, StateError
-            As `JobQueue.roll_back`.
-
-        Notes
-        -----
-        Requirements: R19.5
+        Raises:
+            UnknownCardError, StateError: As `JobQueue.roll_back`.
         """
         chosen = self.queue.roll_back(name, version, self._clock(), dry_run=dry_run)
         if not dry_run:
@@ -261,9 +230,8 @@ class SkillFactory:
         return chosen
 
     def sync(self) -> None:
-        """Put into service what is live and is not served yet; what the engine refuses gives way to the version before.
-
-        Requirements: R19.5
+        """Put into service what is live and is not served yet; what the engine refuses gives way to
+        the version before.
         """
         with self._swap:
             while self._service is not None:
@@ -290,26 +258,17 @@ class SkillFactory:
     def run(self, *, at: str | None = None, stop: Stop | None = None) -> pa.Table:
         """Run jobs until none is queued; or every night, for ever.
 
-        Parameters
-        ----------
-        at
-            A time of day, ``hh:mm`` on the local wall clock: run each night from then on, and at once if a night was missed.
-        stop
-            Set it to end: no further job is begun, and those that run are waited for.
+        Args:
+            at: A time of day, ``hh:mm`` on the local wall clock: run each night from then on, and
+                at once if a night was missed.
+            stop: Set it to end: no further job is begun, and those that run are waited for.
 
-        Returns
-        -------
-        pa.Table
+        Returns:
             As `status`.
 
-        Raises
-        ------
-        StateError
-            If another coordinator runs, or the executor is broken; jobs that it held are queued again.
-
-        Notes
-        -----
-        Requirements: R19.1, R19.2, R19.3, R19.4, R19.5, R19.6
+        Raises:
+            StateError: If another coordinator runs, or the executor is broken; jobs that it held
+                are queued again.
         """
         begin = None if at is None else parse_at(at)
         stop = stop or _Never()
@@ -466,23 +425,14 @@ class SkillFactory:
 def cluster(address: str) -> Iterator[Executor]:
     """An executor that carries jobs to the workers of a Dask cluster, for `SkillFactory`.
 
-    Parameters
-    ----------
-    address
-        Of its scheduler, such as ``tcp://192.0.2.7:8786``.
-
-    Raises
-    ------
-    MissingPackageError
-        If the ``cluster`` extra is not installed.
-    PeerError
-        If no scheduler answers there.
-
-    Notes
-    -----
     Equal jobs stay apart (``pure=False``); by default Dask would run one of them.
 
-    Requirements: R19.3
+    Args:
+        address: Of its scheduler, such as ``tcp://192.0.2.7:8786``.
+
+    Raises:
+        MissingPackageError: If the ``cluster`` extra is not installed.
+        PeerError: If no scheduler answers there.
     """
     try:
         from distributed import Client  # noqa: PLC0415 - an extra

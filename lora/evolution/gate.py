@@ -1,8 +1,11 @@
-"""Whether a new skill is kept: it must help on held-out queries and harm none of a guard set, both beyond chance.
+"""Whether a new skill is kept: it must help on held-out queries and harm none of a guard set, both
+beyond chance.
 
-The same queries are ranked before and after, so that the bootstrap is paired: it draws queries, and with each its
-difference in reciprocal rank. The bounds are quantiles of the mean difference over the draws, the wider of two where they
-fall between. Source: Efron and Tibshirani 1993, chapter 13.
+The same queries are ranked before and after, so that the bootstrap is paired: it draws queries, and
+with each its difference in reciprocal rank. The bounds are quantiles of the mean difference over
+the draws, the wider of two where they fall between. Source: Efron and Tibshirani 1993, chapter 13.
+
+Requirements: R18.
 """
 
 import math
@@ -33,20 +36,11 @@ LEAST = 10
 class Change:
     """A mean difference in reciprocal rank with its one-sided 95 % bounds.
 
-    Parameters
-    ----------
-    before, after
-        MRR, in [0, 1].
-    mean
-        After less before.
-    lower, upper
-        Bounds of the mean.
-    queries
-        How many there were.
-
-    Notes
-    -----
-    Requirements: R18.3
+    Args:
+        before, after: MRR, in [0, 1].
+        mean: After less before.
+        lower, upper: Bounds of the mean.
+        queries: How many there were.
     """
 
     before: float
@@ -61,18 +55,10 @@ class Change:
 class Verdict:
     """Whether a skill is accepted, with every figure that it rests on.
 
-    Parameters
-    ----------
-    gain
-        On held-out queries of the new topic.
-    guard
-        On queries that were answered before; its loss's upper bound is ``-guard.lower``.
-    seed
-        Of the bootstrap.
-
-    Notes
-    -----
-    Requirements: R18.3
+    Args:
+        gain: On held-out queries of the new topic.
+        guard: On queries that were answered before; its loss's upper bound is ``-guard.lower``.
+        seed: Of the bootstrap.
     """
 
     gain: Change
@@ -112,28 +98,20 @@ class Verdict:
 def judge(gain: tuple[Any, Any], guard: tuple[Any, Any], *, seed: int = 0) -> Verdict:
     """Accept a skill or not.
 
-    Parameters
-    ----------
-    gain, guard
-        Reciprocal ranks before and after, of the same queries in the same order: of the new topic, and of a guard set.
-    seed
-        Of the bootstrap.
+    Args:
+        gain, guard: Reciprocal ranks before and after, of the same queries in the same order: of
+            the new topic, and of a guard set.
+        seed: Of the bootstrap.
 
-    Raises
-    ------
-    DataError
-        If there are fewer than `LEAST` queries in either.
-    ShapeError, ArgumentError
-        See `change`.
+    Raises:
+        DataError: If there are fewer than `LEAST` queries in either.
+        ShapeError, ArgumentError: See `change`.
 
-    Examples
-    --------
-    >>> from dataclasses import replace
-    >>> better, same = ([0.5] * 10, [1.0] * 10), ([0.5] * 10, [0.5] * 10)
-    >>> judge(better, same).accepted, judge(same, same).accepted, judge(better, better[::-1]).accepted
-    (True, False, False)
-
-    Requirements: R18.3
+    Examples:
+        >>> from dataclasses import replace
+        >>> better, same = ([0.5] * 10, [1.0] * 10), ([0.5] * 10, [0.5] * 10)
+        >>> judge(better, same).accepted, judge(same, same).accepted, judge(better, better[::-1]).accepted
+        (True, False, False)
     """
     found = [
         change(*side, seed=seed, where=where)
@@ -143,29 +121,18 @@ def judge(gain: tuple[Any, Any], guard: tuple[Any, Any], *, seed: int = 0) -> Ve
 
 
 def change(before: Any, after: Any, *, seed: int = 0, where: str = "gate") -> Change:
-    """The mean of paired differences with its bootstrap bounds; the order of the queries changes nothing.
+    """The mean of paired differences with its bootstrap bounds; the order of the queries changes
+    nothing.
 
-    Parameters
-    ----------
-    before, after
-        Reciprocal ranks, shape ``(n,)``, in (0, 1].
-    seed
-        Of the bootstrap.
-    where
-        Named in errors.
+    Args:
+        before, after: Reciprocal ranks, shape ``(n,)``, in (0, 1].
+        seed: Of the bootstrap.
+        where: Named in errors.
 
-    Raises
-    ------
-    ShapeError
-        If the two are not of one shape ``(n,)``.
-    ArgumentError
-        If one is not in (0, 1], or the seed is no integer >= 0.
-    DataError
-        If n is less than `LEAST`.
-
-    Notes
-    -----
-    Requirements: R18.3
+    Raises:
+        ShapeError: If the two are not of one shape ``(n,)``.
+        ArgumentError: If one is not in (0, 1], or the seed is no integer >= 0.
+        DataError: If n is less than `LEAST`.
     """
     sides = [_ranks(side, where) for side in (before, after)]
     if sides[0].shape != sides[1].shape:
@@ -184,32 +151,22 @@ def change(before: Any, after: Any, *, seed: int = 0, where: str = "gate") -> Ch
 
 
 def reciprocal_ranks(queries: Any, candidates: Any, own: Sequence[int]) -> Array:
-    """One over the rank of each query's own candidate by cosine similarity, counting all that score at least as high.
+    """One over the rank of each query's own candidate by cosine similarity, counting all that score
+    at least as high.
 
-    Parameters
-    ----------
-    queries, candidates
-        Embeddings, shapes ``(n, d)`` and ``(m, d)``.
-    own
-        For each query, its candidate's row.
-
-    Raises
-    ------
-    ShapeError
-        If widths or numbers do not fit.
-    ArgumentError
-        If an embedding is not finite, or a row is none of the candidates'.
-
-    Notes
-    -----
     Source: the rank of `lora.evolution.train.evaluate`.
 
-    Examples
-    --------
-    >>> reciprocal_ranks([[1, 0], [1, 1]], [[1, 0], [0, 1]], [0, 1])
-    array([1. , 0.5])
+    Args:
+        queries, candidates: Embeddings, shapes ``(n, d)`` and ``(m, d)``.
+        own: For each query, its candidate's row.
 
-    Requirements: R18.3
+    Raises:
+        ShapeError: If widths or numbers do not fit.
+        ArgumentError: If an embedding is not finite, or a row is none of the candidates'.
+
+    Examples:
+        >>> reciprocal_ranks([[1, 0], [1, 1]], [[1, 0], [0, 1]], [0, 1])
+        array([1. , 0.5])
     """
     rows, targets, places = unit(queries), unit(candidates), np.asarray(own)
     if places.shape != (len(rows),) or rows.shape[1] != targets.shape[1]:

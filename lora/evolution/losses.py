@@ -1,6 +1,9 @@
 """The losses of training, each a function of embeddings that gives one value per pair.
 
-Embeddings are rows of shape ``(n, d)``; similarity is the cosine. What a pair lacks, the others of its batch stand in for.
+Embeddings are rows of shape ``(n, d)``; similarity is the cosine. What a pair lacks, the others of
+its batch stand in for.
+
+Requirements: R17.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,13 +32,12 @@ def contrastive(
     *,
     scale: float = SCALE,
 ) -> Tensor:
-    """Cross-entropy of each query's own positive among the batch's, and of each positive's own query; their mean.
+    """Cross-entropy of each query's own positive among the batch's, and of each positive's own
+    query; their mean.
 
     Negatives join the positives that a query must tell its own from. A pair counts by its quality.
 
     Source: Henderson et al. 2017, section 4.4 (one direction); Radford et al. 2021 (both).
-
-    Requirements: R17.1
     """
     queries, positives = F.normalize(queries, dim=-1), F.normalize(positives, dim=-1)
     similar = scale * queries @ positives.T
@@ -46,10 +48,7 @@ def contrastive(
 
 
 def contrastive_loss(queries: Tensor, positives: Tensor, *, scale: float = SCALE) -> Tensor:
-    """The mean of `contrastive` over pairs of quality 1, without negatives.
-
-    Requirements: R17.1
-    """
+    """The mean of `contrastive` over pairs of quality 1, without negatives."""
     return contrastive(queries, positives, None, queries.new_ones(len(queries)), scale=scale).mean()
 
 
@@ -61,8 +60,6 @@ def cosine(
     Without negatives the next pair's positive is one.
 
     Source: sentence-transformers' CosineSimilarityLoss.
-
-    Requirements: R17.1
     """
     other = positives.roll(1, 0) if negatives is None else negatives
     found = (F.cosine_similarity(queries, positives) - qualities) ** 2
@@ -77,13 +74,12 @@ def triplet(
     *,
     margin: float = MARGIN,
 ) -> Tensor:
-    """By how much a positive is not nearer than its negative by a margin, in cosine distance; a pair counts by its quality.
+    """By how much a positive is not nearer than its negative by a margin, in cosine distance; a
+    pair counts by its quality.
 
     Without negatives the nearest of the other pairs' positives is one.
 
     Source: Schroff et al. 2015.
-
-    Requirements: R17.1
     """
     near = F.cosine_similarity(queries, positives)
     if negatives is None:

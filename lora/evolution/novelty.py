@@ -1,9 +1,13 @@
-"""What an engine does not know: two signals of a query in one calibrated score, and the topics that such queries form.
+"""What an engine does not know: two signals of a query in one calibrated score, and the topics that
+such queries form.
 
-The signals are the cosine to the nearest exemplar of any known skill, and the margin between the best skill and the
-second. Either may be low, so they are calibrated together: each is measured in steps from the known queries' median to
-their 5 % point, the lower of the two is the score, and split conformal prediction, grouped by source, sets on it two
-thresholds. A query below the first is *novel*, one at or above the second is *known*, and one between is *unsure*, by name.
+The signals are the cosine to the nearest exemplar of any known skill, and the margin between the
+best skill and the second. Either may be low, so they are calibrated together: each is measured in
+steps from the known queries' median to their 5 % point, the lower of the two is the score, and
+split conformal prediction, grouped by source, sets on it two thresholds. A query below the first is
+*novel*, one at or above the second is *known*, and one between is *unsure*, by name.
+
+Requirements: R18.
 """
 
 import math
@@ -30,18 +34,11 @@ LINK = 0.35
 class Signals:
     """What is seen of a query.
 
-    Parameters
-    ----------
-    similarity
-        Cosine to the nearest exemplar of any skill, in [-1, 1].
-    margin
-        That less the second skill's; less -1, the least that there is, where there is no second.
-    nearest
-        The best skill's name.
-
-    Notes
-    -----
-    Requirements: R18.1
+    Args:
+        similarity: Cosine to the nearest exemplar of any skill, in [-1, 1].
+        margin: That less the second skill's; less -1, the least that there is, where there is no
+            second.
+        nearest: The best skill's name.
     """
 
     similarity: float
@@ -53,18 +50,11 @@ class Signals:
 class Novelty:
     """What a query is taken for, and why.
 
-    Parameters
-    ----------
-    kind
-        ``"known"``: it routes; ``"novel"``: it counts towards learning; ``"unsure"``: neither.
-    score
-        The lower of the two signals, in steps below or above the median of known queries.
-    signals
-        What it was scored by.
-
-    Notes
-    -----
-    Requirements: R18.1
+    Args:
+        kind: ``"known"``: it routes; ``"novel"``: it counts towards learning; ``"unsure"``:
+            neither.
+        score: The lower of the two signals, in steps below or above the median of known queries.
+        signals: What it was scored by.
     """
 
     kind: Kind
@@ -76,16 +66,10 @@ class Novelty:
 class Detector:
     """Tells known queries from novel ones.
 
-    Parameters
-    ----------
-    centre, step
-        Of similarity and of margin: the known queries' median, and its distance to their 5 % point (> 0).
-    novel, known
-        The thresholds on the score: novel below the first, known from the second on.
-
-    Notes
-    -----
-    Requirements: R18.1
+    Args:
+        centre, step: Of similarity and of margin: the known queries' median, and its distance to
+            their 5 % point (> 0).
+        novel, known: The thresholds on the score: novel below the first, known from the second on.
     """
 
     centre: tuple[float, float]
@@ -103,10 +87,8 @@ class Detector:
     def score(self, signals: Signals) -> float:
         """The lower of the two signals, each in its own steps from its centre.
 
-        Raises
-        ------
-        ArgumentError
-            If a signal is not finite.
+        Raises:
+            ArgumentError: If a signal is not finite.
         """
         values = (signals.similarity, signals.margin)
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
@@ -114,10 +96,7 @@ class Detector:
         return min((x - c) / s for x, c, s in zip(values, self.centre, self.step, strict=True))
 
     def judge(self, signals: Signals) -> Novelty:
-        """Known, unsure or novel: one of the three, whatever the signals.
-
-        Requirements: R18.1
-        """
+        """Known, unsure or novel: one of the three, whatever the signals."""
         score = self.score(signals)
         kind: Kind = "novel" if score < self.novel.threshold else "unsure"
         return Novelty("known" if score >= self.known.threshold else kind, score, signals)
@@ -126,29 +105,21 @@ class Detector:
 def signals_of(queries: Any, index: Index) -> list[Signals]:
     """The two signals of each query.
 
-    Parameters
-    ----------
-    queries
-        Embeddings, shape ``(n, d)``, of any length.
-    index
-        What is known.
+    Args:
+        queries: Embeddings, shape ``(n, d)``, of any length.
+        index: What is known.
 
-    Raises
-    ------
-    StateError
-        If nothing is.
-    ShapeError
-        If the widths differ.
+    Raises:
+        StateError: If nothing is.
+        ShapeError: If the widths differ.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from lora.routing import EMPTY, candidate_of
-    >>> index = EMPTY.with_candidate(candidate_of("docs", np.eye(2)[:1])).with_candidate(candidate_of("law", np.eye(2)[1:]))
-    >>> signals_of([[4.0, 3.0]], index)
-    [Signals(similarity=0.8, margin=0.2, nearest='docs')]
-
-    Requirements: R18.1
+    Examples:
+        >>> import numpy as np
+        >>> from lora.routing import EMPTY, candidate_of
+        >>> docs, law = candidate_of("docs", np.eye(2)[:1]), candidate_of("law", np.eye(2)[1:])
+        >>> index = EMPTY.with_candidate(docs).with_candidate(law)
+        >>> signals_of([[4.0, 3.0]], index)
+        [Signals(similarity=0.8, margin=0.2, nearest='docs')]
     """
     if not index.candidates:
         raise StateError(
@@ -174,32 +145,23 @@ def fit(
     share: float = 0.4,
     seed: int = 0,
 ) -> Detector:
-    """A detector for which at most a share `rate` of known queries of new sources is novel, and `doubt` not known.
+    """A detector for which at most a share `rate` of known queries of new sources is novel, and
+    `doubt` not known.
 
-    The sources are split in two: one part gives the signals' centres and steps, the other the thresholds, so that the
-    conformal guarantee holds for the joint score.
+    The sources are split in two: one part gives the signals' centres and steps, the other the
+    thresholds, so that the conformal guarantee holds for the joint score.
 
-    Parameters
-    ----------
-    known
-        Source group -> signals of known queries from it, none of them among the exemplars.
-    rate, doubt
-        In (0, 1), `rate` <= `doubt`.
-    share
-        Of the sources that give centres and steps, in (0, 1).
-    seed
-        Of the split and of the draw of one query from each source.
-
-    Raises
-    ------
-    ArgumentError
-        If a number is out of range or there are too few sources: ``1 / rate - 1`` are needed besides the share.
-
-    Notes
-    -----
     Source: see `lora.routing.calibrate`.
 
-    Requirements: R18.1
+    Args:
+        known: Source group -> signals of known queries from it, none of them among the exemplars.
+        rate, doubt: In (0, 1), `rate` <= `doubt`.
+        share: Of the sources that give centres and steps, in (0, 1).
+        seed: Of the split and of the draw of one query from each source.
+
+    Raises:
+        ArgumentError: If a number is out of range or there are too few sources: ``1 / rate - 1``
+            are needed besides the share.
     """
     if not (isinstance(rate, float) and isinstance(doubt, float) and 0 < rate <= doubt < 1):
         raise ArgumentError("rate, doubt", "shares in (0, 1), rate <= doubt", shown((rate, doubt)))
@@ -237,31 +199,25 @@ def fit(
 
 @dataclass(frozen=True)
 class Alarm:
-    """k-of-n with hysteresis: rings when k of the last n queries were novel, falls silent when at most `release` were.
+    """k-of-n with hysteresis: rings when k of the last n queries were novel, falls silent when at
+    most `release` were.
 
-    Parameters
-    ----------
-    k, n, release
-        ``0 <= release < k <= n``.
-    recent
-        Whether each of the last queries was novel, at most n, oldest first.
-    ringing
-        The state.
+    Args:
+        k, n, release: ``0 <= release < k <= n``.
+        recent: Whether each of the last queries was novel, at most n, oldest first.
+        ringing: The state.
 
-    Examples
-    --------
-    >>> alarm = Alarm(k=2, n=3, release=0)
-    >>> for kind in ("novel", "known", "novel", "known", "known", "known"):
-    ...     alarm = alarm.after(kind)
-    ...     print(kind, alarm.ringing)
-    novel False
-    known False
-    novel True
-    known True
-    known True
-    known False
-
-    Requirements: R18.2
+    Examples:
+        >>> alarm = Alarm(k=2, n=3, release=0)
+        >>> for kind in ("novel", "known", "novel", "known", "known", "known"):
+        ...     alarm = alarm.after(kind)
+        ...     print(kind, alarm.ringing)
+        novel False
+        known False
+        novel True
+        known True
+        known True
+        known False
     """
 
     k: int = 5
@@ -279,7 +235,9 @@ class Alarm:
             raise ArgumentError("alarm", "integers 0 <= release < k <= n", shown(numbers))
 
     def after(self, kind: Kind) -> "Alarm":
-        """The state after one more query; an unsure one says nothing either way and leaves it as it is."""
+        """The state after one more query; an unsure one says nothing either way and leaves it as it
+        is.
+        """
         if kind == "unsure":
             return self
         recent = (*self.recent, kind == "novel")[-self.n :]
@@ -293,24 +251,17 @@ def topics(embeddings: Any, threshold: float = LINK) -> tuple[tuple[int, ...], .
 
     Which texts are together depends on the texts alone, not on their order.
 
-    Parameters
-    ----------
-    embeddings
-        Shape ``(n, d)``.
-    threshold
-        In [-1, 1].
+    Args:
+        embeddings: Shape ``(n, d)``.
+        threshold: In [-1, 1].
 
-    Returns
-    -------
-    tuple of tuple of int
-        Positions, ascending within a topic; the largest topic first, of equal ones that with the first position.
+    Returns:
+        Positions, ascending within a topic; the largest topic first, of equal ones that with the
+        first position.
 
-    Examples
-    --------
-    >>> topics([[1, 0], [0, 1], [9, 1], [0, 2], [8, 1]], 0.9)
-    ((0, 2, 4), (1, 3))
-
-    Requirements: R18.2
+    Examples:
+        >>> topics([[1, 0], [0, 1], [9, 1], [0, 2], [8, 1]], 0.9)
+        ((0, 2, 4), (1, 3))
     """
     if (
         isinstance(threshold, bool)
@@ -332,10 +283,7 @@ def topics(embeddings: Any, threshold: float = LINK) -> tuple[tuple[int, ...], .
 
 
 def similarities(left: Any, right: Any) -> Array:
-    """Cosines of every row of `left` with every row of `right`, rounded to 1e-6; shape ``(n, m)``.
-
-    Requirements: R18.2
-    """
+    """Cosines of every row of `left` with every row of `right`, rounded to 1e-6; shape ``(n, m)``."""
     rows, columns = unit(left), unit(right)
     if rows.shape[1] != columns.shape[1]:
         raise ShapeError("embeddings", f"width {rows.shape[1]}", f"width {columns.shape[1]}")
@@ -347,28 +295,20 @@ def similarities(left: Any, right: Any) -> Array:
 
 
 def auroc(novel: Sequence[float], known: Sequence[float]) -> float:
-    """The chance that a novel query scores below a known one, a tie counting half: the area under the ROC curve.
+    """The chance that a novel query scores below a known one, a tie counting half: the area under
+    the ROC curve.
 
-    Parameters
-    ----------
-    novel, known
-        Scores, at least one each; lower means more novel.
-
-    Raises
-    ------
-    ArgumentError
-        If there is none on one side, or one is NaN.
-
-    Notes
-    -----
     Source: Mann and Whitney 1947.
 
-    Examples
-    --------
-    >>> auroc([0.1, 0.4], [0.3, 0.5])
-    0.75
+    Args:
+        novel, known: Scores, at least one each; lower means more novel.
 
-    Requirements: R18.1
+    Raises:
+        ArgumentError: If there is none on one side, or one is NaN.
+
+    Examples:
+        >>> auroc([0.1, 0.4], [0.3, 0.5])
+        0.75
     """
     low, high = np.sort(np.asarray(novel, np.float64)), np.asarray(known, np.float64)
     if (

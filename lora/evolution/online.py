@@ -1,4 +1,8 @@
-"""Online adaptation: one bounded step on a small card for each learning event, undone if a guard set worsens."""
+"""Online adaptation: one bounded step on a small card for each learning event, undone if a guard
+set worsens.
+
+Requirements: R17.
+"""
 
 import math
 from collections.abc import Callable
@@ -23,28 +27,18 @@ ROUGE, ENTROPY_CHANGE = 0.7, -0.1
 class LearningEvent:
     """That a query was answered, and how well.
 
-    Parameters
-    ----------
-    query, answer
-        Texts, not empty.
-    reward
-        In [-1, 1]: how much nearer, or with a minus how much farther, the two should be.
-    rouge
-        Overlap of the answer with a reference, in [0, 1].
-    entropy_change
-        Of whatever answered, in nats: negative where it became surer.
+    Args:
+        query, answer: Texts, not empty.
+        reward: In [-1, 1]: how much nearer, or with a minus how much farther, the two should be.
+        rouge: Overlap of the answer with a reference, in [0, 1].
+        entropy_change: Of whatever answered, in nats: negative where it became surer.
 
-    Raises
-    ------
-    DataError
-        Naming the field.
+    Raises:
+        DataError: Naming the field.
 
-    Examples
-    --------
-    >>> LearningEvent("open a file", "builtins.open", 1.0, rouge=0.8, entropy_change=-0.2).check_breakthrough()
-    True
-
-    Requirements: R17.11
+    Examples:
+        >>> LearningEvent("open a file", "builtins.open", 1.0, rouge=0.8, entropy_change=-0.2).check_breakthrough()
+        True
     """
 
     query: str
@@ -80,7 +74,9 @@ class LearningEvent:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Where an online adaptation stands: its card, the steps that it took, and those that it undid among them."""
+    """Where an online adaptation stands: its card, the steps that it took, and those that it undid
+    among them.
+    """
 
     card: LoRACard
     steps: int = 0
@@ -92,24 +88,14 @@ class OnlineAdapter:
 
     Thread safety: one writer. The state is one `Adaptation`, replaced after each event.
 
-    Parameters
-    ----------
-    engine
-        An engine over an `InferenceCore`.
-    guard
-        Pairs whose MRR must not fall by more than `tolerance`.
-    name, rank, alpha, target_modules, seed
-        Of the card.
-    step_size
-        Length that a step has in the space of all factors at a reward of 1; none is longer.
-    tolerance
-        Of the guard's MRR, below its value before the first event.
-    publish
-        Called with the card after each step that stays, to put it into service.
-
-    Notes
-    -----
-    Requirements: R17.11
+    Args:
+        engine: An engine over an `InferenceCore`.
+        guard: Pairs whose MRR must not fall by more than `tolerance`.
+        name, rank, alpha, target_modules, seed: Of the card.
+        step_size: Length that a step has in the space of all factors at a reward of 1; none is
+            longer.
+        tolerance: Of the guard's MRR, below its value before the first event.
+        publish: Called with the card after each step that stays, to put it into service.
     """
 
     def __init__(
@@ -144,14 +130,9 @@ class OnlineAdapter:
     def process_learning_event(self, event: LearningEvent) -> Adaptation:
         """Take one step in the direction of the event's reward; opposite rewards move oppositely.
 
-        Returns
-        -------
-        Adaptation
-            The new state, also `state`. A step after which the guard set is too bad is counted and undone.
-
-        Notes
-        -----
-        Requirements: R17.11
+        Returns:
+            The new state, also `state`. A step after which the guard set is too bad is counted and
+            undone.
         """
         state = self.state
         card, mrr = stepped(self.core, state.card, event, self.step_size, self.guard)
@@ -167,9 +148,8 @@ class OnlineAdapter:
 def stepped(
     core: InferenceCore, card: LoRACard, event: LearningEvent, size: float, guard: Pairs
 ) -> tuple[LoRACard, float]:
-    """The card after a step of length ``size · |reward|`` along the gradient of the pair's similarity, and the guard's MRR.
-
-    Requirements: R17.11
+    """The card after a step of length ``size · |reward|`` along the gradient of the pair's
+    similarity, and the guard's MRR.
     """
     model = trainable(core, card).eval()
     layers = [layer for layer in model.modules() if isinstance(layer, TrainableLinear)]

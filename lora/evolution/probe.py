@@ -1,9 +1,12 @@
-"""WeightMapProbe: which layers of a model matter, by three scores that need no gradients, and by ablation to judge them.
+"""WeightMapProbe: which layers of a model matter, by three scores that need no gradients, and by
+ablation to judge them.
 
-Each score is a mean, so that no layer is hot for its size alone: ``|W|``; ``|W_ij|`` times the root mean square of input
-channel j (Wanda's norm over √tokens); ``1 − cos`` of a block's input and output. On MiniLM the first two run against
-what ablation shows and only the last one with it, so a report holds them all.
-Sources: Wanda, Sun et al. 2023; block influence, Men et al. 2024 (ShortGPT).
+Each score is a mean, so that no layer is hot for its size alone: ``|W|``; ``|W_ij|`` times the root
+mean square of input channel j (Wanda's norm over √tokens); ``1 − cos`` of a block's input and
+output. On MiniLM the first two run against what ablation shows and only the last one with it, so a
+report holds them all. Sources: Wanda, Sun et al. 2023; block influence, Men et al. 2024 (ShortGPT).
+
+Requirements: R15.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,14 +38,12 @@ OnStep: TypeAlias = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """A mean over tokens, taken batch by batch: the tallies of any split add up to the whole's, within γₙ of float64.
+    """A mean over tokens, taken batch by batch: the tallies of any split add up to the whole's,
+    within γₙ of float64.
 
-    Examples
-    --------
-    >>> (squares(np.array([[1.0, 2.0]])) + squares(np.array([[3.0, 2.0]]))).mean
-    array([5., 4.])
-
-    Requirements: R15.3
+    Examples:
+        >>> (squares(np.array([[1.0, 2.0]])) + squares(np.array([[3.0, 2.0]]))).mean
+        array([5., 4.])
     """
 
     total: Array
@@ -63,9 +64,8 @@ class Tally:
 
 
 def squares(x: Array) -> Tally:
-    """Squares of activations ``(..., in)`` by channel, tallied over tokens: the root of the mean is what `wanda` takes.
-
-    Requirements: R15.1, R15.3
+    """Squares of activations ``(..., in)`` by channel, tallied over tokens: the root of the mean is
+    what `wanda` takes.
     """
     rows = _rows(x)
     with np.errstate(over="ignore"):
@@ -73,17 +73,15 @@ def squares(x: Array) -> Tally:
 
 
 def turns(x: Array, y: Array, *, where: str = "block") -> Tally:
-    """``1 − cos`` of each token's vector before and after a block, ``(..., d)`` both, tallied over tokens.
+    """``1 − cos`` of each token's vector before and after a block, ``(..., d)`` both, tallied over
+    tokens.
 
-    Computed as ``|x̂ − ŷ|² / 2``: exactly 0 where nothing turns. A zero vector is orthogonal to all but another.
-    A ShapeError that names `where` if the shapes differ.
+    Computed as ``|x̂ − ŷ|² / 2``: exactly 0 where nothing turns. A zero vector is orthogonal to all
+    but another. A ShapeError that names `where` if the shapes differ.
 
-    Examples
-    --------
-    >>> turns(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[5.0, 0.0], [1.0, 0.0]])).mean
-    np.float64(0.5)
-
-    Requirements: R15.1, R15.2, R15.3
+    Examples:
+        >>> turns(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[5.0, 0.0], [1.0, 0.0]])).mean
+        np.float64(0.5)
     """
     if x.shape != y.shape:
         raise ShapeError(where, f"an output of the input's shape {x.shape}", y.shape)
@@ -94,19 +92,16 @@ def turns(x: Array, y: Array, *, where: str = "block") -> Tally:
 
 
 def wanda(weight: Array, norms: Array | float = 1.0, *, where: str = "weight") -> float:
-    """Mean ``|W_ij| · norms_j`` of a weight ``(out, in)`` and its input channels' norms ``(in,)``; mean ``|W|`` without.
+    """Mean ``|W_ij| · norms_j`` of a weight ``(out, in)`` and its input channels' norms ``(in,)``;
+    mean ``|W|`` without.
 
-    Raises
-    ------
-    ShapeError, ArgumentError
-        If the weight is no matrix, or empty, or has other channels; if a number is not finite. `where` names the weight.
+    Raises:
+        ShapeError, ArgumentError: If the weight is no matrix, or empty, or has other channels; if a
+            number is not finite. `where` names the weight.
 
-    Examples
-    --------
-    >>> wanda(np.array([[1.0, -3.0]])), wanda(np.array([[1.0, -3.0]]), np.array([4.0, 0.0]))
-    (2.0, 2.0)
-
-    Requirements: R15.1, R15.2
+    Examples:
+        >>> wanda(np.array([[1.0, -3.0]])), wanda(np.array([[1.0, -3.0]]), np.array([4.0, 0.0]))
+        (2.0, 2.0)
     """
     if weight.ndim != 2 or not weight.size or np.shape(norms) not in ((), weight.shape[1:]):
         found = f"shapes {weight.shape} and {np.shape(norms)}"
@@ -116,34 +111,25 @@ def wanda(weight: Array, norms: Array | float = 1.0, *, where: str = "weight") -
 
 
 def ranking(scores: Mapping[str, float]) -> tuple[str, ...]:
-    """Names from the highest score to the lowest; equal scores by name.
-
-    Requirements: R15.1, R15.2, R15.5
-    """
+    """Names from the highest score to the lowest; equal scores by name."""
     return tuple(sorted(scores, key=lambda name: (-scores[name], name)))
 
 
 def hot_zones(scores: Mapping[str, float], share: float = 0.5) -> tuple[str, ...]:
-    """The fewest layers that hold at least a share of the scores' sum, the hottest first, equal scores by name.
+    """The fewest layers that hold at least a share of the scores' sum, the hottest first, equal
+    scores by name.
 
-    Parameters
-    ----------
-    scores
-        Layer -> score, finite, >= 0; they are summed exactly. If all are 0, no layer is needed.
-    share
-        In (0, 1], taken as the decimal number that it prints as.
+    Args:
+        scores: Layer -> score, finite, >= 0; they are summed exactly. If all are 0, no layer is
+            needed.
+        share: In (0, 1], taken as the decimal number that it prints as.
 
-    Raises
-    ------
-    ArgumentError
-        If the share or a score is out of range.
+    Raises:
+        ArgumentError: If the share or a score is out of range.
 
-    Examples
-    --------
-    >>> hot_zones({"c": 1.0, "b": 2.0, "a": 1.0}, 0.75)
-    ('b', 'a')
-
-    Requirements: R15.3
+    Examples:
+        >>> hot_zones({"c": 1.0, "b": 2.0, "a": 1.0}, 0.75)
+        ('b', 'a')
     """
     share = finite(share, "hot_zones: share", ArgumentError)
     if not 0 < share <= 1:
@@ -164,14 +150,12 @@ def hot_zones(scores: Mapping[str, float], share: float = 0.5) -> tuple[str, ...
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's coefficient of two scores of the same layers, ties sharing their mean rank; None if one is constant.
+    """Spearman's coefficient of two scores of the same layers, ties sharing their mean rank; None
+    if one is constant.
 
-    Examples
-    --------
-    >>> rank_correlation([1.0, 2.0, 3.0], [7.0, 5.0, 0.0])
-    -1.0
-
-    Requirements: R15.4
+    Examples:
+        >>> rank_correlation([1.0, 2.0, 3.0], [7.0, 5.0, 0.0])
+        -1.0
     """
     if len(a) != len(b):
         raise ShapeError("rank_correlation", f"two scores of {len(a)} layers", len(b))
@@ -184,9 +168,8 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class LayerScores:
-    """The scores of one Linear, or of one block over all weights of its Linears; None where a score isn't measured.
-
-    Requirements: R15.1, R15.4
+    """The scores of one Linear, or of one block over all weights of its Linears; None where a score
+    isn't measured.
     """
 
     name: str
@@ -198,10 +181,7 @@ class LayerScores:
 
 @dataclass(frozen=True)
 class WeightMap:
-    """What a probe found: the scores of Linears and of blocks, in the model's order.
-
-    Requirements: R15.1, R15.4
-    """
+    """What a probe found: the scores of Linears and of blocks, in the model's order."""
 
     layers: tuple[LayerScores, ...]
     blocks: tuple[LayerScores, ...]
@@ -217,7 +197,9 @@ class WeightMap:
         }
 
     def table(self) -> pa.Table:
-        """A row for each Linear and each block: kind (``"layer"`` or ``"block"``), name, and `SCORES`."""
+        """A row for each Linear and each block: kind (``"layer"`` or ``"block"``), name, and
+        `SCORES`.
+        """
         kinds = {"layer": self.layers, "block": self.blocks}
         rows = [{"kind": kind, **asdict(row)} for kind, found in kinds.items() for row in found]
         types = {"kind": pa.string(), "name": pa.string(), **dict.fromkeys(SCORES, pa.float64())}
@@ -227,12 +209,9 @@ class WeightMap:
 def scores_of(rows: Iterable[LayerScores], score: str) -> dict[str, float]:
     """Name -> one of `SCORES`, of the rows that have it.
 
-    Examples
-    --------
-    >>> scores_of([LayerScores("query", 0.5, 2.0)], "wanda")
-    {'query': 2.0}
-
-    Requirements: R15.1
+    Examples:
+        >>> scores_of([LayerScores("query", 0.5, 2.0)], "wanda")
+        {'query': 2.0}
     """
     if score not in SCORES:
         raise ArgumentError("score", f"one of {', '.join(SCORES)}", repr(score))
@@ -243,18 +222,10 @@ def scores_of(rows: Iterable[LayerScores], score: str) -> dict[str, float]:
 class LayerChange:
     """How far a layer's weight moved between two models.
 
-    Parameters
-    ----------
-    name
-        Of the module.
-    change
-        ``‖ΔW‖ / √(in · out)``, the root mean square of its entries.
-    held
-        Share of ``‖ΔW‖²`` in its first r singular directions: what a rank-r adapter can hold.
-
-    Notes
-    -----
-    Requirements: R15.5
+    Args:
+        name: Of the module.
+        change: ``‖ΔW‖ / √(in · out)``, the root mean square of its entries.
+        held: Share of ``‖ΔW‖²`` in its first r singular directions: what a rank-r adapter can hold.
     """
 
     name: str
@@ -272,24 +243,18 @@ def changes(
 ) -> tuple[LayerChange, ...]:
     """The layers that differ between two models, the most changed first; equal changes by name.
 
-    Parameters
-    ----------
-    base, tuned, rank, target_modules
-        As `lora.extract.extract_delta`'s; `held` is the energy that its card would have.
-    on_step
-        Called after each layer.
+    Args:
+        base, tuned, rank, target_modules: As `lora.extract.extract_delta`'s; `held` is the energy
+            that its card would have.
+        on_step: Called after each layer.
 
-    Raises
-    ------
-    TargetError, ShapeError, ArgumentError
-        As `lora.extract.extract_delta`: models that don't fit or are equal, weights that aren't finite, a rank < 1.
+    Raises:
+        TargetError, ShapeError, ArgumentError: As `lora.extract.extract_delta`: models that don't
+            fit or are equal, weights that aren't finite, a rank < 1.
 
-    Examples
-    --------
-    >>> changes({"query.weight": np.zeros((2, 2))}, {"query.weight": np.diag([4.0, 3.0])}, rank=1)
-    (LayerChange(name='query', change=2.5, held=0.64),)
-
-    Requirements: R15.5
+    Examples:
+        >>> changes({"query.weight": np.zeros((2, 2))}, {"query.weight": np.diag([4.0, 3.0])}, rank=1)
+        (LayerChange(name='query', change=2.5, held=0.64),)
     """
     before, after = (
         model.state_dict() if isinstance(model, Model) else model for model in (base, tuned)
@@ -313,25 +278,19 @@ def changes(
 class WeightMapProbe:
     """Scores a model's Linears and blocks on texts; on a copy: the model itself is never touched.
 
-    Parameters
-    ----------
-    encoder
-        Any torch module with ``encode(texts)``: an `InferenceCore`, or an engine's ``base`` or ``manager.model``. Its
-        adapted float32 and float64 layers count as ``W + ΔW``.
-    blocks
-        Names of the blocks; by default the members of the longest ``ModuleList``.
-    on_step
-        Called after each text and each ablated block.
+    Args:
+        encoder: Any torch module with ``encode(texts)``: an `InferenceCore`, or an engine's
+            ``base`` or ``manager.model``. Its adapted float32 and float64 layers count as ``W +
+            ΔW``.
+        blocks: Names of the blocks; by default the members of the longest ``ModuleList``.
+        on_step: Called after each text and each ablated block.
 
-    Examples
-    --------
-    >>> import lora
-    >>> engine = lora.ArrowEngine.from_pretrained(None)
-    >>> found = WeightMapProbe(engine.base).probe(["a card is a value", "adapting is a function"])
-    >>> len(found.layers), len(found.blocks), hot_zones(scores_of(found.blocks, "influence"), 0.3)
-    (36, 6, ('encoder.layer.5',))
-
-    Requirements: R15.1, R15.2, R15.3, R15.4
+    Examples:
+        >>> import lora
+        >>> engine = lora.ArrowEngine.from_pretrained(None)
+        >>> found = WeightMapProbe(engine.base).probe(["a card is a value", "adapting is a function"])
+        >>> len(found.layers), len(found.blocks), hot_zones(scores_of(found.blocks, "influence"), 0.3)
+        (36, 6, ('encoder.layer.5',))
     """
 
     encoder: nn.Module
@@ -339,26 +298,20 @@ class WeightMapProbe:
     on_step: OnStep | None = None
 
     def probe(self, texts: Sequence[str], *, ablation: bool = True) -> WeightMap:
-        """Score on texts, each run by itself: no padding is measured, and no batch split can change a score.
+        """Score on texts, each run by itself: no padding is measured, and no batch split can change
+        a score.
 
-        Parameters
-        ----------
-        texts
-            At least one. Linears that none reaches (a pooler) are left out.
-        ablation
-            Also measure the mean ``1 − cos`` of embeddings with and without a block (which then passes its input on): one
-            more run of all texts for each block.
+        Args:
+            texts: At least one. Linears that none reaches (a pooler) are left out.
+            ablation: Also measure the mean ``1 − cos`` of embeddings with and without a block
+                (which then passes its input on): one more run of all texts for each block.
 
-        Raises
-        ------
-        ArgumentError
-            If there is no text, or weights or activations are not finite.
-        TargetError
-            If blocks are unknown, none are found, or no text reaches a block and a Linear in it.
-        ShapeError
-            If a block's output does not have its input's shape.
-        UnsupportedModelError
-            If the encoder has no ``encode``, or can't be copied soundly.
+        Raises:
+            ArgumentError: If there is no text, or weights or activations are not finite.
+            TargetError: If blocks are unknown, none are found, or no text reaches a block and a
+                Linear in it.
+            ShapeError: If a block's output does not have its input's shape.
+            UnsupportedModelError: If the encoder has no ``encode``, or can't be copied soundly.
         """
         if not (texts := texts_of(texts)):
             raise ArgumentError("probe: texts", "at least one", "none")

@@ -1,8 +1,12 @@
-"""The factory's memory: a SQLite file in which every change is one transaction, and the moves a job may make are a table.
+"""The factory's memory: a SQLite file in which every change is one transaction, and the moves a job
+may make are a table.
 
-A job is known by the hash of what goes into it, so that what is asked for twice is done once. It runs at least once and
-takes effect once: what it made is entered in the transaction that ends it, and only by the attempt that holds it. Nothing
-here reads a clock: `now` is passed in, seconds since 1970, and is only ever shown. A job's age is its place in the queue.
+A job is known by the hash of what goes into it, so that what is asked for twice is done once. It
+runs at least once and takes effect once: what it made is entered in the transaction that ends it,
+and only by the attempt that holds it. Nothing here reads a clock: `now` is passed in, seconds since
+1970, and is only ever shown. A job's age is its place in the queue.
+
+Requirements: R19.
 """
 
 import hashlib
@@ -115,36 +119,22 @@ _VERSIONS = pa.schema(
 class Job:
     """A job and how far it has come; make one with `Job.of`.
 
-    Parameters
-    ----------
-    id
-        SHA-256 of kind, parameters and inputs.
-    kind, name
-        What it does, and the skill that it makes.
-    parameters
-        JSON.
-    inputs
-        Path -> fingerprint of what it reads.
-    base
-        The base model that it loads; empty if it needs none.
-    priority
-        Higher comes first.
-    max_failures
-        After so many failed attempts it is dead.
-    seconds, memory
-        Limits of one attempt; memory in bytes, or None.
-    state
-        One of `STATES`.
-    attempts
-        Begun so far. The number of the one that runs is what a result must name to be taken.
-    failures
-        Attempts that failed, since it was last asked for.
-    created, started, ended
-        Seconds since 1970.
-    digest
-        Of the card that it made.
-    error
-        Why its last attempt failed.
+    Args:
+        id: SHA-256 of kind, parameters and inputs.
+        kind, name: What it does, and the skill that it makes.
+        parameters: JSON.
+        inputs: Path -> fingerprint of what it reads.
+        base: The base model that it loads; empty if it needs none.
+        priority: Higher comes first.
+        max_failures: After so many failed attempts it is dead.
+        seconds, memory: Limits of one attempt; memory in bytes, or None.
+        state: One of `STATES`.
+        attempts: Begun so far. The number of the one that runs is what a result must name to be
+            taken.
+        failures: Attempts that failed, since it was last asked for.
+        created, started, ended: Seconds since 1970.
+        digest: Of the card that it made.
+        error: Why its last attempt failed.
     """
 
     id: str
@@ -182,23 +172,17 @@ class Job:
     ) -> Self:
         """A new job.
 
-        Parameters
-        ----------
-        kind, parameters, inputs, base, priority, max_failures, seconds, memory
-            As the class's; ``parameters["name"]`` is the skill's name.
+        Args:
+            kind, parameters, inputs, base, priority, max_failures, seconds, memory: As the class's;
+                ``parameters["name"]`` is the skill's name.
 
-        Raises
-        ------
-        ArgumentError
-            If the parameters are not JSON, have no name, or a limit is out of range.
+        Raises:
+            ArgumentError: If the parameters are not JSON, have no name, or a limit is out of range.
 
-        Examples
-        --------
-        >>> one = Job.of("merge", {"name": "both", "cards": ["a", "b"]})
-        >>> one.id == Job.of("merge", {"cards": ["a", "b"], "name": "both"}, priority=7).id, one.name
-        (True, 'both')
-
-        Requirements: R19.1, R19.2
+        Examples:
+            >>> one = Job.of("merge", {"name": "both", "cards": ["a", "b"]})
+            >>> one.id == Job.of("merge", {"cards": ["a", "b"], "name": "both"}, priority=7).id, one.name
+            (True, 'both')
         """
         try:
             text = json.dumps(
@@ -229,20 +213,13 @@ class Job:
 class Version:
     """A card that was accepted: the n-th of its name.
 
-    Parameters
-    ----------
-    name, version
-        Counted from 1, for each name.
-    digest
-        Of the card.
-    job
-        The job that made it.
-    accepted
-        Seconds since 1970.
-    live
-        Whether it is the one to be served.
-    refused
-        Why the engine would not have it; None if it did not say so.
+    Args:
+        name, version: Counted from 1, for each name.
+        digest: Of the card.
+        job: The job that made it.
+        accepted: Seconds since 1970.
+        live: Whether it is the one to be served.
+        refused: Why the engine would not have it; None if it did not say so.
     """
 
     name: str
@@ -255,34 +232,28 @@ class Version:
 
 
 class JobQueue:
-    """A queue in a file, for any number of threads and processes; `claim` is for one coordinator at a time.
+    """A queue in a file, for any number of threads and processes; `claim` is for one coordinator at
+    a time.
 
-    Every method that changes something is one transaction: killed anywhere, it happened or it did not.
+    Every method that changes something is one transaction: killed anywhere, it happened or it did
+    not.
 
-    Parameters
-    ----------
-    path
-        Of the file; it is made if it is not there, in a folder that is.
+    Args:
+        path: Of the file; it is made if it is not there, in a folder that is.
 
-    Raises
-    ------
-    StoreError
-        If the file can't be read or written, or is something else.
-    StateError
-        If it is of another version.
+    Raises:
+        StoreError: If the file can't be read or written, or is something else.
+        StateError: If it is of another version.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder, JobQueue(f"{folder}/queue.sqlite") as queue:
-    ...     _ = queue.add(Job.of("merge", {"name": "both"}), now=0.0)
-    ...     job = queue.claim(now=1.0)
-    ...     ended = queue.accept(job, "0" * 64, now=2.0)
-    ...     again = queue.accept(job, "1" * 64, now=3.0)
-    >>> ended.state, again
-    ('done', None)
-
-    Requirements: R19.1, R19.2, R19.5, R19.7
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, JobQueue(f"{folder}/queue.sqlite") as queue:
+        ...     _ = queue.add(Job.of("merge", {"name": "both"}), now=0.0)
+        ...     job = queue.claim(now=1.0)
+        ...     ended = queue.accept(job, "0" * 64, now=2.0)
+        ...     again = queue.accept(job, "1" * 64, now=3.0)
+        >>> ended.state, again
+        ('done', None)
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -333,35 +304,25 @@ class JobQueue:
         )
 
     def status(self) -> pa.Table:
-        """Every job, in the order of `jobs`.
-
-        Requirements: R19.7
-        """
+        """Every job, in the order of `jobs`."""
         return _table([vars(job) for job in self.jobs()], _JOBS)
 
     def history(self) -> pa.Table:
-        """Everything that ever happened, the oldest first.
-
-        Requirements: R19.7
-        """
+        """Everything that ever happened, the oldest first."""
         with self._reading() as db:
             return _table(
                 [dict(row) for row in db.execute("SELECT * FROM events ORDER BY event")], _EVENTS
             )
 
     def skills(self) -> pa.Table:
-        """Every version that is kept.
-
-        Requirements: R19.5, R19.7
-        """
+        """Every version that is kept."""
         return _table([vars(version) for version in self.versions()], _VERSIONS)
 
     # A job's life
 
     def add(self, job: Job, now: float) -> Job:
-        """Put a job at the end of the queue; one that is there already, in whatever state, stays as it is.
-
-        Requirements: R19.2
+        """Put a job at the end of the queue; one that is there already, in whatever state, stays as
+        it is.
         """
         row = {one.name: getattr(job, one.name) for one in fields(Job) if one.name != "age"}
         row |= {key: json.dumps(row[key], sort_keys=True) for key in ("parameters", "inputs")}
@@ -382,11 +343,11 @@ class JobQueue:
             return known
 
     def claim(self, now: float) -> Job | None:
-        """Take the next job: the oldest of the highest priority, unless one of another base model runs.
+        """Take the next job: the oldest of the highest priority, unless one of another base model
+        runs.
 
-        A job that has to wait for its base model holds the others back, so that none waits for ever.
-
-        Requirements: R19.1, R19.2
+        A job that has to wait for its base model holds the others back, so that none waits for
+        ever.
         """
         with self._transaction() as db:
             row = db.execute(
@@ -402,26 +363,15 @@ class JobQueue:
     def accept(self, job: Job, digest: str, now: float, keep: int = 3) -> Job | None:
         """End a job with the card it made, which becomes the live version of its name.
 
-        Parameters
-        ----------
-        job
-            As it was claimed.
-        digest
-            Of the card, which must be on disk by now.
-        now
-            The time.
-        keep
-            Versions of the name to keep: the last that were not refused, and the one that was live, which is still the good
-            one if the engine refuses this.
+        Args:
+            job: As it was claimed.
+            digest: Of the card, which must be on disk by now.
+            now: The time.
+            keep: Versions of the name to keep: the last that were not refused, and the one that was
+                live, which is still the good one if the engine refuses this.
 
-        Returns
-        -------
-        Job or None
+        Returns:
             None if this attempt no longer holds the job: then nothing is changed.
-
-        Notes
-        -----
-        Requirements: R19.2, R19.5
         """
         with self._transaction() as db:
             ended = self._move("accept", job, now, ended=now, digest=digest)
@@ -450,9 +400,8 @@ class JobQueue:
             return self._move("reject", job, now, ended=now)
 
     def fail(self, job: Job, error: str, now: float, *, final: bool = False) -> Job | None:
-        """Note that an attempt failed: the job is queued again, or dead if that was the last or is `final`; as `accept`.
-
-        Requirements: R19.2, R19.6
+        """Note that an attempt failed: the job is queued again, or dead if that was the last or is
+        `final`; as `accept`.
         """
         failures = job.failures + 1
         what = "bury" if final or failures >= job.max_failures else "fail"
@@ -465,11 +414,10 @@ class JobQueue:
             return self._move("release", job, now)
 
     def recover(self, now: float) -> list[Job]:
-        """What a coordinator that is no more left running is queued again, or dead if that was its last attempt.
+        """What a coordinator that is no more left running is queued again, or dead if that was its
+        last attempt.
 
         Call it only as the one coordinator.
-
-        Requirements: R19.2
         """
         with self._transaction():
             left = (self.fail(job, "the coordinator died", now) for job in self.jobs("running"))
@@ -478,10 +426,8 @@ class JobQueue:
     def retry(self, job_id: str, now: float) -> Job:
         """Queue a dead job again, in its old place, with no failures held against it.
 
-        Raises
-        ------
-        StateError
-            If it is not dead.
+        Raises:
+            StateError: If it is not dead.
         """
         with self._transaction():
             job = self.job(job_id)
@@ -502,16 +448,9 @@ class JobQueue:
     ) -> Version:
         """Make an earlier version live; by default the one before the live one.
 
-        Raises
-        ------
-        UnknownCardError
-            If no such name or version is kept.
-        StateError
-            If there is no earlier one.
-
-        Notes
-        -----
-        Requirements: R19.5
+        Raises:
+            UnknownCardError: If no such name or version is kept.
+            StateError: If there is no earlier one.
         """
         with self._transaction() as db:
             known = self.versions(name)
@@ -536,10 +475,7 @@ class JobQueue:
             return chosen
 
     def refuse(self, version: Version, reason: str, now: float) -> None:
-        """Note that the engine would not have a version; if it was live, the one before it is.
-
-        Requirements: R19.5
-        """
+        """Note that the engine would not have a version; if it was live, the one before it is."""
         with self._transaction() as db:
             known = self.versions(version.name)
             key = (version.name, version.version)

@@ -1,4 +1,7 @@
-"""Learning-rate schedules: torch's own, after a linear warm-up that always ends."""
+"""Learning-rate schedules: torch's own, after a linear warm-up that always ends.
+
+Requirements: R17.
+"""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -42,12 +45,11 @@ SCHEDULES: Mapping[str, Make] = MappingProxyType(
 
 
 def warmup_steps(share: float, steps: int) -> int:
-    """Steps of a warm-up that takes a share of all: at least one less than there are, so that the peak is reached.
+    """Steps of a warm-up that takes a share of all: at least one less than there are, so that the
+    peak is reached.
 
     >>> warmup_steps(0.1, 50), warmup_steps(0.1, 3), warmup_steps(0.9, 1)
     (5, 0, 0)
-
-    Requirements: R17.2
     """
     return min(round(share * steps), steps - 1)
 
@@ -55,25 +57,14 @@ def warmup_steps(share: float, steps: int) -> int:
 def schedule_of(optimizer: Optimizer, kind: str, steps: int, *, warmup: float = 0.0) -> LRScheduler:
     """A schedule over `steps` steps, each group of the optimiser from its own peak.
 
-    Parameters
-    ----------
-    optimizer
-        Its groups' learning rates are the peaks.
-    kind
-        One of `SCHEDULES`.
-    steps
-        Of the whole training, the warm-up among them.
-    warmup
-        Share of the steps, in [0, 1), over which the rate rises linearly to its peak.
+    Args:
+        optimizer: Its groups' learning rates are the peaks.
+        kind: One of `SCHEDULES`.
+        steps: Of the whole training, the warm-up among them.
+        warmup: Share of the steps, in [0, 1), over which the rate rises linearly to its peak.
 
-    Raises
-    ------
-    ArgumentError
-        If the kind is not known.
-
-    Notes
-    -----
-    Requirements: R17.2
+    Raises:
+        ArgumentError: If the kind is not known.
     """
     if kind not in SCHEDULES:
         raise ArgumentError("schedule", f"one of {', '.join(SCHEDULES)}", repr(kind))

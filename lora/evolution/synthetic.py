@@ -1,8 +1,12 @@
-"""Synthetic pairs for the five task presets: seeded, and every answer is worked out from its question.
+"""Synthetic pairs for the five task presets: seeded, and every answer is worked out from its
+question.
 
-Each task is a small grammar. A question is drawn from a few slots; its answer is a function of the same slots, so that
-whoever knows the rule can answer a question never seen before, and a model can learn it. It is a means to try things
-out, not a benchmark of a skill: the real data are `lora.evolution.data.docstring_pairs`.
+Each task is a small grammar. A question is drawn from a few slots; its answer is a function of the
+same slots, so that whoever knows the rule can answer a question never seen before, and a model can
+learn it. It is a means to try things out, not a benchmark of a skill: the real data are
+`lora.evolution.data.docstring_pairs`.
+
+Requirements: R21.
 """
 
 from collections.abc import Callable, Mapping
@@ -113,32 +117,21 @@ TASKS = tuple(_TASKS)
 def synthetic_pairs(task: str, count: int, *, seed: int = 0) -> Pairs:
     """Pairs of a task, all different.
 
-    Parameters
-    ----------
-    task
-        One of `TASKS`.
-    count
-        How many, >= 1; a task has some hundreds.
-    seed
-        Of the draw; the same seed gives the same pairs, and fewer of them the first ones.
+    Args:
+        task: One of `TASKS`.
+        count: How many, >= 1; a task has some hundreds.
+        seed: Of the draw; the same seed gives the same pairs, and fewer of them the first ones.
 
-    Returns
-    -------
-    Pairs
+    Returns:
         Grouped by what they are about, so that a split by group asks about things never trained on.
 
-    Raises
-    ------
-    ArgumentError
-        If the task is unknown, or has not so many pairs.
+    Raises:
+        ArgumentError: If the task is unknown, or has not so many pairs.
 
-    Examples
-    --------
-    >>> pairs = synthetic_pairs("security", 2, seed=1)
-    >>> len(pairs), len(set(pairs.queries)), len(set(pairs.positives))
-    (2, 2, 2)
-
-    Requirements: R21.4
+    Examples:
+        >>> pairs = synthetic_pairs("security", 2, seed=1)
+        >>> len(pairs), len(set(pairs.queries)), len(set(pairs.positives))
+        (2, 2, 2)
     """
     if task not in _TASKS:
         raise ArgumentError("task", f"one of {', '.join(TASKS)}", shown(task))

@@ -1,7 +1,10 @@
 """LoRATrainer: a card learned from pairs, by one of three losses through the real encoder.
 
-Every random choice is a function of (seed, epoch or step), so that a run is reproducible bit for bit for a seed and a
-thread count, and one that was killed goes on from its checkpoint to the same result.
+Every random choice is a function of (seed, epoch or step), so that a run is reproducible bit for
+bit for a seed and a thread count, and one that was killed goes on from its checkpoint to the same
+result.
+
+Requirements: R17.
 """
 
 import hashlib
@@ -66,47 +69,28 @@ class Engine(Protocol):
 class Settings:
     """How a training runs.
 
-    Parameters
-    ----------
-    epochs
-        Passes over the training pairs, >= 1.
-    batch_size
-        Pairs of one step, >= 2: the others' positives are each query's negatives.
-    lr
-        Peak learning rate of AdamW, > 0.
-    schedule
-        One of `lora.evolution.schedules.SCHEDULES`.
-    warmup
-        Share of the steps, in [0, 1), over which the learning rate rises to its peak.
-    loss
-        One of `lora.evolution.losses.LOSSES`.
-    accumulate
-        Parts that a batch goes through the encoder in. The update is that of the whole batch, other pairs' positives
-        included, at the memory of one part and the time of a second forward (Gao et al. 2021).
-    clip
-        Norm that the gradient of all factors is cut to; None for none.
-    autocast
-        ``"bf16"`` or ``"fp16"`` (with loss scaling): what the encoder computes in; None for its own dtype.
-    checkpointing
-        Compute each block again on the way back, in place of keeping what is inside it: less memory, more time.
-    lora_plus
-        Learning rate of B over that of A (LoRA+, Hayou et al. 2024); 1 for the same.
-    rslora
-        Scale by alpha / √rank in place of alpha / rank (Kalajdzievski 2023).
-    dropout
-        On the low-rank path.
-    validate_every
-        Steps between validations.
-    patience
-        Validations without a better MRR after which training stops.
-    share
-        Share of the groups to train on; the rest validates.
-    validation_size
-        Validation pairs at most, so that validating stays cheap.
-
-    Notes
-    -----
-    Requirements: R17.1, R17.2, R17.3, R17.4, R17.5
+    Args:
+        epochs: Passes over the training pairs, >= 1.
+        batch_size: Pairs of one step, >= 2: the others' positives are each query's negatives.
+        lr: Peak learning rate of AdamW, > 0.
+        schedule: One of `lora.evolution.schedules.SCHEDULES`.
+        warmup: Share of the steps, in [0, 1), over which the learning rate rises to its peak.
+        loss: One of `lora.evolution.losses.LOSSES`.
+        accumulate: Parts that a batch goes through the encoder in. The update is that of the whole
+            batch, other pairs' positives included, at the memory of one part and the time of a
+            second forward (Gao et al. 2021).
+        clip: Norm that the gradient of all factors is cut to; None for none.
+        autocast: ``"bf16"`` or ``"fp16"`` (with loss scaling): what the encoder computes in; None
+            for its own dtype.
+        checkpointing: Compute each block again on the way back, in place of keeping what is inside
+            it: less memory, more time.
+        lora_plus: Learning rate of B over that of A (LoRA+, Hayou et al. 2024); 1 for the same.
+        rslora: Scale by alpha / √rank in place of alpha / rank (Kalajdzievski 2023).
+        dropout: On the low-rank path.
+        validate_every: Steps between validations.
+        patience: Validations without a better MRR after which training stops.
+        share: Share of the groups to train on; the rest validates.
+        validation_size: Validation pairs at most, so that validating stays cheap.
     """
 
     epochs: int = 1
@@ -179,18 +163,11 @@ class Retrieval:
 class Training:
     """What a training gave.
 
-    Parameters
-    ----------
-    card
-        The best card seen.
-    history
-        Columns step, epoch, loss, lr, and on validation steps val_mrr and val_recall_at_1 (else null).
-    metrics
-        ``before`` and ``after`` on the validation pairs.
-
-    Notes
-    -----
-    Requirements: R17.10
+    Args:
+        card: The best card seen.
+        history: Columns step, epoch, loss, lr, and on validation steps val_mrr and val_recall_at_1
+            (else null).
+        metrics: ``before`` and ``after`` on the validation pairs.
     """
 
     card: LoRACard
@@ -200,10 +177,8 @@ class Training:
     def plot(self, path: PathLike) -> None:
         """Draw loss and validation MRR over steps, as SVG or PNG by the path's ending.
 
-        Raises
-        ------
-        MissingPackageError
-            If the ``plot`` extra is not installed.
+        Raises:
+            MissingPackageError: If the ``plot`` extra is not installed.
         """
         steps, losses, scores = (
             self.history[name].to_pylist() for name in ("step", "loss", "val_mrr")
@@ -236,28 +211,19 @@ class _Run:
 class LoRATrainer:
     """Trains cards for an engine's base model, which is not changed.
 
-    Parameters
-    ----------
-    engine
-        An engine over an `InferenceCore`.
-    rank, alpha, target_modules
-        Of the cards to make.
-    seed
-        Of the initial factors, the split, the batches and dropout.
-    settings
-        A `Settings`, or the name of one of `PRESETS`.
-    base_model
-        The base model's name, to be written on the card.
+    Args:
+        engine: An engine over an `InferenceCore`.
+        rank, alpha, target_modules: Of the cards to make.
+        seed: Of the initial factors, the split, the batches and dropout.
+        settings: A `Settings`, or the name of one of `PRESETS`.
+        base_model: The base model's name, to be written on the card.
 
-    Examples
-    --------
-    >>> from lora import ArrowEngine
-    >>> trainer = LoRATrainer(ArrowEngine.from_pretrained(None), rank=4, settings="quick")
-    >>> pairs = Pairs.of([{"query": f"number {i}", "positive": f"n{i}", "group": f"{i % 4}"} for i in range(16)])
-    >>> trainer.train(pairs, name="numbers", max_steps=1).card.rank
-    4
-
-    Requirements: R17.1, R17.3, R17.8, R17.9
+    Examples:
+        >>> from lora import ArrowEngine
+        >>> trainer = LoRATrainer(ArrowEngine.from_pretrained(None), rank=4, settings="quick")
+        >>> pairs = Pairs.of([{"query": f"number {i}", "positive": f"n{i}", "group": f"{i % 4}"} for i in range(16)])
+        >>> trainer.train(pairs, name="numbers", max_steps=1).card.rank
+        4
     """
 
     def __init__(
@@ -302,34 +268,20 @@ class LoRATrainer:
     ) -> Training:
         """Learn a card from pairs.
 
-        Parameters
-        ----------
-        pairs
-            At least two groups; some are held out to validate, by `Settings.share`. Negatives are used if every pair has
-            one; a quality that is missing is 1.
-        name, metadata
-            Of the card.
-        max_steps
-            Ends the training early (and the schedule with it).
-        checkpoint
-            A file to go on from if it is there, written at every validation and removed at the end.
-        progress
-            Called after each step.
-        start
-            A card of this trainer's shape to go on from.
-        ewc
-            What an earlier task needs, from `anchor`, and λ: the penalty is added to the loss.
+        Args:
+            pairs: At least two groups; some are held out to validate, by `Settings.share`.
+                Negatives are used if every pair has one; a quality that is missing is 1.
+            name, metadata: Of the card.
+            max_steps: Ends the training early (and the schedule with it).
+            checkpoint: A file to go on from if it is there, written at every validation and removed
+                at the end.
+            progress: Called after each step.
+            start: A card of this trainer's shape to go on from.
+            ewc: What an earlier task needs, from `anchor`, and λ: the penalty is added to the loss.
 
-        Raises
-        ------
-        DataError
-            If there are too few pairs or groups, or the loss is not finite.
-        StateError
-            If the checkpoint is of another run.
-
-        Notes
-        -----
-        Requirements: R17.1, R17.3, R17.7, R17.8, R17.10
+        Raises:
+            DataError: If there are too few pairs or groups, or the loss is not finite.
+            StateError: If the checkpoint is of another run.
         """
         card = self._named(name, metadata or {}, start)
         training, validation = pairs.unique().split(self.settings.share, seed=self.seed)
@@ -370,22 +322,15 @@ class LoRATrainer:
         )
 
     def anchor(self, card: LoRACard, pairs: Pairs, *, examples: int = 64) -> Anchor:
-        """Where a card's factors are, and how much its task, as these pairs show it, needs each to stay.
+        """Where a card's factors are, and how much its task, as these pairs show it, needs each to
+        stay.
 
         The Fisher information is from per-example gradients, normalised to a mean of 1.
 
-        Parameters
-        ----------
-        card
-            A card of this trainer's shape.
-        pairs
-            Of its task.
-        examples
-            Pairs to go by at most.
-
-        Notes
-        -----
-        Requirements: R17.6
+        Args:
+            card: A card of this trainer's shape.
+            pairs: Of its task.
+            examples: Pairs to go by at most.
         """
         session = _Session(self.core, card, self.settings, steps=1, seed=self.seed, identity="")
         batch = pairs.unique().sample(examples, self.seed)
@@ -475,7 +420,9 @@ class _Session:
         return loss
 
     def losses(self, embeddings: Sequence[Tensor], batch: Pairs) -> Tensor:
-        """The loss of each pair, from the embeddings of queries, positives and, where there are any, negatives."""
+        """The loss of each pair, from the embeddings of queries, positives and, where there are
+        any, negatives.
+        """
         queries, positives, *negatives = (column.float() for column in embeddings)
         qualities = torch.tensor(
             batch.table["quality"].fill_null(1.0).to_pylist(), device=self.model.device
@@ -484,7 +431,9 @@ class _Session:
         return loss(queries, positives, negatives[0] if negatives else None, qualities)
 
     def embedded(self, texts: Sequence[Sequence[str]]) -> list[Tensor]:
-        """The embeddings of each list of texts; on a CPU in groups of similar length, since padding costs what text does."""
+        """The embeddings of each list of texts; on a CPU in groups of similar length, since padding
+        costs what text does.
+        """
         flat = [text for column in texts for text in column]
         groups = [list(range(len(flat)))]
         if self.model.device.type == "cpu":
@@ -496,7 +445,9 @@ class _Session:
         return list(torch.split(rows[order], [len(column) for column in texts]))
 
     def _backward(self, batch: Pairs, step: int) -> float:
-        """Add the gradient of the batch's mean loss, and of the penalty, to the factors; returns that loss."""
+        """Add the gradient of the batch's mean loss, and of the penalty, to the factors; returns
+        that loss.
+        """
         texts = _texts(batch)
         size = -(-len(batch) // self.settings.accumulate)
         parts = [[column[at : at + size] for column in texts] for at in range(0, len(batch), size)]
@@ -543,7 +494,9 @@ class _Session:
                 self.params[name].copy_(tensor)
 
     def store(self, path: PathLike | None, run: _Run) -> None:
-        """Write the run's state: factors, best factors, optimiser moments as tensors, the rest as JSON."""
+        """Write the run's state: factors, best factors, optimiser moments as tensors, the rest as
+        JSON.
+        """
         if path is None:
             return
         tensors = {f"best.{name}": tensor for name, tensor in run.best.items()}
@@ -605,8 +558,6 @@ def rank_stabilized(card: LoRACard) -> LoRACard:
     """The card with a scaling of alpha / √rank on every module.
 
     Source: Kalajdzievski 2023 (rsLoRA).
-
-    Requirements: R17.5
     """
     weights = {
         key: LowRank(pair.A, pair.B, card.alpha / math.sqrt(pair.rank))
@@ -618,19 +569,15 @@ def rank_stabilized(card: LoRACard) -> LoRACard:
 def evaluate(model: Any, pairs: Pairs) -> Retrieval:
     """Rank all distinct positives for every query by cosine similarity.
 
-    A positive's rank counts all that score at least as high: a model that embeds everything alike finds nothing.
+    A positive's rank counts all that score at least as high: a model that embeds everything alike
+    finds nothing.
 
-    Parameters
-    ----------
-    model
-        Anything with ``encode(texts)``.
-    pairs
-        At least one.
+    Args:
+        model: Anything with ``encode(texts)``.
+        pairs: At least one.
 
-    Raises
-    ------
-    DataError
-        If there is no pair, or an embedding is not finite.
+    Raises:
+        DataError: If there is no pair, or an embedding is not finite.
     """
     if not len(pairs):
         raise DataError("evaluate", "at least one pair", "none")
@@ -658,12 +605,11 @@ def evaluate(model: Any, pairs: Pairs) -> Retrieval:
 
 
 def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Positions of an epoch's batches in seeded order; no text occurs twice in a batch, where it would be a false negative.
+    """Positions of an epoch's batches in seeded order; no text occurs twice in a batch, where it
+    would be a false negative.
 
-    A pair that has to wait goes into a later batch. An incomplete batch, the largest, is only yielded where there is
-    no full one.
-
-    Requirements: R17.1, R17.8
+    A pair that has to wait goes into a later batch. An incomplete batch, the largest, is only
+    yielded where there is no full one.
     """
     waiting = np.random.default_rng([seed, epoch]).permutation(len(pairs)).tolist()
     queries, positives = pairs.queries, pairs.positives

@@ -1,11 +1,15 @@
-"""One job in a process of its own, held to its limits, and the table of what kinds of jobs there are.
+"""One job in a process of its own, held to its limits, and the table of what kinds of jobs there
+are.
 
-`supervise` is what an executor carries, wherever it takes it: it starts a fresh process, waits for it no longer than the
-job may take, and says what came of it. So a job that crashes, hangs or eats up its memory harms neither the executor's
-workers nor another job. The process ends with its supervisor: it holds the read end of a pipe that nobody writes to.
+`supervise` is what an executor carries, wherever it takes it: it starts a fresh process, waits for
+it no longer than the job may take, and says what came of it. So a job that crashes, hangs or eats
+up its memory harms neither the executor's workers nor another job. The process ends with its
+supervisor: it holds the read end of a pipe that nobody writes to.
 
-A job works in a folder of its own, one process at a time. A result that is whole is found again by the next attempt, so
-that what was finished when a coordinator died is not done twice.
+A job works in a folder of its own, one process at a time. A result that is whole is found again by
+the next attempt, so that what was finished when a coordinator died is not done twice.
+
+Requirements: R19.
 """
 
 import hashlib
@@ -44,17 +48,13 @@ Function: TypeAlias = Callable[[str, dict[str, Any], Path], Path | None]
 class Kind:
     """A kind of job.
 
-    Parameters
-    ----------
-    function
-        ``"package.module:name"`` of a `Function`; it is imported in the job's process alone.
-    inputs
-        The parameters that are paths, or lists of paths, of what it reads: they must be there, and stay as they are.
-        ``"model"`` is the base model.
-    needed
-        The parameters that a job must have.
-    optional
-        Those that it may have besides; None for any.
+    Args:
+        function: ``"package.module:name"`` of a `Function`; it is imported in the job's process
+            alone.
+        inputs: The parameters that are paths, or lists of paths, of what it reads: they must be
+            there, and stay as they are. ``"model"`` is the base model.
+        needed: The parameters that a job must have.
+        optional: Those that it may have besides; None for any.
     """
 
     function: str
@@ -138,21 +138,14 @@ _RUNNING: set[tuple[str, "subprocess.Popen[bytes]"]] = set()
 
 
 def check(name: str, kind: Kind, parameters: Mapping[str, Any]) -> None:
-    """Refuse parameters that are missing, unknown to the kind, or impossible: when a job is added, and when it runs.
+    """Refuse parameters that are missing, unknown to the kind, or impossible: when a job is added,
+    and when it runs.
 
-    Parameters
-    ----------
-    name
-        Of the kind.
+    Args:
+        name: Of the kind.
 
-    Raises
-    ------
-    ArgumentError
-        Naming them.
-
-    Notes
-    -----
-    Requirements: R19.1
+    Raises:
+        ArgumentError: Naming them.
     """
     if missing := [key for key in kind.needed if key not in parameters]:
         raise ArgumentError(
@@ -169,10 +162,8 @@ def check(name: str, kind: Kind, parameters: Mapping[str, Any]) -> None:
 def paths_in(kind: Kind, parameters: Mapping[str, Any]) -> dict[str, list[str]]:
     """The paths among a job's parameters, by parameter.
 
-    Raises
-    ------
-    ArgumentError
-        If a parameter that must be a path, or a list of them, is something else.
+    Raises:
+        ArgumentError: If a parameter that must be a path, or a list of them, is something else.
     """
     found = {}
     for key in kind.inputs:
@@ -187,16 +178,11 @@ def paths_in(kind: Kind, parameters: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def content_id(path: str) -> str:
-    """What tells an input from a changed one: a file's SHA-256; of a folder, that of its files' names, sizes and times.
+    """What tells an input from a changed one: a file's SHA-256; of a folder, that of its files'
+    names, sizes and times.
 
-    Raises
-    ------
-    CardNotFoundError, StoreError
-        If it is not there, or can't be read.
-
-    Notes
-    -----
-    Requirements: R19.2
+    Raises:
+        CardNotFoundError, StoreError: If it is not there, or can't be read.
     """
     try:
         if Path(path).is_dir():
@@ -219,19 +205,13 @@ def content_id(path: str) -> str:
 def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
     """Run a job in a fresh process and say what came of it; for any executor, as all of it is JSON.
 
-    Parameters
-    ----------
-    order
-        ``kind``, ``function``, ``parameters``, ``inputs``, ``folder``, ``attempt``, ``seconds``, ``memory`` and ``threads``.
+    Args:
+        order: ``kind``, ``function``, ``parameters``, ``inputs``, ``folder``, ``attempt``,
+            ``seconds``, ``memory`` and ``threads``.
 
-    Returns
-    -------
-    dict
-        ``{"card": path or None}``, or ``{"error": text, "final": bool}``, final if another attempt would fail alike.
-
-    Notes
-    -----
-    Requirements: R19.3, R19.6
+    Returns:
+        ``{"card": path or None}``, or ``{"error": text, "final": bool}``, final if another attempt
+        would fail alike.
     """
     folder = Path(order["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -350,7 +330,9 @@ def _alone(folder: Path, seconds: float) -> Iterator[None]:
 
 
 def _limit(memory: int | None) -> None:
-    """Let this process have no more private memory than that; what it maps of files for reading is not counted."""
+    """Let this process have no more private memory than that; what it maps of files for reading is
+    not counted.
+    """
     if memory is not None:
         import resource  # noqa: PLC0415 - POSIX only
 
@@ -384,19 +366,12 @@ def train(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
 
     Goes on from where an earlier attempt was killed.
 
-    Parameters
-    ----------
-    kind
-        ``"train"``.
-    parameters
-        ``name``, ``data`` (a file of pairs) and ``model`` (the base model's folder); optionally ``preset``, ``steps``,
-        ``rank``, ``alpha``, ``target_modules``, ``seed``, ``base_model`` and ``metadata``.
-    folder
-        The job's.
-
-    Notes
-    -----
-    Requirements: R19.1
+    Args:
+        kind: ``"train"``.
+        parameters: ``name``, ``data`` (a file of pairs) and ``model`` (the base model's folder);
+            optionally ``preset``, ``steps``, ``rank``, ``alpha``, ``target_modules``, ``seed``,
+            ``base_model`` and ``metadata``.
+        folder: The job's.
     """
     from dataclasses import asdict  # noqa: PLC0415 - this and the rest only in the job's process
 
@@ -429,19 +404,12 @@ def train(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
 def extract(kind: str, parameters: dict[str, Any], folder: Path) -> Path:
     """Make a card of what separates a tuned model from its base.
 
-    Parameters
-    ----------
-    kind
-        ``"extract"``.
-    parameters
-        ``name``, ``tuned`` and ``base`` (weights, as `SafetensorsWeights` takes them); optionally one of ``rank``,
-        ``energy`` and ``error``, and ``target_modules``, ``method`` and ``seed``.
-    folder
-        The job's.
-
-    Notes
-    -----
-    Requirements: R19.1
+    Args:
+        kind: ``"extract"``.
+        parameters: ``name``, ``tuned`` and ``base`` (weights, as `SafetensorsWeights` takes them);
+            optionally one of ``rank``, ``energy`` and ``error``, and ``target_modules``, ``method``
+            and ``seed``.
+        folder: The job's.
     """
     from lora.extract import Energy, Error, extract_delta  # noqa: PLC0415 - only in the job's process
     from lora.store import save  # noqa: PLC0415
@@ -472,18 +440,11 @@ def extract(kind: str, parameters: dict[str, Any], folder: Path) -> Path:
 def merge(kind: str, parameters: dict[str, Any], folder: Path) -> Path:
     """Merge cards.
 
-    Parameters
-    ----------
-    kind
-        ``"merge"``.
-    parameters
-        ``name`` and ``cards`` (files); optionally ``strategy`` (by name), ``options`` (its own), ``weights`` and ``rank``.
-    folder
-        The job's.
-
-    Notes
-    -----
-    Requirements: R19.1
+    Args:
+        kind: ``"merge"``.
+        parameters: ``name`` and ``cards`` (files); optionally ``strategy`` (by name), ``options``
+            (its own), ``weights`` and ``rank``.
+        folder: The job's.
     """
     from lora.merging import STRATEGIES  # noqa: PLC0415 - only in the job's process
     from lora.merging import merge as merged  # noqa: PLC0415

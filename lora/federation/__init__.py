@@ -1,4 +1,6 @@
-"""Federation: cards shared between machines, over Arrow Flight, each verified before it is believed."""
+"""Federation: cards shared between machines, over Arrow Flight, each verified before it is
+believed.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,8 @@
-"""What a node shows and asks for at the door: token, certificate, authority; one value for its server and its clients."""
+"""What a node shows and asks for at the door: token, certificate, authority; one value for its
+server and its clients.
+
+Requirements: R11.
+"""
 
 import ipaddress
 import urllib.parse
@@ -11,21 +15,14 @@ from lora.errors import ArgumentError
 class Credentials:
     """Who a node is, and whom it talks to. None of it is ever logged.
 
-    Parameters
-    ----------
-    token
-        A bearer token: a server asks for it, a client sends it.
-    certificate, key
-        PEM, of this node: a server with these speaks TLS, a client shows them where a server asks.
-    ca
-        PEM of the authority that the other side's certificate is checked against. A server with one lets in only clients
-        that have such a certificate (mutual TLS); a client without one goes by the system's authorities.
-    insecure_token
-        Let the token travel in clear beyond loopback.
-
-    Notes
-    -----
-    Requirements: R11.6
+    Args:
+        token: A bearer token: a server asks for it, a client sends it.
+        certificate, key: PEM, of this node: a server with these speaks TLS, a client shows them
+            where a server asks.
+        ca: PEM of the authority that the other side's certificate is checked against. A server with
+            one lets in only clients that have such a certificate (mutual TLS); a client without one
+            goes by the system's authorities.
+        insecure_token: Let the token travel in clear beyond loopback.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -46,14 +43,8 @@ class Credentials:
 def check_location(location: str, credentials: Credentials) -> bool:
     """Whether a location speaks TLS.
 
-    Raises
-    ------
-    ArgumentError
-        If it is no Flight URI, or the token would travel in clear beyond loopback.
-
-    Notes
-    -----
-    Requirements: R11.6
+    Raises:
+        ArgumentError: If it is no Flight URI, or the token would travel in clear beyond loopback.
     """
     try:
         parts = urllib.parse.urlsplit(location)

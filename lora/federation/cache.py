@@ -1,7 +1,10 @@
 """A folder of cards by digest: written once, read by any number of processes, without a lock.
 
-A card is written under a hidden temporary name and linked to its final one when it is whole and checked, so that what is
-visible is complete, whenever a process dies. Files are read-only. Removing one by unlink leaves the maps of it alone.
+A card is written under a hidden temporary name and linked to its final one when it is whole and
+checked, so that what is visible is complete, whenever a process dies. Files are read-only. Removing
+one by unlink leaves the maps of it alone.
+
+Requirements: R12, R14.
 """
 
 import hashlib
@@ -24,13 +27,17 @@ STALE = 24 * 3600.0
 
 
 def default_cache() -> Path:
-    """The user's folder for fetched cards: ``lora-cards`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
+    """The user's folder for fetched cards: ``lora-cards`` in ``$XDG_CACHE_HOME``, or in
+    ``~/.cache``.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-cards"
 
 
 @dataclass(frozen=True)
 class Check:
-    """What `CardCache.verify` found: digests that are sound, and those whose file was not and is in quarantine."""
+    """What `CardCache.verify` found: digests that are sound, and those whose file was not and is in
+    quarantine.
+    """
 
     sound: tuple[str, ...]
     quarantined: tuple[str, ...]
@@ -40,8 +47,6 @@ class CardCache:
     """Cards by digest, in a folder that is made if it is not there.
 
     Thread safety: any number of threads and processes.
-
-    Requirements: R12.2, R12.7, R12.8
     """
 
     def __init__(self, root: PathLike) -> None:
@@ -66,7 +71,9 @@ class CardCache:
 
     @contextmanager
     def arriving(self) -> Iterator[tuple[Path, BinaryIO]]:
-        """A hidden file for an arriving card, gone when the block ends; what `admit` has linked stays."""
+        """A hidden file for an arriving card, gone when the block ends; what `admit` has linked
+        stays.
+        """
         path = self.root / f".{secrets.token_hex(8)}.part"
         with os_errors(self.root):
             try:
@@ -77,11 +84,11 @@ class CardCache:
                     path.unlink()
 
     def admit(self, arrived: Path, sha: str) -> Path:
-        """Make a whole and checked file visible under its digest; if another process was first, theirs stays.
+        """Make a whole and checked file visible under its digest; if another process was first,
+        theirs stays.
 
-        It is not flushed to the disk: what a power failure does to it is noticed by its digest, and fetched again.
-
-        Requirements: R12.2, R12.7, R12.8
+        It is not flushed to the disk: what a power failure does to it is noticed by its digest, and
+        fetched again.
         """
         target = self.path(sha)
         with os_errors(target):
@@ -91,7 +98,8 @@ class CardCache:
         return target
 
     def evict(self, max_bytes: int) -> list[str]:
-        """Unlink cards, the longest unused first, until the rest take at most `max_bytes`; returns their digests.
+        """Unlink cards, the longest unused first, until the rest take at most `max_bytes`; returns
+        their digests.
 
         A card that is mapped stays whole for those who map it.
         """
@@ -131,17 +139,16 @@ class CardCache:
             self.path(sha).rename(aside / f"{sha}.{secrets.token_hex(4)}")
 
     def highest_version(self, name: str, signer: str) -> str:
-        """The highest version that `remember_version` was told; empty if none.
-
-        Requirements: R14.2
-        """
+        """The highest version that `remember_version` was told; empty if none."""
         with os_errors(self.root):
             folder = self._versions(name, signer)
             found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         return max(found, key=Precedence, default="")
 
     def remember_version(self, name: str, signer: str, version: str) -> None:
-        """Note that a version was accepted: one empty file for each, so that nobody can lower what another raised."""
+        """Note that a version was accepted: one empty file for each, so that nobody can lower what
+        another raised.
+        """
         if version:
             folder = self._versions(name, signer)
             with os_errors(folder):

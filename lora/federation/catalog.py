@@ -1,8 +1,11 @@
-"""The cards of a folder by digest and by name, as a value; scanning the folder again gives the next value.
+"""The cards of a folder by digest and by name, as a value; scanning the folder again gives the next
+value.
 
-Only regular files directly in the folder are seen, never what a link points to, and only those that are cards. A file is
-hashed once, and again when its stamp changes. Nothing from outside is ever made into a path: names and digests are looked
-up.
+Only regular files directly in the folder are seen, never what a link points to, and only those that
+are cards. A file is hashed once, and again when its stamp changes. Nothing from outside is ever
+made into a path: names and digests are looked up.
+
+Requirements: R11.
 """
 
 import logging
@@ -43,18 +46,11 @@ class Served:
 class Catalog:
     """What a folder holds.
 
-    Parameters
-    ----------
-    files
-        Every file that was looked at, by its file name; None where it is no card.
-    cards
-        The cards, by digest.
-    names
-        The digest that a name stands for: of several, the one of the highest version, then the greatest digest.
-
-    Notes
-    -----
-    Requirements: R11.1, R11.4, R11.9
+    Args:
+        files: Every file that was looked at, by its file name; None where it is no card.
+        cards: The cards, by digest.
+        names: The digest that a name stands for: of several, the one of the highest version, then
+            the greatest digest.
     """
 
     files: Mapping[str, tuple[Stamp, Served | None]] = field(default_factory=dict)
@@ -64,9 +60,8 @@ class Catalog:
     def find(self, name_or_digest: str) -> Served:
         """The card of a digest or a name.
 
-        Raises
-        ------
-        UnknownCardError
+        Raises:
+            UnknownCardError:
         """
         card = self.cards.get(self.names.get(name_or_digest, name_or_digest))
         if card is None:
@@ -75,10 +70,7 @@ class Catalog:
 
 
 def scan(root: Path, old: Catalog) -> Catalog:
-    """The folder as it is now; `old` itself if nothing has changed.
-
-    Requirements: R11.4, R11.9
-    """
+    """The folder as it is now; `old` itself if nothing has changed."""
     stamps = dict(_stamps(root))
     if stamps == {name: stamp for name, (stamp, _) in old.files.items()}:
         return old
@@ -100,10 +92,8 @@ def scan(root: Path, old: Catalog) -> Catalog:
 def mapped(card: Served) -> Iterator[pa.Buffer]:
     """The bytes of a card's file, mapped for reading.
 
-    Raises
-    ------
-    StoreError
-        If the file is not the one that was hashed.
+    Raises:
+        StoreError: If the file is not the one that was hashed.
     """
     with os_errors(card.path):
         handle = os.open(card.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

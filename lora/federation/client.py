@@ -1,6 +1,10 @@
-"""LoRAFlightClient: cards from one peer, each checked in the order of R12.3 before it becomes visible in the cache.
+"""LoRAFlightClient: cards from one peer, each checked in the order of R12.3 before it becomes
+visible in the cache.
 
-Thread safety: any number of threads. The state is one mapping of what the peer has announced, replaced when it grows.
+Thread safety: any number of threads. The state is one mapping of what the peer has announced,
+replaced when it grows.
+
+Requirements: R12.
 """
 
 import hashlib
@@ -52,35 +56,26 @@ class Fetched(NamedTuple):
 class LoRAFlightClient:
     """Lists and fetches the cards of one peer.
 
-    Parameters
-    ----------
-    uri
-        ``grpc://host:port`` or ``grpc+tls://host:port``.
-    cache
-        A `CardCache`, or the folder of one.
-    policy
-        What to accept; as it is, only what is signed by a trusted key, or pinned.
-    credentials
-        A token, which is sent with every call; the authority that the server is checked against; the client's certificate.
-    timeout
-        Seconds for a call, and what a download may take besides its bytes.
-    min_rate
-        Bytes per second that a download must reach on average.
-    check
-        A last check of a card before it is admitted, which raises if it is not wanted: an engine's, that it fits its model.
+    Args:
+        uri: ``grpc://host:port`` or ``grpc+tls://host:port``.
+        cache: A `CardCache`, or the folder of one.
+        policy: What to accept; as it is, only what is signed by a trusted key, or pinned.
+        credentials: A token, which is sent with every call; the authority that the server is
+            checked against; the client's certificate.
+        timeout: Seconds for a call, and what a download may take besides its bytes.
+        min_rate: Bytes per second that a download must reach on average.
+        check: A last check of a card before it is admitted, which raises if it is not wanted: an
+            engine's, that it fits its model.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> import lora
-    >>> from lora.federation.server import LoRAFlightServer
-    >>> with tempfile.TemporaryDirectory() as cards, tempfile.TemporaryDirectory() as cache:
-    ...     sha = lora.save(LoRACard("docs", 1, 1.0, [], {}), f"{cards}/docs.lora.arrow")
-    ...     with LoRAFlightServer(cards) as server, LoRAFlightClient(server.uri, cache) as client:
-    ...         [skill.name for skill in client.list_remote_skills()], client.fetch_skill("docs", digest=sha).name
-    (['docs'], 'docs')
-
-    Requirements: R12.1, R12.2, R12.3, R12.5, R12.6, R12.9
+    Examples:
+        >>> import tempfile
+        >>> import lora
+        >>> from lora.federation.server import LoRAFlightServer
+        >>> with tempfile.TemporaryDirectory() as cards, tempfile.TemporaryDirectory() as cache:
+        ...     sha = lora.save(LoRACard("docs", 1, 1.0, [], {}), f"{cards}/docs.lora.arrow")
+        ...     with LoRAFlightServer(cards) as server, LoRAFlightClient(server.uri, cache) as client:
+        ...         [skill.name for skill in client.list_remote_skills()], client.fetch_skill("docs", digest=sha).name
+        (['docs'], 'docs')
     """
 
     def __init__(
@@ -120,14 +115,8 @@ class LoRAFlightClient:
     ) -> list[Manifest]:
         """What the peer offers, by name; what is no well-formed manifest is left out and counted.
 
-        Raises
-        ------
-        PeerError
-            If the peer is not there, too slow, or lists more than `MAX_CARDS`.
-
-        Notes
-        -----
-        Requirements: R12.1, R12.5
+        Raises:
+            PeerError: If the peer is not there, too slow, or lists more than `MAX_CARDS`.
         """
         wanted = {"name_prefix": name_prefix} if name_prefix else {}
         criteria = json.dumps(
@@ -150,11 +139,9 @@ class LoRAFlightClient:
     def manifest(self, name_or_digest: str) -> Manifest:
         """What the peer announces of a card.
 
-        Raises
-        ------
-        UnknownCardError
-            If it has none of that name or digest.
-        PeerError, ManifestError
+        Raises:
+            UnknownCardError: If it has none of that name or digest.
+            PeerError, ManifestError:
         """
         if is_digest(name_or_digest):
             descriptor = flight.FlightDescriptor.for_command(name_or_digest.encode())
@@ -179,28 +166,18 @@ class LoRAFlightClient:
         refresh: bool = False,
         progress: Progress | None = None,
     ) -> LoRACard:
-        """A card by name or digest, from the cache if it is there; a second call does no network I/O.
+        """A card by name or digest, from the cache if it is there; a second call does no network
+        I/O.
 
-        Parameters
-        ----------
-        name
-            A name or a digest that the peer knows.
-        digest
-            Accept this digest, and no other.
-        refresh
-            Ask the peer again what the name stands for.
-        progress
-            Called with the bytes received so far and the bytes in all.
+        Args:
+            name: A name or a digest that the peer knows.
+            digest: Accept this digest, and no other.
+            refresh: Ask the peer again what the name stands for.
+            progress: Called with the bytes received so far and the bytes in all.
 
-        Raises
-        ------
-        RefusedError
-            Of the kind that says why the policy refuses it.
-        PeerError, UnknownCardError, CardFileError, StoreError
-
-        Notes
-        -----
-        Requirements: R12.2, R12.3, R12.9
+        Raises:
+            RefusedError: Of the kind that says why the policy refuses it.
+            PeerError, UnknownCardError, CardFileError, StoreError:
         """
         wanted = digest or name
         manifest = None if refresh else self._known.get(wanted)
@@ -217,10 +194,7 @@ class LoRAFlightClient:
     def fetch(
         self, manifest: Manifest, policy: Policy | None = None, progress: Progress | None = None
     ) -> Fetched:
-        """The card of a manifest, from the cache if it is there whole, else from the peer.
-
-        Requirements: R12.2, R12.3
-        """
+        """The card of a manifest, from the cache if it is there whole, else from the peer."""
         policy = policy or self.policy
         check_declared(manifest, policy)
         try:
@@ -241,9 +215,8 @@ class LoRAFlightClient:
     def health(self) -> dict[str, Any]:
         """What the peer says of itself: its node id, the format's version.
 
-        Raises
-        ------
-        PeerError, ManifestError
+        Raises:
+            PeerError, ManifestError:
         """
         with self._talking("version"):
             result = next(
@@ -322,12 +295,11 @@ def received(
     policy: Policy,
     progress: Progress | None,
 ) -> tuple[int, str]:
-    """Write pieces to a file, hashing them meanwhile on a thread of its own; their size, and their SHA-256.
+    """Write pieces to a file, hashing them meanwhile on a thread of its own; their size, and their
+    SHA-256.
 
-    Raises
-    ------
-    MismatchError
-        As soon as there are more bytes than announced.
+    Raises:
+        MismatchError: As soon as there are more bytes than announced.
     """
     size, limit = 0, policy.max_bytes if policy.allow_mismatch else manifest.size
     with _Writer(file) as writer:

@@ -1,7 +1,10 @@
 """Discovery: announces a node by zeroconf, browses for others, and asks each whether it is there.
 
-mDNS trusts everyone on the link, so what it says is a hint of whom to ask (`lora.federation.peers`), and never proof of who
-answers. Thread safety: any number of readers; the state is one `PeerBook`, replaced under a lock.
+mDNS trusts everyone on the link, so what it says is a hint of whom to ask
+(`lora.federation.peers`), and never proof of who answers. Thread safety: any number of readers; the
+state is one `PeerBook`, replaced under a lock.
+
+Requirements: R13.
 """
 
 import ipaddress
@@ -42,30 +45,20 @@ RESOLVE_MS = 1000
 class Discovery:
     """The peers of a node, from the moment it is made until `close`.
 
-    Parameters
-    ----------
-    node_id
-        Of this node: up to 63 letters, digits and hyphens. It is not listed.
-    ask
-        Asks a URI for its node id, "" where that is not told; raises a `LoRAError` if nothing answers there.
-    port
-        Where this node serves; None to browse only.
-    addresses
-        Where this node serves; the interfaces' own by default. ``0.0.0.0`` stands for those and is never announced.
-    interfaces
-        Addresses of the interfaces to speak on; all by default; ``()`` for none: static peers alone.
-    tls
-        Whether this node serves with TLS.
-    static
-        URIs of peers that multicast does not reach.
-    cap
-        Peers at most, static ones not counted.
-    interval
-        Seconds until a peer is asked again whether it is there: one that dies in silence is gone after two of them.
-
-    Notes
-    -----
-    Requirements: R13.1, R13.2, R13.3, R13.4, R13.5, R13.6
+    Args:
+        node_id: Of this node: up to 63 letters, digits and hyphens. It is not listed.
+        ask: Asks a URI for its node id, "" where that is not told; raises a `LoRAError` if nothing
+            answers there.
+        port: Where this node serves; None to browse only.
+        addresses: Where this node serves; the interfaces' own by default. ``0.0.0.0`` stands for
+            those and is never announced.
+        interfaces: Addresses of the interfaces to speak on; all by default; ``()`` for none: static
+            peers alone.
+        tls: Whether this node serves with TLS.
+        static: URIs of peers that multicast does not reach.
+        cap: Peers at most, static ones not counted.
+        interval: Seconds until a peer is asked again whether it is there: one that dies in silence
+            is gone after two of them.
     """
 
     def __init__(
@@ -174,7 +167,9 @@ class Discovery:
         return True
 
     def _resolved(self, key: str) -> list[str]:
-        """The addresses that are announced for a peer, of any format version that this one can read."""
+        """The addresses that are announced for a peer, of any format version that this one can
+        read.
+        """
         if self._zeroconf is None or self._closing.is_set():
             return []
         try:
@@ -233,10 +228,7 @@ def _announcement(
 
 
 def reachable(addresses: Sequence[str]) -> list[str]:
-    """The addresses to announce: those given, with a wildcard replaced by what the interfaces have.
-
-    Requirements: R13.6
-    """
+    """The addresses to announce: those given, with a wildcard replaced by what the interfaces have."""
     given = [ipaddress.ip_address(address.partition("%")[0]) for address in addresses]
     if given and not any(address.is_unspecified for address in given):
         return [str(address) for address in given]

@@ -1,4 +1,7 @@
-"""Ed25519 keys and signatures in files: PEM for keys, the signed manifest as JSON beside the card."""
+"""Ed25519 keys and signatures in files: PEM for keys, the signed manifest as JSON beside the card.
+
+Requirements: R14.
+"""
 
 from pathlib import Path
 
@@ -18,16 +21,11 @@ MAX_KEY_BYTES = 16384
 
 
 def generate_key(path: PathLike) -> str:
-    """Make a private key that only its owner can read, in a new file, and ``PATH.pub``; returns the public key as hex.
+    """Make a private key that only its owner can read, in a new file, and ``PATH.pub``; returns the
+    public key as hex.
 
-    Raises
-    ------
-    StoreError
-        If there is a file already: a key is never replaced.
-
-    Notes
-    -----
-    Requirements: R14.1
+    Raises:
+        StoreError: If there is a file already: a key is never replaced.
     """
     path, key = as_path(path), Ed25519PrivateKey.generate()
     text = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
@@ -44,10 +42,8 @@ def generate_key(path: PathLike) -> str:
 def load_private_key(path: PathLike) -> Ed25519PrivateKey:
     """The private key in a PEM file.
 
-    Raises
-    ------
-    ArgumentError
-        If the file holds no Ed25519 private key without a passphrase.
+    Raises:
+        ArgumentError: If the file holds no Ed25519 private key without a passphrase.
     """
     try:
         key = pem.load_pem_private_key(read_small(path), password=None)
@@ -75,10 +71,7 @@ def load_public_key(path: PathLike) -> str:
 
 
 def sign_file(card: PathLike, key: PathLike) -> Manifest:
-    """Sign a card file: write its signed manifest beside it, and return that.
-
-    Requirements: R14.1
-    """
+    """Sign a card file: write its signed manifest beside it, and return that."""
     path = as_path(card)
     signed = sign(
         manifest_of(inspect(path), digest(path), path.stat().st_size), load_private_key(key)
@@ -96,9 +89,8 @@ def signature_path(card: Path) -> Path:
 def read_signed(path: Path) -> Manifest:
     """The signed manifest in a file.
 
-    Raises
-    ------
-    ManifestError, StoreError, CardNotFoundError
+    Raises:
+        ManifestError, StoreError, CardNotFoundError:
     """
     return manifest_from_json(read_small(path, MAX_MANIFEST_BYTES))
 
@@ -106,10 +98,8 @@ def read_signed(path: Path) -> Manifest:
 def read_small(path: PathLike, limit: int = MAX_KEY_BYTES) -> bytes:
     """The bytes of a file that holds a key, a certificate or a manifest.
 
-    Raises
-    ------
-    StoreError
-        If it is longer than `limit`.
+    Raises:
+        StoreError: If it is longer than `limit`.
     """
     path = as_path(path)
     with os_errors(path), path.open("rb") as file:

@@ -1,7 +1,10 @@
-"""What a server says of a card before it sends it: a small JSON value, part of which its author can sign.
+"""What a server says of a card before it sends it: a small JSON value, part of which its author can
+sign.
 
-A manifest names a card's bytes by digest and size. The signature covers all of it; and all that it says of the card is
-compared with the card once that is there.
+A manifest names a card's bytes by digest and size. The signature covers all of it; and all that it
+says of the card is compared with the card once that is there.
+
+Requirements: R11, R12, R14.
 """
 
 import json
@@ -32,10 +35,7 @@ _SEMVER = re.compile(
 
 @dataclass(frozen=True)
 class Signature:
-    """An Ed25519 signature and the public key that it is checked with, both as lower-case hex.
-
-    Requirements: R14.1
-    """
+    """An Ed25519 signature and the public key that it is checked with, both as lower-case hex."""
 
     public_key: str
     value: str
@@ -50,33 +50,20 @@ class Signature:
 class Manifest:
     """A card's announcement.
 
-    Parameters
-    ----------
-    name
-        The card's name.
-    digest
-        SHA-256 of the file, 64 hex digits.
-    size
-        Bytes of the file.
-    version
-        The metadata's semantic version; empty where it has none.
-    rank, alpha, targets, modules
-        The card's rank, alpha, target modules, and number of adapted modules.
-    description
-        The metadata's description, cut at `MAX_DESCRIPTION` characters; routers embed it.
-    base_model, base_fingerprint
-        What the card was made for.
-    signature
-        Of all the other fields, or None.
+    Args:
+        name: The card's name.
+        digest: SHA-256 of the file, 64 hex digits.
+        size: Bytes of the file.
+        version: The metadata's semantic version; empty where it has none.
+        rank, alpha, targets, modules: The card's rank, alpha, target modules, and number of adapted
+            modules.
+        description: The metadata's description, cut at `MAX_DESCRIPTION` characters; routers embed
+            it.
+        base_model, base_fingerprint: What the card was made for.
+        signature: Of all the other fields, or None.
 
-    Raises
-    ------
-    ManifestError
-        Naming the field.
-
-    Notes
-    -----
-    Requirements: R11.2, R14.1
+    Raises:
+        ManifestError: Naming the field.
     """
 
     name: str
@@ -123,9 +110,8 @@ class Manifest:
         ).encode()
 
     def signed_bytes(self) -> bytes:
-        """What a signature covers: a line that says so, and all other fields as JSON in ASCII, keys sorted.
-
-        Requirements: R14.1
+        """What a signature covers: a line that says so, and all other fields as JSON in ASCII, keys
+        sorted.
         """
         told = {key: value for key, value in asdict(self).items() if key != "signature"}
         return _PREFIX + json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
@@ -134,10 +120,7 @@ class Manifest:
 def manifest_of(
     card: Header | LoRACard, digest: str, size: int, signature: Signature | None = None
 ) -> Manifest:
-    """What there is to announce of a card in a file of that digest and size.
-
-    Requirements: R11.2
-    """
+    """What there is to announce of a card in a file of that digest and size."""
     version, description = card.metadata.get("version"), card.metadata.get("description")
     return Manifest(
         name=card.name,
@@ -158,20 +141,13 @@ def manifest_of(
 def manifest_from_json(data: bytes) -> Manifest:
     """The manifest in bytes from outside; keys that this version does not know are left out.
 
-    Raises
-    ------
-    ManifestError
-        If it is too long, no JSON object, or a field is missing or of another kind.
+    Raises:
+        ManifestError: If it is too long, no JSON object, or a field is missing or of another kind.
 
-    Examples
-    --------
-    >>> manifest = Manifest("docs", "0" * 64, 4096, targets=("query",))
-    >>> manifest_from_json(manifest.to_json()) == manifest
-    True
-
-    Notes
-    -----
-    Requirements: R12.1, R12.3
+    Examples:
+        >>> manifest = Manifest("docs", "0" * 64, 4096, targets=("query",))
+        >>> manifest_from_json(manifest.to_json()) == manifest
+        True
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestError("manifest", f"at most {MAX_MANIFEST_BYTES} bytes", len(data))
@@ -189,10 +165,8 @@ def manifest_from_json(data: bytes) -> Manifest:
 def json_object(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object in bytes from outside.
 
-    Raises
-    ------
-    ManifestError
-        If it is none, or holds a key twice, NaN, or an infinity.
+    Raises:
+        ManifestError: If it is none, or holds a key twice, NaN, or an infinity.
     """
     try:
         told = json.loads(
@@ -206,18 +180,14 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name from outside that is empty, long, hidden, unprintable, or could be taken for a path.
+    """Refuse a name from outside that is empty, long, hidden, unprintable, or could be taken for a
+    path.
 
-    No file is ever named after it; logs, terminals and the tools of others are what it must not harm.
+    No file is ever named after it; logs, terminals and the tools of others are what it must not
+    harm.
 
-    Raises
-    ------
-    BadNameError
-        With the rule.
-
-    Notes
-    -----
-    Requirements: R14.2
+    Raises:
+        BadNameError: With the rule.
     """
     sound = (
         0 < len(name) <= MAX_NAME
@@ -233,14 +203,12 @@ def check_name(name: str) -> None:
 @total_ordering
 @dataclass(frozen=True)
 class Precedence:
-    """Where a semantic version stands among others; no version stands before all. Source: semver.org 2.0.0, item 11.
+    """Where a semantic version stands among others; no version stands before all. Source:
+    semver.org 2.0.0, item 11.
 
-    Examples
-    --------
-    >>> Precedence("") < Precedence("1.0.0-rc.1") < Precedence("1.0.0") < Precedence("1.10.0")
-    True
-
-    Requirements: R14.2
+    Examples:
+        >>> Precedence("") < Precedence("1.0.0-rc.1") < Precedence("1.0.0") < Precedence("1.10.0")
+        True
     """
 
     version: str

@@ -1,6 +1,9 @@
 """Node: a server, discovery, a cache, and clients of the peers that are there, joined.
 
-Thread safety: any number of threads. The state is one mapping of what is offered, replaced by `sync`.
+Thread safety: any number of threads. The state is one mapping of what is offered, replaced by
+`sync`.
+
+Requirements: R5, R12, R13, R14.
 """
 
 import contextlib
@@ -52,32 +55,17 @@ class Offer:
 class Node:
     """A member of a federation.
 
-    Parameters
-    ----------
-    cache
-        The folder of the cards that it fetches.
-    root
-        The folder of the cards that it serves; None to serve none.
-    host, port
-        Where it serves: ``0.0.0.0`` for all interfaces, port 0 for a free one.
-    peers
-        URIs of peers that multicast does not reach, or a load balancer's.
-    policy
-        What to accept from peers.
-    credentials
-        Of its server and its clients.
-    interfaces
-        Addresses to announce itself and browse on; None for all, ``()`` for neither.
-    interval
-        As `Discovery`'s.
-    timeout, min_rate, check
-        As `LoRAFlightClient`'s.
-    limits
-        As `LoRAFlightServer`'s.
-
-    Notes
-    -----
-    Requirements: R5.13, R12.4, R13.1, R13.5
+    Args:
+        cache: The folder of the cards that it fetches.
+        root: The folder of the cards that it serves; None to serve none.
+        host, port: Where it serves: ``0.0.0.0`` for all interfaces, port 0 for a free one.
+        peers: URIs of peers that multicast does not reach, or a load balancer's.
+        policy: What to accept from peers.
+        credentials: Of its server and its clients.
+        interfaces: Addresses to announce itself and browse on; None for all, ``()`` for neither.
+        interval: As `Discovery`'s.
+        timeout, min_rate, check: As `LoRAFlightClient`'s.
+        limits: As `LoRAFlightServer`'s.
     """
 
     def __init__(
@@ -169,29 +157,19 @@ class Node:
     def fetch(
         self, name: str, *, digest: str | None = None, progress: Progress | None = None
     ) -> Fetched:
-        """A card by name, from the first offer that passes: a peer that dies, stalls, lies or truncates is left.
+        """A card by name, from the first offer that passes: a peer that dies, stalls, lies or
+        truncates is left.
 
-        Parameters
-        ----------
-        name
-            A name that `sync` found.
-        digest
-            Accept this digest, and no other.
-        progress
-            As `LoRAFlightClient.fetch_skill`'s.
+        Args:
+            name: A name that `sync` found.
+            digest: Accept this digest, and no other.
+            progress: As `LoRAFlightClient.fetch_skill`'s.
 
-        Raises
-        ------
-        UnknownCardError
-            If nobody offers it.
-        PeerError, RefusedError, CardFileError, BaseModelError, ShapeError, TargetError
-            Of the last offer, with what became of the others as notes.
-        StoreError
-            If this side's disk refuses.
-
-        Notes
-        -----
-        Requirements: R12.4
+        Raises:
+            UnknownCardError: If nobody offers it.
+            PeerError, RefusedError, CardFileError, BaseModelError, ShapeError, TargetError: Of the
+                last offer, with what became of the others as notes.
+            StoreError: If this side's disk refuses.
         """
         policy = self.policy if digest is None else self.policy.pinned(digest)
         offers = [
@@ -254,17 +232,16 @@ class Node:
 def ranked(
     listings: Mapping[str, Iterable[Manifest]], policy: Policy
 ) -> dict[str, tuple[Offer, ...]]:
-    """What peers offer, by name: what the policy vouches for first, then the highest version, then by digest.
+    """What peers offer, by name: what the policy vouches for first, then the highest version, then
+    by digest.
 
-    Peers that announce the same are alternatives of one offer. The order that the peers are given in changes nothing.
+    Peers that announce the same are alternatives of one offer. The order that the peers are given
+    in changes nothing.
 
-    Examples
-    --------
-    >>> manifest = Manifest("docs", "0" * 64, 4096)
-    >>> ranked({"grpc://b:1": [manifest], "grpc://a:1": [manifest]}, Policy())["docs"][0].uris
-    ('grpc://a:1', 'grpc://b:1')
-
-    Requirements: R12.4
+    Examples:
+        >>> manifest = Manifest("docs", "0" * 64, 4096)
+        >>> ranked({"grpc://b:1": [manifest], "grpc://a:1": [manifest]}, Policy())["docs"][0].uris
+        ('grpc://a:1', 'grpc://b:1')
     """
     where: dict[Manifest, set[str]] = {}
     for uri, manifests in listings.items():
@@ -283,10 +260,7 @@ def ranked(
 
 
 def acceptable(manifest: Manifest, policy: Policy) -> bool:
-    """Whether a policy would have a card fetched, by all that its manifest shows.
-
-    Requirements: R14.2
-    """
+    """Whether a policy would have a card fetched, by all that its manifest shows."""
     try:
         check_declared(manifest, policy)
     except RefusedError:

@@ -1,8 +1,12 @@
-"""Who might be a peer, who has proved to be one, and whom to ask next: a value, and what each event makes of it.
+"""Who might be a peer, who has proved to be one, and whom to ask next: a value, and what each event
+makes of it.
 
-Announcements, goodbyes and new addresses are hints from anyone on the network. A peer is listed once it has answered at an
-address; while it answers there, nothing that is announced moves or removes it. The book never outgrows its cap, and what is
-unproven makes room for what is newer. Times are seconds of any one clock.
+Announcements, goodbyes and new addresses are hints from anyone on the network. A peer is listed
+once it has answered at an address; while it answers there, nothing that is announced moves or
+removes it. The book never outgrows its cap, and what is unproven makes room for what is newer.
+Times are seconds of any one clock.
+
+Requirements: R13.
 """
 
 from collections.abc import Mapping
@@ -20,20 +24,13 @@ MISSES = 2
 class Peer:
     """Something that was announced, or named by the user.
 
-    Parameters
-    ----------
-    key
-        Its instance name, or for a static peer its URI.
-    uri
-        Where it answered last; empty before it has.
-    node_id
-        What it called itself then.
-    misses
-        How many times in a row it did not answer.
-    asked, due
-        When it was asked last, and when it is to be asked next.
-    static
-        Whether the user named it: it stays in the book.
+    Args:
+        key: Its instance name, or for a static peer its URI.
+        uri: Where it answered last; empty before it has.
+        node_id: What it called itself then.
+        misses: How many times in a row it did not answer.
+        asked, due: When it was asked last, and when it is to be asked next.
+        static: Whether the user named it: it stays in the book.
     """
 
     key: str
@@ -49,26 +46,18 @@ class Peer:
 class PeerBook:
     """The peers of one node.
 
-    Parameters
-    ----------
-    own
-        The node's own id, and the instance name under which it announces itself.
-    cap
-        Peers at most, static ones not counted.
-    interval
-        Seconds until a peer is asked again.
-    peers
-        By key, the oldest first.
+    Args:
+        own: The node's own id, and the instance name under which it announces itself.
+        cap: Peers at most, static ones not counted.
+        interval: Seconds until a peer is asked again.
+        peers: By key, the oldest first.
 
-    Examples
-    --------
-    >>> book = PeerBook("me").announced("you", now=0.0)
-    >>> book.due(now=0.0), book.live()
-    (('you',), ())
-    >>> [peer.uri for peer in book.answered("you", "grpc://192.0.2.7:5000", "you", now=0.1).live()]
-    ['grpc://192.0.2.7:5000']
-
-    Requirements: R13.2, R13.3, R13.4, R13.5
+    Examples:
+        >>> book = PeerBook("me").announced("you", now=0.0)
+        >>> book.due(now=0.0), book.live()
+        (('you',), ())
+        >>> [peer.uri for peer in book.answered("you", "grpc://192.0.2.7:5000", "you", now=0.1).live()]
+        ['grpc://192.0.2.7:5000']
     """
 
     own: str
@@ -101,7 +90,9 @@ class PeerBook:
         return self.announced(key, now=now) if key in self.peers else self
 
     def answered(self, key: str, uri: str, node_id: str, *, now: float) -> "PeerBook":
-        """An answer from an address. One from this node itself removes the peer, or only unlists one that is static."""
+        """An answer from an address. One from this node itself removes the peer, or only unlists
+        one that is static.
+        """
         known = self.peers.get(key)
         if known is None:
             return self
@@ -113,7 +104,9 @@ class PeerBook:
         )
 
     def missed(self, key: str, *, now: float) -> "PeerBook":
-        """No answer: after `MISSES` of them the peer is no longer listed; only static ones are then asked again."""
+        """No answer: after `MISSES` of them the peer is no longer listed; only static ones are then
+        asked again.
+        """
         known = self.peers.get(key)
         if known is None:
             return self

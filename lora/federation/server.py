@@ -1,10 +1,14 @@
 """LoRAFlightServer: the cards of a folder over Arrow Flight, read-only, by digest.
 
-A flight is a card. Its descriptor is a path of one element, the name, or a command, the digest; its ticket is the digest,
-for the card's table, or the digest and ``/file``, for the bytes of its file. The action ``card`` gives the file's bytes too,
-outside Arrow's own format: a client that has yet to trust them must not have Arrow decode them first.
+A flight is a card. Its descriptor is a path of one element, the name, or a command, the digest; its
+ticket is the digest, for the card's table, or the digest and ``/file``, for the bytes of its file.
+The action ``card`` gives the file's bytes too, outside Arrow's own format: a client that has yet to
+trust them must not have Arrow decode them first.
 
-Thread safety: any number of clients. The state is one `Catalog`, replaced when the folder has changed.
+Thread safety: any number of clients. The state is one `Catalog`, replaced when the folder has
+changed.
+
+Requirements: R11.
 """
 
 import functools
@@ -85,37 +89,27 @@ def _answering(method: F) -> F:
 class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
     """Serves the cards of a folder from the moment it is made, until `shutdown`.
 
-    Parameters
-    ----------
-    root
-        The folder; its ``*.lora.arrow`` files are served, and those beside them that end in ``.sig.json`` are their
-        signatures. What changes in it shows at the next request.
-    location
-        A Flight URI: ``grpc://host:port`` or ``grpc+tls://host:port``; port 0 takes a free one, see `port`.
-    credentials
-        With a token, which clients must send; with a certificate, for ``grpc+tls``; with an authority, for mutual TLS.
-    limits
-        What clients may cost.
-    node_id
-        What the action ``version`` calls this server.
+    Args:
+        root: The folder; its ``*.lora.arrow`` files are served, and those beside them that end in
+            ``.sig.json`` are their signatures. What changes in it shows at the next request.
+        location: A Flight URI: ``grpc://host:port`` or ``grpc+tls://host:port``; port 0 takes a
+            free one, see `port`.
+        credentials: With a token, which clients must send; with a certificate, for ``grpc+tls``;
+            with an authority, for mutual TLS.
+        limits: What clients may cost.
+        node_id: What the action ``version`` calls this server.
 
-    Raises
-    ------
-    ArgumentError
-        If the parts do not fit together.
-    CardNotFoundError, StoreError
-        If there is no folder, or the port is taken.
+    Raises:
+        ArgumentError: If the parts do not fit together.
+        CardNotFoundError, StoreError: If there is no folder, or the port is taken.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder, LoRAFlightServer(folder) as server:
-    ...     client = flight.connect(server.uri)
-    ...     list(client.list_flights())
-    ...     client.close()
-    []
-
-    Requirements: R11.1, R11.2, R11.3, R11.4, R11.5, R11.6, R11.7, R11.8, R11.9
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, LoRAFlightServer(folder) as server:
+        ...     client = flight.connect(server.uri)
+        ...     list(client.list_flights())
+        ...     client.close()
+        []
     """
 
     def __init__(
@@ -163,10 +157,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
             return self._catalog
 
     def shutdown(self) -> None:
-        """Stop serving, within 5 seconds whatever clients do.
-
-        Requirements: R11.8
-        """
+        """Stop serving, within 5 seconds whatever clients do."""
         stopping = threading.Thread(target=super().shutdown, name="lora-shutdown", daemon=True)
         stopping.start()
         self._streams.close()
@@ -184,7 +175,9 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     @_answering
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:  # noqa: ARG002 - Flight's protocol
-        """A FlightInfo for each card; criteria are JSON with ``name_prefix`` or ``base_model``, or empty."""
+        """A FlightInfo for each card; criteria are JSON with ``name_prefix`` or ``base_model``, or
+        empty.
+        """
         return iter([self._info(card) for card in self._matching(criteria)])
 
     @_answering

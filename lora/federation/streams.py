@@ -1,7 +1,11 @@
-"""The streams that a server has open, how many there may be, and a watchdog that cuts off those that stall.
+"""The streams that a server has open, how many there may be, and a watchdog that cuts off those
+that stall.
 
-gRPC gives a handler no way out of a write that the client does not take: what can be ended is its connection. The watchdog
-finds that among this process's own sockets, by the address at its other end, and shuts it down.
+gRPC gives a handler no way out of a write that the client does not take: what can be ended is its
+connection. The watchdog finds that among this process's own sockets, by the address at its other
+end, and shuts it down.
+
+Requirements: R11.
 """
 
 import ipaddress
@@ -26,18 +30,10 @@ TICK = 0.2
 class Limits:
     """What clients may cost.
 
-    Parameters
-    ----------
-    streams
-        Open at once; one more is refused.
-    stall
-        Seconds that a client may take for one message.
-    duration
-        Seconds that a stream may take.
-
-    Notes
-    -----
-    Requirements: R11.8
+    Args:
+        streams: Open at once; one more is refused.
+        stall: Seconds that a client may take for one message.
+        duration: Seconds that a stream may take.
     """
 
     streams: int = 64
@@ -46,7 +42,9 @@ class Limits:
 
 
 class Stream:
-    """One stream: where it goes, since when, and when it last went on. Written by its own thread alone."""
+    """One stream: where it goes, since when, and when it last went on. Written by its own thread
+    alone.
+    """
 
     def __init__(self, peer: str) -> None:
         self.peer, self.start = peer, time.monotonic()
@@ -61,8 +59,6 @@ class Streams:
     """The open streams of the server at a port.
 
     Thread safety: any.
-
-    Requirements: R11.8
     """
 
     def __init__(self, port: int, limits: Limits, metrics: Metrics) -> None:
@@ -76,10 +72,8 @@ class Streams:
     def opened(self, peer: str) -> Iterator[Stream]:
         """A place for a stream to a peer.
 
-        Raises
-        ------
-        StateError
-            If there is none left, or the server is closing.
+        Raises:
+            StateError: If there is none left, or the server is closing.
         """
         stream = Stream(peer)
         with self._lock:
@@ -114,7 +108,8 @@ class Streams:
 
 
 def shut_down(port: int, peer: str | None) -> int:
-    """Shut down this process's connections between a local port and a peer, named as gRPC does, or all of them.
+    """Shut down this process's connections between a local port and a peer, named as gRPC does, or
+    all of them.
 
     Returns how many there were.
 
@@ -147,7 +142,9 @@ def _socket(handle: int) -> socket.socket:
 
 
 def _address(peer: str) -> tuple[str, int] | None:
-    """The host and port in what gRPC calls a peer: ``ipv4:127.0.0.1:5000`` or ``ipv6:%5B::1%5D:5000``."""
+    """The host and port in what gRPC calls a peer: ``ipv4:127.0.0.1:5000`` or
+    ``ipv6:%5B::1%5D:5000``.
+    """
     kind, _, rest = urllib.parse.unquote(peer).partition(":")
     host, _, port = rest.rpartition(":")
     return (

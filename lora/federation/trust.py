@@ -1,7 +1,10 @@
-"""Whom to believe and what to refuse: a policy as a value, and one check for each stage of a card's arrival.
+"""Whom to believe and what to refuse: a policy as a value, and one check for each stage of a card's
+arrival.
 
-The order is that of R12.3: what is declared → what was received → who signed it → what it says → what it holds. Every
-refusal has an error and an opt-out of its own.
+The order is that of R12.3: what is declared → what was received → who signed it → what it says →
+what it holds. Every refusal has an error and an opt-out of its own.
+
+Requirements: R12, R14.
 """
 
 import math
@@ -39,31 +42,23 @@ from lora.federation.manifest import (
 
 @dataclass(frozen=True)
 class Policy:
-    """What is accepted from a peer. As it is, only what a trusted key has signed, or what is pinned.
+    """What is accepted from a peer. As it is, only what a trusted key has signed, or what is
+    pinned.
 
-    Parameters
-    ----------
-    trusted
-        Public keys, 64 hex digits each.
-    pins
-        Digests that are accepted whoever offers them: they need no signature, and no version.
-    base_model
-        The base model that cards must name; None for any.
-    max_bytes
-        Of a card file.
-    max_norm
-        Frobenius norm of one module's ΔW.
-    allow_unsigned, allow_unknown_signers, allow_older, allow_any_name, allow_other_base, allow_nonfinite, allow_any_norm
-        One opt-out for each refusal.
-    allow_mismatch
-        Accept other bytes, or another card, than announced; the card is kept under the digest that it has.
+    Args:
+        trusted: Public keys, 64 hex digits each.
+        pins: Digests that are accepted whoever offers them: they need no signature, and no version.
+        base_model: The base model that cards must name; None for any.
+        max_bytes: Of a card file.
+        max_norm: Frobenius norm of one module's ΔW.
+        allow_unsigned, allow_unknown_signers, allow_older, allow_any_name, allow_other_base,
+            allow_nonfinite, allow_any_norm: One opt-out for each refusal.
+        allow_mismatch: Accept other bytes, or another card, than announced; the card is kept under
+            the digest that it has.
 
-    Examples
-    --------
-    >>> Policy(pins=frozenset({"0" * 64})).allow_unsigned
-    False
-
-    Requirements: R14.2
+    Examples:
+        >>> Policy(pins=frozenset({"0" * 64})).allow_unsigned
+        False
     """
 
     trusted: frozenset[str] = frozenset()
@@ -97,14 +92,8 @@ class Policy:
 def waived(policy: Policy, refusals: Iterable[str]) -> Policy:
     """The policy with opt-outs by name, ``unsigned`` for ``allow_unsigned``.
 
-    Raises
-    ------
-    ArgumentError
-        If there is none of that name.
-
-    Notes
-    -----
-    Requirements: R14.2
+    Raises:
+        ArgumentError: If there is none of that name.
     """
     known = [item.name for item in fields(Policy) if item.name.startswith("allow_")]
     wanted = [f"allow_{refusal}" for refusal in refusals]
@@ -117,25 +106,17 @@ def waived(policy: Policy, refusals: Iterable[str]) -> Policy:
 
 
 def public_key(key: Ed25519PrivateKey) -> str:
-    """The public part of a key, 64 hex digits.
-
-    Requirements: R14.1
-    """
+    """The public part of a key, 64 hex digits."""
     return key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
 def sign(manifest: Manifest, key: Ed25519PrivateKey) -> Manifest:
     """The manifest with a signature of all its other fields.
 
-    Examples
-    --------
-    >>> key = Ed25519PrivateKey.from_private_bytes(bytes(32))
-    >>> signed = sign(Manifest("docs", "0" * 64, 4096), key)
-    >>> check_signature(signed, Policy(trusted=frozenset({public_key(key)})))
-
-    Notes
-    -----
-    Requirements: R14.1
+    Examples:
+        >>> key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+        >>> signed = sign(Manifest("docs", "0" * 64, 4096), key)
+        >>> check_signature(signed, Policy(trusted=frozenset({public_key(key)})))
     """
     value = key.sign(manifest.signed_bytes()).hex()
     return replace(manifest, signature=Signature(public_key(key), value))
@@ -144,13 +125,8 @@ def sign(manifest: Manifest, key: Ed25519PrivateKey) -> Manifest:
 def check_declared(manifest: Manifest, policy: Policy) -> None:
     """Before a byte is asked for: the name and the size.
 
-    Raises
-    ------
-    BadNameError, MismatchError
-
-    Notes
-    -----
-    Requirements: R12.3, R14.2
+    Raises:
+        BadNameError, MismatchError:
     """
     if not policy.allow_any_name:
         check_name(manifest.name)
@@ -167,13 +143,8 @@ def check_declared(manifest: Manifest, policy: Policy) -> None:
 def check_received(manifest: Manifest, size: int, digest: str, policy: Policy) -> None:
     """The bytes that came: how many, then which.
 
-    Raises
-    ------
-    MismatchError
-
-    Notes
-    -----
-    Requirements: R12.3, R14.2
+    Raises:
+        MismatchError:
     """
     if policy.allow_mismatch:
         return
@@ -185,15 +156,11 @@ def check_received(manifest: Manifest, size: int, digest: str, policy: Policy) -
 
 
 def check_signature(manifest: Manifest, policy: Policy) -> None:
-    """Who vouches for the manifest: a pin, or a signature by a trusted key. A signature that is there must hold.
+    """Who vouches for the manifest: a pin, or a signature by a trusted key. A signature that is
+    there must hold.
 
-    Raises
-    ------
-    UnsignedError, SignatureError, UnknownSignerError
-
-    Notes
-    -----
-    Requirements: R14.1, R14.2
+    Raises:
+        UnsignedError, SignatureError, UnknownSignerError:
     """
     signature, where = manifest.signature, f"card {manifest.name!r}: signature"
     if signature is not None:
@@ -221,15 +188,11 @@ def check_signature(manifest: Manifest, policy: Policy) -> None:
 
 
 def check_version(manifest: Manifest, seen: str, policy: Policy) -> None:
-    """Whether the version is at least the highest that was seen of this name and signer; a pin needs none.
+    """Whether the version is at least the highest that was seen of this name and signer; a pin
+    needs none.
 
-    Raises
-    ------
-    OlderVersionError
-
-    Notes
-    -----
-    Requirements: R14.2
+    Raises:
+        OlderVersionError:
     """
     waived = policy.allow_older or manifest.digest in policy.pins
     if Precedence(manifest.version) < Precedence(seen) and not waived:
@@ -241,13 +204,8 @@ def check_version(manifest: Manifest, seen: str, policy: Policy) -> None:
 def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
     """The parsed card: that it is the one announced, its base model, its values.
 
-    Raises
-    ------
-    MismatchError, BaseModelError, NonFiniteError, AbsurdNormError
-
-    Notes
-    -----
-    Requirements: R12.3, R14.2
+    Raises:
+        MismatchError, BaseModelError, NonFiniteError, AbsurdNormError:
     """
     where = f"card {manifest.name!r}"
     found = manifest_of(card, manifest.digest, manifest.size)
@@ -284,9 +242,8 @@ def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
 
 
 def norm_of(pair: LowRank) -> float:
-    """The Frobenius norm of ΔW, from the Gram matrices of the factors; NaN or infinite if a factor is.
-
-    Requirements: R14.2
+    """The Frobenius norm of ΔW, from the Gram matrices of the factors; NaN or infinite if a factor
+    is.
     """
     scaling = 1.0 if pair.scaling is None else abs(pair.scaling)
     squared = math.inf

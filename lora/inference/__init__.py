@@ -1,1 +1,3 @@
-"""Running an encoder with cards: the encoder itself, the manager of what is active, the router that picks."""
+"""Running an encoder with cards: the encoder itself, the manager of what is active, the router that
+picks.
+"""

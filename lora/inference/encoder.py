@@ -1,8 +1,11 @@
 """InferenceCore: a complete BERT encoder whose module names and state dict are Hugging Face's.
 
-Loaded from ``config.json``, ``model.safetensors`` and ``tokenizer.json`` without copying the weights; pooling and
-normalisation come from the sentence-transformers files beside them. A text's embedding is the pooled last hidden state.
-Source of the architecture: Devlin et al. 2018; of the file names: ``BertModel`` and ``SentenceTransformer``.
+Loaded from ``config.json``, ``model.safetensors`` and ``tokenizer.json`` without copying the
+weights; pooling and normalisation come from the sentence-transformers files beside them. A text's
+embedding is the pooled last hidden state. Source of the architecture: Devlin et al. 2018; of the
+file names: ``BertModel`` and ``SentenceTransformer``.
+
+Requirements: R5, R17.
 """
 
 import json
@@ -37,7 +40,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class Encoder(Protocol):
-    """What an engine can run: a module that turns texts into embeddings. A `SentenceTransformer` is one."""
+    """What an engine can run: a module that turns texts into embeddings. A `SentenceTransformer` is
+    one.
+    """
 
     def encode(self, texts: Sequence[str]) -> Any:
         """Embeddings of the texts, shape ``(n, d)``."""
@@ -46,7 +51,9 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The part of a Hugging Face ``config.json``, and of sentence-transformers' files, that the computation depends on."""
+    """The part of a Hugging Face ``config.json``, and of sentence-transformers' files, that the
+    computation depends on.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -95,7 +102,9 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None, segments: Segments) -> Tensor:
-        """``(rows, tokens, hidden)`` to the same; `mask` ``(rows, 1, 1, tokens)`` is True where a token may be seen."""
+        """``(rows, tokens, hidden)`` to the same; `mask` ``(rows, 1, 1, tokens)`` is True where a
+        token may be seen.
+        """
         parts = [_project(linear, x, segments) for linear in (self.query, self.key, self.value)]
         q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in parts)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
@@ -176,7 +185,9 @@ class Blocks(nn.Module):
 
 
 class Pooler(Uncalled):
-    """BERT's next-sentence head: part of its state dict and of what adapters bind to, no part of an embedding."""
+    """BERT's next-sentence head: part of its state dict and of what adapters bind to, no part of an
+    embedding.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -189,20 +200,14 @@ Core = TypeVar("Core", bound="InferenceCore")
 class InferenceCore(nn.Module):
     """A BERT encoder of sentences.
 
-    Parameters
-    ----------
-    config
-        Sizes, pooling, normalisation.
-    tokenizer
-        A ``tokenizers.Tokenizer``; needed to encode texts, not to run on ids.
+    Args:
+        config: Sizes, pooling, normalisation.
+        tokenizer: A ``tokenizers.Tokenizer``; needed to encode texts, not to run on ids.
 
-    Examples
-    --------
-    >>> config = EncoderConfig(30, 8, 1, 2, 16, 10)
-    >>> InferenceCore(config)(torch.tensor([[1, 2, 3]])).shape
-    torch.Size([1, 8])
-
-    Requirements: R5.7, R5.8
+    Examples:
+        >>> config = EncoderConfig(30, 8, 1, 2, 16, 10)
+        >>> InferenceCore(config)(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 8])
     """
 
     def __init__(self, config: EncoderConfig, tokenizer: Tokenizer | None = None) -> None:
@@ -223,12 +228,9 @@ class InferenceCore(nn.Module):
     def from_pretrained(cls, folder: PathLike) -> Self:
         """Load a Hugging Face or sentence-transformers directory; the weights stay mapped.
 
-        Raises
-        ------
-        CardNotFoundError
-            If a file is missing.
-        UnsupportedModelError
-            If the model is not BERT, or not this BERT.
+        Raises:
+            CardNotFoundError: If a file is missing.
+            UnsupportedModelError: If the model is not BERT, or not this BERT.
         """
         folder = as_path(folder)
         config, tensors = read_config(folder), _tensors(folder / "model.safetensors")
@@ -246,18 +248,14 @@ class InferenceCore(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor | None = None, segments: Segments = ()) -> Tensor:
         """Embed rows of token ids.
 
-        Parameters
-        ----------
-        ids
-            Shape ``(rows, tokens)``.
-        mask
-            Shape ``(rows, tokens)``, True at tokens, False at padding; None if there is no padding.
-        segments
-            Which adapter set each run of rows gets, for a model made by `lora.rewrite.adapt_rows`.
+        Args:
+            ids: Shape ``(rows, tokens)``.
+            mask: Shape ``(rows, tokens)``, True at tokens, False at padding; None if there is no
+                padding.
+            segments: Which adapter set each run of rows gets, for a model made by
+                `lora.rewrite.adapt_rows`.
 
-        Returns
-        -------
-        Tensor
+        Returns:
             Shape ``(rows, hidden)``.
         """
         seen = None if mask is None else mask[:, None, None, :]
@@ -268,10 +266,8 @@ class InferenceCore(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, truncated to ``max_seq_length``.
 
-        Raises
-        ------
-        ArgumentError
-            If `texts` is not a sequence of str.
+        Raises:
+            ArgumentError: If `texts` is not a sequence of str.
         """
         texts = texts_of(texts)
         if self.tokenizer is None:
@@ -279,9 +275,8 @@ class InferenceCore(nn.Module):
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of texts as one padded batch that gradients flow through: shape ``(n, hidden)``.
-
-        Requirements: R17.1
+        """Embeddings of texts as one padded batch that gradients flow through: shape ``(n,
+        hidden)``.
         """
         rows = self.tokenize(texts)
         if not rows or not all(rows):
@@ -296,16 +291,9 @@ class InferenceCore(nn.Module):
 
         Texts are run in batches of similar length under `TOKEN_BUDGET`.
 
-        Parameters
-        ----------
-        texts
-            Any number, empty ones included; a text without a token gets the zero vector.
-        sets
-            Index of each text's adapter set, for a model made by `lora.rewrite.adapt_rows`.
-
-        Notes
-        -----
-        Requirements: R5.7, R5.8
+        Args:
+            texts: Any number, empty ones included; a text without a token gets the zero vector.
+            sets: Index of each text's adapter set, for a model made by `lora.rewrite.adapt_rows`.
         """
         ids = self.tokenize(texts)
         if sets is not None and len(sets) != len(ids):
@@ -319,14 +307,14 @@ class InferenceCore(nn.Module):
 
 
 def batches(lengths: Sequence[int], budget: int = TOKEN_BUDGET) -> Iterable[list[int]]:
-    """Positions in batches of similar length, so that rows × longest stays within `budget` (or is one row).
+    """Positions in batches of similar length, so that rows × longest stays within `budget` (or is
+    one row).
 
     Those of length 0 are in none.
 
-    Examples
-    --------
-    >>> list(batches([3, 1, 2, 0, 9], budget=6))
-    [[4], [0, 2], [1]]
+    Examples:
+        >>> list(batches([3, 1, 2, 0, 9], budget=6))
+        [[4], [0, 2], [1]]
     """
     batch: list[int] = []
     for row in sorted(np.flatnonzero(lengths).tolist(), key=lambda row: (-lengths[row], row)):
@@ -339,14 +327,12 @@ def batches(lengths: Sequence[int], budget: int = TOKEN_BUDGET) -> Iterable[list
 
 
 def by_set(rows: list[int], sets: Sequence[int] | None) -> tuple[list[int], Segments]:
-    """Rows ordered so that those of one adapter set are neighbours, and where each run of them lies.
+    """Rows ordered so that those of one adapter set are neighbours, and where each run of them
+    lies.
 
-    Examples
-    --------
-    >>> by_set([4, 5, 6], [0, 0, 0, 0, 1, 0, 1])
-    ([5, 4, 6], ((0, 1, 0), (1, 3, 1)))
-
-    Requirements: R5.8
+    Examples:
+        >>> by_set([4, 5, 6], [0, 0, 0, 0, 1, 0, 1])
+        ([5, 4, 6], ((0, 1, 0), (1, 3, 1)))
     """
     if sets is None:
         return rows, ()
@@ -368,12 +354,12 @@ def pad(
 
 
 def read_config(folder: Path) -> EncoderConfig:
-    """The configuration of a Hugging Face directory, with sentence-transformers' files where they are.
+    """The configuration of a Hugging Face directory, with sentence-transformers' files where they
+    are.
 
-    Raises
-    ------
-    UnsupportedModelError
-        If the model type, activation, position embeddings or pooling are not supported.
+    Raises:
+        UnsupportedModelError: If the model type, activation, position embeddings or pooling are not
+            supported.
     """
     config = _json(folder / "config.json")
     if (

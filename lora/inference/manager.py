@@ -1,7 +1,10 @@
-"""LoRAManager: which cards are active on one model, as a reference to an immutable state that is replaced.
+"""LoRAManager: which cards are active on one model, as a reference to an immutable state that is
+replaced.
 
-Thread safety: one writer at a time (a lock holds the others back) and any number of readers. A reader takes `model` or
-`state` once and keeps a snapshot that never changes.
+Thread safety: one writer at a time (a lock holds the others back) and any number of readers. A
+reader takes `model` or `state` once and keeps a snapshot that never changes.
+
+Requirements: R3, R7, R8, R22.
 """
 
 import logging
@@ -39,9 +42,8 @@ class Active(Generic[M]):
 
 @dataclass(frozen=True)
 class State(Generic[M]):
-    """All that a manager knows: what runs, what is prepared, what ran before the last swaps, what is loaded.
-
-    Requirements: R3.3, R22.1, R22.2
+    """All that a manager knows: what runs, what is prepared, what ran before the last swaps, what
+    is loaded.
     """
 
     active: Active[M]
@@ -59,32 +61,26 @@ class State(Generic[M]):
 class LoRAManager(Generic[M]):
     """Loads cards and decides which are active on a model, which itself is never changed.
 
-    Every change plans, validates and builds the new model first and then replaces one reference: a failure of any kind
-    leaves the manager as it was.
+    Every change plans, validates and builds the new model first and then replaces one reference: a
+    failure of any kind leaves the manager as it was.
 
-    Parameters
-    ----------
-    model
-        The base model.
-    fold
-        Run float32/64 layers as plain Linears holding ``W + ΔW``: no overhead, at the memory of the touched weights.
-    fold_budget
-        Bytes of touched weights above which a set is not folded; None for no limit.
+    Args:
+        model: The base model.
+        fold: Run float32/64 layers as plain Linears holding ``W + ΔW``: no overhead, at the memory
+            of the touched weights.
+        fold_budget: Bytes of touched weights above which a set is not folded; None for no limit.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from lora.card import LowRank
-    >>> base = nn.Sequential(nn.Linear(2, 2))
-    >>> manager = LoRAManager(base)
-    >>> card = LoRACard("docs", 1, 1.0, ["0"], {"0": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
-    >>> dict(manager.apply_card(card).bound)
-    {'0': '0'}
-    >>> manager.remove_card("docs")
-    >>> manager.model is base
-    True
-
-    Requirements: R3.1, R3.2, R3.3, R3.5, R3.7, R3.8, R3.10, R3.12, R3.13, R7.4, R7.5, R8.3, R8.4, R22.1, R22.2
+    Examples:
+        >>> import numpy as np
+        >>> from lora.card import LowRank
+        >>> base = nn.Sequential(nn.Linear(2, 2))
+        >>> manager = LoRAManager(base)
+        >>> card = LoRACard("docs", 1, 1.0, ["0"], {"0": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
+        >>> dict(manager.apply_card(card).bound)
+        {'0': '0'}
+        >>> manager.remove_card("docs")
+        >>> manager.model is base
+        True
     """
 
     def __init__(self, model: M, *, fold: bool = False, fold_budget: int | None = None) -> None:
@@ -116,10 +112,7 @@ class LoRAManager(Generic[M]):
 
     @property
     def injected(self) -> dict[str, tuple[str, ...]]:
-        """Module -> names of the cards that are active on it, sorted.
-
-        Requirements: R3.3, R3.4, R8.3
-        """
+        """Module -> names of the cards that are active on it, sorted."""
         layers: dict[str, tuple[str, ...]] = {}
         for name, injection in self._state.active.injections.items():
             for module in injection.bound:
@@ -131,10 +124,7 @@ class LoRAManager(Generic[M]):
         return self._state.cards
 
     def load_card(self, path: PathLike, *, verify: str | None = None) -> LoRACard:
-        """Map a card file and know its card by name, without applying it.
-
-        Requirements: R3.1, R3.8
-        """
+        """Map a card file and know its card by name, without applying it."""
         card = load(path, verify)
         self.add_card(card)
         log.info("loaded card %r: %d modules, rank %d", card.name, len(card.weights), card.rank)
@@ -159,16 +149,10 @@ class LoRAManager(Generic[M]):
     ) -> Injection:
         """Make a card active beside those that are.
 
-        Raises
-        ------
-        ConflictError
-            If another card, or another weight, is active under its name.
-        ShapeError, TargetError, BaseModelError, UnsupportedModelError
-            If it does not fit; nothing is changed.
-
-        Notes
-        -----
-        Requirements: R3.2, R3.6, R3.10, R3.12, R7.3, R7.4
+        Raises:
+            ConflictError: If another card, or another weight, is active under its name.
+            ShapeError, TargetError, BaseModelError, UnsupportedModelError: If it does not fit;
+                nothing is changed.
         """
         check_card(card)
         with self._write:
@@ -183,10 +167,7 @@ class LoRAManager(Generic[M]):
             return plans[card.name]
 
     def remove_card(self, name: str) -> None:
-        """Make a card inactive; an unknown name is no error.
-
-        Requirements: R3.5, R3.8, R7.5, R8.4
-        """
+        """Make a card inactive; an unknown name is no error."""
         with self._write:
             if name in self.active:
                 layers = len(self._state.active.injections[name].bound)
@@ -196,10 +177,7 @@ class LoRAManager(Generic[M]):
     def replace_card(
         self, card: LoRACard, *, strict: bool = False, check_base: bool = True
     ) -> Injection:
-        """Put another card of the same name in the place, and with the weight, of the active one.
-
-        Requirements: R7.4
-        """
+        """Put another card of the same name in the place, and with the weight, of the active one."""
         check_card(card)
         with self._write:
             if card.name not in self.active:
@@ -215,10 +193,7 @@ class LoRAManager(Generic[M]):
             return plans[card.name]
 
     def set_weight(self, name: str, weight: float) -> None:
-        """Change the weight of an active card.
-
-        Requirements: R8.7
-        """
+        """Change the weight of an active card."""
         with self._write:
             if name not in self.active:
                 raise UnknownCardError(
@@ -230,11 +205,11 @@ class LoRAManager(Generic[M]):
     def prepare(
         self, adapters: Adapters, *, strict: bool = False, check_base: bool = True
     ) -> dict[str, Injection]:
-        """Build the model for another set without making it active; cards that bind nothing are left out of it.
+        """Build the model for another set without making it active; cards that bind nothing are
+        left out of it.
 
-        Of what can be rolled back to, the oldest makes room if there are `HISTORY` sets, so that the swap frees no model.
-
-        Requirements: R22.1
+        Of what can be rolled back to, the oldest makes room if there are `HISTORY` sets, so that
+        the swap frees no model.
         """
         with self._write:
             wanted = AdapterSet(adapters)
@@ -248,10 +223,7 @@ class LoRAManager(Generic[M]):
             return plans
 
     def swap(self) -> None:
-        """Make the prepared set active, by one assignment; what was active can be rolled back to.
-
-        Requirements: R22.1
-        """
+        """Make the prepared set active, by one assignment; what was active can be rolled back to."""
         with self._write:
             state = self._state
             if state.prepared is None:
@@ -261,10 +233,7 @@ class LoRAManager(Generic[M]):
             log.info("swapped to %r", state.prepared.adapters)
 
     def rollback(self) -> None:
-        """Make active what was so before the last swap.
-
-        Requirements: R22.2
-        """
+        """Make active what was so before the last swap."""
         with self._write:
             state = self._state
             if not state.earlier:
@@ -273,7 +242,9 @@ class LoRAManager(Generic[M]):
             log.info("rolled back to %r", self.active)
 
     def _plan(self, new: AdapterSet, *, strict: bool, check_base: bool) -> dict[str, Injection]:
-        """What new cards bind to, checked as the caller asks; those that are active were when they came."""
+        """What new cards bind to, checked as the caller asks; those that are active were when they
+        came.
+        """
         plans = injections(self.base, new, strict=strict)
         for name, injection in plans.items():
             if check_base:
@@ -281,7 +252,9 @@ class LoRAManager(Generic[M]):
         return plans
 
     def _build(self, adapters: AdapterSet, new: Mapping[str, Injection]) -> Active[M]:
-        """The set less what binds nothing, with its model; what is active binds as it did when it came."""
+        """The set less what binds nothing, with its model; what is active binds as it did when it
+        came.
+        """
         plans = {**self._state.active.injections, **new}
         bound = AdapterSet({name: entry for name, entry in adapters.items() if plans[name].bound})
         if not bound:

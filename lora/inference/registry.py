@@ -1,12 +1,16 @@
-"""AdapterRegistry: many versions of many cards known by their headers, few of them mapped, within bounds.
+"""AdapterRegistry: many versions of many cards known by their headers, few of them mapped, within
+bounds.
 
-What is registered is an immutable catalogue that a new one replaces. What is mapped is found out, not counted: a file stays
-mapped, and before Python 3.13 costs a descriptor, as long as anything that lies in it is alive, be it a card, a factor of
-it in another card, or a view of one. So a card needs no lease: it is in use while somebody holds it, and a registry that
-lets go of a card looks whether that closed the file.
+What is registered is an immutable catalogue that a new one replaces. What is mapped is found out,
+not counted: a file stays mapped, and before Python 3.13 costs a descriptor, as long as anything
+that lies in it is alive, be it a card, a factor of it in another card, or a view of one. So a card
+needs no lease: it is in use while somebody holds it, and a registry that lets go of a card looks
+whether that closed the file.
 
-Thread safety: one writer at a time (`get` is one, as it decides what stays mapped) and any number of readers of `entries`,
-which is a snapshot. A snapshot holds no card and so keeps none mapped.
+Thread safety: one writer at a time (`get` is one, as it decides what stays mapped) and any number
+of readers of `entries`, which is a snapshot. A snapshot holds no card and so keeps none mapped.
+
+Requirements: R22.
 """
 
 import gc
@@ -53,20 +57,13 @@ class Signature(NamedTuple):
 class Entry:
     """A card that is registered: everything about it but its weights.
 
-    Parameters
-    ----------
-    name, version
-        What it is asked for by.
-    path
-        Where it lies, absolute.
-    header
-        What its file says of it.
-    nbytes
-        Size of the file: what mapping it takes.
-    digest
-        SHA-256 that the file must have, if it was given.
-    signature
-        The file's when it was registered.
+    Args:
+        name, version: What it is asked for by.
+        path: Where it lies, absolute.
+        header: What its file says of it.
+        nbytes: Size of the file: what mapping it takes.
+        digest: SHA-256 that the file must have, if it was given.
+        signature: The file's when it was registered.
     """
 
     name: str
@@ -116,42 +113,34 @@ class Catalogue:
 class AdapterRegistry:
     """Named, versioned cards on disk, of which a bounded number is mapped at a time.
 
-    Registering reads a file's header and leaves no descriptor open. `get` maps a card, or gives the one that is mapped, and
-    keeps it for the next time. When there is no room for another, the least recently asked for is let go of, but never one
-    that is in use: one that somebody holds, or any part of it.
+    Registering reads a file's header and leaves no descriptor open. `get` maps a card, or gives the
+    one that is mapped, and keeps it for the next time. When there is no room for another, the least
+    recently asked for is let go of, but never one that is in use: one that somebody holds, or any
+    part of it.
 
-    Parameters
-    ----------
-    max_cards
-        Files that may be mapped at a time, >= 1.
-    max_bytes
-        Their total size.
+    A manager, an adapter set or a merged card that holds a card's factors uses it; what is given
+    back is found unmapped at once by CPython's reference counts, or by the garbage collector, which
+    is run before `RegistryFull` is raised.
 
-    Raises
-    ------
-    ArgumentError
-        If a bound is no positive integer.
+    Args:
+        max_cards: Files that may be mapped at a time, >= 1.
+        max_bytes: Their total size.
 
-    Notes
-    -----
-    A manager, an adapter set or a merged card that holds a card's factors uses it; what is given back is found unmapped at
-    once by CPython's reference counts, or by the garbage collector, which is run before `RegistryFull` is raised.
+    Raises:
+        ArgumentError: If a bound is no positive integer.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> from lora.store import save
-    >>> registry = AdapterRegistry(max_cards=1)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     for version in ("1.10.0", "1.9.0"):
-    ...         path = f"{folder}/{version}.lora.arrow"
-    ...         _ = save(LoRACard("docs", 1, 1.0, [], {}, {"version": version}), path)
-    ...         _ = registry.register(path)
-    ...     card = registry.get("docs")
-    >>> card.metadata["version"], [entry.version for entry in registry.entries["docs"]]
-    ('1.10.0', ['1.9.0', '1.10.0'])
-
-    Requirements: R22.3
+    Examples:
+        >>> import tempfile
+        >>> from lora.store import save
+        >>> registry = AdapterRegistry(max_cards=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for version in ("1.10.0", "1.9.0"):
+        ...         path = f"{folder}/{version}.lora.arrow"
+        ...         _ = save(LoRACard("docs", 1, 1.0, [], {}, {"version": version}), path)
+        ...         _ = registry.register(path)
+        ...     card = registry.get("docs")
+        >>> card.metadata["version"], [entry.version for entry in registry.entries["docs"]]
+        ('1.10.0', ['1.9.0', '1.10.0'])
     """
 
     def __init__(self, *, max_cards: int = 64, max_bytes: int = 2**30) -> None:
@@ -169,7 +158,8 @@ class AdapterRegistry:
 
     @property
     def mapped(self) -> tuple[Key, ...]:
-        """Name and version of every file that is mapped now, in the order in which they were mapped.
+        """Name and version of every file that is mapped now, in the order in which they were
+        mapped.
 
         One that was unregistered while it was in use is among them, for as long as it is.
         """
@@ -181,26 +171,18 @@ class AdapterRegistry:
     ) -> Entry:
         """Know a card file by its header; one that is registered already is no error.
 
-        Parameters
-        ----------
-        path
-            A card file.
-        version
-            A semantic version; by default the metadata's ``version``, or that of a `CardInfo` without one.
-        digest
-            SHA-256 of the file, where it is known: what is mapped is then hashed first, each time. Otherwise the file is
-            known by its inode, size and time of modification.
+        Args:
+            path: A card file.
+            version: A semantic version; by default the metadata's ``version``, or that of a
+                `CardInfo` without one.
+            digest: SHA-256 of the file, where it is known: what is mapped is then hashed first,
+                each time. Otherwise the file is known by its inode, size and time of modification.
 
-        Raises
-        ------
-        CardNotFoundError, CardFileError, StoreError
-            As `inspect`.
-        ConflictError
-            If another card is registered under this name and version.
-        RegistryFull
-            If it is too large ever to be mapped.
-        ArgumentError
-            If the version is not a semantic one, or `digest` no SHA-256.
+        Raises:
+            CardNotFoundError, CardFileError, StoreError: As `inspect`.
+            ConflictError: If another card is registered under this name and version.
+            RegistryFull: If it is too large ever to be mapped.
+            ArgumentError: If the version is not a semantic one, or `digest` no SHA-256.
         """
         if digest is not None and not is_digest(digest):
             raise ArgumentError("digest", "a SHA-256 as 64 lower-case hex digits", shown(digest))
@@ -226,7 +208,9 @@ class AdapterRegistry:
             return known or entry
 
     def unregister(self, name: str, version: str | None = None) -> None:
-        """Forget a version of a card, or all of them; an unknown one is no error. A card in use stays what it is."""
+        """Forget a version of a card, or all of them; an unknown one is no error. A card in use
+        stays what it is.
+        """
         _check_name(name)
         with self._write:
             self._catalogue = self._catalogue.unregistered(name, version)
@@ -237,18 +221,13 @@ class AdapterRegistry:
     def entry(self, name: str, version: str | None = None) -> Entry:
         """What is known of a card without mapping it.
 
-        Parameters
-        ----------
-        name
-            The card's.
-        version
-            By default the newest: the highest by the precedence of semantic versions, so that a pre-release comes before
-            its release.
+        Args:
+            name: The card's.
+            version: By default the newest: the highest by the precedence of semantic versions, so
+                that a pre-release comes before its release.
 
-        Raises
-        ------
-        UnknownCardError
-            If no such card, or no such version of it, is registered.
+        Raises:
+            UnknownCardError: If no such card, or no such version of it, is registered.
         """
         _check_name(name)
         catalogue = self._catalogue
@@ -268,14 +247,11 @@ class AdapterRegistry:
 
         A card that is mapped stays what it was, whatever has become of its path.
 
-        Raises
-        ------
-        UnknownCardError
-            If it is not registered.
-        RegistryFull
-            If the bounds are reached and everything that is mapped is in use.
-        CardNotFoundError, CardFileError, StoreError
-            If the file is gone, is no longer the one that was registered, or can't be read.
+        Raises:
+            UnknownCardError: If it is not registered.
+            RegistryFull: If the bounds are reached and everything that is mapped is in use.
+            CardNotFoundError, CardFileError, StoreError: If the file is gone, is no longer the one
+                that was registered, or can't be read.
         """
         with self._write:
             entry = self.entry(name, version)
@@ -309,7 +285,9 @@ class AdapterRegistry:
         )
 
     def _let_go_of_one(self, in_use: dict[Key, LoRACard]) -> None:
-        """Drop cards, the least recently asked for first, until one is gone; what somebody else holds goes to `in_use`."""
+        """Drop cards, the least recently asked for first, until one is gone; what somebody else
+        holds goes to `in_use`.
+        """
         for key in list(self._kept):
             seen = weakref.ref(self._kept.pop(key))
             card = seen()
@@ -336,16 +314,14 @@ class _Map(NamedTuple):
 
 
 def precedence(version: str) -> tuple[Any, ...]:
-    """What semantic versions are sorted by; those that differ in build metadata alone, by their text.
+    """What semantic versions are sorted by; those that differ in build metadata alone, by their
+    text.
 
     Source: Semantic Versioning 2.0.0, section 11.
 
-    Examples
-    --------
-    >>> sorted(["1.0.0", "1.0.0-rc.10", "0.9.9", "1.0.0-rc.9", "1.0.0-rc.9.a", "1.0.0-7"], key=precedence)
-    ['0.9.9', '1.0.0-7', '1.0.0-rc.9', '1.0.0-rc.9.a', '1.0.0-rc.10', '1.0.0']
-
-    Requirements: R22.3
+    Examples:
+        >>> sorted(["1.0.0", "1.0.0-rc.10", "0.9.9", "1.0.0-rc.9", "1.0.0-rc.9.a", "1.0.0-7"], key=precedence)
+        ['0.9.9', '1.0.0-7', '1.0.0-rc.9', '1.0.0-rc.9.a', '1.0.0-rc.10', '1.0.0']
     """
     release, _, before = version.partition("+")[0].partition("-")
     numbers = tuple(

@@ -1,6 +1,9 @@
 """LoRARouter: candidates by name, held as one immutable mapping, around an embedding function.
 
-Thread safety: one writer at a time and any number of readers; a `select` sees one state of the register.
+Thread safety: one writer at a time and any number of readers; a `select` sees one state of the
+register.
+
+Requirements: R4.
 """
 
 import threading
@@ -20,22 +23,18 @@ Description: TypeAlias = str | Sequence[str]
 class LoRARouter:
     """Picks cards by meaning, and abstains when none fits.
 
-    Parameters
-    ----------
-    embed
-        Texts to embeddings ``(n, d)``; of the *base* model, so that active adapters never move scores.
+    Args:
+        embed: Texts to embeddings ``(n, d)``; of the *base* model, so that active adapters never
+            move scores.
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> router = LoRARouter(lambda texts: np.array([[t.count("a"), t.count("b")] for t in texts], float))
-    >>> router.register_virtual_candidate("apple", "aaa")
-    >>> router.select("aa", threshold=0.9)
-    [Route(name='apple', score=1.0, virtual=True)]
-    >>> router.select("bb", threshold=0.9)
-    []
-
-    Requirements: R4.1, R4.2, R4.3, R4.7, R4.10, R4.12
+    Examples:
+        >>> import numpy as np
+        >>> router = LoRARouter(lambda texts: np.array([[t.count("a"), t.count("b")] for t in texts], float))
+        >>> router.register_virtual_candidate("apple", "aaa")
+        >>> router.select("aa", threshold=0.9)
+        [Route(name='apple', score=1.0, virtual=True)]
+        >>> router.select("bb", threshold=0.9)
+        []
     """
 
     def __init__(self, embed: Callable[[Sequence[str]], Any]) -> None:
@@ -69,19 +68,14 @@ class LoRARouter:
     ) -> Candidate:
         """What `register_card` would register.
 
-        Parameters
-        ----------
-        card
-            The card.
-        description
-            Example sentences; by default the metadata's ``description`` and ``examples``.
-        tags
-            By default the metadata's ``tags`` and ``task_type``.
+        Args:
+            card: The card.
+            description: Example sentences; by default the metadata's ``description`` and
+                ``examples``.
+            tags: By default the metadata's ``tags`` and ``task_type``.
 
-        Raises
-        ------
-        ArgumentError
-            If there is no description anywhere.
+        Raises:
+            ArgumentError: If there is no description anywhere.
         """
         check_card(card)
         meta = dict(card.metadata)
@@ -126,7 +120,9 @@ class LoRARouter:
         *,
         tags: Collection[str] = (),
     ) -> list[list[Route]]:
-        """The routes of many queries, each as it would be alone (as far as `embed` embeds each as it would alone)."""
+        """The routes of many queries, each as it would be alone (as far as `embed` embeds each as
+        it would alone).
+        """
         index, embedded = self._index.tagged(tags), unit(self._embedded(queries))
         return [select(row, index, top_k=top_k, threshold=threshold) for row in embedded]
 

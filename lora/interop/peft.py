@@ -1,9 +1,13 @@
-"""PEFT's adapter directories: ``adapter_config.json`` beside ``adapter_model.safetensors``. PEFT itself is not needed.
+"""PEFT's adapter directories: ``adapter_config.json`` beside ``adapter_model.safetensors``. PEFT
+itself is not needed.
 
-What PEFT would compute from a directory is what the card computes; what is not plain LoRA on Linears is refused by name.
-PEFT stores ``lora_A (r, in)`` and ``lora_B (out, r)`` for every kind of base layer, the transposed weight of a ``Conv1D``
-(``fan_in_fan_out``) included, so a card's factors are their transposes. Rules read in PEFT 0.21.2: ``LoraConfig``,
-``check_target_module_exists``, ``get_pattern_key``, ``LoraLayer.update_layer``.
+What PEFT would compute from a directory is what the card computes; what is not plain LoRA on
+Linears is refused by name. PEFT stores ``lora_A (r, in)`` and ``lora_B (out, r)`` for every kind of
+base layer, the transposed weight of a ``Conv1D`` (``fan_in_fan_out``) included, so a card's factors
+are their transposes. Rules read in PEFT 0.21.2: ``LoraConfig``, ``check_target_module_exists``,
+``get_pattern_key``, ``LoraLayer.update_layer``.
+
+Requirements: R23.
 """
 
 import json
@@ -99,32 +103,23 @@ _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
     """Read a card from a PEFT adapter directory, without PEFT and without torch.
 
-    Parameters
-    ----------
-    folder
-        Holds ``adapter_config.json`` and ``adapter_model.safetensors``. Its patterns are regular expressions that are run
-        as PEFT runs them: one made to be slow is slow here too.
-    name
-        Of the card; the one that `export_peft` wrote if not given, else the folder's.
+    Args:
+        folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``. Its patterns are
+            regular expressions that are run as PEFT runs them: one made to be slow is slow here
+            too.
+        name: Of the card; the one that `export_peft` wrote if not given, else the folder's.
 
-    Returns
-    -------
-    LoRACard
-        With one explicit scaling per module: ``alpha / r``, or ``alpha / √r`` where ``use_rslora`` is set, with rank and
-        alpha from the first pattern in the file that matches (PEFT sorts them when it saves). Targets are the list in the
-        configuration, or where that is a pattern, ``all-linear`` or left to the model's type, the modules that have
-        weights. What else the configuration says is in ``metadata["peft"]``.
+    Returns:
+        With one explicit scaling per module: ``alpha / r``, or ``alpha / √r`` where ``use_rslora``
+        is set, with rank and alpha from the first pattern in the file that matches (PEFT sorts them
+        when it saves). Targets are the list in the configuration, or where that is a pattern,
+        ``all-linear`` or left to the model's type, the modules that have weights. What else the
+        configuration says is in ``metadata["peft"]``.
 
-    Raises
-    ------
-    CardNotFoundError
-        If a file is missing.
-    CardFileError
-        If the two files are malformed, contradict each other or are more than plain LoRA; weights in pickle are never read.
-
-    Notes
-    -----
-    Requirements: R23.1, R23.4
+    Raises:
+        CardNotFoundError: If a file is missing.
+        CardFileError: If the two files are malformed, contradict each other or are more than plain
+            LoRA; weights in pickle are never read.
     """
     folder = as_path(folder).absolute()
     with naming(folder / CONFIG):
@@ -159,42 +154,33 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
 
 
 def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) -> None:
-    """Write a card as a directory that PEFT loads, for a model in which the card's keys are the modules' full names.
+    """Write a card as a directory that PEFT loads, for a model in which the card's keys are the
+    modules' full names.
 
-    The files are written beside `folder`, which is then renamed into place: a reader sees all or nothing. (Where a folder
-    is overwritten, nothing is there between two renames.)
+    The files are written beside `folder`, which is then renamed into place: a reader sees all or
+    nothing. (Where a folder is overwritten, nothing is there between two renames.)
 
-    Parameters
-    ----------
-    card
-        Has weights, all of them targeted. A scaling other than ``alpha / r`` becomes an ``alpha_pattern`` of scaling · r,
-        which divided by r gives it back to one ulp.
-    folder
-        Is made; an empty one is filled.
-    overwrite
-        Replace a PEFT directory that is there already.
+    Args:
+        card: Has weights, all of them targeted. A scaling other than ``alpha / r`` becomes an
+            ``alpha_pattern`` of scaling · r, which divided by r gives it back to one ulp.
+        folder: Is made; an empty one is filled.
+        overwrite: Replace a PEFT directory that is there already.
 
-    Raises
-    ------
-    CardError
-        If PEFT could not say what the card says.
-    ArgumentError
-        If `folder` is not empty, or, with `overwrite`, no PEFT directory.
-    CardNotFoundError, StoreError
-        If the folder to put it in does not exist, or the operating system refuses.
+    Raises:
+        CardError: If PEFT could not say what the card says.
+        ArgumentError: If `folder` is not empty, or, with `overwrite`, no PEFT directory.
+        CardNotFoundError, StoreError: If the folder to put it in does not exist, or the operating
+            system refuses.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> import numpy as np
-    >>> from lora.card import LowRank
-    >>> card = LoRACard("docs", 1, 2.0, ["q"], {"q": LowRank(np.ones((4, 1)), np.ones((1, 3)), 0.3)})
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     export_peft(card, f"{folder}/docs")
-    ...     import_peft(f"{folder}/docs").weights == card.weights
-    True
-
-    Requirements: R23.2, R23.4
+    Examples:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from lora.card import LowRank
+        >>> card = LoRACard("docs", 1, 2.0, ["q"], {"q": LowRank(np.ones((4, 1)), np.ones((1, 3)), 0.3)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_peft(card, f"{folder}/docs")
+        ...     import_peft(f"{folder}/docs").weights == card.weights
+        True
     """
     check_card(card)
     config = _config(card)
@@ -321,7 +307,9 @@ def _scaling(config: Mapping[str, Any], module: str, found: int) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the module's whole name, or what follows a dot in it."""
+    """The value of the first pattern that matches the module's whole name, or what follows a dot in
+    it.
+    """
     found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
     return next(found, default)
 
@@ -348,7 +336,9 @@ def _named(rule: str | list[str], module: str) -> bool:
 
 
 def _layer(module: str, patterns: str | list[str] | None) -> int | None:
-    """The number after the first component that a pattern matches; without patterns, after any component but the first."""
+    """The number after the first component that a pattern matches; without patterns, after any
+    component but the first.
+    """
     listed = [patterns] if isinstance(patterns, str) and patterns else patterns or ()
     texts = [rf"(?:|.*?\.){pattern}" for pattern in listed] or [r".*?\.[^.]*"]
     matched = (re.match(rf"{text}\.(?P<index>\d{{1,9}})\.", module) for text in texts)
@@ -429,7 +419,9 @@ def _check_free(folder: Path, *, overwrite: bool) -> None:
 
 
 def _swap(new: Path, folder: Path, old: Path) -> None:
-    """Rename `new` to `folder`; what was there comes back if that fails, and is removed if it does not."""
+    """Rename `new` to `folder`; what was there comes back if that fails, and is removed if it does
+    not.
+    """
     if not folder.exists():
         new.rename(folder)
         return

@@ -1,8 +1,12 @@
-"""The form that Rust code reads and writes: ``lora_a`` and ``lora_b`` of every module in one safetensors file.
+"""The form that Rust code reads and writes: ``lora_a`` and ``lora_b`` of every module in one
+safetensors file.
 
-A tensor is called ``<module>.lora_a`` (or ``.lora_a.weight``), its partner ``lora_b``; a file for one bare layer has just
-the two. Two layouts are in use, and nothing in the tensors says which: ``"linear"`` holds the weights of two Linears,
-``lora_a (r, in)`` and ``lora_b (out, r)``, as candle and PEFT have them; ``"matrix"`` holds ``(in, r)`` and ``(r, out)``.
+A tensor is called ``<module>.lora_a`` (or ``.lora_a.weight``), its partner ``lora_b``; a file for
+one bare layer has just the two. Two layouts are in use, and nothing in the tensors says which:
+``"linear"`` holds the weights of two Linears, ``lora_a (r, in)`` and ``lora_b (out, r)``, as candle
+and PEFT have them; ``"matrix"`` holds ``(in, r)`` and ``(r, out)``.
+
+Requirements: R7, R23.
 """
 
 import json
@@ -38,34 +42,26 @@ _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[ab])(?:\.weight)?")
 def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") -> str:
     """Write a card as a safetensors file, atomically, and return the file's SHA-256.
 
-    Everything that a card holds beside its factors goes into the header's metadata, as text under ``lora.…`` keys. One card
-    always gives the same bytes.
+    Everything that a card holds beside its factors goes into the header's metadata, as text under
+    ``lora.…`` keys. One card always gives the same bytes.
 
-    Parameters
-    ----------
-    card
-        Any card.
-    path
-        Where to; ``*.safetensors`` by convention. The folder must exist.
-    layout
-        One of `LAYOUTS`.
+    Args:
+        card: Any card.
+        path: Where to; ``*.safetensors`` by convention. The folder must exist.
+        layout: One of `LAYOUTS`.
 
-    Raises
-    ------
-    CardNotFoundError, StoreError
-        If the folder does not exist, or the operating system refuses.
+    Raises:
+        CardNotFoundError, StoreError: If the folder does not exist, or the operating system
+            refuses.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> import numpy as np
-    >>> card = LoRACard("docs", 1, 2.0, ["q"], {"q": LowRank(np.ones((4, 1)), np.ones((1, 3)))})
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     saved = save_safetensors(card, f"{folder}/docs.safetensors")
-    ...     load_safetensors(f"{folder}/docs.safetensors") == card
-    True
-
-    Requirements: R23.5
+    Examples:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> card = LoRACard("docs", 1, 2.0, ["q"], {"q": LowRank(np.ones((4, 1)), np.ones((1, 3)))})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_safetensors(card, f"{folder}/docs.safetensors")
+        ...     load_safetensors(f"{folder}/docs.safetensors") == card
+        True
     """
     check_card(card)
     _layout(layout, ArgumentError)
@@ -102,30 +98,20 @@ def load_safetensors(
 ) -> LoRACard:
     """Read a card from a safetensors file of ``lora_a`` and ``lora_b``.
 
-    Parameters
-    ----------
-    path
-        A safetensors file.
-    name
-        Of the card; the header's if not given, the file's stem if it has none.
-    alpha
-        Needed where the header has neither ``lora.alpha`` nor ``alpha``. Factors are multiplied with ``alpha / rank``.
-    target_modules
-        Instead of the header's; the modules in the file if there is neither.
-    layout
-        One of `LAYOUTS`. Where neither it nor the header says, it is the one that fits every module: A and B agree in
-        rank, the largest rank is the header's ``rank``, and, if both still fit, no rank exceeds a module's dimensions.
+    Args:
+        path: A safetensors file.
+        name: Of the card; the header's if not given, the file's stem if it has none.
+        alpha: Needed where the header has neither ``lora.alpha`` nor ``alpha``. Factors are
+            multiplied with ``alpha / rank``.
+        target_modules: Instead of the header's; the modules in the file if there is neither.
+        layout: One of `LAYOUTS`. Where neither it nor the header says, it is the one that fits
+            every module: A and B agree in rank, the largest rank is the header's ``rank``, and, if
+            both still fit, no rank exceeds a module's dimensions.
 
-    Raises
-    ------
-    CardNotFoundError
-        If there is no such file.
-    CardFileError
-        If it is not such a file, contradicts its header or the arguments, or fits both layouts.
-
-    Notes
-    -----
-    Requirements: R23.5
+    Raises:
+        CardNotFoundError: If there is no such file.
+        CardFileError: If it is not such a file, contradicts its header or the arguments, or fits
+            both layouts.
     """
     path = as_path(path)
     if alpha is not None:
@@ -168,25 +154,17 @@ def read_pairs(
 ) -> tuple[Pairs, Mapping[str, str]]:
     """The tensors of a file, paired by module, as they are stored, and the header's metadata.
 
-    Names, dtypes and shapes are checked before an element is read; safetensors itself checks them against the file's size.
+    Names, dtypes and shapes are checked before an element is read; safetensors itself checks them
+    against the file's size.
 
-    Parameters
-    ----------
-    path
-        A safetensors file.
-    key
-        Matches a whole tensor name, with the groups ``module``, ``factor`` and, if there is one, ``adapter``.
-    advice
-        What to do about a name that does not match.
+    Args:
+        path: A safetensors file.
+        key: Matches a whole tensor name, with the groups ``module``, ``factor`` and, if there is
+            one, ``adapter``.
+        advice: What to do about a name that does not match.
 
-    Raises
-    ------
-    CardNotFoundError, StoreError, CardFileError
-        Naming the file and the tensor.
-
-    Notes
-    -----
-    Requirements: R23.1, R23.5
+    Raises:
+        CardNotFoundError, StoreError, CardFileError: Naming the file and the tensor.
     """
     path, names = as_path(path), dict[str, dict[str, str]]()
     with _opened(path) as file, naming(path):
@@ -226,10 +204,7 @@ def read_pairs(
 
 
 def pair_of(module: str, a: Array, b: Array, scaling: float | None) -> LowRank:
-    """The factors ``(in, r)`` and ``(r, out)`` as a pair, or an error that names the module.
-
-    Requirements: R7.2, R7.8
-    """
+    """The factors ``(in, r)`` and ``(r, out)`` as a pair, or an error that names the module."""
     with naming(f"module {shown(module)}"):
         return LowRank(a, b, scaling)
 
@@ -237,9 +212,8 @@ def pair_of(module: str, a: Array, b: Array, scaling: float | None) -> LowRank:
 def write_tensors(
     file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file whose bytes depend on nothing but the arguments (safetensors' own order varies).
-
-    Requirements: R23.2, R23.5
+    """Write a safetensors file whose bytes depend on nothing but the arguments (safetensors' own
+    order varies).
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
@@ -258,10 +232,7 @@ def write_tensors(
 
 
 def common_fields(card: LoRACard) -> dict[str, str]:
-    """What a header keeps of a card in every form: name, metadata, extra, the base's fingerprint.
-
-    Requirements: R23.4, R23.5
-    """
+    """What a header keeps of a card in every form: name, metadata, extra, the base's fingerprint."""
     fields = {"lora.name": card.name, "lora.metadata": FrozenJSON(card.metadata).text}
     fields["lora.extra"] = FrozenJSON(card.extra).text
     if card.base_fingerprint is not None:
@@ -270,10 +241,7 @@ def common_fields(card: LoRACard) -> dict[str, str]:
 
 
 def json_field(header: Mapping[str, str], key: str, kind: type) -> Any:
-    """A header field that is JSON of one kind; empty if it is not there.
-
-    Requirements: R23.4, R23.5
-    """
+    """A header field that is JSON of one kind; empty if it is not there."""
     try:
         value = json.loads(header[key]) if key in header else kind()
     except (ValueError, RecursionError) as error:
@@ -285,10 +253,7 @@ def json_field(header: Mapping[str, str], key: str, kind: type) -> Any:
 
 @contextmanager
 def naming(path: PathLike) -> Iterator[None]:
-    """Name the file, or what in it, in every error that its contents cause.
-
-    Requirements: R7.8
-    """
+    """Name the file, or what in it, in every error that its contents cause."""
     try:
         yield
     except CardError as error:
@@ -348,7 +313,9 @@ def _oriented(pairs: Pairs, layout: str | None, rank: int | None) -> Pairs:
 
 
 def _chain(pairs: Pairs, rank: int | None) -> bool:
-    """Whether every A ends in the rank that its B starts with, and the largest rank is the one given."""
+    """Whether every A ends in the rank that its B starts with, and the largest rank is the one
+    given.
+    """
     ranks = [a.shape[1] for a, b in pairs.values() if a.shape[1] == b.shape[0]]
     return len(ranks) == len(pairs) and (rank is None or not pairs or max(ranks) == rank)
 

@@ -1,4 +1,8 @@
-"""The bench: each script of ``benchmarks/`` in a process of its own, and what they found as one report."""
+"""The bench: each script of ``benchmarks/`` in a process of its own, and what they found as one
+report.
+
+Requirements: R6, R25.
+"""
 
 import importlib.util
 import json
@@ -47,27 +51,15 @@ def bench_folder() -> Path:
 def run_bench(only: Sequence[str] = (), *, quick: bool = False, threads: int = 2) -> Iterator[Part]:
     """Run the scripts one after the other; each takes turns with its peers within one process.
 
-    Parameters
-    ----------
-    only
-        Names of `SCRIPTS`; all if empty.
-    quick
-        Fewer rounds and smaller sizes.
-    threads
-        Of each script's process.
+    Args:
+        only: Names of `SCRIPTS`; all if empty.
+        quick: Fewer rounds and smaller sizes.
+        threads: Of each script's process.
 
-    Raises
-    ------
-    ArgumentError
-        If a name is none of `SCRIPTS`.
-    MissingPackageError
-        If the ``bench`` extra is not installed.
-    StateError
-        If a script fails.
-
-    Notes
-    -----
-    Requirements: R6.7, R25.2
+    Raises:
+        ArgumentError: If a name is none of `SCRIPTS`.
+        MissingPackageError: If the ``bench`` extra is not installed.
+        StateError: If a script fails.
     """
     for name in only:
         if name not in SCRIPTS:
@@ -103,11 +95,10 @@ def run_bench(only: Sequence[str] = (), *, quick: bool = False, threads: int = 2
 def shown(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     """A row of figures as cells: what, figure, interval, target, whether it is met.
 
-    Examples
-    --------
-    >>> row = {"what": "one card", "side": "ours", "beside": "base", "kind": "overhead", "value": 0.021, "target": 0.1}
-    >>> shown(row | {"interval": [0.01, 0.03], "met": True})
-    ('one card: ours / base', '+2.1 %', '+1.0 % … +3.0 %', '<= +10.0 %', 'yes')
+    Examples:
+        >>> row = {"what": "one card", "side": "ours", "beside": "base", "kind": "overhead", "value": 0.021, "target": 0.1}
+        >>> shown(row | {"interval": [0.01, 0.03], "met": True})
+        ('one card: ours / base', '+2.1 %', '+1.0 % … +3.0 %', '<= +10.0 %', 'yes')
     """
     unit = row.get("unit", "× as fast" if row["kind"] == "times faster" else "×")
 

@@ -1,7 +1,8 @@
-"""What an implementation must offer to be held to the properties: a handful of functions over plain values.
+"""What an implementation must offer to be held to the properties: a handful of functions over plain
+values.
 
-Only NumPy arrays, bytes, strings, numbers and mappings of them cross the border, so that an implementation in any language
-can stand behind it.
+Only NumPy arrays, bytes, strings, numbers and mappings of them cross the border, so that an
+implementation in any language can stand behind it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,9 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 class PlainPair(NamedTuple):
-    """Factors ``(in, r)`` and ``(r, out)`` of one module; a scaling of None stands for alpha / rank of its card."""
+    """Factors ``(in, r)`` and ``(r, out)`` of one module; a scaling of None stands for alpha / rank
+    of its card.
+    """
 
     A: Array
     B: Array
@@ -80,7 +83,9 @@ class Binding(Protocol):
     def forward(
         self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]
     ) -> Array:
-        """What a Linear with these terms makes of x ``(..., in)``; weight ``(out, in)``, all of one dtype."""
+        """What a Linear with these terms makes of x ``(..., in)``; weight ``(out, in)``, all of one
+        dtype.
+        """
         ...
 
     def match_targets(self, names: Sequence[str], targets: Sequence[str]) -> list[str]:
@@ -99,9 +104,11 @@ class Binding(Protocol):
         energy: float | None,
         error: float | None,
     ) -> PlainCard:
-        """A card for all Linears that differ, their weights under "<module>.weight"; exactly one rank rule is not None.
+        """A card for all Linears that differ, their weights under "<module>.weight"; exactly one
+        rank rule is not None.
 
-        `energy` is the least share of ΔW's squares to hold, `error` the largest relative Frobenius error, per module.
+        `energy` is the least share of ΔW's squares to hold, `error` the largest relative Frobenius
+        error, per module.
         """
         ...
 
@@ -117,9 +124,10 @@ class Binding(Protocol):
         weights: Sequence[float] | None,
         rank: int | None,
     ) -> PlainCard:
-        """One card of several; `strategy` is "average", "weighted", "slerp", "ties", "dare", "task_arithmetic" or "cat".
+        """One card of several; `strategy` is "average", "weighted", "slerp", "ties", "dare",
+        "task_arithmetic" or "cat".
 
-        Options are normalize; t; density, elect; density, seed. Without a rank: what is needed to be exact, and for ties
-        and dare the largest of the parents' ranks at each module.
+        Options are normalize; t; density, elect; density, seed. Without a rank: what is needed to
+        be exact, and for ties and dare the largest of the parents' ranks at each module.
         """
         ...

@@ -1,7 +1,8 @@
-"""The pytest plugin: the ``requirement`` marker, the implementation under test, verdicts and their report.
+"""The pytest plugin: the ``requirement`` marker, the implementation under test, verdicts and their
+report.
 
-Load it with ``-p lora.testing.plugin``. The implementation is the reference unless ``--binding package.module:NAME`` or
-``LORA_BINDING`` names another.
+Load it with ``-p lora.testing.plugin``. The implementation is the reference unless ``--binding
+package.module:NAME`` or ``LORA_BINDING`` names another.
 """
 
 import os
@@ -55,11 +56,15 @@ _EXAMPLES = re.compile(r"- (\d+) passing, (\d+) failing")
 
 
 class Hang(BaseException):
-    """A test ran longer than it may; no Exception, so that nothing between here and pytest takes it for a result."""
+    """A test ran longer than it may; no Exception, so that nothing between here and pytest takes it
+    for a result.
+    """
 
 
 class Subject:
-    """The binding under test, as tests see it: what it says it lacks skips, what it lacks without a word fails when used."""
+    """The binding under test, as tests see it: what it says it lacks skips, what it lacks without a
+    word fails when used.
+    """
 
     def __init__(self, binding: Any) -> None:
         self.binding = binding
@@ -125,10 +130,9 @@ def profile() -> str:
 def load_binding(chosen: str | None) -> Any:
     """The object that ``package.module:NAME`` names; the reference by default.
 
-    Raises
-    ------
-    ArgumentError
-        If there is no such object, or it declares a failure of an unknown requirement.
+    Raises:
+        ArgumentError: If there is no such object, or it declares a failure of an unknown
+            requirement.
     """
     path = chosen or os.environ.get("LORA_BINDING") or REFERENCE
     module, _, name = path.partition(":")
@@ -156,7 +160,9 @@ def impl(request: pytest.FixtureRequest) -> Subject:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--only``, keep the tests of that chapter or requirement; with ``--neutral``, those through a binding."""
+    """With ``--only``, keep the tests of that chapter or requirement; with ``--neutral``, those
+    through a binding.
+    """
     only, neutral = config.getoption("--only"), config.getoption("--neutral")
     kept = [
         item
@@ -191,7 +197,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, Any, Any]:
-    """Note what a report needs on the item (it travels with xdist), and accept failures that the binding declares."""
+    """Note what a report needs on the item (it travels with xdist), and accept failures that the
+    binding declares.
+    """
     through = "impl" in getattr(item, "fixturenames", ())
     if call.when == "call" and through:
         found = _EXAMPLES.findall(getattr(item, "hypothesis_statistics", ""))

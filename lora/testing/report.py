@@ -1,4 +1,8 @@
-"""Verdicts of the conformance suite: outcomes of tests in, one verdict for each requirement out, as JSON or a table."""
+"""Verdicts of the conformance suite: outcomes of tests in, one verdict for each requirement out, as
+JSON or a table.
+
+Requirements: R24.
+"""
 
 import json
 import os
@@ -25,7 +29,9 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one property went: passed, failed, skipped, expected failure; on which example, or why it was skipped."""
+    """How one property went: passed, failed, skipped, expected failure; on which example, or why it
+    was skipped.
+    """
 
     test: str
     requirements: tuple[str, ...]
@@ -52,8 +58,9 @@ def report_of(
 ) -> dict[str, Any]:
     """The report on a binding: per requirement a verdict and its tests.
 
-    A requirement is *failed* if any of its tests failed, an *expected failure* if one did and the binding says why,
-    *skipped* if all were, *passed* if the rest passed, an *unexpected pass* if it was declared to fail and did not.
+    A requirement is *failed* if any of its tests failed, an *expected failure* if one did and the
+    binding says why, *skipped* if all were, *passed* if the rest passed, an *unexpected pass* if it
+    was declared to fail and did not.
     """
     expected = dict(getattr(binding, "expected_failures", {}))
     requirements = {}
@@ -79,7 +86,9 @@ def report_of(
 
 
 def verdict_of(verdicts: Sequence[str], *, declared: bool) -> str:
-    """One requirement's verdict from those of its tests: failed, passed, expected failure, skipped, unexpected pass."""
+    """One requirement's verdict from those of its tests: failed, passed, expected failure, skipped,
+    unexpected pass.
+    """
     found = set(verdicts)
     if declared:
         red = {"failed", "expected failure"} & found
@@ -115,27 +124,15 @@ def run_suite(
 ) -> dict[str, Any]:
     """Run the suite against a binding in a process of its own; pytest's own output goes to stderr.
 
-    Parameters
-    ----------
-    binding
-        ``package.module:NAME``; None for the reference.
-    only
-        A chapter or requirement.
-    junit
-        Where to write JUnit XML.
-    timeout
-        Seconds that one property may take.
+    Args:
+        binding: ``package.module:NAME``; None for the reference.
+        only: A chapter or requirement.
+        junit: Where to write JUnit XML.
+        timeout: Seconds that one property may take.
 
-    Raises
-    ------
-    MissingPackageError
-        If pytest or Hypothesis is not installed.
-    ArgumentError
-        If no property is selected, or the suite can't run.
-
-    Notes
-    -----
-    Requirements: R24.1, R24.5
+    Raises:
+        MissingPackageError: If pytest or Hypothesis is not installed.
+        ArgumentError: If no property is selected, or the suite can't run.
     """
     if only is not None and not any(
         only in (name, name.partition(".")[0]) for name in read_statements()

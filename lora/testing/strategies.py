@@ -145,7 +145,9 @@ def leading_shapes(draw: st.DrawFn) -> tuple[int, ...]:
 def layers(
     draw: st.DrawFn, *, max_terms: int = 3, whole: bool = False, dtype: np.dtype[Any] | None = None
 ) -> tuple[Array, Array, Array | None, Mapping[str, Term]]:
-    """Input, weight, bias and named terms of one layer, all of one dtype; small integers if `whole`."""
+    """Input, weight, bias and named terms of one layer, all of one dtype; small integers if
+    `whole`.
+    """
     dtype = draw(dtypes) if dtype is None else dtype
     rows, columns = draw(features), draw(features)
     elements = integers if whole else numbers

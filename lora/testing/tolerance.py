@@ -1,9 +1,10 @@
 """How far a result may lie from the exact one, derived from the arithmetic.
 
-A quantity is followed as a pair: how large it may be, and how far what was computed may lie from it. A product of matrices
-with n terms a sum has |error| ≤ γₙ Σ|aₖ bₖ| with γₙ = n·u / (1 - n·u), where u is the unit roundoff of the type that sums
-are accumulated in: float32 at least (with bfloat16's u the formula is meaningless at n = 384). Each stage then rounds
-once to its output's dtype, and each operation may lose what lies below the normal numbers. Source: Higham, Accuracy and
+A quantity is followed as a pair: how large it may be, and how far what was computed may lie from
+it. A product of matrices with n terms a sum has |error| ≤ γₙ Σ|aₖ bₖ| with γₙ = n·u / (1 - n·u),
+where u is the unit roundoff of the type that sums are accumulated in: float32 at least (with
+bfloat16's u the formula is meaningless at n = 384). Each stage then rounds once to its output's
+dtype, and each operation may lose what lies below the normal numbers. Source: Higham, Accuracy and
 Stability of Numerical Algorithms, 2nd ed., chapters 2, 3 and 9.
 """
 
@@ -23,10 +24,12 @@ def roundoff(dtype: np.dtype[Any]) -> float:
 
 
 def underflow(dtype: np.dtype[Any]) -> float:
-    """What one operation may lose below the normal range: float16's subnormals are rounded to, all others may be flushed.
+    """What one operation may lose below the normal range: float16's subnormals are rounded to, all
+    others may be flushed.
 
-    Half a spacing of float16's subnormals, which are normal numbers of its accumulator; for the other dtypes, whose
-    matrix products are faster without subnormals on much hardware, the smallest normal number.
+    Half a spacing of float16's subnormals, which are normal numbers of its accumulator; for the
+    other dtypes, whose matrix products are faster without subnormals on much hardware, the smallest
+    normal number.
     """
     info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     return (
@@ -67,8 +70,8 @@ def exact(x: Array, weight: Array, bias: Array | None, terms: Iterable[Term]) ->
 def magnitude(x: Array, weight: Array, bias: Array | None, terms: Iterable[Term]) -> Array:
     """The same sum over magnitudes: no output, nor any partial sum of it, is larger.
 
-    Where it stays below 1/u of the dtype, whole numbers are computed exactly; where it exceeds the dtype's largest number,
-    nothing is promised.
+    Where it stays below 1/u of the dtype, whole numbers are computed exactly; where it exceeds the
+    dtype's largest number, nothing is promised.
     """
     positive = [Term(abs(t.A), abs(t.B), abs(t.scaling), abs(t.weight)) for t in terms]
     return exact(abs(x), abs(weight), None if bias is None else abs(bias), positive).astype(
@@ -79,8 +82,9 @@ def magnitude(x: Array, weight: Array, bias: Array | None, terms: Iterable[Term]
 def layer_bound(x: Array, weight: Array, bias: Array | None, terms: Iterable[Term]) -> Array:
     """Largest admissible |output - exact| of an adapted layer, element by element.
 
-    The larger one of two ways to compute it. Stacked: ``[A₁ …]``, ``[w₁s₁B₁; …]``, and one product added to the base's
-    output before it is rounded. Plain: term by term, each of ``x @ A``, ``· @ B``, ``· scaling`` and the sum rounded.
+    The larger one of two ways to compute it. Stacked: ``[A₁ …]``, ``[w₁s₁B₁; …]``, and one product
+    added to the base's output before it is rounded. Plain: term by term, each of ``x @ A``, ``· @
+    B``, ``· scaling`` and the sum rounded.
     """
     arithmetic, terms = _Arithmetic(x.dtype), list(terms)
     rows, columns = _given(x), _given(weight.T)
@@ -109,11 +113,13 @@ def layer_bound(x: Array, weight: Array, bias: Array | None, terms: Iterable[Ter
 def gauge_bound(
     x: Array, pair: tuple[Array, Array], m: Array, turned: tuple[Array, Array], scale: float
 ) -> Array:
-    """Largest |x A' B' - x A B| · scale where A' = A M and B' = M⁻¹ B were computed in float64 and rounded to A's dtype.
+    """Largest |x A' B' - x A B| · scale where A' = A M and B' = M⁻¹ B were computed in float64 and
+    rounded to A's dtype.
 
-    Gaussian elimination with partial pivoting solves (M + E) B' = B with |E| ≤ γ₃ᵣ |L||U|, where |L| ≤ 1 and
-    |U| ≤ 2ʳ max|M|. So A'B' - AB = (F - A E) B' + A' G, with F and G the errors of forming A M and of rounding B': since
-    |M||B'| ≤ |M||M⁻¹||B|, the bound grows with cond(M) and no faster.
+    Gaussian elimination with partial pivoting solves (M + E) B' = B with |E| ≤ γ₃ᵣ |L||U|, where
+    |L| ≤ 1 and |U| ≤ 2ʳ max|M|. So A'B' - AB = (F - A E) B' + A' G, with F and G the errors of
+    forming A M and of rounding B': since |M||B'| ≤ |M||M⁻¹||B|, the bound grows with cond(M) and no
+    faster.
     """
     dtype, wide = pair[0].dtype, np.dtype(np.float64)
     (a, ta, tb), rank = (abs(factor.astype(wide)) for factor in (pair[0], *turned)), m.shape[0]
@@ -158,7 +164,9 @@ class _Arithmetic:
         return _Rough(size, error + roundoff(self.wide) * (size + error) + underflow(self.wide))
 
     def scaled(self, a: _Rough, term: Term) -> _Rough:
-        """``a`` times the term's scaling and weight, multiplied and rounded to the accumulator beforehand."""
+        """``a`` times the term's scaling and weight, multiplied and rounded to the accumulator
+        beforehand.
+        """
         factor, u, lost = abs(term.scaling * term.weight), roundoff(self.wide), underflow(self.wide)
         off = factor * (2 * u + u * u) + lost
         error = a.error * factor + (a.size + a.error) * off

@@ -1,8 +1,11 @@
 """From requirement to evidence: the specification and the tests, read as text and joined by id.
 
-A chapter of the specification is a Markdown file with one ``## Rn.m`` heading for each requirement; a test names the
-requirements that it is evidence for by ``requirement("Rn.m", …)``, or ``"Rn.m@2"`` if it proves just that revision. Neither
-is imported. A lock keeps each revision's sentence, so that none changes unnoticed.
+A chapter of the specification is a Markdown file with one ``## Rn.m`` heading for each requirement;
+a test names the requirements that it is evidence for by ``requirement("Rn.m", …)``, or ``"Rn.m@2"``
+if it proves just that revision. Neither is imported. A lock keeps each revision's sentence, so that
+none changes unnoticed.
+
+Requirements: R9.
 """
 
 import ast
@@ -21,7 +24,7 @@ _ENTRY = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _HEADING = re.compile(r"^## (\S+)", re.MULTILINE)
-_NAMED = re.compile(r"Requirements?: ((?:R\d+\.\d+(?:, )?)+)")
+_NAMED = re.compile(r"^Requirements: (R\d+(?:, R\d+)*)\.$", re.MULTILINE)
 
 
 class SpecError(LoRAError, ValueError):
@@ -42,7 +45,8 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One test that names requirements; `kind` is P* (a property through the binding), P (a property) or U.
+    """One test that names requirements; `kind` is P* (a property through the binding), P (a
+    property) or U.
 
     `pinned` holds the revisions that it insists on, by id.
     """
@@ -56,10 +60,9 @@ class Evidence:
 def read_spec(folder: Path) -> dict[str, Requirement]:
     """Every requirement by id, in the order of the chapters.
 
-    Raises
-    ------
-    SpecError
-        If a heading is no well-formed entry, an id occurs twice, or stands in another chapter's file.
+    Raises:
+        SpecError: If a heading is no well-formed entry, an id occurs twice, or stands in another
+            chapter's file.
     """
     found: dict[str, Requirement] = {}
     for path in sorted(folder.glob("R[0-9][0-9]-*.md")):
@@ -104,22 +107,22 @@ def read_tests(folder: Path) -> list[Evidence]:
 
 
 def read_code(folder: Path) -> dict[str, list[str]]:
-    """Requirement id -> the modules and names whose docstrings mention it."""
-    found: dict[str, list[str]] = {}
+    """Return, for each chapter, the modules whose docstring names it in a line "Requirements: …"."""
+    modules: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                name = f"{path.relative_to(folder).as_posix()}{'' if isinstance(node, ast.Module) else '::' + node.name}"
-                for match in _NAMED.finditer(" ".join((ast.get_docstring(node) or "").split())):
-                    for requirement in match[1].split(", "):
-                        found.setdefault(requirement.strip(), []).append(name)
-    return found
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        for match in _NAMED.finditer(docstring):
+            for chapter in match[1].split(", "):
+                modules.setdefault(chapter, []).append(path.relative_to(folder).as_posix())
+    return modules
 
 
 def faults(
     spec: dict[str, Requirement], tests: list[Evidence], code: dict[str, list[str]]
 ) -> list[str]:
-    """What breaks the trace: ids unknown to the specification, and built requirements without evidence of their kind."""
+    """What breaks the trace: ids unknown to the specification, and built requirements without
+    evidence of their kind.
+    """
     wrong = [
         f"{e.test} names {i}, which is not in the specification"
         for e in tests
@@ -127,10 +130,10 @@ def faults(
         if i not in spec
     ]
     wrong += [
-        f"{name} names {i}, which is not in the specification"
-        for i in code
-        if i not in spec
-        for name in code[i]
+        f"{module} names {chapter}, which is no chapter of the specification"
+        for chapter, modules in code.items()
+        if not any(i.startswith(f"{chapter}.") for i in spec)
+        for module in modules
     ]
     for requirement in spec.values():
         kinds = {evidence.kind for evidence in tests if requirement.id in evidence.ids}
@@ -149,27 +152,18 @@ def faults(
 
 
 def sentence_digest(sentence: str) -> str:
-    """SHA-256 of a sentence, whatever its line breaks and spaces.
-
-    Requirements: R9.8
-    """
+    """SHA-256 of a sentence, whatever its line breaks and spaces."""
     return hashlib.sha256(" ".join(sentence.split()).encode()).hexdigest()
 
 
 def read_lock(path: Path) -> dict[str, tuple[int, str]]:
-    """Id -> revision and digest of its sentence, as they were locked.
-
-    Requirements: R9.8
-    """
+    """Id -> revision and digest of its sentence, as they were locked."""
     entries = tomllib.loads(path.read_text(encoding="utf-8"))
     return {name: (entry["revision"], entry["sentence"]) for name, entry in entries.items()}
 
 
 def lock_text(spec: dict[str, Requirement]) -> str:
-    """A lock of the specification, as TOML.
-
-    Requirements: R9.8
-    """
+    """A lock of the specification, as TOML."""
     lines = [
         f'"{r.id}" = {{ revision = {r.revision}, sentence = "{sentence_digest(r.sentence)}" }}'
         for r in spec.values()
@@ -180,9 +174,8 @@ def lock_text(spec: dict[str, Requirement]) -> str:
 
 
 def lock_faults(spec: dict[str, Requirement], lock: dict[str, tuple[int, str]]) -> list[str]:
-    """What the specification does otherwise than its lock: a sentence changed under its revision, an id come or gone.
-
-    Requirements: R9.8
+    """What the specification does otherwise than its lock: a sentence changed under its revision,
+    an id come or gone.
     """
     wrong = [f"{name} is locked but not in the specification" for name in lock if name not in spec]
     for name, requirement in spec.items():
