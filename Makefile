@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all size bench mutants lint types docs serve clean
+.PHONY: demo test test-slow test-all size bench mutants lint types docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
@@ -13,6 +13,12 @@ test: $(VENV)/.test
 	rm -f .coverage.*
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --conformance-json conformance.json --junit-xml junit.xml
 	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
+
+# What takes long; the limit of coverage holds for these tests and those of make test together.
+test-slow: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 -m slow --junit-xml junit-slow.xml
+	$(BIN)/coverage combine --quiet --append
 	$(BIN)/coverage report --skip-covered --fail-under=90
 
 # Everything, with peers and foreign readers: needs node and npm.
@@ -84,4 +90,4 @@ $(VENV)/.dev: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) site docs/generated conformance conformance.json junit.xml
+	rm -rf $(VENV) site docs/generated conformance conformance.json junit.xml junit-slow.xml

@@ -31,6 +31,7 @@ def properties():
     return suite()
 
 
+@pytest.mark.slow
 @requirement("R24.3")
 @pytest.mark.parametrize("faults", FAMILIES.values(), ids=FAMILIES)
 def test_on_each_fault_exactly_what_it_declares_turns_red(faults, properties, monkeypatch):
@@ -53,6 +54,7 @@ def test_every_neutral_requirement_has_a_fault_that_was_made_for_it():
     assert all(fault.breaks in fault.turns_red for fault in faults)
 
 
+@pytest.mark.slow
 @requirement("R24.3", "R24.1")
 def test_the_report_on_a_fault_says_what_it_declares(monkeypatch):
     monkeypatch.setenv("LORA_PROFILE", "dev")

@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import lora
 from lora.testing.plugin import requirement
 
 
+@pytest.mark.slow
 @requirement("R25.1", "R25.3", "R17.10")
 def test_the_demo_trains_saves_maps_routes_and_gives_the_base_back(tmp_path):
     out = tmp_path / "out"

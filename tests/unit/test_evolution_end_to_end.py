@@ -17,6 +17,8 @@ from lora.evolving import EXAMPLES, watching
 from lora.testing.plugin import requirement
 
 ASKED = 40
+pytestmark = pytest.mark.slow
+
 LEARNING = {
     "settings": Settings(epochs=9, batch_size=32, lr=2e-3, validation_size=32),
     "max_steps": 12,

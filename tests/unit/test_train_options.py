@@ -147,6 +147,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @requirement("R17.4")
 def test_memory_falls_with_checkpointing_and_with_parts():
     def growth(options):
