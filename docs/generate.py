@@ -74,7 +74,7 @@ TESTING = [
     "vectors",
 ]
 REFERENCE = {
-    "Cards": ["card", "table", "store", "envelope", "errors"],
+    "Cards": ["card", "table", "store", "envelope", "checks", "errors"],
     "Algebra and targets": [
         "lowrank",
         "targets",
