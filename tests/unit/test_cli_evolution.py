@@ -1,16 +1,22 @@
 """The commands of evolution: a factory's jobs from the shell, and what an engine would learn of some documents."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 import lora
 from lora.card import LoRACard
+from lora.cli import app
+from lora.errors import StateError
+from lora.evolution.cloud import Ledger
 from lora.evolution.data import Pairs
 from lora.testing.plugin import requirement
 from tests.unit.hostile import made
 from tests.unit.test_cli import shell
 from tests.unit.test_cli_federation import ran
+from tests.unit.test_cloud import server  # noqa: F401 - a fixture
 
 
 def craft(folder, days):
@@ -115,6 +121,31 @@ def test_what_is_unknown_is_noticed_and_a_dry_run_keeps_nothing(shop):
     )
     known = ran("evolve", "--documents", folder, "--queries", "known.txt", "--dry-run", "--json")
     assert json.loads(known) == []
+
+
+@requirement("R18.5", "R18.6", "R25.2")
+def test_evolve_asks_a_teacher_only_as_allowed_and_within_the_budget(shop, server, monkeypatch):  # noqa: F811
+    teachers = []
+
+    def watching(*_, teacher, **__):
+        teachers.append(teacher)
+        return SimpleNamespace(tasks=())
+
+    monkeypatch.setattr("lora.evolving.watching", watching)
+    (shop / "key").write_text("sk-x\n")
+    evolve = ["evolve", "--documents", craft(shop / "docs", 1), "--out", "skills"]
+    server_options = ["--teacher-model", "m", "--teacher-url", server.url, "--key-file", "key"]
+    allowed = [*server_options, "--ask", "127.0.0.1:documents", "--budget", "3000"]
+    for argv in (evolve, [*evolve, *allowed]):
+        assert CliRunner().invoke(app, [str(word) for word in argv]).exit_code == 0
+    absent, teacher = teachers
+    assert absent is None
+    assert len(teacher.from_documents({"cards": "A card holds factors."}).pairs) == 1
+    with pytest.raises(StateError, match="'queries'.*nothing was sent"):
+        teacher.from_queries("cards", ["secret"])
+    with pytest.raises(StateError, match="at most 3000 tokens"):
+        teacher.from_documents({"long": "word " * 3000})
+    assert len(server.requests) == len(Ledger("skills/ledger.sqlite", 0).table()) == 1
 
 
 @requirement("R17.1", "R17.2", "R21.1", "R25.2")

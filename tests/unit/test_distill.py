@@ -29,7 +29,7 @@ from lora.evolution.distill import (
     trial_seed,
 )
 from lora.evolution.novelty import Alarm, Detector
-from lora.evolution.train import Settings, evaluate
+from lora.evolution.train import LoRATrainer, Settings, evaluate
 from lora.inference.encoder import EncoderConfig, InferenceCore
 from lora.inference.router import LoRARouter
 from lora.routing import Calibration
@@ -410,6 +410,23 @@ def test_an_accepted_card_tells_where_it_comes_from():
     assert set(told["versions"]) == {"lora", "numpy", "pyarrow", "python", "torch"}
     assert told["sizes"]["training"] + told["sizes"]["held_out"] == SIZE * SIZE
     assert set(outcome.card.metadata["examples"]) <= set(combined("efgh").queries)
+
+
+@requirement("R18.3")
+def test_no_pair_that_judges_is_trained_on(monkeypatch):
+    trained = []
+
+    def train(_, pairs, **__):
+        trained.append(pairs)
+        raise DataError("training", "nothing", "nothing")
+
+    monkeypatch.setattr(LoRATrainer, "train", train)
+    _, distiller = learning(combined("efgh"))
+    figures = distiller.work().figures
+    (pairs,) = trained
+    assert digest(pairs) == figures["sha256"]["training"]
+    material = distiller.gather(distiller.tasks[0].name)
+    assert not set(divided(material, 0.6, figures["seed"])[1].queries) & set(pairs.queries)
 
 
 @requirement("R18.4")
