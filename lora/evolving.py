@@ -1,8 +1,7 @@
-"""One cycle of evolution over a folder of documents: notice that they are not known, learn them,
-keep what helps.
+"""One cycle of evolution over a folder of documents: notice, learn, keep what helps.
 
-What is known is Python's own documentation, half of it as the router's example of a known topic,
-half as the guard set, unless there are cards that say what they know.
+Without cards, the documentation of Python's standard library counts as known: one half is the
+router's example of a known topic, the other half is the guard set.
 
 Requirements: R5, R18, R19.
 """
@@ -11,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lora.card import LoRACard
 from lora.engine import ArrowEngine
@@ -24,10 +21,10 @@ from lora.evolution.work import KINDS, check
 from lora.store import PathLike, as_path, save
 
 EXAMPLES = 1500
-"""Sentences of what is known already that the router goes by."""
+"""Sentences that stand for Python in the router."""
 
 QUERIES = 150
-"""Of the documents' own, that are asked where there are no others."""
+"""Queries of the documents' own that are asked where users' queries are missing."""
 
 
 def watching(
@@ -39,49 +36,48 @@ def watching(
     seed: int = 0,
     **options: Any,
 ) -> SkillDistiller:
-    """A distiller of the engine that has seen queries about the documents.
+    """Return a distiller of the engine that has seen queries about the documents.
 
     Args:
         documents: A folder, see `lora.evolution.distill.Source.read`.
-        cards: Skills that the engine has, with descriptions; Python's documentation counts as known
-            where there are none.
-        queries: What users asked; some of the documents' own queries if there is nothing.
+        cards: Skills with descriptions to register; without any, Python's documentation is known.
+        queries: What users asked; by default, some of the documents' own queries.
         seed: Of every choice.
-        options: As `SkillDistiller`'s.
+        options: Of `SkillDistiller`.
 
     Raises:
         CardNotFoundError, DataError: If there is nothing to learn from.
     """
-    folder, rng = as_path(documents), np.random.default_rng(seed)
+    folder = as_path(documents)
     source = Source.read(folder)
     if not len(source.pairs) and not queries:
-        raise DataError(str(folder), "something that can be asked about", "nothing")
+        raise DataError(str(folder), "text that queries can be made of", "none")
     known, guard = docstring_pairs().split(0.5, seed=seed)
     for card in cards:
         engine.register_lora(card)
     if not cards:
-        engine.router.register_virtual_candidate("python", _some(known.queries, EXAMPLES, rng))
+        examples = known.sample(EXAMPLES, seed).queries
+        engine.router.register_virtual_candidate("python", examples)
     name = folder.resolve().name or "documents"
     distiller = engine.enable_evolution(guard, sources={name: source}, seed=seed, **options)
-    for query in queries or _some(source.pairs.queries, QUERIES, rng):
+    for query in queries or source.pairs.sample(QUERIES, seed).queries:
         distiller.observe(query)
     return distiller
 
 
 def outcomes(distiller: SkillDistiller, progress: Progress | None = None) -> Iterator[Outcome]:
-    """Work on every task that is open, the largest first, until none is."""
+    """Work on every open task, the largest first, until none is open."""
     while any(task.state == "open" for task in distiller.tasks):
         yield distiller.work(progress=progress)
 
 
 def distil(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
-    """A skill factory's job: learn a folder of documents; None if nothing helped.
+    """Run a skill factory's job: learn a folder of documents; None if nothing helped.
 
     Args:
-        kind: ``"distil"``.
         parameters: ``name``, ``documents`` (a folder) and ``model`` (the base model's folder);
             optionally ``steps``, ``rank``, ``alpha`` and ``seed``.
-        folder: The job's.
+        folder: Of the job.
     """
     check(kind, KINDS["distil"], parameters)
     engine = ArrowEngine.from_pretrained(parameters["model"])
@@ -95,7 +91,3 @@ def distil(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
     path = folder / "card.lora.arrow"
     save(replace(best, name=parameters["name"]), path)
     return path
-
-
-def _some(texts: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    return [texts[row] for row in sorted(rng.permutation(len(texts))[:count].tolist())]

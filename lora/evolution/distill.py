@@ -1,11 +1,10 @@
-"""SkillDistiller: an engine's own learning, from a query that it does not know to a skill that is
-kept or thrown away.
+"""SkillDistiller: an engine that learns what it does not know.
 
-What it has seen is one immutable state, replaced in one assignment: observing and logging are pure
-functions of it, from any thread. A task is worked on by one caller at a time, outside the lock;
-serving is never held up. A skill is trained on one part of the material and judged on another,
-drawn afresh for each trial, and never on what only a teacher says where there is anything else to
-judge it on: who poisons the lesson must not write the exam.
+All queries that were seen form one immutable `Memory`, which is replaced in one assignment under a
+lock. Queries that are not known become tasks, one for each topic. Work on a task gathers material,
+trains a card on one part and judges it on another part, which is drawn afresh for each trial. Pairs
+of a teacher judge only where there is nothing else: whoever poisons a lesson must not write its
+exam.
 
 Requirements: R18.
 """
@@ -16,18 +15,20 @@ import logging
 import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 from torch import nn
 
 import lora
 from lora.card import Array, LoRACard
-from lora.checks import finite, integer
+from lora.checks import finite, integer, parse_json
 from lora.errors import ArgumentError, CardNotFoundError, DataError, PeerError, StateError, shown
 from lora.evolution.cloud import CloudDistiller, Distilled
 from lora.evolution.data import Pairs, docstring_pairs, first_sentence
@@ -43,10 +44,10 @@ from lora.evolution.novelty import (
     similarities,
     topics,
 )
-from lora.evolution.train import LoRATrainer, Progress, Settings
+from lora.evolution.train import LoRATrainer, Progress
 from lora.inference.router import Description, LoRARouter
 from lora.rewrite import adapt
-from lora.routing import Candidate, Index
+from lora.routing import Index
 from lora.store import PathLike, as_path, replacing, save
 
 log = logging.getLogger(__name__)
@@ -58,35 +59,33 @@ FILE_LIMIT = 2**20
 """Bytes of a document that are read."""
 
 SAME = 0.999
-"""Cosine of two embeddings of one text by one model, at least: they differ in rounding."""
+"""Least cosine of two embeddings of one text by one model; they differ in rounding."""
 
 
 class Engine(Protocol):
-    """What distillation needs of an engine."""
+    """The parts of an engine that distillation needs."""
 
     base: nn.Module
     router: LoRARouter
 
     def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
-        """Know a card by name and let the router choose it."""
+        """Add a card that the router may choose."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How a distiller decides.
+    """The numbers that a distiller decides by.
 
     Args:
-        alarm: When dissonance is more than noise.
-        link: Cosine at which two queries are of one topic.
-        topic_size: Dissonant queries that make a topic a task, and a discarded task worth another
-            trial.
+        alarm: Tells many dissonant queries from noise.
+        link: Cosine from which two queries are of one topic.
+        topic_size: Dissonant queries that turn a topic into a task, and reopen a discarded task.
         pending: Dissonant queries that are remembered.
         logged: Question-answer pairs that are remembered.
-        quality: The least that a pair needs, in [0, 1].
-        share: Of the material's groups to train on; the rest judges.
-        sample: Pairs at most that are embedded to judge, to guard and to tell whether a source is
-            about a topic.
-        examples: Sentences at most that the router knows a skill by.
+        quality: Least quality of a pair, in [0, 1].
+        share: Share of the material's groups to train on; the rest judges.
+        sample: Most pairs that are embedded to judge, to guard, or to compare a source to a topic.
+        examples: Most sentences that the router knows a skill by.
     """
 
     alarm: Alarm = Alarm()  # noqa: RUF009 - a frozen value
@@ -100,22 +99,21 @@ class Policy:
     examples: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("topic_size", "pending", "logged", "sample", "examples"):
-            integer(getattr(self, name), f"policy: {name}", least=1)
-        for name in ("link", "quality", "share"):
-            if not 0 <= finite(getattr(self, name), f"policy: {name}", ArgumentError) <= 1:
-                raise ArgumentError(
-                    f"policy: {name}", "a number in [0, 1]", shown(getattr(self, name))
-                )
+        for item in fields(self)[1:]:
+            value, where = getattr(self, item.name), f"policy: {item.name}"
+            if isinstance(item.default, int):
+                integer(value, where, least=1)
+            elif not 0 <= finite(value, where, ArgumentError) <= 1:
+                raise ArgumentError(where, "a number in [0, 1]", shown(value))
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Something to learn from.
+    """Material to learn from.
 
     Args:
         pairs: Pairs of queries and answers.
-        texts: Documents by name, for a teacher to be asked about.
+        texts: Documents by name that a teacher may be asked about.
     """
 
     pairs: Pairs
@@ -123,11 +121,11 @@ class Source:
 
     @classmethod
     def read(cls, folder: PathLike) -> Self:
-        """The documents of a folder.
+        """Read the documents of a folder.
 
         Python files give docstring sentence → qualified name. Prose (`TEXT_FILES`) gives first
-        sentence → rest of each paragraph of two sentences or more, and is what a teacher may be
-        asked about. A file is a group.
+        sentence → rest of each paragraph of at least two sentences, and is what a teacher may be
+        asked about. Each file is a group.
 
         Raises:
             CardNotFoundError: If there is no such folder.
@@ -138,15 +136,16 @@ class Source:
             raise CardNotFoundError(str(root), "a folder of documents", "none")
         texts: dict[str, str] = {}
         rows: list[dict[str, str]] = []
-        for path in sorted(
-            path for path in root.rglob("*") if path.suffix in TEXT_FILES and path.is_file()
-        ):
+        for path in sorted(root.rglob("*")):
+            if path.suffix not in TEXT_FILES or not path.is_file():
+                continue
             name = str(path.relative_to(root))
             with path.open("rb") as file:
                 texts[name] = file.read(FILE_LIMIT).decode("utf-8", "replace")
-            for paragraph in (" ".join(part.split()) for part in texts[name].split("\n\n")):
-                head = first_sentence(paragraph)
-                rest = paragraph[len(head) :].strip()
+            for paragraph in texts[name].split("\n\n"):
+                text = " ".join(paragraph.split())
+                head = first_sentence(text)
+                rest = text[len(head) :].strip()
                 if len(head.split()) >= 3 and rest:
                     rows.append({"query": head, "positive": rest, "group": name})
         pairs = Pairs.of(rows)
@@ -154,10 +153,9 @@ class Source:
             pairs = pairs.add(docstring_pairs(root))
         except DataError:
             if not texts:
-                raise DataError(
-                    str(root), f"Python files with docstrings or {TEXT_FILES}", "none"
-                ) from None
-        return cls(pairs.unique(), MappingProxyType(texts))
+                expected = f"Python files with docstrings or {TEXT_FILES}"
+                raise DataError(str(root), expected, "none") from None
+        return cls(pairs.unique(), texts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +163,8 @@ class Task:
     """A topic to learn.
 
     Args:
-        name: Of the skill that it will become; worked out from its first queries.
-        queries: Its last dissonant queries, oldest first; at most `Policy.pending`.
-        vectors: Their embeddings by the base model.
+        name: Name of the skill that it will become.
+        texts: Its last dissonant queries, oldest first, with their embeddings by the base model.
         state: ``"open"``, ``"working"``, ``"accepted"`` or ``"discarded"``.
         trials: How often it was tried.
         seen: How many dissonant queries it has had.
@@ -175,105 +172,61 @@ class Task:
     """
 
     name: str
-    queries: tuple[str, ...]
-    vectors: Array
+    texts: Mapping[str, Array]
     state: str = "open"
     trials: int = 0
     seen: int = 0
     tried: int = 0
 
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """The queries alone."""
+        return tuple(self.texts)
+
+    @property
+    def vectors(self) -> Array:
+        """The embeddings alone, shape ``(n, d)``."""
+        return np.array(list(self.texts.values()))
+
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """All that a distiller has seen: one value, that can be saved and handed to the next one."""
+    """All that a distiller has seen: a value that can be saved for the next distiller."""
 
     alarm: Alarm
     pending: Mapping[str, Array] = field(default_factory=dict)
     tasks: Mapping[str, Task] = field(default_factory=dict)
     logged: tuple[Mapping[str, Any], ...] = ()
 
-    def to_table(self) -> pa.Table:
-        """A row for each text: one that waits, one of a task, or an answer; the numbers are in the
-        schema's metadata.
-        """
-        rows = [{"query": text, "vector": vector.tolist()} for text, vector in self.pending.items()]
-        for task in self.tasks.values():
-            vectors = zip(task.queries, task.vectors.tolist(), strict=True)
-            rows += [
-                {"task": task.name, "query": query, "vector": vector} for query, vector in vectors
-            ]
-        numbers = [{key: getattr(task, key) for key in _NUMBERS} for task in self.tasks.values()]
-        told = json.dumps({"alarm": asdict(self.alarm), "tasks": numbers})
-        return pa.Table.from_pylist(
-            [*rows, *self.logged], _MEMORY.with_metadata({"lora.memory": told})
-        )
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Self:
-        """The memory that `to_table` gave; a task that was being worked on is open.
-
-        Raises:
-            DataError: If it is none.
-        """
-        try:
-            told, rows = (
-                json.loads(table.schema.metadata[b"lora.memory"]),
-                table.cast(_MEMORY).to_pylist(),
-            )
-            alarm = Alarm(**{**told["alarm"], "recent": tuple(told["alarm"]["recent"])})
-            logged = tuple(
-                {key: row[key] for key in _LOGGED} for row in rows if row["positive"] is not None
-            )
-            texts: dict[str | None, dict[str, Array]] = {}
-            for row in rows:
-                if row["positive"] is None:
-                    texts.setdefault(row["task"], {})[row["query"]] = np.array(
-                        row["vector"], np.float64
-                    )
-            tasks = {}
-            for numbers in told["tasks"]:
-                found, state = texts[numbers["name"]], numbers["state"].replace("working", "open")
-                vectors = np.array(list(found.values()))
-                tasks[numbers["name"]] = Task(
-                    **{**numbers, "queries": tuple(found), "vectors": vectors, "state": state}
-                )
-        except (
-            ArgumentError,
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ) as error:  # pyarrow's are ValueErrors
-            raise DataError("memory", "a table of a distiller's memory", error) from error
-        return cls(alarm, MappingProxyType(texts.get(None, {})), MappingProxyType(tasks), logged)
-
     def save(self, path: PathLike) -> None:
-        """Write it as an Arrow file, atomically."""
-        table = self.to_table()
-        with replacing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
+        """Write the memory as JSON, atomically."""
+        with replacing(path) as file:
+            file.write(json.dumps(asdict(self), default=np.ndarray.tolist).encode())
 
     @classmethod
     def load(cls, path: PathLike) -> Self:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote; a task that was being worked on is open again.
 
         Raises:
             CardNotFoundError, DataError: If there is no such file, or it is no memory.
         """
         path = as_path(path)
         if not path.is_file():
-            raise CardNotFoundError(str(path), "a distiller's memory", "nothing there")
+            raise CardNotFoundError(str(path), "a distiller's memory", "no such file")
+        value = parse_json(path.read_bytes(), f"memory {path}", dict, DataError)
         try:
-            table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(str(path), "a distiller's memory", error) from error
-        return cls.from_table(table)
+            for task in value["tasks"].values():
+                task["texts"] = _arrays(task["texts"])
+                task["state"] = task["state"].replace("working", "open")
+            tasks = {name: Task(**task) for name, task in value["tasks"].items()}
+            alarm, pending = Alarm(**value["alarm"]), _arrays(value["pending"])
+            return cls(alarm, pending, tasks, tuple(value["logged"]))
+        except (ArgumentError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DataError(f"memory {path}", "a distiller's memory", error) from error
 
 
-_TEXTS = {"task": pa.string(), "query": pa.string(), "positive": pa.string()}
-_MEMORY = pa.schema(_TEXTS | {"quality": pa.float64(), "vector": pa.list_(pa.float64())})
-_LOGGED = ("query", "positive", "quality")
-_NUMBERS = ("name", "state", "trials", "seen", "tried")
+def _arrays(texts: Mapping[str, Any]) -> dict[str, Array]:
+    return {text: np.array(vector, np.float64) for text, vector in texts.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,10 +234,9 @@ class Material:
     """What was gathered for a task.
 
     Args:
-        own: From documents and logged answers.
-        taught: From the teacher.
-        figures: How many pairs came from where, what the teacher's answers lost, and why it was not
-            asked.
+        own: Pairs from documents and logged answers.
+        taught: Pairs from the teacher.
+        figures: Numbers of pairs by origin, what was dropped, and why the teacher was not asked.
     """
 
     own: Pairs
@@ -294,14 +246,14 @@ class Material:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of a task.
+    """The result of work on a task.
 
     Args:
-        task: Its name.
+        task: Name of the task.
         card: The skill, registered; None if it was discarded.
-        verdict: The gate's; None if there was too little material to train or to judge.
-        figures: All of it as JSON values: the gate's figures or ``reason``, material, seed and
-            trial, digests, versions.
+        verdict: Of the gate; None if there was too little material to train or to judge.
+        figures: JSON values: the gate's figures or ``reason``, material, seed and trial, digests,
+            versions.
     """
 
     task: str
@@ -318,24 +270,23 @@ class Outcome:
 class SkillDistiller:
     """Watches queries, and turns what an engine does not know into skills that measurably help.
 
-    Thread safety: `observe`, `log_qa` and `tasks` from any thread, at any time; `work` from
-    several, each on another task.
+    `observe`, `log_qa` and `tasks` may be called from any thread at any time, `work` from several
+    threads, each on another task.
 
     Args:
         engine: Over an `InferenceCore`, with at least one card registered.
-        guard: What is known and may not get worse: pairs of three dozen source groups or more, none
-            of them among the router's examples. They also calibrate the detector, anew whenever the
-            router's candidates change. What a skill was judged on is guarded, too, once the skill
-            is accepted. Or several sets, as an earlier distiller's `guards`.
-        sources: Folders' worth of material, by name.
-        teacher: To be asked about the documents that fit a topic, or about the topic where none
-            does.
-        policy: How it decides.
-        detector: Tells known from novel, instead of one that is calibrated.
-        settings, rank, alpha, target_modules, max_steps: Of the training.
-        seed: Of everything; a trial's own is drawn from it and the trial's number.
-        store: Folder to save accepted cards in; None to register them only.
+        guard: Pairs that are known and may not get worse: at least three dozen source groups, none
+            of them among the router's examples. They also calibrate the detector. What judged an
+            accepted skill is guarded, too. Or several sets, as an earlier distiller's `guards`.
+        sources: Material by name.
+        teacher: Is asked about the documents that fit a topic, or about the topic without any.
+        policy: The numbers that it decides by.
+        detector: Tells known from novel, in place of a calibrated one.
+        max_steps: Most steps of a training.
+        seed: Of every choice; the seed of a trial is drawn from it and the trial's number.
+        store: Folder for accepted cards; None to register them only.
         memory: Of an earlier distiller over the same base model, to go on from.
+        training: Options of `LoRATrainer`: settings, rank, alpha, target_modules.
 
     Raises:
         DataError, ArgumentError, StateError: If the guard set can't judge or calibrate, the engine
@@ -351,216 +302,183 @@ class SkillDistiller:
         teacher: CloudDistiller | None = None,
         policy: Policy = Policy(),
         detector: Detector | None = None,
-        settings: Settings | str | None = None,
-        rank: int = 8,
-        alpha: float = 16.0,
-        target_modules: Sequence[str] | str = ("query", "value"),
         max_steps: int | None = None,
         seed: int = 0,
         store: PathLike | None = None,
         memory: Memory | None = None,
+        **training: Any,
     ) -> None:
         guards = (guard,) if isinstance(guard, Pairs) else tuple(guard)
-        if not guards or min(map(len, guards)) < LEAST:
-            raise DataError("guard", f"at least {LEAST} pairs", min(map(len, guards), default=0))
+        smallest = min(map(len, guards), default=0)
+        if smallest < LEAST:
+            raise DataError("guard", f"at least {LEAST} pairs", smallest)
         self.seed = integer(seed, "seed", least=0)
         self.engine, self.policy, self.sources = engine, policy, dict(sources or {})
-        self._fixed, self._calibrated = detector, _Calibrated()
-        self._guards = tuple(self._guarded(pairs.sample(policy.sample, seed)) for pairs in guards)
-        self._detector(
-            engine.router.candidates
-        )  # whatever is wrong with the guard set is told here
-        self._teacher, self._store, self._max_steps = (
-            teacher,
-            None if store is None else as_path(store),
-            max_steps,
-        )
-        self._trainer: Callable[[int], LoRATrainer] = lambda seed: LoRATrainer(
-            engine,
-            rank=rank,
-            alpha=alpha,
-            target_modules=target_modules,
-            seed=seed,
-            settings=settings,
-        )
-        self._memory = Memory(policy.alarm) if memory is None else self._recalled(memory)
-        self._write = threading.Lock()
+        self._teacher, self._store = teacher, None if store is None else as_path(store)
+        self._trainer: Callable[..., LoRATrainer] = partial(LoRATrainer, engine, **training)
+        self._max_steps, self._detector = max_steps, detector
+        self._calibrated: tuple[Any, Any, Detector] | None = None
+        samples = [pairs.sample(policy.sample, seed) for pairs in guards]
+        self._guards = tuple((pairs, self._embedded(pairs.queries)) for pairs in samples)
+        self._judged(self._guards[0][1][:1])  # calibrates, so that a bad guard set is refused here
+        self.memory = self._recalled(memory or Memory(policy.alarm))
+        self._write = threading.RLock()
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """All tasks, those with most queries first."""
-        return tuple(
-            sorted(self._memory.tasks.values(), key=lambda task: (-len(task.queries), task.name))
-        )
+        tasks = self.memory.tasks.values()
+        return tuple(sorted(tasks, key=lambda task: (-len(task.texts), task.name)))
 
     @property
     def guards(self) -> tuple[Pairs, ...]:
-        """What may not get worse: the guard set, and what each accepted skill was judged on."""
-        return tuple(guard.pairs for guard in self._guards)
-
-    @property
-    def memory(self) -> Memory:
-        """All that was seen so far."""
-        return self._memory
+        """Pairs that may not get worse: the guard set, and those that judged accepted skills."""
+        return tuple(pairs for pairs, _ in self._guards)
 
     @property
     def alarm(self) -> Alarm:
-        """Whether there was much dissonance lately."""
-        return self._memory.alarm
+        """Whether there were many dissonant queries lately."""
+        return self.memory.alarm
 
     def observe(self, text: str) -> Novelty:
-        """See a query: known, unsure or novel; what is novel may open a task."""
-        vector = _embedded(self.engine, [text])
+        """Judge a query as known, unsure or novel; a novel one may open a task."""
+        vector = self._embedded([text])
         (novelty,) = self._judged(vector)
         with self._write:
-            self._memory = remembered(self._memory, text, vector[0], novelty, self.policy)
+            self.memory = remembered(self.memory, text, vector[0], novelty, self.policy)
         return novelty
 
     def log_qa(self, question: str, answer: str, *, quality: float = 1.0) -> None:
-        """Remember an answer that was given, to learn from if its question is of a topic that is
-        learned.
+        """Remember an answer, as material for a task that its question is about.
 
         Raises:
-            DataError: If one is empty or the quality is not in [0, 1].
+            DataError: If a text is empty or the quality is not in [0, 1].
         """
         row = {"query": question, "positive": answer, "quality": quality}
         Pairs.of([row])
         with self._write:
-            logged = (*self._memory.logged, row)[-self.policy.logged :]
-            self._memory = replace(self._memory, logged=logged)
+            logged = (*self.memory.logged, row)[-self.policy.logged :]
+            self.memory = replace(self.memory, logged=logged)
 
     def gather(self, name: str, *, send: bool = False) -> Material:
-        """What there is to learn a task from.
+        """Gather what there is to learn a task from.
 
         A source fits if its pairs are nearer to the topic's queries, on average, than what is known
-        already. Logged answers fit if their question is of the topic.
+        already. A logged answer fits if its question is of the topic.
 
         Args:
-            name: The task's.
-            send: Ask the teacher, too.
+            name: Of the task.
+            send: Whether to ask the teacher, too.
         """
-        task = self._task(name)
-        known = np.mean(
-            [s.similarity for s in signals_of(task.vectors, Index(self.engine.router.candidates))]
-        )
+        tasks, policy, teacher = self.memory.tasks, self.policy, self._teacher
+        if name not in tasks:
+            raise StateError(f"task {name!r}", f"one of {sorted(tasks)}", "none of that name")
+        task = tasks[name]
+        signals = signals_of(task.vectors, Index(self.engine.router.candidates))
+        known = np.mean([signal.similarity for signal in signals])
         counts: dict[str, int] = {}
         own, texts = Pairs.of([]), dict[str, str]()
         for source_name, source in sorted(self.sources.items()):
-            shown_to = source.pairs.sample(self.policy.sample, self.seed)
-            if not len(shown_to) or self._nearness(task, shown_to.queries) <= known:
-                continue
-            good = _good(source.pairs, self.policy.quality)
-            counts[f"source {source_name}"] = len(good)
-            own, texts = own.add(good), {**texts, **source.texts}
-        logged = Pairs.of(
-            {**row, "group": f"logged {i}"} for i, row in enumerate(self._memory.logged)
-        )
-        logged = _good(logged, self.policy.quality)
+            queries = source.pairs.sample(policy.sample, self.seed).queries
+            if (
+                queries
+                and similarities(task.vectors, self._embedded(queries)).max(axis=1).mean() > known
+            ):
+                good = _good(source.pairs, policy.quality)
+                counts[f"source {source_name}"] = len(good)
+                own, texts = own.add(good), {**texts, **source.texts}
+        rows = enumerate(self.memory.logged)
+        logged = _good(Pairs.of({**row, "group": f"logged {i}"} for i, row in rows), policy.quality)
         if len(logged):
-            near = (
-                similarities(_embedded(self.engine, logged.queries), task.vectors).max(axis=1)
-                >= self.policy.link
-            )
-            logged = logged.take(np.flatnonzero(near).tolist())
-        counts["logged"] = len(logged)
+            near = similarities(self._embedded(logged.queries), task.vectors).max(axis=1)
+            logged = logged.take(np.flatnonzero(near >= policy.link).tolist())
         taught = Distilled(Pairs.of([]))
-        refusal = ""
-        if send and self._teacher is not None:
+        if send and teacher is not None:
             try:
                 taught = (
-                    self._teacher.from_documents(texts)
+                    teacher.from_documents(texts)
                     if texts
-                    else self._teacher.from_queries(task.name, list(task.queries))
+                    else teacher.from_queries(name, task.queries)
                 )
             except (PeerError, StateError) as error:
                 log.warning("the teacher was not asked or did not answer: %s", error)
-                refusal = str(error)
-        counts["taught"] = len(taught.pairs)
+                taught = replace(taught, failures=(str(error),))
         figures = {
-            "pairs": counts,
+            "pairs": {**counts, "logged": len(logged), "taught": len(taught.pairs)},
             "dropped": dict(taught.dropped),
-            "failures": [*taught.failures, *[refusal] * bool(refusal)],
+            "failures": list(taught.failures),
         }
-        return Material(own.add(logged).unique(), taught.pairs, MappingProxyType(figures))
+        return Material(own.add(logged).unique(), taught.pairs, figures)
 
     def work(self, name: str | None = None, *, progress: Progress | None = None) -> Outcome:
         """Gather, train and judge; register the skill if it is accepted, else discard it.
 
         Args:
-            name: Of an open task; by default that with most queries.
-            progress: As `LoRATrainer.train`'s.
+            name: Of an open task; by default the one with most queries.
+            progress: As of `LoRATrainer.train`.
 
         Raises:
-            StateError: If there is no such open task. Whatever else goes wrong leaves it open.
+            StateError: If there is no such open task. After any other error the task is open.
         """
-        task = self._claim(name)
+        with self._write:
+            open_tasks = [task for task in self.tasks if task.state == "open"]
+            task = next((task for task in open_tasks if name in (None, task.name)), None)
+            if task is None:
+                states = {task.name: task.state for task in self.tasks}
+                expected = "an open task" if name is None else f"an open task {name!r}"
+                raise StateError("work", expected, states)
+            task = self._change(task, state="working", trials=task.trials + 1, tried=task.seen)
+        state = "open"
         try:
-            outcome = self._worked(task, progress)
-        except BaseException:
-            self._move(task.name, "open")
-            raise
-        self._move(task.name, "accepted" if outcome.accepted else "discarded")
-        log.info("task %s: %s", task.name, "accepted" if outcome.accepted else "discarded")
-        return outcome
+            card, verdict, figures = self._worked(task, progress)
+            state = "discarded" if card is None else "accepted"
+        finally:
+            self._change(task, state=state)
+        log.info("task %s: %s", task.name, state)
+        return Outcome(task.name, card, verdict, MappingProxyType(figures))
 
-    def _worked(self, task: Task, progress: Progress | None) -> Outcome:
-        seed, guards = trial_seed(self.seed, task.trials), self._guards
-        still = sum(novelty.kind == "novel" for novelty in self._judged(task.vectors))
-        if 2 * still < len(task.queries):
-            reason = f"known by now: {still} of {len(task.queries)} queries are novel"
-            return Outcome(
-                task.name, None, None, MappingProxyType({"trial": task.trials, "reason": reason})
-            )
+    def _worked(
+        self, task: Task, progress: Progress | None
+    ) -> tuple[LoRACard | None, Verdict | None, dict[str, Any]]:
+        seed, guards, base = trial_seed(self.seed, task.trials), self.guards, self.engine.base
+        figures: dict[str, Any] = {"trial": task.trials}
+        novel = sum(novelty.kind == "novel" for novelty in self._judged(task.vectors))
+        if 2 * novel < len(task.texts):
+            reason = f"known by now: {novel} of {len(task.texts)} queries are novel"
+            return None, None, {**figures, "reason": reason}
         material = self.gather(task.name, send=True)
-        figures: dict[str, Any] = {
-            "trial": task.trials,
-            "seed": seed,
-            "queries": task.seen,
-            **material.figures,
-        }
+        figures |= {"seed": seed, "queries": task.seen, **material.figures}
         try:
             training, held_out, judged_on = divided(material, self.policy.share, seed)
             held_out = held_out.sample(self.policy.sample, seed)
-            figures |= {
-                "judged_on": judged_on,
-                "sizes": {
-                    "training": len(training),
-                    "held_out": len(held_out),
-                    "guards": [len(guard.pairs) for guard in guards],
-                },
-                "sha256": {
-                    "training": digest(training),
-                    "held_out": digest(held_out),
-                    "guards": [digest(guard.pairs) for guard in guards],
-                },
-                "versions": {"lora": lora.__version__, "python": platform.python_version()}
-                | {package: version(package) for package in ("numpy", "pyarrow", "torch")},
-            }
-            trained = self._trainer(seed).train(
+
+            def each(measure: Callable[[Pairs], Any]) -> dict[str, Any]:
+                parts = {"training": measure(training), "held_out": measure(held_out)}
+                return {**parts, "guards": [measure(pairs) for pairs in guards]}
+
+            versions = {name: version(name) for name in ("numpy", "pyarrow", "torch")}
+            versions |= {"lora": lora.__version__, "python": platform.python_version()}
+            figures |= {"judged_on": judged_on, "sizes": each(len), "sha256": each(digest)}
+            figures["versions"] = versions
+            trained = self._trainer(seed=seed).train(
                 training, name=task.name, max_steps=self._max_steps, progress=progress
             )
-            tuned = adapt(self.engine.base, trained.card)
-            gain = ranks(self.engine.base, held_out), ranks(tuned, held_out)
-            sides = [
-                (ranks(self.engine.base, guard.pairs), ranks(tuned, guard.pairs))
-                for guard in guards
+            tuned = adapt(base, trained.card)
+            gain, *losses = [
+                (ranks(base, pairs), ranks(tuned, pairs)) for pairs in (held_out, *guards)
             ]
-            verdict = min(
-                (judge(gain, side, seed=seed) for side in sides),
-                key=lambda found: found.guard.lower,
-            )
-        except DataError as error:  # too little, or nothing that could be learned
-            return Outcome(
-                task.name, None, None, MappingProxyType({**figures, "reason": str(error)})
-            )
+            verdicts = [judge(gain, loss, seed=seed) for loss in losses]
+        except DataError as error:  # too little material, or nothing that could be learned
+            return None, None, {**figures, "reason": str(error)}
+        verdict = min(verdicts, key=lambda verdict: verdict.guard.lower)
         figures |= verdict.figures()
         if not verdict.accepted:
-            return Outcome(task.name, None, verdict, MappingProxyType(figures))
-        judged = set(held_out.queries)  # not among the examples: it shall tell what is known
-        examples = [*task.queries, *training.sample(self.policy.examples, seed).queries]
-        examples = [text for text in dict.fromkeys(examples) if text not in judged][
-            : self.policy.examples
-        ]
+            return None, verdict, figures
+        # What judged is guarded and calibrates from now on, so it can't be an example.
+        queries = [*task.queries, *training.sample(self.policy.examples, seed).queries]
+        judged = set(held_out.queries)
+        examples = [text for text in dict.fromkeys(queries) if text not in judged]
+        examples = examples[: self.policy.examples]
         metadata = {
             "description": " / ".join(task.queries[:3]),
             "examples": examples,
@@ -572,207 +490,140 @@ class SkillDistiller:
         if self._store is not None:
             self._store.mkdir(parents=True, exist_ok=True)
             save(card, self._store / f"{card.name}.arrow")
-        guarded = self._guarded(held_out)
+        guarded = held_out, self._embedded(held_out.queries)
         self.engine.register_lora(card, examples)
         with self._write:
             self._guards = (*self._guards, guarded)
-        return Outcome(task.name, card, verdict, MappingProxyType(figures))
+        return card, verdict, figures
 
     def _recalled(self, memory: Memory) -> Memory:
-        """A memory under this policy's alarm, if its embeddings are by this base model, as its
-        first one tells.
-        """
-        seen = {
-            text: vector
-            for task in memory.tasks.values()
-            for text, vector in zip(task.queries, task.vectors, strict=True)
-        }
-        for text, vector in [*memory.pending.items(), *seen.items()][:1]:
-            (found,) = _embedded(self.engine, [text])
-            if found.shape != vector.shape or similarities([found], [vector]).item() < SAME:
+        """Return a memory under this policy's alarm, if its embeddings are by this base model."""
+        texts = [memory.pending, *(task.texts for task in memory.tasks.values())]
+        for text, vector in chain.from_iterable(part.items() for part in texts):
+            own = self._embedded([text])
+            if own.shape[1:] != vector.shape or similarities(own, [vector]).item() < SAME:
                 raise ArgumentError("memory", "embeddings by this base model", "others")
-        alarm = replace(self.policy.alarm, recent=memory.alarm.recent[-self.policy.alarm.n :])
-        return replace(memory, alarm=replace(alarm, ringing=memory.alarm.ringing))
+            break
+        policy, alarm = self.policy.alarm, memory.alarm
+        alarm = replace(policy, recent=tuple(alarm.recent[-policy.n :]), ringing=alarm.ringing)
+        return replace(memory, alarm=alarm)
 
-    def _guarded(self, pairs: Pairs) -> "_Guard":
-        return _Guard(pairs, _embedded(self.engine, pairs.queries))
+    def _embedded(self, texts: Sequence[str]) -> Array:
+        """Embed by the base model, so that active skills never move what is known."""
+        return np.asarray(self.engine.base.encode(list(texts)), np.float64)  # type: ignore[operator]
 
     def _judged(self, vectors: Array) -> list[Novelty]:
-        """What these queries are taken for, by what the router knows now."""
-        candidates = self.engine.router.candidates
-        detector = self._detector(candidates)
-        return [detector.judge(signals) for signals in signals_of(vectors, Index(candidates))]
+        """Judge queries by what the router knows now.
 
-    def _detector(self, candidates: Mapping[str, Candidate]) -> Detector:
-        """The detector for these candidates: a new skill changes every query's margin."""
-        made, guards = self._calibrated, self._guards
-        if self._fixed is None and (made.candidates is not candidates or made.guards is not guards):
-            made = _Calibrated(candidates, guards, calibrated(guards, Index(candidates), self.seed))
-            self._calibrated = made
-        return self._fixed or made.detector  # type: ignore[return-value]
+        The detector is calibrated anew for new candidates: a new skill changes every margin.
+        """
+        candidates, guards = self.engine.router.candidates, self._guards
+        index, detector, last = Index(candidates), self._detector, self._calibrated
+        if detector is None and last and last[0] is candidates and last[1] is guards:
+            detector = last[2]
+        if detector is None:
+            groups: dict[str, list[Signals]] = {}
+            for number, (pairs, embeddings) in enumerate(guards):
+                names = pairs.table["group"].to_pylist()
+                for name, signals in zip(names, signals_of(embeddings, index), strict=True):
+                    groups.setdefault(f"{number} {name}", []).append(signals)
+            detector = fit(groups, seed=self.seed)
+            self._calibrated = candidates, guards, detector
+        return [detector.judge(signals) for signals in signals_of(vectors, index)]
 
-    def _nearness(self, task: Task, queries: Sequence[str]) -> float:
-        """The mean over the topic's queries of the similarity to the nearest of others."""
-        return float(similarities(task.vectors, _embedded(self.engine, queries)).max(axis=1).mean())
-
-    def _task(self, name: str) -> Task:
-        found = self._memory.tasks.get(name)
-        if found is None:
-            raise StateError(
-                f"task {name!r}", f"one of {sorted(self._memory.tasks)}", "none of that name"
-            )
-        return found
-
-    def _claim(self, name: str | None) -> Task:
-        """An open task, from now on this caller's."""
+    def _change(self, task: Task, **changes: Any) -> Task:
+        """Change a task, which may have got more queries meanwhile."""
         with self._write:
-            waiting = [
-                task for task in self.tasks if task.state == "open" and name in (None, task.name)
-            ]
-            if not waiting:
-                found = {task.name: task.state for task in self.tasks}
-                raise StateError(
-                    "work", "an open task" if name is None else f"an open task {name!r}", found
-                )
-            task = replace(
-                waiting[0], state="working", trials=waiting[0].trials + 1, tried=waiting[0].seen
-            )
-            self._memory = replace(self._memory, tasks=_with(self._memory.tasks, task))
+            task = replace(self.memory.tasks[task.name], **changes)
+            self.memory = replace(self.memory, tasks={**self.memory.tasks, task.name: task})
         return task
-
-    def _move(self, name: str, state: str) -> None:
-        with self._write:
-            task = replace(self._memory.tasks[name], state=state)
-            self._memory = replace(self._memory, tasks=_with(self._memory.tasks, task))
 
 
 def remembered(
     memory: Memory, text: str, vector: Array, novelty: Novelty, policy: Policy
 ) -> Memory:
-    """What a distiller knows after one more query.
+    """Return what a distiller knows after one more query.
 
-    A novel query joins the task whose topic it is of; a discarded task is opened again when it has
-    `Policy.topic_size` more. Otherwise it waits; when the alarm rings, topics of that many queries
-    become tasks.
+    A novel query joins the task of its topic; `Policy.topic_size` more of them reopen a discarded
+    task. Otherwise the query waits. When the alarm rings, topics of that many queries become tasks.
     """
     memory = replace(memory, alarm=memory.alarm.after(novelty.kind))
-    if (
-        novelty.kind != "novel"
-        or text in memory.pending
-        or any(text in task.queries for task in memory.tasks.values())
-    ):
+    tasks = memory.tasks
+    seen = [memory.pending, *(task.texts for task in tasks.values())]
+    if novelty.kind != "novel" or any(text in texts for texts in seen):
         return memory
-    near = [
-        (similarities([vector], task.vectors).max(), task.name) for task in memory.tasks.values()
-    ]
-    best, name = max(near, default=(-1.0, ""))
-    if best >= policy.link:
-        task = memory.tasks[name]
+    near = [(similarities([vector], task.vectors).max(), task) for task in tasks.values()]
+    best, task = max(near, key=lambda pair: (pair[0], pair[1].name), default=(-1.0, None))
+    if task is not None and best >= policy.link:
         reopened = task.state == "discarded" and task.seen + 1 >= task.tried + policy.topic_size
         task = replace(
             task,
-            queries=(*task.queries, text)[-policy.pending :],
-            vectors=np.concatenate([task.vectors, [vector]])[-policy.pending :],
+            texts=_latest({**task.texts, text: vector}, policy.pending),
             state="open" if reopened else task.state,
             seen=task.seen + 1,
         )
-        return replace(memory, tasks=_with(memory.tasks, task))
-    pending = dict([*memory.pending.items(), (text, vector)][-policy.pending :])
-    tasks = memory.tasks
+        return replace(memory, tasks={**tasks, task.name: task})
+    pending = _latest({**memory.pending, text: vector}, policy.pending)
     if memory.alarm.ringing:
-        texts, vectors = list(pending), np.array(list(pending.values()))
-        for topic in topics(vectors, policy.link):
+        texts = list(pending)
+        for topic in topics(list(pending.values()), policy.link):
             if len(topic) >= policy.topic_size:
-                queries = tuple(texts[i] for i in topic)
-                name = (
-                    f"skill-{hashlib.sha256(json.dumps(sorted(queries)).encode()).hexdigest()[:8]}"
-                )
-                tasks = _with(tasks, Task(name, queries, vectors[list(topic)], seen=len(topic)))
-                pending = {key: value for key, value in pending.items() if key not in queries}
-    return replace(memory, pending=MappingProxyType(pending), tasks=tasks)
-
-
-@dataclass(frozen=True, eq=False)
-class _Guard:
-    """Pairs that are known, with the embeddings of their queries by the base model."""
-
-    pairs: Pairs
-    vectors: Array
-
-
-@dataclass(frozen=True, eq=False)
-class _Calibrated:
-    """A detector, and what it was calibrated for."""
-
-    candidates: Mapping[str, Candidate] | None = None
-    guards: tuple[_Guard, ...] = ()
-    detector: Detector | None = None
-
-
-def calibrated(guards: Sequence[_Guard], index: Index, seed: int) -> Detector:
-    """A detector for what an index knows, from queries that should be known, grouped by source."""
-    groups: dict[str, list[Signals]] = {}
-    for number, guard in enumerate(guards):
-        found = zip(
-            guard.pairs.table["group"].to_pylist(), signals_of(guard.vectors, index), strict=True
-        )
-        for group, signals in found:
-            groups.setdefault(f"{number} {group}", []).append(signals)
-    return fit(groups, seed=seed)
+                queries = [texts[i] for i in topic]
+                checksum = hashlib.sha256(json.dumps(sorted(queries)).encode()).hexdigest()
+                name = f"skill-{checksum[:8]}"
+                topic_texts = {query: pending.pop(query) for query in queries}
+                tasks = {**tasks, name: Task(name, topic_texts, seen=len(topic))}
+    return replace(memory, pending=pending, tasks=tasks)
 
 
 def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, str]:
-    """Pairs to train on, pairs to judge on, and whether these are the engine's own or only a
-    teacher's.
+    """Return pairs to train on, pairs to judge on, and whose pairs judge.
 
-    The parts have no group and no text in common. Where the own material has `LEAST` pairs to
-    spare, a teacher's are only trained on.
+    The parts have no group and no text in common. A teacher's pairs are only trained on where
+    `LEAST` pairs of the own material judge.
 
     Raises:
         DataError: If there are fewer than two groups.
     """
+    judged_on, everything = "own material", material.own.add(material.taught)
     try:
         training, held_out = material.own.split(share, seed=seed)
     except DataError:
-        training, held_out = material.own, Pairs.of([])
-    judged_on = "own material"
+        training, held_out = everything, Pairs.of([])
     if len(held_out) >= LEAST:
         training = training.add(material.taught)
     else:
         judged_on = "own and taught material"
-        training, held_out = material.own.add(material.taught).split(share, seed=seed)
+        training, held_out = everything.split(share, seed=seed)
     groups = set(held_out.table["group"].to_pylist())
     texts = {*held_out.queries, *held_out.positives}
-    rows = zip(
-        training.table["group"].to_pylist(), training.queries, training.positives, strict=True
-    )
     kept = [
         i
-        for i, (group, query, told) in enumerate(rows)
-        if group not in groups and not {query, told} & texts
+        for i, row in enumerate(training.table.to_pylist())
+        if row["group"] not in groups and not {row["query"], row["positive"]} & texts
     ]
     return training.take(kept).unique(), held_out.unique(), judged_on
 
 
 def ranks(model: Any, pairs: Pairs) -> Array:
-    """Each query's reciprocal rank of its positive among all of them, by a model with
-    ``encode(texts)``.
+    """Return the reciprocal rank of each query's positive among all positives.
+
+    Args:
+        model: Anything with ``encode(texts)``.
 
     Raises:
         DataError: If an embedding is not finite.
     """
     candidates = sorted(set(pairs.positives))
     place = {text: row for row, text in enumerate(candidates)}
-    queries, targets = (
-        np.asarray(model.encode(texts), np.float64) for texts in (pairs.queries, candidates)
-    )
+    queries, targets = (np.asarray(model.encode(texts)) for texts in (pairs.queries, candidates))
     if not (np.isfinite(queries).all() and np.isfinite(targets).all()):
         raise DataError("ranks", "finite embeddings", "NaN or infinity", "lower the learning rate")
     return reciprocal_ranks(queries, targets, [place[text] for text in pairs.positives])
 
 
 def trial_seed(seed: int, trial: int) -> int:
-    """A trial's own seed, so that no two trials of a task are judged on the same split.
+    """Return the seed of a trial, so that no two trials of a task are judged on the same split.
 
     Examples:
         >>> trial_seed(0, 1) == trial_seed(0, 1), trial_seed(0, 1) == trial_seed(0, 2)
@@ -782,20 +633,13 @@ def trial_seed(seed: int, trial: int) -> int:
 
 
 def digest(pairs: Pairs) -> str:
-    """SHA-256 of the pairs' values, whatever file they came from."""
+    """Return the SHA-256 of the pairs' values, whatever file they came from."""
     return hashlib.sha256(json.dumps(pairs.table.to_pydict(), sort_keys=True).encode()).hexdigest()
 
 
-def _embedded(engine: Engine, texts: Sequence[str]) -> Array:
-    """Embeddings by the base model, so that active skills never move what is known."""
-    return np.asarray(engine.base.encode(list(texts)), np.float64)  # type: ignore[operator]
-
-
 def _good(pairs: Pairs, quality: float) -> Pairs:
-    return pairs.take(
-        [i for i, found in enumerate(pairs.table["quality"].to_pylist()) if found >= quality]
-    )
+    return Pairs(pairs.table.filter(pc.greater_equal(pairs.table["quality"], quality)))
 
 
-def _with(tasks: Mapping[str, Task], task: Task) -> Mapping[str, Task]:
-    return MappingProxyType({**tasks, task.name: task})
+def _latest(texts: Mapping[str, Array], count: int) -> dict[str, Array]:
+    return dict(list(texts.items())[-count:])

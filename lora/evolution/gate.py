@@ -1,9 +1,8 @@
-"""Whether a new skill is kept: it must help on held-out queries and harm none of a guard set, both
-beyond chance.
+"""Decides whether a new skill is kept: it must help on held-out queries and not harm a guard set.
 
-The same queries are ranked before and after, so that the bootstrap is paired: it draws queries, and
-with each its difference in reciprocal rank. The bounds are quantiles of the mean difference over
-the draws, the wider of two where they fall between. Source: Efron and Tibshirani 1993, chapter 13.
+The same queries are ranked before and after. The paired bootstrap draws queries, and with each its
+difference in reciprocal rank; the bounds are quantiles of the mean difference over the draws.
+Source: Efron and Tibshirani 1993, chapter 13.
 
 Requirements: R18.
 """
@@ -11,16 +10,18 @@ Requirements: R18.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from lora.card import Array
+from lora.checks import integer
 from lora.errors import ArgumentError, DataError, ShapeError, shown
 from lora.routing import unit
 
 LEVEL = 0.95
-"""Of both bounds, each one-sided."""
+"""Level of both bounds, each one-sided."""
 
 MAX_LOSS = 0.01
 """What the guard set may lose, in MRR."""
@@ -29,7 +30,7 @@ RESAMPLES = 4000
 """Draws of the bootstrap."""
 
 LEAST = 10
-"""Queries below which the bootstrap's bounds mean too little."""
+"""Queries that the bootstrap needs for meaningful bounds."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Change:
 
     Args:
         before, after: MRR, in [0, 1].
-        mean: After less before.
+        mean: After minus before.
         lower, upper: Bounds of the mean.
         queries: How many there were.
     """
@@ -53,11 +54,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a skill is accepted, with every figure that it rests on.
+    """Whether a skill is accepted, with every figure that this rests on.
 
     Args:
         gain: On held-out queries of the new topic.
-        guard: On queries that were answered before; its loss's upper bound is ``-guard.lower``.
+        guard: On queries that were answered before; the upper bound of loss is ``-guard.lower``.
         seed: Of the bootstrap.
     """
 
@@ -81,48 +82,36 @@ class Verdict:
         return self.helps and self.harmless
 
     def figures(self) -> dict[str, Any]:
-        """All figures as JSON values."""
-        return {
-            "accepted": self.accepted,
-            "helps": self.helps,
-            "harmless": self.harmless,
-            "gain": asdict(self.gain),
-            "guard": asdict(self.guard),
-            "seed": self.seed,
-            "level": LEVEL,
-            "max_loss": MAX_LOSS,
-            "resamples": RESAMPLES,
-        }
+        """Return all figures as JSON values."""
+        decisions = {name: getattr(self, name) for name in ("accepted", "helps", "harmless")}
+        rules = {"level": LEVEL, "max_loss": MAX_LOSS, "resamples": RESAMPLES}
+        return {**decisions, **asdict(self), **rules}
 
 
 def judge(gain: tuple[Any, Any], guard: tuple[Any, Any], *, seed: int = 0) -> Verdict:
     """Accept a skill or not.
 
     Args:
-        gain, guard: Reciprocal ranks before and after, of the same queries in the same order: of
-            the new topic, and of a guard set.
+        gain: Reciprocal ranks before and after, of the same queries of the new topic.
+        guard: The same of a guard set.
         seed: Of the bootstrap.
 
     Raises:
-        DataError: If there are fewer than `LEAST` queries in either.
-        ShapeError, ArgumentError: See `change`.
+        DataError, ShapeError, ArgumentError: See `change`.
 
     Examples:
-        >>> from dataclasses import replace
         >>> better, same = ([0.5] * 10, [1.0] * 10), ([0.5] * 10, [0.5] * 10)
-        >>> judge(better, same).accepted, judge(same, same).accepted, judge(better, better[::-1]).accepted
-        (True, False, False)
+        >>> [judge(*sides).accepted for sides in ((better, same), (same, same))]
+        [True, False]
     """
-    found = [
-        change(*side, seed=seed, where=where)
-        for side, where in ((gain, "gate: gain"), (guard, "gate: guard"))
-    ]
-    return Verdict(found[0], found[1], seed)
+    helps = change(*gain, seed=seed, where="gate: gain")
+    return Verdict(helps, change(*guard, seed=seed, where="gate: guard"), seed)
 
 
 def change(before: Any, after: Any, *, seed: int = 0, where: str = "gate") -> Change:
-    """The mean of paired differences with its bootstrap bounds; the order of the queries changes
-    nothing.
+    """Return the mean of paired differences with its bootstrap bounds.
+
+    The order of the queries does not matter.
 
     Args:
         before, after: Reciprocal ranks, shape ``(n,)``, in (0, 1].
@@ -134,27 +123,35 @@ def change(before: Any, after: Any, *, seed: int = 0, where: str = "gate") -> Ch
         ArgumentError: If one is not in (0, 1], or the seed is no integer >= 0.
         DataError: If n is less than `LEAST`.
     """
-    sides = [_ranks(side, where) for side in (before, after)]
-    if sides[0].shape != sides[1].shape:
-        raise ShapeError(where, f"shape {sides[0].shape}, as before", f"shape {sides[1].shape}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ArgumentError(f"{where}: seed", "an integer >= 0", shown(seed))
-    n = len(sides[0])
-    if n < LEAST:
-        raise DataError(where, f"at least {LEAST} queries", n, "gather more material")
-    differences = np.sort(sides[1] - sides[0])
-    means = np.sort(_resampled(differences, seed))
+    try:
+        old, new = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(where, "reciprocal ranks", error) from error
+    if old.ndim != 1 or old.shape != new.shape:
+        raise ShapeError(where, "the same shape (n,) twice", f"{old.shape} and {new.shape}")
+    both = np.concatenate([old, new])
+    if not ((both > 0) & (both <= 1)).all():  # NaN is neither
+        raise ArgumentError(where, "reciprocal ranks in (0, 1]", shown(both))
+    if len(old) < LEAST:
+        raise DataError(where, f"at least {LEAST} queries", len(old), "gather more material")
+    differences = np.sort(new - old)
+    rng, n = np.random.default_rng(integer(seed, f"{where}: seed", least=0)), len(differences)
+    rows = max(1, 2**20 // n)  # at once; the draws are the same for any number
+    means = [
+        differences[rng.integers(n, size=(min(rows, RESAMPLES - start), n))].mean(axis=1)
+        for start in range(0, RESAMPLES, rows)
+    ]
+    # Rounded, so that the last bit of a sum is no gain.
+    ordered = np.sort(np.round(np.concatenate(means), 12) + 0.0)
     edge = math.floor((1 - LEVEL) * RESAMPLES)
-    lower, upper = float(means[edge - 1]), float(means[-edge])
-    mean = math.fsum(differences) / n
-    return Change(_mean(sides[0]), _mean(sides[1]), mean, min(lower, mean), max(upper, mean), n)
+    mean, lower, upper = fmean(differences), float(ordered[edge - 1]), float(ordered[-edge])
+    return Change(fmean(old), fmean(new), mean, min(lower, mean), max(upper, mean), n)
 
 
 def reciprocal_ranks(queries: Any, candidates: Any, own: Sequence[int]) -> Array:
-    """One over the rank of each query's own candidate by cosine similarity, counting all that score
-    at least as high.
+    """Return one over the rank of each query's own candidate by cosine similarity.
 
-    Source: the rank of `lora.evolution.train.evaluate`.
+    The rank counts all candidates that score at least as high.
 
     Args:
         queries, candidates: Embeddings, shapes ``(n, d)`` and ``(m, d)``.
@@ -162,7 +159,7 @@ def reciprocal_ranks(queries: Any, candidates: Any, own: Sequence[int]) -> Array
 
     Raises:
         ShapeError: If widths or numbers do not fit.
-        ArgumentError: If an embedding is not finite, or a row is none of the candidates'.
+        ArgumentError: If an embedding is not finite, or there is no such row.
 
     Examples:
         >>> reciprocal_ranks([[1, 0], [1, 1]], [[1, 0], [0, 1]], [0, 1])
@@ -170,43 +167,13 @@ def reciprocal_ranks(queries: Any, candidates: Any, own: Sequence[int]) -> Array
     """
     rows, targets, places = unit(queries), unit(candidates), np.asarray(own)
     if places.shape != (len(rows),) or rows.shape[1] != targets.shape[1]:
-        found = f"shapes {rows.shape}, {targets.shape} and {places.shape}"
-        raise ShapeError("reciprocal ranks", "shapes (n, d), (m, d) and (n,)", found)
-    if places.size and (
-        places.dtype.kind not in "iu" or not 0 <= places.min() <= places.max() < len(targets)
-    ):
-        raise ArgumentError(
-            "reciprocal ranks: own", f"rows of {len(targets)} candidates", shown(own)
-        )
-    scores = np.einsum(
-        "nd,md->nm", rows, targets
-    )  # not a matrix product: equal candidates score equally
-    mine = scores[np.arange(len(rows)), places]
-    ranks: Array = 1.0 / (scores >= mine[:, None]).sum(axis=1)
+        shapes = f"shapes {rows.shape}, {targets.shape} and {places.shape}"
+        raise ShapeError("reciprocal ranks", "shapes (n, d), (m, d) and (n,)", shapes)
+    if not np.isin(places, np.arange(len(targets))).all() or places.dtype.kind == "f":
+        expected = f"rows of {len(targets)} candidates"
+        raise ArgumentError("reciprocal ranks: own", expected, shown(own))
+    # Not a matrix product: equal candidates score equally.
+    scores = np.einsum("nd,md->nm", rows, targets)
+    own_scores = np.take_along_axis(scores, places[:, None], axis=1)
+    ranks: Array = 1.0 / (scores >= own_scores).sum(axis=1)
     return ranks
-
-
-def _resampled(differences: Array, seed: int) -> Array:
-    """The mean of each draw of n differences with replacement."""
-    rng, n = np.random.default_rng(seed), len(differences)
-    rows = min(RESAMPLES, max(1, 2**20 // n))  # at once: the draws are the same whatever it is
-    sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
-    means = [differences[rng.integers(n, size=(size, n))].mean(axis=1) for size in sizes]
-    result: Array = np.round(np.concatenate(means), 12) + 0.0  # so that no sum's last bit is a gain
-    return result
-
-
-def _ranks(values: Any, where: str) -> Array:
-    try:
-        ranks = np.asarray(values, np.float64)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(where, "reciprocal ranks", error) from error
-    if ranks.ndim != 1:
-        raise ShapeError(where, "shape (n,)", f"shape {ranks.shape}")
-    if not ((ranks > 0) & (ranks <= 1)).all():  # NaN is neither
-        raise ArgumentError(where, "reciprocal ranks in (0, 1]", shown(values))
-    return ranks
-
-
-def _mean(values: Array) -> float:
-    return math.fsum(values) / len(values)

@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from fractions import Fraction
 
 import numpy as np
 from hypothesis import assume, given
@@ -14,7 +13,7 @@ from lora.evolution.cloud import LONGEST, REASONS, screened
 from lora.evolution.data import Pairs
 from lora.evolution.distill import Material, divided, trial_seed
 from lora.evolution.gate import LEAST, MAX_LOSS, change, judge, reciprocal_ranks
-from lora.evolution.novelty import Alarm, Signals, auroc, fit, signals_of, similarities, topics
+from lora.evolution.novelty import Alarm, Signals, fit, signals_of, similarities, topics
 from lora.routing import EMPTY, candidate_of
 from lora.testing.plugin import requirement
 
@@ -115,19 +114,6 @@ def test_the_signals_are_the_best_skill_and_its_lead_over_the_second(queries, fi
     )  # a new skill makes nothing stranger
     assert both.margin == round(abs(best["a"] - best["b"]), 6)
     assert best[both.nearest] == both.similarity
-
-
-@requirement("R18.1")
-@given(st.lists(cosines, min_size=1, max_size=9), st.lists(cosines, min_size=1, max_size=9))
-def test_auroc_is_the_share_of_pairs_in_the_right_order(novel, familiar):
-    wins = sum(
-        Fraction(1) if n < k else Fraction(1, 2) if n == k else 0 for n in novel for k in familiar
-    )
-    assert auroc(novel, familiar) == float(wins / (len(novel) * len(familiar)))
-    assert auroc(novel, familiar) + auroc(familiar, novel) == 1
-    assert auroc(novel, familiar) == auroc(
-        [math.atan(n) for n in novel], [math.atan(k) for k in familiar]
-    ) or len({math.atan(x) for x in (*novel, *familiar)}) < len({*novel, *familiar})
 
 
 @requirement("R18.2")

@@ -141,7 +141,7 @@ def test_evolve_asks_a_teacher_only_as_allowed_and_within_the_budget(shop, serve
     absent, teacher = teachers
     assert absent is None
     assert len(teacher.from_documents({"cards": "A card holds factors."}).pairs) == 1
-    with pytest.raises(StateError, match="'queries'.*nothing was sent"):
+    with pytest.raises(StateError, match=r"'queries'.*nothing was sent"):
         teacher.from_queries("cards", ["secret"])
     with pytest.raises(StateError, match="at most 3000 tokens"):
         teacher.from_documents({"long": "word " * 3000})

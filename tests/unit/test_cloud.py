@@ -12,8 +12,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
@@ -112,9 +110,14 @@ def ledger(tmp_path):
     return Ledger(tmp_path / "ledger.sqlite", 100_000)
 
 
-def teacher(server, ledger, waits=None, **options):
-    sleep = (lambda _: None) if waits is None else waits.append
-    options = {"api_key": KEY, "base_url": server.url, "timeout": 5.0, "sleep": sleep, **options}
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """The client waits for no more than a moment between two tries of its own."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+
+
+def teacher(server, ledger, **options):
+    options = {"api_key": KEY, "base_url": server.url, "timeout": 5.0, **options}
     return OpenAITeacher("small", ledger, **options)
 
 
@@ -170,45 +173,32 @@ def test_a_server_that_refuses_every_form_is_given_up(server, ledger):
 
 @requirement("R18.5")
 def test_a_busy_server_is_asked_again_after_the_time_that_it_names(server, ledger):
-    waits = []
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
     server.script = [
-        (429, {"Retry-After": "7"}, "{}"),
-        (503, {"Retry-After": later}, "{}"),
+        (429, {"Retry-After": "0.3"}, "{}"),
         (500, {"Retry-After": "soon"}, "{}"),
         answer(GOOD),
     ]
-    assert len(distilled(teacher(server, ledger, waits)).pairs) == 1
-    assert waits[0] == 7
-    assert 20 < waits[1] <= 30
-    assert waits[2] == 2.0  # what can't be read: the third wait of its own
-    assert ledger.table()["outcome"].to_pylist() == [
-        "status 429",
-        "status 503",
-        "status 500",
-        "answered",
-    ]
+    assert len(distilled(teacher(server, ledger)).pairs) == 1
+    assert server.at[1] - server.at[0] >= 0.3
+    assert ledger.table()["outcome"].to_pylist() == ["status 429", "status 500", "answered"]
     assert ledger.spent == 42
-
-
-@requirement("R18.5")
-def test_there_is_one_retry_layer(server, ledger):
-    waits = []
-    server.script = [(429, {"Retry-After": "0", "x-should-retry": "true"}, "{}")]
-    with pytest.raises(PeerError, match="an answer in 3 tries"):
-        distilled(teacher(server, ledger, waits, tries=3))
-    assert len(server.requests) == 3  # not three times the client's own
-    assert waits == [0.5, 1.0]
 
 
 @requirement("R18.5")
 @pytest.mark.parametrize("asked", ["3600", "1e999"])
 def test_a_server_that_asks_for_too_much_patience_is_given_up(server, ledger, asked):
-    waits = []
     server.script = [(429, {"Retry-After": asked}, "{}")]
-    with pytest.raises(PeerError, match=r"within 60\.0 s"):
-        distilled(teacher(server, ledger, waits))
-    assert (len(server.requests), waits) == (1, [])
+    with pytest.raises(PeerError, match="status 429"):
+        distilled(teacher(server, ledger))
+    assert len(server.requests) == 1
+
+
+@requirement("R18.5")
+def test_there_is_one_retry_layer(server, ledger):
+    server.script = [(429, {"Retry-After": "0", "x-should-retry": "true"}, "{}")]
+    with pytest.raises(PeerError, match="an answer, found status 429"):
+        distilled(teacher(server, ledger, tries=3))
+    assert len(server.requests) == len(ledger.table()) == 3
 
 
 @requirement("R18.5")
@@ -293,13 +283,11 @@ def test_a_server_that_is_not_there_costs_nothing(ledger):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        made = OpenAITeacher(
-            "small", ledger, api_key=KEY, base_url=url, sleep=lambda _: None, tries=2
-        )
-        with pytest.raises(PeerError, match="2 tries"):
+        made = OpenAITeacher("small", ledger, api_key=KEY, base_url=url, tries=2)
+        with pytest.raises(PeerError, match="an answer, found APIConnectionError"):
             distilled(made)
     assert ledger.spent == 0
-    assert ledger.table()["outcome"].to_pylist() == ["APIConnectionError"] * 2
+    assert ledger.table()["outcome"].to_pylist() == ["ConnectError"] * 2
 
 
 @requirement("R18.6")
@@ -686,7 +674,6 @@ def test_urls_that_would_send_the_key_in_the_clear_or_nowhere_are_refused(ledger
         ({"max_tokens": 0}, "max_tokens"),
         ({"timeout": 0}, "timeout"),
         ({"timeout": float("inf")}, "timeout"),
-        ({"longest_wait": -1}, "longest_wait"),
     ],
 )
 def test_a_teacher_checks_its_options(ledger, options, what):

@@ -22,12 +22,12 @@ def test_an_engine_that_evolves_observes_what_it_is_asked_and_remembers_what_is_
     distiller = engine.enable_evolution(guard)
     assert engine.evolution is distiller
     engine.log_qa("how hot is a kiln", "about 1200 degrees", quality=0.9)
-    assert [row["query"] for row in distiller._memory.logged] == ["how hot is a kiln"]
+    assert [row["query"] for row in distiller.memory.logged] == ["how hot is a kiln"]
     engine.router.unregister("python")
     engine.router.register_virtual_candidate("python", known.queries[:200])
-    before = distiller._memory
+    before = distiller.memory
     engine.encode_with_lora(["kilns"], {})
-    assert distiller._memory is before
+    assert distiller.memory is before
     with pytest.raises(StateError):
         engine.evolution.work("nothing")
 

@@ -118,7 +118,7 @@ def test_the_mean_of_reciprocal_ranks_is_the_trainers_mrr():
     [
         (([0.5] * (LEAST - 1), [0.5] * (LEAST - 1)), DataError, "at least 10 queries"),
         (([], []), DataError, "at least 10 queries"),
-        (([0.5] * 12, [0.5] * 13), ShapeError, "as before"),
+        (([0.5] * 12, [0.5] * 13), ShapeError, "the same shape"),
         (([[0.5] * 12], [[0.5] * 12]), ShapeError, r"shape \(n,\)"),
         (([0.5] * 11 + [0.0], [0.5] * 12), ArgumentError, r"in \(0, 1\]"),
         (([0.5] * 12, [0.5] * 11 + [float("nan")]), ArgumentError, r"in \(0, 1\]"),

@@ -11,7 +11,7 @@ import pytest
 from lora.engine import ArrowEngine
 from lora.errors import ArgumentError, ShapeError, StateError
 from lora.evolution.data import docstring_pairs
-from lora.evolution.novelty import Alarm, Detector, Novelty, Signals, auroc, fit, signals_of, topics
+from lora.evolution.novelty import Alarm, Detector, Novelty, Signals, fit, signals_of, topics
 from lora.routing import EMPTY, Calibration, candidate_of
 from lora.testing.plugin import requirement
 
@@ -65,7 +65,8 @@ def scores(engine):
 def test_real_foreign_text_is_told_from_text_of_a_known_skill(scores, foreign):
     detector = fit({f"query {i}": [signals] for i, signals in enumerate(scores["known"][:40])})
     found, familiar = ([detector.score(s) for s in scores[side]] for side in (foreign, "known"))
-    assert auroc(found, familiar) >= 0.90
+    # The chance that a foreign query scores below a known one: the area under the ROC curve.
+    assert np.less.outer(found, familiar).mean() >= 0.90
 
 
 @requirement("R18.1")
@@ -132,10 +133,9 @@ def test_queries_of_another_width_are_refused():
 @requirement("R18.1")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5"])
 def test_signals_that_are_no_numbers_are_refused(value):
-    detector = Detector((0.5, 0.5), (0.1, 0.1), FLAT, FLAT)
-    for signals in (Signals(value, 0.5), Signals(0.5, value)):
-        with pytest.raises(ArgumentError, match="finite numbers"):
-            detector.judge(signals)
+    for values in ((value, 0.5), (0.5, value)):
+        with pytest.raises(ArgumentError, match="a finite number"):
+            Signals(*values)
 
 
 @requirement("R18.1")
@@ -146,7 +146,6 @@ def test_signals_that_are_no_numbers_are_refused(value):
         {"rate": 0.5, "doubt": 0.4},
         {"doubt": 1.0},
         {"rate": "x"},
-        {"share": 1.0},
         {"seed": -1},
         {"seed": 0.5},
     ],
@@ -203,12 +202,3 @@ def test_topics_check_what_they_are_given():
             topics(np.eye(2), threshold)
     with pytest.raises(ArgumentError, match="finite"):
         topics([[np.nan, 1.0]])
-
-
-@requirement("R18.1")
-@pytest.mark.parametrize(
-    "sides", [([], [1.0]), ([1.0], []), ([float("nan")], [1.0]), ([[1.0]], [1.0])]
-)
-def test_auroc_needs_scores_on_both_sides(sides):
-    with pytest.raises(ArgumentError, match="auroc"):
-        auroc(*sides)
