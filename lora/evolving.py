@@ -42,11 +42,10 @@ def watching(
         documents: A folder, see `lora.evolution.distill.Source.read`.
         cards: Skills with descriptions to register; without any, Python's documentation is known.
         queries: What users asked; by default, some of the documents' own queries.
-        seed: Of every choice.
         options: Of `SkillDistiller`.
 
     Raises:
-        CardNotFoundError, DataError: If there is nothing to learn from.
+        DataError: If there is nothing to learn from.
     """
     folder = as_path(documents)
     source = Source.read(folder)
@@ -72,13 +71,7 @@ def outcomes(distiller: SkillDistiller, progress: Progress | None = None) -> Ite
 
 
 def distil(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
-    """Run a skill factory's job: learn a folder of documents; None if nothing helped.
-
-    Args:
-        parameters: ``name``, ``documents`` (a folder) and ``model`` (the base model's folder);
-            optionally ``steps``, ``rank``, ``alpha`` and ``seed``.
-        folder: Of the job.
-    """
+    """Run a skill factory's job: learn a folder of documents; None if nothing helped."""
     check(kind, KINDS["distil"], parameters)
     engine = ArrowEngine.from_pretrained(parameters["model"])
     options = {key: parameters[key] for key in ("rank", "alpha", "seed") if key in parameters}

@@ -1,12 +1,8 @@
 """Pairs of questions and answers from a teacher model.
 
 Nothing is sent without a `Consent` that names the host and the kinds of data. A `Ledger` reserves
-tokens for every request before it is sent, and refuses a request that could exceed the budget.
-Answers come from a stranger: they are parsed and checked, and what is not believed is dropped and
-counted.
-
-Teachers, ledgers and distillers may be used from several threads. Processes may share a ledger and
-a cache.
+tokens for every request before it is sent, and refuses what could exceed the budget. Answers come
+from a stranger: what is not believed is dropped and counted.
 
 Requirements: R18.
 """
@@ -90,11 +86,7 @@ _INJECTIONS = re.compile(
 
 @dataclass(frozen=True)
 class Consent:
-    """Permission to send some kinds of data to a host.
-
-    Args:
-        host: As in the teacher's URL, without port.
-        data: Some of `KINDS`.
+    """Permission to send some of `KINDS` to a host, which is named without port.
 
     Examples:
         >>> Consent("api.openai.com", ["documents"])
@@ -113,23 +105,23 @@ class Consent:
 
 
 class Teacher(Protocol):
-    """A model that answers with text, which is not to be trusted."""
+    """A model whose answers are not to be trusted."""
 
     @property
     def host(self) -> str:
-        """The host that material is sent to; "" if nothing leaves this process."""
+        """Where material is sent to; "" if nothing leaves this process."""
 
     def ask(self, instruction: str, material: str) -> str:
-        """Return the answer; raise PeerError without one, StateError if asking is refused here."""
+        """Return the answer; raise PeerError without one, StateError if it may not be asked."""
 
 
 @dataclass(frozen=True)
 class MockTeacher:
-    """A deterministic teacher that makes its pairs from the material; nothing leaves the process.
+    """A deterministic teacher within this process that repeats the sentences of the material.
 
     Examples:
-        >>> print(MockTeacher().ask("", json.dumps({"text": "Cards hold factors, always. Yes."})))
-        {"pairs": [{"query": "What is said of cards hold factors,?", "answer": "Cards hold factors, always."}]}
+        >>> print(MockTeacher().ask("", json.dumps({"text": "A card is immutable. Yes."})))
+        {"pairs": [{"query": "What is said of a card is?", "answer": "A card is immutable."}]}
     """
 
     host: str = ""
@@ -146,25 +138,18 @@ class MockTeacher:
 
 
 class Ledger:
-    """A SQLite file of what was sent and what it cost, with a budget of tokens over its whole life.
+    """A SQLite file of what was sent and what it cost, with a budget of tokens for its life.
 
-    The full cost of a call is reserved before it is sent. A call stays charged in full unless it
-    is known to have cost less, also after a crash.
-
-    Args:
-        path: The file, created if it does not exist.
-        budget: Tokens, sent and received together.
-
-    Raises:
-        StoreError: If the file is no ledger or can't be written.
+    A call is charged in full before it is sent, and less once it is known to have cost less.
+    Threads and processes may share the file.
 
     Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     ledger = Ledger(f"{folder}/ledger.sqlite", budget=100)
         ...     ledger.settle(ledger.reserve("host", "{}", 80), "answered", 10, 5)
-        ...     ledger.spent, ledger.table()["outcome"].to_pylist()
-        (15, ['answered'])
+        ...     ledger.spent
+        15
     """
 
     def __init__(self, path: PathLike, budget: int) -> None:
@@ -187,7 +172,7 @@ class Ledger:
         """Enter a call before it is made, and return its number.
 
         Raises:
-            StateError: If the call could exceed the budget; it must not be made then.
+            StateError: If it could exceed the budget.
         """
         with self._transaction() as db:
             spent = _charged(db)
@@ -195,10 +180,9 @@ class Ledger:
                 cost = f"a call of up to {tokens} with {spent} spent"
                 expected = f"at most {self.budget} tokens"
                 raise StateError("token budget", expected, cost, "nothing was sent")
-            columns = "INSERT INTO calls (at, host, body, charged, outcome) VALUES (?, ?, ?, ?, ?)"
-            return int(
-                db.execute(columns, (time.time(), host, body, tokens, "sent")).lastrowid or 0
-            )
+            insert = "INSERT INTO calls (at, host, body, charged, outcome) VALUES (?, ?, ?, ?, ?)"
+            entry = db.execute(insert, (time.time(), host, body, tokens, "sent"))
+            return int(entry.lastrowid or 0)
 
     def settle(
         self, call: int, outcome: str, sent: int | None = None, received: int | None = None
@@ -235,23 +219,17 @@ def _charged(db: sqlite3.Connection) -> int:
 
 
 class OpenAITeacher:
-    """A teacher behind a server for OpenAI's chat completions, asked by the official client.
+    """A teacher behind OpenAI's chat completions, asked by the official client.
 
-    Redirects are not followed and proxies of the environment are not used: data go only to the
-    host that was named. The key is neither logged nor written. The client repeats a request after
-    408, 409, 429, 5xx, a timeout or a broken connection; each attempt is paid for from the budget.
+    Data go only to the named host: no redirect and no proxy of the environment is followed. The key
+    is neither logged nor written. The budget pays for each attempt.
 
     Args:
-        api_key: Sent as it is; the environment is not read.
         base_url: ``https://…``, or ``http://…`` on this machine.
-        cache: Folder of earlier answers; None to ask each time.
+        cache: Folder of earlier answers.
         timeout: Seconds for connecting, for each wait, and for the whole body of an answer.
         tries: How often a request is sent at most.
         max_tokens: Of an answer.
-
-    Raises:
-        ArgumentError: If a number is out of range or the URL may not be used.
-        MissingPackageError: If the ``cloud`` extra is not installed.
     """
 
     def __init__(
@@ -298,25 +276,22 @@ class OpenAITeacher:
             instruction += f" Answer with JSON by this schema: {json.dumps(SCHEMA, sort_keys=True)}"
         # Compatible servers know the older name.
         limit = "max_completion_tokens" if self.host == "api.openai.com" else "max_tokens"
-        messages = [
-            {"role": "system", "content": instruction},
-            {"role": "user", "content": material},
-        ]
+        roles = (("system", instruction), ("user", material))
+        messages = [{"role": role, "content": content} for role, content in roles]
         body = {"model": self.model, "messages": messages, limit: self.max_tokens}
         return {**body, "response_format": form} if form else body
 
     def _answer(self, body: dict[str, Any]) -> str | None:
-        """Return the text of the answer from the cache or the server; None: the form is refused."""
+        """Return the answer from the cache or the server; None: the form is refused."""
         import openai  # noqa: PLC0415 - an optional package, slow to import
 
         request = f"{self.base_url}\n{json.dumps(body, sort_keys=True)}"
         name = f"{hashlib.sha256(request.encode()).hexdigest()}.json"
         path = None if self._cache is None else self._cache / name
-        if path and path.is_file():
-            with suppress(ValueError, LookupError, TypeError):  # a broken entry: ask again
-                answer = json.loads(path.read_bytes())["answer"]
-                if _items(answer) is not None:
-                    return str(answer)
+        with suppress(OSError, ValueError, LookupError, TypeError):  # no entry, or a broken one
+            answer = json.loads(path.read_bytes())["answer"] if path else ""
+            if _items(answer) is not None:
+                return str(answer)
         try:
             response = self._client.chat.completions.with_raw_response.create(**body)
         except (openai.BadRequestError, openai.UnprocessableEntityError):
@@ -335,7 +310,7 @@ class OpenAITeacher:
 
 
 def _client(teacher: OpenAITeacher, api_key: str, timeout: float, tries: int) -> Any:
-    """Return the official client, whose attempts are metered and whose answers are bounded."""
+    """Return the official client, with metered attempts and bounded answers."""
     try:
         import httpx2  # noqa: PLC0415 - openai's own dependency
         import openai  # noqa: PLC0415 - an optional package
@@ -377,28 +352,22 @@ def _client(teacher: OpenAITeacher, api_key: str, timeout: float, tries: int) ->
                 raise httpx2.ReadError("the body is too long or too slow")
         return content
 
-    transport = Metered(trust_env=False)
+    http = openai.DefaultHttpxClient(
+        follow_redirects=False, trust_env=False, transport=Metered(trust_env=False)
+    )
     return openai.OpenAI(
         api_key=api_key,
         base_url=teacher.base_url,
         max_retries=tries - 1,
         timeout=timeout,
-        http_client=openai.DefaultHttpxClient(
-            follow_redirects=False, trust_env=False, transport=transport
-        ),
+        http_client=http,
         default_headers={"Accept-Encoding": "identity"},
     )
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """Pairs from a teacher.
-
-    Args:
-        pairs: Those that are believed; a pair's group is its document or topic.
-        dropped: How many parts of answers were dropped, for each of `REASONS`.
-        failures: Why texts were not answered.
-    """
+    """Pairs from a teacher, how many were dropped by reason, and why texts were not answered."""
 
     pairs: Pairs
     dropped: Mapping[str, int] = field(default_factory=dict)
@@ -409,8 +378,7 @@ class CloudDistiller:
     """Asks a teacher for pairs about documents or topics.
 
     Args:
-        teacher: A `MockTeacher`, an `OpenAITeacher` or another `Teacher`.
-        consent: Permission to send; without it only a teacher within this process is asked.
+        consent: Not needed for a teacher within this process.
         pairs_each: Pairs to ask for, for each piece of a document or each topic.
         piece: Characters of a piece.
 
@@ -439,8 +407,7 @@ class CloudDistiller:
         """Ask for pairs about the text of documents, by name.
 
         Raises:
-            StateError: If sending documents to the teacher's host is not allowed, or the budget
-                does not allow even the first request.
+            StateError: If sending is not allowed, or the budget does not allow the first request.
             PeerError: If the teacher answered nothing at all.
         """
         texts = [
@@ -449,10 +416,7 @@ class CloudDistiller:
         return self._distilled("documents", texts)
 
     def from_queries(self, topic: str, queries: Sequence[str]) -> Distilled:
-        """Ask for pairs like these queries, with answers from the teacher's own knowledge.
-
-        Raises the errors of `from_documents`.
-        """
+        """Ask for pairs like these queries; raises as `from_documents` does."""
         return self._distilled("queries", [(topic, "\n".join(queries)[: self._piece])])
 
     def _distilled(self, kind: str, texts: Sequence[tuple[str, str]]) -> Distilled:
@@ -495,8 +459,7 @@ def screened(
     r"""Return the pairs of an answer that are believed, and why the others are not.
 
     Args:
-        answer: JSON, alone or within other text: ``{"pairs": [{"query": …, "answer": …}, …]}``, or
-            the list itself.
+        answer: ``{"pairs": [{"query": …, "answer": …}, …]}`` or the list, maybe within text.
         seen: Pairs of earlier answers; the believed ones are added.
         most: How many are kept.
 
@@ -533,19 +496,14 @@ def screened(
 
 
 def pieces(text: str, size: int) -> list[str]:
-    r"""Cut a text into pieces of at most `size` characters, between paragraphs where possible.
+    r"""Cut a text into pieces of at most `size` characters, between paragraphs if possible.
 
     Examples:
         >>> pieces("one\n\ntwo\n\nthree four", 8)
         ['one\n\ntwo', 'three fo', 'ur']
     """
-    parts: list[str] = []
-    for paragraph in (part.strip() for part in re.split(r"\n\s*\n", text)):
-        if parts and len(parts[-1]) + 2 + len(paragraph) <= size:
-            parts[-1] += f"\n\n{paragraph}"
-        else:
-            parts += [paragraph[start : start + size] for start in range(0, len(paragraph), size)]
-    return parts
+    pattern = rf"(?s).{{1,{size}}}(?:\n\s*\n|$)|.{{1,{size}}}"
+    return [piece for piece in map(str.strip, re.findall(pattern, text)) if piece]
 
 
 def _hostile(text: str) -> bool:
@@ -557,12 +515,12 @@ def _hostile(text: str) -> bool:
 
 
 def _comparable(text: str) -> str:
-    """Return a text without differences of case, form and spaces."""
+    """Remove differences of case, form and spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _items(answer: str) -> list[Any] | None:
-    """Return the list of pairs in an answer, or None if there is none."""
+    """Return the list of pairs in an answer, if there is one."""
     for opening, end in (("", ""), ("{", "}"), ("[", "]")):
         part = answer[answer.find(opening) : answer.rfind(end) + 1] if opening else answer
         with suppress(ValueError, RecursionError):
@@ -573,7 +531,7 @@ def _items(answer: str) -> list[Any] | None:
 
 
 def _completion(content: bytes) -> tuple[str, tuple[int, ...]]:
-    """Return the text of a chat completion, or "", and its tokens in and out if credible."""
+    """Return the text of a chat completion, or "", and its tokens if credible."""
     try:
         value = json.loads(content)
         usage = value.get("usage") or {}

@@ -1,10 +1,9 @@
 """SkillDistiller: an engine that learns what it does not know.
 
-All queries that were seen form one immutable `Memory`, which is replaced in one assignment under a
-lock. Queries that are not known become tasks, one for each topic. Work on a task gathers material,
-trains a card on one part and judges it on another part, which is drawn afresh for each trial. Pairs
-of a teacher judge only where there is nothing else: whoever poisons a lesson must not write its
-exam.
+All queries that were seen form one immutable `Memory`. Novel queries become tasks, one for each
+topic. Work on a task trains a card on one part of its material and judges it on another, drawn
+afresh for each trial. A teacher's pairs judge only where there are no others: whoever poisons a
+lesson must not write its exam.
 
 Requirements: R18.
 """
@@ -18,13 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import chain
 from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow.compute as pc
-from torch import nn
 
 import lora
 from lora.card import Array, LoRACard
@@ -65,7 +62,7 @@ SAME = 0.999
 class Engine(Protocol):
     """The parts of an engine that distillation needs."""
 
-    base: nn.Module
+    base: Any  # a module with encode(texts)
     router: LoRARouter
 
     def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
@@ -77,14 +74,12 @@ class Policy:
     """The numbers that a distiller decides by.
 
     Args:
-        alarm: Tells many dissonant queries from noise.
         link: Cosine from which two queries are of one topic.
-        topic_size: Dissonant queries that turn a topic into a task, and reopen a discarded task.
-        pending: Dissonant queries that are remembered.
-        logged: Question-answer pairs that are remembered.
-        quality: Least quality of a pair, in [0, 1].
+        topic_size: Novel queries that make a task of a topic, or reopen a discarded one.
+        pending, logged: Novel queries and question-answer pairs to remember.
+        quality: Least quality of a pair.
         share: Share of the material's groups to train on; the rest judges.
-        sample: Most pairs that are embedded to judge, to guard, or to compare a source to a topic.
+        sample: Most pairs to embed of a guard set, a held-out set or a source.
         examples: Most sentences that the router knows a skill by.
     """
 
@@ -109,27 +104,17 @@ class Policy:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Material to learn from.
-
-    Args:
-        pairs: Pairs of queries and answers.
-        texts: Documents by name that a teacher may be asked about.
-    """
+    """Material to learn from: pairs, and documents by name that a teacher may be asked about."""
 
     pairs: Pairs
     texts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: PathLike) -> Self:
-        """Read the documents of a folder.
+        """Read a folder of documents; each file is a group.
 
         Python files give docstring sentence → qualified name. Prose (`TEXT_FILES`) gives first
-        sentence → rest of each paragraph of at least two sentences, and is what a teacher may be
-        asked about. Each file is a group.
-
-        Raises:
-            CardNotFoundError: If there is no such folder.
-            DataError: If it holds neither.
+        sentence → rest of a paragraph, and is what a teacher may be asked about.
         """
         root = as_path(folder)
         if not root.is_dir():
@@ -164,11 +149,9 @@ class Task:
 
     Args:
         name: Name of the skill that it will become.
-        texts: Its last dissonant queries, oldest first, with their embeddings by the base model.
+        texts: Its last novel queries, with their embeddings by the base model.
         state: ``"open"``, ``"working"``, ``"accepted"`` or ``"discarded"``.
-        trials: How often it was tried.
-        seen: How many dissonant queries it has had.
-        tried: How many of them at its last trial.
+        seen, tried: How many novel queries it has had, and had at its last trial.
     """
 
     name: str
@@ -191,7 +174,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """All that a distiller has seen: a value that can be saved for the next distiller."""
+    """All that a distiller has seen: a value to save for the next distiller."""
 
     alarm: Alarm
     pending: Mapping[str, Array] = field(default_factory=dict)
@@ -205,11 +188,7 @@ class Memory:
 
     @classmethod
     def load(cls, path: PathLike) -> Self:
-        """Read a file that `save` wrote; a task that was being worked on is open again.
-
-        Raises:
-            CardNotFoundError, DataError: If there is no such file, or it is no memory.
-        """
+        """Read what `save` wrote; a task that was being worked on is open again."""
         path = as_path(path)
         if not path.is_file():
             raise CardNotFoundError(str(path), "a distiller's memory", "no such file")
@@ -231,13 +210,7 @@ def _arrays(texts: Mapping[str, Any]) -> dict[str, Array]:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What was gathered for a task.
-
-    Args:
-        own: Pairs from documents and logged answers.
-        taught: Pairs from the teacher.
-        figures: Numbers of pairs by origin, what was dropped, and why the teacher was not asked.
-    """
+    """What was gathered for a task: own pairs and a teacher's, with numbers by origin."""
 
     own: Pairs
     taught: Pairs
@@ -249,11 +222,9 @@ class Outcome:
     """The result of work on a task.
 
     Args:
-        task: Name of the task.
         card: The skill, registered; None if it was discarded.
-        verdict: Of the gate; None if there was too little material to train or to judge.
-        figures: JSON values: the gate's figures or ``reason``, material, seed and trial, digests,
-            versions.
+        verdict: None if there was too little material.
+        figures: JSON values: all that the card's provenance holds, or a ``reason``.
     """
 
     task: str
@@ -268,24 +239,18 @@ class Outcome:
 
 
 class SkillDistiller:
-    """Watches queries, and turns what an engine does not know into skills that measurably help.
+    """Turns what an engine does not know into skills that measurably help.
 
-    `observe`, `log_qa` and `tasks` may be called from any thread at any time, `work` from several
-    threads, each on another task.
+    `observe` and `log_qa` may be called from any thread, `work` from several on different tasks.
 
     Args:
         engine: Over an `InferenceCore`, with at least one card registered.
-        guard: Pairs that are known and may not get worse: at least three dozen source groups, none
-            of them among the router's examples. They also calibrate the detector. What judged an
-            accepted skill is guarded, too. Or several sets, as an earlier distiller's `guards`.
-        sources: Material by name.
+        guard: Pairs, or sets of pairs, that are known and may not get worse, none of them among the
+            router's examples. Three dozen source groups are needed: they calibrate the detector.
         teacher: Is asked about the documents that fit a topic, or about the topic without any.
-        policy: The numbers that it decides by.
-        detector: Tells known from novel, in place of a calibrated one.
-        max_steps: Most steps of a training.
-        seed: Of every choice; the seed of a trial is drawn from it and the trial's number.
-        store: Folder for accepted cards; None to register them only.
-        memory: Of an earlier distiller over the same base model, to go on from.
+        detector: Replaces the calibrated one.
+        store: Folder for accepted cards.
+        memory: Of an earlier distiller over the same base model.
         training: Options of `LoRATrainer`: settings, rank, alpha, target_modules.
 
     Raises:
@@ -316,8 +281,8 @@ class SkillDistiller:
         self.engine, self.policy, self.sources = engine, policy, dict(sources or {})
         self._teacher, self._store = teacher, None if store is None else as_path(store)
         self._trainer: Callable[..., LoRATrainer] = partial(LoRATrainer, engine, **training)
-        self._max_steps, self._detector = max_steps, detector
-        self._calibrated: tuple[Any, Any, Detector] | None = None
+        self._max_steps, self._fixed = max_steps, detector is not None
+        self._calibrated: tuple[Any, Any, Any] = (None, None, detector)
         samples = [pairs.sample(policy.sample, seed) for pairs in guards]
         self._guards = tuple((pairs, self._embedded(pairs.queries)) for pairs in samples)
         self._judged(self._guards[0][1][:1])  # calibrates, so that a bad guard set is refused here
@@ -332,12 +297,12 @@ class SkillDistiller:
 
     @property
     def guards(self) -> tuple[Pairs, ...]:
-        """Pairs that may not get worse: the guard set, and those that judged accepted skills."""
+        """Pairs that may not get worse: the guard sets, and what judged accepted skills."""
         return tuple(pairs for pairs, _ in self._guards)
 
     @property
     def alarm(self) -> Alarm:
-        """Whether there were many dissonant queries lately."""
+        """Whether many queries were novel lately."""
         return self.memory.alarm
 
     def observe(self, text: str) -> Novelty:
@@ -349,84 +314,73 @@ class SkillDistiller:
         return novelty
 
     def log_qa(self, question: str, answer: str, *, quality: float = 1.0) -> None:
-        """Remember an answer, as material for a task that its question is about.
-
-        Raises:
-            DataError: If a text is empty or the quality is not in [0, 1].
-        """
+        """Remember an answer of enough quality, as material for later tasks."""
         row = {"query": question, "positive": answer, "quality": quality}
         Pairs.of([row])
-        with self._write:
-            logged = (*self.memory.logged, row)[-self.policy.logged :]
-            self.memory = replace(self.memory, logged=logged)
+        if quality >= self.policy.quality:
+            with self._write:
+                logged = (*self.memory.logged, row)[-self.policy.logged :]
+                self.memory = replace(self.memory, logged=logged)
 
     def gather(self, name: str, *, send: bool = False) -> Material:
-        """Gather what there is to learn a task from.
+        """Gather what there is to learn a task from; ask the teacher only if `send` is true.
 
-        A source fits if its pairs are nearer to the topic's queries, on average, than what is known
-        already. A logged answer fits if its question is of the topic.
-
-        Args:
-            name: Of the task.
-            send: Whether to ask the teacher, too.
+        A source fits if it is nearer to the topic's queries, on average, than what is known.
         """
-        tasks, policy, teacher = self.memory.tasks, self.policy, self._teacher
-        if name not in tasks:
-            raise StateError(f"task {name!r}", f"one of {sorted(tasks)}", "none of that name")
-        task = tasks[name]
-        signals = signals_of(task.vectors, Index(self.engine.router.candidates))
-        known = np.mean([signal.similarity for signal in signals])
+        task, policy, teacher = self.memory.tasks.get(name), self.policy, self._teacher
+        if task is None:
+            expected = f"one of {sorted(self.memory.tasks)}"
+            raise StateError(f"task {name!r}", expected, "none of that name")
+        vectors = task.vectors
+        known = similarities(vectors, Index(self.engine.router.candidates).rows).max(axis=1)
         counts: dict[str, int] = {}
         own, texts = Pairs.of([]), dict[str, str]()
         for source_name, source in sorted(self.sources.items()):
-            queries = source.pairs.sample(policy.sample, self.seed).queries
-            if (
-                queries
-                and similarities(task.vectors, self._embedded(queries)).max(axis=1).mean() > known
-            ):
-                good = _good(source.pairs, policy.quality)
-                counts[f"source {source_name}"] = len(good)
-                own, texts = own.add(good), {**texts, **source.texts}
-        rows = enumerate(self.memory.logged)
-        logged = _good(Pairs.of({**row, "group": f"logged {i}"} for i, row in rows), policy.quality)
-        if len(logged):
-            near = similarities(self._embedded(logged.queries), task.vectors).max(axis=1)
-            logged = logged.take(np.flatnonzero(near >= policy.link).tolist())
+            good = pc.greater_equal(source.pairs.table["quality"], policy.quality)
+            pairs = Pairs(source.pairs.table.filter(good))
+            queries = pairs.sample(policy.sample, self.seed).queries
+            if queries:
+                near = similarities(vectors, self._embedded(queries)).max(axis=1)
+                if near.mean() > known.mean():
+                    counts[f"source {source_name}"] = len(pairs)
+                    own, texts = own.add(pairs), {**texts, **source.texts}
+        rows = [{**row, "group": f"logged {i}"} for i, row in enumerate(self.memory.logged)]
+        if rows:
+            questions = self._embedded([row["query"] for row in rows])
+            near = similarities(questions, vectors).max(axis=1) >= policy.link
+            rows = [row for row, fits in zip(rows, near, strict=True) if fits]
         taught = Distilled(Pairs.of([]))
-        if send and teacher is not None:
-            try:
-                taught = (
-                    teacher.from_documents(texts)
-                    if texts
-                    else teacher.from_queries(name, task.queries)
-                )
-            except (PeerError, StateError) as error:
-                log.warning("the teacher was not asked or did not answer: %s", error)
-                taught = replace(taught, failures=(str(error),))
+        try:
+            if send and teacher and texts:
+                taught = teacher.from_documents(texts)
+            elif send and teacher:
+                taught = teacher.from_queries(name, task.queries)
+        except (PeerError, StateError) as error:
+            log.warning("the teacher was not asked or did not answer: %s", error)
+            taught = replace(taught, failures=(str(error),))
         figures = {
-            "pairs": {**counts, "logged": len(logged), "taught": len(taught.pairs)},
+            "pairs": {**counts, "logged": len(rows), "taught": len(taught.pairs)},
             "dropped": dict(taught.dropped),
             "failures": list(taught.failures),
         }
-        return Material(own.add(logged).unique(), taught.pairs, figures)
+        return Material(own.add(rows).unique(), taught.pairs, figures)
 
     def work(self, name: str | None = None, *, progress: Progress | None = None) -> Outcome:
         """Gather, train and judge; register the skill if it is accepted, else discard it.
 
         Args:
             name: Of an open task; by default the one with most queries.
-            progress: As of `LoRATrainer.train`.
 
         Raises:
             StateError: If there is no such open task. After any other error the task is open.
         """
         with self._write:
-            open_tasks = [task for task in self.tasks if task.state == "open"]
-            task = next((task for task in open_tasks if name in (None, task.name)), None)
-            if task is None:
-                states = {task.name: task.state for task in self.tasks}
+            states = {task.name: task.state for task in self.tasks}
+            waiting = [key for key in states if states[key] == "open" and name in (None, key)]
+            if not waiting:
                 expected = "an open task" if name is None else f"an open task {name!r}"
                 raise StateError("work", expected, states)
+            task = self.memory.tasks[waiting[0]]
             task = self._change(task, state="working", trials=task.trials + 1, tried=task.seen)
         state = "open"
         try:
@@ -449,32 +403,27 @@ class SkillDistiller:
         material = self.gather(task.name, send=True)
         figures |= {"seed": seed, "queries": task.seen, **material.figures}
         try:
-            training, held_out, judged_on = divided(material, self.policy.share, seed)
+            training, held_out, figures["judged_on"] = divided(material, self.policy.share, seed)
             held_out = held_out.sample(self.policy.sample, seed)
-
-            def each(measure: Callable[[Pairs], Any]) -> dict[str, Any]:
+            for name, measure in (("sizes", len), ("sha256", digest)):
                 parts = {"training": measure(training), "held_out": measure(held_out)}
-                return {**parts, "guards": [measure(pairs) for pairs in guards]}
-
+                figures[name] = {**parts, "guards": list(map(measure, guards))}
             versions = {name: version(name) for name in ("numpy", "pyarrow", "torch")}
-            versions |= {"lora": lora.__version__, "python": platform.python_version()}
-            figures |= {"judged_on": judged_on, "sizes": each(len), "sha256": each(digest)}
-            figures["versions"] = versions
+            own = {"lora": lora.__version__, "python": platform.python_version()}
+            figures["versions"] = {**versions, **own}
             trained = self._trainer(seed=seed).train(
                 training, name=task.name, max_steps=self._max_steps, progress=progress
             )
             tuned = adapt(base, trained.card)
-            gain, *losses = [
-                (ranks(base, pairs), ranks(tuned, pairs)) for pairs in (held_out, *guards)
-            ]
-            verdicts = [judge(gain, loss, seed=seed) for loss in losses]
+            sides = [(ranks(base, pairs), ranks(tuned, pairs)) for pairs in (held_out, *guards)]
+            verdicts = [judge(sides[0], loss, seed=seed) for loss in sides[1:]]
         except DataError as error:  # too little material, or nothing that could be learned
             return None, None, {**figures, "reason": str(error)}
         verdict = min(verdicts, key=lambda verdict: verdict.guard.lower)
         figures |= verdict.figures()
         if not verdict.accepted:
             return None, verdict, figures
-        # What judged is guarded and calibrates from now on, so it can't be an example.
+        # What judged a skill is guarded and calibrates from now on, so it can't be an example.
         queries = [*task.queries, *training.sample(self.policy.examples, seed).queries]
         judged = set(held_out.queries)
         examples = [text for text in dict.fromkeys(queries) if text not in judged]
@@ -498,30 +447,24 @@ class SkillDistiller:
 
     def _recalled(self, memory: Memory) -> Memory:
         """Return a memory under this policy's alarm, if its embeddings are by this base model."""
-        texts = [memory.pending, *(task.texts for task in memory.tasks.values())]
-        for text, vector in chain.from_iterable(part.items() for part in texts):
-            own = self._embedded([text])
-            if own.shape[1:] != vector.shape or similarities(own, [vector]).item() < SAME:
-                raise ArgumentError("memory", "embeddings by this base model", "others")
-            break
+        for texts in (memory.pending, *(task.texts for task in memory.tasks.values())):
+            for text, vector in list(texts.items())[:1]:
+                own = self._embedded([text])
+                if own.shape[1:] != vector.shape or similarities(own, [vector]).item() < SAME:
+                    raise ArgumentError("memory", "embeddings by this base model", "others")
         policy, alarm = self.policy.alarm, memory.alarm
         alarm = replace(policy, recent=tuple(alarm.recent[-policy.n :]), ringing=alarm.ringing)
         return replace(memory, alarm=alarm)
 
     def _embedded(self, texts: Sequence[str]) -> Array:
         """Embed by the base model, so that active skills never move what is known."""
-        return np.asarray(self.engine.base.encode(list(texts)), np.float64)  # type: ignore[operator]
+        return np.asarray(self.engine.base.encode(list(texts)), np.float64)
 
     def _judged(self, vectors: Array) -> list[Novelty]:
-        """Judge queries by what the router knows now.
-
-        The detector is calibrated anew for new candidates: a new skill changes every margin.
-        """
+        """Judge queries by what the router knows now; new candidates need a new calibration."""
         candidates, guards = self.engine.router.candidates, self._guards
-        index, detector, last = Index(candidates), self._detector, self._calibrated
-        if detector is None and last and last[0] is candidates and last[1] is guards:
-            detector = last[2]
-        if detector is None:
+        index, (seen, guarded, detector) = Index(candidates), self._calibrated
+        if not self._fixed and (seen is not candidates or guarded is not guards):
             groups: dict[str, list[Signals]] = {}
             for number, (pairs, embeddings) in enumerate(guards):
                 names = pairs.table["group"].to_pylist()
@@ -532,7 +475,7 @@ class SkillDistiller:
         return [detector.judge(signals) for signals in signals_of(vectors, index)]
 
     def _change(self, task: Task, **changes: Any) -> Task:
-        """Change a task, which may have got more queries meanwhile."""
+        """Change a task, which may have more queries by now."""
         with self._write:
             task = replace(self.memory.tasks[task.name], **changes)
             self.memory = replace(self.memory, tasks={**self.memory.tasks, task.name: task})
@@ -544,43 +487,39 @@ def remembered(
 ) -> Memory:
     """Return what a distiller knows after one more query.
 
-    A novel query joins the task of its topic; `Policy.topic_size` more of them reopen a discarded
-    task. Otherwise the query waits. When the alarm rings, topics of that many queries become tasks.
+    A novel query joins the task of its topic, or else waits. When the alarm rings, topics of enough
+    waiting queries become tasks.
     """
     memory = replace(memory, alarm=memory.alarm.after(novelty.kind))
     tasks = memory.tasks
     seen = [memory.pending, *(task.texts for task in tasks.values())]
     if novelty.kind != "novel" or any(text in texts for texts in seen):
         return memory
-    near = [(similarities([vector], task.vectors).max(), task) for task in tasks.values()]
-    best, task = max(near, key=lambda pair: (pair[0], pair[1].name), default=(-1.0, None))
-    if task is not None and best >= policy.link:
-        reopened = task.state == "discarded" and task.seen + 1 >= task.tried + policy.topic_size
-        task = replace(
-            task,
-            texts=_latest({**task.texts, text: vector}, policy.pending),
-            state="open" if reopened else task.state,
-            seen=task.seen + 1,
-        )
-        return replace(memory, tasks={**tasks, task.name: task})
+    near = {name: similarities([vector], task.vectors).max() for name, task in tasks.items()}
+    name = max(near, key=lambda name: near[name], default="")
+    if near.get(name, -1.0) >= policy.link:
+        task, queries = tasks[name], {**tasks[name].texts, text: vector}
+        count = task.seen + 1
+        reopened = task.state == "discarded" and count >= task.tried + policy.topic_size
+        state = "open" if reopened else task.state
+        task = replace(task, texts=_latest(queries, policy.pending), state=state, seen=count)
+        return replace(memory, tasks={**tasks, name: task})
     pending = _latest({**memory.pending, text: vector}, policy.pending)
     if memory.alarm.ringing:
         texts = list(pending)
         for topic in topics(list(pending.values()), policy.link):
             if len(topic) >= policy.topic_size:
-                queries = [texts[i] for i in topic]
-                checksum = hashlib.sha256(json.dumps(sorted(queries)).encode()).hexdigest()
+                members = {texts[i]: pending.pop(texts[i]) for i in topic}
+                checksum = hashlib.sha256(json.dumps(sorted(members)).encode()).hexdigest()
                 name = f"skill-{checksum[:8]}"
-                topic_texts = {query: pending.pop(query) for query in queries}
-                tasks = {**tasks, name: Task(name, topic_texts, seen=len(topic))}
+                tasks = {**tasks, name: Task(name, members, seen=len(topic))}
     return replace(memory, pending=pending, tasks=tasks)
 
 
 def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, str]:
     """Return pairs to train on, pairs to judge on, and whose pairs judge.
 
-    The parts have no group and no text in common. A teacher's pairs are only trained on where
-    `LEAST` pairs of the own material judge.
+    The parts share no group and no text.
 
     Raises:
         DataError: If there are fewer than two groups.
@@ -606,10 +545,7 @@ def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, 
 
 
 def ranks(model: Any, pairs: Pairs) -> Array:
-    """Return the reciprocal rank of each query's positive among all positives.
-
-    Args:
-        model: Anything with ``encode(texts)``.
+    """Return each query's reciprocal rank of its positive among all, by a model that encodes.
 
     Raises:
         DataError: If an embedding is not finite.
@@ -623,7 +559,7 @@ def ranks(model: Any, pairs: Pairs) -> Array:
 
 
 def trial_seed(seed: int, trial: int) -> int:
-    """Return the seed of a trial, so that no two trials of a task are judged on the same split.
+    """Return the seed of a trial: each trial of a task is judged on another split.
 
     Examples:
         >>> trial_seed(0, 1) == trial_seed(0, 1), trial_seed(0, 1) == trial_seed(0, 2)
@@ -633,12 +569,8 @@ def trial_seed(seed: int, trial: int) -> int:
 
 
 def digest(pairs: Pairs) -> str:
-    """Return the SHA-256 of the pairs' values, whatever file they came from."""
+    """Return the SHA-256 of the pairs' values."""
     return hashlib.sha256(json.dumps(pairs.table.to_pydict(), sort_keys=True).encode()).hexdigest()
-
-
-def _good(pairs: Pairs, quality: float) -> Pairs:
-    return Pairs(pairs.table.filter(pc.greater_equal(pairs.table["quality"], quality)))
 
 
 def _latest(texts: Mapping[str, Array], count: int) -> dict[str, Array]:

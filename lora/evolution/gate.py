@@ -1,8 +1,7 @@
 """Decides whether a new skill is kept: it must help on held-out queries and not harm a guard set.
 
-The same queries are ranked before and after. The paired bootstrap draws queries, and with each its
-difference in reciprocal rank; the bounds are quantiles of the mean difference over the draws.
-Source: Efron and Tibshirani 1993, chapter 13.
+The same queries are ranked before and after. A paired bootstrap of the differences in reciprocal
+rank gives the bounds. Source: Efron and Tibshirani 1993, chapter 13.
 
 Requirements: R18.
 """
@@ -35,14 +34,7 @@ LEAST = 10
 
 @dataclass(frozen=True)
 class Change:
-    """A mean difference in reciprocal rank with its one-sided 95 % bounds.
-
-    Args:
-        before, after: MRR, in [0, 1].
-        mean: After minus before.
-        lower, upper: Bounds of the mean.
-        queries: How many there were.
-    """
+    """A mean difference in reciprocal rank, with its one-sided 95 % bounds and both MRRs."""
 
     before: float
     after: float
@@ -59,7 +51,6 @@ class Verdict:
     Args:
         gain: On held-out queries of the new topic.
         guard: On queries that were answered before; the upper bound of loss is ``-guard.lower``.
-        seed: Of the bootstrap.
     """
 
     gain: Change
@@ -92,12 +83,7 @@ def judge(gain: tuple[Any, Any], guard: tuple[Any, Any], *, seed: int = 0) -> Ve
     """Accept a skill or not.
 
     Args:
-        gain: Reciprocal ranks before and after, of the same queries of the new topic.
-        guard: The same of a guard set.
-        seed: Of the bootstrap.
-
-    Raises:
-        DataError, ShapeError, ArgumentError: See `change`.
+        gain, guard: Reciprocal ranks before and after: of the new topic, and of a guard set.
 
     Examples:
         >>> better, same = ([0.5] * 10, [1.0] * 10), ([0.5] * 10, [0.5] * 10)
@@ -111,17 +97,12 @@ def judge(gain: tuple[Any, Any], guard: tuple[Any, Any], *, seed: int = 0) -> Ve
 def change(before: Any, after: Any, *, seed: int = 0, where: str = "gate") -> Change:
     """Return the mean of paired differences with its bootstrap bounds.
 
-    The order of the queries does not matter.
-
     Args:
-        before, after: Reciprocal ranks, shape ``(n,)``, in (0, 1].
-        seed: Of the bootstrap.
+        before, after: Reciprocal ranks of the same queries, shape ``(n,)``, in any order.
         where: Named in errors.
 
     Raises:
-        ShapeError: If the two are not of one shape ``(n,)``.
-        ArgumentError: If one is not in (0, 1], or the seed is no integer >= 0.
-        DataError: If n is less than `LEAST`.
+        DataError: If there are fewer than `LEAST` queries.
     """
     try:
         old, new = np.asarray(before, np.float64), np.asarray(after, np.float64)
@@ -156,10 +137,6 @@ def reciprocal_ranks(queries: Any, candidates: Any, own: Sequence[int]) -> Array
     Args:
         queries, candidates: Embeddings, shapes ``(n, d)`` and ``(m, d)``.
         own: For each query, its candidate's row.
-
-    Raises:
-        ShapeError: If widths or numbers do not fit.
-        ArgumentError: If an embedding is not finite, or there is no such row.
 
     Examples:
         >>> reciprocal_ranks([[1, 0], [1, 1]], [[1, 0], [0, 1]], [0, 1])

@@ -1,11 +1,9 @@
 """Tells queries that an engine knows from novel ones, and groups novel queries into topics.
 
-Two signals are seen of a query: the cosine to the nearest exemplar of any known skill, and the
-margin between the best skill and the second. Either may be low, so they are calibrated together:
-each is measured in steps from the known queries' median to their 5 % point, and the lower of the
-two is the score. Split conformal prediction, grouped by source, sets two thresholds on the score. A
-query below the first is *novel*, one at or above the second is *known*, and one between is
-*unsure*.
+Two signals may be low: the cosine to the nearest exemplar of any known skill, and the margin to the
+second skill. Each is measured in steps from the known queries' median to their 5 % point; the lower
+one is the score. Split conformal prediction, grouped by source, sets two thresholds on the score:
+below the first a query is *novel*, from the second on *known*, between them *unsure*.
 
 Requirements: R18.
 """
@@ -55,14 +53,7 @@ class Signals:
 
 @dataclass(frozen=True)
 class Novelty:
-    """The judgement of a query.
-
-    Args:
-        kind: ``"known"``: it routes; ``"novel"``: it counts towards learning; ``"unsure"``:
-            neither.
-        score: The lower of the two signals, in steps from the median of known queries.
-        signals: The signals that were scored.
-    """
+    """The judgement of a query: a known one routes, a novel one counts towards learning."""
 
     kind: Kind
     score: float
@@ -74,10 +65,8 @@ class Detector:
     """Tells known queries from novel ones.
 
     Args:
-        centre: Median similarity and margin of known queries.
-        step: Distance from each median to the 5 % point, > 0.
-        novel: A query that scores below this threshold is novel.
-        known: A query that reaches this threshold is known.
+        centre, step: Medians of similarity and margin, and distances to their 5 % points.
+        novel, known: A query is novel below the first threshold, known from the second on.
     """
 
     centre: tuple[float, float]
@@ -105,15 +94,7 @@ class Detector:
 
 
 def signals_of(queries: Any, index: Index) -> list[Signals]:
-    """Return the two signals of each query.
-
-    Args:
-        queries: Embeddings, shape ``(n, d)``, of any length.
-        index: The known skills.
-
-    Raises:
-        StateError: If no skill is known.
-        ShapeError: If the widths differ.
+    """Return the two signals of each query, from embeddings of shape ``(n, d)``.
 
     Examples:
         >>> import numpy as np
@@ -137,26 +118,17 @@ def signals_of(queries: Any, index: Index) -> list[Signals]:
 def fit(
     known: Mapping[str, Sequence[Signals]], *, rate: float = 0.05, doubt: float = 0.2, seed: int = 0
 ) -> Detector:
-    """Return a detector calibrated on known queries.
+    """Return a detector for which few known queries of new sources are novel, or not known.
 
-    At most a share `rate` of known queries of new sources is novel, and at most `doubt` not known.
-    One part of the sources gives the centres and steps, the other the thresholds, so that the
-    conformal guarantee of `lora.routing.calibrate` holds for the joint score.
+    One part of the sources gives centres and steps, the other the thresholds, so that the guarantee
+    of `lora.routing.calibrate` holds for the joint score.
 
     Args:
         known: Source group -> signals of known queries from it, none of them among the exemplars.
-        rate, doubt: In (0, 1), `rate` <= `doubt`.
-        seed: Of the split and of the draw of one query from each source.
-
-    Raises:
-        ArgumentError: If a number is out of range or there are too few sources: ``1 / rate - 1``
-            are needed besides those that give centres and steps.
+        rate, doubt: Largest shares that are novel, and not known.
     """
     if not 0 < finite(rate, "rate", ArgumentError) <= finite(doubt, "doubt", ArgumentError) < 1:
         raise ArgumentError("rate, doubt", "shares in (0, 1), rate <= doubt", f"{rate}, {doubt}")
-    if not isinstance(known, Mapping) or not all(known.values()):
-        expected = "a mapping of source group to signals, at least one in each"
-        raise ArgumentError("known", expected, shown(known))
     groups = sorted(known)
     rng = np.random.default_rng([integer(seed, "seed", least=0), len(groups)])
     order = rng.permutation(len(groups)).tolist()
@@ -176,22 +148,17 @@ def fit(
 
 @dataclass(frozen=True)
 class Alarm:
-    """An alarm that rings when k of the last n queries were novel.
-
-    It falls silent when at most `release` of them were.
+    """An alarm that rings when k of the last n queries were novel, until at most `release` are.
 
     Args:
-        k, n, release: ``0 <= release < k <= n``.
-        recent: Whether each of the last queries was novel, at most n, oldest first.
-        ringing: Whether it rings.
+        recent: Whether each of the last queries was novel, oldest first.
 
     Examples:
         >>> alarm = Alarm(k=2, n=3, release=0)
-        >>> for kind in ("novel", "known", "novel", "known", "known", "known"):
+        >>> for kind in ("novel", "novel", "known", "known", "known"):
         ...     alarm = alarm.after(kind)
         ...     print(kind, alarm.ringing)
         novel False
-        known False
         novel True
         known True
         known True
@@ -221,15 +188,8 @@ class Alarm:
 def topics(embeddings: Any, threshold: float = LINK) -> tuple[tuple[int, ...], ...]:
     """Group texts that are alike: the connected components of "cosine >= threshold".
 
-    Which texts are together does not depend on their order.
-
-    Args:
-        embeddings: Shape ``(n, d)``.
-        threshold: In [-1, 1].
-
     Returns:
-        Positions, ascending within a topic. The largest topic comes first, of equal ones the one
-        with the first position.
+        Positions, ascending within a topic, the largest topic first.
 
     Examples:
         >>> topics([[1, 0], [0, 1], [9, 1], [0, 2], [8, 1]], 0.9)
