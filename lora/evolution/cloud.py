@@ -97,7 +97,7 @@ class Consent:
     data: Collection[str]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.host, str) or not re.fullmatch(r"[\w.:-]+", self.host):
+        if not re.fullmatch(r"[\w.:-]+", str(self.host)):
             raise ArgumentError("consent: host", "a host's name", shown(self.host))
         if not self.data or not set(self.data) <= set(KINDS):
             raise ArgumentError("consent: data", f"some of {KINDS}", shown(self.data))
@@ -169,11 +169,7 @@ class Ledger:
             return _charged(db)
 
     def reserve(self, host: str, body: str, tokens: int) -> int:
-        """Enter a call before it is made, and return its number.
-
-        Raises:
-            StateError: If it could exceed the budget.
-        """
+        """Enter a call before it is made, unless it could exceed the budget; return its number."""
         with self._transaction() as db:
             spent = _charged(db)
             if spent + tokens > self.budget:
@@ -256,12 +252,7 @@ class OpenAITeacher:
         self._client = _client(self, api_key, timeout, tries)
 
     def ask(self, instruction: str, material: str) -> str:
-        """Return the text of the answer; "" if the server's answer has none.
-
-        Raises:
-            PeerError: If the server gave no answer.
-            StateError: If the budget does not allow the request; it was not sent.
-        """
+        """Return the text of the answer, or "" if the server's answer has none."""
         for form in range(self._form, len(_FORMS)):
             answer = self._answer(self._body(_FORMS[form], instruction, material))
             if answer is not None:
@@ -383,10 +374,9 @@ class CloudDistiller:
         piece: Characters of a piece.
 
     Examples:
-        >>> documents = {"cards": "Cards hold two factors. Cards hold two factors."}
-        >>> taught = CloudDistiller(MockTeacher()).from_documents(documents)
-        >>> taught.pairs.positives, taught.dropped["duplicate"]
-        (['Cards hold two factors.'], 1)
+        >>> taught = CloudDistiller(MockTeacher()).from_documents({"cards": "A card is a value."})
+        >>> taught.pairs.positives
+        ['A card is a value.']
     """
 
     def __init__(

@@ -369,10 +369,7 @@ class SkillDistiller:
         """Gather, train and judge; register the skill if it is accepted, else discard it.
 
         Args:
-            name: Of an open task; by default the one with most queries.
-
-        Raises:
-            StateError: If there is no such open task. After any other error the task is open.
+            name: Of an open task; by default the one with most queries. After an error it is open.
         """
         with self._write:
             states = {task.name: task.state for task in self.tasks}
@@ -517,13 +514,7 @@ def remembered(
 
 
 def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, str]:
-    """Return pairs to train on, pairs to judge on, and whose pairs judge.
-
-    The parts share no group and no text.
-
-    Raises:
-        DataError: If there are fewer than two groups.
-    """
+    """Return pairs to train on, pairs to judge on without a common text or group, and their origin."""
     judged_on, everything = "own material", material.own.add(material.taught)
     try:
         training, held_out = material.own.split(share, seed=seed)
@@ -545,11 +536,7 @@ def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, 
 
 
 def ranks(model: Any, pairs: Pairs) -> Array:
-    """Return each query's reciprocal rank of its positive among all, by a model that encodes.
-
-    Raises:
-        DataError: If an embedding is not finite.
-    """
+    """Return each query's reciprocal rank of its positive among all, by a model that encodes."""
     candidates = sorted(set(pairs.positives))
     place = {text: row for row, text in enumerate(candidates)}
     queries, targets = (np.asarray(model.encode(texts)) for texts in (pairs.queries, candidates))

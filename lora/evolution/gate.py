@@ -98,11 +98,8 @@ def change(before: Any, after: Any, *, seed: int = 0, where: str = "gate") -> Ch
     """Return the mean of paired differences with its bootstrap bounds.
 
     Args:
-        before, after: Reciprocal ranks of the same queries, shape ``(n,)``, in any order.
+        before, after: Reciprocal ranks of the same queries, at least `LEAST`, shape ``(n,)``.
         where: Named in errors.
-
-    Raises:
-        DataError: If there are fewer than `LEAST` queries.
     """
     try:
         old, new = np.asarray(before, np.float64), np.asarray(after, np.float64)

@@ -124,7 +124,7 @@ def fit(
     of `lora.routing.calibrate` holds for the joint score.
 
     Args:
-        known: Source group -> signals of known queries from it, none of them among the exemplars.
+        known: Source group -> signals of known queries from it, none of them exemplars.
         rate, doubt: Largest shares that are novel, and not known.
     """
     if not 0 < finite(rate, "rate", ArgumentError) <= finite(doubt, "doubt", ArgumentError) < 1:
