@@ -514,7 +514,7 @@ def remembered(
 
 
 def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, str]:
-    """Return pairs to train on, pairs to judge on without a common text or group, and their origin."""
+    """Return pairs to train on, pairs to judge on with nothing in common, and their origin."""
     judged_on, everything = "own material", material.own.add(material.taught)
     try:
         training, held_out = material.own.split(share, seed=seed)
