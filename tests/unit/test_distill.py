@@ -1,4 +1,4 @@
-"""The distiller by example: what opens a task, what it is learned from, what is kept, and what is thrown away."""
+"""The distiller by example: what opens a task, what it is learned from, what is kept and what is discarded."""
 
 import json
 import socket
@@ -42,14 +42,11 @@ class Words:
     """An encoder that counts words of four subjects, and the letters of all others a little."""
 
     def encode(self, texts):
-        rows = [
-            [
-                *(text.count(word) for word in WORDS),
-                *(0.05 * text.count(letter) for letter in "xyz"),
-            ]
+        counts = [
+            [text.count(word) for word in WORDS] + [0.05 * text.count(letter) for letter in "xyz"]
             for text in texts
         ]
-        return np.array(rows, np.float32).reshape(len(rows), 7)
+        return np.array(counts, np.float32).reshape(len(counts), 7)
 
 
 class Stub:
@@ -71,8 +68,15 @@ GUARD = Pairs.of(
 SMALL = Policy(alarm=Alarm(k=3, n=6, release=1), link=0.8, topic_size=3)
 
 
-def watching(engine=None, **options):
-    return SkillDistiller(engine or Stub(), GUARD, **{"policy": SMALL, **options})
+def watching(engine=None, *, observed=(), **options):
+    distiller = SkillDistiller(engine or Stub(), GUARD, **{"policy": SMALL, **options})
+    for text in observed:
+        distiller.observe(text)
+    return distiller
+
+
+def laws(count, start=0):
+    return [f"law number {i}" for i in range(start, count)]
 
 
 @requirement("R18.1")
@@ -87,18 +91,15 @@ def test_known_queries_open_no_task_however_many():
 @requirement("R18.1", "R18.2")
 def test_many_dissonant_queries_of_one_topic_open_one_task():
     distiller = watching()
-    told = [distiller.observe(f"law number {i}") for i in range(20)]
-    assert {novelty.kind for novelty in told} == {"novel"}
+    assert {distiller.observe(text).kind for text in laws(20)} == {"novel"}
     (task,) = distiller.tasks
-    assert task.queries == tuple(f"law number {i}" for i in range(20))
+    assert task.queries == tuple(laws(20))
     assert (task.state, task.seen) == ("open", 20)
 
 
 @requirement("R18.2")
 def test_the_same_query_again_and_again_is_no_topic():
-    distiller = watching()
-    for _ in range(20):
-        distiller.observe("law")
+    distiller = watching(observed=["law"] * 20)
     assert distiller.alarm.ringing
     assert distiller.tasks == ()
 
@@ -106,38 +107,28 @@ def test_the_same_query_again_and_again_is_no_topic():
 @requirement("R18.2")
 def test_two_topics_open_two_tasks_in_whatever_order_their_queries_come():
     texts = [f"{subject} number {i}" for i in range(6) for subject in ("law", "pasta")]
-    seen = []
     for order in (range(12), np.random.default_rng(0).permutation(12)):
-        distiller = watching()
-        for i in order:
-            distiller.observe(texts[i])
-        seen.append({frozenset(task.queries) for task in distiller.tasks})
-    assert seen[0] == seen[1] == {frozenset(texts[::2]), frozenset(texts[1::2])}
+        tasks = watching(observed=[texts[i] for i in order]).tasks
+        topics = {frozenset(task.queries) for task in tasks}
+        assert topics == {frozenset(texts[::2]), frozenset(texts[1::2])}
 
 
 @requirement("R18.2")
 def test_a_stray_query_now_and_then_opens_no_task():
-    distiller = watching()
-    for i in range(40):
-        distiller.observe(f"law number {i}" if i % 8 == 0 else "python x")
-    assert distiller.tasks == ()
+    texts = [f"law number {i}" if i % 8 == 0 else "python x" for i in range(40)]
+    assert watching(observed=texts).tasks == ()
 
 
 @requirement("R18.2")
 def test_what_is_remembered_is_bounded():
     policy = replace(SMALL, alarm=Alarm(k=6, n=6, release=1), pending=4, logged=3)
-    distiller = watching(policy=policy)
+    texts = [f"law number {i}" if i % 2 else "python x" for i in range(50)]  # never rings
+    distiller = watching(policy=policy, observed=[*texts, *["law number 49"] * 9])
     for i in range(50):
-        distiller.observe(f"law number {i}" if i % 2 else "python x")  # never rings
         distiller.log_qa(f"law {i}", "yes")
-    for _ in range(9):
-        distiller.observe("law number 49")  # nor does it push out others
     assert list(distiller.memory.pending) == [f"law number {i}" for i in (43, 45, 47, 49)]
     assert len(distiller.memory.logged) == 3
-    distiller = watching(policy=replace(SMALL, pending=4))
-    for i in range(50):
-        distiller.observe(f"law number {i}")
-    (task,) = distiller.tasks
+    (task,) = watching(policy=replace(SMALL, pending=4), observed=laws(50)).tasks
     assert (len(task.queries), task.vectors.shape, task.seen) == (4, (4, 7), 50)
 
 
@@ -181,23 +172,22 @@ def test_a_task_that_was_worked_on_when_the_power_went_is_open_again(tmp_path):
 
 @requirement("R18.2")
 def test_a_memory_serves_under_the_policy_of_the_distiller_that_has_it():
-    distiller = watching(
-        memory=remembering(9).memory, policy=replace(SMALL, alarm=Alarm(k=2, n=4, release=0))
-    )
-    assert (distiller.alarm.k, len(distiller.alarm.recent), distiller.alarm.ringing) == (2, 4, True)
+    policy = replace(SMALL, alarm=Alarm(k=2, n=4, release=0))
+    alarm = watching(memory=remembering(9).memory, policy=policy).alarm
+    assert (alarm.k, len(alarm.recent), alarm.ringing) == (2, 4, True)
 
 
 @requirement("R18.2")
 def test_what_is_no_memory_of_this_model_is_refused(tmp_path):
     with pytest.raises(CardNotFoundError, match="nowhere"):
         Memory.load(tmp_path / "nowhere")
-    memory = remembering(9).memory
-    memory.save(tmp_path / "memory")
-    whole = json.loads((tmp_path / "memory").read_text())
+    memory, path = remembering(9).memory, tmp_path / "memory"
+    memory.save(path)
+    whole = json.loads(path.read_text())
     for value in ({}, [], {**whole, "alarm": {"k": 0}}, {**whole, "tasks": {"a": {}}}):
-        (tmp_path / "memory").write_text(json.dumps(value))
+        path.write_text(json.dumps(value))
         with pytest.raises(DataError, match="memory"):
-            Memory.load(tmp_path / "memory")
+            Memory.load(path)
     task = next(iter(memory.tasks.values()))
     for factor in (np.ones((3, 7)), -1):
         texts = {text: vector * factor for text, vector in task.texts.items()}
@@ -208,17 +198,13 @@ def test_what_is_no_memory_of_this_model_is_refused(tmp_path):
 
 @requirement("R18.3")
 def test_only_sources_and_answers_about_the_topic_are_gathered_and_bad_ones_dropped():
-    rows = [
-        {"query": f"{{}} {i}", "positive": f"{{}} answer {i}", "quality": 0.4 if i < 3 else 0.9}
-        for i in range(8)
-    ]
-    sources = {
-        subject: Source(Pairs.of({**row, "query": row["query"].format(subject)} for row in rows))
-        for subject in ("law", "pasta", "python")
-    }
-    distiller = watching(sources=sources)
-    for i in range(5):
-        distiller.observe(f"law number {i}")
+    qualities = [0.4] * 3 + [0.9] * 5
+    sources = {}
+    for subject in ("law", "pasta", "python"):
+        rows = [(f"{subject} {i}", f"answer {i}", quality) for i, quality in enumerate(qualities)]
+        keys = ("query", "positive", "quality")
+        sources[subject] = Source(Pairs.of(dict(zip(keys, row, strict=True)) for row in rows))
+    distiller = watching(sources=sources, observed=laws(5))
     distiller.log_qa("law one", "of the log")
     distiller.log_qa("law two", "bad", quality=0.1)
     distiller.log_qa("pasta", "of another topic")
@@ -241,26 +227,21 @@ def test_an_empty_answer_is_not_logged(question, answer, quality):
     assert distiller.memory.logged == ()
 
 
+def law_source(text):
+    return {"law": Source(Pairs.of([("law of x", "a"), ("law of y", "b")]), {"code": text})}
+
+
 @requirement("R18.3", "R18.5")
 def test_a_teacher_is_asked_about_the_fitting_documents_or_else_about_the_topic():
-    text = "law is what binds us all. pasta is something else entirely."
-    sources = {"law": Source(Pairs.of([("law of x", "a"), ("law of y", "b")]), {"code": text})}
-    for given, group in ((sources, "code"), ({}, None)):
-        distiller = watching(sources=given, teacher=CloudDistiller(MockTeacher()))
-        for i in range(5):
-            distiller.observe(f"law number {i} is long enough")
+    sources = law_source("law is what binds us all. pasta is something else entirely.")
+    queries = [f"{text} is long enough" for text in laws(5)]
+    for known, group in ((sources, "code"), ({}, None)):
+        teacher = CloudDistiller(MockTeacher())
+        distiller = watching(sources=known, teacher=teacher, observed=queries)
         name = distiller.tasks[0].name
         assert len(distiller.gather(name).taught) == 0  # nothing is sent unless it is said
         taught = distiller.gather(name, send=True).taught
-        assert len(taught) >= 1
         assert set(taught.table["group"].to_pylist()) == {group or name}
-
-
-class Abroad(MockTeacher):
-    """A teacher whose host is elsewhere."""
-
-    def __init__(self):
-        super().__init__("example.org")
 
 
 @requirement("R18.6")
@@ -269,14 +250,9 @@ class Abroad(MockTeacher):
 )
 def test_without_consent_the_teacher_is_left_out_and_the_reason_told(monkeypatch, consent):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a socket was opened"))
-    sources = {
-        "law": Source(
-            Pairs.of([("law of x", "a"), ("law of y", "b")]), {"code": "law is secret here."}
-        )
-    }
-    distiller = watching(sources=sources, teacher=CloudDistiller(Abroad(), consent=consent))
-    for i in range(5):
-        distiller.observe(f"law number {i}")
+    teacher = CloudDistiller(MockTeacher("example.org"), consent=consent)
+    sources = law_source("law is secret here.")
+    distiller = watching(sources=sources, teacher=teacher, observed=laws(5))
     material = distiller.gather(distiller.tasks[0].name, send=True)
     assert len(material.taught) == 0
     assert len(material.own) == 2
@@ -285,35 +261,33 @@ def test_without_consent_the_teacher_is_left_out_and_the_reason_told(monkeypatch
 
 @requirement("R18.3")
 def test_a_teacher_does_not_judge_its_own_lesson_where_there_is_anything_else():
-    own = Pairs.of(
-        {"query": f"law {i}", "positive": f"a{i}", "group": f"book {i % 8}"} for i in range(80)
+    own, poisoned = (
+        Pairs.of(
+            {"query": f"{word} {i}", "positive": f"{word}{i}", "group": f"book {i % 8}"}
+            for i in range(80)
+        )
+        for word in ("law", "bad")
     )
-    poisoned = Pairs.of(
-        {"query": f"bad {i}", "positive": f"b{i}", "group": f"book {i % 8}"} for i in range(80)
-    )
-    material = SimpleNamespace(own=own, taught=poisoned, figures={})
-    training, held_out, judged_on = divided(material, 0.7, 1)
+    training, held_out, judged_on = divided(SimpleNamespace(own=own, taught=poisoned), 0.7, 1)
     assert judged_on == "own material"
     assert all(query.startswith("law") for query in held_out.queries)
     assert any(query.startswith("bad") for query in training.queries)
     assert not set(training.table["group"].to_pylist()) & set(held_out.table["group"].to_pylist())
-    assert (
-        divided(SimpleNamespace(own=Pairs.of([]), taught=poisoned), 0.7, 1)[2]
-        == "own and taught material"
+    none = Pairs.of([])
+    assert divided(SimpleNamespace(own=none, taught=poisoned), 0.7, 1)[2].endswith(
+        "taught material"
     )
     with pytest.raises(DataError, match="at least two groups"):
-        divided(SimpleNamespace(own=Pairs.of([]), taught=Pairs.of([])), 0.7, 1)
+        divided(SimpleNamespace(own=none, taught=none), 0.7, 1)
 
 
 @requirement("R18.3")
 def test_every_trial_is_judged_on_another_split():
-    own = Pairs.of(
-        {"query": f"law {i}", "positive": f"a{i}", "group": f"book {i}"} for i in range(60)
-    )
-    material = SimpleNamespace(own=own, taught=Pairs.of([]))
-    held_out = [divided(material, 0.7, trial_seed(0, trial))[1] for trial in (1, 2, 3)]
+    rows = [{"query": f"law {i}", "positive": f"a{i}", "group": f"book {i}"} for i in range(60)]
+    material = SimpleNamespace(own=Pairs.of(rows), taught=Pairs.of([]))
+    held_out = [divided(material, 0.7, trial_seed(0, trial))[1] for trial in (1, 2, 3, 1)]
     assert len({digest(pairs) for pairs in held_out}) == 3
-    assert held_out[0] == divided(material, 0.7, trial_seed(0, 1))[1]
+    assert held_out[0] == held_out[3]
 
 
 def core():
@@ -324,12 +298,12 @@ def core():
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = InferenceCore(EncoderConfig(len(vocabulary), 32, 2, 2, 64, 16), tokenizer)
-    return made.requires_grad_(requires_grad=False).eval()
+        encoder = InferenceCore(EncoderConfig(len(vocabulary), 32, 2, 2, 64, 16), tokenizer)
+    return encoder.requires_grad_(requires_grad=False).eval()
 
 
 def combined(letters, labels=None):
-    """``a<i> c<j>`` asks for ``b<i> d<j>``: what is learned of some combinations holds for the others."""
+    """``a<i> c<j>`` asks for ``b<i> d<j>``: what some combinations teach holds for the others."""
     places = [(i, j) for i in range(SIZE) for j in range(SIZE)]
     answers = [f"{letters[1]}{i} {letters[3]}{j}" for i, j in places]
     if labels is not None:
@@ -380,27 +354,24 @@ def test_a_skill_that_helps_is_accepted_registered_and_routed_to():
     query = outcome.card.metadata["examples"][0]
     (route,) = engine.router.select(query)
     assert (route.name, route.virtual) == (outcome.task, False)
-    told = engine.encode_with_lora([query], intent_query=query)
-    assert not np.array_equal(told.embeddings, engine.encode([query]))
-    assert np.array_equal(
-        told.embeddings, engine.encode_with_lora([query], outcome.card).embeddings
-    )
+    routed = engine.encode_with_lora([query], intent_query=query).embeddings
+    assert not np.array_equal(routed, engine.encode([query]))
+    assert np.array_equal(routed, engine.encode_with_lora([query], outcome.card).embeddings)
 
 
 @requirement("R18.4")
 def test_an_accepted_card_tells_where_it_comes_from():
     _, _, outcome = accepted()
-    told = outcome.card.metadata["provenance"]
-    assert told == json.loads(json.dumps(dict(outcome.figures)))
-    assert told["gain"] == vars(outcome.verdict.gain)
-    assert told["guard"]["queries"] == SIZE * SIZE
-    assert (told["trial"], told["seed"]) == (1, trial_seed(0, 1))
-    assert told["sha256"]["guards"] == [digest(combined("efgh"))]
-    digests = [told["sha256"]["training"], told["sha256"]["held_out"], *told["sha256"]["guards"]]
-    assert {len(value) for value in digests} == {64}
-    assert len(set(digests)) == 3
-    assert set(told["versions"]) == {"lora", "numpy", "pyarrow", "python", "torch"}
-    assert told["sizes"]["training"] + told["sizes"]["held_out"] == SIZE * SIZE
+    figures = outcome.card.metadata["provenance"]
+    assert figures == json.loads(json.dumps(dict(outcome.figures)))
+    assert figures["gain"] == vars(outcome.verdict.gain)
+    assert figures["guard"]["queries"] == SIZE * SIZE
+    assert (figures["trial"], figures["seed"]) == (1, trial_seed(0, 1))
+    digests = figures["sha256"]
+    assert digests["guards"] == [digest(combined("efgh"))]
+    assert digests["training"] != digests["held_out"]
+    assert set(figures["versions"]) == {"lora", "numpy", "pyarrow", "python", "torch"}
+    assert figures["sizes"]["training"] + figures["sizes"]["held_out"] == SIZE * SIZE
     assert set(outcome.card.metadata["examples"]) <= set(combined("efgh").queries)
 
 
@@ -423,22 +394,19 @@ def test_no_pair_that_judges_is_trained_on(monkeypatch):
 
 @requirement("R18.4")
 def test_an_accepted_card_can_be_saved_loaded_and_measured_again(tmp_path):
-    engine, distiller = learning(
-        combined("efgh"), guard=combined("efgh"), store=tmp_path / "skills"
-    )
+    store, lesson = tmp_path / "skills", combined("efgh")
+    engine, distiller = learning(lesson, guard=lesson, store=store)
     material = distiller.gather(distiller.tasks[0].name)
     outcome = distiller.work()
-    (path,) = (tmp_path / "skills").iterdir()
+    (path,) = store.iterdir()
     card = lora.load(path)
     assert card == outcome.card
     held_out = divided(material, 0.6, outcome.figures["seed"])[1]
     assert digest(held_out) == outcome.figures["sha256"]["held_out"]
-    tuned = lora.adapt(engine.base, card)
-    assert ranks(tuned, held_out).mean() == pytest.approx(outcome.verdict.gain.after, rel=1e-12)
-    assert ranks(engine.base, held_out).mean() == pytest.approx(
-        outcome.verdict.gain.before, rel=1e-12
-    )
-    assert evaluate(tuned, held_out).mrr == pytest.approx(outcome.verdict.gain.after, rel=1e-6)
+    gain, tuned = outcome.verdict.gain, lora.adapt(engine.base, card)
+    assert ranks(tuned, held_out).mean() == pytest.approx(gain.after, rel=1e-12)
+    assert ranks(engine.base, held_out).mean() == pytest.approx(gain.before, rel=1e-12)
+    assert evaluate(tuned, held_out).mrr == pytest.approx(gain.after, rel=1e-6)
 
 
 @requirement("R18.3")
@@ -446,7 +414,6 @@ def test_what_can_not_be_learned_is_discarded_with_its_figures():
     engine, distiller = learning(combined("efgh", labels=3), guard=combined("efgh"))
     outcome = distiller.work()
     assert not outcome.accepted
-    assert outcome.card is None
     assert outcome.figures["helps"] is False
     assert outcome.figures["gain"]["lower"] <= 0
     assert distiller.tasks[0].state == "discarded"
@@ -457,17 +424,19 @@ def test_what_can_not_be_learned_is_discarded_with_its_figures():
 @requirement("R18.3")
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_skill_that_helps_but_harms_what_was_known_is_discarded(order):
-    """The lesson contradicts what the model was taught first."""
+    """The lesson contradicts what the model was taught first; one of two guards is not harmed."""
     lesson = combined("efgh").table.to_pylist()
+    answers = [row["positive"] for row in lesson[SIZE:] + lesson[:SIZE]]
     contrary = Pairs.of(
-        {**row, "positive": lesson[(i + SIZE) % len(lesson)]["positive"]}
-        for i, row in enumerate(lesson)
+        {**row, "positive": text} for row, text in zip(lesson, answers, strict=True)
     )
-    taught = lora.fold(lora.adapt(core(), accepted()[2].card))
     texts = combined("abcd").queries
     unharmed = Pairs.of({"query": text, "positive": text, "group": text} for text in texts)
-    guards = [combined("efgh"), unharmed][::order]
-    engine, distiller = learning(contrary, guard=guards, model=taught)
+    engine, distiller = learning(
+        contrary,
+        guard=[combined("efgh"), unharmed][::order],
+        model=lora.fold(lora.adapt(core(), accepted()[2].card)),
+    )
     outcome = distiller.work()
     assert not outcome.accepted
     assert outcome.figures["helps"] is True
@@ -480,9 +449,8 @@ def test_a_skill_that_helps_but_harms_what_was_known_is_discarded(order):
 @requirement("R18.3")
 @pytest.mark.parametrize("rows", [0, 1, 5, 15])
 def test_too_little_material_is_discarded_with_the_reason(rows):
-    _, distiller = learning(
-        combined("efgh"), sources={"book": Source(combined("efgh").take(range(rows)))}
-    )
+    few = {"book": Source(combined("efgh").take(range(rows)))}
+    _, distiller = learning(combined("efgh"), sources=few)
     outcome = distiller.work()
     assert outcome.verdict is None
     assert "at least" in outcome.figures["reason"]
@@ -496,11 +464,9 @@ def test_a_discarded_topic_is_tried_again_when_it_is_asked_for_more_and_on_anoth
     first = distiller.work()
     with pytest.raises(StateError, match="an open task"):
         distiller.work()
-    for query in source.queries[4:6]:
+    for query, state in zip(source.queries[4:7], ["discarded"] * 2 + ["open"], strict=True):
         distiller.observe(query)
-    assert distiller.tasks[0].state == "discarded"
-    distiller.observe(source.queries[6])
-    assert [task.state for task in distiller.tasks] == ["open"]
+        assert [task.state for task in distiller.tasks] == [state]
     second = distiller.work(first.task)
     assert (first.figures["trial"], second.figures["trial"]) == (1, 2)
     assert first.figures["seed"] != second.figures["seed"]
@@ -508,47 +474,35 @@ def test_a_discarded_topic_is_tried_again_when_it_is_asked_for_more_and_on_anoth
 
 
 @requirement("R18.1", "R18.3")
-def test_what_an_accepted_skill_was_judged_on_is_guarded_from_then_on_and_is_not_among_its_examples():
-    _, distiller, outcome = accepted()
+def test_what_judged_an_accepted_skill_is_guarded_from_then_on_and_is_not_among_its_examples():
+    engine, distiller, outcome = accepted()
     first, second = distiller.guards
     assert first == combined("efgh")
     assert digest(second) == outcome.figures["sha256"]["held_out"]
     assert set(second.queries) & set(combined("efgh").queries[:12])  # of those that opened the task
     assert not set(second.queries) & set(outcome.card.metadata["examples"])
-    after = SkillDistiller(
-        distiller.engine, distiller.guards, detector=EVERYTHING, memory=distiller.memory
-    )
+    after = SkillDistiller(engine, distiller.guards, detector=EVERYTHING, memory=distiller.memory)
     assert after.guards == distiller.guards
     assert [task.state for task in after.tasks] == ["accepted"]
-    with pytest.raises(DataError, match="guard: expected at least"):
-        SkillDistiller(distiller.engine, [])
 
 
 @requirement("R18.1")
 def test_a_new_skill_makes_what_was_known_no_stranger():
     engine = Stub()
     distiller = watching(engine)
-    python, law = (
-        [f"python {'xyz'[i % 3]}" for i in range(9)],
-        [f"law number {i}" for i in range(9)],
-    )
     for subject in ("law", "pasta"):
         engine.router.register_virtual_candidate(subject, [subject, f"{subject} number"])
-    assert {distiller.observe(text).kind for text in python} <= {
-        "known",
-        "unsure",
-    }  # with a second skill, margins are small
-    assert {distiller.observe(text).kind for text in law} <= {"known", "unsure"}
+    texts = [f"python {'xyz'[i % 3]}" for i in range(9)] + laws(9)
+    # With a second skill, margins are small.
+    assert {distiller.observe(text).kind for text in texts} <= {"known", "unsure"}
     engine.router.unregister("law")
-    assert {distiller.observe(text).kind for text in law} == {"novel"}
+    assert {distiller.observe(text).kind for text in laws(9)} == {"novel"}
 
 
 @requirement("R18.3")
 def test_a_task_whose_topic_is_known_by_now_is_not_learned():
     engine = Stub()
-    distiller = watching(engine)
-    for i in range(5):
-        distiller.observe(f"law number {i}")
+    distiller = watching(engine, observed=laws(5))
     engine.router.register_virtual_candidate("law", ["law", "law number"])
     outcome = distiller.work()
     assert not outcome.accepted
@@ -569,8 +523,13 @@ def test_a_task_is_worked_on_once_at_a_time_and_whatever_goes_wrong_leaves_it_op
     _, distiller = learning(source)
     refused = []
 
+    def attempt():
+        with pytest.raises(StateError, match="an open task"):
+            distiller.work()
+        refused.append(distiller.tasks[0].state)
+
     def look(step, *_):
-        worker = threading.Thread(target=lambda: refused.append(attempt(distiller)))
+        worker = threading.Thread(target=attempt)
         worker.start()
         worker.join()
         distiller.observe(source.queries[10 + step])  # serving goes on meanwhile
@@ -583,22 +542,15 @@ def test_a_task_is_worked_on_once_at_a_time_and_whatever_goes_wrong_leaves_it_op
     assert (task.state, task.trials, task.seen) == ("open", 1, 5)
 
 
-def attempt(distiller):
-    with pytest.raises(StateError, match="an open task"):
-        distiller.work()
-    return distiller.tasks[0].state
-
-
 @requirement("R18.2")
 def test_queries_from_many_threads_are_all_seen():
-    distiller = watching()
-    texts = [f"law number {i}" for i in range(200)]
-    threads = [
-        threading.Thread(
-            target=lambda part: [distiller.observe(t) for t in part], args=(texts[i::4],)
-        )
-        for i in range(4)
-    ]
+    distiller, texts = watching(), laws(200)
+
+    def observe(part):
+        for text in part:
+            distiller.observe(text)
+
+    threads = [threading.Thread(target=observe, args=(texts[i::4],)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -610,21 +562,19 @@ def test_queries_from_many_threads_are_all_seen():
 @requirement("R18.3")
 def test_a_folder_of_documents_is_read_as_pairs_and_texts(tmp_path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "guide.md").write_text(
-        "# Title\n\nA card is a value. It never changes.\n\nShort.\n"
-    )
-    (tmp_path / "sub" / "note.txt").write_bytes(
-        b"Bytes that are \xff not text. They are read anyway."
-    )
+    guide = "# Title\n\nA card is a value. It never changes.\n\nShort.\n"
+    (tmp_path / "guide.md").write_text(guide)
+    (tmp_path / "sub" / "note.txt").write_bytes(b"Bytes that are \xff not text. Read anyway.")
     (tmp_path / "tool.py").write_text('def run():\n    """Run the whole tool once."""\n')
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     source = Source.read(tmp_path)
     assert sorted(source.texts) == ["guide.md", "sub/note.txt"]
     rows = {row["query"]: (row["positive"], row["group"]) for row in source.pairs.table.to_pylist()}
-    assert rows["A card is a value."] == ("It never changes.", "guide.md")
-    assert rows["Run the whole tool once."] == ("tool.run", "tool")
-    assert rows["Bytes that are \ufffd not text."][1] == "sub/note.txt"
-    assert len(rows) == 3
+    assert rows == {
+        "A card is a value.": ("It never changes.", "guide.md"),
+        "Run the whole tool once.": ("tool.run", "tool"),
+        "Bytes that are \ufffd not text.": ("Read anyway.", "sub/note.txt"),
+    }
 
 
 @requirement("R18.3")
@@ -637,8 +587,9 @@ def test_a_folder_without_documents_is_refused(tmp_path):
 
 @requirement("R18.1")
 def test_a_distiller_needs_a_guard_that_can_judge_and_calibrate():
-    with pytest.raises(DataError, match="at least 10 pairs"):
-        SkillDistiller(Stub(), GUARD.take(range(9)))
+    for guard in (GUARD.take(range(9)), []):
+        with pytest.raises(DataError, match="guard: expected at least 10 pairs"):
+            SkillDistiller(Stub(), guard)
     with pytest.raises(ArgumentError, match="source groups"):
         SkillDistiller(Stub(), GUARD.take(range(12)))
     empty = Stub()
@@ -663,4 +614,3 @@ def test_an_unknown_task_is_named():
         watching().gather("none")
     with pytest.raises(StateError, match="an open task 'none'"):
         watching().work("none")
-    assert Memory(Alarm()).tasks == {}
