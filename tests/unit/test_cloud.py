@@ -192,7 +192,7 @@ def silent(handler):
 
 def dripping(handler):
     """A byte at a time: no single wait is long."""
-    handler.say(200, {"Content-Length": "1000"}, "")
+    handler.say(200, {"Content-Length": "30"}, "")
     for _ in range(30):
         handler.wfile.write(b" ")
         handler.wfile.flush()

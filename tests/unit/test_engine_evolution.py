@@ -32,17 +32,13 @@ def test_an_engine_that_evolves_observes_what_it_is_asked_and_remembers_what_is_
         engine.evolution.work("nothing")
 
 
+@pytest.mark.slow
 @requirement("R19.1", "R18.3", "R18.4")
 def test_a_folder_is_learned_by_a_job_or_told_to_be_no_help(tmp_path, monkeypatch):
-    """Of a made-up craft, by one step of training: the gate may say yes or no, and the job says the same."""
-    documents = craft(tmp_path / "docs", 5)
-    parameters = {
-        "name": "craft",
-        "documents": str(documents),
-        "model": str(default_model()),
-        "steps": 1,
-        "rank": 2,
-    }
+    """Of a made-up craft, by one step of training: the job says the same as the gate."""
+    documents = str(craft(tmp_path / "docs", 5))
+    parameters = {"name": "craft", "documents": documents, "model": str(default_model())}
+    parameters |= {"steps": 1, "rank": 2}
     seen = []
 
     def watched(*args, **options):

@@ -1,4 +1,4 @@
-"""Novelty by example: real foreign text against a known skill, calibration that holds on new sources, odd input."""
+"""Novelty by example: real foreign text against a known skill, calibration on new sources, odd input."""
 
 import re
 import sysconfig
@@ -11,62 +11,57 @@ import pytest
 from lora.engine import ArrowEngine
 from lora.errors import ArgumentError, ShapeError, StateError
 from lora.evolution.data import docstring_pairs
-from lora.evolution.novelty import Alarm, Detector, Novelty, Signals, fit, signals_of, topics
+from lora.evolution.novelty import Alarm, Detector, Signals, fit, signals_of, topics
 from lora.routing import EMPTY, Calibration, candidate_of
 from lora.testing.plugin import requirement
 
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
-FLAT = Calibration(-1.0, 1, 0.5, (0.0, 1.0))
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return ArrowEngine.from_pretrained(None)
+LOW, HIGH = (Calibration(threshold, 1, 0.5, (0.0, 1.0)) for threshold in (-1.0, 0.0))
 
 
 def licence_sentences():
     """First sentences of the paragraphs of the licences of what is installed, no two alike."""
-    found = {
+    sentences = {
         " ".join(paragraph.split()).split(". ")[0]
         for path in sorted(PACKAGES.rglob("LICENSE*"))
         if path.is_file()
         for paragraph in re.split(r"\n\s*\n", path.read_text(encoding="utf-8", errors="ignore"))
     }
-    return sorted(text for text in found if 40 <= len(text) <= 300)
+    return sorted(text for text in sentences if 40 <= len(text) <= 300)
 
 
 @pytest.fixture(scope="module")
-def scores(engine):
-    """Signals against the standard library's large modules: of other queries about them, of another library, of licences."""
-    rng = np.random.default_rng(0)
-    pairs = docstring_pairs()
-    sizes = Counter(pairs.table["group"].to_pylist())
-    known = [
-        query
-        for query, group in zip(pairs.queries, pairs.table["group"].to_pylist(), strict=True)
-        if sizes[group] >= 100
-    ]
-    known = [known[i] for i in rng.permutation(len(known))]
-    foreign = docstring_pairs(PACKAGES / "networkx").queries  # which torch brings along
-    licences = licence_sentences()
+def scores():
+    """Signals against large modules of the standard library: their own, another library's, licences'."""
+    engine, rng, pairs = (
+        ArrowEngine.from_pretrained(None),
+        np.random.default_rng(0),
+        docstring_pairs(),
+    )
+
+    def some(texts, count):
+        return [texts[i] for i in rng.permutation(len(texts))[:count]]
+
+    groups = pairs.table["group"].to_pylist()
+    sizes = Counter(groups)
+    known = [q for q, group in zip(pairs.queries, groups, strict=True) if sizes[group] >= 100]
+    known = some(known, 520)
     sentences = {
-        "exemplars": known[:450],
-        "known": known[450:520],
-        "library": [foreign[i] for i in rng.permutation(len(foreign))[:70]],
-        "licences": [licences[i] for i in rng.permutation(len(licences))[:70]],
+        "known": known[450:],
+        "library": some(docstring_pairs(PACKAGES / "networkx").queries, 70),  # torch needs it
+        "licences": some(licence_sentences(), 70),
     }
-    vectors = {name: engine.encode(texts) for name, texts in sentences.items()}
-    index = EMPTY.with_candidate(candidate_of("python", vectors.pop("exemplars")))
-    return {name: signals_of(rows, index) for name, rows in vectors.items()}
+    index = EMPTY.with_candidate(candidate_of("python", engine.encode(known[:450])))
+    return {name: signals_of(engine.encode(texts), index) for name, texts in sentences.items()}
 
 
 @requirement("R18.1")
 @pytest.mark.parametrize("foreign", ["library", "licences"])
 def test_real_foreign_text_is_told_from_text_of_a_known_skill(scores, foreign):
     detector = fit({f"query {i}": [signals] for i, signals in enumerate(scores["known"][:40])})
-    found, familiar = ([detector.score(s) for s in scores[side]] for side in (foreign, "known"))
+    novel, familiar = ([detector.score(s) for s in scores[side]] for side in (foreign, "known"))
     # The chance that a foreign query scores below a known one: the area under the ROC curve.
-    assert np.less.outer(found, familiar).mean() >= 0.90
+    assert np.less.outer(novel, familiar).mean() >= 0.90
 
 
 @requirement("R18.1")
@@ -81,34 +76,24 @@ def test_at_most_the_rate_that_was_asked_for_is_falsely_novel_on_new_sources():
     rates = []
     for _ in range(60):
         detector = fit({f"{i}": source() for i in range(50)}, rate=0.1, doubt=0.3)
-        fresh = [detector.judge(signals).kind for _ in range(40) for signals in source()]
-        rates.append(
-            [
-                np.mean([kind == "novel" for kind in fresh]),
-                np.mean([kind != "known" for kind in fresh]),
-            ]
-        )
+        kinds = np.array([detector.judge(s).kind for _ in range(40) for s in source()])
+        rates.append([(kinds == "novel").mean(), (kinds != "known").mean()])
     for share, asked in zip(np.mean(rates, axis=0), (0.1, 0.3), strict=True):
-        error = np.sqrt(
-            asked * (1 - asked) * (1 / 30 + 1 / 40) / 60
-        )  # of the threshold, and of the fresh sources
+        # Of the threshold, and of the fresh sources.
+        error = np.sqrt(asked * (1 - asked) * (1 / 30 + 1 / 40) / 60)
         assert asked / 2 < share < asked + 4 * error
 
 
 @requirement("R18.1")
 def test_scores_between_the_thresholds_have_a_name():
-    detector = Detector((0.5, 0.5), (0.1, 0.1), FLAT, Calibration(0.0, 1, 0.5, (0.0, 1.0)))
+    detector = Detector((0.5, 0.5), (0.1, 0.1), LOW, HIGH)
     kinds = [detector.judge(Signals(x, 1.0)).kind for x in (0.39, 0.41, 0.49, 0.5, 0.9)]
     assert kinds == ["novel", "unsure", "unsure", "known", "known"]
-    assert [detector.judge(Signals(0.9, m)).kind for m in (0.39, 0.41, 0.51)] == [
-        "novel",
-        "unsure",
-        "known",
-    ]
-    told = detector.judge(Signals(0.45, 1.0, "python"))
-    assert isinstance(told, Novelty)
-    assert told.score == pytest.approx(-0.5)
-    assert told.signals.nearest == "python"
+    kinds = [detector.judge(Signals(0.9, margin)).kind for margin in (0.39, 0.41, 0.51)]
+    assert kinds == ["novel", "unsure", "known"]
+    novelty = detector.judge(Signals(0.45, 1.0, "python"))
+    assert novelty.score == pytest.approx(-0.5)
+    assert novelty.signals.nearest == "python"
 
 
 @requirement("R18.1")
@@ -119,13 +104,9 @@ def test_known_queries_that_are_all_alike_are_no_division_by_zero():
 
 
 @requirement("R18.1")
-def test_an_engine_that_knows_nothing_is_told_so():
+def test_queries_without_a_known_skill_or_of_another_width_are_refused():
     with pytest.raises(StateError, match="at least one known skill"):
         signals_of(np.eye(2), EMPTY)
-
-
-@requirement("R18.1")
-def test_queries_of_another_width_are_refused():
     with pytest.raises(ShapeError, match="width 3, found width 2"):
         signals_of(np.eye(3), EMPTY.with_candidate(candidate_of("a", np.eye(2))))
 
@@ -138,37 +119,28 @@ def test_signals_that_are_no_numbers_are_refused(value):
             Signals(*values)
 
 
+ENOUGH = {f"{i}": [Signals(0.5, 0.5)] for i in range(50)}
+NUMBERS = [{"rate": 0.0}, {"rate": 0.5, "doubt": 0.4}, {"doubt": 1.0}, {"rate": "x"}]
+NUMBERS += [{"seed": -1}, {"seed": 0.5}]
+
+
 @requirement("R18.1")
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"rate": 0.0},
-        {"rate": 0.5, "doubt": 0.4},
-        {"doubt": 1.0},
-        {"rate": "x"},
-        {"seed": -1},
-        {"seed": 0.5},
-    ],
+    ("known", "options"),
+    [*((ENOUGH, options) for options in NUMBERS)]
+    + [(few, {}) for few in ({}, {"a": []}, {"a": [Signals(0.5, 0.5)]}, {**ENOUGH, "a": []})],
 )
-def test_calibration_checks_its_numbers(options):
+def test_calibration_checks_its_numbers_and_needs_sources(known, options):
     with pytest.raises(ArgumentError):
-        fit({f"{i}": [Signals(0.5, 0.5)] for i in range(50)}, **options)
-
-
-@requirement("R18.1")
-@pytest.mark.parametrize("known", [{}, {"a": []}, {"a": [Signals(0.5, 0.5)]}])
-def test_calibration_needs_sources(known):
-    with pytest.raises(ArgumentError):
-        fit(known)
+        fit(known, **options)
 
 
 @requirement("R18.1")
 def test_a_detector_is_consistent():
-    high = Calibration(0.0, 1, 0.5, (0.0, 1.0))
     with pytest.raises(ArgumentError, match="novel's threshold"):
-        Detector((0.5, 0.5), (0.1, 0.1), high, FLAT)
+        Detector((0.5, 0.5), (0.1, 0.1), HIGH, LOW)
     with pytest.raises(ArgumentError, match="step"):
-        Detector((0.5, 0.5), (0.1, 0.0), FLAT, FLAT)
+        Detector((0.5, 0.5), (0.1, 0.0), LOW, LOW)
 
 
 @requirement("R18.2")
@@ -183,8 +155,7 @@ def test_an_alarm_checks_its_numbers(numbers):
 @requirement("R18.2")
 def test_noise_does_not_ring_and_a_new_topic_does():
     rng = np.random.default_rng(0)
-    noise, topic = Alarm(), Alarm()
-    rang = 0
+    noise, topic, rang = Alarm(), Alarm(), 0
     for _ in range(2000):
         noise = noise.after("novel" if rng.random() < 0.05 else "known")
         rang += noise.ringing
@@ -195,7 +166,7 @@ def test_noise_does_not_ring_and_a_new_topic_does():
 
 
 @requirement("R18.2")
-def test_topics_check_what_they_are_given():
+def test_topics_check_their_arguments():
     assert topics(np.empty((0, 3))) == ()
     for threshold in (1.1, float("nan"), True, "x"):
         with pytest.raises(ArgumentError, match="threshold"):
