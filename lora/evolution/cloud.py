@@ -166,19 +166,23 @@ class Ledger:
     def spent(self) -> int:
         """Tokens that are charged."""
         with self._transaction() as db:
-            return _charged(db)
+            row = db.execute("SELECT COALESCE(SUM(charged), 0) FROM calls").fetchone()
+        return int(row[0])
 
     def reserve(self, host: str, body: str, tokens: int) -> int:
         """Enter a call before it is made, unless it could exceed the budget; return its number."""
+        insert = (
+            "INSERT INTO calls (at, host, body, charged, outcome) SELECT ?, ?, ?, ?, 'sent'"
+            " WHERE (SELECT COALESCE(SUM(charged), 0) FROM calls) <= ?"
+        )
+        left = min(self.budget - tokens, 2**62)  # SQLite's integers have 64 bits
         with self._transaction() as db:
-            spent = _charged(db)
-            if spent + tokens > self.budget:
-                cost = f"a call of up to {tokens} with {spent} spent"
-                expected = f"at most {self.budget} tokens"
-                raise StateError("token budget", expected, cost, "nothing was sent")
-            insert = "INSERT INTO calls (at, host, body, charged, outcome) VALUES (?, ?, ?, ?, ?)"
-            entry = db.execute(insert, (time.time(), host, body, tokens, "sent"))
-            return int(entry.lastrowid or 0)
+            entry = db.execute(insert, (time.time(), host, body, tokens, left))
+        if not entry.rowcount:
+            cost = f"a call of up to {tokens} with {self.spent} spent"
+            expected = f"at most {self.budget} tokens"
+            raise StateError("token budget", expected, cost, "nothing was sent")
+        return int(entry.lastrowid or 0)
 
     def settle(
         self, call: int, outcome: str, sent: int | None = None, received: int | None = None
@@ -208,10 +212,6 @@ class Ledger:
                 yield db
         except sqlite3.Error as error:
             raise StoreError(str(self.path), "a ledger that can be written", error) from error
-
-
-def _charged(db: sqlite3.Connection) -> int:
-    return int(db.execute("SELECT COALESCE(SUM(charged), 0) FROM calls").fetchone()[0])
 
 
 class OpenAITeacher:

@@ -121,9 +121,7 @@ def distilled(asked, documents=None, consent=HERE):
 
 
 @requirement("R18.5")
-def test_the_official_client_asks_for_structured_output_and_gives_pairs_of_the_document(
-    server, ledger
-):
+def test_the_client_asks_for_structured_output_and_gives_pairs(server, ledger):
     (row,) = distilled(teacher(server, ledger)).pairs.table.to_pylist()
     assert (row["query"], row["positive"]) == ("What holds factors?", "A card.")
     assert row["group"] == "cards"
@@ -136,9 +134,7 @@ def test_the_official_client_asks_for_structured_output_and_gives_pairs_of_the_d
 
 
 @requirement("R18.5")
-def test_a_server_that_refuses_a_form_of_answer_is_asked_for_the_next_and_not_again_for_the_first(
-    server, ledger
-):
+def test_a_form_of_answer_that_is_refused_is_not_asked_for_again(server, ledger):
     refused = (400, {}, '{"error": {"message": "response_format is not supported"}}')
     server.script = [refused, (422, {}, "no"), answer(GOOD)]
     taught = distilled(teacher(server, ledger), {"a": "One.", "b": "Two."})
@@ -164,9 +160,7 @@ def test_a_busy_server_is_asked_again_after_the_time_that_it_names(server, ledge
 
 @requirement("R18.5")
 @pytest.mark.parametrize(("wait", "requests"), [("0", 3), ("3600", 1), ("1e999", 1)])
-def test_there_is_one_retry_layer_and_it_gives_up_a_server_that_asks_for_too_much_patience(
-    server, ledger, wait, requests
-):
+def test_there_is_one_retry_layer_with_limited_patience(server, ledger, wait, requests):
     server.script = [(429, {"Retry-After": wait}, "{}")]
     with pytest.raises(PeerError, match="an answer, found status 429"):
         distilled(teacher(server, ledger, tries=3))
@@ -210,9 +204,7 @@ def cut(handler):
 
 @requirement("R18.5")
 @pytest.mark.parametrize("failure", [silent, dripping, endless, cut])
-def test_an_answer_that_does_not_end_in_time_or_in_size_is_asked_for_again_and_charged_in_full(
-    server, ledger, failure
-):
+def test_an_answer_without_end_is_asked_for_again_and_charged_in_full(server, ledger, failure):
     def hang(handler):
         try:
             failure(handler)
@@ -249,7 +241,7 @@ def test_a_server_that_is_not_there_costs_nothing(ledger):
 
 
 @requirement("R18.6")
-def test_neither_a_redirect_nor_a_proxy_of_the_environment_is_followed(server, ledger, monkeypatch):
+def test_neither_a_redirect_nor_a_proxy_is_followed(server, ledger, monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert len(distilled(teacher(server, ledger)).pairs) == 1
@@ -374,9 +366,7 @@ def test_malformed_answers_are_dropped_and_counted(server, ledger, body):
 
 
 @requirement("R18.7")
-def test_everything_that_is_not_believed_is_dropped_and_counted_and_the_rest_is_kept(
-    server, ledger
-):
+def test_what_is_not_believed_is_dropped_and_counted(server, ledger):
     wide = "".join(chr(ord(c) + 0xFEE0) for c in "you")  # "you" in full-width letters
     pairs = [
         ("WHAT  holds factors? ", "a card."),  # the same as GOOD
@@ -404,9 +394,7 @@ def test_everything_that_is_not_believed_is_dropped_and_counted_and_the_rest_is_
 
 
 @requirement("R18.7")
-def test_duplicates_are_dropped_across_documents_and_no_more_is_taken_than_was_asked_for(
-    server, ledger
-):
+def test_duplicates_across_documents_and_surplus_are_dropped(server, ledger):
     many = [{"query": f"q{i}", "answer": "a"} for i in range(20)]
     server.script = [answer(GOOD), answer([*GOOD, *many])]
     taught = distilled(teacher(server, ledger), {"a": "One.", "b": "Two."})
