@@ -60,7 +60,7 @@ SAME = 0.999
 
 
 class Engine(Protocol):
-    """The parts of an engine that distillation needs."""
+    """What distillation needs of an engine."""
 
     base: Any  # a module with encode(texts)
     router: LoRARouter
@@ -149,7 +149,7 @@ class Task:
 
     Args:
         name: Name of the skill that it will become.
-        texts: Its last novel queries, with their embeddings by the base model.
+        texts: Its last novel queries, with embeddings by the base model.
         state: ``"open"``, ``"working"``, ``"accepted"`` or ``"discarded"``.
         seen, tried: How many novel queries it has had, and had at its last trial.
     """

@@ -129,19 +129,18 @@ def fit(
     """
     if not 0 < finite(rate, "rate", ArgumentError) <= finite(doubt, "doubt", ArgumentError) < 1:
         raise ArgumentError("rate, doubt", "shares in (0, 1), rate <= doubt", f"{rate}, {doubt}")
-    groups = sorted(known)
-    rng = np.random.default_rng([integer(seed, "seed", least=0), len(groups)])
-    order = rng.permutation(len(groups)).tolist()
-    size = round(SHARE * len(groups))
-    rows = np.array([(s.similarity, s.margin) for i in order[:size] for s in known[groups[i]]])
+    rng = np.random.default_rng([integer(seed, "seed", least=0), len(known)])
+    order = rng.permutation(sorted(known)).tolist()
+    size = round(SHARE * len(order))
+    rows = np.array([(s.similarity, s.margin) for group in order[:size] for s in known[group]])
     if not len(rows):
-        raise ArgumentError("known", "several source groups", f"{len(groups)} groups")
+        raise ArgumentError("known", "several source groups", f"{len(order)} groups")
     centre = np.median(rows, axis=0)
     # The signals may all be equal.
     step = np.maximum(centre - np.quantile(rows, TAIL, axis=0), 10.0**-DECIMALS)
     free = Calibration(-math.inf, 0, 0.0, (0.0, 1.0))
     detector = Detector(tuple(centre.tolist()), tuple(step.tolist()), free, free)
-    scores = {groups[i]: list(map(detector.score, known[groups[i]])) for i in sorted(order[size:])}
+    scores = {group: list(map(detector.score, known[group])) for group in sorted(order[size:])}
     novel, unsure = (calibrate(scores, share, seed=seed) for share in (rate, doubt))
     return replace(detector, novel=novel, known=unsure)
 
@@ -198,16 +197,12 @@ def topics(embeddings: Any, threshold: float = LINK) -> tuple[tuple[int, ...], .
     if not -1 <= finite(threshold, "threshold", ArgumentError) <= 1:
         raise ArgumentError("threshold", "a cosine in [-1, 1]", threshold)
     near = similarities(embeddings, embeddings) >= threshold
-    waiting = list(range(len(near)))
-    components: list[tuple[int, ...]] = []
-    while waiting:
-        members, edge = {waiting[0]}, {waiting[0]}
-        while edge:
-            edge = {j for i in edge for j in np.flatnonzero(near[i]).tolist()} - members
-            members |= edge
-        components.append(tuple(sorted(members)))
-        waiting = [i for i in waiting if i not in members]
-    return tuple(sorted(components, key=lambda topic: (-len(topic), topic)))
+    labels, last = np.arange(len(near)), np.empty(0, int)
+    while not np.array_equal(labels, last):  # every text takes the smallest label near it
+        last = labels
+        labels = np.where(near, last, last[:, None]).min(axis=1, initial=len(near))
+    groups = [tuple(np.flatnonzero(labels == label).tolist()) for label in set(labels.tolist())]
+    return tuple(sorted(groups, key=lambda topic: (-len(topic), topic)))
 
 
 def similarities(left: Any, right: Any) -> Array:
