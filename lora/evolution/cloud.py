@@ -153,8 +153,7 @@ class Ledger:
     """
 
     def __init__(self, path: PathLike, budget: int) -> None:
-        integer(budget, "ledger: budget", least=0)
-        self.path, self.budget = as_path(path), budget
+        self.path, self.budget = as_path(path), integer(budget, "ledger: budget", least=0)
         with self._transaction() as db:
             db.execute(
                 "CREATE TABLE IF NOT EXISTS calls (id INTEGER PRIMARY KEY, at REAL NOT NULL,"
@@ -242,14 +241,13 @@ class OpenAITeacher:
     ) -> None:
         if not model or not api_key:
             raise ArgumentError("teacher: model, api_key", "text", "an empty one")
-        integer(tries, "teacher: tries", least=1)
-        integer(max_tokens, "teacher: max_tokens", least=1)
         if finite(timeout, "teacher: timeout", ArgumentError) <= 0:
             raise ArgumentError("teacher: timeout", "seconds > 0", shown(timeout))
         self.host, self.model, self.ledger, self.base_url = _host(base_url), model, ledger, base_url
         self._cache = None if cache is None else as_path(cache)
-        self.max_tokens, self._form = max_tokens, 0
-        self._client = _client(self, api_key, timeout, tries)
+        self.max_tokens = integer(max_tokens, "teacher: max_tokens", least=1)
+        self._form = 0
+        self._client = _client(self, api_key, timeout, integer(tries, "teacher: tries", least=1))
 
     def ask(self, instruction: str, material: str) -> str:
         """Return the text of the answer, or "" if the server's answer has none."""
@@ -278,7 +276,7 @@ class OpenAITeacher:
 
         request = f"{self.base_url}\n{json.dumps(body, sort_keys=True)}"
         name = f"{hashlib.sha256(request.encode()).hexdigest()}.json"
-        path = None if self._cache is None else self._cache / name
+        path = self._cache and self._cache / name
         with suppress(OSError, ValueError, LookupError, TypeError):  # no entry, or a broken one
             answer = json.loads(path.read_bytes())["answer"] if path else ""
             if _items(answer) is not None:
@@ -387,11 +385,11 @@ class CloudDistiller:
         pairs_each: int = 8,
         piece: int = 4000,
     ) -> None:
-        integer(pairs_each, "distiller: pairs_each", least=1)
-        integer(piece, "distiller: piece", least=1)
         if consent is not None and not isinstance(consent, Consent):
             raise ArgumentError("distiller: consent", "a Consent or None", shown(consent))
-        self.teacher, self.consent, self._each, self._piece = teacher, consent, pairs_each, piece
+        self.teacher, self.consent = teacher, consent
+        self._each = integer(pairs_each, "distiller: pairs_each", least=1)
+        self._piece = integer(piece, "distiller: piece", least=1)
 
     def from_documents(self, documents: Mapping[str, str]) -> Distilled:
         """Ask for pairs about the text of documents, by name.
