@@ -1,4 +1,4 @@
-"""R18 distillation: every score has a name, topics do not depend on order, the gate is a fair judge, output is screened."""
+"""R18 distillation: scores have a name, topics no order, the gate is fair, output is screened."""
 
 import json
 import math

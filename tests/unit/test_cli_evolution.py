@@ -1,4 +1,4 @@
-"""The commands of evolution: a factory's jobs from the shell, and what an engine would learn of some documents."""
+"""The commands of evolution: a factory's jobs, and what an engine would learn of documents."""
 
 import json
 from types import SimpleNamespace
@@ -124,7 +124,7 @@ def test_what_is_unknown_is_noticed_and_a_dry_run_keeps_nothing(shop):
 
 
 @requirement("R18.5", "R18.6", "R25.2")
-def test_evolve_asks_a_teacher_only_as_allowed_and_within_the_budget(shop, server, monkeypatch):  # noqa: F811
+def test_evolve_asks_a_teacher_only_as_allowed(shop, server, monkeypatch):  # noqa: F811
     teachers = []
 
     def watching(*_, teacher, **__):

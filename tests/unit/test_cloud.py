@@ -1,4 +1,4 @@
-"""Teachers and distillers, the client against a real HTTP server: failures, costs, consent, hostile answers."""
+"""Teachers against a real HTTP server: failures, costs, consent, hostile answers."""
 
 import builtins
 import gzip

@@ -1,4 +1,4 @@
-"""The distiller by example: what opens a task, what it is learned from, what is kept and what is discarded."""
+"""The distiller by example: what opens a task, what it learns from, what is kept or discarded."""
 
 import json
 import socket

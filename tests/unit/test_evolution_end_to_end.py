@@ -1,4 +1,4 @@
-"""An engine that knows Python's library meets networkx: it notices, learns, is judged, and serves what it learned."""
+"""An engine that knows Python's library meets networkx: it notices, learns, and serves."""
 
 from collections import Counter
 from pathlib import Path
@@ -24,7 +24,7 @@ LEARNING = {"settings": SETTINGS, "max_steps": 12}
 
 @pytest.fixture(scope="module")
 def story():
-    """The engine, its distiller, shuffled queries of networkx, tasks before and after, the outcome."""
+    """An engine, its distiller, queries of networkx, tasks before and after, the outcome."""
     engine, rng = ArrowEngine.from_pretrained(device="cpu"), np.random.default_rng(0)
     known, _ = docstring_pairs().split(0.5, seed=0)  # as `watching`: the other half is the guard
     sentences = rng.permutation(known.queries).tolist()

@@ -1,4 +1,4 @@
-"""Novelty by example: real foreign text against a known skill, calibration on new sources, odd input."""
+"""Novelty by example: real foreign text, calibration on new sources, odd input."""
 
 import re
 import sysconfig
@@ -32,7 +32,7 @@ def licence_sentences():
 
 @pytest.fixture(scope="module")
 def scores():
-    """Signals against large modules of the standard library: their own, another library's, licences'."""
+    """Signals against large standard modules: of their own, another library's, licences' text."""
     engine, rng, pairs = (
         ArrowEngine.from_pretrained(None),
         np.random.default_rng(0),
