@@ -20,7 +20,7 @@ import lora
 import lora.cli
 from lora.presets import cost_table
 from lora.rewrite import linears
-from lora.testing.trace import read_code, read_spec, read_tests
+from lora.testing.requirements import read_spec
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "generated"
@@ -37,6 +37,7 @@ import diagrams  # noqa: E402 - beside this file, in no package
 import figures  # noqa: E402 - as above
 
 from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, in no package
+from tests.trace import read_code, read_tests  # noqa: E402 - as above
 
 KINDS = {
     "P*": "property (any implementation)",
@@ -70,7 +71,7 @@ TESTING = [
     "tolerance",
     "strategies",
     "report",
-    "trace",
+    "requirements",
     "vectors",
 ]
 REFERENCE = {

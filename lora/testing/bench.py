@@ -1,5 +1,4 @@
-"""The bench: each script of ``benchmarks/`` in a process of its own, and what they found as one
-report.
+"""Run the scripts of ``benchmarks/``, each in a process of its own, and collect their figures.
 
 Requirements: R6, R25.
 """
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import ArgumentError, MissingPackageError, StateError
-
-HERE = Path(__file__).parent
+from lora.testing import folder_of
 
 SCRIPTS = (
     "forward",
@@ -30,74 +28,63 @@ SCRIPTS = (
     "growth",
     "commands",
 )
-"""In the order in which they run."""
+"""The scripts in the order in which they run."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one script found: the machine as it was, and rows of figures."""
+    """What one script measured: the machine, and rows of figures."""
 
     name: str
     machine: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
 
 
-def bench_folder() -> Path:
-    """The scripts: in the wheel beside this file, in a checkout under ``benchmarks``."""
-    packed = HERE / "benchmarks"
-    return packed if packed.is_dir() else HERE.parents[1] / "benchmarks"
-
-
 def run_bench(only: Sequence[str] = (), *, quick: bool = False, threads: int = 2) -> Iterator[Part]:
-    """Run the scripts one after the other; each takes turns with its peers within one process.
+    """Run the scripts one after the other.
 
     Args:
         only: Names of `SCRIPTS`; all if empty.
         quick: Fewer rounds and smaller sizes.
-        threads: Of each script's process.
+        threads: Threads of each script's process.
 
     Raises:
-        ArgumentError: If a name is none of `SCRIPTS`.
-        MissingPackageError: If the ``bench`` extra is not installed.
-        StateError: If a script fails.
+        ArgumentError: A name is not in `SCRIPTS`.
+        MissingPackageError: The ``bench`` extra is not installed.
+        StateError: A script fails.
     """
     for name in only:
         if name not in SCRIPTS:
             raise ArgumentError("bench", f"one of {', '.join(SCRIPTS)}", repr(name))
     for peer in ("peft", "sentence_transformers"):
         if importlib.util.find_spec(peer) is None:
-            raise MissingPackageError(
-                "bench", peer, "not installed", "pip install 'lora-cards[bench]'"
-            )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            hint = "pip install 'lora-cards[bench]'"
+            raise MissingPackageError("bench", peer, "not installed", hint)
     for name in only or SCRIPTS:
+        script = str(folder_of("benchmarks") / f"{name}.py")
         with tempfile.TemporaryDirectory() as folder:
-            found = Path(folder) / "found.json"
-            command = [sys.executable, str(bench_folder() / f"{name}.py"), "--json", str(found)]
-            done = subprocess.run(  # noqa: S603 - this interpreter, our own script
-                [*command, *(["--quick"] if quick else [])],
-                env=environment,
+            path = Path(folder) / "figures.json"
+            run = subprocess.run(  # noqa: S603 - this interpreter, our own script
+                [sys.executable, script, "--json", str(path), *(["--quick"] if quick else [])],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
                 check=False,
             )
-            if done.returncode:
-                raise StateError(
-                    f"bench {name}",
-                    "a script that ends well",
-                    done.stderr.strip().rpartition("\n")[2],
-                )
-            told = json.loads(found.read_text(encoding="utf-8"))
-        yield Part(name, told["machine"], tuple(told["rows"]))
+            if run.returncode:
+                last_line = run.stderr.strip().rpartition("\n")[2]
+                raise StateError(f"bench {name}", "a script that ends well", last_line)
+            figures = json.loads(path.read_text(encoding="utf-8"))
+        yield Part(name, figures["machine"], tuple(figures["rows"]))
 
 
 def shown(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
-    """A row of figures as cells: what, figure, interval, target, whether it is met.
+    """Return a row of figures as cells: what, figure, interval, target, whether it is met.
 
     Examples:
-        >>> row = {"what": "one card", "side": "ours", "beside": "base", "kind": "overhead", "value": 0.021, "target": 0.1}
-        >>> shown(row | {"interval": [0.01, 0.03], "met": True})
+        >>> row = {"what": "one card", "side": "ours", "beside": "base", "kind": "overhead"}
+        >>> shown(row | {"value": 0.021, "target": 0.1, "interval": [0.01, 0.03], "met": True})
         ('one card: ours / base', '+2.1 %', '+1.0 % … +3.0 %', '<= +10.0 %', 'yes')
     """
     unit = row.get("unit", "× as fast" if row["kind"] == "times faster" else "×")
@@ -109,10 +96,5 @@ def shown(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     interval = " … ".join(form(end).removesuffix(f" {unit}") for end in row.get("interval", ()))
     sign = {"times faster": ">=", "at least": ">=", "below": "<"}.get(row["kind"], "<=")
     target = "" if row["target"] is None else f"{sign} {form(row['target'])}"
-    return (
-        what,
-        form(row["value"]),
-        interval,
-        target,
-        {None: "", True: "yes", False: "no"}[row["met"]],
-    )
+    met = {None: "", True: "yes", False: "no"}[row["met"]]
+    return what, form(row["value"]), interval, target, met

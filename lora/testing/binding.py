@@ -1,8 +1,9 @@
-"""What an implementation must offer to be held to the properties: a handful of functions over plain
-values.
+"""What an implementation must offer to be tested: a handful of functions over plain values.
 
-Only NumPy arrays, bytes, strings, numbers and mappings of them cross the border, so that an
-implementation in any language can stand behind it.
+Only NumPy arrays, bytes, strings, numbers and mappings of them are passed, so that an
+implementation may be written in any language.
+
+Requirements: R24.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 class PlainPair(NamedTuple):
-    """Factors ``(in, r)`` and ``(r, out)`` of one module; a scaling of None stands for alpha / rank
-    of its card.
-    """
+    """Factors ``(in, r)`` and ``(r, out)``; a scaling of None means alpha / rank of the card."""
 
     A: Array
     B: Array
@@ -83,9 +82,7 @@ class Binding(Protocol):
     def forward(
         self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]
     ) -> Array:
-        """What a Linear with these terms makes of x ``(..., in)``; weight ``(out, in)``, all of one
-        dtype.
-        """
+        """Output ``(..., out)`` of a Linear with these terms for x ``(..., in)``, of one dtype."""
         ...
 
     def match_targets(self, names: Sequence[str], targets: Sequence[str]) -> list[str]:
@@ -104,11 +101,10 @@ class Binding(Protocol):
         energy: float | None,
         error: float | None,
     ) -> PlainCard:
-        """A card for all Linears that differ, their weights under "<module>.weight"; exactly one
-        rank rule is not None.
+        """Card for all Linears that differ; their weights have the key "<module>.weight".
 
-        `energy` is the least share of ΔW's squares to hold, `error` the largest relative Frobenius
-        error, per module.
+        Exactly one of three rank rules is not None. Per module, `energy` is the least share of
+        ΔW's squares to keep, `error` the largest relative Frobenius error.
         """
         ...
 
@@ -124,10 +120,10 @@ class Binding(Protocol):
         weights: Sequence[float] | None,
         rank: int | None,
     ) -> PlainCard:
-        """One card of several; `strategy` is "average", "weighted", "slerp", "ties", "dare",
-        "task_arithmetic" or "cat".
+        """One card merged from several.
 
-        Options are normalize; t; density, elect; density, seed. Without a rank: what is needed to
-        be exact, and for ties and dare the largest of the parents' ranks at each module.
+        `strategy` is "average", "weighted" (option normalize), "slerp" (t), "ties" (density,
+        elect), "dare" (density, seed), "task_arithmetic" or "cat". Without a rank the merge is
+        exact; for ties and dare each module gets the largest rank of its parents.
         """
         ...

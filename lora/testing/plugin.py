@@ -1,15 +1,15 @@
-"""The pytest plugin: the ``requirement`` marker, the implementation under test, verdicts and their
-report.
+"""The pytest plugin: the ``requirement`` mark, the implementation under test, and the report.
 
-Load it with ``-p lora.testing.plugin``. The implementation is the reference unless ``--binding
-package.module:NAME`` or ``LORA_BINDING`` names another.
+Load it with ``-p lora.testing.plugin``. The implementation under test is this library, unless
+``--binding package.module:NAME`` or the variable ``LORA_BINDING`` names another.
+
+Requirements: R9, R24.
 """
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: two processes with two threads each are slower than one
+# Before torch is imported: two processes with two threads each are slower than with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import re
 import signal
@@ -27,25 +27,23 @@ from lora.testing.report import Outcome, read_statements, report_of, write_repor
 
 REFERENCE = "lora.testing.reference:BINDING"
 
+_REPRODUCIBLE: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None}
+
 settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile(
     "ci",
     max_examples=200,
-    deadline=None,
-    derandomize=True,
-    database=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
+    **_REPRODUCIBLE,
 )
-settings.register_profile(
-    "quick",  # a verdict, not the smallest example
+settings.register_profile(  # a verdict, without the smallest failing example
+    "quick",
     max_examples=30,
-    deadline=None,
-    derandomize=True,
-    database=None,
     phases=(Phase.explicit, Phase.generate),
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
+    **_REPRODUCIBLE,
 )
 settings.register_profile("nightly", max_examples=5000, deadline=None, phases=tuple(Phase))
 
@@ -56,14 +54,14 @@ _EXAMPLES = re.compile(r"- (\d+) passing, (\d+) failing")
 
 
 class Hang(BaseException):
-    """A test ran longer than it may; no Exception, so that nothing between here and pytest takes it
-    for a result.
-    """
+    """A test ran for too long. Not an Exception, so that no handler takes it for a refusal."""
 
 
 class Subject:
-    """The binding under test, as tests see it: what it says it lacks skips, what it lacks without a
-    word fails when used.
+    """The binding under test as tests see it.
+
+    A member that the binding declares missing skips the test; one that is missing without a
+    declaration fails where it is used.
     """
 
     def __init__(self, binding: Any) -> None:
@@ -76,75 +74,61 @@ class Subject:
             raise AttributeError(member)
         if member in self.missing:
             pytest.skip(f"{self.binding.name} lacks {member}: {self.missing[member]}")
-        return getattr(self.binding, member, None) or _stub(self.binding, member)
+        return getattr(self.binding, member, None) or _stub(self.binding.name, member)
 
 
-def _stub(binding: Any, member: str) -> Callable[..., Any]:
+def _stub(name: str, member: str) -> Callable[..., Any]:
     def fails(*_: Any, **__: Any) -> None:
-        raise NotImplementedError(
-            f"binding {binding.name!r} has no {member!r} and does not declare it missing"
-        )
+        message = f"binding {name!r} has no {member!r} and does not declare it missing"
+        raise NotImplementedError(message)
 
     return fails
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the suite's options."""
-    group = parser.getgroup("lora conformance")
-    group.addoption(
-        "--binding", default=None, help="implementation under test, package.module:NAME"
-    )
-    group.addoption(
-        "--only", default=None, help="run the tests of one chapter (R4) or requirement (R4.9)"
-    )
-    group.addoption(
-        "--neutral", action="store_true", help="only what any implementation can be held to"
-    )
-    group.addoption("--conformance-json", default=None, help="write verdicts here")
-    group.addoption(
-        "--conformance-timeout",
-        type=float,
-        default=300.0,
-        help="seconds that one property may take",
-    )
+    add = parser.getgroup("lora conformance").addoption
+    add("--binding", help="implementation under test, package.module:NAME")
+    add("--only", help="run the tests of one chapter (R4) or requirement (R4.9)")
+    add("--neutral", action="store_true", help="only what any implementation can be held to")
+    add("--conformance-json", help="write verdicts here")
+    seconds = "seconds that one property may take"
+    add("--conformance-timeout", type=float, default=300.0, help=seconds)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker and choose the Hypothesis profile."""
-    config.addinivalue_line(
-        "markers", "requirement(*ids): the requirements that a test is evidence for"
-    )
+    """Declare the mark, choose the Hypothesis profile, and gather outcomes."""
+    mark = "requirement(*ids): the requirements that a test is evidence for"
+    config.addinivalue_line("markers", mark)
     settings.load_profile(profile())
-    if chosen := config.getoption("--binding"):
+    config.pluginmanager.register(Collector(), "lora-conformance-collector")
+    if binding := config.getoption("--binding"):
         try:
-            load_binding(chosen)
+            load_binding(binding)
         except ArgumentError as error:
             raise pytest.UsageError(str(error)) from error
 
 
 def profile() -> str:
-    """The Hypothesis profile: LORA_PROFILE, or ci where CI is set, or dev."""
+    """Return the Hypothesis profile: LORA_PROFILE, or ci where CI is set, or dev."""
     return os.environ.get("LORA_PROFILE", "ci" if os.environ.get("CI") else "dev")
 
 
-def load_binding(chosen: str | None) -> Any:
-    """The object that ``package.module:NAME`` names; the reference by default.
+def load_binding(path: str | None) -> Any:
+    """Return the object that ``package.module:NAME`` names; by default this library's binding.
 
     Raises:
-        ArgumentError: If there is no such object, or it declares a failure of an unknown
-            requirement.
+        ArgumentError: There is no such object, or it declares failures of unknown requirements.
     """
-    path = chosen or os.environ.get("LORA_BINDING") or REFERENCE
+    path = path or os.environ.get("LORA_BINDING") or REFERENCE
     module, _, name = path.partition(":")
     try:
         binding = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ArgumentError(f"binding {path!r}", "package.module:NAME", error) from error
-    unknown = set(getattr(binding, "expected_failures", {})) - set(read_statements())
-    if unknown:
-        raise ArgumentError(
-            f"binding {path!r}: expected_failures", "known requirements", sorted(unknown)
-        )
+    if unknown := set(getattr(binding, "expected_failures", {})) - set(read_statements()):
+        where = f"binding {path!r}: expected_failures"
+        raise ArgumentError(where, "known requirements", sorted(unknown))
     return binding() if isinstance(binding, type) else binding
 
 
@@ -160,15 +144,13 @@ def impl(request: pytest.FixtureRequest) -> Subject:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--only``, keep the tests of that chapter or requirement; with ``--neutral``, those
-    through a binding.
-    """
+    """Keep the tests that ``--only`` and ``--neutral`` ask for."""
     only, neutral = config.getoption("--only"), config.getoption("--neutral")
     kept = [
         item
         for item in items
         if (only is None or any(i == only or i.startswith(f"{only}.") for i in _ids(item)))
-        and (not neutral or "impl" in getattr(item, "fixturenames", ()))
+        and (not neutral or _uses_binding(item))
     ]
     if len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
@@ -178,14 +160,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Stop a property through a binding that runs for too long."""
-    if "impl" not in getattr(item, "fixturenames", ()):
+    if not _uses_binding(item):
         return (yield)
+    seconds = item.config.getoption("--conformance-timeout")
 
     def stop(_signal: int, _frame: Any) -> None:
-        raise Hang(f"no verdict after {item.config.getoption('--conformance-timeout')} s")
+        raise Hang(f"no verdict after {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, item.config.getoption("--conformance-timeout"))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         return (yield)
     finally:
@@ -197,27 +180,27 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, Any, Any]:
-    """Note what a report needs on the item (it travels with xdist), and accept failures that the
-    binding declares.
+    """Note on the item what a report needs, and accept failures that the binding declares.
+
+    The notes stand in `user_properties`, which travel between the processes of xdist.
     """
-    through = "impl" in getattr(item, "fixturenames", ())
-    if call.when == "call" and through:
-        found = _EXAMPLES.findall(getattr(item, "hypothesis_statistics", ""))
+    if call.when == "call" and _uses_binding(item):
+        counts = _EXAMPLES.findall(getattr(item, "hypothesis_statistics", ""))
         item.user_properties.append(("requirements", list(_ids(item))))
-        item.user_properties.append(("examples", sum(int(n) for pair in found for n in pair)))
+        item.user_properties.append(("examples", sum(int(n) for pair in counts for n in pair)))
         if call.excinfo is not None:
             item.user_properties.append(("falsified", _falsified(call.excinfo.value)))
     report: Any = yield
     subject = getattr(item, "funcargs", {}).get("impl")
     if call.when == "call" and report.failed and isinstance(subject, Subject):
-        declared = [subject.expected[i] for i in _ids(item) if i in subject.expected]
-        if declared:
-            report.outcome, report.wasxfail = "skipped", declared[0]
+        reasons = [subject.expected[i] for i in _ids(item) if i in subject.expected]
+        if reasons:
+            report.outcome, report.wasxfail = "skipped", reasons[0]
     return report
 
 
 class Collector:
-    """Gathers outcomes where reports arrive: in the controlling process under xdist."""
+    """Gathers outcomes where reports arrive: under xdist in the controlling process."""
 
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
@@ -225,52 +208,41 @@ class Collector:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the outcome of a property through the binding."""
         notes: dict[str, Any] = dict(report.user_properties)
-        if report.when == "call" and "requirements" in notes:
-            verdict = (
-                "expected failure" if getattr(report, "wasxfail", None) else str(report.outcome)
-            )
-            self.outcomes.append(
-                Outcome(
-                    report.nodeid.split("/")[-1],
-                    tuple(str(i) for i in notes["requirements"]),
-                    verdict,
-                    int(notes.get("examples", 0)),
-                    str(notes.get("falsified", "")) or _skip_reason(report),
-                )
-            )
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Gather outcomes."""
-    session.config.pluginmanager.register(Collector(), "lora-conformance-collector")
+        if report.when != "call" or "requirements" not in notes:
+            return
+        verdict = "expected failure" if getattr(report, "wasxfail", None) else report.outcome
+        reason = str(notes.get("falsified", ""))
+        if not reason and isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+        test, ids = report.nodeid.split("/")[-1], tuple(notes["requirements"])
+        self.outcomes.append(Outcome(test, ids, str(verdict), notes.get("examples", 0), reason))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the report, where one is asked for."""
-    path = session.config.getoption("--conformance-json")
-    if path is None or hasattr(session.config, "workerinput"):
+    """Write the report where one is asked for."""
+    config = session.config
+    path = config.getoption("--conformance-json")
+    if path is None or hasattr(config, "workerinput"):
         return
-    collector: Any = session.config.pluginmanager.get_plugin("lora-conformance-collector")
-    binding = load_binding(session.config.getoption("--binding"))
-    given = session.config.getoption("--hypothesis-seed", None)
-    seed = "derandomized" if settings.get_profile(profile()).derandomize else str(given or "random")
+    collector: Any = config.pluginmanager.get_plugin("lora-conformance-collector")
+    seed = str(config.getoption("--hypothesis-seed", None) or "random")
+    if settings.get_profile(profile()).derandomize:
+        seed = "derandomized"
+    binding = load_binding(config.getoption("--binding"))
     write_report(report_of(binding, collector.outcomes, profile=profile(), seed=seed), Path(path))
 
 
+def _uses_binding(item: pytest.Item) -> bool:
+    return "impl" in getattr(item, "fixturenames", ())
+
+
 def _ids(item: pytest.Item) -> tuple[str, ...]:
-    return tuple(
-        i.partition("@")[0] for marker in item.iter_markers("requirement") for i in marker.args
-    )
-
-
-def _skip_reason(report: pytest.TestReport) -> str:
-    return (
-        report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
-    )
+    marks = item.iter_markers("requirement")
+    return tuple(i.partition("@")[0] for mark in marks for i in mark.args)
 
 
 def _falsified(error: BaseException) -> str:
-    """The error, and the falsifying example where there is one."""
+    """Return the error, and the falsifying example where there is one."""
     notes = [
         note
         for note in getattr(error, "__notes__", ())

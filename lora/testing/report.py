@@ -1,5 +1,4 @@
-"""Verdicts of the conformance suite: outcomes of tests in, one verdict for each requirement out, as
-JSON or a table.
+"""Run the conformance suite, and turn the outcomes of its tests into one verdict a requirement.
 
 Requirements: R24.
 """
@@ -9,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -19,18 +18,20 @@ from typing import Any
 import lora
 from lora.errors import ArgumentError, MissingPackageError
 from lora.store import replacing
-from lora.testing.trace import Requirement, read_spec
+from lora.testing import folder_of
+from lora.testing.requirements import Requirement, read_spec
 
 SCHEMA_VERSION = 1
-"""Of the JSON that `write_report` writes."""
-
-HERE = Path(__file__).parent
+"""Version of the JSON that `write_report` writes."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one property went: passed, failed, skipped, expected failure; on which example, or why it
-    was skipped.
+    """How one property went.
+
+    Args:
+        verdict: "passed", "failed", "skipped" or "expected failure".
+        falsified: The failing example, or the reason of a skip.
     """
 
     test: str
@@ -41,39 +42,32 @@ class Outcome:
 
 
 def suite_folder() -> Path:
-    """The properties: in the wheel beside this file, in a checkout under ``tests/properties``."""
-    packed = HERE / "properties"
-    return packed if packed.is_dir() else HERE.parents[1] / "tests" / "properties"
+    """Return the folder of the properties."""
+    return folder_of("tests/properties")
 
 
 @lru_cache(1)
 def read_statements() -> Mapping[str, Requirement]:
-    """The specification: in the wheel beside this file, in a checkout under ``spec``."""
-    packed = HERE / "spec"
-    return read_spec(packed if packed.is_dir() else HERE.parents[1] / "spec")
+    """Return the specification by id."""
+    return read_spec(folder_of("spec"))
 
 
 def report_of(
     binding: Any, outcomes: Sequence[Outcome], *, profile: str, seed: str = "random"
 ) -> dict[str, Any]:
-    """The report on a binding: per requirement a verdict and its tests.
-
-    A requirement is *failed* if any of its tests failed, an *expected failure* if one did and the
-    binding says why, *skipped* if all were, *passed* if the rest passed, an *unexpected pass* if it
-    was declared to fail and did not.
-    """
+    """Return the report on a binding: for each requirement a verdict and its tests."""
     expected = dict(getattr(binding, "expected_failures", {}))
     requirements = {}
     for name, statement in read_statements().items():
-        mine = [outcome for outcome in outcomes if name in outcome.requirements]
-        if mine:
-            verdict = verdict_of([outcome.verdict for outcome in mine], declared=name in expected)
+        tests = [outcome for outcome in outcomes if name in outcome.requirements]
+        if tests:
+            verdict = verdict_of({test.verdict for test in tests}, declared=name in expected)
             requirements[name] = {
                 "statement": statement.sentence,
                 "revision": statement.revision,
                 "verdict": verdict,
-                "reason": expected.get(name, mine[0].falsified if verdict == "skipped" else ""),
-                "tests": [asdict(outcome) for outcome in mine],
+                "reason": expected.get(name, tests[0].falsified if verdict == "skipped" else ""),
+                "tests": [asdict(test) for test in tests],
             }
     return {
         "schema_version": SCHEMA_VERSION,
@@ -85,34 +79,31 @@ def report_of(
     }
 
 
-def verdict_of(verdicts: Sequence[str], *, declared: bool) -> str:
-    """One requirement's verdict from those of its tests: failed, passed, expected failure, skipped,
-    unexpected pass.
+def verdict_of(verdicts: Collection[str], *, declared: bool) -> str:
+    """Return the verdict on a requirement whose tests have these verdicts.
+
+    Args:
+        declared: Whether the binding declares that the requirement fails. If it passes all the
+            same, that is an "unexpected pass".
     """
-    found = set(verdicts)
-    if declared:
-        red = {"failed", "expected failure"} & found
-        return (
-            "expected failure" if red else "skipped" if found == {"skipped"} else "unexpected pass"
-        )
-    return next(
-        verdict
-        for verdict in ("failed", "passed", "expected failure", "skipped")
-        if verdict in found
-    )
+    if not declared:
+        order = ("failed", "passed", "expected failure", "skipped")
+        return next(verdict for verdict in order if verdict in verdicts)
+    if {"failed", "expected failure"} & set(verdicts):
+        return "expected failure"
+    return "skipped" if set(verdicts) == {"skipped"} else "unexpected pass"
 
 
 def red(report: Mapping[str, Any]) -> list[str]:
-    """The requirements that failed without being declared to."""
+    """Return the requirements that failed without being declared to."""
     return [name for name, entry in report["requirements"].items() if entry["verdict"] == "failed"]
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> None:
     """Write a report as JSON."""
+    text = json.dumps(report, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     with replacing(path) as file:
-        file.write(
-            json.dumps(report, indent=1, ensure_ascii=False, sort_keys=True).encode() + b"\n"
-        )
+        file.write(text.encode())
 
 
 def run_suite(
@@ -122,69 +113,43 @@ def run_suite(
     junit: Path | None = None,
     timeout: float = 300.0,
 ) -> dict[str, Any]:
-    """Run the suite against a binding in a process of its own; pytest's own output goes to stderr.
+    """Run the suite against a binding in a process of its own; pytest's output goes to stderr.
 
     Args:
-        binding: ``package.module:NAME``; None for the reference.
-        only: A chapter or requirement.
+        binding: ``package.module:NAME``; None for this library.
+        only: A chapter or a requirement.
         junit: Where to write JUnit XML.
         timeout: Seconds that one property may take.
 
     Raises:
-        MissingPackageError: If pytest or Hypothesis is not installed.
-        ArgumentError: If no property is selected, or the suite can't run.
+        MissingPackageError: pytest or Hypothesis is not installed.
+        ArgumentError: No property is selected, or the suite can't run.
     """
-    if only is not None and not any(
-        only in (name, name.partition(".")[0]) for name in read_statements()
-    ):
+    if only and not any(only in (name, name.partition(".")[0]) for name in read_statements()):
         raise ArgumentError("--only", "a known chapter or requirement", repr(only))
     if find_spec("pytest") is None or find_spec("hypothesis") is None:
         hint = "pip install 'lora-cards[test]'"
-        raise MissingPackageError(
-            "conformance suite", "pytest and hypothesis", "not installed", hint
-        )
+        raise MissingPackageError("conformance suite", "pytest, hypothesis", "not installed", hint)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-c",
-            os.devnull,
-            "--rootdir",
-            folder,
-            "-q",
-            "--tb=no",
-        ]
-        command += [
-            "-p",
-            "lora.testing.plugin",
-            "-p",
-            "no:cacheprovider",
-            "-W",
-            "error",
-            "--neutral",
-        ]
-        command += ["--conformance-json", str(path), "--conformance-timeout", str(timeout)]
-        command += [
-            *(["--binding", binding] if binding else []),
-            *(["--only", only] if only else []),
-        ]
-        command += [*([f"--junit-xml={junit.absolute()}"] if junit else []), str(suite_folder())]
+        options = ["-c", os.devnull, "--rootdir", folder, "-q", "--tb=no", "-W", "error"]
+        options += ["-p", "lora.testing.plugin", "-p", "no:cacheprovider", "--neutral"]
+        options += [f"--conformance-json={path}", f"--conformance-timeout={timeout}"]
+        options += [f"--binding={binding}"] if binding else []
+        options += [f"--only={only}"] if only else []
+        options += [f"--junit-xml={junit.absolute()}"] if junit else []
         paths = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
-        environment = {**os.environ, "PYTHONPATH": paths}
-        run = subprocess.run(  # noqa: S603
-            command,
+        run = subprocess.run(  # noqa: S603 - this interpreter
+            [sys.executable, "-m", "pytest", *options, str(suite_folder())],
             stdout=sys.stderr,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": paths},
             check=False,
         )
         if run.returncode not in (0, 1) or not path.is_file():
-            said = (
-                run.stderr.strip().rpartition("\n")[2] or f"pytest's exit status {run.returncode}"
-            )
-            raise ArgumentError("conformance suite", "a run with verdicts", said)
+            status = f"pytest's exit status {run.returncode}"
+            last_line = run.stderr.strip().rpartition("\n")[2] or status
+            raise ArgumentError("conformance suite", "a run with verdicts", last_line)
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return report

@@ -62,16 +62,9 @@ json_values = st.recursive(
 )
 """Any JSON value."""
 
-metadata = st.dictionaries(
-    st.one_of(
-        _text,
-        st.sampled_from(
-            ["name", "rank", "alpha", "lora.name", "lora.rank", "description", "version"]
-        ),
-    ),
-    json_values,
-    max_size=4,
-)
+_FIELDS = ("name", "rank", "alpha", "lora.name", "lora.rank", "description", "version")
+
+metadata = st.dictionaries(_text | st.sampled_from(_FIELDS), json_values, max_size=4)
 """JSON objects, keys that look like a card's own fields among them."""
 
 extras = st.dictionaries(_text.map("x-".__add__), _text, max_size=2)
@@ -83,14 +76,8 @@ scalings = st.floats(-8, 8, width=32) | st.sampled_from([0.0, 1.0, -0.0, 5e-324,
 def bits(draw: st.DrawFn, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     """An array of any bit patterns: NaN payloads, infinities, signed zeros, subnormals."""
     width = dtype.itemsize * 8
-    edges = [
-        0,
-        1,
-        1 << (width - 1),
-        (1 << width) - 1,
-        (1 << (width - 1)) - 1,
-        (1 << (width - 1)) + 1,
-    ]
+    sign = 1 << (width - 1)
+    edges = [0, 1, sign, (1 << width) - 1, sign - 1, sign + 1]
     elements = st.one_of(st.integers(0, (1 << width) - 1), st.sampled_from(edges))
     return draw(hnp.arrays(_BITS[dtype.itemsize], shape, elements=elements)).view(dtype)
 
@@ -145,9 +132,7 @@ def leading_shapes(draw: st.DrawFn) -> tuple[int, ...]:
 def layers(
     draw: st.DrawFn, *, max_terms: int = 3, whole: bool = False, dtype: np.dtype[Any] | None = None
 ) -> tuple[Array, Array, Array | None, Mapping[str, Term]]:
-    """Input, weight, bias and named terms of one layer, all of one dtype; small integers if
-    `whole`.
-    """
+    """Input, weight, bias and named terms of one layer, of one dtype; small integers if `whole`."""
     dtype = draw(dtypes) if dtype is None else dtype
     rows, columns = draw(features), draw(features)
     elements = integers if whole else numbers
@@ -157,11 +142,11 @@ def layers(
     terms: dict[str, Term] = {}
     for name in draw(st.lists(names, max_size=max_terms, unique=True)):
         rank = draw(st.one_of(ranks, st.just(min(rows, columns))))
-        scale = float(
-            draw(st.sampled_from([1, 2, -1, 3])) if whole else draw(st.floats(-4, 4, width=16))
+        scale = draw(
+            st.sampled_from([1.0, 2.0, -1.0, 3.0]) if whole else st.floats(-4, 4, width=16)
         )
-        weighted = float(
-            draw(st.sampled_from([1, 0, 2, -1])) if whole else draw(st.floats(-2, 2, width=16))
+        weighted = draw(
+            st.sampled_from([1.0, 0.0, 2.0, -1.0]) if whole else st.floats(-2, 2, width=16)
         )
         a, b = draw(elements(dtype, (rows, rank))), draw(elements(dtype, (rank, columns)))
         terms[name] = Term(a, b, scale, weighted)

@@ -1,11 +1,12 @@
 """How far a result may lie from the exact one, derived from the arithmetic.
 
-A quantity is followed as a pair: how large it may be, and how far what was computed may lie from
-it. A product of matrices with n terms a sum has |error| ≤ γₙ Σ|aₖ bₖ| with γₙ = n·u / (1 - n·u),
-where u is the unit roundoff of the type that sums are accumulated in: float32 at least (with
-bfloat16's u the formula is meaningless at n = 384). Each stage then rounds once to its output's
-dtype, and each operation may lose what lies below the normal numbers. Source: Higham, Accuracy and
-Stability of Numerical Algorithms, 2nd ed., chapters 2, 3 and 9.
+Each quantity is followed as a pair: a bound on its size and a bound on its error. A matrix product
+with n terms a sum has |error| ≤ γₙ Σ|aₖ bₖ| with γₙ = n·u / (1 - n·u), where u is the unit roundoff
+of the type that sums are accumulated in, float32 at least. Each stage then rounds once to its
+output's dtype, and each operation may lose what lies below the normal numbers. Source: Higham,
+Accuracy and Stability of Numerical Algorithms, 2nd ed., chapters 2, 3 and 9.
+
+Requirements: R2.
 """
 
 from collections.abc import Iterable
@@ -19,102 +20,97 @@ from lora.testing.binding import Term
 
 
 def roundoff(dtype: np.dtype[Any]) -> float:
-    """Unit roundoff u: half the distance from 1 to the next number."""
+    """Return the unit roundoff u: half the distance from 1 to the next number."""
     return float(ml_dtypes.finfo(dtype).eps) / 2  # type: ignore[no-untyped-call]
 
 
 def underflow(dtype: np.dtype[Any]) -> float:
-    """What one operation may lose below the normal range: float16's subnormals are rounded to, all
-    others may be flushed.
+    """Return what one operation may lose below the normal range.
 
-    Half a spacing of float16's subnormals, which are normal numbers of its accumulator; for the
-    other dtypes, whose matrix products are faster without subnormals on much hardware, the smallest
-    normal number.
+    Results in float16 are rounded to its subnormals, which are normal numbers of the accumulator.
+    For other dtypes much hardware flushes subnormals to zero.
     """
     info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
-    return (
-        float(info.smallest_subnormal) / 2 if dtype == np.float16 else float(info.smallest_normal)
-    )
+    lost = info.smallest_subnormal / 2 if dtype == np.float16 else info.smallest_normal
+    return float(lost)
 
 
 def gamma(n: int, dtype: np.dtype[Any]) -> float:
-    """γₙ for sums of n products accumulated in `dtype`."""
+    """Return γₙ for sums of n products that are accumulated in `dtype`."""
     u = roundoff(dtype)
     assert n * u < 1, f"a sum of {n} terms in {dtype} has no bound"
     return n * u / (1 - n * u)
 
 
 def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The type that sums of products of `dtype` are accumulated in."""
+    """Return the type that sums of products of `dtype` are accumulated in."""
     return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
 
 
 def oracle(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The type that exact results for inputs of `dtype` are computed in."""
+    """Return the type that exact results for inputs of `dtype` are computed in."""
     return np.dtype(np.longdouble) if dtype == np.float64 else np.dtype(np.float64)
 
 
 def exact(x: Array, weight: Array, bias: Array | None, terms: Iterable[Term]) -> Array:
-    """``x Wᵀ + b + Σ weight · scaling · (x @ A @ B)`` in float64 (longdouble for float64 inputs)."""
+    """Return ``x Wᵀ + b + Σ weight · scaling · (x @ A @ B)`` in the type of `oracle`."""
     wide = oracle(x.dtype).type
     x, weight = x.astype(wide), weight.astype(wide)
     out = x @ weight.T + (0 if bias is None else bias.astype(wide))
     for term in terms:
-        out = out + x @ term.A.astype(wide) @ term.B.astype(wide) * (
-            wide(term.scaling) * wide(term.weight)
-        )
+        factor = wide(term.scaling) * wide(term.weight)
+        out = out + x @ term.A.astype(wide) @ term.B.astype(wide) * factor
     result: Array = out
     return result
 
 
 def magnitude(x: Array, weight: Array, bias: Array | None, terms: Iterable[Term]) -> Array:
-    """The same sum over magnitudes: no output, nor any partial sum of it, is larger.
+    """Return the sum of `exact` over magnitudes, a bound on every partial sum.
 
     Where it stays below 1/u of the dtype, whole numbers are computed exactly; where it exceeds the
     dtype's largest number, nothing is promised.
     """
     positive = [Term(abs(t.A), abs(t.B), abs(t.scaling), abs(t.weight)) for t in terms]
-    return exact(abs(x), abs(weight), None if bias is None else abs(bias), positive).astype(
-        np.float64
-    )
+    out = exact(abs(x), abs(weight), None if bias is None else abs(bias), positive)
+    return out.astype(np.float64)
 
 
 def layer_bound(x: Array, weight: Array, bias: Array | None, terms: Iterable[Term]) -> Array:
-    """Largest admissible |output - exact| of an adapted layer, element by element.
+    """Return the largest admissible |output - exact| of an adapted layer, element by element.
 
-    The larger one of two ways to compute it. Stacked: ``[A₁ …]``, ``[w₁s₁B₁; …]``, and one product
-    added to the base's output before it is rounded. Plain: term by term, each of ``x @ A``, ``· @
-    B``, ``· scaling`` and the sum rounded.
+    It allows the larger error of two ways to compute the layer. Stacked: ``[A₁ …]``,
+    ``[w₁s₁B₁; …]`` and one product, added to the base's output before rounding. Plain: term by
+    term, with each of ``x @ A``, ``· @ B``, ``· scaling`` and the sum rounded.
     """
     arithmetic, terms = _Arithmetic(x.dtype), list(terms)
-    rows, columns = _given(x), _given(weight.T)
+    rows, columns = _exact_input(x), _exact_input(weight.T)
     base = arithmetic.rounded(arithmetic.product(rows, columns))
     if bias is not None:
-        base = arithmetic.rounded(arithmetic.sum(base, _given(bias)))
+        base = arithmetic.rounded(arithmetic.sum(base, _exact_input(bias)))
     stacked = plain = base
     if terms:
-        a = _given(np.concatenate([term.A for term in terms], axis=1))
-        parts = [arithmetic.rounded(arithmetic.scaled(_given(term.B), term)) for term in terms]
-        b = _Rough(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+        a = _exact_input(np.concatenate([term.A for term in terms], axis=1))
+        parts = [
+            arithmetic.rounded(arithmetic.scaled(_exact_input(term.B), term)) for term in terms
+        ]
+        b = _Bounded(*(np.concatenate(field) for field in zip(*parts, strict=True)))
         low = arithmetic.product(arithmetic.rounded(arithmetic.product(rows, a)), b)
         stacked = arithmetic.rounded(arithmetic.sum(base, low))
     for term in terms:
-        hidden = arithmetic.rounded(arithmetic.product(rows, _given(term.A)))
-        low = arithmetic.rounded(arithmetic.product(hidden, _given(term.B)))
+        hidden = arithmetic.rounded(arithmetic.product(rows, _exact_input(term.A)))
+        low = arithmetic.rounded(arithmetic.product(hidden, _exact_input(term.B)))
         low = arithmetic.rounded(arithmetic.scaled(low, term))
         plain = arithmetic.rounded(arithmetic.sum(plain, low))
     steps = x.shape[-1] + sum(term.A.shape[1] + 4 for term in terms) + 1
-    result: Array = (
-        np.maximum(stacked.error, plain.error) + gamma(steps, oracle(x.dtype)) * stacked.size
-    )
+    rounding_of_oracle = gamma(steps, oracle(x.dtype)) * stacked.size
+    result: Array = np.maximum(stacked.error, plain.error) + rounding_of_oracle
     return result
 
 
 def gauge_bound(
     x: Array, pair: tuple[Array, Array], m: Array, turned: tuple[Array, Array], scale: float
 ) -> Array:
-    """Largest |x A' B' - x A B| · scale where A' = A M and B' = M⁻¹ B were computed in float64 and
-    rounded to A's dtype.
+    """Return the largest |x A' B' - x A B| · scale, with A' = A M and B' = M⁻¹ B rounded to A's dtype.
 
     Gaussian elimination with partial pivoting solves (M + E) B' = B with |E| ≤ γ₃ᵣ |L||U|, where
     |L| ≤ 1 and |U| ≤ 2ʳ max|M|. So A'B' - AB = (F - A E) B' + A' G, with F and G the errors of
@@ -132,17 +128,17 @@ def gauge_bound(
     return result
 
 
-class _Rough(NamedTuple):
-    """A quantity: a bound on its magnitude, and on the error of what was computed for it."""
+class _Bounded(NamedTuple):
+    """Bounds on the magnitude of a quantity and on the error of its computed value."""
 
     size: Array
     error: Array
 
 
-def _given(array: Array) -> _Rough:
-    """An input: exact."""
+def _exact_input(array: Array) -> _Bounded:
+    """Return an input, which has no error."""
     size: Array = abs(array.astype(np.float64))
-    return _Rough(size, np.zeros_like(size))
+    return _Bounded(size, np.zeros_like(size))
 
 
 class _Arithmetic:
@@ -151,30 +147,27 @@ class _Arithmetic:
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype, self.wide = dtype, accumulator(dtype)
 
-    def product(self, a: _Rough, b: _Rough) -> _Rough:
+    def product(self, a: _Bounded, b: _Bounded) -> _Bounded:
         """``a @ b`` in the accumulator; operands, products and sums may each be flushed."""
         n, left, right = b.size.shape[0], a.size + a.error, b.size + b.error
         passed_on = a.error @ right + a.size @ b.error
         lost = underflow(self.wide) * (2 * n + left.sum(-1, keepdims=True) + right.sum(0))
-        return _Rough(a.size @ b.size, passed_on + gamma(n, self.wide) * (left @ right) + lost)
+        return _Bounded(a.size @ b.size, passed_on + gamma(n, self.wide) * (left @ right) + lost)
 
-    def sum(self, a: _Rough, b: _Rough) -> _Rough:
+    def sum(self, a: _Bounded, b: _Bounded) -> _Bounded:
         """``a + b`` in the accumulator."""
         size, error = a.size + b.size, a.error + b.error
-        return _Rough(size, error + roundoff(self.wide) * (size + error) + underflow(self.wide))
+        return _Bounded(size, error + roundoff(self.wide) * (size + error) + underflow(self.wide))
 
-    def scaled(self, a: _Rough, term: Term) -> _Rough:
-        """``a`` times the term's scaling and weight, multiplied and rounded to the accumulator
-        beforehand.
-        """
+    def scaled(self, a: _Bounded, term: Term) -> _Bounded:
+        """``a`` times scaling and weight, which are multiplied and rounded beforehand."""
         factor, u, lost = abs(term.scaling * term.weight), roundoff(self.wide), underflow(self.wide)
         off = factor * (2 * u + u * u) + lost
         error = a.error * factor + (a.size + a.error) * off
         size = a.size * factor
-        return _Rough(size, error + u * (size + error) + lost)
+        return _Bounded(size, error + u * (size + error) + lost)
 
-    def rounded(self, a: _Rough) -> _Rough:
+    def rounded(self, a: _Bounded) -> _Bounded:
         """``a`` rounded to the dtype."""
-        return _Rough(
-            a.size, a.error + roundoff(self.dtype) * (a.size + a.error) + underflow(self.dtype)
-        )
+        rounding = roundoff(self.dtype) * (a.size + a.error) + underflow(self.dtype)
+        return _Bounded(a.size, a.error + rounding)

@@ -1,14 +1,13 @@
-"""Where the frozen test vectors of the file format lie.
+"""The frozen test vectors of the file format.
 
 Requirements: R24.
 """
 
 from pathlib import Path
 
+from lora.testing import folder_of
+
 
 def vectors_folder() -> Path:
-    """The folder with one subfolder for each version: in a wheel beside this file, in a checkout
-    under ``spec``.
-    """
-    packed = Path(__file__).parent / "spec" / "vectors"
-    return packed if packed.is_dir() else Path(__file__).parents[2] / "spec" / "vectors"
+    """Return the folder with one subfolder for each version of the format."""
+    return folder_of("spec") / "vectors"

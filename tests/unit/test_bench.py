@@ -84,7 +84,7 @@ def test_a_peer_that_is_not_installed_is_named_with_what_installs_it(monkeypatch
 def test_a_part_that_is_none_and_a_script_that_fails_are_named(tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match=r"expected one of forward, .*, found 'magic'"):
         next(bench.run_bench(["magic"]))
-    monkeypatch.setattr(bench, "bench_folder", lambda: tmp_path)
+    monkeypatch.setattr(bench, "folder_of", lambda _: tmp_path)
     (tmp_path / "growth.py").write_text("raise SystemExit('no more cores')")
     with pytest.raises(
         StateError, match="bench growth: expected a script that ends well, found no more cores"

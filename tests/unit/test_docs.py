@@ -33,7 +33,7 @@ from lora.interop.peft import export_peft
 from lora.testing.bench import SCRIPTS
 from lora.testing.plugin import requirement
 from lora.testing.report import Outcome, report_of, write_report
-from lora.testing.trace import read_spec
+from lora.testing.requirements import read_spec
 from tests.unit.test_cli_federation import Serving, ran
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from lora.evolution import queue
 from lora.table import FORMAT_VERSION
 from lora.testing.plugin import requirement
 from lora.testing.report import SCHEMA_VERSION
-from lora.testing.trace import read_lock
+from tests.trace import read_lock
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

@@ -5,16 +5,8 @@ from pathlib import Path
 import pytest
 
 from lora.testing.plugin import requirement
-from lora.testing.trace import (
-    SpecError,
-    faults,
-    lock_faults,
-    lock_text,
-    read_code,
-    read_lock,
-    read_spec,
-    read_tests,
-)
+from lora.testing.requirements import SpecError, read_spec
+from tests.trace import faults, lock_faults, lock_text, read_code, read_lock, read_tests
 
 ROOT = Path(__file__).parents[2]
 
