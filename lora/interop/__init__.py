@@ -1,12 +1,5 @@
-"""Exchange with other LoRA formats: PEFT directories, and safetensors files."""
+"""Exchange with other LoRA formats: PEFT folders and safetensors files."""
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-__all__ = ["peft", "safetensors"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'lora.interop' has no attribute {name!r}")
-    return import_module(f"lora.interop.{name}")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -17,17 +17,7 @@ import pytest
 from lora.testing.plugin import requirement
 
 ROOT = Path(__file__).parents[2]
-SOURCES = (
-    "docs",
-    "spec",
-    "tests",
-    "lora",
-    "benchmarks",
-    "conformance",
-    "mkdocs.yml",
-    "README.md",
-    "CHANGELOG.md",
-)
+SOURCES = "docs spec tests lora benchmarks conformance mkdocs.yml README.md CHANGELOG.md".split()
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",

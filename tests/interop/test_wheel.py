@@ -28,17 +28,7 @@ UNMEASURED = {
     for key, value in os.environ.items()
     if not key.startswith(("COVERAGE_", "PYTHON", "LORA_"))
 }
-MADE = (
-    "site",
-    ".venv",
-    ".ci",
-    "dist",
-    "conformance",
-    "demo-output",
-    "mutants",
-    "docs/generated",
-    "node_modules",
-)
+MADE = "site .venv .ci dist conformance demo-output mutants docs/generated node_modules".split()
 """What a checkout may hold that belongs in no release."""
 
 
@@ -133,23 +123,10 @@ def test_a_wheel_holds_the_package_the_suite_and_the_specification(wheel):
 
 def test_an_sdist_holds_what_the_tests_and_the_site_are_made_of_and_nothing_that_is_made(unpacked):
     for folder in (
-        "tests/unit",
-        "tests/properties",
-        "tests/faults",
-        "tests/bindings",
-        "spec/vectors/1",
-        "benchmarks",
+        "tests/unit tests/properties tests/faults tests/bindings spec/vectors/1 benchmarks".split()
     ):
         assert any((unpacked / folder).iterdir())
-    for file in (
-        "LICENSE",
-        "README.md",
-        "CHANGELOG.md",
-        "Makefile",
-        "constraints.txt",
-        "mkdocs.yml",
-        "docs/generate.py",
-    ):
+    for file in "LICENSE README.md CHANGELOG.md Makefile constraints.txt mkdocs.yml docs/generate.py".split():
         assert (unpacked / file).read_bytes() == (ROOT / file).read_bytes()
     assert not [made for made in MADE if (unpacked / made).exists()]
     assert not list(unpacked.rglob("__pycache__"))

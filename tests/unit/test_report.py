@@ -55,8 +55,8 @@ def test_a_run_says_what_failed_and_on_which_example():
     ("kind", "said"),
     [
         ("Raising", "RuntimeError: out of order"),
-        ("Hanging", "no verdict after 20"),
-        ("Mute", "AssertionError"),
+        pytest.param("Hanging", "no verdict after 20", marks=pytest.mark.slow),
+        pytest.param("Mute", "AssertionError", marks=pytest.mark.slow),
     ],
 )
 def test_a_binding_that_does_not_answer_has_its_verdict_and_the_rest_still_runs(

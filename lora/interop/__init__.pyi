@@ -1,0 +1,1 @@
+from . import peft as peft, safetensors as safetensors
