@@ -25,7 +25,6 @@ from safetensors.numpy import save_file
 
 import lora
 import lora.cli
-from lora import errors
 from lora.errors import ManifestError, RefusedError
 from lora.evolution.data import Pairs
 from lora.federation.trust import Policy
@@ -37,6 +36,12 @@ from lora.testing.requirements import read_spec
 from tests.unit.test_cli_federation import Serving, ran
 
 ROOT = Path(__file__).parents[2]
+
+
+def read(name):
+    return (ROOT / name).read_text("utf-8")
+
+
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "generated" not in path.parts)
 
 
@@ -76,7 +81,7 @@ def generate():
 def test_the_interval_that_so_many_groups_allow_is_the_one_stated():
     rows = re.findall(
         r"^\| (\d+) \| (\S+) % \| (\S+) % \| (\S+) % … (\S+) % \|$",
-        (ROOT / "docs/routing.md").read_text("utf-8"),
+        read("docs/routing.md"),
         re.MULTILINE,
     )
     assert len(rows) == 3
@@ -90,16 +95,16 @@ def test_the_interval_that_so_many_groups_allow_is_the_one_stated():
 
 @requirement("R9.9")
 def test_there_is_a_test_strategy_page_and_a_coverage_floor():
-    assert "testing.md" in (ROOT / "mkdocs.yml").read_text("utf-8")
-    page = (ROOT / "docs/testing.md").read_text("utf-8")
+    assert "testing.md" in read("mkdocs.yml")
+    page = read("docs/testing.md")
     for word in ("Tolerances", "Properties", "Profiles", "90 %"):
         assert word in page
-    assert "--fail-under=90" in (ROOT / "Makefile").read_text("utf-8")
+    assert "--fail-under=90" in read("Makefile")
 
 
 @requirement("R10.9")
 def test_the_names_of_earlier_systems_are_told_with_what_was_changed_or_dropped():
-    page = (ROOT / "docs/names.md").read_text("utf-8")
+    page = read("docs/names.md")
     earlier = (
         "LoRAFormat LoRAExtractor AdapterMerger MergeConfig HotSwapManager AdapterPool".split()
     )
@@ -112,26 +117,14 @@ def test_the_names_of_earlier_systems_are_told_with_what_was_changed_or_dropped(
 
 @requirement("R14.3")
 def test_the_docs_say_what_a_signature_does_not_prove_and_name_every_refusal_with_its_opt_out():
-    page = (ROOT / "docs/federation.md").read_text("utf-8")
+    page = read("docs/federation.md")
     section = page.split("## What a signature does not prove")[1].split("\n## ")[0]
-    for word in (
-        "good",
-        "harmless",
-        "who the signer is",
-        "stolen",
-        "when it was signed",
-        "the peer",
-    ):
-        assert word in section
+    for words in "good,harmless,who the signer is,stolen,when it was signed,the peer".split(","):
+        assert words in section
     for field in dataclasses.fields(Policy):
         assert not field.name.startswith("allow_") or f"`{field.name}`" in page
-    kinds = [
-        kind
-        for kind in vars(errors).values()
-        if isinstance(kind, type) and issubclass(kind, RefusedError)
-    ]
-    for kind in kinds:
-        assert kind in (RefusedError, ManifestError) or f"`{kind.__name__}`" in page
+    for kind in RefusedError.__subclasses__():
+        assert kind is ManifestError or f"`{kind.__name__}`" in page
 
 
 @pytest.fixture
@@ -140,9 +133,8 @@ def pages(tmp_path, monkeypatch, generate):
     module = generate
     monkeypatch.setattr(module, "REPORTS", tmp_path)
     good = SimpleNamespace(name="lora-cards", version="1")
-    bad = SimpleNamespace(
-        name="faulty", version="2", expected_failures={"R4.5": "it has no threshold"}
-    )
+    expected = {"R4.5": "it has no threshold"}
+    bad = SimpleNamespace(name="faulty", version="2", expected_failures=expected)
     for binding, verdict in ((good, "passed"), (bad, "failed")):
         outcomes = [
             Outcome("test_r04.py::a", ("R4.4",), verdict, 50),
@@ -180,15 +172,11 @@ def test_the_matrix_has_a_column_for_each_binding_and_can_be_red(pages):
 def test_the_figures_of_the_readme_and_of_the_site_are_those_that_were_measured(pages):
     report = pages.figures.read()
     assert list(report) == list(SCRIPTS)
-    assert (
-        min(row["rounds"] for part in report.values() for row in part["rows"] if "rounds" in row)
-        > 5
-    )  # not a quick run
+    rounds = [row.get("rounds", 99) for part in report.values() for row in part["rows"]]
+    assert min(rounds) > 5  # not a quick run
     table = pages.figures.summary(report)
-    assert table in (ROOT / "README.md").read_text("utf-8")
-    assert '--8<-- "docs/generated/summary.md"' in (ROOT / "docs" / "performance.md").read_text(
-        "utf-8"
-    )
+    assert table in read("README.md")
+    assert '--8<-- "docs/generated/summary.md"' in read("docs/performance.md")
     page = pages.figures.page(report).splitlines()
     assert len([line for line in page if line.startswith("| ")]) == sum(
         len(part["rows"]) + 1 for part in report.values()
@@ -197,21 +185,10 @@ def test_the_figures_of_the_readme_and_of_the_site_are_those_that_were_measured(
 
 @requirement("R10.6")
 def test_a_page_of_figures_says_what_was_found_and_whether_it_met_its_target(pages):
-    row = {
-        "what": "swap",
-        "side": "ours",
-        "beside": "theirs",
-        "kind": "ratio",
-        "value": 0.5,
-        "interval": [0.25, 2.0],
-    }
-    machine = {
-        "cpu": "a core",
-        "cores": 2,
-        "threads": 1,
-        "load": [0.5, 1.0, 1.5],
-        "versions": {"torch": "2"},
-    }
+    row = {"what": "swap", "side": "ours", "beside": "theirs", "kind": "ratio", "value": 0.5}
+    row["interval"] = [0.25, 2.0]
+    machine = {"cpu": "a core", "cores": 2, "threads": 1, "load": [0.5, 1.0, 1.5]}
+    machine["versions"] = {"torch": "2"}
     rows = [row | {"target": 0.05, "met": False}, row | {"target": None, "met": None}]
     page = pages.figures.page({"routing": {"machine": machine, "rows": rows}})
     assert "Measured on a core, 2 cores, 1 threads, with torch 2." in page
@@ -219,10 +196,8 @@ def test_a_page_of_figures_says_what_was_found_and_whether_it_met_its_target(pag
     assert "| swap: ours / theirs | 0.5 × | 0.25 … 2 | <= 0.05 × | no |" in page
 
 
-def limited(requirement_id, **wanted):
-    return pytest.param(
-        requirement_id, wanted, marks=requirement(requirement_id), id=requirement_id
-    )
+def limited(id_, **wanted):
+    return pytest.param(id_, wanted, marks=requirement(id_), id=id_)
 
 
 @pytest.mark.parametrize(
@@ -237,11 +212,8 @@ def limited(requirement_id, **wanted):
     ],
 )
 def test_what_was_measured_last_keeps_the_limits(pages, limit, wanted):
-    rows = [
-        row
-        for part in pages.figures.read()
-        for row in pages.figures.rows_of(pages.figures.read(), part, **wanted)
-    ]
+    report = pages.figures.read()
+    rows = [row for part in report for row in pages.figures.rows_of(report, part, **wanted)]
     rows = [row for row in rows if limit in row["ids"]]
     assert rows
     assert all(row["met"] for row in rows)
@@ -252,9 +224,8 @@ def test_what_an_active_adapter_added_to_a_forward_when_it_was_measured_last_is_
     pages,
 ):
     """An engine's are folded; of rank 16 on all Linears it is reported, and as little."""
-    rows = list(
-        pages.figures.rows_of(pages.figures.read(), "forward", side="folded", kind="overhead")
-    )
+    report = pages.figures.read()
+    rows = list(pages.figures.rows_of(report, "forward", side="folded", kind="overhead"))
     assert {row["adapter"] for row in rows} == {"r8 q,v", "r16 all Linears"}
     assert all(row["value"] < 0.1 for row in rows)
 
@@ -262,15 +233,13 @@ def test_what_an_active_adapter_added_to_a_forward_when_it_was_measured_last_is_
 @requirement("R10.6")
 def test_every_chart_of_the_page_on_performance_is_drawn(pages, tmp_path):
     pages.figures.draw_all(tmp_path, pages.figures.read())
-    wanted = re.findall(
-        r"generated/([a-z]+-[a-z]+\.svg)", (ROOT / "docs" / "performance.md").read_text("utf-8")
-    )
+    wanted = re.findall(r"generated/([a-z]+-[a-z]+\.svg)", read("docs/performance.md"))
     assert len(wanted) >= 8
     assert {path.name for path in tmp_path.iterdir()} >= set(wanted)
 
 
 def test_the_readme_names_only_commands_that_exist():
-    makefile = (ROOT / "Makefile").read_text("utf-8")
+    makefile = read("Makefile")
     for page in ("README.md", "CONTRIBUTING.md"):
         for targets in re.findall(
             r"^make ([a-z ]+?)\s*(?:#|$)", (ROOT / page).read_text("utf-8"), re.MULTILINE
@@ -279,8 +248,8 @@ def test_the_readme_names_only_commands_that_exist():
 
 
 def test_the_versions_agree():
-    assert f'version = "{lora.__version__}"' in (ROOT / "pyproject.toml").read_text("utf-8")
-    assert f"## {lora.__version__} " in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert f'version = "{lora.__version__}"' in read("pyproject.toml")
+    assert f"## {lora.__version__} " in read("CHANGELOG.md")
 
 
 def test_no_text_names_this_machine():
@@ -359,11 +328,9 @@ def test_the_home_page_makes_a_card_saves_it_loads_it_and_applies_it(tmp_path, m
     exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
     assert lora.load("docs.lora.arrow", verify=left["digest"]) == left["card"]
     x = np.ones((1, 4), np.float32)
-    change = (
-        (left["adapted"]["proj"](left["x"]) - left["model"]["proj"](left["x"])).detach().numpy()
-    )
+    change = left["adapted"]["proj"](left["x"]) - left["model"]["proj"](left["x"])
     pair = left["card"].weights["proj"]
-    assert np.allclose(change, 2 * x @ pair.A @ pair.B, atol=1e-5)
+    assert np.allclose(change.detach().numpy(), 2 * x @ pair.A @ pair.B, atol=1e-5)
 
 
 @requirement("R10.4")
@@ -371,19 +338,15 @@ def test_the_page_on_routing_routes_a_query_and_abstains_on_another():
     (block,) = [block for block in blocks_of(ROOT / "docs/routing.md") if block.info == "python"]
     left = {}
     exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
-    assert [route.name for route in left["router"].select("which file?", threshold=0.5)] == [
-        "python-docs"
-    ]
+    routes = left["router"].select("which file?", threshold=0.5)
+    assert [route.name for route in routes] == ["python-docs"]
 
 
 @requirement("R10.10", "R10.2", "R10.3", "R10.4")
 def test_the_tutorial_runs_from_nothing_to_a_shared_skill(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    steps = [
-        block for block in blocks_of(ROOT / "docs/tutorial.md") if block.info == "{.python .step}"
-    ]
     left = {}
-    for block in steps:
+    for block in [block for block in BLOCKS if block.info == "{.python .step}"]:
         exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
     assert lora.digest("architect.lora.arrow") == left["digest"]
     assert [path.name for path in Path("cache").glob("*.arrow")]
@@ -392,7 +355,7 @@ def test_the_tutorial_runs_from_nothing_to_a_shared_skill(tmp_path, monkeypatch)
 
 @requirement("R10.10")
 def test_a_quickstart_and_the_guides_are_in_the_navigation():
-    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+    navigation = read("mkdocs.yml")
     for page in (path.relative_to(ROOT / "docs").as_posix() for path in PAGES):
         assert f": {page}\n" in navigation, page
     assert {"docs/tutorial.md", "docs/federation.md", "docs/evolution.md"} <= {
@@ -402,7 +365,7 @@ def test_a_quickstart_and_the_guides_are_in_the_navigation():
 
 @requirement("R10.7")
 def test_every_block_is_of_a_kind_that_some_test_runs():
-    settings = (ROOT / "pyproject.toml").read_text("utf-8")
+    settings = read("pyproject.toml")
     assert 'testpaths = ["tests", "README.md", "docs"]' in settings
     assert '"--markdown-docs"' in settings
     for block in BLOCKS:
@@ -707,9 +670,7 @@ def test_the_hex_dump_covers_every_byte_once_and_names_what_lies_there(tmp_path,
         == data
     )
     assert lora.digest(tmp_path / "tiny.lora.arrow") in page
-    keys = re.findall(
-        r"^\| `(lora\.\w+)` \|", (ROOT / "docs/format.md").read_text("utf-8"), re.MULTILINE
-    )
+    keys = re.findall(r"^\| `(lora\.\w+)` \|", read("docs/format.md"), re.MULTILINE)
     stored = {
         entry.told
         for span in spans
