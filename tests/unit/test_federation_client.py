@@ -424,6 +424,22 @@ def test_a_slow_drip_ends_with_the_minimum_rate(liar, cache, tmp_path):
     assert contents(cache) == []
 
 
+@requirement("R12.5")
+def test_a_list_that_drips_ends_with_the_deadline(liar, cache, tmp_path):
+    manifest = announced(made(), tmp_path / "a").to_json()
+
+    def drip():
+        for _ in range(100):
+            time.sleep(0.1)
+            yield manifest
+
+    liar.manifests = drip()
+    start = time.monotonic()
+    with LoRAFlightClient(liar.uri, cache, timeout=0.5) as client, pytest.raises(PeerError):
+        client.list_remote_skills()
+    assert time.monotonic() - start < 4
+
+
 @requirement("R12.6")
 @pytest.mark.parametrize(
     "error", [flight.FlightCancelledError, flight.FlightUnavailableError, KeyError, SystemExit]

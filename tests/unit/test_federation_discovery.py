@@ -72,6 +72,16 @@ def test_nodes_find_each_other_and_not_themselves_and_see_goodbyes_and_silent_de
         assert "grpc://127.0.0.1:5001" in [peer.uri for peer in b.peers()]
 
 
+@requirement("R13.1")
+def test_an_announcement_states_node_id_format_version_and_port(nodes):
+    with nodes.join(5006) as node, zeroconf.Zeroconf(interfaces=LOOPBACK) as reader:
+        name = nodes.ids["grpc://127.0.0.1:5006"]
+        record = reader.get_service_info("_lora-card._tcp.local.", f"{name}.{SERVICE}", 5000)
+        assert record.decoded_properties == {"id": name, "format": "1.0", "tls": "0"}
+        assert (record.port, record.parsed_addresses()) == (5006, LOOPBACK)
+        assert node.peers() == ()
+
+
 @requirement("R13.4")
 def test_forged_goodbyes_and_redirects_move_nobody_who_answers(nodes):
     with nodes.join(5011) as a, nodes.join(5012), zeroconf.Zeroconf(interfaces=LOOPBACK) as forger:

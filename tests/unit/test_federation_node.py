@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -105,6 +106,27 @@ def test_a_peer_that_lies_truncates_or_is_refused_is_left_and_the_next_is_tried(
     finally:
         for liar in servers:
             liar.shutdown()
+
+
+@requirement("R12.4", "R12.5")
+def test_a_peer_that_stalls_is_left_after_the_deadline_and_the_next_is_tried(tmp_path):
+    folder = folder_of(tmp_path, "cards", made("docs"))
+    manifest, ended = announced(made("docs"), tmp_path / "a"), threading.Event()
+    data = (tmp_path / "a").read_bytes()
+
+    def stall():
+        yield data[:100]
+        ended.wait(30)
+
+    # Peers are tried in the order of their URIs: "127.0.0.1" comes before "localhost".
+    with Liar([manifest], stall) as liar, LoRAFlightServer(folder, "grpc://localhost:0") as server:
+        with joined(tmp_path, [liar.uri, server.uri]) as node:
+            assert node.sync()["docs"][0].uris == (liar.uri, server.uri)
+            start = time.monotonic()
+            assert node.fetch("docs").card == made("docs")
+            assert 2 < time.monotonic() - start < 10
+            assert node.metrics.snapshot()["refusals_PeerError"] == 1
+        ended.set()
 
 
 @requirement("R12.4", "R14.2")

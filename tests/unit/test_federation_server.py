@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,8 @@ from tests.unit.hostile import AUTHOR, Authority, Line, made, saved
 def folder(tmp_path):
     path = tmp_path / "cards"
     path.mkdir()
-    saved(
-        made("docs", description="Python documentation", base_model="minilm", version="1.2.0"), path
-    )
+    docs = made("docs", description="Python documentation", base_model="minilm", version="1.2.0")
+    saved(replace(docs, base_fingerprint="5" * 64), path)
     saved(made("law", size=8), path)
     return path
 
@@ -71,6 +71,7 @@ def test_a_card_is_read_with_plain_flight_and_its_factors_without_this_library(f
         "minilm",
         "1.2.0",
     )
+    assert told["base_fingerprint"] == "5" * 64
     assert info.total_records == 1
     assert info.schema.metadata[b"lora.name"] == b"docs"
     table = plain.do_get(info.endpoints[0].ticket).read_all()
