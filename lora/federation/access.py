@@ -1,5 +1,4 @@
-"""What a node shows and asks for at the door: token, certificate, authority; one value for its
-server and its clients.
+"""Credentials: the token, certificate and authority that a node shows and asks for.
 
 Requirements: R11.
 """
@@ -17,11 +16,9 @@ class Credentials:
 
     Args:
         token: A bearer token: a server asks for it, a client sends it.
-        certificate, key: PEM, of this node: a server with these speaks TLS, a client shows them
-            where a server asks.
-        ca: PEM of the authority that the other side's certificate is checked against. A server with
-            one lets in only clients that have such a certificate (mutual TLS); a client without one
-            goes by the system's authorities.
+        certificate, key: PEM of this node. A server with these speaks TLS; a client shows them.
+        ca: PEM of the authority that checks the other side. With it a server asks its clients for
+            a certificate (mutual TLS). Without it a client uses the system's authorities.
         insecure_token: Let the token travel in clear beyond loopback.
     """
 
@@ -32,36 +29,35 @@ class Credentials:
     insecure_token: bool = False
 
     def __post_init__(self) -> None:
-        if self.token is not None and not (
-            self.token and self.token.isascii() and self.token.isprintable()
-        ):
+        token = "token" if self.token is None else self.token
+        if not (token and token.isascii() and token.isprintable()):
             raise ArgumentError("credentials: token", "printable ASCII", "another text")
         if (self.certificate is None) != (self.key is None):
-            raise ArgumentError("credentials", "certificate and key, or neither", "one of them")
+            raise ArgumentError("credentials", "both certificate and key, or neither", "only one")
 
 
 def check_location(location: str, credentials: Credentials) -> bool:
-    """Whether a location speaks TLS.
+    """Return whether a Flight URI uses TLS.
 
     Raises:
-        ArgumentError: If it is no Flight URI, or the token would travel in clear beyond loopback.
+        ArgumentError: It is no Flight URI, or the token would travel in clear beyond loopback.
     """
     try:
         parts = urllib.parse.urlsplit(location)
+        tls = {"grpc": False, "grpc+tls": True}[parts.scheme]
         host, _ = parts.hostname or "", parts.port
-    except (ValueError, AttributeError):
-        parts, host = None, ""
-    if parts is None or parts.scheme not in ("grpc", "grpc+tls") or not host:
+    except (ValueError, AttributeError, LookupError):
+        host, tls = "", False
+    if not host:
         raise ArgumentError("location", "grpc://host:port or grpc+tls://host:port", repr(location))
-    tls = parts.scheme == "grpc+tls"
-    if credentials.token and not tls and not credentials.insecure_token and not is_loopback(host):
-        hint = "use grpc+tls://, or insecure_token=True to have it read on the way"
+    if credentials.token and not (tls or credentials.insecure_token or is_loopback(host)):
+        hint = "use grpc+tls://, or insecure_token=True to let others on the way read it"
         raise ArgumentError("token", "TLS beyond loopback", location, hint)
     return tls
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine and nothing else."""
+    """Tell whether a host is this machine and nothing else."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -69,7 +65,7 @@ def is_loopback(host: str) -> bool:
 
 
 def flight_uri(host: str, port: int, *, tls: bool) -> str:
-    """The Flight URI of a host and port.
+    """Return the Flight URI of a host and port.
 
     >>> flight_uri("::1", 5000, tls=False)
     'grpc://[::1]:5000'

@@ -1,8 +1,7 @@
 """A folder of cards by digest: written once, read by any number of processes, without a lock.
 
-A card is written under a hidden temporary name and linked to its final one when it is whole and
-checked, so that what is visible is complete, whenever a process dies. Files are read-only. Removing
-one by unlink leaves the maps of it alone.
+A card is written to a hidden temporary file, checked, and then linked to its final name. So a
+visible file is complete, even if a process dies at any moment. Files are read-only.
 
 Requirements: R12, R14.
 """
@@ -13,38 +12,24 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from lora.checks import is_digest
+from lora.checks import is_digest, version_order
 from lora.errors import ArgumentError
-from lora.federation.manifest import Precedence
 from lora.store import SUFFIX, PathLike, as_path, digest, os_errors
 
 STALE = 24 * 3600.0
-"""Seconds after which a temporary file that nobody finished is removed."""
+"""Seconds after which a temporary file that was never finished is removed."""
 
 
 def default_cache() -> Path:
-    """The user's folder for fetched cards: ``lora-cards`` in ``$XDG_CACHE_HOME``, or in
-    ``~/.cache``.
-    """
+    """Return the user's cache: ``lora-cards`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-cards"
 
 
-@dataclass(frozen=True)
-class Check:
-    """What `CardCache.verify` found: digests that are sound, and those whose file was not and is in
-    quarantine.
-    """
-
-    sound: tuple[str, ...]
-    quarantined: tuple[str, ...]
-
-
 class CardCache:
-    """Cards by digest, in a folder that is made if it is not there.
+    """Cards by digest in a folder, which is created if needed.
 
     Thread safety: any number of threads and processes.
     """
@@ -59,36 +44,31 @@ class CardCache:
                         path.unlink()
 
     def path(self, sha: str) -> Path:
-        """Where the card of a digest is, or would be."""
+        """Return where the card of a digest is, or would be."""
         if not is_digest(sha):
             raise ArgumentError("digest", "64 lower-case hex digits", repr(sha))
         return self.root / f"{sha}{SUFFIX}"
 
     def digests(self) -> list[str]:
-        """What is there, in order."""
+        """Return the digests of all cards in the cache, sorted."""
         names = (path.name.removesuffix(SUFFIX) for path in self.root.glob(f"*{SUFFIX}"))
-        return sorted(name for name in names if is_digest(name))
+        return sorted(filter(is_digest, names))
 
     @contextmanager
     def arriving(self) -> Iterator[tuple[Path, BinaryIO]]:
-        """A hidden file for an arriving card, gone when the block ends; what `admit` has linked
-        stays.
-        """
+        """Open a hidden file for a card, which is removed at the end; see `admit`."""
         path = self.root / f".{secrets.token_hex(8)}.part"
         with os_errors(self.root):
             try:
                 with path.open("xb", buffering=0) as file:
                     yield path, file
             finally:
-                with suppress(FileNotFoundError):
-                    path.unlink()
+                path.unlink(missing_ok=True)
 
     def admit(self, arrived: Path, sha: str) -> Path:
-        """Make a whole and checked file visible under its digest; if another process was first,
-        theirs stays.
+        """Make a complete, checked file visible under its digest, unless another process has.
 
-        It is not flushed to the disk: what a power failure does to it is noticed by its digest, and
-        fetched again.
+        It is not flushed to the disk: damage by a power failure shows in the digest.
         """
         target = self.path(sha)
         with os_errors(target):
@@ -98,57 +78,40 @@ class CardCache:
         return target
 
     def evict(self, max_bytes: int) -> list[str]:
-        """Unlink cards, the longest unused first, until the rest take at most `max_bytes`; returns
-        their digests.
+        """Remove the oldest cards until the rest fit `max_bytes`; return their digests.
 
-        A card that is mapped stays whole for those who map it.
+        A card that a process has mapped stays whole for that process.
         """
+        removed: list[str] = []
         with os_errors(self.root):
-            found = [(path.stat(), sha) for sha in self.digests() for path in [self.path(sha)]]
-            total, gone = sum(stat.st_size for stat, _ in found), list[str]()
-            for stat, sha in sorted(found, key=lambda item: (item[0].st_mtime_ns, item[1])):
-                if total <= max_bytes:
-                    break
-                self.path(sha).unlink(missing_ok=True)
-                total -= stat.st_size
-                gone.append(sha)
-        return gone
+            status = {sha: self.path(sha).stat() for sha in self.digests()}
+            total = sum(file.st_size for file in status.values())
+            for sha in sorted(status, key=lambda sha: status[sha].st_mtime_ns):
+                if total > max_bytes:
+                    self.path(sha).unlink(missing_ok=True)
+                    total -= status[sha].st_size
+                    removed.append(sha)
+        return removed
 
-    def used(self, sha: str) -> None:
-        """Note that a card was used now, for `evict`."""
-        with suppress(OSError):
-            os.utime(self.path(sha))
-
-    def verify(self) -> Check:
-        """Hash every card; put aside those that are not what their name says."""
-        good, bad = [], []
-        for sha in self.digests():
-            with suppress(FileNotFoundError):
-                if digest(self.path(sha)) == sha:
-                    good.append(sha)
-                else:
-                    self.quarantine(sha)
-                    bad.append(sha)
-        return Check(tuple(good), tuple(bad))
-
-    def quarantine(self, sha: str) -> None:
-        """Put a card aside: it is no longer found, and can be looked at."""
+    def holds(self, sha: str) -> bool:
+        """Tell whether a card is there; a damaged file goes to the folder ``quarantine``."""
+        path, folder = self.path(sha), self.root / "quarantine"
         with os_errors(self.root), suppress(FileNotFoundError):
-            aside = self.root / "quarantine"
-            aside.mkdir(exist_ok=True)
-            self.path(sha).rename(aside / f"{sha}.{secrets.token_hex(4)}")
+            if digest(path) == sha:
+                return True
+            folder.mkdir(exist_ok=True)
+            path.rename(folder / f"{sha}.{secrets.token_hex(4)}")
+        return False
 
     def highest_version(self, name: str, signer: str) -> str:
-        """The highest version that `remember_version` was told; empty if none."""
+        """Return the highest version remembered of a name and signer, or ""."""
+        folder = self._versions(name, signer)
         with os_errors(self.root):
-            folder = self._versions(name, signer)
-            found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        return max(found, key=Precedence, default="")
+            versions = [path.name for path in folder.glob("*")]
+        return max(versions, key=version_order, default="")
 
     def remember_version(self, name: str, signer: str, version: str) -> None:
-        """Note that a version was accepted: one empty file for each, so that nobody can lower what
-        another raised.
-        """
+        """Remember an accepted version as an empty file, so that no process can lower it."""
         if version:
             folder = self._versions(name, signer)
             with os_errors(folder):

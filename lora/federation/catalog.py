@@ -1,40 +1,39 @@
-"""The cards of a folder by digest and by name, as a value; scanning the folder again gives the next
-value.
+"""The catalog of a served folder: its cards by digest and by name, as an immutable value.
 
-Only regular files directly in the folder are seen, never what a link points to, and only those that
-are cards. A file is hashed once, and again when its stamp changes. Nothing from outside is ever
-made into a path: names and digests are looked up.
+A scan sees only regular files directly in the folder, and follows no link. It hashes a file again
+only when its stamp has changed. Names and digests from outside are looked up, never made into
+a path.
 
 Requirements: R11.
 """
 
 import logging
-import mmap
 import os
-import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeAlias
 
 import pyarrow as pa
 
-from lora.errors import LoRAError, StoreError, UnknownCardError, shown
+from lora.checks import version_order
+from lora.errors import LoRAError, StoreError
+from lora.federation.keys import SUFFIX as SIGNED
 from lora.federation.keys import read_signed, signature_path
-from lora.federation.manifest import Manifest, Precedence, manifest_of
+from lora.federation.manifest import Manifest, manifest_of
 from lora.store import SUFFIX, digest, inspect, os_errors
 
 log = logging.getLogger(__name__)
 
 Stamp: TypeAlias = tuple[int, int, int, int]
-"""Inode, size, time of the last change of contents, and of the signature beside it (0 for none)."""
+"""Inode, size and modification time of a card, and modification time of its signature or 0."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """A card file of the folder: where it is, what it was when it was hashed, what it announces."""
+    """A card file of the folder: its stamp when it was hashed, its manifest and its schema."""
 
     path: Path
     stamp: Stamp
@@ -47,113 +46,85 @@ class Catalog:
     """What a folder holds.
 
     Args:
-        files: Every file that was looked at, by its file name; None where it is no card.
-        cards: The cards, by digest.
-        names: The digest that a name stands for: of several, the one of the highest version, then
-            the greatest digest.
+        files: The card in each file, by file name and stamp; None for a file that is no card.
+        cards: The cards by digest, in order.
+        names: The digest of each name: that of its highest version, then the greatest.
     """
 
-    files: Mapping[str, tuple[Stamp, Served | None]] = field(default_factory=dict)
+    files: Mapping[tuple[str, Stamp], Served | None] = field(default_factory=dict)
     cards: Mapping[str, Served] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
 
-    def find(self, name_or_digest: str) -> Served:
-        """The card of a digest or a name.
-
-        Raises:
-            UnknownCardError:
-        """
-        card = self.cards.get(self.names.get(name_or_digest, name_or_digest))
-        if card is None:
-            raise UnknownCardError("card", "one that is served here", shown(name_or_digest, 80))
-        return card
-
 
 def scan(root: Path, old: Catalog) -> Catalog:
-    """The folder as it is now; `old` itself if nothing has changed."""
-    stamps = dict(_stamps(root))
-    if stamps == {name: stamp for name, (stamp, _) in old.files.items()}:
+    """Return the catalog of the folder now; `old` itself if nothing has changed."""
+    stamps = _stamps(root)
+    if stamps.items() == old.files.keys():
         return old
     files = {
-        name: old.files[name]
-        if old.files.get(name, (None,))[0] == stamp
-        else (stamp, _served(root / name, stamp))
-        for name, stamp in sorted(stamps.items())
+        (name, stamp): old.files[name, stamp]
+        if (name, stamp) in old.files
+        else _served(root / name, stamp)
+        for name, stamp in stamps.items()
     }
-    cards = {card.manifest.digest: card for _, card in files.values() if card is not None}
-    ordered = sorted(
-        cards.values(), key=lambda card: (Precedence(card.manifest.version), card.manifest.digest)
-    )
-    names = {card.manifest.name: card.manifest.digest for card in ordered}
-    return Catalog(MappingProxyType(files), MappingProxyType(cards), MappingProxyType(names))
+    manifests = [card.manifest for card in files.values() if card]
+    manifests.sort(key=lambda manifest: (version_order(manifest.version), manifest.digest))
+    cards = {card.manifest.digest: card for card in files.values() if card}
+    names = {manifest.name: manifest.digest for manifest in manifests}
+    return Catalog(files, dict(sorted(cards.items())), names)
 
 
 @contextmanager
-def mapped(card: Served) -> Iterator[pa.Buffer]:
-    """The bytes of a card's file, mapped for reading.
+def opened(card: Served) -> Iterator[FileIO]:
+    """Open a card's file for reading.
 
     Raises:
-        StoreError: If the file is not the one that was hashed.
+        StoreError: It is not the file that was hashed.
     """
-    with os_errors(card.path):
-        handle = os.open(card.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            if _stamp(os.fstat(handle)) != card.stamp[:3]:
-                raise StoreError(str(card.path), "the file that was hashed", "another")
-            data = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(handle)
-    yield pa.py_buffer(data)
+    with os_errors(card.path), open(card.path, "rb", 0, opener=_no_links) as file:
+        if _stamp(os.fstat(file.fileno())) != card.stamp[:3]:
+            raise StoreError(str(card.path), "the file that was hashed", "another")
+        yield file
 
 
-def _stamps(root: Path) -> Iterator[tuple[str, Stamp]]:
+def _no_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _stamps(root: Path) -> dict[str, Stamp]:
+    files: dict[str, os.stat_result] = {}
     with os_errors(root), os.scandir(root) as entries:
         for entry in entries:
-            if (
-                entry.name.endswith(SUFFIX)
-                and not entry.name.startswith(".")
-                and entry.is_file(follow_symlinks=False)
-            ):
-                try:
-                    yield (
-                        entry.name,
-                        (*_stamp(entry.stat(follow_symlinks=False)), _signed_at(Path(entry.path))),
-                    )
-                except FileNotFoundError:  # gone since
-                    continue
+            with suppress(FileNotFoundError):  # removed in the meantime
+                if entry.is_file(follow_symlinks=False):
+                    files[entry.name] = entry.stat(follow_symlinks=False)
+    return {
+        name: (*_stamp(file), files[name + SIGNED].st_mtime_ns if name + SIGNED in files else 0)
+        for name, file in files.items()
+        if name.endswith(SUFFIX) and not name.startswith(".")
+    }
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _signed_at(card: Path) -> int:
-    try:
-        found = signature_path(card).lstat()
-    except OSError:
-        return 0
-    return found.st_mtime_ns if stat.S_ISREG(found.st_mode) else 0
+def _stamp(file: os.stat_result) -> tuple[int, int, int]:
+    return file.st_ino, file.st_size, file.st_mtime_ns
 
 
 def _served(path: Path, stamp: Stamp) -> Served | None:
+    """Read and hash a card file, and attach the signature beside it if that is of this card."""
     try:
         manifest = manifest_of(inspect(path), digest(path), stamp[1])
-        with pa.OSFile(str(path)) as file:
-            schema = pa.ipc.open_file(file).schema
+        with pa.ipc.open_file(path) as file:
+            schema = file.schema
     except (LoRAError, OSError, pa.ArrowException) as error:
         log.warning("not served: %s", error)
         return None
-    return Served(path, stamp, _signed(manifest, path) if stamp[3] else manifest, schema)
-
-
-def _signed(manifest: Manifest, path: Path) -> Manifest:
-    """The manifest with the signature beside the file, if that is of this card."""
-    try:
-        beside = read_signed(signature_path(path))
-    except LoRAError as error:
-        log.warning("served unsigned: %s", error)
-        return manifest
-    if beside.signed_bytes() != manifest.signed_bytes():
-        log.warning("served unsigned: what lies beside %s is the signature of another card", path)
-        return manifest
-    return replace(manifest, signature=beside.signature)
+    if stamp[3]:
+        try:
+            signed = read_signed(signature_path(path))
+            if signed.signed_bytes() == manifest.signed_bytes():
+                manifest = replace(manifest, signature=signed.signature)
+            else:
+                log.warning("served unsigned: the signature beside %s is of another card", path)
+        except LoRAError as error:
+            log.warning("served unsigned: %s", error)
+    return Served(path, stamp, manifest, schema)

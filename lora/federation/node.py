@@ -1,26 +1,24 @@
-"""Node: a server, discovery, a cache, and clients of the peers that are there, joined.
+"""Node: a server, discovery, a cache, and one client for each peer.
 
-Thread safety: any number of threads. The state is one mapping of what is offered, replaced by
-`sync`.
+Thread safety: any number of threads. The state is one mapping of offers, replaced by `sync`.
 
 Requirements: R5, R12, R13, R14.
 """
 
-import contextlib
-import ipaddress
 import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 from lora.card import LoRACard
+from lora.checks import version_order
 from lora.errors import (
-    ArgumentError,
     LoRAError,
     PeerError,
     RefusedError,
@@ -32,7 +30,7 @@ from lora.federation.access import Credentials, check_location, flight_uri, is_l
 from lora.federation.cache import CardCache
 from lora.federation.client import Fetched, LoRAFlightClient, Progress
 from lora.federation.discovery import Discovery
-from lora.federation.manifest import Manifest, Precedence
+from lora.federation.manifest import Manifest
 from lora.federation.peers import Peer
 from lora.federation.server import LoRAFlightServer
 from lora.federation.streams import Limits
@@ -46,7 +44,7 @@ ASK_TIMEOUT = 2.0
 
 @dataclass(frozen=True)
 class Offer:
-    """A card that peers announce alike, and where each of them is."""
+    """A card that one or more peers offer with the same manifest."""
 
     manifest: Manifest
     uris: tuple[str, ...]
@@ -59,13 +57,13 @@ class Node:
         cache: The folder of the cards that it fetches.
         root: The folder of the cards that it serves; None to serve none.
         host, port: Where it serves: ``0.0.0.0`` for all interfaces, port 0 for a free one.
-        peers: URIs of peers that multicast does not reach, or a load balancer's.
+        peers: URIs of peers that multicast does not reach, or of a load balancer.
         policy: What to accept from peers.
-        credentials: Of its server and its clients.
-        interfaces: Addresses to announce itself and browse on; None for all, ``()`` for neither.
-        interval: As `Discovery`'s.
-        timeout, min_rate, check: As `LoRAFlightClient`'s.
-        limits: As `LoRAFlightServer`'s.
+        credentials: For its server and its clients.
+        interfaces: Addresses to announce itself and browse on; None for all, ``()`` for none.
+        interval: As in `Discovery`.
+        timeout, min_rate, check: As in `LoRAFlightClient`.
+        limits: As in `LoRAFlightServer`.
     """
 
     def __init__(
@@ -90,8 +88,7 @@ class Node:
             check_location(uri, credentials)
         self.node_id, self.policy, self.metrics = uuid.uuid4().hex, policy, metrics or Metrics()
         self.cache = cache if isinstance(cache, CardCache) else CardCache(cache)
-        self._offers: Mapping[str, tuple[Offer, ...]] = MappingProxyType({})
-
+        self.offers: Mapping[str, tuple[Offer, ...]] = MappingProxyType({})
         self._clients: dict[str, LoRAFlightClient] = {}
         self._connecting = threading.Lock()
         self._connect = partial(
@@ -99,105 +96,99 @@ class Node:
             cache=self.cache,
             policy=policy,
             credentials=credentials,
+            timeout=timeout,
             min_rate=min_rate,
             check=check,
             metrics=self.metrics,
         )
-        self._timeout = timeout
-        with contextlib.ExitStack() as opened:
-            self.server: LoRAFlightServer | None = None
-            tls = credentials.certificate is not None
+        self.server: LoRAFlightServer | None = None
+        tls, announced = credentials.certificate is not None, None
+        with ExitStack() as opened:
             if root is not None:
-                self.server = opened.enter_context(
-                    LoRAFlightServer(
-                        root,
-                        flight_uri(host, port, tls=tls),
-                        credentials=credentials,
-                        limits=limits,
-                        node_id=self.node_id,
-                        metrics=self.metrics,
-                    )
+                self.server = LoRAFlightServer(
+                    root,
+                    flight_uri(host, port, tls=tls),
+                    credentials=credentials,
+                    limits=limits,
+                    node_id=self.node_id,
+                    metrics=self.metrics,
                 )
-            self.discovery = opened.enter_context(
-                Discovery(
-                    self.node_id,
-                    self._ask,
-                    port=self.server.port
-                    if self.server and (interfaces or not is_loopback(host))
-                    else None,
-                    addresses=_addresses(host, interfaces),
-                    interfaces=interfaces,
-                    interval=interval,
-                    tls=tls,
-                    static=peers,
-                )
+                opened.callback(self.server.shutdown)
+                if interfaces or not is_loopback(host):
+                    announced = self.server.port
+            self.discovery = Discovery(
+                self.node_id,
+                self._ask,
+                port=announced,
+                addresses=sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}),
+                interfaces=interfaces,
+                interval=interval,
+                tls=tls,
+                static=peers,
             )
-            self._opened = opened.pop_all()
+            opened.pop_all()
 
     def peers(self) -> tuple[Peer, ...]:
-        """The peers that answer now."""
+        """Return the peers that answer now."""
         return self.discovery.peers()
 
     def sync(self) -> Mapping[str, tuple[Offer, ...]]:
-        """Ask every peer what it offers; by name, the best offer first (see `ranked`)."""
+        """Ask every peer what it offers; return the offers by name, the best first."""
         uris = [peer.uri for peer in self.peers()]
         with self._connecting:
-            for gone in self._clients.keys() - set(uris):
-                self._clients.pop(gone).close()
-        with ThreadPoolExecutor(max(1, min(8, len(uris)))) as pool:
-            listings = dict(zip(uris, pool.map(self._listed, uris), strict=True))
-        self._offers = MappingProxyType(ranked(listings, self.policy))
-        return self._offers
+            for uri in self._clients.keys() - set(uris):
+                self._clients.pop(uri).close()
 
-    @property
-    def offers(self) -> Mapping[str, tuple[Offer, ...]]:
-        """What `sync` found last."""
-        return self._offers
+        def listed(uri: str) -> list[Manifest]:
+            try:
+                return self._client(uri).list_remote_skills()
+            except PeerError:
+                self.metrics.add("listings_failed")
+                return []
+
+        with ThreadPoolExecutor(8) as pool:
+            listings = dict(zip(uris, pool.map(listed, uris), strict=True))
+        self.offers = MappingProxyType(ranked(listings, self.policy))
+        return self.offers
 
     def fetch(
         self, name: str, *, digest: str | None = None, progress: Progress | None = None
     ) -> Fetched:
-        """A card by name, from the first offer that passes: a peer that dies, stalls, lies or
-        truncates is left.
+        """Fetch a card from the first peer that works: one that dies, stalls or lies is left.
 
         Args:
-            name: A name that `sync` found.
+            name: A name in `offers`.
             digest: Accept this digest, and no other.
-            progress: As `LoRAFlightClient.fetch_skill`'s.
 
         Raises:
-            UnknownCardError: If nobody offers it.
-            PeerError, RefusedError, CardFileError, BaseModelError, ShapeError, TargetError: Of the
-                last offer, with what became of the others as notes.
-            StoreError: If this side's disk refuses.
+            UnknownCardError: Nobody offers it.
+            PeerError, RefusedError, CardFileError, BaseModelError, ShapeError, TargetError: Every
+                peer failed. The error is the last one's; the others' are its notes.
+            StoreError: This machine's disk refuses.
         """
         policy = self.policy if digest is None else self.policy.pinned(digest)
-        offers = [
-            offer for offer in self._offers.get(name, ()) if digest in (None, offer.manifest.digest)
-        ]
         failures: list[LoRAError] = []
-        for offer in offers:
-            for uri in offer.uris:
+        for offer in self.offers.get(name, ()):
+            for uri in offer.uris if digest in (None, offer.manifest.digest) else ():
                 try:
                     return self._client(uri).fetch(offer.manifest, policy, progress)
-                except StoreError:  # of this side's disk: another peer would not help
+                except StoreError:  # of this machine's disk: another peer would not help
                     raise
                 except LoRAError as error:
                     self.metrics.add(f"refusals_{type(error).__name__}")
                     failures.append(error)
         if not failures:
-            raise UnknownCardError(
-                f"card {shown(name, 80)}", f"one of {len(self._offers)} that peers offer", "none"
-            )
-        for other in failures[:-1]:
-            failures[-1].add_note(str(other))
+            expected = f"one of {len(self.offers)} that peers offer"
+            raise UnknownCardError(f"card {shown(name, 80)}", expected, "none")
+        for failure in failures[:-1]:
+            failures[-1].add_note(str(failure))
         raise failures[-1]
 
     def close(self) -> None:
-        """Leave: say goodbye, stop serving, close every connection."""
+        """Stop serving, say goodbye, and close every connection."""
         if self.server is not None:
             self.server.shutdown()  # first: discovery may wait for peers that are asked just now
-        self._opened.close()
+        self.discovery.close()
         with self._connecting:
             for client in self._clients.values():
                 client.close()
@@ -209,85 +200,60 @@ class Node:
         self.close()
 
     def _client(self, uri: str) -> LoRAFlightClient:
-        """The connection to a peer: one for each, made when it is needed."""
+        """Return the connection to a peer; there is one for each."""
         with self._connecting:
             if uri not in self._clients:
-                self._clients[uri] = self._connect(uri, timeout=self._timeout)
+                self._clients[uri] = self._connect(uri)
             return self._clients[uri]
 
     def _ask(self, uri: str) -> str:
-        """The node id of whoever answers at a URI."""
+        """Return the node id of whoever answers at a URI."""
         with self._connect(uri, timeout=ASK_TIMEOUT) as client:
-            found = client.health().get("node_id")
-        return found if isinstance(found, str) else ""
-
-    def _listed(self, uri: str) -> list[Manifest]:
-        try:
-            return self._client(uri).list_remote_skills()
-        except PeerError:
-            self.metrics.add("listings_failed")
-            return []
+            node_id = client.health().get("node_id")
+        return node_id if isinstance(node_id, str) else ""
 
 
 def ranked(
     listings: Mapping[str, Iterable[Manifest]], policy: Policy
 ) -> dict[str, tuple[Offer, ...]]:
-    """What peers offer, by name: what the policy vouches for first, then the highest version, then
-    by digest.
+    """Group what peers list by name: acceptable cards first, then the highest versions.
 
-    Peers that announce the same are alternatives of one offer. The order that the peers are given
-    in changes nothing.
+    Peers that announce the same manifest are alternatives of one offer. The order of the peers
+    changes nothing.
 
     Examples:
         >>> manifest = Manifest("docs", "0" * 64, 4096)
         >>> ranked({"grpc://b:1": [manifest], "grpc://a:1": [manifest]}, Policy())["docs"][0].uris
         ('grpc://a:1', 'grpc://b:1')
     """
-    where: dict[Manifest, set[str]] = {}
+    uris: dict[Manifest, set[str]] = {}
     for uri, manifests in listings.items():
         for manifest in manifests:
-            where.setdefault(manifest, set()).add(uri)
-    best = sorted(where, key=lambda m: (m.digest, m.to_json()))
-    best.sort(key=lambda manifest: Precedence(manifest.version), reverse=True)
-    best.sort(key=lambda manifest: not _vouched(manifest, policy))
-    names: dict[str, tuple[Offer, ...]] = {}
-    for manifest in best:
-        names[manifest.name] = (
-            *names.get(manifest.name, ()),
-            Offer(manifest, tuple(sorted(where[manifest]))),
-        )
-    return names
+            uris.setdefault(manifest, set()).add(uri)
+
+    def merit(manifest: Manifest) -> tuple[Any, ...]:
+        return acceptable(manifest, policy), version_order(manifest.version)
+
+    offers: dict[str, tuple[Offer, ...]] = {}
+    in_order = sorted(uris, key=Manifest.to_json)
+    for manifest in sorted(in_order, key=merit, reverse=True):
+        offer = Offer(manifest, tuple(sorted(uris[manifest])))
+        offers[manifest.name] = (*offers.get(manifest.name, ()), offer)
+    return offers
 
 
 def acceptable(manifest: Manifest, policy: Policy) -> bool:
-    """Whether a policy would have a card fetched, by all that its manifest shows."""
+    """Tell whether a policy would accept a card, as far as its manifest shows."""
     try:
         check_declared(manifest, policy)
-    except RefusedError:
-        return False
-    return _vouched(manifest, policy)
-
-
-def _vouched(manifest: Manifest, policy: Policy) -> bool:
-    try:
         check_signature(manifest, policy)
     except RefusedError:
         return False
     return True
 
 
-def _addresses(host: str, interfaces: Sequence[str] | None) -> list[str]:
-    """Where a server on a host is to be found: on the chosen interfaces, if it is on all."""
-    try:
-        found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None)})
-    except OSError as error:
-        raise ArgumentError("host", "an address or a name of this machine", shown(host)) from error
-    wild = any(ipaddress.ip_address(address.partition("%")[0]).is_unspecified for address in found)
-    return list(interfaces) if wild and interfaces else found
-
-
 def uri_of(address: str) -> str:
-    """The URI of a peer that may be given as ``host:port``.
+    """Return the URI of a peer that may be given as ``host:port``.
 
     >>> uri_of("192.0.2.7:5000"), uri_of("grpc+tls://cards.example:443")
     ('grpc://192.0.2.7:5000', 'grpc+tls://cards.example:443')

@@ -1,36 +1,34 @@
-"""Who might be a peer, who has proved to be one, and whom to ask next: a value, and what each event
-makes of it.
+"""The table of peers: which were announced, which have answered, and which to ask next.
 
-Announcements, goodbyes and new addresses are hints from anyone on the network. A peer is listed
-once it has answered at an address; while it answers there, nothing that is announced moves or
-removes it. The book never outgrows its cap, and what is unproven makes room for what is newer.
-Times are seconds of any one clock.
+Anyone on the network can send announcements and goodbyes, so they are only hints. A peer is listed
+once it has answered at an address, and while it answers there, no hint moves or removes it. If the
+table is full, a new peer replaces one that has never answered. Times are seconds of any one clock.
 
 Requirements: R13.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from typing import Any
 
 PAUSE = 1.0
-"""Seconds for which a peer that was just asked is not asked again, whatever is announced."""
+"""Seconds until a peer that was just asked is asked again, whatever is announced."""
 
 MISSES = 2
-"""Answers in a row that a peer may fail to give."""
+"""Questions in a row after which a peer that does not answer is no longer listed."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Something that was announced, or named by the user.
+    """A peer that was announced, or named by the user.
 
     Args:
-        key: Its instance name, or for a static peer its URI.
-        uri: Where it answered last; empty before it has.
+        key: Its instance name, or the URI of a static peer.
+        uri: Where it answered last, or "".
         node_id: What it called itself then.
-        misses: How many times in a row it did not answer.
-        asked, due: When it was asked last, and when it is to be asked next.
-        static: Whether the user named it: it stays in the book.
+        misses: How many questions in a row it did not answer.
+        asked, due: When it was asked last, and when to ask it next.
+        static: The user named it, so it stays in the table.
     """
 
     key: str
@@ -44,11 +42,11 @@ class Peer:
 
 @dataclass(frozen=True)
 class PeerBook:
-    """The peers of one node.
+    """The peers of one node; each event returns a new table.
 
     Args:
-        own: The node's own id, and the instance name under which it announces itself.
-        cap: Peers at most, static ones not counted.
+        own: The node's own id, and the instance name that it announces.
+        cap: Largest number of peers, static ones not counted.
         interval: Seconds until a peer is asked again.
         peers: By key, the oldest first.
 
@@ -56,7 +54,8 @@ class PeerBook:
         >>> book = PeerBook("me").announced("you", now=0.0)
         >>> book.due(now=0.0), book.live()
         (('you',), ())
-        >>> [peer.uri for peer in book.answered("you", "grpc://192.0.2.7:5000", "you", now=0.1).live()]
+        >>> book = book.answered("you", "grpc://192.0.2.7:5000", "you", now=0.1)
+        >>> [peer.uri for peer in book.live()]
         ['grpc://192.0.2.7:5000']
     """
 
@@ -66,73 +65,65 @@ class PeerBook:
     peers: Mapping[str, Peer] = field(default_factory=dict)
 
     def with_static(self, uri: str) -> "PeerBook":
-        """The book with a peer that the user names."""
+        """Add a peer that the user names."""
         return self._with(Peer(uri, static=True))
 
     def announced(self, key: str, *, now: float) -> "PeerBook":
-        """An announcement or a change: who is known is asked soon, who is new is written down."""
-        if key == self.own:
+        """Note an announcement: add a new peer, or ask a known one soon."""
+        peer = self.peers.get(key)
+        if peer is not None:
+            return self._with(replace(peer, due=min(peer.due, max(now, peer.asked + PAUSE))))
+        others = [peer for peer in self.peers.values() if not peer.static]
+        unproven = [peer.key for peer in others if not peer.uri]
+        if key == self.own or (len(others) >= self.cap and not unproven):
             return self
-        if (known := self.peers.get(key)) is not None:
-            return self._with(replace(known, due=min(known.due, max(now, known.asked + PAUSE))))
-        book = self
-        if sum(not peer.static for peer in self.peers.values()) >= self.cap:
-            unproven = next(
-                (peer for peer in self.peers.values() if not peer.static and not peer.uri), None
-            )
-            if unproven is None:
-                return self
-            book = self._without(unproven.key)
+        book = self._without(unproven[0]) if len(others) >= self.cap else self
         return book._with(Peer(key, due=now))  # noqa: SLF001 - another value of this class
 
     def goodbye(self, key: str, *, now: float) -> "PeerBook":
-        """A goodbye: it is asked soon whether that is so."""
+        """Note a goodbye: ask the peer soon, but do not remove it yet."""
         return self.announced(key, now=now) if key in self.peers else self
 
     def answered(self, key: str, uri: str, node_id: str, *, now: float) -> "PeerBook":
-        """An answer from an address. One from this node itself removes the peer, or only unlists
-        one that is static.
-        """
-        known = self.peers.get(key)
-        if known is None:
-            return self
-        if node_id and node_id == self.own:
-            unlisted = replace(known, uri="", asked=now, due=now + self.interval)
-            return self._with(unlisted) if known.static else self._without(key)
-        return self._with(
-            replace(known, uri=uri, node_id=node_id, misses=0, asked=now, due=now + self.interval)
-        )
+        """Note where a peer has answered, unless it turns out to be this node itself."""
+        own = node_id == self.own
+        return self._asked(key, now, MISSES if own else 0, uri=uri, node_id=node_id)
 
     def missed(self, key: str, *, now: float) -> "PeerBook":
-        """No answer: after `MISSES` of them the peer is no longer listed; only static ones are then
-        asked again.
-        """
-        known = self.peers.get(key)
-        if known is None:
-            return self
-        known = replace(
-            known, misses=known.misses + 1, asked=now, due=now + PAUSE * 2**known.misses
-        )
-        if known.misses < MISSES:
-            return self._with(known)
-        return (
-            self._with(replace(known, uri="", due=now + self.interval))
-            if known.static
-            else self._without(key)
-        )
+        """Note that a peer did not answer; after `MISSES` of these it is no longer listed."""
+        peer = self.peers.get(key)
+        return self._asked(key, now, peer.misses + 1) if peer else self
 
     def due(self, *, now: float) -> tuple[str, ...]:
-        """Whom to ask now."""
+        """Return the keys of the peers to ask now."""
         return tuple(peer.key for peer in self.peers.values() if peer.due <= now)
 
     def live(self) -> tuple[Peer, ...]:
-        """Who answers, each address once; what a peer calls itself is no proof, and hides no other."""
-        found = {peer.uri: peer for peer in reversed([*self.peers.values()]) if peer.uri}
-        return tuple(reversed(found.values()))
+        """Return the peers that answer, each address once.
+
+        What a peer calls itself is no proof, so it hides no other peer.
+        """
+        live: dict[str, Peer] = {}
+        for peer in self.peers.values():
+            if peer.uri:
+                live.setdefault(peer.uri, peer)
+        return tuple(live.values())
 
     def _with(self, peer: Peer) -> "PeerBook":
-        return replace(self, peers=MappingProxyType({**self.peers, peer.key: peer}))
+        return replace(self, peers={**self.peers, peer.key: peer})
 
     def _without(self, key: str) -> "PeerBook":
-        rest = {other: peer for other, peer in self.peers.items() if other != key}
-        return replace(self, peers=MappingProxyType(rest))
+        return replace(self, peers={k: peer for k, peer in self.peers.items() if k != key})
+
+    def _asked(self, key: str, now: float, misses: int, **answer: Any) -> "PeerBook":
+        """Note that a peer was asked; one with too many misses goes, or hides if it is static."""
+        peer = self.peers.get(key)
+        if peer is None:
+            return self
+        if misses < MISSES:
+            due = now + (PAUSE if misses else self.interval)
+        elif peer.static:
+            due, answer = now + self.interval, {"uri": ""}
+        else:
+            return self._without(key)
+        return self._with(replace(peer, misses=misses, asked=now, due=due, **answer))
