@@ -5,27 +5,27 @@ Requirements: R11.
 
 import ipaddress
 import urllib.parse
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 
 from lora.errors import ArgumentError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Credentials:
-    """Who a node is, and whom it talks to. None of it is ever logged.
+    """Who a node is, and whom it talks to. It has no repr, so that none of it is logged.
 
     Args:
         token: A bearer token: a server asks for it, a client sends it.
-        certificate, key: PEM of this node. A server with these speaks TLS; a client shows them.
-        ca: PEM of the authority that checks the other side. With it a server asks its clients for
-            a certificate (mutual TLS). Without it a client uses the system's authorities.
+        certificate, key: PEM of this node. A server needs them for TLS, a client for mutual TLS.
+        ca: PEM of the authority for the other side. With it, a server asks for certificates.
         insecure_token: Let the token travel in clear beyond loopback.
     """
 
-    token: str | None = field(default=None, repr=False)
-    certificate: bytes | None = field(default=None, repr=False)
-    key: bytes | None = field(default=None, repr=False)
-    ca: bytes | None = field(default=None, repr=False)
+    token: str | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+    ca: bytes | None = None
     insecure_token: bool = False
 
     def __post_init__(self) -> None:
@@ -42,14 +42,13 @@ def check_location(location: str, credentials: Credentials) -> bool:
     Raises:
         ArgumentError: It is no Flight URI, or the token would travel in clear beyond loopback.
     """
-    try:
+    scheme, host = "", None
+    with suppress(ValueError):
         parts = urllib.parse.urlsplit(location)
-        tls = {"grpc": False, "grpc+tls": True}[parts.scheme]
-        host, _ = parts.hostname or "", parts.port
-    except (ValueError, AttributeError, LookupError):
-        host, tls = "", False
-    if not host:
+        scheme, host, _ = parts.scheme, parts.hostname, parts.port
+    if scheme not in ("grpc", "grpc+tls") or not host:
         raise ArgumentError("location", "grpc://host:port or grpc+tls://host:port", repr(location))
+    tls = scheme == "grpc+tls"
     if credentials.token and not (tls or credentials.insecure_token or is_loopback(host)):
         hint = "use grpc+tls://, or insecure_token=True to let others on the way read it"
         raise ArgumentError("token", "TLS beyond loopback", location, hint)

@@ -1,7 +1,7 @@
 """A folder of cards by digest: written once, read by any number of processes, without a lock.
 
-A card is written to a hidden temporary file, checked, and then linked to its final name. So a
-visible file is complete, even if a process dies at any moment. Files are read-only.
+A card is written to a hidden temporary file, checked, and then linked to its name: what is visible
+is complete, whenever a process dies.
 
 Requirements: R12, R14.
 """
@@ -19,8 +19,7 @@ from lora.checks import is_digest, version_order
 from lora.errors import ArgumentError
 from lora.store import SUFFIX, PathLike, as_path, digest, os_errors
 
-STALE = 24 * 3600.0
-"""Seconds after which a temporary file that was never finished is removed."""
+STALE = 24 * 3600.0  # seconds after which an unfinished temporary file is removed
 
 
 def default_cache() -> Path:
@@ -51,8 +50,7 @@ class CardCache:
 
     def digests(self) -> list[str]:
         """Return the digests of all cards in the cache, sorted."""
-        names = (path.name.removesuffix(SUFFIX) for path in self.root.glob(f"*{SUFFIX}"))
-        return sorted(filter(is_digest, names))
+        return sorted(path.name[:64] for path in self.root.glob("[0-9a-f]" * 64 + SUFFIX))
 
     @contextmanager
     def arriving(self) -> Iterator[tuple[Path, BinaryIO]]:
@@ -66,7 +64,7 @@ class CardCache:
                 path.unlink(missing_ok=True)
 
     def admit(self, arrived: Path, sha: str) -> Path:
-        """Make a complete, checked file visible under its digest, unless another process has.
+        """Make a complete, checked file visible, read-only, unless another process was first.
 
         It is not flushed to the disk: damage by a power failure shows in the digest.
         """
@@ -78,10 +76,7 @@ class CardCache:
         return target
 
     def evict(self, max_bytes: int) -> list[str]:
-        """Remove the oldest cards until the rest fit `max_bytes`; return their digests.
-
-        A card that a process has mapped stays whole for that process.
-        """
+        """Remove the oldest cards until the rest fit `max_bytes`; return their digests."""
         removed: list[str] = []
         with os_errors(self.root):
             status = {sha: self.path(sha).stat() for sha in self.digests()}

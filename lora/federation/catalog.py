@@ -1,8 +1,7 @@
 """The catalog of a served folder: its cards by digest and by name, as an immutable value.
 
-A scan sees only regular files directly in the folder, and follows no link. It hashes a file again
-only when its stamp has changed. Names and digests from outside are looked up, never made into
-a path.
+Only regular files directly in the folder count, no links. A file is hashed again only when its
+stamp has changed. Names and digests from outside are looked up, and never made into a path.
 
 Requirements: R11.
 """
@@ -46,9 +45,9 @@ class Catalog:
     """What a folder holds.
 
     Args:
-        files: The card in each file, by file name and stamp; None for a file that is no card.
-        cards: The cards by digest, in order.
-        names: The digest of each name: that of its highest version, then the greatest.
+        files: By file name and stamp; None for a file that is no card.
+        cards: By digest, in order.
+        names: The digest of each name's highest version.
     """
 
     files: Mapping[tuple[str, Stamp], Served | None] = field(default_factory=dict)
@@ -58,29 +57,21 @@ class Catalog:
 
 def scan(root: Path, old: Catalog) -> Catalog:
     """Return the catalog of the folder now; `old` itself if nothing has changed."""
-    stamps = _stamps(root)
-    if stamps.items() == old.files.keys():
-        return old
     files = {
-        (name, stamp): old.files[name, stamp]
-        if (name, stamp) in old.files
-        else _served(root / name, stamp)
-        for name, stamp in stamps.items()
+        key: old.files[key] if key in old.files else _served(root, *key)
+        for key in sorted(_stamps(root))
     }
-    manifests = [card.manifest for card in files.values() if card]
-    manifests.sort(key=lambda manifest: (version_order(manifest.version), manifest.digest))
-    cards = {card.manifest.digest: card for card in files.values() if card}
-    names = {manifest.name: manifest.digest for manifest in manifests}
-    return Catalog(files, dict(sorted(cards.items())), names)
+    if files == old.files:
+        return old
+    cards = sorted(filter(None, files.values()), key=lambda card: card.manifest.digest)
+    by_version = sorted(cards, key=lambda card: version_order(card.manifest.version))
+    names = {card.manifest.name: card.manifest.digest for card in by_version}
+    return Catalog(files, {card.manifest.digest: card for card in cards}, names)
 
 
 @contextmanager
 def opened(card: Served) -> Iterator[FileIO]:
-    """Open a card's file for reading.
-
-    Raises:
-        StoreError: It is not the file that was hashed.
-    """
+    """Open a card's file, if it is still the file that was hashed."""
     with os_errors(card.path), open(card.path, "rb", 0, opener=_no_links) as file:
         if _stamp(os.fstat(file.fileno())) != card.stamp[:3]:
             raise StoreError(str(card.path), "the file that was hashed", "another")
@@ -91,26 +82,27 @@ def _no_links(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-def _stamps(root: Path) -> dict[str, Stamp]:
+def _stamps(root: Path) -> list[tuple[str, Stamp]]:
     files: dict[str, os.stat_result] = {}
     with os_errors(root), os.scandir(root) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):  # removed in the meantime
                 if entry.is_file(follow_symlinks=False):
                     files[entry.name] = entry.stat(follow_symlinks=False)
-    return {
-        name: (*_stamp(file), files[name + SIGNED].st_mtime_ns if name + SIGNED in files else 0)
+    return [
+        (name, (*_stamp(file), files[name + SIGNED].st_mtime_ns if name + SIGNED in files else 0))
         for name, file in files.items()
         if name.endswith(SUFFIX) and not name.startswith(".")
-    }
+    ]
 
 
 def _stamp(file: os.stat_result) -> tuple[int, int, int]:
     return file.st_ino, file.st_size, file.st_mtime_ns
 
 
-def _served(path: Path, stamp: Stamp) -> Served | None:
-    """Read and hash a card file, and attach the signature beside it if that is of this card."""
+def _served(root: Path, name: str, stamp: Stamp) -> Served | None:
+    """Hash a card file, and read what it announces and the signature beside it."""
+    path = root / name
     try:
         manifest = manifest_of(inspect(path), digest(path), stamp[1])
         with pa.ipc.open_file(path) as file:

@@ -1,6 +1,6 @@
 """LoRAFlightClient: lists and fetches the cards of one peer.
 
-Each card passes all checks of `lora.federation.trust` before it becomes visible in the cache.
+Each card passes the checks of `lora.federation.trust` before it becomes visible in the cache.
 
 Thread safety: any number of threads.
 
@@ -35,17 +35,11 @@ from lora.federation.trust import (
 from lora.metrics import Metrics
 from lora.store import PathLike, load
 
-MAX_MESSAGE = 16 * 2**20
-"""Bytes of one message of a peer: gRPC refuses a longer one before it is buffered."""
+MAX_MESSAGE = 16 * 2**20  # bytes; gRPC refuses a longer message before it is buffered
+MAX_CARDS = 10_000  # that a peer may list
+MAX_PENDING = 8  # pieces of a card that wait to be hashed and written
 
-MAX_CARDS = 10_000
-"""Cards that a peer may list."""
-
-MAX_PENDING = 8
-"""Pieces of a card that may wait to be hashed and written."""
-
-Progress = Callable[[int, int], None]
-"""Takes the bytes received so far and the bytes in all."""
+Progress = Callable[[int, int], None]  # takes the bytes received so far and the bytes in all
 
 
 class Fetched(NamedTuple):
@@ -61,10 +55,8 @@ class LoRAFlightClient:
     Args:
         uri: ``grpc://host:port`` or ``grpc+tls://host:port``.
         cache: A `CardCache`, or its folder.
-        policy: What to accept. By default, only what is pinned or signed by a trusted key.
-        credentials: The token to send, the certificate to show, the authority to check against.
-        timeout: Seconds for a call; a download has these and the time for its bytes.
-        min_rate: Bytes per second that a download must reach on average.
+        timeout: Seconds for a call; a download has more, for its bytes at `min_rate`.
+        min_rate: Bytes per second.
         check: Called with a card before it is admitted; raises to refuse it.
 
     Examples:
@@ -114,11 +106,7 @@ class LoRAFlightClient:
     def list_remote_skills(
         self, name_prefix: str = "", base_model: str | None = None
     ) -> list[Manifest]:
-        """List what the peer offers, by name; malformed manifests are left out and counted.
-
-        Raises:
-            PeerError: The peer does not answer in time, or lists more than `MAX_CARDS`.
-        """
+        """List what the peer offers, by name; malformed manifests are left out and counted."""
         criteria = {"name_prefix": name_prefix}
         if base_model is not None:
             criteria["base_model"] = base_model
@@ -149,7 +137,7 @@ class LoRAFlightClient:
 
         Raises:
             RefusedError: The policy refuses the card; the kind of error says why.
-            PeerError, UnknownCardError, CardFileError, StoreError:
+            PeerError: The peer is not there, too slow, or breaks off.
         """
         policy = self.policy if digest is None else self.policy.pinned(digest)
         requested = digest or name
@@ -188,11 +176,7 @@ class LoRAFlightClient:
         return Fetched(card, sha)
 
     def health(self) -> dict[str, Any]:
-        """Ask the peer for its node id and its version of the format.
-
-        Raises:
-            PeerError, ManifestError:
-        """
+        """Ask the peer for its node id and its version of the format."""
         answer = next(self._call("version", "version"), pa.py_buffer(b""))
         where = f"{self.uri}: version"
         return parse_json(answer.to_pybytes()[:4096], where, dict, ManifestError)
@@ -255,10 +239,7 @@ class LoRAFlightClient:
     def _call(
         self, what: str, action: str, body: str = "", timeout: float | None = None
     ) -> Iterator[pa.Buffer]:
-        """Call an action of the peer under a deadline, and yield its results as they come.
-
-        Unlike flights, these come one at a time, and Arrow does not decode them.
-        """
+        """Call an action under a deadline, and yield its results, which Arrow does not decode."""
         with self._talking(what):
             options = flight.FlightCallOptions(
                 timeout=timeout or self.timeout, headers=self._headers

@@ -1,9 +1,8 @@
 """Discovery: announces a node by zeroconf, browses for others, and asks each whether it is there.
 
-mDNS trusts everyone on the link. What it says is a hint of whom to ask, see `lora.federation.peers`,
-and never proof of who answers.
+mDNS trusts everyone on the link: it gives hints of whom to ask, and never proof of who answers.
 
-Thread safety: any number of readers. The state is one `PeerBook`, replaced under a lock.
+Thread safety: any number of threads. The state is one `PeerBook`, replaced under a lock.
 
 Requirements: R13.
 """
@@ -30,34 +29,24 @@ log = logging.getLogger(__name__)
 
 SERVICE = "_lora-card._tcp.local."
 
-TICK = 0.1
-"""Seconds between two looks for peers to ask."""
-
-ASKERS = 8
-"""Peers that are asked at the same time."""
-
-ADDRESSES = 2
-"""Addresses of an announcement that are tried."""
-
-RESOLVE_MS = 1000
-"""Milliseconds that resolving an announcement may take."""
+TICK = 0.1  # seconds between two looks for peers to ask
+ASKERS = 8  # peers that are asked at the same time
+ADDRESSES = 2  # addresses of an announcement that are tried
+RESOLVE_MS = 1000  # milliseconds that resolving an announcement may take
 
 
 class Discovery:
     """Finds the peers of a node, from its construction until `close`.
 
     Args:
-        node_id: The node's own id: up to 63 letters, digits and hyphens. It is never listed.
-        ask: Returns the node id of whoever answers at a URI, or ""; raises a `LoRAError` if nobody
-            does.
+        node_id: This node's id: up to 63 letters, digits and hyphens.
+        ask: Returns the node id, or "", of whoever answers at a URI; else raises a `LoRAError`.
         port: Where this node serves; None to browse only.
-        addresses: Where this node serves; by default, and instead of a wildcard, the chosen
-            interfaces' addresses.
-        interfaces: Addresses of the interfaces to speak on; None for all, ``()`` for static peers
-            alone.
+        addresses: Where this node serves; a wildcard, or none, stands for the interfaces.
+        interfaces: Their addresses; None for all, ``()`` for none: static peers only.
         static: URIs of peers that multicast does not reach.
         cap: Largest number of peers, static ones not counted.
-        interval: Seconds until a peer is asked again. After two of them a dead peer is gone.
+        interval: Seconds until a peer is asked again; twice as long after its death it is gone.
     """
 
     def __init__(

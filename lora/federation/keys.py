@@ -17,18 +17,12 @@ from lora.federation.manifest import MAX_MANIFEST_BYTES, Manifest, manifest_from
 from lora.federation.trust import public_key, sign
 from lora.store import PathLike, as_path, digest, inspect, os_errors, replacing
 
-SUFFIX = ".sig.json"
-"""Ending of the file beside a card that holds its signed manifest."""
-
+SUFFIX = ".sig.json"  # after the name of a card file: its signed manifest
 MAX_KEY_BYTES = 16384
 
 
 def generate_key(path: PathLike) -> str:
-    """Write a new private key, readable by its owner alone, and ``PATH.pub``; return the public key.
-
-    Raises:
-        StoreError: The file exists already: a key is never replaced.
-    """
+    """Write a new private key and ``PATH.pub``, never over a file; return the public key."""
     path, key = as_path(path), Ed25519PrivateKey.generate()
     with os_errors(path):
         path.touch(0o600, exist_ok=False)
@@ -42,11 +36,7 @@ def generate_key(path: PathLike) -> str:
 
 
 def load_private_key(path: PathLike) -> Ed25519PrivateKey:
-    """Read the private key in a PEM file.
-
-    Raises:
-        ArgumentError: The file holds no Ed25519 private key without a passphrase.
-    """
+    """Read the private key in a PEM file."""
     load = partial(pem.load_pem_private_key, password=None)
     key: Ed25519PrivateKey = _loaded(path, load, Ed25519PrivateKey)
     return key

@@ -1,12 +1,11 @@
-"""Node: a server, discovery, a cache, and one client for each peer.
+"""Node: a server, discovery, a cache, and clients of the peers that answer.
 
-Thread safety: any number of threads. The state is one mapping of offers, replaced by `sync`.
+Thread safety: any number of threads. `sync` replaces the mapping of offers.
 
 Requirements: R5, R12, R13, R14.
 """
 
 import socket
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +37,7 @@ from lora.federation.trust import Policy, check_declared, check_signature
 from lora.metrics import Metrics
 from lora.store import PathLike
 
-ASK_TIMEOUT = 2.0
-"""Seconds in which a peer must say that it is there."""
+ASK_TIMEOUT = 2.0  # seconds in which a peer must say that it is there
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,13 @@ class Node:
     """A member of a federation.
 
     Args:
-        cache: The folder of the cards that it fetches.
+        cache: For the cards that it fetches.
         root: The folder of the cards that it serves; None to serve none.
         host, port: Where it serves: ``0.0.0.0`` for all interfaces, port 0 for a free one.
-        peers: URIs of peers that multicast does not reach, or of a load balancer.
-        policy: What to accept from peers.
+        peers: URIs of peers that multicast does not reach.
         credentials: For its server and its clients.
-        interfaces: Addresses to announce itself and browse on; None for all, ``()`` for none.
-        interval: As in `Discovery`.
+        interfaces, interval: As in `Discovery`.
         timeout, min_rate, check: As in `LoRAFlightClient`.
-        limits: As in `LoRAFlightServer`.
     """
 
     def __init__(
@@ -89,8 +84,6 @@ class Node:
         self.node_id, self.policy, self.metrics = uuid.uuid4().hex, policy, metrics or Metrics()
         self.cache = cache if isinstance(cache, CardCache) else CardCache(cache)
         self.offers: Mapping[str, tuple[Offer, ...]] = MappingProxyType({})
-        self._clients: dict[str, LoRAFlightClient] = {}
-        self._connecting = threading.Lock()
         self._connect = partial(
             LoRAFlightClient,
             cache=self.cache,
@@ -113,20 +106,24 @@ class Node:
                     node_id=self.node_id,
                     metrics=self.metrics,
                 )
-                opened.callback(self.server.shutdown)
+                opened.enter_context(self.server)
                 if interfaces or not is_loopback(host):
                     announced = self.server.port
-            self.discovery = Discovery(
-                self.node_id,
-                self._ask,
-                port=announced,
-                addresses=sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}),
-                interfaces=interfaces,
-                interval=interval,
-                tls=tls,
-                static=peers,
+            self.discovery = opened.enter_context(
+                Discovery(
+                    self.node_id,
+                    self._ask,
+                    port=announced,
+                    addresses=sorted(
+                        {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+                    ),
+                    interfaces=interfaces,
+                    interval=interval,
+                    tls=tls,
+                    static=peers,
+                )
             )
-            opened.pop_all()
+            self._opened = opened.pop_all()
 
     def peers(self) -> tuple[Peer, ...]:
         """Return the peers that answer now."""
@@ -135,13 +132,11 @@ class Node:
     def sync(self) -> Mapping[str, tuple[Offer, ...]]:
         """Ask every peer what it offers; return the offers by name, the best first."""
         uris = [peer.uri for peer in self.peers()]
-        with self._connecting:
-            for uri in self._clients.keys() - set(uris):
-                self._clients.pop(uri).close()
 
         def listed(uri: str) -> list[Manifest]:
             try:
-                return self._client(uri).list_remote_skills()
+                with self._connect(uri) as client:
+                    return client.list_remote_skills()
             except PeerError:
                 self.metrics.add("listings_failed")
                 return []
@@ -154,24 +149,22 @@ class Node:
     def fetch(
         self, name: str, *, digest: str | None = None, progress: Progress | None = None
     ) -> Fetched:
-        """Fetch a card from the first peer that works: one that dies, stalls or lies is left.
+        """Fetch a card in `offers` from the first peer that works.
 
         Args:
-            name: A name in `offers`.
             digest: Accept this digest, and no other.
 
         Raises:
             UnknownCardError: Nobody offers it.
-            PeerError, RefusedError, CardFileError, BaseModelError, ShapeError, TargetError: Every
-                peer failed. The error is the last one's; the others' are its notes.
-            StoreError: This machine's disk refuses.
+            LoRAError: Every peer failed; the other peers' errors are notes of the last one's.
         """
         policy = self.policy if digest is None else self.policy.pinned(digest)
         failures: list[LoRAError] = []
         for offer in self.offers.get(name, ()):
             for uri in offer.uris if digest in (None, offer.manifest.digest) else ():
                 try:
-                    return self._client(uri).fetch(offer.manifest, policy, progress)
+                    with self._connect(uri) as client:
+                        return client.fetch(offer.manifest, policy, progress)
                 except StoreError:  # of this machine's disk: another peer would not help
                     raise
                 except LoRAError as error:
@@ -185,26 +178,14 @@ class Node:
         raise failures[-1]
 
     def close(self) -> None:
-        """Stop serving, say goodbye, and close every connection."""
-        if self.server is not None:
-            self.server.shutdown()  # first: discovery may wait for peers that are asked just now
-        self.discovery.close()
-        with self._connecting:
-            for client in self._clients.values():
-                client.close()
+        """Say goodbye and stop serving."""
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _client(self, uri: str) -> LoRAFlightClient:
-        """Return the connection to a peer; there is one for each."""
-        with self._connecting:
-            if uri not in self._clients:
-                self._clients[uri] = self._connect(uri)
-            return self._clients[uri]
 
     def _ask(self, uri: str) -> str:
         """Return the node id of whoever answers at a URI."""
@@ -218,8 +199,7 @@ def ranked(
 ) -> dict[str, tuple[Offer, ...]]:
     """Group what peers list by name: acceptable cards first, then the highest versions.
 
-    Peers that announce the same manifest are alternatives of one offer. The order of the peers
-    changes nothing.
+    Peers with the same manifest share an offer. The order of the peers changes nothing.
 
     Examples:
         >>> manifest = Manifest("docs", "0" * 64, 4096)

@@ -1,8 +1,7 @@
 """The table of peers: which were announced, which have answered, and which to ask next.
 
-Anyone on the network can send announcements and goodbyes, so they are only hints. A peer is listed
-once it has answered at an address, and while it answers there, no hint moves or removes it. If the
-table is full, a new peer replaces one that has never answered. Times are seconds of any one clock.
+Anyone on the network can announce a peer or say goodbye for it, so these are only hints. A peer is
+listed once it has answered. While it answers, no hint moves or removes it. Times are in seconds.
 
 Requirements: R13.
 """
@@ -11,24 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-PAUSE = 1.0
-"""Seconds until a peer that was just asked is asked again, whatever is announced."""
-
-MISSES = 2
-"""Questions in a row after which a peer that does not answer is no longer listed."""
+PAUSE = 1.0  # seconds between two questions to a peer, whatever is announced
+MISSES = 2  # unanswered questions in a row after which a peer is no longer listed
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer that was announced, or named by the user.
+    """A peer that was announced, or named by the user (static).
 
     Args:
         key: Its instance name, or the URI of a static peer.
-        uri: Where it answered last, or "".
-        node_id: What it called itself then.
+        uri, node_id: Where it answered last, and what it called itself; "" before.
         misses: How many questions in a row it did not answer.
         asked, due: When it was asked last, and when to ask it next.
-        static: The user named it, so it stays in the table.
     """
 
     key: str
@@ -45,10 +39,9 @@ class PeerBook:
     """The peers of one node; each event returns a new table.
 
     Args:
-        own: The node's own id, and the instance name that it announces.
+        own: The node's own id and instance name.
         cap: Largest number of peers, static ones not counted.
         interval: Seconds until a peer is asked again.
-        peers: By key, the oldest first.
 
     Examples:
         >>> book = PeerBook("me").announced("you", now=0.0)
@@ -69,7 +62,10 @@ class PeerBook:
         return self._with(Peer(uri, static=True))
 
     def announced(self, key: str, *, now: float) -> "PeerBook":
-        """Note an announcement: add a new peer, or ask a known one soon."""
+        """Note an announcement: add a new peer, or ask a known one soon.
+
+        If the table is full, the new peer replaces one that has never answered.
+        """
         peer = self.peers.get(key)
         if peer is not None:
             return self._with(replace(peer, due=min(peer.due, max(now, peer.asked + PAUSE))))
@@ -99,10 +95,7 @@ class PeerBook:
         return tuple(peer.key for peer in self.peers.values() if peer.due <= now)
 
     def live(self) -> tuple[Peer, ...]:
-        """Return the peers that answer, each address once.
-
-        What a peer calls itself is no proof, so it hides no other peer.
-        """
+        """Return the peers that answer, each address once; a node id proves nothing."""
         live: dict[str, Peer] = {}
         for peer in self.peers.values():
             if peer.uri:

@@ -1,9 +1,8 @@
 """LoRAFlightServer: serves the cards of a folder over Arrow Flight, read-only, by digest.
 
-A flight is a card. Its descriptor is a path of one element, the name, or a command, the digest. Its
-ticket is the digest for the card's table, or the digest and ``/file`` for the bytes of its file.
-The action ``card`` sends these bytes as well, outside Arrow's own format: a client that does not
-trust them yet must not let Arrow decode them first.
+A flight is a card. Its descriptor is a path, the name, or a command, the digest. Its ticket is the
+digest for the card's table, or the digest and ``/file`` for its file. The action ``card`` sends the
+file outside Arrow's format: a client that does not trust it yet must not let Arrow decode it.
 
 Thread safety: any number of clients. The state is one `Catalog`, replaced when the folder changes.
 
@@ -42,23 +41,12 @@ from lora.table import FORMAT_VERSION
 
 log = logging.getLogger(__name__)
 
-CHUNK = 2**20
-"""Bytes of a file in one batch of a flight."""
-
-PIECE = 2**18
-"""Bytes of a file in one result of the action ``card``: small, to save memory for each client."""
-
-MAX_BATCH = 4 * 2**20
-"""Bytes of rows in one batch of a table, unless a single row is larger."""
-
-MAX_REQUEST = 4096
-"""Bytes of a ticket, descriptor, criteria or action."""
-
-SHUTDOWN = 4.0
-"""Seconds that a shutdown waits for clients that it has cut off."""
-
+CHUNK = 2**20  # bytes of a file in one batch of a flight
+PIECE = 2**18  # bytes of a file in one result of the action "card": less memory for each client
+MAX_BATCH = 4 * 2**20  # bytes of rows in one batch of a table, unless a single row is larger
+MAX_REQUEST = 4096  # bytes of a ticket, descriptor, criteria or action
+SHUTDOWN = 4.0  # seconds that a shutdown waits for clients that it has cut off
 FILE_SCHEMA = pa.schema([pa.field("bytes", pa.binary(), nullable=False)])
-"""Of a card's file as a flight: its bytes, in pieces."""
 
 ACTIONS = {
     "card": "The bytes of a card's file, in pieces; the body is its digest.",
@@ -72,15 +60,9 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
     """Serves the cards of a folder, from its construction until `shutdown`.
 
     Args:
-        root: The folder. Its ``*.lora.arrow`` files are served, with the ``.sig.json`` files beside
-            them as signatures. A change shows at the next request.
+        root: Its ``*.lora.arrow`` files are served, with their ``.sig.json`` files as signatures.
         location: ``grpc://host:port`` or ``grpc+tls://host:port``; port 0 takes a free one.
-        credentials: A token to ask for; a certificate for TLS; an authority for mutual TLS.
         node_id: What the action ``version`` calls this server.
-
-    Raises:
-        ArgumentError: Location and credentials do not fit together.
-        CardNotFoundError, StoreError: There is no folder, or the port is taken.
 
     Examples:
         >>> import tempfile

@@ -1,7 +1,7 @@
 """The open streams of a server, their limits, and a watchdog that cuts off those that stall.
 
-gRPC gives a handler no way out of a write that the client does not take. So the watchdog looks for
-the connection among this process's own sockets, by the client's address, and shuts it down.
+gRPC gives a handler no way out of a write that the client does not take. So the watchdog finds the
+connection among this process's sockets, by the client's address, and shuts it down.
 
 Requirements: R11.
 """
@@ -20,8 +20,7 @@ from pathlib import Path
 from lora.errors import StateError
 from lora.metrics import Metrics
 
-TICK = 0.2
-"""Seconds between two looks of the watchdog."""
+TICK = 0.2  # seconds between two looks of the watchdog
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Limits:
     """What clients may cost.
 
     Args:
-        streams: Streams that may be open at once; one more is refused.
+        streams: Streams that may be open at once.
         stall: Seconds that a client may take for one message.
         duration: Seconds that a stream may take.
     """
@@ -61,11 +60,7 @@ class Streams:
 
     @contextmanager
     def opened(self, peer: str) -> Iterator[Stream]:
-        """Register a stream to a client.
-
-        Raises:
-            StateError: Too many streams are open, or the server is closing.
-        """
+        """Register a stream to a client, within the limits."""
         stream = Stream(peer)
         with self._lock:
             if len(self.open) >= self.limits.streams or self._closing.is_set():
@@ -91,11 +86,9 @@ class Streams:
 
 
 def shut_down(port: int, peer: str | None) -> int:
-    """Shut down this process's connections from a local port to a client, and count them.
+    """Shut down the connections from a local port to a client, or None for all; count them.
 
-    Args:
-        port: The local port.
-        peer: The client as gRPC names it, such as ``ipv6:%5B::1%5D:5000``; None for all.
+    The client is named as gRPC does it, such as ``ipv6:%5B::1%5D:5000``.
 
     >>> shut_down(1, "ipv4:192.0.2.1:9")
     0

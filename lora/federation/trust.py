@@ -1,7 +1,6 @@
-"""Trust: a policy says what to accept from peers, and each stage of a card's arrival has one check.
+"""Trust: a policy says what to accept from peers, and each stage of a card's arrival has a check.
 
-The stages come in this order: what is declared, what was received, who signed it, what it contains.
-Every refusal has its own error and its own option that waives it.
+Every refusal has its own error, and its own option that waives it.
 
 Requirements: R12, R14.
 """
@@ -38,11 +37,10 @@ class Policy:
 
     Args:
         trusted: Public keys, 64 hex digits each.
-        pins: Digests to accept whoever offers them, without a signature and in any version.
+        pins: Digests to accept without a signature and in any version.
         base_model: The base model that cards must name; None for any.
-        max_bytes: Largest card file.
         max_norm: Largest Frobenius norm of one module's ΔW.
-        allow_mismatch: Accept another card than announced, and keep it under its own digest.
+        allow_mismatch: Keep another card than announced, under its own digest.
 
     Examples:
         >>> Policy(pins=frozenset({"0" * 64})).allow_unsigned
@@ -115,11 +113,13 @@ def check_declared(manifest: Manifest, policy: Policy) -> None:
 
 def check_received(manifest: Manifest, size: int, digest: str, policy: Policy) -> None:
     """Check how many bytes came, then their digest."""
-    received = {"bytes received": (manifest.size, size), "SHA-256": (manifest.digest, digest)}
-    for what, (expected, actual) in received.items():
-        if expected != actual and not policy.allow_mismatch:
-            where = f"card {manifest.name!r}: {what}"
-            raise MismatchError(where, expected, actual, "allow_mismatch waives this")
+    where, hint = f"card {manifest.name!r}", "allow_mismatch waives this"
+    if policy.allow_mismatch:
+        return
+    if size != manifest.size:
+        raise MismatchError(f"{where}: bytes received", manifest.size, size, hint)
+    if digest != manifest.digest:
+        raise MismatchError(f"{where}: SHA-256", manifest.digest, digest, hint)
 
 
 def check_signature(manifest: Manifest, policy: Policy) -> None:
@@ -175,19 +175,16 @@ def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
 
 
 def norm_of(pair: LowRank) -> float:
-    """Return the Frobenius norm of ΔW; infinity if a factor or the norm is not finite.
-
-    It comes from the Gram matrices of the factors, or from ΔW where that is smaller. float64 takes
-    twice as long as float32, so it is used only where float32 overflows.
-    """
+    """Return the Frobenius norm of ΔW; infinity if a factor or the norm is not finite."""
     scaling = 1.0 if pair.scaling is None else abs(pair.scaling)
-    for dtype in (np.float32, np.float64):
+    for dtype in (np.float32, np.float64):  # float64 takes twice as long: if float32 overflows
         a: Array = pair.A.astype(dtype, copy=False)
         b: Array = pair.B.astype(dtype, copy=False)
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        with np.errstate(all="ignore"):
+            # The Gram matrices of the factors give the norm, or ΔW if that is smaller.
             wide = pair.rank > min(pair.in_features, pair.out_features)
-            products = (a @ b) ** 2 if wide else (a.T @ a) * (b @ b.T)
-            squared = float(np.sum(products, dtype=np.float64))
+            terms = (a @ b) ** 2 if wide else (a.T @ a) * (b @ b.T)
+            squared = float(np.sum(terms, dtype=np.float64))
         if math.isfinite(squared):
             return math.sqrt(max(squared, 0.0)) * scaling
     return math.inf
