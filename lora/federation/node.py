@@ -95,7 +95,8 @@ class Node:
             metrics=self.metrics,
         )
         self.server: LoRAFlightServer | None = None
-        tls, announced = credentials.certificate is not None, None
+        tls = credentials.certificate is not None
+        announced: dict[str, Any] = {}
         with ExitStack() as opened:
             if root is not None:
                 self.server = LoRAFlightServer(
@@ -108,21 +109,18 @@ class Node:
                 )
                 opened.enter_context(self.server)
                 if interfaces or not is_loopback(host):
-                    announced = self.server.port
-            self.discovery = opened.enter_context(
-                Discovery(
-                    self.node_id,
-                    self._ask,
-                    port=announced,
-                    addresses=sorted(
-                        {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-                    ),
-                    interfaces=interfaces,
-                    interval=interval,
-                    tls=tls,
-                    static=peers,
-                )
+                    addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+                    announced = {"port": self.server.port, "addresses": sorted(addresses)}
+            self.discovery = Discovery(
+                self.node_id,
+                self._ask,
+                interfaces=interfaces,
+                interval=interval,
+                tls=tls,
+                static=peers,
+                **announced,
             )
+            opened.push(self.discovery)
             self._opened = opened.pop_all()
 
     def peers(self) -> tuple[Peer, ...]:
@@ -212,11 +210,10 @@ def ranked(
             uris.setdefault(manifest, set()).add(uri)
 
     def merit(manifest: Manifest) -> tuple[Any, ...]:
-        return acceptable(manifest, policy), version_order(manifest.version)
+        return acceptable(manifest, policy), version_order(manifest.version), manifest.to_json()
 
     offers: dict[str, tuple[Offer, ...]] = {}
-    in_order = sorted(uris, key=Manifest.to_json)
-    for manifest in sorted(in_order, key=merit, reverse=True):
+    for manifest in sorted(uris, key=merit, reverse=True):
         offer = Offer(manifest, tuple(sorted(uris[manifest])))
         offers[manifest.name] = (*offers.get(manifest.name, ()), offer)
     return offers
