@@ -54,7 +54,7 @@ class CardCache:
 
     @contextmanager
     def arriving(self) -> Iterator[tuple[Path, BinaryIO]]:
-        """Open a hidden file for a card, which is removed at the end; see `admit`."""
+        """Open a hidden file for a card; it is removed at the end."""
         path = self.root / f".{secrets.token_hex(8)}.part"
         with os_errors(self.root):
             try:

@@ -136,7 +136,7 @@ class LoRAFlightClient:
             refresh: Ask the peer again which card the name stands for.
 
         Raises:
-            RefusedError: The policy refuses the card; the kind of error says why.
+            RefusedError: The policy refuses the card.
             PeerError: The peer is not there, too slow, or breaks off.
         """
         policy = self.policy if digest is None else self.policy.pinned(digest)
@@ -210,7 +210,7 @@ class LoRAFlightClient:
     def _download(
         self, manifest: Manifest, policy: Policy, file: BinaryIO, progress: Progress | None
     ) -> str:
-        """Receive a card's file and return its digest; a thread hashes and writes meanwhile."""
+        """Receive a card's file, while a thread hashes and writes; return the digest."""
         size, sha, where = 0, hashlib.sha256(), f"card {manifest.name!r}"
         limit = policy.max_bytes if policy.allow_mismatch else manifest.size
         timeout = self.timeout + manifest.size / self.min_rate

@@ -43,7 +43,7 @@ class Discovery:
         ask: Returns the node id, or "", of whoever answers at a URI; else raises a `LoRAError`.
         port: Where this node serves; None to browse only.
         addresses: Where this node serves; a wildcard, or none, stands for the interfaces.
-        interfaces: Their addresses; None for all, ``()`` for none: static peers only.
+        interfaces: Their addresses; None for all, ``()`` for none.
         static: URIs of peers that multicast does not reach.
         cap: Largest number of peers, static ones not counted.
         interval: Seconds until a peer is asked again; twice as long after its death it is gone.
@@ -120,7 +120,6 @@ class Discovery:
         self.close()
 
     def _heard(self, *, name: str, state_change: zeroconf.ServiceStateChange, **_: Any) -> None:
-        """Note what zeroconf has heard; the thread that asks looks into it."""
         removed = state_change is zeroconf.ServiceStateChange.Removed
         event = PeerBook.goodbye if removed else PeerBook.announced
         self._change(event, name.removesuffix(f".{SERVICE}"))
@@ -138,7 +137,7 @@ class Discovery:
                         pool.submit(self._look, key)
 
     def _look(self, key: str) -> None:
-        """Ask a peer where it answered last, and then at each address that it announces."""
+        """Ask a peer where it answered last, then at the addresses that it announces."""
         event: tuple[Any, ...] = (PeerBook.missed, key)
         try:
             for uri in self._uris(key):

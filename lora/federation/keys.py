@@ -81,10 +81,9 @@ def read_small(path: PathLike, limit: int = MAX_KEY_BYTES) -> bytes:
 
 
 def _loaded(path: PathLike, load: Callable[[bytes], object], kind: type) -> Any:
-    """Parse a key file. The errors of `load` could quote it, so they are not chained."""
     try:
         key = load(read_small(path))
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # not chained: it could quote the key
         key = None
     if not isinstance(key, kind):
         expected = f"an {kind.__name__} in PEM, without a passphrase"

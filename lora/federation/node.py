@@ -53,10 +53,9 @@ class Node:
 
     Args:
         cache: For the cards that it fetches.
-        root: The folder of the cards that it serves; None to serve none.
+        root: The folder of the cards that it serves, or None.
         host, port: Where it serves: ``0.0.0.0`` for all interfaces, port 0 for a free one.
         peers: URIs of peers that multicast does not reach.
-        credentials: For its server and its clients.
         interfaces, interval: As in `Discovery`.
         timeout, min_rate, check: As in `LoRAFlightClient`.
     """
@@ -186,7 +185,6 @@ class Node:
         self.close()
 
     def _ask(self, uri: str) -> str:
-        """Return the node id of whoever answers at a URI."""
         with self._connect(uri, timeout=ASK_TIMEOUT) as client:
             node_id = client.health().get("node_id")
         return node_id if isinstance(node_id, str) else ""

@@ -36,7 +36,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class PeerBook:
-    """The peers of one node; each event returns a new table.
+    """The peers of one node, by key, the oldest first; each event returns a new table.
 
     Args:
         own: The node's own id and instance name.
@@ -62,9 +62,9 @@ class PeerBook:
         return self._with(Peer(uri, static=True))
 
     def announced(self, key: str, *, now: float) -> "PeerBook":
-        """Note an announcement: add a new peer, or ask a known one soon.
+        """Note an announcement: ask a known peer soon, or add a new one.
 
-        If the table is full, the new peer replaces one that has never answered.
+        In a full table it replaces one that has never answered.
         """
         peer = self.peers.get(key)
         if peer is not None:
@@ -86,7 +86,7 @@ class PeerBook:
         return self._asked(key, now, MISSES if own else 0, uri=uri, node_id=node_id)
 
     def missed(self, key: str, *, now: float) -> "PeerBook":
-        """Note that a peer did not answer; after `MISSES` of these it is no longer listed."""
+        """Note that a peer did not answer; after `MISSES` of these it is removed."""
         peer = self.peers.get(key)
         return self._asked(key, now, peer.misses + 1) if peer else self
 
@@ -109,13 +109,12 @@ class PeerBook:
         return replace(self, peers={k: peer for k, peer in self.peers.items() if k != key})
 
     def _asked(self, key: str, now: float, misses: int, **answer: Any) -> "PeerBook":
-        """Note that a peer was asked; one with too many misses goes, or hides if it is static."""
         peer = self.peers.get(key)
         if peer is None:
             return self
-        if misses < MISSES:
+        if misses < MISSES:  # still listed
             due = now + (PAUSE if misses else self.interval)
-        elif peer.static:
+        elif peer.static:  # not listed, but asked again
             due, answer = now + self.interval, {"uri": ""}
         else:
             return self._without(key)

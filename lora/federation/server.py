@@ -2,7 +2,7 @@
 
 A flight is a card. Its descriptor is a path, the name, or a command, the digest. Its ticket is the
 digest for the card's table, or the digest and ``/file`` for its file. The action ``card`` sends the
-file outside Arrow's format: a client that does not trust it yet must not let Arrow decode it.
+file without Arrow's encoding: nobody should decode what is not verified yet.
 
 Thread safety: any number of clients. The state is one `Catalog`, replaced when the folder changes.
 
@@ -192,7 +192,6 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         ]
 
     def _described(self, descriptor: Any) -> Served:
-        """Return the card of a descriptor: a command is a digest, a path a name."""
         catalog = self.catalog
         if descriptor.descriptor_type == flight.DescriptorType.CMD:
             return catalog.cards[_text(descriptor.command)]
@@ -209,7 +208,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     @contextmanager
     def _answering(self, counter: str) -> Iterator[None]:
-        """Count a request, and answer every error with a fixed text: no traceback, no path."""
+        """Count a request, and answer every error with a fixed text, without traceback or path."""
         self.metrics.add(counter)
         try:
             yield
@@ -230,14 +229,14 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
 
 def file_pieces(card: Served, size: int) -> Iterator[bytes]:
-    """Yield the bytes of a card's file in pieces of that size, read as they are sent."""
+    """Yield a card's file in pieces, read as they are sent."""
     with opened(card) as file:
         while piece := file.read(size):
             yield piece
 
 
 def table_pieces(card: Served) -> Iterator[pa.RecordBatch]:
-    """Yield a card's rows as views of its mapped file, as many in a batch as `MAX_BATCH` holds."""
+    """Yield a card's rows as views of its mapped file, in batches of up to `MAX_BATCH`."""
     with opened(card) as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     batch = pa.ipc.open_file(pa.py_buffer(data)).get_batch(0)
@@ -252,11 +251,10 @@ def table_pieces(card: Served) -> Iterator[pa.RecordBatch]:
 
 
 def _info(card: Served) -> Any:
-    """Return the FlightInfo of a card; without a location, it is where it was requested."""
     return flight.FlightInfo(
         card.schema,
         flight.FlightDescriptor.for_path(card.manifest.name),
-        [flight.FlightEndpoint(card.manifest.digest.encode(), [])],
+        [flight.FlightEndpoint(card.manifest.digest.encode(), [])],  # at this server
         total_records=card.manifest.modules,
         total_bytes=card.manifest.size,
         app_metadata=card.manifest.to_json(),
@@ -264,7 +262,6 @@ def _info(card: Served) -> Any:
 
 
 def _text(request: Any) -> str:
-    """Return the text in a request of at most `MAX_REQUEST` bytes."""
     if len(request) > MAX_REQUEST:
         raise ManifestError("request", f"at most {MAX_REQUEST} bytes", len(request))
     return str(request, "utf-8")

@@ -123,7 +123,7 @@ def check_received(manifest: Manifest, size: int, digest: str, policy: Policy) -
 
 
 def check_signature(manifest: Manifest, policy: Policy) -> None:
-    """Check that a pin or a trusted key vouches for the manifest; a signature must always hold."""
+    """Check that a pin or a trusted key vouches for the manifest, and that a signature holds."""
     signature, where = manifest.signature, f"card {manifest.name!r}: signature"
     if signature is not None:
         try:
