@@ -1,4 +1,4 @@
-"""The commands of a federation, in processes of their own: one that serves, others that list and fetch."""
+"""The commands of a federation: one process serves, others list and fetch."""
 
 import json
 import signal
@@ -30,9 +30,8 @@ class Serving:
 
     def __init__(self, *argv):
         command = [sys.executable, "-m", "lora.cli", "serve", *map(str, argv)]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, **pipes)
 
     def __enter__(self):
         self.line = self.process.stdout.readline().strip()
@@ -42,6 +41,9 @@ class Serving:
     def __exit__(self, *_):
         self.process.send_signal(signal.SIGTERM)
         self.output = self.process.communicate(timeout=20)
+
+
+LOCAL = ("--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0)
 
 
 @pytest.fixture
@@ -58,9 +60,7 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
     public = json.loads(ran("keygen", key, "--json"))["public_key"]
     ran("sign", cards / "docs.lora.arrow", "--key", key)
     sha = lora.digest(cards / "docs.lora.arrow")
-    with Serving(
-        cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0
-    ) as server:
+    with Serving(cards, *LOCAL) as server:
         assert server.line.startswith("serving 1 card at grpc://127.0.0.1:")
         (row,) = json.loads(ran("list", "--peer", server.uri, "--json"))
         assert (row["name"], row["digest"], row["signer"]) == ("docs", sha, public)
@@ -74,8 +74,8 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
         assert "other" in ran(*fetch, "--trust", f"{key}.pub", "--base-model", "other", code=1)
         assert not list(cache.glob("*.arrow"))
         out = tmp_path / "out.lora.arrow"
-        told = json.loads(ran(*fetch, "--trust", f"{key}.pub", "-o", out, "--json"))
-        assert told == {"name": "docs", "digest": sha, "file": str(out)}
+        facts = json.loads(ran(*fetch, "--trust", f"{key}.pub", "-o", out, "--json"))
+        assert facts == {"name": "docs", "digest": sha, "file": str(out)}
         assert lora.digest(out) == sha
         assert sha in ran(*fetch, "--pin", sha)
         assert "one of 1" in ran("fetch", "law", "--peer", server.uri, "--cache", cache, code=1)
@@ -87,50 +87,31 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
 @requirement("R25.2", "R11.6")
 def test_token_certificates_and_metrics_are_options(cards, tmp_path):
     authority = Authority()
-    credentials = authority.credentials()
-    for name, data in {
-        "c": credentials.certificate,
-        "k": credentials.key,
-        "ca": authority.pem,
-        "t": b"secret\n",
-    }.items():
-        (tmp_path / name).write_bytes(data)
-    files = {"--cert": "c", "--key": "k", "--ca": "ca", "--token-file": "t"}
-    options = [item for option, name in files.items() for item in (option, tmp_path / name)]
+    shown = authority.credentials()
+    files = {"--cert": shown.certificate, "--key": shown.key, "--ca": authority.pem}
+    options = []
+    for option, data in {**files, "--token-file": b"secret\n"}.items():
+        (tmp_path / option).write_bytes(data)
+        options += [option, tmp_path / option]
     with Serving(cards, "--host", "localhost", "--port", 0, "--no-announce", *options) as server:
         assert server.uri.startswith("grpc+tls://localhost:")
-        assert len(json.loads(ran("list", "--peer", server.uri, *options, "--json"))) == 1
-        assert "found none" in ran(
-            "list", "--peer", server.uri, *options[:-2], "--wait", "1", code=1
-        )
-    with Serving(cards, "--token-file", tmp_path / "t") as refused:
+        listing = ["list", "--peer", server.uri]
+        assert len(json.loads(ran(*listing, *options, "--json"))) == 1
+        assert "found none" in ran(*listing, *options[:-2], "--wait", "1", code=1)
+    with Serving(cards, *options[-2:]) as refused:
         assert refused.line == ""
     assert "TLS beyond loopback" in refused.output[1]
     assert "secret" not in refused.output[1]
 
 
-@requirement("R25.2", "R11.1")
+@requirement("R25.2", "R11.1", "R5.16")
 def test_a_server_says_as_json_where_it_and_its_metrics_are(cards):
-    with Serving(
-        cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0, "--json"
-    ) as server:
-        told = json.loads(server.line)
-        assert told["cards"] == 1
-        assert [
-            row["name"] for row in json.loads(ran("list", "--peer", told["uri"], "--json"))
-        ] == ["docs"]
-        with urllib.request.urlopen(told["metrics"]) as answer:  # noqa: S310 - on loopback
-            assert b"lora_" in answer.read()
-
-
-@requirement("R25.2", "R5.16")
-def test_metrics_are_served_where_they_are_asked_for(cards):
-    with Serving(
-        cards, "--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0
-    ) as server:
-        where = server.process.stdout.readline().split()[-1]
-        ran("list", "--peer", server.uri)
-        with urllib.request.urlopen(where) as answer:  # noqa: S310 - on loopback
+    with Serving(cards, *LOCAL, "--json") as server:
+        facts = json.loads(server.line)
+        assert facts["cards"] == 1
+        (row,) = json.loads(ran("list", "--peer", facts["uri"], "--json"))
+        assert row["name"] == "docs"
+        with urllib.request.urlopen(facts["metrics"]) as answer:  # noqa: S310 - on loopback
             assert b"lora_requests_do_action_total" in answer.read()
 
 
