@@ -65,9 +65,10 @@ class LoRAFlightClient:
         >>> from lora.federation.server import LoRAFlightServer
         >>> with tempfile.TemporaryDirectory() as cards, tempfile.TemporaryDirectory() as cache:
         ...     sha = lora.save(LoRACard("docs", 1, 1.0, [], {}), f"{cards}/docs.lora.arrow")
-        ...     with LoRAFlightServer(cards) as server, LoRAFlightClient(server.uri, cache) as client:
-        ...         [skill.name for skill in client.list_remote_skills()]
-        ...         client.fetch_skill("docs", digest=sha).name
+        ...     with LoRAFlightServer(cards) as server:
+        ...         with LoRAFlightClient(server.uri, cache) as client:
+        ...             [skill.name for skill in client.list_remote_skills()]
+        ...             client.fetch_skill("docs", digest=sha).name
         ['docs']
         'docs'
     """

@@ -170,7 +170,7 @@ class Discovery:
 
 
 def reachable(addresses: Sequence[str], interfaces: Sequence[str] = ()) -> list[str]:
-    """Return the addresses to announce; a wildcard stands for the interfaces, or for all of them."""
+    """Return the addresses to announce; a wildcard, or none, stands for the interfaces."""
     plain = [ipaddress.ip_address(address.partition("%")[0]) for address in addresses]
     if plain and not any(address.is_unspecified for address in plain):
         return [str(address) for address in plain]

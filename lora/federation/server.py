@@ -122,7 +122,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:  # noqa: ARG002 - Flight's
+    def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:  # noqa: ARG002 - Flight
         """Return a FlightInfo for each card that the criteria ask for."""
         with self._answering("requests_list_flights"):
             return iter([_info(card) for card in self._matching(_text(criteria))])

@@ -1,4 +1,4 @@
-"""Discovery over real multicast: arrivals, goodbyes, silent deaths, forgeries, floods, interfaces."""
+"""Discovery over real multicast: arrivals, goodbyes, deaths, forgeries, floods, interfaces."""
 
 import gc
 import itertools

@@ -18,7 +18,7 @@ from lora.errors import ArgumentError, CardNotFoundError, StoreError
 from lora.federation.access import Credentials, check_location, is_loopback
 from lora.federation.keys import generate_key, sign_file
 from lora.federation.manifest import manifest_from_json
-from lora.federation.server import CHUNK, MAX_BATCH, LoRAFlightServer
+from lora.federation.server import CHUNK, MAX_BATCH, LoRAFlightServer, file_pieces, table_pieces
 from lora.federation.streams import Limits, shut_down
 from lora.federation.trust import Policy, check_signature
 from lora.testing.plugin import requirement
@@ -172,6 +172,20 @@ def test_links_hidden_files_and_what_is_no_card_are_not_served(tmp_path, folder,
         assert names(client) == ["docs", "law"]
     (record,) = caplog.records
     assert record.message.startswith(f"not served: {folder}/broken")
+
+
+@requirement("R11.4")
+def test_a_link_or_another_file_in_the_place_of_a_served_one_is_not_sent(tmp_path, folder, server):
+    path = folder / "docs.lora.arrow"
+    card = server.catalog.cards[lora.digest(path)]
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    for _ in range(2):
+        for pieces in (file_pieces(card, CHUNK), table_pieces(card)):
+            with pytest.raises(StoreError):
+                next(pieces)
+        path.unlink()
+        saved(made("docs"), folder)
 
 
 @requirement("R11.3")
