@@ -14,17 +14,8 @@ from hypothesis import strategies as st
 from pyarrow import flight
 
 import lora
+from lora import errors
 from lora.card import LoRACard, LowRank
-from lora.errors import (
-    BadNameError,
-    CardFileError,
-    LoRAError,
-    MismatchError,
-    NonFiniteError,
-    RefusedError,
-    SignatureError,
-    UnsignedError,
-)
 from lora.federation.cache import CardCache
 from lora.federation.client import LoRAFlightClient
 from lora.federation.manifest import Signature, manifest_of
@@ -56,7 +47,7 @@ def wire():
                 server.data = data
                 try:
                     return client.fetch(manifest).card
-                except LoRAError as error:
+                except errors.LoRAError as error:
                     return error
                 finally:
                     fetch.left = sorted(path.name for path in Path(folder).glob("[!v]*"))
@@ -96,19 +87,19 @@ def test_no_change_of_the_bytes_passes_and_none_leaves_a_trace(wire, data):
         assert outcome == holding()
         assert wire.left == [f"{GOOD.digest}.lora.arrow"]
     else:
-        assert isinstance(outcome, MismatchError)
+        assert isinstance(outcome, errors.MismatchError)
         assert wire.left == []
 
 
 ERRORS = {
-    "name": (BadNameError, "name"),
-    "size": (MismatchError, "declared size"),
-    "bytes": (MismatchError, "bytes received"),
-    "digest": (MismatchError, "SHA-256"),
-    "signature": (SignatureError, "signature"),
-    "parse": (CardFileError, ""),
-    "announcement": (MismatchError, "rank"),
-    "values": (NonFiniteError, "finite"),
+    "name": (errors.BadNameError, "name"),
+    "size": (errors.MismatchError, "declared size"),
+    "bytes": (errors.MismatchError, "bytes received"),
+    "digest": (errors.MismatchError, "SHA-256"),
+    "signature": (errors.SignatureError, "signature"),
+    "parse": (errors.CardFileError, ""),
+    "announcement": (errors.MismatchError, "rank"),
+    "values": (errors.NonFiniteError, "finite"),
 }
 
 
@@ -147,7 +138,7 @@ def test_a_norm_is_refused_exactly_when_it_is_beyond_the_policys(wire, value, li
     exact = np.linalg.norm(delta(card.weights["q"], dtype=np.float64))
     # Below 1e-18, float32 underflows.
     assert norm_of(card.weights["q"]) == pytest.approx(exact, rel=1e-5, abs=1e-18)
-    with suppress(RefusedError):
+    with suppress(errors.RefusedError):
         check_contents(card, manifest_of(card, GOOD.digest, 1), Policy(max_norm=limit))
         assert exact <= limit * 1.0001
         return
@@ -158,5 +149,5 @@ def test_a_norm_is_refused_exactly_when_it_is_beyond_the_policys(wire, value, li
 @given(st.booleans())
 def test_unsigned_is_refused_by_default(wire, again):
     for _ in range(1 + again):
-        assert isinstance(wire(GOOD, DATA), UnsignedError)
+        assert isinstance(wire(GOOD, DATA), errors.UnsignedError)
         assert wire.left == []

@@ -7,16 +7,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from lora import errors
 from lora.checks import version_order
-from lora.errors import (
-    BadNameError,
-    ManifestError,
-    OlderVersionError,
-    RefusedError,
-    SignatureError,
-    UnknownSignerError,
-    UnsignedError,
-)
 from lora.federation.manifest import Manifest, check_name, manifest_from_json
 from lora.federation.trust import (
     Policy,
@@ -58,7 +50,7 @@ def test_a_signature_holds_for_what_was_signed_and_for_nothing_else(manifest, ke
     signed, policy = sign(manifest, key), Policy(frozenset({public_key(key)}))
     check_signature(signed, policy)
     assume(getattr(other, field) != getattr(manifest, field))
-    with pytest.raises(SignatureError):
+    with pytest.raises(errors.SignatureError):
         check_signature(replace(signed, **{field: getattr(other, field)}), policy)
 
 
@@ -66,7 +58,7 @@ def verdict(check, *args):
     """The kind of the refusal, or None."""
     try:
         check(*args)
-    except RefusedError as error:
+    except errors.RefusedError as error:
         return type(error)
     return None
 
@@ -80,9 +72,9 @@ def test_who_is_believed_is_what_the_policy_says(manifest, key, other, choices):
     policy = Policy(frozenset({public_key(other)}), pins, **options)
     stranger = public_key(key) != public_key(other) and not (pinned or unknown)
     expected = {
-        manifest: None if pinned or unsigned else UnsignedError,
+        manifest: None if pinned or unsigned else errors.UnsignedError,
         sign(manifest, other): None,
-        sign(manifest, key): UnknownSignerError if stranger else None,
+        sign(manifest, key): errors.UnknownSignerError if stranger else None,
     }
     for candidate, error in expected.items():
         assert verdict(check_signature, candidate, policy) is error
@@ -106,7 +98,7 @@ def test_a_manifest_that_is_cut_or_changed_is_one_or_is_refused(manifest, data):
     rest = b"" if cut else bytes([data.draw(st.integers(0, 255))]) + sent[at + 1 :]
     try:
         parsed = manifest_from_json(sent[:at] + rest)
-    except ManifestError:
+    except errors.ManifestError:
         return
     assert isinstance(parsed, Manifest)
     assert not cut
@@ -130,7 +122,7 @@ def test_no_older_version_than_one_seen_is_accepted_unless_one_insists(
     older = version_order(manifest.version) < version_order(seen)
     refused = older and not pinned and not allowed
     assert verdict(check_version, manifest, seen, policy) is (
-        OlderVersionError if refused else None
+        errors.OlderVersionError if refused else None
     )
 
 
@@ -142,6 +134,6 @@ BAD = ["../x", "/x", "x\\y", ".x", "x\0", "x\n", "\u202ex", "x" * 129]
 def test_a_name_from_outside_is_printable_short_and_no_path(name, manifest):
     sound = 0 < len(name) <= 128 and name.isprintable() and not set(name) & {"/", "\\"}
     sound = sound and name[0] != "."
-    assert verdict(check_name, name) is (None if sound else BadNameError)
+    assert verdict(check_name, name) is (None if sound else errors.BadNameError)
     declared = replace(manifest, name=name, size=1)
-    assert verdict(check_declared, declared, Policy()) is (None if sound else BadNameError)
+    assert verdict(check_declared, declared, Policy()) is (None if sound else errors.BadNameError)

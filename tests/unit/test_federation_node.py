@@ -12,18 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lora import errors
 from lora.card import LoRACard, LowRank
 from lora.engine import ArrowEngine
-from lora.errors import (
-    CardError,
-    MismatchError,
-    PeerError,
-    ShapeError,
-    StateError,
-    TargetError,
-    UnknownCardError,
-    UnsignedError,
-)
 from lora.federation.client import LoRAFlightClient
 from lora.federation.node import Node, acceptable, ranked, uri_of
 from lora.federation.server import LoRAFlightServer
@@ -59,9 +50,9 @@ def test_two_nodes_see_each_others_cards(tmp_path):
         assert list(b.sync()) == ["docs"]
         assert b.offers["docs"][0].uris == (a.server.uri,)
         assert b.fetch("docs").card == made("docs")
-        with pytest.raises(UnknownCardError, match="one of 1"):
+        with pytest.raises(errors.UnknownCardError, match="one of 1"):
             b.fetch("law")
-        with pytest.raises(UnknownCardError):
+        with pytest.raises(errors.UnknownCardError):
             b.fetch("docs", digest="0" * 64)
 
 
@@ -89,7 +80,7 @@ def test_a_peer_that_lies_truncates_or_is_refused_is_left_and_the_next_is_tried(
         with joined(tmp_path, liars) as alone:
             alone.sync()
             alone.cache.evict(0)
-            with pytest.raises(MismatchError) as caught:
+            with pytest.raises(errors.MismatchError) as caught:
                 alone.fetch("docs")
             assert len(caught.value.__notes__) == 4
             assert alone.cache.digests() == []
@@ -269,7 +260,7 @@ def test_a_peer_that_is_gone_costs_the_request_its_skill_and_nothing_else(engine
     remote.shutdown()
     encoding = engine.encode_with_lora(["a"], intent_query=QUERY)
     assert encoding.routes == ()
-    assert isinstance(encoding.failures["docs"], PeerError)
+    assert isinstance(encoding.failures["docs"], errors.PeerError)
     assert np.array_equal(encoding, engine.encode(["a"]))
 
 
@@ -277,9 +268,9 @@ def test_a_peer_that_is_gone_costs_the_request_its_skill_and_nothing_else(engine
 @pytest.mark.parametrize(
     ("card", "error"),
     [
-        (skill(size=8), (ShapeError, TargetError)),
-        (skill(module="decoder.nothing"), TargetError),
-        (skill(base_fingerprint="0" * 64), CardError | ValueError),
+        (skill(size=8), (errors.ShapeError, errors.TargetError)),
+        (skill(module="decoder.nothing"), errors.TargetError),
+        (skill(base_fingerprint="0" * 64), errors.CardError | ValueError),
     ],
     ids=["shape", "target", "base"],
 )
@@ -297,18 +288,18 @@ def test_a_card_that_does_not_fit_the_model_is_refused_before_it_is_cached(
 def test_an_engine_believes_nobody_by_default(engine, remote, tmp_path):
     node = engine.start_federation(peers=[remote.uri], cache=tmp_path / "mine", interfaces=())
     try:
-        with pytest.raises(StateError, match="stop_federation"):
+        with pytest.raises(errors.StateError, match="stop_federation"):
             engine.start_federation(interfaces=())
         node.discovery.wait(10, 1)
         assert engine.sync_remote_skills() == ()
         assert engine.encode_with_lora(["a"], intent_query=QUERY).routes == ()
-        with pytest.raises(UnsignedError):
+        with pytest.raises(errors.UnsignedError):
             node.fetch("docs")
     finally:
         engine.stop_federation()
     assert engine.node is None
     assert dict(engine.router.candidates) == {}
-    with pytest.raises(StateError, match="start_federation"):
+    with pytest.raises(errors.StateError, match="start_federation"):
         engine.sync_remote_skills()
     engine.stop_federation()
 
@@ -358,7 +349,7 @@ def test_a_request_tries_only_so_many_cards_that_can_not_be_had(engine, node, re
 
     def fetch(name):
         tried.append(name)
-        raise PeerError(name, "a card", "none")
+        raise errors.PeerError(name, "a card", "none")
 
     monkeypatch.setattr(node, "fetch", fetch)
     encoding = engine.encode_with_lora(["a"], intent_query=QUERY)
