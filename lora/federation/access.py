@@ -13,7 +13,7 @@ from lora.errors import ArgumentError
 
 @dataclass(frozen=True, repr=False)
 class Credentials:
-    """Who a node is, and whom it talks to. It has no repr, so that none of it is logged.
+    """Who a node is, and whom it talks to. No repr, so that none of it is logged.
 
     Args:
         token: A bearer token: a server asks for it, a client sends it.

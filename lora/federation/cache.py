@@ -49,7 +49,7 @@ class CardCache:
         return self.root / f"{sha}{SUFFIX}"
 
     def digests(self) -> list[str]:
-        """Return the digests of all cards in the cache, sorted."""
+        """Return the digests of all cards, sorted."""
         return sorted(path.name[:64] for path in self.root.glob("[0-9a-f]" * 64 + SUFFIX))
 
     @contextmanager
@@ -64,13 +64,10 @@ class CardCache:
                 path.unlink(missing_ok=True)
 
     def admit(self, arrived: Path, sha: str) -> Path:
-        """Make a complete, checked file visible, read-only, unless another process was first.
-
-        It is not flushed to the disk: damage by a power failure shows in the digest.
-        """
+        """Make a complete, checked file visible, read-only, unless another process was first."""
         target = self.path(sha)
         with os_errors(target):
-            arrived.chmod(0o444)
+            arrived.chmod(0o444)  # not flushed: damage by a power failure shows in the digest
             with suppress(FileExistsError):
                 os.link(arrived, target)
         return target
@@ -99,14 +96,14 @@ class CardCache:
         return False
 
     def highest_version(self, name: str, signer: str) -> str:
-        """Return the highest version remembered of a name and signer, or ""."""
+        """Return the highest version of a name and signer, or ""."""
         folder = self._versions(name, signer)
         with os_errors(self.root):
             versions = [path.name for path in folder.glob("*")]
         return max(versions, key=version_order, default="")
 
     def remember_version(self, name: str, signer: str, version: str) -> None:
-        """Remember an accepted version as an empty file, so that no process can lower it."""
+        """Remember a version as an empty file, so that no process can lower it."""
         if version:
             folder = self._versions(name, signer)
             with os_errors(folder):

@@ -32,7 +32,7 @@ Stamp: TypeAlias = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Served:
-    """A card file of the folder: its stamp when it was hashed, its manifest and its schema."""
+    """A card file of the folder, as it was when it was hashed."""
 
     path: Path
     stamp: Stamp
@@ -101,7 +101,6 @@ def _stamp(file: os.stat_result) -> tuple[int, int, int]:
 
 
 def _served(root: Path, name: str, stamp: Stamp) -> Served | None:
-    """Hash a card file, and read what it announces and the signature beside it."""
     path = root / name
     try:
         manifest = manifest_of(inspect(path), digest(path), stamp[1])

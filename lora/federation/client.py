@@ -193,7 +193,6 @@ class LoRAFlightClient:
         self.close()
 
     def _announced(self, requested: str) -> Manifest:
-        """Ask the peer for the manifest of a name or a digest."""
         descriptor, by_digest = flight.FlightDescriptor, is_digest(requested)
         with self._talking(f"card {shown(requested, 80)}"):
             describe = descriptor.for_command if by_digest else descriptor.for_path
@@ -250,7 +249,6 @@ class LoRAFlightClient:
 
     @contextmanager
     def _talking(self, what: str) -> Iterator[None]:
-        """Re-raise the errors of Flight as errors of this library."""
         where = f"{self.uri}: {what}"
         try:
             yield

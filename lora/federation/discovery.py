@@ -2,7 +2,7 @@
 
 mDNS trusts everyone on the link: it gives hints of whom to ask, and never proof of who answers.
 
-Thread safety: any number of threads. The state is one `PeerBook`, replaced under a lock.
+Thread safety: any number of threads.
 
 Requirements: R13.
 """

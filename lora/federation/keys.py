@@ -71,7 +71,7 @@ def read_signed(path: Path) -> Manifest:
 
 
 def read_small(path: PathLike, limit: int = MAX_KEY_BYTES) -> bytes:
-    """Read a file that holds a key, a certificate or a manifest: at most `limit` bytes."""
+    """Read a file of at most `limit` bytes, such as a key or a manifest."""
     path = as_path(path)
     with os_errors(path), path.open("rb") as file:
         data = file.read(limit + 1)

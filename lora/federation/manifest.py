@@ -73,7 +73,7 @@ class Manifest:
         return text.encode()
 
     def signed_bytes(self) -> bytes:
-        """Return the bytes that a signature covers: a fixed line, then all other fields as JSON."""
+        """Return what a signature covers: a fixed line, then all other fields as JSON."""
         covered = asdict(self)
         del covered["signature"]
         text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
@@ -131,7 +131,7 @@ def check_name(name: str) -> None:
 
 
 def _is_text(value: object) -> bool:
-    """Tell whether a value is text that can be written as UTF-8: a lone surrogate can't."""
+    """Tell whether a value is text without lone surrogates."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 

@@ -52,7 +52,6 @@ class Node:
     """A member of a federation.
 
     Args:
-        cache: For the cards that it fetches.
         root: The folder of the cards that it serves, or None.
         host, port: Where it serves: ``0.0.0.0`` for all interfaces, port 0 for a free one.
         peers: URIs of peers that multicast does not reach.

@@ -77,11 +77,11 @@ class PeerBook:
         return book._with(Peer(key, due=now))  # noqa: SLF001 - another value of this class
 
     def goodbye(self, key: str, *, now: float) -> "PeerBook":
-        """Note a goodbye: ask the peer soon, but do not remove it yet."""
+        """Note a goodbye: ask the peer soon."""
         return self.announced(key, now=now) if key in self.peers else self
 
     def answered(self, key: str, uri: str, node_id: str, *, now: float) -> "PeerBook":
-        """Note where a peer has answered, unless it turns out to be this node itself."""
+        """Note where a peer has answered; this node itself is not listed."""
         own = node_id == self.own
         return self._asked(key, now, MISSES if own else 0, uri=uri, node_id=node_id)
 

@@ -4,7 +4,7 @@ A flight is a card. Its descriptor is a path, the name, or a command, the digest
 digest for the card's table, or the digest and ``/file`` for its file. The action ``card`` sends the
 file without Arrow's encoding: nobody should decode what is not verified yet.
 
-Thread safety: any number of clients. The state is one `Catalog`, replaced when the folder changes.
+Thread safety: any number of clients.
 
 Requirements: R11.
 """
@@ -198,7 +198,6 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         return catalog.cards[catalog.names[_text(b"/".join(descriptor.path))]]
 
     def _sent(self, context: Any, pieces: Iterable[Any]) -> Iterator[Any]:
-        """Yield the pieces as one stream under the limits."""
         with self._answering("streams"), self._streams.opened(context.peer()) as stream:
             for piece in pieces:
                 yield piece

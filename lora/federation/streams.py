@@ -73,7 +73,7 @@ class Streams:
                 self.open -= {stream}
 
     def close(self) -> None:
-        """Cut every connection to the port, and refuse new streams."""
+        """Cut all connections, and refuse new streams."""
         self._closing.set()
         shut_down(self.port, None)
 
