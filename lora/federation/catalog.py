@@ -56,7 +56,7 @@ class Catalog:
 
 
 def scan(root: Path, old: Catalog) -> Catalog:
-    """Return the catalog of the folder now; `old` itself if nothing has changed."""
+    """Return the catalog of the folder now; `old` if nothing has changed."""
     files = {
         key: old.files[key] if key in old.files else _served(root, *key)
         for key in sorted(_stamps(root))

@@ -152,7 +152,7 @@ class LoRAFlightClient:
     def fetch(
         self, manifest: Manifest, policy: Policy | None = None, progress: Progress | None = None
     ) -> Fetched:
-        """Return the card of a manifest, from the cache or the peer, after all checks."""
+        """Return the card of a manifest, from the cache or peer, after all checks."""
         policy = policy or self.policy
         check_declared(manifest, policy)
         path, sha = self.cache.path(manifest.digest), manifest.digest
@@ -177,7 +177,7 @@ class LoRAFlightClient:
         return Fetched(card, sha)
 
     def health(self) -> dict[str, Any]:
-        """Ask the peer for its node id and its version of the format."""
+        """Ask the peer for its node id and format version."""
         answer = next(self._call("version", "version"), pa.py_buffer(b""))
         where = f"{self.uri}: version"
         return parse_json(answer.to_pybytes()[:4096], where, dict, ManifestError)

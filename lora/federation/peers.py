@@ -86,7 +86,7 @@ class PeerBook:
         return self._asked(key, now, MISSES if own else 0, uri=uri, node_id=node_id)
 
     def missed(self, key: str, *, now: float) -> "PeerBook":
-        """Note that a peer did not answer; after `MISSES` of these it is removed."""
+        """Note a question without an answer; after `MISSES` the peer is removed."""
         peer = self.peers.get(key)
         return self._asked(key, now, peer.misses + 1) if peer else self
 

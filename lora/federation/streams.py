@@ -86,7 +86,7 @@ class Streams:
 
 
 def shut_down(port: int, peer: str | None) -> int:
-    """Shut down the connections from a local port to a client, or None for all; count them.
+    """Shut down the connections from a local port to a client, or to all; count them.
 
     The client is named as gRPC does it, such as ``ipv6:%5B::1%5D:5000``.
 
