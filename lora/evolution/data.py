@@ -1,15 +1,15 @@
-"""Training data: pairs of texts as an Arrow table, in a value with the few operations that training
-needs.
+"""Training data: pairs of texts as an Arrow table, with the few operations that training needs.
 
-Columns: ``query`` and ``positive`` (never empty), ``negative`` (may be null), ``quality`` in [0,
-1], and ``group``, the source that a pair comes from: data are split by group, since pairs of one
-source resemble each other.
+The columns are ``query`` and ``positive`` (never empty), ``negative`` (may be null), ``quality`` in
+[0, 1], and ``group``: the source that a pair comes from. Data are split by group, since pairs of
+one source resemble each other.
 
 Requirements: R17, R21.
 """
 
 import ast
 import json
+import re
 import sysconfig
 import warnings
 from collections import Counter
@@ -24,36 +24,46 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lora.errors import ArgumentError, CardNotFoundError, DataError
+from lora.errors import ArgumentError, CardNotFoundError, DataError, shown
 from lora.store import PathLike, replacing
 
 SCHEMA = pa.schema(
     [
-        pa.field("query", pa.string(), nullable=False),
-        pa.field("positive", pa.string(), nullable=False),
-        pa.field("negative", pa.string()),
-        pa.field("quality", pa.float64(), nullable=False),
-        pa.field("group", pa.string(), nullable=False),
+        pa.field("query", "string", nullable=False),
+        pa.field("positive", "string", nullable=False),
+        pa.field("negative", "string"),
+        pa.field("quality", "float64", nullable=False),
+        pa.field("group", "string", nullable=False),
     ]
 )
 
 Row: TypeAlias = Mapping[str, Any] | Sequence[str]
-"""A pair: a mapping with a column's values, or ``(query, positive[, negative])``."""
+"""A pair: a mapping from columns to values, or ``(query, positive[, negative])``."""
+
+_EXPECTED = {
+    "query": "text that is not empty",
+    "positive": "text that is not empty",
+    "negative": "text or null",
+    "quality": "a number in [0, 1]",
+    "group": "text",
+}
+
+_HIDDEN = re.compile(
+    r"(^|/)((tests?|site-packages|dist-packages|idlelib|lib2to3|config|config-[^/]*|_[^/]*)/"
+    r"|(_(?!_init__\.py$)|test_)[^/]*$)"
+)
+"""Finds what is not public in a source tree: tests, installed packages, names that start with _."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Pairs:
     """A data set of pairs.
 
     Args:
-        table: A table with `SCHEMA`'s columns; build one with `Pairs.of` or an importer.
-
-    Raises:
-        DataError: If columns are missing, a query or positive is empty, or a quality is outside [0,
-            1].
+        table: A table with the columns of `SCHEMA`; build one with `Pairs.of` or `Pairs.load`.
 
     Examples:
-        >>> pairs = Pairs.of([("open a file", "builtins.open"), {"query": "quit", "positive": "sys.exit", "group": "sys"}])
+        >>> pairs = Pairs.of([("open a file", "builtins.open"), ("quit", "sys.exit")])
         >>> len(pairs), pairs.statistics()["groups"]
         (2, 2)
     """
@@ -61,97 +71,68 @@ class Pairs:
     table: pa.Table
 
     def __post_init__(self) -> None:
-        missing = set(SCHEMA.names) - set(self.table.column_names)
-        if missing:
-            raise DataError("pairs", f"columns {SCHEMA.names}", f"none called {sorted(missing)}")
         try:
             table = self.table.select(SCHEMA.names).cast(SCHEMA)
             table.validate(full=True)
         except (pa.ArrowException, KeyError, ValueError) as error:
-            raise DataError("pairs", "the pairs schema", error) from error
-        for column in ("query", "positive"):
-            empty = pc.index(
-                pc.equal(pc.utf8_trim_whitespace(table[column]), ""), value=True
-            ).as_py()
-            if empty >= 0:
-                raise DataError(f"pairs: row {empty}: {column}", "text", "an empty string")
-        inside = pc.and_(
-            pc.greater_equal(table["quality"], 0.0), pc.less_equal(table["quality"], 1.0)
-        )
-        outside = pc.index(inside, value=False).as_py()
-        if outside >= 0:
-            found = table["quality"][outside].as_py()
-            raise DataError(f"pairs: row {outside}: quality", "a number in [0, 1]", found)
+            raise DataError("pairs", f"the columns {SCHEMA.names}", error) from error
+        for row, record in enumerate(table.to_pylist()):
+            checked_row(record, row, f"pairs: row {row}")
         object.__setattr__(self, "table", table.combine_chunks())
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Self:
-        """Pairs of rows; an omitted group is the row's position.
+        """Make pairs of rows; a group that is left out is the position of the row."""
+        return cls._of((f"pairs: row {index}", row) for index, row in enumerate(rows))
 
-        Raises:
-            DataError: Naming the row that is not a pair.
-        """
-        return cls(
-            _table(_record(row, index, f"pairs: row {index}") for index, row in enumerate(rows))
-        )
+    @classmethod
+    def _of(cls, rows: Iterable[tuple[str, Any]]) -> Self:
+        """Make pairs of rows, each with the place that an error names."""
+        records = [checked_row(row, index, where) for index, (where, row) in enumerate(rows)]
+        return cls(pa.Table.from_pylist(records, schema=SCHEMA))
 
     @classmethod
     def load(cls, path: PathLike) -> Self:
-        """Read an Arrow file that `save` wrote, a Parquet file or a JSONL file, by its ending.
-
-        Raises:
-            CardNotFoundError, DataError: If there is no such file, or it does not hold pairs.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise CardNotFoundError(str(path), "a data set", "nothing there")
+        """Read a Parquet file, a JSONL file, or an Arrow file, by the path's ending."""
+        path = _existing(path)
+        if path.suffix in (".jsonl", ".json"):
+            return cls._of(_json_lines(path))
         try:
             if path.suffix == ".parquet":
-                return cls(_completed(pq.read_table(path)))
-            if path.suffix in (".jsonl", ".json"):
-                lines = enumerate(_json_rows(path))
-                return cls(
-                    _table(
-                        _record(row, index, f"{path}: line {line}") for index, (line, row) in lines
-                    )
-                )
-            with pa.memory_map(str(path)) as source:
-                return cls(_completed(pa.ipc.open_file(source).read_all()))
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                table = pq.read_table(path)
+            else:
+                table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            table.validate(full=True)
+            rows = table.select([n for n in SCHEMA.names if n in table.column_names]).to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(str(path), "an Arrow, Parquet or JSONL file", error) from error
+        return cls._of((f"{path}: row {index}", row) for index, row in enumerate(rows))
 
     @classmethod
     def from_chat(cls, path: PathLike) -> Self:
-        """Pairs from chat transcripts: JSONL, ``{"messages": [{"role": …, "content": …}, …]}`` a
-        line.
+        """Read chats: a JSON object ``{"messages": [{"role": …, "content": …}, …]}`` on each line.
 
-        A user's message is the query of the assistant's answer right after it; a transcript is a
-        group.
-
-        Raises:
-            DataError: If a line is no transcript, or none holds a question with its answer.
+        A user's message and the assistant's message right after it are a pair, without the space
+        around them. A chat is a group.
         """
-        rows: list[Row] = []
-        for index, (line, record) in enumerate(_json_rows(Path(path))):
-            where = f"{path}: line {line}"
+        rows = []
+        for index, (where, chat) in enumerate(_json_lines(_existing(path))):
             try:
-                turns = [(turn["role"], turn["content"] or "") for turn in record["messages"]]
+                turns = [
+                    (turn["role"], str.strip(turn["content"] or "")) for turn in chat["messages"]
+                ]
             except (KeyError, TypeError) as error:
-                raise DataError(where, "messages with role and content", error) from error
-            for _, content in turns:
-                if not isinstance(content, str):
-                    raise DataError(where, "content that is text", repr(content)[:80])
-            rows += [
-                {"query": asked, "positive": told, "group": f"transcript {index}"}
-                for (role, asked), (next_role, told) in pairwise(turns)
-                if (role, next_role) == ("user", "assistant") and asked.strip() and told.strip()
-            ]
+                raise DataError(where, "messages with a role and text as content", error) from error
+            for (asker, query), (replier, answer) in pairwise(turns):
+                if (asker, replier) == ("user", "assistant") and query and answer:
+                    row = {"query": query, "positive": answer, "group": f"transcript {index}"}
+                    rows.append((where, row))
         if not rows:
             raise DataError(str(path), "a question followed by its answer", "none")
-        return cls.of(rows)
+        return cls._of(rows)
 
     def save(self, path: PathLike) -> None:
-        """Write the pairs as an Arrow file, or as Parquet or JSONL if the path ends so; atomically."""
+        """Write the pairs as Parquet, JSONL or Arrow, by the path's ending; atomically."""
         with replacing(path) as file:
             if Path(path).suffix == ".parquet":
                 pq.write_table(self.table, file)
@@ -162,163 +143,102 @@ class Pairs:
                     writer.write_table(self.table)
 
     def add(self, other: "Pairs | Iterable[Row]") -> "Pairs":
-        """These pairs and others."""
+        """Return these pairs followed by others."""
         more = other if isinstance(other, Pairs) else Pairs.of(other)
         return Pairs(pa.concat_tables([self.table, more.table]))
 
     def split(self, share: float = 0.8, *, seed: int = 0) -> "tuple[Pairs, Pairs]":
-        """Two parts with no group in common, the first with `share` of the groups.
-
-        Raises:
-            ArgumentError: If the share is not in (0, 1).
-            DataError: If there are fewer than two groups.
-        """
+        """Split at random into two parts without a common group; the first has `share` of them."""
         if not 0 < share < 1:
             raise ArgumentError("share", "a number in (0, 1)", share)
-        groups = sorted(set(self.table["group"].to_pylist()))
+        groups = np.unique(self.table["group"].to_numpy())
         if len(groups) < 2:
             raise DataError("pairs: split", "at least two groups", len(groups))
-        order = np.random.default_rng(seed).permutation(len(groups))
         size = min(max(round(share * len(groups)), 1), len(groups) - 1)
-        first = pa.array([groups[i] for i in order[:size]], pa.string())
-        inside = pc.is_in(self.table["group"], first)
-        return Pairs(self.table.filter(inside)), Pairs(self.table.filter(pc.invert(inside)))
+        first = pa.array(np.random.default_rng(seed).permutation(groups)[:size])
+        in_first = pc.is_in(self.table["group"], first)
+        return Pairs(self.table.filter(in_first)), Pairs(self.table.filter(pc.invert(in_first)))
 
     def unique(self) -> "Pairs":
-        """The pairs less those whose query and positive came before."""
-        seen: dict[tuple[str, str], int] = {}
-        for row, key in enumerate(zip(self.queries, self.positives, strict=True)):
-            seen.setdefault(key, row)
-        return self.take(list(seen.values()))
+        """Leave out each pair whose query and positive occurred before."""
+        rows: dict[tuple[str, str], int] = {}
+        for row, pair in enumerate(zip(self.queries, self.positives, strict=True)):
+            rows.setdefault(pair, row)
+        return self.take(list(rows.values()))
 
     def take(self, rows: Sequence[int]) -> "Pairs":
-        """The pairs at these positions, in this order."""
+        """Return the pairs at these positions, in this order."""
         return Pairs(self.table.take(pa.array(rows, pa.int64())))
 
     def sample(self, size: int, seed: int) -> "Pairs":
-        """At most `size` pairs, drawn without replacement and kept in their order."""
+        """Draw at most `size` pairs without replacement, and keep their order."""
         order = np.random.default_rng([seed, size]).permutation(len(self))
         return self.take(sorted(order[:size].tolist()))
 
     def statistics(self) -> dict[str, Any]:
-        """Numbers of rows, groups, negatives and distinct positives; mean quality and lengths in
-        characters.
-        """
-
-        def mean(values: pa.ChunkedArray) -> float:
-            return float(pc.mean(values).as_py() or 0.0)
-
+        """Count rows, groups, positives and negatives; average quality and lengths in characters."""
+        table = self.table
+        means = {
+            "mean_quality": table["quality"],
+            "mean_query_length": pc.utf8_length(table["query"]),
+            "mean_positive_length": pc.utf8_length(table["positive"]),
+        }
         return {
             "rows": len(self),
-            "groups": pc.count_distinct(self.table["group"]).as_py(),
-            "positives": pc.count_distinct(self.table["positive"]).as_py(),
-            "negatives": len(self) - self.table["negative"].null_count,
-            "mean_quality": mean(self.table["quality"]),
-            "mean_query_length": mean(pc.utf8_length(self.table["query"])),
-            "mean_positive_length": mean(pc.utf8_length(self.table["positive"])),
+            "groups": len(table["group"].unique()),
+            "positives": len(table["positive"].unique()),
+            "negatives": len(table["negative"].drop_null()),
+            **{name: pc.mean(column).as_py() or 0.0 for name, column in means.items()},
         }
 
     @property
     def queries(self) -> list[str]:
         """The query column."""
-        queries: list[str] = self.table["query"].to_pylist()
-        return queries
+        return self.table["query"].to_pylist()  # type: ignore[no-any-return]
 
     @property
     def positives(self) -> list[str]:
         """The positive column."""
-        positives: list[str] = self.table["positive"].to_pylist()
-        return positives
+        return self.table["positive"].to_pylist()  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def __eq__(self, other: object) -> bool:
-        return self.table.equals(other.table) if isinstance(other, Pairs) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]
-
 
 def docstring_pairs(source: PathLike | None = None, *, answer: str = "name") -> Pairs:
-    """First docstring sentence → qualified name (or source) of every public function and class in a
-    source tree.
+    """Pair the first docstring sentence of every public function and class with its name or code.
 
-    The code is parsed, never imported. A pair's group is its top-level module, so that a split
-    holds out whole modules.
+    The code is parsed, never imported. A group is a top-level module, so that a split holds out
+    whole modules. A sentence that occurs twice ("Return a string.") identifies nothing and is left
+    out.
 
     Args:
-        source: A folder of Python packages and modules; None for the standard library of this
-            Python.
+        source: A folder of Python packages and modules; None for Python's standard library.
         answer: ``"name"``: the dotted name; ``"code"``: the source without its docstring.
-
-    Raises:
-        DataError: If nothing is found.
     """
     if answer not in ("name", "code"):
         raise ArgumentError("answer", "'name' or 'code'", repr(answer))
     root = Path(source or sysconfig.get_paths()["stdlib"])
-    rows = [
-        row
-        for path in sorted(root.rglob("*.py"))
-        if path.is_file() and _wanted(path.relative_to(root))
-        for row in _rows(path, root, answer)
-    ]
+    rows = []
+    for path in sorted(root.rglob("*.py")):
+        inner = path.relative_to(root)
+        if path.is_file() and not _HIDDEN.search(inner.as_posix()):
+            parts = inner.with_suffix("").parts
+            module = ".".join(part for part in parts if part != "__init__")
+            for name, node in _definitions(_parsed(path), module):
+                sentence = first_sentence(ast.get_docstring(node) or "")
+                if len(sentence.split()) >= 3 and _is_text(sentence):
+                    node.body = node.body[1:] or [ast.Pass()]
+                    positive = name if answer == "name" else ast.unparse(node)
+                    rows.append({"query": sentence, "positive": positive, "group": parts[0]})
     if not rows:
         raise DataError(str(root), "Python modules with docstrings", "none")
-    queries = Counter(row["query"] for row in rows)
-    return Pairs.of(
-        row for row in rows if queries[row["query"]] == 1
-    )  # "Return a string." asks for nothing in particular
-
-
-def _wanted(path: Path) -> bool:
-    left_out = {
-        "test",
-        "tests",
-        "site-packages",
-        "dist-packages",
-        "idlelib",
-        "lib2to3",
-        "__pycache__",
-        "config",
-    }
-    return not any(
-        part in left_out or part.startswith(("_", "config-"))
-        for part in path.with_suffix("").parts[:-1]
-    ) and (not path.name.startswith(("_", "test_")) or path.name == "__init__.py")
-
-
-def _rows(path: Path, root: Path, answer: str) -> Iterator[dict[str, str]]:
-    parts = path.relative_to(root).with_suffix("").parts
-    module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-    try:
-        with (
-            warnings.catch_warnings()
-        ):  # of invalid escapes in the source read: whatever the filters, it is parsed
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError):
-        return  # templates and broken samples are no modules
-    for name, node in _definitions(tree, module):
-        sentence = first_sentence(ast.get_docstring(node) or "")
-        if len(sentence.split()) >= 3 and _fits("query", sentence):
-            text = name if answer == "name" else _code(node)
-            yield {"query": sentence, "positive": text, "group": parts[0]}
-
-
-def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Any]]:
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(
-            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        ) and not node.name.startswith("_"):
-            name = f"{prefix}.{node.name}".lstrip(".")
-            yield name, node
-            if isinstance(node, ast.ClassDef):
-                yield from _definitions(node, name)
+    count = Counter(row["query"] for row in rows)
+    return Pairs.of(row for row in rows if count[row["query"]] == 1)
 
 
 def first_sentence(text: str) -> str:
-    r"""The first sentence of a docstring, on one line.
+    r"""Return the first sentence of a docstring, on one line.
 
     Examples:
         >>> first_sentence("Return the\n    absolute value. Of a number.")
@@ -329,72 +249,64 @@ def first_sentence(text: str) -> str:
     return head + stop.strip()
 
 
-def _code(node: Any) -> str:
-    body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(
-        ast.copy_location(type(node)(**{**dict(ast.iter_fields(node)), "body": body}), node)
-    )
-
-
-def _record(row: Row, index: int, where: str) -> dict[str, Any]:
-    """The row with every column; its group is its position if it names none."""
-    if isinstance(row, str) or not isinstance(row, Mapping | Sequence):
-        raise DataError(where, "a mapping, or (query, positive[, negative])", type(row).__name__)
-    if not isinstance(row, Mapping):
-        if len(row) > 3:
-            raise DataError(where, "(query, positive[, negative])", f"{len(row)} values")
-        row = dict(zip(("query", "positive", "negative"), row, strict=False))
-    if not {"query", "positive"} <= set(row) <= set(SCHEMA.names):
-        raise DataError(where, f"query, positive and at most {SCHEMA.names[2:]}", list(row))
-    for column, value in row.items():
-        if not _fits(column, value):
-            expected = {"quality": "a number in [0, 1]", "negative": "text or null"}.get(
-                column, "text"
-            )
-            raise DataError(f"{where}: {column}", expected, repr(value)[:80])
-    return {"negative": None, "quality": 1.0, "group": str(index), **row}
-
-
-def _fits(column: str, value: object) -> bool:
-    if column == "quality":
-        return isinstance(value, int | float | np.number) and bool(0 <= value <= 1)
-    if value is None:
-        return column == "negative"
-    if (
-        not isinstance(value, str) or value.encode(errors="ignore").decode() != value
-    ):  # lone surrogates
-        return False
-    return column in ("negative", "group") or bool(value.strip())
-
-
-def _table(records: Iterable[dict[str, Any]]) -> pa.Table:
+def _parsed(path: Path) -> ast.Module:
+    """Parse a module; a template or a broken sample is an empty one."""
     try:
-        return pa.Table.from_pylist(list(records), schema=SCHEMA)
-    except (pa.ArrowException, TypeError) as error:
-        raise DataError("pairs", "text and numbers", error) from error
+        with warnings.catch_warnings(action="ignore"):  # about escapes in the source
+            return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError):
+        return ast.Module([], [])
 
 
-def _completed(table: pa.Table) -> pa.Table:
-    """The table with the optional columns that it lacks."""
-    rows = table.num_rows
-    for name, values in (
-        ("negative", pa.nulls(rows, pa.string())),
-        ("quality", pa.array(np.ones(rows))),
-        ("group", pa.array([str(row) for row in range(rows)], pa.string())),
-    ):
-        if name not in table.column_names:
-            table = table.append_column(name, values)
-    return table
+def _definitions(parent: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the public functions and classes of a module or class with their dotted names."""
+    for node in parent.body:
+        is_class = isinstance(node, ast.ClassDef)
+        is_definition = is_class or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_definition and not node.name.startswith("_"):
+            name = f"{prefix}.{node.name}".lstrip(".")
+            yield name, node
+            if is_class:
+                yield from _definitions(node, name)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The JSON value on each line that is not blank, with the line's number."""
-    if not path.is_file():
+def checked_row(row: Any, index: int, where: str) -> dict[str, Any]:
+    """Return a checked row with every column; the default group is the row's position."""
+    if isinstance(row, Sequence) and not isinstance(row, str) and len(row) <= 3:
+        row = dict(zip(SCHEMA.names, row, strict=False))
+    columns = set(row) if isinstance(row, Mapping) else set()
+    if not {"query", "positive"} <= columns <= set(SCHEMA.names):
+        expected = f"(query, positive[, negative]) or a mapping with some of {SCHEMA.names}"
+        raise DataError(where, expected, shown(row, 80))
+    record = {"negative": None, "quality": 1.0, "group": str(index), **row}
+    for name, value in record.items():
+        if name == "quality":
+            valid = isinstance(value, int | float | np.number) and 0 <= value <= 1
+        else:
+            valid = _is_text(value) and (value.strip() or name in ("negative", "group"))
+        if not valid and (name, value) != ("negative", None):
+            raise DataError(f"{where}: {name}", _EXPECTED[name], shown(value, 80))
+    return record
+
+
+def _is_text(value: object) -> bool:
+    """Tell whether a value is text that UTF-8 can hold: lone surrogates are none."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
+def _existing(path: PathLike) -> Path:
+    if not Path(path).is_file():
         raise CardNotFoundError(str(path), "a data set", "nothing there")
+    return Path(path)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the JSON value on each line that is not blank, after the place that an error names."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
+            where = f"{path}: line {number}"
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}: line {number}", "JSON", error) from error
-            yield number, value
+                raise DataError(where, "JSON", error) from error
+            yield where, value

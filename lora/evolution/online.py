@@ -1,5 +1,6 @@
-"""Online adaptation: one bounded step on a small card for each learning event, undone if a guard
-set worsens.
+"""Online adaptation: one bounded step on a small card for each learning event.
+
+A step is undone if the results on a guard set get worse.
 
 Requirements: R17.
 """
@@ -12,32 +13,26 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lora.card import LoRACard
-from lora.errors import ArgumentError, DataError, UnsupportedModelError, shown
-from lora.evolution.data import Pairs
-from lora.evolution.train import Engine, evaluate
-from lora.inference.encoder import InferenceCore
-from lora.layer import TrainableLinear
+from lora.checks import finite
+from lora.errors import ArgumentError, DataError, shown
+from lora.evolution.data import Pairs, checked_row
+from lora.evolution.train import Engine, core_of, evaluate
 from lora.rewrite import fingerprint, fresh, trainable, trained
-
-ROUGE, ENTROPY_CHANGE = 0.7, -0.1
-"""A breakthrough's overlap is above the one, and its change of entropy below the other."""
 
 
 @dataclass(frozen=True)
 class LearningEvent:
-    """That a query was answered, and how well.
+    """A query that was answered, and how good the answer was.
 
     Args:
-        query, answer: Texts, not empty.
-        reward: In [-1, 1]: how much nearer, or with a minus how much farther, the two should be.
+        query, answer: Texts that are not empty.
+        reward: In [-1, 1]. Positive: bring the two nearer together; negative: move them apart.
         rouge: Overlap of the answer with a reference, in [0, 1].
-        entropy_change: Of whatever answered, in nats: negative where it became surer.
-
-    Raises:
-        DataError: Naming the field.
+        entropy_change: Of the model that answered, in nats: negative if it became more certain.
 
     Examples:
-        >>> LearningEvent("open a file", "builtins.open", 1.0, rouge=0.8, entropy_change=-0.2).check_breakthrough()
+        >>> event = LearningEvent("open a file", "builtins.open", 1.0, rouge=0.8, entropy_change=-0.2)
+        >>> event.check_breakthrough()
         True
     """
 
@@ -48,35 +43,23 @@ class LearningEvent:
     entropy_change: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("query", "answer"):
+        checked_row({"query": self.query, "positive": self.answer}, 0, "learning event")
+        ranges = {"reward": (-1, 1), "rouge": (0, 1), "entropy_change": (-math.inf, math.inf)}
+        for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise DataError(f"learning event: {name}", "text", shown(value))
-        for name, least, most in (
-            ("reward", -1, 1),
-            ("rouge", 0, 1),
-            ("entropy_change", -math.inf, math.inf),
-        ):
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not least <= value <= most
-            ):
-                raise DataError(
-                    f"learning event: {name}", f"a number in [{least}, {most}]", shown(value)
-                )
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                where, expected = f"learning event: {name}", f"a number in [{low}, {high}]"
+                raise DataError(where, expected, shown(value))
 
     def check_breakthrough(self) -> bool:
-        """Whether the answer was right and gave certainty."""
-        return self.rouge > ROUGE and self.entropy_change < ENTROPY_CHANGE
+        """Tell whether the answer was right and made the model clearly more certain."""
+        return self.rouge > 0.7 and self.entropy_change < -0.1
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Where an online adaptation stands: its card, the steps that it took, and those that it undid
-    among them.
-    """
+    """State of an online adaptation: its card, the steps taken, and how many of them were undone."""
 
     card: LoRACard
     steps: int = 0
@@ -90,12 +73,11 @@ class OnlineAdapter:
 
     Args:
         engine: An engine over an `InferenceCore`.
-        guard: Pairs whose MRR must not fall by more than `tolerance`.
+        guard: Pairs on which the MRR must stay within `tolerance` of the base model's.
         name, rank, alpha, target_modules, seed: Of the card.
-        step_size: Length that a step has in the space of all factors at a reward of 1; none is
-            longer.
-        tolerance: Of the guard's MRR, below its value before the first event.
-        publish: Called with the card after each step that stays, to put it into service.
+        step_size: Length of a step at a reward of 1 or -1, in the space of all factors.
+        tolerance: How far the MRR on the guard set may fall.
+        publish: Called with the card after each step that is kept, to put it into service.
     """
 
     def __init__(
@@ -112,15 +94,12 @@ class OnlineAdapter:
         seed: int = 0,
         publish: Callable[[LoRACard], None] | None = None,
     ) -> None:
-        if not isinstance(engine.base, InferenceCore):
-            raise UnsupportedModelError(
-                "OnlineAdapter", "an engine over an InferenceCore", type(engine.base).__name__
-            )
-        if not (math.isfinite(step_size) and step_size > 0):
-            raise ArgumentError("step_size", "a finite number > 0", shown(step_size))
-        if not (math.isfinite(tolerance) and tolerance >= 0):
-            raise ArgumentError("tolerance", "a finite number >= 0", shown(tolerance))
-        self.core, self.guard, self.step_size, self.publish = engine.base, guard, step_size, publish
+        self.core = core_of(engine, "OnlineAdapter")
+        if finite(step_size, "step_size", ArgumentError) <= 0:
+            raise ArgumentError("step_size", "a number > 0", step_size)
+        if finite(tolerance, "tolerance", ArgumentError) < 0:
+            raise ArgumentError("tolerance", "a number >= 0", tolerance)
+        self.guard, self.step_size, self.publish = guard, step_size, publish
         card = fresh(
             self.core, name, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
         )
@@ -128,42 +107,26 @@ class OnlineAdapter:
         self.least_mrr = evaluate(self.core, guard).mrr - tolerance
 
     def process_learning_event(self, event: LearningEvent) -> Adaptation:
-        """Take one step in the direction of the event's reward; opposite rewards move oppositely.
+        """Take one step in the direction of the event's reward, and return the new state.
 
-        Returns:
-            The new state, also `state`. A step after which the guard set is too bad is counted and
-            undone.
+        The step has length ``step_size · |reward|`` and follows the gradient of the similarity of
+        query and answer. A step that makes the guard set too bad is counted and undone.
         """
-        state = self.state
-        card, mrr = stepped(self.core, state.card, event, self.step_size, self.guard)
-        kept = mrr >= self.least_mrr
-        self.state = Adaptation(
-            card if kept else state.card, state.steps + 1, state.undone + (not kept)
-        )
-        if kept and self.publish is not None:
-            self.publish(card)
+        state = replace(self.state, steps=self.state.steps + 1)
+        model = trainable(self.core, state.card).eval()
+        factors = [factor for factor in model.parameters() if factor.requires_grad]
+        with torch.enable_grad():
+            query, answer = model.embed([event.query]), model.embed([event.answer])
+            similarity = F.cosine_similarity(query, answer)
+            gradients = torch.autograd.grad(similarity, factors, materialize_grads=True)
+        length = math.hypot(*(gradient.double().norm().item() for gradient in gradients))
+        with torch.no_grad():
+            for factor, gradient in zip(factors, gradients, strict=True):
+                factor.add_(gradient, alpha=event.reward * self.step_size / (length or 1.0))
+        if evaluate(model, self.guard).mrr < self.least_mrr:
+            self.state = replace(state, undone=state.undone + 1)
+        else:
+            self.state = replace(state, card=trained(model, state.card))
+            if self.publish is not None:
+                self.publish(self.state.card)
         return self.state
-
-
-def stepped(
-    core: InferenceCore, card: LoRACard, event: LearningEvent, size: float, guard: Pairs
-) -> tuple[LoRACard, float]:
-    """The card after a step of length ``size · |reward|`` along the gradient of the pair's
-    similarity, and the guard's MRR.
-    """
-    model = trainable(core, card).eval()
-    layers = [layer for layer in model.modules() if isinstance(layer, TrainableLinear)]
-    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-    with torch.enable_grad():
-        query, answer = model.embed([event.query]), model.embed([event.answer])
-        gradients = torch.autograd.grad(
-            F.cosine_similarity(query, answer).sum(), factors, allow_unused=True
-        )
-    length = math.sqrt(
-        sum(float((gradient.double() ** 2).sum()) for gradient in gradients if gradient is not None)
-    )
-    with torch.no_grad():
-        for factor, gradient in zip(factors, gradients, strict=True):
-            if gradient is not None and length > 0:
-                factor.add_(gradient, alpha=event.reward * size / length)
-    return trained(model, card), evaluate(model, guard).mrr

@@ -1,19 +1,19 @@
-"""WeightMapProbe: which layers of a model matter, by three scores that need no gradients, and by
-ablation to judge them.
+"""WeightMapProbe: which layers of a model matter, by three scores that need no gradients.
 
 Each score is a mean, so that no layer is hot for its size alone: ``|W|``; ``|W_ij|`` times the root
-mean square of input channel j (Wanda's norm over √tokens); ``1 − cos`` of a block's input and
-output. On MiniLM the first two run against what ablation shows and only the last one with it, so a
-report holds them all. Sources: Wanda, Sun et al. 2023; block influence, Men et al. 2024 (ShortGPT).
+mean square of input channel j; and ``1 − cos`` of a block's input and output. Ablation, the loss
+without a block, tells which score to believe. On MiniLM the first two contradict it and only the
+third agrees, so a report holds them all. Sources: Wanda, Sun et al. 2023; block influence, Men et
+al. 2024 (ShortGPT).
 
 Requirements: R15.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
-from math import fsum, isfinite
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,58 +26,51 @@ from lora.checks import finite
 from lora.errors import ArgumentError, ShapeError, TargetError, UnsupportedModelError, shown
 from lora.extract import Model, Weights, extract_delta
 from lora.rewrite import adapt, fold
-from lora.routing import texts_of
+from lora.routing import texts_of, unit
 from lora.targets import ALL_LINEAR
 
 SCORES = ("magnitude", "wanda", "influence", "ablation")
 """What a layer may be ranked by."""
 
 OnStep: TypeAlias = Callable[[str, int, int], None]
-"""Called after each text, ablated block or compared layer: what it was, its position from 1, how many there are."""
+"""Called after each text, ablated block or compared layer: its name, its position, their number."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """A mean over tokens, taken batch by batch: the tallies of any split add up to the whole's,
-    within γₙ of float64.
+    """A sum over tokens and their number; the tallies of the parts of a batch add up to the whole's.
 
     Examples:
         >>> (squares(np.array([[1.0, 2.0]])) + squares(np.array([[3.0, 2.0]]))).mean
         array([5., 4.])
     """
 
-    total: Array
-    count: int
+    total: Any = 0.0
+    count: int = 0
 
     def __add__(self, other: "Tally") -> "Tally":
-        if self.total.shape != other.total.shape:
-            raise ShapeError("tally", f"totals of shape {self.total.shape}", other.total.shape)
         return Tally(self.total + other.total, self.count + other.count)
 
     @property
-    def mean(self) -> Array:
-        """The total over the count; an ArgumentError if there was no token."""
+    def mean(self) -> Any:
+        """The mean over tokens."""
         if not self.count:
             raise ArgumentError("tally", "at least one token", "none")
-        result: Array = self.total / self.count
-        return result
+        return self.total / self.count
 
 
 def squares(x: Array) -> Tally:
-    """Squares of activations ``(..., in)`` by channel, tallied over tokens: the root of the mean is
-    what `wanda` takes.
-    """
-    rows = _rows(x)
+    """Tally the squares of activations ``(..., in)`` by channel; `wanda` takes the mean's root."""
+    rows = x.astype(np.float64).reshape(-1, x.shape[-1])
     with np.errstate(over="ignore"):
         return Tally((rows * rows).sum(0), len(rows))
 
 
 def turns(x: Array, y: Array, *, where: str = "block") -> Tally:
-    """``1 − cos`` of each token's vector before and after a block, ``(..., d)`` both, tallied over
-    tokens.
+    """Tally ``1 − cos`` of each token's vector before and after a block, ``(..., d)`` both.
 
-    Computed as ``|x̂ − ŷ|² / 2``: exactly 0 where nothing turns. A zero vector is orthogonal to all
-    but another. A ShapeError that names `where` if the shapes differ.
+    It is computed as ``|x̂ − ŷ|² / 2``, so that it is exactly 0 where nothing turns. A zero vector is
+    orthogonal to all others but equal to another zero vector.
 
     Examples:
         >>> turns(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[5.0, 0.0], [1.0, 0.0]])).mean
@@ -85,47 +78,45 @@ def turns(x: Array, y: Array, *, where: str = "block") -> Tally:
     """
     if x.shape != y.shape:
         raise ShapeError(where, f"an output of the input's shape {x.shape}", y.shape)
-    before, after = _directions(_rows(x)), _directions(_rows(y))
-    alive = before.any(-1).astype(int) + after.any(-1)
-    apart = ((before - after) ** 2).sum(-1) / np.maximum(alive, 1)
-    return Tally(apart.sum(), len(apart))
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ArgumentError(where, "finite activations", "NaN or infinity")
+    before, after = (unit(side.reshape(-1, side.shape[-1])) for side in (x, y))
+    alive = before.any(1).astype(int) + after.any(1)
+    distances = ((before - after) ** 2).sum(1) / np.maximum(alive, 1)
+    return Tally(distances.sum(), len(distances))
 
 
 def wanda(weight: Array, norms: Array | float = 1.0, *, where: str = "weight") -> float:
-    """Mean ``|W_ij| · norms_j`` of a weight ``(out, in)`` and its input channels' norms ``(in,)``;
-    mean ``|W|`` without.
+    """Return the mean of ``|W_ij| · norms_j``; without norms, the mean of ``|W|``.
 
-    Raises:
-        ShapeError, ArgumentError: If the weight is no matrix, or empty, or has other channels; if a
-            number is not finite. `where` names the weight.
+    Args:
+        weight: Shape ``(out, in)``.
+        norms: Of the input channels, shape ``(in,)``.
+        where: Named in errors.
 
     Examples:
         >>> wanda(np.array([[1.0, -3.0]])), wanda(np.array([[1.0, -3.0]]), np.array([4.0, 0.0]))
         (2.0, 2.0)
     """
     if weight.ndim != 2 or not weight.size or np.shape(norms) not in ((), weight.shape[1:]):
-        found = f"shapes {weight.shape} and {np.shape(norms)}"
-        raise ShapeError(where, "a matrix (out, in), not empty, and norms (in,)", found)
+        shapes = f"shapes {weight.shape} and {np.shape(norms)}"
+        raise ShapeError(where, "a matrix (out, in), not empty, and norms (in,)", shapes)
     with np.errstate(over="ignore", invalid="ignore"):
-        return _score((np.abs(weight.astype(np.float64)).mean(0) * norms).mean(), where)
+        mean = (np.abs(weight.astype(np.float64)).mean(0) * norms).mean()
+    return finite(mean, where, ArgumentError)
 
 
 def ranking(scores: Mapping[str, float]) -> tuple[str, ...]:
-    """Names from the highest score to the lowest; equal scores by name."""
+    """Sort names from the highest score to the lowest; equal scores by name."""
     return tuple(sorted(scores, key=lambda name: (-scores[name], name)))
 
 
 def hot_zones(scores: Mapping[str, float], share: float = 0.5) -> tuple[str, ...]:
-    """The fewest layers that hold at least a share of the scores' sum, the hottest first, equal
-    scores by name.
+    """Return the fewest layers that hold at least a share of the sum of scores, the hottest first.
 
     Args:
-        scores: Layer -> score, finite, >= 0; they are summed exactly. If all are 0, no layer is
-            needed.
+        scores: At least 0 each; they are summed exactly.
         share: In (0, 1], taken as the decimal number that it prints as.
-
-    Raises:
-        ArgumentError: If the share or a score is out of range.
 
     Examples:
         >>> hot_zones({"c": 1.0, "b": 2.0, "a": 1.0}, 0.75)
@@ -142,16 +133,14 @@ def hot_zones(scores: Mapping[str, float], share: float = 0.5) -> tuple[str, ...
         raise ArgumentError("hot_zones: scores", "numbers >= 0", min(scores.values()))
     missing, zones = Fraction(repr(share)) * sum(mass.values()), []
     for name in ranking(scores):
-        if missing <= 0:
-            break
-        zones.append(name)
-        missing -= mass[name]
+        if missing > 0:
+            zones.append(name)
+            missing -= mass[name]
     return tuple(zones)
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's coefficient of two scores of the same layers, ties sharing their mean rank; None
-    if one is constant.
+    """Return Spearman's coefficient of two scores of the same layers; None if one is constant.
 
     Examples:
         >>> rank_correlation([1.0, 2.0, 3.0], [7.0, 5.0, 0.0])
@@ -159,18 +148,15 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """
     if len(a) != len(b):
         raise ShapeError("rank_correlation", f"two scores of {len(a)} layers", len(b))
-    left, right = (
-        np.sign(np.subtract.outer(scores, scores)).sum(1) for scores in (a, b)
-    )  # ranks, centred and doubled
+    # Ranks, centred and doubled; equal scores share their mean rank.
+    left, right = (np.sign(np.subtract.outer(scores, scores)).sum(1) for scores in (a, b))
     spread = (left @ left) * (right @ right)
     return float(left @ right / np.sqrt(spread)) if spread else None
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """The scores of one Linear, or of one block over all weights of its Linears; None where a score
-    isn't measured.
-    """
+    """Scores of a Linear, or of a block over all weights of its Linears; None if not measured."""
 
     name: str
     magnitude: float
@@ -181,33 +167,28 @@ class LayerScores:
 
 @dataclass(frozen=True)
 class WeightMap:
-    """What a probe found: the scores of Linears and of blocks, in the model's order."""
+    """Result of a probe: the scores of Linears and of blocks, in the model's order."""
 
     layers: tuple[LayerScores, ...]
     blocks: tuple[LayerScores, ...]
 
     @property
     def correlations(self) -> dict[str, float | None]:
-        """Rank correlation over blocks of each score with ablation; empty if that was not measured."""
-        truth = list(scores_of(self.blocks, "ablation").values())
-        return {
-            s: rank_correlation([*scores_of(self.blocks, s).values()], truth)
-            for s in SCORES[:3]
-            if truth
-        }
+        """Rank correlation over blocks of each score with ablation; empty without ablation."""
+        columns = {score: [*scores_of(self.blocks, score).values()] for score in SCORES}
+        truth = columns.pop("ablation")
+        return {name: rank_correlation(column, truth) for name, column in columns.items() if truth}
 
     def table(self) -> pa.Table:
-        """A row for each Linear and each block: kind (``"layer"`` or ``"block"``), name, and
-        `SCORES`.
-        """
-        kinds = {"layer": self.layers, "block": self.blocks}
-        rows = [{"kind": kind, **asdict(row)} for kind, found in kinds.items() for row in found]
-        types = {"kind": pa.string(), "name": pa.string(), **dict.fromkeys(SCORES, pa.float64())}
+        """Return a row for each Linear and block: kind ("layer" or "block"), name and `SCORES`."""
+        rows = [{"kind": "layer", **asdict(row)} for row in self.layers]
+        rows += [{"kind": "block", **asdict(row)} for row in self.blocks]
+        types = {"kind": "string", "name": "string", **dict.fromkeys(SCORES, "float64")}
         return pa.Table.from_pylist(rows, schema=pa.schema(types))
 
 
 def scores_of(rows: Iterable[LayerScores], score: str) -> dict[str, float]:
-    """Name -> one of `SCORES`, of the rows that have it.
+    """Map names to one of `SCORES`, for the rows that have it.
 
     Examples:
         >>> scores_of([LayerScores("query", 0.5, 2.0)], "wanda")
@@ -224,8 +205,8 @@ class LayerChange:
 
     Args:
         name: Of the module.
-        change: ``‖ΔW‖ / √(in · out)``, the root mean square of its entries.
-        held: Share of ``‖ΔW‖²`` in its first r singular directions: what a rank-r adapter can hold.
+        change: ``‖ΔW‖ / √(in · out)``, the root mean square of the entries of ΔW.
+        held: Share of ``‖ΔW‖²`` that an adapter of rank r can hold.
     """
 
     name: str
@@ -241,16 +222,11 @@ def changes(
     target_modules: Iterable[str] | str = ALL_LINEAR,
     on_step: OnStep | None = None,
 ) -> tuple[LayerChange, ...]:
-    """The layers that differ between two models, the most changed first; equal changes by name.
+    """List the layers that differ between two models, the most changed first.
 
     Args:
-        base, tuned, rank, target_modules: As `lora.extract.extract_delta`'s; `held` is the energy
-            that its card would have.
+        base, tuned, rank, target_modules: See `lora.extract.extract_delta`, also for errors.
         on_step: Called after each layer.
-
-    Raises:
-        TargetError, ShapeError, ArgumentError: As `lora.extract.extract_delta`: models that don't
-            fit or are equal, weights that aren't finite, a rank < 1.
 
     Examples:
         >>> changes({"query.weight": np.zeros((2, 2))}, {"query.weight": np.diag([4.0, 3.0])}, rank=1)
@@ -262,223 +238,161 @@ def changes(
     card = extract_delta(
         before, after, rank, target_modules=target_modules, dtype="float64", on_module=on_step
     )
-    held: Any = card.metadata["extract"]
-    moved = {}
-    for name in card.weights:
+    report: Any = card.metadata["extract"]
+    rows = []
+    for name, figures in report["modules"].items():
         key = f"{name}.weight".removeprefix(".")
         delta = _array(after[key]) - _array(before[key])
         largest = np.abs(delta).max()  # so that no square over- or underflows
-        moved[name] = float(np.sqrt(np.square(delta / largest).mean()) * largest)
-    return tuple(
-        LayerChange(name, moved[name], held["modules"][name]["energy"]) for name in ranking(moved)
-    )
+        change = float(np.sqrt(np.square(delta / largest).mean()) * largest)
+        rows.append(LayerChange(name, change, figures["energy"]))
+    return tuple(sorted(rows, key=lambda row: (-row.change, row.name)))
 
 
 @dataclass(frozen=True, eq=False)
 class WeightMapProbe:
-    """Scores a model's Linears and blocks on texts; on a copy: the model itself is never touched.
+    """Scores a model's Linears and blocks on texts, on a copy of the model.
 
     Args:
-        encoder: Any torch module with ``encode(texts)``: an `InferenceCore`, or an engine's
-            ``base`` or ``manager.model``. Its adapted float32 and float64 layers count as ``W +
-            ΔW``.
+        encoder: A torch module with ``encode(texts)``: an `InferenceCore`, or an engine's ``base``
+            or ``manager.model``. Adapted float32 and float64 layers count as ``W + ΔW``.
         blocks: Names of the blocks; by default the members of the longest ``ModuleList``.
         on_step: Called after each text and each ablated block.
 
     Examples:
         >>> import lora
         >>> engine = lora.ArrowEngine.from_pretrained(None)
-        >>> found = WeightMapProbe(engine.base).probe(["a card is a value", "adapting is a function"])
-        >>> len(found.layers), len(found.blocks), hot_zones(scores_of(found.blocks, "influence"), 0.3)
-        (36, 6, ('encoder.layer.5',))
+        >>> result = WeightMapProbe(engine.base).probe(["a card is a value", "adapting is a function"])
+        >>> len(result.layers), hot_zones(scores_of(result.blocks, "influence"), 0.3)
+        (36, ('encoder.layer.5',))
     """
 
     encoder: nn.Module
     blocks: Sequence[str] | None = None
-    on_step: OnStep | None = None
+    on_step: OnStep = lambda *_: None
 
     def probe(self, texts: Sequence[str], *, ablation: bool = True) -> WeightMap:
-        """Score on texts, each run by itself: no padding is measured, and no batch split can change
-        a score.
+        """Score on texts, each run by itself, so that no padding is measured.
 
         Args:
-            texts: At least one. Linears that none reaches (a pooler) are left out.
-            ablation: Also measure the mean ``1 − cos`` of embeddings with and without a block
-                (which then passes its input on): one more run of all texts for each block.
-
-        Raises:
-            ArgumentError: If there is no text, or weights or activations are not finite.
-            TargetError: If blocks are unknown, none are found, or no text reaches a block and a
-                Linear in it.
-            ShapeError: If a block's output does not have its input's shape.
-            UnsupportedModelError: If the encoder has no ``encode``, or can't be copied soundly.
+            texts: At least one. Linears that none of them reaches (a pooler) are left out.
+            ablation: Also measure the mean ``1 − cos`` between embeddings with and without each
+                block. This runs all texts once more for each block.
         """
         if not (texts := texts_of(texts)):
             raise ArgumentError("probe: texts", "at least one", "none")
         model = fold(self.encoder).eval()
         if not callable(getattr(model, "encode", None)):
-            raise UnsupportedModelError(
-                "probe: encoder", "a module with encode(texts)", type(model).__name__
-            )
+            kind = type(model).__name__
+            raise UnsupportedModelError("probe: encoder", "a module with encode(texts)", kind)
         blocks = _blocks(model, self.blocks)
-        seen, turned = self._tallies(adapt(model, ()), texts, blocks)
-        lost = self._lost(model, texts, blocks) if ablation else {}
-        layers, sizes = {}, {}
-        for name, tally in seen.items():
+        inputs, turned = self._measured(adapt(model, ()), texts, blocks)
+        layers, figures = [], {}
+        for name, tally in inputs.items():
             weight, where = _array(model.get_submodule(name).weight), f"probe: {name!r}"
-            scores = wanda(weight, where=where), wanda(weight, np.sqrt(tally.mean), where=where)
-            layers[name], sizes[name] = LayerScores(name, *scores), weight.size
-        found = []
-        for block, tally in turned.items():
-            inner = {name: size for name, size in sizes.items() if _inside(name, block)}
-            means = [_pooled(scores_of(layers.values(), score), inner) for score in SCORES[:2]]
-            turn = _score(tally.mean, f"probe: {block!r}")
-            found.append(LayerScores(block, means[0], means[1], turn, lost.get(block)))
-        return WeightMap(tuple(layers.values()), tuple(found))
+            rms = np.sqrt(tally.mean)
+            scores = wanda(weight, where=where), wanda(weight, rms, where=where)
+            layers.append(LayerScores(name, *scores))
+            figures[name] = scores, weight.size
+        whole = _encoded(model, texts) if ablation else None
+        rows = []
+        for position, block in enumerate(blocks, 1):
+            inner = [row for name, row in figures.items() if f"{name}.".startswith(f"{block}.")]
+            if block not in turned or not inner:
+                expected = "a block in which a Linear runs"
+                raise TargetError(f"probe: block {block!r}", expected, "none that a text reaches")
+            scores, sizes = zip(*inner, strict=True)
+            magnitude, weighted = np.average(scores, axis=0, weights=sizes).tolist()
+            lost = None
+            if whole is not None:
+                lost = _lost(model, texts, block, whole)
+                self.on_step(block, position, len(blocks))
+            rows.append(LayerScores(block, magnitude, weighted, float(turned[block].mean), lost))
+        return WeightMap(tuple(layers), tuple(rows))
 
-    def _tallies(
+    def _measured(
         self, model: nn.Module, texts: list[str], blocks: tuple[str, ...]
     ) -> tuple[dict[str, Tally], dict[str, Tally]]:
-        """The squared inputs of each Linear that runs, and the turns of each block."""
-        linears = {
-            name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-        }
-        seen: dict[str, Tally] = {}
-        turned: dict[str, Tally] = {}
+        """Tally the squared inputs of each Linear that runs, and the turns of each block."""
+        inputs: dict[str, Tally] = defaultdict(Tally)
+        turned: dict[str, Tally] = defaultdict(Tally)
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         for name, linear in linears.items():
-            _watch(linear, name, seen, lambda x, _: squares(x))
+            _tally(linear, name, inputs, lambda x, _: squares(x))
         for block in blocks:
-            _watch(
-                model.get_submodule(block), block, turned, partial(turns, where=f"probe: {block!r}")
-            )
+            measure = partial(turns, where=f"probe: {block!r}")
+            _tally(model.get_submodule(block), block, turned, measure)
         for position, text in enumerate(texts, 1):
             _encoded(model, [text])
-            self._report("text", position, len(texts))
-        for block in blocks:
-            if block not in turned or not any(_inside(name, block) for name in seen):
-                raise TargetError(
-                    f"probe: block {block!r}",
-                    "a block in which a Linear runs",
-                    "none that a text reaches",
-                )
-        return {name: seen[name] for name in linears if name in seen}, {
-            block: turned[block] for block in blocks
-        }
-
-    def _lost(
-        self, model: nn.Module, texts: list[str], blocks: tuple[str, ...]
-    ) -> dict[str, float]:
-        """How far the embeddings turn where a block passes its input on."""
-        whole, lost = _encoded(model, texts), {}
-        for position, block in enumerate(blocks, 1):
-            handle = model.get_submodule(block).register_forward_hook(_passed_on, with_kwargs=True)
-            lost[block] = _score(
-                turns(whole, _encoded(model, texts)).mean, f"probe: {block!r} ablated"
-            )
-            handle.remove()
-            self._report(block, position, len(blocks))
-        return lost
-
-    def _report(self, what: str, position: int, count: int) -> None:
-        if self.on_step is not None:
-            self.on_step(what, position, count)
+            self.on_step("text", position, len(texts))
+        return {name: inputs[name] for name in linears if name in inputs}, turned
 
 
-def _rows(x: Array) -> Array:
-    if not x.ndim or not x.shape[-1]:
-        raise ShapeError("activations", "(..., channels), at least one channel", x.shape)
-    rows: Array = x.astype(np.float64).reshape(-1, x.shape[-1])
-    return rows
-
-
-def _directions(rows: Array) -> Array:
-    """Each row at length 1; a zero stays one."""
-    alive = rows.any(-1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        rows = rows / np.where(
-            alive, np.abs(rows).max(-1, keepdims=True), 1.0
-        )  # so that no square over- or underflows
-        result: Array = rows / np.where(alive, np.sqrt((rows * rows).sum(-1, keepdims=True)), 1.0)
-    return result
-
-
-def _pooled(scores: Mapping[str, float], sizes: Mapping[str, int]) -> float:
-    """The mean over all weights of some Linears, from the mean over each one's."""
-    return fsum(scores[name] * size for name, size in sizes.items()) / sum(sizes.values())
-
-
-def _score(value: Any, where: str) -> float:
-    number = float(value)
-    if not isfinite(number):
-        raise ArgumentError(where, "finite numbers whose mean is one", "NaN or infinity")
-    return number
-
-
-def _blocks(model: nn.Module, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    names = dict(model.named_modules(remove_duplicate=False))
-    if wanted is None:
-        lists = {
-            name: len(module) for name, module in names.items() if isinstance(module, nn.ModuleList)
-        }
-        longest = max(lists, key=lambda name: lists[name], default="")
-        wanted = [f"{longest}.{index}".removeprefix(".") for index in range(lists.get(longest, 0))]
-    if not isinstance(wanted, Iterable):
-        raise ArgumentError("probe: blocks", "names of modules", shown(wanted))
-    blocks = tuple(dict.fromkeys([wanted] if isinstance(wanted, str) else wanted))
-    unknown = [block for block in blocks if block not in names]
+def _blocks(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the blocks: those given, or the members of the longest ModuleList."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if names is None:
+        lists = [
+            [f"{name}.{index}".removeprefix(".") for index in range(len(module))]
+            for name, module in modules.items()
+            if isinstance(module, nn.ModuleList)
+        ]
+        names = max(lists, key=len, default=[])
+    if not isinstance(names, Iterable):
+        raise ArgumentError("probe: blocks", "names of modules", shown(names))
+    blocks = tuple(dict.fromkeys([names] if isinstance(names, str) else names))
+    unknown = [block for block in blocks if block not in modules]
     if unknown or not blocks:
-        raise TargetError(
-            "probe: blocks",
-            "names of modules of the model",
-            unknown or "none",
-            "name them in `blocks`",
-        )
+        expected, hint = "names of modules of the model", "name them in `blocks`"
+        raise TargetError("probe: blocks", expected, unknown or "none", hint)
     return blocks
 
 
-def _inside(name: str, block: str) -> bool:
-    return f"{name}.".startswith(f"{block}.")
-
-
-def _watch(
+def _tally(
     module: nn.Module,
     name: str,
     tallies: dict[str, Tally],
     measure: Callable[[Array, Array], Tally],
 ) -> None:
-    """Add a measure of each input and output of a module to its tally."""
+    """Add a measure of the input and output of each forward to a module's tally."""
 
-    def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-        x, y = _stream(args, options), output[0] if isinstance(output, tuple) else output
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            raise UnsupportedModelError(
-                f"probe: {name!r}", "a tensor in and out", f"{type(x)}, {type(y)}"
-            )
-        tally = measure(_array(x), _array(y))
-        tallies[name] = tallies[name] + tally if name in tallies else tally
+    def add(x: Any, output: Any) -> None:
+        y = output[0] if isinstance(output, tuple) else output
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+            kinds = f"{type(x)}, {type(y)}"
+            raise UnsupportedModelError(f"probe: {name!r}", "a tensor in and out", kinds)
+        tallies[name] += measure(_array(x), _array(y))
 
-    module.register_forward_hook(note, with_kwargs=True)
+    _on_forward(module, add)
 
 
-def _passed_on(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
-    """A block's input in place of its output."""
-    x = _stream(args, options)
-    return (x, *output[1:]) if isinstance(output, tuple) else x
+def _lost(model: nn.Module, texts: list[str], block: str, whole: Array) -> float:
+    """Return how far the embeddings turn if a block passes its input on."""
+
+    def skip(x: Any, output: Any) -> Any:
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    handle = _on_forward(model.get_submodule(block), skip)
+    without = _encoded(model, texts)
+    handle.remove()
+    return float(turns(whole, without, where=f"probe: {block!r} ablated").mean)
 
 
-def _stream(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """What a block transforms: its first argument."""
-    return next(iter((*args, *options.values())), None)
+def _on_forward(module: nn.Module, act: Callable[[Any, Any], Any]) -> Any:
+    """Call `act` with first argument and output of each forward; None leaves the output as it is."""
+    return module.register_forward_hook(
+        lambda _, args, options, output: act(next(iter((*args, *options.values())), None), output),
+        with_kwargs=True,
+    )
 
 
 def _array(weight: Any) -> Array:
-    """A tensor or array in float64."""
+    """Return a tensor or array in float64."""
     if isinstance(weight, Tensor):
-        weight = weight.detach().to("cpu", torch.float64).numpy()
-    array: Array = np.asarray(weight).astype(np.float64)
-    return array
+        weight = weight.detach().double().cpu().numpy()
+    return np.asarray(weight).astype(np.float64)
 
 
-def _encoded(model: nn.Module, texts: list[str]) -> Array:
+def _encoded(model: Any, texts: list[str]) -> Array:
     with torch.inference_mode():
-        return _array(model.encode(texts))  # type: ignore[operator]
+        return _array(model.encode(texts))

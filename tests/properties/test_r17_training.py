@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from lora.engine import ArrowEngine
 from lora.errors import DataError, StateError
 from lora.evolution.data import Pairs
-from lora.evolution.losses import contrastive_loss
+from lora.evolution.losses import contrastive
 from lora.evolution.train import LoRATrainer, Settings, batches_of, evaluate
 from lora.inference.encoder import EncoderConfig, InferenceCore
 from lora.testing.plugin import requirement
@@ -44,9 +44,13 @@ def batches(draw, elements=vectors, least=1):
 
 
 def loss_of(queries, positives, scale, dtype=torch.float64):
-    return contrastive_loss(
-        torch.tensor(queries, dtype=dtype), torch.tensor(positives, dtype=dtype), scale=scale
-    )
+    return mean_loss(*(torch.as_tensor(side, dtype=dtype) for side in (queries, positives)), scale)
+
+
+def mean_loss(queries, positives, scale):
+    """The mean over pairs of quality 1, without negatives."""
+    qualities = queries.new_ones(len(queries))
+    return contrastive(queries, positives, None, qualities, scale=scale).mean()
 
 
 def exact_loss(queries, positives, scale):
@@ -132,7 +136,7 @@ def test_the_gradient_is_the_slope_of_the_loss(batch, data):
     towards = data.draw(
         hnp.arrays(np.float64, batch[0].shape, elements=st.sampled_from([-1.0, 0.0, 1.0]))
     )
-    contrastive_loss(queries, positives, scale=2.0).backward()
+    mean_loss(queries, positives, 2.0).backward()
     h = gamma(1, F64) ** (1 / 3)
     for side, tensor in enumerate((queries, positives)):
         ahead, behind = ([*batch], [*batch])

@@ -267,7 +267,7 @@ def test_a_bad_value_in_a_table_is_refused_too(column, value, pairs, data):
         DataError, match=column if value is None else rf"^pairs: row {row}: {column}"
     ):
         Pairs(table)
-    with pytest.raises(DataError, match=f"none called .*{column}"):
+    with pytest.raises(DataError, match=f"the columns .*found .*{column}"):
         Pairs(pairs.table.drop_columns([column]))
 
 

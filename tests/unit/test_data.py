@@ -80,11 +80,14 @@ def test_a_question_in_a_chat_goes_with_the_answer_right_after_it(tmp_path):
     ("line", "message"),
     [
         ("{", "JSON"),
-        ("[]", "messages with role and content"),
-        ('{"messages": null}', "messages with role and content"),
-        ('{"messages": "hello"}', "messages with role and content"),
-        ('{"messages": [{"role": "user"}]}', "messages with role and content"),
-        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "content that is text"),
+        ("[]", "messages with a role and text as content"),
+        ('{"messages": null}', "messages with a role and text as content"),
+        ('{"messages": "hello"}', "messages with a role and text as content"),
+        ('{"messages": [{"role": "user"}]}', "messages with a role and text as content"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+            "messages with a role and text as content",
+        ),
     ],
 )
 def test_a_line_that_is_no_transcript_is_refused_by_its_number(tmp_path, line, message):

@@ -417,7 +417,7 @@ ERRORS = {
     "NaN embedding": (
         lambda: WeightMapProbe(broken("blocks.2.dense.bias", float("nan"))).probe(["a"]),
         ArgumentError,
-        "'blocks.0' ablated",
+        "'blocks.2'",
     ),
     "vector weight": (lambda: wanda(np.ones(3)), ShapeError, "matrix"),
     "empty weight": (lambda: wanda(np.ones((0, 3))), ShapeError, "not empty"),
@@ -429,18 +429,12 @@ ERRORS = {
     "infinite weight": (
         lambda: wanda(np.array([[np.inf, 1]]), np.zeros(2)),
         ArgumentError,
-        "NaN or infinity",
+        "finite number",
     ),
     "shapes of a block": (
         lambda: turns(np.ones((2, 3)), np.ones((3, 2))),
         ShapeError,
         "input's shape",
-    ),
-    "no channels": (lambda: squares(np.ones((2, 0))), ShapeError, "at least one channel"),
-    "other tallies": (
-        lambda: squares(np.ones((2, 1))) + squares(np.ones((2, 3))),
-        ShapeError,
-        "tally",
     ),
     "no token": (lambda: squares(np.ones((0, 3))).mean, ArgumentError, "at least one token"),
     "share 0": (lambda: hot_zones({"a": 1.0}, 0), ArgumentError, r"\(0, 1\]"),

@@ -290,7 +290,7 @@ def test_one_epoch_trains_and_the_loss_told_is_the_one_before_the_update():
 
 @requirement("R17.1")
 def test_the_first_step_moves_b_alone_and_by_the_learning_rate():
-    start = LoRATrainer(engine(), rank=4)._card
+    start = LoRATrainer(engine(), rank=4).initial
     result = train(steps=1)
     for module, pair in result.card.weights.items():
         assert np.array_equal(pair.B, np.clip(pair.B, -1.0001e-2, 1.0001e-2))

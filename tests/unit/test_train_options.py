@@ -15,7 +15,7 @@ from lora.errors import ArgumentError, DataError, ShapeError, UnsupportedModelEr
 from lora.evolution.data import Pairs
 from lora.evolution.ewc import Anchor
 from lora.evolution.losses import LOSSES
-from lora.evolution.online import LearningEvent, OnlineAdapter, stepped
+from lora.evolution.online import Adaptation, LearningEvent, OnlineAdapter
 from lora.evolution.schedules import SCHEDULES
 from lora.evolution.train import LoRATrainer, Settings, evaluate
 from lora.rewrite import adapt
@@ -295,7 +295,9 @@ def test_opposite_rewards_move_oppositely_by_a_bounded_step():
     start = LoRATrainer(engine(), rank=4).train(pairs(), name="x", max_steps=2).card
     steps = {}
     for reward in (1.0, -1.0, 0.25, 0.0):
-        card, _ = stepped(engine().base, start, LearningEvent(*EVENT, reward), 0.1, pairs())
+        online = OnlineAdapter(engine(), pairs(), step_size=0.1, tolerance=1.0)
+        online.state = Adaptation(start)
+        card = online.process_learning_event(LearningEvent(*EVENT, reward)).card
         steps[reward] = [
             (getattr(card.weights[key], f) - getattr(start.weights[key], f)).astype(np.float64)
             for key in start.weights
