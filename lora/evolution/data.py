@@ -1,8 +1,8 @@
 """Training data: pairs of texts as an Arrow table, with the few operations that training needs.
 
 The columns are ``query`` and ``positive`` (never empty), ``negative`` (may be null), ``quality`` in
-[0, 1], and ``group``: the source that a pair comes from. Data are split by group, since pairs of
-one source resemble each other.
+[0, 1], and ``group``, the source of a pair. Data are split by group: pairs of one source resemble
+each other.
 
 Requirements: R17, R21.
 """
@@ -112,8 +112,7 @@ class Pairs:
     def from_chat(cls, path: PathLike) -> Self:
         """Read chats: a JSON object ``{"messages": [{"role": …, "content": …}, …]}`` on each line.
 
-        A user's message and the assistant's message right after it are a pair, without the space
-        around them. A chat is a group.
+        A user's message and the assistant's right after it are a pair; a chat is a group.
         """
         rows = []
         for index, (where, chat) in enumerate(_json_lines(_existing(path))):
@@ -176,7 +175,7 @@ class Pairs:
         return self.take(sorted(order[:size].tolist()))
 
     def statistics(self) -> dict[str, Any]:
-        """Count rows, groups, positives and negatives; average quality and lengths in characters."""
+        """Count rows, groups, positives, negatives; average quality and lengths in characters."""
         table = self.table
         means = {
             "mean_quality": table["quality"],
@@ -208,9 +207,8 @@ class Pairs:
 def docstring_pairs(source: PathLike | None = None, *, answer: str = "name") -> Pairs:
     """Pair the first docstring sentence of every public function and class with its name or code.
 
-    The code is parsed, never imported. A group is a top-level module, so that a split holds out
-    whole modules. A sentence that occurs twice ("Return a string.") identifies nothing and is left
-    out.
+    The code is parsed, never imported. A group is a top-level module. A sentence that occurs twice
+    ("Return a string.") identifies nothing and is left out.
 
     Args:
         source: A folder of Python packages and modules; None for Python's standard library.

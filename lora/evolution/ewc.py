@@ -1,7 +1,6 @@
 """Elastic weight consolidation (EWC): learn a second task without moving what the first one needs.
 
-Sources: Kirkpatrick et al. 2017 (the penalty); Schwarz et al. 2018 and Chaudhry et al. 2018 (the
-online Fisher information, EWC++).
+Sources: Kirkpatrick et al. 2017; Schwarz et al. 2018 and Chaudhry et al. 2018 (EWC++).
 
 Requirements: R17.
 """
@@ -21,9 +20,7 @@ Tensors = Mapping[str, Tensor]
 class Anchor:
     """The parameters after a task, and how much the task needs each of them to stay.
 
-    Args:
-        params: θ*, by name.
-        fisher: Diagonal of the Fisher information at θ*, >= 0, with the same names and shapes.
+    `params` are θ*; `fisher` is the diagonal of the Fisher information there.
     """
 
     params: Tensors
@@ -60,10 +57,6 @@ def fisher_of(losses: Sequence[Tensor] | Tensor, params: Tensors) -> Tensors:
     """Return the diagonal Fisher information: the mean of squared gradients, example by example.
 
     Squaring the gradient of a batch's mean instead would divide it by the size of the batch.
-
-    Args:
-        losses: The negative log-likelihood of each example, as scalars with gradients; at least one.
-        params: By name. A parameter that no loss depends on gets 0.
     """
     sums = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
     for loss in losses:
@@ -84,8 +77,7 @@ def normalized(fisher: Tensors) -> Tensors:
 def online(old: Anchor, new: Anchor, decay: float = 1.0) -> Anchor:
     """Merge the anchors of all tasks so far into one (EWC++): newest θ, ``decay · F_old + F_new``.
 
-    Args:
-        decay: In [0, 1]: the share of the older tasks' information that stays.
+    `decay`, in [0, 1], is the share of the older tasks' information that stays.
     """
     if not 0 <= decay <= 1:
         raise ArgumentError("online: decay", "a number in [0, 1]", decay)

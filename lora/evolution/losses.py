@@ -1,8 +1,7 @@
 """The losses of training: each gives one value per pair, from cosine similarities.
 
-A loss takes the embeddings of queries, positives and negatives, shapes ``(n, d)``, and the
-qualities of the pairs, shape ``(n,)`` in [0, 1]; it gives shape ``(n,)``. Negatives may be None:
-then the other pairs of the batch take their place.
+Queries, positives and negatives are embeddings ``(n, d)``; qualities ``(n,)`` in [0, 1] weight the
+pairs. If negatives are None, the other pairs of the batch take their place.
 
 Requirements: R17.
 """
@@ -30,8 +29,7 @@ def contrastive(
 ) -> Tensor:
     """Mean of two cross-entropies: query to own positive, and positive to own query.
 
-    A query must tell its positive from the batch's other positives and from all negatives. Each
-    pair is weighted by its quality.
+    A query must tell its positive from the batch's other positives and from all negatives.
 
     Source: Henderson et al. 2017, section 4.4 (one direction); Radford et al. 2021 (both).
     """
@@ -66,8 +64,7 @@ def triplet(
 ) -> Tensor:
     """Amount by which the positive fails to be nearer than the negative by `MARGIN`.
 
-    Without negatives, the nearest of the other pairs' positives is the negative. Each pair is
-    weighted by its quality.
+    Without negatives, the nearest of the other pairs' positives is the negative.
 
     Source: Schroff et al. 2015.
     """

@@ -1,7 +1,5 @@
 """Online adaptation: one bounded step on a small card for each learning event.
 
-A step is undone if the results on a guard set get worse.
-
 Requirements: R17.
 """
 
@@ -25,14 +23,12 @@ class LearningEvent:
     """A query that was answered, and how good the answer was.
 
     Args:
-        query, answer: Texts that are not empty.
-        reward: In [-1, 1]. Positive: bring the two nearer together; negative: move them apart.
+        reward: In [-1, 1]; above 0 brings the two nearer together, below 0 moves them apart.
         rouge: Overlap of the answer with a reference, in [0, 1].
-        entropy_change: Of the model that answered, in nats: negative if it became more certain.
+        entropy_change: Of the model that answered, in nats.
 
     Examples:
-        >>> event = LearningEvent("open a file", "builtins.open", 1.0, rouge=0.8, entropy_change=-0.2)
-        >>> event.check_breakthrough()
+        >>> LearningEvent("quit", "sys.exit", 1.0, 0.8, -0.2).check_breakthrough()
         True
     """
 
@@ -59,7 +55,7 @@ class LearningEvent:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """State of an online adaptation: its card, the steps taken, and how many of them were undone."""
+    """State of an online adaptation: its card, the steps taken, those of them undone."""
 
     card: LoRACard
     steps: int = 0
@@ -73,11 +69,9 @@ class OnlineAdapter:
 
     Args:
         engine: An engine over an `InferenceCore`.
-        guard: Pairs on which the MRR must stay within `tolerance` of the base model's.
-        name, rank, alpha, target_modules, seed: Of the card.
+        guard: Pairs on which the MRR may fall by `tolerance`, from the base model's.
         step_size: Length of a step at a reward of 1 or -1, in the space of all factors.
-        tolerance: How far the MRR on the guard set may fall.
-        publish: Called with the card after each step that is kept, to put it into service.
+        publish: Called with the card after each step that is kept.
     """
 
     def __init__(
@@ -109,8 +103,8 @@ class OnlineAdapter:
     def process_learning_event(self, event: LearningEvent) -> Adaptation:
         """Take one step in the direction of the event's reward, and return the new state.
 
-        The step has length ``step_size · |reward|`` and follows the gradient of the similarity of
-        query and answer. A step that makes the guard set too bad is counted and undone.
+        The step follows the gradient of the similarity of query and answer. A step that makes the
+        guard set too bad is counted and undone.
         """
         state = replace(self.state, steps=self.state.steps + 1)
         model = trainable(self.core, state.card).eval()

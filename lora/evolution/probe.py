@@ -1,10 +1,8 @@
 """WeightMapProbe: which layers of a model matter, by three scores that need no gradients.
 
 Each score is a mean, so that no layer is hot for its size alone: ``|W|``; ``|W_ij|`` times the root
-mean square of input channel j; and ``1 − cos`` of a block's input and output. Ablation, the loss
-without a block, tells which score to believe. On MiniLM the first two contradict it and only the
-third agrees, so a report holds them all. Sources: Wanda, Sun et al. 2023; block influence, Men et
-al. 2024 (ShortGPT).
+mean square of input channel j (Wanda, Sun et al. 2023); ``1 − cos`` of a block's input and output
+(block influence, Men et al. 2024). Ablation, the loss without a block, tells which one to believe.
 
 Requirements: R15.
 """
@@ -38,12 +36,7 @@ OnStep: TypeAlias = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """A sum over tokens and their number; the tallies of the parts of a batch add up to the whole's.
-
-    Examples:
-        >>> (squares(np.array([[1.0, 2.0]])) + squares(np.array([[3.0, 2.0]]))).mean
-        array([5., 4.])
-    """
+    """A sum over tokens and their number; the tallies of a batch's parts add up to the whole's."""
 
     total: Any = 0.0
     count: int = 0
@@ -69,8 +62,7 @@ def squares(x: Array) -> Tally:
 def turns(x: Array, y: Array, *, where: str = "block") -> Tally:
     """Tally ``1 − cos`` of each token's vector before and after a block, ``(..., d)`` both.
 
-    It is computed as ``|x̂ − ŷ|² / 2``, so that it is exactly 0 where nothing turns. A zero vector is
-    orthogonal to all others but equal to another zero vector.
+    It is exactly 0 where nothing turns. A zero vector is orthogonal to all but another zero vector.
 
     Examples:
         >>> turns(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[5.0, 0.0], [1.0, 0.0]])).mean
@@ -87,12 +79,7 @@ def turns(x: Array, y: Array, *, where: str = "block") -> Tally:
 
 
 def wanda(weight: Array, norms: Array | float = 1.0, *, where: str = "weight") -> float:
-    """Return the mean of ``|W_ij| · norms_j``; without norms, the mean of ``|W|``.
-
-    Args:
-        weight: Shape ``(out, in)``.
-        norms: Of the input channels, shape ``(in,)``.
-        where: Named in errors.
+    """Return the mean of ``|W_ij| · norms_j``, W of shape ``(out, in)``; or of ``|W|`` alone.
 
     Examples:
         >>> wanda(np.array([[1.0, -3.0]])), wanda(np.array([[1.0, -3.0]]), np.array([4.0, 0.0]))
@@ -112,11 +99,9 @@ def ranking(scores: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def hot_zones(scores: Mapping[str, float], share: float = 0.5) -> tuple[str, ...]:
-    """Return the fewest layers that hold at least a share of the sum of scores, the hottest first.
+    """Return the fewest layers that hold a share of the sum of scores, the hottest first.
 
-    Args:
-        scores: At least 0 each; they are summed exactly.
-        share: In (0, 1], taken as the decimal number that it prints as.
+    The sum is exact, and the share is the decimal number that it prints as.
 
     Examples:
         >>> hot_zones({"c": 1.0, "b": 2.0, "a": 1.0}, 0.75)
@@ -203,10 +188,8 @@ def scores_of(rows: Iterable[LayerScores], score: str) -> dict[str, float]:
 class LayerChange:
     """How far a layer's weight moved between two models.
 
-    Args:
-        name: Of the module.
-        change: ``‖ΔW‖ / √(in · out)``, the root mean square of the entries of ΔW.
-        held: Share of ``‖ΔW‖²`` that an adapter of rank r can hold.
+    `change` is the root mean square of the entries of ΔW; `held` the share of ``‖ΔW‖²`` that an
+    adapter of the rank can hold.
     """
 
     name: str
@@ -224,13 +207,11 @@ def changes(
 ) -> tuple[LayerChange, ...]:
     """List the layers that differ between two models, the most changed first.
 
-    Args:
-        base, tuned, rank, target_modules: See `lora.extract.extract_delta`, also for errors.
-        on_step: Called after each layer.
+    Arguments and errors are those of `lora.extract.extract_delta`.
 
     Examples:
-        >>> changes({"query.weight": np.zeros((2, 2))}, {"query.weight": np.diag([4.0, 3.0])}, rank=1)
-        (LayerChange(name='query', change=2.5, held=0.64),)
+        >>> changes({"q.weight": np.zeros((2, 2))}, {"q.weight": np.diag([4.0, 3.0])}, rank=1)
+        (LayerChange(name='q', change=2.5, held=0.64),)
     """
     before, after = (
         model.state_dict() if isinstance(model, Model) else model for model in (base, tuned)
@@ -254,15 +235,15 @@ class WeightMapProbe:
     """Scores a model's Linears and blocks on texts, on a copy of the model.
 
     Args:
-        encoder: A torch module with ``encode(texts)``: an `InferenceCore`, or an engine's ``base``
-            or ``manager.model``. Adapted float32 and float64 layers count as ``W + ΔW``.
+        encoder: A torch module with ``encode(texts)``, such as an engine's ``base``. Adapted layers
+            of float32 or float64 count as ``W + ΔW``.
         blocks: Names of the blocks; by default the members of the longest ``ModuleList``.
         on_step: Called after each text and each ablated block.
 
     Examples:
         >>> import lora
         >>> engine = lora.ArrowEngine.from_pretrained(None)
-        >>> result = WeightMapProbe(engine.base).probe(["a card is a value", "adapting is a function"])
+        >>> result = WeightMapProbe(engine.base).probe(["a card is a value", "a function adapts"])
         >>> len(result.layers), hot_zones(scores_of(result.blocks, "influence"), 0.3)
         (36, ('encoder.layer.5',))
     """
@@ -274,10 +255,8 @@ class WeightMapProbe:
     def probe(self, texts: Sequence[str], *, ablation: bool = True) -> WeightMap:
         """Score on texts, each run by itself, so that no padding is measured.
 
-        Args:
-            texts: At least one. Linears that none of them reaches (a pooler) are left out.
-            ablation: Also measure the mean ``1 − cos`` between embeddings with and without each
-                block. This runs all texts once more for each block.
+        Linears that no text reaches (a pooler) are left out. With `ablation`, all texts run once
+        more for each block: its score is the mean ``1 − cos`` of embeddings with and without it.
         """
         if not (texts := texts_of(texts)):
             raise ArgumentError("probe: texts", "at least one", "none")
@@ -379,7 +358,7 @@ def _lost(model: nn.Module, texts: list[str], block: str, whole: Array) -> float
 
 
 def _on_forward(module: nn.Module, act: Callable[[Any, Any], Any]) -> Any:
-    """Call `act` with first argument and output of each forward; None leaves the output as it is."""
+    """Call `act` with first argument and output of each forward; it may replace the output."""
     return module.register_forward_hook(
         lambda _, args, options, output: act(next(iter((*args, *options.values())), None), output),
         with_kwargs=True,

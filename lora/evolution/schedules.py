@@ -41,10 +41,10 @@ def schedule_of(optimizer: Optimizer, kind: str, steps: int, *, warmup: float = 
 
     Args:
         optimizer: The learning rates of its groups are the peaks.
-        kind: One of `SCHEDULES`; one-cycle has a warm-up of its own and takes no other.
+        kind: One of `SCHEDULES`; one-cycle has a warm-up of its own.
         steps: Of the whole training, warm-up included.
-        warmup: Share of the steps, in [0, 1), in which the rate rises linearly to its peak. The
-            warm-up ends before the last step, so that the peak is reached.
+        warmup: Share of the steps, in [0, 1), in which the rate rises to its peak; at least the
+            last step is not one of them.
     """
     rising = min(round(warmup * steps), steps - 1)
     if not rising or kind == "one-cycle":

@@ -1,8 +1,7 @@
-"""Synthetic pairs for the five task presets: seeded, and each answer follows from its question.
+"""Synthetic pairs for the five task presets, to try things out.
 
-A task is a small grammar. A question is drawn by filling a few slots, and its answer is a function
-of the same slots. So a model can learn the rule and answer questions that it has never seen. Use
-these pairs to try things out; for real data see `lora.evolution.data.docstring_pairs`.
+A question is drawn by filling a few slots, and its answer is a function of the same slots. So a
+model can learn the rule. For real data see `lora.evolution.data.docstring_pairs`.
 
 Requirements: R21.
 """
@@ -99,10 +98,7 @@ TASKS = tuple(_TASKS)
 def synthetic_pairs(task: str, count: int, *, seed: int = 0) -> Pairs:
     """Draw different pairs of a task, grouped by the thing that they are about.
 
-    Args:
-        task: One of `TASKS`.
-        count: A task has some hundreds of pairs.
-        seed: Decides on the pairs and their order; fewer pairs are the first ones of more.
+    The seed decides on the pairs and their order; fewer pairs are the first ones of more.
 
     Examples:
         >>> pairs = synthetic_pairs("security", 2, seed=1)

@@ -1,8 +1,7 @@
 """LoRATrainer learns a card from pairs of texts, with the real encoder.
 
-Each random choice is a function of the seed and of the epoch or step. So a run is reproducible bit
-for bit for one seed and one number of threads, and a run that was killed continues from its
-checkpoint to the same result.
+Each random choice is a function of seed, epoch and step. So a run is reproducible bit for bit, and
+a run that was killed continues from its checkpoint to the same result.
 
 Requirements: R17.
 """
@@ -66,24 +65,17 @@ class Settings:
     """How a training runs.
 
     Args:
-        epochs: Passes over the training pairs.
-        batch_size: Pairs of one step, at least 2: the others' positives are a query's negatives.
         lr: Peak learning rate of AdamW.
-        schedule: One of `lora.evolution.schedules.SCHEDULES`.
         warmup: Share of the steps, in [0, 1), in which the learning rate rises to its peak.
-        loss: One of `lora.evolution.losses.LOSSES`.
-        accumulate: Number of parts in which a batch goes through the encoder. The update is that
-            of the whole batch, with the memory of a part and a second forward (Gao et al. 2021).
-        clip: Largest norm of the gradient of all factors; None for no limit.
-        autocast: ``"bf16"``, ``"fp16"`` (with loss scaling), or None for the encoder's own type.
-        checkpointing: Save memory: compute each block again on the way back.
+        accumulate: Parts in which a batch goes through the encoder: less memory, a second forward,
+            the update of the whole batch (Gao et al. 2021).
+        clip: Largest norm of the gradient of all factors.
+        autocast: ``"bf16"`` or ``"fp16"``; None computes in the encoder's own type.
+        checkpointing: Compute each block again on the way back: less memory, more time.
         lora_plus: Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024).
-        rslora: Scale by alpha / √rank, not alpha / rank (rsLoRA, Kalajdzievski 2023).
-        dropout: Probability on the low-rank path.
-        validate_every: Steps between validations.
-        patience: Training stops after so many validations without a better MRR.
+        rslora: Scale by alpha / √rank (Kalajdzievski 2023).
+        patience: Validations without a better MRR after which training stops.
         share: Share of the groups to train on; the others validate.
-        validation_size: Largest number of validation pairs.
     """
 
     epochs: int = 1
@@ -141,14 +133,7 @@ class Retrieval:
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """Result of a training.
-
-    Args:
-        card: The best card of all validations.
-        history: A row for each step, with columns step, epoch, loss, lr, and val_mrr and
-            val_recall_at_1, which are null without a validation.
-        metrics: ``before`` and ``after`` on the validation pairs.
-    """
+    """Result: the best card, a history with a row for each step, and metrics before and after."""
 
     card: LoRACard
     history: pa.Table
@@ -156,7 +141,7 @@ class Training:
 
     def plot(self, path: PathLike) -> None:
         """Draw loss and validation MRR over steps, as SVG or PNG by the path's ending."""
-        figure = new_figure(figsize=(7, 4), layout="constrained")
+        figure = new_figure(layout="constrained")
         left = figure.subplots()
         for axis, name, line in ((left, "loss", "C0-"), (left.twinx(), "val_mrr", "C1o-")):
             rows = self.history.select(["step", name]).drop_null()
@@ -171,16 +156,15 @@ class LoRATrainer:
 
     Args:
         engine: An engine over an `InferenceCore`.
-        rank, alpha, target_modules: Of the cards.
-        seed: Decides on the initial factors, the split, the batches and dropout.
+        rank, alpha, target_modules, base_model: Of the cards.
+        seed: Decides on initial factors, split, batches and dropout.
         settings: `Settings`, or the name of one of `PRESETS`.
-        base_model: Name of the base model, to be written on the card.
 
     Examples:
         >>> from lora import ArrowEngine
         >>> trainer = LoRATrainer(ArrowEngine.from_pretrained(None), rank=4, settings="quick")
-        >>> rows = [{"query": f"number {i}", "positive": f"n{i}", "group": f"{i % 4}"} for i in range(16)]
-        >>> trainer.train(Pairs.of(rows), name="numbers", max_steps=1).card.rank
+        >>> pairs = Pairs.of((f"number {i}", f"n{i}") for i in range(16))
+        >>> trainer.train(pairs, name="numbers", max_steps=1).card.rank
         4
     """
 
@@ -198,8 +182,8 @@ class LoRATrainer:
         self.core = core_of(engine, "LoRATrainer")
         if isinstance(settings, str):
             if settings not in PRESETS:
-                expected = f"one of {list(PRESETS)} or a Settings"
-                raise ArgumentError("settings", expected, repr(settings))
+                known = f"one of {list(PRESETS)} or a Settings"
+                raise ArgumentError("settings", known, repr(settings))
             settings = PRESETS[settings]
         self.settings = settings or Settings()
         self.seed = integer(seed, "seed", 0)
@@ -228,17 +212,14 @@ class LoRATrainer:
         """Learn a card from pairs.
 
         Args:
-            pairs: Of at least two groups. Negatives are used in a batch in which each pair has one.
+            pairs: Of at least two groups. Negatives count in a batch in which each pair has one.
             name, metadata: Of the card.
             max_steps: Ends the training, and the schedule, early.
-            checkpoint: A file that is written at each validation and removed at the end. If it is
-                there, the run that wrote it continues.
-            progress: Called after each step.
-            start: A card to continue from, with the modules and shapes of this trainer's cards.
-            ewc: The `anchor` of an earlier task, and λ: the EWC penalty is added to the loss.
+            checkpoint: A file to continue from if it exists; written at each validation.
+            start: A card to continue from, with this trainer's rank and modules.
+            ewc: The `anchor` of an earlier task, and λ of the penalty.
 
         Raises:
-            DataError: There are too few pairs or groups, or the loss is not finite.
             StateError: The checkpoint is of another run.
         """
         settings, card = self.settings, self.initial
@@ -255,11 +236,18 @@ class LoRATrainer:
         )
         training, validation = pairs.unique().split(settings.share, seed=self.seed)
         validation = validation.sample(settings.validation_size, self.seed)
-        plan = _plan(training, settings, self.seed, max_steps)
+        batches = (
+            (epoch, rows)
+            for epoch in range(settings.epochs)
+            for rows in batches_of(training, settings.batch_size, self.seed, epoch)
+        )
+        limit = None if max_steps is None else integer(max_steps, "max_steps", 1)
+        plan = list(islice(batches, limit))
+        if not plan:
+            raise DataError("training pairs", "at least two different pairs", len(training))
         run = _Run(self, card, len(plan), ewc)
         identity = run.identity(pairs, max_steps)
-        if checkpoint is not None and Path(checkpoint).is_file():
-            run.restore(checkpoint, identity)
+        run.restore(checkpoint, identity)
         before = evaluate(self.core, validation)
         for step, (epoch, rows) in enumerate(plan[len(run.history) :], len(run.history) + 1):
             scores = [row["val_mrr"] for row in run.history if row["val_mrr"] is not None]
@@ -270,10 +258,11 @@ class LoRATrainer:
             entry: dict[str, Any] = {"step": step, "epoch": epoch + 1, "loss": loss, "lr": lr}
             run.history.append({**entry, "val_mrr": None, "val_recall_at_1": None})
             if step % settings.validate_every == 0 or step == len(plan):
-                if run.validate(validation) > best:
+                result = evaluate(run.model, validation)
+                run.history[-1] |= {"val_mrr": result.mrr, "val_recall_at_1": result.recall_at_1}
+                if result.mrr > best:
                     run.best = run.copied()
-                if checkpoint is not None:
-                    run.store(checkpoint, identity)
+                run.store(checkpoint, identity)
             if progress is not None:
                 progress(step, len(plan), loss)
         run.model.load_state_dict(run.best, strict=False)
@@ -284,14 +273,9 @@ class LoRATrainer:
         return Training(trained(run.model, card), history, metrics)
 
     def anchor(self, card: LoRACard, pairs: Pairs, *, examples: int = 64) -> Anchor:
-        """Return the factors of a card, and how much its task needs each of them to stay.
+        """Return a card's factors, and how much its task needs each of them to stay.
 
-        The Fisher information comes from per-example gradients and is scaled to a mean of 1.
-
-        Args:
-            card: With the modules and shapes of this trainer's cards.
-            pairs: Of the card's task.
-            examples: Largest number of pairs to use.
+        The Fisher information comes from at most `examples` pairs and is scaled to a mean of 1.
         """
         run = _Run(self, card, steps=1)
         batch = pairs.unique().sample(examples, self.seed)
@@ -355,8 +339,8 @@ class _Run:
     def _backward(self, batch: Pairs) -> float:
         """Add the gradient of the batch's mean loss and of the penalty; return their sum.
 
-        Texts in several parts are embedded twice: first without gradients, for the loss over all
-        embeddings; then part by part, with the gradient of that loss by the part's embeddings.
+        Texts in several parts are embedded twice: without gradients, for the loss over all of them;
+        then part by part, with the slope of that loss.
         """
         texts = _texts(batch)
         size = math.ceil(len(texts) / self.settings.accumulate)
@@ -385,7 +369,7 @@ class _Run:
     def embedded(self, texts: Sequence[str], part: int = 0) -> Tensor:
         """Embed texts, with a dropout that is a function of seed, step and part of the batch.
 
-        On a CPU the texts are run in groups of similar length, since padding costs time.
+        On a CPU, groups of similar length save the time that padding costs.
         """
         device = self.model.device.type
         lengths = [len(row) or 1 for row in self.model.tokenize(texts)]
@@ -399,12 +383,6 @@ class _Run:
             torch.manual_seed(int(seed))
             rows = torch.cat([self.model.embed([texts[row] for row in group]) for group in groups])
         return rows[np.argsort(np.concatenate(groups))]
-
-    def validate(self, pairs: Pairs) -> float:
-        """Note the retrieval on pairs in the history, and return the MRR."""
-        result = evaluate(self.model, pairs)
-        self.history[-1] |= {"val_mrr": result.mrr, "val_recall_at_1": result.recall_at_1}
-        return result.mrr
 
     def copied(self) -> dict[str, Tensor]:
         """Return copies of the factors as they are now."""
@@ -423,8 +401,10 @@ class _Run:
             sha.update(tensor.numpy(force=True).tobytes())
         return sha.hexdigest()
 
-    def store(self, path: PathLike, identity: str) -> None:
+    def store(self, path: PathLike | None, identity: str) -> None:
         """Write a checkpoint: tensors by kind and name, all else as JSON under the identity."""
+        if path is None:
+            return
         tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, factor in self.factors.items():
             state = {"now": factor.detach(), **self.optimizer.state[factor]}
@@ -433,8 +413,10 @@ class _Run:
         with replacing(path) as file:
             file.write(save_tensors(tensors, {identity: notes}))
 
-    def restore(self, path: PathLike, identity: str) -> None:
-        """Continue from a checkpoint of the same run."""
+    def restore(self, path: PathLike | None, identity: str) -> None:
+        """Continue from a checkpoint of the same run, if there is one."""
+        if path is None or not Path(path).is_file():
+            return
         kinds: dict[str, dict[str, Tensor]] = defaultdict(dict)
         try:
             with safe_open(path, framework="pt", device=str(self.model.device)) as file:
@@ -443,8 +425,8 @@ class _Run:
                     kind, _, name = key.partition("/")
                     kinds[kind][name] = file.get_tensor(key)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            expected, hint = "a checkpoint of this run", "remove it to start anew"
-            raise StateError(str(path), expected, error, hint) from error
+            hint = "remove it to start anew"
+            raise StateError(str(path), "a checkpoint of this run", "another", hint) from error
         for _ in self.history:  # without gradients, the optimizer changes nothing
             self.optimizer.step()
             self.schedule.step()
@@ -458,17 +440,17 @@ class _Run:
 
 def core_of(engine: Engine, where: str) -> InferenceCore:
     """Return an engine's base model if it can be trained on."""
-    if not isinstance(engine.base, InferenceCore):
-        kind = type(engine.base).__name__
-        raise UnsupportedModelError(where, "an engine over an InferenceCore", kind)
-    return engine.base
+    core = engine.base
+    if not isinstance(core, InferenceCore):
+        raise UnsupportedModelError(where, "an engine over an InferenceCore", type(core).__name__)
+    return core
 
 
 def evaluate(model: Any, pairs: Pairs) -> Retrieval:
-    """Rank all distinct positives for every query by cosine similarity.
+    """Rank all distinct positives for each query by cosine similarity.
 
-    The rank of a query's positive counts all that score at least as high, so that a model that
-    embeds everything alike finds nothing.
+    A rank counts all positives that score at least as high: a model that embeds everything alike
+    finds nothing.
 
     Args:
         model: Anything with ``encode(texts)``.
@@ -491,8 +473,8 @@ def evaluate(model: Any, pairs: Pairs) -> Retrieval:
 def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> list[list[int]]:
     """Return the positions of an epoch's batches, in seeded order.
 
-    No text occurs twice in a batch, where it would be a false negative: the second pair waits for a
-    later batch. Incomplete batches are left out; if all are, the largest is kept.
+    No text occurs twice in a batch, where it would be a false negative: the second pair waits.
+    Incomplete batches are left out; if there is no full one, the largest is kept.
     """
     waiting = deque(np.random.default_rng([seed, epoch]).permutation(len(pairs)).tolist())
     texts = [set(pair) for pair in zip(pairs.queries, pairs.positives, strict=True)]
@@ -513,22 +495,6 @@ def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> list[list[int]
     largest = max(batches, key=len, default=[])
     full = [batch for batch in batches if len(batch) == size]
     return full or ([largest] if len(largest) > 1 else [])
-
-
-def _plan(
-    pairs: Pairs, settings: Settings, seed: int, max_steps: int | None
-) -> list[tuple[int, list[int]]]:
-    """Return the epoch and the rows of each step."""
-    limit = None if max_steps is None else integer(max_steps, "max_steps", 1)
-    batches = (
-        (epoch, rows)
-        for epoch in range(settings.epochs)
-        for rows in batches_of(pairs, settings.batch_size, seed, epoch)
-    )
-    plan = list(islice(batches, limit))
-    if not plan:
-        raise DataError("training pairs", "at least two different pairs", len(pairs))
-    return plan
 
 
 def _texts(batch: Pairs) -> list[str]:
