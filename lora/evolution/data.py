@@ -1,8 +1,7 @@
 """Training data: pairs of texts as an Arrow table, with the few operations that training needs.
 
-The columns are ``query`` and ``positive`` (never empty), ``negative`` (may be null), ``quality`` in
-[0, 1], and ``group``, the source of a pair. Data are split by group: pairs of one source resemble
-each other.
+A negative may be null, a quality is in [0, 1], and a group is the source of a pair. Data are split
+by group, since pairs of one source resemble each other.
 
 Requirements: R17, R21.
 """
@@ -208,7 +207,7 @@ def docstring_pairs(source: PathLike | None = None, *, answer: str = "name") -> 
     """Pair the first docstring sentence of every public function and class with its name or code.
 
     The code is parsed, never imported. A group is a top-level module. A sentence that occurs twice
-    ("Return a string.") identifies nothing and is left out.
+    is left out.
 
     Args:
         source: A folder of Python packages and modules; None for Python's standard library.

@@ -71,7 +71,7 @@ class OnlineAdapter:
         engine: An engine over an `InferenceCore`.
         guard: Pairs on which the MRR may fall by `tolerance`, from the base model's.
         step_size: Length of a step at a reward of 1 or -1, in the space of all factors.
-        publish: Called with the card after each step that is kept.
+        publish: Called with each new card.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """WeightMapProbe: which layers of a model matter, by three scores that need no gradients.
 
-Each score is a mean, so that no layer is hot for its size alone: ``|W|``; ``|W_ij|`` times the root
-mean square of input channel j (Wanda, Sun et al. 2023); ``1 − cos`` of a block's input and output
-(block influence, Men et al. 2024). Ablation, the loss without a block, tells which one to believe.
+Each score is a mean, whatever a layer's size: ``|W|``; ``|W_ij|`` times the root mean square of
+input channel j (Wanda, Sun et al. 2023); ``1 − cos`` of a block's input and output (block
+influence, Men et al. 2024). Ablation tells which one to believe.
 
 Requirements: R15.
 """
@@ -235,8 +235,7 @@ class WeightMapProbe:
     """Scores a model's Linears and blocks on texts, on a copy of the model.
 
     Args:
-        encoder: A torch module with ``encode(texts)``, such as an engine's ``base``. Adapted layers
-            of float32 or float64 count as ``W + ΔW``.
+        encoder: A torch module with ``encode(texts)``, such as an engine's ``base``.
         blocks: Names of the blocks; by default the members of the longest ``ModuleList``.
         on_step: Called after each text and each ablated block.
 
@@ -293,14 +292,22 @@ class WeightMapProbe:
         self, model: nn.Module, texts: list[str], blocks: tuple[str, ...]
     ) -> tuple[dict[str, Tally], dict[str, Tally]]:
         """Tally the squared inputs of each Linear that runs, and the turns of each block."""
+        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         inputs: dict[str, Tally] = defaultdict(Tally)
         turned: dict[str, Tally] = defaultdict(Tally)
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        for name, linear in linears.items():
-            _tally(linear, name, inputs, lambda x, _: squares(x))
-        for block in blocks:
-            measure = partial(turns, where=f"probe: {block!r}")
-            _tally(model.get_submodule(block), block, turned, measure)
+
+        def add(name: str, x: Any, output: Any) -> None:
+            y, where = output[0] if isinstance(output, tuple) else output, f"probe: {name!r}"
+            if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+                kinds = f"{type(x)}, {type(y)}"
+                raise UnsupportedModelError(where, "a tensor in and out", kinds)
+            if name in linears:
+                inputs[name] += squares(_array(x))
+            if name in blocks:
+                turned[name] += turns(_array(x), _array(y), where=where)
+
+        for name in {*linears, *blocks}:
+            _on_forward(model.get_submodule(name), partial(add, name))
         for position, text in enumerate(texts, 1):
             _encoded(model, [text])
             self.on_step("text", position, len(texts))
@@ -325,24 +332,6 @@ def _blocks(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
         expected, hint = "names of modules of the model", "name them in `blocks`"
         raise TargetError("probe: blocks", expected, unknown or "none", hint)
     return blocks
-
-
-def _tally(
-    module: nn.Module,
-    name: str,
-    tallies: dict[str, Tally],
-    measure: Callable[[Array, Array], Tally],
-) -> None:
-    """Add a measure of the input and output of each forward to a module's tally."""
-
-    def add(x: Any, output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) else output
-        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-            kinds = f"{type(x)}, {type(y)}"
-            raise UnsupportedModelError(f"probe: {name!r}", "a tensor in and out", kinds)
-        tallies[name] += measure(_array(x), _array(y))
-
-    _on_forward(module, add)
 
 
 def _lost(model: nn.Module, texts: list[str], block: str, whole: Array) -> float:

@@ -43,8 +43,7 @@ def schedule_of(optimizer: Optimizer, kind: str, steps: int, *, warmup: float = 
         optimizer: The learning rates of its groups are the peaks.
         kind: One of `SCHEDULES`; one-cycle has a warm-up of its own.
         steps: Of the whole training, warm-up included.
-        warmup: Share of the steps, in [0, 1), in which the rate rises to its peak; at least the
-            last step is not one of them.
+        warmup: Share of the steps in which the rate rises; it reaches its peak in any case.
     """
     rising = min(round(warmup * steps), steps - 1)
     if not rising or kind == "one-cycle":

@@ -65,12 +65,11 @@ class Settings:
     """How a training runs.
 
     Args:
-        lr: Peak learning rate of AdamW.
-        warmup: Share of the steps, in [0, 1), in which the learning rate rises to its peak.
+        warmup: Share of the steps, in [0, 1), in which the learning rate rises to `lr`.
         accumulate: Parts in which a batch goes through the encoder: less memory, a second forward,
             the update of the whole batch (Gao et al. 2021).
         clip: Largest norm of the gradient of all factors.
-        autocast: ``"bf16"`` or ``"fp16"``; None computes in the encoder's own type.
+        autocast: ``"bf16"`` or ``"fp16"``: what the encoder computes in.
         checkpointing: Compute each block again on the way back: less memory, more time.
         lora_plus: Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024).
         rslora: Scale by alpha / √rank (Kalajdzievski 2023).
@@ -157,7 +156,6 @@ class LoRATrainer:
     Args:
         engine: An engine over an `InferenceCore`.
         rank, alpha, target_modules, base_model: Of the cards.
-        seed: Decides on initial factors, split, batches and dropout.
         settings: `Settings`, or the name of one of `PRESETS`.
 
     Examples:
@@ -213,7 +211,6 @@ class LoRATrainer:
 
         Args:
             pairs: Of at least two groups. Negatives count in a batch in which each pair has one.
-            name, metadata: Of the card.
             max_steps: Ends the training, and the schedule, early.
             checkpoint: A file to continue from if it exists; written at each validation.
             start: A card to continue from, with this trainer's rank and modules.
@@ -473,8 +470,8 @@ def evaluate(model: Any, pairs: Pairs) -> Retrieval:
 def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> list[list[int]]:
     """Return the positions of an epoch's batches, in seeded order.
 
-    No text occurs twice in a batch, where it would be a false negative: the second pair waits.
-    Incomplete batches are left out; if there is no full one, the largest is kept.
+    No text occurs twice in a batch, where it would be a false negative. Incomplete batches are left
+    out; if there is no full one, the largest is kept.
     """
     waiting = deque(np.random.default_rng([seed, epoch]).permutation(len(pairs)).tolist())
     texts = [set(pair) for pair in zip(pairs.queries, pairs.positives, strict=True)]
