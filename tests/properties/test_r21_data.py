@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,60 +17,42 @@ from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
 
 FORMATS = st.sampled_from([".arrow", ".parquet", ".jsonl", ".json", ""])
+WORDS = ["Return", "x", ".", ". ", "\n", "\n\n", "  ", "e.g.", "é"]
 SPACES = ["", " ", "\t\n", "\u3000", "\u2028"]
 
-words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
-    lambda text: text.strip()
-)
-texts = st.one_of(
-    st.sampled_from(["a", "b", "a ", "ß", "日本", "a\0b", '"', "\u200b", "👩‍👩‍👧", "e\u0301"]),
-    words,
-)
-qualities = st.one_of(
-    st.sampled_from([0.0, -0.0, 1.0, 5e-324, np.nextafter(1, 0)]), st.floats(0, 1)
-)
-groups = st.one_of(st.sampled_from(["a", "b", "c", ""]), words)
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(str.strip)
+ODD = ["a", "b", "a ", "ß", "日本", "a\0b", '"', "\u200b", "👩‍👩‍👧", "e\u0301"]
+texts = st.sampled_from(ODD) | words
+qualities = st.sampled_from([0.0, -0.0, 1.0, 5e-324, np.nextafter(1, 0)]) | st.floats(0, 1)
+groups = st.sampled_from(["a", "b", "c", ""]) | words
 rows = st.fixed_dictionaries(
     {"query": texts, "positive": texts, "group": groups},
-    optional={"negative": st.one_of(st.none(), texts, st.just("")), "quality": qualities},
+    optional={"negative": st.none() | texts | st.just(""), "quality": qualities},
 )
 data_sets = st.lists(rows, max_size=8).map(Pairs.of)
 
+BAD_LINES = ["{", "nope", '{"query": "a"}', "5", "null", '"text"', "[" * 5000]
+BAD_LINES += ['{"query":"a","positive":" "}', '{"query":"a","positive":"b","quality":NaN}']
+COLUMNS = st.sampled_from([*SCHEMA.names, "x"])
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
 json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=4)
-    | st.just("\ud800"),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["query", "positive", "negative", "quality", "group", "x"]),
-            inner,
-            max_size=5,
-        )
-    ),
+    scalars | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(COLUMNS, inner, max_size=5),
     max_leaves=8,
 )
-bad_values = st.one_of(
-    st.tuples(
-        st.sampled_from(["query", "positive"]),
-        st.sampled_from([*SPACES, None, 1, b"a", ["a"], "a\ud800"]),
-    ),
-    st.tuples(st.just("negative"), st.sampled_from([1, b"a", ["a"], "\udfff"])),
-    st.tuples(st.just("group"), st.sampled_from([None, 3, ["a"], "\ud800"])),
-    st.tuples(
-        st.just("quality"),
-        st.sampled_from(
-            [None, "0.5", float("nan"), float("inf"), -1e-300, np.nextafter(1, 2), 10**400, [0.5]]
-        ),
-    ),
-    st.tuples(st.sampled_from(["answer", "", "Query", "quality "]), texts),
-)
-turns = st.tuples(
-    st.sampled_from(["user", "assistant", "system"]), st.sampled_from(["a", "b", " ", "", None])
-)
+NO_TEXT = [*SPACES, None, 1, b"a", ["a"], "a\ud800"]
+NO_QUALITY = [None, "0.5", float("nan"), float("inf"), -1e-300, np.nextafter(1, 2), 10**400, [0.5]]
+BAD = {
+    "query": NO_TEXT,
+    "positive": NO_TEXT,
+    "negative": [1, b"a", ["a"], "\udfff"],
+    "group": [None, 3, ["a"], "\ud800"],
+    "quality": NO_QUALITY,
+    **dict.fromkeys(["answer", "", "Query", "quality "], ODD),
+}
+bad_values = st.sampled_from([(name, value) for name, values in BAD.items() for value in values])
+ROLES, SAID = ["user", "assistant", "system"], ["a", "b", " ", "", None]
+turns = st.tuples(st.sampled_from(ROLES), st.sampled_from(SAID))
 
 
 def records(pairs):
@@ -104,9 +87,8 @@ def test_rows_go_in_and_come_out_as_they_are(pairs):
     again = Pairs.of(pairs.table.to_pylist())
     assert again == pairs
     assert records(again) == records(pairs)
-    assert [pairs.queries, pairs.positives] == [
-        pairs.table[name].to_pylist() for name in ("query", "positive")
-    ]
+    assert pairs.queries == pairs.table["query"].to_pylist()
+    assert pairs.positives == pairs.table["positive"].to_pylist()
 
 
 @requirement("R21.5")
@@ -142,16 +124,14 @@ def test_adding_is_concatenation(a, b, c):
 
 @requirement("R21.5", "R17.3")
 @given(
-    st.lists(rows, min_size=2, max_size=12)
-    .map(Pairs.of)
-    .filter(lambda pairs: pairs.statistics()["groups"] > 1),
+    st.lists(rows, min_size=2, max_size=12).filter(lambda r: len({x["group"] for x in r}) > 1),
     st.floats(0, 1, exclude_min=True, exclude_max=True),
     st.integers(0, 2**32),
 )
-def test_a_split_shares_no_group_loses_no_row_and_is_a_function_of_the_seed(pairs, share, seed):
+def test_a_split_shares_no_group_loses_no_row_and_is_a_function_of_the_seed(rows, share, seed):
+    pairs = Pairs.of(rows)
     first, second = pairs.split(share, seed=seed)
-    assert len(first) > 0
-    assert len(second) > 0
+    assert len(first) > 0 < len(second)
     left, right = (set(part.table["group"].to_pylist()) for part in (first, second))
     assert not left & right
     everything = set(pairs.table["group"].to_pylist())
@@ -172,12 +152,9 @@ def test_a_split_does_not_depend_on_the_order_of_the_rows(pairs, order, seed):
 
 
 @requirement("R21.5")
-@given(
-    st.lists(
-        st.builds(dict, rows, query=st.sampled_from("ab"), positive=st.sampled_from("ab"))
-    ).map(Pairs.of)
-)
-def test_unique_keeps_the_first_of_each_query_and_positive(pairs):
+@given(st.lists(st.builds(dict, rows, query=st.sampled_from("ab"), positive=st.sampled_from("ab"))))
+def test_unique_keeps_the_first_of_each_query_and_positive(rows):
+    pairs = Pairs.of(rows)
     unique = pairs.unique()
     first = {}
     for row in records(pairs):
@@ -190,13 +167,11 @@ def test_unique_keeps_the_first_of_each_query_and_positive(pairs):
 @requirement("R21.5")
 @given(data_sets, st.data())
 def test_take_picks_rows_by_position(pairs, data):
-    positions = (
-        st.lists(st.integers(0, max(len(pairs) - 1, 0)), max_size=6) if len(pairs) else st.just([])
-    )
-    chosen = data.draw(positions)
-    inner = (
-        data.draw(st.lists(st.integers(0, max(len(chosen) - 1, 0)), max_size=4)) if chosen else []
-    )
+    def positions(count):
+        return data.draw(st.lists(st.integers(0, max(count - 1, 0)), max_size=6 if count else 0))
+
+    chosen = positions(len(pairs))
+    inner = positions(len(chosen))
     assert records(pairs.take(chosen)) == [records(pairs)[row] for row in chosen]
     assert pairs.take(chosen).take(inner) == pairs.take([chosen[row] for row in inner])
     assert pairs.take(range(len(pairs))) == pairs
@@ -209,11 +184,8 @@ def test_statistics_are_what_counting_by_hand_gives(pairs):
     stats = pairs.statistics()
 
     def mean(values):
-        return pytest.approx(
-            sum(values) / len(values) if values else 0.0,
-            rel=gamma(9, np.dtype(np.float64)),
-            abs=1e-320,
-        )
+        exact = sum(values) / len(values) if values else 0.0
+        return pytest.approx(exact, rel=gamma(9, np.dtype(np.float64)), abs=1e-320)
 
     assert stats == {
         "rows": len(rows),
@@ -242,18 +214,9 @@ def test_a_bad_row_is_refused_by_its_number(good, bad, data):
 @requirement("R21.5")
 @pytest.mark.parametrize(
     ("column", "value"),
-    [
-        ("query", " "),
-        ("query", None),
-        ("positive", "\u3000"),
-        ("positive", ""),
-        ("positive", None),
-        ("group", None),
-    ]
-    + [
-        ("quality", value)
-        for value in (None, float("nan"), -5e-324, np.nextafter(1, 2), float("inf"))
-    ],
+    [(name, value) for name in ("query", "positive") for value in (" ", "\u3000", "", None)]
+    + [("group", None)]
+    + [("quality", v) for v in (None, float("nan"), -5e-324, np.nextafter(1, 2), float("inf"))],
 )
 @settings(max_examples=10)
 @given(pairs=data_sets.filter(len), data=st.data())
@@ -263,30 +226,16 @@ def test_a_bad_value_in_a_table_is_refused_too(column, value, pairs, data):
     values[row] = value
     index = SCHEMA.get_field_index(column)
     table = pairs.table.set_column(index, column, pa.array(values, SCHEMA.field(column).type))
-    with pytest.raises(
-        DataError, match=column if value is None else rf"^pairs: row {row}: {column}"
-    ):
+    message = column if value is None else rf"^pairs: row {row}: {column}"
+    with pytest.raises(DataError, match=message):
         Pairs(table)
     with pytest.raises(DataError, match=f"the columns .*found .*{column}"):
         Pairs(pairs.table.drop_columns([column]))
 
 
 @requirement("R21.5")
-@given(
-    st.sampled_from(
-        [
-            ("a",),
-            ("a", "b", "c", "d"),
-            (),
-            "ab",
-            b"ab",
-            5,
-            None,
-            {"query": "a"},
-            {1: "a"},
-            {"a", "b"},
-        ]
-    )
+@pytest.mark.parametrize(
+    "row", [("a",), [*"abcd"], (), "ab", b"ab", 5, None, {"query": "a"}, {1: "a"}, {"a", "b"}]
 )
 def test_what_is_no_row_at_all_is_refused_by_its_number(row):
     with pytest.raises(DataError, match=r"^pairs: row 1\b"):
@@ -295,20 +244,8 @@ def test_what_is_no_row_at_all_is_refused_by_its_number(row):
 
 @requirement("R21.5")
 @given(
-    st.lists(st.one_of(rows, st.sampled_from(["", "  ", "\t"])), max_size=6),
-    st.sampled_from(
-        [
-            "{",
-            "nope",
-            '{"query": "a"}',
-            "5",
-            "null",
-            '"text"',
-            '{"query":"a","positive":" "}',
-            "[" * 5000,
-        ]
-    )
-    | st.just('{"query":"a","positive":"b","quality":NaN}'),
+    st.lists(rows | st.sampled_from(["", "  ", "\t"]), max_size=6),
+    st.sampled_from(BAD_LINES),
 )
 def test_a_bad_line_of_a_jsonl_file_is_refused_by_its_number_blank_lines_counted(lines, bad):
     content = [line if isinstance(line, str) else json.dumps(line) for line in lines]
@@ -338,37 +275,27 @@ def test_a_damaged_file_is_pairs_or_a_data_error_but_never_a_crash(pairs, suffix
         pairs.save(path)
         raw = bytearray(path.read_bytes())
         for _ in range(data.draw(st.integers(1, 3)) if raw else 0):
-            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(
-                st.sampled_from([0, 1, 127, 128, 255])
-            )
+            place = data.draw(st.integers(0, len(raw) - 1))
+            raw[place] = data.draw(st.sampled_from([0, 1, 127, 128, 255]))
         path.write_bytes(raw[: data.draw(st.just(len(raw)) | st.integers(0, len(raw)))])
         try:
             loaded = Pairs.load(path)
         except DataError:
             return
-        assert (
-            Pairs.of(loaded.table.to_pylist()) == loaded
-        )  # whatever it is, it is a well-formed data set
+        assert Pairs.of(loaded.table.to_pylist()) == loaded
 
 
 @requirement("R21.5")
 @given(st.lists(st.lists(turns, max_size=6), max_size=4))
 def test_a_chat_gives_each_question_with_the_answer_right_after_it(chats):
-    lines = [
-        json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]})
-        for chat in chats
-    ]
+    dictionaries = [[{"role": role, "content": text} for role, text in chat] for chat in chats]
+    lines = [json.dumps({"messages": chat}) for chat in dictionaries]
     expected = []
     for number, chat in enumerate(chats):
-        for i in range(len(chat) - 1):
-            (role, asked), (then, told) = chat[i], chat[i + 1]
-            if (
-                role == "user"
-                and then == "assistant"
-                and (asked or "").strip()
-                and (told or "").strip()
-            ):
-                expected.append((asked, told, f"transcript {number}"))
+        for (role, asked), (then, reply) in pairwise(chat):
+            is_pair = (role, then) == ("user", "assistant")
+            if is_pair and (asked or "").strip() and (reply or "").strip():
+                expected.append((asked, reply, f"transcript {number}"))
     folder, path = written("\n".join(lines))
     with folder:
         if not expected:
@@ -380,11 +307,7 @@ def test_a_chat_gives_each_question_with_the_answer_right_after_it(chats):
 
 
 @requirement("R21.6")
-@given(
-    st.lists(
-        st.sampled_from(["Return", "x", ".", ". ", "\n", "\n\n", "  ", "e.g.", "é"]), max_size=12
-    ).map("".join)
-)
+@given(st.lists(st.sampled_from(WORDS), max_size=12).map("".join))
 def test_the_first_sentence_is_one_line_of_the_first_paragraph(text):
     sentence = first_sentence(text)
     paragraph = text.strip().split("\n\n")[0]

@@ -21,33 +21,25 @@ HUGE = "é" * 100_000
 @requirement("R21.5")
 def test_a_jsonl_file_with_the_least_and_the_most_that_a_line_may_hold_is_read(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    lines = [
-        '\ufeff{"query": "a", "positive": "b"}',
-        "",
-        json.dumps({"query": "c", "positive": HUGE, "negative": "e", "quality": 0.5, "group": "g"})
-        + "\r",
-        '["q", "p", "n"]',
-    ]
+    row = {"query": "c", "positive": HUGE, "negative": "e", "quality": 0.5, "group": "g"}
+    lines = ['\ufeff{"query": "a", "positive": "b"}', "", json.dumps(row) + "\r", '["q", "p", "n"]']
     path.write_text("\n".join(lines), encoding="utf-8")
     assert Pairs.load(path).table.to_pylist() == [
         {"query": "a", "positive": "b", "negative": None, "quality": 1.0, "group": "0"},
-        {"query": "c", "positive": HUGE, "negative": "e", "quality": 0.5, "group": "g"},
+        row,
         {"query": "q", "positive": "p", "negative": "n", "quality": 1.0, "group": "2"},
     ]
 
 
 @requirement("R21.5")
 def test_foreign_arrow_and_parquet_files_get_the_optional_columns(tmp_path):
-    table = pa.table(
-        {"id": [1, 2], "query": ["a", "b"], "positive": pa.array(["c", "d"], pa.large_string())}
-    )
+    answers = pa.array(["c", "d"], pa.large_string())
+    table = pa.table({"id": [1, 2], "query": ["a", "b"], "positive": answers})
     pq.write_table(table, tmp_path / "pairs.parquet")
     with pa.ipc.new_file(tmp_path / "pairs.arrow", table.schema) as writer:
         writer.write_table(table)
-    expected = Pairs.of([("a", "c"), ("b", "d")])
-    assert (
-        Pairs.load(tmp_path / "pairs.parquet") == Pairs.load(tmp_path / "pairs.arrow") == expected
-    )
+    for name in ("pairs.parquet", "pairs.arrow"):
+        assert Pairs.load(tmp_path / name) == Pairs.of([("a", "c"), ("b", "d")])
 
 
 @requirement("R21.5")
@@ -56,7 +48,7 @@ def test_a_question_in_a_chat_goes_with_the_answer_right_after_it(tmp_path):
     turns = [
         ("system", "be brief"),
         ("user", "how do I open a file?"),
-        ("assistant", "open(path)"),
+        ("assistant", "open(path)\n"),
         ("user", "not answered"),
         ("user", "and close it?"),
         ("assistant", "file.close()"),
@@ -80,13 +72,15 @@ def test_a_question_in_a_chat_goes_with_the_answer_right_after_it(tmp_path):
     ("line", "message"),
     [
         ("{", "JSON"),
-        ("[]", "messages with a role and text as content"),
-        ('{"messages": null}', "messages with a role and text as content"),
-        ('{"messages": "hello"}', "messages with a role and text as content"),
-        ('{"messages": [{"role": "user"}]}', "messages with a role and text as content"),
-        (
-            '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
-            "messages with a role and text as content",
+        *(
+            (line, "messages with a role and text as content")
+            for line in (
+                "[]",
+                '{"messages": null}',
+                '{"messages": "hello"}',
+                '{"messages": [{"role": "user"}]}',
+                '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+            )
         ),
     ],
 )
@@ -217,9 +211,7 @@ SOURCES = {
     ''',
     "pack/sub/mod.py": 'def h():\n    """Go as deep as this."""\n    return "Go as deep as that."\n',
     "__init__.py": 'def root():\n    """Belong to the root."""\n',
-    "latin.py": "# -*- coding: latin-1 -*-\ndef café():\n    'Brew a cup of café.'\n    return 0\n".encode(
-        "latin-1"
-    ),
+    "latin.py": "# coding: latin-1\ndef café():\n    'Brew a cup of café.'\n".encode("latin-1"),
     "bom.py": b"\xef\xbb\xbfdef marked():\n    'Start with a mark.'\n",
     "bait.py": 'raise SystemExit("imported")\n',
     "broken.py": "def f(:\n",
@@ -307,7 +299,7 @@ def stdlib():
 
 @requirement("R21.6")
 def test_the_standard_library_gives_thousands_of_pairs_in_more_than_a_hundred_modules(stdlib):
-    stats = stdlib.statistics()
+    stats, groups = stdlib.statistics(), stdlib.table["group"].to_pylist()
     assert stats["rows"] > 3000
     assert stats["groups"] > 100
     assert len(set(stdlib.queries)) == len(stdlib)
@@ -315,11 +307,7 @@ def test_the_standard_library_gives_thousands_of_pairs_in_more_than_a_hundred_mo
     assert known["shutil.copytree"].startswith("Recursively copy a directory tree")
     assert "json.encoder.JSONEncoder" in known
     assert all("\n" not in query and len(query.split()) >= 3 for query in stdlib.queries)
-    rows = zip(stdlib.positives, stdlib.table["group"].to_pylist(), strict=True)
-    assert all(name.split(".")[0] == group for name, group in rows)
-    assert stdlib.table["group"].unique().to_pylist() == sorted(
-        set(stdlib.table["group"].to_pylist())
-    )
+    assert [name.split(".")[0] for name in stdlib.positives] == groups == sorted(groups)
 
 
 @requirement("R21.6", "R17.3")
@@ -333,15 +321,15 @@ def test_the_standard_library_is_split_by_module(stdlib):
 
 @requirement("R21.6")
 def test_another_process_finds_the_same_pairs_and_imports_none_of_the_modules(stdlib, tree):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tree)], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", SCRIPT, str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     digest, imported = done.stdout.split("\n")[:2]
     assert digest == hashlib.sha256(repr(stdlib.table.to_pylist()).encode()).hexdigest()
     assert imported == ""
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @requirement("R21.6")
 def test_no_code_of_the_standard_library_keeps_its_docstring(stdlib):
     code = docstring_pairs(answer="code")
