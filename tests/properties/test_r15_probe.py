@@ -29,24 +29,22 @@ from lora.testing.tolerance import gamma, roundoff
 F64 = np.dtype(np.float64)
 WIDTH = 4
 tokens = st.integers(0, 12)
-scores = st.dictionaries(
-    names, st.floats(0, 4, width=16) | st.sampled_from([0.0, 0.1, 1.0, 5e-324, 1.7e308]), max_size=8
-)
+MASSES = st.floats(0, 4, width=16) | st.sampled_from([0.0, 0.1, 1.0, 5e-324, 1.7e308])
+scores = st.dictionaries(names, MASSES, max_size=8)
 shares = st.floats(0, 1, exclude_min=True) | st.sampled_from([0.1, 0.5, 0.7, 0.9, 1.0, 5e-324])
 texts = st.lists(st.text("abcd", min_size=1, max_size=6), min_size=1, max_size=5)
 
 
 class Branch(nn.Module):
-    """A block whose score is planted: its Linear sees the input times a gain, and the input is turned by an angle."""
+    """A block with planted scores: its Linear sees the input times a gain, the input is turned."""
 
     def __init__(self, weight, gain, angle):
         super().__init__()
         self.dense = nn.Linear(WIDTH, len(weight), bias=False)
         self.dense.weight.data = torch.from_numpy(weight)
         turn = torch.eye(WIDTH, dtype=torch.float64)
-        turn[:2, :2] = torch.tensor(
-            [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-        )
+        cos, sin = np.cos(angle), np.sin(angle)
+        turn[:2, :2] = torch.tensor([[cos, -sin], [sin, cos]])
         self.gain, self.turn = gain, turn
 
     def forward(self, x):
@@ -55,7 +53,7 @@ class Branch(nn.Module):
 
 
 class Letters(nn.Module):
-    """Texts of a to d: a positive vector for each letter, through the blocks, averaged; batches are padded by zeros."""
+    """A positive vector for each letter a to d, through the blocks, averaged; zeros are padding."""
 
     def __init__(self, table, branches):
         super().__init__()
@@ -76,8 +74,9 @@ class Letters(nn.Module):
 def planted(draw):
     """A model, and the blocks that are hot: by weights, by weights times activations, by turning.
 
-    Weights are within [1/2, 1], or [4, 8] where hot; inputs are multiplied by 64 where hot, so that half of a row's
-    1-norm times 64 is more than 8 of any other's of the same 2-norm; angles are below 1/10, or over 1 where hot.
+    Weights are within [1/2, 1], or [4, 8] where hot; inputs are multiplied by 64 where hot, so that
+    half of a row's 1-norm times 64 is more than 8 of any other's of the same 2-norm; angles are
+    below 1/10, or over 1 where hot.
     """
     count = draw(st.integers(2, 4))
     magnitude, wanda_, influence = hot = [draw(st.integers(0, count - 1)) for _ in range(3)]
@@ -85,9 +84,8 @@ def planted(draw):
     table = draw(hnp.arrays(F64, (4, WIDTH), elements=entries))
     branches = []
     for index in range(count):
-        weight = draw(
-            hnp.arrays(F64, (draw(st.sampled_from([1, 2, 7, 40])), WIDTH), elements=entries)
-        )
+        shape = (draw(st.sampled_from([1, 2, 7, 40])), WIDTH)
+        weight = draw(hnp.arrays(F64, shape, elements=entries))
         weight *= draw(hnp.arrays(F64, weight.shape, elements=st.sampled_from([-1.0, 1.0])))
         weight *= 8 if index == magnitude else 1
         angle = draw(st.floats(1, 3)) if index == influence else draw(st.floats(-0.1, 0.1))
@@ -104,7 +102,7 @@ def layers(draw):
 
 
 def bound(n):
-    """Relative distance of two sums of n numbers >= 0 in float64, in any order, each of them a product, divided by n."""
+    """Relative distance of two means of n products >= 0 in float64, summed in any order."""
     return 2 * gamma(n + 2, F64)
 
 
@@ -113,29 +111,24 @@ class TestEachScore:
 
     @requirement("R15.1")
     @given(layers())
-    def test_weights_times_activations_is_the_mean_over_all_weights_and_magnitude_the_case_without_activations(
-        self, layer
-    ):
+    def test_wanda_is_the_mean_over_all_weights_with_and_without_activations(self, layer):
         weight, norms = layer
-        exact = [
-            Fraction(abs(float(w))) * Fraction(n)
-            for row in weight
-            for w, n in zip(row, norms, strict=True)
-        ]
-        plain = [Fraction(abs(float(w))) for w in weight.flat]
-        for found, terms in ((wanda(weight, norms), exact), (wanda(weight), plain)):
-            assert abs(Fraction(found) - sum(terms) / len(terms)) <= Fraction(
-                bound(weight.size)
-            ) * sum(terms)
+        for used in (norms, np.ones_like(norms)):
+            products = [
+                Fraction(abs(float(w))) * Fraction(n)
+                for row in weight
+                for w, n in zip(row, used, strict=True)
+            ]
+            found = wanda(weight, norms) if used is norms else wanda(weight)
+            error = abs(Fraction(found) - sum(products) / len(products))
+            assert error <= Fraction(bound(weight.size)) * sum(products)
 
     @requirement("R15.1")
     @given(layers(), st.integers(1, 5), st.integers(1, 5))
     def test_a_layer_of_the_same_weights_repeated_is_as_hot(self, layer, down, across):
         weight, norms = layer
-        once, many = (
-            wanda(weight, norms),
-            wanda(np.tile(weight, (down, across)), np.tile(norms, across)),
-        )
+        tiled = np.tile(weight, (down, across)), np.tile(norms, across)
+        once, many = wanda(weight, norms), wanda(*tiled)
         assert abs(once - many) <= bound(weight.size * down * across) * once
 
     @requirement("R15.1")
@@ -147,13 +140,10 @@ class TestEachScore:
         assume(x.any(-1).all() and y.any(-1).all())
         lengths = np.sqrt((x * x).sum(-1).astype(np.longdouble) * (y * y).sum(-1))
         exact = (1 - (x * y).sum(-1) / lengths).mean()
-        stretch = data.draw(
-            hnp.arrays(
-                F64, (2, count, 1), elements=st.sampled_from([1.0, 0.25, 3.0, 1e200, 1e-200])
-            )
-        )
+        factors = st.sampled_from([1.0, 0.25, 3.0, 1e200, 1e-200])
+        stretch = data.draw(hnp.arrays(F64, (2, count, 1), elements=factors))
         found = turns(x * stretch[0], y * stretch[1]).mean
-        # each direction is off by γ in every component, the square of a distance of at most 2 by four times that
+        # Each direction is off by γ in each component, the square of a distance <= 2 by 4 times that.
         assert abs(found - exact) <= 4 * width * gamma(2 * width + count + 8, F64)
         assert 0 <= found <= 2 + 4 * width * gamma(2 * width + count + 8, F64)
 
@@ -174,11 +164,9 @@ class TestPlanted:
     def test_each_score_ranks_its_own_layer_first(self, model_and_hot, some):
         model, hot = model_and_hot
         found = WeightMapProbe(model).probe(some)
-        for score, block in zip(
-            ("magnitude", "wanda", "influence", "ablation"), [*hot, hot[2]], strict=True
-        ):
+        for score, block in zip(SCORES, [*hot, hot[2]], strict=True):
             assert ranking(scores_of(found.blocks, score))[0] == block, score
-        for score, block in zip(("magnitude", "wanda"), hot, strict=False):
+        for score, block in zip(SCORES[:2], hot, strict=False):
             assert ranking(scores_of(found.layers, score))[0] == f"{block}.dense", score
 
     @requirement("R15.2")
@@ -247,9 +235,7 @@ class TestHotZones:
 
     @requirement("R15.3")
     @given(planted(), texts, st.data())
-    def test_padding_is_no_activation_and_the_order_of_texts_and_their_repetition_change_nothing(
-        self, model_and_hot, some, data
-    ):
+    def test_padding_order_and_repetition_of_texts_change_nothing(self, model_and_hot, some, data):
         model, probe = model_and_hot[0], WeightMapProbe(model_and_hot[0])
         again = data.draw(st.permutations(some * 2))
         first, second = probe.probe(some, ablation=False), probe.probe(again, ablation=False)
@@ -266,13 +252,10 @@ class TestHotZones:
                 letters = letters @ before.turn.T
             rms = np.sqrt(((letters.numpy() * block.gain) ** 2).mean(0))
             expected = wanda(block.dense.weight.detach().numpy(), rms)
-            found = next(
-                row.wanda for row in first.layers if model.get_submodule(row.name) is block.dense
-            )
-            # four turns of four-term products, then the mean of squares: relative to a vector's length
-            assert (
-                abs(found - expected) <= (bound(count) + 8 * gamma(WIDTH * 4, F64)) * WIDTH * 8 * 64
-            )
+            layers = {model.get_submodule(row.name): row for row in first.layers}
+            # Four turns of four-term products, then the mean of squares: relative to a length.
+            error = (bound(count) + 8 * gamma(WIDTH * 4, F64)) * WIDTH * 8 * 64
+            assert abs(layers[block.dense].wanda - expected) <= error
 
 
 @requirement("R15.4")
@@ -294,12 +277,8 @@ def test_rank_correlation_is_that_of_mean_ranks_and_knows_no_scale(pairs):
         return
     expected = float(sum(x * y for x, y in zip(left, right, strict=True))) / float(spread) ** 0.5
     assert abs(found - expected) <= 4 * roundoff(F64)
-    assert (
-        found
-        == rank_correlation(b, a)
-        == rank_correlation([2.0**x for x in a], b)
-        == -rank_correlation([-x for x in a], b)
-    )
+    assert found == rank_correlation(b, a) == rank_correlation([2.0**x for x in a], b)
+    assert found == -rank_correlation([-x for x in a], b)
 
 
 @st.composite
@@ -309,11 +288,8 @@ def pairs_of_models(draw):
     So each entry's magnitude is a singular value of ΔW, and nothing is rounded.
     """
     base, tuned, values = {}, {}, {}
-    for name in draw(
-        st.lists(
-            st.sampled_from(["a.query", "b.query", "größe", "0.dense"]), min_size=1, unique=True
-        )
-    ):
+    modules = st.sampled_from(["a.query", "b.query", "größe", "0.dense"])
+    for name in draw(st.lists(modules, min_size=1, unique=True)):
         shape = draw(st.tuples(features, features))
         entries = draw(st.lists(st.integers(-9, 9).filter(bool), max_size=min(shape)))
         rows, columns = (draw(st.permutations(range(size)))[: len(entries)] for size in shape)
@@ -329,8 +305,8 @@ def pairs_of_models(draw):
 def share_bound(shape):
     """How far the share may lie from the exact one.
 
-    A decomposition and a product of its factors are off by γ of a small multiple (12) of in · out in the norm of what is
-    decomposed (Higham, chapters 19 and 20), the error's square by 2 and less than 1 times that.
+    A decomposition and a product of its factors are off by γ of a small multiple (12) of in · out in
+    the norm (Higham, chapters 19 and 20), the error's square by 2 and less than 1 times that.
     """
     return 3 * gamma(12 * shape[0] * shape[1] + 12, F64)
 
@@ -340,14 +316,11 @@ class TestTwoModels:
 
     @requirement("R15.5")
     @given(pairs_of_models(), st.integers(1, 8))
-    def test_change_is_the_root_mean_square_of_the_difference_and_held_the_energy_of_the_first_directions(
-        self, pair, rank
-    ):
+    def test_change_is_the_root_mean_square_and_held_the_energy_that_fits(self, pair, rank):
         base, tuned, values = pair
         found = changes(base, tuned, rank)
-        assert sorted(row.name for row in found) == sorted(
-            name for name, (_, entries) in values.items() if entries
-        )
+        moved = {name for name, (_, entries) in values.items() if entries}
+        assert {row.name for row in found} == moved
         for row in found:
             shape, entries = values[row.name]
             exact = np.sqrt(sum(e * e for e in entries) / (shape[0] * shape[1]))
@@ -358,9 +331,7 @@ class TestTwoModels:
 
     @requirement("R15.5")
     @given(pairs_of_models(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
-    def test_a_layer_that_repeats_its_weights_changes_as_much_and_is_held_as_well(
-        self, pair, rank, down, across
-    ):
+    def test_a_layer_that_repeats_its_weights_changes_as_much(self, pair, rank, down, across):
         base, tuned, values = pair
         tiled = [
             {name: np.tile(weight, (down, across)) for name, weight in model.items()}
@@ -391,8 +362,7 @@ class TestTwoModels:
         base, tuned, _ = pair
         scaled = {name: np.ldexp(tuned[name] - base[name], exponent) for name in base}
         zero = {name: np.zeros_like(weight) for name, weight in base.items()}
-        plain, moved = (
-            changes(zero, model) for model in ({n: tuned[n] - base[n] for n in base}, scaled)
-        )
+        delta = {name: tuned[name] - base[name] for name in base}
+        plain, moved = (changes(zero, model) for model in (delta, scaled))
         assert [row.name for row in plain] == [row.name for row in moved]
         assert [np.ldexp(row.change, exponent) for row in plain] == [row.change for row in moved]

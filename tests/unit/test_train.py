@@ -42,15 +42,15 @@ TOPICS = 8
 F64 = np.dtype(np.float64)
 
 
-def core(seed=0):
+def core(seed=0, topics=TOPICS, shape=(32, 2, 2, 64, 8), **options):
     """A tiny random encoder over a vocabulary of ``a0 … d7``."""
-    names = [f"{letter}{i}" for letter in "abcd" for i in range(TOPICS)]
+    names = [f"{letter}{i}" for letter in "abcd" for i in range(topics)]
     vocabulary = {name: i for i, name in enumerate(["[PAD]", "[UNK]", *names])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = InferenceCore(EncoderConfig(len(vocabulary), 32, 2, 2, 64, 8), tokenizer)
+        made = InferenceCore(EncoderConfig(len(vocabulary), *shape, **options), tokenizer)
     return made.requires_grad_(requires_grad=False).eval()
 
 
@@ -59,9 +59,9 @@ def engine():
     return ArrowEngine(core())
 
 
-def pairs():
+def pairs(topics=TOPICS):
     """``a<i> c<j>`` asks for ``b<i> d<j>``: what holds for some combinations holds for the others."""
-    places = [(i, j) for i in range(TOPICS) for j in range(TOPICS)]
+    places = [(i, j) for i in range(topics) for j in range(topics)]
     return Pairs.of(
         {"query": f"a{i} c{j}", "positive": f"b{i} d{j}", "group": f"{i}{j}"} for i, j in places
     )
