@@ -242,8 +242,7 @@ def first_sentence(text: str) -> str:
         'Return the absolute value.'
     """
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
-    head, stop, _ = paragraph.partition(". ")
-    return head + stop.strip()
+    return re.split(r"(?<=\.) ", paragraph, maxsplit=1)[0]
 
 
 def _parsed(path: Path) -> ast.Module:
@@ -257,13 +256,12 @@ def _parsed(path: Path) -> ast.Module:
 
 def _definitions(parent: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield the public functions and classes of a module or class with their dotted names."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     for node in parent.body:
-        is_class = isinstance(node, ast.ClassDef)
-        is_definition = is_class or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        if is_definition and not node.name.startswith("_"):
+        if isinstance(node, kinds) and not node.name.startswith("_"):
             name = f"{prefix}.{node.name}".lstrip(".")
             yield name, node
-            if is_class:
+            if isinstance(node, ast.ClassDef):
                 yield from _definitions(node, name)
 
 

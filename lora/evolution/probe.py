@@ -219,9 +219,8 @@ def changes(
     card = extract_delta(
         before, after, rank, target_modules=target_modules, dtype="float64", on_module=on_step
     )
-    report: Any = card.metadata["extract"]
     rows = []
-    for name, figures in report["modules"].items():
+    for name, figures in card.metadata["extract"]["modules"].items():
         key = f"{name}.weight".removeprefix(".")
         delta = _array(after[key]) - _array(before[key])
         largest = np.abs(delta).max()  # so that no square over- or underflows
@@ -260,7 +259,7 @@ class WeightMapProbe:
         if not (texts := texts_of(texts)):
             raise ArgumentError("probe: texts", "at least one", "none")
         model = fold(self.encoder).eval()
-        if not callable(getattr(model, "encode", None)):
+        if not hasattr(model, "encode"):
             kind = type(model).__name__
             raise UnsupportedModelError("probe: encoder", "a module with encode(texts)", kind)
         blocks = _blocks(model, self.blocks)
@@ -354,11 +353,11 @@ def _on_forward(module: nn.Module, act: Callable[[Any, Any], Any]) -> Any:
     )
 
 
-def _array(weight: Any) -> Array:
+def _array(values: Any) -> Array:
     """Return a tensor or array in float64."""
-    if isinstance(weight, Tensor):
-        weight = weight.detach().double().cpu().numpy()
-    return np.asarray(weight).astype(np.float64)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double()
+    return np.asarray(values, np.float64)
 
 
 def _encoded(model: Any, texts: list[str]) -> Array:
