@@ -26,26 +26,21 @@ import pyarrow.parquet as pq
 from lora.errors import ArgumentError, CardNotFoundError, DataError, shown
 from lora.store import PathLike, replacing
 
+_COLUMNS = {
+    "query": ("string", "text that is not empty"),
+    "positive": ("string", "text that is not empty"),
+    "negative": ("string", "text or null"),
+    "quality": ("float64", "a number in [0, 1]"),
+    "group": ("string", "text"),
+}
+"""Type and rule of each column."""
+
 SCHEMA = pa.schema(
-    [
-        pa.field("query", "string", nullable=False),
-        pa.field("positive", "string", nullable=False),
-        pa.field("negative", "string"),
-        pa.field("quality", "float64", nullable=False),
-        pa.field("group", "string", nullable=False),
-    ]
+    [pa.field(name, kind, name == "negative") for name, (kind, _) in _COLUMNS.items()]
 )
 
 Row: TypeAlias = Mapping[str, Any] | Sequence[str]
 """A pair: a mapping from columns to values, or ``(query, positive[, negative])``."""
-
-_EXPECTED = {
-    "query": "text that is not empty",
-    "positive": "text that is not empty",
-    "negative": "text or null",
-    "quality": "a number in [0, 1]",
-    "group": "text",
-}
 
 _HIDDEN = re.compile(
     r"(^|/)((tests?|site-packages|dist-packages|idlelib|lib2to3|config|config-[^/]*|_[^/]*)/"
@@ -210,7 +205,7 @@ def docstring_pairs(source: PathLike | None = None, *, answer: str = "name") -> 
     is left out.
 
     Args:
-        source: A folder of Python packages and modules; None for Python's standard library.
+        source: A folder of Python files; None for the standard library.
         answer: ``"name"``: the dotted name; ``"code"``: the source without its docstring.
     """
     if answer not in ("name", "code"):
@@ -269,8 +264,7 @@ def checked_row(row: Any, index: int, where: str) -> dict[str, Any]:
     """Return a checked row with every column; the default group is the row's position."""
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) <= 3:
         row = dict(zip(SCHEMA.names, row, strict=False))
-    columns = set(row) if isinstance(row, Mapping) else set()
-    if not {"query", "positive"} <= columns <= set(SCHEMA.names):
+    if not isinstance(row, Mapping) or not {"query", "positive"} <= set(row) <= set(_COLUMNS):
         expected = f"(query, positive[, negative]) or a mapping with some of {SCHEMA.names}"
         raise DataError(where, expected, shown(row, 80))
     record = {"negative": None, "quality": 1.0, "group": str(index), **row}
@@ -280,7 +274,7 @@ def checked_row(row: Any, index: int, where: str) -> dict[str, Any]:
         else:
             valid = _is_text(value) and (value.strip() or name in ("negative", "group"))
         if not valid and (name, value) != ("negative", None):
-            raise DataError(f"{where}: {name}", _EXPECTED[name], shown(value, 80))
+            raise DataError(f"{where}: {name}", _COLUMNS[name][1], shown(value, 80))
     return record
 
 

@@ -56,7 +56,7 @@ def penalty(params: Tensors, anchor: Anchor, strength: float) -> Tensor:
 def fisher_of(losses: Sequence[Tensor] | Tensor, params: Tensors) -> Tensors:
     """Return the diagonal Fisher information: the mean of squared gradients, example by example.
 
-    Squaring the gradient of a batch's mean instead would divide it by the size of the batch.
+    The squared gradient of a batch's mean would be smaller by the size of the batch.
     """
     sums = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
     for loss in losses:

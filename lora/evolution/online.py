@@ -68,7 +68,6 @@ class OnlineAdapter:
     Thread safety: one writer. The state is one `Adaptation`, replaced after each event.
 
     Args:
-        engine: An engine over an `InferenceCore`.
         guard: Pairs on which the MRR may fall by `tolerance`, from the base model's.
         step_size: Length of a step at a reward of 1 or -1, in the space of all factors.
         publish: Called with each new card.
@@ -103,8 +102,8 @@ class OnlineAdapter:
     def process_learning_event(self, event: LearningEvent) -> Adaptation:
         """Take one step in the direction of the event's reward, and return the new state.
 
-        The step follows the gradient of the similarity of query and answer. A step that makes the
-        guard set too bad is counted and undone.
+        It follows the gradient of the similarity of query and answer. A step that makes the guard
+        set too bad is counted and undone.
         """
         state = replace(self.state, steps=self.state.steps + 1)
         model = trainable(self.core, state.card).eval()

@@ -101,7 +101,7 @@ def ranking(scores: Mapping[str, float]) -> tuple[str, ...]:
 def hot_zones(scores: Mapping[str, float], share: float = 0.5) -> tuple[str, ...]:
     """Return the fewest layers that hold a share of the sum of scores, the hottest first.
 
-    The sum is exact, and the share is the decimal number that it prints as.
+    The share is taken as the decimal number that it prints as.
 
     Examples:
         >>> hot_zones({"c": 1.0, "b": 2.0, "a": 1.0}, 0.75)
@@ -188,8 +188,7 @@ def scores_of(rows: Iterable[LayerScores], score: str) -> dict[str, float]:
 class LayerChange:
     """How far a layer's weight moved between two models.
 
-    `change` is the root mean square of the entries of ΔW; `held` the share of ``‖ΔW‖²`` that an
-    adapter of the rank can hold.
+    `change` is the root mean square of ΔW; `held` the share of ``‖ΔW‖²`` that the rank can hold.
     """
 
     name: str
@@ -253,8 +252,8 @@ class WeightMapProbe:
     def probe(self, texts: Sequence[str], *, ablation: bool = True) -> WeightMap:
         """Score on texts, each run by itself, so that no padding is measured.
 
-        Linears that no text reaches (a pooler) are left out. With `ablation`, all texts run once
-        more for each block: its score is the mean ``1 − cos`` of embeddings with and without it.
+        Linears that no text reaches are left out. Ablation runs all texts once more for each block,
+        and scores the mean ``1 − cos`` of embeddings with and without it.
         """
         if not (texts := texts_of(texts)):
             raise ArgumentError("probe: texts", "at least one", "none")

@@ -54,6 +54,10 @@ Progress = Callable[[int, int, float], None]
 """Called after each step with the step, the number of steps, and the loss."""
 
 
+EWC = tuple[Anchor, float]
+"""The anchor of an earlier task, and λ."""
+
+
 class Engine(Protocol):
     """What training needs of an engine."""
 
@@ -66,15 +70,13 @@ class Settings:
 
     Args:
         warmup: Share of the steps, in [0, 1), in which the learning rate rises to `lr`.
-        accumulate: Parts in which a batch goes through the encoder: less memory, a second forward,
-            the update of the whole batch (Gao et al. 2021).
-        clip: Largest norm of the gradient of all factors.
+        accumulate: Parts in which a batch goes through the encoder, with the update of the whole
+            batch: less memory, a second forward (Gao et al. 2021).
         autocast: ``"bf16"`` or ``"fp16"``: what the encoder computes in.
-        checkpointing: Compute each block again on the way back: less memory, more time.
+        checkpointing: Compute each block again on the way back: less memory.
         lora_plus: Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024).
         rslora: Scale by alpha / √rank (Kalajdzievski 2023).
         patience: Validations without a better MRR after which training stops.
-        share: Share of the groups to train on; the others validate.
     """
 
     epochs: int = 1
@@ -155,7 +157,6 @@ class LoRATrainer:
 
     Args:
         engine: An engine over an `InferenceCore`.
-        rank, alpha, target_modules, base_model: Of the cards.
         settings: `Settings`, or the name of one of `PRESETS`.
 
     Examples:
@@ -205,7 +206,7 @@ class LoRATrainer:
         checkpoint: PathLike | None = None,
         progress: Progress | None = None,
         start: LoRACard | None = None,
-        ewc: tuple[Anchor, float] | None = None,
+        ewc: EWC | None = None,
     ) -> Training:
         """Learn a card from pairs.
 
@@ -252,8 +253,8 @@ class LoRATrainer:
             if scores and len(scores) - 1 - scores.index(best) >= settings.patience:
                 break  # at the start of a step, so that a run killed right before stops too
             loss, lr = run.step(training.take(rows))
-            entry: dict[str, Any] = {"step": step, "epoch": epoch + 1, "loss": loss, "lr": lr}
-            run.history.append({**entry, "val_mrr": None, "val_recall_at_1": None})
+            run.history.append({"step": step, "epoch": epoch + 1, "loss": loss, "lr": lr})
+            run.history[-1] |= {"val_mrr": None, "val_recall_at_1": None}
             if step % settings.validate_every == 0 or step == len(plan):
                 result = evaluate(run.model, validation)
                 run.history[-1] |= {"val_mrr": result.mrr, "val_recall_at_1": result.recall_at_1}
@@ -285,11 +286,7 @@ class _Run:
     """The mutable part of one training: model, optimizer, schedule, history and best factors."""
 
     def __init__(
-        self,
-        trainer: LoRATrainer,
-        card: LoRACard,
-        steps: int,
-        ewc: tuple[Anchor, float] | None = None,
+        self, trainer: LoRATrainer, card: LoRACard, steps: int, ewc: EWC | None = None
     ) -> None:
         settings = trainer.settings
         self.card, self.settings, self.seed, self.ewc = card, settings, trainer.seed, ewc
@@ -298,20 +295,14 @@ class _Run:
         self.factors: dict[str, Tensor] = {
             name: factor for name, factor in self.model.named_parameters() if factor.requires_grad
         }
-        factors, lr = list(self.factors.values()), settings.lr  # A and B of a layer by turns
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": factors[::2], "lr": lr},
-                {"params": factors[1::2], "lr": lr * settings.lora_plus},
-            ],
-            weight_decay=0.0,
-        )
-        self.schedule = schedule_of(
-            self.optimizer, settings.schedule, steps, warmup=settings.warmup
-        )
-        self.scaler = torch.amp.GradScaler(
-            self.model.device.type, enabled=settings.autocast == "fp16"
-        )
+        factors, lr = [*self.factors.values()], settings.lr  # A and B of a layer by turns
+        rates = (factors[::2], lr), (factors[1::2], lr * settings.lora_plus)
+        groups = [{"params": params, "lr": rate} for params, rate in rates]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        kind, warmup = settings.schedule, settings.warmup
+        self.schedule = schedule_of(self.optimizer, kind, steps, warmup=warmup)
+        device, fp16 = self.model.device.type, settings.autocast == "fp16"
+        self.scaler = torch.amp.GradScaler(device, enabled=fp16)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
 
@@ -336,8 +327,8 @@ class _Run:
     def _backward(self, batch: Pairs) -> float:
         """Add the gradient of the batch's mean loss and of the penalty; return their sum.
 
-        Texts in several parts are embedded twice: without gradients, for the loss over all of them;
-        then part by part, with the slope of that loss.
+        Texts in parts are embedded twice: without gradients, for the loss over all of them; then
+        part by part, with its slope.
         """
         texts = _texts(batch)
         size = math.ceil(len(texts) / self.settings.accumulate)
@@ -447,11 +438,7 @@ def evaluate(model: Any, pairs: Pairs) -> Retrieval:
     """Rank all distinct positives for each query by cosine similarity.
 
     A rank counts all positives that score at least as high: a model that embeds everything alike
-    finds nothing.
-
-    Args:
-        model: Anything with ``encode(texts)``.
-        pairs: At least one.
+    finds nothing. The model has ``encode(texts)``.
     """
     if not len(pairs):
         raise DataError("evaluate", "at least one pair", "none")

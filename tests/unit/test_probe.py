@@ -29,32 +29,32 @@ from lora.evolution.probe import (
 )
 from lora.testing.plugin import requirement
 
-TEXTS = [
-    "The cat slept on the warm windowsill all afternoon.",
-    "Interest rates rose by a quarter of a point in March.",
-    "How do I reverse a linked list in Python?",
-    "Add the flour slowly while stirring the butter.",
-    "The treaty was signed after three years of negotiation.",
-    "A photon has no rest mass.",
-    "She missed the last train and walked home in the rain.",
-    "Which vaccines does an infant need in the first year?",
-    "The function returns None when the key is missing.",
-    "Rust checks the lifetime of every reference when it compiles.",
-    "Mount Etna erupted again on Sunday night.",
-    "He plays the cello in a small chamber orchestra.",
-    "The court ruled that the contract was void.",
-    "Plants turn light, water and carbon dioxide into sugar.",
-    "Our train leaves from platform nine at noon.",
-    "Sort the table by the second column, then remove duplicates.",
-    "The goalkeeper saved two penalties in the final.",
-    "An index makes reading fast and writing slower.",
-    "Where can I renew my passport?",
-    "The bridge was closed because of strong winds.",
-    "Gradient descent follows the slope downhill.",
-    "They painted the kitchen a pale yellow.",
-    "The patient was given antibiotics for ten days.",
-    "Olive trees can live for more than a thousand years.",
-]
+TEXTS = """\
+The cat slept on the warm windowsill all afternoon.
+Interest rates rose by a quarter of a point in March.
+How do I reverse a linked list in Python?
+Add the flour slowly while stirring the butter.
+The treaty was signed after three years of negotiation.
+A photon has no rest mass.
+She missed the last train and walked home in the rain.
+Which vaccines does an infant need in the first year?
+The function returns None when the key is missing.
+Rust checks the lifetime of every reference when it compiles.
+Mount Etna erupted again on Sunday night.
+He plays the cello in a small chamber orchestra.
+The court ruled that the contract was void.
+Plants turn light, water and carbon dioxide into sugar.
+Our train leaves from platform nine at noon.
+Sort the table by the second column, then remove duplicates.
+The goalkeeper saved two penalties in the final.
+An index makes reading fast and writing slower.
+Where can I renew my passport?
+The bridge was closed because of strong winds.
+Gradient descent follows the slope downhill.
+They painted the kitchen a pale yellow.
+The patient was given antibiotics for ten days.
+Olive trees can live for more than a thousand years.
+""".splitlines()
 
 
 class Block(nn.Module):

@@ -110,22 +110,16 @@ def test_a_clipped_gradient_is_no_longer_than_it_may_be(monkeypatch):
 
 CHILD = """
 import ast, sys
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from lora.engine import ArrowEngine
 from lora.evolution.data import Pairs
 from lora.evolution.train import LoRATrainer, Settings
-from lora.inference.encoder import EncoderConfig, InferenceCore
+from tests.unit.test_train import core
 
-torch.manual_seed(0)
-vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *(f"w{i}" for i in range(98))])}
-tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-core = InferenceCore(EncoderConfig(100, 64, 24, 4, 256, 128), tokenizer).requires_grad_(False).eval()
-text = " ".join(f"w{i}" for i in range(97))
-pairs = Pairs.of([(f"w{i} {text}", f"{text} w{i}") for i in range(40)])
+encoder = core(shape=(64, 24, 4, 256, 128))
+text = " ".join(f"a{i % 8}" for i in range(97))
+pairs = Pairs.of([(f"b{i % 8} c{i // 8} {text}", f"{text} b{i % 8} c{i // 8}") for i in range(40)])
 settings = Settings(batch_size=32, validation_size=1, **ast.literal_eval(sys.argv[1]))
-trainer = LoRATrainer(ArrowEngine(core), settings=settings)
+trainer = LoRATrainer(ArrowEngine(encoder), settings=settings)
 
 
 def peak():  # getrusage tells the parent's
