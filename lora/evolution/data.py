@@ -71,7 +71,7 @@ class Pairs:
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise DataError("pairs", f"the columns {SCHEMA.names}", error) from error
         for row, record in enumerate(table.to_pylist()):
-            checked_row(record, row, f"pairs: row {row}")
+            _record(record, row, f"pairs: row {row}")
         object.__setattr__(self, "table", table.combine_chunks())
 
     @classmethod
@@ -82,7 +82,7 @@ class Pairs:
     @classmethod
     def _of(cls, rows: Iterable[tuple[str, Any]]) -> Self:
         """Make pairs of rows, each with the place that an error names."""
-        records = [checked_row(row, index, where) for index, (where, row) in enumerate(rows)]
+        records = [_record(row, index, where) for index, (where, row) in enumerate(rows)]
         return cls(pa.Table.from_pylist(records, schema=SCHEMA))
 
     @classmethod
@@ -260,7 +260,7 @@ def _definitions(parent: Any, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield from _definitions(node, name)
 
 
-def checked_row(row: Any, index: int, where: str) -> dict[str, Any]:
+def _record(row: Any, index: int, where: str) -> dict[str, Any]:
     """Return a checked row with every column; the default group is the row's position."""
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) <= 3:
         row = dict(zip(SCHEMA.names, row, strict=False))

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from lora.card import LoRACard
 from lora.checks import finite
 from lora.errors import ArgumentError, DataError, shown
-from lora.evolution.data import Pairs, checked_row
+from lora.evolution.data import Pairs
 from lora.evolution.train import Engine, core_of, evaluate
 from lora.rewrite import fingerprint, fresh, trainable, trained
 
@@ -39,7 +39,10 @@ class LearningEvent:
     entropy_change: float = 0.0
 
     def __post_init__(self) -> None:
-        checked_row({"query": self.query, "positive": self.answer}, 0, "learning event")
+        for name in ("query", "answer"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"learning event: {name}", "text that is not empty", shown(text))
         ranges = {"reward": (-1, 1), "rouge": (0, 1), "entropy_change": (-math.inf, math.inf)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)

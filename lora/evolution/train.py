@@ -446,12 +446,12 @@ def evaluate(model: Any, pairs: Pairs) -> Retrieval:
     place = {text: row for row, text in enumerate(candidates)}
     embeddings = model.encode(pairs.queries), model.encode(candidates)
     try:
-        found = reciprocal_ranks(*embeddings, [place[text] for text in pairs.positives])
+        shares = reciprocal_ranks(*embeddings, [place[text] for text in pairs.positives])
     except ArgumentError as error:
         hint = "lower the learning rate"
         raise DataError("evaluate", "finite embeddings", "NaN or infinity", hint) from error
-    first, first_ten = (float((found >= least).mean()) for least in (1, 1 / 10))
-    return Retrieval(first, first_ten, float(found.mean()), len(found))
+    first, first_ten = (float((shares >= least).mean()) for least in (1, 1 / 10))
+    return Retrieval(first, first_ten, float(shares.mean()), len(shares))
 
 
 def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> list[list[int]]:

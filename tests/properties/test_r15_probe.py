@@ -119,8 +119,8 @@ class TestEachScore:
                 for row in weight
                 for w, n in zip(row, used, strict=True)
             ]
-            found = wanda(weight, norms) if used is norms else wanda(weight)
-            error = abs(Fraction(found) - sum(products) / len(products))
+            result = wanda(weight, norms) if used is norms else wanda(weight)
+            error = abs(Fraction(result) - sum(products) / len(products))
             assert error <= Fraction(bound(weight.size)) * sum(products)
 
     @requirement("R15.1")
@@ -142,10 +142,10 @@ class TestEachScore:
         exact = (1 - (x * y).sum(-1) / lengths).mean()
         factors = st.sampled_from([1.0, 0.25, 3.0, 1e200, 1e-200])
         stretch = data.draw(hnp.arrays(F64, (2, count, 1), elements=factors))
-        found = turns(x * stretch[0], y * stretch[1]).mean
+        result = turns(x * stretch[0], y * stretch[1]).mean
         # Each direction is off by γ in each component, the square of a distance <= 2 by 4 times that.
-        assert abs(found - exact) <= 4 * width * gamma(2 * width + count + 8, F64)
-        assert 0 <= found <= 2 + 4 * width * gamma(2 * width + count + 8, F64)
+        assert abs(result - exact) <= 4 * width * gamma(2 * width + count + 8, F64)
+        assert 0 <= result <= 2 + 4 * width * gamma(2 * width + count + 8, F64)
 
     @requirement("R15.1")
     @given(st.data(), dtypes, features, tokens.filter(bool))
@@ -163,11 +163,11 @@ class TestPlanted:
     @given(planted(), texts)
     def test_each_score_ranks_its_own_layer_first(self, model_and_hot, some):
         model, hot = model_and_hot
-        found = WeightMapProbe(model).probe(some)
+        result = WeightMapProbe(model).probe(some)
         for score, block in zip(SCORES, [*hot, hot[2]], strict=True):
-            assert ranking(scores_of(found.blocks, score))[0] == block, score
+            assert ranking(scores_of(result.blocks, score))[0] == block, score
         for score, block in zip(SCORES[:2], hot, strict=False):
-            assert ranking(scores_of(found.layers, score))[0] == f"{block}.dense", score
+            assert ranking(scores_of(result.layers, score))[0] == f"{block}.dense", score
 
     @requirement("R15.2")
     @given(
@@ -184,10 +184,10 @@ class TestPlanted:
 
     @requirement("R15.2")
     @given(scores, st.data())
-    def test_a_score_above_all_others_is_first_and_order_is_by_score_then_name(self, found, data):
-        order = ranking(found)
-        assert sorted(order) == sorted(found)
-        assert all((-found[a], a) < (-found[b], b) for a, b in pairwise(order))
+    def test_a_score_above_all_others_is_first_and_order_is_by_score_then_name(self, result, data):
+        order = ranking(result)
+        assert sorted(order) == sorted(result)
+        assert all((-result[a], a) < (-result[b], b) for a, b in pairwise(order))
 
 
 class TestHotZones:
@@ -195,18 +195,21 @@ class TestHotZones:
 
     @requirement("R15.3")
     @given(scores, shares)
-    def test_zones_hold_the_share_and_one_layer_less_never_would(self, found, share):
-        zones, masses = hot_zones(found, share), sorted(map(Fraction, found.values()), reverse=True)
+    def test_zones_hold_the_share_and_one_layer_less_never_would(self, result, share):
+        zones, masses = (
+            hot_zones(result, share),
+            sorted(map(Fraction, result.values()), reverse=True),
+        )
         wanted = Fraction(str(share)) * sum(masses)
-        assert sum((Fraction(found[name]) for name in zones), Fraction(0)) >= wanted
+        assert sum((Fraction(result[name]) for name in zones), Fraction(0)) >= wanted
         assert not zones or sum(masses[: len(zones) - 1]) < wanted
-        assert zones == ranking(found)[: len(zones)]
+        assert zones == ranking(result)[: len(zones)]
 
     @requirement("R15.3")
     @given(scores, shares, st.data())
-    def test_the_order_of_layers_changes_nothing(self, found, share, data):
-        shuffled = dict(data.draw(st.permutations(list(found.items()))))
-        assert hot_zones(shuffled, share) == hot_zones(found, share)
+    def test_the_order_of_layers_changes_nothing(self, result, share, data):
+        shuffled = dict(data.draw(st.permutations(list(result.items()))))
+        assert hot_zones(shuffled, share) == hot_zones(result, share)
 
     @requirement("R15.3")
     @given(st.data(), dtypes, features, tokens.filter(bool))
@@ -271,14 +274,14 @@ def test_rank_correlation_is_that_of_mean_ranks_and_knows_no_scale(pairs):
     middle = Fraction(len(pairs) - 1, 2)
     left, right = ([rank - middle for rank in ranks] for ranks in ranked)
     spread = sum(x * x for x in left) * sum(y * y for y in right)
-    found = rank_correlation(a, b)
+    result = rank_correlation(a, b)
     if not spread:
-        assert found is None
+        assert result is None
         return
     expected = float(sum(x * y for x, y in zip(left, right, strict=True))) / float(spread) ** 0.5
-    assert abs(found - expected) <= 4 * roundoff(F64)
-    assert found == rank_correlation(b, a) == rank_correlation([2.0**x for x in a], b)
-    assert found == -rank_correlation([-x for x in a], b)
+    assert abs(result - expected) <= 4 * roundoff(F64)
+    assert result == rank_correlation(b, a) == rank_correlation([2.0**x for x in a], b)
+    assert result == -rank_correlation([-x for x in a], b)
 
 
 @st.composite
@@ -318,16 +321,16 @@ class TestTwoModels:
     @given(pairs_of_models(), st.integers(1, 8))
     def test_change_is_the_root_mean_square_and_held_the_energy_that_fits(self, pair, rank):
         base, tuned, values = pair
-        found = changes(base, tuned, rank)
+        result = changes(base, tuned, rank)
         moved = {name for name, (_, entries) in values.items() if entries}
-        assert {row.name for row in found} == moved
-        for row in found:
+        assert {row.name for row in result} == moved
+        for row in result:
             shape, entries = values[row.name]
             exact = np.sqrt(sum(e * e for e in entries) / (shape[0] * shape[1]))
             assert abs(row.change - exact) <= bound(shape[0] * shape[1] + 4) * exact
             share = sum(e * e for e in entries[:rank]) / sum(e * e for e in entries)
             assert abs(row.held - share) <= share_bound(shape)
-        assert all((-a.change, a.name) < (-b.change, b.name) for a, b in pairwise(found))
+        assert all((-a.change, a.name) < (-b.change, b.name) for a, b in pairwise(result))
 
     @requirement("R15.5")
     @given(pairs_of_models(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))

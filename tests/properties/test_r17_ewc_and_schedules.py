@@ -20,25 +20,25 @@ WARMUPS = st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999])
 
 def rates(kind, steps, warmup, lr=1.0):
     optimizer = torch.optim.AdamW([{"params": [torch.zeros(1, requires_grad=True)], "lr": lr}])
-    schedule, found = schedule_of(optimizer, kind, steps, warmup=warmup), []
+    schedule, result = schedule_of(optimizer, kind, steps, warmup=warmup), []
     for _ in range(steps):
-        found.append(schedule.get_last_lr()[0])
+        result.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    return found
+    return result
 
 
 @requirement("R17.2")
 @given(KINDS, st.integers(1, 60), WARMUPS)
 def test_a_schedule_rises_to_its_peak_then_never_rises_again(kind, steps, warmup):
-    found = rates(kind, steps, warmup)
-    peak = int(np.argmax(found))
-    assert all(0 <= rate <= 1 + 1e-12 for rate in found)
-    assert all(a <= b + 1e-12 for a, b in pairwise(found[: peak + 1]))
-    assert all(a >= b - 1e-12 for a, b in pairwise(found[peak:]))
+    result = rates(kind, steps, warmup)
+    peak = int(np.argmax(result))
+    assert all(0 <= rate <= 1 + 1e-12 for rate in result)
+    assert all(a <= b + 1e-12 for a, b in pairwise(result[: peak + 1]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(result[peak:]))
     if kind != "one-cycle":
         assert peak == min(round(warmup * steps), steps - 1)
-        assert found[peak] == pytest.approx(1.0)
+        assert result[peak] == pytest.approx(1.0)
 
 
 @requirement("R17.2")
@@ -144,12 +144,12 @@ def test_a_loss_is_of_directions_alone_and_of_pairs_in_any_order(kind, n, seed, 
     q, p, x = (torch.randn(n, 4, generator=rng, dtype=torch.float64) for _ in range(3))
     quality = torch.rand(n, generator=rng, dtype=torch.float64)
     x = x if negatives else None
-    found = LOSSES[kind](q, p, x, quality)
-    assert found.shape == (n,)
-    assert bool((found >= 0).all())
+    result = LOSSES[kind](q, p, x, quality)
+    assert result.shape == (n,)
+    assert bool((result >= 0).all())
     scaled = LOSSES[kind](q * 3, p * 0.5, None if x is None else x * 7, quality)
-    assert torch.allclose(found, scaled, atol=1e-9)
+    assert torch.allclose(result, scaled, atol=1e-9)
     order = torch.randperm(n, generator=rng)
     if kind != "cosine" or negatives:  # whose stand-in is the next pair's
         moved = LOSSES[kind](q[order], p[order], None if x is None else x[order], quality[order])
-        assert torch.allclose(found[order], moved, atol=1e-9)
+        assert torch.allclose(result[order], moved, atol=1e-9)

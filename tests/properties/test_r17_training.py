@@ -75,10 +75,10 @@ def bound(n, d, scale, dtype):
 def test_the_loss_is_the_mean_of_both_cross_entropies(batch, scale, types):
     dtype, precision = types
     queries, positives = (side.astype(precision).astype(np.float64) for side in batch)
-    found = loss_of(queries, positives, scale, dtype)
-    assert found.shape == ()
+    result = loss_of(queries, positives, scale, dtype)
+    assert result.shape == ()
     error = bound(*batch[0].shape, scale, precision)
-    assert float(found) == pytest.approx(exact_loss(queries, positives, scale), rel=0, abs=error)
+    assert float(result) == pytest.approx(exact_loss(queries, positives, scale), rel=0, abs=error)
 
 
 @requirement("R17.1")
@@ -131,8 +131,8 @@ def test_the_gradient_is_the_slope_of_the_loss(batch, data):
         slope = (exact_loss(*ahead, 2.0) - exact_loss(*behind, 2.0)) / (2 * h)
         # Of third order, for rows of length >= 1.
         error = (4 * 2.0 * math.sqrt(batch[0].size)) ** 3 * h**2
-        found = float((tensor.grad * torch.tensor(towards)).sum())
-        assert found == pytest.approx(slope, rel=0, abs=error)
+        result = float((tensor.grad * torch.tensor(towards)).sum())
+        assert result == pytest.approx(slope, rel=0, abs=error)
 
 
 class Lookup:
@@ -157,20 +157,20 @@ signs = hnp.arrays(F32, 4, elements=st.sampled_from([-1.0, 1.0])) | st.just(np.z
     st.integers(-3, 3),
 )
 def test_a_rank_counts_the_distinct_positives_that_score_at_least_as_high(rows, known, power):
-    found = evaluate(Lookup(known), Pairs.of(rows))
+    result = evaluate(Lookup(known), Pairs.of(rows))
     candidates = {positive for _, positive in rows}
     ranks = []
     for query, positive in rows:
         scores = {text: known[query] @ known[text] for text in candidates}
         ranks.append(sum(score >= scores[positive] for score in scores.values()))
     n = len(rows)
-    assert found.queries == n
-    assert found.recall_at_1 == sum(rank == 1 for rank in ranks) / n
-    assert found.recall_at_10 == sum(rank <= 10 for rank in ranks) / n
-    assert found.mrr == pytest.approx(sum(1 / rank for rank in ranks) / n, rel=gamma(2 * n, F64))
-    assert found.recall_at_1 <= found.mrr <= 1
+    assert result.queries == n
+    assert result.recall_at_1 == sum(rank == 1 for rank in ranks) / n
+    assert result.recall_at_10 == sum(rank <= 10 for rank in ranks) / n
+    assert result.mrr == pytest.approx(sum(1 / rank for rank in ranks) / n, rel=gamma(2 * n, F64))
+    assert result.recall_at_1 <= result.mrr <= 1
     scaled = {text: vector * 2.0 ** (power * ord(text) % 3) for text, vector in known.items()}
-    assert evaluate(Lookup(scaled), Pairs.of(rows)) == found  # only directions count
+    assert evaluate(Lookup(scaled), Pairs.of(rows)) == result  # only directions count
 
 
 @requirement("R17.9")

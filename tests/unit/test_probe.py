@@ -107,15 +107,15 @@ def real(folder):
 
 @requirement("R15.4")
 def test_on_real_text_the_report_holds_all_scores_and_their_rank_correlations(model_folder):
-    _, found, _ = real(model_folder)
-    assert [row.name for row in found.blocks] == [f"encoder.layer.{index}" for index in range(6)]
-    assert all(getattr(row, score) > 0 for row in found.blocks for score in SCORES)
+    _, result, _ = real(model_folder)
+    assert [row.name for row in result.blocks] == [f"encoder.layer.{index}" for index in range(6)]
+    assert all(getattr(row, score) > 0 for row in result.blocks for score in SCORES)
     # On this model only influence tells how much is lost without a block; means of weights mislead.
-    correlations = found.correlations
+    correlations = result.correlations
     assert correlations.keys() == {"magnitude", "wanda", "influence"}
     assert correlations["influence"] > 0.5
     assert max(correlations["magnitude"], correlations["wanda"]) < -0.5
-    assert hot_zones(scores_of(found.blocks, "influence"), 0.3) == ("encoder.layer.5",)
+    assert hot_zones(scores_of(result.blocks, "influence"), 0.3) == ("encoder.layer.5",)
 
 
 @requirement("R15.4")
@@ -124,13 +124,13 @@ def test_ablation_is_what_the_embeddings_lose_when_a_block_is_replaced_by_identi
         def forward(self, x, mask, segments):
             return x
 
-    engine, found, _ = real(model_folder)
+    engine, result, _ = real(model_folder)
     whole = engine.encode(TEXTS).astype(np.float64)
     without = lora.adapt(engine.base, ())
     without.encoder.layer[4] = Identity()
     cut = without.encode(TEXTS).astype(np.float64)
     cosine = (whole * cut).sum(1) / np.linalg.norm(whole, axis=1) / np.linalg.norm(cut, axis=1)
-    assert found.blocks[4].ablation == pytest.approx(1 - cosine.mean(), rel=1e-9)
+    assert result.blocks[4].ablation == pytest.approx(1 - cosine.mean(), rel=1e-9)
 
 
 @requirement("R15.4")
@@ -142,11 +142,11 @@ def test_progress_is_told_after_each_text_and_each_ablated_block(model_folder):
 
 @requirement("R15.1", "R15.4")
 def test_every_linear_that_runs_has_its_scores_and_one_that_never_runs_has_none(model_folder):
-    engine, found, _ = real(model_folder)
-    assert len(found.layers) == 36
+    engine, result, _ = real(model_folder)
+    assert len(result.layers) == 36
     ran = {n: m for n, m in engine.base.named_modules() if isinstance(m, nn.Linear)}
-    assert set(ran) - {row.name for row in found.layers} <= {"pooler.dense"}
-    for row in found.layers:
+    assert set(ran) - {row.name for row in result.layers} <= {"pooler.dense"}
+    for row in result.layers:
         expected = ran[row.name].weight.double().abs().mean().item()
         assert row.magnitude == pytest.approx(expected, rel=1e-12)
         assert row.influence is row.ablation is None
@@ -177,10 +177,10 @@ def test_an_adapted_model_is_probed_as_it_computes():
     model = Letters()
     pair = lora.LowRank(np.ones((4, 1), np.float32), np.ones((1, 4), np.float32), 5.0)
     adapted = lora.adapt(model, lora.LoRACard("docs", 1, 5.0, ["1.dense"], {"1.dense": pair}))
-    found = WeightMapProbe(adapted).probe(["abc", "d"])
-    assert found == WeightMapProbe(lora.fold(adapted)).probe(["abc", "d"])
-    assert ranking(scores_of(found.blocks, "magnitude"))[0] == "blocks.1"
-    assert found.blocks[0] != found.blocks[1]
+    result = WeightMapProbe(adapted).probe(["abc", "d"])
+    assert result == WeightMapProbe(lora.fold(adapted)).probe(["abc", "d"])
+    assert ranking(scores_of(result.blocks, "magnitude"))[0] == "blocks.1"
+    assert result.blocks[0] != result.blocks[1]
 
 
 def test_blocks_that_take_keywords_and_give_tuples_are_measured_and_ablated_alike():
@@ -217,42 +217,42 @@ def test_blocks_may_be_named_and_a_blocks_scores_are_means_over_all_its_weights(
         def encode(self, texts):
             return self.tail(self.uneven(torch.ones(len(texts), 2)))
 
-    found = WeightMapProbe(Model(), blocks=("uneven", "tail")).probe(["a"])
-    up, down, mix, tail = found.layers
+    result = WeightMapProbe(Model(), blocks=("uneven", "tail")).probe(["a"])
+    up, down, mix, tail = result.layers
     assert (up.magnitude, down.magnitude, mix.magnitude) == (1.0, 4.0, 7.0)
     assert (up.wanda, down.wanda, mix.wanda) == (1.0, 8.0, (7 * 36 + 21 * 60) / 4)
-    assert found.blocks[0].magnitude == (12 * 1 + 12 * 4 + 4 * 7) / 28
-    assert found.blocks[0].wanda == pytest.approx((12 * 1 + 12 * 8 + 4 * mix.wanda) / 28)
+    assert result.blocks[0].magnitude == (12 * 1 + 12 * 4 + 4 * 7) / 28
+    assert result.blocks[0].wanda == pytest.approx((12 * 1 + 12 * 8 + 4 * mix.wanda) / 28)
     # (1, 1) becomes (1, 5) · 252.
-    assert found.blocks[0].influence == pytest.approx(1 - 6 / 26**0.5 / 2**0.5)
-    assert found.blocks[1].magnitude == tail.magnitude
+    assert result.blocks[0].influence == pytest.approx(1 - 6 / 26**0.5 / 2**0.5)
+    assert result.blocks[1].magnitude == tail.magnitude
 
 
 def test_block_1_is_not_block_10():
-    found = WeightMapProbe(Letters(blocks=11)).probe(["ab"], ablation=False)
-    assert [row.magnitude for row in found.blocks] == [row.magnitude for row in found.layers]
+    result = WeightMapProbe(Letters(blocks=11)).probe(["ab"], ablation=False)
+    assert [row.magnitude for row in result.blocks] == [row.magnitude for row in result.layers]
 
 
 # ---- values
 
 
 def test_a_report_is_a_value_and_a_table():
-    found = WeightMapProbe(Letters()).probe(["abc", "d"])
-    assert pickle.loads(pickle.dumps(found)) == found  # noqa: S301 - our own
-    assert hash(found) == hash(WeightMapProbe(Letters()).probe(["abc", "d"]))
-    table = found.table()
+    result = WeightMapProbe(Letters()).probe(["abc", "d"])
+    assert pickle.loads(pickle.dumps(result)) == result  # noqa: S301 - our own
+    assert hash(result) == hash(WeightMapProbe(Letters()).probe(["abc", "d"]))
+    table = result.table()
     assert table.column_names == ["kind", "name", *SCORES]
     assert table["kind"].to_pylist() == ["layer"] * 3 + ["block"] * 3
     assert table["influence"].type == pa.float64()
     assert table["influence"].null_count == 3
-    assert table["ablation"].to_pylist()[3:] == [row.ablation for row in found.blocks]
+    assert table["ablation"].to_pylist()[3:] == [row.ablation for row in result.blocks]
 
 
 def test_without_ablation_there_is_nothing_to_correlate_with():
-    found = WeightMapProbe(Letters()).probe(["abc", "d"], ablation=False)
-    assert found.correlations == {}
-    assert scores_of(found.blocks, "ablation") == {}
-    assert found.table()["ablation"].null_count == 6
+    result = WeightMapProbe(Letters()).probe(["abc", "d"], ablation=False)
+    assert result.correlations == {}
+    assert scores_of(result.blocks, "ablation") == {}
+    assert result.table()["ablation"].null_count == 6
     assert WeightMap((), ()).table().num_rows == 0
 
 
@@ -280,12 +280,12 @@ def test_layers_of_two_models_are_ranked_as_weights_or_modules_alike():
     model, tuned = Letters(), Letters()
     tuned.blocks[1].dense.weight.data += torch.diag(torch.tensor([2.0, 1.0, 0.0, 0.0]))
     steps = []
-    (row,) = found = changes(model, tuned, 1, on_step=lambda *step: steps.append(step))
+    (row,) = result = changes(model, tuned, 1, on_step=lambda *step: steps.append(step))
     assert (row.name, row.change) == ("blocks.1.dense", pytest.approx((5 / 16) ** 0.5, rel=1e-6))
     assert row.held == pytest.approx(0.8, rel=1e-5)
     assert steps[-1][1:] == (4, 4)
     arrays = ({n: t.numpy() for n, t in m.state_dict().items()} for m in (model, tuned))
-    assert changes(*arrays, 1) == found
+    assert changes(*arrays, 1) == result
     weights = {"weight": np.zeros((1, 2))}, {"weight": np.array([[3.0, 4.0]])}
     expected = LayerChange("", pytest.approx(12.5**0.5), pytest.approx(1.0))
     assert changes(*weights, target_modules=[""]) == (expected,)

@@ -333,9 +333,9 @@ def test_recall_counts_the_first_and_the_first_ten_and_nothing_is_measured_on_no
             return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
     ladder = Pairs.of([("q", str(step)) for step in range(12)])
-    found = evaluate(Ladder(), ladder)
+    result = evaluate(Ladder(), ladder)
     mrr = sum(1 / n for n in range(1, 13)) / 12
-    assert found == Retrieval(1 / 12, 10 / 12, pytest.approx(mrr), 12)
+    assert result == Retrieval(1 / 12, 10 / 12, pytest.approx(mrr), 12)
     with pytest.raises(DataError, match="at least one pair"):
         evaluate(Ladder(), Pairs.of([]))
 
@@ -394,9 +394,9 @@ def test_a_trained_card_gives_in_peft_on_the_hugging_face_model_what_it_gives_he
         hidden = theirs(input_ids=ids, attention_mask=mask).last_hidden_state
         pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
         expected = nn.functional.normalize(pooled, dim=1)
-        found, plain = adapt(core, card, check_base=False)(ids, mask), core(ids, mask)
-    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-6
-    assert float((found - plain).abs().max()) > 0.01
+        result, plain = adapt(core, card, check_base=False)(ids, mask), core(ids, mask)
+    assert float((result - expected).abs().max() / expected.abs().max()) <= 1e-6
+    assert float((result - plain).abs().max()) > 0.01
 
 
 # R17.8: bit for bit

@@ -95,8 +95,8 @@ def test_a_clipped_gradient_is_no_longer_than_it_may_be(monkeypatch):
 
     def watched(self, *args, **options):
         params = [p for group in self.param_groups for p in group["params"]]
-        found = [p.grad for p in params if p.grad is not None]
-        norms.append(float(torch.cat([grad.flatten() for grad in found]).norm()))
+        result = [p.grad for p in params if p.grad is not None]
+        norms.append(float(torch.cat([grad.flatten() for grad in result]).norm()))
         return plain(self, *args, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
