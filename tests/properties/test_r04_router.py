@@ -348,9 +348,10 @@ def test_asking_by_tags_is_asking_a_register_of_the_tagged(drawn, tags, wanted, 
                     **task,
                 }
                 router.register_card(LoRACard(name, 1, 1.0, (), {}, metadata))
-    expected = tagged.select("query", 9)
-    assert everyone.select("query", 9, tags=wanted) == expected
-    assert everyone.select_many(["query"] * 2, 9, tags=list(wanted)) == [expected] * 2
+    for top_k in (1, 9):
+        expected = tagged.select("query", top_k)
+        assert everyone.select("query", top_k, tags=wanted) == expected
+        assert everyone.select_many(["query"] * 2, top_k, tags=list(wanted)) == [expected] * 2
 
 
 # ---- this library's own: rows, routes, thresholds

@@ -1,7 +1,14 @@
 """The five presets on real names and shapes; messages."""
 
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import pytest
 
+from lora.cli import app
+from lora.evolution import train
+from lora.evolution.data import Pairs
 from lora.errors import ArgumentError, TargetError
 from lora.inference.encoder import EncoderConfig, InferenceCore
 from lora.presets import PRESETS, CardInfo, LoRAConfig, Preset, cost_table, fit, role_of
@@ -63,6 +70,34 @@ DECODER = [
 )
 def test_the_five_presets(shapes, configs):
     assert [fit(preset, shapes).config for preset in PRESETS] == configs
+
+
+@requirement("R21.1")
+@pytest.mark.parametrize(("task", "dropout"), [("coder", 0.05), ("researcher", 0.1)])
+def test_the_command_trains_with_the_dropout_of_the_preset(task, dropout, tmp_path, monkeypatch):
+    class Spy:
+        def __init__(self, _, **options):
+            raise ArgumentError("spy", "a dropout", f"{options['settings'].dropout}")
+
+    monkeypatch.setattr(train, "LoRATrainer", Spy)
+    rows = [{"query": "number", "positive": "n", "group": "g"}]
+    Pairs.of(rows).save(tmp_path / "pairs.jsonl")
+    command = ["train", tmp_path / "pairs.jsonl", "--name", "x", "--out", tmp_path / "x.lora.arrow"]
+    with pytest.raises(ArgumentError, match=f"found {dropout}$"):
+        app([*map(str, command), "--preset", task], standalone_mode=False)
+
+
+@requirement("R21.2")
+def test_the_published_page_states_parameters_and_bytes_on_both_models(monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])  # the script adds folders to it
+    path = Path(__file__).parents[2] / "docs" / "generate.py"
+    spec = spec_from_file_location("docs_generate", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.presets()
+    assert "| all-MiniLM-L6-v2 | reviewer | 8 | 16 | 12 | 73,728 | 294,912 |" in page
+    assert "| Llama 3.1 8B | reviewer | 8 | 16 | 64 | 3,407,872 | 13,631,488 |" in page
+    assert sum(line.startswith("| ") for line in page.splitlines()) == 1 + 2 * len(PRESETS)
 
 
 @requirement("R21.2")

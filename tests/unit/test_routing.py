@@ -146,6 +146,16 @@ def test_tags_that_are_no_collection_of_words_are_refused(tags):
         candidate_of("a", np.ones((1, 2)), tags=tags)
 
 
+@requirement("R4.13")
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_a_nearer_candidate_without_the_tag_takes_no_place_among_the_best(threshold):
+    index = index_of(near=[1, 0], nearer=[1, 0]).with_candidate(
+        candidate_of("far", np.array([[0.6, 0.8]]), tags=["law"])
+    )
+    query = np.array([1.0, 0.0])
+    assert select(query, index, threshold=threshold, tags=["law"]) == [Route("far", 0.6)]
+
+
 DRAWS = 600
 
 
