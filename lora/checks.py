@@ -51,6 +51,19 @@ def integer(value: object, where: str, least: int | None = None, hint: str = "")
     return number
 
 
+def share(value: object, where: str, interval: str = "[0, 1]") -> float:
+    """Return the value as a float; raise `ArgumentError` unless it lies in an interval in [0, 1].
+
+    Args:
+        interval: ``"[0, 1]"``; a round bracket leaves its end out.
+    """
+    number = finite(value, where, ArgumentError)
+    left_out = {"(": 0.0}.get(interval[0]), {")": 1.0}.get(interval[-1])
+    if not 0 <= number <= 1 or number in left_out:
+        raise ArgumentError(where, f"a number in {interval}", shown(value))
+    return number
+
+
 def is_digest(text: object) -> bool:
     """Tell whether `text` is a SHA-256 in lower-case hex."""
     return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")

@@ -378,9 +378,9 @@ def extract(
         )
     fixed = 8 if rank is None else rank
     rule = (
-        lora.Energy(energy)
+        lora.MinEnergy(energy)
         if energy is not None
-        else lora.Error(error)
+        else lora.MaxError(error)
         if error is not None
         else fixed
     )

@@ -1,6 +1,4 @@
-"""A card at a glance: for each module the size and effective rank of its ΔW, and the singular
-values, as a drawing.
-"""
+"""Drawing: the size, effective rank and singular values of each module's ΔW, as a picture."""
 
 import math
 from collections.abc import Mapping
@@ -15,14 +13,12 @@ from lora.lowrank import spectrum
 from lora.store import PathLike, as_path, replacing
 
 FORMATS = (".svg", ".png", ".pdf")
-"""What a drawing can be saved as, by its path's ending."""
+"""The endings of paths that a drawing can be saved to."""
 
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """What a module's ΔW is like.
-
-    Source: the effective rank of Roy and Vetterli 2007.
+    """Figures of a module's ΔW. Source of the effective rank: Roy and Vetterli 2007.
 
     Args:
         norm: ‖ΔW‖, Frobenius.
@@ -37,7 +33,7 @@ class Facts:
 
 
 def card_facts(card: LoRACard) -> Mapping[str, Facts]:
-    """Module -> what its ΔW is like, from the factors alone.
+    """Return the figures of each module, computed from the factors alone.
 
     Examples:
         >>> from lora.card import LowRank
@@ -46,71 +42,69 @@ def card_facts(card: LoRACard) -> Mapping[str, Facts]:
         >>> round(facts.norm, 6), round(facts.effective_rank, 6)
         (4.242641, 2.0)
     """
-    return {module: _facts(spectrum(pair)) for module, pair in card.weights.items()}
+    facts = {}
+    for module, pair in card.weights.items():
+        values = spectrum(pair)
+        shares = values[values > 0] / values.sum()
+        entropy = -float((shares * np.log(shares)).sum())
+        effective_rank = math.exp(entropy) if len(shares) else 0.0
+        facts[module] = Facts(float(np.linalg.norm(values)), effective_rank, values)
+    return facts
 
 
 def draw_card(card: LoRACard, path: PathLike) -> None:
-    """Draw a card: ‖ΔW‖ and effective rank by layer and kind of module, and the singular values of
-    each.
+    """Draw ‖ΔW‖ and effective rank by layer and kind of module, and the singular values.
 
     Args:
-        card: With at least one module.
+        card: A card with at least one module.
         path: Ends in one of `FORMATS`.
-
-    Raises:
-        ArgumentError: If the path ends otherwise, or the card has no module.
-        MissingPackageError: If the ``plot`` extra is not installed.
     """
     check_card(card)
-    kind = as_path(path).suffix.lower()
-    if kind not in FORMATS:
-        raise ArgumentError(
-            f"{path}", f"a file that ends in one of {', '.join(FORMATS)}", kind or "no ending"
-        )
+    ending = as_path(path).suffix.lower()
+    if ending not in FORMATS:
+        expected = f"a file that ends in one of {', '.join(FORMATS)}"
+        raise ArgumentError(f"{path}", expected, ending or "no ending")
     if not card.weights:
         raise ArgumentError(f"card {card.name!r}", "a module to draw", "none")
     facts = card_facts(card)
-    kinds, layers = (
-        sorted(set(places), key=_in_order) for places in zip(*map(place, facts), strict=True)
-    )
+    kinds = sorted({place(module)[0] for module in facts})
+    layers = sorted({place(module)[1] for module in facts}, key=lambda i: (i != "–", len(i), i))
     figure = new_figure(figsize=(4 + len(layers) / 2, 5 + len(kinds) / 2), layout="constrained")
-    axes = figure.subplots(3, 1, height_ratios=[len(kinds), len(kinds), 5])
-    for axis, title, field in (
-        (axes[0], "‖ΔW‖", "norm"),
-        (axes[1], "effective rank", "effective_rank"),
-    ):
+    *maps, spectra = figure.subplots(3, 1, height_ratios=[len(kinds), len(kinds), 5])
+    for axis, field in zip(maps, ("norm", "effective_rank"), strict=True):
         grid = np.full((len(kinds), len(layers)), np.nan)
-        for module, found in facts.items():
-            row, column = place(module)
-            grid[kinds.index(row), layers.index(column)] = getattr(found, field)
+        for module, fact in facts.items():
+            kind, layer = place(module)
+            grid[kinds.index(kind), layers.index(layer)] = getattr(fact, field)
         image = axis.imshow(grid, aspect="auto", vmin=0)
-        axis.set(title=title, xlabel="layer", yticks=range(len(kinds)), xticks=range(len(layers)))
-        axis.set_yticklabels(map(_plain, kinds))
-        axis.set_xticklabels(layers)
+        axis.set(title="‖ΔW‖" if field == "norm" else "effective rank", xlabel="layer")
+        axis.set_yticks(range(len(kinds)), map(_plain, kinds))
+        axis.set_xticks(range(len(layers)), layers)
         figure.colorbar(image, ax=axis)
-    _draw_spectra(axes[2], facts, kinds)
+    for module, fact in facts.items():
+        color, indices = f"C{kinds.index(place(module)[0])}", range(1, len(fact.spectrum) + 1)
+        spectra.plot(indices, fact.spectrum, color=color, alpha=0.6, linewidth=1)
+    for row, kind in enumerate(kinds[:10]):
+        spectra.plot([], [], color=f"C{row}", label=_plain(kind))
+    spectra.set(title="singular values of ΔW", xlabel="index", ylim=(0, None))
+    spectra.legend(fontsize="small")
     figure.suptitle(f"{_plain(card.name)}: rank {card.rank}, {len(facts)} modules")
     with replacing(path) as file:
-        figure.savefig(file, format=kind.lstrip("."))
+        figure.savefig(file, format=ending.lstrip("."))
 
 
 def new_figure(**options: Any) -> Any:
-    """An empty matplotlib figure.
-
-    Raises:
-        MissingPackageError: If the ``plot`` extra is not installed.
-    """
+    """Return an empty matplotlib figure; the ``plot`` extra must be installed."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
     except ImportError as error:
-        raise MissingPackageError(
-            "plot", "matplotlib", "not installed", "pip install 'lora-cards[plot]'"
-        ) from error
+        hint = "pip install 'lora-cards[plot]'"
+        raise MissingPackageError("plot", "matplotlib", "not installed", hint) from error
     return Figure(**options)
 
 
 def place(module: str) -> tuple[str, str]:
-    """A module's kind and layer: its name with the first number left out, and that number.
+    """Return a module's kind and layer: its name without its first number, and that number.
 
     Examples:
         >>> place("encoder.layer.11.attention.self.query"), place("pooler.dense")
@@ -123,29 +117,6 @@ def place(module: str) -> tuple[str, str]:
     return ".".join(parts) or "–", layer
 
 
-def _draw_spectra(axis: Any, facts: Mapping[str, Facts], kinds: list[str]) -> None:
-    for module, found in facts.items():
-        color = f"C{kinds.index(place(module)[0])}"
-        axis.plot(
-            range(1, len(found.spectrum) + 1), found.spectrum, color=color, alpha=0.6, linewidth=1
-        )
-    for row, name in enumerate(kinds[:10]):
-        axis.plot([], [], color=f"C{row}", label=_plain(name))
-    axis.set(title="singular values of ΔW", xlabel="index", ylim=(0, None))
-    axis.legend(fontsize="small")
-
-
-def _facts(values: Array) -> Facts:
-    total = float(values.sum())
-    shares = values[values > 0] / total if total > 0 else values[:0]
-    entropy = -float((shares * np.log(shares)).sum())
-    return Facts(float(np.linalg.norm(values)), math.exp(entropy) if len(shares) else 0.0, values)
-
-
 def _plain(text: str) -> str:
-    """The text as it is: matplotlib takes what stands between dollars for a formula."""
+    """Escape dollar signs; matplotlib takes text between them for a formula."""
     return text.replace("$", r"\$")
-
-
-def _in_order(text: str) -> tuple[int, str]:
-    return (int(text), "") if text.isdecimal() else (-1, text)

@@ -1,11 +1,10 @@
-"""Merging: several cards become one, by strategies that are values and act on ΔW, never on A and B
-apart.
+"""Merging: several cards become one, by strategies that act on ΔW and never on A and B apart.
 
-Linear strategies (average, weighted, task arithmetic, SLERP) work in small cores: QR of the stacked
-factors, SVD of the core, the best approximation at O((in + out)·R²). TIES and DARE form ΔW of one
-module at a time and truncate it. Everything is computed in float64 and rounded once, to the dtype
-that the cards' dtypes promote to. Cards are put in the order of their names first, so that the
-order they are given in changes nothing, bit for bit.
+Linear strategies (average, weighted, task arithmetic, SLERP, cat) never form ΔW: a QR decomposition
+of the stacked factors leaves small cores, whose SVD gives the best approximation in
+O((in + out)·R²). TIES and DARE form ΔW of one module at a time and truncate it. Everything is
+computed in float64 and rounded once, to the dtype that the cards' dtypes promote to. Cards are
+sorted by name first, so the order in which they are passed changes no bit of the result.
 
 Sources: Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE),
 Shoemake 1985 (SLERP).
@@ -19,12 +18,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from lora.card import DTYPES, Array, LoRACard, LowRank, check_card
-from lora.checks import finite, integer
+from lora.checks import finite, integer, share
 from lora.errors import (
     ArgumentError,
     BaseModelError,
@@ -39,20 +38,28 @@ from lora.lowrank import delta, thin_qr
 EPSILON = float(np.finfo(np.float64).eps)
 
 OPPOSITE = 1e-3
-"""Radians from opposite within which SLERP refuses: there the arc's plane is noise."""
+"""SLERP refuses directions within so many radians of opposite: the plane of the arc is noise."""
 
 PARALLEL = 1e-6
-"""Radians within which SLERP's arc is taken for a line: what that changes is of the order of the square."""
+"""SLERP is linear within so many radians; the difference is of the order of their square."""
+
+SAME_BASE = "merge cards of one base model"
+
+Terms: TypeAlias = list[tuple[str, LowRank, float]]
+"""What the cards contribute to one module: name of the card, its pair, its weight."""
+
+Row: TypeAlias = tuple[Array, Array, float, float]
+"""A merged module: A, B, scaling and the relative truncation error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """The mean of all cards: Σ ΔWᵢ / n; a module that a card lacks counts as 0. Takes no weights."""
+    """The mean Σ ΔWᵢ / n; takes no weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """Σ wᵢ ΔWᵢ, with weights divided by their sum if `normalize`."""
+    """Σ wᵢ ΔWᵢ; with `normalize` the weights are divided by their sum."""
 
     normalize: bool = False
 
@@ -63,75 +70,97 @@ class Weighted:
 
 @dataclass(frozen=True, slots=True)
 class Slerp:
-    """A fraction `t` of the way from one card to another, along the arc between them.
+    """A fraction `t` of the way from one card to another along the arc between them.
 
     A card is one point: its ΔW of all modules, flattened. The direction moves at constant angular
-    speed, the length linearly. Within `PARALLEL` radians this is linear interpolation; within
-    `OPPOSITE` radians of opposite it is an error.
+    speed and the length linearly. Takes no weights.
     """
 
     t: float = 0.5
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "t", _between(self.t, "slerp: t", "a number from 0 to 1", closed=True)
-        )
+        object.__setattr__(self, "t", share(self.t, "slerp: t"))
+
+
+@dataclass(frozen=True, slots=True)
+class TaskArithmetic:
+    """Σ wᵢ ΔWᵢ; a negative weight subtracts a skill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cat:
+    """Σ wᵢ ΔWᵢ by concatenation: ``[A₁ … Aₙ]`` unchanged, and Bs that carry the weights.
+
+    Takes no rank. A pair that several cards share occurs once, with the sum of their weights.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Ties:
-    """Trim, elect signs, merge: per entry of ΔW, the weighted mean of the cards that agree with the
-    elected sign.
+    """Trim, elect signs, merge: the weighted mean of the entries that have the elected sign.
 
-    Of each card's ΔW the ``max(1, round(density · size))`` largest entries are kept (halves round
-    to even; of equal magnitudes the first in row-major order of ``(out, in)``). Weights are applied
-    before signs are elected: by the sign of the sum (``"mass"``), or of the sum of signs
-    (``"count"``); a sum of 0 elects nothing. The mean is Σ wᵢxᵢ / Σ |wᵢ| over the entries of the
-    elected sign.
+    Of each ΔW the ``max(1, round(density · size))`` entries of largest magnitude are kept (halves
+    round to even; of equal magnitudes the first in row-major order of ``(out, in)``). Then weights
+    are applied and, for each entry, a sign is elected: that of the sum (``"mass"``) or of the sum
+    of signs (``"count"``); a sum of 0 gives 0. The mean is Σ wᵢxᵢ / Σ |wᵢ|.
     """
 
     density: float = 0.5
     elect: str = "mass"
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "density", _between(self.density, "ties: density", "the share kept, > 0 and <= 1")
-        )
+        object.__setattr__(self, "density", share(self.density, "ties: density", "(0, 1]"))
         if self.elect not in ("mass", "count"):
             raise ArgumentError("ties: elect", "'mass' or 'count'", shown(self.elect))
+
+    def dense(self, _: str, terms: Terms) -> Array:
+        """Return the merged ΔW ``(out, in)`` of a module."""
+        # A common factor of the weights cancels in the mean; without it no entry overflows.
+        exponent = math.frexp(max(abs(weight) for *_, weight in terms))[1]
+        weights = np.ldexp([weight for *_, weight in terms], -exponent)[:, None, None]
+        parts = np.stack([self._trimmed(pair) for _, pair, _ in terms]) * weights
+        votes = np.sign(parts) if self.elect == "count" else parts
+        elected = np.sign(votes.sum(0))
+        agrees = (np.sign(parts) == elected) & (elected != 0)
+        shares = (abs(weights) * agrees).sum(0)
+        merged: Array = np.where(agrees, parts, 0.0).sum(0) / np.where(shares == 0, 1.0, shares)
+        return merged
+
+    def _trimmed(self, pair: LowRank) -> Array:
+        dense = delta(pair, dtype=np.float64)
+        trimmed = np.zeros_like(dense, order="C")
+        count = max(1, round(self.density * dense.size))
+        largest = np.argsort(-abs(dense).ravel(), kind="stable")[:count]
+        trimmed.flat[largest] = dense.flat[largest]
+        return trimmed
 
 
 @dataclass(frozen=True, slots=True)
 class Dare:
-    """Σ wᵢ · maskᵢ · ΔWᵢ / density: each entry is kept with probability `density`, so the
-    expectation is Σ wᵢ ΔWᵢ.
+    """Σ wᵢ · maskᵢ · ΔWᵢ / density: each entry is kept with probability `density`.
 
-    A mask depends on `seed`, the module's and the card's name and the shape alone: neither on the
-    order of the cards nor on which others there are.
+    A mask depends only on `seed`, the names of module and card, and the shape, so neither the order
+    of the cards nor the other cards change it.
     """
 
     density: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "density", _between(self.density, "dare: density", "the share kept, > 0 and <= 1")
-        )
+        object.__setattr__(self, "density", share(self.density, "dare: density", "(0, 1]"))
         object.__setattr__(self, "seed", integer(self.seed, "dare: seed"))
 
-
-@dataclass(frozen=True, slots=True)
-class TaskArithmetic:
-    """Σ wᵢ ΔWᵢ, where a negative weight takes a skill away."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cat:
-    """Σ wᵢ ΔWᵢ by concatenation: ``[A₁ … Aₙ]`` as they are, and Bs that carry the weights. Takes no
-    rank.
-
-    A pair that several cards share stands there once, with the sum of their weights.
-    """
+    def dense(self, module: str, terms: Terms) -> Array:
+        """Return the merged ΔW ``(out, in)`` of a module."""
+        total: Any = 0.0
+        for card, pair, weight in terms:
+            dense = delta(pair, dtype=np.float64)
+            # 53 random bits for each entry, of a counter-based generator: equal on every machine.
+            key = hashlib.sha256(json.dumps([self.seed, module, card]).encode()).digest()
+            bits = np.random.Philox(key=int.from_bytes(key[:16], "little")).random_raw(dense.size)
+            kept = ((bits >> np.uint64(11)) * 2.0**-53 < self.density).reshape(dense.shape)
+            total += np.where(kept, dense, 0.0) * (weight / self.density)
+        return np.asarray(total)
 
 
 Strategy: TypeAlias = Average | Weighted | Slerp | Ties | Dare | TaskArithmetic | Cat
@@ -147,7 +176,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
         "cat": Cat,
     }
 )
-"""The strategies by the names that stand for them."""
+"""The strategies by name."""
 
 
 def merge(
@@ -157,36 +186,29 @@ def merge(
     rank: int | None = None,
     name: str = "merged",
 ) -> LoRACard:
-    """Merge cards into one, by their ΔW.
+    """Merge cards into one card by combining their weight changes ΔW.
 
     Args:
-        cards: At least one; for `Slerp` exactly two. They may differ in rank, dtype and modules (a
-            module that a card lacks counts as 0).
-        strategy: A strategy or the name of one.
-        weights: One finite number per card, in their order; 1 each by default. `Average` and
-            `Slerp` take none.
-        rank: The largest rank of a module. By default what is needed to be exact; for TIES and
-            DARE, whose ΔW has full rank, the largest of the parents' ranks at that module.
-        name: Of the merged card.
+        cards: At least one card, exactly two for `Slerp`. Ranks, dtypes and modules may differ; a
+            missing module counts as 0.
+        strategy: A strategy or its name.
+        weights: One number per card, default 1. `Average` and `Slerp` take none.
+        rank: Largest rank of a merged module. Default: exact, or for `Ties` and `Dare`, whose ΔW
+            has full rank, the largest rank of the parents at that module.
 
     Returns:
-        Balanced factors (‖A‖ = ‖B‖) with explicit scalings, or a parent's own where a module comes
-        from it alone. A module of which nothing is left (ΔW = 0) has no row. Targets are those of
-        all parents; the base fingerprint is kept where it still covers the same modules. Its
-        metadata tell of the merge: ``{"merge": {"strategy", "options", "parents": [{"name",
-        "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}}``, with `content_digest` of each
-        parent, the weight that was applied to it, and each module's truncation error.
+        A card with balanced factors and explicit scalings, or a parent's own factors if a module
+        comes from it alone. A module with ΔW = 0 is left out. The base fingerprint is kept if it
+        still covers the same modules. The metadata record the merge: ``{"merge": {"strategy",
+        "options", "parents": [{"name", "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}}``,
+        with `content_digest` of each parent and the weight that was applied to it.
 
     Raises:
-        ArgumentError: If an argument is out of range, or SLERP's cards are zero or point opposite
-            ways.
-        BaseModelError: If cards that adapt the same modules were made for different weights, or for
-            models of different names.
-        CardError: If a factor is not finite.
-        ConflictError: If two cards have one name and `Dare` would give them one mask.
-        ShapeError: If cards disagree on a module's shape.
-        TargetError: If a module's name in one card ends in that of another card's module, so that
-            both may be one.
+        BaseModelError: The cards were made for different base models.
+        CardError: A factor is not finite.
+        ConflictError: Two cards have one name and the strategy is `Dare`.
+        ShapeError: The cards disagree on the shape of a module.
+        TargetError: A module's name in one card ends in that of another card's module.
 
     Examples:
         >>> import numpy as np
@@ -203,480 +225,274 @@ def merge(
         >>> merge([docs, docs], "task_arithmetic", [1, -1]).weights
         mappingproxy({})
     """
-    given = _cards(cards)
-    strategy = _strategy(strategy)
-    limit = _limit(rank, strategy)
-    applied = _applied(given, strategy, weights)
-    keyed = sorted(
-        (card.name, content_digest(card), weight, index)
-        for index, (card, weight) in enumerate(zip(given, applied, strict=True))
+    parents = _checked_cards(cards)
+    if isinstance(strategy, str) and strategy in STRATEGIES:
+        strategy = STRATEGIES[strategy]()
+    if not isinstance(strategy, Strategy):
+        expected = f"one of {', '.join(STRATEGIES)}, or a value of theirs"
+        raise ArgumentError("merge: strategy", expected, shown(strategy))
+    if rank is not None and isinstance(strategy, Cat):
+        raise ArgumentError("merge: rank", "none for 'cat'", shown(rank), "'weighted' truncates")
+    rank = None if rank is None else integer(rank, "merge: rank", 1)
+    order = sorted(
+        zip(
+            parents,
+            map(content_digest, parents),
+            _applied(parents, strategy, weights),
+            strict=True,
+        ),
+        key=lambda parent: (parent[0].name, *parent[1:]),
     )
-    parents = [(given[index], weight) for _, _, weight, index in keyed]
-    dtype = _promoted({card.dtype for card in given if card.weights})
-    rows: dict[str, LowRank] = {}
+    dtypes = {card.dtype for card in parents if card.weights}
+    if len(dtypes) > 1:
+        dtypes = {max(*dtypes, DTYPES["float32"], key=lambda dtype: dtype.itemsize)}
+    pairs: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
-    for module in sorted({module for card in given for module in card.weights}):
+    for module in sorted({module for card in parents for module in card.weights}):
         terms = [
-            _Term(card.name, card.weights[module], weight)
-            for card, weight in parents
-            if module in card.weights
+            (c.name, c.weights[module], weight) for c, _, weight in order if module in c.weights
         ]
-        row, errors[module] = _merged(strategy, module, terms, limit, dtype)
-        if row is not None:
-            rows[module] = row
-    targets = sorted({target for card in given for target in card.target_modules})
-    told = {
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            row = _merged(strategy, module, terms, rank)
+        errors[module] = row[-1] if row else 0.0
+        if row:
+            (dtype,), (a, b, scaling, _) = dtypes, row
+            pairs[module] = LowRank(a.astype(dtype), b.astype(dtype), scaling)
+    targets = tuple(sorted({target for card in parents for target in card.target_modules}))
+    record = {
         "strategy": next(key for key, kind in STRATEGIES.items() if isinstance(strategy, kind)),
         "options": asdict(strategy),
-        "parents": [
-            {"name": name, "digest": sha, "weight": weight} for name, sha, weight, _ in keyed
-        ],
+        "parents": [{"name": c.name, "digest": digest, "weight": w} for c, digest, w in order],
         "error": errors,
     }
-    largest = max((row.rank for row in rows.values()), default=1)
-    base_model, fingerprint = _base(given, rows.keys(), targets)
-    return LoRACard(
-        name,
-        largest,
-        float(largest),
-        tuple(targets),
-        rows,
-        {"merge": told},
-        base_model,
-        fingerprint,
-    )
+    largest = max((pair.rank for pair in pairs.values()), default=1)
+    base = _base(parents, pairs, targets)
+    return LoRACard(name, largest, float(largest), targets, pairs, {"merge": record}, *base)
 
 
 def content_digest(card: LoRACard) -> str:
-    """SHA-256 of what a card holds, 64 hex digits: equal for equal cards, whatever file they come
-    from.
+    """Return the SHA-256 of a card's content; equal cards have one digest, whatever their files.
 
-    It covers the fields in their order as JSON, a line feed, and each module's A and B, row-major.
-    A file's digest covers its layout too, so it is another.
+    It covers the fields in their order as JSON, a line feed, and A and B of each module, row-major.
 
     Examples:
-        >>> content_digest(LoRACard("empty", 1, 1.0, [], {})) == content_digest(LoRACard("empty", 1, 1.0, [], {}))
-        True
+        >>> content_digest(LoRACard("empty", 1, 1.0, [], {}))[:16]
+        '90781e0724a95af3'
     """
     modules = [
         [module, pair.scaling, pair.dtype.name, pair.A.shape, pair.B.shape]
         for module, pair in card.weights.items()
     ]
     fields = [card.name, card.rank, card.alpha, card.target_modules, modules, dict(card.metadata)]
-    header = json.dumps(
-        [*fields, card.base_model, card.base_fingerprint, dict(card.extra)], sort_keys=True
-    )
-    sha = hashlib.sha256(f"{header}\n".encode())
+    fields += [card.base_model, card.base_fingerprint, dict(card.extra)]
+    sha = hashlib.sha256(f"{json.dumps(fields, sort_keys=True)}\n".encode())
     for pair in card.weights.values():
         sha.update(pair.A.view(np.uint8).data)
         sha.update(pair.B.view(np.uint8).data)
     return sha.hexdigest()
 
 
-class _Term(NamedTuple):
-    """One card's part in a module."""
-
-    name: str
-    pair: LowRank
-    weight: float
-
-
-class _Cores(NamedTuple):
-    """Pairs in common orthonormal bases: ``scalingᵢ · Aᵢ Bᵢ = P coreᵢ Qᵀ``; no ‖Aᵢ‖ ‖Bᵢ‖ |scalingᵢ|
-    exceeds its size.
-    """
-
-    P: Array
-    Q: Array
-    cores: list[Array]
-    sizes: list[float]
-
-
-def _merged(
-    strategy: Strategy, module: str, terms: list[_Term], limit: int | None, dtype: np.dtype[Any]
-) -> tuple[LowRank | None, float]:
-    """The merged pair of a module, None for 0, and its relative truncation error."""
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        match strategy:
-            case Cat():
-                return _concatenated(module, terms, dtype), 0.0
-            case Ties() | Dare():
-                dense = (
-                    _ties(strategy, terms)
-                    if isinstance(strategy, Ties)
-                    else _dare(strategy, module, terms)
-                )
-                left, sigma, right = np.linalg.svd(
-                    _representable(dense, module).T, full_matrices=False
-                )
-                floor = EPSILON * max(dense.shape) * sigma[0]
-                limit = limit or max(term.pair.rank for term in terms)
-                return _kept(left, sigma, right, floor=floor, limit=limit, dtype=dtype)
-            case _:
-                return _linear(module, terms, limit, dtype)
-
-
-def _live(module: str, terms: list[_Term]) -> list[tuple[LowRank, float]]:
-    """Each different pair with the sum of its weights, exactly rounded; without those that cancel
-    or are 0.
-    """
+def _merged(strategy: Strategy, module: str, terms: Terms, rank: int | None) -> Row | None:
+    """Merge the pairs of one module; None if ΔW = 0."""
+    if isinstance(strategy, Ties | Dare):
+        dense = _finite(strategy.dense(module, terms), module)
+        left, sigma, right = np.linalg.svd(dense.T, full_matrices=False)
+        floor = EPSILON * max(dense.shape) * sigma[0]
+        return _truncated(left, sigma, right, floor, rank or max(pair.rank for _, pair, _ in terms))
+    # Equal pairs count once, with the exact sum of their weights, so that opposite ones cancel.
     weights: dict[LowRank, list[float]] = {}
     for _, pair, weight in terms:
         weights.setdefault(pair, []).append(weight)
-    sums = [(pair, _representable(_sum(parts), module)) for pair, parts in weights.items()]
-    return [
+    live = [
         (pair, weight)
-        for pair, weight in sums
+        for pair, weight in ((pair, _sum(parts)) for pair, parts in weights.items())
         if weight * _scaling(pair) and pair.A.any() and pair.B.any()
     ]
-
-
-def _linear(
-    module: str, terms: list[_Term], limit: int | None, dtype: np.dtype[Any]
-) -> tuple[LowRank | None, float]:
-    """Σ weight · ΔW, at the rank that it has or the best approximation at `limit`."""
-    live = _live(module, terms)
-    if len(live) == 1 and live[0][0].rank <= (limit or live[0][0].rank):
-        return _concatenated(module, terms, dtype), 0.0
-    if not live:
-        return None, 0.0
-    p, q, cores, sizes = _cores(module, [pair for pair, _ in live])
-    core = sum(weight * core for (_, weight), core in zip(live, cores, strict=True))
-    bound = _sum(abs(weight) * size for (_, weight), size in zip(live, sizes, strict=True))
-    left, sigma, right = np.linalg.svd(_representable(core, module), full_matrices=False)
-    floor = _representable(EPSILON * max(len(p), len(q)) * bound, module)
-    kept = min(limit or len(sigma), len(sigma))
-    return _kept(
-        p @ left[:, :kept], sigma, right[:kept] @ q.T, floor=floor, limit=kept, dtype=dtype
-    )
-
-
-def _concatenated(module: str, terms: list[_Term], dtype: np.dtype[Any]) -> LowRank | None:
-    """The pairs side by side, Bs times what their factor differs by from the largest, which is the
-    scaling.
-    """
-    live = _live(module, terms)
     if not live:
         return None
-    factors = [_representable(weight * _scaling(pair), module) for pair, weight in live]
-    scaling = max(factors, key=lambda factor: (abs(factor), factor))
-    a = np.concatenate([pair.A.astype(dtype) for pair, _ in live], axis=1)
-    b = [
-        (pair.B.astype(np.float64) * (factor / scaling)).astype(dtype)
-        for (pair, _), factor in zip(live, factors, strict=True)
-    ]
-    return LowRank(a, np.concatenate(b), scaling)
+    if isinstance(strategy, Cat) or (len(live) == 1 and live[0][0].rank <= (rank or math.inf)):
+        factors = _finite([weight * _scaling(pair) for pair, weight in live], module)
+        scaling = max(factors, key=lambda factor: (abs(factor), factor))
+        a = np.hstack([pair.A for pair, _ in live], dtype=np.float64)
+        b = [
+            pair.B * np.float64(factor / scaling)
+            for (pair, _), factor in zip(live, factors, strict=True)
+        ]
+        return a, np.vstack(b), scaling, 0.0
+    p, q, cores, noises = _cores([pair for pair, _ in live])
+    core = sum(weight * core for (_, weight), core in zip(live, cores, strict=True))
+    floor = _sum(abs(weight) * noise for (_, weight), noise in zip(live, noises, strict=True))
+    left, sigma, right = np.linalg.svd(_finite(core, module), full_matrices=False)
+    rank = min(rank or len(sigma), len(sigma))
+    return _truncated(p @ left[:, :rank], sigma, right[:rank] @ q.T, _finite(floor, module), rank)
 
 
-def _cores(module: str, pairs: Sequence[LowRank]) -> _Cores:
-    """QR of the stacked As and of the stacked Bs: all that is left to do happens in the small
-    triangles.
+def _cores(pairs: Sequence[LowRank | None]) -> tuple[Array, Array, list[Array], list[float]]:
+    """Return orthonormal P and Q with ``scalingᵢ · AᵢBᵢ = P coreᵢ Qᵀ``, the cores, their noise.
+
+    The noise bounds the rounding error of a core: ε · size · ‖Aᵢ‖ ‖Bᵢ‖ |scalingᵢ|. None counts as 0.
     """
-    p, left = thin_qr(np.concatenate([pair.A.astype(np.float64) for pair in pairs], axis=1))
-    q, right = thin_qr(np.concatenate([pair.B.T.astype(np.float64) for pair in pairs], axis=1))
-    ends = np.cumsum([pair.rank for pair in pairs])[:-1]
-    lefts, rights = np.split(left, ends, axis=1), np.split(right, ends, axis=1)
-    cores = [a @ b.T * _scaling(pair) for a, b, pair in zip(lefts, rights, pairs, strict=True)]
-    sizes = [
-        float(np.linalg.norm(a) * np.linalg.norm(b)) * abs(_scaling(pair))
-        for a, b, pair in zip(lefts, rights, pairs, strict=True)
-    ]
-    return _Cores(p, q, [_representable(core, module) for core in cores], sizes)
+    p, left = thin_qr(np.hstack([pair.A for pair in pairs if pair], dtype=np.float64))
+    q, right = thin_qr(np.hstack([pair.B.T for pair in pairs if pair], dtype=np.float64))
+    cores, noises, start = [], [], 0
+    for pair in pairs:
+        end = start + (pair.rank if pair else 0)
+        a, b, scaling = left[:, start:end], right[:, start:end], _scaling(pair) if pair else 0.0
+        cores.append(a @ b.T * scaling)
+        size = float(np.linalg.norm(a) * np.linalg.norm(b)) * abs(scaling)
+        noises.append(EPSILON * max(len(p), len(q)) * size)
+        start = end
+    return p, q, cores, noises
 
 
-def _kept(
-    left: Array, sigma: Array, right: Array, *, floor: float, limit: int, dtype: np.dtype[Any]
-) -> tuple[LowRank | None, float]:
-    """The balanced pair of an SVD cut at `limit` and at the noise `floor`, and the share of the
-    norm that `limit` cost.
+def _truncated(left: Array, sigma: Array, right: Array, floor: float, rank: int) -> Row | None:
+    """Return the balanced factors of an SVD cut at `rank` and at the noise `floor`.
 
-    The scaling is a power of two near the largest singular value: the factors' entries stay near 1,
-    where every dtype is at its best, and what is doubled comes out doubled.
+    The scaling is a power of two near the largest singular value. So the entries of the factors
+    stay near 1, where every dtype is most precise, and doubling ΔW doubles only the scaling.
     """
     real = int((sigma > floor).sum())
-    kept = min(limit, real)
+    kept = min(rank, real)
     if kept == 0:
-        return None, 0.0
+        return None
     scaling = math.ldexp(1.0, math.frexp(sigma[0])[1] - 1)
-    root = np.sqrt(sigma[:kept] / scaling)
-    pair = LowRank(
-        (left[:, :kept] * root).astype(dtype), (root[:, None] * right[:kept]).astype(dtype), scaling
-    )
     whole = sigma[:real] / scaling
-    return pair, float(np.linalg.norm(whole[kept:]) / np.linalg.norm(whole))
-
-
-def _ties(strategy: Ties, terms: list[_Term]) -> Array:
-    """ΔW ``(out, in)``: each entry the weighted mean of those that have the elected sign."""
-    _, exponent = math.frexp(max(abs(term.weight) for term in terms))
-    weights = [
-        math.ldexp(term.weight, -exponent) for term in terms
-    ]  # a mean: what scales all of them cancels
-    parts = [
-        _trimmed(delta(term.pair, dtype=np.float64), strategy.density) * weight
-        for term, weight in zip(terms, weights, strict=True)
-    ]
-    elected = np.sign(sum(np.sign(part) if strategy.elect == "count" else part for part in parts))
-    total, shares = np.zeros_like(elected), np.zeros_like(elected)
-    for part, weight in zip(parts, weights, strict=True):
-        agrees = (np.sign(part) == elected) & (elected != 0)
-        total += np.where(agrees, part, 0.0)
-        shares += abs(weight) * agrees
-    merged: Array = total / np.where(shares == 0, 1.0, shares)
-    return merged
-
-
-def _trimmed(dense: Array, density: float) -> Array:
-    """The entries of largest magnitude, the rest 0; of equal ones the first in row-major order."""
-    size = abs(dense).ravel()
-    count = max(1, round(density * size.size))
-    least = np.partition(size, size.size - count)[size.size - count]
-    keep = size > least
-    keep[np.flatnonzero(size == least)[: count - int(keep.sum())]] = True
-    return np.where(keep.reshape(dense.shape), dense, 0.0)
-
-
-def _dare(strategy: Dare, module: str, terms: list[_Term]) -> Array:
-    """ΔW ``(out, in)``: entries kept by chance and rescaled."""
-    parts = []
-    for name, pair, weight in terms:
-        dense = delta(pair, dtype=np.float64)
-        parts.append(
-            np.where(_mask(strategy, module, name, dense.shape), dense, 0.0)
-            * (weight / strategy.density)
-        )
-    total: Array = sum(parts, np.zeros_like(parts[0]))
-    return total
-
-
-def _mask(strategy: Dare, module: str, name: str, shape: tuple[int, ...]) -> Array:
-    """Which entries are kept: those whose number in [0, 1), 53 bits of a keyed counter-based
-    stream, is below density.
-    """
-    key = hashlib.sha256(json.dumps([strategy.seed, module, name]).encode()).digest()
-    raw = np.random.Philox(key=int.from_bytes(key[:16], "little")).random_raw(math.prod(shape))
-    kept: Array = ((raw >> np.uint64(11)) * 2.0**-53 < strategy.density).reshape(shape)
-    return kept
+    root = np.sqrt(whole[:kept])
+    error = float(np.linalg.norm(whole[kept:]) / np.linalg.norm(whole))
+    return left[:, :kept] * root, root[:, None] * right[:kept], scaling, error
 
 
 def _arc(a: LoRACard, b: LoRACard, t: float) -> list[float]:
-    """The weights of two cards at `t` on the arc between them."""
-    points: list[list[Array]] = [[], []]
-    noise = [0.0, 0.0]
-    for module in sorted({*a.weights, *b.weights}):
-        sides = [side for side, card in enumerate((a, b)) if module in card.weights]
-        found = _cores(module, [(a, b)[side].weights[module] for side in sides])
-        for side in (0, 1):
-            held = side in sides
-            points[side].append(
-                (found.cores[sides.index(side)] if held else np.zeros_like(found.cores[0])).ravel()
-            )
-            size = found.sizes[sides.index(side)] if held else 0.0
-            noise[side] += EPSILON * max(len(found.P), len(found.Q)) * size
-    flat = [np.concatenate(parts or [np.zeros(1)]) for parts in points]
-    lengths = [_representable(float(np.linalg.norm(point)), "all") for point in flat]
+    """Return the weights of two cards at `t` on the arc between them."""
+    modules = sorted({*a.weights, *b.weights})
+    rows = [_cores([card.weights.get(module) for card in (a, b)]) for module in modules]
+    points = np.hstack([np.zeros((2, 0)), *(np.reshape(cores, (2, -1)) for *_, cores, _ in rows)])
+    noise = np.sum([noises for *_, noises in rows], axis=0) if rows else (0.0, 0.0)
+    lengths = [_finite(float(np.linalg.norm(point)), "all") for point in points]
     for card, length, floor in zip((a, b), lengths, noise, strict=True):
         if length <= floor:
-            raise ArgumentError(
-                f"slerp: card {card.name!r}", "a ΔW that is not 0", "0", "use 'weighted' instead"
-            )
-    x, y = (point / length for point, length in zip(flat, lengths, strict=True))
+            where = f"slerp: card {card.name!r}"
+            raise ArgumentError(where, "a ΔW that is not 0", "0", "use 'weighted' instead")
+    x, y = (point / length for point, length in zip(points, lengths, strict=True))
     angle = 2 * math.atan2(float(np.linalg.norm(x - y)), float(np.linalg.norm(x + y)))
     if math.pi - angle < OPPOSITE:
-        raise ArgumentError(
-            f"slerp: cards {a.name!r} and {b.name!r}",
-            "directions that are not opposite",
-            f"{angle} radians between them",
-            "no arc is the shortest: use 'weighted' instead",
-        )
-    shares = (
-        [1 - t, t]
-        if angle < PARALLEL
-        else [math.sin(part * angle) / math.sin(angle) for part in (1 - t, t)]
-    )
+        where = f"slerp: cards {a.name!r} and {b.name!r}"
+        hint = "no arc is the shortest: use 'weighted' instead"
+        angles = f"{angle} radians between them"
+        raise ArgumentError(where, "directions that are not opposite", angles, hint)
+    shares = [1 - t, t]
+    if angle >= PARALLEL:
+        shares = [math.sin(part * angle) / math.sin(angle) for part in shares]
     reach = (1 - t) * lengths[0] + t * lengths[1]
-    return [reach / length * share for share, length in zip(shares, lengths, strict=True)]
+    return [reach / length * part for part, length in zip(shares, lengths, strict=True)]
 
 
-def _cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
+def _checked_cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
+    """Return the cards; refuse factors that are not finite, and modules that do not fit together."""
     if isinstance(cards, LoRACard) or not isinstance(cards, Iterable):
         raise ArgumentError("merge: cards", "a list of cards", shown(cards))
-    found = tuple(cards)
-    if not found:
+    cards = tuple(cards)
+    if not cards:
         raise ArgumentError("merge: cards", "at least one card", "none")
     shapes: dict[str, tuple[str, tuple[int, int]]] = {}
-    for card in found:
+    for card in cards:
         check_card(card)
         for module, pair in card.weights.items():
-            where, shape = (
-                f"card {card.name!r}: module {module!r}",
-                (pair.in_features, pair.out_features),
-            )
+            where = f"card {card.name!r}: module {module!r}"
             if not (np.isfinite(pair.A).all() and np.isfinite(pair.B).all()):
-                raise CardError(
-                    where,
-                    "finite factors",
-                    "NaN or an infinity",
-                    "leave the card out, or make it anew",
-                )
+                hint = "leave the card out, or train it again"
+                raise CardError(where, "finite factors", "NaN or an infinity", hint)
+            shape = (pair.in_features, pair.out_features)
             other, expected = shapes.setdefault(module, (card.name, shape))
             if shape != expected:
-                hint = "merge cards of one base model"
-                raise ShapeError(where, f"in, out = {expected} as in card {other!r}", shape, hint)
-    _check_names(found)
-    return found
-
-
-def _check_names(cards: Sequence[LoRACard]) -> None:
-    """Refuse two cards' names of which one may mean the other: a model would take one, or neither."""
-    held = {module: card for card in cards for module in card.weights}
-    for module, card in held.items():
+                text = f"in, out = {expected} as in card {other!r}"
+                raise ShapeError(where, text, shape, SAME_BASE)
+    owners = {module: card for card in cards for module in card.weights}
+    for module, card in owners.items():
         parts = module.split(".")
-        for other in (".".join(parts[start:]) for start in range(1, len(parts))):
-            if other in held and not any({module, other} <= one.weights.keys() for one in cards):
-                where, found = (
-                    f"card {card.name!r}: module {module!r}",
-                    f"{other!r} in card {held[other].name!r}",
-                )
+        for suffix in (".".join(parts[start:]) for start in range(1, len(parts))):
+            if suffix in owners and not any({module, suffix} <= c.weights.keys() for c in cards):
+                where = f"card {card.name!r}: module {module!r}"
+                other = f"{suffix!r} in card {owners[suffix].name!r}"
                 hint = "rename by dataclasses.replace(card, weights=...): both may mean one module"
-                raise TargetError(where, "names of one form in all cards", found, hint)
-
-
-def _strategy(strategy: Strategy | str) -> Strategy:
-    if isinstance(strategy, str) and strategy in STRATEGIES:
-        return STRATEGIES[strategy]()
-    if not isinstance(strategy, Strategy):
-        raise ArgumentError(
-            "merge: strategy",
-            f"one of {', '.join(STRATEGIES)}, or a value of theirs",
-            shown(strategy),
-        )
-    return strategy
-
-
-def _limit(rank: int | None, strategy: Strategy) -> int | None:
-    if rank is None:
-        return None
-    if isinstance(strategy, Cat):
-        raise ArgumentError(
-            "merge: rank", "none, as 'cat' keeps every column", shown(rank), "'weighted' truncates"
-        )
-    return integer(rank, "merge: rank", 1)
+                raise TargetError(where, "names of one form in all cards", other, hint)
+    return cards
 
 
 def _applied(
     cards: Sequence[LoRACard], strategy: Strategy, weights: Iterable[float] | None
 ) -> list[float]:
-    """The weight of each card: as given, normalised, or as the strategy makes it."""
-    given = _weights(weights, len(cards))
+    """Return the weight of each card: as passed, normalised, or as the strategy computes it."""
     if isinstance(strategy, Average | Slerp) and weights is not None:
-        hint = "use 'weighted'"
-        raise ArgumentError(
-            "merge: weights", f"none for {type(strategy).__name__}", shown(weights), hint
-        )
-    match strategy:
-        case Average():
-            return [1 / len(cards)] * len(cards)
-        case Weighted(normalize=True):
-            if (total := finite(_sum(given), "merge: sum of weights", ArgumentError)) == 0:
-                raise ArgumentError(
-                    "merge: weights", "a sum that is not 0, to divide by", shown(given)
-                )
-            return [
-                finite(weight / total, "merge: weights over their sum", ArgumentError)
-                for weight in given
-            ]
-        case Slerp(t=t):
-            if len(cards) != 2:
-                raise ArgumentError("merge: cards", "exactly two for slerp", len(cards))
-            return _arc(cards[0], cards[1], t)
-        case Dare() if len({card.name for card in cards}) < len(cards):
-            names = shown([card.name for card in cards])
-            hint = "rename one by dataclasses.replace(card, name=...): a mask belongs to a name"
-            raise ConflictError("merge: cards", "names that differ for dare", names, hint)
-        case _:
-            return given
-
-
-def _weights(weights: Iterable[float] | None, count: int) -> list[float]:
-    if weights is None:
-        return [1.0] * count
-    if not isinstance(weights, Iterable) or isinstance(weights, str | Mapping):
+        expected = f"none for {type(strategy).__name__}"
+        raise ArgumentError("merge: weights", expected, shown(weights), "use 'weighted'")
+    weights = [1.0] * len(cards) if weights is None else weights
+    if not isinstance(weights, Iterable):
         raise ArgumentError("merge: weights", "a list of numbers, one per card", shown(weights))
-    found = [
+    numbers = [
         finite(weight, f"merge: weight {index}", ArgumentError) + 0.0
         for index, weight in enumerate(weights)
     ]
-    if len(found) != count:
-        raise ArgumentError("merge: weights", f"one for each of {count} cards", len(found))
-    return found
+    if len(numbers) != len(cards):
+        raise ArgumentError("merge: weights", f"one for each of {len(cards)} cards", len(numbers))
+    if isinstance(strategy, Average):
+        return [1 / len(cards)] * len(cards)
+    if isinstance(strategy, Slerp):
+        if len(cards) != 2:
+            raise ArgumentError("merge: cards", "exactly two for slerp", len(cards))
+        return _arc(cards[0], cards[1], strategy.t)
+    if isinstance(strategy, Weighted) and strategy.normalize:
+        total = finite(_sum(numbers), "merge: sum of weights", ArgumentError)
+        if total == 0:
+            raise ArgumentError("merge: weights", "a sum that is not 0, to divide by", numbers)
+        return [number / total for number in numbers]
+    names = [card.name for card in cards]
+    if isinstance(strategy, Dare) and len(set(names)) < len(names):
+        hint = "rename one by dataclasses.replace(card, name=...): a mask belongs to a name"
+        raise ConflictError("merge: cards", "names that differ for dare", shown(names), hint)
+    return numbers
 
 
 def _base(
     cards: Sequence[LoRACard], modules: Iterable[str], targets: Iterable[str]
 ) -> tuple[str | None, str | None]:
-    """The base model and fingerprint of the merged card.
+    """Return the base model and fingerprint of the merged card.
 
-    A fingerprint covers the weights that a card adapts, so only those of cards that adapt the same
-    can be compared, and only such a one fits the merged card.
+    A fingerprint covers the weights that a card adapts. So only fingerprints of cards that adapt
+    the same modules can be compared, and only theirs can hold for the merged card.
     """
-    prints: dict[tuple[frozenset[str], frozenset[str]], tuple[str, str]] = {}
-    hint = "merge cards of one base model"
+    prints: dict[Any, tuple[str, str]] = {}
     for card in cards:
-        if card.base_fingerprint is not None:
-            covers = (frozenset(card.weights), frozenset(card.target_modules))
-            other, expected = prints.setdefault(covers, (card.name, card.base_fingerprint))
-            if card.base_fingerprint != expected:
-                where = f"card {card.name!r}: base_fingerprint"
-                raise BaseModelError(
-                    where, f"{expected} as in card {other!r}", card.base_fingerprint, hint
-                )
+        if digest := card.base_fingerprint:
+            covered = (frozenset(card.weights), frozenset(card.target_modules))
+            other, expected = prints.setdefault(covered, (card.name, digest))
+            if digest != expected:
+                where, text = f"card {card.name!r}: base_fingerprint", f"{expected} as in card"
+                raise BaseModelError(where, f"{text} {other!r}", digest, SAME_BASE)
     names = {card.base_model for card in cards} - {None}
-    alike = (
-        len({card.base_fingerprint for card in cards}) == 1
-        and cards[0].base_fingerprint is not None
-    )
-    if len(names) > 1 and not alike:
-        found = shown(sorted(map(str, names)))
-        hint = f"{hint}, or name it alike by dataclasses.replace(card, base_model=...)"
-        raise BaseModelError("merge: base models", "one", found, hint)
+    digests = {card.base_fingerprint for card in cards}
+    if len(names) > 1 and (len(digests) > 1 or None in digests):
+        hint = f"{SAME_BASE}, or name it alike by dataclasses.replace(card, base_model=...)"
+        raise BaseModelError("merge: base models", "one", shown(sorted(map(str, names))), hint)
     _, fingerprint = prints.get((frozenset(modules), frozenset(targets)), ("", None))
-    return (names.pop() if len(names) == 1 else None), fingerprint
-
-
-def _promoted(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
-    """The dtype that holds all of them: itself for one, else float64 if it is among them, else
-    float32.
-    """
-    if len(dtypes) == 1:
-        return next(iter(dtypes))
-    return DTYPES["float64"] if DTYPES["float64"] in dtypes else DTYPES["float32"]
+    return names.pop() if len(names) == 1 else None, fingerprint
 
 
 def _sum(values: Iterable[float]) -> float:
-    """The sum, exactly rounded, so that no order matters; infinite beyond float64."""
+    """Return the exactly rounded sum, which knows no order; infinity beyond float64."""
     try:
         return math.fsum(values)
     except OverflowError:
         return math.inf
 
 
-def _representable(value: Any, module: str) -> Any:
-    """The value, or an error where it is beyond float64."""
+def _finite(value: Any, module: str) -> Any:
+    """Return the value; raise an error if it is beyond float64."""
     if not np.isfinite(value).all():
-        raise ArgumentError(
-            f"merge: module {module!r}", "a ΔW within float64", "an overflow", "use smaller weights"
-        )
+        where = f"merge: module {module!r}"
+        raise ArgumentError(where, "a ΔW within float64", "an overflow", "use smaller weights")
     return value
 
 
 def _scaling(pair: LowRank) -> float:
     return 1.0 if pair.scaling is None else pair.scaling
-
-
-def _between(value: float, where: str, expected: str, *, closed: bool = False) -> float:
-    """A number in (0, 1], or in [0, 1] if `closed`."""
-    number = finite(value, where, ArgumentError)
-    if not (0 < number <= 1 or (closed and number == 0)):
-        raise ArgumentError(where, expected, shown(value))
-    return number

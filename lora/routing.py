@@ -1,11 +1,9 @@
-"""Which cards fit a query: cosine similarity to examples, top k, a threshold, and how to set that
-threshold.
+"""Routing: find the cards that fit a query by cosine similarity, and calibrate the threshold.
 
 A card is described by one or several example sentences; its score is that of the nearest one.
-Scores are float64, and a score is rounded to 1e-6 before it is compared, so that neither the order
-of registration nor that of summation decides a tie: ties are ordered by name. ("Arrow routing" in
-the literature, Ostapenko et al. 2024, picks adapters inside a model by singular vectors; this is
-another thing.)
+Scores are rounded to 1e-6 before they are compared, and ties are ordered by name, so neither the
+order of registration nor that of summation decides. (This is not "Arrow routing", Ostapenko et al.
+2024, which picks adapters inside a model by singular vectors.)
 
 Requirements: R4, R7.
 """
@@ -15,13 +13,13 @@ from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from lora.card import Array
+from lora.checks import finite, integer
 from lora.errors import ArgumentError, ShapeError, shown
 
 DECIMALS = 6
@@ -30,13 +28,11 @@ DECIMALS = 6
 
 @dataclass(frozen=True)
 class Candidate:
-    """A card that may be chosen.
+    """A card that may be routed to.
 
     Args:
-        name: The card's.
-        exemplars: Unit embeddings of its example sentences, shape ``(n, d)``, float64.
-        virtual: Whether its weights are elsewhere.
-        tags: What it may be filtered by.
+        exemplars: Unit embeddings of the example sentences, shape ``(n, d)``, float64.
+        virtual: Whether the weights are elsewhere.
     """
 
     name: str
@@ -47,9 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Index:
-    """Candidates by name, with all their exemplars as the rows of one matrix, made when first
-    needed.
-    """
+    """Candidates by name; the matrices of their exemplars are computed when first needed."""
 
     candidates: Mapping[str, Candidate]
 
@@ -60,46 +54,41 @@ class Index:
 
     @cached_property
     def rows(self) -> Array:
-        """Every candidate's exemplars, candidates in the mapping's order; shape ``(N, d)``."""
-        return np.concatenate([candidate.exemplars for candidate in self.candidates.values()])
+        """The exemplars of every candidate, in the mapping's order; shape ``(N, d)``."""
+        return np.concatenate([candidate.exemplars for candidate in self.listed])
 
     @cached_property
     def narrow(self) -> Array:
-        """The rows in float32, from which a short list is made."""
+        """The rows in float32, which `shortlist` works with."""
         return self.rows.astype(np.float32)
 
     @cached_property
     def starts(self) -> Array:
-        """Each candidate's first row."""
-        return np.cumsum(
-            [0, *(len(candidate.exemplars) for candidate in self.candidates.values())]
-        )[:-1]
+        """The first row of each candidate."""
+        return np.cumsum([0, *(len(candidate.exemplars) for candidate in self.listed)])[:-1]
 
     def with_candidate(self, candidate: Candidate) -> "Index":
-        """An index in which `candidate` stands in place of any of its name; kept sorted by name."""
-        for other in self.candidates.values():
-            if other.exemplars.shape[1] != candidate.exemplars.shape[1]:
-                where, width = f"candidate {candidate.name!r}", candidate.exemplars.shape[1]
-                raise ShapeError(where, f"embeddings of width {other.exemplars.shape[1]}", width)
-            break
-        return Index(
-            MappingProxyType(dict(sorted({**self.candidates, candidate.name: candidate}.items())))
-        )
+        """Return a sorted index with `candidate`, which replaces one of the same name."""
+        width = candidate.exemplars.shape[1]
+        expected = next((c.exemplars.shape[1] for c in self.candidates.values()), width)
+        if width != expected:
+            where = f"candidate {candidate.name!r}"
+            raise ShapeError(where, f"embeddings of width {expected}", width)
+        candidates = {**self.candidates, candidate.name: candidate}
+        return Index(MappingProxyType(dict(sorted(candidates.items()))))
 
     def without(self, name: str) -> "Index":
-        """An index without the candidate of that name."""
-        return Index(
-            MappingProxyType({key: c for key, c in self.candidates.items() if key != name})
-        )
+        """Return an index without the candidate of that name."""
+        candidates = {key: c for key, c in self.candidates.items() if key != name}
+        return Index(MappingProxyType(candidates))
 
     def tagged(self, tags: Collection[str]) -> "Index":
-        """An index of the candidates that have all of these tags."""
-        wanted = _tags(tags)
-        if not wanted:
+        """Return an index of the candidates that have all of these tags."""
+        required = _tags(tags)
+        if not required:
             return self
-        return Index(
-            MappingProxyType({key: c for key, c in self.candidates.items() if c.tags >= wanted})
-        )
+        candidates = {name: c for name, c in self.candidates.items() if c.tags >= required}
+        return Index(MappingProxyType(candidates))
 
 
 EMPTY = Index(MappingProxyType({}))
@@ -107,7 +96,7 @@ EMPTY = Index(MappingProxyType({}))
 
 @dataclass(frozen=True)
 class Route:
-    """A card chosen for a query, with its score: cosine similarity in [-1, 1], rounded to 1e-6."""
+    """A card for a query, with its score: cosine similarity in [-1, 1], rounded to 1e-6."""
 
     name: str
     score: float
@@ -116,13 +105,13 @@ class Route:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold with what is known of its false-trigger rate.
+    """A threshold, and how many known queries fall below it.
 
     Args:
-        threshold: Queries that score below it are taken as unknown.
-        groups: Source groups that it rests on.
-        rate: Expected share of known queries below it, at most what was asked for.
-        interval: Where 90 % of calibrations with so many groups have their true rate: the 5 % and
+        threshold: Queries that score below it count as unknown.
+        groups: Number of source groups that the threshold was computed from.
+        rate: Expected share of known queries below the threshold.
+        interval: 90 % of calibrations with so many groups have their true rate here: the 5 % and
             95 % points of Beta(k, n + 1 - k).
     """
 
@@ -133,17 +122,7 @@ class Calibration:
 
 
 def unit(vectors: Array) -> Array:
-    """Rows scaled to length 1, float64; a zero row stays zero.
-
-    Scaling a row by a power of two changes nothing: it is first scaled to a largest magnitude in
-    [0.5, 1), exactly.
-
-    Args:
-        vectors: Shape ``(n, d)``, finite.
-
-    Raises:
-        ShapeError: If it is not two-dimensional.
-        ArgumentError: If it holds NaN or an infinity.
+    """Return the rows ``(n, d)`` scaled to length 1, in float64; a zero row stays zero.
 
     Examples:
         >>> import numpy as np
@@ -159,6 +138,7 @@ def unit(vectors: Array) -> Array:
         raise ShapeError("embeddings", "shape (n, d)", f"shape {rows.shape}")
     if not np.isfinite(rows).all():
         raise ArgumentError("embeddings", "finite numbers", "NaN or an infinity")
+    # Scaling by a power of two is exact, and afterwards no square over- or underflows.
     largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
     scaled = np.ldexp(rows, -np.frexp(largest)[1])
     length = np.sqrt((scaled * scaled).sum(axis=1, keepdims=True))
@@ -174,17 +154,15 @@ def select(
     threshold: float | None = None,
     tags: Collection[str] = (),
 ) -> list[Route]:
-    """The best candidates for a query, best first; none if none reaches the threshold.
+    """Return the candidates nearest to a query, best first; none if none reaches the threshold.
 
     Args:
         query: A unit embedding, shape ``(d,)``.
-        index: The candidates.
-        top_k: How many at most, >= 1.
-        threshold: The least score, or None for no limit.
-        tags: Only candidates that have all of these.
+        top_k: The largest number of routes.
+        threshold: The smallest score.
+        tags: Only candidates that have all of these tags.
     """
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ArgumentError("top_k", "an integer >= 1", shown(top_k))
+    top_k = integer(top_k, "top_k", 1)
     check_threshold(threshold)
     index = index.tagged(tags)
     if index.candidates and query.shape != (width := index.rows.shape[1:]):
@@ -195,37 +173,31 @@ def select(
 def rank(
     query: Array, index: Index, positions: Sequence[int], top_k: int, threshold: float | None
 ) -> list[Route]:
-    """What `select` gives if just the candidates at these positions are there: the formula itself."""
-    chosen = [index.listed[i] for i in positions]
-    if not chosen:
+    """Score the candidates at these positions in float64 and return the best as routes."""
+    part = Index({index.listed[i].name: index.listed[i] for i in positions})
+    if not part.listed:
         return []
-    starts = list(accumulate((len(candidate.exemplars) for candidate in chosen), initial=0))[:-1]
-    rows = np.concatenate([candidate.exemplars for candidate in chosen])
-    similarity = np.einsum(
-        "nd,d->n", rows, query
-    )  # a matrix product may score two equal rows differently
-    scores = np.round(np.maximum.reduceat(similarity, starts).clip(-1, 1), DECIMALS) + 0.0
+    # A matrix product may score two equal rows differently; einsum does not.
+    similarity = np.einsum("nd,d->n", part.rows, query)
+    scores = np.round(np.maximum.reduceat(similarity, part.starts).clip(-1, 1), DECIMALS) + 0.0
     routes = [
-        Route(c.name, score, c.virtual) for c, score in zip(chosen, scores.tolist(), strict=True)
+        Route(candidate.name, score, candidate.virtual)
+        for candidate, score in zip(part.listed, scores.tolist(), strict=True)
+        if threshold is None or score >= threshold
     ]
-    reached = [route for route in routes if threshold is None or route.score >= threshold]
-    return sorted(reached, key=lambda route: (-route.score, route.name))[:top_k]
+    return sorted(routes, key=lambda route: (-route.score, route.name))[:top_k]
 
 
 def shortlist(query: Array, index: Index, top_k: int, threshold: float | None) -> list[int]:
-    """Positions of all candidates that may be among the best, by one float32 product with all
-    exemplars.
+    """Return the positions of all candidates that may be among the best, by a float32 product.
 
-    A product of unit vectors of width d is off by at most (d + 3) u in float32, u = 2⁻²⁴: d for the
-    sum, whatever its order, one for each factor's rounding, one for the rest. What that and the
-    rounding of scores leave open stays on the list, so that ranking the list gives what ranking all
-    would.
-
-    Source of the bound: Higham 2002, section 3.1.
+    A float32 product of unit vectors of width d is off by at most (d + 3) u with u = 2⁻²⁴: d for
+    the sum in any order, 1 for rounding each factor, 1 for the rest (Higham 2002, section 3.1).
+    Every candidate within this error and the rounding of scores stays on the list, so ranking the
+    list gives the same routes as ranking all candidates.
 
     Args:
-        query: A unit embedding, shape ``(d,)``; for one that is longer, nothing is left out.
-        index, top_k, threshold: As `select`'s.
+        query: A unit embedding, shape ``(d,)``; for a longer vector the list holds all candidates.
     """
     if not index.candidates or not float(query @ query) < 2:
         return list(range(len(index.listed)))
@@ -243,24 +215,18 @@ def shortlist(query: Array, index: Index, top_k: int, threshold: float | None) -
 def calibrate(
     scores: Mapping[str, Sequence[float]], rate: float = 0.05, *, seed: int = 0
 ) -> Calibration:
-    """A threshold under which at most a share `rate` of known queries of *new* sources falls.
+    """Find a threshold below which at most a share `rate` of known queries of *new* sources falls.
 
-    Split conformal prediction with one score per source group: queries of one source resemble each
-    other, so that a random split is too optimistic. One score of each group is drawn; the threshold
-    is the k-th smallest of the n drawn, k = ⌊rate · (n + 1)⌋, which a query of a new source
-    undercuts with probability at most k / (n + 1).
-
-    Source: Vovk, Gammerman and Shafer 2005; Angelopoulos and Bates 2021, section 3.2 (the Beta
-    law).
+    This is split conformal prediction with one score per source group, because queries of one
+    source resemble each other. One score of each group is drawn at random; the threshold is the
+    k-th smallest of the n drawn, k = ⌊rate · (n + 1)⌋. A query of a new source scores below it with
+    probability at most k / (n + 1). Source: Vovk, Gammerman and Shafer 2005; Angelopoulos and Bates
+    2021, section 3.2 (the Beta law).
 
     Args:
-        scores: Source group -> scores of known queries from it.
+        scores: Source group -> scores of known queries from it; at least ``1 / rate - 1`` groups.
         rate: In (0, 1).
-        seed: Of the draw.
-
-    Raises:
-        ArgumentError: If `rate` is out of range, a group is empty, or the groups are too few for it
-            (``1 / rate - 1`` are needed).
+        seed: Seed of the draw.
 
     Examples:
         >>> calibrate({f"module {i}": [i / 100] for i in range(19)}, 0.1)
@@ -270,11 +236,9 @@ def calibrate(
         raise ArgumentError("rate", "a share in (0, 1)", shown(rate))
     if not isinstance(scores, Mapping) or not all(isinstance(group, str) for group in scores):
         raise ArgumentError("scores", "a mapping of source group to scores", shown(scores))
-    if not all(_finite_scores(group) for group in scores.values()):
+    if not all(map(_are_scores, scores.values())):
         raise ArgumentError("scores", "finite scores in every group", shown(scores))
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ArgumentError("seed", "an integer >= 0", shown(seed))
-    rng, n = np.random.default_rng(seed), len(scores)
+    rng, n = np.random.default_rng(integer(seed, "seed", 0)), len(scores)
     slack = 1e-12  # a rate of 1 / (n + 1) is seldom exact
     k = min(math.floor(rate * (n + 1) + slack), n)
     if k < 1:
@@ -283,17 +247,12 @@ def calibrate(
     drawn = sorted(
         float(scores[group][int(rng.integers(len(scores[group])))]) for group in sorted(scores)
     )
-    return Calibration(
-        drawn[k - 1], n, k / (n + 1), (_beta_point(k, n, 0.05), _beta_point(k, n, 0.95))
-    )
+    interval = (_beta_point(k, n, 0.05), _beta_point(k, n, 0.95))
+    return Calibration(drawn[k - 1], n, k / (n + 1), interval)
 
 
 def texts_of(texts: Any) -> list[str]:
-    """The texts of a request as a list.
-
-    Raises:
-        ArgumentError: If it is one str, or anything else than an ordered collection of str.
-    """
+    """Return the texts as a list; refuse a single str, a set and anything that is not text."""
     ordered = isinstance(texts, Collection) and not isinstance(texts, str | AbstractSet | Mapping)
     if not ordered or not all(isinstance(text, str) for text in texts):
         raise ArgumentError("texts", "a sequence of str", shown(texts))
@@ -301,14 +260,13 @@ def texts_of(texts: Any) -> list[str]:
 
 
 def check_threshold(threshold: object) -> None:
-    """Refuse what is neither a finite number nor None."""
-    number = isinstance(threshold, int | float | np.number) and not isinstance(threshold, bool)
-    if threshold is not None and not (number and math.isfinite(threshold)):  # type: ignore[arg-type]
-        raise ArgumentError("threshold", "a finite number or None", shown(threshold))
+    """Raise an error unless the threshold is a finite number or None."""
+    if threshold is not None:
+        finite(threshold, "threshold", ArgumentError)
 
 
-def _finite_scores(group: Any) -> bool:
-    """Whether a group's scores are numbers, at least one."""
+def _are_scores(group: Any) -> bool:
+    """Tell whether a group holds finite numbers, at least one."""
     try:
         numbers = np.asarray(group, np.float64)
     except (TypeError, ValueError):
@@ -317,18 +275,16 @@ def _finite_scores(group: Any) -> bool:
 
 
 def _beta_point(k: int, n: int, probability: float) -> float:
-    """The point below which Beta(k, n + 1 - k) has `probability`, by bisection on the binomial
-    tail.
-    """
-    low, high = 0.0, 1.0
-    choices = [
+    """Return the point of Beta(k, n + 1 - k) at `probability`, by bisection of the binomial tail."""
+    log_choices = [
         math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k)
-    ]  # of i in n, as logs
+    ]
+    low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
         success, failure = math.log(middle), math.log1p(-middle)
         tail = 1.0 - sum(
-            math.exp(c + i * success + (n - i) * failure) for i, c in enumerate(choices)
+            math.exp(c + i * success + (n - i) * failure) for i, c in enumerate(log_choices)
         )
         low, high = (middle, high) if tail < probability else (low, middle)
     return round((low + high) / 2, 6)
@@ -337,7 +293,7 @@ def _beta_point(k: int, n: int, probability: float) -> float:
 def candidate_of(
     name: str, embeddings: Any, *, virtual: bool = False, tags: Collection[str] = ()
 ) -> Candidate:
-    """A candidate with its exemplars normalised."""
+    """Return a candidate whose exemplars are these embeddings, normalised."""
     exemplars = unit(embeddings)
     if not len(exemplars):
         raise ArgumentError(f"candidate {name!r}", "at least one example", "none")
@@ -345,10 +301,7 @@ def candidate_of(
 
 
 def _tags(tags: Collection[str]) -> frozenset[str]:
-    if (
-        isinstance(tags, str)
-        or not isinstance(tags, Collection)
-        or not all(isinstance(tag, str) for tag in tags)
-    ):
+    collection = isinstance(tags, Collection) and not isinstance(tags, str)
+    if not collection or not all(isinstance(tag, str) for tag in tags):
         raise ArgumentError("tags", "a collection of str", shown(tags))
     return frozenset(tags)

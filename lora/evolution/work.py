@@ -411,15 +411,15 @@ def extract(kind: str, parameters: dict[str, Any], folder: Path) -> Path:
             and ``seed``.
         folder: The job's.
     """
-    from lora.extract import Energy, Error, extract_delta  # noqa: PLC0415 - only in the job's process
+    from lora.extract import MaxError, MinEnergy, extract_delta  # noqa: PLC0415 - only in the job's process
     from lora.store import save  # noqa: PLC0415
     from lora.weights import SafetensorsWeights  # noqa: PLC0415
 
     check(kind, KINDS["extract"], parameters)
     rules: dict[str, Callable[[Any], Any]] = {
         "rank": lambda rank: rank,
-        "energy": Energy,
-        "error": Error,
+        "energy": MinEnergy,
+        "error": MaxError,
     }
     given = [rules[key](parameters[key]) for key in rules if key in parameters]
     if len(given) > 1:

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora
 from lora.card import Array, LoRACard, LowRank
-from lora.extract import Energy, Error, extract_delta
+from lora.extract import MaxError, MinEnergy, extract_delta
 from lora.inference.router import LoRARouter
 from lora.layer import LoRALinear
 from lora.merging import STRATEGIES, merge
@@ -125,7 +125,13 @@ class Reference:
         energy: float | None,
         error: float | None,
     ) -> PlainCard:
-        rule = Energy(energy) if energy is not None else Error(error) if error is not None else rank
+        rule = (
+            MinEnergy(energy)
+            if energy is not None
+            else MaxError(error)
+            if error is not None
+            else rank
+        )
         return plain_of(extract_delta(base, tuned, rule if rule is not None else 8))
 
     def make_router(self, embed: Callable[[Sequence[str]], Array]) -> _Router:  # noqa: D102

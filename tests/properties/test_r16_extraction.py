@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lora.card import same_bits
-from lora.extract import METHODS, Energy, Error, extract_delta, extract_direct
+from lora.extract import METHODS, MaxError, MinEnergy, extract_delta, extract_direct
 from lora.testing.binding import Term
 from lora.testing.plugin import requirement
 from lora.testing.strategies import dtypes, features, integers, numbers, ranks
@@ -289,7 +289,7 @@ def test_the_rank_of_a_module_does_not_depend_on_the_others(impl, models, share,
 # ---- this library
 
 
-rules = st.one_of(ranks, shares.map(Energy), bounds.map(Error))
+rules = st.one_of(ranks, shares.map(MinEnergy), bounds.map(MaxError))
 
 
 def modules_of(card):
@@ -385,9 +385,9 @@ def test_the_randomized_method_reports_what_it_really_left(models, rule, seed):
             / norm(delta(base, tuned, key))
             - off
         )
-        if isinstance(rule, Error):
+        if isinstance(rule, MaxError):
             assert true <= rule.bound + off + unsure
-        if isinstance(rule, Energy):
+        if isinstance(rule, MinEnergy):
             assert true**2 <= 1 - rule.share + 2 * (off + unsure) + (off + unsure) ** 2
         if isinstance(rule, int):
             assert found["rank"] <= rule

@@ -13,7 +13,7 @@ from torch import nn
 
 import lora
 from lora.errors import ArgumentError, BaseModelError, CardError, LoRAError, ShapeError, TargetError
-from lora.extract import Energy, Error, extract_delta, extract_direct
+from lora.extract import MaxError, MinEnergy, extract_delta, extract_direct
 from lora.testing.plugin import requirement
 
 
@@ -122,11 +122,11 @@ def test_bfloat16_arrays_are_read_exactly():
 def test_modules_of_unlike_spectra_get_unlike_ranks():
     base = {"a.weight": np.zeros((3, 3)), "b.weight": np.zeros((3, 3))}
     tuned = {"a.weight": np.diag([10.0, 1.0, 1.0]), "b.weight": np.diag([10.0, 9.0, 8.0])}
-    assert ranks(extract_delta(base, tuned, Energy(0.9))) == {"a": 1, "b": 3}
-    assert ranks(extract_delta(base, tuned, Error(0.2))) == {"a": 1, "b": 3}
-    assert ranks(extract_delta(base, tuned, Error(0.6))) == {"a": 1, "b": 2}
-    assert ranks(extract_delta(base, tuned, Energy(1.0))) == {"a": 3, "b": 3}
-    assert ranks(extract_delta(base, tuned, Error(0.0))) == {"a": 3, "b": 3}
+    assert ranks(extract_delta(base, tuned, MinEnergy(0.9))) == {"a": 1, "b": 3}
+    assert ranks(extract_delta(base, tuned, MaxError(0.2))) == {"a": 1, "b": 3}
+    assert ranks(extract_delta(base, tuned, MaxError(0.6))) == {"a": 1, "b": 2}
+    assert ranks(extract_delta(base, tuned, MinEnergy(1.0))) == {"a": 3, "b": 3}
+    assert ranks(extract_delta(base, tuned, MaxError(0.0))) == {"a": 3, "b": 3}
 
 
 def ranks(card):
@@ -136,7 +136,7 @@ def ranks(card):
 @requirement("R16.5")
 def test_directions_that_are_only_rounding_are_not_kept():
     left, right = np.random.default_rng(0).standard_normal((2, 40, 3))
-    for rank in (8, Energy(1.0), Error(0.0)):
+    for rank in (8, MinEnergy(1.0), MaxError(0.0)):
         assert ranks(extract_direct({"q.weight": left @ right.T}, rank)) == {"q": 3}
 
 
@@ -180,7 +180,7 @@ def test_modules_with_equal_weights_get_random_numbers_of_their_own():
 @requirement("R16.7", "R16.5")
 def test_the_randomized_method_widens_until_the_rule_is_met():
     model = {"q.weight": np.diag(0.97 ** np.arange(200.0))}
-    for rule in (Energy(0.9), Error(0.3)):
+    for rule in (MinEnergy(0.9), MaxError(0.3)):
         full, near = extract_direct(model, rule), extract_direct(model, rule, method="randomized")
         assert full.rank > 16
         assert full.rank <= near.rank <= full.rank + 2
@@ -190,7 +190,7 @@ def test_the_randomized_method_widens_until_the_rule_is_met():
 def test_the_randomized_method_counts_what_its_subspace_does_not_hold():
     """Of noise, the first directions hold little: a share of what was looked at is no share of the whole."""
     model = {"q.weight": np.random.default_rng(1).standard_normal((120, 100))}
-    for rule, least in ((Energy(0.2), 0.2), (Error(0.95), 1 - 0.95**2)):
+    for rule, least in ((MinEnergy(0.2), 0.2), (MaxError(0.95), 1 - 0.95**2)):
         assert (
             extract_direct(model, rule, method="randomized").metadata["extract"]["modules"]["q"][
                 "energy"
@@ -360,7 +360,7 @@ def test_bad_models_are_refused_with_what_is_wrong(base, tuned, kind, message):
         (
             {"rank": 0},
             ArgumentError,
-            r"extract: rank: expected an integer >= 1, found 0; Energy\(share\) or Error\(bound\)",
+            r"extract: rank: expected an integer >= 1, found 0; MinEnergy\(share\) or MaxError\(bound\)",
         ),
         ({"rank": 1.5}, ArgumentError, "found 1.5"),
         ({"rank": True}, ArgumentError, "found True"),
@@ -411,22 +411,31 @@ def test_factors_too_large_for_the_dtype_are_refused():
 
 
 @requirement("R16.5", "R7.8")
-@pytest.mark.parametrize("kind", [Energy, Error])
+@pytest.mark.parametrize("kind", [MinEnergy, MaxError])
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), float("inf"), "x", None, True])
 def test_a_share_or_bound_out_of_range_makes_no_rule(kind, value):
     with pytest.raises(LoRAError, match=kind.__name__):
         kind(value)
 
 
+@pytest.mark.parametrize("module", [lora, lora.extract])
+@pytest.mark.parametrize(("old", "new"), [("Energy", MinEnergy), ("Error", MaxError)])
+def test_a_renamed_rule_is_still_there_and_warns(module, old, new):
+    with pytest.warns(DeprecationWarning, match=f"{module.__name__}.{old} is called .*{new.__name__}"):
+        assert getattr(module, old) is new
+    with pytest.raises(AttributeError, match="no attribute 'Rule'"):
+        module.Rule  # noqa: B018 - the access is what fails
+
+
 @requirement("R16.5")
 def test_the_ends_of_the_ranges():
-    assert Energy(1).share == 1.0
-    assert Error(0).bound == 0.0
+    assert MinEnergy(1).share == 1.0
+    assert MaxError(0).bound == 0.0
     with pytest.raises(ArgumentError, match=r"in \(0, 1\], found 0"):
-        Energy(0)
+        MinEnergy(0)
     with pytest.raises(ArgumentError, match=r"in \[0, 1\), found 1"):
-        Error(1)
-    assert ranks(extract_direct({"q.weight": np.eye(3)}, Energy(1e-30))) == {"q": 1}
+        MaxError(1)
+    assert ranks(extract_direct({"q.weight": np.eye(3)}, MinEnergy(1e-30))) == {"q": 1}
 
 
 @requirement("R16.3", "R1.13")

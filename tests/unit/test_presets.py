@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lora.cli import app
+from lora.errors import ArgumentError, TargetError
 from lora.evolution import train
 from lora.evolution.data import Pairs
-from lora.errors import ArgumentError, TargetError
 from lora.inference.encoder import EncoderConfig, InferenceCore
 from lora.presets import PRESETS, CardInfo, LoRAConfig, Preset, cost_table, fit, role_of
 from lora.rewrite import fresh, linears
@@ -149,7 +149,7 @@ def test_modules_that_no_suffix_tells_apart_are_refused():
     shapes = {"output.dense": (4, 4), "attention.output.dense": (4, 4)}
     with pytest.raises(
         TargetError,
-        match=r"module 'output.dense': .*found 'attention.output.dense', which is not wanted",
+        match=r"module 'output.dense': .*found 'attention.output.dense', which has another role",
     ):
         fit(down, shapes)
 
