@@ -1,9 +1,7 @@
 """Extraction: make a card from full weights, the best low-rank approximation of ΔW of each module.
 
-`extract_delta` makes a card of the difference between a tuned model and its base; `extract_direct`
-approximates the weights of one model. Both read the weights of one module at a time, so a model
-never needs to be in memory as a whole. Sources: Eckart and Young 1936; for the randomised method
-Halko, Martinsson and Tropp 2011, algorithm 4.4.
+Weights are read one module at a time, so a model never needs to be in memory as a whole. Sources:
+Eckart and Young 1936; for the randomised method Halko, Martinsson and Tropp 2011, algorithm 4.4.
 
 Requirements: R16.
 """
@@ -11,7 +9,7 @@ Requirements: R16.
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -107,28 +105,24 @@ def extract_delta(
 ) -> LoRACard:
     """Make a card that turns a base model into a tuned one, as nearly as its rank allows.
 
-    Only weights of Linears are extracted; changes of biases, norms and embeddings are not in the
-    card. Of adapted models, extract from their `fold`.
+    Only weights of Linears are extracted, not biases, norms and embeddings. Of adapted models,
+    extract from their `fold`.
 
     Args:
         base: Weights ``(out, in)`` under ``"<module>.weight"``: a mapping, which may be lazy, or a
             torch module.
         tuned: As `base`, with the same names and shapes.
-        rank: A number, `MinEnergy` or `MaxError`; never above min(in, out) or the numerical rank of
-            ΔW.
-        target_modules: Modules by the same rule that binds cards. ``"all-linear"`` leaves out
-            output heads, embeddings by name (``word_embeddings``, ``embed_tokens``, ``wte``) and
-            weights that are not two-dimensional. A module that is named must be a matrix.
-        method: ``"full"`` is the exact decomposition in float64. ``"randomized"`` is a seeded
-            subspace iteration in the precision of the weights (at least float32), over 20 times as
-            fast for 3072 × 768 at rank 16.
-        seed: For the randomised method; each module's random numbers depend on it and on the
-            module's name.
-        oversampling: Width of the randomised subspace divided by the rank, >= 1.
+        rank: Never above min(in, out) or the numerical rank of ΔW.
+        target_modules: As a card's. ``"all-linear"`` leaves out output heads, embeddings (by name)
+            and weights that are not two-dimensional; a module that is named must be a matrix.
+        method: ``"full"`` is exact, in float64. ``"randomized"`` is a subspace iteration in the
+            precision of the weights (at least float32), over 20 times as fast for 3072 × 768.
+        seed: For the randomised method, together with the name of the module.
+        oversampling: Width of the randomised subspace divided by the rank.
         dtype: Of the factors; default float32, or float64 if any weight is.
 
     Returns:
-        A card with scalings of 1, without the modules whose weights are equal in both. The base
+        A card with scalings of 1, without the modules that are equal in both models. Its
         fingerprint covers the base's weights of its modules. Under ``"extract"`` the metadata hold
         the method and, for each module, rank, relative Frobenius error and explained energy of the
         rounded factors.
@@ -165,8 +159,7 @@ def extract_direct(
     """Make a card whose ΔW approximates a model's own weights; see `extract_delta`.
 
     This is compression, not a skill: trained weights are far from low rank (the top 8 directions of
-    MiniLM's hold 13-20 % of the energy), and on the model itself the card adds that share once
-    more. Check the recorded ``energy``.
+    MiniLM's hold 13-20 % of the energy). Check the recorded ``energy``.
 
     Examples:
         >>> import numpy as np
@@ -209,7 +202,7 @@ def _extract(
     on_module: OnModule | None,
 ) -> LoRACard:
     """Extract a card from the difference of two models, or from the weights of one."""
-    targets = LoRACard(name, 1, 1.0, target_modules, {}).target_modules  # type: ignore[arg-type] # checked there
+    targets = LoRACard(name, 1, 1.0, target_modules, {}).target_modules  # type: ignore[arg-type]
     modules = _targeted(models, targets)
     pairs: dict[str, LowRank] = {}
     records: dict[str, dict[str, float]] = {}
@@ -235,10 +228,10 @@ def _extract(
         record |= {"seed": how.seed, "oversampling": how.oversampling}
     metadata = {"extract": {**record, "modules": records}}
     rank = max(pair.rank for pair in weights.values())
-    fingerprint = None if direct else fingerprint_of(_entries(models[0], pairs))
-    return LoRACard(
-        name, rank, float(rank), targets, weights, metadata, base_fingerprint=fingerprint
-    )
+    originals = ((module, _array(models[0], module)) for module in sorted(pairs))
+    entries = ((m, w.dtype.name, w.shape, w.view(np.uint8).data) for m, w in originals)
+    fingerprint = None if direct else fingerprint_of(entries)
+    return LoRACard(name, rank, float(rank), targets, weights, metadata, None, fingerprint)
 
 
 def _mapping(weights: Weights, role: str) -> Mapping[str, Any]:
@@ -270,11 +263,8 @@ def _targeted(models: tuple[Mapping[str, Any], ...], targets: tuple[str, ...]) -
     for role, model in zip(("base", "tuned"), models, strict=False):
         missing = [_key(module) for module in modules if _key(module) not in model]
         if missing:
-            expected, hint = (
-                "every weight that the other model has",
-                "or leave it out of target_modules",
-            )
-            hint = f"give both models one naming, {hint}"
+            expected = "every weight that the other model has"
+            hint = "give both models one naming, or leave these modules out of target_modules"
             raise TargetError(f"extract: {role}", expected, f"no {missing[:5]}", hint)
     return modules
 
@@ -291,31 +281,17 @@ def _array(model: Mapping[str, Any], module: str) -> Array:
         except (AttributeError, TypeError, RuntimeError) as error:
             expected = "a NumPy array or a tensor"
             raise ArgumentError(where, expected, type(weight).__name__) from error
-    if weight.dtype.newbyteorder("=") not in DTYPES.values():
+    native = weight.dtype.newbyteorder("=")
+    if native not in DTYPES.values():
         hint = "dequantise the model first"
         raise ArgumentError(where, f"a dtype of {', '.join(DTYPES)}", weight.dtype, hint)
-    array: Array = weight
-    return array
-
-
-def _entries(
-    base: Mapping[str, Any], modules: Iterable[str]
-) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
-    """Yield what the fingerprint of the base's weights covers, one weight at a time."""
-    for module in sorted(modules):
-        weight = _array(base, module)
-        weight = np.ascontiguousarray(weight, weight.dtype.newbyteorder("="))
-        yield module, weight.dtype.name, weight.shape, weight.view(np.uint8).data
+    return np.asarray(weight, native, order="C")
 
 
 def _approximated(
     models: tuple[Mapping[str, Any], ...], module: str, how: _How, *, named: bool
 ) -> tuple[LowRank, dict[str, float]] | None:
-    """Return the pair for a module's ΔW and its measured figures; None if there is no ΔW.
-
-    Args:
-        named: Whether a target names the module, which then must be a matrix.
-    """
+    """Return the pair for a module's ΔW and its measured figures; None if there is no ΔW."""
     arrays, key = [_array(model, module) for model in models], _key(module)
     shape = arrays[0].shape
     if arrays[-1].shape != shape:
@@ -361,8 +337,8 @@ def _approximated(
 def _decomposed(matrix: Array, module: str, how: _How) -> tuple[Array, Array, Array, int]:
     """Return U, the singular values, Vᵀ, and the rank that the rule asks for.
 
-    The randomised method widens its subspace until the rank suffices; once the subspace is as wide
-    as the matrix, the full decomposition is no more work.
+    The randomised method widens its subspace until the rank suffices; a subspace as wide as the
+    matrix is replaced by the full decomposition.
     """
     if how.method == "randomized":
         name = hashlib.sha256(module.encode(errors="surrogatepass")).digest()
@@ -397,7 +373,7 @@ def _rank(s: Array, rule: Rank, rest: float) -> int | None:
     """Return the smallest rank that satisfies the rule; None if these singular values do not.
 
     Args:
-        rest: Squared norm of the part of ΔW outside of these singular values.
+        rest: Squared norm of the part of ΔW that they leave out.
     """
     if isinstance(rule, int):
         return min(rule, int(np.count_nonzero(s)))

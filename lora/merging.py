@@ -1,10 +1,9 @@
 """Merging: several cards become one, by strategies that act on ΔW and never on A and B apart.
 
-Linear strategies (average, weighted, task arithmetic, SLERP, cat) never form ΔW: a QR decomposition
-of the stacked factors leaves small cores, whose SVD gives the best approximation in
-O((in + out)·R²). TIES and DARE form ΔW of one module at a time and truncate it. Everything is
-computed in float64 and rounded once, to the dtype that the cards' dtypes promote to. Cards are
-sorted by name first, so the order in which they are passed changes no bit of the result.
+Linear strategies never form ΔW: a QR decomposition of the stacked factors leaves small cores, whose
+SVD gives the best approximation in O((in + out)·R²). TIES and DARE form ΔW of one module at a time
+and truncate it. Everything is computed in float64 and rounded once. Cards are sorted by name first,
+so the order in which they are passed changes no bit of the result.
 
 Sources: Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE),
 Shoemake 1985 (SLERP).
@@ -46,7 +45,7 @@ PARALLEL = 1e-6
 SAME_BASE = "merge cards of one base model"
 
 Terms: TypeAlias = list[tuple[str, LowRank, float]]
-"""What the cards contribute to one module: name of the card, its pair, its weight."""
+"""For one module: the name of each card, its pair (in a card every scaling is set), its weight."""
 
 Row: TypeAlias = tuple[Array, Array, float, float]
 """A merged module: A, B, scaling and the relative truncation error."""
@@ -72,8 +71,8 @@ class Weighted:
 class Slerp:
     """A fraction `t` of the way from one card to another along the arc between them.
 
-    A card is one point: its ΔW of all modules, flattened. The direction moves at constant angular
-    speed and the length linearly. Takes no weights.
+    A card is one point: its ΔW of all modules. The direction moves at constant angular speed and
+    the length linearly. Takes no weights.
     """
 
     t: float = 0.5
@@ -99,10 +98,10 @@ class Cat:
 class Ties:
     """Trim, elect signs, merge: the weighted mean of the entries that have the elected sign.
 
-    Of each ΔW the ``max(1, round(density · size))`` entries of largest magnitude are kept (halves
-    round to even; of equal magnitudes the first in row-major order of ``(out, in)``). Then weights
-    are applied and, for each entry, a sign is elected: that of the sum (``"mass"``) or of the sum
-    of signs (``"count"``); a sum of 0 gives 0. The mean is Σ wᵢxᵢ / Σ |wᵢ|.
+    Of each ΔW the ``max(1, round(density · size))`` largest entries are kept (of equal ones the
+    first in row-major order of ``(out, in)``). Then weights are applied and each entry gets the
+    sign of the sum (``"mass"``) or of the sum of signs (``"count"``); a sum of 0 gives 0. The mean
+    is Σ wᵢxᵢ / Σ |wᵢ|.
     """
 
     density: float = 0.5
@@ -139,8 +138,7 @@ class Ties:
 class Dare:
     """Σ wᵢ · maskᵢ · ΔWᵢ / density: each entry is kept with probability `density`.
 
-    A mask depends only on `seed`, the names of module and card, and the shape, so neither the order
-    of the cards nor the other cards change it.
+    A mask depends only on `seed`, the names of module and card, and the shape.
     """
 
     density: float = 0.5
@@ -191,17 +189,15 @@ def merge(
     Args:
         cards: At least one card, exactly two for `Slerp`. Ranks, dtypes and modules may differ; a
             missing module counts as 0.
-        strategy: A strategy or its name.
         weights: One number per card, default 1. `Average` and `Slerp` take none.
-        rank: Largest rank of a merged module. Default: exact, or for `Ties` and `Dare`, whose ΔW
-            has full rank, the largest rank of the parents at that module.
+        rank: Largest rank of a merged module. Default: exact, or for `Ties` and `Dare` the parents'
+            largest.
 
     Returns:
-        A card with balanced factors and explicit scalings, or a parent's own factors if a module
-        comes from it alone. A module with ΔW = 0 is left out. The base fingerprint is kept if it
-        still covers the same modules. The metadata record the merge: ``{"merge": {"strategy",
+        A card with balanced factors, or a parent's own factors if a module comes from it alone. A
+        module with ΔW = 0 is left out. The metadata record the merge: ``{"merge": {"strategy",
         "options", "parents": [{"name", "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}}``,
-        with `content_digest` of each parent and the weight that was applied to it.
+        with the `content_digest` and the applied weight of each parent.
 
     Raises:
         BaseModelError: The cards were made for different base models.
@@ -229,18 +225,14 @@ def merge(
     if isinstance(strategy, str) and strategy in STRATEGIES:
         strategy = STRATEGIES[strategy]()
     if not isinstance(strategy, Strategy):
-        expected = f"one of {', '.join(STRATEGIES)}, or a value of theirs"
+        expected = f"one of {', '.join(STRATEGIES)}, or a value of its class"
         raise ArgumentError("merge: strategy", expected, shown(strategy))
     if rank is not None and isinstance(strategy, Cat):
         raise ArgumentError("merge: rank", "none for 'cat'", shown(rank), "'weighted' truncates")
     rank = None if rank is None else integer(rank, "merge: rank", 1)
+    applied = _applied(parents, strategy, weights)
     order = sorted(
-        zip(
-            parents,
-            map(content_digest, parents),
-            _applied(parents, strategy, weights),
-            strict=True,
-        ),
+        zip(parents, map(content_digest, parents), applied, strict=True),
         key=lambda parent: (parent[0].name, *parent[1:]),
     )
     dtypes = {card.dtype for card in parents if card.weights}
@@ -271,9 +263,7 @@ def merge(
 
 
 def content_digest(card: LoRACard) -> str:
-    """Return the SHA-256 of a card's content; equal cards have one digest, whatever their files.
-
-    It covers the fields in their order as JSON, a line feed, and A and B of each module, row-major.
+    """Return the SHA-256 of a card's fields as JSON, a line feed, and A and B of each module.
 
     Examples:
         >>> content_digest(LoRACard("empty", 1, 1.0, [], {}))[:16]
@@ -306,12 +296,12 @@ def _merged(strategy: Strategy, module: str, terms: Terms, rank: int | None) -> 
     live = [
         (pair, weight)
         for pair, weight in ((pair, _sum(parts)) for pair, parts in weights.items())
-        if weight * _scaling(pair) and pair.A.any() and pair.B.any()
+        if weight * (pair.scaling or 0.0) and pair.A.any() and pair.B.any()
     ]
     if not live:
         return None
     if isinstance(strategy, Cat) or (len(live) == 1 and live[0][0].rank <= (rank or math.inf)):
-        factors = _finite([weight * _scaling(pair) for pair, weight in live], module)
+        factors = _finite([weight * (pair.scaling or 0.0) for pair, weight in live], module)
         scaling = max(factors, key=lambda factor: (abs(factor), factor))
         a = np.hstack([pair.A for pair, _ in live], dtype=np.float64)
         b = [
@@ -330,14 +320,14 @@ def _merged(strategy: Strategy, module: str, terms: Terms, rank: int | None) -> 
 def _cores(pairs: Sequence[LowRank | None]) -> tuple[Array, Array, list[Array], list[float]]:
     """Return orthonormal P and Q with ``scalingᵢ · AᵢBᵢ = P coreᵢ Qᵀ``, the cores, their noise.
 
-    The noise bounds the rounding error of a core: ε · size · ‖Aᵢ‖ ‖Bᵢ‖ |scalingᵢ|. None counts as 0.
+    The noise bounds the rounding error of a core. A pair that is None counts as 0.
     """
     p, left = thin_qr(np.hstack([pair.A for pair in pairs if pair], dtype=np.float64))
     q, right = thin_qr(np.hstack([pair.B.T for pair in pairs if pair], dtype=np.float64))
     cores, noises, start = [], [], 0
     for pair in pairs:
         end = start + (pair.rank if pair else 0)
-        a, b, scaling = left[:, start:end], right[:, start:end], _scaling(pair) if pair else 0.0
+        a, b, scaling = left[:, start:end], right[:, start:end], (pair and pair.scaling) or 0.0
         cores.append(a @ b.T * scaling)
         size = float(np.linalg.norm(a) * np.linalg.norm(b)) * abs(scaling)
         noises.append(EPSILON * max(len(p), len(q)) * size)
@@ -348,8 +338,8 @@ def _cores(pairs: Sequence[LowRank | None]) -> tuple[Array, Array, list[Array], 
 def _truncated(left: Array, sigma: Array, right: Array, floor: float, rank: int) -> Row | None:
     """Return the balanced factors of an SVD cut at `rank` and at the noise `floor`.
 
-    The scaling is a power of two near the largest singular value. So the entries of the factors
-    stay near 1, where every dtype is most precise, and doubling ΔW doubles only the scaling.
+    The scaling is a power of two near the largest singular value, so the entries of the factors
+    are near 1, where every dtype is most precise.
     """
     real = int((sigma > floor).sum())
     kept = min(rank, real)
@@ -388,7 +378,7 @@ def _arc(a: LoRACard, b: LoRACard, t: float) -> list[float]:
 
 
 def _checked_cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
-    """Return the cards; refuse factors that are not finite, and modules that do not fit together."""
+    """Return the cards; refuse factors that are not finite and modules that do not fit."""
     if isinstance(cards, LoRACard) or not isinstance(cards, Iterable):
         raise ArgumentError("merge: cards", "a list of cards", shown(cards))
     cards = tuple(cards)
@@ -458,8 +448,8 @@ def _base(
 ) -> tuple[str | None, str | None]:
     """Return the base model and fingerprint of the merged card.
 
-    A fingerprint covers the weights that a card adapts. So only fingerprints of cards that adapt
-    the same modules can be compared, and only theirs can hold for the merged card.
+    A fingerprint covers the weights that a card adapts, so only those of cards that adapt the same
+    modules can be compared.
     """
     prints: dict[Any, tuple[str, str]] = {}
     for card in cards:
@@ -479,7 +469,7 @@ def _base(
 
 
 def _sum(values: Iterable[float]) -> float:
-    """Return the exactly rounded sum, which knows no order; infinity beyond float64."""
+    """Return the exactly rounded sum; infinity beyond float64."""
     try:
         return math.fsum(values)
     except OverflowError:
@@ -492,7 +482,3 @@ def _finite(value: Any, module: str) -> Any:
         where = f"merge: module {module!r}"
         raise ArgumentError(where, "a ΔW within float64", "an overflow", "use smaller weights")
     return value
-
-
-def _scaling(pair: LowRank) -> float:
-    return 1.0 if pair.scaling is None else pair.scaling

@@ -7,14 +7,15 @@ Requirements: R21.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from calendar import monthrange
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Self
 
 from lora.card import DTYPES, LoRACard
-from lora.checks import integer, is_semantic_version, share
+from lora.checks import is_semantic_version, share
 from lora.errors import ArgumentError, TargetError, shown
 from lora.targets import match_targets, matches
 
@@ -32,15 +33,19 @@ ROLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Role -> suffixes of the modules that have it, in BERT and Llama; the first role that matches."""
 
 
+def _json_values(value: Any) -> dict[str, Any]:
+    """Return the fields as JSON values."""
+    return dict(json.loads(json.dumps(asdict(value))))
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """The settings of an adapter to be trained.
 
     Args:
-        alpha: Finite and > 0; ΔW is scaled by alpha / rank.
-        dropout: On the input of the low-rank path in training, in [0, 1).
+        alpha: ΔW is scaled by alpha / rank.
+        dropout: On the low-rank path in training, in [0, 1).
         target_modules: As a card's.
-        task_type: May be empty.
         tags: Each once.
 
     Examples:
@@ -63,19 +68,16 @@ class LoRAConfig:
         _text(self.task_type, "config: task_type")
         object.__setattr__(self, "tags", _texts(self.tags, "config: tags"))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return dict(json.loads(json.dumps(asdict(self))))
+    to_dict = _json_values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the config of these fields; a missing field has its default."""
-        if not isinstance(values, Mapping):
-            raise ArgumentError("config", "a mapping of fields", type(values).__name__)
-        known = [field.name for field in fields(cls)]
-        if unknown := [key for key in values if key not in known]:
-            raise ArgumentError("config", f"only the fields {', '.join(known)}", shown(unknown))
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            known = ", ".join(field.name for field in fields(cls))
+            raise ArgumentError("config", f"only the fields {known}", error) from error
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,6 @@ def fit(
         shapes: Name of every Linear of the model -> ``(in, out)``.
         dtype: Of the factors, for the number of bytes.
 
-    Raises:
-        TargetError: No module has one of the roles, or no targets match exactly the modules.
-
     Examples:
         >>> names = [f"layer.0.attention.self.{part}" for part in ("query", "key", "value")]
         >>> names += ["layer.0.attention.output.dense", "layer.0.output.dense"]
@@ -161,11 +160,11 @@ def fit(
     if not isinstance(shapes, Mapping):
         raise ArgumentError("shapes", "a mapping of names to (in, out)", shown(shapes))
     for name, shape in shapes.items():
-        if not isinstance(name, str) or not isinstance(shape, Sequence) or len(shape) != 2:
-            expected = "a name and (in, out) of each Linear"
-            raise ArgumentError("shapes", expected, shown((name, shape)))
-        for size in shape:
-            integer(size, f"shape of {name!r}", 1)
+        match name, shape:
+            case str(), [int(), int()] if min(shape) >= 1:
+                continue
+        expected = "a name and (in, out) of each Linear"
+        raise ArgumentError("shapes", expected, shown((name, shape)))
     roles = {name: role_of(name) for name in shapes}
     if missing := set(preset.roles) - {"gate"} - set(roles.values()):
         known = ", ".join(suffix for role in sorted(missing) for suffix in ROLES[role])
@@ -187,7 +186,6 @@ def cost_table(
 
     Args:
         models: Title -> name of every Linear -> ``(in, out)``.
-        dtype: Of the factors.
 
     Examples:
         >>> llama = {f"model.layers.0.self_attn.{part}_proj": (64, 64) for part in "qkvo"}
@@ -221,17 +219,20 @@ def role_of(module: str) -> str | None:
     return next((role for role, keys in ROLES.items() if any(matches(name, k) for k in keys)), None)
 
 
+_TIME = re.compile(
+    r"(\d{4})-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\dZ", re.ASCII
+)
+
+
 @dataclass(frozen=True)
 class CardInfo:
     """What a card says about itself in its metadata.
 
     Args:
         version: Semantic version 2.0.0.
-        description: Any text; routers embed it.
+        description: Routers embed it.
         quality: In [0, 1]; None if it was not measured.
-        created: UTC as ``YYYY-MM-DDThh:mm:ssZ``; empty if unknown.
-        modified: As `created`, and not before it.
-        tags: Each once.
+        created, modified: UTC as ``YYYY-MM-DDThh:mm:ssZ``; empty if unknown.
 
     Examples:
         >>> info = CardInfo("1.2.0", "Python documentation", tags=("python",))
@@ -265,9 +266,7 @@ class CardInfo:
             object.__setattr__(self, "quality", share(self.quality, "card info: quality"))
         object.__setattr__(self, "tags", _texts(self.tags, "card info: tags"))
 
-    def to_metadata(self) -> dict[str, Any]:
-        """Return the fields as JSON values, to be put into a card's metadata."""
-        return dict(json.loads(json.dumps(asdict(self))))
+    to_metadata = _json_values
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Self:
@@ -294,11 +293,8 @@ def _targets(names: list[str], others: set[str]) -> tuple[str, ...]:
 
 
 def _is_time(text: str) -> bool:
-    try:
-        time = datetime.fromisoformat(text).isoformat(timespec="seconds")
-    except (TypeError, ValueError):
-        return False
-    return text == time.replace("+00:00", "Z") != time
+    match = _TIME.fullmatch(text) if isinstance(text, str) else None
+    return match is not None and int(match[3]) <= monthrange(int(match[1]), int(match[2]))[1]
 
 
 def _text(value: str, where: str) -> str:

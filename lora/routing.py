@@ -2,8 +2,7 @@
 
 A card is described by one or several example sentences; its score is that of the nearest one.
 Scores are rounded to 1e-6 before they are compared, and ties are ordered by name, so neither the
-order of registration nor that of summation decides. (This is not "Arrow routing", Ostapenko et al.
-2024, which picks adapters inside a model by singular vectors.)
+order of registration nor that of summation decides.
 
 Requirements: R4, R7.
 """
@@ -31,8 +30,8 @@ class Candidate:
     """A card that may be routed to.
 
     Args:
-        exemplars: Unit embeddings of the example sentences, shape ``(n, d)``, float64.
-        virtual: Whether the weights are elsewhere.
+        exemplars: Unit embeddings of its example sentences, ``(n, d)``, float64.
+        virtual: Whether its weights are elsewhere.
     """
 
     name: str
@@ -109,10 +108,9 @@ class Calibration:
 
     Args:
         threshold: Queries that score below it count as unknown.
-        groups: Number of source groups that the threshold was computed from.
-        rate: Expected share of known queries below the threshold.
-        interval: 90 % of calibrations with so many groups have their true rate here: the 5 % and
-            95 % points of Beta(k, n + 1 - k).
+        groups: Number of source groups that it was computed from.
+        rate: Expected share of known queries below it.
+        interval: 90 % of calibrations with so many groups have their true rate here.
     """
 
     threshold: float
@@ -158,7 +156,6 @@ def select(
 
     Args:
         query: A unit embedding, shape ``(d,)``.
-        top_k: The largest number of routes.
         threshold: The smallest score.
         tags: Only candidates that have all of these tags.
     """
@@ -193,11 +190,8 @@ def shortlist(query: Array, index: Index, top_k: int, threshold: float | None) -
 
     A float32 product of unit vectors of width d is off by at most (d + 3) u with u = 2⁻²⁴: d for
     the sum in any order, 1 for rounding each factor, 1 for the rest (Higham 2002, section 3.1).
-    Every candidate within this error and the rounding of scores stays on the list, so ranking the
-    list gives the same routes as ranking all candidates.
-
-    Args:
-        query: A unit embedding, shape ``(d,)``; for a longer vector the list holds all candidates.
+    Every candidate within this error and the rounding of scores stays on the list. If the query is
+    not a unit vector, all candidates do.
     """
     if not index.candidates or not float(query @ query) < 2:
         return list(range(len(index.listed)))
@@ -217,16 +211,14 @@ def calibrate(
 ) -> Calibration:
     """Find a threshold below which at most a share `rate` of known queries of *new* sources falls.
 
-    This is split conformal prediction with one score per source group, because queries of one
-    source resemble each other. One score of each group is drawn at random; the threshold is the
-    k-th smallest of the n drawn, k = ⌊rate · (n + 1)⌋. A query of a new source scores below it with
-    probability at most k / (n + 1). Source: Vovk, Gammerman and Shafer 2005; Angelopoulos and Bates
-    2021, section 3.2 (the Beta law).
+    This is split conformal prediction (Vovk, Gammerman and Shafer 2005). Queries of one source
+    resemble each other, so one score of each group is drawn at random. The threshold is the k-th
+    smallest of the n drawn, k = ⌊rate · (n + 1)⌋; a query of a new source scores below it with
+    probability at most k / (n + 1), which follows Beta(k, n + 1 - k) over calibrations.
 
     Args:
         scores: Source group -> scores of known queries from it; at least ``1 / rate - 1`` groups.
         rate: In (0, 1).
-        seed: Seed of the draw.
 
     Examples:
         >>> calibrate({f"module {i}": [i / 100] for i in range(19)}, 0.1)
@@ -234,19 +226,21 @@ def calibrate(
     """
     if not isinstance(rate, int | float) or not 0 < rate < 1:
         raise ArgumentError("rate", "a share in (0, 1)", shown(rate))
-    if not isinstance(scores, Mapping) or not all(isinstance(group, str) for group in scores):
-        raise ArgumentError("scores", "a mapping of source group to scores", shown(scores))
-    if not all(map(_are_scores, scores.values())):
+    try:
+        groups = [np.asarray(scores[source], np.float64) for source in sorted(scores)]
+    except (LookupError, TypeError, ValueError):
+        groups = [np.empty(0)]
+    if not all(
+        len(group.shape) == 1 and len(group) > 0 and np.isfinite(group).all() for group in groups
+    ):
         raise ArgumentError("scores", "finite scores in every group", shown(scores))
-    rng, n = np.random.default_rng(integer(seed, "seed", 0)), len(scores)
+    rng, n = np.random.default_rng(integer(seed, "seed", 0)), len(groups)
     slack = 1e-12  # a rate of 1 / (n + 1) is seldom exact
     k = min(math.floor(rate * (n + 1) + slack), n)
     if k < 1:
         needed = math.ceil((1 - slack) / rate) - 1
         raise ArgumentError("scores", f"at least {needed} source groups for a rate of {rate}", n)
-    drawn = sorted(
-        float(scores[group][int(rng.integers(len(scores[group])))]) for group in sorted(scores)
-    )
+    drawn = sorted(float(group[rng.integers(len(group))]) for group in groups)
     interval = (_beta_point(k, n, 0.05), _beta_point(k, n, 0.95))
     return Calibration(drawn[k - 1], n, k / (n + 1), interval)
 
@@ -263,15 +257,6 @@ def check_threshold(threshold: object) -> None:
     """Raise an error unless the threshold is a finite number or None."""
     if threshold is not None:
         finite(threshold, "threshold", ArgumentError)
-
-
-def _are_scores(group: Any) -> bool:
-    """Tell whether a group holds finite numbers, at least one."""
-    try:
-        numbers = np.asarray(group, np.float64)
-    except (TypeError, ValueError):
-        return False
-    return numbers.ndim == 1 and len(numbers) > 0 and bool(np.isfinite(numbers).all())
 
 
 def _beta_point(k: int, n: int, probability: float) -> float:

@@ -421,7 +421,9 @@ def test_a_share_or_bound_out_of_range_makes_no_rule(kind, value):
 @pytest.mark.parametrize("module", [lora, lora.extract])
 @pytest.mark.parametrize(("old", "new"), [("Energy", MinEnergy), ("Error", MaxError)])
 def test_a_renamed_rule_is_still_there_and_warns(module, old, new):
-    with pytest.warns(DeprecationWarning, match=f"{module.__name__}.{old} is called .*{new.__name__}"):
+    with pytest.warns(
+        DeprecationWarning, match=f"{module.__name__}.{old} is called .*{new.__name__}"
+    ):
         assert getattr(module, old) is new
     with pytest.raises(AttributeError, match="no attribute 'Rule'"):
         module.Rule  # noqa: B018 - the access is what fails

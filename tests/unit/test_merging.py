@@ -104,12 +104,18 @@ def test_a_strategy_may_be_named():
         (lambda: merge([DOCS], "slerp"), "expected exactly two for slerp, found 1"),
         (lambda: merge([DOCS], "weighted", [1, 2]), "expected one for each of 1 cards, found 2"),
         (lambda: merge([DOCS], "weighted", ["1"]), "merge: weight 0: expected a finite number"),
-        (lambda: merge([DOCS], "weighted", {"docs": 1}), "merge: weight 0: expected a finite number"),
+        (
+            lambda: merge([DOCS], "weighted", {"docs": 1}),
+            "merge: weight 0: expected a finite number",
+        ),
         (lambda: merge([DOCS], "weighted", 1), "a list of numbers, one per card"),
         (lambda: merge([DOCS, LAW], Weighted(normalize=True), [1, -1]), "a sum that is not 0"),
         (lambda: merge([DOCS], rank=0), "merge: rank: expected an integer >= 1, found 0"),
         (lambda: merge([DOCS], rank=1.5), "merge: rank: expected an integer >= 1, found 1.5"),
-        (lambda: merge([DOCS], "cat", rank=2), "merge: rank: expected none for 'cat'.*'weighted' truncates"),
+        (
+            lambda: merge([DOCS], "cat", rank=2),
+            "merge: rank: expected none for 'cat'.*'weighted' truncates",
+        ),
         (
             lambda: merge([DOCS, replace(DOCS, name="b")], "weighted", [1e308, 1e308]),
             "found an overflow",

@@ -177,10 +177,10 @@ def test_an_unknown_dtype_is_refused():
 def test_the_message_for_an_unknown_field_lists_the_known_ones():
     with pytest.raises(
         ArgumentError,
-        match=r"rank, alpha, dropout, target_modules, task_type, tags, found \['lora_alpha'\]",
+        match=r"rank, alpha, dropout, target_modules, task_type, tags, found .* 'lora_alpha'",
     ):
         LoRAConfig.from_dict({"lora_alpha": 16})
-    with pytest.raises(ArgumentError, match="a mapping of fields, found list"):
+    with pytest.raises(ArgumentError, match="must be a mapping, not list"):
         LoRAConfig.from_dict([])
 
 
