@@ -25,7 +25,7 @@ METHODS = ("full", "randomized")
 """How the singular values may be computed."""
 
 POWER_ITERATIONS = 3
-"""Of the randomised method: its error is at most about 0.2 % above the least one, even of noise."""
+"""Of the randomised method: its error is at most about 0.2 % above the least one."""
 
 _EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?|embed_.*|wte|wpe|shared|relative_attention_bias")
 _RENAMED = {"Energy": "MinEnergy", "Error": "MaxError"}
@@ -73,8 +73,7 @@ class MinEnergy:
 class MaxError:
     """Rank rule: for each module the smallest rank with at most this relative Frobenius error.
 
-    The bound excludes the rounding of the factors to the card's dtype; the recorded error includes
-    it.
+    Unlike the recorded error, the bound excludes the rounding of the factors to the card's dtype.
 
     Args:
         bound: In [0, 1).
@@ -105,13 +104,11 @@ def extract_delta(
 ) -> LoRACard:
     """Make a card that turns a base model into a tuned one, as nearly as its rank allows.
 
-    Only weights of Linears are extracted, not biases, norms and embeddings. Of adapted models,
-    extract from their `fold`.
+    Only weights of Linears are extracted. Of adapted models, extract from their `fold`.
 
     Args:
-        base: Weights ``(out, in)`` under ``"<module>.weight"``: a mapping, which may be lazy, or a
-            torch module.
-        tuned: As `base`, with the same names and shapes.
+        base, tuned: Weights ``(out, in)`` under ``"<module>.weight"``: a mapping, which may be
+            lazy, or a torch module.
         rank: Never above min(in, out) or the numerical rank of ΔW.
         target_modules: As a card's. ``"all-linear"`` leaves out output heads, embeddings (by name)
             and weights that are not two-dimensional; a module that is named must be a matrix.
@@ -129,7 +126,6 @@ def extract_delta(
 
     Raises:
         TargetError: No module matches, or one model lacks a weight of the other.
-        ShapeError: Weights differ in shape, or a named one is not a matrix.
         ArgumentError: The models do not differ, or a weight is not finite.
 
     Examples:
@@ -337,8 +333,7 @@ def _approximated(
 def _decomposed(matrix: Array, module: str, how: _How) -> tuple[Array, Array, Array, int]:
     """Return U, the singular values, Vᵀ, and the rank that the rule asks for.
 
-    The randomised method widens its subspace until the rank suffices; a subspace as wide as the
-    matrix is replaced by the full decomposition.
+    The randomised method widens its subspace until the rank suffices or it is as wide as the matrix.
     """
     if how.method == "randomized":
         name = hashlib.sha256(module.encode(errors="surrogatepass")).digest()

@@ -90,7 +90,7 @@ class TaskArithmetic:
 class Cat:
     """Σ wᵢ ΔWᵢ by concatenation: ``[A₁ … Aₙ]`` unchanged, and Bs that carry the weights.
 
-    Takes no rank. A pair that several cards share occurs once, with the sum of their weights.
+    Takes no rank. A pair that several cards share occurs once.
     """
 
 
@@ -187,8 +187,7 @@ def merge(
     """Merge cards into one card by combining their weight changes ΔW.
 
     Args:
-        cards: At least one card, exactly two for `Slerp`. Ranks, dtypes and modules may differ; a
-            missing module counts as 0.
+        cards: At least one card, exactly two for `Slerp`. Ranks, dtypes and modules may differ.
         weights: One number per card, default 1. `Average` and `Slerp` take none.
         rank: Largest rank of a merged module. Default: exact, or for `Ties` and `Dare` the parents'
             largest.
@@ -201,7 +200,6 @@ def merge(
 
     Raises:
         BaseModelError: The cards were made for different base models.
-        CardError: A factor is not finite.
         ConflictError: Two cards have one name and the strategy is `Dare`.
         ShapeError: The cards disagree on the shape of a module.
         TargetError: A module's name in one card ends in that of another card's module.
@@ -318,7 +316,7 @@ def _merged(strategy: Strategy, module: str, terms: Terms, rank: int | None) -> 
 
 
 def _cores(pairs: Sequence[LowRank | None]) -> tuple[Array, Array, list[Array], list[float]]:
-    """Return orthonormal P and Q with ``scalingᵢ · AᵢBᵢ = P coreᵢ Qᵀ``, the cores, their noise.
+    """Return orthonormal P and Q, cores with ``scalingᵢ · AᵢBᵢ = P coreᵢ Qᵀ``, and their noise.
 
     The noise bounds the rounding error of a core. A pair that is None counts as 0.
     """
@@ -338,8 +336,7 @@ def _cores(pairs: Sequence[LowRank | None]) -> tuple[Array, Array, list[Array], 
 def _truncated(left: Array, sigma: Array, right: Array, floor: float, rank: int) -> Row | None:
     """Return the balanced factors of an SVD cut at `rank` and at the noise `floor`.
 
-    The scaling is a power of two near the largest singular value, so the entries of the factors
-    are near 1, where every dtype is most precise.
+    The scaling, a power of two, keeps the entries near 1, where every dtype is most precise.
     """
     real = int((sigma > floor).sum())
     kept = min(rank, real)
@@ -378,7 +375,7 @@ def _arc(a: LoRACard, b: LoRACard, t: float) -> list[float]:
 
 
 def _checked_cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
-    """Return the cards; refuse factors that are not finite and modules that do not fit."""
+    """Refuse factors that are not finite and modules that do not fit each other."""
     if isinstance(cards, LoRACard) or not isinstance(cards, Iterable):
         raise ArgumentError("merge: cards", "a list of cards", shown(cards))
     cards = tuple(cards)
@@ -412,7 +409,7 @@ def _checked_cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
 def _applied(
     cards: Sequence[LoRACard], strategy: Strategy, weights: Iterable[float] | None
 ) -> list[float]:
-    """Return the weight of each card: as passed, normalised, or as the strategy computes it."""
+    """Return the weight that the strategy applies to each card."""
     if isinstance(strategy, Average | Slerp) and weights is not None:
         expected = f"none for {type(strategy).__name__}"
         raise ArgumentError("merge: weights", expected, shown(weights), "use 'weighted'")

@@ -1,7 +1,7 @@
 """Presets: LoRA configurations for five tasks, and `CardInfo`, a card's description of itself.
 
-A preset names roles (query, gate …); `fit` finds the modules that have these roles by the names
-that BERT, Llama and related models use, and counts the parameters.
+A preset names roles (query, gate …); `fit` finds their modules by the names that BERT, Llama and
+related models use.
 
 Requirements: R21.
 """
@@ -230,7 +230,6 @@ class CardInfo:
 
     Args:
         version: Semantic version 2.0.0.
-        description: Routers embed it.
         quality: In [0, 1]; None if it was not measured.
         created, modified: UTC as ``YYYY-MM-DDThh:mm:ssZ``; empty if unknown.
 

@@ -42,7 +42,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Index:
-    """Candidates by name; the matrices of their exemplars are computed when first needed."""
+    """Candidates by name; the matrices of exemplars are computed when first needed."""
 
     candidates: Mapping[str, Candidate]
 
@@ -67,7 +67,7 @@ class Index:
         return np.cumsum([0, *(len(candidate.exemplars) for candidate in self.listed)])[:-1]
 
     def with_candidate(self, candidate: Candidate) -> "Index":
-        """Return a sorted index with `candidate`, which replaces one of the same name."""
+        """Return a sorted index with `candidate` in place of one of the same name."""
         width = candidate.exemplars.shape[1]
         expected = next((c.exemplars.shape[1] for c in self.candidates.values()), width)
         if width != expected:
@@ -108,7 +108,7 @@ class Calibration:
 
     Args:
         threshold: Queries that score below it count as unknown.
-        groups: Number of source groups that it was computed from.
+        groups: Number of source groups.
         rate: Expected share of known queries below it.
         interval: 90 % of calibrations with so many groups have their true rate here.
     """
@@ -170,7 +170,7 @@ def select(
 def rank(
     query: Array, index: Index, positions: Sequence[int], top_k: int, threshold: float | None
 ) -> list[Route]:
-    """Score the candidates at these positions in float64 and return the best as routes."""
+    """Score the candidates at these positions in float64 and return the best."""
     part = Index({index.listed[i].name: index.listed[i] for i in positions})
     if not part.listed:
         return []
@@ -188,10 +188,9 @@ def rank(
 def shortlist(query: Array, index: Index, top_k: int, threshold: float | None) -> list[int]:
     """Return the positions of all candidates that may be among the best, by a float32 product.
 
-    A float32 product of unit vectors of width d is off by at most (d + 3) u with u = 2⁻²⁴: d for
-    the sum in any order, 1 for rounding each factor, 1 for the rest (Higham 2002, section 3.1).
-    Every candidate within this error and the rounding of scores stays on the list. If the query is
-    not a unit vector, all candidates do.
+    A float32 product of unit vectors of width d is off by at most (d + 3) u with u = 2⁻²⁴ (Higham
+    2002, section 3.1). Every candidate within this error and the rounding of scores stays on the
+    list. If the query is not a unit vector, all candidates do.
     """
     if not index.candidates or not float(query @ query) < 2:
         return list(range(len(index.listed)))
@@ -211,10 +210,10 @@ def calibrate(
 ) -> Calibration:
     """Find a threshold below which at most a share `rate` of known queries of *new* sources falls.
 
-    This is split conformal prediction (Vovk, Gammerman and Shafer 2005). Queries of one source
-    resemble each other, so one score of each group is drawn at random. The threshold is the k-th
-    smallest of the n drawn, k = ⌊rate · (n + 1)⌋; a query of a new source scores below it with
-    probability at most k / (n + 1), which follows Beta(k, n + 1 - k) over calibrations.
+    This is split conformal prediction (Vovk, Gammerman and Shafer 2005) with one score per group,
+    drawn at random, because queries of one source resemble each other. The threshold is the k-th
+    smallest of the n drawn, k = ⌊rate · (n + 1)⌋; over calibrations the share of queries of new
+    sources below it follows Beta(k, n + 1 - k).
 
     Args:
         scores: Source group -> scores of known queries from it; at least ``1 / rate - 1`` groups.
@@ -246,7 +245,7 @@ def calibrate(
 
 
 def texts_of(texts: Any) -> list[str]:
-    """Return the texts as a list; refuse a single str, a set and anything that is not text."""
+    """Return the texts as a list; refuse a single str and a set."""
     ordered = isinstance(texts, Collection) and not isinstance(texts, str | AbstractSet | Mapping)
     if not ordered or not all(isinstance(text, str) for text in texts):
         raise ArgumentError("texts", "a sequence of str", shown(texts))
