@@ -127,11 +127,12 @@ class Ties:
 
     def _trimmed(self, pair: LowRank) -> Array:
         dense = delta(pair, dtype=np.float64)
-        trimmed = np.zeros_like(dense, order="C")
-        count = max(1, round(self.density * dense.size))
-        largest = np.argsort(-abs(dense).ravel(), kind="stable")[:count]
-        trimmed.flat[largest] = dense.flat[largest]
-        return trimmed
+        size = abs(dense).ravel()
+        count = max(1, round(self.density * size.size))
+        least = np.partition(size, -count)[-count]
+        keep = size > least
+        keep[np.flatnonzero(size == least)[: count - int(keep.sum())]] = True
+        return np.where(keep.reshape(dense.shape), dense, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
