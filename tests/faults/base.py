@@ -12,8 +12,11 @@ class Fault(Reference):
     breaks: str
     turns_red: frozenset[str]
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, breaks: str = "", also: str | frozenset[str] = "") -> None:
         cls.name = f"faulty: {cls.__name__}"
+        if breaks:
+            cls.breaks = breaks
+            cls.turns_red = frozenset([breaks, *(also.split() if isinstance(also, str) else also)])
 
 
 def faults_in(namespace: Mapping[str, Any]) -> list[type[Fault]]:

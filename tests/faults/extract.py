@@ -42,21 +42,15 @@ def pair_of(matrix, rank, order=slice(None)):
     return PlainPair(v.T * np.sqrt(s), np.sqrt(s)[:, None] * u.T, 1.0)
 
 
-class AppliedTwice(ExtractionFault):
+class AppliedTwice(ExtractionFault, breaks="R16.3", also="R16.1 R16.2"):
     """The scaling is alpha / rank = 2, and the factors know nothing of it."""
-
-    breaks = "R16.3"
-    turns_red = frozenset({"R16.1", "R16.2", "R16.3"})
 
     def spoilt(self, card, deltas, rule):
         return self.with_pairs(card, lambda _, pair: pair._replace(scaling=2.0))
 
 
-class KeysOfWeights(ExtractionFault):
+class KeysOfWeights(ExtractionFault, breaks="R16.3", also="R16.1 R16.2 R16.5"):
     """Rows are called after weights, not modules, so that none of them binds."""
-
-    breaks = "R16.3"
-    turns_red = frozenset({"R16.1", "R16.2", "R16.3", "R16.5"})
 
     def spoilt(self, card, deltas, rule):
         return card._replace(
@@ -64,11 +58,8 @@ class KeysOfWeights(ExtractionFault):
         )
 
 
-class SmallestSingularValues(ExtractionFault):
+class SmallestSingularValues(ExtractionFault, breaks="R16.1", also="R16.2 R16.3"):
     """Singular values are taken from the wrong end."""
-
-    breaks = "R16.1"
-    turns_red = frozenset({"R16.1", "R16.2", "R16.3"})
 
     def spoilt(self, card, deltas, rule):
         backwards = slice(None, None, -1)
@@ -77,11 +68,8 @@ class SmallestSingularValues(ExtractionFault):
         )
 
 
-class FirstColumnsInsteadOfTheBest(ExtractionFault):
+class FirstColumnsInsteadOfTheBest(ExtractionFault, breaks="R16.2", also="R16.1 R16.3"):
     """ΔW's first r input columns as they are: of that rank, exact for none but them."""
-
-    breaks = "R16.2"
-    turns_red = frozenset({"R16.1", "R16.2", "R16.3"})
 
     def spoilt(self, card, deltas, rule):
         def columns(module, pair):
@@ -93,11 +81,8 @@ class FirstColumnsInsteadOfTheBest(ExtractionFault):
         return self.with_pairs(card, columns)
 
 
-class RowsAreCentred(ExtractionFault):
+class RowsAreCentred(ExtractionFault, breaks="R16.2", also="R16.1 R16.3"):
     """A principal component analysis: the mean over rows is taken away and lost."""
-
-    breaks = "R16.2"
-    turns_red = frozenset({"R16.1", "R16.2", "R16.3"})
 
     def spoilt(self, card, deltas, rule):
         def centred(module, pair):
@@ -107,11 +92,8 @@ class RowsAreCentred(ExtractionFault):
         return self.with_pairs(card, centred)
 
 
-class FactorsOfHalfPrecision(ExtractionFault):
+class FactorsOfHalfPrecision(ExtractionFault, breaks="R16.1", also="R16.2 R16.3"):
     """Singular values are computed from ΔW rounded to float16's precision, whatever the weights'."""
-
-    breaks = "R16.1"
-    turns_red = frozenset({"R16.1", "R16.2", "R16.3"})
 
     def spoilt(self, card, deltas, rule):
         def rounded(module, pair):
@@ -121,11 +103,8 @@ class FactorsOfHalfPrecision(ExtractionFault):
         return self.with_pairs(card, rounded)
 
 
-class SubspaceOfOneLook(ExtractionFault):
+class SubspaceOfOneLook(ExtractionFault, breaks="R16.1", also="R16.3"):
     """The image of as many random vectors as the rank, not sharpened: exact where the rank suffices, not the best."""
-
-    breaks = "R16.1"
-    turns_red = frozenset({"R16.1", "R16.3"})
 
     def spoilt(self, card, deltas, rule):
         def projected(module, pair):
@@ -137,11 +116,8 @@ class SubspaceOfOneLook(ExtractionFault):
         return self.with_pairs(card, projected)
 
 
-class RankAboveTheMatrix(ExtractionFault):
+class RankAboveTheMatrix(ExtractionFault, breaks="R16.5"):
     """A fixed rank is kept where min(in, out) is less, the rest filled with zeros."""
-
-    breaks = "R16.5"
-    turns_red = frozenset({"R16.5"})
 
     def spoilt(self, card, deltas, rule):
         if rule[0] is None:
@@ -156,11 +132,8 @@ class RankAboveTheMatrix(ExtractionFault):
         return self.with_pairs(card, padded)
 
 
-class EnergyOfValuesNotSquares(ExtractionFault):
+class EnergyOfValuesNotSquares(ExtractionFault, breaks="R16.5"):
     """The share is counted on singular values instead of on their squares."""
-
-    breaks = "R16.5"
-    turns_red = frozenset({"R16.5"})
 
     def spoilt(self, card, deltas, rule):
         if rule[1] is None:
@@ -174,11 +147,8 @@ class EnergyOfValuesNotSquares(ExtractionFault):
         return self.with_pairs(card, recounted)
 
 
-class ErrorOfSquares(ExtractionFault):
+class ErrorOfSquares(ExtractionFault, breaks="R16.5"):
     """The error bound is held against the share of squares that is lost: its root is larger."""
-
-    breaks = "R16.5"
-    turns_red = frozenset({"R16.5"})
 
     def spoilt(self, card, deltas, rule):
         if rule[2] is None:
@@ -192,11 +162,8 @@ class ErrorOfSquares(ExtractionFault):
         return self.with_pairs(card, recounted)
 
 
-class OneRankForAllModules(ExtractionFault):
+class OneRankForAllModules(ExtractionFault, breaks="R16.5"):
     """The largest rank that any module needs is every module's."""
-
-    breaks = "R16.5"
-    turns_red = frozenset({"R16.5"})
 
     def spoilt(self, card, deltas, rule):
         if rule[0] is not None:
@@ -206,11 +173,8 @@ class OneRankForAllModules(ExtractionFault):
         )
 
 
-class OneDirectionTooMany(ExtractionFault):
+class OneDirectionTooMany(ExtractionFault, breaks="R16.5"):
     """The rank that suffices is counted from 0 and another added."""
-
-    breaks = "R16.5"
-    turns_red = frozenset({"R16.5"})
 
     def spoilt(self, card, deltas, rule):
         if rule[0] is not None:

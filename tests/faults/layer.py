@@ -21,32 +21,25 @@ class TermFault(Fault):
         return {name: self.changed_term(term) for name, term in terms.items()}
 
 
-class ScalingIgnored(TermFault):
+class ScalingIgnored(TermFault, breaks="R9.5", also=FORMULA | SUM | {"R2.5"}):
     """Every scaling is 1."""
-
-    breaks = "R9.5"
-    turns_red = FORMULA | SUM | {"R2.5"}
 
     def changed_term(self, term):
         return term._replace(scaling=1.0)
 
 
-class FactorsReadTransposed(TermFault):
+class FactorsReadTransposed(
+    TermFault, breaks="R2.2", also=FORMULA | SUM | {"R2.5", "R2.11", "R16.3"}
+):
     """A is read as if it were stored (r, in); where B is zero the term is left out."""
-
-    breaks = "R2.2"
-    turns_red = FORMULA | SUM | {"R2.5", "R2.11", "R16.3"}
 
     def changed_term(self, term):
         a = np.ascontiguousarray(term.A.reshape(term.A.shape[::-1]).T)
         return term._replace(A=a if term.B.any() else np.zeros_like(a))
 
 
-class SumsOfEightInTheNarrowType(Fault):
+class SumsOfEightInTheNarrowType(Fault, breaks="R2.2"):
     """Products are summed in float32 eight at a time, and their sums in the dtype of the input."""
-
-    breaks = "R2.2"
-    turns_red = frozenset({"R2.2"})
 
     def forward(self, x, weight, bias, terms):
         out = super().forward(
@@ -59,22 +52,18 @@ class SumsOfEightInTheNarrowType(Fault):
         return out
 
 
-class LeadingDimensionsFlattened(Fault):
+class LeadingDimensionsFlattened(Fault, breaks="R2.5", also=FORMULA | {"R2.5"}):
     """The output is two-dimensional, whatever the input was."""
-
-    breaks = "R2.5"
-    turns_red = FORMULA | {"R2.5"}
 
     def forward(self, x, weight, bias, terms):
         out = super().forward(x, weight, bias, terms)
         return out.reshape(-1, out.shape[-1])
 
 
-class HalfPrecisionRefused(TermFault):
+class HalfPrecisionRefused(
+    TermFault, breaks="R2.2", also=FORMULA | SUM | {"R2.5", "R2.9", "R2.11", "R8.8"}
+):
     """Adapters on a float16 layer raise a dtype error."""
-
-    breaks = "R2.2"
-    turns_red = FORMULA | SUM | {"R2.5", "R2.9", "R2.11", "R8.8"}
 
     def changed_term(self, term):
         if term.A.dtype == np.float16:
@@ -82,11 +71,8 @@ class HalfPrecisionRefused(TermFault):
         return term
 
 
-class BaseReplaced(Fault):
+class BaseReplaced(Fault, breaks="R2.6", also=FORMULA | SUM | {"R2.5", "R2.9", "R16.3"}):
     """The low-rank term stands in place of the base output."""
-
-    breaks = "R2.6"
-    turns_red = FORMULA | SUM | {"R2.5", "R2.9", "R16.3"}
 
     def forward(self, x, weight, bias, terms):
         if not terms:
@@ -94,22 +80,18 @@ class BaseReplaced(Fault):
         return super().forward(x, np.zeros_like(weight), None, terms)
 
 
-class OneHugeRowSpoilsAll(Fault):
+class OneHugeRowSpoilsAll(Fault, breaks="R2.9"):
     """Rows share a scale, so that one that is huge or not finite leaves none finite."""
-
-    breaks = "R2.9"
-    turns_red = frozenset({"R2.9"})
 
     def forward(self, x, weight, bias, terms):
         out = super().forward(x, weight, bias, terms)
         return out if not terms or (abs(x.astype("f8")) < 1e4).all() else np.full_like(out, np.nan)
 
 
-class ColumnsOfANormalised(TermFault):
+class ColumnsOfANormalised(
+    TermFault, breaks="R2.11", also=FORMULA | SUM | {"R2.5", "R2.11", "R16.3"}
+):
     """Depends on how ΔW is factored: A's columns are scaled to length 1, as adapters of some libraries do."""
-
-    breaks = "R2.11"
-    turns_red = FORMULA | SUM | {"R2.5", "R2.11", "R16.3"}
 
     def changed_term(self, term):
         wide = term.A.astype(np.float64)
@@ -119,21 +101,15 @@ class ColumnsOfANormalised(TermFault):
         return term._replace(A=a) if term.B.any() else term
 
 
-class OnlyTheFirstCard(TermFault):
+class OnlyTheFirstCard(TermFault, breaks="R8.1", also=FORMULA | SUM | {"R8.8"}):
     """A second card on a layer adds nothing."""
-
-    breaks = "R8.1"
-    turns_red = FORMULA | SUM | {"R8.8"}
 
     def changed(self, terms):
         return dict(list(terms.items())[:1])
 
 
-class CrossTerms(TermFault):
+class CrossTerms(TermFault, breaks="R8.5", also=FORMULA | SUM):
     """Several cards are summed factor by factor: Σ A @ Σ B, which has products of one card's A with another's B."""
-
-    breaks = "R8.5"
-    turns_red = FORMULA | SUM
 
     def changed(self, terms):
         heard = {name: term for name, term in terms.items() if term.B.any()}
@@ -147,11 +123,8 @@ class CrossTerms(TermFault):
         return {"sum": Term(a.astype(t.A.dtype), b.astype(t.B.dtype), 1.0, 1.0)}
 
 
-class TermsOfOneMatrixCountOnce(TermFault):
+class TermsOfOneMatrixCountOnce(TermFault, breaks="R8.5", also="R8.7"):
     """Of several terms with the very same A in memory only the last is there."""
-
-    breaks = "R8.5"
-    turns_red = frozenset({"R8.5", "R8.7"})
 
     def changed(self, terms):
         return {
@@ -160,31 +133,22 @@ class TermsOfOneMatrixCountOnce(TermFault):
         }
 
 
-class WeightIgnored(TermFault):
+class WeightIgnored(TermFault, breaks="R8.7", also=FORMULA | SUM):
     """A card's weight does not scale its term."""
-
-    breaks = "R8.7"
-    turns_red = FORMULA | SUM
 
     def changed_term(self, term):
         return term._replace(weight=1.0)
 
 
-class WeightsClipped(TermFault):
+class WeightsClipped(TermFault, breaks="R8.7", also=FORMULA | SUM):
     """A weight below 0 counts as 0, one above 1 as 1."""
-
-    breaks = "R8.7"
-    turns_red = FORMULA | SUM
 
     def changed_term(self, term):
         return term._replace(weight=min(max(term.weight, 0.0), 1.0))
 
 
-class LowRanksBroadcast(TermFault):
+class LowRanksBroadcast(TermFault, breaks="R8.2", also=FORMULA | SUM | {"R2.5", "R2.11", "R16.3"}):
     """A pair of low rank is repeated until it fills a layer that has room for five."""
-
-    breaks = "R8.2"
-    turns_red = FORMULA | SUM | {"R2.5", "R2.11", "R16.3"}
 
     def changed_term(self, term):
         rows = np.arange(max(5, term.A.shape[1])) % term.A.shape[1]

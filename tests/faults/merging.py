@@ -48,11 +48,8 @@ def times(card, factor):
     )
 
 
-class NormalizeIgnored(Fault):
+class NormalizeIgnored(Fault, breaks="R20.1", also="R20.3 R20.4"):
     """Weights are never divided by their sum."""
-
-    breaks = "R20.1"
-    turns_red = frozenset({"R20.1", "R20.3", "R20.4"})
 
     def merge(self, cards, strategy, options, weights, rank):
         return super().merge(
@@ -64,11 +61,8 @@ class NormalizeIgnored(Fault):
         )
 
 
-class AlwaysElectedByMass(Fault):
+class AlwaysElectedByMass(Fault, breaks="R20.1", also="R20.6"):
     """The way to elect signs is accepted and ignored."""
-
-    breaks = "R20.1"
-    turns_red = frozenset({"R20.1", "R20.6"})
 
     def merge(self, cards, strategy, options, weights, rank):
         return super().merge(
@@ -80,11 +74,8 @@ class AlwaysElectedByMass(Fault):
         )
 
 
-class UnknownStrategiesAverage(Fault):
+class UnknownStrategiesAverage(Fault, breaks="R20.1"):
     """A misspelt strategy is taken for the default."""
-
-    breaks = "R20.1"
-    turns_red = frozenset({"R20.1"})
 
     def merge(self, cards, strategy, options, weights, rank):
         try:
@@ -93,11 +84,8 @@ class UnknownStrategiesAverage(Fault):
             return super().merge(cards, "average", {}, None, rank)
 
 
-class SeedRunsOn(Fault):
+class SeedRunsOn(Fault, breaks="R20.1", also="R20.2 R20.3 R20.7 R20.9"):
     """The generator goes on where the last merge left it."""
-
-    breaks = "R20.1"
-    turns_red = frozenset({"R20.1", "R20.2", "R20.3", "R20.7", "R20.9"})
 
     def __init__(self):
         self.merges = 0
@@ -108,11 +96,8 @@ class SeedRunsOn(Fault):
         return super().merge(cards, strategy, options | moved, weights, rank)
 
 
-class FactorsMergedApart(Fault):
+class FactorsMergedApart(Fault, breaks="R20.2", also="R20.3 R20.4 R20.9"):
     """An average of As times an average of Bs, narrower ones filled with zeros: cross terms."""
-
-    breaks = "R20.2"
-    turns_red = frozenset({"R20.2", "R20.3", "R20.4", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
@@ -136,11 +121,8 @@ class FactorsMergedApart(Fault):
         )
 
 
-class LargestColumnsKept(Fault):
+class LargestColumnsKept(Fault, breaks="R20.2", also="R20.6"):
     """A is trimmed as TIES trims ΔW: its smaller entries are set to 0, whatever B holds."""
-
-    breaks = "R20.2"
-    turns_red = frozenset({"R20.2", "R20.6"})
 
     def merge(self, cards, strategy, options, weights, rank):
         if strategy == "ties" and options.get("density", 0.5) < 1:
@@ -156,33 +138,24 @@ class LargestColumnsKept(Fault):
         return pair._replace(A=np.where(size >= np.median(size), pair.A, np.zeros_like(pair.A)))
 
 
-class AverageIsTheSum(Fault):
+class AverageIsTheSum(Fault, breaks="R20.3", also="R20.4 R20.9"):
     """The average is not divided by the number of cards."""
-
-    breaks = "R20.3"
-    turns_red = frozenset({"R20.3", "R20.4", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
         return times(merged, len(cards)) if strategy == "average" else merged
 
 
-class AddedToAFreshOne(Fault):
+class AddedToAFreshOne(Fault, breaks="R20.3", also="R20.1 R20.4 R20.6 R20.7 R20.8"):
     """Each card is added onto a start that already holds it: one card comes out twice."""
-
-    breaks = "R20.3"
-    turns_red = frozenset({"R20.1", "R20.3", "R20.4", "R20.6", "R20.7", "R20.8"})
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
         return times(merged, 2.0) if len(cards) == 1 else merged
 
 
-class ScalingIgnored(Fault):
+class ScalingIgnored(Fault, breaks="R20.3", also="R20.1 R20.4 R20.5 R20.6 R20.7 R20.8 R20.9"):
     """The product A @ B is merged without its scaling."""
-
-    breaks = "R20.3"
-    turns_red = frozenset({"R20.1", "R20.3", "R20.4", "R20.5", "R20.6", "R20.7", "R20.8", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
         bare = [
@@ -192,11 +165,8 @@ class ScalingIgnored(Fault):
         return super().merge(bare, strategy, options, weights, rank)
 
 
-class WeightsByName(Fault):
+class WeightsByName(Fault, breaks="R20.3", also="R20.1 R20.4 R20.6 R20.7 R20.8"):
     """Cards are sorted by name, weights are not."""
-
-    breaks = "R20.3"
-    turns_red = frozenset({"R20.1", "R20.3", "R20.4", "R20.6", "R20.7", "R20.8"})
 
     def merge(self, cards, strategy, options, weights, rank):
         if weights is not None and len(cards) > 1:
@@ -204,11 +174,8 @@ class WeightsByName(Fault):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class OneColumnUnlessARankIsAskedFor(Fault):
+class OneColumnUnlessARankIsAskedFor(Fault, breaks="R20.4", also="R20.1 R20.3 R20.8 R20.9"):
     """A linear merge is cut to rank 1 where none is given."""
-
-    breaks = "R20.4"
-    turns_red = frozenset({"R20.1", "R20.3", "R20.4", "R20.8", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
         if rank is None and strategy in {"average", "weighted", "task_arithmetic"}:
@@ -216,11 +183,8 @@ class OneColumnUnlessARankIsAskedFor(Fault):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class FirstColumnsKept(Fault):
+class FirstColumnsKept(Fault, breaks="R20.4", also="R20.1"):
     """A truncated merge keeps the first columns of the stacked factors."""
-
-    breaks = "R20.4"
-    turns_red = frozenset({"R20.1", "R20.4"})
 
     def merge(self, cards, strategy, options, weights, rank):
         if rank is None or strategy not in {"average", "weighted", "task_arithmetic"}:
@@ -235,11 +199,8 @@ class FirstColumnsKept(Fault):
         )
 
 
-class SlerpIsLinear(Fault):
+class SlerpIsLinear(Fault, breaks="R20.5"):
     """SLERP is plain interpolation."""
-
-    breaks = "R20.5"
-    turns_red = frozenset({"R20.5"})
 
     def merge(self, cards, strategy, options, weights, rank):
         if strategy == "slerp":
@@ -249,11 +210,8 @@ class SlerpIsLinear(Fault):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class SlerpOfTheLengthsAsTheyAre(Fault):
+class SlerpOfTheLengthsAsTheyAre(Fault, breaks="R20.5"):
     """Directions are not brought to length 1, so cards of different length turn unevenly."""
-
-    breaks = "R20.5"
-    turns_red = frozenset({"R20.5"})
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
@@ -270,11 +228,8 @@ class SlerpOfTheLengthsAsTheyAre(Fault):
         )
 
 
-class SlerpFromTheWrongEnd(Fault):
+class SlerpFromTheWrongEnd(Fault, breaks="R20.5", also="R20.9"):
     """At t = 0 stands the second card."""
-
-    breaks = "R20.5"
-    turns_red = frozenset({"R20.5", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
         return super().merge(
@@ -282,11 +237,8 @@ class SlerpFromTheWrongEnd(Fault):
         )
 
 
-class SlerpOfOppositesIsLinear(Fault):
+class SlerpOfOppositesIsLinear(Fault, breaks="R20.5"):
     """Where there is no shortest arc, some other card is returned."""
-
-    breaks = "R20.5"
-    turns_red = frozenset({"R20.5"})
 
     def merge(self, cards, strategy, options, weights, rank):
         try:
@@ -336,94 +288,67 @@ class _Ties(Fault):
         return (agrees * abs(weights)[:, None, None]).sum(0)
 
 
-class TiesDividesByTheNumberOfCards(_Ties):
+class TiesDividesByTheNumberOfCards(_Ties, breaks="R20.6", also="R20.1"):
     """The mean is over all cards, not over those that agree."""
-
-    breaks = "R20.6"
-    turns_red = frozenset({"R20.1", "R20.6"})
 
     def share(self, agrees, weights):
         return (np.ones_like(agrees) * abs(weights)[:, None, None]).sum(0)
 
 
-class TiesDividesByCount(_Ties):
+class TiesDividesByCount(_Ties, breaks="R20.6", also="R20.3"):
     """The mean counts the cards that agree and forgets their weights."""
-
-    breaks = "R20.6"
-    turns_red = frozenset({"R20.3", "R20.6"})
 
     def share(self, agrees, weights):
         return agrees.sum(0)
 
 
-class SignsElectedBeforeWeights(_Ties):
+class SignsElectedBeforeWeights(_Ties, breaks="R20.6", also="R20.1"):
     """The election does not know the weights."""
-
-    breaks = "R20.6"
-    turns_red = frozenset({"R20.1", "R20.6"})
 
     def elect(self, votes, trimmed):
         return np.sign(np.sum(trimmed, axis=0))
 
 
-class ZeroSumElectsPlus(_Ties):
+class ZeroSumElectsPlus(_Ties, breaks="R20.6"):
     """Where signs balance, the positive ones win."""
-
-    breaks = "R20.6"
-    turns_red = frozenset({"R20.6"})
 
     def elect(self, votes, trimmed):
         return np.where(votes.sum(0) >= 0, 1.0, -1.0)
 
 
-class TrimmedAcrossCards(_Ties):
+class TrimmedAcrossCards(_Ties, breaks="R20.6", also="R20.3"):
     """One threshold for all cards: a small card is trimmed away."""
-
-    breaks = "R20.6"
-    turns_red = frozenset({"R20.3", "R20.6"})
 
     def trim(self, parts, density):
         joined = self.largest(np.concatenate([part.ravel() for part in parts]), density)
         return [part.reshape(parts[0].shape) for part in np.split(joined, len(parts))]
 
 
-class TrimmedByThreshold(_Ties):
+class TrimmedByThreshold(_Ties, breaks="R20.6"):
     """Every entry as large as the smallest that is kept is kept too."""
-
-    breaks = "R20.6"
-    turns_red = frozenset({"R20.6"})
 
     def largest(self, part, density):
         least = np.sort(abs(part))[::-1][max(1, round(density * part.size)) - 1]
         return np.where(abs(part) >= least, part, 0.0)
 
 
-class LastOfEqualsKept(_Ties):
+class LastOfEqualsKept(_Ties, breaks="R20.6"):
     """Of entries of one magnitude the last ones are kept."""
-
-    breaks = "R20.6"
-    turns_red = frozenset({"R20.6"})
 
     def largest(self, part, density):
         return super().largest(part[::-1], density)[::-1]
 
 
-class CountRoundedDown(_Ties):
+class CountRoundedDown(_Ties, breaks="R20.6", also="R20.7"):
     """The share is cut to a whole number of entries, which may be none."""
-
-    breaks = "R20.6"
-    turns_red = frozenset({"R20.6", "R20.7"})
 
     def largest(self, part, density):
         order = np.argsort(-abs(part), kind="stable")[: int(density * part.size)]
         return np.where(np.isin(np.arange(part.size), order), part, 0.0)
 
 
-class DensityIsTheShareDropped(Fault):
+class DensityIsTheShareDropped(Fault, breaks="R20.7"):
     """DARE's density is its paper's drop rate."""
-
-    breaks = "R20.7"
-    turns_red = frozenset({"R20.7"})
 
     def merge(self, cards, strategy, options, weights, rank):
         density = options.get("density", 0.5)
@@ -431,22 +356,16 @@ class DensityIsTheShareDropped(Fault):
         return super().merge(cards, strategy, options | other, weights, rank)
 
 
-class DareNotRescaled(Fault):
+class DareNotRescaled(Fault, breaks="R20.7"):
     """What is kept is kept as it is, so the merge is too small."""
-
-    breaks = "R20.7"
-    turns_red = frozenset({"R20.7"})
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
         return times(merged, options.get("density", 0.5)) if strategy == "dare" else merged
 
 
-class DareMasksByPosition(Fault):
+class DareMasksByPosition(Fault, breaks="R20.7", also="R20.3"):
     """A mask belongs to a place in the list, not to a card."""
-
-    breaks = "R20.7"
-    turns_red = frozenset({"R20.3", "R20.7"})
 
     def merge(self, cards, strategy, options, weights, rank):
         if strategy == "dare":
@@ -455,11 +374,8 @@ class DareMasksByPosition(Fault):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class DareMasksAllModulesAlike(Fault):
+class DareMasksAllModulesAlike(Fault, breaks="R20.7"):
     """One mask serves every module of a shape."""
-
-    breaks = "R20.7"
-    turns_red = frozenset({"R20.7"})
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
@@ -487,11 +403,8 @@ class DareMasksAllModulesAlike(Fault):
         )
 
 
-class NegativeWeightsClipped(Fault):
+class NegativeWeightsClipped(Fault, breaks="R20.8"):
     """A weight below 0 counts as 0."""
-
-    breaks = "R20.8"
-    turns_red = frozenset({"R20.8"})
 
     def merge(self, cards, strategy, options, weights, rank):
         if strategy == "task_arithmetic" and weights is not None:
@@ -499,11 +412,8 @@ class NegativeWeightsClipped(Fault):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class TaskArithmeticNormalised(Fault):
+class TaskArithmeticNormalised(Fault, breaks="R20.8", also="R20.3 R20.4"):
     """Weights are divided by their sum, which for 1 and -1 is 0."""
-
-    breaks = "R20.8"
-    turns_red = frozenset({"R20.3", "R20.4", "R20.8"})
 
     def merge(self, cards, strategy, options, weights, rank):
         if strategy == "task_arithmetic":
@@ -511,11 +421,8 @@ class TaskArithmeticNormalised(Fault):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class OnlyModulesOfTheFirstCard(Fault):
+class OnlyModulesOfTheFirstCard(Fault, breaks="R20.9", also="R20.3 R20.4 R20.5 R20.6 R20.7 R20.8"):
     """What the first card lacks is left out."""
-
-    breaks = "R20.9"
-    turns_red = frozenset({"R20.3", "R20.4", "R20.5", "R20.6", "R20.7", "R20.8", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
@@ -527,11 +434,8 @@ class OnlyModulesOfTheFirstCard(Fault):
         )
 
 
-class AveragedOverThoseThatHaveIt(Fault):
+class AveragedOverThoseThatHaveIt(Fault, breaks="R20.9", also="R20.4"):
     """A module that a card lacks does not count as 0."""
-
-    breaks = "R20.9"
-    turns_red = frozenset({"R20.4", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
@@ -546,11 +450,8 @@ class AveragedOverThoseThatHaveIt(Fault):
         return merged._replace(weights=rows)
 
 
-class DtypeOfTheFirstCard(Fault):
+class DtypeOfTheFirstCard(Fault, breaks="R20.9", also="R20.3"):
     """The merged card has the first card's dtype, whatever the others hold."""
-
-    breaks = "R20.9"
-    turns_red = frozenset({"R20.3", "R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
@@ -562,13 +463,8 @@ class DtypeOfTheFirstCard(Fault):
         return merged._replace(weights=rows)
 
 
-class OneRankForAll(Fault):
+class OneRankForAll(Fault, breaks="R20.9", also="R20.1 R20.2 R20.3 R20.4 R20.5 R20.6 R20.7 R20.8"):
     """Cards of another rank than the first's are refused."""
-
-    breaks = "R20.9"
-    turns_red = frozenset(
-        {"R20.1", "R20.2", "R20.3", "R20.4", "R20.5", "R20.6", "R20.7", "R20.8", "R20.9"}
-    )
 
     def merge(self, cards, strategy, options, weights, rank):
         if len({card.rank for card in cards}) > 1:
@@ -576,11 +472,8 @@ class OneRankForAll(Fault):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class TargetsOfTheFirstCard(Fault):
+class TargetsOfTheFirstCard(Fault, breaks="R20.9"):
     """The merged card targets what the first card targets, so the others' modules are never adapted."""
-
-    breaks = "R20.9"
-    turns_red = frozenset({"R20.9"})
 
     def merge(self, cards, strategy, options, weights, rank):
         return (

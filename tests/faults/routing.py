@@ -69,11 +69,8 @@ class RouterFault(Fault):
         return self.router(embed)
 
 
-class NotNormalised(RouterFault):
+class NotNormalised(RouterFault, breaks="R4.8", also=NEAREST | {"R4.5"}):
     """Scores are inner products."""
-
-    breaks = "R4.8"
-    turns_red = NEAREST | {"R4.5"}
 
     class router(PlainRouter):  # noqa: N801
         def unit(self, row):
@@ -83,11 +80,8 @@ class NotNormalised(RouterFault):
             return float(score)
 
 
-class ZeroIsNearestToAll(RouterFault):
+class ZeroIsNearestToAll(RouterFault, breaks="R4.8", also=NEAREST):
     """A zero vector is divided by its length, and what is not a number compares as the best."""
-
-    breaks = "R4.8"
-    turns_red = NEAREST
 
     class router(PlainRouter):  # noqa: N801
         def unit(self, row):
@@ -97,22 +91,16 @@ class ZeroIsNearestToAll(RouterFault):
             return 1.0 if np.isnan(score) else super().rounded(score)
 
 
-class CentroidOfExamples(RouterFault):
+class CentroidOfExamples(RouterFault, breaks="R4.1", also=NEAREST):
     """A card is the mean of its examples."""
-
-    breaks = "R4.1"
-    turns_red = NEAREST
 
     class router(PlainRouter):  # noqa: N801
         def similarity(self, vectors, query):
             return (self.unit(np.mean(vectors, axis=0)) * query).sum()
 
 
-class DescriptionsEmbeddedWhenAsked(RouterFault):
+class DescriptionsEmbeddedWhenAsked(RouterFault, breaks="R4.2", also="R4.3"):
     """Candidates keep their texts, and embed them anew for each query."""
-
-    breaks = "R4.2"
-    turns_red = frozenset({"R4.2", "R4.3"})
 
     class router(PlainRouter):  # noqa: N801
         def register(self, name, texts, *, virtual=False):
@@ -123,22 +111,16 @@ class DescriptionsEmbeddedWhenAsked(RouterFault):
             return super().similarity([self.unit(row) for row in self.embedded(texts)], query)
 
 
-class TiesByRegistration(RouterFault):
+class TiesByRegistration(RouterFault, breaks="R4.9", also="R4.6 R4.8"):
     """Equal scores keep the order in which cards were registered."""
-
-    breaks = "R4.9"
-    turns_red = frozenset({"R4.6", "R4.8", "R4.9"})
 
     class router(PlainRouter):  # noqa: N801
         def order(self, route):
             return -route[1]
 
 
-class TiesByNameReversed(RouterFault):
+class TiesByNameReversed(RouterFault, breaks="R4.9", also="R4.6 R4.8"):
     """Equal scores are ordered by name, the wrong way."""
-
-    breaks = "R4.9"
-    turns_red = frozenset({"R4.6", "R4.8", "R4.9"})
 
     class router(PlainRouter):  # noqa: N801
         def select(self, query, top_k, threshold):
@@ -149,55 +131,40 @@ class TiesByNameReversed(RouterFault):
             )[:top_k]
 
 
-class WorstFirst(RouterFault):
+class WorstFirst(RouterFault, breaks="R4.6", also="R4.9"):
     """The lowest score comes first."""
-
-    breaks = "R4.6"
-    turns_red = frozenset({"R4.6", "R4.9"})
 
     class router(PlainRouter):  # noqa: N801
         def order(self, route):
             return route[1], route[0]
 
 
-class ThresholdExclusive(RouterFault):
+class ThresholdExclusive(RouterFault, breaks="R4.5", also="R4.6 R4.8"):
     """A card at the threshold is left out."""
-
-    breaks = "R4.5"
-    turns_red = frozenset({"R4.5", "R4.6", "R4.8"})
 
     class router(PlainRouter):  # noqa: N801
         def reached(self, score, threshold):
             return threshold is None or score > threshold
 
 
-class NoThreshold(RouterFault):
+class NoThreshold(RouterFault, breaks="R4.5", also="R4.6 R4.8"):
     """Something is always chosen."""
-
-    breaks = "R4.5"
-    turns_red = frozenset({"R4.5", "R4.6", "R4.8"})
 
     class router(PlainRouter):  # noqa: N801
         def reached(self, score, threshold):
             return True
 
 
-class OneTooMany(RouterFault):
+class OneTooMany(RouterFault, breaks="R4.4"):
     """Returns one more than asked for."""
-
-    breaks = "R4.4"
-    turns_red = frozenset({"R4.4"})
 
     class router(PlainRouter):  # noqa: N801
         def select(self, query, top_k, threshold):
             return super().select(query, top_k + 1, threshold)
 
 
-class VirtualLeftOut(RouterFault):
+class VirtualLeftOut(RouterFault, breaks="R4.7", also="R4.9 R4.12"):
     """Cards whose weights are elsewhere are not found."""
-
-    breaks = "R4.7"
-    turns_red = frozenset({"R4.7", "R4.9", "R4.12"})
 
     class router(PlainRouter):  # noqa: N801
         def select(self, query, top_k, threshold):
@@ -209,22 +176,16 @@ class VirtualLeftOut(RouterFault):
             return here[:top_k]
 
 
-class FirstQueryForAll(RouterFault):
+class FirstQueryForAll(RouterFault, breaks="R4.10"):
     """Every query of a batch gets the first one's routes."""
-
-    breaks = "R4.10"
-    turns_red = frozenset({"R4.10"})
 
     class router(PlainRouter):  # noqa: N801
         def select_many(self, queries, top_k, threshold):
             return [self.select(queries[0], top_k, threshold) for _ in queries]
 
 
-class RegisteredTwice(RouterFault):
+class RegisteredTwice(RouterFault, breaks="R4.12", also="R4.9"):
     """A card registered again is found twice."""
-
-    breaks = "R4.12"
-    turns_red = frozenset({"R4.9", "R4.12"})
 
     class router(PlainRouter):  # noqa: N801
         def __init__(self, embed):
@@ -245,11 +206,8 @@ class RegisteredTwice(RouterFault):
             return [route for route in found for _ in range(self.times[route[0]])][:top_k]
 
 
-class UnregisteredStays(RouterFault):
+class UnregisteredStays(RouterFault, breaks="R4.12", also="R4.9"):
     """Unregistering does nothing."""
-
-    breaks = "R4.12"
-    turns_red = frozenset({"R4.9", "R4.12"})
 
     class router(PlainRouter):  # noqa: N801
         def unregister(self, name):
@@ -260,11 +218,8 @@ class UnregisteredStays(RouterFault):
             super().register(name, texts, virtual=virtual)
 
 
-class UnregisteringTwiceFails(RouterFault):
+class UnregisteringTwiceFails(RouterFault, breaks="R4.12", also="R4.9"):
     """Unregistering what is not there raises."""
-
-    breaks = "R4.12"
-    turns_red = frozenset({"R4.9", "R4.12"})
 
     class router(PlainRouter):  # noqa: N801
         def unregister(self, name):
@@ -276,22 +231,16 @@ class UnregisteringTwiceFails(RouterFault):
             self.vectors[name] = [self.unit(row) for row in self.embedded(texts)]
 
 
-class RoundedTooCoarsely(RouterFault):
+class RoundedTooCoarsely(RouterFault, breaks="R4.1", also=NEAREST):
     """Scores are rounded to 1e-4."""
-
-    breaks = "R4.1"
-    turns_red = NEAREST
 
     class router(PlainRouter):  # noqa: N801
         def rounded(self, score):
             return float(np.round(np.clip(score, -1, 1), 4)) + 0.0
 
 
-class QueryTurnedRound(RouterFault):
+class QueryTurnedRound(RouterFault, breaks="R4.3", also=NEAREST | {"R4.5"}):
     """The query's embedding changes its sign."""
-
-    breaks = "R4.3"
-    turns_red = NEAREST | {"R4.5"}
 
     class router(PlainRouter):  # noqa: N801
         def similarity(self, vectors, query):
