@@ -12,11 +12,10 @@ from lora.errors import ArgumentError
 from lora.lowrank import delta, spectrum
 from lora.testing.plugin import requirement
 
+NAMES = ("encoder.layer.0.query", "encoder.layer.1.query", "encoder.layer.10.value", "pooler")
 
-def card_of(
-    rank=3,
-    names=("encoder.layer.0.query", "encoder.layer.1.query", "encoder.layer.10.value", "pooler"),
-):
+
+def card_of(rank=3, names=NAMES):
     rng = np.random.default_rng(0)
     pairs = {
         n: LowRank(rng.normal(size=(6, rank)), rng.normal(size=(rank, 5)), -0.5) for n in names
@@ -28,14 +27,11 @@ def card_of(
 def test_the_spectrum_is_that_of_the_dense_change(rows, rank, columns):
     rng = np.random.default_rng(rank)
     pair = LowRank(rng.normal(size=(rows, rank)), rng.normal(size=(rank, columns)), -0.25)
-    dense = np.linalg.svd(delta(pair), compute_uv=False)
-    kept = min(rows, rank, columns)
-    found = spectrum(pair)
-    assert found.shape == (kept,)
-    assert (
-        np.abs(found[:kept] - dense[:kept]).max() <= 100 * np.finfo(np.float64).eps * dense[0]
-    )  # two backward-stable SVDs
-    assert np.all(np.diff(found) <= 0)
+    values, dense = spectrum(pair), np.linalg.svd(delta(pair), compute_uv=False)
+    assert values.shape == (min(rows, rank, columns),)
+    # Two backward-stable SVDs.
+    assert np.abs(values - dense[: len(values)]).max() <= 100 * np.finfo(np.float64).eps * dense[0]
+    assert np.all(np.diff(values) <= 0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
@@ -47,9 +43,8 @@ def test_a_change_beyond_float64_has_no_spectrum(bad):
 def test_the_effective_rank_is_between_1_and_the_rank_and_0_for_nothing():
     facts = card_facts(card_of())
     assert all(1 <= fact.effective_rank <= 3 for fact in facts.values())
-    assert all(
-        math.isclose(f.norm, np.linalg.norm(delta(card_of().weights[m]))) for m, f in facts.items()
-    )
+    for module, fact in facts.items():
+        assert math.isclose(fact.norm, np.linalg.norm(delta(card_of().weights[module])))
     nothing = LoRACard("zero", 1, 1.0, [], {"m": LowRank(np.zeros((2, 1)), np.ones((1, 2)))})
     assert (card_facts(nothing)["m"].effective_rank, card_facts(nothing)["m"].norm) == (0.0, 0.0)
 
@@ -65,13 +60,8 @@ def test_a_card_is_drawn_in_the_kind_that_the_path_names(ending, tmp_path):
 def test_a_drawing_names_every_kind_of_module_and_every_layer(tmp_path):
     draw_card(card_of(), tmp_path / "card.svg")
     comments = (tmp_path / "card.svg").read_text()
-    for text in (
-        "encoder.layer.query",
-        "encoder.layer.value",
-        "pooler",
-        "effective rank",
-        "docs: rank 3, 4 modules",
-    ):
+    kinds = ["encoder.layer.query", "encoder.layer.value", "pooler"]
+    for text in [*kinds, "effective rank", "docs: rank 3, 4 modules"]:
         assert f"<!-- {text} -->" in comments
 
 
@@ -97,9 +87,8 @@ def test_a_name_is_drawn_as_it_is_and_never_taken_for_a_formula(tmp_path):
     card = replace(card_of(names=("a$^{", "b$_{")), name="x$_{$ docs")
     draw_card(card, tmp_path / "card.SVG")
     drawn = (tmp_path / "card.SVG").read_text()
-    assert all(
-        f"<!-- {text} -->" in drawn for text in ("a$^{", "b$_{", "x$_{$ docs: rank 3, 2 modules")
-    )
+    for text in ("a$^{", "b$_{", "x$_{$ docs: rank 3, 2 modules"):
+        assert f"<!-- {text} -->" in drawn
 
 
 def test_what_is_no_card_or_no_path_is_refused():
