@@ -124,24 +124,6 @@ def test_tensors_and_arrays_of_every_dtype_are_read_exactly(kind):
 
 
 @requirement("R16.5")
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        (MinEnergy(0.9), (1, 3)),
-        (MaxError(0.2), (1, 3)),
-        (MaxError(0.6), (1, 2)),
-        (MinEnergy(1.0), (3, 3)),
-        (MaxError(0.0), (3, 3)),
-        (MinEnergy(1e-30), (1, 1)),
-    ],
-)
-def test_modules_of_unlike_spectra_get_unlike_ranks(rule, expected):
-    base = {"a.weight": np.zeros((3, 3)), "b.weight": np.zeros((3, 3))}
-    tuned = {"a.weight": np.diag([10.0, 1.0, 1.0]), "b.weight": np.diag([10.0, 9.0, 8.0])}
-    assert ranks(extract_delta(base, tuned, rule)) == dict(zip("ab", expected, strict=True))
-
-
-@requirement("R16.5")
 @pytest.mark.parametrize("rank", [8, MinEnergy(1.0), MaxError(0.0)])
 def test_directions_that_are_only_rounding_are_not_kept(rank):
     left, right = np.random.default_rng(0).standard_normal((2, 40, 3))
@@ -176,12 +158,6 @@ def test_the_randomized_method_widens_until_the_rule_is_met(rule):
     full, near = extract_direct(model, rule), randomized(model, rule)
     assert full.rank > 16
     assert full.rank <= near.rank <= full.rank + 2
-
-
-@requirement("R16.7", "R16.5")
-@pytest.mark.parametrize(("rule", "least"), [(MinEnergy(0.2), 0.2), (MaxError(0.95), 1 - 0.95**2)])
-def test_the_randomized_method_counts_what_its_subspace_does_not_hold(rule, least):
-    assert record(randomized(noise(120, 100), rule))["energy"] >= least
 
 
 @requirement("R16.4")
@@ -335,6 +311,7 @@ def test_the_ends_of_the_ranges():
         MinEnergy(0)
     with pytest.raises(ArgumentError, match=r"in \[0, 1\), found 1"):
         MaxError(1)
+    assert ranks(extract_direct({"q.weight": np.eye(3)}, MinEnergy(1e-30))) == {"q": 1}
 
 
 @pytest.mark.parametrize("module", [lora, lora.extract])
