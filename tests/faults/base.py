@@ -21,9 +21,5 @@ class Fault(Reference):
 
 def faults_in(namespace: Mapping[str, Any]) -> list[type[Fault]]:
     """The faults among a module's names: what is only a base of others breaks nothing itself."""
-    classes = [
-        value
-        for value in namespace.values()
-        if isinstance(value, type) and issubclass(value, Fault)
-    ]
-    return [fault for fault in classes if "breaks" in vars(fault)]
+    classes = [value for value in namespace.values() if isinstance(value, type)]
+    return [c for c in classes if issubclass(c, Fault) and "breaks" in vars(c)]

@@ -59,17 +59,9 @@ def suite():
             spec.loader.exec_module(module)
             for name, test in inspect.getmembers(module, inspect.isfunction):
                 if name.startswith("test") and "impl" in inspect.signature(test).parameters:
-                    ids = {
-                        i
-                        for mark in test.pytestmark
-                        if mark.name == "requirement"
-                        for i in mark.args
-                    }
-                    found.append(
-                        Property(
-                            test, frozenset(ids), MEMBERS & names_in(test.hypothesis.inner_test)
-                        )
-                    )
+                    marks = [mark.args for mark in test.pytestmark if mark.name == "requirement"]
+                    members = MEMBERS & names_in(test.hypothesis.inner_test)
+                    found.append(Property(test, frozenset().union(*marks), members))
     finally:
         settings.load_profile(before)
     return sorted(found, key=lambda each: -len(each.ids))
@@ -107,9 +99,8 @@ def examine(each, red):
 
     def open_at(example):
         late = example >= EXAMPLES
-        return [
-            f for f in tried if not each.ids <= red[f] and (not late or each.ids <= f.turns_red)
-        ]
+        still = [f for f in tried if not each.ids <= red[f]]
+        return [f for f in still if not late or each.ids <= f.turns_red]
 
     @wraps(inner)
     def on_all(impl, **drawn):
@@ -132,19 +123,17 @@ def examine(each, red):
 
 def overridden(fault):
     """The members of the binding in which a fault differs from the reference."""
-    return {
-        member for member in MEMBERS if getattr(fault, member) is not getattr(Reference, member)
-    }
+    return {m for m in MEMBERS if getattr(fault, m) is not getattr(Reference, m)}
 
 
 def given_anew(drawn, draw):
     """The arguments, copied, so that no user sees what another did to them; interactive draws go through `draw`."""
-    return {
-        name: SimpleNamespace(draw=partial(draw, value))
-        if isinstance(value, DataObject)
-        else copy.deepcopy(value)
-        for name, value in drawn.items()
-    }
+    values = {}
+    for name, value in drawn.items():
+        interactive = isinstance(value, DataObject)
+        again = SimpleNamespace(draw=partial(draw, value)) if interactive else copy.deepcopy(value)
+        values[name] = again
+    return values
 
 
 def recording(values):

@@ -53,9 +53,8 @@ class KeysOfWeights(ExtractionFault, breaks="R16.3", also="R16.1 R16.2 R16.5"):
     """Rows are called after weights, not modules, so that none of them binds."""
 
     def spoilt(self, card, deltas, rule):
-        return card._replace(
-            weights={f"{module}.weight": pair for module, pair in card.weights.items()}
-        )
+        rows = {f"{module}.weight": pair for module, pair in card.weights.items()}
+        return card._replace(weights=rows)
 
 
 class SmallestSingularValues(ExtractionFault, breaks="R16.1", also="R16.2 R16.3"):
@@ -74,9 +73,8 @@ class FirstColumnsInsteadOfTheBest(ExtractionFault, breaks="R16.2", also="R16.1 
     def spoilt(self, card, deltas, rule):
         def columns(module, pair):
             matrix, rank = deltas[f"{module}.weight"], pair.A.shape[1]
-            return PlainPair(
-                np.eye(matrix.shape[1], rank), np.ascontiguousarray(matrix[:, :rank].T), 1.0
-            )
+            b = np.ascontiguousarray(matrix[:, :rank].T)
+            return PlainPair(np.eye(matrix.shape[1], rank), b, 1.0)
 
         return self.with_pairs(card, columns)
 
@@ -125,9 +123,8 @@ class RankAboveTheMatrix(ExtractionFault, breaks="R16.5"):
 
         def padded(_, pair):
             more = max(0, rule[0] - pair.A.shape[1])
-            return pair._replace(
-                A=np.pad(pair.A, ((0, 0), (0, more))), B=np.pad(pair.B, ((0, more), (0, 0)))
-            )
+            a, b = np.pad(pair.A, ((0, 0), (0, more))), np.pad(pair.B, ((0, more), (0, 0)))
+            return pair._replace(A=a, B=b)
 
         return self.with_pairs(card, padded)
 

@@ -42,9 +42,8 @@ class SumsOfEightInTheNarrowType(Fault, breaks="R2.2"):
     """Products are summed in float32 eight at a time, and their sums in the dtype of the input."""
 
     def forward(self, x, weight, bias, terms):
-        out = super().forward(
-            x[..., :8], weight[:, :8], bias, {n: t._replace(A=t.A[:8]) for n, t in terms.items()}
-        )
+        first = {n: t._replace(A=t.A[:8]) for n, t in terms.items()}
+        out = super().forward(x[..., :8], weight[:, :8], bias, first)
         for k in range(8, x.shape[-1], 8):
             part = {n: t._replace(A=t.A[k : k + 8]) for n, t in terms.items()}
             more = super().forward(x[..., k : k + 8], weight[:, k : k + 8], None, part)
@@ -127,10 +126,8 @@ class TermsOfOneMatrixCountOnce(TermFault, breaks="R8.5", also="R8.7"):
     """Of several terms with the very same A in memory only the last is there."""
 
     def changed(self, terms):
-        return {
-            name: terms[name]
-            for name in {id(term.A): name for name, term in terms.items()}.values()
-        }
+        last = {id(term.A): name for name, term in terms.items()}
+        return {name: terms[name] for name in last.values()}
 
 
 class WeightIgnored(TermFault, breaks="R8.7", also=FORMULA | SUM):

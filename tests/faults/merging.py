@@ -26,12 +26,9 @@ def changes(cards, module):
 def promoted(cards):
     """The dtype that holds all of the cards' dtypes."""
     names = {pair.A.dtype.name for card in cards for pair in card.weights.values()}
-    wide = "float64" if "float64" in names else "float32"
-    return (
-        next((p.A.dtype for c in cards for p in c.weights.values()), None)
-        if len(names) == 1
-        else np.dtype(wide)
-    )
+    if len(names) == 1:
+        return next(p.A.dtype for c in cards for p in c.weights.values())
+    return np.dtype("float64" if "float64" in names else "float32")
 
 
 def factors(whole, rank, dtype):
@@ -41,37 +38,31 @@ def factors(whole, rank, dtype):
     return PlainPair((v[:rank].T * root).astype(dtype), (u[:, :rank] * root).T.astype(dtype), 1.0)
 
 
+def with_rows(card, rows):
+    """The card with these pairs, its rank the largest again."""
+    return card._replace(weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1))
+
+
 def times(card, factor):
     """The card with a ΔW scaled by `factor`."""
-    return card._replace(
-        weights={m: p._replace(scaling=p.scaling * factor) for m, p in card.weights.items()}
-    )
+    rows = {m: p._replace(scaling=p.scaling * factor) for m, p in card.weights.items()}
+    return card._replace(weights=rows)
 
 
 class NormalizeIgnored(Fault, breaks="R20.1", also="R20.3 R20.4"):
     """Weights are never divided by their sum."""
 
     def merge(self, cards, strategy, options, weights, rank):
-        return super().merge(
-            cards,
-            strategy,
-            options | ({"normalize": False} if strategy == "weighted" else {}),
-            weights,
-            rank,
-        )
+        ignored = {"normalize": False} if strategy == "weighted" else {}
+        return super().merge(cards, strategy, options | ignored, weights, rank)
 
 
 class AlwaysElectedByMass(Fault, breaks="R20.1", also="R20.6"):
     """The way to elect signs is accepted and ignored."""
 
     def merge(self, cards, strategy, options, weights, rank):
-        return super().merge(
-            cards,
-            strategy,
-            options | ({"elect": "mass"} if strategy == "ties" else {}),
-            weights,
-            rank,
-        )
+        ignored = {"elect": "mass"} if strategy == "ties" else {}
+        return super().merge(cards, strategy, options | ignored, weights, rank)
 
 
 class UnknownStrategiesAverage(Fault, breaks="R20.1"):
@@ -108,17 +99,13 @@ class FactorsMergedApart(Fault, breaks="R20.2", also="R20.3 R20.4 R20.9"):
             held = [card.weights.get(module) for card in cards]
             if None not in held and len(held) > 1:
                 wide = max(p.A.shape[1] for p in held)
-                a = sum(
-                    np.pad(p.A.astype("f8"), ((0, 0), (0, wide - p.A.shape[1]))) for p in held
-                ) / len(held)
-                b = sum(
-                    np.pad(p.B.astype("f8"), ((0, wide - len(p.B)), (0, 0))) * p.scaling
-                    for p in held
-                ) / len(held)
+                a = np.zeros((len(pair.A), wide))
+                b = np.zeros((wide, pair.B.shape[1]))
+                for p in held:
+                    a[:, : p.A.shape[1]] += p.A.astype("f8") / len(held)
+                    b[: p.A.shape[1]] += p.B.astype("f8") * p.scaling / len(held)
                 rows[module] = PlainPair(a.astype(pair.A.dtype), b.astype(pair.A.dtype), 1.0)
-        return merged._replace(
-            weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1)
-        )
+        return with_rows(merged, rows)
 
 
 class LargestColumnsKept(Fault, breaks="R20.2", also="R20.6"):
@@ -158,10 +145,10 @@ class ScalingIgnored(Fault, breaks="R20.3", also="R20.1 R20.4 R20.5 R20.6 R20.7 
     """The product A @ B is merged without its scaling."""
 
     def merge(self, cards, strategy, options, weights, rank):
-        bare = [
-            c._replace(weights={m: p._replace(scaling=1.0) for m, p in c.weights.items()})
-            for c in cards
-        ]
+        bare = []
+        for card in cards:
+            rows = {m: p._replace(scaling=1.0) for m, p in card.weights.items()}
+            bare.append(card._replace(weights=rows))
         return super().merge(bare, strategy, options, weights, rank)
 
 
@@ -194,9 +181,7 @@ class FirstColumnsKept(Fault, breaks="R20.4", also="R20.1"):
         for module, pair in whole.weights.items():
             last = np.argsort(-np.linalg.norm(pair.A.astype("f8"), axis=0))[::-1][:rank]
             rows[module] = PlainPair(pair.A[:, last], pair.B[last], pair.scaling)
-        return whole._replace(
-            weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1)
-        )
+        return with_rows(whole, rows)
 
 
 class SlerpIsLinear(Fault, breaks="R20.5"):
@@ -223,18 +208,16 @@ class SlerpOfTheLengthsAsTheyAre(Fault, breaks="R20.5"):
         if angle < 1e-6:
             return merged
         t = options.get("t", 0.5)
-        return super().merge(
-            cards, "weighted", {}, [np.sin(p * angle) / np.sin(angle) for p in (1 - t, t)], rank
-        )
+        shares = [np.sin(p * angle) / np.sin(angle) for p in (1 - t, t)]
+        return super().merge(cards, "weighted", {}, shares, rank)
 
 
 class SlerpFromTheWrongEnd(Fault, breaks="R20.5", also="R20.9"):
     """At t = 0 stands the second card."""
 
     def merge(self, cards, strategy, options, weights, rank):
-        return super().merge(
-            cards[::-1] if strategy == "slerp" else cards, strategy, options, weights, rank
-        )
+        cards = cards[::-1] if strategy == "slerp" else cards
+        return super().merge(cards, strategy, options, weights, rank)
 
 
 class SlerpOfOppositesIsLinear(Fault, breaks="R20.5"):
@@ -266,13 +249,9 @@ class _Ties(Fault):
             agrees = (np.sign(parts) == sign) & (sign != 0)
             share = self.share(agrees, np.array(given))
             whole = (parts * agrees).sum(0) / np.where(share > 0, share, 1)
-            limit = rank or max(
-                card.weights[module].A.shape[1] for card in cards if module in card.weights
-            )
+            limit = rank or max(c.weights[module].A.shape[1] for c in cards if module in c.weights)
             rows[module] = factors(whole, limit, promoted(cards))
-        return merged._replace(
-            weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1)
-        )
+        return with_rows(merged, rows)
 
     def trim(self, parts, density):
         return [self.largest(part.ravel(), density).reshape(part.shape) for part in parts]
@@ -383,24 +362,17 @@ class DareMasksAllModulesAlike(Fault, breaks="R20.7"):
             return merged
         rows = {}
         for module in merged.weights:
-            held = [
-                c._replace(weights={"m": c.weights[module]}) for c in cards if module in c.weights
-            ]
-            used = (
-                None
-                if weights is None
-                else [w for c, w in zip(cards, weights, strict=True) if module in c.weights]
-            )
-            alike = [c._replace(rank=c.weights["m"].A.shape[1]) for c in held]
+            alike, used = [], None if weights is None else []
+            for place, card in enumerate(cards):
+                if pair := card.weights.get(module):
+                    alike.append(card._replace(weights={"m": pair}, rank=pair.A.shape[1]))
+                    if weights is not None:
+                        used.append(weights[place])
             alone = super().merge(alike, strategy, options, used, rank)
-            pair, dtype = (
-                alone.weights.get("m", merged.weights[module]),
-                merged.weights[module].A.dtype,
-            )
+            dtype = merged.weights[module].A.dtype
+            pair = alone.weights.get("m", merged.weights[module])
             rows[module] = PlainPair(pair.A.astype(dtype), pair.B.astype(dtype), pair.scaling)
-        return merged._replace(
-            weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1)
-        )
+        return with_rows(merged, rows)
 
 
 class NegativeWeightsClipped(Fault, breaks="R20.8"):
@@ -426,12 +398,8 @@ class OnlyModulesOfTheFirstCard(Fault, breaks="R20.9", also="R20.3 R20.4 R20.5 R
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)
-        rows = {
-            module: pair for module, pair in merged.weights.items() if module in cards[0].weights
-        }
-        return merged._replace(
-            weights=rows, rank=max((p.A.shape[1] for p in rows.values()), default=1)
-        )
+        rows = {m: pair for m, pair in merged.weights.items() if m in cards[0].weights}
+        return with_rows(merged, rows)
 
 
 class AveragedOverThoseThatHaveIt(Fault, breaks="R20.9", also="R20.4"):
@@ -441,12 +409,10 @@ class AveragedOverThoseThatHaveIt(Fault, breaks="R20.9", also="R20.4"):
         merged = super().merge(cards, strategy, options, weights, rank)
         if strategy != "average":
             return merged
-        rows = {
-            module: pair._replace(
-                scaling=pair.scaling * len(cards) / sum(module in card.weights for card in cards)
-            )
-            for module, pair in merged.weights.items()
-        }
+        rows = {}
+        for module, pair in merged.weights.items():
+            share = sum(module in card.weights for card in cards) / len(cards)
+            rows[module] = pair._replace(scaling=pair.scaling / share)
         return merged._replace(weights=rows)
 
 
@@ -476,11 +442,8 @@ class TargetsOfTheFirstCard(Fault, breaks="R20.9"):
     """The merged card targets what the first card targets, so the others' modules are never adapted."""
 
     def merge(self, cards, strategy, options, weights, rank):
-        return (
-            super()
-            .merge(cards, strategy, options, weights, rank)
-            ._replace(target_modules=cards[0].target_modules)
-        )
+        merged = super().merge(cards, strategy, options, weights, rank)
+        return merged._replace(target_modules=cards[0].target_modules)
 
 
 MERGING_FAULTS = faults_in(globals())

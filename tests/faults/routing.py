@@ -47,14 +47,12 @@ class PlainRouter:
         return -route[1], route[0]
 
     def select(self, query, top_k, threshold):
-        asked = self.unit(self.embedded([query])[0])
-        scored = [
-            (name, self.rounded(self.similarity(vectors, asked)))
-            for name, vectors in self.vectors.items()
-        ]
-        return sorted(
-            (route for route in scored if self.reached(route[1], threshold)), key=self.order
-        )[:top_k]
+        asked, routes = self.unit(self.embedded([query])[0]), []
+        for name, vectors in self.vectors.items():
+            score = self.rounded(self.similarity(vectors, asked))
+            if self.reached(score, threshold):
+                routes.append((name, score))
+        return sorted(routes, key=self.order)[:top_k]
 
     def select_many(self, queries, top_k, threshold):
         return [self.select(query, top_k, threshold) for query in queries]
@@ -124,11 +122,8 @@ class TiesByNameReversed(RouterFault, breaks="R4.9", also="R4.6 R4.8"):
 
     class router(PlainRouter):  # noqa: N801
         def select(self, query, top_k, threshold):
-            return sorted(
-                super().select(query, len(self.vectors), threshold),
-                reverse=True,
-                key=lambda r: (r[1], r[0]),
-            )[:top_k]
+            routes = super().select(query, len(self.vectors), threshold)
+            return sorted(routes, reverse=True, key=lambda r: (r[1], r[0]))[:top_k]
 
 
 class WorstFirst(RouterFault, breaks="R4.6", also="R4.9"):
@@ -168,12 +163,8 @@ class VirtualLeftOut(RouterFault, breaks="R4.7", also="R4.9 R4.12"):
 
     class router(PlainRouter):  # noqa: N801
         def select(self, query, top_k, threshold):
-            here = [
-                route
-                for route in super().select(query, len(self.vectors), threshold)
-                if route[0] not in self.virtual
-            ]
-            return here[:top_k]
+            routes = super().select(query, len(self.vectors), threshold)
+            return [route for route in routes if route[0] not in self.virtual][:top_k]
 
 
 class FirstQueryForAll(RouterFault, breaks="R4.10"):
