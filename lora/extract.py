@@ -34,8 +34,8 @@ _RENAMED = {"Energy": "MinEnergy", "Error": "MaxError"}
 def __getattr__(name: str) -> Any:
     if name not in _RENAMED:
         raise AttributeError(f"module 'lora.extract' has no attribute {name!r}")
-    text = f"lora.extract.{name} is called {_RENAMED[name]} now"
-    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    message = f"lora.extract.{name} is {_RENAMED[name]} now; the old name ends with version 1.0"
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
     return globals()[_RENAMED[name]]
 
 
