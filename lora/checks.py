@@ -16,6 +16,8 @@ from lora.errors import ArgumentError, CardError, CardFileError, LoRAError, show
 
 T = TypeVar("T")
 
+_NO_NUMBERS = (bool, str, bytes, bytearray)  # although float() takes them
+
 _SEMVER = re.compile(
     r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
@@ -27,7 +29,7 @@ _SEMVER = re.compile(
 def finite(value: object, where: str, kind: type[CardError | ArgumentError] = CardError) -> float:
     """Return the value as a float; raise `kind` unless it is a finite number."""
     try:
-        number = math.nan if isinstance(value, bool | str | bytes | bytearray) else float(value)  # type: ignore[arg-type]
+        number = math.nan if isinstance(value, _NO_NUMBERS) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):

@@ -1,8 +1,6 @@
-"""Algebra on factor pairs: what a pair means as a matrix, what it does to an input, how pairs add
-up.
+"""Algebra on factor pairs: a pair as a matrix, applied to an input, and added to other pairs.
 
-NumPy only, one pass, no state. Narrow dtypes are computed in float32, as a layer's matrix products
-accumulate.
+Pure NumPy. Narrow dtypes are computed in float32, as a layer's matrix products accumulate.
 
 Requirements: R2, R8.
 """
@@ -17,15 +15,11 @@ from lora.errors import ArgumentError, ShapeError
 
 
 def delta(pair: LowRank, *, dtype: np.dtype[Any] | type | None = None) -> Array:
-    """ΔW = scaling · (A @ B).T, the change to a Linear's weight.
+    """Return ΔW = scaling · (A @ B).T, shape ``(out, in)``: the change to a Linear's weight.
 
     Args:
         pair: Factors ``(in, r)`` and ``(r, out)``; a scaling of None counts as 1.
-        dtype: Of the computation and the result; float32, or float64 for float64 factors, unless
-            given.
-
-    Returns:
-        Shape ``(out, in)``.
+        dtype: Computed in this dtype; by default in float32, or float64 for float64 factors.
 
     Examples:
         >>> import numpy as np
@@ -33,44 +27,36 @@ def delta(pair: LowRank, *, dtype: np.dtype[Any] | type | None = None) -> Array:
         array([[3., 0.],
                [3., 0.]])
     """
-    wide = np.dtype(dtype or np.promote_types(_widened(pair.dtype), np.float32))
+    wide = np.dtype(dtype or _wide(pair.dtype))
     with np.errstate(over="ignore", invalid="ignore"):
-        product: Array = (pair.A.astype(wide) @ _scaled(pair, 1.0, wide)).T
-    return product
+        return (pair.A.astype(wide) @ _scaled_b(pair, 1.0, wide)).T
 
 
 def apply(x: Array, pairs: Iterable[tuple[LowRank, float]]) -> Array:
-    """Σ weight · scaling · (x @ A @ B): what the pairs add to a Linear's output.
+    """Return Σ weight · scaling · (x @ A @ B): what weighted pairs add to a Linear's output.
 
     Args:
-        x: Shape ``(..., in)``, any number of leading dimensions.
-        pairs: Factor pairs with their weights; all of one ``in`` and ``out``, at least one.
+        x: Shape ``(..., in)``.
+        pairs: At least one pair and its weight; all pairs have the same ``in`` and ``out``.
 
     Returns:
         Shape ``(..., out)``.
-
-    Raises:
-        ShapeError: If x's last dimension is not ``in``.
     """
-    pair = concat(pairs, dtype=_widened(x.dtype))
+    pair = concat(pairs, dtype=_wide(x.dtype))
     if x.ndim < 1 or x.shape[-1] != pair.in_features:
-        raise ShapeError(
-            "input of a factor pair", f"last dimension {pair.in_features}", f"shape {x.shape}"
-        )
+        expected = f"last dimension {pair.in_features}"
+        raise ShapeError("input of a factor pair", expected, f"shape {x.shape}")
     with np.errstate(over="ignore", invalid="ignore"):
-        product: Array = x.astype(pair.dtype) @ pair.A @ pair.B
-    return product
+        return x.astype(pair.dtype) @ pair.A @ pair.B
 
 
 def concat(
     pairs: Iterable[tuple[LowRank, float]], *, dtype: np.dtype[Any] | type | None = None
 ) -> LowRank:
-    """One pair that does what the weighted sum of all does: ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …;
-    wₙsₙBₙ]``, scaling 1.
+    """Return one pair for the weighted sum: ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …; wₙsₙBₙ]``, scaling 1.
 
-    The rank is the sum of ranks. Pairs of weight 0 are left out, so that 0 · NaN adds nothing; if
-    none is left the result is a rank-1 pair of zeros. The result is float32, or float64 if any
-    factor or `dtype` is.
+    Pairs of weight 0 are left out, so that 0 · NaN adds nothing; without any other pair the result
+    is a rank-1 pair of zeros. The result is float32, or float64 if a factor or `dtype` is.
 
     Examples:
         >>> import numpy as np
@@ -81,39 +67,28 @@ def concat(
     terms = list(pairs)
     if not terms:
         raise ArgumentError("concat", "at least one factor pair", "none")
-    first = terms[0][0]
-    for pair, _ in terms:
-        if (pair.in_features, pair.out_features) != (first.in_features, first.out_features):
-            raise ShapeError(
-                "stacked factor pairs",
-                f"in -> out of {first.in_features} -> {first.out_features}",
-                f"{pair.in_features} -> {pair.out_features}",
-            )
-    wide = np.result_type(
-        np.float32, dtype or np.float32, *(_widened(pair.dtype) for pair, _ in terms)
-    )
-    live = [(pair, weight) for pair, weight in terms if weight != 0]
-    if not live:
-        return LowRank(
-            np.zeros((first.in_features, 1), wide), np.zeros((1, first.out_features), wide), 1.0
-        )
+    features, *others = [(pair.in_features, pair.out_features) for pair, _ in terms]
+    for other in others:
+        if other != features:
+            expected = "in -> out of {} -> {}".format(*features)
+            raise ShapeError("stacked factor pairs", expected, "{} -> {}".format(*other))
+    wide = np.result_type(dtype or np.float32, *(_wide(pair.dtype) for pair, _ in terms))
+    terms = [(pair, weight) for pair, weight in terms if weight != 0]
+    if not terms:
+        return LowRank(np.zeros((features[0], 1), wide), np.zeros((1, features[1]), wide), 1.0)
     with np.errstate(over="ignore", invalid="ignore"):
-        scaled = [_scaled(pair, weight, wide) for pair, weight in live]
-    return LowRank(_frozen([pair.A.astype(wide) for pair, _ in live], 1), _frozen(scaled, 0), 1.0)
+        scaled = [_scaled_b(pair, weight, wide) for pair, weight in terms]
+    a = np.concatenate([pair.A.astype(wide) for pair, _ in terms], axis=1)
+    return LowRank(a, np.concatenate(scaled), 1.0)
 
 
 def spectrum(pair: LowRank) -> Array:
-    """The singular values of ΔW, largest first, from the factors alone: those of the product of
-    their QR triangles.
+    """Return the singular values of ΔW, largest first, as float64 ``(min(in, r, out),)``.
 
-    Args:
-        pair: Finite factors ``(in, r)`` and ``(r, out)``.
-
-    Returns:
-        float64, shape ``(min(in, r, out),)``.
+    They are those of the product of the factors' QR triangles; ΔW is never formed.
 
     Raises:
-        ArgumentError: If a factor, or ΔW, is not finite.
+        ArgumentError: A factor, or ΔW, is not finite.
 
     Examples:
         >>> spectrum(LowRank(np.eye(3, 1), np.array([[3.0, 4.0]]), -2.0))
@@ -122,23 +97,20 @@ def spectrum(pair: LowRank) -> Array:
     a, b = pair.A.astype(np.float64), pair.B.astype(np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ArgumentError("spectrum of a pair", "finite factors", "NaN or an infinity")
-    left, right = np.linalg.qr(a)[1], np.linalg.qr(b.T)[1]
     with np.errstate(over="ignore", invalid="ignore"):
-        core = left @ right.T * _scaling(pair)
+        core = np.linalg.qr(a)[1] @ np.linalg.qr(b.T)[1].T * _scaling(pair)
     if not np.isfinite(core).all():
         raise ArgumentError("spectrum of a pair", "a ΔW within float64", "one beyond it")
-    values: Array = np.linalg.svd(core, compute_uv=False)
-    return values
+    return np.linalg.svd(core, compute_uv=False)
 
 
 def thin_qr(matrix: Array) -> tuple[Array, Array]:
-    """The reduced QR of a matrix ``(m, n)``: Q ``(m, k)`` orthonormal, R ``(k, n)`` upper
-    triangular, k = min(m, n).
+    """Return the reduced QR of a matrix ``(m, n)``: Q ``(m, k)`` and R ``(k, n)``, k = min(m, n).
 
-    What `numpy.linalg.qr` gives, up to rounding, in about half its time when m is large and n is
-    not: Q is formed by matrix products instead of reflection by reflection. Source: Joffrain et
-    al., "Accumulating Householder transformations, revisited" (2006): the product of reflections
-    ``I - τᵢ vᵢ vᵢᵀ`` is ``I - V T Vᵀ``, where T⁻¹ has 1/τ on its diagonal and VᵀV above it.
+    It agrees with `numpy.linalg.qr` up to rounding and takes about half its time for a large m and
+    a small n, because matrix products form Q. Source: Joffrain et al., "Accumulating Householder
+    transformations, revisited" (2006): the product of reflections ``I - τᵢ vᵢ vᵢᵀ`` is
+    ``I - V T Vᵀ``, where T⁻¹ has 1/τ on its diagonal and VᵀV above it.
 
     Examples:
         >>> Q, R = thin_qr(np.array([[3.0, 0.0], [4.0, 5.0]]))
@@ -158,9 +130,9 @@ def thin_qr(matrix: Array) -> tuple[Array, Array]:
 
 
 def initial(in_features: int, out_features: int, rank: int, rng: np.random.Generator) -> LowRank:
-    """A fresh float32 pair: A uniform with |A| <= 1/√in (Kaiming, a = √5, fan-in = in), B zero.
+    """Return an untrained float32 pair: A uniform with |A| <= 1/√in, B zero.
 
-    Source: Hu et al. 2021, section 4.1, as PEFT initialises it.
+    Source: Hu et al. 2021, section 4.1, as PEFT initialises it (Kaiming, a = √5).
     """
     bound = 1 / np.sqrt(in_features)
     a = rng.uniform(-bound, bound, (in_features, rank)).astype(np.float32)
@@ -168,9 +140,10 @@ def initial(in_features: int, out_features: int, rank: int, rng: np.random.Gener
     return LowRank(np.clip(a, -inside, inside), np.zeros((rank, out_features), np.float32))
 
 
-def _scaled(pair: LowRank, weight: float, wide: np.dtype[Any]) -> Array:
-    """B times weight and scaling, in float64 before it is narrowed: a factor beyond float32 leaves
-    a zero a zero.
+def _scaled_b(pair: LowRank, weight: float, wide: np.dtype[Any]) -> Array:
+    """Return weight · scaling · B, multiplied in float64.
+
+    The factor is kept finite, so that a zero stays a zero.
     """
     largest = float(np.finfo(np.float64).max)
     factor = min(max(weight * _scaling(pair), -largest), largest)
@@ -181,12 +154,6 @@ def _scaling(pair: LowRank) -> float:
     return 1.0 if pair.scaling is None else pair.scaling
 
 
-def _widened(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Float32 for what is narrower (NumPy can't promote bfloat16 itself), else `dtype`."""
-    return np.dtype(np.float32) if dtype.itemsize < np.dtype(np.float32).itemsize else dtype
-
-
-def _frozen(parts: list[Array], axis: int) -> Array:
-    joined: Array = np.concatenate(parts, axis=axis)
-    joined.flags.writeable = False
-    return joined
+def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return float32 for a narrower dtype, else the dtype; NumPy can't promote bfloat16 itself."""
+    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype

@@ -1,5 +1,4 @@
-"""Counters and timings: added to from any thread, read as a snapshot, written as Prometheus text
-where something serves.
+"""Counters and timings: added to from any thread, read as a snapshot or as Prometheus text.
 
 Requirements: R5.
 """
@@ -17,8 +16,8 @@ from prometheus_client.exposition import generate_latest, start_http_server
 from prometheus_client.registry import Collector
 
 
-class Metrics:
-    """Sums by name, that only grow.
+class Metrics(Collector):
+    """Named sums that only grow.
 
     Thread safety: any number of writers and readers.
 
@@ -41,8 +40,9 @@ class Metrics:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count a block as `name`, its seconds as ``name_seconds``, and as ``name_failed`` if it
-        raises.
+        """Count a block as `name`, its seconds, and its failure if it raises.
+
+        The other sums are ``name_seconds`` and ``name_failed``.
         """
         start = time.perf_counter()
         try:
@@ -55,38 +55,30 @@ class Metrics:
             self.add(f"{name}_seconds", time.perf_counter() - start)
 
     def snapshot(self) -> Mapping[str, float]:
-        """All sums at one moment, in order of their names."""
+        """Return all sums at one moment, sorted by name."""
         with self._lock:
             return MappingProxyType(dict(sorted(self._sums.items())))
 
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Yield the sums as Prometheus counters."""
+        for name, value in self.snapshot().items():
+            yield CounterMetricFamily(f"lora_{name}", name.replace("_", " "), value=value)
+
 
 def prometheus_text(metrics: Metrics) -> str:
-    """The sums as Prometheus text, each as ``lora_…_total``."""
-    return generate_latest(_registry(metrics)).decode()
+    """Return the sums as Prometheus text, each as ``lora_…_total``."""
+    return generate_latest(metrics).decode()
 
 
 @contextmanager
 def serving(metrics: Metrics, port: int, host: str = "127.0.0.1") -> Iterator[int]:
-    """Serve the sums over HTTP while the block runs; yields the port."""
-    server, thread = start_http_server(port, host, _registry(metrics))
+    """Serve the sums over HTTP while the block runs; yield the port."""
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    server, thread = start_http_server(port, host, registry)
     try:
         yield server.server_port
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-class _Sums(Collector):
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        for name, value in self.metrics.snapshot().items():
-            yield CounterMetricFamily(f"lora_{name}", name.replace("_", " "), value=value)
-
-
-def _registry(metrics: Metrics) -> CollectorRegistry:
-    registry = CollectorRegistry()
-    registry.register(_Sums(metrics))
-    return registry

@@ -1,10 +1,10 @@
 """A card as an Arrow table, and back: the one definition of the schema.
 
-One row per module, sorted by name: ``module``, ``scaling``, ``A``, ``B``. Factors use the storage
-of Arrow's canonical ``arrow.variable_shape_tensor``: a struct of the flat row-major data and its
-shape. bfloat16, which Arrow lacks, is stored as ``uint16`` and declared in ``lora.dtype``. A card's
-other fields are schema metadata, each under its own key, so that user metadata (one JSON value) can
-never shadow them.
+The table has a row for each module, sorted by name: ``module``, ``scaling``, ``A``, ``B``. Factors
+have the storage of Arrow's canonical ``arrow.variable_shape_tensor``: a struct of the flat row-major
+data and its shape. Arrow has no bfloat16; it is stored as ``uint16`` and declared in ``lora.dtype``.
+Each other field of the card is schema metadata under its own key, so that the author's metadata,
+which are one JSON value, can never shadow a field.
 
 Requirements: R1, R7.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,30 +28,22 @@ from lora.checks import parse_json
 from lora.errors import ArgumentError, CardError, CardFileError, shown
 
 FORMAT_VERSION = (1, 0)
-"""Major and minor version of the layout: another major version is refused, another minor one is read."""
+"""Major and minor version of the layout. Any minor version of this major version is read."""
 
 MAX_ELEMENTS = 2**31 - 1
 """Elements that one factor column can hold: list offsets are int32."""
 
 ROW_BYTES = 4 + 8 + 2 * (4 + 8)
-"""Bytes that every row needs at least: name offset, scaling, and for two factors an offset and a shape."""
+"""The least bytes of a row: a name's offset, a scaling, and an offset and a shape per factor."""
 
-N = TypeVar("N", int, float)
+_VERSION = re.compile(r"([0-9]{1,5})\.([0-9]{1,5})")
+_INTEGER = re.compile(r"-?[0-9]{1,40}")
+_DECIMAL = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?(e[-+]?[0-9]{1,4})?")
 
-_NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?(e[-+]?[0-9]{1,4})?")
-
-_ARROW_TYPES: Mapping[str, pa.DataType] = MappingProxyType(
-    {
-        "float16": pa.float16(),
-        "float32": pa.float32(),
-        "float64": pa.float64(),
-        "bfloat16": pa.uint16(),
-    }
-)
+_NAME, _PARAMETERS = b"ARROW:extension:name", b"ARROW:extension:metadata"
 
 
-@dataclass(frozen=True)
-class ModuleInfo:
+class ModuleInfo(NamedTuple):
     """Shape and scaling of one module's pair: ``(in, rank)`` and ``(rank, out)``."""
 
     in_features: int
@@ -62,7 +54,7 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a card says of itself without its weights."""
+    """All that a card file says, except the factors' elements."""
 
     name: str
     rank: int
@@ -88,33 +80,27 @@ class Header:
 
 
 def schema_of(dtype: str) -> pa.Schema:
-    """The schema of a card whose factors have `dtype`, without its metadata."""
-    storage = pa.struct(
-        [("data", pa.list_(_ARROW_TYPES[dtype])), ("shape", pa.list_(pa.int32(), 2))]
-    )
-
-    def tensor(name: str, dims: str) -> pa.Field:
+    """Return the schema of a card whose factors have `dtype`, without its metadata."""
+    element = pa.uint16() if dtype == "bfloat16" else pa.from_numpy_dtype(DTYPES[dtype])
+    storage = pa.struct([("data", pa.list_(element)), ("shape", pa.list_(pa.int32(), 2))])
+    fields = [
+        pa.field("module", pa.string(), nullable=False),
+        pa.field("scaling", pa.float64(), nullable=False),
+    ]
+    for name, dims in (("A", '["in","rank"]'), ("B", '["rank","out"]')):
         extension = {
-            "ARROW:extension:name": "arrow.variable_shape_tensor",
-            "ARROW:extension:metadata": f'{{"dim_names":{dims}}}',
+            _NAME: "arrow.variable_shape_tensor",
+            _PARAMETERS: f'{{"dim_names":{dims}}}',
         }
-        return pa.field(name, storage, nullable=False, metadata=extension)
-
-    return pa.schema(
-        [
-            pa.field("module", pa.string(), nullable=False),
-            pa.field("scaling", pa.float64(), nullable=False),
-            tensor("A", '["in","rank"]'),
-            tensor("B", '["rank","out"]'),
-        ]
-    )
+        fields.append(pa.field(name, storage, nullable=False, metadata=extension))
+    return pa.schema(fields)
 
 
 def card_to_table(card: LoRACard) -> pa.Table:
-    """The card as a table of one batch.
+    """Return the card as a table of one batch.
 
     Raises:
-        CardError: If a factor column would hold more than `MAX_ELEMENTS` elements.
+        CardError: A factor column would hold more than `MAX_ELEMENTS` elements.
 
     Examples:
         >>> table = card_to_table(LoRACard("empty", 1, 1.0, [], {}))
@@ -122,49 +108,54 @@ def card_to_table(card: LoRACard) -> pa.Table:
         (0, ['module', 'scaling', 'A', 'B'])
     """
     check_card(card)
-    schema = schema_of(card.dtype.name)
-    pairs = list(card.weights.values())
+    pairs, schema = card.weights.values(), schema_of(card.dtype.name)
+    storage, where = schema.field("A").type, f"card {card.name!r}: a factor column"
     columns = [
         pa.array(list(card.weights), pa.string()),
         pa.array([pair.scaling for pair in pairs], pa.float64()),
-        _column(schema.field("A").type, [pair.A for pair in pairs], card.name),
-        _column(schema.field("B").type, [pair.B for pair in pairs], card.name),
+        _column(storage, [pair.A for pair in pairs], where),
+        _column(storage, [pair.B for pair in pairs], where),
     ]
-    return pa.Table.from_batches(
-        [pa.record_batch(columns, schema=schema.with_metadata(_fields(card)))]
-    )
+    fields = {
+        "lora.format": ".".join(map(str, FORMAT_VERSION)),
+        "lora.name": card.name,
+        "lora.rank": str(card.rank),
+        "lora.alpha": repr(card.alpha),
+        "lora.targets": json.dumps(card.target_modules, ensure_ascii=False, separators=(",", ":")),
+        "lora.dtype": card.dtype.name,
+        "lora.metadata": FrozenJSON(card.metadata).text,
+        "lora.base_model": card.base_model,
+        "lora.base_fingerprint": card.base_fingerprint,
+        **card.extra,
+    }
+    fields = {key: fields[key] for key in sorted(fields) if fields[key] is not None}
+    batch = pa.record_batch(columns, schema=schema.with_metadata(fields))
+    return pa.Table.from_batches([batch])
 
 
 def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
-    """The card in a table; factors are views of the table's buffers.
+    """Return the card in a table; its factors are views of the table's buffers.
 
     Raises:
-        CardFileError: If the table is not structurally a card: wrong version, columns, types,
-            nulls, shapes, duplicates, shared bytes.
+        CardFileError: The table is not a card: a wrong version, column, type or shape, a null, a
+            module that occurs twice, or bytes that two factors share.
     """
     batch = one_batch(table)
     with _file_errors():
-        _, dtype, card, rows = _read(batch)
-        factors = zip(
-            rows.names,
-            rows.scalings,
-            _views(rows.a, DTYPES[dtype]),
-            _views(rows.b, DTYPES[dtype]),
-            strict=True,
-        )
+        card, header, *factors = _read(batch)
+        rows = zip(header.modules.items(), *factors, strict=True)
         return replace(
-            card, weights={module: LowRank(a, b, scaling) for module, scaling, a, b in factors}
+            card, weights={name: LowRank(a, b, info.scaling) for (name, info), a, b in rows}
         )
 
 
 def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
-    """The table's rows as one fully validated batch: Arrow's own checks first, ours come after."""
+    """Return the table's rows as one batch that Arrow has fully validated."""
     if not isinstance(table, pa.Table | pa.RecordBatch):
         raise ArgumentError("card table", "an Arrow table or record batch", type(table).__name__)
-    if table.num_rows * ROW_BYTES > (size := table.get_total_buffer_size()):
-        raise CardFileError(
-            "card table", f"rows that {size} bytes can hold", f"{table.num_rows} rows"
-        )
+    size, rows = table.get_total_buffer_size(), table.num_rows
+    if rows * ROW_BYTES > size:
+        raise CardFileError("card table", f"rows that {size} bytes can hold", f"{rows} rows")
     try:
         table.validate(full=True)
         batches = table.combine_chunks().to_batches() if isinstance(table, pa.Table) else [table]
@@ -176,36 +167,18 @@ def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
 
 
 def read_header(batch: pa.RecordBatch) -> Header:
-    """Check a validated batch's structure and read everything but the factors' elements.
-
-    Offsets and shapes are copied to the heap before they are used, so that what was checked is what
-    is read.
+    """Check the structure of a validated batch and return all but the factors' elements.
 
     Raises:
-        CardFileError: Naming the first rule that is broken.
+        CardFileError: The batch is not a card; see `table_to_card`.
     """
     with _file_errors():
-        version, dtype, card, rows = _read(batch)
-        shapes = zip(rows.names, rows.scalings, rows.a.shapes, rows.b.shapes, strict=True)
-        modules = {name: ModuleInfo(*a, b[1], scaling) for name, scaling, a, b in shapes}
-    return Header(
-        name=card.name,
-        rank=card.rank,
-        alpha=card.alpha,
-        target_modules=card.target_modules,
-        dtype=dtype,
-        metadata=FrozenJSON(card.metadata),
-        base_model=card.base_model,
-        base_fingerprint=card.base_fingerprint,
-        extra=FrozenJSON(card.extra),
-        format_version=version,
-        modules=MappingProxyType(modules),
-    )
+        return _read(batch)[1]
 
 
 @contextmanager
 def _file_errors() -> Iterator[None]:
-    """What a card may not be, a file may not say."""
+    """Re-raise a `CardError` as a `CardFileError`."""
     try:
         yield
     except CardFileError:
@@ -216,296 +189,179 @@ def _file_errors() -> Iterator[None]:
         raise CardFileError("card table: schema", "UTF-8 text", error) from error
 
 
-class _Factors(NamedTuple):
-    """A factor column: where each row's elements start and its shape, both copied, and all rows'
-    elements.
-    """
-
-    offsets: list[int]
-    shapes: list[tuple[int, int]]
-    values: pa.Array
-
-
-class _Rows(NamedTuple):
-    """What the rows hold: module names, scalings, and the columns of their factors."""
-
-    names: list[str]
-    scalings: list[float]
-    a: _Factors
-    b: _Factors
-
-
-def _read(batch: pa.RecordBatch) -> tuple[tuple[int, int], str, LoRACard, _Rows]:
-    """All that a batch holds, checked: format version, dtype, the card without its weights, and the
-    rows.
-    """
-    fields, extra = _metadata(batch.schema)
-    version = _version(fields)
-    dtype = fields.get("lora.dtype", "")
+def _read(batch: pa.RecordBatch) -> tuple[LoRACard, Header, Iterator[Array], Iterator[Array]]:
+    """Check a validated batch; return its card without weights, its header, and its factors."""
+    texts = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
+    version, card = _version(texts), _card(texts)
+    dtype = texts["lora.dtype"]
     if dtype not in DTYPES:
         raise CardFileError("card table: lora.dtype", f"one of {', '.join(DTYPES)}", shown(dtype))
-    _check_columns(batch, dtype)
-    _check_buffers(batch)
-    card = LoRACard(
-        name=_required(fields, "lora.name"),
-        rank=_number(fields, "lora.rank", int),
-        alpha=_number(fields, "lora.alpha", float),
-        target_modules=_json(fields, "lora.targets", list),
-        weights={},
-        metadata=_json(fields, "lora.metadata", dict),
-        base_model=fields.get("lora.base_model"),
-        base_fingerprint=fields.get("lora.base_fingerprint"),
-        extra=extra,
-    )
-    return version, dtype, card, _rows(batch, card.rank)
-
-
-def _rows(batch: pa.RecordBatch, largest: int) -> _Rows:
-    names, scalings = batch.column("module").to_pylist(), batch.column("scaling").to_pylist()
-    if len(set(names)) != len(names):
-        raise CardFileError("card table: column 'module'", "each module once", "duplicates")
-    a, b = _factors(batch, "A"), _factors(batch, "B")
-    for name, scaling, (_, rank), (inner, _) in zip(
-        names, scalings, a.shapes, b.shapes, strict=True
+    names, scalings, *columns = _columns(batch, dtype)
+    a_shapes, a = _factors(columns[0], "A", dtype)
+    b_shapes, b = _factors(columns[1], "B", dtype)
+    modules: dict[str, ModuleInfo] = {}
+    for name, scaling, (rows, rank), (inner, out) in zip(
+        names.to_pylist(), scalings.to_pylist(), a_shapes, b_shapes, strict=True
     ):
+        if name in modules:
+            raise CardFileError("card table: column 'module'", "each module once", shown(name))
         if rank != inner:
-            raise CardFileError(
-                f"card table: module {shown(name)}", f"B with A's rank {rank}", f"rank {inner}"
-            )
+            where = f"card table: module {shown(name)}"
+            raise CardFileError(where, f"B with A's rank {rank}", f"rank {inner}")
         if not name.isprintable() or not math.isfinite(scaling):
             where = f"card table: module {shown(name)}"
             raise CardFileError(where, "a printable name and a finite scaling", scaling)
-    if names and (found := max(rank for _, rank in a.shapes)) != largest:
-        raise CardFileError(
-            "card table: lora.rank", f"the largest rank of its modules, {found}", largest
-        )
-    return _Rows(names, scalings, a, b)
+        modules[name] = ModuleInfo(rows, rank, out, scaling)
+    largest = max((info.rank for info in modules.values()), default=card.rank)
+    if largest != card.rank:
+        expected = f"the largest rank of its modules, {largest}"
+        raise CardFileError("card table: lora.rank", expected, card.rank)
+    fields = {key: value for key, value in vars(card).items() if key != "weights"}
+    frozen = MappingProxyType(modules)
+    return card, Header(**fields, dtype=dtype, format_version=version, modules=frozen), a, b
 
 
-def _fields(card: LoRACard) -> dict[str, str]:
-    """The card's fields as schema metadata, in sorted order."""
-    fields = {
-        "lora.format": ".".join(map(str, FORMAT_VERSION)),
-        "lora.name": card.name,
-        "lora.rank": str(card.rank),
-        "lora.alpha": repr(card.alpha),
-        "lora.targets": json.dumps(card.target_modules, ensure_ascii=False, separators=(",", ":")),
-        "lora.dtype": card.dtype.name,
-        "lora.metadata": FrozenJSON(card.metadata).text,
-        **card.extra,
-    }
-    if card.base_model is not None:
-        fields["lora.base_model"] = card.base_model
-    if card.base_fingerprint is not None:
-        fields["lora.base_fingerprint"] = card.base_fingerprint
-    return dict(sorted(fields.items()))
-
-
-def offsets_of(sizes: list[int], where: str) -> Array:
-    """List offsets of consecutive arrays, int32.
-
-    Raises:
-        CardError: If they don't fit.
-    """
-    offsets = np.cumsum([0, *sizes], dtype=np.int64)
-    if offsets[-1] > MAX_ELEMENTS:
-        raise CardError(
-            where, f"at most {MAX_ELEMENTS} elements", int(offsets[-1]), "split the card by module"
-        )
-    return offsets.astype(np.int32)
-
-
-def _column(storage: pa.StructType, factors: list[Array], name: str) -> pa.StructArray:
-    data_type, shape_type = storage.field("data").type, storage.field("shape").type
-    offsets = offsets_of([factor.size for factor in factors], f"card {name!r}: a factor column")
-    flat = (
-        np.concatenate([factor.reshape(-1) for factor in factors])
-        if factors
-        else np.empty(0, np.uint16)
-    )
-    shapes = np.array([factor.shape for factor in factors], np.int32).reshape(-1)
-    values = pa.Array.from_buffers(
-        data_type.value_type, len(flat), [None, pa.py_buffer(flat.view(np.uint8))]
-    )
-    lengths = pa.Array.from_buffers(
-        shape_type.value_type, len(shapes), [None, pa.py_buffer(shapes)]
-    )
-    rows = len(factors)
-    data = pa.Array.from_buffers(data_type, rows, [None, pa.py_buffer(offsets)], children=[values])
-    shape = pa.Array.from_buffers(shape_type, rows, [None], children=[lengths])
-    return pa.Array.from_buffers(storage, rows, [None], children=[data, shape])
-
-
-def _metadata(schema: pa.Schema) -> tuple[dict[str, str], dict[str, str]]:
-    """Schema metadata as the card's own fields and the rest."""
-    pairs = [(key.decode(), value.decode()) for key, value in (schema.metadata or {}).items()]
-    return {k: v for k, v in pairs if k in FIELD_KEYS}, {
-        k: v for k, v in pairs if k not in FIELD_KEYS
-    }
-
-
-def _version(fields: Mapping[str, str]) -> tuple[int, int]:
-    text = _required(fields, "lora.format")
-    parts = text.split(".")
-    if len(parts) != 2 or not all(
-        part.isascii() and part.isdecimal() and len(part) < 6 for part in parts
-    ):
+def _version(texts: dict[str, str]) -> tuple[int, int]:
+    text = texts.get("lora.format", "")
+    version = _VERSION.fullmatch(text)
+    if version is None:
         raise CardFileError("card table: lora.format", "a version major.minor", shown(text))
-    version = (int(parts[0]), int(parts[1]))
-    if version[0] != FORMAT_VERSION[0]:
-        raise CardFileError(
-            "card table: lora.format",
-            f"major version {FORMAT_VERSION[0]}",
-            text,
-            "update lora-cards",
-        )
-    return version
+    if int(version[1]) != FORMAT_VERSION[0]:
+        expected = f"major version {FORMAT_VERSION[0]}"
+        raise CardFileError("card table: lora.format", expected, text, "update lora-cards")
+    return int(version[1]), int(version[2])
 
 
-def _required(fields: Mapping[str, str], key: str) -> str:
-    if key not in fields:
-        raise CardFileError(
-            "card table: schema metadata", f"the key {key!r}", f"only {shown(sorted(fields))}"
-        )
-    return fields[key]
-
-
-def _number(fields: Mapping[str, str], key: str, kind: type[N]) -> N:
-    text = _required(fields, key)
-    if not _NUMBER.fullmatch(text):
-        raise CardFileError(f"card table: {key}", f"a number ({kind.__name__})", repr(text[:64]))
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise CardFileError(
-            f"card table: {key}", f"a number ({kind.__name__})", repr(text)
-        ) from error
-
-
-def _json(fields: Mapping[str, str], key: str, kind: type[Any]) -> Any:
-    return parse_json(_required(fields, key), f"card table: {key}", kind)
+def _card(texts: dict[str, str]) -> LoRACard:
+    """Return the card in a schema's metadata, without its weights."""
+    for key in sorted(FIELD_KEYS - texts.keys() - {"lora.base_model", "lora.base_fingerprint"}):
+        keys = shown(sorted(texts))
+        raise CardFileError("card table: schema metadata", f"the key {key!r}", f"only {keys}")
+    for key, form in (("lora.rank", _INTEGER), ("lora.alpha", _DECIMAL)):
+        if not form.fullmatch(texts[key]):
+            raise CardFileError(f"card table: {key}", "a number", shown(texts[key]))
+    return LoRACard(
+        name=texts["lora.name"],
+        rank=int(texts["lora.rank"]),
+        alpha=float(texts["lora.alpha"]),
+        target_modules=tuple(parse_json(texts["lora.targets"], "card table: lora.targets", list)),
+        weights={},
+        metadata=parse_json(texts["lora.metadata"], "card table: lora.metadata", dict),
+        base_model=texts.get("lora.base_model"),
+        base_fingerprint=texts.get("lora.base_fingerprint"),
+        extra={key: text for key, text in texts.items() if key not in FIELD_KEYS},
+    )
 
 
 @lru_cache(len(DTYPES))
-def _known(dtype: str) -> tuple[pa.Schema, pa.Schema]:
-    """The schema of such a card, and how this pyarrow reads it: with our extension's types, if it
-    knows them.
-    """
+def _known_schemas(dtype: str) -> tuple[pa.Schema, pa.Schema]:
+    """Return the schema of such a card, and the same as this pyarrow reads it from a file."""
     schema = schema_of(dtype)
     return schema, pa.ipc.read_schema(schema.serialize())
 
 
-def _check_columns(batch: pa.RecordBatch, dtype: str) -> None:
-    """Exactly the known columns in order; of the known types, without nulls."""
-    expected, known = _known(dtype)
+def _columns(batch: pa.RecordBatch, dtype: str) -> list[pa.Array]:
+    """Return the columns, in their storage types, if they are those of a card and hold no null.
+
+    No byte may belong to two of their buffers, so that no two factors share any.
+    """
+    expected, read_back = _known_schemas(dtype)
     if batch.schema.names != expected.names:
         raise CardFileError("card table: columns", expected.names, shown(batch.schema.names))
-    for want, kept, field, column in zip(expected, known, batch.schema, batch.columns, strict=True):
-        where = f"card table: column {want.name!r}"
-        if not _declares(field, want, kept) or _plain(_storage(column).type) != want.type:
-            raise CardFileError(
-                where,
-                f"{want.type}, {want.metadata or {}}",
-                f"{field.type}, {field.metadata or {}}",
-            )
-        if _nulls(_storage(column)):
+    columns, buffers = [], []
+    for ours, read, field, column in zip(
+        expected, read_back, batch.schema, batch.columns, strict=True
+    ):
+        where = f"card table: column {ours.name!r}"
+        storage = column.storage if isinstance(column, pa.ExtensionArray) else column
+        if not _declares(field, ours, read) or _plain(storage.type) != ours.type:
+            types = [f"{f.type}, {f.metadata or {}}" for f in (ours, field)]
+            raise CardFileError(where, *types)
+        lists = storage.flatten() if pa.types.is_struct(storage.type) else []
+        if any(part.null_count for part in (storage, *lists, *(part.values for part in lists))):
             raise CardFileError(where, "no nulls", "nulls")
+        columns.append(storage)
+        buffers += [buffer for buffer in storage.buffers() if buffer is not None]
+    spans = sorted((buffer.address, buffer.address + buffer.size) for buffer in buffers)
+    if any(end > start for (_, end), (start, _) in pairwise(spans)):
+        raise CardFileError("card table: buffers", "separate bytes for each", "two that overlap")
+    return columns
 
 
-def _declares(field: pa.Field, want: pa.Field, kept: pa.Field) -> bool:
-    """Whether a column declares no extension or just ours: a permutation would turn every factor
-    round.
+def _declares(field: pa.Field, ours: pa.Field, read: pa.Field) -> bool:
+    """Tell whether a column declares no extension or ours; a permutation would transpose factors.
+
+    Args:
+        field: The column's field, with its extension as a type or as metadata.
+        ours, read: The field as it is written, and as this pyarrow reads it.
     """
     if isinstance(field.type, pa.BaseExtensionType):
-        return bool(field.type == kept.type)
-    declared, ours = field.metadata or {}, want.metadata or {}
-    name, parameters = (
-        declared.get(key) for key in (b"ARROW:extension:name", b"ARROW:extension:metadata")
-    )
+        return bool(field.type == read.type)
+    declared, expected = field.metadata or {}, ours.metadata or {}
+    if _NAME not in declared:
+        return True
     try:
-        return name is None or (
-            name == ours.get(b"ARROW:extension:name")
-            and json.loads(parameters or b"") == json.loads(ours[b"ARROW:extension:metadata"])
-        )
+        parameters = [json.loads(keys.get(_PARAMETERS, b"")) for keys in (declared, expected)]
     except (ValueError, RecursionError):
         return False
+    return bool(declared[_NAME] == expected[_NAME] and parameters[0] == parameters[1])
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type less what writers differ in and a reader need not know: names and nullability of
-    list items.
-    """
+    """Return the type without the names and nullability of list items, in which writers differ."""
     if pa.types.is_struct(kind):
-        return pa.struct(
-            [(kind.field(i).name, _plain(kind.field(i).type)) for i in range(kind.num_fields)]
-        )
+        return pa.struct([(part.name, _plain(part.type)) for part in kind])
     if pa.types.is_fixed_size_list(kind):
         return pa.list_(kind.value_type, kind.list_size)
     return pa.list_(kind.value_type) if pa.types.is_list(kind) else kind
 
 
-def _nulls(column: pa.Array) -> bool:
-    if column.null_count:
-        return True
-    if pa.types.is_struct(column.type):
-        return any(_nulls(column.field(i)) for i in range(column.type.num_fields))
-    return (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)) and _nulls(
-        column.values
-    )
+def _factors(
+    column: pa.StructArray, name: str, dtype: str
+) -> tuple[list[list[int]], Iterator[Array]]:
+    """Return the shapes of a column's factors and, lazily, the factors.
 
-
-def _check_buffers(batch: pa.RecordBatch) -> None:
-    """No byte belongs to two buffers, so no two factors share any."""
-    spans = sorted(
-        (buffer.address, buffer.address + buffer.size)
-        for column in batch.columns
-        for buffer in _storage(column).buffers()
-        if buffer is not None and buffer.size
-    )
-    if any(end > start for (_, end), (start, _) in pairwise(spans)):
-        raise CardFileError("card table: buffers", "separate bytes for each", "two that overlap")
-
-
-def _storage(column: pa.Array) -> pa.Array:
-    return column.storage if isinstance(column, pa.ExtensionArray) else column
-
-
-def _factors(batch: pa.RecordBatch, name: str) -> _Factors:
-    storage = _storage(batch.column(name))
-    data, shape = storage.field("data"), storage.field("shape")
-    offsets = (
-        _integers(data.offsets) if batch.num_rows else np.zeros(1, np.int64)
-    )  # of no rows, a file may have none
-    shapes = _integers(shape.values.slice(2 * shape.offset, 2 * batch.num_rows)).reshape(-1, 2)
+    Offsets and shapes are copied before they are checked, so that what was checked is what is used.
+    """
+    data, shape = column.field("data"), column.field("shape")
+    offsets = np.from_dlpack(data.offsets).astype(np.int64) if len(column) else np.zeros(1, int)
+    sizes = shape.values.slice(2 * shape.offset, 2 * len(column))
+    shapes = np.from_dlpack(sizes).astype(np.int64).reshape(-1, 2)
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
-        raise CardFileError(
-            f"card table: column {name!r}", "positive shapes, each as long as its data", "others"
-        )
-    return _Factors(
-        offsets.tolist(), [(rows, columns) for rows, columns in shapes.tolist()], data.values
-    )
+        expected = "positive shapes, each as long as its data"
+        raise CardFileError(f"card table: column {name!r}", expected, "others")
+    views = _views(data.values, offsets.tolist(), shapes.tolist(), DTYPES[dtype])
+    return shapes.tolist(), views
 
 
-def _integers(column: pa.Array) -> Array:
-    """A copy of an int32 column without nulls; its own `to_numpy` would first import pandas, where
-    that is installed.
-    """
-    buffer = column.buffers()[1]
-    if buffer is None or not len(column):
-        return np.empty(0, np.int64)
-    return np.frombuffer(buffer, np.int32, len(column), column.offset * 4).astype(np.int64)
-
-
-def _views(column: _Factors, dtype: np.dtype[Any]) -> Iterator[Array]:
-    """Each row's factor as a read-only view of the column's values (a copy only if they are not
-    aligned).
-    """
-    offsets, shapes, values = column
-    buffer = values.buffers()[1]
-    if buffer is None or not shapes:
-        return
-    flat = np.frombuffer(buffer, dtype, count=len(values), offset=values.offset * dtype.itemsize)
+def _views(
+    values: pa.Array, offsets: list[int], shapes: list[list[int]], dtype: np.dtype[Any]
+) -> Iterator[Array]:
+    """Yield each factor as a read-only view of the values; of a copy if they are not aligned."""
+    flat = np.from_dlpack(values).view(dtype)
     flat = flat if flat.flags.aligned else flat.copy()
     flat.flags.writeable = False
     for start, stop, shape in zip(offsets, offsets[1:], shapes, strict=False):
         yield flat[start:stop].reshape(shape)
+
+
+def offsets_of(sizes: list[int], where: str) -> Array:
+    """Return the int32 list offsets of consecutive arrays; raise `CardError` if they don't fit."""
+    offsets = np.cumsum([0, *sizes], dtype=np.int64)
+    if offsets[-1] > MAX_ELEMENTS:
+        expected = f"at most {MAX_ELEMENTS} elements"
+        raise CardError(where, expected, offsets[-1], "split the card by module")
+    return offsets.astype(np.int32)
+
+
+def _column(storage: pa.StructType, factors: list[Array], where: str) -> pa.StructArray:
+    """Return factors as a column, built from buffers so that pandas is not imported."""
+    rows, (lists, pairs) = len(factors), (part.type for part in storage)
+    offsets = offsets_of([factor.size for factor in factors], where)
+    flat = np.concatenate([np.empty(0, np.uint8), *(f.reshape(-1).view(np.uint8) for f in factors)])
+    shapes = np.array([factor.shape for factor in factors], np.int32)
+    values = pa.Array.from_buffers(lists.value_type, offsets[-1], [None, pa.py_buffer(flat)])
+    sizes = pa.Array.from_buffers(pairs.value_type, 2 * rows, [None, pa.py_buffer(shapes)])
+    data = pa.Array.from_buffers(lists, rows, [None, pa.py_buffer(offsets)], children=[values])
+    shape = pa.Array.from_buffers(pairs, rows, [None], children=[sizes])
+    return pa.Array.from_buffers(storage, rows, [None], children=[data, shape])

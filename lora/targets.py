@@ -1,14 +1,13 @@
-"""Which modules a card adapts: names and shapes in, a binding plan out.
+"""Which modules a card adapts: from the names and shapes of a model's Linears to a binding plan.
 
-One rule serves targets and weight keys: a key matches a module if the module's dotted name equals
-it or ends with ``"." + key``. So ``1.query`` matches ``layer.1.query`` and never
-``layer.11.query``.
+Targets and weight keys follow one rule: a key matches a module whose dotted name equals it or ends
+with ``"." + key``. So ``1.query`` matches ``layer.1.query`` but not ``layer.11.query``.
 
 Requirements: R3, R7.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ OUTPUT_HEADS = frozenset(
         "head",
     }
 )
-"""Name components that mark an output head, as the Hugging Face model families call them."""
+"""Name components that mark an output head in the Hugging Face model families."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,11 @@ class Site:
     """A Linear that a card may bind to.
 
     Args:
-        in_features, out_features: Of the Linear.
-        owner: The module's first name: modules that are known by several names share it.
-        head: Whether it is an output head whatever its name (its weight is tied to an embedding).
-        bypassed: Whether its parent is known to read the weight without calling the module.
+        in_features: Of the Linear.
+        out_features: Of the Linear.
+        owner: The module's first name, which all its names share.
+        head: The Linear is an output head whatever its name; its weight is tied to an embedding.
+        bypassed: The parent module may read the weight without calling the Linear.
     """
 
     in_features: int
@@ -61,8 +61,7 @@ class Injection:
         bound: Module name -> the card's weight key, sorted by module.
         targets_not_found: Targets that match no module.
         weights_not_used: Weight keys that bind to no targeted module.
-        bypassed: Bound modules that their parent may never call, so that the adapter has no effect
-            there.
+        bypassed: Bound modules on which the adapter may have no effect, see `Site`.
     """
 
     name: str
@@ -73,17 +72,17 @@ class Injection:
 
 
 def matches(name: str, key: str) -> bool:
-    """Whether a dotted module name equals `key` or ends with ``"." + key``.
+    """Tell whether a dotted module name equals `key` or ends with ``"." + key``.
 
     Examples:
-        >>> matches("layer.1.query", "1.query"), matches("layer.11.query", "1.query"), matches("layer.1", "")
-        (True, False, False)
+        >>> matches("layer.1.query", "1.query"), matches("layer.11.query", "1.query")
+        (True, False)
     """
     return name == key or name.endswith("." + key)
 
 
 def match_targets(names: Iterable[str], targets: Iterable[str]) -> list[str]:
-    """The names that any of the targets matches, in their order.
+    """Return the names that any of the targets matches, in their order.
 
     Examples:
         >>> match_targets(["a.query", "a.key", "lm_head"], ["all-linear"])
@@ -91,29 +90,26 @@ def match_targets(names: Iterable[str], targets: Iterable[str]) -> list[str]:
     """
     targets = set(targets)
     every = ALL_LINEAR in targets
-    return [n for n in names if not targets.isdisjoint(_suffixes(n)) or (every and not _is_head(n))]
+    return [n for n in names if not targets.isdisjoint(_keys(n)) or (every and not _is_head(n))]
 
 
 def targeted_modules(sites: Mapping[str, Site], targets: Iterable[str]) -> set[str]:
-    """The first names of the modules that any of the targets matches under any of their names."""
-    owners = _owners(sites)
-    return set().union(
-        *(owners.get(target, set()) | _all_linear(sites, target) for target in targets)
-    )
+    """Return the first names of the modules that a target matches under any of their names."""
+    reached = _reached(sites, _owners(sites), targets)
+    return set().union(*reached.values())
 
 
 def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> Injection:
     """Decide what a card binds to in a model, and check that it fits.
 
     Args:
-        sites: Every name of every Linear of the model.
+        sites: The Linears of the model, under each of their names.
         card: The card.
-        strict: Make it an error if a target matches no module or a weight binds to none.
+        strict: Refuse targets that match no module and weights that bind to none.
 
     Raises:
-        ShapeError: If a pair does not fit its module.
-        TargetError: If a weight key fits two modules or two keys one module; with `strict`, if a
-            target or a weight binds to nothing.
+        ShapeError: A pair does not fit its module.
+        TargetError: A weight fits two modules, two weights fit one, or `strict` refuses the card.
 
     Examples:
         >>> import numpy as np
@@ -126,95 +122,84 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     """
     check_card(card)
     owners = _owners(sites)
-    targeted = {
-        target: owners.get(target, set()) | _all_linear(sites, target)
-        for target in card.target_modules
-    }
-    bound = _bind(owners, set().union(*targeted.values()), card)
-    for module, key in bound.items():
-        _check_shape(sites[module], module, card, key)
+    reached = _reached(sites, owners, card.target_modules)
+    targeted = set().union(*reached.values())
+    bound: dict[str, str] = {}
+    for key in card.weights:
+        modules = sorted(owners.get(key, set()) & targeted)
+        if len(modules) > 1:
+            where = f"card {card.name!r}: weight {key!r}"
+            raise TargetError(where, "one module that it fits", modules)
+        for module in modules:
+            if module in bound:
+                where, keys = f"card {card.name!r}: module {module!r}", [bound[module], key]
+                raise TargetError(where, "one weight that fits it", keys)
+            bound[module] = key
+    for module, key in sorted(bound.items()):
+        site, pair = sites[module], card.weights[key]
+        if (pair.in_features, pair.out_features) != (site.in_features, site.out_features):
+            raise ShapeError(
+                f"card {card.name!r}: module {module!r}",
+                f"in -> out of {site.in_features} -> {site.out_features}",
+                f"{pair.in_features} -> {pair.out_features}",
+            )
     injection = Injection(
         name=card.name,
-        bound=bound,
-        targets_not_found=tuple(target for target, modules in targeted.items() if not modules),
+        bound=dict(sorted(bound.items())),
+        targets_not_found=tuple(target for target in reached if not reached[target]),
         weights_not_used=tuple(key for key in card.weights if key not in bound.values()),
-        bypassed=tuple(module for module in bound if sites[module].bypassed),
+        bypassed=tuple(module for module in sorted(bound) if sites[module].bypassed),
     )
     if strict and (injection.targets_not_found or injection.weights_not_used):
         raise TargetError(
             f"card {card.name!r}",
             "every target to be found and every weight to bind (strict)",
-            f"targets not found: {list(injection.targets_not_found)}, weights not used: {list(injection.weights_not_used)}",
+            f"targets not found: {list(injection.targets_not_found)}, "
+            f"weights not used: {list(injection.weights_not_used)}",
         )
     return injection
-
-
-def _suffixes(name: str) -> Iterator[str]:
-    """Every key that matches `name`."""
-    yield name
-    for position, character in enumerate(name):
-        if character == ".":
-            yield name[position + 1 :]
-
-
-def _owners(sites: Mapping[str, Site]) -> dict[str, set[str]]:
-    """Key -> the first names of all modules that it matches under any of their names."""
-    found: dict[str, set[str]] = {}
-    for name, site in sites.items():
-        for key in _suffixes(name):
-            found.setdefault(key, set()).add(site.owner)
-    return found
-
-
-def _all_linear(sites: Mapping[str, Site], target: str) -> set[str]:
-    """What `target` matches beyond names: every Linear but the output heads, if it says so."""
-    if target != ALL_LINEAR:
-        return set()
-    return {site.owner for name, site in sites.items() if not site.head and not _is_head(name)}
-
-
-def _is_head(name: str) -> bool:
-    return not OUTPUT_HEADS.isdisjoint(name.split("."))
-
-
-def _bind(owners: Mapping[str, set[str]], targeted: set[str], card: LoRACard) -> dict[str, str]:
-    """Targeted module -> the one weight key that matches it."""
-    bound: dict[str, str] = {}
-    for key in sorted(card.weights):
-        modules = sorted(owners.get(key, set()) & targeted)
-        if len(modules) > 1:
-            raise TargetError(
-                f"card {card.name!r}: weight {key!r}", "one module that it fits", modules
-            )
-        for module in modules:
-            if module in bound:
-                keys = [bound[module], key]
-                raise TargetError(
-                    f"card {card.name!r}: module {module!r}", "one weight that fits it", keys
-                )
-            bound[module] = key
-    return dict(sorted(bound.items()))
-
-
-def _check_shape(site: Site, module: str, card: LoRACard, key: str) -> None:
-    pair = card.weights[key]
-    if (pair.in_features, pair.out_features) != (site.in_features, site.out_features):
-        raise ShapeError(
-            f"card {card.name!r}: module {module!r}",
-            f"in -> out of {site.in_features} -> {site.out_features}",
-            f"{pair.in_features} -> {pair.out_features}",
-        )
 
 
 def fingerprint_of(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:
     """Return the SHA-256 of a base model's weights, over sorted key, dtype, shape and bytes.
 
     Args:
-        weights: (card's key, name of the dtype, shape, buffer with the bytes) of each weight, sorted
-            by key. They are read one at a time, so that only one needs to be in memory.
+        weights: (card's key, name of the dtype, shape, buffer with the bytes) of each weight,
+            sorted by key. They are read one at a time, so that only one needs to be in memory.
     """
     sha = hashlib.sha256()
     for key, dtype, shape, data in weights:
         sha.update(f"{key}\0{dtype}\0{shape}\0".encode(errors="surrogatepass"))
         sha.update(data)
     return sha.hexdigest()
+
+
+def _keys(name: str) -> list[str]:
+    """Return every key that matches `name`."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _is_head(name: str) -> bool:
+    return not OUTPUT_HEADS.isdisjoint(name.split("."))
+
+
+def _owners(sites: Mapping[str, Site]) -> dict[str, set[str]]:
+    """Return each key with the first names of the modules that it matches."""
+    owners: dict[str, set[str]] = {}
+    for name, site in sites.items():
+        for key in _keys(name):
+            owners.setdefault(key, set()).add(site.owner)
+    return owners
+
+
+def _reached(
+    sites: Mapping[str, Site], owners: dict[str, set[str]], targets: Iterable[str]
+) -> dict[str, set[str]]:
+    """Return each target with the first names of the modules that it matches."""
+    reached = {target: owners.get(target, set()) for target in targets}
+    if ALL_LINEAR in reached:
+        reached[ALL_LINEAR] = reached[ALL_LINEAR] | {
+            site.owner for name, site in sites.items() if not site.head and not _is_head(name)
+        }
+    return reached

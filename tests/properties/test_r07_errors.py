@@ -1590,7 +1590,7 @@ def test_a_rank_is_any_whole_number_and_an_alpha_any_positive_one_and_both_are_k
         None,
         10**400,
     ):
-        with pytest.raises(CardError, match="alpha: expected a finite number > 0, found "):
+        with pytest.raises(CardError, match="alpha: expected a finite number"):
             docs(alpha=wrong, weights={})
 
 

@@ -134,12 +134,8 @@ class Edit:
         batch = _Table(message.data, message.follow(2))
         self.body_length = self.message_at + (message.field(3) or 0)
         self.rows = self.message_at + batch.field(0)
-        self.nodes = [
-            self.message_at + batch.follow(1) + 4 + 16 * i for i in range(batch.length(1))
-        ]
-        self.buffers = [
-            self.message_at + batch.follow(2) + 4 + 16 * i for i in range(batch.length(2))
-        ]
+        self.nodes = [self.message_at + at for at in batch.vector(1, 16)]
+        self.buffers = [self.message_at + at for at in batch.vector(2, 16)]
         self.spans = [struct.unpack_from("<qq", data, at) for at in self.buffers]
 
     def put(self, at: int, form: str, *values: int) -> bytes:

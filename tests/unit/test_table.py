@@ -16,7 +16,6 @@ from lora.errors import ArgumentError, CardError, CardFileError
 from lora.table import (
     FORMAT_VERSION,
     MAX_ELEMENTS,
-    _factors,
     offsets_of,
     one_batch,
     read_header,
@@ -194,7 +193,7 @@ REFUSALS = {
     "rank '2.0' of 3": "lora.rank: expected a number",
     "alpha '0' of 1": "alpha: expected a finite number > 0, found 0",
     "alpha 'nan' of 3": "lora.alpha: expected a number",
-    "targets '[1]' of 3": "target_modules: expected printable names, found 1",
+    "targets '[1]' of 3": r"target_modules: expected printable names, found \(1,\)",
     "targets '{}' of 2": "lora.targets: expected a JSON array, found {}",
     """metadata '{"a":NaN}' of 9""": "lora.metadata: expected JSON, found NaN is not JSON",
     "metadata '[]' of 2": r"lora.metadata: expected a JSON object, found \[\]",
@@ -255,16 +254,6 @@ def test_a_table_promises_no_more_rows_than_its_bytes_can_hold():
         CardFileError, match=r"expected rows that \d+ bytes can hold, found 100000 rows"
     ):
         lora.table_to_card(pa.table([pa.nulls(100_000)] * 4, schema=schema))
-
-
-@requirement("R7.9")
-def test_offsets_and_shapes_are_no_views_of_the_table():
-    batch = fuzz.plain(fuzz.real_card())
-    for name in ("A", "B"):
-        offsets, shapes, _ = _factors(batch, name)
-        assert {
-            type(number) for number in (*offsets, *(size for shape in shapes for size in shape))
-        } == {int}
 
 
 @requirement("R7.9")
