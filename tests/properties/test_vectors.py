@@ -12,7 +12,9 @@ from lora.testing.plugin import requirement
 from lora.testing.vectors import vectors_folder
 
 FOLDER = vectors_folder() / "1"
-VECTORS = tomllib.loads((FOLDER / "manifest.toml").read_text("utf-8"))["vector"]
+MANIFEST = (FOLDER / "manifest.toml").read_bytes()
+VECTORS = tomllib.loads(MANIFEST.decode())["vector"]
+FROZEN = "ebc0edb76457ef7ac014928fd0e831155de44c1c0309cffa8e662c755e8e11f8"
 
 
 def those(*, valid):
@@ -27,6 +29,7 @@ def expectation(vector):
 
 @requirement("R24.4")
 def test_the_vectors_are_frozen_and_the_manifest_names_them_all():
+    assert hashlib.sha256(MANIFEST).hexdigest() == FROZEN
     for vector in VECTORS:
         assert (
             hashlib.sha256((FOLDER / vector["path"]).read_bytes()).hexdigest() == vector["sha256"]
