@@ -1,8 +1,7 @@
 """The values that everything else is made of: a factor pair, a card, and a set of weighted cards.
 
-Each is checked where it is made and never changes afterwards, so any number of threads, models and
-processes may share it. Factors compare and hash by their bits: two NaNs of one payload are equal,
-+0 and -0 are not.
+Each is checked where it is made and never changes, so threads, models and processes may share it.
+Factors compare bit by bit: two NaNs of one payload are equal, +0 and -0 are not.
 
 Requirements: R1, R7, R8.
 """
@@ -48,7 +47,7 @@ FIELD_KEYS = frozenset(
         "lora.base_fingerprint",
     }
 )
-"""The schema metadata keys that carry a card's fields; `LoRACard.extra` may hold any others."""
+"""The schema metadata keys of a card's fields; `LoRACard.extra` may have any others."""
 
 MAX_RANK = 2**31 - 1
 """Shapes in a card's file are int32."""
@@ -62,8 +61,8 @@ class FrozenJSON(Mapping[str, Any]):
     """A JSON object as a value: every read gives a fresh copy.
 
     Args:
-        values: A mapping of text to JSON values, nested at most `MAX_DEPTH` deep.
-        where: Named in the error when `values` is not JSON.
+        values: A mapping of text to JSON values.
+        where: Named in errors.
 
     Examples:
         >>> FrozenJSON({"version": "1.0.0", "tags": ["python"]})["tags"]
@@ -102,19 +101,13 @@ class LowRank:
     """A pair of LoRA factors: ΔW = scaling · (A @ B).T for a Linear with weight ``(out, in)``.
 
     Args:
-        A: Shape ``(in, r)``. A read-only array is kept; an array that can still be changed, itself
-            or through the array that it is a view of, is copied.
+        A: Shape ``(in, r)``, one of `DTYPES`. An array that can still be changed is copied.
         B: Shape ``(r, out)``, of A's dtype.
-        scaling: The factor of A @ B. ``None`` becomes ``alpha / rank`` of the pair's card.
-
-    Raises:
-        CardError: A factor is not a two-dimensional, non-empty array of one of `DTYPES`, A and B
-            differ in rank or dtype, or `scaling` is not finite.
+        scaling: ``None`` becomes ``alpha / rank`` of the pair's card.
 
     Examples:
         >>> import numpy as np
-        >>> A, B = np.zeros((384, 8), np.float32), np.zeros((8, 384), np.float32)
-        >>> LowRank(A, B, scaling=2.0).rank
+        >>> LowRank(np.zeros((384, 8)), np.zeros((8, 384)), scaling=2.0).rank
         8
     """
 
@@ -128,10 +121,10 @@ class LowRank:
             raise CardError("factor B", f"A's dtype {a.dtype}", b.dtype, "a card has one dtype")
         if a.shape[1] != b.shape[0]:
             raise CardError("factor B", f"shape (r, out) with A's r = {a.shape[1]}", b.shape)
-        scaling = self.scaling
-        if scaling is not None:
-            scaling = finite(scaling, "scaling") + 0.0  # -0.0 becomes 0.0
-        vars(self).update(A=a, B=b, scaling=scaling)
+        if a is not self.A or b is not self.B:
+            vars(self).update(A=a, B=b)
+        if self.scaling is not None:
+            vars(self)["scaling"] = finite(self.scaling, "scaling") + 0.0  # -0.0 becomes 0.0
 
     @property
     def rank(self) -> int:
@@ -140,12 +133,12 @@ class LowRank:
 
     @property
     def in_features(self) -> int:
-        """Rows of A: the input dimension of the Linear."""
+        """The Linear's input dimension."""
         return int(self.A.shape[0])
 
     @property
     def out_features(self) -> int:
-        """Columns of B: the output dimension of the Linear."""
+        """The Linear's output dimension."""
         return int(self.B.shape[1])
 
     @property
@@ -186,18 +179,13 @@ class LoRACard:
         name: Non-empty and printable.
         rank: The largest rank of any module.
         alpha: Above 0. A pair without a scaling gets ``alpha / rank``.
-        target_modules: The modules to adapt. A target matches each module whose dotted name equals
-            it or ends with ``"." + target``; ``"all-linear"`` matches every Linear except an output
-            head.
-        weights: A pair for each module, under its name or a dotted suffix of it. All have one
-            dtype.
+        target_modules: A target matches each module whose dotted name equals it or ends with
+            ``"." + target``; ``"all-linear"`` matches every Linear except an output head.
+        weights: Pairs of one dtype, by module name or a dotted suffix of it.
         metadata: Any JSON object: version, author, description.
         base_model: The name of the model that the card was made for.
         base_fingerprint: The SHA-256 of that model's targeted weights, in hex.
-        extra: Schema metadata of a file that this version does not know; a round trip keeps them.
-
-    Raises:
-        CardError: A field breaks a rule.
+        extra: Unknown schema metadata of a file; a round trip keeps them.
 
     Examples:
         >>> import numpy as np
@@ -218,32 +206,29 @@ class LoRACard:
     extra: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.name or not _printable(self.name):
-            raise CardError("card name", "non-empty printable text", shown(self.name))
-        where = f"card {shown(self.name)}"
-        is_integer = isinstance(self.rank, Integral) and not isinstance(self.rank, bool)
-        if not is_integer or not 1 <= self.rank <= MAX_RANK:
-            expected = f"an integer >= 1 and <= {MAX_RANK}"
-            raise CardError(f"{where}: rank", expected, shown(self.rank))
+        name, rank, base, digest = self.name, self.rank, self.base_model, self.base_fingerprint
+        _require(bool(name) and _printable(name), "card name", "non-empty printable text", name)
+        where = f"card {shown(name)}"
+        is_rank = isinstance(rank, Integral) and not isinstance(rank, bool)
+        is_rank = is_rank and 1 <= rank <= MAX_RANK
+        _require(is_rank, f"{where}: rank", f"an integer >= 1 and <= {MAX_RANK}", rank)
         alpha = finite(self.alpha, f"{where}: alpha")
-        if alpha <= 0:
-            raise CardError(f"{where}: alpha", "a finite number > 0", shown(self.alpha))
-        if self.base_model is not None and not _printable(self.base_model):
-            expected = "printable text or None"
-            raise CardError(f"{where}: base_model", expected, shown(self.base_model))
-        if self.base_fingerprint is not None and not is_digest(self.base_fingerprint):
-            expected = "64 lower-case hex digits or None"
-            raise CardError(f"{where}: base_fingerprint", expected, shown(self.base_fingerprint))
+        _require(alpha > 0, f"{where}: alpha", "a finite number > 0", self.alpha)
+        is_base = base is None or _printable(base)
+        _require(is_base, f"{where}: base_model", "printable text or None", base)
+        is_fingerprint = digest is None or is_digest(digest)
+        expected = "64 lower-case hex digits or None"
+        _require(is_fingerprint, f"{where}: base_fingerprint", expected, digest)
         extra = FrozenJSON(self.extra, f"{where}: extra")
         for key, value in json.loads(extra.text).items():
-            if not isinstance(value, str) or key in FIELD_KEYS:
-                expected = "text values, under keys that are not the card's own fields"
-                raise CardError(f"{where}: extra", expected, shown({key: value}))
+            expected = "text values, under keys that are not the card's own fields"
+            is_extra = isinstance(value, str) and key not in FIELD_KEYS
+            _require(is_extra, f"{where}: extra", expected, {key: value})
         vars(self).update(
-            rank=int(self.rank),
+            rank=int(rank),
             alpha=alpha,
             target_modules=_targets(self.target_modules, f"{where}: target_modules"),
-            weights=_weights(self.weights, self.rank, alpha, where),
+            weights=_weights(self.weights, int(rank), alpha, where),
             metadata=FrozenJSON(self.metadata, f"{where}: metadata"),
             extra=extra,
         )
@@ -285,16 +270,15 @@ Adapters: TypeAlias = (
 class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
     """An immutable set of weighted cards: a mapping of name to ``(card, weight)``, sorted by name.
 
-    A layer computes ``base(x) + Σ weight · scaling · (x @ A @ B)``. ``a | b`` joins two sets, which
-    must agree on the cards that both contain; ``a + b`` adds weights, ``a * s`` scales them.
+    ``a | b`` joins two sets that agree on the cards in both; ``a + b`` adds weights, ``a * s``
+    scales them.
 
     Args:
         adapters: A set, a card, an iterable of cards, or a mapping of name to card or
-            ``(card, weight)``. A card without a weight has weight 1.
+            ``(card, weight)``. The default weight is 1.
 
     Raises:
         ConflictError: Two different cards have one name.
-        ArgumentError: A key is not its card's name, or a weight is not finite.
 
     Examples:
         >>> import numpy as np
@@ -332,11 +316,11 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
         vars(self)["_entries"] = MappingProxyType(dict(sorted(entries.items())))
 
     def weight(self, name: str) -> float:
-        """Return the weight of the card called `name`; 0 if it is not in the set."""
+        """Return a card's weight; 0 if it is not in the set."""
         return self[name][1] if name in self else 0.0
 
     def without(self, name: str) -> "AdapterSet":
-        """Return the set without the card called `name`."""
+        """Return the set without a card."""
         return AdapterSet({key: entry for key, entry in self.items() if key != name})
 
     def __getitem__(self, name: str) -> tuple[LoRACard, float]:
@@ -401,7 +385,7 @@ def same_bits(a: Array, b: Array) -> bool:
 
 
 def _factor(array: Array, which: str) -> Array:
-    """Return the array as a card holds it: native, contiguous and read-only; a copy if need be."""
+    """Return the array, or a copy, in native byte order, contiguous and read-only."""
     if not isinstance(array, np.ndarray) or array.ndim != 2 or 0 in array.shape:
         is_array = isinstance(array, np.ndarray)
         what = f"shape {array.shape}" if is_array else type(array).__name__
@@ -420,6 +404,11 @@ def _factor(array: Array, which: str) -> Array:
     return array
 
 
+def _require(holds: bool, where: str, expected: str, value: object) -> None:  # noqa: FBT001
+    if not holds:
+        raise CardError(where, expected, shown(value))
+
+
 def _printable(value: object) -> bool:
     return isinstance(value, str) and value.isprintable()
 
@@ -429,10 +418,8 @@ def _targets(targets: Iterable[str] | str, where: str) -> tuple[str, ...]:
     if isinstance(targets, str) or not isinstance(targets, Iterable):
         targets = (targets,)
     names = tuple(targets)
-    if not all(map(_printable, names)):
-        raise CardError(where, "printable names", shown(names))
-    if len(set(names)) < len(names):
-        raise CardError(where, "each target once", shown(names))
+    _require(all(map(_printable, names)), where, "printable names", names)
+    _require(len(set(names)) == len(names), where, "each target once", names)
     return tuple(sorted(names)) if isinstance(targets, set | frozenset) else names
 
 
@@ -464,8 +451,7 @@ def _weights(
 
 
 def _json_text(values: Mapping[str, Any], where: str) -> str:
-    if not isinstance(values, Mapping):
-        raise CardError(where, "a JSON object", shown(values))
+    _require(isinstance(values, Mapping), where, "a JSON object", values)
     _check_nesting(values, where)
     try:
         text = json.dumps(
@@ -478,14 +464,13 @@ def _json_text(values: Mapping[str, Any], where: str) -> str:
 
 
 def _check_nesting(value: object, where: str, depth: int = 0) -> None:
-    """Refuse keys that JSON would silently turn into text, and values that are nested too deep."""
+    """Refuse keys that JSON would turn into text, and values nested too deep."""
     if depth > MAX_DEPTH:
         raise CardError(where, f"at most {MAX_DEPTH} levels of nesting", "more")
     items: Iterable[object] = value if isinstance(value, list | tuple) else ()
     if isinstance(value, Mapping):
         for key in value:
-            if not isinstance(key, str):
-                raise CardError(where, "a JSON object with text keys", shown(key))
+            _require(isinstance(key, str), where, "a JSON object with text keys", key)
         items = value.values()
     for item in items:
         _check_nesting(item, where, depth + 1)

@@ -1,8 +1,5 @@
 """Checks that many modules share: numbers, digests, semantic versions and JSON from outside.
 
-Each function returns the checked value, or raises an error that says what was expected and what was
-found.
-
 Requirements: R7.
 """
 
@@ -10,13 +7,14 @@ import json
 import math
 import operator
 import re
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from lora.errors import ArgumentError, CardError, CardFileError, LoRAError, shown
 
 T = TypeVar("T")
 
-_NO_NUMBERS = (bool, str, bytes, bytearray)  # although float() takes them
+_REFUSED = (bool, str, bytes, bytearray)  # although float() takes them
 
 _SEMVER = re.compile(
     r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
@@ -29,7 +27,7 @@ _SEMVER = re.compile(
 def finite(value: object, where: str, kind: type[CardError | ArgumentError] = CardError) -> float:
     """Return the value as a float; raise `kind` unless it is a finite number."""
     try:
-        number = math.nan if isinstance(value, _NO_NUMBERS) else float(value)  # type: ignore[arg-type]
+        number = math.nan if isinstance(value, _REFUSED) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
@@ -38,15 +36,11 @@ def finite(value: object, where: str, kind: type[CardError | ArgumentError] = Ca
 
 
 def integer(value: object, where: str, least: int | None = None, hint: str = "") -> int:
-    """Return the value as an int; raise `ArgumentError` unless it is an integer of at least
-    `least`.
-
-    A bool is not an integer here.
-    """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
+    """Return the value as an int; raise `ArgumentError` unless it is an integer >= `least`."""
+    number = None
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            number = operator.index(value)  # type: ignore[arg-type]
     if number is None or (least is not None and number < least):
         expected = "an integer" if least is None else f"an integer >= {least}"
         raise ArgumentError(where, expected, shown(value), hint)
@@ -77,13 +71,13 @@ def is_semantic_version(text: object) -> bool:
 
 
 def version_order(version: str) -> tuple[Any, ...]:
-    """Return the key that semantic versions are sorted by; no version ("") comes before all.
+    """Return the sort key of a semantic version; no version ("") comes first.
 
-    Build metadata does not count. Source: Semantic Versioning 2.0.0, section 11.
+    Source: Semantic Versioning 2.0.0, section 11.
 
     Examples:
-            >>> sorted(["1.0.0", "1.0.0-rc.10", "0.9.9", "1.0.0-rc.9", "", "1.0.0-7"], key=version_order)
-            ['', '0.9.9', '1.0.0-7', '1.0.0-rc.9', '1.0.0-rc.10', '1.0.0']
+        >>> sorted(["1.0.0", "1.0.0-rc.10", "1.0.0-rc.9", "", "1.0.0-7"], key=version_order)
+        ['', '1.0.0-7', '1.0.0-rc.9', '1.0.0-rc.10', '1.0.0']
     """
     if not version:
         return ()
@@ -101,10 +95,9 @@ def version_order(version: str) -> tuple[Any, ...]:
 def parse_json(
     text: str | bytes, where: str, kind: type[T], error: type[LoRAError] = CardFileError
 ) -> T:
-    """Return the JSON value in a text from outside; raise `error` unless it is a `kind`.
+    """Return the JSON value in a text; raise `error` unless it is a `kind`.
 
-    A key that occurs twice, NaN and the infinities are refused: other readers would see another
-    value.
+    A key that occurs twice, NaN and the infinities are refused, because readers differ about them.
     """
     try:
         text = text if isinstance(text, str) else text.decode()

@@ -1,15 +1,15 @@
 """What must hold of an Arrow IPC file before Arrow is asked to parse it.
 
 Arrow believes the sizes that a file states: a compressed buffer of 8 kB may expand to 256 MB, and
-400 bytes may promise two billion rows. A few integers in the footer and in the record batch's
-message, both FlatBuffers tables, decide this. This module reads just those integers and never reads
-outside the file. Layout: Arrow columnar format 1.5, "IPC File Format"; field numbers: ``File.fbs``
-and ``Message.fbs``.
+400 bytes may promise two billion rows. This module reads the few integers that decide this, from
+the FlatBuffers tables of the footer and the record batch, and never reads outside the file. Source:
+Arrow columnar format 1.5, "IPC File Format", ``File.fbs`` and ``Message.fbs``.
 
 Requirements: R7.
 """
 
 import struct
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -67,11 +67,6 @@ def check_envelope(data: Bytes, row_bytes: int) -> None:
     Args:
         data: The whole file.
         row_bytes: The least bytes of a row; more rows than fit into the batch are refused.
-
-    Raises:
-        CardFileError: The magic, the footer, a size or the byte order is wrong; the file has
-            dictionaries, compressed buffers, not exactly one batch, a schema key twice, or bytes
-            between batch and footer.
     """
     try:
         _check_batch(*_batch_message(data), row_bytes)
@@ -129,17 +124,19 @@ def _check_batch(message: Bytes, body: int, row_bytes: int) -> None:
     rows = batch.number("<q", _LENGTH)
     if rows < 0 or rows * row_bytes > body:
         raise CardFileError(where, f"rows that {body} bytes can hold", rows)
-    spans = []
-    for at in batch.vector(_BUFFERS, 16):
-        offset, length = struct.unpack_from("<qq", batch.data, at)
+    spans = [struct.unpack_from("<qq", batch.data, at) for at in batch.vector(_BUFFERS, 16)]
+    for offset, length in spans:
         if offset < 0 or length < 0 or offset + length > body:
             expected = f"a span within {body} bytes"
             raise CardFileError("card file: buffer", expected, (offset, length))
-        if length:
-            spans.append((offset, offset + length))
-    spans.sort()
-    if any(end > start for (_, end), (start, _) in pairwise(spans)):
-        raise CardFileError("card file: buffers", "separate bytes for each", "two that overlap")
+    check_apart(spans, "card file: buffers")
+
+
+def check_apart(spans: Iterable[tuple[int, int]], where: str) -> None:
+    """Refuse buffers, each a start and a length, that share a byte."""
+    ordered = sorted((start, start + length) for start, length in spans if length)
+    if any(end > start for (_, end), (start, _) in pairwise(ordered)):
+        raise CardFileError(where, "separate bytes for each", "two that overlap")
 
 
 def _root(data: Bytes) -> _Table:

@@ -1,7 +1,6 @@
-"""Every error this library raises on purpose: it names where, what was expected and what was found.
+"""Every error that this library raises on purpose.
 
-Each kind is also the built-in exception that a caller would guess, so ``except ValueError`` works
-as well as ``except LoRAError``.
+Each is also the built-in exception that a caller would guess: ``except ValueError`` works, too.
 
 Requirements: R7.
 """
@@ -13,9 +12,10 @@ class LoRAError(Exception):
     """Base of every error raised on purpose.
 
     Args:
-        where: The thing at fault: a card and field, a module, a file.
-        expected, found: What the rule asks for, and what was there instead.
-        hint: What to do about it, where there is something to do.
+        where: A card and field, a module, or a file.
+        expected: What the rule asks for.
+        found: What was there instead.
+        hint: What to do about it.
 
     Examples:
         >>> print(CardError("card 'docs': rank", "an integer >= 1", -1))
@@ -23,12 +23,8 @@ class LoRAError(Exception):
     """
 
     def __init__(self, where: str, expected: object, found: object, hint: str = "") -> None:
-        self.where, self.expected, self.found, self.hint = (
-            where,
-            _text(expected),
-            _text(found),
-            hint,
-        )
+        self.where, self.hint = where, hint
+        self.expected, self.found = (str(value) or repr(value) for value in (expected, found))
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -40,7 +36,7 @@ class LoRAError(Exception):
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """The repr of a value for an error message, whatever that repr does and however long it is.
+    """Return the repr of a value for an error message, cut to `limit` characters.
 
     Examples:
         >>> shown(10**5000), shown("docs"), shown("x" * 9, limit=4)
@@ -48,26 +44,22 @@ def shown(value: object, limit: int = 200) -> str:
     """
     try:
         text = repr(value)
-    except Exception:  # noqa: BLE001 - an integer of 5,000 digits, a cycle, a foreign class: the error must still be raised
+    except Exception:  # noqa: BLE001 - the error must be raised whatever the value does
         kind = type(value).__name__
         return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} without a repr"
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
-def _text(value: object) -> str:
-    return str(value) or repr(value)
-
-
 class CardError(LoRAError, ValueError):
-    """A card's contents break a rule of the card."""
+    """A card breaks a rule."""
 
 
 class CardFileError(CardError):
-    """A file is not a well-formed card, or not the card that was asked for."""
+    """A file is not a well-formed card, or not the requested one."""
 
 
 class CardNotFoundError(LoRAError, FileNotFoundError):
-    """There is no card file (or folder) at the path."""
+    """The card file or folder does not exist."""
 
 
 class StoreError(LoRAError, OSError):
@@ -75,11 +67,11 @@ class StoreError(LoRAError, OSError):
 
 
 class ShapeError(LoRAError, ValueError):
-    """Factors, inputs or models do not fit each other's shapes."""
+    """The shapes of factors, inputs or models do not fit."""
 
 
 class TargetError(LoRAError, LookupError):
-    """A card names modules that the model does not have, or names them ambiguously."""
+    """A card names modules that are missing or ambiguous."""
 
 
 class BaseModelError(LoRAError, ValueError):
@@ -91,23 +83,23 @@ class UnsupportedModelError(LoRAError, TypeError):
 
 
 class ConflictError(LoRAError, ValueError):
-    """Two different cards carry one name."""
+    """Two different cards have one name."""
 
 
 class UnknownCardError(LoRAError, KeyError):
-    """No card of that name is known here."""
+    """No card has that name."""
 
 
 class ArgumentError(LoRAError, ValueError):
-    """An argument is outside its range or of the wrong kind."""
+    """An argument has a wrong value or type."""
 
 
 class StateError(LoRAError, RuntimeError):
-    """The call is not possible in the present state."""
+    """The call is not possible now."""
 
 
 class RegistryFull(StateError):  # noqa: N818 - named in the specification
-    """A registry may map no further card: all that it has mapped are in use."""
+    """All cards that a registry has mapped are in use."""
 
 
 class DataError(LoRAError, ValueError):
@@ -119,23 +111,23 @@ class MissingPackageError(LoRAError, ImportError):
 
 
 class PeerError(LoRAError, ConnectionError):
-    """A peer is not there, too slow, broke off, or does not speak as it should."""
+    """A peer is unreachable, too slow, or breaks the protocol."""
 
 
 class RefusedError(LoRAError, ValueError):
-    """Base of every reason not to accept a card from a peer."""
+    """Base of every reason to refuse a peer's card."""
 
 
 class ManifestError(RefusedError):
-    """What a peer announces is not a well-formed manifest."""
+    """A manifest is malformed."""
 
 
 class BadNameError(RefusedError):
-    """A card's name is none that is accepted from outside."""
+    """A card's name is not acceptable from a peer."""
 
 
 class MismatchError(RefusedError):
-    """The bytes, or the card in them, are not what was announced."""
+    """The card is not the announced one."""
 
 
 class UnsignedError(RefusedError):
@@ -143,20 +135,20 @@ class UnsignedError(RefusedError):
 
 
 class SignatureError(RefusedError):
-    """A signature does not hold."""
+    """A signature is invalid."""
 
 
 class UnknownSignerError(RefusedError):
-    """A card is signed by a key that is not trusted."""
+    """A card's signer is not trusted."""
 
 
 class OlderVersionError(RefusedError):
-    """A card is older than one of its name and signer that was accepted before."""
+    """A later version of the card was accepted before."""
 
 
 class NonFiniteError(RefusedError):
-    """A card holds NaN or an infinity."""
+    """A card contains NaN or an infinity."""
 
 
 class AbsurdNormError(RefusedError):
-    """A card's ΔW is larger than any skill is."""
+    """A card's ΔW is absurdly large."""

@@ -19,7 +19,7 @@ def delta(pair: LowRank, *, dtype: np.dtype[Any] | type | None = None) -> Array:
 
     Args:
         pair: Factors ``(in, r)`` and ``(r, out)``; a scaling of None counts as 1.
-        dtype: Computed in this dtype; by default in float32, or float64 for float64 factors.
+        dtype: By default float32, or float64 for float64 factors.
 
     Examples:
         >>> import numpy as np
@@ -33,15 +33,7 @@ def delta(pair: LowRank, *, dtype: np.dtype[Any] | type | None = None) -> Array:
 
 
 def apply(x: Array, pairs: Iterable[tuple[LowRank, float]]) -> Array:
-    """Return Σ weight · scaling · (x @ A @ B): what weighted pairs add to a Linear's output.
-
-    Args:
-        x: Shape ``(..., in)``.
-        pairs: At least one pair and its weight; all pairs have the same ``in`` and ``out``.
-
-    Returns:
-        Shape ``(..., out)``.
-    """
+    """Return Σ weight · scaling · (x @ A @ B), shape ``(..., out)``, for x of ``(..., in)``."""
     pair = concat(pairs, dtype=_wide(x.dtype))
     if x.ndim < 1 or x.shape[-1] != pair.in_features:
         expected = f"last dimension {pair.in_features}"
@@ -55,8 +47,8 @@ def concat(
 ) -> LowRank:
     """Return one pair for the weighted sum: ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …; wₙsₙBₙ]``, scaling 1.
 
-    Pairs of weight 0 are left out, so that 0 · NaN adds nothing; without any other pair the result
-    is a rank-1 pair of zeros. The result is float32, or float64 if a factor or `dtype` is.
+    Pairs of weight 0 are left out, so that 0 · NaN adds nothing; if no other is left, the result is
+    a rank-1 pair of zeros. It is float32, or float64 if a factor or `dtype` is.
 
     Examples:
         >>> import numpy as np
@@ -85,10 +77,7 @@ def concat(
 def spectrum(pair: LowRank) -> Array:
     """Return the singular values of ΔW, largest first, as float64 ``(min(in, r, out),)``.
 
-    They are those of the product of the factors' QR triangles; ΔW is never formed.
-
-    Raises:
-        ArgumentError: A factor, or ΔW, is not finite.
+    They come from the factors' QR triangles; ΔW is never formed.
 
     Examples:
         >>> spectrum(LowRank(np.eye(3, 1), np.array([[3.0, 4.0]]), -2.0))
@@ -107,10 +96,10 @@ def spectrum(pair: LowRank) -> Array:
 def thin_qr(matrix: Array) -> tuple[Array, Array]:
     """Return the reduced QR of a matrix ``(m, n)``: Q ``(m, k)`` and R ``(k, n)``, k = min(m, n).
 
-    It agrees with `numpy.linalg.qr` up to rounding and takes about half its time for a large m and
-    a small n, because matrix products form Q. Source: Joffrain et al., "Accumulating Householder
-    transformations, revisited" (2006): the product of reflections ``I - τᵢ vᵢ vᵢᵀ`` is
-    ``I - V T Vᵀ``, where T⁻¹ has 1/τ on its diagonal and VᵀV above it.
+    For a large m and a small n it takes about half the time of `numpy.linalg.qr`, because matrix
+    products form Q: the product of reflections ``I - τᵢ vᵢ vᵢᵀ`` is ``I - V T Vᵀ``, where T⁻¹ has
+    1/τ on its diagonal and VᵀV above it. Source: Joffrain et al., "Accumulating Householder
+    transformations, revisited" (2006).
 
     Examples:
         >>> Q, R = thin_qr(np.array([[3.0, 0.0], [4.0, 5.0]]))
@@ -141,10 +130,7 @@ def initial(in_features: int, out_features: int, rank: int, rng: np.random.Gener
 
 
 def _scaled_b(pair: LowRank, weight: float, wide: np.dtype[Any]) -> Array:
-    """Return weight · scaling · B, multiplied in float64.
-
-    The factor is kept finite, so that a zero stays a zero.
-    """
+    """Return weight · scaling · B; the factor is kept finite, so that a zero stays a zero."""
     largest = float(np.finfo(np.float64).max)
     factor = min(max(weight * _scaling(pair), -largest), largest)
     return (pair.B.astype(np.float64) * factor).astype(wide)
@@ -155,5 +141,5 @@ def _scaling(pair: LowRank) -> float:
 
 
 def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return float32 for a narrower dtype, else the dtype; NumPy can't promote bfloat16 itself."""
+    """Return at least float32; NumPy can't promote bfloat16 itself."""
     return np.dtype(np.float32) if dtype.itemsize < 4 else dtype

@@ -1,9 +1,8 @@
 """Card files on disk: the core's only file I/O.
 
-A card file is an Arrow IPC file that is mapped on loading; the factors are views of the map. The map
-is private and copy-on-write, so a stray write can neither crash the process nor reach the file.
-POSIX semantics are assumed where a rename replaces a mapped file. A file that is edited in place may
-change loaded cards.
+A card file is an Arrow IPC file. Loading maps it, and the factors are views of the map. The map is
+private and copy-on-write, so a stray write can neither crash the process nor reach the file. A
+rename may replace a mapped file (POSIX), but a file must not be edited in place.
 
 Requirements: R1, R7.
 """
@@ -46,16 +45,8 @@ SUFFIX = ".lora.arrow"
 def save(card: LoRACard, path: PathLike) -> str:
     """Write a card atomically and return its digest, the SHA-256 of the file in hex.
 
-    A reader sees the old file or the new one. One installation always writes the same bytes for the
-    same card.
-
-    Args:
-        card: Any card.
-        path: ``*.lora.arrow`` by convention, in a folder that exists.
-
-    Raises:
-        CardNotFoundError: The folder does not exist.
-        StoreError: The operating system refuses; `path` is as it was.
+    A reader sees the old file or the new one; after an error the old one is as it was. One
+    installation always writes the same bytes for the same card.
 
     Examples:
         >>> import tempfile
@@ -76,8 +67,8 @@ def save(card: LoRACard, path: PathLike) -> str:
 def replacing(path: PathLike) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` when the block ends, and is removed when it raises.
 
-    The file is flushed to the disk before it is renamed and the folder afterwards, so that a crash
-    leaves the old file or the new one.
+    The file is flushed before it is renamed and the folder afterwards, so that a crash leaves the
+    old file or the new one.
     """
     path = as_path(path)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -101,10 +92,6 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
     Args:
         path: A card file.
         verify: The digest that the file must have; it is checked before the file is parsed.
-
-    Raises:
-        CardNotFoundError: There is no such file.
-        CardFileError: It is not a well-formed card, or has another digest.
     """
     if verify is not None and not is_digest(verify):
         raise ArgumentError("verify", "a SHA-256 as 64 lower-case hex digits", repr(verify))
@@ -123,7 +110,7 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
 
 
 def inspect(path: PathLike) -> Header:
-    """Return all that a card file says, without reading its factors; raises as `load`."""
+    """Return all that a card file says, without reading its factors."""
     with _card_errors(path):
         return read_header(one_batch(_batch(_map(path))))
 
@@ -143,12 +130,7 @@ def as_path(path: PathLike) -> Path:
 
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Re-raise an error of the operating system as this library's error about `path`.
-
-    Raises:
-        CardNotFoundError: There is no such file or folder.
-        StoreError: Any other error.
-    """
+    """Re-raise an error of the operating system as `CardNotFoundError` or `StoreError`."""
     try:
         yield
     except LoRAError:

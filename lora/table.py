@@ -1,10 +1,9 @@
 """A card as an Arrow table, and back: the one definition of the schema.
 
-The table has a row for each module, sorted by name: ``module``, ``scaling``, ``A``, ``B``. Factors
-have the storage of Arrow's canonical ``arrow.variable_shape_tensor``: a struct of the flat row-major
-data and its shape. Arrow has no bfloat16; it is stored as ``uint16`` and declared in ``lora.dtype``.
-Each other field of the card is schema metadata under its own key, so that the author's metadata,
-which are one JSON value, can never shadow a field.
+A row is a module: ``module``, ``scaling``, ``A``, ``B``. Factors have the storage of Arrow's
+canonical ``arrow.variable_shape_tensor``: a struct of the flat row-major data and its shape.
+bfloat16, which Arrow lacks, is stored as ``uint16``. The card's fields are schema metadata, each
+under its own key.
 
 Requirements: R1, R7.
 """
@@ -16,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ import pyarrow as pa
 
 from lora.card import DTYPES, FIELD_KEYS, Array, FrozenJSON, LoRACard, LowRank, check_card
 from lora.checks import parse_json
+from lora.envelope import check_apart
 from lora.errors import ArgumentError, CardError, CardFileError, shown
 
 FORMAT_VERSION = (1, 0)
@@ -99,9 +98,6 @@ def schema_of(dtype: str) -> pa.Schema:
 def card_to_table(card: LoRACard) -> pa.Table:
     """Return the card as a table of one batch.
 
-    Raises:
-        CardError: A factor column would hold more than `MAX_ELEMENTS` elements.
-
     Examples:
         >>> table = card_to_table(LoRACard("empty", 1, 1.0, [], {}))
         >>> table.num_rows, table.column_names
@@ -137,8 +133,7 @@ def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
     """Return the card in a table; its factors are views of the table's buffers.
 
     Raises:
-        CardFileError: The table is not a card: a wrong version, column, type or shape, a null, a
-            module that occurs twice, or bytes that two factors share.
+        CardFileError: The table is not a card.
     """
     batch = one_batch(table)
     with _file_errors():
@@ -167,11 +162,7 @@ def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
 
 
 def read_header(batch: pa.RecordBatch) -> Header:
-    """Check the structure of a validated batch and return all but the factors' elements.
-
-    Raises:
-        CardFileError: The batch is not a card; see `table_to_card`.
-    """
+    """Check the structure of a validated batch and return all but the factors' elements."""
     with _file_errors():
         return _read(batch)[1]
 
@@ -261,10 +252,7 @@ def _known_schemas(dtype: str) -> tuple[pa.Schema, pa.Schema]:
 
 
 def _columns(batch: pa.RecordBatch, dtype: str) -> list[pa.Array]:
-    """Return the columns, in their storage types, if they are those of a card and hold no null.
-
-    No byte may belong to two of their buffers, so that no two factors share any.
-    """
+    """Return the columns' storage; refuse other columns, nulls, and bytes in two buffers."""
     expected, read_back = _known_schemas(dtype)
     if batch.schema.names != expected.names:
         raise CardFileError("card table: columns", expected.names, shown(batch.schema.names))
@@ -282,19 +270,12 @@ def _columns(batch: pa.RecordBatch, dtype: str) -> list[pa.Array]:
             raise CardFileError(where, "no nulls", "nulls")
         columns.append(storage)
         buffers += [buffer for buffer in storage.buffers() if buffer is not None]
-    spans = sorted((buffer.address, buffer.address + buffer.size) for buffer in buffers)
-    if any(end > start for (_, end), (start, _) in pairwise(spans)):
-        raise CardFileError("card table: buffers", "separate bytes for each", "two that overlap")
+    check_apart(((buffer.address, buffer.size) for buffer in buffers), "card table: buffers")
     return columns
 
 
 def _declares(field: pa.Field, ours: pa.Field, read: pa.Field) -> bool:
-    """Tell whether a column declares no extension or ours; a permutation would transpose factors.
-
-    Args:
-        field: The column's field, with its extension as a type or as metadata.
-        ours, read: The field as it is written, and as this pyarrow reads it.
-    """
+    """Tell whether a column declares no extension or ours, as a type or as metadata."""
     if isinstance(field.type, pa.BaseExtensionType):
         return bool(field.type == read.type)
     declared, expected = field.metadata or {}, ours.metadata or {}
@@ -319,30 +300,28 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 def _factors(
     column: pa.StructArray, name: str, dtype: str
 ) -> tuple[list[list[int]], Iterator[Array]]:
-    """Return the shapes of a column's factors and, lazily, the factors.
-
-    Offsets and shapes are copied before they are checked, so that what was checked is what is used.
-    """
+    """Return the shapes of a column's factors and, lazily, the factors."""
     data, shape = column.field("data"), column.field("shape")
+    # Copied before they are checked, so that what was checked is what is used.
     offsets = np.from_dlpack(data.offsets).astype(np.int64) if len(column) else np.zeros(1, int)
     sizes = shape.values.slice(2 * shape.offset, 2 * len(column))
     shapes = np.from_dlpack(sizes).astype(np.int64).reshape(-1, 2)
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
         expected = "positive shapes, each as long as its data"
         raise CardFileError(f"card table: column {name!r}", expected, "others")
-    views = _views(data.values, offsets.tolist(), shapes.tolist(), DTYPES[dtype])
-    return shapes.tolist(), views
+    rows: list[list[int]] = shapes.tolist()
+    return rows, _views(data.values[offsets[0] :], rows, DTYPES[dtype])
 
 
-def _views(
-    values: pa.Array, offsets: list[int], shapes: list[list[int]], dtype: np.dtype[Any]
-) -> Iterator[Array]:
+def _views(values: pa.Array, shapes: list[list[int]], dtype: np.dtype[Any]) -> Iterator[Array]:
     """Yield each factor as a read-only view of the values; of a copy if they are not aligned."""
     flat = np.from_dlpack(values).view(dtype)
     flat = flat if flat.flags.aligned else flat.copy()
     flat.flags.writeable = False
-    for start, stop, shape in zip(offsets, offsets[1:], shapes, strict=False):
-        yield flat[start:stop].reshape(shape)
+    stop = 0
+    for rows, columns in shapes:
+        start, stop = stop, stop + rows * columns
+        yield flat[start:stop].reshape(rows, columns)
 
 
 def offsets_of(sizes: list[int], where: str) -> Array:
@@ -355,13 +334,15 @@ def offsets_of(sizes: list[int], where: str) -> Array:
 
 
 def _column(storage: pa.StructType, factors: list[Array], where: str) -> pa.StructArray:
-    """Return factors as a column, built from buffers so that pandas is not imported."""
-    rows, (lists, pairs) = len(factors), (part.type for part in storage)
+    """Return factors as a column."""
+
+    def array(kind: pa.DataType, numbers: Array) -> pa.Array:  # pa.array() would import pandas
+        return pa.Array.from_buffers(kind, numbers.size, [None, pa.py_buffer(numbers.view("u1"))])
+
     offsets = offsets_of([factor.size for factor in factors], where)
-    flat = np.concatenate([np.empty(0, np.uint8), *(f.reshape(-1).view(np.uint8) for f in factors)])
+    flat = np.concatenate(factors, axis=None) if factors else np.empty(0, np.uint8)
     shapes = np.array([factor.shape for factor in factors], np.int32)
-    values = pa.Array.from_buffers(lists.value_type, offsets[-1], [None, pa.py_buffer(flat)])
-    sizes = pa.Array.from_buffers(pairs.value_type, 2 * rows, [None, pa.py_buffer(shapes)])
-    data = pa.Array.from_buffers(lists, rows, [None, pa.py_buffer(offsets)], children=[values])
-    shape = pa.Array.from_buffers(pairs, rows, [None], children=[sizes])
-    return pa.Array.from_buffers(storage, rows, [None], children=[data, shape])
+    values = array(storage[0].type.value_type, flat)
+    data = pa.ListArray.from_arrays(array(pa.int32(), offsets), values)
+    shape = pa.FixedSizeListArray.from_arrays(array(pa.int32(), shapes), 2)
+    return pa.StructArray.from_arrays([data, shape], fields=list(storage))

@@ -38,11 +38,9 @@ class Site:
     """A Linear that a card may bind to.
 
     Args:
-        in_features: Of the Linear.
-        out_features: Of the Linear.
-        owner: The module's first name, which all its names share.
-        head: The Linear is an output head whatever its name; its weight is tied to an embedding.
-        bypassed: The parent module may read the weight without calling the Linear.
+        owner: The first of the module's names.
+        head: Whether its weight is tied to an embedding, which makes it an output head.
+        bypassed: Whether its parent may read the weight without calling the Linear.
     """
 
     in_features: int
@@ -57,11 +55,10 @@ class Injection:
     """What applying a card does, or did.
 
     Args:
-        name: The card's.
-        bound: Module name -> the card's weight key, sorted by module.
+        bound: The weight key of each bound module, sorted by module.
         targets_not_found: Targets that match no module.
         weights_not_used: Weight keys that bind to no targeted module.
-        bypassed: Bound modules on which the adapter may have no effect, see `Site`.
+        bypassed: Bound modules on which the adapter may have no effect.
     """
 
     name: str
@@ -89,14 +86,13 @@ def match_targets(names: Iterable[str], targets: Iterable[str]) -> list[str]:
         ['a.query', 'a.key']
     """
     targets = set(targets)
-    every = ALL_LINEAR in targets
-    return [n for n in names if not targets.isdisjoint(_keys(n)) or (every and not _is_head(n))]
+    return [name for name in names if _is_targeted(name, targets)]
 
 
 def targeted_modules(sites: Mapping[str, Site], targets: Iterable[str]) -> set[str]:
     """Return the first names of the modules that a target matches under any of their names."""
-    reached = _reached(sites, _owners(sites), targets)
-    return set().union(*reached.values())
+    targets = set(targets)
+    return {site.owner for name, site in sites.items() if _is_targeted(name, targets, site.head)}
 
 
 def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> Injection:
@@ -109,7 +105,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
 
     Raises:
         ShapeError: A pair does not fit its module.
-        TargetError: A weight fits two modules, two weights fit one, or `strict` refuses the card.
+        TargetError: A weight fits two modules, or two weights fit one.
 
     Examples:
         >>> import numpy as np
@@ -121,9 +117,10 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
         ({'layer.0.query': '0.query'}, ('value',))
     """
     check_card(card)
-    owners = _owners(sites)
-    reached = _reached(sites, owners, card.target_modules)
-    targeted = set().union(*reached.values())
+    targeted, owners = targeted_modules(sites, card.target_modules), dict[str, set[str]]()
+    for name, site in sites.items():
+        for key in _keys(name):
+            owners.setdefault(key, set()).add(site.owner)
     bound: dict[str, str] = {}
     for key in card.weights:
         modules = sorted(owners.get(key, set()) & targeted)
@@ -146,7 +143,12 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     injection = Injection(
         name=card.name,
         bound=dict(sorted(bound.items())),
-        targets_not_found=tuple(target for target in reached if not reached[target]),
+        targets_not_found=tuple(
+            target
+            for target in card.target_modules
+            if target not in owners
+            and not (target == ALL_LINEAR and targeted_modules(sites, [target]))
+        ),
         weights_not_used=tuple(key for key in card.weights if key not in bound.values()),
         bypassed=tuple(module for module in sorted(bound) if sites[module].bypassed),
     )
@@ -180,26 +182,7 @@ def _keys(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _is_head(name: str) -> bool:
-    return not OUTPUT_HEADS.isdisjoint(name.split("."))
-
-
-def _owners(sites: Mapping[str, Site]) -> dict[str, set[str]]:
-    """Return each key with the first names of the modules that it matches."""
-    owners: dict[str, set[str]] = {}
-    for name, site in sites.items():
-        for key in _keys(name):
-            owners.setdefault(key, set()).add(site.owner)
-    return owners
-
-
-def _reached(
-    sites: Mapping[str, Site], owners: dict[str, set[str]], targets: Iterable[str]
-) -> dict[str, set[str]]:
-    """Return each target with the first names of the modules that it matches."""
-    reached = {target: owners.get(target, set()) for target in targets}
-    if ALL_LINEAR in reached:
-        reached[ALL_LINEAR] = reached[ALL_LINEAR] | {
-            site.owner for name, site in sites.items() if not site.head and not _is_head(name)
-        }
-    return reached
+def _is_targeted(name: str, targets: set[str], head: bool = False) -> bool:  # noqa: FBT001, FBT002
+    """Tell whether a target matches a module, which may be an output head whatever its name."""
+    head = head or not OUTPUT_HEADS.isdisjoint(name.split("."))
+    return not targets.isdisjoint(_keys(name)) or (ALL_LINEAR in targets and not head)

@@ -10,10 +10,7 @@ from lora.rewrite import linears
 from lora.targets import Site, match_targets, matches, plan
 from lora.testing.plugin import requirement
 
-
-HEADS = """
-    lm_head embed_out output_projection cls classifier score qa_outputs logits head
-""".split()
+HEADS = "lm_head embed_out output_projection cls classifier score qa_outputs logits head"
 
 
 def pair(rows=4, columns=4):
@@ -57,7 +54,7 @@ def test_a_key_matches_at_dots_only(name, key, expected):
 
 
 @requirement("R3.11")
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", HEADS.split())
 def test_all_linear_leaves_output_heads_out_unless_they_are_named(head):
     names = ["encoder.dense", head, f"{head}.dense", f"not_{head}"]
     assert match_targets(names, ["all-linear"]) == ["encoder.dense", f"not_{head}"]
