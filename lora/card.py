@@ -32,6 +32,10 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 )
 """The dtypes that a card may have, by the name in its file."""
 
+_encode = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
+).encode
+
 _NATIVE = frozenset(DTYPES.values())
 
 FIELD_KEYS = frozenset(
@@ -72,7 +76,16 @@ class FrozenJSON(Mapping[str, Any]):
     text: str
 
     def __init__(self, values: Mapping[str, Any], where: str = "metadata") -> None:
-        text = values.text if isinstance(values, FrozenJSON) else _json_text(values, where)
+        if isinstance(values, FrozenJSON):
+            text = values.text
+        else:
+            _require(isinstance(values, Mapping), where, "a JSON object", values)
+            _check_nesting(values, where)
+            try:
+                text = _encode(dict(values))
+                text.encode()
+            except (TypeError, ValueError, RecursionError) as error:
+                raise CardError(where, "a JSON object", error) from error
         vars(self)["text"] = text
 
     def __getitem__(self, key: str) -> Any:
@@ -434,8 +447,8 @@ def _weights(
     for module, pair in weights.items():
         named = isinstance(module, str) and module.isprintable()
         if not named or not isinstance(pair, LowRank):
-            expected = "printable module names and LowRank values"
-            raise CardError(f"{where}: weights", expected, shown((module, pair)))
+            where = f"{where}: module {shown(module)}"
+            raise CardError(where, "a printable name and a LowRank", shown(pair))
         if pair.scaling is None and pair.rank != rank:
             expected = f"the card's rank {rank}, or an explicit scaling"
             rank_of_pair = f"rank {pair.rank} without a scaling"
@@ -448,19 +461,6 @@ def _weights(
     if largest != rank:
         raise CardError(f"{where}: rank", f"the largest rank of its modules, {largest}", rank)
     return MappingProxyType(dict(sorted(pairs.items())))
-
-
-def _json_text(values: Mapping[str, Any], where: str) -> str:
-    _require(isinstance(values, Mapping), where, "a JSON object", values)
-    _check_nesting(values, where)
-    try:
-        text = json.dumps(
-            dict(values), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
-        )
-        text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CardError(where, "a JSON object", error) from error
-    return text
 
 
 def _check_nesting(value: object, where: str, depth: int = 0) -> None:

@@ -155,12 +155,9 @@ def _card_errors(path: PathLike) -> Iterator[None]:
 @contextmanager
 def _opened(path: PathLike) -> Iterator[FileIO]:
     """Open a regular file for reading; a pipe would block and a device has no end."""
-
-    def opener(path: str, flags: int) -> int:
-        return os.open(path, flags | os.O_NONBLOCK)
-
     path = as_path(path)
-    with os_errors(path), open(path, "rb", 0, opener=opener) as file:
+    flags = os.O_RDONLY | os.O_NONBLOCK
+    with os_errors(path), open(path, "rb", 0, opener=lambda name, _: os.open(name, flags)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise StoreError(str(path), "a regular file", "something else")
         yield file

@@ -9,11 +9,10 @@ Requirements: R1, R7.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -87,10 +86,7 @@ def schema_of(dtype: str) -> pa.Schema:
         pa.field("scaling", pa.float64(), nullable=False),
     ]
     for name, dims in (("A", '["in","rank"]'), ("B", '["rank","out"]')):
-        extension = {
-            _NAME: "arrow.variable_shape_tensor",
-            _PARAMETERS: f'{{"dim_names":{dims}}}',
-        }
+        extension = {_NAME: "arrow.variable_shape_tensor", _PARAMETERS: f'{{"dim_names":{dims}}}'}
         fields.append(pa.field(name, storage, nullable=False, metadata=extension))
     return pa.schema(fields)
 
@@ -135,13 +131,7 @@ def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
     Raises:
         CardFileError: The table is not a card.
     """
-    batch = one_batch(table)
-    with _file_errors():
-        card, header, *factors = _read(batch)
-        rows = zip(header.modules.items(), *factors, strict=True)
-        return replace(
-            card, weights={name: LowRank(a, b, info.scaling) for (name, info), a, b in rows}
-        )
+    return _read(one_batch(table))[1]
 
 
 def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
@@ -162,9 +152,15 @@ def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
 
 
 def read_header(batch: pa.RecordBatch) -> Header:
-    """Check the structure of a validated batch and return all but the factors' elements."""
-    with _file_errors():
-        return _read(batch)[1]
+    """Return all that a validated batch says, without reading the factors' elements."""
+    version, card = _read(batch)
+    modules = {
+        name: ModuleInfo(pair.in_features, pair.rank, pair.out_features, pair.scaling or 0.0)
+        for name, pair in card.weights.items()
+    }
+    fields = {**vars(card), "modules": MappingProxyType(modules)}
+    del fields["weights"]
+    return Header(**fields, dtype=card.dtype.name, format_version=version)
 
 
 @contextmanager
@@ -180,36 +176,30 @@ def _file_errors() -> Iterator[None]:
         raise CardFileError("card table: schema", "UTF-8 text", error) from error
 
 
-def _read(batch: pa.RecordBatch) -> tuple[LoRACard, Header, Iterator[Array], Iterator[Array]]:
-    """Check a validated batch; return its card without weights, its header, and its factors."""
-    texts = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
-    version, card = _version(texts), _card(texts)
-    dtype = texts["lora.dtype"]
-    if dtype not in DTYPES:
-        raise CardFileError("card table: lora.dtype", f"one of {', '.join(DTYPES)}", shown(dtype))
-    names, scalings, *columns = _columns(batch, dtype)
-    a_shapes, a = _factors(columns[0], "A", dtype)
-    b_shapes, b = _factors(columns[1], "B", dtype)
-    modules: dict[str, ModuleInfo] = {}
-    for name, scaling, (rows, rank), (inner, out) in zip(
-        names.to_pylist(), scalings.to_pylist(), a_shapes, b_shapes, strict=True
-    ):
-        if name in modules:
-            raise CardFileError("card table: column 'module'", "each module once", shown(name))
-        if rank != inner:
-            where = f"card table: module {shown(name)}"
-            raise CardFileError(where, f"B with A's rank {rank}", f"rank {inner}")
-        if not name.isprintable() or not math.isfinite(scaling):
-            where = f"card table: module {shown(name)}"
-            raise CardFileError(where, "a printable name and a finite scaling", scaling)
-        modules[name] = ModuleInfo(rows, rank, out, scaling)
-    largest = max((info.rank for info in modules.values()), default=card.rank)
-    if largest != card.rank:
-        expected = f"the largest rank of its modules, {largest}"
-        raise CardFileError("card table: lora.rank", expected, card.rank)
-    fields = {key: value for key, value in vars(card).items() if key != "weights"}
-    frozen = MappingProxyType(modules)
-    return card, Header(**fields, dtype=dtype, format_version=version, modules=frozen), a, b
+def _read(batch: pa.RecordBatch) -> tuple[tuple[int, int], LoRACard]:
+    """Check a validated batch; return its format version and its card."""
+    with _file_errors():
+        metadata = batch.schema.metadata or {}
+        texts = {key.decode(): value.decode() for key, value in metadata.items()}
+        version = _version(texts)
+        for key in sorted(FIELD_KEYS - texts.keys() - {"lora.base_model", "lora.base_fingerprint"}):
+            where, keys = "card table: schema metadata", shown(sorted(texts))
+            raise CardFileError(where, f"the key {key!r}", f"only {keys}")
+        for key, form in (("lora.rank", _INTEGER), ("lora.alpha", _DECIMAL)):
+            if not form.fullmatch(texts[key]):
+                raise CardFileError(f"card table: {key}", "a number", shown(texts[key]))
+        targets = parse_json(texts["lora.targets"], "card table: lora.targets", list)
+        return version, LoRACard(
+            name=texts["lora.name"],
+            rank=int(texts["lora.rank"]),
+            alpha=float(texts["lora.alpha"]),
+            target_modules=tuple(targets),
+            weights=_weights(batch, texts["lora.dtype"]),
+            metadata=parse_json(texts["lora.metadata"], "card table: lora.metadata", dict),
+            base_model=texts.get("lora.base_model"),
+            base_fingerprint=texts.get("lora.base_fingerprint"),
+            extra={key: text for key, text in texts.items() if key not in FIELD_KEYS},
+        )
 
 
 def _version(texts: dict[str, str]) -> tuple[int, int]:
@@ -223,25 +213,22 @@ def _version(texts: dict[str, str]) -> tuple[int, int]:
     return int(version[1]), int(version[2])
 
 
-def _card(texts: dict[str, str]) -> LoRACard:
-    """Return the card in a schema's metadata, without its weights."""
-    for key in sorted(FIELD_KEYS - texts.keys() - {"lora.base_model", "lora.base_fingerprint"}):
-        keys = shown(sorted(texts))
-        raise CardFileError("card table: schema metadata", f"the key {key!r}", f"only {keys}")
-    for key, form in (("lora.rank", _INTEGER), ("lora.alpha", _DECIMAL)):
-        if not form.fullmatch(texts[key]):
-            raise CardFileError(f"card table: {key}", "a number", shown(texts[key]))
-    return LoRACard(
-        name=texts["lora.name"],
-        rank=int(texts["lora.rank"]),
-        alpha=float(texts["lora.alpha"]),
-        target_modules=tuple(parse_json(texts["lora.targets"], "card table: lora.targets", list)),
-        weights={},
-        metadata=parse_json(texts["lora.metadata"], "card table: lora.metadata", dict),
-        base_model=texts.get("lora.base_model"),
-        base_fingerprint=texts.get("lora.base_fingerprint"),
-        extra={key: text for key, text in texts.items() if key not in FIELD_KEYS},
-    )
+def _weights(batch: pa.RecordBatch, dtype: str) -> dict[str, LowRank]:
+    if dtype not in DTYPES:
+        raise CardFileError("card table: lora.dtype", f"one of {', '.join(DTYPES)}", shown(dtype))
+    names, scalings, *columns = _columns(batch, dtype)
+    factors = (_factors(*column, DTYPES[dtype]) for column in zip(columns, "AB", strict=True))
+    weights: dict[str, LowRank] = {}
+    rows = zip(names.to_pylist(), scalings.to_pylist(), *factors, strict=True)
+    for name, scaling, a_factor, b_factor in rows:
+        if name in weights:
+            raise CardFileError("card table: column 'module'", "each module once", shown(name))
+        try:
+            weights[name] = LowRank(a_factor, b_factor, scaling)
+        except CardError as error:
+            where = f"card table: module {shown(name)}: {error.where}"
+            raise CardFileError(where, error.expected, error.found) from error
+    return weights
 
 
 @lru_cache(len(DTYPES))
@@ -297,10 +284,8 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return pa.list_(kind.value_type) if pa.types.is_list(kind) else kind
 
 
-def _factors(
-    column: pa.StructArray, name: str, dtype: str
-) -> tuple[list[list[int]], Iterator[Array]]:
-    """Return the shapes of a column's factors and, lazily, the factors."""
+def _factors(column: pa.StructArray, name: str, dtype: np.dtype[Any]) -> Iterator[Array]:
+    """Yield each factor as a read-only view of the column; of a copy if that is not aligned."""
     data, shape = column.field("data"), column.field("shape")
     # Copied before they are checked, so that what was checked is what is used.
     offsets = np.from_dlpack(data.offsets).astype(np.int64) if len(column) else np.zeros(1, int)
@@ -309,19 +294,12 @@ def _factors(
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
         expected = "positive shapes, each as long as its data"
         raise CardFileError(f"card table: column {name!r}", expected, "others")
-    rows: list[list[int]] = shapes.tolist()
-    return rows, _views(data.values[offsets[0] :], rows, DTYPES[dtype])
-
-
-def _views(values: pa.Array, shapes: list[list[int]], dtype: np.dtype[Any]) -> Iterator[Array]:
-    """Yield each factor as a read-only view of the values; of a copy if they are not aligned."""
-    flat = np.from_dlpack(values).view(dtype)
+    flat = np.from_dlpack(data.values).view(dtype)
     flat = flat if flat.flags.aligned else flat.copy()
     flat.flags.writeable = False
-    stop = 0
-    for rows, columns in shapes:
-        start, stop = stop, stop + rows * columns
-        yield flat[start:stop].reshape(rows, columns)
+    offsets = offsets.tolist()
+    for start, stop, shape in zip(offsets, offsets[1:], shapes.tolist(), strict=False):
+        yield flat[start:stop].reshape(shape)
 
 
 def offsets_of(sizes: list[int], where: str) -> Array:

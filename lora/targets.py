@@ -132,7 +132,8 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
                 where, keys = f"card {card.name!r}: module {module!r}", [bound[module], key]
                 raise TargetError(where, "one weight that fits it", keys)
             bound[module] = key
-    for module, key in sorted(bound.items()):
+    bound = dict(sorted(bound.items()))
+    for module, key in bound.items():
         site, pair = sites[module], card.weights[key]
         if (pair.in_features, pair.out_features) != (site.in_features, site.out_features):
             raise ShapeError(
@@ -142,7 +143,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
             )
     injection = Injection(
         name=card.name,
-        bound=dict(sorted(bound.items())),
+        bound=bound,
         targets_not_found=tuple(
             target
             for target in card.target_modules
@@ -150,7 +151,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
             and not (target == ALL_LINEAR and targeted_modules(sites, [target]))
         ),
         weights_not_used=tuple(key for key in card.weights if key not in bound.values()),
-        bypassed=tuple(module for module in sorted(bound) if sites[module].bypassed),
+        bypassed=tuple(module for module in bound if sites[module].bypassed),
     )
     if strict and (injection.targets_not_found or injection.weights_not_used):
         raise TargetError(

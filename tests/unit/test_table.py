@@ -13,14 +13,7 @@ import pytest
 
 import lora
 from lora.errors import ArgumentError, CardError, CardFileError
-from lora.table import (
-    FORMAT_VERSION,
-    MAX_ELEMENTS,
-    offsets_of,
-    one_batch,
-    read_header,
-    schema_of,
-)
+from lora.table import FORMAT_VERSION, MAX_ELEMENTS, offsets_of, one_batch, read_header, schema_of
 from lora.testing.plugin import requirement
 
 fuzz = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzz_child.py"))))
@@ -179,17 +172,17 @@ REFUSALS = {
     "a null element": "column 'A': expected no nulls",
     "a null dimension": "column 'A': expected no nulls",
     "a module twice": "column 'module': expected each module once",
-    "one rank in A, another in B": "module 'layer.0.query': expected B with A's rank 2, found rank 3",
+    "one rank in A, another in B": r"module 'layer.0.query': factor B: expected shape \(r, out\) with A's r = 2",
     "a shape smaller than its data": "column 'A': expected positive shapes, each as long as its data",
     "an empty factor": "column 'A': expected positive shapes",
-    "a scaling of nan": "module 'layer.0.query': expected a printable name and a finite scaling, found nan",
+    "a scaling of nan": "module 'layer.0.query': scaling: expected a finite number, found nan",
     "no name": "expected the key 'lora.name'",
     "format '2.0' of 3": "lora.format: expected major version 1, found 2.0; update lora-cards",
     "format '1.x' of 3": "lora.format: expected a version major.minor, found '1.x'",
     "dtype 'int8' of 4": "lora.dtype: expected one of float16, float32, float64, bfloat16, found 'int8'",
     "name '' of 0": "card name: expected non-empty printable text, found ''",
     "rank '-1' of 2": "rank: expected an integer >= 1 .*, found -1",
-    "rank '3' of 1": "lora.rank: expected the largest rank of its modules, 2, found 3",
+    "rank '3' of 1": "rank: expected the largest rank of its modules, 2, found 3",
     "rank '2.0' of 3": "lora.rank: expected a number",
     "alpha '0' of 1": "alpha: expected a finite number > 0, found 0",
     "alpha 'nan' of 3": "lora.alpha: expected a number",
