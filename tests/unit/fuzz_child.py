@@ -342,48 +342,26 @@ def _many_rows(edit: Edit) -> bytes:
 
 def _false_schemas() -> Iterator[tuple[str, bytes]]:
     batch = plain(real_card())
-    metadata = batch.schema.metadata
-    for key, value in metadata.items():
-        if key.startswith(b"lora."):
-            twice = pa.KeyValueMetadata([*metadata.items(), (key, value)])
-            yield (
-                f"the key {key.decode()} twice",
-                arrow_bytes([batch.replace_schema_metadata(twice)]),
-            )
-    both = pa.KeyValueMetadata([*metadata.items(), (b"lora.name", b"law")])
-    yield "two names", arrow_bytes([batch.replace_schema_metadata(both)])
-    yield (
-        "an unknown key twice",
-        arrow_bytes(
-            [
-                batch.replace_schema_metadata(
-                    pa.KeyValueMetadata([*metadata.items(), (b"x-later", b"2")])
-                )
-            ]
-        ),
-    )
-    yield "a key that is not UTF-8", with_fields(batch, {b"\xff\xfe": "x"}.items())
-    yield "an unknown value that is not UTF-8", with_fields(batch, {"x": b"\xff"}.items())
-    yield "a name that is not UTF-8", with_fields(batch, name=b"\xff")
-    yield "no metadata", arrow_bytes([batch.replace_schema_metadata(None)])
-    for key in ("format", "name", "rank", "alpha", "targets", "dtype", "metadata"):
-        yield f"no {key}", with_fields(batch, **{key: None})
-    index = pa.array([0, 1, 2], pa.int32())
-    yield (
-        "an unknown column",
-        arrow_bytes([batch.append_column(pa.field("index", pa.int32()), index)]),
-    )
-    yield (
-        "a column twice",
-        arrow_bytes([batch.append_column(batch.schema.field("B"), batch.column("B"))]),
-    )
-    for name in batch.schema.names:
-        yield f"no column {name}", arrow_bytes([batch.drop_columns([name])])
-    yield "columns in another order", arrow_bytes([batch.select(["module", "scaling", "B", "A"])])
-    yield (
-        "a column of another name",
-        arrow_bytes([batch.rename_columns(["module", "scaling", "A", "b"])]),
-    )
+    metadata, index = batch.schema.metadata, pa.array([0, 1, 2], pa.int32())
+
+    def added(key: bytes, value: bytes) -> pa.RecordBatch:
+        return batch.replace_schema_metadata(pa.KeyValueMetadata([*metadata.items(), (key, value)]))
+
+    batches = {
+        f"the key {key.decode()} twice": added(key, value)
+        for key, value in metadata.items()
+        if key.startswith(b"lora.")
+    }
+    batches |= {
+        "two names": added(b"lora.name", b"law"),
+        "an unknown key twice": added(b"x-later", b"2"),
+        "no metadata": batch.replace_schema_metadata(None),
+        "an unknown column": batch.append_column(pa.field("index", pa.int32()), index),
+        "a column twice": batch.append_column(batch.schema.field("B"), batch.column("B")),
+        "columns in another order": batch.select(["module", "scaling", "B", "A"]),
+        "a column of another name": batch.rename_columns(["module", "scaling", "A", "b"]),
+    }
+    batches |= {f"no column {name}": batch.drop_columns([name]) for name in batch.schema.names}
     for name, parameters in (
         ("arrow.variable_shape_tensor", '{"dim_names":["in","rank"],"permutation":[1,0]}'),
         ("arrow.variable_shape_tensor", '{"dim_names":["rank","in"]}'),
@@ -394,84 +372,62 @@ def _false_schemas() -> Iterator[tuple[str, bytes]]:
     ):
         declared = {"ARROW:extension:name": name, "ARROW:extension:metadata": parameters}
         schema = batch.schema.set(2, batch.schema.field("A").with_metadata(declared))
-        yield (
-            f"A as {name} {parameters[:50]}",
-            arrow_bytes([pa.record_batch(batch.columns, schema=schema)]),
-        )
+        title = f"A as {name} {parameters[:50]}"
+        batches[title] = pa.record_batch(batch.columns, schema=schema)
+    for name, changed in batches.items():
+        yield name, arrow_bytes([changed])
+    yield "a key that is not UTF-8", with_fields(batch, {b"\xff\xfe": "x"}.items())
+    yield "an unknown value that is not UTF-8", with_fields(batch, {"x": b"\xff"}.items())
+    yield "a name that is not UTF-8", with_fields(batch, name=b"\xff")
+    for key in ("format", "name", "rank", "alpha", "targets", "dtype", "metadata"):
+        yield f"no {key}", with_fields(batch, **{key: None})
 
 
 def _false_columns() -> Iterator[tuple[str, bytes]]:
-    card = real_card()
-    batch = plain(card)
-    a, b = [[pair.A for pair in card.weights.values()], [pair.B for pair in card.weights.values()]]
-    names = list(MODULES)
-    for kind in (pa.large_string(), pa.binary(), pa.string_view(), pa.int32()):
-        column = pa.array([1, 2, 3] if kind == pa.int32() else names, kind)
-        yield f"module as {kind}", with_column(batch, "module", column)
-    for kind in (pa.float32(), pa.int64(), pa.decimal128(9, 2)):
-        yield f"scaling as {kind}", with_column(batch, "scaling", pa.array([1, 2, 3], kind))
-    for kind in (
-        pa.float64(),
-        pa.float16(),
-        pa.int32(),
-        pa.uint16(),
-        pa.large_list(pa.float32()),
-        pa.list_(pa.float32(), 10),
-    ):
-        data = [[1.0] * 10] * 3
-        made = [[1] * 10] * 3 if kind in (pa.int32(), pa.uint16()) else data
-        shapes = [[5, 2]] * 3
-        yield f"A of {kind}", with_column(batch, "A", tensors(a, kind, data=made, shapes=shapes))
-    for kind in (pa.list_(pa.int64(), 2), pa.list_(pa.int32()), pa.list_(pa.uint32(), 2)):
-        yield f"shapes as {kind}", with_column(batch, "A", tensors(a, shape_type=kind))
-    three = tensors(a, shape_type=pa.list_(pa.int32(), 3), shapes=[[*x.shape, 1] for x in a])
-    yield "shapes of three dimensions", with_column(batch, "A", three)
-    swapped = pa.StructArray.from_arrays(
-        [tensors(a).field("shape"), tensors(a).field("data")], ["shape", "data"]
-    )
-    yield "shape before data", with_column(batch, "A", swapped)
-    yield "lists without shapes", with_column(batch, "A", tensors(a).field("data"))
-    yield (
-        "a union",
-        with_column(
-            batch,
-            "module",
-            pa.UnionArray.from_sparse(pa.array([0, 0, 0], pa.int8()), [pa.array(names)]),
-        ),
-    )
-    yield (
-        "run-end encoded scalings",
-        with_column(
-            batch,
-            "scaling",
-            pa.RunEndEncodedArray.from_arrays(pa.array([3], pa.int32()), pa.array([1.0])),
-        ),
-    )
-    yield "a null module", with_column(batch, "module", pa.array([names[0], None, names[2]]))
-    yield "a null scaling", with_column(batch, "scaling", pa.array([1.0, None, 1.0]))
+    batch = plain(real_card())
+    a, b = ([getattr(pair, name) for pair in real_card().weights.values()] for name in "AB")
+    good, names = tensors(a), list(MODULES)
     data, shapes = [x.ravel().tolist() for x in a], [list(x.shape) for x in a]
-    holed = pa.array([None, *tensors(a).to_pylist()[1:]], tensors(a).type)
-    yield "a null factor", with_column(batch, "A", holed)
-    yield "null data", with_column(batch, "A", tensors(a, data=[None, *data[1:]], shapes=shapes))
-    yield (
-        "a null element",
-        with_column(batch, "A", tensors(a, data=[[None, *data[0][1:]], *data[1:]], shapes=shapes)),
-    )
-    yield "a null shape", with_column(batch, "A", tensors(a, data=data, shapes=[None, *shapes[1:]]))
-    yield (
-        "a null dimension",
-        with_column(batch, "A", tensors(a, data=data, shapes=[[5, None], *shapes[1:]])),
-    )
-    yield "a module twice", with_column(batch, "module", pa.array([names[0], names[0], names[2]]))
-    yield (
-        "one rank in A, another in B",
-        with_column(batch, "B", tensors([np.ones((3, 3), np.float32), *b[1:]])),
-    )
-    yield (
-        "a shape smaller than its data",
-        with_column(batch, "A", tensors(a, shapes=[[5, 2], [5, 2], [7, 2]])),
-    )
-    yield "an empty factor", with_column(batch, "A", tensors([np.ones((0, 2), np.float32), *a[1:]]))
+    module, scaling, first, second = {}, {}, {}, {}
+    for kind in (pa.large_string(), pa.binary(), pa.string_view(), pa.int32()):
+        module[f"module as {kind}"] = pa.array([1, 2, 3] if kind == pa.int32() else names, kind)
+    for kind in (pa.float32(), pa.int64(), pa.decimal128(9, 2)):
+        scaling[f"scaling as {kind}"] = pa.array([1, 2, 3], kind)
+    lists = pa.large_list(pa.float32()), pa.list_(pa.float32(), 10)
+    for kind in (pa.float64(), pa.float16(), pa.int32(), pa.uint16(), *lists):
+        number = 1 if kind in (pa.int32(), pa.uint16()) else 1.0
+        ones = [[number] * 10] * 3
+        first[f"A of {kind}"] = tensors(a, kind, data=ones, shapes=[[5, 2]] * 3)
+    for kind in (pa.list_(pa.int64(), 2), pa.list_(pa.int32()), pa.list_(pa.uint32(), 2)):
+        first[f"shapes as {kind}"] = tensors(a, shape_type=kind)
+    swapped, three = [good.field("shape"), good.field("data")], pa.list_(pa.int32(), 3)
+    one = pa.array([1.0])
+    module |= {
+        "a union": pa.UnionArray.from_sparse(pa.array([0, 0, 0], pa.int8()), [pa.array(names)]),
+        "a null module": pa.array([names[0], None, names[2]]),
+        "a module twice": pa.array([names[0], names[0], names[2]]),
+    }
+    scaling |= {
+        "run-end encoded scalings": pa.RunEndEncodedArray.from_arrays(pa.array([3], "int32"), one),
+        "a null scaling": pa.array([1.0, None, 1.0]),
+    }
+    first |= {
+        "shapes of three dimensions": tensors(a, None, three, shapes=[[*s, 1] for s in shapes]),
+        "shape before data": pa.StructArray.from_arrays(swapped, ["shape", "data"]),
+        "lists without shapes": good.field("data"),
+        "a null factor": pa.array([None, *good.to_pylist()[1:]], good.type),
+        "null data": tensors(a, data=[None, *data[1:]], shapes=shapes),
+        "a null element": tensors(a, data=[[None, *data[0][1:]], *data[1:]], shapes=shapes),
+        "a null shape": tensors(a, data=data, shapes=[None, *shapes[1:]]),
+        "a null dimension": tensors(a, data=data, shapes=[[5, None], *shapes[1:]]),
+        "a shape smaller than its data": tensors(a, shapes=[[5, 2], [5, 2], [7, 2]]),
+        "an empty factor": tensors([np.ones((0, 2), np.float32), *a[1:]]),
+    }
+    second["one rank in A, another in B"] = tensors([np.ones((3, 3), np.float32), *b[1:]])
+    columns = {"module": module, "scaling": scaling, "A": first, "B": second}
+    for column, changes in columns.items():
+        for name, changed in changes.items():
+            yield name, with_column(batch, column, changed)
     half = plain(real_card("float16"))
     yield "float16 declared as bfloat16", with_fields(half, dtype="bfloat16")
     yield "bfloat16 declared as float16", with_fields(plain(real_card("bfloat16")), dtype="float16")
@@ -484,89 +440,24 @@ def _false_fields() -> Iterator[tuple[str, bytes]]:
     deep = '{"a":' * 600 + "1" + "}" * 600
     deeper = "[" * 100_000 + "]" * 100_000
     wrong = {
-        "format": (
-            "",
-            "2.0",
-            "0.9",
-            "1",
-            "1.0.0",
-            "1.x",
-            "-1.0",
-            " 1.0",
-            "\u0661.\u0660",
-            "1." + digits,
-            "10.0",
-            "1,0",
-        ),
-        "dtype": ("", "int8", "FLOAT32", "float", digits),
-        "name": ("", "\0", "a\nb", "\u202e", "\x7f"),
-        "rank": (
-            "",
-            "0",
-            "-1",
-            "1",
-            "3",
-            "2.0",
-            "nan",
-            "inf",
-            "1e1",
-            "0x2",
-            "2_0",
-            "\u0662",
-            digits,
-            "true",
-            "null",
-            "2 \x00",
-        ),
-        "alpha": (
-            "",
-            "0",
-            "-0.0",
-            "-1",
-            "nan",
-            "NaN",
-            "inf",
-            "-Infinity",
-            "1e999",
-            "1_6",
-            "0x10",
-            "\u0662",
-            digits,
-            "true",
-            "[]",
-        ),
+        "format": ("2.0 0.9 1 1.0.0 1.x -1.0 \u0661.\u0660 10.0 1,0", ["", " 1.0", "1." + digits]),
+        "dtype": ("int8 FLOAT32 float", ["", digits]),
+        "name": ("\0 \u202e \x7f", ["", "a\nb"]),
+        "rank": ("0 -1 1 3 2.0 nan inf 1e1 0x2 2_0 \u0662 true null", ["", digits, "2 \x00"]),
+        "alpha": ("0 -0.0 -1 nan NaN inf -Infinity 1e999 1_6 0x10 \u0662 true []", ["", digits]),
         "targets": (
-            "",
-            "null",
-            "{}",
-            '"query"',
-            "[1]",
-            "[null]",
-            '["a","a"]',
-            '["a\\u0000"]',
-            deeper,
-            "[[]]",
-            "['a']",
+            """null {} "query" [1] [null] ["a","a"] ["a\\u0000"] [[]] ['a']""",
+            ["", deeper],
         ),
         "metadata": (
-            "",
-            "null",
-            "[]",
-            "1",
-            '{"a":NaN}',
-            '{"a":1e999}',
-            '{"a":' + digits + "}",
-            deep,
-            deeper,
-            "{",
-            "{}x",
+            """null [] 1 {"a":NaN} {"a":1e999} { {}x {"a":"\\ud800"} {"a":-Infinity} {'a':1}""",
+            ["", '{"a":' + digits + "}", deep, deeper, '{"a":\x01}'],
         ),
-        "base_model": ("\0",),
-        "base_fingerprint": ("", "0" * 63, "0" * 65, "G" * 64, "A" * 64),
+        "base_model": ("\0", []),
+        "base_fingerprint": ("", ["", "0" * 63, "0" * 65, "G" * 64, "A" * 64]),
     }
-    wrong["metadata"] += ('{"a":"\\ud800"}', '{"a":-Infinity}', '{"a":\x01}', "{'a':1}")
-    for key, values in wrong.items():
-        for value in values:
+    for key, (words, more) in wrong.items():
+        for value in (*words.split(), *more):
             yield f"{key} {value[:40]!r} of {len(value)}", with_fields(batch, **{key: value})
 
 

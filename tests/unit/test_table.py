@@ -1,19 +1,17 @@
 """The table of a card: its schema, what is refused about it, what its sizes may be."""
 
-import json
 import mmap
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
-import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pytest
 
 import lora
 from lora.errors import ArgumentError, CardError, CardFileError
-from lora.table import FORMAT_VERSION, MAX_ELEMENTS, offsets_of, one_batch, read_header, schema_of
+from lora.table import FORMAT_VERSION, one_batch, read_header
 from lora.testing.plugin import requirement
 
 fuzz = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzz_child.py"))))
@@ -43,9 +41,6 @@ def test_factors_are_stored_as_canonical_variable_shape_tensors(dtype):
         assert kind.extension_name == "arrow.variable_shape_tensor"
         assert kind.storage_type == storage
         assert f"dim_names=[{','.join(dims)}]" in str(kind)
-        declared = schema_of(dtype).field(name).metadata
-        assert declared[b"ARROW:extension:name"] == b"arrow.variable_shape_tensor"
-        assert json.loads(declared[b"ARROW:extension:metadata"]) == {"dim_names": dims}
 
 
 @requirement("R1.9", "R1.7")
@@ -81,18 +76,6 @@ def test_any_arrow_reader_finds_each_factor_in_its_row():
 
 
 @requirement("R1.9")
-def test_more_elements_than_a_column_holds_are_refused_by_name():
-    assert offsets_of([MAX_ELEMENTS - 1, 1], "here")[-1] == MAX_ELEMENTS == 2**31 - 1
-    assert offsets_of([], "here").tolist() == [0]
-    assert offsets_of([3, 4], "here").dtype == np.int32
-    with pytest.raises(
-        CardError,
-        match=r"here: expected at most 2147483647 elements, found 2147483648; split the card",
-    ):
-        offsets_of([2**30, 2**30], "here")
-
-
-@requirement("R1.9")
 def test_a_card_too_large_for_a_column_is_refused_before_a_byte_of_it_is_copied(tmp_path):
     with (tmp_path / "sparse").open("w+b") as file:
         file.truncate(2**32)  # a hole: reading it would take memory, mapping it takes none
@@ -102,7 +85,7 @@ def test_a_card_too_large_for_a_column_is_refused_before_a_byte_of_it_is_copied(
             card = lora.LoRACard("vast", 2, 1.0, (), {"m": lora.LowRank(a, b)})
             with pytest.raises(
                 CardError,
-                match=r"card 'vast': a factor column: expected at most 2147483647 elements",
+                match=r"card 'vast': a factor column: expected at most 2147483647 .*; split the card",
             ):
                 lora.card_to_table(card)
             del a, card
@@ -124,38 +107,6 @@ def test_the_schema_metadata_is_readable_text():
         "x-later": "kept",
         "x-more": "too",
     }
-
-
-@requirement("R1.4", "R1.6")
-def test_a_table_and_its_card_hold_the_same_values():
-    for card in (
-        fuzz.real_card(),
-        fuzz.real_card("bfloat16"),
-        lora.LoRACard("empty", 1, 1.0, (), {}),
-    ):
-        table = lora.card_to_table(card)
-        table.validate(full=True)
-        assert lora.table_to_card(table) == card
-        assert all(lora.table_to_card(batch) == card for batch in table.to_batches())
-        assert table.num_rows == len(card.weights)
-
-
-@requirement("R1.12")
-def test_a_header_counts_as_the_card_does():
-    for card in (
-        fuzz.real_card(),
-        fuzz.real_card("bfloat16", rank=5),
-        lora.LoRACard("empty", 1, 1.0, (), {}),
-    ):
-        header = read_header(one_batch(lora.card_to_table(card)))
-        assert (header.num_params, header.nbytes, header.dtype) == (
-            card.num_params,
-            card.nbytes,
-            card.dtype.name,
-        )
-        assert header.format_version == FORMAT_VERSION
-        with pytest.raises(TypeError):
-            header.modules["another"] = None
 
 
 REFUSALS = {
@@ -194,20 +145,6 @@ REFUSALS = {
 }
 
 
-@requirement("R7.9", "R1.3")
-@pytest.mark.parametrize("text", ['{"a":1,"a":2}', '{"b":{"a":1,"a":1}}', '{"b":[{"":0,"":0}]}'])
-def test_a_key_that_occurs_twice_is_refused_at_any_depth(text):
-    table = lora.card_to_table(fuzz.real_card())
-    doubled = table.replace_schema_metadata(
-        {**table.schema.metadata, b"lora.metadata": text.encode()}
-    )
-    with pytest.raises(
-        CardFileError,
-        match=r"lora.metadata: expected JSON, found a key occurs twice in \['a', 'a'\]|''",
-    ):
-        lora.table_to_card(doubled)
-
-
 @pytest.fixture(scope="module")
 def falsified():
     return dict(fuzz.false_files())
@@ -224,96 +161,6 @@ def test_a_refusal_names_the_file_the_place_and_the_rule(falsified, tmp_path, na
         assert caught.value.where.startswith(f"{path}: ")
 
 
-@requirement("R7.9")
-def test_a_table_in_memory_is_checked_before_it_is_put_together():
-    batch = fuzz.plain(fuzz.real_card())
-    a = batch.column("A")
-    offsets = pa.py_buffer(
-        np.array([0, 2**30, 22, 36], np.int32)
-    )  # far beyond the values, and back
-    data = a.field("data")
-    wild = pa.Array.from_buffers(data.type, 3, [None, offsets], children=[data.values])
-    column = pa.Array.from_buffers(a.type, 3, [None], children=[wild, a.field("shape")])
-    table = pa.Table.from_batches([batch.set_column(2, batch.schema.field("A"), column)])
-    for wrong in (table, pa.concat_tables([table, table]), table.to_batches()[0]):
-        with pytest.raises(CardFileError, match=r"card table: expected a valid Arrow batch"):
-            lora.table_to_card(wrong)
-
-
-@requirement("R7.9")
-def test_a_table_promises_no_more_rows_than_its_bytes_can_hold():
-    schema = pa.schema([(name, pa.null()) for name in ("module", "scaling", "A", "B")])
-    with pytest.raises(
-        CardFileError, match=r"expected rows that \d+ bytes can hold, found 100000 rows"
-    ):
-        lora.table_to_card(pa.table([pa.nulls(100_000)] * 4, schema=schema))
-
-
-@requirement("R7.9")
-def test_no_two_factors_share_bytes():
-    card = fuzz.real_card()
-    batch = fuzz.plain(card)
-    square = fuzz.tensors([np.ones((2, 2), np.float32)] * 3)
-    shared = batch.set_column(2, batch.schema.field("A"), square).set_column(
-        3, batch.schema.field("B"), square
-    )
-    with pytest.raises(
-        CardFileError, match=r"buffers: expected separate bytes for each, found two that overlap"
-    ):
-        lora.table_to_card(shared)
-    apart = fuzz.arrow_bytes([shared])
-    assert lora.table_to_card(pa.ipc.open_file(pa.py_buffer(apart)).get_batch(0)).rank == 2
-
-
-@requirement("R1.10", "R7.9")
-def test_an_extension_is_ours_or_none_wherever_the_table_comes_from():
-    card = fuzz.real_card()
-    table = lora.card_to_table(card)
-    bare = pa.schema([pa.field(f.name, f.type) for f in table.schema], table.schema.metadata)
-    assert lora.table_to_card(table.cast(bare)) == card
-    assert lora.table_to_card(pa.ipc.open_stream(_stream(table)).read_all()) == card
-    spaced = {
-        "ARROW:extension:name": "arrow.variable_shape_tensor",
-        "ARROW:extension:metadata": '{"dim_names": ["in", "rank"]}',
-    }
-    for declared, taken in (
-        (spaced, True),
-        ({**spaced, "ARROW:extension:metadata": '{"permutation":[1,0]}'}, False),
-        ({**spaced, "ARROW:extension:metadata": "not JSON"}, False),
-        ({**spaced, "ARROW:extension:name": "some.other"}, False),
-    ):
-        schema = table.schema.set(2, table.schema.field("A").with_metadata(declared))
-        if taken:
-            assert lora.table_to_card(pa.table(table.columns, schema=schema)) == card
-        else:
-            with pytest.raises(CardFileError, match=r"column 'A'"):
-                lora.table_to_card(pa.table(table.columns, schema=schema))
-
-
-def _stream(table):
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
-@requirement("R1.6", "R7.9")
-def test_values_that_are_not_aligned_are_copied_and_never_read_in_place():
-    card = fuzz.real_card("float64")
-    batch = fuzz.plain(card)
-    column = batch.column("A")
-    values = column.field("data").values
-    raw = b"\0" + values.buffers()[1].to_pybytes()
-    shifted = pa.Array.from_buffers(values.type, len(values), [None, pa.py_buffer(raw).slice(1)])
-    data = pa.Array.from_buffers(
-        column.field("data").type, 3, column.field("data").buffers()[:2], children=[shifted]
-    )
-    moved = pa.Array.from_buffers(column.type, 3, [None], children=[data, column.field("shape")])
-    found = lora.table_to_card(batch.set_column(2, batch.schema.field("A"), moved))
-    assert found == card
-    assert all(pair.A.flags.aligned for pair in found.weights.values())
-
-
 @requirement("R7.8")
 def test_what_is_no_table_and_no_card_is_named_by_its_type():
     with pytest.raises(
@@ -324,27 +171,9 @@ def test_what_is_no_table_and_no_card_is_named_by_its_type():
         lora.card_to_table("docs")
 
 
-@requirement("R1.7", "R1.9")
-def test_half_a_declared_dtype_is_not_taken_for_another():
-    half = fuzz.plain(fuzz.real_card("float16"))
-    renamed = half.replace_schema_metadata({**half.schema.metadata, b"lora.dtype": b"bfloat16"})
-    with pytest.raises(
-        CardFileError, match=r"column 'A': expected struct<data: list<item: uint16>"
-    ):
-        lora.table_to_card(renamed)
-    assert lora.table_to_card(fuzz.plain(fuzz.real_card("bfloat16"))).dtype == ml_dtypes.bfloat16
-
-
-@requirement("R7.9")
-def test_lists_with_a_start_beyond_zero_and_slices_are_read_where_they_point():
-    card = fuzz.real_card()
-    table = lora.card_to_table(card).slice(1)
-    found = lora.table_to_card(table)
-    assert {name: found.weights[name] for name in fuzz.MODULES[1:]} == {
-        name: card.weights[name] for name in fuzz.MODULES[1:]
-    }
-    a = [pair.A for pair in card.weights.values()]
-    refound = lora.table_to_card(
-        pa.ipc.open_file(fuzz.with_column(fuzz.plain(card), "A", fuzz.tensors(a))).get_batch(0)
-    )
-    assert set(refound.weights) == set(card.weights)
+@requirement("R1.12")
+def test_a_header_has_the_format_and_can_not_be_changed():
+    header = read_header(one_batch(lora.card_to_table(fuzz.real_card("bfloat16"))))
+    assert (header.format_version, header.dtype) == (FORMAT_VERSION, "bfloat16")
+    with pytest.raises(TypeError):
+        header.modules["another"] = None
