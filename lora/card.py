@@ -1,7 +1,7 @@
 """The values that everything else is made of: a factor pair, a card, and a set of weighted cards.
 
-Each is checked where it is made and never changes, so threads, models and processes may share it.
-Factors compare bit by bit: two NaNs of one payload are equal, +0 and -0 are not.
+Each is checked where it is made and never changes, so threads and models may share it. Factors
+compare bit by bit: two NaNs of one payload are equal, +0 and -0 are not.
 
 Requirements: R1, R7, R8.
 """
@@ -111,7 +111,7 @@ class FrozenJSON(Mapping[str, Any]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
-    """A pair of LoRA factors: ΔW = scaling · (A @ B).T for a Linear with weight ``(out, in)``.
+    """A pair of LoRA factors: ΔW = scaling · (A @ B).T.
 
     Args:
         A: Shape ``(in, r)``, one of `DTYPES`. An array that can still be changed is copied.
@@ -192,8 +192,8 @@ class LoRACard:
         name: Non-empty and printable.
         rank: The largest rank of any module.
         alpha: Above 0. A pair without a scaling gets ``alpha / rank``.
-        target_modules: A target matches each module whose dotted name equals it or ends with
-            ``"." + target``; ``"all-linear"`` matches every Linear except an output head.
+        target_modules: Each matches the modules whose dotted name equals it or ends with
+            ``"." + target``; ``"all-linear"`` matches every Linear except output heads.
         weights: Pairs of one dtype, by module name or a dotted suffix of it.
         metadata: Any JSON object: version, author, description.
         base_model: The name of the model that the card was made for.
@@ -283,8 +283,7 @@ Adapters: TypeAlias = (
 class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
     """An immutable set of weighted cards: a mapping of name to ``(card, weight)``, sorted by name.
 
-    ``a | b`` joins two sets that agree on the cards in both; ``a + b`` adds weights, ``a * s``
-    scales them.
+    ``a | b`` joins two sets, ``a + b`` adds weights, ``a * s`` scales them.
 
     Args:
         adapters: A set, a card, an iterable of cards, or a mapping of name to card or
@@ -296,7 +295,7 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
     Examples:
         >>> import numpy as np
         >>> card = LoRACard("docs", 1, 1.0, ["q"], {"q": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
-        >>> (AdapterSet(card) * 0.5 + AdapterSet(card)).weight("docs")
+        >>> (AdapterSet(card) * 0.5 + card).weight("docs")
         1.5
     """
 

@@ -1,9 +1,9 @@
 """What must hold of an Arrow IPC file before Arrow is asked to parse it.
 
 Arrow believes the sizes that a file states: a compressed buffer of 8 kB may expand to 256 MB, and
-400 bytes may promise two billion rows. This module reads the few integers that decide this, from
-the FlatBuffers tables of the footer and the record batch, and never reads outside the file. Source:
-Arrow columnar format 1.5, "IPC File Format", ``File.fbs`` and ``Message.fbs``.
+400 bytes may promise two billion rows. This module reads the integers that decide this from the
+file's FlatBuffers tables, and never reads outside the file. Source: Arrow columnar format 1.5,
+``File.fbs`` and ``Message.fbs``.
 
 Requirements: R7.
 """

@@ -1,6 +1,6 @@
 """Every error that this library raises on purpose.
 
-Each is also the built-in exception that a caller would guess: ``except ValueError`` works, too.
+Each is also the built-in exception that a caller would guess.
 
 Requirements: R7.
 """

@@ -45,10 +45,10 @@ def apply(x: Array, pairs: Iterable[tuple[LowRank, float]]) -> Array:
 def concat(
     pairs: Iterable[tuple[LowRank, float]], *, dtype: np.dtype[Any] | type | None = None
 ) -> LowRank:
-    """Return one pair for the weighted sum: ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …; wₙsₙBₙ]``, scaling 1.
+    """Return one pair for a weighted sum: ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …; wₙsₙBₙ]``, scaling 1.
 
-    Pairs of weight 0 are left out, so that 0 · NaN adds nothing; if no other is left, the result is
-    a rank-1 pair of zeros. It is float32, or float64 if a factor or `dtype` is.
+    Pairs of weight 0 are left out, so that 0 · NaN adds nothing; without others the result is a
+    rank-1 pair of zeros. It is float32, or float64 if a factor or `dtype` is.
 
     Examples:
         >>> import numpy as np
@@ -77,7 +77,7 @@ def concat(
 def spectrum(pair: LowRank) -> Array:
     """Return the singular values of ΔW, largest first, as float64 ``(min(in, r, out),)``.
 
-    They come from the factors' QR triangles; ΔW is never formed.
+    ΔW is never formed.
 
     Examples:
         >>> spectrum(LowRank(np.eye(3, 1), np.array([[3.0, 4.0]]), -2.0))
@@ -96,15 +96,9 @@ def spectrum(pair: LowRank) -> Array:
 def thin_qr(matrix: Array) -> tuple[Array, Array]:
     """Return the reduced QR of a matrix ``(m, n)``: Q ``(m, k)`` and R ``(k, n)``, k = min(m, n).
 
-    For a large m and a small n it takes about half the time of `numpy.linalg.qr`, because matrix
-    products form Q: the product of reflections ``I - τᵢ vᵢ vᵢᵀ`` is ``I - V T Vᵀ``, where T⁻¹ has
-    1/τ on its diagonal and VᵀV above it. Source: Joffrain et al., "Accumulating Householder
-    transformations, revisited" (2006).
-
-    Examples:
-        >>> Q, R = thin_qr(np.array([[3.0, 0.0], [4.0, 5.0]]))
-        >>> np.allclose(Q @ R, [[3, 0], [4, 5]]), np.allclose(Q.T @ Q, np.identity(2))
-        (True, True)
+    Faster than `numpy.linalg.qr` for a small n, because matrix products form Q: the product of the
+    reflections ``I - τᵢ vᵢ vᵢᵀ`` is ``I - V T Vᵀ``, where T⁻¹ has 1/τ on its diagonal and VᵀV above
+    it. Source: Joffrain et al., "Accumulating Householder transformations, revisited" (2006).
     """
     packed, tau = np.linalg.qr(matrix, mode="raw")
     count = len(tau)

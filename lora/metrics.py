@@ -40,10 +40,7 @@ class Metrics(Collector):
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count a block as `name`, its seconds, and its failure if it raises.
-
-        The other sums are ``name_seconds`` and ``name_failed``.
-        """
+        """Count a block as `name`, ``name_seconds`` and, if it raises, ``name_failed``."""
         start = time.perf_counter()
         try:
             yield

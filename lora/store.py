@@ -1,8 +1,8 @@
 """Card files on disk: the core's only file I/O.
 
-A card file is an Arrow IPC file. Loading maps it, and the factors are views of the map. The map is
-private and copy-on-write, so a stray write can neither crash the process nor reach the file. A
-rename may replace a mapped file (POSIX), but a file must not be edited in place.
+A card file is an Arrow IPC file. Loading maps it, and the factors are views of the map, which is
+private and copy-on-write: a stray write neither crashes the process nor reaches the file. A rename
+may replace a mapped file (POSIX), but a file must not be edited in place.
 
 Requirements: R1, R7.
 """
@@ -45,8 +45,8 @@ SUFFIX = ".lora.arrow"
 def save(card: LoRACard, path: PathLike) -> str:
     """Write a card atomically and return its digest, the SHA-256 of the file in hex.
 
-    A reader sees the old file or the new one; after an error the old one is as it was. One
-    installation always writes the same bytes for the same card.
+    A reader sees the old file or the new one; after an error the old one is as it was. The same
+    card gives the same bytes.
 
     Examples:
         >>> import tempfile

@@ -135,7 +135,7 @@ def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
 
 
 def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
-    """Return the table's rows as one batch that Arrow has fully validated."""
+    """Return the rows as one batch that Arrow has fully validated."""
     if not isinstance(table, pa.Table | pa.RecordBatch):
         raise ArgumentError("card table", "an Arrow table or record batch", type(table).__name__)
     size, rows = table.get_total_buffer_size(), table.num_rows

@@ -1,7 +1,7 @@
 """Which modules a card adapts: from the names and shapes of a model's Linears to a binding plan.
 
-Targets and weight keys follow one rule: a key matches a module whose dotted name equals it or ends
-with ``"." + key``. So ``1.query`` matches ``layer.1.query`` but not ``layer.11.query``.
+A target or weight key matches a module whose dotted name equals it or ends with ``"." + key``:
+``1.query`` matches ``layer.1.query`` but not ``layer.11.query``.
 
 Requirements: R3, R7.
 """
@@ -58,7 +58,7 @@ class Injection:
         bound: The weight key of each bound module, sorted by module.
         targets_not_found: Targets that match no module.
         weights_not_used: Weight keys that bind to no targeted module.
-        bypassed: Bound modules on which the adapter may have no effect.
+        bypassed: Bound modules where the adapter may have no effect.
     """
 
     name: str
@@ -101,7 +101,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     Args:
         sites: The Linears of the model, under each of their names.
         card: The card.
-        strict: Refuse targets that match no module and weights that bind to none.
+        strict: Refuse targets and weights without a module.
 
     Raises:
         ShapeError: A pair does not fit its module.
@@ -167,8 +167,8 @@ def fingerprint_of(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> 
     """Return the SHA-256 of a base model's weights, over sorted key, dtype, shape and bytes.
 
     Args:
-        weights: (card's key, name of the dtype, shape, buffer with the bytes) of each weight,
-            sorted by key. They are read one at a time, so that only one needs to be in memory.
+        weights: (key, name of the dtype, shape, buffer with the bytes) of each weight, sorted by
+            key. Only one at a time needs to be in memory.
     """
     sha = hashlib.sha256()
     for key, dtype, shape, data in weights:
@@ -184,6 +184,6 @@ def _keys(name: str) -> list[str]:
 
 
 def _is_targeted(name: str, targets: set[str], head: bool = False) -> bool:  # noqa: FBT001, FBT002
-    """Tell whether a target matches a module, which may be an output head whatever its name."""
+    """Tell whether a target matches a module."""
     head = head or not OUTPUT_HEADS.isdisjoint(name.split("."))
     return not targets.isdisjoint(_keys(name)) or (ALL_LINEAR in targets and not head)

@@ -465,14 +465,8 @@ VALUE_ERRORS = {
     "a factor A that is no array": (no_array, lambda bad: lora.LowRank(bad, ones.T)),
     "a factor B that is no array": (no_array, lambda bad: lora.LowRank(ones, bad)),
     "a factor of another shape": (bad_shape, lambda bad: lora.LowRank(np.ones(bad), ones.T)),
-    "a factor of another dtype": (
-        bad_dtype,
-        lambda bad: lora.LowRank(np.zeros((4, 2), bad), ones.T),
-    ),
-    "factors of two dtypes": (
-        st.just("float64"),
-        lambda bad: lora.LowRank(ones, ones.T.astype(bad)),
-    ),
+    "a dtype of no card": (bad_dtype, lambda bad: lora.LowRank(np.zeros((4, 2), bad), ones.T)),
+    "two dtypes": (st.just("float64"), lambda bad: lora.LowRank(ones, ones.T.astype(bad))),
     "factors of two ranks": (
         st.integers(3, 9),
         lambda bad: lora.LowRank(ones, np.ones((bad, 4), np.float32)),
@@ -493,31 +487,19 @@ VALUE_ERRORS = {
         ),
     ),
     # a set of cards
-    "a set of what are no cards": (
-        no_collection | st.lists(st.integers(), min_size=1),
-        lora.AdapterSet,
-    ),
+    "a set of no cards": (no_collection | st.lists(st.integers(), min_size=1), lora.AdapterSet),
     "a set of text": (st.text(min_size=1), lora.AdapterSet),
-    "a set under another name": (
+    "other name": (
         names.filter("docs".__ne__) | nothing,
         lambda bad: lora.AdapterSet({bad: docs()}),
     ),
-    "a set with a weight that is none": (
-        no_number,
-        lambda bad: lora.AdapterSet({"docs": (docs(), bad)}),
-    ),
+    "a set with a weight": (no_number, lambda bad: lora.AdapterSet({"docs": (docs(), bad)})),
     "a set of triples": (st.integers(), lambda bad: lora.AdapterSet({"docs": (docs(), 1.0, bad)})),
-    "a set of two cards of one name": (
-        st.just(8.0),
-        lambda bad: lora.AdapterSet([docs(), docs(alpha=bad)]),
-    ),
+    "a set of two cards": (st.just(8.0), lambda bad: lora.AdapterSet([docs(), docs(alpha=bad)])),
     "a union of two weights": (st.floats(2, 3), lambda bad: one_card() | {"docs": (docs(), bad)}),
     "a union of two cards of one name": (st.just(8.0), lambda bad: one_card() | docs(alpha=bad)),
     "a factor of a set that is no number": (no_number, lambda bad: one_card() * bad),
-    "a place between sets that is no number": (
-        no_number,
-        lambda bad: lora.interpolate(one_card(), one_card(), bad),
-    ),
+    "a place between sets": (no_number, lambda bad: lora.interpolate(one_card(), one_card(), bad)),
     # tables and files
     "a table of what is no card": (no_card, lora.card_to_table),
     "a card of what is no table": (no_card, lora.table_to_card),
@@ -529,10 +511,7 @@ VALUE_ERRORS = {
         st.sampled_from([[float("nan")], [float("inf")], [None], ["x"], [1]]),
         lambda bad: lora.table_to_card(a_table(scaling=pa.array(bad))),
     ),
-    "what is no card, to be saved": (
-        no_card,
-        lambda bad: in_folder(lambda path: lora.save(bad, path)),
-    ),
+    "no card, to save": (no_card, lambda bad: in_folder(lambda path: lora.save(bad, path))),
     "a path that is none, to save at": (no_path, lambda bad: lora.save(docs(), bad)),
     "a path that is none, to load": (no_path, lora.load),
     "a path that is none, to inspect": (no_path, lora.inspect),
@@ -541,10 +520,7 @@ VALUE_ERRORS = {
     "garbage, to inspect": (garbage, lambda bad: reading(lora.inspect, bad)),
     "a digest that is none": (digests, lambda bad: lora.load("card.lora.arrow", verify=bad)),
     "another digest": (st.binary(min_size=32, max_size=32).map(bytes.hex), verified),
-    "what is no card, to fingerprint for": (
-        no_card,
-        lambda bad: lora.fingerprint(base_model(), bad),
-    ),
+    "what is no card, to fingerprint": (no_card, lambda bad: lora.fingerprint(base_model(), bad)),
     "what are no cards, to adapt with": (no_collection, lambda bad: lora.adapt(base_model(), bad)),
     "a card for another shape": (
         shapes.filter(lambda shape: shape != (4, 4)),
@@ -572,26 +548,14 @@ VALUE_ERRORS = {
     "what is no card, to add": (no_card, lambda bad: managed().add_card(bad)),
     "what is no card, to put in place": (no_card, lambda bad: managed().replace_card(bad)),
     "what are no cards, to prepare": (no_collection, lambda bad: managed().prepare(bad)),
-    "a weight that is no number, to apply with": (
-        no_number,
-        lambda bad: managed().apply_card(docs(name="law"), weight=bad),
-    ),
-    "a weight that is no number, to set": (
-        no_number,
-        lambda bad: managed().set_weight("docs", bad),
-    ),
-    "another card of an active name": (
-        st.floats(5, 9),
-        lambda bad: managed().apply_card(docs(alpha=bad)),
-    ),
+    "no weight": (no_number, lambda bad: managed().apply_card(docs(name="law"), weight=bad)),
+    "a weight that is no number": (no_number, lambda bad: managed().set_weight("docs", bad)),
+    "an active name": (st.floats(5, 9), lambda bad: managed().apply_card(docs(alpha=bad))),
     # a router
     "what embeds nothing": (no_card.filter(lambda bad: not callable(bad)), lora.LoRARouter),
     "what is no card, to register": (no_card, lambda bad: router().register_card(bad, "text")),
     "a card without a description": (st.builds(docs), lambda bad: router().register_card(bad)),
-    "a description that is none": (
-        no_collection,
-        lambda bad: router().register_virtual_candidate("docs", bad),
-    ),
+    "none described": (no_collection, lambda bad: router().register_virtual_candidate("docs", bad)),
     "no description": (st.just([]), lambda bad: router().register_virtual_candidate("docs", bad)),
     "descriptions of another kind": (
         st.lists(no_text, min_size=1),
@@ -677,21 +641,15 @@ MISSING_FILES = {
     "a file that is not there, to load": (st.just(lora.load), in_folder),
     "a file that is not there, to inspect": (st.just(lora.inspect), in_folder),
     "a file that is not there, to digest": (st.just(lora.digest), in_folder),
-    "a card file that is not there, to load": (
-        st.just(lambda path: managed().load_card(path)),
-        in_folder,
-    ),
-    "a model folder that is not there": (
-        st.just(None),
-        lambda _bad: in_folder(lora.ArrowEngine.from_pretrained),
-    ),
+    "no card file, to manage": (st.just(lambda path: managed().load_card(path)), in_folder),
+    "no model folder": (st.just(None), lambda _bad: in_folder(lora.ArrowEngine.from_pretrained)),
     "a card file that is not there, for the engine": (
         st.just(lambda path: engine().load_lora(path)),
         in_folder,
     ),
 }
 OS_ERRORS = {
-    "a folder, to save at": (
+    "at a folder": (
         st.just(docs()),
         lambda bad: in_folder(lambda path: lora.save(bad, path.parent)),
     ),
@@ -715,10 +673,7 @@ TYPE_ERRORS = {
     "what is no model, to fold": (no_module, lora.fold),
     "what is no model, to watch": (no_module, lora.uncalled),
     "what is no model, to fingerprint": (no_module, lambda bad: lora.fingerprint(bad, docs())),
-    "a model with a forward of its own": (
-        st.just(None),
-        lambda bad: lora.adapt(_patched(bad), docs()),
-    ),
+    "a model with its own forward": (st.just(None), lambda bad: lora.adapt(_patched(bad), docs())),
     "a base that is no Linear": (
         no_module | st.just(nn.Conv1d(1, 1, 1)) | st.just(nn.Bilinear(1, 1, 1)),
         lora.LoRALinear,
@@ -747,19 +702,13 @@ LOOKUP_ERRORS = {
     ),
 }
 KEY_ERRORS = {
-    "a card that is not active, to put in place": (
-        names.filter("docs".__ne__),
-        lambda bad: managed().replace_card(docs(name=bad)),
-    ),
+    "not active": (names.filter("docs".__ne__), lambda bad: managed().replace_card(docs(name=bad))),
     "a card that is not active, to weigh": (
         names.filter("docs".__ne__),
         lambda bad: managed().set_weight(bad, 1.0),
     ),
     "an adapter that is not known": (names, lambda bad: engine().encode_with_lora(["x"], bad)),
-    "an adapter that is not known, among several": (
-        names,
-        lambda bad: engine().encode_with_lora(["x"], {bad: 1.0}),
-    ),
+    "unknown ones": (names, lambda bad: engine().encode_with_lora(["x"], {bad: 1.0})),
 }
 RUNTIME_ERRORS = {
     "nothing prepared, to swap": (st.builds(managed), lambda bad: bad.swap()),

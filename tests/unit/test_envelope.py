@@ -97,6 +97,17 @@ def test_every_buffer_lies_in_the_body_and_has_its_own_bytes():
 
 
 @requirement("R7.9")
+def test_keys_that_share_bytes_are_refused_before_they_are_copied():
+    card = fuzz.real_card()
+    data = bytearray(fuzz.file_bytes(card))
+    for key in fuzz.plain(card).schema.metadata:
+        at = data.rindex(key) - 4
+        data[at : at + 4] = (len(data) - 14 - at).to_bytes(4, "little")  # on to the footer's end
+    with pytest.raises(CardFileError, match="schema metadata: expected each key once"):
+        check_envelope(bytes(data), ROW_BYTES)
+
+
+@requirement("R7.9")
 def test_no_position_in_the_sizes_leads_outside_the_file():
     data = fuzz.file_bytes(fuzz.real_card())
     edit = fuzz.Edit(data)
