@@ -38,22 +38,10 @@ def real_card(dtype="float32", modules=MODULES, rank=2, seed=0) -> lora.LoRACard
         )
         for index, module in enumerate(modules)
     }
-    metadata = {
-        "description": "a card to be damaged",
-        "version": "1.2.3",
-        "tags": ["fuzz", "größe"],
-    }
-    return lora.LoRACard(
-        "docs",
-        rank,
-        16.0,
-        ("query", "value"),
-        weights,
-        metadata,
-        "tiny",
-        "0" * 64,
-        {"x-later": "kept", "x-more": "too"},
-    )
+    metadata = {"description": "a card to be damaged", "version": "1.2.3"}
+    metadata["tags"], extra = ["fuzz", "größe"], {"x-later": "kept", "x-more": "too"}
+    fields = ("docs", rank, 16.0, ("query", "value"), weights, metadata, "tiny", "0" * 64, extra)
+    return lora.LoRACard(*fields)
 
 
 def file_bytes(card: lora.LoRACard) -> bytes:
@@ -195,39 +183,25 @@ def _false_frames() -> Iterator[tuple[str, bytes]]:
     yield "lz4", arrow_bytes([batch], compression="lz4")
     yield "zstd", arrow_bytes([batch], compression="zstd")
     zeros = np.zeros((2**20, 4), np.float32)
-    bomb = lora.LoRACard(
-        "bomb", 4, 1.0, (), {"m": lora.LowRank(zeros, np.zeros((4, 1), np.float32))}
-    )
+    pair = lora.LowRank(zeros, np.zeros((4, 1), np.float32))
+    bomb = lora.LoRACard("bomb", 4, 1.0, (), {"m": pair})
     yield "16 MB in a zstd buffer", arrow_bytes([plain(bomb)], compression="zstd")
     names = pa.array(MODULES).dictionary_encode()
     yield "a dictionary", with_column(batch, "module", names)
-    for offset, length, body in (
-        (-8, 64, 64),
-        (0, 64, 64),
-        (2**62, 64, 64),
-        (8, -8, 64),
-        (8, 8, 2**62),
-        (8, 2**30, 8),
-    ):
-        yield (
-            f"a block at {offset}, {length} + {body}",
-            edit.put(edit.block, "<qiiq", offset, length, 0, body),
-        )
-    yield (
-        "a block shifted by 8",
-        edit.put(edit.block, "<q", struct.unpack_from("<q", good, edit.block)[0] + 8),
-    )
+    blocks = [(-8, 64, 64), (0, 64, 64), (2**62, 64, 64), (8, -8, 64), (8, 8, 2**62), (8, 2**30, 8)]
+    for offset, length, body in blocks:
+        block = edit.put(edit.block, "<qiiq", offset, length, 0, body)
+        yield f"a block at {offset}, {length} + {body}", block
+    (offset,) = struct.unpack_from("<q", good, edit.block)
+    yield "a block shifted by 8", edit.put(edit.block, "<q", offset + 8)
     yield "another body length in the message", edit.put(edit.body_length, "<q", 2**40)
     yield "a longer body in the footer", edit.put(edit.block + 16, "<q", len(good))
     (start,) = struct.unpack_from("<I", good, edit.footer_at)
-    for name, value in (("footer root", 2**32 - 1), ("footer root", 0), ("footer root", start + 1)):
-        yield f"{name} at {value}", edit.put(edit.footer_at, "<I", value)
-    yield (
-        "the schema's message as the batch",
-        edit.put(edit.block, "<qi", 8, struct.unpack_from("<i", good, 12)[0] + 8),
-    )
-    endian = good.replace(*_endianness(good))
-    yield "big-endian", endian
+    for value in (2**32 - 1, 0, start + 1):
+        yield f"footer root at {value}", edit.put(edit.footer_at, "<I", value)
+    (length,) = struct.unpack_from("<i", good, 12)
+    yield "the schema's message as the batch", edit.put(edit.block, "<qi", 8, length + 8)
+    yield "big-endian", good.replace(*_endianness(good))
     position = good.index(b"docs")
     yield "another name at the start of the file", good[:position] + b"dogs" + good[position + 4 :]
     position = good.rindex(b"docs")
@@ -267,16 +241,13 @@ def _false_sizes() -> Iterator[tuple[str, bytes]]:
     yield "2**31 - 1 rows", _many_rows(edit)
     schema = plain(real_card()).schema
     nothing = pa.schema([(name, pa.null()) for name in schema.names], schema.metadata)
-    yield (
-        "2**31 - 1 rows of nothing",
-        _many_rows(Edit(arrow_bytes([pa.record_batch([pa.nulls(1)] * 4, nothing)]))),
-    )
+    rows = arrow_bytes([pa.record_batch([pa.nulls(1)] * 4, nothing)])
+    yield "2**31 - 1 rows of nothing", _many_rows(Edit(rows))
     for index, at in enumerate(edit.nodes):
         length, _ = struct.unpack_from("<qq", edit.data, at)
         for value in (-1, 0, length - 1, length + 1, 2**40):
-            if (
-                index not in (A_ITEMS_NODE, 9) or value < length
-            ):  # values beyond the last list are nobody's
+            # Values beyond the last list belong to nobody.
+            if index not in (A_ITEMS_NODE, 9) or value < length:
                 yield f"node {index} of length {value}", edit.put(at, "<q", value)
         for nulls in (1, length, length + 1):
             yield f"node {index} with {nulls} nulls", edit.put(at + 8, "<q", nulls)
@@ -285,13 +256,8 @@ def _false_sizes() -> Iterator[tuple[str, bytes]]:
 def _false_spans() -> Iterator[tuple[str, bytes]]:
     edit = Edit(file_bytes(real_card()))
     for index, (offset, length) in enumerate(edit.spans):
-        for span in (
-            (-8, length),
-            (offset, -8),
-            (2**62, length),
-            (offset, 2**62),
-            (offset, len(edit.data)),
-        ):
+        wrong = [(offset, -8), (offset, 2**62), (offset, len(edit.data))]
+        for span in ((-8, length), (2**62, length), *wrong):
             yield f"buffer {index} at {span}", edit.put(edit.buffers[index], "<qq", *span)
         if length:
             yield f"buffer {index} empty", edit.put(edit.buffers[index] + 8, "<q", 0)
@@ -303,29 +269,17 @@ def _false_spans() -> Iterator[tuple[str, bytes]]:
 
 def _false_numbers() -> Iterator[tuple[str, bytes]]:
     edit = Edit(file_bytes(real_card()))
-    for buffer, value, row in product(
-        (NAME_OFFSETS, A_OFFSETS, B_OFFSETS), (-1, 2**31 - 1, -(2**31), 1), range(4)
-    ):
-        if (buffer, value, row) not in (
-            (NAME_OFFSETS, 1, 0),
-            (NAME_OFFSETS, 1, 1),
-        ):  # these are other names, but names
-            yield (
-                f"offset {row} in buffer {buffer} is {value}",
-                edit.put_body(buffer, "<i", value, skip=4 * row),
-            )
-    for buffer, value, item in product(
-        (A_SHAPES, B_SHAPES), (-1, 0, 1, 2**31 - 1, -(2**31), 2**30), range(6)
-    ):
-        yield (
-            f"shape {item} in buffer {buffer} is {value}",
-            edit.put_body(buffer, "<i", value, skip=4 * item),
-        )
-    for buffer in (A_SHAPES, B_SHAPES):
-        yield (
-            f"shapes of 2**62 elements in buffer {buffer}",
-            edit.put_body(buffer, "<ii", 2**31 - 1, 2**31 - 1),
-        )
+    offsets, shapes = (NAME_OFFSETS, A_OFFSETS, B_OFFSETS), (A_SHAPES, B_SHAPES)
+    for buffer, value, row in product(offsets, (-1, 2**31 - 1, -(2**31), 1), range(4)):
+        if (buffer, value) != (NAME_OFFSETS, 1) or row > 1:  # these are other names, but names
+            data = edit.put_body(buffer, "<i", value, skip=4 * row)
+            yield f"offset {row} in buffer {buffer} is {value}", data
+    for buffer, value, item in product(shapes, (-1, 0, 1, 2**31 - 1, -(2**31), 2**30), range(6)):
+        data = edit.put_body(buffer, "<i", value, skip=4 * item)
+        yield f"shape {item} in buffer {buffer} is {value}", data
+    for buffer in shapes:
+        data = edit.put_body(buffer, "<ii", 2**31 - 1, 2**31 - 1)
+        yield f"shapes of 2**62 elements in buffer {buffer}", data
         yield f"negative shapes in buffer {buffer}", edit.put_body(buffer, "<ii", -5, -2)
     for value in (float("nan"), float("inf"), float("-inf")):
         yield f"a scaling of {value}", edit.put_body(SCALING, "<d", value)
@@ -575,32 +529,15 @@ class Trial:
             return "refused" if card is None else "inspect refused what load took"
         if card is None:
             return "load refused what inspect took"
-        same = (
-            header.name,
-            header.rank,
-            header.alpha,
-            header.target_modules,
-            header.dtype,
-            header.metadata,
-            header.extra,
-        )
-        if same != (
-            card.name,
-            card.rank,
-            card.alpha,
-            card.target_modules,
-            card.dtype.name,
-            card.metadata,
-            card.extra,
-        ):
-            return "another header than the card's"
-        shapes = {
-            m: (i.in_features, i.rank, i.out_features, i.scaling) for m, i in header.modules.items()
-        }
-        if shapes != {
-            m: (p.in_features, p.rank, p.out_features, p.scaling) for m, p in card.weights.items()
-        }:
-            return "other shapes than the card's"
+        for field in ("name", "rank", "alpha", "target_modules", "metadata", "extra"):
+            if getattr(header, field) != getattr(card, field):
+                return f"another {field} than the card's"
+        for sizes in ("in_features", "rank", "out_features", "scaling"):
+            told = {module: getattr(info, sizes) for module, info in header.modules.items()}
+            if told != {module: getattr(pair, sizes) for module, pair in card.weights.items()}:
+                return f"another {sizes} than the card's"
+        if header.dtype != card.dtype.name:
+            return "another dtype than the card's"
         return self._well_formed(card)
 
     def _well_formed(self, card: lora.LoRACard) -> str:
@@ -654,17 +591,8 @@ def main(seeds: list[int]) -> None:
                     must_fail=True,
                 )
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    print(  # noqa: T201
-        json.dumps(
-            {
-                **trial.counts,
-                "intact": intact,
-                "false": false,
-                "grown_mb": grown,
-                "wrong": trial.wrong,
-            }
-        )
-    )
+    counts = {**trial.counts, "intact": intact, "false": false, "grown_mb": grown}
+    print(json.dumps({**counts, "wrong": trial.wrong}))  # noqa: T201
 
 
 def lora_digest(data: bytes) -> str:
