@@ -41,18 +41,8 @@ from lora.testing.strategies import (
 )
 
 UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-OWN = [
-    "name",
-    "rank",
-    "alpha",
-    "target_modules",
-    "targets",
-    "lora.name",
-    "lora.rank",
-    "lora.alpha",
-    "lora.targets",
-    "extra",
-]
+OWN = ["name", "rank", "alpha", "target_modules", "targets", "extra"]
+OWN += [f"lora.{name}" for name in OWN]
 
 
 def same_bits(a, b):
@@ -401,12 +391,8 @@ def test_the_base_model_comes_back_with_the_card(card, base, fingerprint):
         lora.save(card, path := Path(folder) / "card.lora.arrow")
         assert (found := lora.load(path)) == card
         header = lora.inspect(path)
-    expected = (card.base_model, card.base_fingerprint)
-    assert (
-        (found.base_model, found.base_fingerprint)
-        == (header.base_model, header.base_fingerprint)
-        == expected
-    )
+    assert found.base_model == header.base_model == card.base_model
+    assert found.base_fingerprint == header.base_fingerprint == card.base_fingerprint
 
 
 @requirement("R1.14")
@@ -434,25 +420,14 @@ def test_the_header_says_what_the_card_says(card):
     with tempfile.TemporaryDirectory() as folder:
         lora.save(card, path := Path(folder) / "card.lora.arrow")
         header = lora.inspect(path)
-    assert (header.name, header.rank, header.alpha, header.target_modules) == (
-        card.name,
-        card.rank,
-        card.alpha,
-        card.target_modules,
-    )
-    assert (header.metadata, header.extra, header.dtype) == (
-        card.metadata,
-        card.extra,
-        card.dtype.name,
-    )
-    assert (header.num_params, header.nbytes) == (card.num_params, card.nbytes)
-    found = {
-        name: (m.in_features, m.rank, m.out_features, m.scaling)
-        for name, m in header.modules.items()
-    }
-    assert found == {
-        n: (p.in_features, p.rank, p.out_features, p.scaling) for n, p in card.weights.items()
-    }
+    fields = "name rank alpha target_modules metadata extra num_params nbytes"
+    for field in fields.split():
+        assert getattr(header, field) == getattr(card, field)
+    assert header.dtype == card.dtype.name
+    assert header.modules.keys() == card.weights.keys()
+    for name, pair in card.weights.items():
+        sizes = (pair.in_features, pair.rank, pair.out_features, pair.scaling)
+        assert tuple(header.modules[name]) == sizes
 
 
 def pickled(value, protocol=pickle.DEFAULT_PROTOCOL):
@@ -573,15 +548,7 @@ def test_no_array_that_a_card_was_made_of_can_change_it(card, data):
         return view
 
     weights = {m: lora.LowRank(given_as(a), given_as(b), s) for m, (a, b, s) in writable.items()}
-    made = lora.LoRACard(
-        card.name,
-        card.rank,
-        card.alpha,
-        card.target_modules,
-        weights,
-        card.metadata,
-        extra=card.extra,
-    )
+    made = lora.LoRACard(*card[:4], weights, card.metadata, extra=card.extra)
     for a, b, _ in writable.values():
         a.view(UNSIGNED[a.itemsize])[...] ^= 1
         b.view(UNSIGNED[b.itemsize])[...] ^= 1
@@ -668,15 +635,10 @@ def test_a_read_only_factor_is_kept_as_it_is_if_it_lies_as_the_file_has_it_and_l
     data, dtype, shape
 ):
     plain = data.draw(bits(dtype, shape))
-    layouts = {
-        "plain": plain.copy(),
-        "columns": np.asfortranarray(plain),
-        "marked": plain.copy().view(Marked),
-    }
-    layouts |= {
-        "every other": np.repeat(plain, 2, axis=0)[::2],
-        "backwards": plain[::-1].copy()[::-1],
-    }
+    layouts = {"plain": plain.copy(), "columns": np.asfortranarray(plain)}
+    layouts["every other"] = np.repeat(plain, 2, axis=0)[::2]
+    layouts["backwards"] = plain[::-1].copy()[::-1]
+    layouts["marked"] = plain.copy().view(Marked)
     if dtype.name != "bfloat16":
         layouts["swapped"] = plain.byteswap().view(dtype.newbyteorder())
     for how, base in layouts.items():

