@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 import lora
 from lora.card import DTYPES
+from lora.table import one_batch
 
 HERE = Path(__file__).parent
 VERSION = "1"
@@ -34,60 +36,37 @@ def edge_pair(dtype: str) -> lora.LowRank:
     bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[kind.itemsize]
     width = 8 * kind.itemsize
     inf = int(np.array(np.inf, kind).view(bits))
-    patterns = [
-        0,
-        1 << (width - 1),
-        1,
-        (1 << (width - 1)) + 1,
-        inf,
-        inf | 1 << (width - 1),
-        inf + 1,
-        inf | (1 << (width - 1)) | 5,
-    ]
-    flat = np.array(patterns, bits)
-    return lora.LowRank(
-        flat.reshape(4, 2).view(kind), flat[::-1].reshape(2, 4).copy().view(kind), 1.0
-    )
+    sign = 1 << (width - 1)
+    flat = np.array([0, sign, 1, sign + 1, inf, inf | sign, inf + 1, inf | sign | 5], bits)
+    b = flat[::-1].reshape(2, 4).copy()
+    return lora.LowRank(flat.reshape(4, 2).view(kind), b.view(kind), 1.0)
 
 
 def valid_cards() -> dict[str, dict[str, lora.LoRACard]]:
     """Requirement -> name -> card."""
-    two = {
-        "encoder.layer.0.query": pair("float32", 4, 2, 3),
-        "encoder.layer.1.query": pair("float32", 4, 2, 3, seed=1),
-    }
-    names = {
-        name: pair("float32", 2, 1, 2)
-        for name in ("", "a,b", "größe.注意", "layer.1.query", "layer.11.query")
-    }
+    two = {f"encoder.layer.{i}.query": pair("float32", 4, 2, 3, seed=i) for i in range(2)}
+    odd = ("", "a,b", "größe.注意", "layer.1.query", "layer.11.query")
+    names = {name: pair("float32", 2, 1, 2) for name in odd}
     mixed = {
         "a": pair("float64", 3, 3, 2, scaling=0.5),
         "b": pair("float64", 3, 1, 2, scaling=-2.0),
     }
-    meta = {
-        "name": "other",
-        "rank": 99,
-        "nested": {"list": [1, 2.5, None, True, "ü"]},
-        "lora.name": "shadow",
-    }
+    meta: dict[str, object] = {"name": "other", "rank": 99, "lora.name": "shadow"}
+    meta["nested"] = {"list": [1, 2.5, None, True, "ü"]}
+    extra = {"x-note": "kept", "lora.later": "2"}
+    docs = lora.LoRACard("docs", 2, 4.0, ("query",), two)
     return {
         "R1.4": {
             "basic": lora.LoRACard("docs", 2, 4.0, ("query", "value"), two),
             "no-modules": lora.LoRACard("empty", 1, 1.0, (), {}),
             "names": lora.LoRACard("größe, a", 1, 16.0, ("a,b", "größe", ""), names),
         },
-        "R1.3": {
-            "metadata-that-looks-like-fields": lora.LoRACard("docs", 2, 4.0, ("query",), two, meta)
-        },
+        "R1.3": {"metadata-that-looks-like-fields": replace(docs, metadata=meta)},
         "R1.7": {
             name: lora.LoRACard(name, 2, 1.0, ("m",), {"m": edge_pair(name)}) for name in DTYPES
         },
         "R1.8": {"mixed-ranks": lora.LoRACard("mixed", 3, 16.0, ("a", "b"), mixed)},
-        "R1.10": {
-            "unknown-keys": lora.LoRACard(
-                "docs", 2, 4.0, ("query",), two, extra={"x-note": "kept", "lora.later": "2"}
-            )
-        },
+        "R1.10": {"unknown-keys": replace(docs, extra=extra)},
     }
 
 
@@ -126,13 +105,8 @@ def file_of(*batches: pa.RecordBatch, compression: str | None = None) -> bytes:
 
 def invalid_files() -> dict[str, tuple[bytes, str]]:
     """Name -> (bytes, the rule that they break)."""
-    card = lora.LoRACard(
-        "docs",
-        2,
-        4.0,
-        ("query",),
-        {"query": pair("float32", 4, 2, 3), "value": pair("float32", 4, 2, 3)},
-    )
+    weights = {name: pair("float32", 4, 2, 3) for name in ("query", "value")}
+    card = lora.LoRACard("docs", 2, 4.0, ("query",), weights)
     batch = lora.card_to_table(card).to_batches()[0]
     whole = file_of(batch)
 
@@ -230,33 +204,16 @@ def main() -> None:
         target.with_name(target.name.replace(".lora.arrow", ".json")).write_text(
             told, encoding="utf-8"
         )
-        file_hash, told_hash = (
-            hashlib.sha256(data).hexdigest(),
-            hashlib.sha256(told.encode()).hexdigest(),
-        )
         lines.extend(["[[vector]]", f'path = "{path}"', f'requirement = "{requirement}"'])
-        lines.extend(
-            [
-                f"valid = {str(valid).lower()}",
-                f'sha256 = "{file_hash}"',
-                f'expectation_sha256 = "{told_hash}"',
-                "",
-            ]
-        )
+        lines.append(f"valid = {str(valid).lower()}")
+        lines.append(f'sha256 = "{hashlib.sha256(data).hexdigest()}"')
+        lines.extend([f'expectation_sha256 = "{hashlib.sha256(told.encode()).hexdigest()}"', ""])
 
     for requirement, cards in valid_cards().items():
         for name, card in cards.items():
-            data = file_of(
-                *lora.card_to_table(card).to_batches()
-                or [pa.RecordBatch.from_pylist([], lora.card_to_table(card).schema)]
-            )
-            put(
-                f"{requirement}/valid/{name}.lora.arrow",
-                data,
-                expectation(card),
-                requirement,
-                valid=True,
-            )
+            data = file_of(one_batch(lora.card_to_table(card)))
+            path = f"{requirement}/valid/{name}.lora.arrow"
+            put(path, data, expectation(card), requirement, valid=True)
     for name, (data, rule) in invalid_files().items():
         put(f"R7.9/invalid/{name}.lora.arrow", data, {"rule": rule}, "R7.9", valid=False)
     (folder / "manifest.toml").write_text("\n".join(lines), encoding="utf-8")
