@@ -1,6 +1,6 @@
-"""Write the test vectors of format 1: card files with what a reader must find in them, or that it must refuse them.
+"""Write the test vectors of format 1: card files, and what a reader must find in them or refuse.
 
-Run once for a version; the files are frozen after that, and the manifest's hashes say so. Usage: ``python write.py``.
+Usage: ``python write.py``, once for a version. The files are frozen after that.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def pair(
 
 
 def edge_pair(dtype: str) -> lora.LowRank:
-    """A pair of bit patterns that copies through other types would change: NaN payloads, ±0, infinities, subnormals."""
+    """A pair of NaN payloads, ±0, infinities and subnormals, which careless copies would change."""
     kind = DTYPES[dtype]
     bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[kind.itemsize]
     width = 8 * kind.itemsize

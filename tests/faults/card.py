@@ -33,7 +33,7 @@ def with_pairs(card, change):
 
 
 class TargetsJoinedByCommas(Fault):
-    """No targets come back as one empty target, which matches everything, and a comma in a name splits it."""
+    """No targets come back as one empty target, and a comma in a name splits it."""
 
     breaks = "R1.1"
     turns_red = frozenset({"R1.1", "R1.10", "R7.6"})

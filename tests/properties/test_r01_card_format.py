@@ -1,4 +1,4 @@
-"""R1: a card is a value, its file holds that value whole, and nothing but that value comes out of the file again."""
+"""R1: a card is a value; its file contains the whole value, and reading gives it back."""
 
 import contextlib
 import copy
@@ -631,7 +631,7 @@ class Marked(np.ndarray):
 
 @requirement("R1.6", "R1.7")
 @given(data=st.data(), dtype=dtypes, shape=st.tuples(features, ranks))
-def test_a_read_only_factor_is_kept_as_it_is_if_it_lies_as_the_file_has_it_and_laid_out_so_otherwise(
+def test_a_read_only_factor_is_kept_if_it_lies_as_in_the_file_and_copied_otherwise(
     data, dtype, shape
 ):
     plain = data.draw(bits(dtype, shape))

@@ -1,4 +1,4 @@
-"""R7: what is wrong is refused by an error that says where, what was expected and what was found; nothing is changed."""
+"""R7: an error says where, what was expected and what was found; nothing is changed."""
 
 import io
 import json
@@ -282,8 +282,7 @@ def test_removing_an_unknown_card_is_silent(active, unknown):
     assert lines.records == []
 
 
-# Every named strategy of bad input: what is bad about it, the built-in exception that a caller would guess, how it is
-# drawn, and what is done with it.
+# Bad input by the built-in exception that a caller would guess: its strategy and the call.
 
 
 def _nested(depth):
@@ -896,7 +895,7 @@ def _largest(table):
 
 
 def rebuilt(column, *, item="item", nullable=True, pad=0, before=0, raw=None, shapes=None):
-    """A factor column of the same numbers: other list items, values that start elsewhere, other bytes or shapes."""
+    """A factor column of the same numbers with other items, start of values, bytes or shapes."""
     data, shape = column.field("data"), column.field("shape")
     kind, rows = data.type.value_type, len(column)
     if raw is None:
@@ -1202,7 +1201,7 @@ def test_a_version_is_two_decimal_numbers_of_at_most_five_digits(card, text):
             lora.table_to_card(made)
 
 
-SPOILT = f" {{}}|{{}} |+{{}}|{{}}_0|{{}}\u0661|0x{{}}|{{}}x|{{}}.|.{{}}|{{}}.5.5|{{}}e99999|{{}}{'0' * 41}||-"
+SPOILT = " {}|{} |+{}|{}_0|{}\u0661|0x{}|{}x|{}.|.{}|{}.5.5|{}e99999||-|{}" + "0" * 41
 """Forms that make a number something else than a decimal number of JSON."""
 
 
@@ -1297,7 +1296,7 @@ def test_offsets_are_the_sums_of_sizes_as_far_as_32_bits_go(sizes, where):
     alpha=st.integers(1, 2**60) | st.fractions(Fraction(1, 99), 99) | st.floats(5e-324, 1.7e308),
     wide=st.sampled_from([int, np.int64, np.uint32]),
 )
-def test_a_rank_is_any_whole_number_and_an_alpha_any_positive_one_and_both_are_kept_as_plain_numbers(
+def test_a_rank_is_any_whole_number_and_an_alpha_any_positive_one_as_plain_numbers(
     rank, alpha, wide
 ):
     card = docs(rank=wide(rank), alpha=alpha, weights={})

@@ -1,4 +1,4 @@
-"""The frozen vectors of the file format: what any implementation must find in a file, or must refuse."""
+"""The frozen vectors of the file format: what a reader must find in a file, or must refuse."""
 
 import hashlib
 import json

@@ -1,7 +1,7 @@
-"""A process of its own that reads false, damaged and mutated card files, and prints what became of them as one JSON line.
+"""Read false, damaged and mutated card files in a process of its own; print counts as JSON.
 
-``python fuzz_child.py SEED …`` reads every file of `false_files` and, for each seed, a few hundred mutations of real
-cards. It exits with 0 unless it is killed; "wrong" lists each outcome that is neither a refusal nor a well-formed card.
+``python fuzz_child.py SEED …`` reads every file of `false_files` and, for each seed, a few hundred
+mutations of real cards. "wrong" lists what is neither a refusal nor a well-formed card.
 """
 
 import io
@@ -68,7 +68,7 @@ def plain(card: lora.LoRACard) -> pa.RecordBatch:
 
 
 def with_fields(batch: pa.RecordBatch, changes=(), **fields: str | bytes | None) -> bytes:
-    """The file of a batch with some of its ``lora.`` fields replaced, or left out where None, and more of any name."""
+    """The file of a batch with other ``lora.`` fields (None leaves one out) and other keys."""
     kept = {key.decode(): value for key, value in batch.schema.metadata.items()}
     kept |= {f"lora.{key}": value for key, value in fields.items()} | dict(changes)
     return arrow_bytes(
@@ -101,7 +101,7 @@ def tensors(factors, value_type=None, shape_type=None, data=None, shapes=None) -
 
 
 class Edit:
-    """Positions of a file's sizes, found by its own tables, so that each can be given another value."""
+    """Positions of a file's sizes, so that each can be given another value."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -137,7 +137,7 @@ class Edit:
         return self.put(self.body + self.spans[buffer][0] + skip, form, *values)
 
 
-# The buffers of a batch, in the order of its columns: validity, then offsets or values, children after parents.
+# A batch's buffers by column: validity, then offsets or values, children after parents.
 NAME_OFFSETS, NAME_TEXT, SCALING = 1, 2, 4
 A_OFFSETS, A_DATA, A_SHAPES = 7, 9, 12
 B_OFFSETS, B_DATA, B_SHAPES = 15, 17, 20
@@ -216,7 +216,7 @@ def _stream(batch: pa.RecordBatch) -> bytes:
 
 
 def _endianness(good: bytes) -> tuple[bytes, bytes]:
-    """Swap the field numbers of the schema tables: their vtable names `fields` where it should name `endianness`."""
+    """The schema's vtable, and one that names `fields` where it should name `endianness`."""
     edit = Edit(good)
     footer = _Table(
         good[edit.footer_at : edit.footer_length], struct.unpack_from("<I", good, edit.footer_at)[0]
@@ -498,7 +498,7 @@ class Trial:
         self.path.write_bytes(data)
         try:
             outcome = self._outcome(original)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is what the parent must hear of
+        except Exception as error:  # noqa: BLE001 - the parent reads it
             outcome = f"{type(error).__name__}: {error}"
         if outcome in self.counts and not (must_fail and outcome == "loaded"):
             self.counts[outcome] += 1

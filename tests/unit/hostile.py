@@ -1,4 +1,4 @@
-"""The other side in the federation's tests: cards, certificates, a server that sends what it is told, a bad line."""
+"""The other side in the federation's tests: cards, certificates, a lying server, a bad line."""
 
 import contextlib
 import datetime as dt
@@ -51,7 +51,7 @@ def announced(card, path, key=None):
 
 
 class Liar(flight.FlightServerBase):
-    """Announces what it is told and sends what it is told: bytes, or a function that yields pieces."""
+    """A server that sends what it is told: bytes, or a function that yields pieces."""
 
     def __init__(self, manifests=(), data=b"", location="grpc://127.0.0.1:0"):
         super().__init__(location)
@@ -92,7 +92,7 @@ class Liar(flight.FlightServerBase):
 
 
 class Line:
-    """A TCP proxy in front of a server: it can be cut, silenced, and made to drop what comes after so many bytes."""
+    """A TCP proxy in front of a server that can be cut, silenced, or limited to some bytes."""
 
     def __init__(self, port):
         self.target, self.silent, self.ended, self.limit, self.pairs = port, False, False, None, []

@@ -1,4 +1,4 @@
-"""Cards, pairs and sets of cards by example: what they keep, what they refuse and how they say so."""
+"""Cards, pairs and sets of cards by example: what they keep and refuse, in which words."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -100,15 +100,15 @@ def test_what_is_kept_for_later_versions_is_no_field_of_this_one(key):
 @requirement("R1.15")
 def test_cards_and_pairs_print_what_they_are_and_not_their_numbers():
     assert (
-        repr(card())
-        == "LoRACard('docs', rank=2, alpha=4.0, target_modules=('query',), 1 modules, 14 parameters, float32)"
+        repr(card()) == "LoRACard('docs', rank=2, alpha=4.0, target_modules=('query',), 1 modules, "
+        "14 parameters, float32)"
     )
     assert repr(card().weights["query"]) == "LowRank(4 -> 2 -> 3, float32, scaling=2.0)"
     assert repr(lora.AdapterSet({"docs": (card(), 0.5)})) == "AdapterSet('docs': 0.5)"
 
 
 def returned(sent):
-    """What a process makes of the card it is sent: the card, whether it can be written to, its print and hash of name."""
+    """Return the card as a process receives it, whether it is writable, its repr, and equality."""
     flags = [
         factor.flags.writeable for pair in sent.weights.values() for factor in (pair.A, pair.B)
     ]

@@ -1,4 +1,4 @@
-"""Every error is a LoRAError and the built-in that a caller would guess, and says where and what is wrong."""
+"""Every error is a LoRAError and a built-in, and says where and what is wrong."""
 
 import copy
 import pickle
@@ -59,7 +59,7 @@ def test_an_error_is_its_built_in_prints_one_line_and_survives_copying(name):
     parts = ("card 'docs': rank", "an integer >= 1", "-1", "see the manual")
     line = "card 'docs': rank: expected an integer >= 1, found -1; see the manual"
     error = kind(*parts)
-    for again in (error, pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301 - what was just written
+    for again in (error, pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301
         assert type(again) is kind
         assert (again.where, again.expected, again.found, again.hint) == parts
         assert str(again) == line

@@ -88,7 +88,7 @@ def test_overflow_gives_an_infinity_and_no_warning():
 
 @requirement("R2.10")
 def test_a_fresh_a_fills_its_range_evenly():
-    """With 4096 x 8 numbers the mean of a uniform law strays by 6 standard errors about once in a billion seeds."""
+    """A mean strays by 6 standard errors about once in a billion seeds."""
     a = initial(4096, 4, 8, np.random.default_rng(7)).A * np.sqrt(4096)
     standard_error = 1 / np.sqrt(3 * a.size)
     assert 0.999 < abs(a).max() <= 1

@@ -1,4 +1,4 @@
-"""Card files on a real disk: mapped and not copied, replaced whole or not at all, and what is no card file."""
+"""Card files on a real disk: they are mapped and not copied, and replaced whole or not at all."""
 
 import errno
 import json
@@ -201,7 +201,7 @@ def kilobytes():
 small, large = sys.argv[1:]
 lora.inspect(small)
 kept, mapped = [], store._map
-store._map = lambda path: kept.append(mapped(path)) or kept[-1]  # a map that goes takes its pages with it
+store._map = lambda path: kept.append(mapped(path)) or kept[-1]  # keeps the pages
 before = kilobytes()
 header = lora.inspect(large)
 inspecting = kilobytes() - before
@@ -337,7 +337,7 @@ def test_a_link_is_replaced_and_what_it_led_to_is_kept(tmp_path):
 @requirement("R1.11")
 def test_an_error_of_the_writer_is_passed_on_as_it_is(path):
     error = CardError("here", "this", "that")
-    with pytest.raises(CardError) as caught, replacing(path) as file:  # noqa: PT012 - the error is the block's own
+    with pytest.raises(CardError) as caught, replacing(path) as file:  # noqa: PT012
         file.write(b"half")
         raise error
     assert caught.value is error
@@ -405,9 +405,9 @@ if os.geteuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 said = []
-for call in (lambda: lora.load(sys.argv[1]), lambda: lora.digest(sys.argv[1]), lambda: lora.save(card, sys.argv[1])):
+for call in (lora.load, lora.digest, lambda path: lora.save(card, path)):
     try:
-        call()
+        call(sys.argv[1])
     except StoreError as error:
         said.append("Permission denied" in str(error) and sys.argv[1] in str(error))
 print(json.dumps(said))

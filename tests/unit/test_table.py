@@ -85,7 +85,7 @@ def test_a_card_too_large_for_a_column_is_refused_before_a_byte_of_it_is_copied(
             card = lora.LoRACard("vast", 2, 1.0, (), {"m": lora.LowRank(a, b)})
             with pytest.raises(
                 CardError,
-                match=r"card 'vast': a factor column: expected at most 2147483647 .*; split the card",
+                match=r"card 'vast': .*: expected at most 2147483647 .*; split the card",
             ):
                 lora.card_to_table(card)
             del a, card
@@ -101,7 +101,8 @@ def test_the_schema_metadata_is_readable_text():
         "lora.alpha": "16.0",
         "lora.targets": '["query","value"]',
         "lora.dtype": "float32",
-        "lora.metadata": '{"description":"a card to be damaged","tags":["fuzz","größe"],"version":"1.2.3"}',
+        "lora.metadata": '{"description":"a card to be damaged","tags":["fuzz","größe"],'
+        '"version":"1.2.3"}',
         "lora.base_model": "tiny",
         "lora.base_fingerprint": "0" * 64,
         "x-later": "kept",
@@ -109,13 +110,14 @@ def test_the_schema_metadata_is_readable_text():
     }
 
 
+PERMUTED = 'A as arrow.variable_shape_tensor {"dim_names":["in","rank"],"permutation":[1,0]}'
 REFUSALS = {
     "an unknown column": "columns: expected",
     "columns in another order": "columns: expected",
     "no column scaling": "columns: expected",
     "module as large_string": "column 'module': expected string",
     "A of double": r"column 'A': expected struct<data: list<item: float>",
-    'A as arrow.variable_shape_tensor {"dim_names":["in","rank"],"permutation":[1,0]}': "column 'A': .* permutation",
+    PERMUTED: "column 'A': .* permutation",
     "A as some.other ": "column 'A': expected .* found .*some.other",
     "a null module": "column 'module': expected no nulls",
     "a null scaling": "column 'scaling': expected no nulls",
@@ -123,14 +125,14 @@ REFUSALS = {
     "a null element": "column 'A': expected no nulls",
     "a null dimension": "column 'A': expected no nulls",
     "a module twice": "column 'module': expected each module once",
-    "one rank in A, another in B": r"module 'layer.0.query': factor B: expected shape \(r, out\) with A's r = 2",
-    "a shape smaller than its data": "column 'A': expected positive shapes, each as long as its data",
+    "one rank in A, another in B": r"module 'layer.0.query': factor B: .* with A's r = 2",
+    "a shape smaller than its data": "column 'A': expected positive shapes, each as long as",
     "an empty factor": "column 'A': expected positive shapes",
     "a scaling of nan": "module 'layer.0.query': scaling: expected a finite number, found nan",
     "no name": "expected the key 'lora.name'",
     "format '2.0' of 3": "lora.format: expected major version 1, found 2.0; update lora-cards",
     "format '1.x' of 3": "lora.format: expected a version major.minor, found '1.x'",
-    "dtype 'int8' of 4": "lora.dtype: expected one of float16, float32, float64, bfloat16, found 'int8'",
+    "dtype 'int8' of 4": "lora.dtype: expected one of float16, .* bfloat16, found 'int8'",
     "name '' of 0": "card name: expected non-empty printable text, found ''",
     "rank '-1' of 2": "rank: expected an integer >= 1 .*, found -1",
     "rank '3' of 1": "rank: expected the largest rank of its modules, 2, found 3",
