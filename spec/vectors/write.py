@@ -200,14 +200,14 @@ def main() -> None:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
-        told = json.dumps(expected, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        text = json.dumps(expected, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         target.with_name(target.name.replace(".lora.arrow", ".json")).write_text(
-            told, encoding="utf-8"
+            text, encoding="utf-8"
         )
         lines.extend(["[[vector]]", f'path = "{path}"', f'requirement = "{requirement}"'])
         lines.append(f"valid = {str(valid).lower()}")
         lines.append(f'sha256 = "{hashlib.sha256(data).hexdigest()}"')
-        lines.extend([f'expectation_sha256 = "{hashlib.sha256(told.encode()).hexdigest()}"', ""])
+        lines.extend([f'expectation_sha256 = "{hashlib.sha256(text.encode()).hexdigest()}"', ""])
 
     for requirement, cards in valid_cards().items():
         for name, card in cards.items():

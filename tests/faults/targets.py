@@ -36,9 +36,9 @@ class OutputHeadAdapted(Fault):
     turns_red = frozenset({"R3.11"})
 
     def match_targets(self, names, targets):
-        found = super().match_targets(names, targets)
+        matched = super().match_targets(names, targets)
         return [
-            name for name in names if name in found or (targets and "lm_head" in name.split("."))
+            name for name in names if name in matched or (targets and "lm_head" in name.split("."))
         ]
 
     def bind(self, card, shapes):

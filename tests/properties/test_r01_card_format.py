@@ -74,18 +74,18 @@ def written_again(batch, *, schema_metadata=None, with_column=None):
 @requirement("R1.1")
 @given(card=plain_cards())
 def test_name_rank_alpha_and_targets_come_back(impl, card):
-    found = impl.read_card(impl.write_card(card))
-    assert (found.name, found.rank, found.alpha, tuple(found.target_modules)) == card[:4]
+    loaded = impl.read_card(impl.write_card(card))
+    assert (loaded.name, loaded.rank, loaded.alpha, tuple(loaded.target_modules)) == card[:4]
 
 
 @requirement("R1.2")
 @given(card=plain_cards(max_modules=5))
 def test_every_module_has_its_own_pair_and_no_other_module_has_one(impl, card):
-    found = impl.read_card(impl.write_card(card)).weights
-    assert set(found) == set(card.weights)
+    loaded = impl.read_card(impl.write_card(card)).weights
+    assert set(loaded) == set(card.weights)
     for module, pair in card.weights.items():
-        assert same_bits(found[module].A, pair.A)
-        assert same_bits(found[module].B, pair.B)
+        assert same_bits(loaded[module].A, pair.A)
+        assert same_bits(loaded[module].B, pair.B)
 
 
 @requirement("R1.3", "R1.1")
@@ -96,14 +96,14 @@ def test_every_module_has_its_own_pair_and_no_other_module_has_one(impl, card):
 )
 def test_metadata_comes_back_and_shadows_no_field(impl, card, shadows, more):
     asked = {**more, **shadows}
-    found = impl.read_card(impl.write_card(card._replace(metadata=asked)))
+    loaded = impl.read_card(impl.write_card(card._replace(metadata=asked)))
     bare = impl.read_card(impl.write_card(card._replace(metadata={})))
-    assert found.metadata == asked
-    assert repr(_sorted(found.metadata)) == repr(
+    assert loaded.metadata == asked
+    assert repr(_sorted(loaded.metadata)) == repr(
         _sorted(asked)
     )  # 1, 1.0 and True are equal, but not the same
-    assert found[:4] == bare[:4]
-    assert found.extra == bare.extra
+    assert loaded[:4] == bare[:4]
+    assert loaded.extra == bare.extra
 
 
 def _sorted(value):
@@ -141,10 +141,10 @@ def test_factors_of_any_bits_come_back_bit_for_bit(impl, data, dtype, shape):
     rows, rank, columns = shape
     a, b = data.draw(bits(dtype, (rows, rank))), data.draw(bits(dtype, (rank, columns)))
     card = PlainCard("docs", rank, 1.0, (), {"m": PlainPair(a, b)}, {}, {})
-    found = impl.read_card(impl.write_card(card)).weights["m"]
-    assert found.A.dtype == found.B.dtype == dtype
-    assert same_bits(found.A, a)
-    assert same_bits(found.B, b)
+    loaded = impl.read_card(impl.write_card(card)).weights["m"]
+    assert loaded.A.dtype == loaded.B.dtype == dtype
+    assert same_bits(loaded.A, a)
+    assert same_bits(loaded.B, b)
 
 
 @requirement("R1.7")
@@ -165,13 +165,13 @@ def test_a_card_of_two_dtypes_is_refused(impl, one, other, rank, apart):
 @given(card=plain_cards())
 def test_every_module_has_a_scaling_in_the_file_and_out_of_it(impl, card):
     data = impl.write_card(card)
-    batch, found = the_arrow_file(data), impl.read_card(data)
+    batch, loaded = the_arrow_file(data), impl.read_card(data)
     stored = dict(
         zip(batch.column("module").to_pylist(), batch.column("scaling").to_pylist(), strict=True)
     )
     for module, pair in card.weights.items():
         expected = card.alpha / card.rank if pair.scaling is None else pair.scaling
-        assert stored[module] == found.weights[module].scaling == expected
+        assert stored[module] == loaded.weights[module].scaling == expected
 
 
 @requirement("R1.8")
@@ -189,8 +189,8 @@ def test_modules_differ_in_rank_only_with_a_scaling_and_the_card_has_the_largest
     }
     card = PlainCard("docs", rank, alpha, (), weights, {}, {})
     if rank == max(ranked) and (scaling is not None or set(ranked) == {rank}):
-        found = impl.read_card(impl.write_card(card))
-        assert found.rank == max(pair.A.shape[1] for pair in found.weights.values())
+        loaded = impl.read_card(impl.write_card(card))
+        assert loaded.rank == max(pair.A.shape[1] for pair in loaded.weights.values())
     else:
         with pytest.raises(Exception, match=r"."):
             impl.write_card(card)
@@ -225,10 +225,10 @@ def test_unknown_keys_of_a_known_version_survive_a_round_trip(impl, card, minor,
     batch = the_arrow_file(impl.write_card(card))
     major = batch.schema.metadata[b"lora.format"].split(b".")[0].decode()
     data = written_again(batch, schema_metadata={**later, "lora.format": f"{major}.{minor}"})
-    found = impl.read_card(data)
-    assert found.extra == {**card.extra, **later}
-    assert impl.read_card(impl.write_card(found)).extra == found.extra
-    assert found[:4] == card[:4]
+    loaded = impl.read_card(data)
+    assert loaded.extra == {**card.extra, **later}
+    assert impl.read_card(impl.write_card(loaded)).extra == loaded.extra
+    assert loaded[:4] == card[:4]
 
 
 @requirement("R1.10")
@@ -368,13 +368,15 @@ def test_a_card_adapts_just_the_weights_it_was_made_for(base, data):
 @given(base=bases(), prefix=st.sampled_from(["encoder", "model", "1"]))
 def test_a_fingerprint_depends_on_the_weights_and_not_on_what_they_are_wrapped_in(base, prefix):
     model, card = base
-    found = lora.fingerprint(model, card)
+    loaded = lora.fingerprint(model, card)
     wrapped = nn.Module()
     wrapped.add_module(prefix, copy.deepcopy(model))
-    assert lora.fingerprint(wrapped, card) == found
-    assert lora.fingerprint(lora.adapt(model, card), card) == found
+    assert lora.fingerprint(wrapped, card) == loaded
+    assert lora.fingerprint(lora.adapt(model, card), card) == loaded
     wide = torch.float32 if model[0].weight.dtype == torch.float64 else torch.float64
-    assert lora.fingerprint(copy.deepcopy(model).to(wide), card) != found  # the dtype is part of it
+    assert (
+        lora.fingerprint(copy.deepcopy(model).to(wide), card) != loaded
+    )  # the dtype is part of it
 
 
 @requirement("R1.13")
@@ -389,10 +391,10 @@ def test_the_base_model_comes_back_with_the_card(card, base, fingerprint):
     )
     with tempfile.TemporaryDirectory() as folder:
         lora.save(card, path := Path(folder) / "card.lora.arrow")
-        assert (found := lora.load(path)) == card
+        assert (loaded := lora.load(path)) == card
         header = lora.inspect(path)
-    assert found.base_model == header.base_model == card.base_model
-    assert found.base_fingerprint == header.base_fingerprint == card.base_fingerprint
+    assert loaded.base_model == header.base_model == card.base_model
+    assert loaded.base_fingerprint == header.base_fingerprint == card.base_fingerprint
 
 
 @requirement("R1.14")
@@ -548,11 +550,11 @@ def test_no_array_that_a_card_was_made_of_can_change_it(card, data):
         return view
 
     weights = {m: lora.LowRank(given_as(a), given_as(b), s) for m, (a, b, s) in writable.items()}
-    made = lora.LoRACard(*card[:4], weights, card.metadata, extra=card.extra)
+    new_card = lora.LoRACard(*card[:4], weights, card.metadata, extra=card.extra)
     for a, b, _ in writable.values():
         a.view(UNSIGNED[a.itemsize])[...] ^= 1
         b.view(UNSIGNED[b.itemsize])[...] ^= 1
-    assert made == card_of(card)
+    assert new_card == card_of(card)
 
 
 @requirement("R1.15", "R1.7")
@@ -647,13 +649,13 @@ def test_a_read_only_factor_is_kept_if_it_lies_as_in_the_file_and_copied_otherwi
             owner.flags.writeable = False
             owner = owner.base
         array.flags.writeable = False
-        found = lora.LowRank(array, np.ones((shape[1], 1), dtype)).A
-        assert same_bits(found, plain)
-        assert (type(found), found.dtype.isnative) == (np.ndarray, True)
-        assert found.flags.c_contiguous
-        assert not found.flags.writeable
+        loaded = lora.LowRank(array, np.ones((shape[1], 1), dtype)).A
+        assert same_bits(loaded, plain)
+        assert (type(loaded), loaded.dtype.isnative) == (np.ndarray, True)
+        assert loaded.flags.c_contiguous
+        assert not loaded.flags.writeable
         lies_so = array.flags.c_contiguous and how not in {"marked", "swapped"}
-        assert (found is array) is lies_so
+        assert (loaded is array) is lies_so
     writable = plain.copy()
     assert lora.LowRank(writable, np.ones((shape[1], 1), dtype)).A is not writable
 
@@ -669,9 +671,9 @@ def test_a_factor_has_two_dimensions_and_neither_is_zero(shape, dtype, first):
     )
     pair = (factor, fitting) if first else (fitting, factor)
     if len(shape) == 2 and all(shape):
-        made = lora.LowRank(*pair)
-        assert (made.in_features, made.rank) == pair[0].shape
-        assert (made.rank, made.out_features) == pair[1].shape
+        new_card = lora.LowRank(*pair)
+        assert (new_card.in_features, new_card.rank) == pair[0].shape
+        assert (new_card.rank, new_card.out_features) == pair[1].shape
     else:
         with pytest.raises(
             CardError,
@@ -723,11 +725,11 @@ def test_metadata_may_be_nested_64_levels_deep_in_lists_or_objects_and_no_deeper
     value = 1
     for level in range(depth - 1):
         value = [value] if kinds[level % len(kinds)] else {"a": value}
-    made = {"a": value}  # the object itself is a level
+    new_card = {"a": value}  # the object itself is a level
     if depth <= 64:
-        card = lora.LoRACard("docs", 1, 1.0, (), {}, made)
-        assert dict(card.metadata) == made
+        card = lora.LoRACard("docs", 1, 1.0, (), {}, new_card)
+        assert dict(card.metadata) == new_card
         assert lora.table_to_card(lora.card_to_table(card)) == card
     else:
         with pytest.raises(CardError, match="64 levels"):
-            lora.LoRACard("docs", 1, 1.0, (), {}, made)
+            lora.LoRACard("docs", 1, 1.0, (), {}, new_card)

@@ -386,9 +386,9 @@ def embedding(texts):
 
 
 def router(embed=embedding):
-    made = lora.LoRARouter(embed)
-    made.register_virtual_candidate("here", "an example")
-    return made
+    a_router = lora.LoRARouter(embed)
+    a_router.register_virtual_candidate("here", "an example")
+    return a_router
 
 
 class Counting(nn.Module):
@@ -794,21 +794,21 @@ def test_a_damaged_file_is_refused_or_is_a_well_formed_card_and_has_another_dige
             return
         with pytest.raises(CardFileError, match=original):
             lora.load(path, verify=original)
-        found = refusal = None
+        loaded = refusal = None
         try:
-            found = lora.load(path)
+            loaded = lora.load(path)
         except CardFileError as error:
             refusal = str(error)
-        if found is None:
+        if loaded is None:
             assert str(path) in refusal
             with pytest.raises(CardFileError):
                 lora.inspect(path)
             return
-        assert found == lora.load(path)
-        assert repr(found)
-        lora.save(found, again)
-        assert lora.load(again) == found
-        assert lora.inspect(path).name == found.name
+        assert loaded == lora.load(path)
+        assert repr(loaded)
+        lora.save(loaded, again)
+        assert lora.load(again) == loaded
+        assert lora.inspect(path).name == loaded.name
 
 
 @requirement("R7.9")
@@ -861,30 +861,26 @@ def test_structure_that_arrow_takes_and_a_card_may_not_have_is_refused(card, dat
             1, "scaling", pa.array(scalings, pa.float64()).cast(pa.float32(), safe=False)
         ),
     }
-    made = wrong[data.draw(st.sampled_from(sorted(wrong)))]().replace_schema_metadata(
+    altered = wrong[data.draw(st.sampled_from(sorted(wrong)))]().replace_schema_metadata(
         batch.schema.metadata
     )
     with pytest.raises(CardFileError):
-        lora.table_to_card(made)
+        lora.table_to_card(altered)
     assert lora.table_to_card(batch) == card_of(card)
 
 
 @requirement("R7.9")
 @given(card=plain_cards(max_modules=4), cuts=st.lists(st.integers(0, 4), max_size=3))
 def test_a_table_in_chunks_or_slices_is_the_same_card(card, cuts):
-    made = card_of(card)
-    table = lora.card_to_table(made)
+    whole = card_of(card)
+    table = lora.card_to_table(whole)
     bounds = [0, *sorted(min(cut, table.num_rows) for cut in cuts), table.num_rows]
     parts = [table.slice(start, stop - start) for start, stop in pairwise(bounds)]
-    assert lora.table_to_card(pa.concat_tables(parts)) == made
+    assert lora.table_to_card(pa.concat_tables(parts)) == whole
     for part in parts:
-        found = (
-            lora.table_to_card(part) if part.num_rows == 0 or _largest(part) == made.rank else None
-        )
-        kept = part.column("module").to_pylist()
-        assert found is None or found == replace(
-            made, weights={name: made.weights[name] for name in kept}
-        )
+        if part.num_rows == 0 or _largest(part) == whole.rank:
+            weights = {name: whole.weights[name] for name in part.column("module").to_pylist()}
+            assert lora.table_to_card(part) == replace(whole, weights=weights)
 
 
 def _largest(table):
@@ -981,13 +977,17 @@ def test_item_names_nullability_the_order_of_rows_and_where_values_start_carry_n
         )
         for name in data.draw(st.sets(st.sampled_from("AB")))
     }
-    told = with_columns(batch, columns, nullable=nullable, declared=declared)
+    rewritten = with_columns(batch, columns, nullable=nullable, declared=declared)
     rows = data.draw(st.permutations(range(batch.num_rows)))
-    for same in (told, pa.Table.from_batches([told]), told.take(pa.array(rows, pa.int32()))):
-        found = lora.table_to_card(same)
-        assert found == card
+    for same in (
+        rewritten,
+        pa.Table.from_batches([rewritten]),
+        rewritten.take(pa.array(rows, pa.int32())),
+    ):
+        loaded = lora.table_to_card(same)
+        assert loaded == card
         assert all(
-            factor.flags.aligned for pair in found.weights.values() for factor in (pair.A, pair.B)
+            factor.flags.aligned for pair in loaded.weights.values() for factor in (pair.A, pair.B)
         )
     for name in "AB":  # what is aligned is seen where it is, and not copied
         values = batch.column(name).field("data").values.buffers()[1]
@@ -1021,9 +1021,9 @@ def test_an_extension_that_is_not_ours_and_names_that_are_not_ours_are_refused(c
         else field
         for field in batch.schema
     ]
-    made = pa.record_batch(batch.columns, schema=pa.schema(fields, batch.schema.metadata))
+    altered = pa.record_batch(batch.columns, schema=pa.schema(fields, batch.schema.metadata))
     with pytest.raises(CardFileError, match=f"column '{which}'"):
-        lora.table_to_card(made)
+        lora.table_to_card(altered)
 
 
 @requirement("R7.9")
@@ -1036,19 +1036,19 @@ def test_a_null_is_refused_at_any_depth_and_its_column_named(card, data):
         data.draw(st.integers(0, batch.num_rows - 1)),
     )
     column = batch.column(name)
-    told = column.to_pylist()
+    rewritten = column.to_pylist()
     depth = data.draw(st.integers(0, 2)) if name in "AB" else 0
     if depth == 0:
-        told[row] = None
+        rewritten[row] = None
     else:
         part = data.draw(st.sampled_from(["data", "shape"]))
         if depth == 1:
-            told[row][part] = None
+            rewritten[row][part] = None
         else:
-            told[row][part][data.draw(st.integers(0, len(told[row][part]) - 1))] = None
-    made = with_columns(batch, {name: pa.array(told, column.type)}, nullable=True)
+            rewritten[row][part][data.draw(st.integers(0, len(rewritten[row][part]) - 1))] = None
+    altered = with_columns(batch, {name: pa.array(rewritten, column.type)}, nullable=True)
     with pytest.raises(CardFileError, match=f"column '{name}': expected no nulls"):
-        lora.table_to_card(made)
+        lora.table_to_card(altered)
 
 
 @requirement("R7.9")
@@ -1076,14 +1076,14 @@ def test_shapes_are_positive_and_as_long_as_their_data_also_where_32_bits_would_
     else:
         shapes[which][row][free] += {"more": 1, "less": -1, "overflow": 2**32 // rank}[kind]
     for name in "AB":
-        made = with_columns(batch, {name: rebuilt(batch.column(name), shapes=[true[name]] * 2)})
-        assert lora.table_to_card(made).weights == pairs
-    made = with_columns(
+        altered = with_columns(batch, {name: rebuilt(batch.column(name), shapes=[true[name]] * 2)})
+        assert lora.table_to_card(altered).weights == pairs
+    altered = with_columns(
         batch, {name: rebuilt(batch.column(name), shapes=shapes[name]) for name in "AB"}
     )
     named = "A" if kind == "negative" else which
     with pytest.raises(CardFileError, match=f"column '{named}': expected positive shapes"):
-        lora.table_to_card(made)
+        lora.table_to_card(altered)
 
 
 @requirement("R7.9")
@@ -1100,14 +1100,14 @@ def test_two_factors_may_touch_in_memory_and_not_share_a_byte(data, rank, sizes)
     )
     parts = {"A": whole.slice(0, a.nbytes), "B": whole.slice(a.nbytes - shared, b.nbytes)}
     batch = batch_of(card)
-    made = with_columns(
+    altered = with_columns(
         batch, {name: rebuilt(batch.column(name), raw=part) for name, part in parts.items()}
     )
     if shared == 0:
-        assert lora.table_to_card(made) == card
+        assert lora.table_to_card(altered) == card
     else:
         with pytest.raises(CardFileError, match="buffers"):
-            lora.table_to_card(made)
+            lora.table_to_card(altered)
 
 
 @requirement("R7.9", "R1.12")
@@ -1117,20 +1117,21 @@ def test_a_module_without_a_printable_name_or_a_finite_scaling_is_named_before_a
 ):
     assume(card.weights)
     batch, row = batch_of(card_of(card)), data.draw(st.integers(0, len(card.weights) - 1))
-    told = {name: batch.column(name).to_pylist() for name in ("module", "scaling")}
+    rewritten = {name: batch.column(name).to_pylist() for name in ("module", "scaling")}
     if data.draw(st.booleans()):
-        told["module"][row] = data.draw(
+        rewritten["module"][row] = data.draw(
             st.text(st.characters(categories=("Cc", "Cf", "Zl")), min_size=1, max_size=9)
         )
     else:
-        told["scaling"][row] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
-    made = with_columns(
-        batch, {name: pa.array(values, batch.column(name).type) for name, values in told.items()}
+        rewritten["scaling"][row] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    altered = with_columns(
+        batch,
+        {name: pa.array(values, batch.column(name).type) for name, values in rewritten.items()},
     )
     for read in (lora.table_to_card, lambda table: read_header(one_batch(table))):
         with pytest.raises(CardFileError) as caught:
-            read(made)
-        assert f"module {told['module'][row]!r}" in caught.value.where
+            read(altered)
+        assert f"module {rewritten['module'][row]!r}" in caught.value.where
 
 
 @requirement("R7.9")
@@ -1159,22 +1160,22 @@ def test_a_table_holds_its_rows_and_its_offsets_lead_into_its_values(data, rows,
     wild = pa.Array.from_buffers(
         lists.type, modules, [None, pa.py_buffer(offsets)], children=[lists.values]
     )
-    made = pa.Array.from_buffers(
+    altered = pa.Array.from_buffers(
         column.type, modules, [None], children=[wild, column.field("shape")]
     )
     with pytest.raises(CardFileError, match=r"^card table: expected a valid Arrow batch"):
-        lora.table_to_card(with_columns(batch, {which: made}))
+        lora.table_to_card(with_columns(batch, {which: altered}))
 
 
 def with_metadata(card, changes):
     """The card's table with other schema metadata; without what is None."""
     table = lora.card_to_table(card)
-    found = {
+    loaded = {
         **table.schema.metadata,
         **{key.encode(): value and value.encode() for key, value in changes.items()},
     }
     return table.replace_schema_metadata(
-        {key: value for key, value in found.items() if value is not None}
+        {key: value for key, value in loaded.items() if value is not None}
     )
 
 
@@ -1192,13 +1193,13 @@ version_texts = st.one_of(
 def test_a_version_is_two_decimal_numbers_of_at_most_five_digits(card, text):
     major, dot, minor = text.partition(".")
     plain = all(part.isascii() and part.isdigit() and len(part) <= 5 for part in (major, minor))
-    made = with_metadata(card_of(card), {"lora.format": text})
+    altered = with_metadata(card_of(card), {"lora.format": text})
     if dot and plain and int(major) == 1:
-        assert lora.table_to_card(made) == card_of(card)
-        assert read_header(one_batch(made)).format_version == (int(major), int(minor))
+        assert lora.table_to_card(altered) == card_of(card)
+        assert read_header(one_batch(altered)).format_version == (int(major), int(minor))
     else:
         with pytest.raises(CardFileError, match=r"lora\.format"):
-            lora.table_to_card(made)
+            lora.table_to_card(altered)
 
 
 SPOILT = " {}|{} |+{}|{}_0|{}\u0661|0x{}|{}x|{}.|.{}|{}.5.5|{}e99999||-|{}" + "0" * 41
@@ -1215,9 +1216,9 @@ SPOILT = " {}|{} |+{}|{}_0|{}\u0661|0x{}|{}x|{}.|.{}|{}.5.5|{}e99999||-|{}" + "0
 )
 def test_numbers_in_a_file_are_decimal_as_in_json(card, rank, alpha, key, spoilt):
     card, good = card_of(card), {"lora.rank": str(rank), "lora.alpha": repr(alpha)}
-    found = lora.table_to_card(with_metadata(card, good))
-    assert (found.rank, found.alpha) == (rank, alpha)
-    assert (type(found.rank), type(found.alpha)) == (int, float)
+    loaded = lora.table_to_card(with_metadata(card, good))
+    assert (loaded.rank, loaded.alpha) == (rank, alpha)
+    assert (type(loaded.rank), type(loaded.alpha)) == (int, float)
     with pytest.raises(CardFileError, match=rf"lora\.{key}: expected a number"):
         lora.table_to_card(with_metadata(card, {**good, f"lora.{key}": spoilt.format(rank)}))
     with pytest.raises(CardFileError, match=r"lora\.rank: expected a number"):
@@ -1240,17 +1241,17 @@ def test_each_of_the_seven_fields_must_be_there_and_is_named_if_it_is_not(card, 
 @requirement("R1.3", "R7.9")
 @given(
     card=plain_cards(max_modules=1),
-    told=metadata,
+    rewritten=metadata,
     key=names,
     value=json_values,
     depth=st.integers(0, 3),
 )
 def test_json_in_a_file_is_of_its_kind_without_constants_of_its_own_or_a_key_twice(
-    card, told, key, value, depth
+    card, rewritten, key, value, depth
 ):
     card, item = card_of(card), f"{json.dumps(key)}:{json.dumps(value)}"
     nested = "[" * depth + "{%s}" + "]" * depth
-    good = {"lora.metadata": json.dumps({**told, "nested": json.loads(nested % item)})}
+    good = {"lora.metadata": json.dumps({**rewritten, "nested": json.loads(nested % item)})}
     assert dict(lora.table_to_card(with_metadata(card, good)).metadata) == json.loads(
         good["lora.metadata"]
     )
@@ -1281,9 +1282,9 @@ def test_json_in_a_file_is_of_its_kind_without_constants_of_its_own_or_a_key_twi
 )
 def test_offsets_are_the_sums_of_sizes_as_far_as_32_bits_go(sizes, where):
     if sum(sizes) < 2**31:
-        found = offsets_of(sizes, where)
-        assert found.dtype == np.int32
-        assert found.tolist() == [sum(sizes[:count]) for count in range(len(sizes) + 1)]
+        loaded = offsets_of(sizes, where)
+        assert loaded.dtype == np.int32
+        assert loaded.tolist() == [sum(sizes[:count]) for count in range(len(sizes) + 1)]
     else:
         with pytest.raises(CardError) as caught:
             offsets_of(sizes, where)
@@ -1329,8 +1330,8 @@ def test_an_integer_is_taken_from_the_least_on_and_no_bool_nor_text_nor_float_is
     wrong += [] if least is None else [least - gap]
     for good in (value, np.int64(gap), *([] if least is None else [least])):
         if least is None or good >= least:
-            found = integer(good, where, least)
-            assert (type(found), found) == (int, good)
+            loaded = integer(good, where, least)
+            assert (type(loaded), loaded) == (int, good)
         else:
             wrong.append(good)
     for bad in wrong:

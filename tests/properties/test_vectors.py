@@ -42,17 +42,24 @@ def test_the_vectors_are_frozen_and_the_manifest_names_them_all():
 @requirement("R24.4", "R1.9")
 @pytest.mark.parametrize("vector", those(valid=True))
 def test_a_valid_vector_holds_what_its_expectation_says(impl, vector):
-    card, told = (
+    card, expectations = (
         impl.read_card((FOLDER / vector["path"]).read_bytes()),
         json.loads(expectation(vector)),
     )
-    assert (card.name, card.rank, card.alpha) == (told["name"], told["rank"], told["alpha"])
-    assert list(card.target_modules) == told["target_modules"]
-    assert (dict(card.metadata), dict(card.extra)) == (told["metadata"], told["extra"])
-    assert sorted(card.weights) == sorted(told["modules"])
-    dtype = ml_dtypes.bfloat16 if told["dtype"] == "bfloat16" else told["dtype"]
+    assert (card.name, card.rank, card.alpha) == (
+        expectations["name"],
+        expectations["rank"],
+        expectations["alpha"],
+    )
+    assert list(card.target_modules) == expectations["target_modules"]
+    assert (dict(card.metadata), dict(card.extra)) == (
+        expectations["metadata"],
+        expectations["extra"],
+    )
+    assert sorted(card.weights) == sorted(expectations["modules"])
+    dtype = ml_dtypes.bfloat16 if expectations["dtype"] == "bfloat16" else expectations["dtype"]
     for module, pair in card.weights.items():
-        expected = told["modules"][module]
+        expected = expectations["modules"][module]
         assert pair.scaling == expected["scaling"]
         for factor, (shape, elements) in ((pair.A, expected["A"]), (pair.B, expected["B"])):
             assert factor.dtype == np.dtype(dtype)

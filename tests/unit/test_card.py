@@ -28,27 +28,32 @@ def card(**fields):
 
 @requirement("R1.1", "R1.2", "R1.3")
 def test_a_card_holds_its_fields_and_a_pair_per_module():
-    made = card(
+    new_card = card(
         metadata={"version": "1.2.3", "author": "someone"}, base_model="tiny", extra={"later": "x"}
     )
-    assert (made.name, made.rank, made.alpha, made.target_modules) == ("docs", 2, 4.0, ("query",))
-    assert dict(made.metadata) == {"version": "1.2.3", "author": "someone"}
-    assert list(made.weights) == ["query"]
-    assert made.weights["query"].A is ONES.A
-    assert made.weights["query"].B is ONES.B
-    assert (made.base_model, made.base_fingerprint, dict(made.extra)) == (
+    assert (new_card.name, new_card.rank, new_card.alpha, new_card.target_modules) == (
+        "docs",
+        2,
+        4.0,
+        ("query",),
+    )
+    assert dict(new_card.metadata) == {"version": "1.2.3", "author": "someone"}
+    assert list(new_card.weights) == ["query"]
+    assert new_card.weights["query"].A is ONES.A
+    assert new_card.weights["query"].B is ONES.B
+    assert (new_card.base_model, new_card.base_fingerprint, dict(new_card.extra)) == (
         "tiny",
         None,
         {"later": "x"},
     )
-    assert (made.num_params, made.nbytes, made.dtype) == (14, 56, np.float32)
+    assert (new_card.num_params, new_card.nbytes, new_card.dtype) == (14, 56, np.float32)
 
 
 @requirement("R1.8")
 def test_the_scaling_is_resolved_once_and_stays():
-    made = card(alpha=5)
-    assert made.weights["query"].scaling == 2.5
-    assert replace(made, alpha=50.0).weights["query"].scaling == 2.5
+    new_card = card(alpha=5)
+    assert new_card.weights["query"].scaling == 2.5
+    assert replace(new_card, alpha=50.0).weights["query"].scaling == 2.5
     explicit = card(weights={"query": replace(ONES, scaling=0.25)})
     assert explicit.weights["query"].scaling == 0.25
 
@@ -69,23 +74,23 @@ def test_modules_differ_in_rank_with_explicit_scalings_only():
 @requirement("R1.15")
 def test_nothing_about_a_card_can_be_set_or_changed_through_what_it_gives():
     given = {"tags": ["python"]}
-    made = card(metadata=given)
+    new_card = card(metadata=given)
     given["tags"].append("java")
-    made.metadata["tags"].append("rust")
-    assert made.metadata["tags"] == ["python"]
+    new_card.metadata["tags"].append("rust")
+    assert new_card.metadata["tags"] == ["python"]
     for thing, name in (
-        (made, "name"),
-        (made.weights["query"], "scaling"),
-        (lora.AdapterSet(made), "x"),
+        (new_card, "name"),
+        (new_card.weights["query"], "scaling"),
+        (lora.AdapterSet(new_card), "x"),
     ):
         with pytest.raises((FrozenInstanceError, AttributeError)):
             setattr(thing, name, 1)
     with pytest.raises(AttributeError):
-        made.metadata.text = "{}"
+        new_card.metadata.text = "{}"
     with pytest.raises(TypeError):
-        made.weights["query"] = ONES
+        new_card.weights["query"] = ONES
     with pytest.raises(ValueError, match="read-only"):
-        made.weights["query"].A[0, 0] = 5
+        new_card.weights["query"].A[0, 0] = 5
 
 
 @requirement("R1.10")

@@ -42,12 +42,12 @@ KINDS = {
 
 @requirement("R7.8")
 def test_every_kind_is_listed_here():
-    found = {
+    kinds = {
         name
         for name, kind in vars(errors).items()
         if isinstance(kind, type) and issubclass(kind, LoRAError)
     }
-    assert found == {*KINDS, "LoRAError"}
+    assert kinds == {*KINDS, "LoRAError"}
 
 
 @requirement("R7.8")

@@ -56,13 +56,13 @@ def child(script, *arguments):
 
 def spans(path):
     """Where a file is mapped in this process: address ranges with their permissions."""
-    found = []
+    result = []
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5] == str(path):
             start, stop = (int(part, 16) for part in fields[0].split("-"))
-            found.append((start, stop, fields[1]))
-    return found
+            result.append((start, stop, fields[1]))
+    return result
 
 
 @requirement("R1.5", "R1.6", "R6.4")
@@ -88,14 +88,14 @@ def test_every_factor_lies_in_a_private_map_of_the_file(path):
 
 def resident(path):
     """Bytes of a file's maps that this process has in memory."""
-    found, ours = 0, False
+    result, ours = 0, False
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         name, _, rest = line.partition(":")
         if " " in name:  # the head of a map
             ours = line.endswith(str(path))
         elif ours and name == "Rss":
-            found += int(rest.split()[0]) * 1024
-    return found
+            result += int(rest.split()[0]) * 1024
+    return result
 
 
 @requirement("R1.5", "R6.4", "R6.7")
@@ -157,13 +157,13 @@ print(json.dumps({"loaded": loaded, "read": read, "nbytes": card.nbytes}))
     path, _ = large
     small = path.with_name("small.lora.arrow")
     lora.save(a_card(), small)
-    found = child(script, small, path)
-    weights = found["nbytes"] // 1024
+    result = child(script, small, path)
+    weights = result["nbytes"] // 1024
     assert weights >= 40_000
-    assert found["loaded"]["RssAnon"] < 2_000
-    assert found["loaded"]["RssFile"] < 4_000  # nothing of the weights is even read
-    assert found["read"]["RssFile"] > weights * 0.9
-    assert found["read"]["RssAnon"] < 2_000
+    assert result["loaded"]["RssAnon"] < 2_000
+    assert result["loaded"]["RssFile"] < 4_000  # nothing of the weights is even read
+    assert result["read"]["RssFile"] > weights * 0.9
+    assert result["read"]["RssAnon"] < 2_000
 
 
 @requirement("R1.6")
@@ -275,7 +275,7 @@ lora.save(new, sys.argv[1])
     )
     assert done.returncode == -signal.SIGKILL
     assert lora.load(path, verify=digest).name == "old"
-    assert sorted(found.name for found in path.parent.glob("*.lora.arrow")) == [
+    assert sorted(result.name for result in path.parent.glob("*.lora.arrow")) == [
         "card.lora.arrow",
         "other.lora.arrow",
     ]
@@ -420,7 +420,7 @@ print(json.dumps(said))
         assert child(script, path) == [True] * (1 if readable else 3)
     finally:
         tmp_path.chmod(0o755)
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert [result.name for result in tmp_path.iterdir()] == [path.name]
 
 
 @requirement("R1.3", "R1.10")
