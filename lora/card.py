@@ -195,8 +195,8 @@ class LoRACard:
         target_modules: Each matches the modules whose dotted name equals it or ends with
             ``"." + target``; ``"all-linear"`` matches every Linear except output heads.
         weights: Pairs of one dtype, by module name or a dotted suffix of it.
-        metadata: Any JSON object: version, author, description.
-        base_model: The name of the model that the card was made for.
+        metadata: Any JSON object, such as version and author.
+        base_model: The name of the model that it is for.
         base_fingerprint: The SHA-256 of that model's targeted weights, in hex.
         extra: Unknown schema metadata of a file; a round trip keeps them.
 
@@ -281,7 +281,7 @@ Adapters: TypeAlias = (
 
 @dataclass(frozen=True, init=False, repr=False)
 class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
-    """An immutable set of weighted cards: a mapping of name to ``(card, weight)``, sorted by name.
+    """An immutable set of weighted cards: a mapping of name to ``(card, weight)``.
 
     ``a | b`` joins two sets, ``a + b`` adds weights, ``a * s`` scales them.
 
