@@ -99,7 +99,7 @@ class StateError(LoRAError, RuntimeError):
 
 
 class RegistryFull(StateError):  # noqa: N818 - named in the specification
-    """All cards that a registry has mapped are in use."""
+    """All cards that a registry maps are in use."""
 
 
 class DataError(LoRAError, ValueError):
@@ -111,7 +111,7 @@ class MissingPackageError(LoRAError, ImportError):
 
 
 class PeerError(LoRAError, ConnectionError):
-    """A peer is unreachable, too slow, or breaks the protocol."""
+    """A peer is unreachable, slow or wrong."""
 
 
 class RefusedError(LoRAError, ValueError):
