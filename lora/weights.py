@@ -1,34 +1,36 @@
-"""The weights in safetensors files as a lazy mapping: of one file, of shards, or of a model's
-folder.
+"""Weights in safetensors files, as a lazy mapping over one file, over shards or over a model's folder.
+
+`open_safetensors` is the one place in the library where such a file is opened.
 
 Requirements: R16.
 """
 
-import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from lora.card import DTYPES, Array
-from lora.errors import ArgumentError, CardNotFoundError, UnsupportedModelError
-from lora.store import PathLike, as_path
+from lora.checks import parse_json
+from lora.errors import CardNotFoundError, LoRAError, UnsupportedModelError, shown
+from lora.store import PathLike, as_path, os_errors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
 class SafetensorsWeights(Mapping[str, Array]):
-    """Name -> array over one or several safetensors files; nothing that was read is kept.
+    """The tensors of one or several safetensors files by name; each access reads the file again.
 
     Args:
-        path: A ``*.safetensors`` file, an index of shards, or a folder with ``model.safetensors``
-            or such an index.
+        path: A ``*.safetensors`` file, an index of shards, or a folder that holds
+            ``model.safetensors`` or such an index.
 
     Raises:
-        CardNotFoundError: If there is no such file.
-        UnsupportedModelError: If a file is not well formed; on reading, if a tensor is of a dtype
-            that NumPy lacks.
+        CardNotFoundError: A file is missing.
+        UnsupportedModelError: A file is malformed; or, on access, NumPy lacks the tensor's dtype.
 
     Examples:
         >>> import tempfile, numpy as np
@@ -40,28 +42,22 @@ class SafetensorsWeights(Mapping[str, Array]):
     """
 
     def __init__(self, path: PathLike) -> None:
-        self.path = as_path(path)
-        file = self.path
+        file = self.path = as_path(path)
         if file.is_dir():
             file = file / (INDEX if (file / INDEX).is_file() else SINGLE)
-        if not file.is_file():
-            raise CardNotFoundError(
-                str(path), f"a safetensors file, or a folder with {SINGLE} or {INDEX}", "none"
-            )
-        self._files = (
-            _index(file) if file.name.endswith(".json") else dict.fromkeys(_names(file), file)
-        )
+        if file.name.endswith(".json"):
+            self._files = _read_index(file)
+        else:
+            self._files = dict.fromkeys(_names(file), file)
 
     def __getitem__(self, name: str) -> Array:
-        file = self._files[name]
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                array: Array = opened.get_tensor(name)
-        except (SafetensorError, OSError, TypeError, AttributeError) as error:
-            expected = f"a tensor of {', '.join(DTYPES)}"
-            raise UnsupportedModelError(
-                f"{file}: {name!r}", expected, error, "dequantise the model first"
-            ) from error
+        path = self._files[name]
+        with open_safetensors(path) as file:
+            try:
+                array: Array = file.get_tensor(name)
+            except (SafetensorError, TypeError, AttributeError) as error:
+                expected, hint = f"a tensor of {', '.join(DTYPES)}", "dequantise the model first"
+                raise UnsupportedModelError(f"{path}: {name!r}", expected, error, hint) from error
         return array
 
     def __iter__(self) -> Iterator[str]:
@@ -71,36 +67,43 @@ class SafetensorsWeights(Mapping[str, Array]):
         return len(self._files)
 
 
-def _names(file: Path) -> list[str]:
+@contextmanager
+def open_safetensors(
+    path: Path, error: type[LoRAError] = UnsupportedModelError, framework: str = "np"
+) -> Iterator[Any]:
+    """Open a safetensors file, or raise `error` if it is malformed.
+
+    Raises:
+        CardNotFoundError: There is no regular file at the path (reading a pipe would block).
+        StoreError: The operating system refuses to read it.
+    """
+    if not path.is_file():
+        raise CardNotFoundError(str(path), "a safetensors file", "none")
     try:
-        with safe_open(file, framework="numpy") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise UnsupportedModelError(str(file), "a safetensors file", error) from error
+        with os_errors(path), safe_open(path, framework=framework) as file:
+            yield file
+    except SafetensorError as problem:
+        raise error(str(path), "a safetensors file", problem) from problem
 
 
-def _index(file: Path) -> dict[str, Path]:
-    """The shard of each tensor; shards lie beside their index."""
-    try:
-        shards = {
-            str(name): str(shard)
-            for name, shard in json.loads(file.read_text("utf-8"))["weight_map"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(str(file), "an index with a weight_map", error) from error
-    held: dict[str, Path] = {}
-    for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard:
-            raise ArgumentError(
-                f"{file}: shard", "the name of a file beside the index", repr(shard)
-            )
-        if not (path := file.parent / shard).is_file():
-            raise CardNotFoundError(str(path), "a shard that the index names", "none")
-        inside = set(_names(path))
-        mine = [name for name, where in shards.items() if where == shard]
-        if missing := [name for name in mine if name not in inside]:
-            raise UnsupportedModelError(
-                str(path), "the tensors that the index names", f"none of {missing[:5]}"
-            )
-        held |= dict.fromkeys(mine, path)
-    return held
+def _names(path: Path) -> list[str]:
+    with open_safetensors(path) as file:
+        return list(file.keys())
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """Return the file of each tensor that an index of shards names; shards lie beside the index."""
+    with os_errors(path):
+        index = parse_json(path.read_bytes(), str(path), dict, UnsupportedModelError)
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or any(
+        not isinstance(shard, str) or Path(shard).name != shard for shard in shards.values()
+    ):
+        expected = "an index whose weight_map names files beside it"
+        raise UnsupportedModelError(str(path), expected, shown(shards))
+    files = {name: path.parent / shard for name, shard in shards.items()}
+    names = {file: set(_names(file)) for file in set(files.values())}
+    if missing := [name for name, file in files.items() if name not in names[file]]:
+        expected = "tensors that are in their shards"
+        raise UnsupportedModelError(str(path), expected, f"none of {missing[:5]}")
+    return files

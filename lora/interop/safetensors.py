@@ -1,34 +1,28 @@
-"""The form that Rust code reads and writes: ``lora_a`` and ``lora_b`` of every module in one
-safetensors file.
+"""The form that Rust code reads and writes: ``lora_a`` and ``lora_b`` of each module in one file.
 
-A tensor is called ``<module>.lora_a`` (or ``.lora_a.weight``), its partner ``lora_b``; a file for
-one bare layer has just the two. Two layouts are in use, and nothing in the tensors says which:
-``"linear"`` holds the weights of two Linears, ``lora_a (r, in)`` and ``lora_b (out, r)``, as candle
-and PEFT have them; ``"matrix"`` holds ``(in, r)`` and ``(r, out)``.
+A tensor is called ``<module>.lora_a`` (or ``.lora_a.weight``) and its partner ``lora_b``; the file of
+a single bare layer has just the two. Two layouts are in use, and the tensors do not say which:
+``"linear"`` holds the weights of two Linears, ``lora_a (r, in)`` and ``lora_b (out, r)``, like candle
+and PEFT; ``"matrix"`` holds ``(in, r)`` and ``(r, out)``.
 
 Requirements: R7, R23.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
 from lora.card import Array, FrozenJSON, LoRACard, LowRank, check_card
-from lora.checks import finite
-from lora.errors import (
-    ArgumentError,
-    CardError,
-    CardFileError,
-    CardNotFoundError,
-    StoreError,
-    shown,
-)
+from lora.checks import finite, parse_json
+from lora.errors import ArgumentError, CardError, CardFileError, shown
 from lora.store import PathLike, as_path, digest, replacing
+from lora.weights import open_safetensors
 
 LAYOUTS = ("linear", "matrix")
 """``lora_a (r, in)``, ``lora_b (out, r)``; and ``lora_a (in, r)``, ``lora_b (r, out)``."""
@@ -42,17 +36,17 @@ _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[ab])(?:\.weight)?")
 def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") -> str:
     """Write a card as a safetensors file, atomically, and return the file's SHA-256.
 
-    Everything that a card holds beside its factors goes into the header's metadata, as text under
-    ``lora.…`` keys. One card always gives the same bytes.
+    What a card holds beside its factors goes into the header's metadata, under ``lora.…`` keys. The
+    same card always gives the same bytes.
 
     Args:
         card: Any card.
-        path: Where to; ``*.safetensors`` by convention. The folder must exist.
+        path: By convention ``*.safetensors``, in a folder that exists.
         layout: One of `LAYOUTS`.
 
     Raises:
-        CardNotFoundError, StoreError: If the folder does not exist, or the operating system
-            refuses.
+        CardNotFoundError: The folder does not exist.
+        StoreError: The operating system refuses.
 
     Examples:
         >>> import tempfile
@@ -64,26 +58,26 @@ def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") 
         True
     """
     check_card(card)
-    _layout(layout, ArgumentError)
+    if layout not in LAYOUTS:
+        raise ArgumentError("layout", f"one of {LAYOUTS}", shown(layout))
     tensors = {}
     for module, pair in card.weights.items():
         prefix = f"{module}." if module else ""
         for factor, array in (("a", pair.A), ("b", pair.B)):
             tensors[f"{prefix}lora_{factor}"] = array.T if layout == "linear" else array
-    fields = {
-        **common_fields(card),
+    scalings = {module: pair.scaling for module, pair in card.weights.items()}
+    header = {
+        **header_of(card),
         "lora.rank": str(card.rank),
         "lora.alpha": repr(card.alpha),
         "lora.targets": json.dumps(card.target_modules, ensure_ascii=False),
-        "lora.scalings": json.dumps(
-            {module: pair.scaling for module, pair in card.weights.items()}
-        ),
+        "lora.scalings": json.dumps(scalings),
         "lora.layout": layout,
     }
     if card.base_model is not None:
-        fields["lora.base_model"] = card.base_model
+        header["lora.base_model"] = card.base_model
     with replacing(path) as file:
-        write_tensors(file, tensors, fields)
+        write_tensors(file, tensors, header)
         file.flush()
         return digest(file.name)
 
@@ -100,111 +94,89 @@ def load_safetensors(
 
     Args:
         path: A safetensors file.
-        name: Of the card; the header's if not given, the file's stem if it has none.
-        alpha: Needed where the header has neither ``lora.alpha`` nor ``alpha``. Factors are
-            multiplied with ``alpha / rank``.
-        target_modules: Instead of the header's; the modules in the file if there is neither.
-        layout: One of `LAYOUTS`. Where neither it nor the header says, it is the one that fits
-            every module: A and B agree in rank, the largest rank is the header's ``rank``, and, if
-            both still fit, no rank exceeds a module's dimensions.
+        name: The card's name. Default: the header's, else the file's stem.
+        alpha: Needed if the header has neither ``lora.alpha`` nor ``alpha``. Factors are multiplied
+            by ``alpha / rank``.
+        target_modules: Default: the header's, else the modules in the file.
+        layout: One of `LAYOUTS`. Default: the header's, else the one that fits every module: A and B
+            agree in rank, the largest rank is the header's ``rank``, and, if both layouts still fit,
+            no rank exceeds a module's dimensions.
 
     Raises:
-        CardNotFoundError: If there is no such file.
-        CardFileError: If it is not such a file, contradicts its header or the arguments, or fits
-            both layouts.
+        CardNotFoundError: There is no such file.
+        CardFileError: The file is malformed, contradicts its header or the arguments, or fits both
+            layouts.
     """
     path = as_path(path)
     if alpha is not None:
         finite(alpha, "alpha", ArgumentError)
-    if layout is not None:
-        _layout(layout, ArgumentError)
+    if layout not in (None, *LAYOUTS):
+        raise ArgumentError("layout", f"one of {LAYOUTS}", shown(layout))
     pairs, header = read_pairs(path, _KEY)
     with naming(path):
-        number = _agreed("alpha", alpha, _text(header, "alpha"), _number)
-        if number is None:
+        plain = {f"lora.{key}": header[key] for key in ("alpha", "rank") if key in header}
+        header = {**plain, **header}
+        alpha = _stated(header, "alpha", float, alpha)
+        if alpha is None:
             raise CardFileError("alpha", "a number in the header", "none", "pass alpha=")
-        text = _text(header, "rank")
-        rank = int(text) if text is not None and re.fullmatch("[0-9]{1,10}", text) else None
-        if text is not None and rank is None:
-            raise CardFileError("header: rank", "an integer", shown(text))
-        given = _agreed("layout", layout, header.get("lora.layout"), _layout)
-        turned = _oriented(pairs, given, rank)
-        scalings = json_field(header, "lora.scalings", dict)
-        weights = {
-            module: pair_of(module, a, b, scalings.get(module)) for module, (a, b) in turned.items()
-        }
-        targets = (
-            json_field(header, "lora.targets", list) if "lora.targets" in header else tuple(weights)
-        )
+        rank = _stated(header, "rank", int)
+        pairs = _oriented(pairs, _stated(header, "layout", str, layout), rank)
+        scalings = _json(header, "lora.scalings", dict)
+        weights = {m: pair_of(m, a, b, scalings.get(m)) for m, (a, b) in pairs.items()}
+        if target_modules is None:
+            known = "lora.targets" in header
+            target_modules = _json(header, "lora.targets", list) if known else list(weights)
         return LoRACard(
             name=name or header.get("lora.name") or path.stem,
             rank=max((pair.rank for pair in weights.values()), default=1) if rank is None else rank,
-            alpha=number,
-            target_modules=targets if target_modules is None else target_modules,  # type: ignore[arg-type] # as a card's
+            alpha=alpha,
+            target_modules=target_modules,  # type: ignore[arg-type] # the card takes any iterable
             weights=weights,
-            metadata=json_field(header, "lora.metadata", dict),
             base_model=header.get("lora.base_model"),
-            base_fingerprint=header.get("lora.base_fingerprint"),
-            extra=json_field(header, "lora.extra", dict),
+            **fields_of(header),
         )
 
 
 def read_pairs(
-    path: PathLike, key: re.Pattern[str], advice: Callable[[str], str] = lambda _: ""
+    path: Path, key: re.Pattern[str], advice: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[Pairs, Mapping[str, str]]:
-    """The tensors of a file, paired by module, as they are stored, and the header's metadata.
+    """Read the factors in a file, paired by module, and the header's metadata.
 
-    Names, dtypes and shapes are checked before an element is read; safetensors itself checks them
-    against the file's size.
+    Names, dtypes and shapes are checked before any element is read.
 
     Args:
         path: A safetensors file.
-        key: Matches a whole tensor name, with the groups ``module``, ``factor`` and, if there is
-            one, ``adapter``.
-        advice: What to do about a name that does not match.
-
-    Raises:
-        CardNotFoundError, StoreError, CardFileError: Naming the file and the tensor.
+        key: Matches a whole tensor name, with the groups ``module`` and ``factor``.
+        advice: What to do about a name that does not match, by a part of the name.
     """
-    path, names = as_path(path), dict[str, dict[str, str]]()
-    with _opened(path) as file, naming(path):
-        adapters = set()
+    names: dict[str, dict[str, str]] = {}
+    with open_safetensors(path, CardFileError) as file, naming(path):
         for name in sorted(file.keys()):
+            where = f"tensor {shown(name)}"
             if (match := key.fullmatch(name)) is None:
-                raise CardFileError(
-                    f"tensor {shown(name)}",
-                    "a factor A or B of a Linear",
-                    "something else",
-                    advice(name),
-                )
+                hint = next((text for part, text in advice.items() if part in name), "")
+                raise CardFileError(where, "a factor A or B of a Linear", "something else", hint)
             module, factor = match["module"] or "", match["factor"].upper()
-            adapters.add(match.groupdict().get("adapter"))
             if names.setdefault(module, {}).setdefault(factor, name) != name:
                 raise CardFileError(f"module {shown(module)}", f"one factor {factor}", "two")
-            code, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
-            if code not in _CODES.values() or len(shape) != 2:
+            tensor = file.get_slice(name)
+            dtype, shape = tensor.get_dtype(), tensor.get_shape()
+            if dtype not in _CODES.values() or len(shape) != 2:
                 expected = f"two dimensions and a dtype of {', '.join(_CODES)}"
-                raise CardFileError(f"tensor {shown(name)}", expected, f"shape {shape} of {code}")
-        if len(adapters) > 1:
-            raise CardFileError(
-                "tensors",
-                "one adapter",
-                sorted(map(str, adapters)),
-                "save each in a folder of its own",
-            )
-        for module, held in names.items():
-            if missing := {"A", "B"} - held.keys():
-                raise CardFileError(
-                    f"module {shown(module)}", "both factors", f"no factor {missing.pop()}"
-                )
+                raise CardFileError(where, expected, f"shape {shape} of {dtype}")
+        for module, factors in names.items():
+            if len(factors) < 2:
+                where = f"module {shown(module)}"
+                raise CardFileError(where, "factors A and B", f"only {list(factors)}")
         pairs = {
-            m: (file.get_tensor(held["A"]), file.get_tensor(held["B"])) for m, held in names.items()
+            module: (file.get_tensor(factors["A"]), file.get_tensor(factors["B"]))
+            for module, factors in names.items()
         }
-        return pairs, dict(file.metadata() or {})
+        return pairs, file.metadata() or {}
 
 
 def pair_of(module: str, a: Array, b: Array, scaling: float | None) -> LowRank:
-    """The factors ``(in, r)`` and ``(r, out)`` as a pair, or an error that names the module."""
+    """Make a pair of the factors ``(in, r)`` and ``(r, out)``; errors name the module."""
     with naming(f"module {shown(module)}"):
         return LowRank(a, b, scaling)
 
@@ -212,136 +184,90 @@ def pair_of(module: str, a: Array, b: Array, scaling: float | None) -> LowRank:
 def write_tensors(
     file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file whose bytes depend on nothing but the arguments (safetensors' own
-    order varies).
-    """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    """Write a safetensors file with sorted keys; safetensors' own writer shuffles the metadata."""
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, array in sorted(tensors.items()):
+    for name, array in tensors.items():
         start, end = end, end + array.nbytes
-        header[name] = {
-            "dtype": _CODES[array.dtype.name],
-            "shape": array.shape,
-            "data_offsets": (start, end),
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        dtype = _CODES[array.dtype.name]
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, ensure_ascii=False, sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for _, array in sorted(tensors.items()):
+    for array in tensors.values():
         file.write(array.tobytes())
 
 
-def common_fields(card: LoRACard) -> dict[str, str]:
-    """What a header keeps of a card in every form: name, metadata, extra, the base's fingerprint."""
-    fields = {"lora.name": card.name, "lora.metadata": FrozenJSON(card.metadata).text}
-    fields["lora.extra"] = FrozenJSON(card.extra).text
+def header_of(card: LoRACard) -> dict[str, str]:
+    """Return what the header of every form holds: name, metadata, extra and the fingerprint."""
+    header = {
+        "lora.name": card.name,
+        "lora.metadata": FrozenJSON(card.metadata).text,
+        "lora.extra": FrozenJSON(card.extra).text,
+    }
     if card.base_fingerprint is not None:
-        fields["lora.base_fingerprint"] = card.base_fingerprint
-    return fields
+        header["lora.base_fingerprint"] = card.base_fingerprint
+    return header
 
 
-def json_field(header: Mapping[str, str], key: str, kind: type) -> Any:
-    """A header field that is JSON of one kind; empty if it is not there."""
-    try:
-        value = json.loads(header[key]) if key in header else kind()
-    except (ValueError, RecursionError) as error:
-        raise CardFileError(f"header: {key}", "JSON", error) from error
-    if not isinstance(value, kind):
-        raise CardFileError(f"header: {key}", f"a JSON {kind.__name__}", shown(value))
-    return value
+def fields_of(header: Mapping[str, str]) -> dict[str, Any]:
+    """Return the card's fields, except the name, that `header_of` wrote."""
+    return {
+        "metadata": _json(header, "lora.metadata", dict),
+        "extra": _json(header, "lora.extra", dict),
+        "base_fingerprint": header.get("lora.base_fingerprint"),
+    }
 
 
 @contextmanager
-def naming(path: PathLike) -> Iterator[None]:
-    """Name the file, or what in it, in every error that its contents cause."""
+def naming(where: object) -> Iterator[None]:
+    """Put the file, or the part of it, in front of the place that a `CardError` names."""
     try:
         yield
     except CardError as error:
-        raise CardFileError(
-            f"{path}: {error.where}", error.expected, error.found, error.hint
-        ) from error
+        place = f"{where}: {error.where}"
+        raise CardFileError(place, error.expected, error.found, error.hint) from error
 
 
-@contextmanager
-def _opened(path: PathLike) -> Iterator[Any]:
-    path = as_path(path)
+def _json(header: Mapping[str, str], key: str, kind: type) -> Any:
+    """Return a header field that is JSON of this kind; an empty one if it is missing."""
+    return parse_json(header[key], f"header: {key}", kind) if key in header else kind()
+
+
+def _stated(header: Mapping[str, str], key: str, kind: type, argument: Any = None) -> Any:
+    """Return what the header or the argument says, unless they contradict each other."""
+    text = header.get(f"lora.{key}")
+    if text is None:
+        return argument
     try:
-        _check_regular(path)
-        with safe_open(path, framework="np") as file:
-            yield file
-    except SafetensorError as error:
-        raise CardFileError(str(path), "a well-formed safetensors file", error) from error
-    except (CardNotFoundError, CardError):
-        raise
-    except (OSError, ValueError) as error:
-        raise StoreError(str(path), "a file that can be read", error) from error
-
-
-def _check_regular(path: Path) -> None:
-    """Refuse what a read would block on or fail at."""
-    if not path.is_file():
-        raise CardNotFoundError(
-            str(path), "a safetensors file", "something else" if path.exists() else "nothing there"
-        )
+        value = kind(text)
+    except ValueError as error:
+        raise CardFileError(f"header: {key}", f"{kind.__name__}", shown(text)) from error
+    if argument not in (None, value):
+        hint = "leave the argument out"
+        raise CardFileError(key, f"the header's {shown(text)}", shown(argument), hint)
+    return value
 
 
 def _oriented(pairs: Pairs, layout: str | None, rank: int | None) -> Pairs:
-    """The pairs as ``(in, r)`` and ``(r, out)``, by the one layout that all of them fit."""
-    turned = {"linear": {module: (a.T, b.T) for module, (a, b) in pairs.items()}, "matrix": pairs}
-    fits = [each for each in LAYOUTS if layout in (None, each) and _chain(turned[each], rank)]
-    if not fits:
-        shapes = {module: (a.shape, b.shape) for module, (a, b) in pairs.items()}
-        expected = (
-            "(r, in) and (out, r), or (in, r) and (r, out)"
-            if layout is None
-            else f"the layout {layout!r}"
-        )
-        raise CardFileError("factors", f"{expected}, of largest rank {rank or 'r'}", shown(shapes))
-    low = [
-        each
-        for each in fits
-        if all(a.shape[1] <= min(a.shape[0], b.shape[1]) for a, b in turned[each].values())
-    ]
-    if pairs and len(fits) > 1 and len(low) != 1:
-        raise CardFileError(
-            "factors",
-            "shapes that fit one layout",
-            "shapes that fit both",
-            f"pass layout=, one of {LAYOUTS}",
-        )
-    return turned[fits[0] if len(fits) == 1 or not pairs else low[0]]
+    """Return the pairs as ``(in, r)`` and ``(r, out)``, by the layout that fits all of them best."""
+    if not pairs:
+        return pairs
+    readings = {"linear": {m: (a.T, b.T) for m, (a, b) in pairs.items()}, "matrix": pairs}
+    scores = {key: _fit(readings[key], rank) for key in LAYOUTS if layout in (None, key)}
+    best = [key for key, score in scores.items() if score and score == max(scores.values())]
+    if len(best) != 1:
+        shapes = shown({module: (a.shape, b.shape) for module, (a, b) in pairs.items()})
+        expected = f"shapes of one layout ({layout or 'either'}), largest rank {rank or 'r'}"
+        problem = f"{shapes}, which fit {'both' if best else 'none'}"
+        raise CardFileError("factors", expected, problem, f"pass layout=, one of {LAYOUTS}")
+    return readings[best[0]]
 
 
-def _chain(pairs: Pairs, rank: int | None) -> bool:
-    """Whether every A ends in the rank that its B starts with, and the largest rank is the one
-    given.
-    """
-    ranks = [a.shape[1] for a, b in pairs.values() if a.shape[1] == b.shape[0]]
-    return len(ranks) == len(pairs) and (rank is None or not pairs or max(ranks) == rank)
-
-
-def _layout(value: object, kind: type[CardFileError | ArgumentError] = CardFileError) -> str:
-    if value not in LAYOUTS:
-        raise kind("layout", f"one of {LAYOUTS}", shown(value))
-    return str(value)
-
-
-def _number(value: object) -> float:
-    try:
-        return finite(float(value) if isinstance(value, str) else value, "alpha")
-    except ValueError as error:
-        raise CardFileError("alpha", "a finite number", shown(value)) from error
-
-
-def _text(header: Mapping[str, str], key: str) -> str | None:
-    return header.get(f"lora.{key}", header.get(key))
-
-
-def _agreed(what: str, given: Any, stored: str | None, read: Callable[[Any], Any]) -> Any:
-    """What the caller or the header says, where they do not contradict each other."""
-    values = {read(value) for value in (given, stored) if value is not None}
-    if len(values) > 1:
-        raise CardFileError(
-            what, f"the header's {shown(stored)}", shown(given), "leave the argument out"
-        )
-    return values.pop() if values else None
+def _fit(pairs: Pairs, rank: int | None) -> int:
+    """Return 0 if A and B contradict this layout, 2 if no rank exceeds a dimension, else 1."""
+    shapes = np.array([(*a.shape, *b.shape) for a, b in pairs.values()])
+    inputs, ranks, same_ranks, outputs = shapes.T
+    if (ranks != same_ranks).any() or rank not in (None, ranks.max()):
+        return 0
+    return 2 if (ranks <= np.minimum(inputs, outputs)).all() else 1

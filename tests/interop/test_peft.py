@@ -367,7 +367,8 @@ def test_which_modules_are_targeted_is_decided_as_peft_decides(rule):
 def test_which_pattern_counts_is_decided_as_peft_decides(keys):
     patterns = {key: index for index, key in enumerate(keys)}
     theirs = [patterns.get(get_pattern_key(patterns.keys(), name), -1) for name in NAMES]
-    assert [_by_pattern(patterns, name, -1) for name in NAMES] == theirs
+    config = {"rank_pattern": patterns, "r": -1}
+    assert [_by_pattern(config, "rank_pattern", name, "r") for name in NAMES] == theirs
 
 
 REFUSED = {

@@ -200,13 +200,13 @@ def test_another_kind_of_model_is_refused_with_what_to_do_instead(folder, change
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 16}, r"word_embeddings.weight.*shape \(30, 16\), found \(30, 8\)"),
-        ({"vocab_size": 31}, r"word_embeddings.weight.*shape \(31, 8\), found \(30, 8\)"),
-        ({"num_hidden_layers": 3}, r"encoder.layer.2.*found nothing"),
+        ({"hidden_size": 16}, r"word_embeddings.weight.*\[30, 8\].*\[30, 16\]"),
+        ({"vocab_size": 31}, r"word_embeddings.weight.*\[30, 8\].*\[31, 8\]"),
+        ({"num_hidden_layers": 3}, r"Missing key.*encoder.layer.2"),
         ({"hidden_act": "swish"}, r"one of \['gelu', 'relu', 'gelu_new'\].*found swish"),
         (
             {"hidden_size": None},
-            r"config.json: expected the fields of a BERT model, found none called \['hidden_size'\]",
+            r"config.json: expected the fields of a BERT model, found .*missing .*'hidden_size'",
         ),
     ],
 )
@@ -224,9 +224,7 @@ def test_a_weight_of_another_shape_is_refused_by_name(folder):
     weights = load_file(folder / "model.safetensors")
     name = "encoder.layer.1.attention.self.query.weight"
     save_file({**weights, name: torch.zeros(8, 7)}, folder / "model.safetensors")
-    with pytest.raises(
-        UnsupportedModelError, match=rf"{name}.*expected shape \(8, 8\), found \(8, 7\)"
-    ):
+    with pytest.raises(UnsupportedModelError, match=rf"{name}.*\[8, 7\].*\[8, 8\]"):
         InferenceCore.from_pretrained(folder)
 
 
@@ -352,7 +350,7 @@ def test_as_many_sets_as_texts_are_asked_for():
 def test_no_gradient_is_kept_while_encoding():
     core = core_of().requires_grad_(requires_grad=True)
     seen = []
-    core.encoder.register_forward_hook(
+    core.encoder.layer[0].register_forward_hook(
         lambda _module, _inputs, output: seen.append(output.requires_grad)
     )
     core.encode(["a"])
@@ -471,5 +469,5 @@ def test_every_refusal_is_one_of_the_librarys_own(folder):
         InferenceCore.from_pretrained(folder)
     assert (caught.value.where, caught.value.expected) == (
         str(folder / "config.json"),
-        "a JSON dict",
+        "a JSON object",
     )

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError, CardFileError, CardNotFoundError, StoreError
-from lora.interop import safetensors as interop
+from lora import weights
 from lora.interop.safetensors import load_safetensors, save_safetensors
 from lora.testing.plugin import requirement
 
@@ -164,7 +164,7 @@ def test_tensors_that_are_no_pairs_are_refused(tmp_path):
     path = tmp_path / "docs.safetensors"
     good = tensors({"q": pair()}, "linear")
     for wrong, says in [
-        ({"q.lora_a": good["q.lora_a"]}, "no factor B"),
+        ({"q.lora_a": good["q.lora_a"]}, "only ['A']"),
         ({**good, "q.bias": np.ones(3)}, "q.bias"),
         ({**good, "q.lora_a.weight": good["q.lora_a"]}, "two"),
         ({**good, "q.lora_a": np.ones((2, 5), np.int64)}, "I64"),
@@ -188,7 +188,7 @@ def test_files_that_are_missing_or_malformed_are_named(tmp_path):
         b"\xff" * 8,
     ):
         (tmp_path / "x").write_bytes(content)
-        assert "well-formed" in refused(tmp_path / "x", alpha=1)
+        assert "a safetensors file" in refused(tmp_path / "x", alpha=1)
     for options in ({"alpha": "x"}, {"alpha": float("nan")}, {"layout": "rows"}, {"layout": []}):
         refused(tmp_path / "x", ArgumentError, **options)
     refused(5, ArgumentError)
@@ -229,7 +229,7 @@ def test_what_the_operating_system_refuses_is_named(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("no")
 
-    monkeypatch.setattr(interop, "safe_open", fail)
+    monkeypatch.setattr(weights, "safe_open", fail)
     assert str(tmp_path) in refused(tmp_path / "x", StoreError, alpha=1)
 
 
