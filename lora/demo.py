@@ -4,7 +4,6 @@ Requirements: R25.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,16 @@ QUERIES = [
     "How long should pasta boil?",  # the card knows nothing of this: the router should abstain
 ]
 
-Bar = Callable[[str], AbstractContextManager[Callable[[int, int, float], None]]]
 
-
-def run(out: Path, *, steps: int, console: Console, progress_bar: Bar) -> dict[str, Any]:
+def run(
+    out: Path, *, steps: int, console: Console, progress_bar: Callable[[str], Any]
+) -> dict[str, Any]:
     """Train, save, map, apply, route to and remove a card; return what was measured.
 
     Args:
         out: Folder for the files; it is made if it does not exist.
         steps: Training steps, >= 1.
-        console, progress_bar: The story is told here.
+        console, progress_bar: Show the story and how far the training is.
     """
     out.mkdir(parents=True, exist_ok=True)
 
@@ -40,17 +39,12 @@ def run(out: Path, *, steps: int, console: Console, progress_bar: Bar) -> dict[s
     pairs = docstring_pairs()
     known, held_out = pairs.split(0.8, seed=0)
     pairs.save(out / "pairs.arrow")
-    console.print(f"{len(pairs)} docstring sentences with the names that they document;")
-    console.print(f"{len(held_out)} of them, of other modules, are held out")
+    console.print(f"{len(pairs)} docstring sentences, of which {len(held_out)} are held out")
     base = evaluate(engine, held_out)
-    console.print("base model:", base)
 
     console.rule("2  train a card")
-    trainer = LoRATrainer(
-        engine,
-        settings=Settings(epochs=1000),
-        base_model="sentence-transformers/all-MiniLM-L6-v2",
-    )
+    base_model = "sentence-transformers/all-MiniLM-L6-v2"
+    trainer = LoRATrainer(engine, settings=Settings(epochs=1000), base_model=base_model)
     metadata = {
         "description": "Python documentation: what a function or class does",
         "examples": known.queries[:: max(1, len(known) // 64)],
@@ -64,26 +58,24 @@ def run(out: Path, *, steps: int, console: Console, progress_bar: Bar) -> dict[s
     console.rule("3  save it, look at it, map it")
     path = out / "python-docs.lora.arrow"
     digest = lora.save(training.card, path)
-    console.print(f"{path}: {path.stat().st_size} bytes, SHA-256 {digest}")
-    console.print(f"{lora.inspect(path).num_params} parameters")
+    console.print(f"{path}: {lora.inspect(path).num_params} parameters, SHA-256 {digest}")
     card = lora.load(path, verify=digest)
 
     console.rule("4  apply it")
     before = engine.encode(QUERIES)
     name = engine.load_lora(path)
     tuned = evaluate(engine, held_out)
-    console.print("with the card:", tuned)
+    for title, result in (("base model", base), ("with the card", tuned)):
+        console.print(f"{title}: recall@1 {result.recall_at_1:.3f}, MRR {result.mrr:.3f}")
 
     console.rule("5  route to it, or abstain")
     routes = {query: engine.router.select(query, 1, 0.3) for query in QUERIES}
-    for query, best in routes.items():
-        console.print(f"{query:50} {best or 'abstains'}")
+    console.print(routes)
 
     console.rule("6  a batch in which each text has its own adapters")
     choices: list[Any] = [name, {name: 0.5}, {}, name]
     mixed = engine.encode_with_lora(QUERIES, choices).embeddings
-    for query, choice, change in zip(QUERIES, choices, np.abs(mixed - before).max(1), strict=True):
-        console.print(f"{query:50} {choice!s:25} moved by {change:.4f}")
+    console.print("moved by", np.abs(mixed - before).max(1), "with", choices)
 
     console.rule("7  remove it")
     engine.remove_lora(name)

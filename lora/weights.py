@@ -1,6 +1,4 @@
-"""Weights in safetensors files, as a lazy mapping over one file, over shards or over a model's folder.
-
-`open_safetensors` is the one place in the library where such a file is opened.
+"""Weights in safetensors files, as a lazy mapping over one file, shards or a model's folder.
 
 Requirements: R16.
 """
@@ -42,7 +40,7 @@ class SafetensorsWeights(Mapping[str, Array]):
     """
 
     def __init__(self, path: PathLike) -> None:
-        file = self.path = as_path(path)
+        file = as_path(path)
         if file.is_dir():
             file = file / (INDEX if (file / INDEX).is_file() else SINGLE)
         if file.name.endswith(".json"):
@@ -71,12 +69,7 @@ class SafetensorsWeights(Mapping[str, Array]):
 def open_safetensors(
     path: Path, error: type[LoRAError] = UnsupportedModelError, framework: str = "np"
 ) -> Iterator[Any]:
-    """Open a safetensors file, or raise `error` if it is malformed.
-
-    Raises:
-        CardNotFoundError: There is no regular file at the path (reading a pipe would block).
-        StoreError: The operating system refuses to read it.
-    """
+    """Open a safetensors file, or raise `error` if it is malformed."""
     if not path.is_file():
         raise CardNotFoundError(str(path), "a safetensors file", "none")
     try:

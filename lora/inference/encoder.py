@@ -1,14 +1,14 @@
-"""InferenceCore: a BERT encoder of sentences with the module names and state dict of Hugging Face's.
+"""InferenceCore: a BERT encoder of sentences with Hugging Face's module names and state dict.
 
-It loads ``config.json``, ``model.safetensors`` and ``tokenizer.json`` without copying the weights, and
-takes pooling and normalisation from the sentence-transformers files beside them. The embedding of a
-text is the pooled last hidden state. Architecture: Devlin et al. 2018; names: ``BertModel``.
+It loads a model's folder without copying the weights, and takes pooling and normalisation from the
+sentence-transformers files in it. The embedding of a text is the pooled last hidden state.
+Architecture: Devlin et al. 2018; names: ``BertModel``.
 
 Requirements: R5, R17.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.card import Array
 from lora.checks import parse_json
-from lora.errors import ArgumentError, CardNotFoundError, ShapeError, UnsupportedModelError, shown
+from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
 from lora.layer import SegmentedLinear, Segments, Uncalled
 from lora.routing import texts_of
 from lora.store import PathLike, as_path, os_errors
@@ -33,7 +33,7 @@ from lora.weights import open_safetensors
 TOKEN_BUDGET = 2048
 """Tokens of a batch, padding included: 1.5 times the throughput of batches of 32 on two cores."""
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: Mapping[str, Any] = {
     "gelu": F.gelu,
     "relu": F.relu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -45,7 +45,7 @@ POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The settings of a ``config.json`` and of sentence-transformers' files that change the result."""
+    """The settings in ``config.json`` and sentence-transformers' files that change the result."""
 
     vocab_size: int
     hidden_size: int
@@ -81,7 +81,7 @@ class Layer(nn.Module):
         self.heads, self.activation = config.num_attention_heads, config.hidden_act
 
     def forward(self, x: Tensor, mask: Tensor | None, segments: Segments) -> Tensor:
-        """``(rows, tokens, hidden)`` to the same; `mask` ``(rows, 1, 1, tokens)`` is True at tokens."""
+        """``(rows, tokens, hidden)`` to the same; `mask` is ``(rows, 1, 1, tokens)``."""
         q, k, v = (
             _project(linear, x, segments).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear in self.attention["self"].values()
@@ -103,14 +103,6 @@ def _output(width: int, config: EncoderConfig) -> nn.ModuleDict:
 def _project(linear: Any, x: Tensor, segments: Segments) -> Any:
     """Call a Linear; it gets the segments if it has adapters of its own for each."""
     return linear(x, segments) if isinstance(linear, SegmentedLinear) else linear(x)
-
-
-class Pooler(Uncalled):
-    """BERT's next-sentence head: in its state dict and bound by adapters, but no part of an embedding."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
 
 class InferenceCore(nn.Module):
@@ -138,32 +130,33 @@ class InferenceCore(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         hidden = config.hidden_size
-        self.embeddings = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(config.vocab_size, hidden, config.pad_token_id),
-                "position_embeddings": nn.Embedding(config.max_position_embeddings, hidden),
-                "token_type_embeddings": nn.Embedding(config.type_vocab_size, hidden),
-                "LayerNorm": nn.LayerNorm(hidden, config.layer_norm_eps),
-            }
-        )
+        sizes = {
+            "word_embeddings": config.vocab_size,
+            "position_embeddings": config.max_position_embeddings,
+            "token_type_embeddings": config.type_vocab_size,
+        }
+        tables = {name: nn.Embedding(size, hidden) for name, size in sizes.items()}
+        norm = nn.LayerNorm(hidden, config.layer_norm_eps)
+        self.embeddings = nn.ModuleDict({**tables, "LayerNorm": norm})
         layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
         self.encoder.checkpointing = False  # True: compute each layer again on the way back
         if config.pooler:
-            self.pooler = Pooler(config)
+            self.pooler: nn.Module = Uncalled()  # in the state dict, but no part of an embedding
+            self.pooler.dense = nn.Linear(hidden, hidden)
 
     @classmethod
     def from_pretrained(cls, folder: PathLike) -> Self:
         """Load a Hugging Face or sentence-transformers folder; the weights stay mapped.
 
         Raises:
-            CardNotFoundError: A file is missing.
             UnsupportedModelError: The model is not BERT, or its files do not fit each other.
         """
         folder = as_path(folder)
         config = read_config(folder)
         with open_safetensors(folder / "model.safetensors", framework="pt") as file:
-            tensors = {name.removeprefix("bert."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            names = file.keys()
+            tensors = {name.removeprefix("bert."): file.get_tensor(name) for name in names}
         config = replace(config, pooler="pooler.dense.weight" in tensors)
         with torch.device("meta"):
             core = cls(config, _tokenizer(folder / "tokenizer.json", config))
@@ -182,15 +175,12 @@ class InferenceCore(nn.Module):
         return self.embeddings.word_embeddings.weight.device  # type: ignore[no-any-return]
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, segments: Segments = ()) -> Tensor:
-        """Embed rows of token ids.
+        """Embed rows of token ids; the result has the shape ``(rows, hidden)``.
 
         Args:
             ids: Shape ``(rows, tokens)``.
             mask: Shape ``(rows, tokens)``, True at tokens, False at padding; None without padding.
             segments: The adapter set of each run of rows, for a model of `lora.rewrite.adapt_rows`.
-
-        Returns:
-            Shape ``(rows, hidden)``.
         """
         embeddings, seen = self.embeddings, None if mask is None else mask[:, None, None, :]
         positions = embeddings.position_embeddings.weight[: ids.shape[1]]
@@ -222,7 +212,8 @@ class InferenceCore(nn.Module):
         rows = self.tokenize(texts)
         if not rows or not all(rows):
             raise ArgumentError("texts", "one or several, each of at least one token", shown(texts))
-        return self(*pad(rows, self.config.pad_token_id, self.device))  # type: ignore[no-any-return]
+        embedded: Tensor = self(*pad(rows, self.config.pad_token_id, self.device))
+        return embedded
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], *, sets: Sequence[int] | None = None) -> Array:
@@ -288,11 +279,7 @@ def pad(
 
 
 def read_config(folder: Path) -> EncoderConfig:
-    """Read the configuration of a model's folder, with sentence-transformers' files if there are any.
-
-    Raises:
-        UnsupportedModelError: The model type or one of the modules is not supported.
-    """
+    """Read the configuration of a model's folder, with sentence-transformers' files if any."""
     path = folder / "config.json"
     values = _json(path, dict)
     model = values.get("model_type"), values.get("position_embedding_type", "absolute")
@@ -303,17 +290,16 @@ def read_config(folder: Path) -> EncoderConfig:
     limit = settings.get("max_position_embeddings", 0)
     sentence = _json(folder / "sentence_bert_config.json", dict, optional=True)
     settings["max_seq_length"] = min(limit, sentence.get("max_seq_length") or limit)
-    for module in _json(folder / "modules.json", list, optional=True):
-        kind = str(module["type"]).rpartition(".")[2]
-        if kind == "Pooling":
-            pooling = _json(folder / module["path"] / "config.json", dict)
-            flags = " ".join(key for key, on in pooling.items() if on and "pooling_mode_" in key)
-            settings["pooling"] = pooling.get("pooling_mode") or POOLINGS.get(flags, flags)
-        elif kind == "Normalize":
-            settings["normalize"] = True
-        elif kind != "Transformer":
-            expected = "Transformer, Pooling, Normalize"
-            raise UnsupportedModelError(str(folder / "modules.json"), expected, kind)
+    modules = _json(folder / "modules.json", list, optional=True)
+    folders = {str(module["type"]).rpartition(".")[2]: module.get("path", "") for module in modules}
+    if unknown := sorted(folders.keys() - {"Transformer", "Pooling", "Normalize"}):
+        expected = "Transformer, Pooling, Normalize"
+        raise UnsupportedModelError(str(folder / "modules.json"), expected, unknown)
+    settings["normalize"] = "Normalize" in folders
+    if "Pooling" in folders:
+        pooling = _json(folder / folders["Pooling"] / "config.json", dict)
+        flags = " ".join(key for key, on in pooling.items() if on and "pooling_mode_" in key)
+        settings["pooling"] = pooling.get("pooling_mode") or POOLINGS.get(flags, flags)
     try:
         return EncoderConfig(**settings)
     except TypeError as error:
@@ -328,10 +314,10 @@ def _json(path: Path, kind: type, *, optional: bool = False) -> Any:
 
 
 def _tokenizer(path: Path, config: EncoderConfig) -> Tokenizer:
-    if not path.is_file():
-        raise CardNotFoundError(str(path), "a tokenizer", "none")
+    with os_errors(path):
+        data = path.read_bytes()
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UnsupportedModelError(str(path), "a tokenizer", error) from error
     tokenizer.no_padding()

@@ -1,12 +1,8 @@
 """AdapterRegistry: many versions of many cards, known by their headers, of which few are mapped.
 
-The registered entries are an immutable mapping that a new one replaces. A file stays mapped, and
-before Python 3.13 costs a descriptor, as long as anything that lies in it is alive: the card, a
-factor of it in another card, or a view of one. Weak references tell which files are in use; there
-are no reference counts and no leases.
-
-Thread safety: one writer at a time (`get` is one, as it decides what stays mapped) and any number
-of readers of `entries`, a snapshot that holds no card.
+A file stays mapped, and before Python 3.13 costs a descriptor, as long as anything that lies in it
+is alive: the card, a factor of it in another card, or a view of one. Weak references tell which
+files are in use; nothing is counted or leased.
 
 Requirements: R22.
 """
@@ -41,9 +37,6 @@ from lora.table import Header
 Key: TypeAlias = tuple[str, str]
 """A card's name and version."""
 
-Signature: TypeAlias = tuple[int, int, int, int]
-"""Device, inode, size and time of modification: they tell a file from another in its place."""
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -51,11 +44,10 @@ class Entry:
 
     Args:
         name, version: The card is asked for by these.
-        path: Absolute path of the file.
+        path, nbytes: Absolute path and size of the file.
         header: What the file says of the card.
-        nbytes: Size of the file, which mapping it takes.
         digest: SHA-256 that the file must have, if it was given.
-        signature: The file's when it was registered.
+        signature: Device, inode, size and time of modification of the file when it was registered.
     """
 
     name: str
@@ -64,7 +56,7 @@ class Entry:
     header: Header
     nbytes: int
     digest: str | None
-    signature: Signature = field(repr=False)
+    signature: tuple[int, ...] = field(repr=False)
 
     @property
     def key(self) -> Key:
@@ -75,14 +67,25 @@ class Entry:
         """Raise `CardFileError` if the file is not the registered one any more."""
         if self.digest is None and _signature(self.path) != self.signature:
             hint = "unregister it and register it again"
-            raise CardFileError(
-                str(self.path), "the registered file", "another or a changed one", hint
-            )
+            problem = "another or a changed one"
+            raise CardFileError(str(self.path), "the registered file", problem, hint)
+
+    def same_content(self, other: "Entry") -> bool:
+        """Tell whether both files have the same bytes; False if one is gone or changed."""
+        if self.signature == other.signature and other.digest in (None, self.digest):
+            return True
+        try:
+            digests = {entry.digest or digest(entry.path) for entry in (self, other)}
+            self.check()
+            other.check()
+        except LoRAError:
+            return False
+        return len(digests) == 1
 
 
 @dataclass
 class _Map:
-    """A mapped file: its card while the registry keeps it, and weak references to what lies in it."""
+    """A mapped file: its card, while the registry keeps it, and references to what lies in it."""
 
     entry: Entry
     card: LoRACard | None
@@ -93,14 +96,18 @@ class _Map:
 class AdapterRegistry:
     """Named, versioned cards on disk, of which a bounded number is mapped at a time.
 
-    `register` reads a file's header and leaves no descriptor open. `get` maps a card, or returns the
-    one that is mapped, and keeps it. To make room, the registry lets go of the least recently used
-    card, but never of one in use: one that somebody else holds, or any part of it, such as a
-    manager, an adapter set or a merged card.
+    `register` reads a file's header and leaves no descriptor open. `get` maps a card and keeps it.
+    To make room, the registry lets go of the least recently used card, but never of one in use: one
+    that somebody else holds, or any part of it.
+
+    Thread safety: one writer at a time (`get` is one) and any number of readers of `entries`.
 
     Args:
         max_cards: Largest number of files mapped at a time, >= 1.
         max_bytes: Their largest total size.
+
+    Attributes:
+        entries: Name -> the registered entries, the oldest version first; an immutable snapshot.
 
     Examples:
         >>> import tempfile
@@ -116,18 +123,15 @@ class AdapterRegistry:
         ('1.10.0', ['1.9.0', '1.10.0'])
     """
 
+    entries: Mapping[str, tuple[Entry, ...]]
+
     def __init__(self, *, max_cards: int = 64, max_bytes: int = 2**30) -> None:
         self._max_cards = integer(max_cards, "registry: max_cards", 1)
         self._max_bytes = integer(max_bytes, "registry: max_bytes", 1)
-        self._entries: Mapping[str, tuple[Entry, ...]] = MappingProxyType({})
+        self.entries = MappingProxyType({})
         self._maps: list[_Map] = []
         self._clock = itertools.count()
         self._write = threading.RLock()
-
-    @property
-    def entries(self) -> Mapping[str, tuple[Entry, ...]]:
-        """A snapshot of what is registered, by name, each from its oldest version to its newest."""
-        return self._entries
 
     @property
     def mapped(self) -> tuple[Key, ...]:
@@ -143,11 +147,10 @@ class AdapterRegistry:
         Args:
             path: A card file.
             version: A semantic version. Default: the metadata's ``version``, else 0.1.0.
-            digest: SHA-256 of the file, if it is known: `get` then hashes the file before it maps
-                it. Otherwise the file is known by its inode, size and time of modification.
+            digest: SHA-256 of the file, checked whenever it is mapped. Default: the file is known
+                by its inode, size and time of modification.
 
         Raises:
-            CardNotFoundError, CardFileError, StoreError: Like `inspect`.
             ConflictError: Another card is registered under this name and version.
             RegistryFull: The file is too large ever to be mapped.
         """
@@ -169,13 +172,17 @@ class AdapterRegistry:
         with self._write:
             versions = self._versions(entry.name)
             for known in versions:
-                if known.version == version:
-                    _check_same(known, entry)
+                if known.version == version and known.same_content(entry):
                     return known
+                if known.version == version:
+                    problem = f"other content than that of {str(known.path)!r}"
+                    hint = "pass version=, or unregister it first"
+                    where = f"{where}: {entry.name!r} {version}"
+                    raise ConflictError(where, "one card per name and version", problem, hint)
             ordered = sorted(
                 (*versions, entry), key=lambda e: (version_order(e.version), e.version)
             )
-            self._entries = MappingProxyType({**self._entries, entry.name: tuple(ordered)})
+            self.entries = MappingProxyType({**self.entries, entry.name: tuple(ordered)})
             return entry
 
     def unregister(self, name: str, version: str | None = None) -> None:
@@ -183,22 +190,16 @@ class AdapterRegistry:
         with self._write:
             versions = self._versions(name)
             rest = tuple(entry for entry in versions if version not in (None, entry.version))
-            others = {key: known for key, known in self._entries.items() if key != name}
-            self._entries = MappingProxyType({**others, name: rest} if rest else others)
+            entries = {key: known for key, known in {**self.entries, name: rest}.items() if known}
+            self.entries = MappingProxyType(entries)
             for mapped in self._maps:
-                if mapped.entry not in self._entries.get(mapped.entry.name, ()):
+                if mapped.entry not in self.entries.get(mapped.entry.name, ()):
                     mapped.card = None
 
     def entry(self, name: str, version: str | None = None) -> Entry:
-        """Return what is known of a card, without mapping it.
+        """Return what is known of a card: of its newest version, unless another one is given.
 
-        Args:
-            name: The card's name.
-            version: Default: the newest by the precedence of semantic versions, in which a
-                pre-release comes before its release.
-
-        Raises:
-            UnknownCardError: No such card, or no such version of it, is registered.
+        A pre-release is older than its release.
         """
         versions = self._versions(name)
         for entry in reversed(versions):
@@ -216,8 +217,7 @@ class AdapterRegistry:
         Raises:
             UnknownCardError: The card is not registered.
             RegistryFull: The bounds are reached and everything that is mapped is in use.
-            CardNotFoundError, CardFileError, StoreError: The file is gone, is not the registered one
-                any more, or can't be read.
+            CardFileError: The file has changed since it was registered.
         """
         with self._write:
             entry = self.entry(name, version)
@@ -226,7 +226,6 @@ class AdapterRegistry:
                     mapped.used = next(self._clock)
                     return mapped.card
             self._make_room(entry)
-            entry.check()
             card = load(entry.path, entry.digest)
             entry.check()
             self._maps.append(_Map(entry, card, _contents(card), next(self._clock)))
@@ -235,10 +234,10 @@ class AdapterRegistry:
     def _versions(self, name: object) -> tuple[Entry, ...]:
         if not isinstance(name, str):
             raise ArgumentError("registry: name", "text", shown(name))
-        return self._entries.get(name, ())
+        return self.entries.get(name, ())
 
     def _make_room(self, entry: Entry) -> None:
-        """Let go of cards that nobody else holds, the least recently used first, until one more fits."""
+        """Let go of cards that nobody else holds, the least recently used first, until one fits."""
         for _ in range(2):
             for mapped in sorted(self._maps, key=lambda mapped: mapped.used):
                 if mapped.card is not None and not self._fits(entry):
@@ -251,7 +250,7 @@ class AdapterRegistry:
         raise RegistryFull(
             f"get {entry.name!r} {entry.version}: {entry.nbytes} bytes",
             f"room within max_cards={self._max_cards}, max_bytes={self._max_bytes}",
-            f"{len(self._alive())} cards mapped and all in use",
+            f"{len(self._maps)} cards mapped and all in use",
             "deactivate cards, drop references to them and their factors, or raise the bounds",
         )
 
@@ -266,33 +265,10 @@ class AdapterRegistry:
         return self._maps
 
 
-def _signature(path: Path) -> Signature:
+def _signature(path: Path) -> tuple[int, ...]:
     with os_errors(path):
         status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _check_same(known: Entry, entry: Entry) -> None:
-    """Refuse another content than that of the known entry; files are read only if need be."""
-    if known.signature == entry.signature and entry.digest in (None, known.digest):
-        return
-    content = _content(known)
-    if content is None or content != _content(entry):
-        where = f"register {str(entry.path)!r}: {entry.name!r} {entry.version}"
-        problem = f"other content than that of {str(known.path)!r}"
-        hint = "pass version=, or unregister it first"
-        raise ConflictError(where, "one card per name and version", problem, hint)
-
-
-def _content(entry: Entry) -> str | None:
-    """Return the SHA-256 of the registered file; None if that file is gone."""
-    try:
-        entry.check()
-        content = entry.digest or digest(entry.path)
-        entry.check()
-        return content
-    except LoRAError:
-        return None
 
 
 def _contents(card: LoRACard) -> list["weakref.ref[Any]"]:

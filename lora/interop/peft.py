@@ -1,10 +1,9 @@
 """PEFT's adapter folders: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
-A card computes what PEFT would compute from the folder; PEFT itself is not needed. What is not plain
-LoRA on Linears is refused by name. PEFT stores ``lora_A (r, in)`` and ``lora_B (out, r)`` for every
-base layer, ``Conv1D`` (``fan_in_fan_out``) included, so a card's factors are their transposes. The
-rules follow PEFT 0.21.2: ``LoraConfig``, ``check_target_module_exists``, ``get_pattern_key``,
-``LoraLayer.update_layer``.
+A card computes what PEFT would compute from the folder; PEFT itself is not needed. PEFT stores
+``lora_A (r, in)`` and ``lora_B (out, r)`` for every base layer, ``Conv1D`` included, so a card's
+factors are their transposes. The rules follow PEFT 0.21.2: ``check_target_module_exists``,
+``get_pattern_key``, ``LoraLayer.update_layer``.
 
 Requirements: R23.
 """
@@ -13,8 +12,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 from lora.card import LoRACard, check_card
@@ -52,8 +49,8 @@ _ADVICE = {
 
 _ALLOWED: Mapping[str, tuple[list[Any], str]] = {
     "peft_type": (["LORA"], "no other method can be a card"),
-    "bias": (["none"], "trained biases can't be a card"),
-    "use_rslora": ([False, True], ""),
+    "bias": (["none", None], "trained biases can't be a card"),
+    "use_rslora": ([True, False, None], ""),
     "init_lora_weights": (
         [True, False, None, "gaussian", "eva", "orthogonal", "mica"],
         "it changed the base: save with path_initial_model_for_weight_conversion to get plain LoRA",
@@ -61,17 +58,8 @@ _ALLOWED: Mapping[str, tuple[list[Any], str]] = {
 }
 """Field -> (the values that plain LoRA has there, what to do about another)."""
 
-_DEFAULTS = {"bias": "none", "use_rslora": False, "init_lora_weights": True}
-
-_CARD_FIELDS = frozenset(
-    [
-        "r",
-        "lora_alpha",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "base_model_name_or_path",
-    ]
+_CARD_FIELDS = frozenset(("r", "lora_alpha", "rank_pattern", "alpha_pattern")).union(
+    ("target_modules", "base_model_name_or_path")
 )
 """Fields that a card has, too; it keeps the others in ``metadata["peft"]``."""
 
@@ -95,10 +83,9 @@ _MAY_BE_EMPTY = frozenset(
 def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
     """Read a card from a PEFT adapter folder, without PEFT and without torch.
 
-    Every module gets an explicit scaling: ``alpha / r``, or ``alpha / √r`` with ``use_rslora``; rank
-    and alpha come from the first pattern in the file that matches (PEFT sorts them when it saves).
-    The targets are the configuration's list; if it has a pattern, ``all-linear`` or nothing instead,
-    they are the modules that have weights. Other settings go to ``metadata["peft"]``.
+    Each module gets its scaling, ``alpha / r`` or ``alpha / √r`` (``use_rslora``), with rank and
+    alpha of the first pattern in the file that matches. Targets are the configuration's list, or if
+    it has another form, the modules with weights. Other settings go to ``metadata["peft"]``.
 
     Args:
         folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``. Its patterns are
@@ -106,14 +93,18 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
         name: The card's name. Default: the one that `export_peft` wrote, else the folder's.
 
     Raises:
-        CardNotFoundError: A file is missing.
         CardFileError: The files are malformed, contradict each other, are more than plain LoRA, or
             the weights are a pickle, which is never read.
     """
     folder = as_path(folder).absolute()
     with naming(folder / CONFIG):
-        stored = _read_config(folder / CONFIG)
-        config = {**_DEFAULTS, **stored}
+        if not (folder / CONFIG).is_file():
+            raise CardNotFoundError(str(folder / CONFIG), "a PEFT configuration", "none")
+        with os_errors(folder / CONFIG), (folder / CONFIG).open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise CardFileError("size", f"at most {MAX_CONFIG_BYTES} bytes", "more")
+        config = parse_json(text, "configuration", dict)
         _check_plain(config)
     if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
         hint = "reading a pickle runs code: load it with PEFT, save it with safe_serialization=True"
@@ -125,18 +116,19 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
         weights = {
             m: pair_of(m, a.T, b.T, _scaling(config, m, len(a))) for m, (a, b) in pairs.items()
         }
-        targets = config.get("target_modules")
+        targets: Any = config.get("target_modules")
+        targets = sorted(set(targets)) if isinstance(targets, list) else tuple(weights)
         fields = fields_of(header)
         fields["metadata"]["peft"] = {
             key: value
-            for key, value in stored.items()
+            for key, value in config.items()
             if key not in _CARD_FIELDS and value is not None
         }
         return LoRACard(
             name=name or header.get("lora.name") or folder.name,
             rank=max(pair.rank for pair in weights.values()),
-            alpha=config["lora_alpha"],
-            target_modules=sorted(set(targets)) if isinstance(targets, list) else list(weights),  # type: ignore[arg-type]
+            alpha=config.get("lora_alpha"),  # type: ignore[arg-type] # the card refuses None
+            target_modules=targets,
             weights=weights,
             base_model=config.get("base_model_name_or_path"),
             **fields,
@@ -146,20 +138,18 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
 def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) -> None:
     """Write a card as a folder that PEFT loads, for a model whose module names are the card's keys.
 
-    The files are written beside `folder` and renamed into place: a reader sees all or nothing. When
-    a folder is overwritten, there is none between two renames.
+    The two files are complete before they take their places, and a folder that is overwritten has
+    no configuration meanwhile: a reader never sees one file without the other.
 
     Args:
         card: Has weights, all of them targeted. A scaling other than ``alpha / r`` becomes an
             ``alpha_pattern`` of scaling · r, which gives it back to one ulp.
         folder: New or empty.
-        overwrite: Replace a PEFT folder.
+        overwrite: Replace the adapter in a PEFT folder.
 
     Raises:
         CardError: PEFT has no way to express the card.
         ArgumentError: `folder` is not empty, or, with `overwrite`, not a PEFT folder.
-        CardNotFoundError: The folder to put it in does not exist.
-        StoreError: The operating system refuses.
 
     Examples:
         >>> import tempfile
@@ -180,36 +170,17 @@ def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) ->
         tensors[f"base_model.model.{module}.lora_B.weight"] = pair.B.T
     folder = as_path(folder)
     with os_errors(folder):
-        folder = folder.resolve()
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         if not empty and not (overwrite and (folder / CONFIG).is_file()):
             expected = f"a new or empty folder, or with overwrite=True one that holds {CONFIG}"
             contents = "a folder with files" if folder.is_dir() else "a file"
             raise ArgumentError(str(folder), expected, contents)
-        with TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
-            new, old = Path(temporary, "new"), Path(temporary, "old")
-            new.mkdir()
-            with replacing(new / CONFIG) as file:
-                file.write(json.dumps(config, indent=2, sort_keys=True).encode())
-            with replacing(new / WEIGHTS) as file:
-                write_tensors(file, tensors, {"format": "pt", **header_of(card)})
-            if folder.exists():
-                folder.rename(old)
-            try:
-                new.rename(folder)
-            except OSError:
-                if old.exists():
-                    old.rename(folder)
-                raise
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CardNotFoundError(str(path), "a PEFT configuration", "none")
-    with os_errors(path):
-        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-            raise CardFileError("size", f"at most {MAX_CONFIG_BYTES} bytes", size)
-        return parse_json(path.read_bytes(), "configuration", dict)
+        folder.mkdir(exist_ok=True)
+        with replacing(folder / CONFIG) as file:
+            file.write(json.dumps(config, indent=2, sort_keys=True).encode())
+            with replacing(folder / WEIGHTS) as weights_file:
+                write_tensors(weights_file, tensors, {"format": "pt", **header_of(card)})
+                (folder / CONFIG).unlink(missing_ok=True)
 
 
 def _check_plain(config: Config) -> None:
@@ -241,7 +212,7 @@ def _scaling(config: Config, module: str, rank: int) -> float:
     if expected != f"rank {rank}":
         hint = "PEFT would ignore or refuse it: correct r, rank_pattern or the targets"
         raise CardFileError(f"module {shown(module)}", expected, f"rank {rank}", hint)
-    return finite(alpha, "alpha") / (math.sqrt(rank) if config["use_rslora"] else rank)
+    return finite(alpha, "alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _by_pattern(config: Config, patterns: str, module: str, default: str) -> Any:
@@ -298,7 +269,7 @@ def _config(card: LoRACard) -> dict[str, Any]:
             ranks[pattern] = pair.rank
         if card.alpha / pair.rank != pair.scaling:
             product = (pair.scaling or 0.0) * pair.rank  # a card's pairs have a scaling
-            alphas[pattern] = _whole(finite(product, f"{where}: module {module!r}: scaling · rank"))
+            alphas[pattern] = _whole(finite(product, f"{where}: {module!r}: scaling · rank"))
     carried = card.metadata.get("peft")
     carried = carried if isinstance(carried, dict) else {}
     return {

@@ -1,9 +1,8 @@
 """The form that Rust code reads and writes: ``lora_a`` and ``lora_b`` of each module in one file.
 
-A tensor is called ``<module>.lora_a`` (or ``.lora_a.weight``) and its partner ``lora_b``; the file of
-a single bare layer has just the two. Two layouts are in use, and the tensors do not say which:
-``"linear"`` holds the weights of two Linears, ``lora_a (r, in)`` and ``lora_b (out, r)``, like candle
-and PEFT; ``"matrix"`` holds ``(in, r)`` and ``(r, out)``.
+A tensor is called ``<module>.lora_a`` (or ``.lora_a.weight``) and its partner ``lora_b``. Two
+layouts are in use, and the tensors do not say which: ``"linear"`` holds the weights of two Linears,
+like candle and PEFT; ``"matrix"`` holds the factors as a card does.
 
 Requirements: R7, R23.
 """
@@ -28,6 +27,7 @@ LAYOUTS = ("linear", "matrix")
 """``lora_a (r, in)``, ``lora_b (out, r)``; and ``lora_a (in, r)``, ``lora_b (r, out)``."""
 
 Pairs = dict[str, tuple[Array, Array]]
+Header = Mapping[str, str]
 
 _CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[ab])(?:\.weight)?")
@@ -36,17 +36,13 @@ _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[ab])(?:\.weight)?")
 def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") -> str:
     """Write a card as a safetensors file, atomically, and return the file's SHA-256.
 
-    What a card holds beside its factors goes into the header's metadata, under ``lora.…`` keys. The
-    same card always gives the same bytes.
+    What a card holds beside its factors goes into the header's metadata, under ``lora.…`` keys.
+    The same card always gives the same bytes.
 
     Args:
         card: Any card.
         path: By convention ``*.safetensors``, in a folder that exists.
         layout: One of `LAYOUTS`.
-
-    Raises:
-        CardNotFoundError: The folder does not exist.
-        StoreError: The operating system refuses.
 
     Examples:
         >>> import tempfile
@@ -95,17 +91,14 @@ def load_safetensors(
     Args:
         path: A safetensors file.
         name: The card's name. Default: the header's, else the file's stem.
-        alpha: Needed if the header has neither ``lora.alpha`` nor ``alpha``. Factors are multiplied
-            by ``alpha / rank``.
+        alpha: Needed if the header has none. Factors are multiplied by ``alpha / rank``.
         target_modules: Default: the header's, else the modules in the file.
-        layout: One of `LAYOUTS`. Default: the header's, else the one that fits every module: A and B
-            agree in rank, the largest rank is the header's ``rank``, and, if both layouts still fit,
-            no rank exceeds a module's dimensions.
+        layout: One of `LAYOUTS`. Default: the header's, else the only one in which A and B agree in
+            rank, with the largest rank of the header. If both fit, the one in which no rank exceeds
+            a dimension.
 
     Raises:
-        CardNotFoundError: There is no such file.
-        CardFileError: The file is malformed, contradicts its header or the arguments, or fits both
-            layouts.
+        CardFileError: The file is malformed, contradicts itself or alpha, or fits both layouts.
     """
     path = as_path(path)
     if alpha is not None:
@@ -114,21 +107,18 @@ def load_safetensors(
         raise ArgumentError("layout", f"one of {LAYOUTS}", shown(layout))
     pairs, header = read_pairs(path, _KEY)
     with naming(path):
-        plain = {f"lora.{key}": header[key] for key in ("alpha", "rank") if key in header}
-        header = {**plain, **header}
         alpha = _stated(header, "alpha", float, alpha)
         if alpha is None:
             raise CardFileError("alpha", "a number in the header", "none", "pass alpha=")
         rank = _stated(header, "rank", int)
-        pairs = _oriented(pairs, _stated(header, "layout", str, layout), rank)
-        scalings = _json(header, "lora.scalings", dict)
+        pairs = _oriented(pairs, layout or header.get("lora.layout"), rank)
+        scalings = _json(header, "lora.scalings", {})
         weights = {m: pair_of(m, a, b, scalings.get(m)) for m, (a, b) in pairs.items()}
         if target_modules is None:
-            known = "lora.targets" in header
-            target_modules = _json(header, "lora.targets", list) if known else list(weights)
+            target_modules = _json(header, "lora.targets", list(weights))
         return LoRACard(
             name=name or header.get("lora.name") or path.stem,
-            rank=max((pair.rank for pair in weights.values()), default=1) if rank is None else rank,
+            rank=rank or max((pair.rank for pair in weights.values()), default=1),
             alpha=alpha,
             target_modules=target_modules,  # type: ignore[arg-type] # the card takes any iterable
             weights=weights,
@@ -138,8 +128,8 @@ def load_safetensors(
 
 
 def read_pairs(
-    path: Path, key: re.Pattern[str], advice: Mapping[str, str] = MappingProxyType({})
-) -> tuple[Pairs, Mapping[str, str]]:
+    path: Path, key: re.Pattern[str], advice: Header = MappingProxyType({})
+) -> tuple[Pairs, Header]:
     """Read the factors in a file, paired by module, and the header's metadata.
 
     Names, dtypes and shapes are checked before any element is read.
@@ -181,9 +171,7 @@ def pair_of(module: str, a: Array, b: Array, scaling: float | None) -> LowRank:
         return LowRank(a, b, scaling)
 
 
-def write_tensors(
-    file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]
-) -> None:
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Array], metadata: Header) -> None:
     """Write a safetensors file with sorted keys; safetensors' own writer shuffles the metadata."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -210,11 +198,11 @@ def header_of(card: LoRACard) -> dict[str, str]:
     return header
 
 
-def fields_of(header: Mapping[str, str]) -> dict[str, Any]:
+def fields_of(header: Header) -> dict[str, Any]:
     """Return the card's fields, except the name, that `header_of` wrote."""
     return {
-        "metadata": _json(header, "lora.metadata", dict),
-        "extra": _json(header, "lora.extra", dict),
+        "metadata": _json(header, "lora.metadata", {}),
+        "extra": _json(header, "lora.extra", {}),
         "base_fingerprint": header.get("lora.base_fingerprint"),
     }
 
@@ -229,14 +217,16 @@ def naming(where: object) -> Iterator[None]:
         raise CardFileError(place, error.expected, error.found, error.hint) from error
 
 
-def _json(header: Mapping[str, str], key: str, kind: type) -> Any:
-    """Return a header field that is JSON of this kind; an empty one if it is missing."""
-    return parse_json(header[key], f"header: {key}", kind) if key in header else kind()
+def _json(header: Header, key: str, default: Any) -> Any:
+    """Return a header field that is JSON of the default's type; the default if it is missing."""
+    if key not in header:
+        return default
+    return parse_json(header[key], f"header: {key}", type(default))
 
 
-def _stated(header: Mapping[str, str], key: str, kind: type, argument: Any = None) -> Any:
+def _stated(header: Header, key: str, kind: type, argument: Any = None) -> Any:
     """Return what the header or the argument says, unless they contradict each other."""
-    text = header.get(f"lora.{key}")
+    text = header.get(f"lora.{key}", header.get(key))
     if text is None:
         return argument
     try:
@@ -250,7 +240,7 @@ def _stated(header: Mapping[str, str], key: str, kind: type, argument: Any = Non
 
 
 def _oriented(pairs: Pairs, layout: str | None, rank: int | None) -> Pairs:
-    """Return the pairs as ``(in, r)`` and ``(r, out)``, by the layout that fits all of them best."""
+    """Return the pairs as ``(in, r)`` and ``(r, out)``, by the layout that fits them all best."""
     if not pairs:
         return pairs
     readings = {"linear": {m: (a.T, b.T) for m, (a, b) in pairs.items()}, "matrix": pairs}
