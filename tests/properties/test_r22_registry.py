@@ -33,9 +33,8 @@ versions = st.tuples(st.tuples(numbers, numbers, numbers), prereleases, builds)
 
 def text_of(version):
     release, before, build = version
-    return (
-        ".".join(map(str, release)) + (f"-{'.'.join(map(str, before))}" if before else "") + build
-    )
+    tail = f"-{'.'.join(map(str, before))}" if before else ""
+    return f"{'.'.join(map(str, release))}{tail}{build}"
 
 
 def is_older(a, b):
@@ -66,11 +65,8 @@ OLDEST_FIRST = ["0.9.0", "1.0.0-rc.9", "1.0.0-rc.10", "1.0.0", "1.10.0", "2.0.0"
 
 def card_of(name, version, size, value):
     """A card of one module, or of none where size is 0."""
-    weights = (
-        {"q": LowRank(np.full((size, 1), value, np.float32), np.ones((1, size), np.float32))}
-        if size
-        else {}
-    )
+    factors = np.full((size, 1), value, np.float32), np.ones((1, size), np.float32)
+    weights = {"q": LowRank(*factors)} if size else {}
     return LoRACard(name, 1, 1.0, ["q"], weights, {"version": version})
 
 
@@ -104,9 +100,7 @@ def size_of(key):
 HOLDS = {
     "the card": lambda card: card,
     "a view of a factor": lambda card: card.weights["q"].A[1:] if card.weights else card,
-    "another card with its factors": lambda card: (
-        replace(card, name="another") if card.weights else card
-    ),
+    "a card with its factors": lambda card: replace(card, name="x") if card.weights else card,
 }
 keys = st.sampled_from([*KEYS, ("a", "2.0.0"), ("nobody", "1.0.0")])
 
@@ -125,9 +119,8 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.folder = Path(
-            mkdtemp(dir=folder())
-        )  # its own, so that what another example left open is not counted
+        # A folder of its own: what another example left open is not counted.
+        self.folder = Path(mkdtemp(dir=folder()))
 
     def path(self, card, stem=""):
         path = self.folder / f"{stem}{path_of(card, stem).name}"
@@ -141,16 +134,14 @@ class RegistryMachine(RuleBasedStateMachine):
         keys=st.sets(st.sampled_from(KEYS)),
     )
     def start(self, max_cards, times, keys):
-        gc.freeze()  # the registry collects garbage before it gives up: let that be the registry's alone
+        gc.freeze()  # so that only the registry's garbage is collected before it gives up
         self.bounds = max_cards, times * size_of(("b", "2.0.0"))
         self.registry = AdapterRegistry(max_cards=max_cards, max_bytes=self.bounds[1])
-        self.registered = {
-            key: self.path(CARDS[key]) for key in KEYS if key not in keys
-        }  # (name, version) -> path
+        self.registered = {key: self.path(CARDS[key]) for key in KEYS if key not in keys}
         for path in self.registered.values():
             self.registry.register(path)
         self.maps = {}  # a number each -> (name, version), as mapped
-        self.kept = {}  # (name, version) -> the number of its map, the least recently asked for first
+        self.kept = {}  # (name, version) -> the number of its map, the least recently used first
         self.held = []  # (the number of a map, whether its card is held itself, what is held)
         self.count = 0
 
@@ -261,12 +252,8 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def it_knows_what_is_registered_from_the_oldest_to_the_newest(self):
-        found = {
-            (name, entry.version): entry.path
-            for name, known in self.registry.entries.items()
-            for entry in known
-        }
-        assert found == self.registered
+        entries = [entry for known in self.registry.entries.values() for entry in known]
+        assert {entry.key: entry.path for entry in entries} == self.registered
         for name, known in self.registry.entries.items():
             order = [version for version in OLDEST_FIRST if (name, version) in self.registered]
             assert [entry.version for entry in known] == order
