@@ -147,7 +147,7 @@ def header_of(schema: pa.Schema) -> tuple[dict[str, str], dict[str, str]]:
     texts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     version = texts.get("lora.format", "")
     major, dot, minor = version.partition(".")
-    need(major == "1" and dot and minor.isdecimal(), "lora.format", "version 1.x")
+    need(major == "1" and dot and minor.isdecimal(), f"lora.format {version}", "version 1.x")
     own = {key: texts.pop(key, None) for key in FIELDS}
     for key, value in own.items():
         need(value is not None, "schema metadata", f"the key {key}")

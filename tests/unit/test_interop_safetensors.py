@@ -9,21 +9,23 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from lora import weights
 from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError, CardFileError, CardNotFoundError, StoreError
-from lora import weights
 from lora.interop.safetensors import load_safetensors, save_safetensors
 from lora.testing.plugin import requirement
 
 RNG = np.random.default_rng(0)
 
 
-def pair(rows=5, rank=2, columns=3, scaling=None, dtype=np.float32):
-    return LowRank(
-        RNG.normal(size=(rows, rank)).astype(dtype),
-        RNG.normal(size=(rank, columns)).astype(dtype),
-        scaling,
-    )
+def pair(rows=5, rank=2, columns=3, scaling=None):
+    factors = RNG.normal(size=(rows, rank)), RNG.normal(size=(rank, columns))
+    return LowRank(*(factor.astype(np.float32) for factor in factors), scaling)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "docs.safetensors"
 
 
 def tensors(pairs, layout, suffix=""):
@@ -42,16 +44,12 @@ def refused(path, kind=CardFileError, **options):
 @requirement("R23.5")
 @pytest.mark.parametrize("layout", ["linear", "matrix"])
 @pytest.mark.parametrize("suffix", ["", ".weight"])
-def test_a_file_without_a_header_says_its_layout_by_its_shapes(tmp_path, layout, suffix):
-    path, pairs = tmp_path / "docs.safetensors", {"a.q": pair(), "a.square": pair(7, 2, 7)}
+def test_a_file_without_a_header_says_its_layout_by_its_shapes(path, layout, suffix):
+    pairs = {"a.q": pair(), "a.square": pair(7, 2, 7)}
     save_file(tensors(pairs, layout, suffix), path)
     card = load_safetensors(path, alpha=8)
-    assert (card.name, card.rank, card.alpha, card.target_modules) == (
-        "docs",
-        2,
-        8.0,
-        ("a.q", "a.square"),
-    )
+    assert (card.name, card.rank, card.alpha) == ("docs", 2, 8.0)
+    assert card.target_modules == ("a.q", "a.square")
     for name, expected in pairs.items():
         assert card.weights[name] == LowRank(expected.A, expected.B, 4.0)
     assert load_safetensors(path, alpha=8, layout=layout).weights == card.weights
@@ -60,8 +58,7 @@ def test_a_file_without_a_header_says_its_layout_by_its_shapes(tmp_path, layout,
 
 
 @requirement("R23.5")
-def test_the_layout_that_the_shapes_contradict_is_refused(tmp_path):
-    path = tmp_path / "docs.safetensors"
+def test_the_layout_that_the_shapes_contradict_is_refused(path):
     save_file(tensors({"q": pair()}, "linear"), path)
     assert "matrix" in refused(path, alpha=8, layout="matrix")
     save_file({"q.lora_a": np.ones((2, 5)), "q.lora_b": np.ones((3, 4))}, path)
@@ -72,33 +69,30 @@ def test_the_layout_that_the_shapes_contradict_is_refused(tmp_path):
 
 @requirement("R23.5")
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (1, 1, 1)])
-def test_square_factors_are_never_guessed(tmp_path, sizes):
-    path, square = tmp_path / "docs.safetensors", pair(*sizes)
+def test_square_factors_are_never_guessed(path, sizes):
+    square = pair(*sizes)
     save_file(tensors({"q": square}, "linear"), path)
     assert "layout=" in refused(path, alpha=8)
     save_file(tensors({"q": square}, "linear"), path, metadata={"rank": str(sizes[1])})
     assert "layout=" in refused(path, alpha=8)
-    found = {
-        layout: load_safetensors(path, alpha=8, layout=layout).weights["q"]
-        for layout in ("linear", "matrix")
-    }
-    assert found["linear"].A.tobytes() == square.A.tobytes()
-    assert found["matrix"].A.tobytes() == np.ascontiguousarray(square.A.T).tobytes()
+    for layout, factor in (("linear", square.A), ("matrix", square.A.T)):
+        read = load_safetensors(path, alpha=8, layout=layout).weights["q"].A
+        assert read.tobytes() == np.ascontiguousarray(factor).tobytes()
 
 
 @requirement("R23.5")
 @pytest.mark.parametrize("layout", ["linear", "matrix"])
-def test_a_module_with_one_reading_decides_for_square_ones(tmp_path, layout):
-    path, pairs = tmp_path / "docs.safetensors", {"q": pair(4, 4, 4), "v": pair(6, 4, 5)}
+def test_a_module_with_one_reading_decides_for_square_ones(path, layout):
+    pairs = {"q": pair(4, 4, 4), "v": pair(6, 4, 5)}
     save_file(tensors(pairs, layout), path)
     card = load_safetensors(path, alpha=4)
     assert card.weights["q"].A.tobytes() == pairs["q"].A.tobytes()
 
 
 @requirement("R23.5")
-def test_two_readings_are_told_apart_by_the_rank_or_not_at_all(tmp_path):
-    """A (2, 5) and B (5, 2): rank 2 over 5 -> 5, or rank 5 over 2 -> 2; the header's rank says which."""
-    path, wide = tmp_path / "docs.safetensors", pair(5, 2, 5)
+def test_two_readings_are_told_apart_by_the_rank_or_not_at_all(path):
+    """A (2, 5) and B (5, 2): rank 2 over 5 -> 5, or rank 5 over 2 -> 2; the header's rank decides."""
+    wide = pair(5, 2, 5)
     for rank, shape in ((None, (5, 2)), ("2", (5, 2)), ("5", (2, 5))):
         save_file(tensors({"q": wide}, "linear"), path, metadata={"rank": rank} if rank else None)
         assert load_safetensors(path, alpha=1).weights["q"].A.shape == shape
@@ -107,8 +101,7 @@ def test_two_readings_are_told_apart_by_the_rank_or_not_at_all(tmp_path):
 
 
 @requirement("R23.5")
-def test_alpha_and_rank_of_the_file_are_honoured(tmp_path):
-    path = tmp_path / "docs.safetensors"
+def test_alpha_and_rank_of_the_file_are_honoured(path):
     save_file(tensors({"q": pair()}, "linear"), path)
     assert "alpha=" in refused(path)
     for keys in ({"alpha": "3", "rank": "2"}, {"lora.alpha": "3", "lora.rank": "2"}):
@@ -126,42 +119,36 @@ def test_alpha_and_rank_of_the_file_are_honoured(tmp_path):
 
 
 @requirement("R23.5")
-def test_unequal_ranks_need_their_scalings(tmp_path):
-    path, pairs = tmp_path / "docs.safetensors", {"q": pair(), "v": pair(rank=1)}
+def test_unequal_ranks_need_their_scalings(path):
+    pairs = {"q": pair(), "v": pair(rank=1)}
     save_file(tensors(pairs, "linear"), path)
     assert "scaling" in refused(path, alpha=8)
     save_file(tensors(pairs, "linear"), path, metadata={"lora.scalings": '{"v": 0.5, "q": 3}'})
     assert [each.scaling for each in load_safetensors(path, alpha=8).weights.values()] == [3.0, 0.5]
 
 
+MALFORMED = {
+    "lora.layout": ["rows", "matrix"],
+    "lora.scalings": ["{", '{"q": "1"}', '{"q": NaN}', "[" * 100_000],
+    "lora.targets": ['"q"', "[1]"],
+    "lora.metadata": ["[]", '{"a": NaN}'],
+    "lora.extra": ['{"lora.rank": "1"}'],
+    "lora.base_fingerprint": ["abc"],
+    "lora.name": ["a\nb"],
+}
+
+
 @requirement("R23.5")
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("lora.layout", "rows"),
-        ("lora.layout", "matrix"),
-        ("lora.scalings", "{"),
-        ("lora.scalings", '{"q": "1"}'),
-        ("lora.scalings", '{"q": NaN}'),
-        ("lora.scalings", "[" * 100_000),
-        ("lora.targets", '"q"'),
-        ("lora.targets", "[1]"),
-        ("lora.metadata", "[]"),
-        ("lora.metadata", '{"a": NaN}'),
-        ("lora.extra", '{"lora.rank": "1"}'),
-        ("lora.base_fingerprint", "abc"),
-        ("lora.name", "a\nb"),
-    ],
+    ("key", "value"), [(key, value) for key, values in MALFORMED.items() for value in values]
 )
-def test_a_header_that_is_malformed_or_contradicts_the_tensors_is_refused(tmp_path, key, value):
-    path = tmp_path / "docs.safetensors"
+def test_a_header_that_is_malformed_or_contradicts_the_tensors_is_refused(path, key, value):
     save_file(tensors({"q": pair()}, "linear"), path, metadata={key: value})
     assert str(path) in refused(path, alpha=8)
 
 
 @requirement("R23.5")
-def test_tensors_that_are_no_pairs_are_refused(tmp_path):
-    path = tmp_path / "docs.safetensors"
+def test_tensors_that_are_no_pairs_are_refused(path):
     good = tensors({"q": pair()}, "linear")
     for wrong, says in [
         ({"q.lora_a": good["q.lora_a"]}, "only ['A']"),
@@ -180,13 +167,10 @@ def test_tensors_that_are_no_pairs_are_refused(tmp_path):
 def test_files_that_are_missing_or_malformed_are_named(tmp_path):
     assert "gone" in refused(tmp_path / "gone", CardNotFoundError)
     assert str(tmp_path) in refused(tmp_path, CardNotFoundError)
-    header = b'{"q.lora_a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4000000000000000000]}}'
-    for content in (
-        b"",
-        b"garbage that is long enough",
-        len(header).to_bytes(8, "little") + header,
-        b"\xff" * 8,
-    ):
+    header = b'{"q.lora_a":{"dtype":"F32","shape":[1000000000,1000000000],'
+    header += b'"data_offsets":[0,4000000000000000000]}}'
+    huge = len(header).to_bytes(8, "little") + header
+    for content in (b"", b"garbage that is long enough", huge, b"\xff" * 8):
         (tmp_path / "x").write_bytes(content)
         assert "a safetensors file" in refused(tmp_path / "x", alpha=1)
     for options in ({"alpha": "x"}, {"alpha": float("nan")}, {"layout": "rows"}, {"layout": []}):
@@ -196,15 +180,12 @@ def test_files_that_are_missing_or_malformed_are_named(tmp_path):
 
 @requirement("R23.5")
 @pytest.mark.parametrize(("layout", "shape"), [("linear", (2, 5)), ("matrix", (5, 2))])
-def test_what_is_saved_is_a_plain_safetensors_file(tmp_path, layout, shape):
+def test_what_is_saved_is_a_plain_safetensors_file(path, layout, shape):
     weights = {"a.q": pair(), "": pair(rank=1, scaling=0.5)}
-    card = LoRACard(
-        "docs", 2, 8.0, ["q"], weights, {"description": "größe"}, base_model="some/base"
-    )
-    path = tmp_path / "docs.safetensors"
-    assert (
-        save_safetensors(card, path, layout=layout) == hashlib.sha256(path.read_bytes()).hexdigest()
-    )
+    metadata = {"description": "größe"}
+    card = LoRACard("docs", 2, 8.0, ["q"], weights, metadata, base_model="some/base")
+    digest = save_safetensors(card, path, layout=layout)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     found = load_file(path)
     assert sorted(found) == ["a.q.lora_a", "a.q.lora_b", "lora_a", "lora_b"]
     assert found["a.q.lora_a"].shape == shape
@@ -246,11 +227,8 @@ def test_saving_refuses_what_it_cannot_write(tmp_path):
 
 
 @requirement("R23.5")
-def test_target_modules_are_those_of_a_card(tmp_path):
-    save_safetensors(LoRACard("docs", 2, 4.0, ["q"], {"q": pair()}), tmp_path / "docs.safetensors")
-    for given in ("query", ["query"], {"query"}):
-        card = load_safetensors(tmp_path / "docs.safetensors", target_modules=given)
-        assert card.target_modules == ("query",)
-    assert "target_modules: expected printable names" in refused(
-        tmp_path / "docs.safetensors", target_modules=3
-    )
+def test_target_modules_are_those_of_a_card(path):
+    save_safetensors(LoRACard("docs", 2, 4.0, ["q"], {"q": pair()}), path)
+    for targets in ("query", ["query"], {"query"}):
+        assert load_safetensors(path, target_modules=targets).target_modules == ("query",)
+    assert "target_modules: expected printable names" in refused(path, target_modules=3)
