@@ -12,10 +12,7 @@ from torch import nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
-    from peft.tuners.tuners_utils import (
-        _maybe_include_all_linear_layers,
-        check_target_module_exists,
-    )
+    from peft.tuners import tuners_utils
 
 from lora.testing.binding import Array, PlainCard, PlainPair, Term
 from lora.testing.reference import array_of, tensor_of
@@ -57,23 +54,20 @@ class Peft:
         "R20.9": "DARE's mask for a module depends on which other modules a card has",
     }
 
-    def forward(
-        self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]
-    ) -> Array:
+    def forward(self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]):
         """One adapter for each term, all active; PEFT's scaling is set to weight · scaling."""
-        layer = nn.Linear(
-            weight.shape[1], weight.shape[0], bias=bias is not None, dtype=tensor_of(weight).dtype
-        )
+        dtype = tensor_of(weight).dtype
+        layer = nn.Linear(*weight.shape[::-1], bias=bias is not None, dtype=dtype)
         model = nn.ModuleDict({"layer": layer})
         with torch.no_grad():
             layer.weight.copy_(tensor_of(weight))
             if bias is not None:
                 layer.bias.copy_(tensor_of(bias))
             if terms:
-                adapters = {
-                    f"a{index}": {"layer": (term.A, term.B, term.scaling * term.weight)}
-                    for index, term in enumerate(terms.values())
-                }
+                adapters = {}
+                for index, term in enumerate(terms.values()):
+                    scaling = term.scaling * term.weight
+                    adapters[f"a{index}"] = {"layer": (term.A, term.B, scaling)}
                 adapted(model, adapters).set_adapter(list(adapters))
             return array_of(model["layer"](tensor_of(x)))
 
@@ -81,20 +75,12 @@ class Peft:
         """By PEFT's own matching; all-linear over a module tree with these names."""
         config = peft.LoraConfig(target_modules=list(targets))
         if "all-linear" in targets:
-            every = _maybe_include_all_linear_layers(
-                peft.LoraConfig(target_modules="all-linear"), tree_of(names)
-            )
+            every = peft.LoraConfig(target_modules="all-linear")
+            every = tuners_utils._maybe_include_all_linear_layers(every, tree_of(names))
             config.target_modules = {*every.target_modules, *targets} - {"all-linear"}
-        return [name for name in names if check_target_module_exists(config, name)]
+        return [name for name in names if tuners_utils.check_target_module_exists(config, name)]
 
-    def merge(
-        self,
-        cards: Sequence[PlainCard],
-        strategy: str,
-        options: Mapping[str, object],
-        weights: Sequence[float] | None,
-        rank: int | None,
-    ) -> PlainCard:
+    def merge(self, cards: Sequence[PlainCard], strategy, options, weights, rank) -> PlainCard:
         """One adapter for each card, merged by the combination that acts on ΔW, at the rank that makes it exact."""
         if strategy not in COMBINATIONS:
             raise NotImplementedError(f"PEFT has no {strategy}")
@@ -109,35 +95,22 @@ class Peft:
             weights = [weight / sum(weights) for weight in weights]
         targets = tuple(sorted({target for card in cards for target in card.target_modules}))
         modules = sorted({module for card in cards for module in card.weights})
-        held = {
-            module: next(card.weights[module] for card in cards if module in card.weights)
-            for module in modules
-        }
+        pairs = {module: pair for card in cards[::-1] for module, pair in card.weights.items()}
         dtypes = {pair.A.dtype.name for card in cards for pair in card.weights.values()}
         wide = torch.float64 if "float64" in dtypes else torch.float32
-        model = nn.ModuleDict(
-            {
-                f"m{index}": nn.Linear(pair.A.shape[0], pair.B.shape[1], bias=False, dtype=wide)
-                for index, pair in enumerate(held.values())
-            }
-        )
+        model = nn.ModuleDict()
+        for index, module in enumerate(modules):
+            shape = len(pairs[module].A), pairs[module].B.shape[1]
+            model[f"m{index}"] = nn.Linear(*shape, bias=False, dtype=wide)
         adapters = {
-            f"a{index}": {
-                f"m{modules.index(module)}": (
-                    a,
-                    b,
-                    card.alpha / card.rank if scaling is None else scaling,
-                )
-                for module, (a, b, scaling) in card.weights.items()
-            }
+            f"a{index}": layers_of(card, modules)
             for index, card in enumerate(cards)
             if card.weights
         }
         if not adapters:
             return PlainCard("merged", 1, 1.0, targets, {}, {}, {})
-        ranks = [
-            max((pair.A.shape[1] for pair in card.weights.values()), default=0) for card in cards
-        ]
+        ranks = [max((p.A.shape[1] for p in card.weights.values()), default=0) for card in cards]
+        majority = {"mass": "total", "count": "frequency"}[options.get("elect", "mass")]
         torch.manual_seed(options.get("seed", 0))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a density of 1 prunes nothing
@@ -149,27 +122,28 @@ class Peft:
                 svd_rank=rank or (max(ranks) if strategy in {"ties", "dare"} else sum(ranks)),
                 svd_full_matrices=False,  # else a rank above min(in, out) is an error
                 density=options.get("density", 0.5),
-                majority_sign_method={"mass": "total", "count": "frequency"}[
-                    options.get("elect", "mass")
-                ],
+                majority_sign_method=majority,
             )
         dtype = dtypes.pop() if len(dtypes) == 1 else str(wide).removeprefix("torch.")
         kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-        merged = {
-            module: PlainPair(
-                array_of(layer.lora_A["merged"].weight.T).astype(kind),
-                array_of(layer.lora_B["merged"].weight.T).astype(kind),
-                layer.scaling["merged"],
-            )
-            for module, layer in zip(modules, model.values(), strict=True)
-        }
+        merged = {}
+        for module, layer in zip(modules, model.values(), strict=True):
+            a, b = (array_of(part["merged"].weight.T) for part in (layer.lora_A, layer.lora_B))
+            merged[module] = PlainPair(a.astype(kind), b.astype(kind), layer.scaling["merged"])
         largest = max(pair.A.shape[1] for pair in merged.values())
         return PlainCard("merged", largest, float(largest), targets, merged, {}, {})
 
 
-def adapted(
-    model: nn.Module, adapters: Mapping[str, Mapping[str, tuple[Array, Array, float]]]
-) -> peft.LoraModel:
+def layers_of(card: PlainCard, modules: Sequence[str]) -> dict[str, tuple[Array, Array, float]]:
+    """A card's factors and scalings by the names of the layers that stand for its modules."""
+    plain = card.alpha / card.rank
+    return {
+        f"m{modules.index(module)}": (a, b, plain if scaling is None else scaling)
+        for module, (a, b, scaling) in card.weights.items()
+    }
+
+
+def adapted(model: nn.Module, adapters: Mapping[str, Mapping[str, tuple[Array, Array, float]]]):
     """PEFT's model of this one with these adapters: name -> module -> (A, B, scaling)."""
     wrapped = None
     for name, modules in adapters.items():

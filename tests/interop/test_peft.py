@@ -27,16 +27,10 @@ from lora.testing.plugin import requirement
 AGREEMENT = 1e-6
 """Relative, as R23.2 asks."""
 
-pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-    ),  # PEFT reads it
-    pytest.mark.filterwarnings(
-        "ignore:Adapter 'default'. . LoRA tensor:Warning"
-    ),  # it takes a bias on B for a factor
-    pytest.mark.filterwarnings(
-        "ignore:unclosed file:ResourceWarning"
-    ),  # PEFT leaves adapter_config.json open
+pytestmark = [  # what PEFT reads, takes a bias on B for, and leaves open
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor:Warning"),
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
 ]
 
 NARROW = ("pissa", "olora")
@@ -45,45 +39,27 @@ NARROW = ("pissa", "olora")
 IDS = torch.arange(12).reshape(2, 6)
 
 
+SIZES = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12}
+
+
 def bert():
-    sizes = {
-        "hidden_size": 8,
-        "num_attention_heads": 2,
-        "intermediate_size": 12,
-        "num_hidden_layers": 3,
-    }
-    return BertModel(BertConfig(vocab_size=20, max_position_embeddings=8, **sizes))
+    sizes = {**SIZES, "vocab_size": 20, "max_position_embeddings": 8, "num_hidden_layers": 3}
+    return BertModel(BertConfig(**sizes))
 
 
 def llama():
-    sizes = {
-        "hidden_size": 8,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 12,
-    }
-    tokens = {"bos_token_id": 1, "eos_token_id": 2}
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=20, num_hidden_layers=3, max_position_embeddings=8, **sizes, **tokens
-        )
-    )
+    sizes = {**SIZES, "vocab_size": 20, "max_position_embeddings": 8, "num_hidden_layers": 3}
+    special = {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **special))
 
 
 def gpt2():
-    sizes = {
-        "n_positions": 8,
-        "n_embd": 4,
-        "n_layer": 2,
-        "n_head": 2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return GPT2Model(GPT2Config(vocab_size=20, **sizes))
+    sizes = {"vocab_size": 20, "n_positions": 8, "n_embd": 4, "n_layer": 2, "n_head": 2}
+    return GPT2Model(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
 
 
 def small(make):
-    """A model in float64, so that a difference is one of computation; its weights are large, so that any shows."""
+    """A model in float64 with large weights, so that every difference of computation shows."""
     torch.manual_seed(0)
     model = make().double().eval().requires_grad_(requires_grad=False)
     for parameter in model.parameters():
@@ -108,9 +84,8 @@ def made(make, folder, **options):
     base = small(make)
     if str(options.get("init_lora_weights")) in NARROW:
         base = base.float()
-    model = get_peft_model(
-        base, LoraConfig(**{"init_lora_weights": False, "r": 4, **options})
-    ).eval()
+    config = LoraConfig(**{"init_lora_weights": False, "r": 4, **options})
+    model = get_peft_model(base, config).eval()
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and layer.lora_A:
             layer.lora_A["default"].weight.data.normal_()
@@ -119,88 +94,57 @@ def made(make, folder, **options):
 
 
 def loaded(make, folder):
-    """The model with an adapter as PEFT loads it (which need not be the one saved: saving sorts the patterns)."""
+    """The model with an adapter as PEFT loads it; saving has sorted the patterns."""
     return PeftModel.from_pretrained(small(make), folder).eval()
 
 
 def scalings(model):
-    base = model.get_base_model()
-    return {
-        name: layer.scaling["default"]
-        for name, layer in base.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+    layers = model.get_base_model().named_modules()
+    return {name: part.scaling["default"] for name, part in layers if isinstance(part, LoraLayer)}
 
 
+RSLORA = {"use_rslora": True, "lora_alpha": 3, "r": 5}
+ALL_PATTERNS = {
+    "use_rslora": True,
+    "alpha_pattern": {"output.dense": 7, "(encoder.)?layer.1.attention.self.query": 1},
+    "rank_pattern": {"attention.output.dense": 1, "dense": 3},
+}
 CASES = {
-    "one list": (bert, {"target_modules": ["query", "value"]}),
-    "alpha and rank": (bert, {"target_modules": ["query"], "lora_alpha": 3, "r": 5}),
-    "rsLoRA": (
-        bert,
-        {"target_modules": ["query", "dense"], "use_rslora": True, "lora_alpha": 3, "r": 5},
-    ),
-    "rank pattern": (
-        bert,
-        {"target_modules": ["query", "key"], "rank_pattern": {"key": 2, r"layer\.1\..*query": 7}},
-    ),
-    "alpha pattern": (
-        bert,
-        {"target_modules": ["query", "key"], "alpha_pattern": {"key": 5, "^encoder.*": 3}},
-    ),
-    "all patterns, rsLoRA": (
-        bert,
-        {
-            "target_modules": ["query", "dense"],
-            "use_rslora": True,
-            "alpha_pattern": {"output.dense": 7, "(encoder.)?layer.1.attention.self.query": 1},
-            "rank_pattern": {"attention.output.dense": 1, "dense": 3},
-        },
-    ),
-    "all-linear": (bert, {"target_modules": "all-linear"}),
-    "all-linear with a head": (llama, {"target_modules": "all-linear"}),
-    "a pattern": (llama, {"target_modules": r".*\.[02]\..*\.(q|v)_proj"}),
-    "a full name": (bert, {"target_modules": ["encoder.layer.2.intermediate.dense"]}),
-    "left to the model": (llama, {}),
+    "one list": (bert, ["query", "value"], {}),
+    "alpha and rank": (bert, ["query"], {"lora_alpha": 3, "r": 5}),
+    "rsLoRA": (bert, ["query", "dense"], RSLORA),
+    "ranks": (bert, ["query", "key"], {"rank_pattern": {"key": 2, r"layer\.1\..*query": 7}}),
+    "alphas": (bert, ["query", "key"], {"alpha_pattern": {"key": 5, "^encoder.*": 3}}),
+    "all patterns, rsLoRA": (bert, ["query", "dense"], ALL_PATTERNS),
+    "all-linear": (bert, "all-linear", {}),
+    "all-linear with a head": (llama, "all-linear", {}),
+    "a pattern": (llama, r".*\.[02]\..*\.(q|v)_proj", {}),
+    "a full name": (bert, ["encoder.layer.2.intermediate.dense"], {}),
+    "left to the model": (llama, None, {}),
     "excluded": (
         bert,
-        {
-            "target_modules": ["query", "dense"],
-            "exclude_modules": ["layer.1.output.dense", "pooler.dense"],
-        },
+        ["query", "dense"],
+        {"exclude_modules": ["layer.1.output.dense", "pooler.dense"]},
     ),
-    "excluded by pattern": (
-        llama,
-        {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.1\..*"},
-    ),
-    "one layer": (bert, {"target_modules": ["query"], "layers_to_transform": 1}),
-    "layers": (llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]}),
+    "excluded by pattern": (llama, ["q_proj"], {"exclude_modules": r".*layers\.1\..*"}),
+    "one layer": (bert, ["query"], {"layers_to_transform": 1}),
+    "layers": (llama, ["q_proj", "up_proj"], {"layers_to_transform": [0, 2]}),
     "layers by pattern": (
         llama,
-        {
-            "target_modules": ["q_proj"],
-            "layers_to_transform": [0, 2],
-            "layers_pattern": ["blocks", "layers"],
-        },
+        ["q_proj"],
+        {"layers_to_transform": [0, 2], "layers_pattern": ["blocks", "layers"]},
     ),
-    "negative": (
-        bert,
-        {"target_modules": ["query", "key"], "alpha_pattern": {"key": -3, "query": 0}},
-    ),
+    "negative": (bert, ["query", "key"], {"alpha_pattern": {"key": -3, "query": 0}}),
 }
 
 
 @requirement("R23.1", "R23.2")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_peft_saves_computes_the_same_here_and_what_is_saved_here_the_same_there(
-    case, tmp_path
-):
-    make, options = CASES[case]
-    made(make, tmp_path / "docs", **options)
-    theirs, card, base = (
-        loaded(make, tmp_path / "docs"),
-        import_peft(tmp_path / "docs"),
-        small(make),
-    )
+def test_what_one_side_saves_computes_the_same_on_the_other(case, tmp_path):
+    make, targets, options = CASES[case]
+    made(make, tmp_path / "docs", target_modules=targets, **options)
+    theirs, base = loaded(make, tmp_path / "docs"), small(make)
+    card = import_peft(tmp_path / "docs")
     expected = output(theirs)
     assert {name: pair.scaling for name, pair in card.weights.items()} == scalings(theirs)
     assert sorted(injections(base, card, strict=True)["docs"].bound) == sorted(scalings(theirs))
@@ -214,12 +158,9 @@ def test_what_peft_saves_computes_the_same_here_and_what_is_saved_here_the_same_
 
 @requirement("R23.1", "R23.2")
 def test_an_adapter_over_conv1d_has_the_factors_of_any_other(tmp_path):
-    """GPT-2's Conv1D holds its weight as (in, out): PEFT's factors are (r, in) and (out, r) all the same."""
-    options = {
-        "target_modules": ["c_attn", "c_fc"],
-        "fan_in_fan_out": True,
-        "rank_pattern": {"c_fc": 2},
-    }
+    """GPT-2's Conv1D holds its weight as (in, out), but PEFT's factors are those of any Linear."""
+    options = {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {"c_fc": 2}}
+    options["fan_in_fan_out"] = True
     made(gpt2, tmp_path / "docs", **options)
     theirs, card = loaded(gpt2, tmp_path / "docs"), import_peft(tmp_path / "docs")
     expected = output(theirs)
@@ -235,28 +176,20 @@ def test_an_adapter_over_conv1d_has_the_factors_of_any_other(tmp_path):
     assert gap(output(written), expected) <= AGREEMENT
     assert gap(output(small(gpt2)), expected) > 1e3 * AGREEMENT
     export_peft(card, tmp_path / "back")
-    assert (
-        json.loads((tmp_path / "back" / "adapter_config.json").read_text())["fan_in_fan_out"]
-        is True
-    )
+    config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is True
     assert gap(output(loaded(gpt2, tmp_path / "back")), expected) <= AGREEMENT
 
 
 def by_hand(model, dtype="float64"):
-    """A card for every Linear, of unequal ranks and with scalings that no alpha of all modules gives."""
+    """A card for every Linear, with unequal ranks and scalings that no single alpha gives."""
     rng, weights = np.random.default_rng(0), {}
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    for index, (name, module) in enumerate(linears.items()):
-        rank, kind = 1 + index % 3, DTYPES[dtype]
-        factors = (
-            rng.normal(size=(module.in_features, rank)),
-            rng.normal(size=(rank, module.out_features)),
-        )
-        weights[name] = LowRank(
-            *(factor.astype(kind) for factor in factors), [0.1, -0.7, 1 / 3, 0.0][index % 4]
-        )
+    linears = [item for item in model.named_modules() if isinstance(item[1], nn.Linear)]
+    for index, (name, module) in enumerate(linears):
+        rank = 1 + index % 3
+        shapes = (module.in_features, rank), (rank, module.out_features)
+        factors = (rng.normal(size=shape).astype(DTYPES[dtype]) for shape in shapes)
+        weights[name] = LowRank(*factors, [0.1, -0.7, 1 / 3, 0.0][index % 4])
     return LoRACard("docs", 3, 2.0, ["all-linear"], weights)
 
 
@@ -270,13 +203,12 @@ class Alike(nn.Module):
         self.add_module("a+b(c", nn.Linear(8, 8))
 
     def forward(self, x):
-        return self.get_submodule("a+b(c")(
-            self.q(x).tanh() + self.outer.q(x).tanh() * self.outer.xq(x)
-        )
+        mixed = self.q(x).tanh() + self.outer.q(x).tanh() * self.outer.xq(x)
+        return self.get_submodule("a+b(c")(mixed)
 
 
 def written(model, card):
-    """The model with every ΔW in its weights (a key that ends like another name is too ambiguous to adapt by)."""
+    """The model with every ΔW in its weights, as ambiguous keys can't be adapted by."""
     model = copy.deepcopy(model)
     for name, pair in card.weights.items():
         model.get_submodule(name).weight += torch.from_numpy(delta(pair, dtype=np.float64))
@@ -306,9 +238,8 @@ def test_a_card_of_one_module_is_not_given_to_those_whose_names_end_alike(tmp_pa
     pair = by_hand(base).weights["outer.xq"]
     card = LoRACard("docs", pair.rank, 1.0, ["q"], {"q": pair})
     export_peft(card, tmp_path / "docs")
-    with pytest.warns(
-        UserWarning, match="missing adapter keys"
-    ):  # a list can't say "q, not outer.q": B is 0 there
+    # A list can't say "q, but not outer.q": B is 0 there.
+    with pytest.warns(UserWarning, match="missing adapter keys"):
         theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "docs").eval()
     assert gap(theirs(x), written(base, card)(x)) <= AGREEMENT
 
@@ -326,20 +257,18 @@ RULES = [
     {"target_modules": ["query", "key"], "exclude_modules": ["1.attention.self.query", "key"]},
     {"target_modules": ["uery", ""]},
 ]
-NAMES = [
-    *(name for name, _ in small(bert).named_modules() if name),
-    *(
-        "layer.0.query",
-        "0.query",
-        "h.0.query",
-        "layer.1.experts.0.query",
-        "x.layer.0.mlp.1.query",
-        "query",
-        "a.1",
-        "b.3.1",
-    ),
-    *("xlayer.0.query", "x.1.layer.0.query", "a.b.3.q.proj", "deep.a.b.3.c.q.proj"),
+NAMES = [name for name, _ in small(bert).named_modules() if name]
+NAMES += [
+    "layer.0.query",
+    "0.query",
+    "h.0.query",
+    "layer.1.experts.0.query",
+    "query",
+    "a.1",
+    "b.3.1",
 ]
+NAMES += ["x.layer.0.mlp.1.query", "xlayer.0.query", "x.1.layer.0.query", "a.b.3.q.proj"]
+NAMES += ["deep.a.b.3.c.q.proj"]
 
 
 @requirement("R23.1")
@@ -349,21 +278,12 @@ def test_which_modules_are_targeted_is_decided_as_peft_decides(rule):
     assert [name for name in NAMES if _targeted(rule, name)] == theirs
 
 
+KEYS = [["query"], ["uery"], ["a|query"], ["^layer.0.query", "query"], [r".*\.query"], ["."], [""]]
+KEYS += [["0.query", "layer.0.query"]]
+
+
 @requirement("R23.1")
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ["query"],
-        ["uery"],
-        ["a|query"],
-        ["^layer.0.query", "query"],
-        [r".*\.query"],
-        ["0.query", "layer.0.query"],
-        ["."],
-        [""],
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("keys", KEYS, ids=str)
 def test_which_pattern_counts_is_decided_as_peft_decides(keys):
     patterns = {key: index for index, key in enumerate(keys)}
     theirs = [patterns.get(get_pattern_key(patterns.keys(), name), -1) for name in NAMES]
@@ -396,64 +316,42 @@ def test_what_peft_saves_that_is_not_plain_lora_is_refused(case, tmp_path):
 @requirement("R23.1", "R23.4")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype_comes_from_peft_bit_for_bit(tmp_path, dtype):
-    model = get_peft_model(
-        small(bert).to(dtype),
-        LoraConfig(target_modules=["query"], init_lora_weights=False),
-        autocast_adapter_dtype=False,
-    )
+    config = LoraConfig(target_modules=["query"], init_lora_weights=False)
+    model = get_peft_model(small(bert).to(dtype), config, autocast_adapter_dtype=False)
     model.save_pretrained(tmp_path)
     card = import_peft(tmp_path)
     assert card.dtype.name == str(dtype).removeprefix("torch.")
     for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
-        module, factor = (
-            key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
-        )
+        name = key.removeprefix("base_model.model.").removesuffix(".weight")
+        module, factor = name.rsplit(".lora_", 1)
         found = np.ascontiguousarray(getattr(card.weights[module], factor).T)
         assert found.tobytes() == tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @requirement("R23.3")
-def test_a_sentence_transformer_adapted_here_embeds_as_the_one_that_peft_adapts(
-    model_folder, tmp_path
-):
-    texts = [
-        "read a file",
-        "sort a list of numbers",
-        "",
-        "naïve café 😀",
-        "a much longer sentence " * 20,
-    ]
-    folder = str(model_folder)
+def test_a_sentence_transformer_adapted_here_embeds_as_with_peft(model_folder, tmp_path):
+    texts = ["read a file", "", "naïve café 😀", "a much longer sentence " * 20]
     torch.manual_seed(1)
-    inner = SentenceTransformer(folder, device="cpu")[0].auto_model
-    options = {
-        "target_modules": ["query", "value", "dense"],
-        "rank_pattern": {"value": 3},
-        "use_rslora": True,
-        "r": 8,
-    }
-    get_peft_model(inner, LoraConfig(init_lora_weights=False, **options)).save_pretrained(
-        tmp_path / "theirs"
-    )
-    peer, card = (
-        SentenceTransformer(folder, device="cpu").double(),
-        import_peft(tmp_path / "theirs", name="docs"),
-    )
+
+    def model():
+        return SentenceTransformer(str(model_folder), device="cpu")
+
+    options = {"rank_pattern": {"value": 3}, "use_rslora": True, "init_lora_weights": False}
+    config = LoraConfig(r=8, target_modules=["query", "value", "dense"], **options)
+    get_peft_model(model()[0].auto_model, config).save_pretrained(tmp_path / "theirs")
+    peer, card = model().double(), import_peft(tmp_path / "theirs", name="docs")
     before, found = peer.encode(texts), adapt(peer, card).encode(texts)
     assert len(injections(peer, card, strict=True)["docs"].bound) == len(card.weights) == 6 * 5 + 1
     assert np.abs(found - before).max() > 1e3 * AGREEMENT * np.abs(found).max()
     export_peft(card, tmp_path / "back")
+    bound = AGREEMENT * np.abs(found).max()
     for place in ("theirs", "back"):
-        theirs = SentenceTransformer(folder, device="cpu")
+        theirs = model()
         theirs.load_adapter(str(tmp_path / place))
-        assert (
-            np.abs(theirs.double().encode(texts) - found).max() <= AGREEMENT * np.abs(found).max()
-        )
-    wrapped = SentenceTransformer(folder, device="cpu").double()
-    wrapped[0].auto_model = PeftModel.from_pretrained(
-        wrapped[0].auto_model, tmp_path / "back"
-    ).eval()
-    assert np.abs(wrapped.encode(texts) - found).max() <= AGREEMENT * np.abs(found).max()
+        assert np.abs(theirs.double().encode(texts) - found).max() <= bound
+    wrapped, folder = model().double(), tmp_path / "back"
+    wrapped[0].auto_model = PeftModel.from_pretrained(wrapped[0].auto_model, folder).eval()
+    assert np.abs(wrapped.encode(texts) - found).max() <= bound
     assert np.array_equal(peer.encode(texts), before)
 
 
@@ -464,7 +362,5 @@ def test_peft_loads_what_is_exported_without_a_warning(tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         PeftModel.from_pretrained(base, tmp_path / "docs")
-    assert {str(each.message).split(" ")[0] for each in said} <= {
-        "`is_gradient_checkpointing`",
-        "unclosed",
-    }
+    first_words = {str(each.message).split(" ")[0] for each in said}
+    assert first_words <= {"`is_gradient_checkpointing`", "unclosed"}

@@ -26,16 +26,16 @@ def test_the_demo_trains_saves_maps_routes_and_gives_the_base_back(tmp_path):
         "--json",
     ]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500)
-    told = json.loads(run.stdout)
-    assert told["restored"] is True
-    assert told["mapped_equal"] is True
-    assert [len(chosen) for chosen in told["routes"].values()] == [1, 1, 1, 0]
-    assert 0.2 < told["base"]["recall_at_1"] < 0.6
-    assert told["card"] != told["base"]
-    card = lora.load(out / "python-docs.lora.arrow", verify=told["digest"])
+    summary = json.loads(run.stdout)
+    assert summary["restored"] is True
+    assert summary["mapped_equal"] is True
+    assert [len(names) for names in summary["routes"].values()] == [1, 1, 1, 0]
+    assert 0.2 < summary["base"]["recall_at_1"] < 0.6
+    assert summary["card"] != summary["base"]
+    card = lora.load(out / "python-docs.lora.arrow", verify=summary["digest"])
     assert card.base_fingerprint is not None
     assert len(card.weights) == 12
-    assert sorted(told["files"]) == sorted(map(str, out.iterdir()))
+    assert sorted(summary["files"]) == sorted(map(str, out.iterdir()))
     assert (out / "history.svg").read_text("utf-8").startswith("<?xml")
     assert "training" in run.stderr
     assert "Traceback" not in run.stderr

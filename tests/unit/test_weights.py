@@ -13,13 +13,8 @@ from lora.testing.plugin import requirement
 from lora.weights import INDEX, SINGLE, SafetensorsWeights
 
 RNG = np.random.default_rng(0)
-BASE = {
-    f"layer.{index}.query.weight": RNG.standard_normal((6, 5)).astype(np.float32)
-    for index in range(3)
-}
-TUNED = {
-    key: weight + RNG.standard_normal((6, 5)).astype(np.float32) for key, weight in BASE.items()
-}
+NAMES = [f"layer.{index}.query.weight" for index in range(3)]
+BASE, TUNED = ({name: RNG.normal(size=(6, 5)).astype("f4") for name in NAMES} for _ in range(2))
 
 
 def sharded(folder, weights):
@@ -39,10 +34,8 @@ def test_files_folders_and_shards_give_the_card_that_arrays_give(tmp_path):
     expected = extract_delta(BASE, TUNED, 2)
     for base in (tmp_path, tmp_path / SINGLE):
         for other in (tuned, tuned / INDEX):
-            assert (
-                extract_delta(SafetensorsWeights(base), SafetensorsWeights(str(other)), 2)
-                == expected
-            )
+            weights = SafetensorsWeights(base), SafetensorsWeights(str(other))
+            assert extract_delta(*weights, 2) == expected
 
 
 def test_it_is_a_mapping(tmp_path):
@@ -67,26 +60,20 @@ def test_every_dtype_of_a_card_is_read(tmp_path, dtype):
 @requirement("R7.8")
 def test_what_is_not_there_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(
-            CardNotFoundError, match=r"model.safetensors: expected a safetensors file, found none"
-        ):
+        with pytest.raises(CardNotFoundError, match=r"model.safetensors: expected .* found none"):
             SafetensorsWeights(path)
     folder = sharded(tmp_path / "model", BASE)
     (folder / "model-00001.safetensors").unlink()
-    with pytest.raises(
-        CardNotFoundError, match=r"model-00001.safetensors: expected a safetensors file"
-    ):
+    with pytest.raises(CardNotFoundError, match=r"model-00001.safetensors: expected"):
         SafetensorsWeights(folder)
 
 
 @requirement("R7.8")
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', "\\"]
-)
-def test_a_malformed_index_is_refused(tmp_path, text):
-    (tmp_path / INDEX).write_text(text)
-    with pytest.raises(UnsupportedModelError, match=INDEX):
-        SafetensorsWeights(tmp_path)
+def test_a_malformed_index_is_refused(tmp_path):
+    for text in ("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', "\\"):
+        (tmp_path / INDEX).write_text(text)
+        with pytest.raises(UnsupportedModelError, match=INDEX):
+            SafetensorsWeights(tmp_path)
 
 
 @requirement("R7.8")
@@ -116,7 +103,5 @@ def test_a_tensor_that_has_gone_is_named(tmp_path):
     save_file(BASE, tmp_path / SINGLE)
     weights = SafetensorsWeights(tmp_path)
     save_file({"other": BASE["layer.0.query.weight"]}, tmp_path / SINGLE)
-    with pytest.raises(
-        UnsupportedModelError, match=r"'layer.0.query.weight': expected a tensor of float16"
-    ):
-        weights["layer.0.query.weight"]
+    with pytest.raises(UnsupportedModelError, match=rf"'{NAMES[0]}': expected a tensor of float16"):
+        weights[NAMES[0]]
