@@ -45,10 +45,9 @@ def run(
     console.rule("2  train a card")
     base_model = "sentence-transformers/all-MiniLM-L6-v2"
     trainer = LoRATrainer(engine, settings=Settings(epochs=1000), base_model=base_model)
-    metadata = {
-        "description": "Python documentation: what a function or class does",
-        "examples": known.queries[:: max(1, len(known) // 64)],
-    }
+    examples = known.queries[:: max(1, len(known) // 64)]
+    description = "Python documentation: what a function or class does"
+    metadata = {"description": description, "examples": examples}
     with progress_bar("training") as progress:
         training = trainer.train(
             known, name="python-docs", metadata=metadata, max_steps=steps, progress=progress
@@ -58,15 +57,14 @@ def run(
     console.rule("3  save it, look at it, map it")
     path = out / "python-docs.lora.arrow"
     digest = lora.save(training.card, path)
-    console.print(f"{path}: {lora.inspect(path).num_params} parameters, SHA-256 {digest}")
+    console.print(lora.inspect(path).num_params, "parameters in", path, "with SHA-256", digest)
     card = lora.load(path, verify=digest)
 
     console.rule("4  apply it")
     before = engine.encode(QUERIES)
     name = engine.load_lora(path)
     tuned = evaluate(engine, held_out)
-    for title, result in (("base model", base), ("with the card", tuned)):
-        console.print(f"{title}: recall@1 {result.recall_at_1:.3f}, MRR {result.mrr:.3f}")
+    console.print(f"MRR {base.mrr:.3f} of the base model, {tuned.mrr:.3f} with the card")
 
     console.rule("5  route to it, or abstain")
     routes = {query: engine.router.select(query, 1, 0.3) for query in QUERIES}

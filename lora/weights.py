@@ -27,7 +27,6 @@ class SafetensorsWeights(Mapping[str, Array]):
             ``model.safetensors`` or such an index.
 
     Raises:
-        CardNotFoundError: A file is missing.
         UnsupportedModelError: A file is malformed; or, on access, NumPy lacks the tensor's dtype.
 
     Examples:

@@ -25,7 +25,6 @@ from lora.errors import (
     ArgumentError,
     CardFileError,
     ConflictError,
-    LoRAError,
     RegistryFull,
     UnknownCardError,
     shown,
@@ -47,7 +46,7 @@ class Entry:
         path, nbytes: Absolute path and size of the file.
         header: What the file says of the card.
         digest: SHA-256 that the file must have, if it was given.
-        signature: Device, inode, size and time of modification of the file when it was registered.
+        signature: Device, inode, size and time of modification when it was registered.
     """
 
     name: str
@@ -70,17 +69,9 @@ class Entry:
             problem = "another or a changed one"
             raise CardFileError(str(self.path), "the registered file", problem, hint)
 
-    def same_content(self, other: "Entry") -> bool:
-        """Tell whether both files have the same bytes; False if one is gone or changed."""
-        if self.signature == other.signature and other.digest in (None, self.digest):
-            return True
-        try:
-            digests = {entry.digest or digest(entry.path) for entry in (self, other)}
-            self.check()
-            other.check()
-        except LoRAError:
-            return False
-        return len(digests) == 1
+    def content(self) -> str:
+        """Return the SHA-256 of the file."""
+        return self.digest or digest(self.path)
 
 
 @dataclass
@@ -172,9 +163,9 @@ class AdapterRegistry:
         with self._write:
             versions = self._versions(entry.name)
             for known in versions:
-                if known.version == version and known.same_content(entry):
-                    return known
                 if known.version == version:
+                    if known.content() == entry.content():
+                        return known
                     problem = f"other content than that of {str(known.path)!r}"
                     hint = "pass version=, or unregister it first"
                     where = f"{where}: {entry.name!r} {version}"
@@ -211,8 +202,6 @@ class AdapterRegistry:
 
     def get(self, name: str, version: str | None = None) -> LoRACard:
         """Return a card, mapped now or before; by default its newest version.
-
-        A mapped card stays what it was, whatever happens to its path.
 
         Raises:
             UnknownCardError: The card is not registered.

@@ -149,7 +149,6 @@ def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) ->
 
     Raises:
         CardError: PEFT has no way to express the card.
-        ArgumentError: `folder` is not empty, or, with `overwrite`, not a PEFT folder.
 
     Examples:
         >>> import tempfile

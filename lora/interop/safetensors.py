@@ -41,7 +41,7 @@ def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") 
 
     Args:
         card: Any card.
-        path: By convention ``*.safetensors``, in a folder that exists.
+        path: By convention ``*.safetensors``.
         layout: One of `LAYOUTS`.
 
     Examples:
@@ -131,8 +131,6 @@ def read_pairs(
     path: Path, key: re.Pattern[str], advice: Header = MappingProxyType({})
 ) -> tuple[Pairs, Header]:
     """Read the factors in a file, paired by module, and the header's metadata.
-
-    Names, dtypes and shapes are checked before any element is read.
 
     Args:
         path: A safetensors file.

@@ -162,9 +162,7 @@ def test_what_lies_in_a_cycle_of_garbage_is_not_in_use(registry_of):
 
 
 @requirement("R22.3")
-def test_a_snapshot_of_the_entries_never_changes_and_keeps_nothing_mapped(
-    registry_of, written, tmp_path
-):
+def test_a_snapshot_never_changes_and_keeps_nothing_mapped(registry_of, written, tmp_path):
     registry = registry_of(["docs"])
     registry.get("docs")
     before = registry.entries
@@ -215,12 +213,10 @@ def test_the_same_content_registers_twice_and_other_content_is_a_conflict(writte
     assert registry.register(first) is registry.register(copy) is entry
     assert registry.register(copy, digest=digest(first)) is entry
     for path, known in ((other, None), (other, digest(other)), (first, digest(other))):
-        with pytest.raises(
-            ConflictError, match=r"'docs' 0\.1\.0: expected one card .*pass version="
-        ):
+        with pytest.raises(ConflictError, match=r"'docs' 0\.1\.0: .*pass version=, or unregister"):
             registry.register(path, digest=known)
     first.unlink()  # what it was can no longer be compared
-    with pytest.raises(ConflictError, match="unregister"):
+    with pytest.raises(CardNotFoundError, match=str(first)):
         registry.register(copy)
     registry.unregister("docs")
     assert registry.register(copy).path == copy
@@ -366,10 +362,8 @@ def test_the_benchmark_reports_what_a_thousand_cards_cost(tmp_path):
     figures = json.loads(report.read_text())
     assert figures["cards"] == 1000
     assert figures["start_up"]["seconds"] > 0
-    assert (figures["start_up"]["descriptors"], figures["load_all_instead"]["descriptors"]) == (
-        0,
-        1000,
-    )
+    descriptors = [figures[key]["descriptors"] for key in ("start_up", "load_all_instead")]
+    assert descriptors == [0, 1000]
     assert figures["max_cards_mapped"]["open"] == figures["max_cards"]
     assert 0 < figures["start_up"]["mb"] < 500
     for row in (figures["routing"]["select"], figures["get"]["cold"], figures["get"]["warm"]):
