@@ -206,7 +206,14 @@ def _scaling(config: Config, module: str, rank: int) -> float:
         if _targeted(config, module):
             expected = f"rank {_by_pattern(config, 'rank_pattern', module, 'r')!r}"
         alpha = _by_pattern(config, "alpha_pattern", module, "lora_alpha")
-    except (re.error, LookupError, TypeError, OverflowError, RecursionError) as error:
+    except (
+        re.error,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise CardFileError(f"{CONFIG}: a target or pattern", "as PEFT has it", error) from error
     if expected != f"rank {rank}":
         hint = "PEFT would ignore or refuse it: correct r, rank_pattern or the targets"
@@ -216,7 +223,7 @@ def _scaling(config: Config, module: str, rank: int) -> float:
 
 def _by_pattern(config: Config, patterns: str, module: str, default: str) -> Any:
     """Return the value of the first pattern that matches the whole name or its end after a dot."""
-    for key, value in dict(config.get(patterns, {})).items():
+    for key, value in config.get(patterns, {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return config[default]

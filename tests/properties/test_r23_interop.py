@@ -57,12 +57,8 @@ def exportable(draw: st.DrawFn) -> LoRACard:
     if draw(st.booleans()):
         weights = dict(zip(draw(st.permutations(ALIKE)), weights.values(), strict=False))
     assume(weights)
-    return replace(
-        card,
-        weights=weights,
-        target_modules=tuple(weights),
-        rank=max(p.rank for p in weights.values()),
-    )
+    rank = max(pair.rank for pair in weights.values())
+    return replace(card, weights=weights, target_modules=tuple(weights), rank=rank)
 
 
 def bits(weights: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
@@ -83,9 +79,7 @@ def test_a_card_goes_to_peft_and_back_with_its_bits_and_its_scalings_to_one_ulp(
     assert set(back.target_modules) == set(card.weights)
     for field in ("name", "rank", "alpha", "base_model", "base_fingerprint", "extra"):
         assert getattr(back, field) == getattr(card, field)
-    assert {k: v for k, v in back.metadata.items() if k != "peft"} == {
-        k: v for k, v in card.metadata.items() if k != "peft"
-    }
+    assert dict(back.metadata) | {"peft": 0} == dict(card.metadata) | {"peft": 0}
 
 
 @requirement("R23.4")
@@ -148,13 +142,9 @@ def test_a_changed_file_is_refused_or_is_a_well_formed_card(card, data):
         else:
             del content[position:]
         chosen.write_bytes(content)
-        for read, path in (
-            (import_peft, place / "x"),
-            (load_safetensors, place / "x" / "y.safetensors"),
-        ):
-            said, found = "", None
+        readers = {import_peft: place / "x", load_safetensors: place / "x" / "y.safetensors"}
+        for read, path in readers.items():
             try:
-                found = read(path)
+                assert isinstance(read(path), LoRACard)
             except CardFileError as error:
-                said = str(error)
-            assert isinstance(found, LoRACard) or str(path) in said
+                assert str(path) in str(error)  # noqa: PT017 - either may happen

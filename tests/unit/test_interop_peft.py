@@ -170,9 +170,9 @@ def test_what_changes_no_output_is_taken(tmp_path, key, value):
 
 MALFORMED = {
     "r": [3, ..., 2.0, True, 10**400],
-    "rank_pattern": [{"q": 1}, {"q": "2"}, None],
+    "rank_pattern": [{"q": 1}, {"q": "2"}, None, "q", ["q"]],
     "lora_alpha": ["6", 0, ..., float("nan"), 10**400],
-    "alpha_pattern": [{"q": float("inf")}, {"(": 1}, [1]],
+    "alpha_pattern": [{"q": float("inf")}, {"(": 1}, {"q{99999999999}": 1}, [1]],
     "use_rslora": [1],
     "target_modules": [1, ["q", 1], "("],
     "exclude_modules": [{"q": 1}],
