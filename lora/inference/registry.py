@@ -177,7 +177,7 @@ class AdapterRegistry:
             return entry
 
     def unregister(self, name: str, version: str | None = None) -> None:
-        """Forget a version of a card, or all of them; a card in use stays what it is."""
+        """Forget a version of a card, or all of them; a card in use stays usable."""
         with self._write:
             versions = self._versions(name)
             rest = tuple(entry for entry in versions if version not in (None, entry.version))
