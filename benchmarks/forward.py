@@ -25,7 +25,7 @@ import lora
 from lora.card import AdapterSet, LoRACard
 from lora.inference.encoder import InferenceCore
 from lora.layer import LoRALinear
-from lora.rewrite import adapt_rows, folded_bytes, fresh
+from lora.rewrite import adapt_rows, folded_bytes, init_card
 
 KINDS = {"r8 q,v": (8, ["query", "value"]), "r16 all Linears": (16, ["all-linear"])}
 CELLS = {8: (1, 8), 16: (1, 16), 64: (1, 64), 128: (1, 128), 1024: (8, 128), 4096: (32, 128)}
@@ -41,7 +41,7 @@ def model() -> Any:
 
 def card(base: nn.Module, name: str, rank: int, targets: list[str]) -> LoRACard:
     """A card whose B is not zero."""
-    untrained = fresh(
+    untrained = init_card(
         base, name, rank=rank, alpha=2.0 * rank, target_modules=targets, seed=len(name)
     )
     rng = np.random.default_rng(sum(map(ord, name)))
@@ -96,11 +96,11 @@ def calling(module: Any, *inputs: Any, **options: Any) -> Callable[[], Any]:
     return call
 
 
-def ordered(adapted: nn.Module, many: float) -> nn.Module:
+def ordered(adapted: nn.Module, threshold: float) -> nn.Module:
     """An adapted model whose layers form ``W + ΔW`` for inputs of more elements than that."""
     for layer in adapted.modules():
         if isinstance(layer, LoRALinear):
-            layer.many = many
+            layer.weight_side_threshold = threshold
     return adapted
 
 

@@ -20,7 +20,7 @@ from torch import nn
 import lora
 from lora.card import AdapterSet, LoRACard, LowRank
 from lora.inference.encoder import EncoderConfig, InferenceCore
-from lora.rewrite import adapt_rows, folded_bytes, fresh
+from lora.rewrite import adapt_rows, folded_bytes, init_card
 
 TOKENS = 512
 
@@ -34,7 +34,9 @@ def core(layers: int = 6) -> InferenceCore:
 
 def card(model: InferenceCore, rank: int, name: str = "docs") -> LoRACard:
     """All Linears of the encoder."""
-    made = fresh(model, name, rank=rank, alpha=2.0 * rank, target_modules=["all-linear"], seed=rank)
+    made = init_card(
+        model, name, rank=rank, alpha=2.0 * rank, target_modules=["all-linear"], seed=rank
+    )
     rng = np.random.default_rng(0)
     pairs = {
         module: LowRank(pair.A, rng.standard_normal(pair.B.shape, np.float32) * np.float32(0.01))

@@ -13,7 +13,7 @@ import numpy as np
 from pairs import Row, figure_row, median_with_interval, ratio_row, rounds, run
 
 import lora
-from lora.rewrite import fresh
+from lora.rewrite import init_card
 from lora.routing import Index, candidate_of, select, unit
 
 WIDTH = 384
@@ -44,7 +44,7 @@ def intent(*, quick: bool) -> Iterator[Row]:
     """What ``intent_query=`` adds to a call that names its card."""
     engine = lora.ArrowEngine.from_pretrained()
     for name in ("docs", "law", "music"):
-        card = fresh(
+        card = init_card(
             engine.base, name, rank=8, alpha=16.0, target_modules=["query", "value"], seed=0
         )
         engine.register_lora(card, f"questions about {name}")

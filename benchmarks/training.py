@@ -30,7 +30,7 @@ import lora
 from lora.evolution import LoRATrainer, Pairs
 from lora.evolution.data import docstring_pairs
 from lora.evolution.train import Settings, batches_of, evaluate
-from lora.rewrite import fresh
+from lora.rewrite import init_card
 
 SHAPE: dict[str, Any] = {"rank": 8, "alpha": 16.0, "target_modules": ["query", "value"]}
 RATE, SHARE, EPOCHS = 2e-3, 0.8, 99
@@ -80,7 +80,7 @@ def side_by_side(
         EPOCHS, size, RATE, share=SHARE, validate_every=steps + 1, validation_size=1
     )
     trainer = LoRATrainer(engine, **SHAPE, seed=seed, settings=settings)
-    peer = Peer(fresh(engine.base, "untrained", **SHAPE, seed=seed))
+    peer = Peer(init_card(engine.base, "untrained", **SHAPE, seed=seed))
     training, _ = pairs.split(SHARE, seed=seed)
     batches = [rows for epoch in range(EPOCHS) for rows in batches_of(training, size, seed, epoch)][
         :steps

@@ -227,7 +227,7 @@ def transitions() -> dict[tuple[tuple[bool, bool], tuple[bool, bool]], set[str]]
         reached = []
         for state in frontier:
             for name, call in calls.items():
-                manager._state = state  # noqa: SLF001 - a state is a value: this is how to begin from it
+                manager.reference.value = state  # a state is a value: this is how to begin from it
                 try:
                     call(manager)
                 except StateError:  # nothing to swap to, or to go back to

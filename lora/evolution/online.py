@@ -15,7 +15,7 @@ from lora.checks import finite
 from lora.errors import ArgumentError, DataError, shown
 from lora.evolution.data import Pairs
 from lora.evolution.train import Engine, core_of, evaluate
-from lora.rewrite import fingerprint, fresh, trainable, trained
+from lora.rewrite import fingerprint, init_card, trainable, trained_card
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class OnlineAdapter:
         if finite(tolerance, "tolerance", ArgumentError) < 0:
             raise ArgumentError("tolerance", "a number >= 0", tolerance)
         self.guard, self.step_size, self.publish = guard, step_size, publish
-        card = fresh(
+        card = init_card(
             self.core, name, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
         )
         self.state = Adaptation(replace(card, base_fingerprint=fingerprint(self.core, card)))
@@ -122,7 +122,7 @@ class OnlineAdapter:
         if evaluate(model, self.guard).mrr < self.least_mrr:
             self.state = replace(state, undone=state.undone + 1)
         else:
-            self.state = replace(state, card=trained(model, state.card))
+            self.state = replace(state, card=trained_card(model, state.card))
             if self.publish is not None:
                 self.publish(self.state.card)
         return self.state

@@ -41,7 +41,7 @@ from lora.evolution.gate import reciprocal_ranks
 from lora.evolution.losses import LOSSES
 from lora.evolution.schedules import SCHEDULES, schedule_of
 from lora.inference.encoder import InferenceCore, batches
-from lora.rewrite import fingerprint, fresh, trainable, trained
+from lora.rewrite import fingerprint, init_card, trainable, trained_card
 from lora.store import PathLike, replacing
 
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -186,7 +186,7 @@ class LoRATrainer:
             settings = PRESETS[settings]
         self.settings = settings or Settings()
         self.seed = integer(seed, "seed", 0)
-        card = fresh(
+        card = init_card(
             self.core, "untrained", rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
         )
         if self.settings.rslora:
@@ -268,7 +268,7 @@ class LoRATrainer:
         if checkpoint is not None:
             Path(checkpoint).unlink(missing_ok=True)
         history = pa.Table.from_pylist(run.history)
-        return Training(trained(run.model, card), history, metrics)
+        return Training(trained_card(run.model, card), history, metrics)
 
     def anchor(self, card: LoRACard, pairs: Pairs, *, examples: int = 64) -> Anchor:
         """Return a card's factors, and how much its task needs each of them to stay.

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from lora.card import Array
 from lora.checks import parse_json
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
-from lora.layer import SegmentedLinear, Segments, Uncalled
+from lora.layer import NeverCalled, SegmentedLinear, Segments
 from lora.routing import texts_of
 from lora.store import PathLike, as_path, os_errors
 from lora.weights import open_safetensors
@@ -142,7 +142,7 @@ class InferenceCore(nn.Module):
         self.encoder = nn.ModuleDict({"layer": layers})
         self.encoder.checkpointing = False  # True: compute each layer again on the way back
         if config.pooler:
-            self.pooler: nn.Module = Uncalled()  # in the state dict, but no part of an embedding
+            self.pooler: nn.Module = NeverCalled()  # in the state dict, but no part of an embedding
             self.pooler.dense = nn.Linear(hidden, hidden)
 
     @classmethod

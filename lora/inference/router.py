@@ -1,35 +1,46 @@
-"""LoRARouter: candidates by name, held as one immutable mapping, around an embedding function.
+"""LoRARouter: chooses cards for a query by the meaning of their descriptions.
 
 Thread safety: one writer at a time and any number of readers; a `select` sees one state of the
-register.
+candidates.
 
 Requirements: R4.
 """
 
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from lora.card import LoRACard, check_card
 from lora.errors import ArgumentError, ShapeError, shown
-from lora.routing import EMPTY, Candidate, Route, candidate_of, select, texts_of, unit
+from lora.inference.state import StateReference
+from lora.routing import EMPTY, Candidate, Index, Route, candidate_of, select, texts_of, unit
 
 Description: TypeAlias = str | Sequence[str]
 """One example sentence or several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterState:
+    """What a router knows: its candidates."""
+
+    index: Index = EMPTY
 
 
 class LoRARouter:
     """Picks cards by meaning, and abstains when none fits.
 
     Args:
-        embed: Texts to embeddings ``(n, d)``; of the *base* model, so that active adapters never
-            move scores.
+        embed: Maps texts to embeddings ``(n, d)`` by the *base* model, so that active adapters
+            never move scores.
+        reference: An engine's, to share its state.
 
     Examples:
         >>> import numpy as np
-        >>> router = LoRARouter(lambda texts: np.array([[t.count("a"), t.count("b")] for t in texts], float))
+        >>> def count(texts):
+        ...     return np.array([[text.count("a"), text.count("b")] for text in texts], float)
+        >>> router = LoRARouter(count)
         >>> router.register_virtual_candidate("apple", "aaa")
         >>> router.select("aa", threshold=0.9)
         [Route(name='apple', score=1.0, virtual=True)]
@@ -37,17 +48,21 @@ class LoRARouter:
         []
     """
 
-    def __init__(self, embed: Callable[[Sequence[str]], Any]) -> None:
+    def __init__(
+        self,
+        embed: Callable[[Sequence[str]], Any],
+        *,
+        reference: StateReference[RouterState] | None = None,
+    ) -> None:
         if not callable(embed):
             raise ArgumentError("embed", "a function of texts", type(embed).__name__)
         self._embed = embed
-        self._index = EMPTY
-        self._write = threading.Lock()
+        self.reference = reference or StateReference(RouterState())
 
     @property
     def candidates(self) -> Mapping[str, Candidate]:
-        """What is registered now, by name: a snapshot."""
-        return self._index.candidates
+        """The registered candidates by name: a snapshot."""
+        return self.reference.value.index.candidates
 
     def register_card(
         self,
@@ -66,16 +81,15 @@ class LoRARouter:
         *,
         tags: Collection[str] | None = None,
     ) -> Candidate:
-        """What `register_card` would register.
+        """Return what `register_card` would register.
 
         Args:
             card: The card.
-            description: Example sentences; by default the metadata's ``description`` and
-                ``examples``.
-            tags: By default the metadata's ``tags`` and ``task_type``.
+            description: Default: the metadata's ``description`` and ``examples``.
+            tags: Default: the metadata's ``tags`` and ``task_type``.
 
         Raises:
-            ArgumentError: If there is no description anywhere.
+            ArgumentError: There is no description anywhere.
         """
         check_card(card)
         meta = dict(card.metadata)
@@ -83,23 +97,24 @@ class LoRARouter:
             description = [*_items(meta.get("description")), *_items(meta.get("examples"))]
         if tags is None:
             tags = [*_items(meta.get("task_type")), *_items(meta.get("tags"))]
-        return self._described(card.name, description, virtual=False, tags=tags)
+        return self.described(card.name, description, tags=tags)
 
     def register(self, candidate: Candidate) -> None:
         """Register a candidate, in place of an earlier one of its name."""
-        with self._write:
-            self._index = self._index.with_candidate(candidate)
+        with self.reference.lock:
+            index = self.reference.value.index.with_candidate(candidate)
+            self.reference.replace(index=index)
 
     def register_virtual_candidate(
         self, name: str, description: Description, *, tags: Collection[str] = ()
     ) -> None:
         """Register a card whose weights are elsewhere."""
-        self.register(self._described(name, description, virtual=True, tags=tags))
+        self.register(self.described(name, description, virtual=True, tags=tags))
 
     def unregister(self, name: str) -> None:
         """Forget a candidate; an unknown name is no error."""
-        with self._write:
-            self._index = self._index.without(name)
+        with self.reference.lock:
+            self.reference.replace(index=self.reference.value.index.without(name))
 
     def select(
         self,
@@ -109,7 +124,7 @@ class LoRARouter:
         *,
         tags: Collection[str] = (),
     ) -> list[Route]:
-        """The best cards for a query, best first; see `lora.routing.select`."""
+        """Return the best cards for a query, best first; see `lora.routing.select`."""
         return self.select_many([query], top_k, threshold, tags=tags)[0]
 
     def select_many(
@@ -120,24 +135,27 @@ class LoRARouter:
         *,
         tags: Collection[str] = (),
     ) -> list[list[Route]]:
-        """The routes of many queries, each as it would be alone (as far as `embed` embeds each as
-        it would alone).
-        """
-        index, embedded = self._index.tagged(tags), unit(self._embedded(queries))
+        """Return the routes of each query, as `select` would give them one by one."""
+        index, embedded = self.reference.value.index.tagged(tags), unit(self._embedded(queries))
         return [select(row, index, top_k=top_k, threshold=threshold) for row in embedded]
 
-    def _described(
-        self, name: str, description: Description, *, virtual: bool, tags: Collection[str]
+    def described(
+        self,
+        name: str,
+        description: Description,
+        *,
+        virtual: bool = False,
+        tags: Collection[str] = (),
     ) -> Candidate:
+        """Return a candidate with the embeddings of its description."""
+        where = f"candidate {shown(name)}"
         if not isinstance(name, str) or not name:
             raise ArgumentError("candidate", "a name", shown(name))
         if not isinstance(description, str | Collection):
-            raise ArgumentError(
-                f"candidate {name!r}", "a description or several", shown(description)
-            )
+            raise ArgumentError(where, "a description or several", shown(description))
         texts = [description] if isinstance(description, str) else list(description)
         if not texts:
-            raise ArgumentError(f"candidate {name!r}", "a description", "none", "pass description=")
+            raise ArgumentError(where, "a description", "none", "pass description=")
         return candidate_of(name, self._embedded(texts), virtual=virtual, tags=tags)
 
     def _embedded(self, texts: Sequence[str]) -> Any:
@@ -149,5 +167,5 @@ class LoRARouter:
 
 
 def _items(value: Any) -> list[Any]:
-    """What a card's metadata says under a key that may hold one thing or several."""
+    """Return what a card's metadata says under a key that may hold one thing or several."""
     return [item for item in (value if isinstance(value, list) else [value]) if item]

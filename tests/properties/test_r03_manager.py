@@ -713,7 +713,7 @@ class ManagerMachine(RuleBasedStateMachine):
         }
         possible, act = operations[operation]
         if possible:
-            with mock.patch.object(manager_module, "adapt", side_effect=CrashError):
+            with mock.patch.object(manager_module, "build", side_effect=CrashError):
                 self.refused(CrashError, act)
 
     @rule(name=NAMES)

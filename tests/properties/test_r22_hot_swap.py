@@ -48,36 +48,28 @@ SETS = [
 sets = st.sampled_from(SETS)
 
 
-class Recorded(LoRAManager):
-    """A manager that counts the assignments to its attributes."""
-
-    def __setattr__(self, name, value):
-        self.__dict__.setdefault("assigned", []).append(name)
-        super().__setattr__(name, value)
-
-
 @requirement("R22.1")
 @given(first=sets, second=sets)
-def test_a_prepared_set_goes_live_by_one_assignment_and_not_before(first, second):
+def test_a_prepared_set_goes_live_by_one_assignment_and_not_before(assignments, first, second):
     base = base_model()
-    manager = Recorded(base)
+    manager = LoRAManager(base)
     manager.prepare(first)
     manager.swap()
     live, computed = manager.state, manager.model(INPUT)
     manager.prepare(second)
     assert (manager.active, manager.model) == (first, live.active.model)
     ready = manager.state.prepared.model
-    manager.assigned.clear()
-    manager.swap()
-    assert manager.assigned == ["_state"]
+    with assignments() as assigned:
+        manager.swap()
+    assert assigned == [manager.state]
     assert (manager.active, manager.model) == (second, ready)
     assert torch.equal(manager.model(INPUT), adapt(base, second)(INPUT))
     assert manager.state.prepared is None
     assert live.active.adapters == first
     assert torch.equal(live.active.model(INPUT), computed)
-    manager.assigned.clear()
-    manager.rollback()
-    assert manager.assigned == ["_state"]
+    with assignments() as assigned:
+        manager.rollback()
+    assert assigned == [manager.state]
 
 
 @requirement("R22.2")

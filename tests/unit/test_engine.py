@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import lora
+from lora import rewrite
 from lora.card import AdapterSet, LoRACard, LowRank
 from lora.engine import ArrowEngine, Encoding
 from lora.errors import (
@@ -24,6 +26,7 @@ from lora.errors import (
     UnknownCardError,
     UnsupportedModelError,
 )
+from lora.inference import manager as manager_module
 from lora.inference.encoder import InferenceCore
 from lora.inference.manager import LoRAManager
 from lora.inference.router import LoRARouter
@@ -329,30 +332,95 @@ def test_an_option_out_of_range_is_refused_at_once(core, options):
         ArrowEngine(core, **options)
 
 
-@requirement("R5.3", "R3.10")
-def test_nothing_of_a_card_can_be_seen_before_all_that_can_fail_is_done(tmp_path):
-    engine, seen = ArrowEngine(Words()), []
-    save(
-        LoRACard("w", 1, 1.0, ["dense"], words_card().weights, {"description": "words"}),
-        tmp_path / "w.lora.arrow",
-    )
-    embed, apply = engine.router.candidate, engine.manager.apply_card
-    engine.router.candidate = lambda *given: (seen.append(known(engine)), embed(*given))[1]
-    engine.manager.apply_card = lambda *given, **options: (
-        seen.append(known(engine)),
-        apply(*given, **options),
-    )[1]
-    engine.load_lora(tmp_path / "w.lora.arrow")
-    assert seen == [(False, False, False)] * 2
-    assert known(engine) == (True, True, True)
+@pytest.fixture
+def words_file(tmp_path):
+    save(words_card(description="words"), tmp_path / "w.lora.arrow")
+    return tmp_path / "w.lora.arrow"
 
 
-def known(engine):
-    return (
-        "w" in engine.manager.list_cards(),
-        "w" in engine.manager.active,
-        "w" in engine.router.candidates,
-    )
+def writes(engine, path):
+    """Every change of an engine, with how often it replaces the state, in an order that can be."""
+    manager, router = engine.manager, engine.router
+    other, twice = words_card("other"), words_card("w", 2.0)
+    yield "load_lora", lambda: engine.load_lora(path)
+    yield "replace_card", lambda: manager.replace_card(twice)
+    yield "set_weight", lambda: manager.set_weight("w", 0.5)
+    yield "remove_lora", lambda: engine.remove_lora("w")
+    yield "register_lora", lambda: engine.register_lora(twice, "words")
+    yield "unregister", lambda: router.unregister("w")
+    yield "register_card", lambda: router.register_card(twice, "words")
+    yield "apply_card", lambda: manager.apply_card(other)
+    yield "remove_card", lambda: manager.remove_card("other")
+    yield "add_card", lambda: manager.add_card(other)
+    yield "unload_card", lambda: manager.unload_card("other")
+    yield "prepare", lambda: manager.prepare(other)
+    yield "swap", manager.swap
+    yield "rollback", manager.rollback
+    yield "threshold", lambda: setattr(engine, "threshold", 0.5)
+
+
+@requirement("R3.10", "R5.3", "R22.1")
+def test_every_change_of_an_engine_is_one_assignment(words_file, assignments):
+    engine = ArrowEngine(Words())
+    for name, write in writes(engine, words_file):
+        with assignments() as assigned:
+            write()
+        assert assigned == [engine.state], name
+    assert engine.manager.reference is engine.router.reference is engine.reference
+
+
+@requirement("R3.10", "R5.3")
+def test_a_logging_filter_that_raises_changes_nothing(words_file):
+    quiet, noisy = ArrowEngine(Words()), ArrowEngine(Words())
+    loggers = [logging.getLogger(name) for name in ("lora.engine", "lora.inference.manager")]
+
+    def refuse(record):
+        raise RuntimeError(record.getMessage())
+
+    pairs = zip(writes(quiet, words_file), writes(noisy, words_file), strict=True)
+    for (name, write), (_, write_noisily) in pairs:
+        write()
+        for logger in loggers:
+            logger.addFilter(refuse)
+        try:
+            write_noisily()
+        finally:
+            for logger in loggers:
+                logger.removeFilter(refuse)
+        assert noisy.manager.active == quiet.manager.active, name
+        assert noisy.manager.list_cards() == quiet.manager.list_cards(), name
+        assert noisy.router.candidates.keys() == quiet.router.candidates.keys(), name
+
+
+@requirement("R3.10", "R3.12")
+@pytest.mark.parametrize("fold", [False, True])
+def test_loading_a_card_plans_once_and_walks_the_model_twice(
+    core, cards, fold, tmp_path, monkeypatch
+):
+    """Once to bind the card, once to build the model; one set, and one copy of each module."""
+    save(cards["files"], tmp_path / "f.lora.arrow")
+    engine, calls = ArrowEngine(core, fold=fold), Counter()
+
+    def counted(owner, name, walk=None):
+        function = getattr(owner, name)
+
+        def call(*arguments, **options):
+            calls[name] += walk is None or walk(*arguments, **options)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    outermost = lambda module, memo=None, *_, **options: memo is None  # noqa: E731
+    counted(nn.Module, "named_modules", outermost)
+    for owner, name in [(rewrite, "_rewrite"), (rewrite, "plan"), (rewrite, "build")]:
+        counted(owner, name)
+    counted(rewrite, "_check_sound")
+    counted(AdapterSet, "__init__")
+    monkeypatch.setattr(manager_module, "build", rewrite.build)
+    engine.load_lora(tmp_path / "f.lora.arrow")
+    modules = calls.pop("_check_sound")
+    assert calls == {"named_modules": 1, "_rewrite": 1, "plan": 1, "build": 1, "__init__": 2}
+    assert modules == len(list(core.modules()))
 
 
 @requirement("R5.3")

@@ -12,7 +12,7 @@ from lora.evolution import train
 from lora.evolution.data import Pairs
 from lora.inference.encoder import EncoderConfig, InferenceCore
 from lora.presets import PRESETS, CardInfo, LoRAConfig, Preset, cost_table, fit, role_of
-from lora.rewrite import fresh, linears
+from lora.rewrite import init_card, linears
 from lora.testing.plugin import requirement
 
 ATTENTION = {f"attention.self.{part}": (384, 384) for part in ("query", "key", "value")}
@@ -110,7 +110,7 @@ def test_a_preset_is_what_a_fresh_card_of_the_real_encoder_has(task):
     fitted = fit(task, shapes)
     config = fitted.config
     options = {"rank": config.rank, "alpha": config.alpha, "target_modules": config.target_modules}
-    card = fresh(core, task, **options, seed=0)
+    card = init_card(core, task, **options, seed=0)
     assert set(card.weights) == set(fitted.modules)
     assert (card.num_params, card.nbytes) == (fitted.num_params, fitted.nbytes)
 

@@ -23,7 +23,7 @@ from lora.rewrite import (
     injections,
     linears,
     trainable,
-    trained,
+    trained_card,
     uncalled,
 )
 from lora.testing.plugin import requirement
@@ -636,7 +636,7 @@ def test_a_trainable_model_has_only_the_cards_factors_to_train(model, unchanged)
     assert training.out.dropout == 0.1
     training(X).sum().backward()
     unchanged()
-    assert trained(training, card("linear", "out")) == card("linear", "out")
+    assert trained_card(training, card("linear", "out")) == card("linear", "out")
 
 
 @requirement("R2.8", "R7.8")
@@ -644,4 +644,4 @@ def test_a_model_that_was_not_made_trainable_has_nothing_to_give_back(adapted):
     with pytest.raises(
         StateError, match="expected a layer made trainable from this card, found LoRALinear"
     ):
-        trained(adapted, card("out"))
+        trained_card(adapted, card("out"))
