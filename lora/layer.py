@@ -1,4 +1,4 @@
-"""Linears with low-rank terms, and the copy of a module that shares its parameters' storage.
+"""Linears with low-rank terms, and copies of modules that share their parameters' storage.
 
 A base module is never changed: a layer is a copy with dictionaries of its own, whose parameters
 are detached, frozen views of the same storage.
@@ -33,10 +33,8 @@ WIDE = (torch.float32, torch.float64)
 Segments = tuple[tuple[int, int, int], ...]
 """Runs of rows of one batch: (start, stop, index of the adapter set)."""
 
-_ATOMS = frozenset({bool, int, float, str, type(None)})
-_QUICKLY_COPIED = frozenset({dict, OrderedDict, list, set})  # by their own method
-_CONTAINERS = (dict, list, deque, set, tuple)
-_COPIED = (np.ndarray, *_CONTAINERS)
+_QUICKLY_COPIED = frozenset({dict, OrderedDict, list, set})  # by a method of their own
+_COPIED = (Tensor, np.ndarray, dict, list, deque, set, tuple)
 
 
 class NeverCalled(nn.Module):
@@ -44,11 +42,11 @@ class NeverCalled(nn.Module):
 
 
 class CopyMemo:
-    """Maps a value that a module holds to its twin; shared values get one shared twin.
+    """Maps a value that a module holds to its twin; a value that is shared has one shared twin.
 
     A parameter's twin is detached and frozen over the same storage. Other tensors and arrays are
-    copied, because a forward may write them. A container's twin is a copy that holds the twins of
-    its items. Any other value is its own twin.
+    copied, because a forward may write them, and containers are copied with twins of their items.
+    Any other value is its own twin.
     """
 
     def __init__(self) -> None:
@@ -57,24 +55,18 @@ class CopyMemo:
 
     def __call__(self, value: Any) -> Any:
         """Return the twin of a value."""
-        if type(value) in _ATOMS:
+        twin: Any
+        if not isinstance(value, _COPIED):
             return value
         if known := self._twins.get(id(value)):
             return known[1]
         if type(value) in _QUICKLY_COPIED:
-            twin = value.copy()
-        elif isinstance(value, Tensor):
-            is_parameter = isinstance(value, nn.Parameter)
-            twin = nn.Parameter(value.detach(), False) if is_parameter else value.detach().clone()
-        elif isinstance(value, _COPIED):
-            twin = copy(value)
+            twin = value.copy()  # type: ignore[union-attr]
+        elif isinstance(value, nn.Parameter):
+            twin = nn.Parameter(value.detach(), requires_grad=False)
         else:
-            return value
+            twin = value.detach().clone() if isinstance(value, Tensor) else copy(value)
         self._twins[id(value)] = value, twin  # before its items, since it may hold itself
-        return self._filled(value, twin) if isinstance(value, _CONTAINERS) and value else twin
-
-    def _filled(self, value: Any, twin: Any) -> Any:
-        """Put the twins of a container's items into its twin."""
         if isinstance(value, dict):
             for key, item in value.items():
                 twin[key] = self(item)
@@ -83,17 +75,17 @@ class CopyMemo:
             if any(item is not original for item, original in zip(items, value, strict=True)):
                 twin = getattr(type(value), "_make", type(value))(items)
                 self._twins[id(value)] = value, twin
-        else:
+        elif isinstance(value, list | deque | set):
             twin.clear()
-            (twin.update if isinstance(value, set) else twin.extend)([self(item) for item in value])
+            (twin.update if isinstance(value, set) else twin.extend)(map(self, value))
         return twin
 
 
 class LoRALinear(nn.Linear):
     """``base(x) + Σ weight · scaling · (x @ A @ B)`` over any number of named terms, for inference.
 
-    The terms are stacked into one pair of buffers of the layer's dtype and device, which the state
-    dict leaves out. Terms of weight 0 cost nothing and change no bit.
+    The terms are stacked into two buffers that the state dict leaves out. Terms of weight 0 cost
+    nothing and change no bit.
 
     Args:
         base: A Linear with the forward of ``nn.Linear``. It is not changed.
@@ -101,12 +93,8 @@ class LoRALinear(nn.Linear):
         memo: Shared by all copies of one model.
 
     Attributes:
-        weight_side_threshold: Inputs with more elements than this use ``W + ΔW``, formed for the
-            call, instead of the two small products.
-
-    Raises:
-        UnsupportedModelError: The base computes something else than ``nn.Linear``.
-        ShapeError: A pair does not fit the base.
+        weight_side_threshold: Inputs with more elements use ``W + ΔW``, formed for the call,
+            instead of the two small products.
 
     Examples:
         >>> import numpy as np
@@ -138,11 +126,12 @@ class LoRALinear(nn.Linear):
         self._set({key: term for key, term in self.terms.items() if key != name})
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        weight_side = x.numel() > self.weight_side_threshold and self.weight.dtype in WIDE
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if weight_side and torch.is_inference_mode_enabled() and not autocast:
-            weight = torch.addmm(self.weight, self.lora_B.T, self.lora_A.T)
-            return F.linear(x, weight, self.bias)
+        if x.numel() > self.weight_side_threshold and self.weight.dtype in WIDE:
+            # Autocast would round W + ΔW, and training would form it again in the backward pass.
+            autocast = torch.is_autocast_enabled(x.device.type)
+            if torch.is_inference_mode_enabled() and not autocast:
+                weight = torch.addmm(self.weight, self.lora_B.T, self.lora_A.T)
+                return F.linear(x, weight, self.bias)
         out = F.linear(x, self.weight, self.bias)
         return add_low_rank(out, x, self.lora_A, self.lora_B) if self.lora_A.numel() else out
 
@@ -157,8 +146,9 @@ class LoRALinear(nn.Linear):
         self.terms = dict(sorted(terms.items()))
         # Measured: forming the weight is cheaper from about twice its own elements in x and y.
         rows, columns = self.weight.shape
-        threshold = 2 * self.weight.numel() * columns / (rows + columns)
-        self.weight_side_threshold = threshold if a.numel() else math.inf
+        self.weight_side_threshold = 2 * rows * columns**2 / (rows + columns)
+        if not a.numel():
+            self.weight_side_threshold = math.inf
         self.register_buffer("lora_A", a, persistent=False)
         self.register_buffer("lora_B", b, persistent=False)
 
@@ -168,7 +158,7 @@ class SegmentedLinear(nn.Linear):
 
     Args:
         base: As for `LoRALinear`.
-        sets: One set of terms per adapter set; an empty one leaves its rows to the base.
+        sets: The terms of each adapter set.
         memo: As for `LoRALinear`.
     """
 
@@ -178,9 +168,8 @@ class SegmentedLinear(nn.Linear):
         check_linear(base, "base")
         _take_over(self, base, memo)
         for index, terms in enumerate(sets):
-            a, b = stacked(terms, self.weight)
-            self.register_buffer(f"lora_A{index}", a, persistent=False)
-            self.register_buffer(f"lora_B{index}", b, persistent=False)
+            for name, factor in zip("AB", stacked(terms, self.weight), strict=True):
+                self.register_buffer(f"lora_{name}{index}", factor, persistent=False)
 
     def forward(self, x: Tensor, segments: Segments = ()) -> Tensor:
         """Apply each segment's terms to its rows, counted in the first dimension of `x`."""
@@ -208,12 +197,7 @@ class TrainableLinear(nn.Linear):
     lora_B: nn.Parameter
 
     def __init__(
-        self,
-        base: nn.Linear,
-        pair: LowRank,
-        *,
-        dropout: float = 0.0,
-        memo: CopyMemo | None = None,
+        self, base: nn.Linear, pair: LowRank, *, dropout: float = 0.0, memo: CopyMemo | None = None
     ) -> None:
         check_linear(base, "base")
         check_fit(base, pair, "pair")
@@ -222,9 +206,9 @@ class TrainableLinear(nn.Linear):
         _take_over(self, base, memo)
         self.scaling = 1.0 if pair.scaling is None else pair.scaling
         self.dropout = dropout
-        device = self.weight.device
-        self.lora_A = nn.Parameter(torch.tensor(pair.A.astype(np.float32), device=device))
-        self.lora_B = nn.Parameter(torch.tensor(pair.B.astype(np.float32), device=device))
+        a, b = (torch.tensor(factor.astype(np.float32)) for factor in (pair.A, pair.B))
+        self.lora_A = nn.Parameter(a.to(self.weight.device))
+        self.lora_B = nn.Parameter(b.to(self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         out = F.linear(x, self.weight, self.bias)
@@ -238,7 +222,7 @@ class TrainableLinear(nn.Linear):
 
 
 def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``out + x @ A @ B``; in inference mode it may take the place of `out`.
+    """Return ``out + x @ A @ B``, by one addmm; in inference mode it may overwrite `out`.
 
     Args:
         out: Shape ``(..., out)``, with the leading dimensions of `x`.
@@ -256,7 +240,7 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def stacked(terms: Terms, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …; wₙsₙBₙ]`` with the weight's dtype and device.
 
-    The terms are sorted by name; those of weight 0 are left out. Shapes ``(in, R)``, ``(R, out)``.
+    Terms are sorted by name; those of weight 0 are left out. Shapes ``(in, R)`` and ``(R, out)``.
     """
     live = [terms[name] for name in sorted(terms) if terms[name][1] != 0]
     if not live:
@@ -266,7 +250,9 @@ def stacked(terms: Terms, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def folded(linear: nn.Linear, terms: Terms, memo: CopyMemo | None = None) -> nn.Linear:
-    """Return a plain Linear whose weight is ``W + ΔW``, computed in the weight's dtype."""
+    """Return a plain Linear of ``W + ΔW``, or a `LoRALinear` where a narrow dtype would lose ΔW."""
+    if linear.weight.dtype not in WIDE:
+        return LoRALinear(linear, terms, memo)
     result = shared_copy(linear, nn.Linear, memo)
     if isinstance(linear, LoRALinear):
         del result.terms, result.weight_side_threshold, result.lora_A, result.lora_B
@@ -276,15 +262,10 @@ def folded(linear: nn.Linear, terms: Terms, memo: CopyMemo | None = None) -> nn.
 
 
 def shared_copy(module: nn.Module, kind: type[M], memo: CopyMemo | None = None) -> M:
-    """Return a copy of one module with dictionaries of its own over the same storage.
+    """Return a copy of one module, of class `kind`, over the same storage.
 
     Submodules are still the original's, for the caller to replace. Loading a state dict, which
     writes in place, first gives the copy storage of its own.
-
-    Args:
-        module: Any module.
-        kind: Class of the copy; the caller sets what it needs beyond the module's state.
-        memo: Shared by all copies of one model.
     """
     result: M = object.__new__(kind)
     _take_over(result, module, memo)
@@ -294,8 +275,7 @@ def shared_copy(module: nn.Module, kind: type[M], memo: CopyMemo | None = None) 
 def _take_over(result: nn.Module, module: nn.Module, memo: CopyMemo | None) -> None:
     """Fill a new module with twins of all that another one holds."""
     memo = memo or CopyMemo()
-    for key, value in module.__dict__.items():
-        result.__dict__[key] = memo(value)
+    result.__dict__.update({key: memo(value) for key, value in module.__dict__.items()})
     hooks: dict[int, Any] = result._load_state_dict_pre_hooks
     for handle, hook in hooks.items():
         if hook.with_module:  # the hook is given its module, which is now the copy
@@ -305,7 +285,7 @@ def _take_over(result: nn.Module, module: nn.Module, memo: CopyMemo | None) -> N
 
 
 def _unshare(module: nn.Module, *_: object) -> None:
-    """Give a module's tensors storage of their own; what is tied stays tied."""
+    """Give a module's tensors storage of their own; tensors that are tied stay tied."""
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None:
             tensor.data = tensor.detach().clone()
@@ -325,9 +305,7 @@ def check_linear(module: nn.Module, where: str) -> None:
 
 def check_fit(linear: nn.Linear, pair: LowRank, name: str) -> None:
     """Refuse a pair whose shape is not the Linear's."""
-    if (pair.in_features, pair.out_features) != (linear.in_features, linear.out_features):
-        raise ShapeError(
-            f"factors {name!r} of a layer",
-            f"in -> out of {linear.in_features} -> {linear.out_features}",
-            f"{pair.in_features} -> {pair.out_features}",
-        )
+    expected = f"{linear.in_features} -> {linear.out_features}"
+    shape = f"{pair.in_features} -> {pair.out_features}"
+    if shape != expected:
+        raise ShapeError(f"factors {name!r} of a layer", f"in -> out of {expected}", shape)

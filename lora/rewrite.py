@@ -9,7 +9,7 @@ Requirements: R1, R2, R3, R5, R7, R8, R17.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import CellType, FunctionType, MethodType
@@ -92,21 +92,23 @@ def bindings(
         ShapeError, TargetError, BaseModelError, ConflictError, UnsupportedModelError: As `adapt`.
     """
     sites, modules = _survey(model)
-    adapted = {
-        n: m for n, m in modules.items() if isinstance(m, LoRALinear) and sites[n].owner == n
-    }
 
     def bind(card: LoRACard, weight: float) -> Injection:
         injection = plan(sites, card, strict=strict)
         bound = injection.bound
         if check_base and bound and card.base_fingerprint is not None:
-            fingerprint = _fingerprint(modules, injection)
+            fingerprint = _fingerprint(modules, bound)
             if fingerprint != card.base_fingerprint:
                 where = f"card {card.name!r}: base model {card.base_model or ''}".rstrip()
                 expected = f"weights with fingerprint {card.base_fingerprint}"
                 raise BaseModelError(where, expected, fingerprint, "check_base=False waives this")
         terms = {name: (card.weights[key], weight) for name, key in bound.items()}
-        existing = {n: m.terms[card.name] for n, m in adapted.items() if card.name in m.terms}
+        existing = {
+            name: layer.terms[card.name]
+            for name, layer in modules.items()
+            if isinstance(layer, LoRALinear) and card.name in layer.terms
+            if name == sites[name].owner
+        }
         if existing not in ({}, terms):
             expected = "the card that the model already has under this name"
             raise ConflictError(f"adapt: {card.name!r}", expected, "another")
@@ -124,23 +126,15 @@ def build(
     *,
     fold_up_to: float = -1,
 ) -> M:
-    """Return the model that `adapt` describes, from bindings that are known already.
+    """Return the model that `adapt` describes, from what its cards are bound to already.
 
-    Args:
-        model: The model that the bindings were made for.
-        adapters: The cards and their weights.
-        bound: Card name -> what it binds to.
-        fold_up_to: Make the touched float32 and float64 layers plain Linears that hold ``W + ΔW``
-            if their weights have at most so many bytes.
+    Layers of float32 and float64 are folded if their weights have at most `fold_up_to` bytes.
     """
     layers = _layers(model, [adapters], [bound])
-    wide = {linear for linear in layers if linear.weight.dtype in WIDE}
-    if sum(linear.weight.nbytes for linear in wide) > fold_up_to:
-        wide = set()
-    make = {linear: folded if linear in wide else LoRALinear for linear in layers}
-    return _rewrite(
-        model, {layer: partial(make[layer], layer, t[0]) for layer, t in layers.items()}
-    )
+    weights = [linear.weight for linear in layers]
+    folds = sum(weight.nbytes for weight in weights if weight.dtype in WIDE) <= fold_up_to
+    make = folded if folds else LoRALinear
+    return _rewrite(model, {layer: partial(make, layer, *terms) for layer, terms in layers.items()})  # type: ignore[arg-type]
 
 
 def fold(model: M) -> M:
@@ -149,12 +143,13 @@ def fold(model: M) -> M:
     It has no overhead at run time and costs the memory of the touched weights. Narrower layers stay
     factored, because rounding ``W + ΔW`` would lose most of a small ΔW.
     """
-    return _rewrite(model, {m: partial(folded, m, m.terms) for m in _adapted(model, WIDE)})
+    return _rewrite(model, {m: partial(folded, m, m.terms) for m in _adapted(model)})
 
 
 def folded_bytes(model: nn.Module) -> int:
     """Return the bytes of the weights that `fold` would form."""
-    return sum(layer.weight.nbytes for layer in _adapted(model, WIDE))
+    weights = [layer.weight for layer in _adapted(model)]
+    return sum(weight.nbytes for weight in weights if weight.dtype in WIDE)
 
 
 def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:
@@ -187,13 +182,13 @@ def init_card(
     """
     sites, rng = linears(model), np.random.default_rng(seed)
     empty = LoRACard(name, rank, alpha, target_modules, {})  # type: ignore[arg-type]
-    modules = sorted(targeted_modules(sites, empty.target_modules))
-    if not modules:
+    targeted = sorted(targeted_modules(sites, empty.target_modules))
+    if not targeted:
         expected = f"modules that match {list(empty.target_modules)}"
         raise TargetError(f"card {name!r}", expected, "none in the model")
-    shapes = [(sites[module].in_features, sites[module].out_features) for module in modules]
-    pairs = [initial(*shape, empty.rank, rng) for shape in shapes]
-    return replace(empty, weights=dict(zip(modules, pairs, strict=True)))
+    shapes = [(name, sites[name].in_features, sites[name].out_features) for name in targeted]
+    weights = {name: initial(rows, columns, empty.rank, rng) for name, rows, columns in shapes}
+    return replace(empty, weights=weights)
 
 
 def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
@@ -241,25 +236,19 @@ def linears(model: nn.Module) -> dict[str, Site]:
 def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Linear]]:
     """Find every Linear of a model under each of its names, in one walk over the module tree."""
     check_module(model)
-    owners: dict[int, str] = {}
-    embeddings: set[int] = set()
-    fused: set[str] = set()  # names of modules that may use their children's weights uncalled
-    modules: dict[str, nn.Linear] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name.rpartition(".")[0] in fused or isinstance(module, _FUSED):
-            fused.add(name)
-        if isinstance(module, nn.Embedding):
-            embeddings.add(id(module.weight))
-        elif isinstance(module, nn.Linear):
-            owners.setdefault(id(module), name)
-            modules[name] = module
+    walk = list(model.named_modules(remove_duplicate=False))
+    modules = {name: module for name, module in walk if isinstance(module, nn.Linear)}
+    owners = {module: name for name, module in reversed(modules.items())}
+    embeddings = {id(module.weight) for _, module in walk if isinstance(module, nn.Embedding)}
+    # Modules below these may have their weights used without being called.
+    fused = tuple(name and f"{name}." for name, module in walk if isinstance(module, _FUSED))
     sites = {
         name: Site(
             module.in_features,
             module.out_features,
-            owner=owners[id(module)],
+            owner=owners[module],
             head=id(module._parameters.get("weight")) in embeddings,
-            bypassed=name.rpartition(".")[0] in fused,
+            bypassed=name.startswith(fused),
         )
         for name, module in modules.items()
     }
@@ -273,17 +262,15 @@ def fingerprint(model: nn.Module, card: LoRACard) -> str:
     fingerprint whatever model it is wrapped in.
     """
     sites, modules = _survey(model)
-    return _fingerprint(modules, plan(sites, card))
+    return _fingerprint(modules, plan(sites, card).bound)
 
 
-def _fingerprint(modules: Mapping[str, nn.Linear], injection: Injection) -> str:
-    def entry(key: str, name: str) -> tuple[str, str, tuple[int, ...], Any]:
-        weight = modules[name].weight.detach().cpu().contiguous()
-        dtype = str(weight.dtype).removeprefix("torch.")
-        return key, dtype, tuple(weight.shape), weight.view(torch.uint8).numpy().data
-
+def _fingerprint(modules: Mapping[str, nn.Linear], bound: Mapping[str, str]) -> str:
+    keys = sorted((key, name) for name, key in bound.items())
+    weights = ((key, modules[name].weight.detach().cpu().contiguous()) for key, name in keys)
     return fingerprint_of(
-        entry(*pair) for pair in sorted((k, n) for n, k in injection.bound.items())
+        (key, str(w.dtype).removeprefix("torch."), tuple(w.shape), w.view(torch.uint8).numpy())
+        for key, w in weights
     )
 
 
@@ -310,11 +297,9 @@ class _Witness(LoRALinear):
         return super().forward(x)
 
 
-def _adapted(model: nn.Module, dtypes: Collection[torch.dtype] | None = None) -> list[LoRALinear]:
-    """Return the adapted layers of a model, or those of some dtypes."""
+def _adapted(model: nn.Module) -> list[LoRALinear]:
     check_module(model)
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    return [layer for layer in layers if dtypes is None or layer.weight.dtype in dtypes]
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
 def _layers(
@@ -334,7 +319,6 @@ def _layers(
 
 def _rewrite(model: M, replacements: Mapping[nn.Module, Callable[..., nn.Module]]) -> M:
     """Copy a module tree; a replacement makes what takes a module's place instead of a copy."""
-    check_module(model)
     copies: dict[nn.Module, nn.Module] = {}
     memo = CopyMemo()
 

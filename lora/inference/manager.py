@@ -26,7 +26,6 @@ from lora.targets import Injection
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
-Entries = Mapping[str, tuple[LoRACard, float]]
 
 HISTORY = 8
 """Sets that `rollback` can go back through."""
@@ -178,21 +177,19 @@ class LoRAManager(Generic[M]):
         """
         check_card(card)
         with self.reference.lock:
-            name, active = card.name, self.state.active
+            name, active = card.name, self.active
             new = AdapterSet({name: (card, weight)})
-            again = name in active.adapters
-            if again and active.adapters[name] != new[name]:
+            again = name in active
+            if again and active[name] != new[name]:
                 where, expected = f"apply_card {name!r}", "the card that is active under this name"
-                if active.adapters[name][0] == card:
+                if active[name][0] == card:
                     raise ConflictError(where, expected, "another weight", "use set_weight")
                 raise ConflictError(
                     where, expected, "a card with other content", "use replace_card"
                 )
             check_base = check_base and not again  # it may have been waived when the card came
             (bound,) = bindings(self.base, [new], strict=strict, check_base=check_base)
-            if bound[name].bound and not again:
-                active = self._built({**active.adapters, **new}, bound)
-            self.reference.replace(active=active, **also)
+            self.reference.replace(active=self._built({**active, **new}, bound), **also)
         if again:
             log_safely(log.info, "card %r is active already", name)
         else:
@@ -202,11 +199,9 @@ class LoRAManager(Generic[M]):
     def remove_card(self, name: str, **also: Any) -> None:
         """Make a card inactive; an unknown name is no error."""
         with self.reference.lock:
-            before = active = self.state.active
-            if name in active.adapters:
-                active = self._built(active.adapters.without(name), {})
-            self.reference.replace(active=active, **also)
-        if active is not before:
+            before = self.state.active
+            self.reference.replace(active=self._built(before.adapters.without(name)), **also)
+        if name in before.adapters:
             count = len(before.injections[name].bound)
             log_safely(log.info, "removed card %r from %d layers", name, count)
 
@@ -216,11 +211,13 @@ class LoRAManager(Generic[M]):
         """Put a card in the place, and with the weight, of the active one of its name."""
         check_card(card)
         with self.reference.lock:
-            name, state = card.name, self.state
+            name, loaded = card.name, self.state.loaded
             new = AdapterSet({name: (card, self._active_entry("replace_card", name)[1])})
             (bound,) = bindings(self.base, [new], strict=strict, check_base=check_base)
-            loaded = state.loaded_with(card) if name in state.loaded else state.loaded
-            self.reference.replace(active=self._built({**self.active, **new}, bound), loaded=loaded)
+            if name in loaded:
+                loaded = self.state.loaded_with(card)
+            active = self._built({**self.active, **new}, bound)
+            self.reference.replace(active=active, loaded=loaded)
         _report(bound[name], "replaced")
         return bound[name]
 
@@ -228,7 +225,7 @@ class LoRAManager(Generic[M]):
         """Change the weight of an active card."""
         with self.reference.lock:
             card, _ = self._active_entry("set_weight", name)
-            self.reference.replace(active=self._built({**self.active, name: (card, weight)}, {}))
+            self.reference.replace(active=self._built({**self.active, name: (card, weight)}))
 
     def prepare(
         self, adapters: Adapters, *, strict: bool = False, check_base: bool = True
@@ -272,10 +269,17 @@ class LoRAManager(Generic[M]):
             raise UnknownCardError(f"{call} {name!r}", "an active card", available)
         return self.active[name]
 
-    def _built(self, entries: Entries, new: Mapping[str, Injection]) -> Active[M]:
+    def _built(
+        self,
+        entries: Mapping[str, tuple[LoRACard, float]],
+        new: Mapping[str, Injection] = MappingProxyType({}),
+    ) -> Active[M]:
         """Build the model for a set; cards that are active already bind as they did."""
-        bound = {**self.state.active.injections, **new}
+        active = self.state.active
+        bound = {**active.injections, **new}
         adapters = AdapterSet({n: entry for n, entry in entries.items() if bound[n].bound})
+        if adapters == active.adapters:
+            return active
         if not adapters:
             return self._idle
         # The caller gets the new injections, too, and may change their dictionaries.

@@ -18,8 +18,8 @@ S_co = TypeVar("S_co", covariant=True)
 class StateReference(Generic[S_co]):
     """A reference to a frozen dataclass.
 
-    Readers take `value` once and work on that snapshot. Writers hold `lock`, prepare everything
-    that can fail, and then call `replace` once.
+    Readers take `value` once and work on that snapshot. Writers hold `lock`, do all that can fail,
+    and then call `replace` once.
     """
 
     def __init__(self, value: S_co) -> None:

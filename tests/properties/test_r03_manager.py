@@ -704,12 +704,16 @@ class ManagerMachine(RuleBasedStateMachine):
     )
     def crash_in_the_middle(self, card, operation):
         name, inside = card.name, card.name in self.active
+        other = inside and self.active[name][0] != card  # what is there already is not built again
         operations = {
             "apply": (not inside, lambda: self.manager.apply_card(card)),
             "remove": (inside and len(self.active) > 1, lambda: self.manager.remove_card(name)),
-            "replace": (inside, lambda: self.manager.replace_card(card)),
+            "replace": (other, lambda: self.manager.replace_card(card)),
             "weight": (inside, lambda: self.manager.set_weight(name, 3.0)),
-            "prepare": (True, lambda: self.manager.prepare([card])),
+            "prepare": (
+                self.active != {name: (card, 1.0)},
+                lambda: self.manager.prepare([card]),
+            ),
         }
         possible, act = operations[operation]
         if possible:
