@@ -20,6 +20,8 @@ from lora.errors import ArgumentError, DataError, UnknownCardError, shown
 from lora.routing import check_threshold
 from lora.store import PathLike, load
 
+_TEXT_TYPES = ("string", "large_string", "string_view")
+
 
 def encode_batches(
     batches: Iterable[pa.RecordBatch],
@@ -82,13 +84,11 @@ def encode_batches(
 
 
 def _texts(batch: pa.RecordBatch, column: str) -> list[str | None]:
-    if column in batch.schema.names:
-        kind, types = batch.schema.field(column).type, pa.types
-        if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-            texts: list[str | None] = batch[column].to_pylist()
-            return texts
-    expected = f"a column {shown(column)} of texts"
-    raise DataError("encode_batches", expected, f"{batch.schema.names}")
+    names = batch.schema.names
+    if column not in names or str(batch[column].type) not in _TEXT_TYPES:
+        raise DataError("encode_batches", f"a column {shown(column)} of texts", f"{names}")
+    texts: list[str | None] = batch[column].to_pylist()
+    return texts
 
 
 def _with_columns(

@@ -8,6 +8,7 @@ the result would reach the modules that both share.
 Requirements: R1, R2, R3, R5, R7, R8, R17.
 """
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -47,6 +48,7 @@ Terms = dict[str, tuple[LowRank, float]]
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, NeverCalled)
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
 _TORCHS_OWN = frozenset(nn.Module().__dict__.keys() - _HOOKS)
+_FOLLOWED = (Mapping, list, tuple, set, frozenset, deque, MethodType, partial, CellType)
 _PLAIN = frozenset({bool, int, float, str, type(None), Tensor})
 
 
@@ -81,7 +83,7 @@ def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool
 
 def bindings(
     model: nn.Module,
-    sets: Iterable[AdapterSet],
+    sets: Iterable[Mapping[str, tuple[LoRACard, float]]],
     *,
     check_base: bool = True,
     strict: bool = False,
@@ -357,19 +359,10 @@ def _leads_to_a_module(value: Any) -> bool:
         item = waiting.pop()
         if isinstance(item, nn.Module):
             return True
-        if id(item) in seen:
-            continue
-        seen[id(item)] = item
-        match item:
-            case Mapping():
-                waiting += [*item.keys(), *item.values()]
-            case list() | tuple() | set() | frozenset() | deque():
-                waiting += item
-            case MethodType():
-                waiting += [item.__self__, item.__func__]
-            case partial():
-                waiting += [item.func, item.args, item.keywords]
-            case FunctionType():
-                cells = [c.cell_contents for c in item.__closure__ or () if c != CellType()]
-                waiting += [*cells, item.__defaults__, item.__kwdefaults__]
+        if id(item) not in seen:
+            seen[id(item)] = item
+            if isinstance(item, FunctionType):
+                waiting += [item.__closure__, item.__defaults__, item.__kwdefaults__]
+            elif isinstance(item, _FOLLOWED):
+                waiting += gc.get_referents(item)
     return False

@@ -152,8 +152,8 @@ class LoRAManager(Generic[M]):
         check_card(card)
         with self.reference.lock:
             self.reference.replace(loaded=self.state.loaded_with(card), **also)
-        count = len(card.weights)
-        log_safely(log.info, "loaded card %r: %d modules, rank %d", card.name, count, card.rank)
+        modules = len(card.weights)
+        log_safely(log.info, "loaded card %r: %d modules, rank %d", card.name, modules, card.rank)
 
     def unload_card(self, name: str) -> None:
         """Forget a loaded card; an active one stays active, an unknown name is no error."""
@@ -178,32 +178,27 @@ class LoRAManager(Generic[M]):
         check_card(card)
         with self.reference.lock:
             name, active = card.name, self.active
-            new = AdapterSet({name: (card, weight)})
-            again = name in active
-            if again and active[name] != new[name]:
-                where, expected = f"apply_card {name!r}", "the card that is active under this name"
-                if active[name][0] == card:
-                    raise ConflictError(where, expected, "another weight", "use set_weight")
+            entries = {**active, name: (card, weight)}
+            if name in active and active[name] != entries[name]:
+                same = active[name][0] == card
                 raise ConflictError(
-                    where, expected, "a card with other content", "use replace_card"
+                    f"apply_card {name!r}",
+                    "the card that is active under this name",
+                    "another weight" if same else "a card with other content",
+                    f"use {'set_weight' if same else 'replace_card'}",
                 )
-            check_base = check_base and not again  # it may have been waived when the card came
-            (bound,) = bindings(self.base, [new], strict=strict, check_base=check_base)
-            self.reference.replace(active=self._built({**active, **new}, bound), **also)
-        if again:
-            log_safely(log.info, "card %r is active already", name)
-        else:
-            _report(bound[name], "applied")
-        return bound[name]
+            if name in active:
+                log_safely(log.info, "card %r is active already", name)
+            return self._change("active", entries, "applied", strict, check_base, **also)[name]
 
     def remove_card(self, name: str, **also: Any) -> None:
         """Make a card inactive; an unknown name is no error."""
         with self.reference.lock:
             before = self.state.active
-            self.reference.replace(active=self._built(before.adapters.without(name)), **also)
+            self._change("active", before.adapters.without(name), **also)
         if name in before.adapters:
-            count = len(before.injections[name].bound)
-            log_safely(log.info, "removed card %r from %d layers", name, count)
+            layers = len(before.injections[name].bound)
+            log_safely(log.info, "removed card %r from %d layers", name, layers)
 
     def replace_card(
         self, card: LoRACard, *, strict: bool = False, check_base: bool = True
@@ -212,20 +207,16 @@ class LoRAManager(Generic[M]):
         check_card(card)
         with self.reference.lock:
             name, loaded = card.name, self.state.loaded
-            new = AdapterSet({name: (card, self._active_entry("replace_card", name)[1])})
-            (bound,) = bindings(self.base, [new], strict=strict, check_base=check_base)
-            if name in loaded:
-                loaded = self.state.loaded_with(card)
-            active = self._built({**self.active, **new}, bound)
-            self.reference.replace(active=active, loaded=loaded)
-        _report(bound[name], "replaced")
-        return bound[name]
+            entries = {**self.active, name: (card, self._active_entry("replace_card", name)[1])}
+            loaded = self.state.loaded_with(card) if name in loaded else loaded
+            bound = self._change("active", entries, "replaced", strict, check_base, loaded=loaded)
+            return bound[name]
 
     def set_weight(self, name: str, weight: float) -> None:
         """Change the weight of an active card."""
         with self.reference.lock:
             card, _ = self._active_entry("set_weight", name)
-            self.reference.replace(active=self._built({**self.active, name: (card, weight)}))
+            self._change("active", {**self.active, name: (card, weight)})
 
     def prepare(
         self, adapters: Adapters, *, strict: bool = False, check_base: bool = True
@@ -236,13 +227,10 @@ class LoRAManager(Generic[M]):
         dropped now, so that the swap frees no model.
         """
         with self.reference.lock:
-            new = AdapterSet(adapters)
-            (bound,) = bindings(self.base, [new], strict=strict, check_base=check_base)
             earlier = self.state.earlier[1 - HISTORY :]
-            self.reference.replace(prepared=self._built(new, bound), earlier=earlier)
-        for injection in bound.values():
-            _report(injection, "prepared")
-        return bound
+            return self._change(
+                "prepared", adapters, "prepared", strict, check_base, earlier=earlier
+            )
 
     def swap(self) -> None:
         """Make the prepared set active; what was active can be rolled back to."""
@@ -269,23 +257,36 @@ class LoRAManager(Generic[M]):
             raise UnknownCardError(f"{call} {name!r}", "an active card", available)
         return self.active[name]
 
-    def _built(
+    def _change(
         self,
-        entries: Mapping[str, tuple[LoRACard, float]],
-        new: Mapping[str, Injection] = MappingProxyType({}),
-    ) -> Active[M]:
-        """Build the model for a set; cards that are active already bind as they did."""
-        active = self.state.active
-        bound = {**active.injections, **new}
-        adapters = AdapterSet({n: entry for n, entry in entries.items() if bound[n].bound})
-        if adapters == active.adapters:
-            return active
-        if not adapters:
-            return self._idle
-        # The caller gets the new injections, too, and may change their dictionaries.
-        kept = {name: replace(bound[name], bound=dict(bound[name].bound)) for name in adapters}
-        model = build(self.base, adapters, kept, fold_up_to=self._fold_up_to)
-        return Active(model, adapters, MappingProxyType(kept))
+        field: str,
+        adapters: Adapters,
+        what: str = "",
+        strict: bool = False,  # noqa: FBT001, FBT002 - the public methods' options
+        check_base: bool = True,  # noqa: FBT001, FBT002
+        **also: Any,
+    ) -> dict[str, Injection]:
+        """Plan, build and commit a set of cards; cards that are active bind as they did."""
+        active, requested = self.state.active, AdapterSet(adapters)
+        injections = {
+            n: i
+            for n, i in active.injections.items()
+            if n in requested and requested[n][0] == active.adapters[n][0]
+        }
+        new = {name: entry for name, entry in requested.items() if name not in injections}
+        if new:
+            (planned,) = bindings(self.base, [new], strict=strict, check_base=check_base)
+            injections |= planned
+        bound = AdapterSet({n: entry for n, entry in requested.items() if injections[n].bound})
+        result = active if bound == active.adapters else self._idle
+        if bound and bound != active.adapters:
+            model = build(self.base, bound, injections, fold_up_to=self._fold_up_to)
+            result = Active(model, bound, MappingProxyType({n: injections[n] for n in bound}))
+        self.reference.replace(**{field: result}, **also)
+        for name in new:
+            _report(injections[name], what)
+        # The caller may change the dictionaries that it gets.
+        return {n: replace(i, bound=dict(i.bound)) for n, i in injections.items()}
 
 
 def _report(injection: Injection, what: str) -> None:

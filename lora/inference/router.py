@@ -148,14 +148,11 @@ class LoRARouter:
         tags: Collection[str] = (),
     ) -> Candidate:
         """Return a candidate with the embeddings of its description."""
-        where = f"candidate {shown(name)}"
         if not isinstance(name, str) or not name:
             raise ArgumentError("candidate", "a name", shown(name))
-        if not isinstance(description, str | Collection):
-            raise ArgumentError(where, "a description or several", shown(description))
-        texts = [description] if isinstance(description, str) else list(description)
+        texts = [description] if isinstance(description, str) else texts_of(description)
         if not texts:
-            raise ArgumentError(where, "a description", "none", "pass description=")
+            raise ArgumentError(f"candidate {name!r}", "a description", "none", "pass description=")
         return candidate_of(name, self._embedded(texts), virtual=virtual, tags=tags)
 
     def _embedded(self, texts: Sequence[str]) -> Any:
