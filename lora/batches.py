@@ -1,9 +1,8 @@
 """Encode a stream of Arrow record batches, as a pure function that any engine can distribute.
 
-It runs in a plain loop as it is. Dask's ``bag.map_partitions`` wants a list of what it yields, Ray
-Data's ``map_batches`` a table, and Spark's ``mapInArrow`` the embeddings cast to a list. Its
-arguments are paths and plain values, so that they travel; each process opens the model and the
-cards once. Files are mapped, and processes of one machine share their pages.
+Dask's ``bag.map_partitions`` wants a list of what it yields, Ray Data's ``map_batches`` a table,
+and Spark's ``mapInArrow`` the embeddings cast to a list. Its arguments are paths and plain values,
+so that they travel; each process opens the model and the cards once.
 
 Requirements: R5.
 """
@@ -40,7 +39,7 @@ def encode_batches(
     null for the base model.
 
     Args:
-        batches: Any number, each with a column of texts; a null text has a null embedding.
+        batches: Each has a column of texts; a null text has a null embedding.
         cards: Card files that rows may get.
         adapter: The name of one of them, for every row.
         adapter_column: The column that names each row's card; null for the base model.
@@ -52,8 +51,7 @@ def encode_batches(
     Raises:
         ArgumentError: More than one way to choose is given.
         UnknownCardError: A name is none of the cards'.
-        DataError: There is no such column, it holds no texts, or a column called ``embedding`` or
-            ``adapter`` is there already.
+        DataError: A column is not there, holds no texts, or would be replaced.
 
     Examples:
         >>> batch = pa.record_batch({"text": ["read a file", None]})

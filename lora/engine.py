@@ -1,8 +1,8 @@
 """ArrowEngine: an encoder, a manager of what is active, and a router, behind one set of methods.
 
-Its whole state is one immutable value behind one reference, which the manager and the router share.
+Its state is one immutable value behind one reference, which the manager and the router share.
 Thread safety: one writer at a time and any number of readers. A request takes the state once and is
-answered from it alone, whatever is applied, swapped or removed meanwhile.
+answered from it alone.
 
 Requirements: R4, R5.
 """
@@ -103,8 +103,7 @@ class ArrowEngine:
     Args:
         encoder: An `InferenceCore`, a ``SentenceTransformer``, or any module with
             ``encode(texts)``. It is never changed.
-        device: ``"auto"`` (CUDA if present) or a torch device, to which a copy of the encoder
-            moves; None leaves the encoder where it is.
+        device: ``"auto"`` (CUDA if present) or a torch device; None leaves the encoder where it is.
         fold: Run active cards as ``W + ΔW``: no overhead, at the memory of the touched weights.
             ``"auto"``: while these are within `FOLD_BUDGET`.
         threshold: The score that a card needs to be chosen by ``intent_query``.
@@ -146,13 +145,7 @@ class ArrowEngine:
     def from_pretrained(
         cls, path: PathLike | None = None, *, device: str = "auto", **options: Any
     ) -> "ArrowEngine":
-        """Return an engine over the `InferenceCore` of a Hugging Face folder.
-
-        Args:
-            path: None for the embedded default model, all-MiniLM-L6-v2.
-            device: As for the constructor.
-            options: The constructor's others.
-        """
+        """Return an engine over a Hugging Face folder; None for the embedded all-MiniLM-L6-v2."""
         core = InferenceCore.from_pretrained(path or default_model())
         return cls(core, device=device, **options)
 
@@ -257,9 +250,6 @@ class ArrowEngine:
         Args:
             guard: What is known, and may not get worse.
             options: As for `lora.evolution.distill.SkillDistiller`.
-
-        Raises:
-            StateError: No card is registered.
         """
         from lora.evolution.distill import SkillDistiller  # noqa: PLC0415 - for engines that learn
 
@@ -292,9 +282,6 @@ class ArrowEngine:
             cache: Where fetched cards are kept; the user's cache by default.
             options: As for `lora.federation.node.Node`: host, policy, credentials, interfaces,
                 timeout. A card that does not fit this engine's model is refused as well.
-
-        Raises:
-            StateError: The engine is a node already.
         """
         with self.reference.lock:
             if self.node is not None:
@@ -318,11 +305,7 @@ class ArrowEngine:
         """Let the router know, by description, the cards that peers offer and are not here.
 
         Returns:
-            Their names. A card that no peer offers any more is forgotten; one without a description
-            is left out.
-
-        Raises:
-            StateError: `start_federation` was not called.
+            Their names; a card without a description is left out.
         """
         node = self.node
         if node is None:
@@ -379,7 +362,7 @@ class ArrowEngine:
         return Encoding(embeddings, (requested,) * len(texts), tuple(routes), failures)
 
     def _encode_rows(self, state: EngineState, texts: list[str], choices: list[Choice]) -> Encoding:
-        """Encode each text with its own adapters: one pass where the encoder can, else one a set."""
+        """Encode each text with its own adapters: in one pass where the encoder can."""
         if len(choices) != len(texts):
             raise ShapeError("adapters", f"one choice for each of {len(texts)} texts", len(choices))
         active, cards = state.active.adapters, state.cards

@@ -1,7 +1,6 @@
 """Linears with low-rank terms, and copies of modules that share their parameters' storage.
 
-A base module is never changed: a layer is a copy with dictionaries of its own, whose parameters
-are detached, frozen views of the same storage.
+A base is never changed: a layer is a copy with dictionaries of its own.
 
 Requirements: R2, R3, R5, R7, R8.
 """
@@ -44,9 +43,8 @@ class NeverCalled(nn.Module):
 class CopyMemo:
     """Maps a value that a module holds to its twin; a value that is shared has one shared twin.
 
-    A parameter's twin is detached and frozen over the same storage. Other tensors and arrays are
-    copied, because a forward may write them, and containers are copied with twins of their items.
-    Any other value is its own twin.
+    A parameter's twin is detached and frozen over the same storage. Other tensors, arrays and
+    containers are copied. Any other value is its own twin.
     """
 
     def __init__(self) -> None:
@@ -84,17 +82,15 @@ class CopyMemo:
 class LoRALinear(nn.Linear):
     """``base(x) + Σ weight · scaling · (x @ A @ B)`` over any number of named terms, for inference.
 
-    The terms are stacked into two buffers that the state dict leaves out. Terms of weight 0 cost
-    nothing and change no bit.
+    The terms are stacked into two buffers that the state dict leaves out.
 
     Args:
-        base: A Linear with the forward of ``nn.Linear``. It is not changed.
+        base: A Linear with the forward of ``nn.Linear``.
         terms: Name -> (pair, weight).
         memo: Shared by all copies of one model.
 
     Attributes:
-        weight_side_threshold: Inputs with more elements use ``W + ΔW``, formed for the call,
-            instead of the two small products.
+        weight_side_threshold: Inputs with more elements use ``W + ΔW``, formed for the call.
 
     Examples:
         >>> import numpy as np
@@ -154,13 +150,7 @@ class LoRALinear(nn.Linear):
 
 
 class SegmentedLinear(nn.Linear):
-    """A Linear in which each run of rows of a batch has its own set of terms.
-
-    Args:
-        base: As for `LoRALinear`.
-        sets: The terms of each adapter set.
-        memo: As for `LoRALinear`.
-    """
+    """A Linear in which each run of rows of a batch has the terms of one of several sets."""
 
     def __init__(
         self, base: nn.Linear, sets: Sequence[Terms], memo: CopyMemo | None = None
@@ -185,12 +175,7 @@ class TrainableLinear(nn.Linear):
     """A Linear with one pair of trainable float32 factors; gradients reach only these.
 
     The factors are cast to the input's dtype, so that a narrow base and autocast both work.
-
-    Args:
-        base: As for `LoRALinear`.
-        pair: Where training starts; its scaling stays fixed.
-        dropout: Probability in [0, 1) of zeroing an input of the low-rank path in training mode.
-        memo: As for `LoRALinear`.
+    `dropout` is the probability of zeroing an input of the low-rank path in training mode.
     """
 
     lora_A: nn.Parameter
@@ -224,11 +209,7 @@ class TrainableLinear(nn.Linear):
 def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return ``out + x @ A @ B``, by one addmm; in inference mode it may overwrite `out`.
 
-    Args:
-        out: Shape ``(..., out)``, with the leading dimensions of `x`.
-        x: Shape ``(..., in)``.
-        a: Shape ``(in, r)``.
-        b: Shape ``(r, out)``.
+    Shapes: `out` ``(..., out)``, `x` ``(..., in)``, `a` ``(in, r)``, `b` ``(r, out)``.
     """
     inner, flat = x.reshape(-1, x.shape[-1]) @ a, out.reshape(-1, out.shape[-1])
     if torch.is_inference_mode_enabled():
@@ -238,9 +219,9 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def stacked(terms: Terms, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``[A₁ … Aₙ]`` and ``[w₁s₁B₁; …; wₙsₙBₙ]`` with the weight's dtype and device.
+    """Return ``[A₁ … Aₙ]`` (in, R) and ``[w₁s₁B₁; …; wₙsₙBₙ]`` (R, out), sorted by name.
 
-    Terms are sorted by name; those of weight 0 are left out. Shapes ``(in, R)`` and ``(R, out)``.
+    They have the weight's dtype and device. Terms of weight 0 are left out.
     """
     live = [terms[name] for name in sorted(terms) if terms[name][1] != 0]
     if not live:
@@ -264,8 +245,8 @@ def folded(linear: nn.Linear, terms: Terms, memo: CopyMemo | None = None) -> nn.
 def shared_copy(module: nn.Module, kind: type[M], memo: CopyMemo | None = None) -> M:
     """Return a copy of one module, of class `kind`, over the same storage.
 
-    Submodules are still the original's, for the caller to replace. Loading a state dict, which
-    writes in place, first gives the copy storage of its own.
+    Submodules are the original's, for the caller to replace. Loading a state dict, which writes in
+    place, first gives the copy storage of its own.
     """
     result: M = object.__new__(kind)
     _take_over(result, module, memo)

@@ -1,9 +1,8 @@
 """adapt(model, adapters) -> model': a rewrite that never touches its input.
 
-First the cards are bound to the model's Linears (one walk over the module tree, `bindings`), then
-the new model is built (a second walk, `build`). Every module object is copied once, so that aliases
-stay aliases. Copying only the path to a target would not do: ``train()``, ``half()`` or a hook on
-the result would reach the modules that both share.
+First the cards are bound to the model's Linears (one walk over the module tree), then every module
+is copied once (a second walk), so that aliases stay aliases. Copying only the path to a target
+would not do: ``train()`` or a hook on the result would reach the modules that both share.
 
 Requirements: R1, R2, R3, R5, R7, R8, R17.
 """
@@ -55,8 +54,7 @@ _PLAIN = frozenset({bool, int, float, str, type(None), Tensor})
 def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool = False) -> M:
     """Return a model that computes what `model` does plus the adapters' low-rank terms.
 
-    The result shares the storage of every parameter and no mutable object with `model`; its
-    parameters are frozen.
+    The result shares the storage of every parameter and no mutable object with `model`.
 
     Args:
         model: Any module tree. ``adapt(adapt(m, a), b)`` equals ``adapt(m, a | b)``.
@@ -88,11 +86,7 @@ def bindings(
     check_base: bool = True,
     strict: bool = False,
 ) -> list[dict[str, Injection]]:
-    """Decide what each card of each set binds to in a model, and check that it fits.
-
-    Raises:
-        ShapeError, TargetError, BaseModelError, ConflictError, UnsupportedModelError: As `adapt`.
-    """
+    """Decide what each card of each set binds to in a model; raise as `adapt` if it does not fit."""
     sites, modules = _survey(model)
 
     def bind(card: LoRACard, weight: float) -> Injection:
@@ -122,28 +116,26 @@ def bindings(
 
 
 def build(
-    model: M,
-    adapters: AdapterSet,
-    bound: Mapping[str, Injection],
-    *,
-    fold_up_to: float = -1,
+    model: M, adapters: AdapterSet, bound: Mapping[str, Injection], *, fold_up_to: float = -1
 ) -> M:
     """Return the model that `adapt` describes, from what its cards are bound to already.
 
-    Layers of float32 and float64 are folded if their weights have at most `fold_up_to` bytes.
+    Float32 and float64 layers are folded if their weights have at most `fold_up_to` bytes.
     """
     layers = _layers(model, [adapters], [bound])
     weights = [linear.weight for linear in layers]
     folds = sum(weight.nbytes for weight in weights if weight.dtype in WIDE) <= fold_up_to
     make = folded if folds else LoRALinear
-    return _rewrite(model, {layer: partial(make, layer, *terms) for layer, terms in layers.items()})  # type: ignore[arg-type]
+    return _rewrite(
+        model, {layer: partial(make, layer, terms) for layer, (terms,) in layers.items()}
+    )
 
 
 def fold(model: M) -> M:
     """Return a model whose float32 and float64 adapted layers are plain Linears of ``W + ΔW``.
 
-    It has no overhead at run time and costs the memory of the touched weights. Narrower layers stay
-    factored, because rounding ``W + ΔW`` would lose most of a small ΔW.
+    It has no overhead and costs the memory of the touched weights. Narrower layers stay factored,
+    because rounding ``W + ΔW`` would lose most of a small ΔW.
     """
     return _rewrite(model, {m: partial(folded, m, m.terms) for m in _adapted(model)})
 
@@ -157,10 +149,8 @@ def folded_bytes(model: nn.Module) -> int:
 def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:
     """Return a model in which each segment of rows of a batch has one of several adapter sets.
 
-    Args:
-        model: Its forward passes `lora.layer.Segments` on to its Linears, as `InferenceCore`'s.
-        sets: The distinct adapter sets; segments name them by position.
-        check_base: As for `adapt`.
+    The model's forward passes `lora.layer.Segments` on to its Linears, as `InferenceCore`'s.
+    Segments name the sets by position.
     """
     layers = _layers(model, sets, bindings(model, sets, check_base=check_base)).items()
     return _rewrite(
@@ -260,8 +250,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Linear]]:
 def fingerprint(model: nn.Module, card: LoRACard) -> str:
     """Return the SHA-256 of the base weights that a card binds to.
 
-    It is over sorted key, dtype, shape and bytes. The keys are the card's, so that a base has one
-    fingerprint whatever model it is wrapped in.
+    The keys in it are the card's, so that a base has one fingerprint whatever it is wrapped in.
     """
     sites, modules = _survey(model)
     return _fingerprint(modules, plan(sites, card).bound)
@@ -279,7 +268,7 @@ def _fingerprint(modules: Mapping[str, nn.Linear], bound: Mapping[str, str]) -> 
 def uncalled(model: nn.Module, *inputs: Any, **options: Any) -> tuple[str, ...]:
     """Return the adapted layers that a forward with these inputs never calls.
 
-    Adapters have no effect there. The forward runs on a copy; `model` stays as it is.
+    The forward runs on a copy.
     """
     copy = _rewrite(model, {m: partial(_Witness, m, m.terms) for m in _adapted(model)})
     with torch.no_grad():

@@ -1,8 +1,7 @@
 """LoRAManager: which cards are active on one model.
 
-Its whole state is one immutable value behind one reference. Thread safety: one writer at a time (a
-lock makes others wait) and any number of readers. A reader takes `model` or `state` once and keeps
-a snapshot that never changes.
+Its state is one immutable value behind one reference. Thread safety: one writer at a time (a lock
+makes others wait) and any number of readers; what a reader took never changes.
 
 Requirements: R3, R7, R8, R22.
 """
@@ -74,14 +73,12 @@ class State(Generic[M]):
 class LoRAManager(Generic[M]):
     """Loads cards and decides which are active on a model, which itself is never changed.
 
-    Every change is planned, checked and built first and then made by one assignment; a failure of
-    any kind leaves the manager as it was. An engine passes further fields of its state as `also`,
-    to change them in the same assignment.
+    Every change is checked and built first and then made by one assignment; a failure of any kind
+    leaves the manager as it was. `also` are further fields of an engine's state to change with it.
 
     Args:
         model: The base model.
-        fold: Run float32 and float64 layers as plain Linears of ``W + ΔW``: no overhead, at the
-            memory of the touched weights.
+        fold: Run float32 and float64 layers as plain Linears of ``W + ΔW``.
         fold_budget: Bytes of touched weights above which a set is not folded; None for no limit.
         state: Makes the first state; an engine's has more fields.
 

@@ -1,7 +1,6 @@
 """LoRARouter: chooses cards for a query by the meaning of their descriptions.
 
-Thread safety: one writer at a time and any number of readers; a `select` sees one state of the
-candidates.
+Thread safety: one writer at a time and any number of readers; a call sees one state.
 
 Requirements: R4.
 """
@@ -87,9 +86,6 @@ class LoRARouter:
             card: The card.
             description: Default: the metadata's ``description`` and ``examples``.
             tags: Default: the metadata's ``tags`` and ``task_type``.
-
-        Raises:
-            ArgumentError: There is no description anywhere.
         """
         check_card(card)
         meta = dict(card.metadata)

@@ -1,7 +1,6 @@
 """The one reference by which a manager, a router or an engine has its immutable state.
 
-An engine shares its reference with its manager and its router, so that one assignment changes
-what all three know.
+An engine shares its reference with its manager and its router.
 
 Requirements: R3, R5, R22.
 """

@@ -14,12 +14,7 @@ from torch import nn
 
 from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError
-from lora.layer import (
-    LoRALinear,
-    SegmentedLinear,
-    TrainableLinear,
-    add_low_rank,
-)
+from lora.layer import LoRALinear, SegmentedLinear, TrainableLinear, add_low_rank
 from lora.lowrank import apply as apply_pairs
 from lora.lowrank import concat, delta, initial, spectrum, thin_qr
 from lora.rewrite import adapt, fold

@@ -710,10 +710,7 @@ class ManagerMachine(RuleBasedStateMachine):
             "remove": (inside and len(self.active) > 1, lambda: self.manager.remove_card(name)),
             "replace": (other, lambda: self.manager.replace_card(card)),
             "weight": (inside, lambda: self.manager.set_weight(name, 3.0)),
-            "prepare": (
-                self.active != {name: (card, 1.0)},
-                lambda: self.manager.prepare([card]),
-            ),
+            "prepare": (self.active != {name: (card, 1.0)}, lambda: self.manager.prepare([card])),
         }
         possible, act = operations[operation]
         if possible:
