@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+from lora import layer as layer_module
 from lora.card import LowRank
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError
 from lora.layer import LoRALinear, SegmentedLinear, TrainableLinear
@@ -84,6 +85,37 @@ def test_terms_of_weight_zero_cost_nothing_and_are_still_known(base):
     assert (layer.lora_A.shape, layer.lora_B.shape) == ((4, 0), (0, 3))
     assert list(layer.terms) == ["docs", "law"]
     assert torch.equal(layer(x), base(x))
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The factors A of every low-rank product that is computed."""
+    add, factors = layer_module.add_low_rank, []
+
+    def noted(out, x, a, b):
+        factors.append(a)
+        return add(out, x, a, b)
+
+    monkeypatch.setattr(layer_module, "add_low_rank", noted)
+    return factors
+
+
+@requirement("R2.13")
+def test_large_inputs_use_the_weight_in_inference_and_all_others_the_factors(base, products):
+    layer = LoRALinear(base, {"docs": (PAIR, 1.0)})
+    rows = int(layer.weight_side_threshold) // 4
+    with torch.inference_mode():
+        layer(torch.ones(rows, 4))
+        layer(torch.ones(rows + 1, 4))
+    assert len(products) == 1
+    layer(torch.ones(rows + 1, 4))
+    assert len(products) == 2
+
+
+@requirement("R8.6")
+def test_three_terms_cost_the_products_of_one(base, products):
+    LoRALinear(base, dict.fromkeys("abc", (PAIR, 1.0)))(torch.ones(4))
+    assert [tuple(a.shape) for a in products] == [(4, 6)]
 
 
 @requirement("R8.3", "R8.8")

@@ -63,6 +63,14 @@ def test_tags_that_are_given_stand_in_place_of_the_cards_own():
     assert router.candidates["docs"].tags == {"other"}
 
 
+@requirement("R4.13")
+def test_tags_restrict_the_candidates_before_any_is_chosen():
+    router = LoRARouter(counts)
+    router.register_card(card("near"), "a")
+    router.register_card(card("tagged"), "ab", tags=["law"])
+    assert [route.name for route in router.select("a", 1, tags=["law"])] == ["tagged"]
+
+
 @requirement("R4.7")
 def test_a_route_says_whether_its_card_is_elsewhere():
     router = LoRARouter(counts)
