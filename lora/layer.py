@@ -7,7 +7,7 @@ Requirements: R2, R3, R5, R7, R8.
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from lora.lowrank import concat
 
 M = TypeVar("M", bound=nn.Module)
 
-Terms = Mapping[str, tuple[LowRank, float]]
+Terms = dict[str, tuple[LowRank, float]]
 """Card name -> (pair, weight)."""
 
 WIDE = (torch.float32, torch.float64)
@@ -103,8 +103,7 @@ class LoRALinear(nn.Linear):
 
     lora_A: Tensor
     lora_B: Tensor
-    terms: dict[str, tuple[LowRank, float]]
-    weight_side_threshold: float
+    terms: Terms
 
     def __init__(
         self, base: nn.Linear, terms: Terms | None = None, memo: CopyMemo | None = None
@@ -142,9 +141,8 @@ class LoRALinear(nn.Linear):
         self.terms = dict(sorted(terms.items()))
         # Measured: forming the weight is cheaper from about twice its own elements in x and y.
         rows, columns = self.weight.shape
-        self.weight_side_threshold = 2 * rows * columns**2 / (rows + columns)
-        if not a.numel():
-            self.weight_side_threshold = math.inf
+        threshold = 2 * rows * columns**2 / (rows + columns)
+        self.weight_side_threshold = threshold if a.numel() else math.inf
         self.register_buffer("lora_A", a, persistent=False)
         self.register_buffer("lora_B", b, persistent=False)
 

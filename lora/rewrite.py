@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora.card import Adapters, AdapterSet, LoRACard, LowRank
+from lora.card import Adapters, AdapterSet, LoRACard
 from lora.errors import (
     BaseModelError,
     ConflictError,
@@ -33,6 +33,7 @@ from lora.layer import (
     LoRALinear,
     NeverCalled,
     SegmentedLinear,
+    Terms,
     TrainableLinear,
     check_linear,
     folded,
@@ -42,7 +43,6 @@ from lora.lowrank import initial
 from lora.targets import Injection, Site, fingerprint_of, plan, targeted_modules
 
 M = TypeVar("M", bound=nn.Module)
-Terms = dict[str, tuple[LowRank, float]]
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, NeverCalled)
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}

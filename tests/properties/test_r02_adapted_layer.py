@@ -150,10 +150,8 @@ def test_any_leading_dimensions_are_those_of_the_rows_laid_out(impl, data, layer
     out = impl.forward(x, weight, bias, terms)
     assert out.shape == (*lead, weight.shape[0])
     rows = x.reshape(-1, weight.shape[1])
-    flat, where = (
-        impl.forward(rows, weight, bias, terms),
-        exactly(rows, weight, bias, terms.values()),
-    )
+    flat = impl.forward(rows, weight, bias, terms)
+    where = exactly(rows, weight, bias, terms.values())
     assert np.array_equal(out.reshape(flat.shape)[where], flat[where])
 
 
@@ -306,14 +304,10 @@ def test_a_wrapped_layer_keeps_the_bases_storage_and_names(layer, training):
 def test_factors_given_at_construction_or_loaded_later_compute_the_same(layer, data):
     x, weight, bias, _ = layer
     rank, dtype = data.draw(ranks), data.draw(dtypes)
-    a, b = (
-        data.draw(numbers(dtype, (weight.shape[1], rank))),
-        data.draw(numbers(dtype, (rank, weight.shape[0]))),
-    )
-    pair, weighted = (
-        LowRank(a, b, data.draw(st.sampled_from([0.5, 2.0]))),
-        data.draw(st.sampled_from([1.0, 0.25])),
-    )
+    a = data.draw(numbers(dtype, (weight.shape[1], rank)))
+    b = data.draw(numbers(dtype, (rank, weight.shape[0])))
+    pair = LowRank(a, b, data.draw(st.sampled_from([0.5, 2.0])))
+    weighted = data.draw(st.sampled_from([1.0, 0.25]))
     given_at_once = LoRALinear(linear(weight, bias), {"default": (pair, weighted)})
     loaded = LoRALinear(linear(weight, bias), {"default": (LowRank(2 * a, b, 1.0), 1.0)})
     loaded.load_weights(pair, weight=weighted)
@@ -371,10 +365,8 @@ def test_a_layer_for_inference_passes_gradients_on_and_keeps_none(layer, flag):
 def test_for_inference_factors_take_the_layers_dtype(layer, data, dtype):
     x, weight, bias, _ = layer
     rank, scale = data.draw(ranks), data.draw(st.sampled_from([1 / 3, 2.0, -0.1]))
-    a, b = (
-        data.draw(numbers(dtype, (weight.shape[1], rank))),
-        data.draw(numbers(dtype, (rank, weight.shape[0]))),
-    )
+    a = data.draw(numbers(dtype, (weight.shape[1], rank)))
+    b = data.draw(numbers(dtype, (rank, weight.shape[0])))
     adapted = LoRALinear(linear(weight, bias), {"docs": (LowRank(a, b, scale), 1.0)})
     kind = DTYPES[x.dtype]
     assert {adapted.lora_A.dtype, adapted.lora_B.dtype, adapted(tensor_of(x)).dtype} == {kind}
@@ -384,17 +376,13 @@ def test_for_inference_factors_take_the_layers_dtype(layer, data, dtype):
 @requirement("R2.8", "R2.2")
 @given(data=st.data(), dtype=dtypes, scale=st.sampled_from([1 / 3, -0.1, 1e-3]))
 def test_a_float64_layer_computes_in_float64_whatever_the_cards_dtype(data, dtype, scale):
-    f64, rank, rows, columns = (
-        np.dtype(np.float64),
-        data.draw(ranks),
-        data.draw(features),
-        data.draw(features),
-    )
+    f64 = np.dtype(np.float64)
+    rank = data.draw(ranks)
+    rows = data.draw(features)
+    columns = data.draw(features)
     x, weight = data.draw(numbers(f64, (2, rows))), data.draw(numbers(f64, (columns, rows)))
-    a, b = (
-        data.draw(integers(dtype, (rows, rank))) + dtype.type(4),
-        data.draw(integers(dtype, (rank, columns))),
-    )
+    a = data.draw(integers(dtype, (rows, rank))) + dtype.type(4)
+    b = data.draw(integers(dtype, (rank, columns)))
     adapted = LoRALinear(linear(weight), {"docs": (LowRank(a, b, scale), 1.0)})
     check(
         array_of(adapted(tensor_of(x))),
@@ -415,10 +403,8 @@ def test_for_training_factors_are_float32_masters_whatever_the_base_and_under_au
     )  # torch's autocast leaves float64 alone
     rows, columns = data.draw(features), data.draw(features)
     weight = data.draw(numbers(base_dtype, (columns, rows)))
-    a, b = (
-        data.draw(numbers(card_dtype, (rows, rank))),
-        data.draw(numbers(card_dtype, (rank, columns))),
-    )
+    a = data.draw(numbers(card_dtype, (rows, rank)))
+    b = data.draw(numbers(card_dtype, (rank, columns)))
     layer = TrainableLinear(linear(weight), LowRank(a, b, 0.5))
     assert np.array_equal(array_of(layer.lora_A), a.astype(np.float32))
     x = torch.ones(2, rows, dtype=torch.float32 if autocast else DTYPES[base_dtype])

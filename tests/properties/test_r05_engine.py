@@ -30,10 +30,8 @@ VOCABULARY = {
 def tokenizer():
     """A word-piece tokenizer of letters."""
     made = Tokenizer(models.WordPiece(VOCABULARY, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = (
-        normalizers.BertNormalizer(),
-        pre_tokenizers.BertPreTokenizer(),
-    )
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     made.enable_truncation(LONGEST)
     return made

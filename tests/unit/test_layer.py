@@ -49,10 +49,8 @@ def test_dropout_acts_in_training_only(base):
 
 @requirement("R2.4")
 def test_dropout_acts_on_the_low_rank_path_only(base):
-    layer, x = (
-        TrainableLinear(base, LowRank(PAIR.A, np.zeros((2, 3), np.float32), 1.0), dropout=0.9),
-        torch.ones(64, 4),
-    )
+    layer = TrainableLinear(base, LowRank(PAIR.A, np.zeros((2, 3), np.float32), 1.0), dropout=0.9)
+    x = torch.ones(64, 4)
     assert layer.training
     assert torch.equal(layer(x), base(x))
 

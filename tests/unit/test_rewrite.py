@@ -12,17 +12,10 @@ import torch
 from torch import nn
 
 from lora.card import LoRACard, LowRank
-from lora.errors import (
-    BaseModelError,
-    ConflictError,
-    StateError,
-    TargetError,
-    UnsupportedModelError,
-)
-from lora.layer import LoRALinear, SegmentedLinear, TrainableLinear
+from lora.errors import BaseModelError, StateError, TargetError, UnsupportedModelError
+from lora.layer import LoRALinear, TrainableLinear
 from lora.rewrite import (
     adapt,
-    adapt_rows,
     fingerprint,
     fold,
     folded_bytes,
@@ -489,32 +482,6 @@ def test_an_adapted_model_has_the_fingerprint_of_its_base_and_a_folded_one_has_n
     assert (
         fingerprint(adapted, mine) == fingerprint(model, mine) != fingerprint(fold(adapted), mine)
     )
-
-
-@requirement("R3.9", "R7.4")
-def test_the_same_name_with_other_content_is_a_conflict(adapted):
-    other = card("out", pair=LowRank(2 * PAIR.A, PAIR.B, 1.0))
-    with pytest.raises(ConflictError, match="adapt: 'docs'"):
-        adapt(adapted, other)
-
-
-@requirement("R5.8")
-def test_rows_are_adapted_set_by_set():
-    linear = nn.Linear(4, 4)
-    mixed = adapt_rows(linear, [adapters_of("a"), adapters_of("b")])
-    assert isinstance(mixed, SegmentedLinear)
-    out = mixed(X, ((0, 1, 0), (1, 3, 1)))
-    for row, name in enumerate("abb"):
-        assert torch.allclose(
-            out[row], adapt(linear, adapters_of(name))(X[row]), atol=16 * torch.finfo(X.dtype).eps
-        )
-
-
-def adapters_of(name):
-    from lora.card import AdapterSet
-
-    pair = LowRank(PAIR.A * ord(name), PAIR.B, 0.01)
-    return AdapterSet(LoRACard(name, 1, 1.0, [""], {"": pair}))
 
 
 @requirement("R2.10")
