@@ -32,6 +32,9 @@ WIDE = (torch.float32, torch.float64)
 Segments = tuple[tuple[int, int, int], ...]
 """Runs of rows of one batch: (start, stop, index of the adapter set)."""
 
+ATOMS = frozenset({bool, int, float, str, type(None)})
+"""Classes of values that lead to no other object."""
+
 _QUICKLY_COPIED = frozenset({dict, OrderedDict, list, set})  # by a method of their own
 _COPIED = (Tensor, np.ndarray, dict, list, deque, set, tuple)
 
@@ -54,7 +57,7 @@ class CopyMemo:
     def __call__(self, value: Any) -> Any:
         """Return the twin of a value."""
         twin: Any
-        if not isinstance(value, _COPIED):
+        if type(value) in ATOMS or not isinstance(value, _COPIED):
             return value
         if known := self._twins.get(id(value)):
             return known[1]

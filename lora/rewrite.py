@@ -28,6 +28,7 @@ from lora.errors import (
     UnsupportedModelError,
 )
 from lora.layer import (
+    ATOMS,
     WIDE,
     CopyMemo,
     LoRALinear,
@@ -48,7 +49,7 @@ _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, NeverCalled)
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
 _TORCHS_OWN = frozenset(nn.Module().__dict__.keys() - _HOOKS)
 _FOLLOWED = (Mapping, list, tuple, set, frozenset, deque, MethodType, partial, CellType)
-_PLAIN = frozenset({bool, int, float, str, type(None), Tensor})
+_PLAIN = ATOMS | {Tensor}
 
 
 def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool = False) -> M:
@@ -189,7 +190,7 @@ def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
     layers = {model.get_submodule(name): card.weights[key] for name, key in bound.items()}
     if any(isinstance(layer, LoRALinear) for layer in layers):
         expected = "plain Linears to train on"
-        raise UnsupportedModelError(f"card {card.name!r}", expected, "adapted ones", "fold them")
+        raise UnsupportedModelError(f"card {card.name!r}", expected, "adapted ones", "fold it")
     make = partial(TrainableLinear, dropout=dropout)
     return _rewrite(model, {layer: partial(make, layer, pair) for layer, pair in layers.items()})
 

@@ -8,7 +8,7 @@ Requirements: R3, R7, R8, R22.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -184,9 +184,15 @@ class LoRAManager(Generic[M]):
                     "another weight" if same else "a card with other content",
                     f"use {'set_weight' if same else 'replace_card'}",
                 )
-            if name in active:
+            again = name in active
+            check = check_base and not again  # it may have been waived when the card came
+            what = "" if again else "applied"
+            bound = self._change(
+                "active", entries, [name], what, strict=strict, check_base=check, **also
+            )
+            if again:
                 log_safely(log.info, "card %r is active already", name)
-            return self._change("active", entries, "applied", strict, check_base, **also)[name]
+        return bound[name]
 
     def remove_card(self, name: str, **also: Any) -> None:
         """Make a card inactive; an unknown name is no error."""
@@ -206,8 +212,16 @@ class LoRAManager(Generic[M]):
             name, loaded = card.name, self.state.loaded
             entries = {**self.active, name: (card, self._active_entry("replace_card", name)[1])}
             loaded = self.state.loaded_with(card) if name in loaded else loaded
-            bound = self._change("active", entries, "replaced", strict, check_base, loaded=loaded)
-            return bound[name]
+            bound = self._change(
+                "active",
+                entries,
+                [name],
+                "replaced",
+                strict=strict,
+                check_base=check_base,
+                loaded=loaded,
+            )
+        return bound[name]
 
     def set_weight(self, name: str, weight: float) -> None:
         """Change the weight of an active card."""
@@ -224,9 +238,15 @@ class LoRAManager(Generic[M]):
         dropped now, so that the swap frees no model.
         """
         with self.reference.lock:
-            earlier = self.state.earlier[1 - HISTORY :]
+            earlier, new = self.state.earlier[1 - HISTORY :], AdapterSet(adapters)
             return self._change(
-                "prepared", adapters, "prepared", strict, check_base, earlier=earlier
+                "prepared",
+                new,
+                new,
+                "prepared",
+                strict=strict,
+                check_base=check_base,
+                earlier=earlier,
             )
 
     def swap(self) -> None:
@@ -257,30 +277,26 @@ class LoRAManager(Generic[M]):
     def _change(
         self,
         field: str,
-        adapters: Adapters,
+        adapters: Mapping[str, tuple[LoRACard, float]],
+        new: Iterable[str] = (),
         what: str = "",
-        strict: bool = False,  # noqa: FBT001, FBT002 - the public methods' options
-        check_base: bool = True,  # noqa: FBT001, FBT002
+        *,
+        strict: bool = False,
+        check_base: bool = True,
         **also: Any,
     ) -> dict[str, Injection]:
-        """Plan, build and commit a set of cards; cards that are active bind as they did."""
+        """Plan what is new, build the set and commit it; the other cards bind as they did."""
         active, requested = self.state.active, AdapterSet(adapters)
-        injections = {
-            n: i
-            for n, i in active.injections.items()
-            if n in requested and requested[n][0] == active.adapters[n][0]
-        }
-        new = {name: entry for name, entry in requested.items() if name not in injections}
-        if new:
-            (planned,) = bindings(self.base, [new], strict=strict, check_base=check_base)
-            injections |= planned
+        injections = {n: i for n, i in active.injections.items() if n in requested}
+        if planned := {name: requested[name] for name in new}:
+            injections |= bindings(self.base, [planned], strict=strict, check_base=check_base)[0]
         bound = AdapterSet({n: entry for n, entry in requested.items() if injections[n].bound})
         result = active if bound == active.adapters else self._idle
         if bound and bound != active.adapters:
             model = build(self.base, bound, injections, fold_up_to=self._fold_up_to)
             result = Active(model, bound, MappingProxyType({n: injections[n] for n in bound}))
         self.reference.replace(**{field: result}, **also)
-        for name in new:
+        for name in new if what else ():
             _report(injections[name], what)
         # The caller may change the dictionaries that it gets.
         return {n: replace(i, bound=dict(i.bound)) for n, i in injections.items()}

@@ -178,6 +178,8 @@ def test_strictness_is_asked_of_the_new_card_only(manager):
     assert list(manager.active) == ["loose", "tight"]
     with pytest.raises(TargetError, match=r"card 'third': .* targets not found: \['nowhere'\]"):
         manager.apply_card(card("third", ("2",), targets=("2", "nowhere")), strict=True)
+    with pytest.raises(TargetError, match=r"card 'loose': .* targets not found: \['nowhere'\]"):
+        manager.apply_card(card("loose", targets=("0", "nowhere")), strict=True)
 
 
 @requirement("R1.13", "R3.13")
