@@ -69,6 +69,7 @@ def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool
 
     Examples:
         >>> import numpy as np
+        >>> from lora.card import LowRank
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> card = LoRACard("docs", 1, 1.0, ["0"], {"0": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
         >>> adapted = adapt(model, card)
