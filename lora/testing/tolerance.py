@@ -31,8 +31,8 @@ def underflow(dtype: np.dtype[Any]) -> float:
     For other dtypes much hardware flushes subnormals to zero.
     """
     info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
-    lost = info.smallest_subnormal / 2 if dtype == np.float16 else info.smallest_normal
-    return float(lost)
+    half = float(info.smallest_subnormal) / 2  # in float16 itself it would be 0
+    return half if dtype == np.float16 else float(info.smallest_normal)
 
 
 def gamma(n: int, dtype: np.dtype[Any]) -> float:
