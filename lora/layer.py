@@ -291,3 +291,6 @@ def check_fit(linear: nn.Linear, pair: LowRank, name: str) -> None:
     shape = f"{pair.in_features} -> {pair.out_features}"
     if shape != expected:
         raise ShapeError(f"factors {name!r} of a layer", f"in -> out of {expected}", shape)
+
+
+Uncalled = NeverCalled  # its earlier name

@@ -357,3 +357,6 @@ def _leads_to_a_module(value: Any) -> bool:
             elif isinstance(item, _FOLLOWED):
                 waiting += gc.get_referents(item)
     return False
+
+
+fresh, trained = init_card, trained_card  # their earlier names
