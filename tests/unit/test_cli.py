@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -576,3 +577,117 @@ def test_bash_completes_commands_and_options(typed, completed):
     )
     assert done.stdout.split() == completed
     assert done.stderr == ""
+
+
+# What an option says reaches what it is for
+
+
+class SeenError(Exception):
+    """Ends a command once it called what is watched."""
+
+
+def watched(monkeypatch, place):
+    """Arguments of the first call of `place`, which ends the command."""
+    calls = []
+
+    def watch(*args, **options):
+        calls.append((args, options))
+        raise SeenError
+
+    monkeypatch.setattr(place, watch)
+    return calls
+
+
+@requirement("R25.2")
+def test_the_subcommands_are_those_that_are_promised():
+    promised = """inspect convert merge extract encode route probe train serve list fetch keygen sign
+    evolve factory conformance bench demo"""
+    assert set(promised.split()) <= set(COMMANDS)
+    assert {"factory add", "factory run", "factory status", "factory rollback"} <= set(EVERY)
+
+
+@requirement("R21.1", "R25.2")
+@pytest.mark.parametrize(
+    ("preset", "config"),
+    {
+        "coder": (16, 32, 0.05),
+        "researcher": (8, 16, 0.1),
+        "security": (16, 32, 0.05),
+        "architect": (12, 24, 0.05),
+        "reviewer": (8, 16, 0.1),
+        "quick": (8, 16, 0.0),
+    }.items(),
+)
+def test_a_preset_reaches_the_trainer_with_its_dropout(here, folder, monkeypatch, preset, config):
+    calls = watched(monkeypatch, "lora.evolution.train.LoRATrainer")
+    out = folder / "never.lora.arrow"
+    here("train", folder / "pairs.jsonl", "--name", "x", "-o", out, "--preset", preset)
+    ((_, options),) = calls
+    assert (options["rank"], options["alpha"], options["settings"].dropout) == config
+    assert (options["settings"].lr == 0.005) == (preset == "quick")
+
+
+@requirement("R19.3", "R25.2")
+def test_the_scheduler_of_factory_run_carries_its_jobs(here, folder, tmp_path, monkeypatch):
+    carried = []
+
+    class Carrier(ThreadPoolExecutor):
+        def submit(self, *args, **options):
+            carried.append(args)
+            return super().submit(*args, **options)
+
+    @contextlib.contextmanager
+    def cluster(address):
+        carried.append(address)
+        with Carrier(1) as executor:
+            yield executor
+
+    monkeypatch.setattr("lora.evolution.factory.cluster", cluster)
+    monkeypatch.chdir(tmp_path)
+    job = ["merge", "both", "--with", f'cards=["{folder / "docs.lora.arrow"}"]']
+    assert here("factory", "add", *job)[0] == 0
+    code, out, _ = here("factory", "run", "--scheduler", "tcp://192.0.2.7:8786", "--json")
+    assert (code, [row["state"] for row in json.loads(out)]) == (0, ["done"])
+    assert carried[0] == "tcp://192.0.2.7:8786"
+    assert len(carried) == 2
+
+
+@requirement("R19.4", "R25.2")
+@pytest.mark.parametrize(("options", "at"), [(["--at", "02:00"], "02:00"), ([], None)])
+def test_the_time_of_factory_run_reaches_the_factory(here, tmp_path, monkeypatch, options, at):
+    calls = watched(monkeypatch, "lora.evolution.factory.SkillFactory.run")
+    here("factory", "run", "--root", tmp_path / "factory", *options)
+    ((_, told),) = calls
+    assert told["at"] == at
+
+
+@requirement("R18.5", "R18.6", "R25.2")
+@pytest.mark.parametrize("data", ["documents", "queries"])
+def test_evolve_lets_a_teacher_see_what_is_named_and_spend_its_budget(
+    here, tmp_path, monkeypatch, data
+):
+    """The distiller that the command makes is asked for what was allowed, and for what was not."""
+    from lora.errors import StateError
+    from tests.unit.test_cloud import Server
+
+    server = Server()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    calls = watched(monkeypatch, "lora.evolving.watching")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "key").write_text("secret\n")
+    (tmp_path / "docs").mkdir()
+    with contextlib.closing(server.socket):
+        ask = ["--ask", f"127.0.0.1:{data}", "--teacher-model", "small", "--key-file", "key"]
+        spend = ["--teacher-url", server.url, "--budget", "50"]
+        here("evolve", "--documents", "docs", "-o", "skills", *ask, *spend)
+        ((_, options),) = calls
+        asked = {
+            "documents": lambda: options["teacher"].from_documents({"a": "A card holds factors."}),
+            "queries": lambda: options["teacher"].from_queries("cards", ["what is a card"]),
+        }
+        for kind, call in asked.items():
+            reason = "at most 50 tokens" if kind == data else f"a Consent that names .*'{kind}'"
+            with pytest.raises(StateError, match=reason):
+                call()
+        assert server.requests == []
+        server.shutdown()
