@@ -17,7 +17,7 @@ import pyarrow as pa
 import typer
 
 import lora
-import lora.cli
+from lora.cli.app import app
 from lora.presets import cost_table
 from lora.rewrite import linears
 from lora.testing.requirements import read_spec
@@ -257,7 +257,7 @@ def specification() -> str:
 
 def commands(command: Any = None, name: str = "lora") -> Iterator[tuple[str, Any]]:
     """Every command of the command line with its full name, groups before what is in them."""
-    command = typer.main.get_command(lora.cli.app) if command is None else command
+    command = typer.main.get_command(app) if command is None else command
     yield name, command
     for part, found in getattr(command, "commands", {}).items():
         yield from commands(found, f"{name} {part}")

@@ -164,7 +164,8 @@ def test_a_task_is_a_preset_of_training_that_options_can_override(shop):
         "--steps",
         "1",
     ]
-    ran("train", "pairs.jsonl", "--name", "x", "--out", "x.lora.arrow", *options, "--rank", "4")
+    done = shell("train", "pairs.jsonl", "--name", "x", "-o", "x.lora.arrow", *options, "--rank", 4)
+    assert done.returncode in (0, 3), done.stderr
     card = lora.load(shop / "x.lora.arrow")
     assert (card.rank, card.alpha, card.target_modules) == (4, 16.0, ("query", "value"))
     assert card.metadata["task_type"] == "reviewer"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from lora.cli import app
+from lora.cli.app import app
 from lora.testing.plugin import requirement
 
 CARD = Path(__file__).parents[2] / "spec" / "vectors" / "1" / "R1.4" / "valid" / "basic.lora.arrow"

@@ -1,0 +1,11 @@
+"""The command line `lora`: thin commands over the public API, one module for each group of them.
+
+Torch is imported only by commands that run a model; help and completion import no NumPy or Arrow.
+
+Requirements: R25.
+"""
+
+from lora.cli import cards, evolution, federation, models, suite  # noqa: F401 - adds the commands
+from lora.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,282 @@
+"""What all commands share: the application, common options, output, errors and progress.
+
+A command is a function that returns a `Result`; the decorator `command` adds it to the application.
+Output goes to stdout as text or, with `--json`, as JSON. Errors are one line on stderr and exit
+status 1 (2 for wrong usage), and an interrupt exits with 130.
+
+Requirements: R25.
+"""
+
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import copy
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import lora
+from lora.errors import ArgumentError, DataError, LoRAError
+
+NOTHING_TO_SERVE = 3
+"""Exit status of a command that worked but made nothing worth serving."""
+
+INPUTS: dict[str, tuple[str, ...]] = {}
+"""Commands that may be jobs of a skill factory -> the parameters that are paths they read."""
+
+app = typer.Typer(
+    name="lora",
+    help="LoRA adapters as Arrow cards: read, route, encode, train, merge, extract, serve.",
+    epilog="Example: lora demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    Path | None,
+    typer.Option(help="Hugging Face folder of a BERT encoder; the embedded MiniLM if omitted."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+_JSON = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+
+
+class Result(NamedTuple):
+    """What a command gives back.
+
+    Args:
+        facts: Printed with `--json`.
+        text: Printed otherwise: a string, or something that rich draws.
+        status: The exit status.
+        failure: A line for stderr after the output; it makes the exit status 1.
+    """
+
+    facts: Any
+    text: Any = None
+    status: int = 0
+    failure: str = ""
+
+
+class ChecksPassed(Exception):  # noqa: N818 - not an error
+    """Ends a command that was run only to check its command line."""
+
+
+checking: ContextVar[bool] = ContextVar("checking", default=False)
+"""Whether the command line is only checked."""
+
+
+def checks_done() -> None:
+    """Mark the point of a command where its arguments are checked and its work begins."""
+    if checking.get():
+        raise ChecksPassed
+
+
+def command(
+    example: str,
+    *,
+    group: typer.Typer = app,
+    name: str | None = None,
+    inputs: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    **composed: Callable[..., Any],
+) -> Callable[[Callable[..., Result | None]], Callable[..., Any]]:
+    """Add a function as a command: positional parameters are arguments, keyword-only ones options.
+
+    The help is the docstring; that of each option is its line under `Args:`. Every command has
+    `--json`, which is passed on only to a function with a parameter `as_json`.
+
+    Args:
+        example: A command line that the help shows, without `lora`.
+        group: Where the command belongs.
+        name: Of the command; the function's if omitted.
+        inputs: For a command that may be a job: its parameters that are paths it reads.
+        settings: Typer's context settings.
+        composed: Parameter -> a function that makes its value from options of its own.
+    """
+
+    def register(function: Callable[..., Result | None]) -> Callable[..., Any]:
+        parts = {key: _parameters(part) for key, part in composed.items()}
+        own = {p.name: parts.get(p.name, [p]) for p in _parameters(function)}
+        shared = {} if "as_json" in own else {"as_json": [_JSON]}
+
+        @wraps(function)
+        def run(**options: Any) -> int:
+            for key, part in composed.items():
+                options[key] = part(**{p.name: options.pop(p.name) for p in parts[key]})
+            as_json = options.pop("as_json") if shared else options["as_json"]
+            result = function(**options)
+            return 0 if result is None else show(result, as_json=as_json is True)
+
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined] # typer reads it
+            [p for parameters in (own | shared).values() for p in parameters]
+        )
+        if inputs:
+            INPUTS[function.__name__] = tuple(inputs)
+        text = inspect.getdoc(function) or ""
+        group.command(
+            name=name,
+            help=text.partition("\n\nArgs:")[0],
+            epilog=f"Example: lora {example}",
+            context_settings=dict(settings or {}),
+        )(run)
+        return run
+
+    return register
+
+
+_NAMES = {"out": ["--out", "-o"], "as_json": ["--json"]}
+"""Options that are not called as their parameters, or have a short form."""
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Read a function's parameters as typer wants them, with the help of its docstring."""
+    lines = (inspect.getdoc(function) or "").partition("Args:\n")[2]
+    helps = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", lines, re.MULTILINE))
+    parameters = []
+    for parameter in inspect.signature(function).parameters.values():
+        name, annotation = parameter.name, parameter.annotation
+        is_flag = annotation is bool and parameter.default is False
+        flags = _NAMES.get(name, [f"--{name.replace('_', '-')}"] if is_flag else [])
+        positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        extra: list[Any] = list(getattr(annotation, "__metadata__", ()))
+        info = copy(extra[0]) if extra else typer.Argument() if positional else typer.Option(*flags)
+        info.help = " ".join(helps[name].split()) if name in helps else info.help
+        annotation = Annotated[
+            getattr(annotation, "__origin__", annotation) if extra else annotation, info
+        ]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(parameter.replace(annotation=annotation, kind=kind))
+    return parameters
+
+
+def show(result: Result, *, as_json: bool) -> int:
+    """Print a result and return the exit status."""
+    if as_json:
+        print(json.dumps(result.facts, default=str))
+    elif isinstance(result.text, str):
+        print(result.text)
+    elif result.text is not None:
+        Console().print(result.text)
+    if result.failure:
+        fail(result.failure)
+    return result.status
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Draw rows as a table whose columns are those of the first row."""
+    table = Table(*rows[0])
+    for row in rows:
+        cells = (f"{cell:.4g}" if isinstance(cell, float) else f"{cell}" for cell in row.values())
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def printable(text: str) -> str:
+    """Replace the characters that a terminal would obey."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
+
+
+def fail(message: str, status: int = 1) -> None:
+    """Print an error as one line and exit."""
+    print(f"lora: {printable(' '.join(message.split()))}", file=sys.stderr)
+    sys.exit(status)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `lora` script."""
+    try:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except LoRAError as error:
+        fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        fail("interrupted", 130)
+    except OSError as error:  # standard output is closed or cannot be written: drop the rest of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            fail(str(error))
+        sys.exit(1)
+    except Exception as error:
+        usage = getattr(error, "exit_code", 0)
+        if usage and len(sys.argv) < 2:
+            error.show()  # type: ignore[attr-defined] # the help
+            sys.exit(usage)
+        if usage:
+            fail(f"{error.format_message()} (--help shows the usage)", usage)  # type: ignore[attr-defined]
+        if os.environ.get("LORA_DEBUG"):
+            raise
+        fail(f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows where)")
+    if status == 130:  # typer's own handling of an interrupt
+        fail("interrupted", 130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"lora-cards {lora.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Accept the options that come before a command."""
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[..., None]]:
+    """Draw a bar on stderr; yields a function of step, steps and, if there is one, the loss."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, loss="")
+
+        def progress(step: int, total: int, loss: float | None = None) -> None:
+            text = "" if loss is None else f"loss {loss:.3f}"
+            bar.update(task, completed=step, total=total, loss=text)
+
+        try:
+            yield progress
+        except BaseException:  # leave nothing but the error
+            bar.live.transient = True
+            bar.console.quiet = not bar.console.is_terminal
+            raise
+
+
+def check_output(option: str, path: Path) -> None:
+    """Refuse a file that could not be written once the work is done."""
+    if path.is_dir() or not path.parent.is_dir():
+        problem = "a folder" if path.is_dir() else f"no folder {path.parent}"
+        raise ArgumentError(f"{option} {path}", "a file in an existing folder", problem)
+    if path.suffix.lower() == ".safetensors":
+        hint = "lora convert makes such a file of a card"
+        raise ArgumentError(f"{option} {path}", "another ending", ".safetensors", hint)
+
+
+def read_lines(path: Path | None) -> list[str]:
+    """Read the lines of a file, or of standard input, that are not blank."""
+    try:
+        text = path.read_text("utf-8") if path else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(str(path or "standard input"), "text in UTF-8", error) from error
+    return [line for line in text.splitlines() if line.strip()]

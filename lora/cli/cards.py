@@ -1,0 +1,245 @@
+"""Commands on card files: inspect, convert, merge, extract.
+
+Requirements: R1, R16, R20, R23, R25.
+"""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Column, Table
+from rich.text import Text
+
+import lora
+from lora.cli.app import Result, check_output, checks_done, command, progress_bar
+from lora.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from lora.card import LoRACard
+
+
+@command("inspect docs.lora.arrow --verify 3b7e…")
+def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) -> Result:
+    """Show what a card file says of itself. Its weights are loaded only to draw them.
+
+    Args:
+        file: A card file.
+        verify: SHA-256 that the file must have.
+        plot: Draw ΔW's norms, effective ranks and singular values here.
+    """
+    digest = lora.digest(file)
+    if verify is not None:
+        lora.load(file, verify=verify)
+    header = lora.inspect(file)
+    if plot is not None:
+        from lora.drawing import draw_card
+
+        draw_card(lora.load(file), plot)
+    facts: dict[str, Any] = {
+        "name": header.name,
+        "digest": digest,
+        "format": ".".join(map(str, header.format_version)),
+        "rank": header.rank,
+        "alpha": header.alpha,
+        "dtype": header.dtype,
+        "target_modules": list(header.target_modules),
+        "parameters": header.num_params,
+        "bytes": header.nbytes,
+        "base_model": header.base_model,
+        "base_fingerprint": header.base_fingerprint,
+        "metadata": dict(header.metadata),
+    }
+    modules = {
+        name: [module.in_features, module.rank, module.out_features, module.scaling]
+        for name, module in header.modules.items()
+    }
+    value = Column("value", overflow="fold")
+    table = Table("field", value, title=Text(str(file)), title_justify="left")
+    for key, fact in facts.items():
+        text = fact if isinstance(fact, str) else json.dumps(fact, ensure_ascii=False)
+        table.add_row(key, Text(text))
+    shapes = Table("module", "in", "rank", "out", "scaling")
+    for name, shape in modules.items():
+        shapes.add_row(Text(name), *(f"{number:g}" for number in shape))
+    return Result({**facts, "modules": modules, "extra": dict(header.extra)}, Group(table, shapes))
+
+
+@command("convert peft-adapter/ -o docs.lora.arrow")
+def convert(
+    source: Path,
+    *,
+    out: Path,
+    name: str | None = None,
+    alpha: float | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Convert between a card, a PEFT folder and a safetensors file. The endings say which.
+
+    Args:
+        source: A card file, a PEFT folder, or a .safetensors file.
+        out: *.arrow: a card; *.safetensors; else a PEFT folder.
+        name: Name of the card; the source's if omitted.
+        alpha: Of a .safetensors file that does not say it.
+        overwrite: Replace a PEFT folder that is there.
+    """
+    from lora.interop.peft import export_peft
+    from lora.interop.safetensors import save_safetensors
+
+    card = _read_card(source, name, alpha)
+    ending = out.suffix.lower()
+    if ending == ".arrow":
+        lora.save(card, out)
+    elif ending == ".safetensors":
+        save_safetensors(card, out)
+    else:
+        export_peft(card, out, overwrite=overwrite)
+    facts = {"file": str(out), "name": card.name, "rank": card.rank, "modules": len(card.weights)}
+    text = f"{out}: card {card.name}, {len(card.weights)} modules, rank {card.rank}"
+    return Result(facts, text)
+
+
+@command(
+    "merge docs.lora.arrow law.lora.arrow -o both.lora.arrow --strategy ties --density 0.3",
+    inputs=["cards"],
+)
+def merge(
+    cards: list[Path],
+    *,
+    out: Path,
+    strategy: str = "average",
+    weight: list[float] | None = None,
+    rank: int | None = None,
+    name: str = "merged",
+    density: float | None = None,
+    elect: str | None = None,
+    seed: int | None = None,
+    t: float | None = None,
+    normalize: bool | None = None,
+) -> Result:
+    """Merge cards into one, by what they do to the weights.
+
+    Args:
+        cards: Card files, PEFT folders, or what else convert reads.
+        out: Where to write the merged card.
+        strategy: average, weighted, slerp, ties, dare, task_arithmetic or cat.
+        weight: Of a card; once for each, in their order.
+        rank: Largest rank. If omitted: exact; for ties and dare, the parents' largest.
+        name: Name of the merged card.
+        density: Of ties and dare: the share of entries kept.
+        elect: Of ties: signs by 'mass' or by 'count'.
+        seed: Of dare: seed of what is dropped.
+        t: Of slerp: how far from the first card to the second.
+        normalize: Of weighted: divide the weights by their sum.
+    """
+    from lora.checks import integer
+    from lora.merging import STRATEGIES
+
+    check_output("--out", out)
+    if strategy not in STRATEGIES:
+        raise ArgumentError("--strategy", f"one of {', '.join(STRATEGIES)}", strategy)
+    known = [field.name for field in fields(STRATEGIES[strategy])]
+    options: dict[str, Any] = {
+        "density": density,
+        "elect": elect,
+        "seed": seed,
+        "t": t,
+        "normalize": normalize,
+    }
+    options = {key: value for key, value in options.items() if value is not None}
+    for option in options:
+        if option not in known:
+            expected = f"an option of {strategy}: {known or 'it has none'}"
+            raise ArgumentError(f"--{option}", expected, option)
+    rule = STRATEGIES[strategy](**options)
+    if rank is not None:
+        integer(rank, "merge: rank", 1)
+    checks_done()
+    card = lora.merge([_read_card(path) for path in cards], rule, weight, rank, name)
+    digest = lora.save(card, out)
+    errors: dict[str, float] = dict(card.metadata["merge"]["error"])
+    worst = max(errors.values(), default=0.0)
+    modules = len(card.weights)
+    facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": modules}
+    text = f"{out}: {modules} modules, rank {card.rank}, largest truncation error {worst:.3g}"
+    return Result({**facts, "error": errors}, text)
+
+
+@command("extract tuned/ --base base/ -o tuned.lora.arrow --rank 8", inputs=["tuned", "base"])
+def extract(
+    tuned: Path,
+    *,
+    out: Path,
+    base: Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    target: list[str] | None = None,
+    method: str = "full",
+    seed: int = 0,
+    name: str | None = None,
+) -> Result:
+    """Make a card from a fine-tuned model. Singular value decomposition of what changed, or of the
+    weights themselves.
+
+    Args:
+        tuned: Weights: a .safetensors file, an index of shards, or a model's folder.
+        out: Where to write the card.
+        base: The weights tuned from; without them the model is compressed.
+        rank: Rank of each module; 8 if nothing else is said.
+        energy: Instead of --rank: the share of ΔW's squares to hold.
+        error: Instead of --rank: the largest relative error.
+        target: Target module; may be repeated. All Linears if omitted.
+        method: 'full', or 'randomized' for large matrices.
+        seed: Seed of the randomized method.
+        name: Name of the card; the output file's if omitted.
+    """
+    from lora.checks import integer
+    from lora.weights import SafetensorsWeights
+
+    check_output("--out", out)
+    rules: list[Any] = [rank] if rank is not None else []
+    rules += [lora.Energy(energy)] if energy is not None else []
+    rules += [lora.Error(error)] if error is not None else []
+    if len(rules) > 1:
+        expected = "one of --rank, --energy, --error"
+        raise ArgumentError("lora extract", expected, f"{len(rules)} of them")
+    if rank is not None:
+        integer(rank, "rank", 1)
+    checks_done()
+    weights = SafetensorsWeights(tuned)
+    with progress_bar(f"extracting {tuned}") as progress:
+        options: dict[str, Any] = {
+            "target_modules": target or "all-linear",
+            "method": method,
+            "seed": seed,
+            "name": out.name.removesuffix(".lora.arrow") if name is None else name,
+            "on_module": lambda _, done, total: progress(done, total),
+        }
+        rule = rules[0] if rules else 8
+        if base is None:
+            card = lora.extract_direct(weights, rule, **options)
+        else:
+            card = lora.extract_delta(SafetensorsWeights(base), weights, rule, **options)
+    digest = lora.save(card, out)
+    modules = {key: dict(figures) for key, figures in card.metadata["extract"]["modules"].items()}
+    worst = max((figures["error"] for figures in modules.values()), default=0.0)
+    facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": modules}
+    text = f"{out}: {len(modules)} modules, rank {card.rank}, largest relative error {worst:.3g}"
+    return Result(facts, text)
+
+
+def _read_card(source: Path, name: str | None = None, alpha: float | None = None) -> "LoRACard":
+    """Read a card file, a PEFT folder or a safetensors file; only the last takes an alpha."""
+    from lora.interop.peft import import_peft
+    from lora.interop.safetensors import load_safetensors
+
+    if source.suffix.lower() == ".safetensors" and not source.is_dir():
+        return load_safetensors(source, name=name, alpha=alpha)
+    if alpha is not None:
+        raise ArgumentError("--alpha", "a .safetensors file as the source", str(source))
+    if source.is_dir():
+        return import_peft(source, name=name)
+    card = lora.load(source)
+    return card if name is None else replace(card, name=name)

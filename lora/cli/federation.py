@@ -1,0 +1,236 @@
+"""Commands that share cards between machines: serve, list, fetch, keygen, sign.
+
+Requirements: R5, R11, R12, R13, R14, R25.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora.cli.app import Json, Result, command, progress_bar, show, table_of
+from lora.errors import PeerError
+
+Peer = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="host:port or grpc+tls://… of a peer; may be repeated."),
+]
+Wait = Annotated[float, typer.Option(help="Seconds to look for peers on the network.", min=0)]
+
+
+def credentials(
+    *,
+    token_file: Path | None = None,
+    cert: Path | None = None,
+    key: Path | None = None,
+    ca: Path | None = None,
+    insecure_token: bool = False,
+) -> Any:
+    """Read the credentials of a connection; these are the options of every command that connects.
+
+    Args:
+        token_file: File with the bearer token.
+        cert: PEM certificate of this side.
+        key: PEM private key of that certificate.
+        ca: PEM authority of the other side's certificate.
+        insecure_token: Let the token travel in clear beyond loopback.
+    """
+    from lora.federation.access import Credentials
+    from lora.federation.keys import read_small
+
+    files = (token_file, cert, key, ca)
+    token, *pem = (None if path is None else read_small(path) for path in files)
+    text = None if token is None else token.decode("ascii", "replace").strip()
+    return Credentials(text, pem[0], pem[1], pem[2], insecure_token)
+
+
+@command("serve ./cards --port 8815", credentials=credentials)
+def serve(
+    folder: Path,
+    *,
+    credentials: Any,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8815,
+    host: str = "0.0.0.0",  # noqa: S104 - the local network is served
+    announce: bool = True,
+    metrics_port: int | None = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a folder of cards to other nodes. It is read-only, and ends when interrupted.
+
+    Args:
+        folder: Folder of *.lora.arrow files.
+        port: Port; 0 for a free one.
+        host: Address to serve on; 127.0.0.1 for this machine alone.
+        announce: Announce this server on the network by zeroconf.
+        metrics_port: Serve Prometheus metrics on this port of loopback.
+    """
+    from lora.federation.cache import default_cache
+    from lora.federation.node import Node
+    from lora.metrics import serving
+
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    interfaces = None if announce else ()
+    with ExitStack() as stack:
+        node: Any = Node(
+            default_cache(),
+            folder,
+            host=host,
+            port=port,
+            interfaces=interfaces,
+            credentials=credentials,
+        )
+        stack.enter_context(node)
+        count, uri = len(node.server.catalog.cards), node.server.uri
+        facts: dict[str, Any] = {"cards": count, "uri": uri}
+        text = f"serving {count} {'card' if count == 1 else 'cards'} at {uri}"
+        if metrics_port is not None:
+            metrics_port = stack.enter_context(serving(node.metrics, metrics_port))
+            facts["metrics"] = f"http://127.0.0.1:{metrics_port}/metrics"
+            text += f"\nmetrics at {facts['metrics']}"
+        show(Result(facts, text), as_json=as_json)
+        sys.stdout.flush()
+        ended.wait()
+
+
+@command("list --peer 192.0.2.7:8815 --json", name="list", credentials=credentials)
+def list_cards(
+    *,
+    credentials: Any,
+    peer: Peer = None,
+    wait: Wait = 3.0,
+    peers: bool = False,
+    as_json: Json = False,
+) -> Result:
+    """List the cards that peers offer. Those named by --peer, or all that are found on the network.
+
+    Args:
+        peers: List the peers instead of their cards.
+    """
+    with _visitor(peer, wait, credentials) as node:
+        if peers:
+            rows = [{"peer": known.uri, "node": known.node_id} for known in node.peers()]
+        else:
+            offers = node.sync()
+            rows = [_row(offer) for name in sorted(offers) for offer in offers[name]]
+    if not rows and not as_json:
+        print("nothing found", file=sys.stderr)
+    return Result(rows, table_of(rows) if rows else None)
+
+
+@command("fetch docs --peer 192.0.2.7:8815 --pin 3b7e… -o docs.lora.arrow", credentials=credentials)
+def fetch(
+    name: str,
+    *,
+    credentials: Any,
+    out: Path | None = None,
+    pin: str | None = None,
+    trust: list[Path] | None = None,
+    allow: list[str] | None = None,
+    base_model: str | None = None,
+    peer: Peer = None,
+    wait: Wait = 3.0,
+    cache: Path | None = None,
+) -> Result:
+    """Fetch a card, verify it, and keep it in the cache.
+
+    Args:
+        name: Name of a card that a peer offers.
+        out: Also write the card here.
+        pin: Accept the card of this digest alone; it needs no signature.
+        trust: PEM public key to trust; may be repeated.
+        allow: Waive one refusal: unsigned, older, other_base …; may be repeated.
+        base_model: Refuse cards for another base model.
+        cache: Folder for fetched cards.
+    """
+    from lora.federation.keys import load_public_key
+    from lora.federation.trust import Policy, waived
+    from lora.store import replacing
+
+    keys = frozenset(map(load_public_key, trust or []))
+    policy = waived(Policy(keys, base_model=base_model), allow or [])
+    with (
+        _visitor(peer, wait, credentials, policy, cache) as node,
+        progress_bar(f"fetching {name}") as progress,
+    ):
+        node.sync()
+        fetched = node.fetch(name, digest=pin, progress=progress)
+        file = node.cache.path(fetched.digest)
+        if out is not None:
+            with replacing(out) as copy:
+                copy.write(file.read_bytes())
+            file = out
+    card, digest = fetched.card, fetched.digest
+    facts = {"name": card.name, "digest": digest, "file": str(file)}
+    return Result(facts, f"{file}: card {card.name}, {digest}")
+
+
+@command("keygen me.pem")
+def keygen(file: Path) -> Result:
+    """Make an Ed25519 key to sign cards with.
+
+    Args:
+        file: New file for the private key; the public one goes to FILE.pub.
+    """
+    from lora.federation.keys import generate_key
+
+    public = generate_key(file)
+    facts = {"private": str(file), "public": f"{file}.pub", "public_key": public}
+    return Result(facts, f"{file} (keep it secret), {file}.pub: {public}")
+
+
+@command("sign docs.lora.arrow --key me.pem", name="sign")
+def sign(card: Path, *, key: Path) -> Result:
+    """Sign a card. Its signature is written beside it, and served with it.
+
+    Args:
+        card: A card file.
+        key: PEM private key, of `lora keygen`.
+    """
+    from lora.federation.keys import sign_file, signature_path
+
+    manifest, file = sign_file(card, key), str(signature_path(card))
+    facts = {"file": file, "name": manifest.name, "digest": manifest.digest}
+    return Result(facts, f"{file}: {manifest.name} {manifest.digest}")
+
+
+@contextmanager
+def _visitor(
+    peers: list[str] | None, wait: float, credentials: Any, policy: Any = None, cache: Any = None
+) -> Iterator[Any]:
+    """Open a node that serves nothing, once it found the named peers or waited for unnamed ones."""
+    from lora.federation.cache import default_cache
+    from lora.federation.node import Node, uri_of
+    from lora.federation.trust import Policy
+
+    named = list(dict.fromkeys(uri_of(peer) for peer in peers or []))
+    with Node(
+        cache or default_cache(),
+        peers=named,
+        interfaces=() if named else None,
+        policy=policy or Policy(),
+        credentials=credentials,
+    ) as node:
+        node.discovery.wait(wait, len(named) or None)
+        known = [peer.uri for peer in node.peers()]
+        missing = sorted(set(named) - set(known))
+        if named and not known:
+            raise PeerError(", ".join(missing), f"an answer within {wait:g} s", "none")
+        for uri in missing:
+            print(f"no answer: {uri}", file=sys.stderr)
+        yield node
+
+
+def _row(offer: Any) -> dict[str, Any]:
+    """A row of `lora list`."""
+    manifest = offer.manifest
+    shown = ("name", "version", "rank", "size", "digest", "description", "base_model")
+    signer = manifest.signature.public_key if manifest.signature else None
+    row = {key: getattr(manifest, key) for key in shown}
+    return {**row, "signer": signer, "peers": list(offer.uris)}

@@ -1,0 +1,286 @@
+"""Commands that run a model: encode, route, probe, train.
+
+Requirements: R5, R15, R17, R21, R25.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.text import Text
+
+import lora
+from lora.cli.app import (
+    NOTHING_TO_SERVE,
+    Json,
+    Model,
+    Result,
+    check_output,
+    checks_done,
+    command,
+    progress_bar,
+    read_lines,
+    table_of,
+)
+from lora.errors import ArgumentError, DataError, LoRAError
+
+PARQUET_ROWS = 1024
+"""Rows of a Parquet file that are encoded at a time."""
+
+
+@command("encode 'read a file' --card docs.lora.arrow --out embeddings.npy")
+def encode(
+    texts: list[str] | None = None,
+    *,
+    card: list[Path] | None = None,
+    model: Model = None,
+    out: Path | None = None,
+    parquet: Path | None = None,
+    column: str = "text",
+    adapter: str | None = None,
+    route: bool = False,
+) -> Result:
+    """Encode texts, with cards applied if any are named. A Parquet file is streamed in bounded
+    memory.
+
+    Args:
+        texts: Texts; lines of standard input if omitted.
+        card: A card to apply; may be repeated.
+        out: Write a NumPy .npy file instead of printing.
+        parquet: Encode this file's column of texts into --out, a Parquet file.
+        column: The column of texts of --parquet.
+        adapter: With --parquet: the name of the one card to apply to every row; none if omitted.
+        route: With --parquet: choose each row's card by its text.
+    """
+    if parquet is not None:
+        if texts or out is None:
+            raise ArgumentError("--parquet", "--out and no texts", "texts" if texts else "no --out")
+        options = {"column": column, "adapter": adapter, "route": route}
+        return _encode_parquet(parquet, out, cards=card or [], model=model, **options)
+    if adapter is not None or route:
+        raise ArgumentError("--adapter, --route", "--parquet", "none")
+    engine = lora.ArrowEngine.from_pretrained(model)
+    for path in card or []:
+        engine.load_lora(path)
+    rows = engine.encode(texts or [line.rstrip("\n") for line in sys.stdin])
+    if out is None:
+        lines = [" ".join(f"{number:.6f}" for number in row) for row in rows]
+        return Result(rows.tolist(), "\n".join(lines) if lines else None)
+    import numpy as np
+
+    from lora.store import replacing
+
+    with replacing(out) as file:
+        np.save(file, rows)
+    facts = {"file": str(out), "shape": list(rows.shape)}
+    return Result(facts, f"{out}: {rows.shape[0]} × {rows.shape[1]}")
+
+
+def _encode_parquet(source: Path, out: Path, **options: Any) -> Result:
+    """Stream a Parquet file through `encode_batches` into another."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from lora.batches import encode_batches
+    from lora.store import replacing
+
+    rows, writer = 0, None
+    try:
+        with (
+            parquet.ParquetFile(source) as file,
+            replacing(out) as written,
+            progress_bar(f"encoding {source}") as progress,
+        ):
+            for batch in encode_batches(file.iter_batches(PARQUET_ROWS), **options):
+                writer = writer or parquet.ParquetWriter(written, batch.schema)
+                writer.write_batch(batch)
+                rows += batch.num_rows
+                progress(rows, file.metadata.num_rows)
+            if writer is None:
+                raise DataError(f"--parquet {source}", "at least one row", "none")
+            writer.close()
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, LoRAError):
+            raise
+        raise DataError(f"--parquet {source}", "a Parquet file", error) from error
+    return Result({"file": str(out), "rows": rows}, f"{out}: {rows} rows")
+
+
+@command("route 'how do I open a file' --card docs.lora.arrow --threshold 0.3")
+def route(
+    query: str,
+    *,
+    card: list[Path],
+    top_k: int = 3,
+    threshold: float | None = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> Result:
+    """Rank cards for a query by their descriptions. Nothing is printed if none reaches the threshold.
+
+    Args:
+        query: What to find a card for.
+        card: A candidate card file with a description; may be repeated.
+        top_k: How many at most.
+        threshold: Least score, in [-1, 1].
+    """
+    engine = lora.ArrowEngine.from_pretrained(model)
+    for path in card:
+        engine.router.register_card(lora.load(path))
+    routes = engine.router.select(query, top_k, threshold)
+    if not routes and not as_json:
+        Console(stderr=True).print("no card fits")
+    text = "\n".join(f"{route.score:.6f}  {route.name}" for route in routes)
+    return Result([{"name": route.name, "score": route.score} for route in routes], text or None)
+
+
+@command("probe sentences.txt, or lora probe --base base/ --tuned tuned/ --rank 8")
+def probe(
+    texts: Path | None = None,
+    *,
+    base: Path | None = None,
+    tuned: Path | None = None,
+    rank: int = 8,
+    share: float = 0.5,
+    model: Model = None,
+) -> Result:
+    """Rank a model's layers. By what they do to texts, or by how far they moved between two models.
+
+    Args:
+        texts: A text a line; standard input if omitted.
+        base: Instead of texts: weights, to compare with --tuned.
+        tuned: With --base: the weights made of it.
+        rank: With --base: the rank that a card would have.
+        share: The share of block influence that makes a block hot.
+    """
+    from lora.evolution.probe import SCORES, WeightMapProbe, changes, hot_zones, scores_of
+    from lora.weights import SafetensorsWeights
+
+    if (base is None) != (tuned is None):
+        raise ArgumentError("lora probe", "--base and --tuned together", "one of them")
+    if base is not None and tuned is not None:
+        if texts is not None or model is not None:
+            raise ArgumentError("lora probe", "either two models' weights or texts", "both")
+        weights = SafetensorsWeights(base), SafetensorsWeights(tuned)
+        with progress_bar("comparing") as progress:
+            moved = changes(*weights, rank, on_step=lambda _, *count: progress(*count))
+        rows = [{"name": layer.name, "change": layer.change, "held": layer.held} for layer in moved]
+        return Result(rows, table_of(rows))
+    hot_zones({}, share)  # refuses a wrong share before the work
+    lines = read_lines(texts)
+    with progress_bar("probing") as progress:
+        core = lora.ArrowEngine.from_pretrained(model).base
+        report = WeightMapProbe(core, on_step=lambda _, *count: progress(*count)).probe(lines)
+    hot = hot_zones(scores_of(report.blocks, "influence"), share)
+    correlations = report.correlations
+    facts = {"rows": report.table().to_pylist(), "correlations": correlations, "hot": hot}
+    blocks = [{"name": b.name, **{s: getattr(b, s) for s in SCORES}} for b in report.blocks]
+    measured = {score: value for score, value in correlations.items() if value is not None}
+    told = ", ".join(f"{score} {value:+.2f}" for score, value in measured.items())
+    tail = f"rank correlation with ablation: {told}\nhot by influence: {', '.join(hot)}"
+    return Result(facts, Group(table_of(blocks), Text(tail)))
+
+
+@command(
+    "train pairs.jsonl --name docs --out docs.lora.arrow --preset quick", inputs=["data", "model"]
+)
+def train(
+    data: str,
+    *,
+    name: str,
+    out: Path,
+    description: str = "",
+    preset: str | None = None,
+    loss: str | None = None,
+    schedule: str | None = None,
+    warmup: float | None = None,
+    steps: int | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    target: list[str] | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    plot: Path | None = None,
+    model: Model = None,
+) -> Result:
+    """Train a card on pairs and save it. Exit 3 if its validation MRR is no better than the base
+    model's.
+
+    Args:
+        data: Pairs as .jsonl, .parquet or .arrow; 'stdlib' for Python's own docstrings.
+        name: Name of the card.
+        out: Where to write the card.
+        description: What the card is for; the router goes by it.
+        preset: How long: quick, stable; or what for: coder, researcher, security, architect,
+            reviewer.
+        loss: contrastive, cosine or triplet.
+        schedule: constant, linear, cosine, exponential, step or one-cycle.
+        warmup: Share of the steps that warm up.
+        steps: Steps at most.
+        rank: Rank; the preset's or 8.
+        alpha: Alpha; the preset's or 16.
+        target: Target module; may be repeated. The preset's, or query and value.
+        seed: Seed of everything random.
+        checkpoint: Go on from this file after an interruption.
+        plot: Draw the history as .svg or .png.
+    """
+    from lora.checks import integer
+    from lora.evolution import train as training
+    from lora.evolution.data import Pairs, docstring_pairs
+    from lora.presets import PRESETS, LoRAConfig, fit
+    from lora.rewrite import linears
+
+    check_output("--out", out)
+    known = (*training.PRESETS, *PRESETS)
+    if preset not in (None, *known):
+        raise ArgumentError("--preset", f"one of {', '.join(known)}", repr(preset))
+    integer(seed, "seed", 0)
+    if steps is not None:
+        integer(steps, "max_steps", 1)
+    shape: dict[str, Any] = {"rank": rank, "alpha": alpha, "target_modules": target}
+    shape = {key: value for key, value in shape.items() if value is not None}
+    config = LoRAConfig(**shape)
+    options: dict[str, Any] = {"loss": loss, "schedule": schedule, "warmup": warmup}
+    settings = replace(
+        training.PRESETS.get(preset or "", training.Settings()),
+        **{key: value for key, value in options.items() if value is not None},
+    )
+    checks_done()
+    pairs = docstring_pairs() if data == "stdlib" else Pairs.load(data)
+    engine = lora.ArrowEngine.from_pretrained(model)
+    if preset in PRESETS:
+        shapes = {key: (m.in_features, m.out_features) for key, m in linears(engine.base).items()}
+        config = replace(fit(str(preset), shapes).config, **shape)
+        settings = replace(settings, dropout=config.dropout)
+    trainer = training.LoRATrainer(
+        engine,
+        rank=config.rank,
+        alpha=config.alpha,
+        target_modules=config.target_modules,
+        seed=seed,
+        settings=settings,
+    )
+    about = {"description": description, "task_type": config.task_type, "tags": list(config.tags)}
+    with progress_bar(f"training {name}") as progress:
+        result = trainer.train(
+            pairs,
+            name=name,
+            metadata={key: value for key, value in about.items() if value},
+            max_steps=steps,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+    digest = lora.save(result.card, out)
+    if plot is not None:
+        result.plot(plot)
+    before, after = result.metrics["before"], result.metrics["after"]
+    taken = len(result.history)
+    gain = f"validation MRR {before.mrr:.3f} -> {after.mrr:.3f} in {taken} steps"
+    facts: dict[str, Any] = {"file": str(out), "digest": digest, "steps": taken}
+    facts |= {"before": vars(before), "after": vars(after)}
+    if after.mrr > before.mrr:
+        return Result(facts, f"{out}: {gain}")
+    reason = f"no better than the base model: {gain}"
+    return Result({**facts, "reason": reason}, f"{out}: {reason}", NOTHING_TO_SERVE)

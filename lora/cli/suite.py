@@ -1,0 +1,109 @@
+"""Commands that test, measure and show the library: conformance, bench, demo.
+
+Requirements: R6, R24, R25.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from lora.cli.app import Json, Result, check_output, command, progress_bar
+
+
+@command("conformance --binding my_package.binding:BINDING --only R4 --json verdicts.json")
+def conformance(
+    *,
+    binding: str | None = None,
+    only: str | None = None,
+    as_json: Path | None = None,
+    junit: Path | None = None,
+    timeout: Annotated[float, typer.Option(min=1)] = 300.0,
+) -> Result:
+    """Hold an implementation to the specification. Exit 1 if a requirement fails undeclared.
+
+    Args:
+        binding: package.module:NAME; this library itself if omitted.
+        only: One chapter (R4) or requirement (R4.9).
+        as_json: Write the verdicts to this file.
+        junit: Write JUnit XML to this file.
+        timeout: Seconds that one property may take.
+    """
+    from lora.testing.report import red, run_suite, write_report
+
+    if as_json is not None:
+        check_output("--json", as_json)
+    report = run_suite(binding, only=only, junit=junit, timeout=timeout)
+    if as_json is not None:
+        write_report(report, as_json)
+    examples = Column("examples", justify="right")
+    table = Table("requirement", Column("statement", ratio=1), "verdict", examples)
+    for name, entry in report["requirements"].items():
+        verdict = Text(f"{entry['verdict']} {entry['reason']}".strip())
+        count = sum(test["examples"] for test in entry["tests"])
+        table.add_row(name, Text(entry["statement"]), verdict, f"{count}")
+    total, failed = len(report["requirements"]), red(report)
+    failure = f"{len(failed)} of {total} requirements failed: {', '.join(failed)}"
+    return Result(report, table, failure=failure if failed else "")
+
+
+@command("bench --quick --only routing")
+def bench(
+    *,
+    only: list[str] | None = None,
+    quick: bool = False,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    out: Path | None = None,
+) -> Result:
+    """Measure this library beside its peers. In one process each, in shuffled rounds.
+
+    Args:
+        only: forward, lifecycle, routing, throughput, merge_extract, training, fetching, growth,
+            commands; repeatable.
+        quick: Fewer rounds and smaller sizes: it works, no more.
+        threads: Threads of each measured process.
+        out: Write the figures to this JSON file.
+    """
+    from lora.store import replacing
+    from lora.testing.bench import SCRIPTS, run_bench, shown
+
+    if out is not None:
+        check_output("--out", out)
+    names, parts = only or list(SCRIPTS), []
+    with progress_bar("measuring") as progress:
+        for done, part in enumerate(run_bench(names, quick=quick, threads=threads), 1):
+            parts.append(part)
+            progress(done, len(names))
+    report = {part.name: {"machine": part.machine, "rows": part.rows} for part in parts}
+    if out is not None:
+        with replacing(out) as file:
+            file.write(json.dumps(report, indent=1).encode() + b"\n")
+    table = Table("what", "figure", "interval", "target", "met")
+    for part in parts:
+        for row in part.rows:
+            table.add_row(*shown(row))
+    return Result(report, table)
+
+
+@command("demo --steps 20 --out demo-output")
+def demo(
+    *,
+    steps: Annotated[int, typer.Option(min=1)] = 60,
+    out: Path = Path("demo-output"),
+    as_json: Json = False,
+) -> Result:
+    """Run the whole story on the real MiniLM. Train a card on Python's own documentation, save it,
+    map it, apply it, route to it, remove it.
+
+    Args:
+        steps: Training steps; fewer are quicker and teach less.
+        out: Folder for what the demo makes.
+    """
+    from lora.demo import run
+
+    console = Console(quiet=as_json, markup=False)
+    return Result(run(out, steps=steps, console=console, progress_bar=progress_bar))
