@@ -3,12 +3,10 @@
 Without cards, the documentation of Python's standard library counts as known: one half is the
 router's example of a known topic, the other half is the guard set.
 
-Requirements: R5, R18, R19.
+Requirements: R5, R18.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lora.card import LoRACard
@@ -17,8 +15,7 @@ from lora.errors import DataError
 from lora.evolution.data import docstring_pairs
 from lora.evolution.distill import Outcome, SkillDistiller, Source
 from lora.evolution.train import Progress
-from lora.evolution.work import KINDS, check
-from lora.store import PathLike, as_path, save
+from lora.store import PathLike, as_path
 
 EXAMPLES = 1500
 """Sentences that stand for Python in the router."""
@@ -68,19 +65,3 @@ def outcomes(distiller: SkillDistiller, progress: Progress | None = None) -> Ite
     """Work on every open task, the largest first, until none is open."""
     while any(task.state == "open" for task in distiller.tasks):
         yield distiller.work(progress=progress)
-
-
-def distil(kind: str, parameters: dict[str, Any], folder: Path) -> Path | None:
-    """Run a skill factory's job: learn a folder of documents; None if nothing helped."""
-    check(kind, KINDS["distil"], parameters)
-    engine = ArrowEngine.from_pretrained(parameters["model"])
-    options = {key: parameters[key] for key in ("rank", "alpha", "seed") if key in parameters}
-    distiller = watching(
-        engine, parameters["documents"], max_steps=parameters.get("steps"), **options
-    )
-    best = next((outcome.card for outcome in outcomes(distiller) if outcome.card is not None), None)
-    if best is None:
-        return None
-    path = folder / "card.lora.arrow"
-    save(replace(best, name=parameters["name"]), path)
-    return path

@@ -3,10 +3,10 @@
 Requirements: R5, R18, R19, R25.
 """
 
-import json
 import signal
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,18 @@ import typer
 from rich.console import Console
 
 import lora
-from lora.cli.app import Model, Result, app, command, progress_bar, read_lines, table_of
+from lora.cli.app import (
+    NOTHING_TO_SERVE,
+    Model,
+    Result,
+    app,
+    check_output,
+    checks_done,
+    command,
+    progress_bar,
+    read_lines,
+    table_of,
+)
 from lora.errors import ArgumentError
 
 SHOWN = ["id", "kind", "name", "state", "attempt", "error", "at", "what", "note"]
@@ -78,11 +89,65 @@ def evolve(
         return Result(rows, table_of(rows or [{"task": "nothing is unknown"}]))
     with progress_bar(f"learning {documents.name}") as progress:
         results = list(outcomes(distiller, progress=progress))
-    facts = [
-        {"task": result.task, "accepted": result.accepted, "figures": dict(result.figures)}
-        for result in results
-    ]
+    facts = [_facts(result) for result in results]
     return Result(facts, "\n".join(map(_line, results)) or "nothing is unknown")
+
+
+@command(
+    "distil ./handbook --name handbook -o handbook.lora.arrow",
+    inputs=["documents", "queries", "model"],
+)
+def distil(
+    documents: Path,
+    *,
+    name: str,
+    out: Path,
+    queries: Path | None = None,
+    steps: Steps = None,
+    rank: int = 8,
+    alpha: float = 16.0,
+    seed: int = 0,
+    model: Model = None,
+) -> Result:
+    """Make a card of what some documents teach, if it measurably helps. Exit 3 if nothing does.
+
+    Args:
+        documents: Folder of Python files and prose to learn.
+        name: Name of the card.
+        out: Where to write the card.
+        queries: What users asked, a line each; the documents' own if omitted.
+        rank: Rank of the card.
+        alpha: Alpha of the card.
+        seed: Seed of every choice.
+    """
+    from lora.checks import integer
+    from lora.evolving import outcomes, watching
+    from lora.presets import LoRAConfig
+
+    check_output("--out", out)
+    config = LoRAConfig(rank, alpha)
+    integer(seed, "seed", 0)
+    checks_done()
+    engine, asked = lora.ArrowEngine.from_pretrained(model), read_lines(queries) if queries else []
+    options: dict[str, Any] = {"max_steps": steps, "rank": config.rank, "alpha": config.alpha}
+    distiller = watching(engine, documents, queries=asked, seed=seed, **options)
+    results = []
+    with progress_bar(f"learning {documents.name}") as progress:
+        for result in outcomes(distiller, progress=progress):
+            results.append(result)
+            if result.card is not None:
+                break
+    facts: dict[str, Any] = {"tasks": [_facts(result) for result in results]}
+    text = "\n".join(map(_line, results)) or "nothing is unknown"
+    if not results or results[-1].card is None:
+        return Result({**facts, "reason": text}, text, NOTHING_TO_SERVE)
+    digest = lora.save(replace(results[-1].card, name=name), out)
+    return Result({"file": str(out), "digest": digest, **facts}, f"{out}: {text}")
+
+
+def _facts(outcome: Any) -> dict[str, Any]:
+    figures = dict(outcome.figures)
+    return {"task": outcome.task, "accepted": outcome.accepted, "figures": figures}
 
 
 def _line(outcome: Any) -> str:
@@ -111,46 +176,44 @@ factory = typer.Typer(
 app.add_typer(factory, name="factory", epilog="Example: lora factory status")
 
 Root = Annotated[Path, typer.Option("--root", help="Folder of the factory.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 
 @command(
-    "factory add train docs --with data=pairs.jsonl --with preset=quick", group=factory, name="add"
+    "factory add --priority 5 -- train pairs.jsonl --name docs --preset quick",
+    group=factory,
+    name="add",
+    settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 def factory_add(
-    kind: str,
-    name: str,
+    arguments: list[str],
     *,
-    given: Annotated[list[str] | None, typer.Option("--with")] = None,
     priority: int = 0,
+    seconds: float = 8 * 3600.0,
+    memory: int | None = None,
+    max_failures: int = 3,
     again: bool = False,
     root: Root = Path("factory"),
-    dry_run: DryRun = False,
 ) -> Result:
-    """Queue a job.
+    """Queue a job: a command line of train, extract, merge or distil. Write it after --, without an
+    output.
 
     Args:
-        kind: train, extract, merge or distil.
-        name: Name of the skill.
-        given: key=value; JSON where it is JSON, else text. May be repeated.
+        arguments: The command line, with --name; what it reads must be there.
         priority: Higher runs first.
+        seconds: Limit of one attempt.
+        memory: Limit of one attempt, in bytes.
+        max_failures: Failed attempts after which the job is dead.
         again: Queue it again if it is dead.
     """
     from lora.evolution.factory import SkillFactory
 
-    parameters = {"name": name, **dict(map(_setting, given or []))}
-    if kind in ("train", "distil"):
-        from lora.engine import default_model
-
-        parameters.setdefault("model", str(default_model()))
-    with SkillFactory(root) as opened:
-        job = opened.add(kind, parameters, priority=priority, dry_run=dry_run)
-        if again and job.state == "dead" and not dry_run:
-            job = opened.retry(job.id)
-    facts = {"id": job.id, "kind": job.kind, "name": name, "state": job.state, "dry_run": dry_run}
-    return Result(
-        facts, f"{'would queue' if dry_run else job.state}: {kind} {name} ({job.id[:12]})"
-    )
+    limits = {"seconds": seconds, "memory": memory, "max_failures": max_failures}
+    with SkillFactory(root) as shop:
+        job = shop.add(arguments, priority=priority, **limits)
+        if again and job.state == "dead":
+            job = shop.retry(job.id)
+    facts = {"id": job.id, "kind": job.kind, "name": job.name, "state": job.state}
+    return Result(facts, f"{job.state}: {job.kind} {job.name} ({job.id[:12]})")
 
 
 @command("factory run --at 02:00", group=factory, name="run")
@@ -160,7 +223,6 @@ def factory_run(
     scheduler: str | None = None,
     workers: Annotated[int, typer.Option(min=1)] = 1,
     root: Root = Path("factory"),
-    dry_run: DryRun = False,
 ) -> Result:
     """Run what is queued; exit 1 if a job is dead.
 
@@ -172,22 +234,16 @@ def factory_run(
     from lora.evolution.factory import SkillFactory, cluster
 
     stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     console = Console(stderr=True, markup=False)
+
+    def report(job: Any) -> None:
+        console.print(f"{job.state}: {job.kind} {job.name}")
+
     with ExitStack() as stack:
         executor = stack.enter_context(cluster(scheduler)) if scheduler else None
-        shop = stack.enter_context(
-            SkillFactory(
-                root,
-                executor=executor,
-                workers=workers,
-                on_event=lambda job: console.print(f"{job.state}: {job.kind} {job.name}"),
-            )
-        )
-        if dry_run:
-            waiting = {job.id for job in shop.queue.jobs("queued")}
-            return _jobs([row for row in shop.status().to_pylist() if row["id"] in waiting])
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        rows = shop.run(at=at, stop=stop).to_pylist()
+        shop = SkillFactory(root, executor=executor, workers=workers, on_event=report)
+        rows = stack.enter_context(shop).run(at=at, stop=stop).to_pylist()
     dead = ", ".join(row["id"][:12] for row in rows if row["state"] == "dead")
     failure = f"dead jobs: {dead}; `lora factory status --history` says why" if dead else ""
     return _jobs(rows)._replace(failure=failure)
@@ -212,7 +268,7 @@ def factory_status(
 
 @command("factory rollback docs --version 2", group=factory, name="rollback")
 def factory_rollback(
-    name: str, *, version: int | None = None, root: Root = Path("factory"), dry_run: DryRun = False
+    name: str, *, version: int | None = None, root: Root = Path("factory")
 ) -> Result:
     """Put an earlier version of a skill into service.
 
@@ -223,21 +279,9 @@ def factory_rollback(
     from lora.evolution.factory import SkillFactory
 
     with SkillFactory(root) as shop:
-        live = shop.rollback(name, version, dry_run=dry_run)
-    facts = {"name": name, "version": live.version, "digest": live.digest, "dry_run": dry_run}
-    verb = "would serve" if dry_run else "live"
-    return Result(facts, f"{verb}: {name} version {live.version}, {live.digest}")
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """The key and the value in ``key=value``."""
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise ArgumentError("--with", "key=value", text)
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+        live = shop.rollback(name, version)
+    facts = {"name": name, "version": live.version, "digest": live.digest}
+    return Result(facts, f"live: {name} version {live.version}, {live.digest}")
 
 
 def _jobs(rows: list[dict[str, Any]]) -> Result:

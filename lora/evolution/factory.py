@@ -1,45 +1,37 @@
-"""SkillFactory: runs queued jobs unattended, by night if told so, and puts what they make into
-service.
+"""SkillFactory runs queued command lines unattended and puts the cards they make into service.
 
-What it knows is in its folder and nowhere else: ``queue.sqlite`` (jobs, events, versions),
-``cards/`` (accepted cards by digest), ``work/`` (a folder for each job that is not done). One
-coordinator at a time runs jobs, held to that by a lock that the system lets go of when its process
-dies; any number of processes may add jobs, look and roll back.
+All its state is in its folder: `queue.sqlite` (jobs, events, versions), `cards/` (accepted cards by
+digest) and `work/` (a folder for each job that is not done). One coordinator at a time runs jobs; it
+holds a lock that the system releases when its process dies. Any number of processes may add jobs,
+look and roll back.
 
 Thread safety: one thread runs; any thread may call the rest.
 
 Requirements: R19.
 """
 
+import json
 import logging
 import os
 import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import pyarrow as pa
 
 from lora.checks import integer
-from lora.errors import (
-    ArgumentError,
-    LoRAError,
-    MismatchError,
-    MissingPackageError,
-    PeerError,
-    StateError,
-    shown,
-)
+from lora.errors import LoRAError, MismatchError, MissingPackageError, PeerError, StateError
 from lora.evolution.nights import due, next_night, night_of, parse_at
 from lora.evolution.queue import Job, JobQueue, Version
-from lora.evolution.work import KINDS, Kind, check, content_id, forget, halt, paths_in, supervise
+from lora.evolution.work import forget, halt, supervise
 from lora.federation.cache import CardCache
 from lora.store import PathLike, as_path, digest, load, os_errors
 
@@ -49,56 +41,28 @@ TICK = 1.0
 """Seconds between looks at the queue, and at what is live, while jobs run."""
 
 WATCH = 30.0
-"""Seconds between looks at the clock, while it waits for the night."""
+"""Seconds between looks at the clock while it waits for the night."""
 
-
-class Service(Protocol):
-    """How an engine puts a card into service: load it, build the model with it, swap; raise if it
-    won't do.
-    """
-
-    def __call__(self, name: str, path: Path) -> None:
-        """Serve this card in place of the one of that name."""
-
-
-class Stop(Protocol):
-    """What ends a run: a ``threading.Event`` is one."""
-
-    def is_set(self) -> bool:
-        """Whether to stop."""
-        ...
-
-    def wait(self, timeout: float) -> bool:
-        """Sleep, but not on when it is set."""
-        ...
-
-
-class _Never:
-    def is_set(self) -> bool:
-        return False
-
-    def wait(self, timeout: float) -> bool:
-        time.sleep(timeout)
-        return False
+JOBS = "lora.cli.jobs"
+"""The module that checks command lines; it stands above this one, so it is imported by name."""
 
 
 class SkillFactory:
     """A queue of long work in a folder, and what runs it.
 
-    Every job runs in a fresh process of its own, within its limits of time and memory, whichever
-    executor carries it.
+    Every job is a command line of `lora` (train, extract, merge or distil). It runs in a fresh
+    process, within its limits of time and memory, whichever executor carries it.
 
     Args:
-        root: Its folder, made if it is not there. Workers on other machines must see it, and what
+        root: Its folder, made if it does not exist. Workers on other machines must see it, and what
             jobs read, at the same path.
-        kinds: What it can do, by name; add ``"distil"`` and others to `lora.evolution.work.KINDS`.
-        executor: Carries the jobs: any `concurrent.futures.Executor`; by default threads, each
-            waiting for a job's process. Processes of a pool should be spawned, not forked.
+        executor: Carries the jobs; by default threads that wait for the jobs' processes. Processes
+            of a pool should be spawned, not forked.
         workers: Jobs at a time.
-        service: Called with each version that is to be served, at the start and whenever that
-            changes; see `Service`.
-        keep: Versions of each skill that are kept, as `JobQueue.accept`'s.
-        on_event: Called with a job whenever it moved to another state.
+        service: How an engine serves a card: called with a skill's name and a card file at the
+            start and whenever the live version changes. It raises if the engine refuses the card.
+        keep: How many versions of each skill are kept, as in `JobQueue.accept`.
+        on_event: Called with a job whenever its state changed.
         clock: Seconds since 1970.
 
     Examples:
@@ -106,7 +70,7 @@ class SkillFactory:
         >>> from lora import LoRACard, save
         >>> with tempfile.TemporaryDirectory() as folder, SkillFactory(f"{folder}/factory") as factory:
         ...     _ = save(LoRACard("a", 1, 1.0, [], {}), f"{folder}/a.lora.arrow")
-        ...     _ = factory.add("merge", {"name": "both", "cards": [f"{folder}/a.lora.arrow"]})
+        ...     _ = factory.add(["merge", f"{folder}/a.lora.arrow", "--name", "both"])
         ...     factory.run()["state"].to_pylist()
         ['done']
     """
@@ -115,10 +79,9 @@ class SkillFactory:
         self,
         root: PathLike,
         *,
-        kinds: Mapping[str, Kind] = KINDS,
         executor: Executor | None = None,
         workers: int = 1,
-        service: Service | None = None,
+        service: Callable[[str, Path], None] | None = None,
         keep: int = 3,
         on_event: Callable[[Job], None] | None = None,
         clock: Callable[[], float] = time.time,
@@ -126,8 +89,8 @@ class SkillFactory:
         self.root = as_path(root).absolute()
         self.workers = integer(workers, "factory: workers", 1)
         self.keep = integer(keep, "factory: keep", 1)
-        self._kinds, self._executor, self._service = dict(kinds), executor, service
-        self._on_event, self._clock = on_event, clock
+        self._executor, self._service, self._on_event = executor, service, on_event
+        self._clock = clock
         self._serving: dict[str, str] = {}
         self._swap = threading.RLock()
         with os_errors(self.root):
@@ -138,143 +101,109 @@ class SkillFactory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Let go of the queue."""
+        """Close the queue."""
         self.queue.close()
 
-    def add(
-        self, kind: str, parameters: Mapping[str, Any], *, dry_run: bool = False, **options: Any
-    ) -> Job:
-        """Queue a job; one of the same kind, parameters and inputs that is known already is
-        returned as it is.
+    def add(self, arguments: Sequence[str], **limits: Any) -> Job:
+        """Queue a command line; one that is known with the same inputs is returned as it is.
+
+        The command line is checked now. It names no output: the factory sets that.
 
         Args:
-            kind: One of the factory's kinds.
-            parameters: What its function takes; ``name`` is the skill's. Paths of what it reads are
-                made absolute.
-            dry_run: Say what would be queued, and queue nothing.
-            options: ``priority`` (higher first), ``max_failures``, ``seconds`` and ``memory``
-                (bytes), as `Job.of`'s.
+            arguments: A command line of `lora`, such as `["merge", "a.lora.arrow", "--name", "a"]`.
+            limits: `priority` (higher first), `max_failures`, `seconds` and `memory` (bytes).
 
         Raises:
-            ArgumentError: If the kind is unknown, or parameters are missing, unknown or won't do.
-            CardNotFoundError: If what it is to read is not there.
+            ArgumentError: The command cannot be a job, or refuses its arguments.
+            CardNotFoundError: An input does not exist.
         """
-        if kind not in self._kinds:
-            raise ArgumentError("job kind", f"one of {', '.join(self._kinds)}", shown(kind))
-        check(kind, self._kinds[kind], parameters)
-        paths = paths_in(self._kinds[kind], parameters)
-        inputs = {path: content_id(path) for several in paths.values() for path in several}
-        absolute = {
-            key: several if isinstance(parameters[key], list | tuple) else several[0]
-            for key, several in paths.items()
-        }
-        base = str(absolute.get("model", ""))
-        job = Job.of(kind, {**parameters, **absolute}, inputs, base=base, **options)
-        if dry_run:
-            return self.queue.job(job.id) or job
+        job: Job = import_module(JOBS).job_of(arguments, **limits)
         return self.queue.add(job, self._clock())
 
     def retry(self, job_id: str) -> Job:
-        """Take a job from the dead-letter list and queue it again.
-
-        Raises:
-            StateError: If it is not dead.
-        """
+        """Queue a dead job again; a `StateError` if it is not dead."""
         return self.queue.retry(job_id, self._clock())
 
     def status(self) -> pa.Table:
-        """Every job: what it is, its state, attempts, times, and what it made or why it failed."""
+        """Return every job: its state, attempts, times, and what it made or why it failed."""
         return self.queue.status()
 
     def history(self) -> pa.Table:
-        """Everything that happened, the oldest first."""
+        """Return everything that happened, the oldest first."""
         return self.queue.history()
 
     def skills(self) -> pa.Table:
-        """Every version that is kept, and which of each name is live."""
+        """Return every version that is kept, and which of each name is live."""
         return self.queue.skills()
 
     def live(self) -> dict[str, Path]:
-        """The card file to serve, of each skill."""
-        return {
-            version.name: self.cards.path(version.digest)
-            for version in self.queue.versions()
-            if version.live
-        }
+        """Return the card file to serve, of each skill."""
+        live = (version for version in self.queue.versions() if version.live)
+        return {version.name: self.cards.path(version.digest) for version in live}
 
     def next_run(self, at: str) -> datetime:
-        """When nightly work is due next, on the local wall clock; what is past is due now."""
+        """Tell when nightly work is due next on the local wall clock."""
         return next_night(parse_at(at), self.queue.night(), self._now())
 
-    def rollback(self, name: str, version: int | None = None, *, dry_run: bool = False) -> Version:
-        """Serve an earlier version of a skill again, by default the one before; returns that.
+    def rollback(self, name: str, version: int | None = None) -> Version:
+        """Serve an earlier version of a skill again, by default the one before; returns it.
 
-        This factory swaps to it at once; another that runs on the folder with a service of its own,
-        at its next look.
+        This factory swaps to it at once. Another factory that runs on the folder with a service of
+        its own swaps at its next look.
 
         Raises:
-            UnknownCardError, StateError: As `JobQueue.roll_back`.
+            UnknownCardError, StateError: As in `JobQueue.roll_back`.
         """
-        chosen = self.queue.roll_back(name, version, self._clock(), dry_run=dry_run)
-        if not dry_run:
-            self.sync()
-        return chosen
+        earlier = self.queue.roll_back(name, version, self._clock())
+        self.sync()
+        return earlier
 
     def sync(self) -> None:
-        """Put into service what is live and is not served yet; what the engine refuses gives way to
-        the version before.
+        """Serve what is live and is not served yet.
+
+        If the engine refuses a version, the version before it becomes live.
         """
         with self._swap:
             while self._service is not None:
-                wanted = [
-                    v
-                    for v in self.queue.versions()
-                    if v.live and self._serving.get(v.name) != v.digest
-                ]
-                if not wanted:
+                live = [version for version in self.queue.versions() if version.live]
+                waiting = [v for v in live if self._serving.get(v.name) != v.digest]
+                if not waiting:
                     return
-                for version in wanted:
+                for version in waiting:
                     self._serve(self._service, version)
 
-    def _serve(self, service: Service, version: Version) -> None:
+    def _serve(self, service: Callable[[str, Path], None], version: Version) -> None:
+        name, number = version.name, version.version
         try:
-            service(version.name, self.cards.path(version.digest))
-        except Exception as error:  # noqa: BLE001 - the engine's, and the last good version is still serving
-            log.warning("skill %r, version %d: refused: %s", version.name, version.version, error)
+            service(name, self.cards.path(version.digest))
+        except Exception as error:  # noqa: BLE001 - the last good version is still served
+            log.warning("skill %r, version %d: refused: %s", name, number, error)
             self.queue.refuse(version, f"{type(error).__name__}: {error}", self._clock())
         else:
-            self._serving[version.name] = version.digest
-            log.info("skill %r: version %d is live", version.name, version.version)
+            self._serving[name] = version.digest
+            log.info("skill %r: version %d is live", name, number)
 
-    def run(self, *, at: str | None = None, stop: Stop | None = None) -> pa.Table:
-        """Run jobs until none is queued; or every night, for ever.
+    def run(self, *, at: str | None = None, stop: threading.Event | None = None) -> pa.Table:
+        """Run jobs until none is queued, or every night for ever; returns `status`.
 
         Args:
-            at: A time of day, ``hh:mm`` on the local wall clock: run each night from then on, and
-                at once if a night was missed.
-            stop: Set it to end: no further job is begun, and those that run are waited for.
-
-        Returns:
-            As `status`.
+            at: A time of day, `hh:mm` on the local wall clock: run each night from then on, and at
+                once if a night was missed.
+            stop: Set it to end: no further job is begun, and running jobs are waited for.
 
         Raises:
-            StateError: If another coordinator runs, or the executor is broken; jobs that it held
-                are queued again.
+            StateError: Another coordinator runs, or the executor is broken; its jobs are queued
+                again.
         """
         begin = None if at is None else parse_at(at)
-        stop = stop or _Never()
+        stop = stop or threading.Event()
         with _only_one(self.root / "coordinator.lock"):
             for job in self.queue.recover(self._clock()):
-                self._say(job)
+                self._report(job)
             self._sweep()
             if begin is None:
                 self._drain(stop)
@@ -293,126 +222,107 @@ class SkillFactory:
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), UTC).astimezone().replace(tzinfo=None)
 
-    def _drain(self, stop: Stop) -> None:
+    def _drain(self, stop: threading.Event) -> None:
+        """Run jobs until none is queued or `stop` is set."""
         running: dict[Future[dict[str, Any]], Job] = {}
-        with self._carrier() as executor:
+        own = ThreadPoolExecutor(self.workers, thread_name_prefix="lora-factory")
+        with own if self._executor is None else nullcontext(self._executor) as executor:
             try:
                 while True:
                     self.sync()
-                    while (
-                        len(running) < self.workers
-                        and not stop.is_set()
-                        and self._begin(executor, running)
-                    ):
-                        pass
+                    while len(running) < self.workers and not stop.is_set():
+                        if not self._begin(executor, running):
+                            break
                     if not running:
                         return
                     for future in wait(running, TICK, FIRST_COMPLETED).done:
                         self._settle(running[future], future)
                         del running[future]
-            finally:  # nothing is left where all went well
+            finally:  # after an error or an interrupt: stop the jobs and queue them again
                 for future in running:
                     future.cancel()
                 while self._executor is None and wait(running, 0.1).not_done:
                     for job in running.values():
                         halt(str(self._folder(job)))
                 for job in running.values():
-                    self._say(self.queue.release(job, self._clock()))
-
-    @contextmanager
-    def _carrier(self) -> Iterator[Executor]:
-        if self._executor is not None:
-            yield self._executor
-            return
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="lora-factory") as threads:
-            yield threads
+                    self._report(self.queue.release(job, self._clock()))
 
     def _begin(self, executor: Executor, running: dict[Future[dict[str, Any]], Job]) -> bool:
+        """Claim a job and submit it; returns whether there was one."""
         job = self.queue.claim(self._clock())
         if job is None:
             return False
-        try:
-            self._say(job)
-            if job.kind not in self._kinds:
-                error = f"no kind {job.kind!r} here, only {', '.join(self._kinds)}"
-                self._say(self.queue.fail(job, error, self._clock(), final=True))
-                return True
-            running[executor.submit(supervise, self._order(job))] = job
-        except BaseException as error:
-            self._say(self.queue.release(job, self._clock()))
-            if isinstance(error, RuntimeError) and not isinstance(
-                error, LoRAError
-            ):  # a broken pool, or one shut down
-                raise StateError("factory: executor", "one that takes jobs", error) from error
-            raise
-        return True
-
-    def _order(self, job: Job) -> dict[str, Any]:
-        return {
-            "kind": job.kind,
-            "function": self._kinds[job.kind].function,
-            "parameters": dict(job.parameters),
-            "inputs": dict(job.inputs),
+        order = {
+            "arguments": job.arguments,
+            "inputs": job.inputs,
             "folder": str(self._folder(job)),
             "attempt": job.attempts,
             "seconds": job.seconds,
             "memory": job.memory,
             "threads": max(1, (os.cpu_count() or 1) // self.workers),
         }
+        try:
+            self._report(job)
+            running[executor.submit(supervise, order)] = job
+        except BaseException as error:
+            self._report(self.queue.release(job, self._clock()))
+            if isinstance(error, RuntimeError) and not isinstance(error, LoRAError):
+                # The pool is broken or was shut down.
+                raise StateError("factory: executor", "one that takes jobs", error) from error
+            raise
+        return True
 
     def _settle(self, job: Job, future: Future[dict[str, Any]]) -> None:
-        """End an attempt: with its card on disk and entered, or with its error told."""
+        """End an attempt: keep its card and enter it, or note why there is none."""
         try:
             outcome = future.result()
-        except Exception as error:  # noqa: BLE001 - the executor's: a worker killed, a pool broken
+            if outcome.get("card"):
+                outcome["digest"] = self._keep(job, Path(outcome["card"]))
+        except Exception as error:  # noqa: BLE001 - of a killed worker, a broken pool, a bad card
+            forget(self._folder(job))
             outcome = {"error": f"{type(error).__name__}: {error}", "final": False}
-        card = outcome.get("card")
-        if card is not None:
-            try:
-                sha = self._keep(job, Path(card))
-            except (LoRAError, OSError) as error:
-                forget(self._folder(job))
-                outcome = {"error": f"{type(error).__name__}: {error}", "final": False}
         now = self._clock()
         if "error" in outcome:
             ended = self.queue.fail(job, outcome["error"], now, final=outcome["final"])
-        elif card is None:
-            ended = self.queue.reject(job, now)
         else:
-            ended = self.queue.accept(job, sha, now, self.keep)
-        self._say(ended)
+            printed = outcome["printed"]
+            note = json.dumps(printed)
+            if "digest" in outcome:
+                ended = self.queue.accept(job, outcome["digest"], now, self.keep, note)
+            else:
+                reason = str(printed.get("reason", "made nothing worth serving"))
+                ended = self.queue.reject(job, now, reason, note)
+        self._report(ended)
         self._sweep()
 
     def _keep(self, job: Job, path: Path) -> str:
         """Copy a card to its place by digest, whole and checked."""
-        with self.cards.arriving() as (arrived, file), path.open("rb") as made:
-            shutil.copyfileobj(made, file)
-            found = load(arrived).name
-            if found != job.name:
-                raise MismatchError(f"{job.kind}: card", f"one named {job.name!r}", repr(found))
+        with self.cards.arriving() as (arrived, file), path.open("rb") as card:
+            shutil.copyfileobj(card, file)
+            name = load(arrived).name
+            if name != job.name:
+                raise MismatchError(f"{job.kind}: card", f"one named {job.name!r}", repr(name))
             sha = digest(arrived)
             self.cards.admit(arrived, sha)
             return sha
 
     def _sweep(self) -> None:
-        """Remove the cards that no version names and the folders of jobs that are done with."""
+        """Remove the cards that no version names and the folders of jobs that are done."""
         named = {version.digest for version in self.queue.versions()}
-        open_jobs = {
-            job.id for job in self.queue.jobs() if job.state in ("queued", "running", "dead")
-        }
+        states = {job.id: job.state for job in self.queue.jobs()}
         with os_errors(self.root):
-            for sha in self.cards.digests():
-                if sha not in named:
-                    self.cards.path(sha).unlink(missing_ok=True)
+            for sha in set(self.cards.digests()) - named:
+                self.cards.path(sha).unlink(missing_ok=True)
             for folder in (self.root / "work").iterdir():
-                if folder.name not in open_jobs:
+                if states.get(folder.name) not in ("queued", "running", "dead"):
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self, job: Job) -> Path:
         return self.root / "work" / job.id
 
-    def _say(self, job: Job | None) -> None:
-        if job is None:  # it is another attempt's by now
+    def _report(self, job: Job | None) -> None:
+        """Log a job's new state and tell `on_event`; None if another attempt holds the job."""
+        if job is None:
             return
         level = logging.WARNING if job.error else logging.INFO
         tail = f": {job.error}" if job.error else ""
@@ -423,16 +333,16 @@ class SkillFactory:
 
 @contextmanager
 def cluster(address: str) -> Iterator[Executor]:
-    """An executor that carries jobs to the workers of a Dask cluster, for `SkillFactory`.
+    """Open an executor that carries jobs to the workers of a Dask cluster.
 
-    Equal jobs stay apart (``pure=False``); by default Dask would run one of them.
+    It submits with `pure=False`; by default Dask would merge equal jobs into one.
 
     Args:
-        address: Of its scheduler, such as ``tcp://192.0.2.7:8786``.
+        address: Of the scheduler, such as `tcp://192.0.2.7:8786`.
 
     Raises:
-        MissingPackageError: If the ``cluster`` extra is not installed.
-        PeerError: If no scheduler answers there.
+        MissingPackageError: The `cluster` extra is not installed.
+        PeerError: No scheduler answers there.
     """
     try:
         from distributed import Client  # noqa: PLC0415 - an extra
@@ -450,7 +360,7 @@ def cluster(address: str) -> Iterator[Executor]:
 
 @contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Hold a lock that the system lets go of when this process ends, however it does."""
+    """Hold a lock that the system releases however this process ends."""
     lock = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
         try:

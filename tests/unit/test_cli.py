@@ -53,26 +53,6 @@ def pieces(terminal):
             yield piece
 
 
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """The command in this process: exit code, standard output, standard error."""
-
-    def run(*argv, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["lora", *map(str, argv)])
-        stream = (
-            io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
-            if isinstance(stdin, bytes)
-            else stdin
-        )
-        monkeypatch.setattr(sys, "stdin", stream)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
-
-
 def made(name, **metadata):
     """A card of MiniLM's shapes."""
     rng = np.random.default_rng(len(name))
@@ -537,7 +517,7 @@ def test_the_help_of_every_command_has_an_example_that_it_understands(here, comm
     assert (code, err) == (0, "")
     example = " ".join(out[out.index("Example:") :].split())
     assert example.startswith(f"Example: lora {command} ")
-    options = re.findall(r"--[a-z-]+", example)
+    options = re.findall(r"--[a-z-]+", example.partition(" -- ")[0])  # behind it a job's own
     parameters = {name for p in EVERY[command].params for name in p.opts}
     assert set(options) <= parameters
     assert all(option in out for option in parameters if option.startswith("--"))
@@ -645,8 +625,8 @@ def test_the_scheduler_of_factory_run_carries_its_jobs(here, folder, tmp_path, m
 
     monkeypatch.setattr("lora.evolution.factory.cluster", cluster)
     monkeypatch.chdir(tmp_path)
-    job = ["merge", "both", "--with", f'cards=["{folder / "docs.lora.arrow"}"]']
-    assert here("factory", "add", *job)[0] == 0
+    job = ["merge", folder / "docs.lora.arrow", "--name", "both"]
+    assert here("factory", "add", "--", *job)[0] == 0
     code, out, _ = here("factory", "run", "--scheduler", "tcp://192.0.2.7:8786", "--json")
     assert (code, [row["state"] for row in json.loads(out)]) == (0, ["done"])
     assert carried[0] == "tcp://192.0.2.7:8786"

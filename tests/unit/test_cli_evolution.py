@@ -12,6 +12,8 @@ from lora.cli import app
 from lora.errors import StateError
 from lora.evolution.cloud import Ledger
 from lora.evolution.data import Pairs
+from lora.evolution.distill import Outcome
+from lora.evolution.queue import JobQueue
 from lora.testing.plugin import requirement
 from tests.unit.hostile import made
 from tests.unit.test_cli import shell
@@ -51,24 +53,23 @@ def shop(tmp_path, monkeypatch):
     return tmp_path
 
 
-def told(*argv, code=0):
-    return json.loads(ran("factory", *argv, "--json", code=code))
+def told(name, *argv):
+    return json.loads(ran("factory", name, "--json", *argv))
 
 
-@requirement("R19.1", "R19.5", "R19.7", "R25.2")
+@requirement("R19.1", "R19.5", "R19.6", "R19.7", "R25.2")
 def test_jobs_are_queued_run_shown_and_rolled_back(shop):
-    both = ["add", "merge", "both", "--with", 'cards=["a.lora.arrow"]']
-    assert told(*both, "--dry-run")["dry_run"] is True
-    assert told("status") == []
-    first = told(*both, "--priority", 1)
-    assert first["state"] == "queued"
-    assert [row["name"] for row in told("run", "--dry-run")] == ["both"]
+    add = ["add", "--priority", 1, "--seconds", 60, "--memory", 2**31, "--max-failures", 1]
+    first = told(*add, "--", "merge", "a.lora.arrow", "--name", "both")
+    assert (first["kind"], first["name"], first["state"]) == ("merge", "both", "queued")
+    with JobQueue(shop / "factory" / "queue.sqlite") as queue:
+        (job,) = queue.jobs()
+    assert (job.priority, job.seconds, job.memory, job.max_failures) == (1, 60.0, 2**31, 1)
     assert [row["state"] for row in told("run")] == ["done"]
-    told("add", "merge", "both", "--with", 'cards=["b.lora.arrow"]')
+    told("add", "merge", "b.lora.arrow", "--name", "both")
     told("run")
     skills = told("status", "--skills")
     assert [(row["version"], row["live"]) for row in skills] == [(1, False), (2, True)]
-    assert told("rollback", "both", "--dry-run")["version"] == 1
     assert told("rollback", "both")["version"] == 1
     assert [row["live"] for row in told("status", "--skills")] == [True, False]
     assert {"add", "claim"} <= {row["what"] for row in told("status", "--history")}
@@ -79,14 +80,14 @@ def test_jobs_are_queued_run_shown_and_rolled_back(shop):
 def test_a_dead_job_is_named_and_can_be_queued_again(shop):
     lora.save(LoRACard("c", 1, 1.0, [], {}, base_model="x"), shop / "c.lora.arrow")
     lora.save(LoRACard("d", 1, 1.0, [], {}, base_model="y"), shop / "d.lora.arrow")
-    add = ["factory", "add", "merge", "bad", "--with", 'cards=["c.lora.arrow","d.lora.arrow"]']
-    ran(*add)
+    bad = ["--", "merge", "c.lora.arrow", "d.lora.arrow", "--name", "bad"]
+    ran("factory", "add", *bad)
     done = shell("factory", "run")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("lora: dead jobs: ")
     assert "Traceback" not in done.stderr
-    assert json.loads(ran(*add, "--json"))["state"] == "dead"
-    assert json.loads(ran(*add, "--again", "--json"))["state"] == "queued"
+    assert told("add", *bad)["state"] == "dead"
+    assert told("add", "--again", *bad)["state"] == "queued"
 
 
 @requirement("R25.3", "R7.8")
@@ -94,8 +95,8 @@ def test_a_dead_job_is_named_and_can_be_queued_again(shop):
     ("argv", "message"),
     [
         (["factory", "add", "bake", "x"], "bake"),
-        (["factory", "add", "merge", "x", "--with", "cards"], "key=value"),
-        (["factory", "add", "merge", "x", "--with", 'cards=["none"]'], "none"),
+        (["factory", "add", "merge", "a.lora.arrow", "--ranks", "1"], "No such option: --ranks"),
+        (["factory", "add", "merge", "nowhere.lora.arrow"], "nowhere.lora.arrow"),
         (["factory", "rollback", "x"], "x"),
         (["factory", "run", "--at", "25:00"], "25:00"),
         (["evolve", "--documents", "nowhere"], "nowhere"),
@@ -170,3 +171,58 @@ def test_a_task_is_a_preset_of_training_that_options_can_override(shop):
     assert (card.rank, card.alpha, card.target_modules) == (4, 16.0, ("query", "value"))
     assert card.metadata["task_type"] == "reviewer"
     assert "review" in card.metadata["tags"]
+
+
+def outcome(accepted):
+    card = made("skill-1", size=8) if accepted else None
+    figures = {"trial": 0} if accepted else {"reason": "too little to judge on"}
+    return Outcome("skill-1", card, None, figures)
+
+
+@requirement("R18.3", "R18.4", "R19.1", "R25.2")
+@pytest.mark.parametrize("judged", [[False, True, True], [False], []], ids=str)
+def test_distil_writes_the_first_card_that_helped_or_exits_3_with_the_reason(
+    shop, here, monkeypatch, judged
+):
+    seen = {}
+
+    def watching(engine, documents, **options):
+        seen.update(documents=str(documents), **options)
+
+    outcomes = iter(map(outcome, judged))
+    monkeypatch.setattr("lora.evolving.watching", watching)
+    monkeypatch.setattr("lora.evolving.outcomes", lambda *_, **__: outcomes)
+    (shop / "asked.txt").write_text("what is a kiln\n\nhow hot\n")
+    options = ["--steps", 1, "--rank", 2, "--seed", 1, "--queries", "asked.txt"]
+    code, out, _ = here("distil", "docs", "--name", "craft", *options, "-o", "c.arrow", "--json")
+    facts = json.loads(out)
+    assert seen == {
+        "documents": "docs",
+        "queries": ["what is a kiln", "how hot"],
+        "max_steps": 1,
+        "rank": 2,
+        "alpha": 16.0,
+        "seed": 1,
+    }
+    if any(judged):
+        assert (code, [task["accepted"] for task in facts["tasks"]]) == (0, [False, True])
+        assert lora.load(shop / "c.arrow", verify=facts["digest"]).name == "craft"
+        assert len([*outcomes]) == 1  # the rest is not worked on
+    else:
+        reason = "discarded: skill-1: too little to judge on" if judged else "nothing is unknown"
+        assert (code, facts["reason"]) == (3, reason)
+        assert not (shop / "c.arrow").exists()
+
+
+@requirement("R18.3", "R18.4", "R19.1")
+@pytest.mark.slow
+def test_distil_learns_a_folder_or_tells_that_it_is_no_help(shop, here):
+    """Of a made-up craft, by one step: the gate may say yes or no, and the command says the same."""
+    craft(shop / "docs", 5)
+    options = ["--steps", 1, "--rank", 2, "-o", "c.lora.arrow", "--json"]
+    code, out, _ = here("distil", "docs", "--name", "craft", *options)
+    tasks = json.loads(out)["tasks"]
+    assert tasks
+    assert (
+        (code == 0) == any(task["accepted"] for task in tasks) == (shop / "c.lora.arrow").exists()
+    )

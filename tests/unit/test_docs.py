@@ -262,7 +262,12 @@ def test_no_text_names_this_machine():
 # ---- the reference
 
 UNLISTED = {f"cli.{name}" for name in ("__main__", "app", "cards", "evolution", "federation")}
-UNLISTED |= {"cli.models", "cli.suite", "demo"}  # the command line has a page of its own
+UNLISTED |= {
+    "cli.jobs",
+    "cli.models",
+    "cli.suite",
+    "demo",
+}  # the command line has a page of its own
 
 
 @requirement("R10.1")
@@ -442,6 +447,7 @@ LEFT_OUT = {
     "lora conformance --binding my_package": "names a package of somebody else",
     "lora conformance --binding my_binding:BINDING --only R3 ": "takes long: docs/how-to/conformance.md runs one like it",
     "lora evolve": "trains for minutes: tests/unit/test_cli_evolution.py",
+    "lora distil": "trains for minutes: tests/unit/test_cli_evolution.py",
     "lora factory run --at": "runs until it is stopped: tests/unit/test_factory.py",
     "lora factory run --scheduler": "needs a cluster: tests/unit/test_factory.py",
     "lora factory rollback": "needs two versions: tests/unit/test_cli_evolution.py",
@@ -551,7 +557,9 @@ def test_the_commands_of_a_page_run_or_at_least_exist_with_these_options(
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
             main()
-        assert ended.value.code == 0, (words, capfd.readouterr().err)
+        # So few pairs may teach nothing: status 3.
+        expected = (0, 3) if words[1] == "train" else (0,)
+        assert ended.value.code in expected, (words, capfd.readouterr().err)
 
 
 @requirement("R10.7")

@@ -2,14 +2,10 @@
 
 import pytest
 
-from lora import evolving
-from lora.engine import ArrowEngine, default_model
+from lora.engine import ArrowEngine
 from lora.errors import StateError
 from lora.evolution.data import docstring_pairs
-from lora.evolving import watching
-from lora.store import load
 from lora.testing.plugin import requirement
-from tests.unit.test_cli_evolution import craft
 
 
 @requirement("R5.14")
@@ -30,6 +26,7 @@ def test_an_engine_that_evolves_observes_what_it_is_asked_and_remembers_what_is_
     assert distiller.memory is before
     with pytest.raises(StateError):
         engine.evolution.work("nothing")
+<<<<<<< HEAD
 
 
 @pytest.mark.slow
@@ -52,3 +49,5 @@ def test_a_folder_is_learned_by_a_job_or_told_to_be_no_help(tmp_path, monkeypatc
     assert distiller.tasks
     assert (path is not None) == any(task.state == "accepted" for task in distiller.tasks)
     assert path is None or load(path).name == "craft"
+=======
+>>>>>>> 33ae307 (A job is a command line: the factory stores and runs train, extract, merge and distil as they are typed; lora distil; exit status 3)

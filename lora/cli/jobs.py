@@ -1,0 +1,82 @@
+"""A job of the skill factory is a command line of `lora`: it is checked here when it is added.
+
+Only commands that declare their inputs may be jobs. The stored command line is complete: inputs are
+absolute paths, and outputs are names in the job's folder, where the command will run.
+
+Requirements: R19.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lora.cli.app import INPUTS, ChecksPassed, app, checking
+from lora.errors import ArgumentError, shown
+from lora.evolution.queue import Job
+from lora.evolution.work import content_id
+
+OUTPUTS = {"out": "card.lora.arrow", "checkpoint": "checkpoint.safetensors", "as_json": True}
+"""Parameters that the factory sets."""
+
+_OURS = {"-o", "--out", "--checkpoint", "--plot", "--json"}
+
+
+def job_of(arguments: Sequence[str], **limits: Any) -> Job:
+    """Check a command line and make a job of it; `limits` are those of `Job.of`.
+
+    Raises:
+        ArgumentError: The command cannot be a job, or refuses its arguments.
+        CardNotFoundError: An input does not exist.
+    """
+    command, *words = arguments or [""]
+    if command not in INPUTS:
+        raise ArgumentError("job", f"one of the commands {', '.join(INPUTS)}", shown(command))
+    if ours := _OURS.intersection(word.partition("=")[0] for word in words):
+        raise ArgumentError(f"job: {command}", "no output: the factory sets it", ", ".join(ours))
+    known: Any = typer.main.get_command(app)
+    known = known.commands[command]
+    values = _checked(known, command, words) | OUTPUTS
+    if values["name"] is None:
+        raise ArgumentError(f"job: {command}", "--name, the name of the skill", "none")
+    line, inputs = [command], {}
+    for parameter in known.params:
+        value = values.get(parameter.name)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if parameter.name in INPUTS[command] and item not in (None, "stdlib"):
+                path = str(Path(item).absolute())
+                inputs[path] = content_id(path)
+                line += _words(parameter, path)
+            elif item != parameter.default:
+                line += _words(parameter, item)
+    model = values.get("model") or values.get("base") or ""
+    base = str(model and Path(model).absolute()) or ("embedded" if "model" in values else "")
+    return Job.of(line, values["name"], inputs, base=base, **limits)
+
+
+def _checked(known: Any, command: str, words: list[str]) -> dict[str, Any]:
+    """Run a command up to its `checks_done`; returns the values of its parameters."""
+    checking.set(True)
+    try:
+        context = known.make_context(command, ["--out", OUTPUTS["out"], *words])
+        with suppress(ChecksPassed):
+            known.invoke(context)
+        return dict(context.params)
+    except Exception as error:
+        if getattr(error, "exit_code", None) != 2:
+            raise
+        message = error.format_message()  # type: ignore[attr-defined]
+        raise ArgumentError(f"lora {command}", "arguments that it takes", message) from error
+    finally:
+        checking.set(False)
+
+
+def _words(parameter: Any, value: Any) -> list[str]:
+    """Write a parameter with its value as words of a command line."""
+    if parameter.param_type_name == "argument":
+        return [str(value)]
+    if isinstance(value, bool):
+        return [(parameter.opts if value else parameter.secondary_opts)[0]]
+    return [parameter.opts[0], str(value)]
