@@ -1,11 +1,8 @@
 """SkillFactory runs queued command lines unattended and puts the cards they make into service.
 
-All its state is in its folder: `queue.sqlite` (jobs, events, versions), `cards/` (accepted cards by
-digest) and `work/` (a folder for each job that is not done). One coordinator at a time runs jobs; it
-holds a lock that the system releases when its process dies. Any number of processes may add jobs,
-look and roll back.
-
-Thread safety: one thread runs; any thread may call the rest.
+Its folder holds `queue.sqlite` (jobs, events, versions), `cards/` (accepted cards by digest) and
+`work/` (a folder for each open job). One coordinator at a time runs jobs, under a lock; any thread
+and any process may add jobs, look and roll back.
 
 Requirements: R19.
 """
@@ -50,20 +47,16 @@ JOBS = "lora.cli.jobs"
 class SkillFactory:
     """A queue of long work in a folder, and what runs it.
 
-    Every job is a command line of `lora` (train, extract, merge or distil). It runs in a fresh
-    process, within its limits of time and memory, whichever executor carries it.
+    A job is a command line of `lora` (train, extract, merge or distil) in a fresh process.
 
     Args:
-        root: Its folder, made if it does not exist. Workers on other machines must see it, and what
-            jobs read, at the same path.
-        executor: Carries the jobs; by default threads that wait for the jobs' processes. Processes
-            of a pool should be spawned, not forked.
+        root: Its folder. Workers on other machines must see it, and what jobs read, at one path.
+        executor: Carries the jobs; by default threads. Processes of a pool should be spawned.
         workers: Jobs at a time.
-        service: How an engine serves a card: called with a skill's name and a card file at the
-            start and whenever the live version changes. It raises if the engine refuses the card.
-        keep: How many versions of each skill are kept, as in `JobQueue.accept`.
+        service: Called with a skill's name and a card file at the start and whenever the live
+            version changes; it raises if the engine refuses the card.
+        keep: Versions of each skill that are kept.
         on_event: Called with a job whenever its state changed.
-        clock: Seconds since 1970.
 
     Examples:
         >>> import tempfile
@@ -109,17 +102,10 @@ class SkillFactory:
         self.queue.close()
 
     def add(self, arguments: Sequence[str], **limits: Any) -> Job:
-        """Queue a command line; one that is known with the same inputs is returned as it is.
-
-        The command line is checked now. It names no output: the factory sets that.
+        """Check a command line without outputs and queue it; a known job is returned as it is.
 
         Args:
-            arguments: A command line of `lora`, such as `["merge", "a.lora.arrow", "--name", "a"]`.
             limits: `priority` (higher first), `max_failures`, `seconds` and `memory` (bytes).
-
-        Raises:
-            ArgumentError: The command cannot be a job, or refuses its arguments.
-            CardNotFoundError: An input does not exist.
         """
         job: Job = import_module(JOBS).job_of(arguments, **limits)
         return self.queue.add(job, self._clock())
@@ -150,23 +136,13 @@ class SkillFactory:
         return next_night(parse_at(at), self.queue.night(), self._now())
 
     def rollback(self, name: str, version: int | None = None) -> Version:
-        """Serve an earlier version of a skill again, by default the one before; returns it.
-
-        This factory swaps to it at once. Another factory that runs on the folder with a service of
-        its own swaps at its next look.
-
-        Raises:
-            UnknownCardError, StateError: As in `JobQueue.roll_back`.
-        """
+        """Serve an earlier version of a skill again, by default the one before; returns it."""
         earlier = self.queue.roll_back(name, version, self._clock())
         self.sync()
         return earlier
 
     def sync(self) -> None:
-        """Serve what is live and is not served yet.
-
-        If the engine refuses a version, the version before it becomes live.
-        """
+        """Serve what is live and is not served yet; a refused version gives way to the last one."""
         with self._swap:
             while self._service is not None:
                 live = [version for version in self.queue.versions() if version.live]
@@ -191,13 +167,11 @@ class SkillFactory:
         """Run jobs until none is queued, or every night for ever; returns `status`.
 
         Args:
-            at: A time of day, `hh:mm` on the local wall clock: run each night from then on, and at
-                once if a night was missed.
+            at: `hh:mm` on the local wall clock: run each night, and at once if one was missed.
             stop: Set it to end: no further job is begun, and running jobs are waited for.
 
         Raises:
-            StateError: Another coordinator runs, or the executor is broken; its jobs are queued
-                again.
+            StateError: Another coordinator runs, or the executor is broken.
         """
         begin = None if at is None else parse_at(at)
         stop = stop or threading.Event()
@@ -333,17 +307,7 @@ class SkillFactory:
 
 @contextmanager
 def cluster(address: str) -> Iterator[Executor]:
-    """Open an executor that carries jobs to the workers of a Dask cluster.
-
-    It submits with `pure=False`; by default Dask would merge equal jobs into one.
-
-    Args:
-        address: Of the scheduler, such as `tcp://192.0.2.7:8786`.
-
-    Raises:
-        MissingPackageError: The `cluster` extra is not installed.
-        PeerError: No scheduler answers there.
-    """
+    """Open an executor on a Dask cluster by its scheduler's address, `tcp://host:port`."""
     try:
         from distributed import Client  # noqa: PLC0415 - an extra
     except ImportError as error:
@@ -355,6 +319,7 @@ def cluster(address: str) -> Iterator[Executor]:
     except (OSError, ValueError) as error:
         raise PeerError(f"cluster {address}", "a Dask scheduler", error) from error
     with client:
+        # By default Dask merges equal jobs into one.
         yield client.get_executor(pure=False)  # type: ignore[no-untyped-call]
 
 

@@ -1,9 +1,8 @@
 """The skill factory's jobs, history and versions: a SQLite file in which a change is a transaction.
 
-A job is a command line of `lora`. Its id is the hash of the command line and of the inputs, so a job
-that is added twice is done once. A job runs at least once and takes effect once: its card is entered
-in the transaction that ends it, and only by the attempt that holds the job. No clock is read here:
-`now` is passed in, as seconds since 1970. A job's age is its place in the queue.
+A job is a command line of `lora`, known by the hash of its words and inputs. It runs at least once and
+takes effect once: its card is entered in the transaction that ends it, by the attempt that holds it.
+No clock is read here: `now` is passed in, as seconds since 1970.
 
 Requirements: R19.
 """
@@ -12,10 +11,11 @@ import hashlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -47,10 +47,6 @@ MOVES: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 """Everything that can happen to a job: the state before and the state after, by name.
-
-`accept`: it made a card. `reject`: it made nothing worth serving. `fail`: it will be tried again.
-`bury`: it failed for good. `release`: it was stopped, which does not count as a failure. `retry`: a
-dead job was asked for again.
 """
 
 STATES = tuple(dict.fromkeys(state for move in MOVES.values() for state in move))
@@ -65,7 +61,7 @@ _TABLES = (
     """CREATE TABLE versions (
         name TEXT NOT NULL, version INTEGER NOT NULL, data TEXT NOT NULL,
         PRIMARY KEY (name, version))""",
-    "CREATE TABLE nights (only INTEGER PRIMARY KEY CHECK (only = 1), night TEXT NOT NULL)",
+    "CREATE TABLE nights (only INTEGER PRIMARY KEY CHECK (only = 1), data TEXT NOT NULL)",
     f"PRAGMA user_version = {VERSION}",
 )
 """The tables; `data` is a `Job`, an event or a `Version` as JSON."""
@@ -85,19 +81,14 @@ class Job:
     """A job and how far it has come; make one with `Job.of`.
 
     Args:
-        id: SHA-256 of arguments and inputs.
         kind, name: The command, and the skill that it makes.
         arguments: The command line, without `lora`.
         inputs: Path -> digest of what it reads.
         base: The base model that it loads; empty if it needs none.
-        priority: Higher runs first.
-        max_failures: The job is dead after so many failed attempts.
         seconds, memory: Limits of one attempt; memory in bytes.
-        attempts: Begun so far; only the current attempt may end the job.
-        failures: Failed attempts since the job was last asked for.
-        digest: Of the card that it made.
-        error: Why the last attempt failed, or why the result was rejected.
-        age: Its place in the queue.
+        attempts: Begun so far; only the last one may end the job.
+        failures: Failed attempts; the job is dead after `max_failures`.
+        error: Why the last attempt failed, or its result was rejected.
     """
 
     id: str
@@ -118,7 +109,6 @@ class Job:
     ended: float | None = None
     digest: str | None = None
     error: str | None = None
-    age: int = field(default=0, compare=False)
 
     @classmethod
     def of(
@@ -129,9 +119,6 @@ class Job:
         **limits: Any,
     ) -> Self:
         """Make a new job; `limits` are `base` to `memory` of the class.
-
-        Raises:
-            ArgumentError: The name or a limit is out of range.
 
         Examples:
             >>> job = Job.of(["merge", "a.lora.arrow", "--name", "both"], "both")
@@ -155,15 +142,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Version:
-    """An accepted card: the n-th of its name, counted from 1.
-
-    Args:
-        digest: Of the card.
-        job: The id of the job that made it.
-        accepted: Seconds since 1970.
-        live: Whether it is the version to be served.
-        refused: Why the engine refused it; None if it did not.
-    """
+    """An accepted card: the n-th of its name; `refused` tells why the engine refused it."""
 
     name: str
     version: int
@@ -177,11 +156,7 @@ class Version:
 class JobQueue:
     """A queue in a file, for any number of threads and processes; one coordinator at a time claims.
 
-    Every method that changes something is one transaction: a process that is killed anywhere leaves
-    the whole change or nothing of it.
-
-    Args:
-        path: Of the file; it is made if it does not exist, in a folder that does.
+    A process that is killed anywhere leaves a whole change or nothing of it.
 
     Raises:
         StoreError: The file cannot be read or written, or is no queue.
@@ -201,12 +176,21 @@ class JobQueue:
     def __init__(self, path: PathLike) -> None:
         self.path = as_path(path)
         self._write = threading.RLock()
-        with self._sql_errors():
+        with _sql_errors(self.path):
             self._db = sqlite3.connect(
                 self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
             )
         try:
-            self._prepare()
+            with _sql_errors(self.path):
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = FULL")
+            with self._transaction() as db:
+                (version,) = db.execute("PRAGMA user_version").fetchone()
+                for statement in _TABLES if version == 0 else ():
+                    db.execute(statement)
+            if version not in (0, VERSION):
+                expected, present = f"a queue of version {VERSION}", f"version {version}"
+                raise StateError(str(self.path), expected, present)  # noqa: TRY301 - closes the file
         except BaseException:
             self._db.close()
             raise
@@ -224,37 +208,35 @@ class JobQueue:
 
     def job(self, job_id: str) -> Job | None:
         """Return the job of an id."""
-        return next(iter(self._jobs("id = ?", job_id)), None)
+        return next((_job(row) for row in self._rows("jobs WHERE id = ?", job_id)), None)
 
     def jobs(self, state: str | None = None) -> list[Job]:
         """List jobs in the order in which they run or ran: by priority, then by age."""
-        return self._jobs("?1 IS NULL OR state = ?1", state)
+        rows = self._rows("jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY age", state)
+        return sorted(map(_job, rows), key=lambda job: -job.priority)
 
     def versions(self, name: str | None = None) -> list[Version]:
         """List the versions that are kept, by name and number."""
-        rows = self._rows("SELECT data FROM versions ORDER BY name, version")
+        rows = self._rows("versions ORDER BY name, version")
         return [Version(**row) for row in rows if name in (None, row["name"])]
 
     def status(self) -> pa.Table:
         """Return every job, in the order of `jobs`."""
-        return _table([vars(job) for job in self.jobs()], _JOBS)
+        return _table(map(vars, self.jobs()), _JOBS)
 
     def history(self) -> pa.Table:
         """Return every event, the oldest first."""
-        return _table(self._rows("SELECT data, event FROM events ORDER BY event"), _EVENTS)
+        rows = enumerate(self._rows("events ORDER BY event"), 1)
+        return _table([{"event": number, **row} for number, row in rows], _EVENTS)
 
     def skills(self) -> pa.Table:
         """Return every version that is kept."""
-        return _table([vars(version) for version in self.versions()], _VERSIONS)
+        return _table(map(vars, self.versions()), _VERSIONS)
 
     def add(self, job: Job, now: float) -> Job:
         """Put a job at the end of the queue; a job that is known already stays as it is."""
         with self._transaction():
-            known = self.job(job.id)
-            if known is None:
-                self._store(replace(job, created=now))
-                self._log("add", job, now)
-            return known or self._jobs("id = ?", job.id)[0]
+            return self.job(job.id) or self._store("add", replace(job, created=now), now)
 
     def claim(self, now: float) -> Job | None:
         """Take the oldest job of the highest priority, unless a job of another base model runs.
@@ -266,59 +248,42 @@ class JobQueue:
             bases = {other.base for other in self.jobs("running")} - {""}
             if job is None or (job.base and bases - {job.base}):
                 return None
-            changes: dict[str, Any] = {"attempts": job.attempts + 1, "started": now}
-            return self._move("claim", job, now, ended=None, error=None, **changes)
+            started = replace(job, attempts=job.attempts + 1, started=now, ended=None, error=None)
+            return self._store("claim", replace(started, state="running"), now)
 
     def accept(
         self, job: Job, digest: str, now: float, keep: int = 3, note: str | None = None
     ) -> Job | None:
         """End a job with its card, which becomes the live version of its name.
 
-        Args:
-            job: As it was claimed.
-            digest: Of the card, which must be on disk already.
-            now: The time.
-            keep: How many versions of the name to keep: the last that were not refused. The version
-                that was live is kept as well, in case the engine refuses this one.
-            note: What the command printed.
-
-        Returns:
-            None if this attempt no longer holds the job; then nothing is changed.
+        The last `keep` versions that were not refused are kept, and the one that was live, in case
+        the engine refuses this one. Returns None if this attempt no longer holds the job.
         """
         with self._transaction():
             ended = self._move("accept", job, now, note, ended=now, digest=digest)
             if ended is not None:
                 known = self.versions(job.name)
                 number = 1 + max((version.version for version in known), default=0)
-                good = [version.version for version in known if version.refused is None]
-                kept = {*[*good, number][-keep:], *(v.version for v in known if v.live)}
-                new = Version(job.name, number, digest, job.id, now, live=True, refused=None)
-                kept_versions = [version for version in known if version.version in kept]
-                self._put_live([*kept_versions, new], number)
+                known.append(Version(job.name, number, digest, job.id, now, False, None))
+                good = [version for version in known if version.refused is None][-keep:]
+                self._put_live([v for v in known if v.live or v in good or v is known[-1]], number)
             return ended
 
     def reject(
         self, job: Job, now: float, reason: str | None = None, note: str | None = None
     ) -> Job | None:
         """End a job that made nothing worth serving; returns None as `accept`."""
-        with self._transaction():
-            return self._move("reject", job, now, note or reason, ended=now, error=reason)
+        return self._move("reject", job, now, note, ended=now, error=reason)
 
     def fail(self, job: Job, error: str, now: float, *, final: bool = False) -> Job | None:
-        """Queue a failed job again, or bury it after its last attempt; returns None as `accept`.
-
-        Args:
-            final: Another attempt would fail alike: bury the job now.
-        """
+        """Queue a failed job again, or bury it after its last or a `final` failure; as `accept`."""
         failures = job.failures + 1
         what = "bury" if final or failures >= job.max_failures else "fail"
-        with self._transaction():
-            return self._move(what, job, now, error, ended=now, error=error, failures=failures)
+        return self._move(what, job, now, error, ended=now, error=error, failures=failures)
 
     def release(self, job: Job, now: float) -> Job | None:
         """Queue a job again that was stopped, not failed; returns None as `accept`."""
-        with self._transaction():
-            return self._move("release", job, now)
+        return self._move("release", job, now)
 
     def recover(self, now: float) -> list[Job]:
         """Fail the jobs that a dead coordinator left running; only the one coordinator may call it."""
@@ -327,42 +292,32 @@ class JobQueue:
             return [job for job in left if job is not None]
 
     def retry(self, job_id: str, now: float) -> Job:
-        """Queue a dead job again, in its old place, with no failures counted.
-
-        Raises:
-            StateError: The job is not dead.
-        """
+        """Queue a dead job again, in its old place, with no failures counted."""
         with self._transaction():
             job = self.job(job_id)
-            again = None if job is None else self._move("retry", job, now, failures=0)
+            again = job and self._move("retry", job, now, failures=0)
             if again is None:
-                state = "none" if job is None else f"one {job.state}"
+                state = f"one {job.state}" if job else "none"
                 raise StateError(f"retry {shown(job_id)}", "a dead job", state)
             return again
 
     def roll_back(self, name: str, version: int | None, now: float) -> Version:
-        """Make an earlier version live; by default the one before the live one.
-
-        Raises:
-            UnknownCardError: No such name or version is kept.
-            StateError: There is no earlier version.
-        """
+        """Make an earlier version live; by default the one before the live one."""
         where = f"roll back {shown(name)}"
         with self._transaction():
             known = {kept.version: kept for kept in self.versions(name)}
             if not known:
                 raise UnknownCardError(where, "a skill that was accepted", "none of that name")
-            if version is None:
-                version = _previous([*known.values()])
-                if version is None:
-                    raise StateError(where, "a version before the live one", "none that is kept")
-            if version not in known:
+            number = _previous(known.values()) if version is None else version
+            if number is None:
+                raise StateError(where, "a version before the live one", "none that is kept")
+            if number not in known:
                 expected = f"one of {list(known)}"
                 raise UnknownCardError(f"{where}: version", expected, shown(version))
-            known[version] = replace(known[version], refused=None)
-            self._put_live([*known.values()], version)
-            self._log("roll back", known[version], now, f"version {version}")
-            return replace(known[version], live=True)
+            known[number] = replace(known[number], refused=None, live=True)
+            self._put_live(known.values(), number)
+            self._log("roll back", self.job(known[number].job), now, f"version {number}")
+            return known[number]
 
     def refuse(self, version: Version, reason: str, now: float) -> None:
         """Note that the engine refused a version; if it was live, the one before it becomes live."""
@@ -370,47 +325,26 @@ class JobQueue:
         with self._transaction():
             known = self.versions(version.name)
             live = next((kept.version for kept in known if kept.live), None)
+            if live == number:
+                live = _previous(known)
             known = [replace(v, refused=reason) if v.version == number else v for v in known]
-            self._put_live(known, _previous(known) if live == number else live)
-            self._log("refuse", version, now, f"version {number}: {reason}")
+            self._put_live(known, live)
+            self._log("refuse", self.job(version.job), now, f"version {number}: {reason}")
 
     def night(self) -> date | None:
         """Return the last night that was run, or when nights began."""
-        with self._transaction() as db:
-            row = db.execute("SELECT night FROM nights").fetchone()
-            return None if row is None else date.fromisoformat(row[0])
+        return next((date.fromisoformat(night) for night in self._rows("nights")), None)
 
     def set_night(self, night: date) -> None:
         """Note the last night that was run."""
         with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO nights VALUES (1, ?)", (night.isoformat(),))
-
-    def _prepare(self) -> None:
-        """Make the tables of a new file; refuse a file of another version."""
-        with self._sql_errors():
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-        with self._transaction() as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            for statement in _TABLES if version == 0 else ():
-                db.execute(statement)
-            if version not in (0, VERSION):
-                expected = f"a queue of version {VERSION}"
-                raise StateError(str(self.path), expected, f"version {version}")
-
-    @contextmanager
-    def _sql_errors(self) -> Iterator[None]:
-        """Re-raise SQLite's errors as a `StoreError`."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            expected = "a job queue that can be read and written"
-            raise StoreError(str(self.path), expected, error) from error
+            row = (json.dumps(night.isoformat()),)
+            db.execute("INSERT OR REPLACE INTO nights VALUES (1, ?)", row)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """Run the block as one transaction; a block inside another is part of it."""
-        with self._write, self._sql_errors():
+        with self._write, _sql_errors(self.path):
             if self._db.in_transaction:
                 yield self._db
                 return
@@ -422,72 +356,76 @@ class JobQueue:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
 
-    def _rows(self, statement: str, *values: Any) -> list[dict[str, Any]]:
-        """Select `data` and at most one column more; returns the data with that column."""
-        with self._write, self._sql_errors():
-            cursor = self._db.execute(statement, values)
-            names = [column[0] for column in cursor.description]
-            return [
-                json.loads(row[0]) | dict(zip(names[1:], row[1:], strict=True)) for row in cursor
-            ]
-
-    def _jobs(self, where: str, *values: Any) -> list[Job]:
-        rows = self._rows(f"SELECT data, age FROM jobs WHERE {where} ORDER BY age", *values)  # noqa: S608 - own text
-        jobs = [Job(**{**row, "arguments": tuple(row["arguments"])}) for row in rows]
-        return sorted(jobs, key=lambda job: -job.priority)
-
-    def _store(self, job: Job) -> None:
-        data = {key: value for key, value in vars(job).items() if key != "age"}
-        self._db.execute(
-            "INSERT INTO jobs (id, state, data) VALUES (?, ?, ?) "
-            "ON CONFLICT (id) DO UPDATE SET state = excluded.state, data = excluded.data",
-            (job.id, job.state, json.dumps(data)),
-        )
+    def _rows(self, where: str, *values: Any) -> list[Any]:
+        """Read the `data` of a table's rows."""
+        with self._write, _sql_errors(self.path):
+            rows = self._db.execute(f"SELECT data FROM {where}", values)  # noqa: S608 - own text
+            return [json.loads(data) for (data,) in rows]
 
     def _move(
         self, what: str, job: Job, now: float, note: str | None = None, **changes: Any
     ) -> Job | None:
         """Move a job that this attempt holds."""
-        known = self.job(job.id)
-        if known is None or (known.state, known.attempts) != (MOVES[what][0], job.attempts):
-            return None
-        moved = replace(known, state=MOVES[what][1], **changes)
-        self._store(moved)
-        self._log(what, moved, now, note)
-        return moved
+        before, after = MOVES[what]
+        with self._transaction():
+            known = self.job(job.id)
+            if known is None or (known.state, known.attempts) != (before, job.attempts):
+                return None
+            return self._store(what, replace(known, state=after, **changes), now, note)
 
-    def _put_live(self, versions: Sequence[Version], live: int | None) -> None:
+    def _store(self, what: str, job: Job, now: float, note: str | None = None) -> Job:
+        """Write a job and an event about it."""
+        self._db.execute(
+            "INSERT INTO jobs (id, state, data) VALUES (?, ?, ?) "
+            "ON CONFLICT (id) DO UPDATE SET state = excluded.state, data = excluded.data",
+            (job.id, job.state, json.dumps(vars(job))),
+        )
+        self._log(what, job, now, note)
+        return job
+
+    def _put_live(self, versions: Iterable[Version], live: int | None) -> None:
         """Replace the versions of a name, of which one is live."""
+        versions = list(versions)
         self._db.execute("DELETE FROM versions WHERE name = ?", (versions[0].name,))
         for version in versions:
-            data = json.dumps(vars(version) | {"live": version.version == live})
+            data = json.dumps(vars(replace(version, live=version.version == live)))
             row = (version.name, version.version, data)
             self._db.execute("INSERT INTO versions VALUES (?, ?, ?)", row)
 
-    def _log(self, what: str, about: Job | Version, now: float, note: str | None = None) -> None:
-        """Add an event about a job or a version."""
-        event = {"at": now, "what": what, "name": about.name, "note": note}
-        if isinstance(about, Job):
-            event |= {"job": about.id, "kind": about.kind, "state": about.state}
-            event["attempt"] = about.attempts
-        else:
-            event["job"] = about.job
+    def _log(self, what: str, job: Any, now: float, note: str | None) -> None:
+        """Write an event about a job."""
+        event = {key: getattr(job, key) for key in ("name", "kind", "state")}
+        event |= {"at": now, "what": what, "job": job.id, "attempt": job.attempts, "note": note}
         self._db.execute("INSERT INTO events (data) VALUES (?)", (json.dumps(event),))
 
 
-def _previous(versions: Sequence[Version]) -> int | None:
+@contextmanager
+def _sql_errors(path: Path) -> Iterator[None]:
+    """Re-raise SQLite's errors as a `StoreError`."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(str(path), "a job queue that can be read and written", error) from error
+
+
+def _previous(versions: Iterable[Version]) -> int | None:
     """Find the newest version before the live one that no engine refused."""
+    versions = list(versions)
     live = next((version.version for version in versions if version.live), 0)
     good = (version.version for version in versions if version.refused is None)
     return max((number for number in good if number < live), default=None)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], columns: str) -> pa.Table:
+def _job(row: dict[str, Any]) -> Job:
+    return Job(**{**row, "arguments": tuple(row["arguments"])})
+
+
+def _table(rows: Iterable[Mapping[str, Any]], columns: str) -> pa.Table:
     """Make a table of rows whose times are seconds."""
-    arrays = {}
+    rows, arrays = list(rows), {}
     for column in columns.split():
         name, _, kind = column.partition(":")
-        cells = [row.get(name) for row in rows]
+        cells = [row[name] for row in rows]
         if kind == "time":
             cells = [None if cell is None else round(cell * 1e6) for cell in cells]
         arrays[name] = pa.array(cells, _TYPES.get(kind, pa.string()))

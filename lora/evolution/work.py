@@ -1,12 +1,9 @@
 """A job in a process of its own: a command line of `lora`, run under limits.
 
-`supervise` is the function that is submitted to an executor. It starts a fresh process group, waits
-for it no longer than the job may take, and returns what came of it, so that a job that crashes,
-hangs or takes too much memory harms neither the executor nor another job. The process watches a pipe
-to its supervisor and ends with it.
-
-A job works in a folder of its own, one process at a time. The next attempt finds a whole result
-there and does not repeat the work.
+`supervise` is the function that is submitted to an executor. It starts a fresh process group and
+waits for it, so that a job that crashes, hangs or takes too much memory harms nothing else. The
+process watches a pipe to its supervisor and ends with it. A job works in a folder of its own, one
+process at a time, and the next attempt takes a whole result that it finds there.
 
 Requirements: R19.
 """
@@ -37,11 +34,7 @@ _RUNNING: set[tuple[str, "subprocess.Popen[bytes]"]] = set()
 
 
 def content_id(path: str) -> str:
-    """Identify an input: a file's SHA-256; for a folder, that of its files' names, sizes and times.
-
-    Raises:
-        CardNotFoundError, StoreError: There is no such input, or it cannot be read.
-    """
+    """Identify an input: a file's SHA-256; for a folder, that of its files' names, sizes and times."""
     try:
         if not Path(path).is_dir():
             with Path(path).open("rb") as file:
@@ -58,12 +51,8 @@ def content_id(path: str) -> str:
 def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
     """Run a job in a fresh process and return its outcome; all of it is JSON, for any executor.
 
-    Args:
-        order: `arguments`, `inputs`, `folder`, `attempt`, `seconds`, `memory` and `threads`.
-
-    Returns:
-        `{"card": path or None, "printed": facts}`, or `{"error": text, "final": bool}`; an error is
-        final if another attempt would fail alike.
+    The outcome is `{"card": path or None, "printed": facts}`, or `{"error": text, "final": bool}`; an
+    error is final if another attempt would fail alike.
     """
     folder = Path(order["folder"])
     folder.mkdir(parents=True, exist_ok=True)

@@ -139,7 +139,10 @@ class Factory(RuleBasedStateMachine):
 
     def first(self):
         """The job that may be claimed: the best one, where none of another base runs."""
-        order = sorted(self.queue.jobs("queued"), key=lambda job: (-job.priority, job.age))
+        ages = list(self.orders)
+        order = sorted(
+            self.queue.jobs("queued"), key=lambda job: (-job.priority, ages.index(job.id))
+        )
         bases = {job.base for job in self.queue.jobs("running")}
         return order[0].id if order and bases <= {order[0].base} else None
 

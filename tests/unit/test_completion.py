@@ -198,6 +198,4 @@ def test_what_is_called_alike_is_meant_alike():
         name
         for name, command in every.items()
         if not any("--json" in p.opts for p in command.params)
-    } == {
-        "factory",
-    }
+    } == {"factory"}
