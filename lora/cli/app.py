@@ -272,6 +272,11 @@ def check_output(option: str, path: Path) -> None:
         raise ArgumentError(f"{option} {path}", "another ending", ".safetensors", hint)
 
 
+def present(**options: Any) -> dict[str, Any]:
+    """Keep the options that were passed."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def read_lines(path: Path | None) -> list[str]:
     """Read the lines of a file, or of standard input, that are not blank."""
     try:

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import lora
-from lora.cli.app import Result, check_output, checks_done, command, progress_bar
+from lora.cli.app import Result, check_output, checks_done, command, present, progress_bar
 from lora.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -37,18 +37,15 @@ def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) 
         from lora.drawing import draw_card
 
         draw_card(lora.load(file), plot)
-    facts: dict[str, Any] = {
+    about = ("rank", "alpha", "dtype", "base_model", "base_fingerprint")
+    facts = {
         "name": header.name,
         "digest": digest,
         "format": ".".join(map(str, header.format_version)),
-        "rank": header.rank,
-        "alpha": header.alpha,
-        "dtype": header.dtype,
+        **{key: getattr(header, key) for key in about},
         "target_modules": list(header.target_modules),
         "parameters": header.num_params,
         "bytes": header.nbytes,
-        "base_model": header.base_model,
-        "base_fingerprint": header.base_fingerprint,
         "metadata": dict(header.metadata),
     }
     modules = {
@@ -140,14 +137,7 @@ def merge(
     if strategy not in STRATEGIES:
         raise ArgumentError("--strategy", f"one of {', '.join(STRATEGIES)}", strategy)
     known = [field.name for field in fields(STRATEGIES[strategy])]
-    options: dict[str, Any] = {
-        "density": density,
-        "elect": elect,
-        "seed": seed,
-        "t": t,
-        "normalize": normalize,
-    }
-    options = {key: value for key, value in options.items() if value is not None}
+    options = present(density=density, elect=elect, seed=seed, t=t, normalize=normalize)
     for option in options:
         if option not in known:
             expected = f"an option of {strategy}: {known or 'it has none'}"
@@ -199,14 +189,16 @@ def extract(
     from lora.weights import SafetensorsWeights
 
     check_output("--out", out)
-    rules: list[Any] = [rank] if rank is not None else []
-    rules += [lora.Energy(energy)] if energy is not None else []
-    rules += [lora.Error(error)] if error is not None else []
+    if rank is not None:
+        integer(rank, "rank", 1)
+    rules = present(
+        rank=rank,
+        energy=None if energy is None else lora.Energy(energy),
+        error=None if error is None else lora.Error(error),
+    )
     if len(rules) > 1:
         expected = "one of --rank, --energy, --error"
         raise ArgumentError("lora extract", expected, f"{len(rules)} of them")
-    if rank is not None:
-        integer(rank, "rank", 1)
     checks_done()
     weights = SafetensorsWeights(tuned)
     with progress_bar(f"extracting {tuned}") as progress:
@@ -217,7 +209,7 @@ def extract(
             "name": out.name.removesuffix(".lora.arrow") if name is None else name,
             "on_module": lambda _, done, total: progress(done, total),
         }
-        rule = rules[0] if rules else 8
+        rule = next(iter(rules.values()), 8)
         if base is None:
             card = lora.extract_direct(weights, rule, **options)
         else:

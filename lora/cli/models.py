@@ -20,6 +20,7 @@ from lora.cli.app import (
     check_output,
     checks_done,
     command,
+    present,
     progress_bar,
     read_lines,
     table_of,
@@ -166,7 +167,7 @@ def probe(
         weights = SafetensorsWeights(base), SafetensorsWeights(tuned)
         with progress_bar("comparing") as progress:
             moved = changes(*weights, rank, on_step=lambda _, *count: progress(*count))
-        rows = [{"name": layer.name, "change": layer.change, "held": layer.held} for layer in moved]
+        rows = [{k: getattr(layer, k) for k in ("name", "change", "held")} for layer in moved]
         return Result(rows, table_of(rows))
     hot_zones({}, share)  # refuses a wrong share before the work
     lines = read_lines(texts)
@@ -176,9 +177,8 @@ def probe(
     hot = hot_zones(scores_of(report.blocks, "influence"), share)
     correlations = report.correlations
     facts = {"rows": report.table().to_pylist(), "correlations": correlations, "hot": hot}
-    blocks = [{"name": b.name, **{s: getattr(b, s) for s in SCORES}} for b in report.blocks]
-    measured = {score: value for score, value in correlations.items() if value is not None}
-    told = ", ".join(f"{score} {value:+.2f}" for score, value in measured.items())
+    blocks = [{key: getattr(block, key) for key in ("name", *SCORES)} for block in report.blocks]
+    told = ", ".join(f"{key} {value:+.2f}" for key, value in present(**correlations).items())
     tail = f"rank correlation with ablation: {told}\nhot by influence: {', '.join(hot)}"
     return Result(facts, Group(table_of(blocks), Text(tail)))
 
@@ -239,14 +239,10 @@ def train(
     integer(seed, "seed", 0)
     if steps is not None:
         integer(steps, "max_steps", 1)
-    shape: dict[str, Any] = {"rank": rank, "alpha": alpha, "target_modules": target}
-    shape = {key: value for key, value in shape.items() if value is not None}
+    shape = present(rank=rank, alpha=alpha, target_modules=target)
     config = LoRAConfig(**shape)
-    options: dict[str, Any] = {"loss": loss, "schedule": schedule, "warmup": warmup}
-    settings = replace(
-        training.PRESETS.get(preset or "", training.Settings()),
-        **{key: value for key, value in options.items() if value is not None},
-    )
+    settings = training.PRESETS.get(preset or "", training.Settings())
+    settings = replace(settings, **present(loss=loss, schedule=schedule, warmup=warmup))
     checks_done()
     pairs = docstring_pairs() if data == "stdlib" else Pairs.load(data)
     engine = lora.ArrowEngine.from_pretrained(model)
@@ -262,12 +258,16 @@ def train(
         seed=seed,
         settings=settings,
     )
-    about = {"description": description, "task_type": config.task_type, "tags": list(config.tags)}
+    about = present(
+        description=description or None,
+        task_type=config.task_type or None,
+        tags=list(config.tags) or None,
+    )
     with progress_bar(f"training {name}") as progress:
         result = trainer.train(
             pairs,
             name=name,
-            metadata={key: value for key, value in about.items() if value},
+            metadata=about,
             max_steps=steps,
             checkpoint=checkpoint,
             progress=progress,
