@@ -22,14 +22,9 @@ from lora.cli.app import app, main, progress_bar
 from lora.evolution.data import Pairs
 from lora.testing.plugin import requirement
 
-COMMANDS = sorted(typer.main.get_command(app).commands)
-EVERY = {
-    **typer.main.get_command(app).commands,
-    **{
-        f"factory {name}": found
-        for name, found in typer.main.get_command(app).commands["factory"].commands.items()
-    },
-}
+ALL = typer.main.get_command(app).commands
+COMMANDS = sorted(ALL)
+EVERY = ALL | {f"factory {name}": part for name, part in ALL["factory"].commands.items()}
 SCRIPTS = sysconfig.get_path("scripts")
 QUIET = {
     key: value
@@ -96,17 +91,8 @@ def test_inspect_says_what_the_file_says_of_itself(here, folder):
     path = folder / "docs.lora.arrow"
     code, out, err = here("inspect", path)
     assert (code, err) == (0, "")
-    for fact in (
-        "docs",
-        "1.0",
-        "float32",
-        '["query"]',
-        "9216",
-        "36864",
-        "encoder.layer.5.attention.self.query",
-        "reading",
-    ):
-        assert fact in out
+    facts = ["docs", "1.0", "float32", '["query"]', "9216", "36864", "layer.5.attention", "reading"]
+    assert not [fact for fact in facts if fact not in out]
     code, out, err = here("inspect", path, "--json", "--verify", lora.digest(path))
     assert (code, err) == (0, "")
     facts = json.loads(out)
@@ -142,16 +128,8 @@ def test_a_name_that_looks_like_markup_is_shown_as_it_is(here, folder):
 
 @requirement("R25.3", "R1.12")
 def test_inspect_imports_no_torch(folder):
-    command = [
-        sys.executable,
-        "-X",
-        "importtime",
-        "-m",
-        "lora.cli",
-        "inspect",
-        folder / "docs.lora.arrow",
-        "--json",
-    ]
+    card = folder / "docs.lora.arrow"
+    command = [sys.executable, "-X", "importtime", "-m", "lora.cli", "inspect", card, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=QUIET)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pyarrow" in imported
@@ -162,84 +140,38 @@ def test_inspect_imports_no_torch(folder):
 
 # errors
 
+TRAIN = "train pairs.jsonl --name a -o a.lora.arrow"
+
 
 @requirement("R25.3", "R7.1", "R1.14")
 @pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["inspect", "nothing.lora.arrow"], "nothing.lora.arrow: expected"),
-        (
-            ["inspect", "garbage.lora.arrow"],
-            "garbage.lora.arrow: card file: expected an Arrow IPC file",
-        ),
-        (["inspect", "."], "expected a file"),
-        (["inspect", "docs.lora.arrow", "--verify", "abc"], "expected a SHA-256"),
-        (["inspect", "docs.lora.arrow", "--verify", "0" * 64], f"SHA-256: expected {'0' * 64}"),
-        (
-            ["train", "pairs.jsonl", "--name", "a", "--out", "nowhere/a.lora.arrow"],
-            "existing folder",
-        ),
-        (["train", "pairs.jsonl", "--name", "a", "--out", "."], "a file in an existing folder"),
-        (
-            ["train", "nothing.jsonl", "--name", "a", "--out", "a.lora.arrow"],
-            "nothing.jsonl: expected a data set",
-        ),
-        (
-            ["train", "garbage.lora.arrow", "--name", "a", "--out", "a.lora.arrow"],
-            "garbage.lora.arrow: expected an Arrow",
-        ),
-    ],
+    ("line", "said"),
+    {
+        "inspect nothing.lora.arrow": "nothing.lora.arrow: expected",
+        "inspect garbage.lora.arrow": "garbage.lora.arrow: card file: expected an Arrow IPC file",
+        "inspect .": "expected a file",
+        "inspect docs.lora.arrow --verify abc": "expected a SHA-256",
+        f"inspect docs.lora.arrow --verify {'0' * 64}": f"SHA-256: expected {'0' * 64}",
+        "encode a --card nothing": "nothing: expected",
+        "encode a --model nowhere": "nowhere",
+        "encode a --out nowhere/a.npy": "nowhere",
+        "route a --card docs.lora.arrow --threshold nan": "threshold",
+        "route a --card docs.lora.arrow --top-k 0": "top_k",
+        "route a --card odd[1].lora.arrow": "expected a description",
+        "train pairs.jsonl --name a -o nowhere/a.lora.arrow": "existing folder",
+        "train pairs.jsonl --name a -o .": "a file in an existing folder",
+        "train nothing.jsonl --name a -o a.lora.arrow": "nothing.jsonl: expected a data set",
+        "train garbage.lora.arrow --name a -o a.lora.arrow": "garbage.lora.arrow: expected an Arrow",
+        f"{TRAIN} --preset fast": "'fast'",
+        f"{TRAIN} --seed -1": "seed",
+        f"{TRAIN} --target nope": "nope",
+        f"{TRAIN} --steps 0": "max_steps",
+        f"{TRAIN} --name a[/b]{{c}} --checkpoint pairs.jsonl": "checkpoint",
+    }.items(),
 )
-def test_an_error_is_one_line_on_stderr_and_exit_1(folder, argv, said):
-    done = shell(*argv, cwd=folder)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert one_line(done.stderr)
-    assert said in done.stderr
-
-
-@requirement("R25.3")
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["encode", "a", "--card", "nothing"], "nothing: expected"),
-        (["encode", "a", "--model", "nowhere"], "nowhere"),
-        (["encode", "a", "--out", "nowhere/a.npy"], "nowhere"),
-        (["route", "a", "--card", "docs.lora.arrow", "--threshold", "nan"], "threshold"),
-        (["route", "a", "--card", "docs.lora.arrow", "--top-k", "0"], "top_k"),
-        (["route", "a", "--card", "odd[1].lora.arrow"], "expected a description"),
-        (
-            ["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--preset", "fast"],
-            "'fast'",
-        ),
-        (["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--seed", "-1"], "seed"),
-        (
-            ["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--target", "nope"],
-            "nope",
-        ),
-        (
-            ["train", "pairs.jsonl", "--name", "a", "--out", "a.lora.arrow", "--steps", "0"],
-            "max_steps",
-        ),
-        (
-            [
-                "train",
-                "pairs.jsonl",
-                "--name",
-                "a[/b]{c}",
-                "--out",
-                "a.lora.arrow",
-                "--checkpoint",
-                "pairs.jsonl",
-            ],
-            "checkpoint",
-        ),
-    ],
-)
-def test_an_error_of_a_command_that_runs_the_model_is_one_line_too(
-    here, folder, monkeypatch, argv, said
-):
+def test_an_error_is_one_line_on_stderr_and_exit_1(here, folder, monkeypatch, line, said):
     monkeypatch.chdir(folder)
-    code, out, err = here(*argv)
+    code, out, err = here(*line.split())
     assert (code, out) == (1, "")
     assert one_line(err)
     assert said in err
@@ -248,24 +180,32 @@ def test_an_error_of_a_command_that_runs_the_model_is_one_line_too(
 
 @requirement("R25.3")
 @pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["nonsense"], "nonsense"),
-        (["inspect"], "file"),
-        (["inspect", "a", "--nonsense"], "--nonsense"),
-        (["inspect", "a", "b"], "b"),
-        (["train", "a", "--name", "b"], "--out"),
-        (["train", "a", "--name", "b", "--out", "c", "--steps", "many"], "--steps"),
-        (["encode", "a", "--out"], "--out"),
-        (["demo", "--steps", "0"], "--steps"),
-        (["route", "a"], "--card"),
-    ],
+    ("line", "said"),
+    {
+        "nonsense": "nonsense",
+        "inspect": "file",
+        "inspect a --nonsense": "--nonsense",
+        "inspect a b": "b",
+        "train a --name b": "--out",
+        "train a --name b --out c --steps many": "--steps",
+        "encode a --out": "--out",
+        "demo --steps 0": "--steps",
+        "route a": "--card",
+    }.items(),
 )
-def test_wrong_usage_is_one_line_on_stderr_and_exit_2(here, argv, said):
-    code, out, err = here(*argv)
+def test_wrong_usage_is_one_line_on_stderr_and_exit_2(here, line, said):
+    code, out, err = here(*line.split())
     assert (code, out) == (2, "")
     assert one_line(err)
     assert said in err
+
+
+@requirement("R25.3")
+def test_a_process_ends_with_the_status_and_its_line(folder):
+    for line, status in {"inspect nothing": 1, "inspect": 2}.items():
+        done = shell(*line.split(), cwd=folder)
+        assert (done.returncode, done.stdout) == (status, "")
+        assert one_line(done.stderr)
 
 
 @requirement("R25.3", "R25.4")
@@ -397,30 +337,11 @@ def test_train_saves_a_card_with_its_bar_on_a_terminal_and_its_json_on_stdout(fo
         lambda: list(pieces(terminal))
     )  # a full terminal would hold the command up
     try:
+        line = "--name tiny{0} --description numbers --steps 2 --rank 1 --alpha 2 --json"
+        targets = "--target 0.attention.self.query --target 1.attention.self.key"
+        files = ("--out", out, "--checkpoint", checkpoint, "--plot", plot)
         done = shell(
-            *(
-                "train",
-                folder / "pairs.jsonl",
-                "--name",
-                "tiny{0}",
-                "--out",
-                out,
-                "--description",
-                "numbers",
-            ),
-            *(
-                "--steps",
-                2,
-                "--rank",
-                1,
-                "--alpha",
-                2,
-                "--target",
-                "0.attention.self.query",
-                "--target",
-                "1.attention.self.key",
-            ),
-            *("--checkpoint", checkpoint, "--plot", plot, "--json"),
+            *("train", folder / "pairs.jsonl", *line.split(), *targets.split(), *files),
             stderr=tty,
             env={"TERM": "xterm", "COLUMNS": "100"},
         )
@@ -457,20 +378,8 @@ def test_train_saves_a_card_with_its_bar_on_a_terminal_and_its_json_on_stdout(fo
 @requirement("R25.3", "R17.10")
 def test_train_tells_a_reader_of_plain_text_the_gain(here, folder, tmp_path):
     out = tmp_path / "tiny.lora.arrow"
-    argv = (
-        "train",
-        folder / "pairs.jsonl",
-        "--name",
-        "tiny",
-        "--out",
-        out,
-        "--preset",
-        "stable",
-        "--steps",
-        "2",
-        "--rank",
-        "1",
-    )
+    line = "--name tiny --preset stable --steps 2 --rank 1 --out"
+    argv = ("train", folder / "pairs.jsonl", *line.split(), out)
     code, said, err = here(*argv)
     gain = r"validation MRR \d\.\d{3} -> \d\.\d{3} in 2 steps"
     assert code == 3

@@ -25,19 +25,8 @@ def craft(folder, days):
     """A folder of documents about a craft: so many paragraphs in each of twelve files."""
     folder.mkdir()
     day = "How a potter treats the {0} on day {1}. Keep the {0} damp and slow for {1} hours."
-    things = [
-        "kiln",
-        "glaze",
-        "clay",
-        "wheel",
-        "bisque",
-        "slip",
-        "engobe",
-        "stoneware",
-        "porcelain",
-        "raku",
-    ]
-    for thing in [*things, "sgraffito", "trimming"]:
+    things = "kiln glaze clay wheel bisque slip engobe stoneware porcelain raku sgraffito trimming"
+    for thing in things.split():
         (folder / f"{thing}.md").write_text(
             "\n\n".join(day.format(thing, i) for i in range(days)), encoding="utf-8"
         )
@@ -92,19 +81,20 @@ def test_a_dead_job_is_named_and_can_be_queued_again(shop):
 
 @requirement("R25.3", "R7.8")
 @pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["factory", "add", "bake", "x"], "bake"),
-        (["factory", "add", "merge", "a.lora.arrow", "--ranks", "1"], "No such option: --ranks"),
-        (["factory", "add", "merge", "nowhere.lora.arrow"], "nowhere.lora.arrow"),
-        (["factory", "rollback", "x"], "x"),
-        (["factory", "run", "--at", "25:00"], "25:00"),
-        (["evolve", "--documents", "nowhere"], "nowhere"),
-        (["evolve", "--documents", ".", "--ask", "localhost:documents"], "--teacher-model"),
-    ],
+    ("line", "message"),
+    {
+        "factory add bake x": "bake",
+        "factory add merge a.lora.arrow --ranks 1": "No such option: --ranks",
+        "factory add merge nowhere.lora.arrow": "nowhere.lora.arrow",
+        "factory rollback x": "x",
+        "factory run --at 25:00": "25:00",
+        "evolve --documents nowhere": "nowhere",
+        "evolve --documents . --ask localhost:documents": "--teacher-model",
+    }.items(),
 )
-def test_errors_are_one_line(shop, argv, message):
-    assert message in ran(*argv, code=1)
+def test_errors_are_one_line(shop, here, line, message):
+    code, out, err = here(*line.split())
+    assert (code, out, err.count("lora: "), message in err) == (1, "", 1, True)
 
 
 @requirement("R5.14", "R18.1", "R18.2", "R18.6", "R25.2")
