@@ -109,7 +109,7 @@ def distil(
     seed: int = 0,
     model: Model = None,
 ) -> Result:
-    """Make a card of what some documents teach, if it measurably helps. Exit 3 if nothing does.
+    """Learn one card from documents. It is written if it measurably helps; exit 3 if nothing does.
 
     Args:
         documents: Folder of Python files and prose to learn.
@@ -194,8 +194,7 @@ def factory_add(
     again: bool = False,
     root: Root = Path("factory"),
 ) -> Result:
-    """Queue a job: a command line of train, extract, merge or distil. Write it after --, without an
-    output.
+    """Queue a job. It is a command line of train, extract, merge or distil, after --, without outputs.
 
     Args:
         arguments: The command line, with --name; what it reads must be there.

@@ -256,7 +256,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(folder):
 
 @requirement("R25.3")
 def test_head_can_take_one_byte_of_many_embeddings():
-    command = [sys.executable, "-m", "lora.cli", "encode", *(f"text {i}" for i in range(200))]
+    command = [sys.executable, "-m", "lora.cli", "encode", *(f"text {i}" for i in range(60))]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -549,6 +549,18 @@ def test_the_time_of_factory_run_reaches_the_factory(here, tmp_path, monkeypatch
     here("factory", "run", "--root", tmp_path / "factory", *options)
     ((_, told),) = calls
     assert told["at"] == at
+
+
+@requirement("R18.6", "R25.2")
+def test_a_dry_run_of_evolve_has_no_teacher_and_keeps_nothing(here, tmp_path, monkeypatch):
+    calls = watched(monkeypatch, "lora.evolving.watching")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "key").write_text("secret\n")
+    ask = "--ask 127.0.0.1:documents --teacher-model small --key-file key"
+    here("evolve", "--documents", ".", "--dry-run", *ask.split())
+    ((_, options),) = calls
+    assert (options["teacher"], options["store"]) == (None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
 @requirement("R18.5", "R18.6", "R25.2")

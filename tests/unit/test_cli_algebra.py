@@ -1,9 +1,7 @@
 """The commands that make cards of cards and of weights: merge, extract, convert; and the drawing of inspect."""
 
 import json
-import os
-import subprocess
-import sys
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -42,14 +40,17 @@ def folder(tmp_path):
     return tmp_path
 
 
+Done = namedtuple("Done", "returncode stdout stderr")  # noqa: PYI024 - of a test
+
+
 @pytest.fixture
-def shell(folder):
+def shell(folder, here, monkeypatch):
+    """A command in the folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+
     def run(*argv):
-        environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "lora.cli", *map(str, argv)]
-        return subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+        return Done(*here(*argv))
 
     return run
 

@@ -60,22 +60,14 @@ def piped(*argv, **environment):
 @requirement("R25.4")
 def test_completion_is_installed_once_and_a_new_shell_has_it(tmp_path):
     home = {**ENVIRONMENT, "HOME": str(tmp_path)}
-    install = [
-        "bash",
-        "-c",
-        "lora --install-completion; true",
-    ]  # typer asks which shell its parent is
+    script = "lora --install-completion; true"  # typer asks which shell its parent is
+    install = ["bash", "-c", script]
     for _ in range(2):
         done = subprocess.run(install, env=home, capture_output=True, text=True, check=True)
         assert "bash completion installed" in done.stdout + done.stderr
     assert (tmp_path / ".bashrc").read_text().count("lora.sh") == 1
-    told = subprocess.run(
-        ["bash", "-c", f"source {tmp_path}/.bashrc; complete -p lora"],
-        env=home,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    asked = ["bash", "-c", f"source {tmp_path}/.bashrc; complete -p lora"]
+    told = subprocess.run(asked, env=home, capture_output=True, text=True, check=True)
     assert told.stdout.split()[-1] == "lora"
 
 
@@ -84,16 +76,10 @@ def test_completion_is_installed_once_and_a_new_shell_has_it(tmp_path):
 def test_every_shell_is_offered_all_commands(shell):
     """What each shell's script asks the command, asked here."""
     words = {"bash": {"COMP_WORDS": "lora ", "COMP_CWORD": "1"}}
-    asked = words.get(
-        shell, {"_TYPER_COMPLETE_ARGS": "lora ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    )
-    done = subprocess.run(
-        [Path(SCRIPTS) / "lora"],
-        env={**ENVIRONMENT, "_LORA_COMPLETE": f"complete_{shell}", **asked},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    others = {"_TYPER_COMPLETE_ARGS": "lora ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    asked = {"_LORA_COMPLETE": f"complete_{shell}", **words.get(shell, others)}
+    command, env = [Path(SCRIPTS) / "lora"], {**ENVIRONMENT, **asked}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert not [name for name in COMMANDS if not re.search(rf"\b{name}\b", done.stdout)]
 
@@ -176,26 +162,18 @@ def test_the_list_of_commands_is_whole_sentences():
 
 @requirement("R25.4")
 def test_help_speaks_of_what_a_user_can_know():
-    every = {**COMMANDS, **COMMANDS["factory"].commands}
-    for name, command in every.items():
+    for name, command in {**COMMANDS, **COMMANDS["factory"].commands}.items():
         assert not re.search(r"Requirements|\bR\d+\.\d+|``", command.help), name
 
 
 @requirement("R25.4")
 def test_what_is_called_alike_is_meant_alike():
-    every = {
-        **COMMANDS,
-        **{f"factory {name}": found for name, found in COMMANDS["factory"].commands.items()},
-    }
-    options = [(name, param) for name, command in every.items() for param in command.params]
-    for name, param in options:
-        assert ("-o" in param.opts) == ("--out" in param.opts), name
-        if (
-            not param.default and param.secondary_opts
-        ):  # --no-… is for what is on, or is decided elsewhere
-            assert param.default is None, f"{name} {param.name}"
-    assert {
-        name
-        for name, command in every.items()
-        if not any("--json" in p.opts for p in command.params)
-    } == {"factory"}
+    groups = COMMANDS["factory"].commands
+    every = {**COMMANDS, **{f"factory {name}": found for name, found in groups.items()}}
+    for name, command in every.items():
+        for param in command.params:
+            assert ("-o" in param.opts) == ("--out" in param.opts), name
+            if not param.default and param.secondary_opts:
+                # --no-… is for what is on, or is decided elsewhere
+                assert param.default is None, f"{name} {param.name}"
+        assert ("--json" in [opt for p in command.params for opt in p.opts]) == (name != "factory")
