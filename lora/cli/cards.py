@@ -170,8 +170,7 @@ def extract(
     seed: int = 0,
     name: str | None = None,
 ) -> Result:
-    """Make a card from a fine-tuned model. Singular value decomposition of what changed, or of the
-    weights themselves.
+    """Make a card from a fine-tuned model: of what changed, or of the weights themselves.
 
     Args:
         tuned: Weights: a .safetensors file, an index of shards, or a model's folder.
@@ -193,8 +192,8 @@ def extract(
         integer(rank, "rank", 1)
     rules = present(
         rank=rank,
-        energy=None if energy is None else lora.Energy(energy),
-        error=None if error is None else lora.Error(error),
+        energy=None if energy is None else lora.MinEnergy(energy),
+        error=None if error is None else lora.MaxError(error),
     )
     if len(rules) > 1:
         expected = "one of --rank, --energy, --error"

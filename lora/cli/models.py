@@ -43,8 +43,7 @@ def encode(
     adapter: str | None = None,
     route: bool = False,
 ) -> Result:
-    """Encode texts, with cards applied if any are named. A Parquet file is streamed in bounded
-    memory.
+    """Encode texts, with cards applied. A Parquet file is streamed in bounded memory.
 
     Args:
         texts: Texts; lines of standard input if omitted.
@@ -178,8 +177,8 @@ def probe(
     correlations = report.correlations
     facts = {"rows": report.table().to_pylist(), "correlations": correlations, "hot": hot}
     blocks = [{key: getattr(block, key) for key in ("name", *SCORES)} for block in report.blocks]
-    told = ", ".join(f"{key} {value:+.2f}" for key, value in present(**correlations).items())
-    tail = f"rank correlation with ablation: {told}\nhot by influence: {', '.join(hot)}"
+    signs = ", ".join(f"{key} {value:+.2f}" for key, value in present(**correlations).items())
+    tail = f"rank correlation with ablation: {signs}\nhot by influence: {', '.join(hot)}"
     return Result(facts, Group(table_of(blocks), Text(tail)))
 
 
@@ -205,8 +204,7 @@ def train(
     plot: Path | None = None,
     model: Model = None,
 ) -> Result:
-    """Train a card on pairs and save it. Exit 3 if its validation MRR is no better than the base
-    model's.
+    """Train a card on pairs and save it. Exit 3 if it is no better than the base model.
 
     Args:
         data: Pairs as .jsonl, .parquet or .arrow; 'stdlib' for Python's own docstrings.

@@ -145,8 +145,8 @@ def _attempt(order: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     with Path(LOG).open("rb") as log:
         log.seek(start)
         lines = log.read().decode(errors="replace").splitlines()
-    told = [line for line in lines if line.startswith("lora: ")]
-    error = told[-1].removeprefix("lora: ") if told else f"exit status {status}, but no card"
+    errors = [line for line in lines if line.startswith("lora: ")]
+    error = errors[-1].removeprefix("lora: ") if errors else f"exit status {status}, but no card"
     if order["memory"] is not None and "MemoryError" in error:
         error = f"hit its memory limit of {order['memory']} bytes"
     return {"error": error, "final": status == 2}
