@@ -170,7 +170,7 @@ def extract(
     seed: int = 0,
     name: str | None = None,
 ) -> Result:
-    """Make a card from a fine-tuned model: of what changed, or of the weights themselves.
+    """Make a card from a fine-tuned model, of what changed. Without --base: of its weights.
 
     Args:
         tuned: Weights: a .safetensors file, an index of shards, or a model's folder.

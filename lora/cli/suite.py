@@ -96,8 +96,9 @@ def demo(
     out: Path = Path("demo-output"),
     as_json: Json = False,
 ) -> Result:
-    """Run the whole story on the real MiniLM. Train a card on Python's own documentation, save it,
-    map it, apply it, route to it, remove it.
+    """Run the whole story on the real MiniLM.
+
+    Train a card on Python's own documentation, save it, map it, apply it, route to it, remove it.
 
     Args:
         steps: Training steps; fewer are quicker and teach less.

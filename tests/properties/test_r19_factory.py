@@ -116,13 +116,10 @@ class Factory(RuleBasedStateMachine):
         """What any coordinator does first."""
         jobs = {}
         for key, known in self.jobs.items():
-            if known.state == "running":
-                failures = known.failures + 1
-                jobs[key] = replace(
-                    known, state="dead" if failures == 3 else "queued", failures=failures
-                )
-            else:
-                jobs[key] = known
+            failures = known.failures + 1
+            state = "dead" if failures == 3 else "queued"
+            fails = known.state == "running"
+            jobs[key] = replace(known, state=state, failures=failures) if fails else known
         self.queue.recover(self.now)
         self.jobs = jobs
         assert seen(self.queue) == (self.jobs, sorted(self.effects))
@@ -152,9 +149,8 @@ class Factory(RuleBasedStateMachine):
         expected = self.jobs
         if key is not None:
             known = self.jobs[key]
-            expected = self.jobs | {
-                key: replace(known, state="running", attempts=known.attempts + 1)
-            }
+            running = replace(known, state="running", attempts=known.attempts + 1)
+            expected = self.jobs | {key: running}
         job = self.act((expected, self.effects), lambda queue: queue.claim(self.now), killed_at)
         if job is not None:
             assert job.id == key
@@ -166,15 +162,12 @@ class Factory(RuleBasedStateMachine):
         if what == "fail" and known.failures + 1 == 3:
             state = "dead"
         changed = replace(known, state=state, failures=known.failures + failed)
-        expected = (
-            (self.jobs | {job.id: changed}, [*self.effects, *effect])
-            if holds
-            else (self.jobs, self.effects)
-        )
+        expected = self.jobs, self.effects
+        if holds:
+            expected = self.jobs | {job.id: changed}, [*self.effects, *effect]
+        digest = f"{len(self.effects):064x}"
         actions = {
-            "accept": lambda queue: queue.accept(
-                job, f"{len(self.effects):064x}", self.now, KEEP_ALL
-            ),
+            "accept": lambda queue: queue.accept(job, digest, self.now, KEEP_ALL),
             "reject": lambda queue: queue.reject(job, self.now),
             "release": lambda queue: queue.release(job, self.now),
             "fail": lambda queue: queue.fail(job, "no luck", self.now),
@@ -207,9 +200,8 @@ class Factory(RuleBasedStateMachine):
     @precondition(lambda self: any(known.state == "dead" for known in self.jobs.values()))
     @rule(data=st.data(), killed_at=kills)
     def retry(self, data, killed_at):
-        key = data.draw(
-            st.sampled_from(sorted(k for k, known in self.jobs.items() if known.state == "dead"))
-        )
+        dead = sorted(key for key, known in self.jobs.items() if known.state == "dead")
+        key = data.draw(st.sampled_from(dead))
         expected = self.jobs | {key: replace(self.jobs[key], state="queued", failures=0)}
         self.act((expected, self.effects), lambda queue: queue.retry(key, self.now), killed_at)
 
@@ -222,9 +214,8 @@ class Factory(RuleBasedStateMachine):
 
     @invariant()
     def no_job_takes_effect_twice(self):
-        accepted = [
-            row["job"] for row in self.queue.history().to_pylist() if row["what"] == "accept"
-        ]
+        rows = self.queue.history().to_pylist()
+        accepted = [row["job"] for row in rows if row["what"] == "accept"]
         done = sorted(job.id for job in self.queue.jobs("done"))
         assert sorted(accepted) == sorted(self.effects) == done
 
@@ -270,9 +261,8 @@ def test_jobs_begin_by_priority_then_age_and_never_beside_another_base_model(ord
         added = []
         for number, (priority, base) in enumerate(orders):
             job = Job.of(["toy", str(number)], "skill", base=base, priority=priority)
-            added.append(
-                queue.add(job, 10.0 - number)
-            )  # a clock that runs backwards makes nobody older
+            # A clock that runs backwards makes nobody older.
+            added.append(queue.add(job, 10.0 - number))
         running, begun = [], []
         while len(begun) < len(orders) or running:
             job = queue.claim(0.0) if len(running) < workers else None
@@ -283,9 +273,8 @@ def test_jobs_begin_by_priority_then_age_and_never_beside_another_base_model(ord
             else:
                 assert running  # where nothing runs, the next can begin
                 queue.reject(running.pop(data.draw(st.integers(0, len(running) - 1))), 0.0)
-        assert begun == [
-            job.id for job in sorted(added, key=lambda job: (-job.priority, added.index(job)))
-        ]
+        order = sorted(added, key=lambda job: (-job.priority, added.index(job)))
+        assert begun == [job.id for job in order]
 
 
 LINES = st.lists(st.text(max_size=4), min_size=1, max_size=4)

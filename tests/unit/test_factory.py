@@ -1,5 +1,6 @@
 """The factory with real processes: executors, limits, what is killed, nights, versions that an engine serves."""
 
+import contextlib
 import json
 import os
 import signal
@@ -187,7 +188,7 @@ def gone(pid, seconds=10.0):
 # R19.1, R19.3: what runs where
 
 
-class Inline:
+class Inline(contextlib.nullcontext):
     """An executor that does at once what it is given."""
 
     def submit(self, function, *args):
@@ -218,24 +219,15 @@ def test_jobs_run_by_priority_then_age_each_in_a_process_of_its_own(bench):
 @requirement("R19.3")
 @pytest.mark.parametrize("kind", ["inline", "threads", "spawned processes"])
 def test_any_executor_carries_the_jobs_to_the_same_end(bench, kind):
-    made = {
-        "inline": lambda: None,
+    executor = {
+        "inline": Inline,
         "threads": lambda: ThreadPoolExecutor(2),
         "spawned processes": lambda: ProcessPoolExecutor(2, mp_context=get_context("spawn")),
     }[kind]()
-    try:
-        with bench.factory(executor=made or Inline(), workers=2) as factory:
-            jobs = [
-                bench.add(factory),
-                bench.add(factory, "nothing"),
-                bench.add(factory, "wrong"),
-                bench.add(factory),
-            ]
-            factory.run()
-            found = [factory.queue.job(job.id) for job in jobs]
-    finally:
-        if made is not None:
-            made.shutdown()
+    with executor, bench.factory(executor=executor, workers=2) as factory:
+        jobs = [bench.add(factory, do) for do in ("copy", "nothing", "wrong", "copy")]
+        factory.run()
+        found = [factory.queue.job(job.id) for job in jobs]
     assert [job.state for job in found] == ["done", "rejected", "dead", "done"]
     assert found[2].error == "pairs: expected at least two, found 0"
     assert (found[1].error, found[2].attempts) == ("no better", 3)
@@ -298,11 +290,7 @@ def test_a_dask_cluster_carries_the_jobs_and_a_worker_that_is_killed_costs_none(
         with cluster(local.scheduler_address) as executor:
             with bench.factory(executor=executor, workers=2) as factory:
                 killed = bench.add(factory, "patricide")
-                others = [
-                    bench.add(factory, name="law"),
-                    bench.add(factory, "wrong"),
-                    bench.add(factory, name="law"),
-                ]
+                others = [bench.add(factory, do, "law") for do in ("copy", "wrong", "copy")]
                 factory.run()
                 found = [factory.queue.job(job.id) for job in (killed, *others)]
                 live = factory.live()
@@ -375,17 +363,13 @@ def test_a_job_that_fails_hangs_or_eats_too_much_ends_with_its_reason_and_stops_
         assert errors["leave"].error.startswith("exit status 5; see ")
         assert errors["hang"].error == "hit its time limit of 1 s"
         assert errors["hog"].error == f"hit its memory limit of {400 * 2**20} bytes"
-        assert (errors["wrong"].error, errors["wrong"].attempts) == (
-            "pairs: expected at least two, found 0",
-            2,
-        )
+        assert errors["wrong"].error == "pairs: expected at least two, found 0"
+        assert errors["wrong"].attempts == 2
         assert errors["missing"].error == "exit status 0, but no card"
         assert "one named 'docs', found 'other'" in errors["misnamed"].error
         assert all(gone(pid) for _, _, pid, _ in bench.told())
-        logs = {
-            name: (bench.root / "work" / job.id / "log").read_text() for name, job in bad.items()
-        }
-        assert "lora: pairs: expected at least two" in logs["wrong"]
+        log = (bench.root / "work" / bad["wrong"].id / "log").read_text()
+        assert "lora: pairs: expected at least two" in log
         assert len(factory.skills()) == 2
 
 
@@ -400,10 +384,8 @@ def test_what_passes_is_tried_again_and_what_is_dead_stays_listed_until_it_is_as
         assert factory.run()["state"].to_pylist() == ["done"]
         again = bench.add(factory, "flaky")
         factory.run()
-        assert (factory.queue.job(again.id).state, factory.queue.job(again.id).attempts) == (
-            "done",
-            2,
-        )
+        again = factory.queue.job(again.id)
+        assert (again.state, again.attempts) == ("done", 2)
         assert list((bench.root / "work").iterdir()) == []
 
 
@@ -426,38 +408,38 @@ def test_an_input_that_changed_since_the_job_was_added_is_not_worked_on(bench):
 @requirement("R19.1", "R19.2")
 @pytest.mark.parametrize(
     ("line", "message"),
-    [
-        ([], "job: expected one of the commands .*, found ''"),
-        (["bake", "CARD", "--name", "x"], "job: expected one of the commands .*, found 'bake'"),
-        (["inspect", "CARD"], "job: expected one of the commands"),
-        (["merge"], "lora merge: expected arguments that it takes, found Missing argument"),
-        (["merge", "CARD", "--ranks", "3"], "lora merge: .* found No such option: --ranks"),
-        (["merge", "CARD", "--rank", "2.5"], "lora merge: .*--rank.*integer"),
-        (["merge", "CARD", "--rank", "0"], "rank: expected an integer >= 1, found 0"),
-        (["merge", "CARD", "--strategy", "magic"], "--strategy: expected one of average"),
-        (["merge", "CARD", "--strategy", "ties", "--density", "2"], "ties: density"),
-        (["merge", "CARD", "-o", "x.arrow"], "no output: the factory sets it, found -o"),
-        (["merge", "CARD", "--name", ""], "job: name"),
-        (["extract", "CARD", "--base", "CARD"], "--name, the name of the skill, found none"),
-        (["extract", "CARD", "--name", "x", "--energy", "0"], "found 0"),
-        (["extract", "CARD", "--name", "x", "--error", "1"], "found 1"),
-        (["extract", "CARD", "--name", "x", "--error", "0", "--rank", "1"], "found 2 of them"),
-        (["train", "CARD"], "lora train: .*--name"),
-        (["train", "CARD", "--name", "x", "--rank", "0"], "rank: expected an integer >= 1"),
-        (["train", "CARD", "--name", "x", "--steps", "0"], "steps: expected an integer >= 1"),
-        (["train", "CARD", "--name", "x", "--alpha", "inf"], "alpha: expected a finite"),
-        (["train", "CARD", "--name", "x", "--preset", "fast"], "--preset: .*'fast'"),
-        (["train", "CARD", "--name", "x", "--loss", "none"], "loss: expected one of"),
-        (["train", "CARD", "--name", "x", "--warmup", "1"], "warmup"),
-        (["distil", "CARD", "--name", "x", "--seed", "-1"], "seed: expected an integer >= 0"),
-        (["distil", "CARD", "--name", "x", "--steps", "0"], "lora distil: .*--steps"),
-    ],
+    {
+        "": "job: expected one of the commands .*, found ''",
+        "bake CARD --name x": "job: expected one of the commands .*, found 'bake'",
+        "inspect CARD": "job: expected one of the commands",
+        "merge": "lora merge: expected arguments that it takes, found Missing argument",
+        "merge CARD --ranks 3": "lora merge: .* found No such option: --ranks",
+        "merge CARD --rank 2.5": "lora merge: .*--rank.*integer",
+        "merge CARD --rank 0": "rank: expected an integer >= 1, found 0",
+        "merge CARD --strategy magic": "--strategy: expected one of average",
+        "merge CARD --strategy ties --density 2": "ties: density",
+        "merge CARD -o x.arrow": "no output: the factory sets it, found -o",
+        "merge CARD --name=": "job: name",
+        "extract CARD --base CARD": "--name, the name of the skill, found none",
+        "extract CARD --name x --energy 0": "found 0",
+        "extract CARD --name x --error 1": "found 1",
+        "extract CARD --name x --error 0 --rank 1": "found 2 of them",
+        "train CARD": "lora train: .*--name",
+        "train CARD --name x --rank 0": "rank: expected an integer >= 1",
+        "train CARD --name x --steps 0": "steps: expected an integer >= 1",
+        "train CARD --name x --alpha inf": "alpha: expected a finite",
+        "train CARD --name x --preset fast": "--preset: .*'fast'",
+        "train CARD --name x --loss none": "loss: expected one of",
+        "train CARD --name x --warmup 1": "warmup",
+        "distil CARD --name x --seed -1": "seed: expected an integer >= 0",
+        "distil CARD --name x --steps 0": "lora distil: .*--steps",
+    }.items(),
 )
 def test_what_can_not_be_a_job_is_refused_when_it_is_added(bench, line, message):
     card = str(bench.card())
     with bench.factory() as factory:
         with pytest.raises(LoRAError, match=message):
-            factory.add([card if word == "CARD" else word for word in line])
+            factory.add([card if word == "CARD" else word for word in line.split()])
         assert len(factory.status()) == 0
 
 
@@ -535,15 +517,11 @@ def test_a_coordinator_killed_at_any_boundary_loses_no_job_and_none_takes_effect
         }.get(moment, "running")
         assert factory.run()["state"].to_pylist() == ["done", "done"]
         events = factory.history().to_pylist()
-        assert [event["job"] for event in events if event["what"] == "accept"] == [
-            job.id,
-            second.id,
-        ]
-        assert [version.version for version in factory.queue.versions()] == [1, 2]
-        assert [load(factory.cards.path(v.digest)).name for v in factory.queue.versions()] == [
-            "docs",
-            "docs",
-        ]
+        accepted = [event["job"] for event in events if event["what"] == "accept"]
+        versions = factory.queue.versions()
+        assert accepted == [job.id, second.id]
+        assert [version.version for version in versions] == [1, 2]
+        assert {load(factory.cards.path(v.digest)).name for v in versions} == {"docs"}
         assert len(factory.cards.digests()) == 2
     assert list((bench.root / "work").iterdir()) == []
     runs = [
@@ -560,9 +538,8 @@ def test_a_job_whose_coordinator_dies_every_time_is_dead_in_the_end(bench):
     with bench.factory() as factory:
         job = bench.add(factory, max_failures=2)
     for _ in range(2):
-        subprocess.run(
-            [sys.executable, "-c", CHILD, bench.root, "after a claim"], check=False, timeout=120
-        )
+        command = [sys.executable, "-c", CHILD, bench.root, "after a claim"]
+        subprocess.run(command, check=False, timeout=120)
     with bench.factory() as factory:
         assert factory.run()["state"].to_pylist() == ["dead"]
         assert factory.queue.job(job.id).error == "the coordinator died"
@@ -598,14 +575,13 @@ def test_an_interrupted_run_kills_its_jobs_and_holds_nothing_against_them(bench)
             return False
 
     with bench.factory(workers=4) as factory:
-        jobs = [bench.add(factory, "hang"), bench.add(factory, "hang"), bench.add(factory, "hang")]
+        jobs = [bench.add(factory, "hang") for _ in range(3)]
         before = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             factory.run(stop=Interrupt())
         assert time.monotonic() - before < 60
-        assert [
-            (factory.queue.job(job.id).state, factory.queue.job(job.id).failures) for job in jobs
-        ] == [("queued", 0)] * 3
+        jobs = [factory.queue.job(job.id) for job in jobs]
+        assert [(job.state, job.failures) for job in jobs] == [("queued", 0)] * 3
     assert all(gone(pid) for _, _, pid, _ in bench.told())
 
 
@@ -659,11 +635,8 @@ def test_an_accepted_version_is_swapped_in_and_an_earlier_one_comes_back_by_name
         factory.run()
         assert served() == {"docs": 4.0, "law": 2.0}
         assert ("running", {"docs": 1.0, "law": 2.0}) in snapshots
-        assert [(v.name, v.version, v.live) for v in factory.queue.versions()] == [
-            ("docs", 2, False),
-            ("docs", 3, True),
-            ("law", 1, True),
-        ]
+        versions = [(v.name, v.version, v.live) for v in factory.queue.versions()]
+        assert versions == [("docs", 2, False), ("docs", 3, True), ("law", 1, True)]
         assert len(factory.cards.digests()) == 3
         assert factory.rollback("docs").version == 2
         assert served() == {"docs": 3.0, "law": 2.0}
@@ -697,10 +670,9 @@ def test_what_the_engine_refuses_gives_way_to_the_last_good_version(bench):
         table = factory.run()
         assert table["state"].to_pylist() == ["done", "done"]
         assert calls == [1.0, 2.0]
-        assert [(v.version, v.live, v.refused) for v in factory.queue.versions()] == [
-            (1, True, None),
-            (2, False, "ShapeError: docs: expected another model, found this one"),
-        ]
+        refused = "ShapeError: docs: expected another model, found this one"
+        versions = [(v.version, v.live, v.refused) for v in factory.queue.versions()]
+        assert versions == [(1, True, None), (2, False, refused)]
         assert factory.history()["what"].to_pylist()[-1] == "refuse"
         assert list(factory.live()) == ["docs"]
 
@@ -794,10 +766,9 @@ def test_merge_and_extract_make_what_the_library_makes(bench):
 
 def pairs(path, answer):
     """Pairs of invented words: ``ka<i> mo<j>`` asks for what `answer` says."""
+    words = [(i, j) for i in range(8) for j in range(8)]
     rows = [
-        {"query": f"ka{i} mo{j}", "positive": answer(i, j), "group": f"{i}{j}"}
-        for i in range(8)
-        for j in range(8)
+        {"query": f"ka{i} mo{j}", "positive": answer(i, j), "group": f"{i}{j}"} for i, j in words
     ]
     Pairs.of(rows).save(path)
     return str(path)

@@ -30,6 +30,10 @@ def accepted(queue, *numbers, keep=3, name="docs"):
         queue.accept(queue.claim(float(number)), f"{number:064x}", float(number), keep)
 
 
+def numbers(queue):
+    return [(version.version, version.live) for version in queue.versions()]
+
+
 def live(queue):
     return {version.name: version.version for version in queue.versions() if version.live}
 
@@ -37,12 +41,8 @@ def live(queue):
 @requirement("R19.2")
 def test_the_moves_are_a_table_that_leads_every_job_to_an_end():
     assert set(STATES) == {"queued", "running", "done", "rejected", "dead"}
-    assert {after for before, after in MOVES.values() if before == "running"} == {
-        "queued",
-        "done",
-        "rejected",
-        "dead",
-    }
+    ends = {after for before, after in MOVES.values() if before == "running"}
+    assert ends == {"queued", "done", "rejected", "dead"}
     assert not {"done", "rejected"} & {before for before, _ in MOVES.values()}
     assert [what for what, (_, after) in MOVES.items() if after == "running"] == ["claim"]
     with pytest.raises(TypeError):
@@ -188,10 +188,7 @@ def test_the_last_versions_are_kept_and_the_live_one_whatever_its_age(queue):
     queue.roll_back("docs", 6, 8.0)
     queue.add(order(8), 8.0)
     queue.accept(queue.claim(8.0), "8" * 64, 8.0, 1)
-    assert [(version.version, version.live) for version in queue.versions()] == [
-        (6, False),
-        (8, True),
-    ]
+    assert numbers(queue) == [(6, False), (8, True)]
 
 
 @requirement("R19.5")
@@ -203,18 +200,12 @@ def test_versions_that_the_engine_refuses_never_push_out_the_last_good_one(queue
         assert live(queue) == {"docs": 1}
         assert len(queue.versions()) == 2
     accepted(queue, 5, keep=1)
-    assert [(version.version, version.live) for version in queue.versions()] == [
-        (1, False),
-        (5, True),
-    ]
+    assert numbers(queue) == [(1, False), (5, True)]
     accepted(queue, 6, keep=3)
     queue.refuse(queue.versions()[-1], "does not fit", 7.0)
     accepted(queue, 7, keep=3)
-    assert [version.version for version in queue.versions()] == [
-        1,
-        5,
-        7,
-    ]  # the last three that were not refused
+    kept = [number for number, _ in numbers(queue)]
+    assert kept == [1, 5, 7]  # the last three that were not refused
 
 
 @requirement("R19.5")
@@ -253,11 +244,8 @@ def test_a_version_that_the_engine_refuses_gives_way_to_the_one_before(queue):
     assert live(queue) == {"docs": 2}
     queue.refuse(queue.versions()[1], "nor does this", 4.0)
     assert live(queue) == {"docs": 1}
-    assert [version.refused for version in queue.versions()] == [
-        None,
-        "nor does this",
-        "does not fit",
-    ]
+    reasons = [version.refused for version in queue.versions()]
+    assert reasons == [None, "nor does this", "does not fit"]
     queue.refuse(queue.versions()[0], "nothing fits", 4.0)
     assert live(queue) == {}
     assert queue.roll_back("docs", 2, 5.0) is not None
@@ -273,28 +261,14 @@ def test_status_history_and_skills_are_arrow_tables(queue):
     status = queue.status()
     assert status.schema.field("created").type == pa.timestamp("us", tz="UTC")
     waiting, done = status.to_pylist()
-    assert (done["state"], done["digest"], done["error"], done["attempts"]) == (
-        "done",
-        f"{1:064x}",
-        None,
-        1,
-    )
+    assert done | {"state": "done", "digest": f"{1:064x}", "error": None, "attempts": 1} == done
     assert waiting["created"] == datetime(1970, 1, 1, 0, 0, 2, 500000, UTC)
-    assert (waiting["state"], waiting["failures"], waiting["error"], waiting["base"]) == (
-        "queued",
-        1,
-        "no luck",
-        "model",
-    )
+    expected = {"state": "queued", "failures": 1, "error": "no luck", "base": "model"}
+    assert waiting | expected == waiting
     assert queue.history()["what"].to_pylist() == ["add", "claim", "accept", "add", "claim", "fail"]
     assert queue.history()["note"].to_pylist()[-1] == "no luck"
     (version,) = queue.skills().to_pylist()
-    assert (version["name"], version["version"], version["live"], version["refused"]) == (
-        "docs",
-        1,
-        True,
-        None,
-    )
+    assert version | {"name": "docs", "version": 1, "live": True, "refused": None} == version
 
 
 @requirement("R19.7")
