@@ -262,7 +262,7 @@ def factory_status(
 
     with SkillFactory(root) as shop:
         table = shop.history() if history else shop.skills() if skills else shop.status()
-    return _jobs(table.to_pylist())
+        return _jobs(table.to_pylist())
 
 
 @command("factory rollback docs --version 2", group=factory, name="rollback")

@@ -146,22 +146,17 @@ class SkillFactory:
         with self._swap:
             while self._service is not None:
                 live = [version for version in self.queue.versions() if version.live]
-                waiting = [v for v in live if self._serving.get(v.name) != v.digest]
-                if not waiting:
+                version = next((v for v in live if self._serving.get(v.name) != v.digest), None)
+                if version is None:
                     return
-                for version in waiting:
-                    self._serve(self._service, version)
-
-    def _serve(self, service: Callable[[str, Path], None], version: Version) -> None:
-        name, number = version.name, version.version
-        try:
-            service(name, self.cards.path(version.digest))
-        except Exception as error:  # noqa: BLE001 - the last good version is still served
-            log.warning("skill %r, version %d: refused: %s", name, number, error)
-            self.queue.refuse(version, f"{type(error).__name__}: {error}", self._clock())
-        else:
-            self._serving[name] = version.digest
-            log.info("skill %r: version %d is live", name, number)
+                try:
+                    self._service(version.name, self.cards.path(version.digest))
+                except Exception as error:  # noqa: BLE001 - the last good version is still served
+                    log.warning("skill %r: refused: %s", version.name, error)
+                    self.queue.refuse(version, f"{type(error).__name__}: {error}", self._clock())
+                else:
+                    self._serving[version.name] = version.digest
+                    log.info("skill %r: version %d is live", version.name, version.version)
 
     def run(self, *, at: str | None = None, stop: threading.Event | None = None) -> pa.Table:
         """Run jobs until none is queued, or every night for ever; returns `status`.
@@ -255,17 +250,15 @@ class SkillFactory:
         except Exception as error:  # noqa: BLE001 - of a killed worker, a broken pool, a bad card
             forget(self._folder(job))
             outcome = {"error": f"{type(error).__name__}: {error}", "final": False}
-        now = self._clock()
+        now, printed = self._clock(), outcome.get("printed", {})
         if "error" in outcome:
             ended = self.queue.fail(job, outcome["error"], now, final=outcome["final"])
-        else:
-            printed = outcome["printed"]
+        elif "digest" in outcome:
             note = json.dumps(printed)
-            if "digest" in outcome:
-                ended = self.queue.accept(job, outcome["digest"], now, self.keep, note)
-            else:
-                reason = str(printed.get("reason", "made nothing worth serving"))
-                ended = self.queue.reject(job, now, reason, note)
+            ended = self.queue.accept(job, outcome["digest"], now, self.keep, note)
+        else:
+            reason = printed.get("reason", "made nothing worth serving")
+            ended = self.queue.reject(job, now, reason, json.dumps(printed))
         self._report(ended)
         self._sweep()
 
@@ -299,8 +292,8 @@ class SkillFactory:
         if job is None:
             return
         level = logging.WARNING if job.error else logging.INFO
-        tail = f": {job.error}" if job.error else ""
-        log.log(level, "%s %r, attempt %d: %s%s", job.kind, job.name, job.attempts, job.state, tail)
+        about = (job.kind, job.name, job.attempts, job.state, job.error or "")
+        log.log(level, "%s %r, attempt %d: %s %s", *about)
         if self._on_event is not None:
             self._on_event(job)
 

@@ -797,7 +797,7 @@ def test_training_is_a_job_whose_card_is_taken_if_it_is_better_than_its_base(ben
     assert json.loads(event["note"])["before"]["mrr"] == 1.0
 
 
-@requirement("R19.2", "R17.6")
+@requirement("R19.2", "R17.8")
 def test_training_goes_on_from_its_checkpoint_after_a_kill(bench, model_folder, monkeypatch):
     """The job's process is killed right after a checkpoint, and the next attempt takes no step twice."""
     toys = bench.folder / "toys"
