@@ -1,8 +1,6 @@
 """What all commands share: the application, common options, output, errors and progress.
 
-A command is a function that returns a `Result`; the decorator `command` adds it to the application.
-Output goes to stdout as text or, with `--json`, as JSON. Errors are one line on stderr and exit
-status 1 (2 for wrong usage), and an interrupt exits with 130.
+Errors are one line on stderr and exit status 1 (2 for wrong usage), and an interrupt exits with 130.
 
 Requirements: R25.
 """
@@ -93,15 +91,10 @@ def command(
 ) -> Callable[[Callable[..., Result | None]], Callable[..., Any]]:
     """Add a function as a command: positional parameters are arguments, keyword-only ones options.
 
-    The help is the docstring; that of each option is its line under `Args:`. Every command has
-    `--json`, which is passed on only to a function with a parameter `as_json`.
+    The help is the docstring. Every command has `--json`.
 
     Args:
-        example: A command line that the help shows, without `lora`.
-        group: Where the command belongs.
-        name: Of the command; the function's if omitted.
         inputs: For a command that may be a job: its parameters that are paths it reads.
-        settings: Typer's context settings.
         composed: Parameter -> a function that makes its value from options of its own.
     """
 
@@ -135,6 +128,17 @@ def command(
     return register
 
 
+_COMMON = {
+    "out": "Where to write.",
+    "name": "Name of the card.",
+    "seed": "Seed of every random choice.",
+    "card": "A card file; may be repeated.",
+    "documents": "Folder of Python files and prose to learn.",
+    "queries": "What users asked, a line each; the documents' own if omitted.",
+    "target": "Target module; may be repeated.",
+}
+"""The help of options that have none in their command's docstring."""
+
 _NAMES = {"out": ["--out", "-o"], "as_json": ["--json"]}
 """Options that are not called as their parameters, or have a short form."""
 
@@ -151,7 +155,8 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
         positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         extra: list[Any] = list(getattr(annotation, "__metadata__", ()))
         info = copy(extra[0]) if extra else typer.Argument() if positional else typer.Option(*flags)
-        info.help = " ".join(helps[name].split()) if name in helps else info.help
+        text = helps.get(name, info.help or _COMMON.get(name, ""))
+        info.help = " ".join(text.split())
         annotation = Annotated[
             getattr(annotation, "__origin__", annotation) if extra else annotation, info
         ]

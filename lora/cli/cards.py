@@ -119,11 +119,9 @@ def merge(
 
     Args:
         cards: Card files, PEFT folders, or what else convert reads.
-        out: Where to write the merged card.
         strategy: average, weighted, slerp, ties, dare, task_arithmetic or cat.
         weight: Of a card; once for each, in their order.
         rank: Largest rank. If omitted: exact; for ties and dare, the parents' largest.
-        name: Name of the merged card.
         density: Of ties and dare: the share of entries kept.
         elect: Of ties: signs by 'mass' or by 'count'.
         seed: Of dare: seed of what is dropped.
@@ -174,14 +172,12 @@ def extract(
 
     Args:
         tuned: Weights: a .safetensors file, an index of shards, or a model's folder.
-        out: Where to write the card.
         base: The weights tuned from; without them the model is compressed.
-        rank: Rank of each module; 8 if nothing else is said.
+        rank: Rank of each module; 8 if no rule is set.
         energy: Instead of --rank: the share of ΔW's squares to hold.
         error: Instead of --rank: the largest relative error.
-        target: Target module; may be repeated. All Linears if omitted.
+        target: Target module; all Linears if omitted.
         method: 'full', or 'randomized' for large matrices.
-        seed: Seed of the randomized method.
         name: Name of the card; the output file's if omitted.
     """
     from lora.checks import integer
@@ -222,7 +218,7 @@ def extract(
 
 
 def _read_card(source: Path, name: str | None = None, alpha: float | None = None) -> "LoRACard":
-    """Read a card file, a PEFT folder or a safetensors file; only the last takes an alpha."""
+    """Read a card file, a PEFT folder or a safetensors file."""
     from lora.interop.peft import import_peft
     from lora.interop.safetensors import load_safetensors
 

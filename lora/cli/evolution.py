@@ -54,10 +54,7 @@ def evolve(
     """Learn what the engine does not know of some documents. What measurably helps is kept.
 
     Args:
-        documents: Folder of Python files and prose to learn.
         out: Folder for accepted cards.
-        queries: What users asked, a line each; the documents' own if omitted.
-        card: A card that is there already; may be repeated.
         ask: HOST:documents or HOST:queries: what may be sent to the teacher at that host.
         teacher_model: The teacher's name there.
         teacher_url: An OpenAI-compatible server.
@@ -112,13 +109,8 @@ def distil(
     """Learn one card from documents. It is written if it measurably helps; exit 3 if nothing does.
 
     Args:
-        documents: Folder of Python files and prose to learn.
-        name: Name of the card.
-        out: Where to write the card.
-        queries: What users asked, a line each; the documents' own if omitted.
         rank: Rank of the card.
         alpha: Alpha of the card.
-        seed: Seed of every choice.
     """
     from lora.checks import integer
     from lora.evolving import outcomes, watching

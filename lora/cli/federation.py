@@ -190,7 +190,6 @@ def sign(card: Path, *, key: Path) -> Result:
     """Sign a card. Its signature is written beside it, and served with it.
 
     Args:
-        card: A card file.
         key: PEM private key, of `lora keygen`.
     """
     from lora.federation.keys import sign_file, signature_path

@@ -1,7 +1,6 @@
 """A job of the skill factory is a command line of `lora`: it is checked here when it is added.
 
-Only commands that declare their inputs may be jobs. The stored command line is complete: inputs are
-absolute paths, and outputs are names in the job's folder, where the command will run.
+Its inputs become absolute paths, and its outputs are names in the job's folder, where it will run.
 
 Requirements: R19.
 """
@@ -25,12 +24,7 @@ _OURS = {"-o", "--out", "--checkpoint", "--plot", "--json"}
 
 
 def job_of(arguments: Sequence[str], **limits: Any) -> Job:
-    """Check a command line and make a job of it; `limits` are those of `Job.of`.
-
-    Raises:
-        ArgumentError: The command cannot be a job, or refuses its arguments.
-        CardNotFoundError: An input does not exist.
-    """
+    """Check a command line and make a job of it; `limits` are those of `Job.of`."""
     command, *words = arguments or [""]
     if command not in INPUTS:
         raise ArgumentError("job", f"one of the commands {', '.join(INPUTS)}", shown(command))

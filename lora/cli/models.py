@@ -47,7 +47,6 @@ def encode(
 
     Args:
         texts: Texts; lines of standard input if omitted.
-        card: A card to apply; may be repeated.
         out: Write a NumPy .npy file instead of printing.
         parquet: Encode this file's column of texts into --out, a Parquet file.
         column: The column of texts of --parquet.
@@ -208,8 +207,6 @@ def train(
 
     Args:
         data: Pairs as .jsonl, .parquet or .arrow; 'stdlib' for Python's own docstrings.
-        name: Name of the card.
-        out: Where to write the card.
         description: What the card is for; the router goes by it.
         preset: How long: quick, stable; or what for: coder, researcher, security, architect,
             reviewer.
@@ -220,7 +217,6 @@ def train(
         rank: Rank; the preset's or 8.
         alpha: Alpha; the preset's or 16.
         target: Target module; may be repeated. The preset's, or query and value.
-        seed: Seed of everything random.
         checkpoint: Go on from this file after an interruption.
         plot: Draw the history as .svg or .png.
     """

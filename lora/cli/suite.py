@@ -66,7 +66,6 @@ def bench(
             commands; repeatable.
         quick: Fewer rounds and smaller sizes: it works, no more.
         threads: Threads of each measured process.
-        out: Write the figures to this JSON file.
     """
     from lora.store import replacing
     from lora.testing.bench import SCRIPTS, run_bench, shown
@@ -102,7 +101,6 @@ def demo(
 
     Args:
         steps: Training steps; fewer are quicker and teach less.
-        out: Folder for what the demo makes.
     """
     from lora.demo import run
 

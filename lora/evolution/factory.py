@@ -1,8 +1,7 @@
-"""SkillFactory runs queued command lines unattended and puts the cards they make into service.
+"""SkillFactory runs queued command lines unattended and serves the cards they make.
 
-Its folder holds `queue.sqlite` (jobs, events, versions), `cards/` (accepted cards by digest) and
-`work/` (a folder for each open job). One coordinator at a time runs jobs, under a lock; any thread
-and any process may add jobs, look and roll back.
+One coordinator at a time runs the jobs of a folder; any thread and process may add jobs, look and
+roll back.
 
 Requirements: R19.
 """
@@ -47,16 +46,13 @@ JOBS = "lora.cli.jobs"
 class SkillFactory:
     """A queue of long work in a folder, and what runs it.
 
-    A job is a command line of `lora` (train, extract, merge or distil) in a fresh process.
-
     Args:
-        root: Its folder. Workers on other machines must see it, and what jobs read, at one path.
-        executor: Carries the jobs; by default threads. Processes of a pool should be spawned.
+        root: Its folder; all workers must see it at this path.
+        executor: Carries the jobs; by default threads.
         workers: Jobs at a time.
-        service: Called with a skill's name and a card file at the start and whenever the live
-            version changes; it raises if the engine refuses the card.
+        service: Called with a skill's name and the card file to serve; raises if it is refused.
         keep: Versions of each skill that are kept.
-        on_event: Called with a job whenever its state changed.
+        on_event: Called with a job whose state changed.
 
     Examples:
         >>> import tempfile
@@ -162,11 +158,8 @@ class SkillFactory:
         """Run jobs until none is queued, or every night for ever; returns `status`.
 
         Args:
-            at: `hh:mm` on the local wall clock: run each night, and at once if one was missed.
-            stop: Set it to end: no further job is begun, and running jobs are waited for.
-
-        Raises:
-            StateError: Another coordinator runs, or the executor is broken.
+            at: `hh:mm`, local time: run each night, and at once if one was missed.
+            stop: Set it to end when the running jobs have ended.
         """
         begin = None if at is None else parse_at(at)
         stop = stop or threading.Event()

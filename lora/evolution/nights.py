@@ -27,12 +27,7 @@ def parse_at(text: str) -> time:
 
 
 def night_of(at: time, now: datetime) -> date:
-    """Return the night that began last; `now` is on the local wall clock, without a zone.
-
-    Examples:
-        >>> night_of(parse_at("02:00"), datetime(2026, 3, 1, 1, 59))
-        datetime.date(2026, 2, 28)
-    """
+    """Return the night that began last; `now` is on the local wall clock, without a zone."""
     return now.date() if now.time() >= at else now.date() - DAY
 
 

@@ -1,7 +1,6 @@
 """The skill factory's jobs, history and versions: a SQLite file in which a change is a transaction.
 
-A job is a command line of `lora`, known by the hash of its words and inputs. It runs at least once and
-takes effect once: its card is entered in the transaction that ends it, by the attempt that holds it.
+A job runs at least once and takes effect once: its card is entered in the transaction that ends it.
 No clock is read here: `now` is passed in, as seconds since 1970.
 
 Requirements: R19.
@@ -82,13 +81,11 @@ class Job:
 
     Args:
         kind, name: The command, and the skill that it makes.
-        arguments: The command line, without `lora`.
         inputs: Path -> digest of what it reads.
-        base: The base model that it loads; empty if it needs none.
+        base: The base model that it loads; may be empty.
         seconds, memory: Limits of one attempt; memory in bytes.
         attempts: Begun so far; only the last one may end the job.
-        failures: Failed attempts; the job is dead after `max_failures`.
-        error: Why the last attempt failed, or its result was rejected.
+        error: Why the last attempt failed or was rejected.
     """
 
     id: str
@@ -118,13 +115,7 @@ class Job:
         inputs: Mapping[str, str] = MappingProxyType({}),
         **limits: Any,
     ) -> Self:
-        """Make a new job; `limits` are `base` to `memory` of the class.
-
-        Examples:
-            >>> job = Job.of(["merge", "a.lora.arrow", "--name", "both"], "both")
-            >>> job.id == Job.of(job.arguments, "both", priority=7).id, job.kind
-            (True, 'merge')
-        """
+        """Make a new job, known by the hash of its words and inputs; `limits` are the class's."""
         text = json.dumps([list(arguments), dict(inputs)], sort_keys=True)
         sha = hashlib.sha256(text.encode()).hexdigest()
         job = cls(sha, arguments[0], name, tuple(arguments), dict(inputs), **limits)
@@ -155,12 +146,6 @@ class Version:
 
 class JobQueue:
     """A queue in a file, for any number of threads and processes; one coordinator at a time claims.
-
-    A process that is killed anywhere leaves a whole change or nothing of it.
-
-    Raises:
-        StoreError: The file cannot be read or written, or is no queue.
-        StateError: The file has another version of the layout.
 
     Examples:
         >>> import tempfile
@@ -241,7 +226,7 @@ class JobQueue:
     def claim(self, now: float) -> Job | None:
         """Take the oldest job of the highest priority, unless a job of another base model runs.
 
-        A job that waits for its base model holds back the others, so that no job waits for ever.
+        A job that waits for its base model holds back the others.
         """
         with self._transaction():
             job = next(iter(self.jobs("queued")), None)
@@ -256,8 +241,8 @@ class JobQueue:
     ) -> Job | None:
         """End a job with its card, which becomes the live version of its name.
 
-        The last `keep` versions that were not refused are kept, and the one that was live, in case
-        the engine refuses this one. Returns None if this attempt no longer holds the job.
+        Keeps the last `keep` good versions and the one that was live. Returns None if this attempt
+        no longer holds the job.
         """
         with self._transaction():
             ended = self._move("accept", job, now, note, ended=now, digest=digest)
@@ -320,7 +305,7 @@ class JobQueue:
             return known[number]
 
     def refuse(self, version: Version, reason: str, now: float) -> None:
-        """Note that the engine refused a version; if it was live, the one before it becomes live."""
+        """Note that the engine refused a version; the one before a live one becomes live."""
         number = version.version
         with self._transaction():
             known = self.versions(version.name)

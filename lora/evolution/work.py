@@ -1,9 +1,7 @@
 """A job in a process of its own: a command line of `lora`, run under limits.
 
-`supervise` is the function that is submitted to an executor. It starts a fresh process group and
-waits for it, so that a job that crashes, hangs or takes too much memory harms nothing else. The
-process watches a pipe to its supervisor and ends with it. A job works in a folder of its own, one
-process at a time, and the next attempt takes a whole result that it finds there.
+`supervise` is the function that is submitted to an executor. The process ends with its supervisor: it
+watches a pipe. It works in the job's folder, where the next attempt finds a whole result.
 
 Requirements: R19.
 """
@@ -51,8 +49,7 @@ def content_id(path: str) -> str:
 def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
     """Run a job in a fresh process and return its outcome; all of it is JSON, for any executor.
 
-    The outcome is `{"card": path or None, "printed": facts}`, or `{"error": text, "final": bool}`; an
-    error is final if another attempt would fail alike.
+    It is `{"card": path or None, "printed": facts}` or `{"error": text, "final": bool}`.
     """
     folder = Path(order["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +91,7 @@ def halt(folder: str) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Delete a result that is of no use, so that the next attempt starts anew."""
+    """Delete a useless result."""
     (folder / OUTCOME).unlink(missing_ok=True)
 
 
@@ -114,7 +111,7 @@ def main() -> None:
 
 
 def _attempt(order: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Run the command line in the job's folder and read its exit status and what it printed."""
+    """Run the command line in the job's folder."""
     for path, known in order["inputs"].items():
         with suppress(CardNotFoundError, StoreError):
             if content_id(path) == known:
@@ -187,7 +184,7 @@ def _line(handle: int) -> bytes:
 
 
 def _end_with_supervisor(pipe: int) -> None:
-    """Wait until the supervisor's end of the pipe is closed, then kill this process group."""
+    """Kill this process group once the supervisor closed the pipe."""
     while os.read(pipe, 1):
         pass
     os.killpg(os.getpgid(0), signal.SIGKILL)

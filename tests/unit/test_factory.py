@@ -808,17 +808,17 @@ import sys
 if "lora.evolution.work" in sys.orig_argv:
     import os, signal
     from lora.evolution import train
-    step, store = train._Session.step, train._Session.store
-    def counted(self, pairs, number):
+    step, store = train._Run.step, train._Run.store
+    def counted(self, batch):
         with open({str(steps)!r}, "a") as file:
-            file.write(f"{{number}} ")
-        return step(self, pairs, number)
-    def killed(self, path, run):
-        store(self, path, run)
+            file.write(f"{{len(self.history)}} ")
+        return step(self, batch)
+    def killed(self, *args):
+        store(self, *args)
         if not os.path.exists("killed"):
             open("killed", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
-    train._Session.step, train._Session.store = counted, killed
+    train._Run.step, train._Run.store = counted, killed
 """)
     monkeypatch.setenv("PYTHONPATH", str(toys), prepend=os.pathsep)
     rows = [{"query": f"a{i}", "positive": f"b{i}", "group": f"{i % 4}"} for i in range(400)]
