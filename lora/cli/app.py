@@ -144,7 +144,7 @@ _NAMES = {"out": ["--out", "-o"], "as_json": ["--json"]}
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Read a function's parameters as typer wants them, with the help of its docstring."""
+    """Read a function's parameters for typer, with the help in its docstring."""
     lines = (inspect.getdoc(function) or "").partition("Args:\n")[2]
     helps = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", lines, re.MULTILINE))
     parameters = []

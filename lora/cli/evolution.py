@@ -218,7 +218,7 @@ def factory_run(
     """Run what is queued; exit 1 if a job is dead.
 
     Args:
-        at: Run every night at this local time, HH:MM; now and once if omitted.
+        at: Run every night at this local time, HH:MM; once if omitted.
         scheduler: tcp://host:port of a Dask scheduler to run on.
         workers: Jobs at a time.
     """
@@ -276,7 +276,7 @@ def factory_rollback(
 
 
 def _jobs(rows: list[dict[str, Any]]) -> Result:
-    """Rows of a factory's table: on a terminal, the columns that there is room for."""
+    """Rows of a factory's table; some columns on a terminal."""
     short = [{key: row[key] for key in SHOWN if key in row} for row in rows]
     for row in short:
         row |= {key: row[key][:12] for key in ("id", "digest") if row.get(key)}

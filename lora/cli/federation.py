@@ -31,7 +31,7 @@ def credentials(
     ca: Path | None = None,
     insecure_token: bool = False,
 ) -> Any:
-    """Read the credentials of a connection; these are the options of every command that connects.
+    """Read the credentials of a connection.
 
     Args:
         token_file: File with the bearer token.
@@ -203,7 +203,7 @@ def sign(card: Path, *, key: Path) -> Result:
 def _visitor(
     peers: list[str] | None, wait: float, credentials: Any, policy: Any = None, cache: Any = None
 ) -> Iterator[Any]:
-    """Open a node that serves nothing, once it found the named peers or waited for unnamed ones."""
+    """Open a node that serves nothing and has looked for its peers."""
     from lora.federation.cache import default_cache
     from lora.federation.node import Node, uri_of
     from lora.federation.trust import Policy

@@ -50,7 +50,7 @@ def encode(
         out: Write a NumPy .npy file instead of printing.
         parquet: Encode this file's column of texts into --out, a Parquet file.
         column: The column of texts of --parquet.
-        adapter: With --parquet: the name of the one card to apply to every row; none if omitted.
+        adapter: With --parquet: the name of the card to apply to every row.
         route: With --parquet: choose each row's card by its text.
     """
     if parquet is not None:
@@ -217,7 +217,7 @@ def train(
         rank: Rank; the preset's or 8.
         alpha: Alpha; the preset's or 16.
         target: Target module; may be repeated. The preset's, or query and value.
-        checkpoint: Go on from this file after an interruption.
+        checkpoint: Go on from this file after an interrupt.
         plot: Draw the history as .svg or .png.
     """
     from lora.checks import integer

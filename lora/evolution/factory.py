@@ -235,7 +235,7 @@ class SkillFactory:
         return True
 
     def _settle(self, job: Job, future: Future[dict[str, Any]]) -> None:
-        """End an attempt: keep its card and enter it, or note why there is none."""
+        """Enter what came of an attempt."""
         try:
             outcome = future.result()
             if outcome.get("card"):
@@ -267,7 +267,7 @@ class SkillFactory:
             return sha
 
     def _sweep(self) -> None:
-        """Remove the cards that no version names and the folders of jobs that are done."""
+        """Remove cards without a version and folders of ended jobs."""
         named = {version.digest for version in self.queue.versions()}
         states = {job.id: job.state for job in self.queue.jobs()}
         with os_errors(self.root):
@@ -281,7 +281,7 @@ class SkillFactory:
         return self.root / "work" / job.id
 
     def _report(self, job: Job | None) -> None:
-        """Log a job's new state and tell `on_event`; None if another attempt holds the job."""
+        """Log a job's new state and tell `on_event`."""
         if job is None:
             return
         level = logging.WARNING if job.error else logging.INFO

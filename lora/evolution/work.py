@@ -150,7 +150,7 @@ def _attempt(order: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _outcome(folder: Path) -> dict[str, Any]:
-    """Read the outcome in a folder; nothing if it names a card that is gone."""
+    """Read the outcome in a folder, unless its card is gone."""
     try:
         outcome: dict[str, Any] = json.loads((folder / OUTCOME).read_text("utf-8"))
     except (OSError, ValueError):

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import sysconfig
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -561,35 +560,3 @@ def test_a_dry_run_of_evolve_has_no_teacher_and_keeps_nothing(here, tmp_path, mo
     ((_, options),) = calls
     assert (options["teacher"], options["store"]) == (None, None)
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
-
-
-@requirement("R18.5", "R18.6", "R25.2")
-@pytest.mark.parametrize("data", ["documents", "queries"])
-def test_evolve_lets_a_teacher_see_what_is_named_and_spend_its_budget(
-    here, tmp_path, monkeypatch, data
-):
-    """The distiller that the command makes is asked for what was allowed, and for what was not."""
-    from lora.errors import StateError
-    from tests.unit.test_cloud import Server
-
-    server = Server()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    calls = watched(monkeypatch, "lora.evolving.watching")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "key").write_text("secret\n")
-    (tmp_path / "docs").mkdir()
-    with contextlib.closing(server.socket):
-        ask = ["--ask", f"127.0.0.1:{data}", "--teacher-model", "small", "--key-file", "key"]
-        spend = ["--teacher-url", server.url, "--budget", "50"]
-        here("evolve", "--documents", "docs", "-o", "skills", *ask, *spend)
-        ((_, options),) = calls
-        asked = {
-            "documents": lambda: options["teacher"].from_documents({"a": "A card holds factors."}),
-            "queries": lambda: options["teacher"].from_queries("cards", ["what is a card"]),
-        }
-        for kind, call in asked.items():
-            reason = "at most 50 tokens" if kind == data else f"a Consent that names .*'{kind}'"
-            with pytest.raises(StateError, match=reason):
-                call()
-        assert server.requests == []
-        server.shutdown()

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import lora
 from lora.card import LoRACard
-from lora.cli import app
+from lora.cli.app import app
 from lora.errors import StateError
 from lora.evolution.cloud import Ledger
 from lora.evolution.data import Pairs
@@ -144,18 +144,7 @@ def test_evolve_asks_a_teacher_only_as_allowed(shop, server, monkeypatch):  # no
 def test_a_task_is_a_preset_of_training_that_options_can_override(shop, here):
     rows = [{"query": f"number {i}", "positive": f"n{i}", "group": str(i % 4)} for i in range(16)]
     Pairs.of(rows).save(shop / "pairs.jsonl")
-    options = [
-        "--preset",
-        "reviewer",
-        "--loss",
-        "triplet",
-        "--schedule",
-        "linear",
-        "--warmup",
-        "0.1",
-        "--steps",
-        "1",
-    ]
+    options = "--preset reviewer --loss triplet --schedule linear --warmup 0.1 --steps 1".split()
     line = "train pairs.jsonl --name x -o x.lora.arrow --rank 4"
     assert here(*line.split(), *options)[0] in (0, 3)
     card = lora.load(shop / "x.lora.arrow")
