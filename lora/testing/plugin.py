@@ -99,7 +99,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the mark, choose the Hypothesis profile, and gather outcomes."""
     mark = "requirement(*ids): the requirements that a test is evidence for"
-    config.addinivalue_line("markers", mark)
+    for line in (mark, "slow: takes long"):
+        config.addinivalue_line("markers", line)
     settings.load_profile(profile())
     config.pluginmanager.register(Collector(), "lora-conformance-collector")
     if binding := config.getoption("--binding"):
