@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/commands.py [--quick] [--json FILE]
 
-Commands run in processes of their own, as a shell starts them, beside ``python -c "import numpy"``. The cycle is
-``lora evolve`` on the docstrings of networkx, which torch brings along: it looks, trains, judges on held-out data, and would
-store the card.
+Commands run in processes of their own, as a shell starts them, beside ``python -c "import numpy"``.
+The cycle is ``lora evolve`` on the docstrings of networkx, which torch brings along: it looks,
+trains, judges on held-out data, and would store the card.
 """
 
 import importlib.util

@@ -1,6 +1,7 @@
 """Many clients at one server, and a soak with kills and partitions, on loopback.
 
-    OMP_NUM_THREADS=1 python benchmarks/federation.py [--gigabytes 20] [--soak 600] [--quick] [--json FILE]
+OMP_NUM_THREADS=1 python benchmarks/federation.py [--gigabytes 20] [--soak 600] [--quick] [--json
+FILE]
 
 What one verified fetch takes is in ``fetching.py``. These two take as long as they are told to.
 """
@@ -32,7 +33,9 @@ def anonymous(pid: int) -> int:
 
 
 def _reading(port: int, sha: str, gate: Any, count: int, told: Any) -> None:
-    """Receive and hash the card so many times; nothing is written, so that the server is what is measured."""
+    """Receive and hash the card so many times; nothing is written, so that the server is what is
+    measured.
+    """
     from pyarrow import flight  # noqa: PLC0415 - in the child
 
     client, bad, size = flight.connect(f"grpc://127.0.0.1:{port}"), 0, 0
@@ -96,7 +99,9 @@ def many(gigabytes: float, clients: int = 32) -> list[Row]:
 
 
 def soak(seconds: float) -> Row:
-    """A node that fetches all the time, while its two peers are killed, stopped and started again at random."""
+    """A node that fetches all the time, while its two peers are killed, stopped and started again
+    at random.
+    """
     rng = random.Random(0)  # noqa: S311 - a script, not a secret
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         lora.save(card_of(8), f"{folder}/big.lora.arrow")

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/fetching.py [--quick] [--json FILE]
 
-The fetch receives a card of 50 MB over Flight, hashes it, writes it, and checks its structure and values; raw
-TCP is ``sendall`` of the same bytes from one process to another, which throws them away.
+The fetch receives a card of 50 MB over Flight, hashes it, writes it, and checks its structure and
+values; raw TCP is ``sendall`` of the same bytes from one process to another, which throws them
+away.
 """
 
 import hashlib

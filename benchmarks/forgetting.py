@@ -1,11 +1,13 @@
-"""What a second task does to a first one on the same card, with elastic weight consolidation and without.
+"""What a second task does to a first one on the same card, with elastic weight consolidation and
+without.
 
     OMP_NUM_THREADS=2 python benchmarks/forgetting.py [--quick] [--json FILE]
 
-The first task is docstring sentence → qualified name, of Python's standard library, on MiniLM. The second one contradicts
-it: the same sentences ask for the name of the definition that comes next in the same top-level module. Every figure is the
-MRR on held-out modules. How strong the consolidation is, λ, is chosen on the first seed: of `STRENGTHS`, that with the best
-mean of both tasks on a validation part of the modules that are trained on.
+The first task is docstring sentence → qualified name, of Python's standard library, on MiniLM. The
+second one contradicts it: the same sentences ask for the name of the definition that comes next in
+the same top-level module. Every figure is the MRR on held-out modules. How strong the consolidation
+is, λ, is chosen on the first seed: of `STRENGTHS`, that with the best mean of both tasks on a
+validation part of the modules that are trained on.
 """
 
 import statistics
@@ -26,7 +28,9 @@ SHARE = 0.8
 
 
 def neighbours(pairs: Pairs) -> Pairs:
-    """The same sentences, each with the positive of the next pair of its group; groups of one are left out."""
+    """The same sentences, each with the positive of the next pair of its group; groups of one are
+    left out.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in pairs.table.to_pylist():
         groups.setdefault(row["group"], []).append(row)

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=2 python benchmarks/forward.py [--quick] [--json FILE]
 
-The model is Hugging Face's ``BertModel`` with MiniLM's weights, adapted by `lora.adapt` (a `LoRALinear` for each Linear), by
-`lora.fold` (what the engine does with active cards) and by PEFT. Rows with adapters of their own run in `InferenceCore`,
-PEFT's in ``BertModel``: each is compared with its own base. On a GPU a call ends when that has, and the model is bfloat16.
+The model is Hugging Face's ``BertModel`` with MiniLM's weights, adapted by `lora.adapt` (a
+`LoRALinear` for each Linear), by `lora.fold` (what the engine does with active cards) and by PEFT.
+Rows with adapters of their own run in `InferenceCore`, PEFT's in ``BertModel``: each is compared
+with its own base. On a GPU a call ends when that has, and the model is bfloat16.
 """
 
 import math
@@ -55,7 +56,9 @@ def card(base: nn.Module, name: str, rank: int, targets: list[str]) -> LoRACard:
 
 
 def peft_model(cards: list[LoRACard]) -> Any:
-    """PEFT around a model of its own, with these cards' factors as its adapters, all of them active."""
+    """PEFT around a model of its own, with these cards' factors as its adapters, all of them
+    active.
+    """
     first, *others = cards
     wrapped = peft.get_peft_model(model(), config(first), adapter_name=first.name)
     for other in others:
@@ -105,7 +108,9 @@ def ordered(adapted: nn.Module, threshold: float) -> nn.Module:
 
 
 def one_card(*, quick: bool) -> Iterator[Row]:
-    """One applied card, folded and not; and at rank 16, what either order of a layer would cost alone."""
+    """One applied card, folded and not; and at rank 16, what either order of a layer would cost
+    alone.
+    """
     base = model()
     for kind, (rank, targets) in KINDS.items():
         docs = card(base, "docs", rank, targets)

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/growth.py [--quick] [--json FILE]
 
-Every point is a median beside the first point of its line, in shuffled rounds of one process. The slope is that of log cost
-over log size between the last two points: 1 is linear, less is sublinear (a fixed cost dominates), more would be worse.
+Every point is a median beside the first point of its line, in shuffled rounds of one process. The
+slope is that of log cost over log size between the last two points: 1 is linear, less is sublinear
+(a fixed cost dominates), more would be worse.
 """
 
 import math

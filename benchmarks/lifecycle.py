@@ -1,10 +1,11 @@
-"""What loading, applying, swapping and removing a card cost beside safetensors and PEFT, with one card there or a thousand.
+"""What loading, applying, swapping and removing a card cost beside safetensors and PEFT, with one
+card there or a thousand.
 
     OMP_NUM_THREADS=2 python benchmarks/lifecycle.py [--quick] [--json FILE]
 
-The model is Hugging Face's ``BertModel`` with MiniLM's weights on both sides. Files are in the page cache. A card is loaded
-whole: mapped, validated, and checked as a value. PEFT's applying is the injection of a new adapter, its swapping
-``set_adapter``, its removing ``delete_adapter``.
+The model is Hugging Face's ``BertModel`` with MiniLM's weights on both sides. Files are in the page
+cache. A card is loaded whole: mapped, validated, and checked as a value. PEFT's applying is the
+injection of a new adapter, its swapping ``set_adapter``, its removing ``delete_adapter``.
 """
 
 import tempfile
@@ -29,7 +30,9 @@ MILLISECONDS = {"R6.1": 100, "R6.2": 500, "R6.6": 100}
 
 
 def loading(*, quick: bool) -> Iterator[Row]:
-    """A card file beside safetensors' `load_file` of the same factors, and beside PEFT's `load_adapter`."""
+    """A card file beside safetensors' `load_file` of the same factors, and beside PEFT's
+    `load_adapter`.
+    """
     base = model()
     for kind, (rank, targets) in KINDS.items():
         docs = card(base, "docs", rank, targets)
@@ -164,7 +167,9 @@ def applying(*, quick: bool) -> Iterator[Row]:
 
 
 def present(*, quick: bool) -> Iterator[Row]:
-    """With 1, 10, 100 and 1,000 cards known to one manager; PEFT with as many adapters as it holds in a minute."""
+    """With 1, 10, 100 and 1,000 cards known to one manager; PEFT with as many adapters as it holds
+    in a minute.
+    """
     base = model()
     docs = card(base, "docs", *KINDS["r8 q,v"])
     manager = LoRAManager(base)

@@ -1,8 +1,10 @@
-"""Merging, extraction and import beside what a user would use instead: PEFT's own merge, NumPy's SVD, PEFT's own reader.
+"""Merging, extraction and import beside what a user would use instead: PEFT's own merge, NumPy's
+SVD, PEFT's own reader.
 
     OMP_NUM_THREADS=2 python benchmarks/merge_extract.py [--quick] [--json FILE]
 
-Each comparison gives the errors of both sides beside their times, so that no speed is bought with accuracy unseen.
+Each comparison gives the errors of both sides beside their times, so that no speed is bought with
+accuracy unseen.
 """
 
 import tempfile
@@ -103,7 +105,9 @@ def _card(name: str, layer: Any) -> LoRACard:
 
 
 def extraction(*, quick: bool) -> Iterator[Row]:
-    """ΔW of 768 x 3072 at rank 16: noise alone, where nothing stands out, and a skill of rank 32 under noise."""
+    """ΔW of 768 x 3072 at rank 16: noise alone, where nothing stands out, and a skill of rank 32
+    under noise.
+    """
     generator = np.random.default_rng(0)
     noise = generator.standard_normal((768, 3072), np.float32)
     skill = generator.standard_normal((768, 32), np.float32) @ generator.standard_normal(
@@ -146,7 +150,9 @@ def extraction(*, quick: bool) -> Iterator[Row]:
 
 
 def importing(*, quick: bool) -> Iterator[Row]:
-    """A directory that PEFT wrote for MiniLM, rank 8 on query and value: read, and read and put to work."""
+    """A directory that PEFT wrote for MiniLM, rank 8 on query and value: read, and read and put to
+    work.
+    """
     torch.manual_seed(0)
     base = AutoModel.from_pretrained(get_model_path()).eval().requires_grad_(requires_grad=False)
     config = peft.LoraConfig(

@@ -1,6 +1,8 @@
-"""How everything here is timed: sides take turns in shuffled rounds, and what counts is the median of the rounds' ratios.
+"""How everything here is timed: sides take turns in shuffled rounds, and what counts is the median
+of the rounds' ratios.
 
-A script here makes rows by `ratio_row` and hands its groups of them to `run`, which prints a table and writes JSON.
+A script here makes rows by `ratio_row` and hands its groups of them to `run`, which prints a table
+and writes JSON.
 """
 
 import argparse
@@ -30,7 +32,9 @@ Times = dict[str, list[float]]
 LIBC = ctypes.CDLL(None)  # glibc's, for what is known of memory
 
 REST = 0.03
-"""Seconds before a timing that sides of two thread pools need: threads that have worked go on spinning for a while."""
+"""Seconds before a timing that sides of two thread pools need: threads that have worked go on
+spinning for a while.
+"""
 
 SLICE = 0.02
 """Seconds that one timing of fast work lasts at least, by repeating it."""
@@ -53,8 +57,8 @@ def rounds(
 ) -> Times:
     """Seconds of each side in each of `count` rounds, in every one in another order.
 
-    Work is repeated to last `SLICE`; where a side has a reset, which is not timed, every side is called once a round.
-    Before each timing there are `rest` seconds of nothing.
+    Work is repeated to last `SLICE`; where a side has a reset, which is not timed, every side is
+    called once a round. Before each timing there are `rest` seconds of nothing.
     """
     resets = resets or {}
     repeats = {}
@@ -87,7 +91,9 @@ def told(sides: Mapping[str, Callable[[], float]], count: int) -> Times:
 
 
 def median_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median and its 95 % confidence interval, from order statistics; the whole range of fewer than 6 values."""
+    """The median and its 95 % confidence interval, from order statistics; the whole range of fewer
+    than 6 values.
+    """
     ordered, count = sorted(values), len(values)
     below = 0  # values cut off at each end
     while 2 * sum(comb(count, i) for i in range(below + 1)) <= 0.05 * 2**count:
@@ -110,7 +116,9 @@ def ratio_row(
     ids: Sequence[str] = (),
     **more: Any,
 ) -> Row:
-    """One figure: side / beside, or as `overhead` that less 1, or with `at_least` beside / side (how many times faster)."""
+    """One figure: side / beside, or as `overhead` that less 1, or with `at_least` beside / side
+    (how many times faster).
+    """
     pairs = zip(times[side], times[beside], strict=True)
     ratios = [(b / a if at_least else a / b) - overhead for a, b in pairs]
     middle, low, high = median_with_interval(ratios)
@@ -145,7 +153,9 @@ def figure_row(
     ids: Sequence[str] = (),
     **more: Any,
 ) -> Row:
-    """One figure that is no ratio, with its unit and the bound that it should keep, if there is one."""
+    """One figure that is no ratio, with its unit and the bound that it should keep, if there is
+    one.
+    """
     bound = below if above is None else above
     met = None if bound is None else bool(value < bound if above is None else value >= bound)
     kind = {"kind": "at least" if above is not None else "below", "unit": unit}
@@ -168,7 +178,9 @@ def resident(kind: str = "VmRSS") -> int:
 
 
 def settled() -> int:
-    """Resident bytes once all that is free is given back, so that what comes next does not fill it unseen."""
+    """Resident bytes once all that is free is given back, so that what comes next does not fill it
+    unseen.
+    """
     gc.collect()
     LIBC.malloc_trim(0)
     return resident()
@@ -207,7 +219,9 @@ def machine() -> dict[str, Any]:
 
 
 def run(groups: Callable[[bool], Iterable[Iterable[Row]]], summary: str) -> None:
-    """Run a script's groups of rows, print each row as it comes, and write them as JSON where asked."""
+    """Run a script's groups of rows, print each row as it comes, and write them as JSON where
+    asked.
+    """
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument(
         "--quick", action="store_true", help="fewer rounds and smaller sizes: it works, no more"

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/registry.py [--quick] [--json FILE]
 
-The cards have MiniLM's shapes, rank 8 on query and value. Their files are in the page cache: a cold card is one that is not
-mapped. Embeddings are synthetic, of width 384, and cost nothing: what is timed is the routing alone.
+The cards have MiniLM's shapes, rank 8 on query and value. Their files are in the page cache: a cold
+card is one that is not mapped. Embeddings are synthetic, of width 384, and cost nothing: what is
+timed is the routing alone.
 """
 
 import os
@@ -107,7 +108,9 @@ def registered(paths: Sequence[Path], **bounds: int) -> AdapterRegistry:
 
 
 def getting(registry: AdapterRegistry, rounds: int) -> dict[str, Any]:
-    """A card that is not mapped, then the same again: pairs, of cards in random order, each cold one evicting another."""
+    """A card that is not mapped, then the same again: pairs, of cards in random order, each cold
+    one evicting another.
+    """
     order = random.Random(0)  # noqa: S311 - an order, not a secret
     names = list(registry.entries)
     for name in names[:BOUND]:
@@ -200,7 +203,8 @@ def main() -> None:
         ("load and hold all, instead", everything),
     ):
         print(
-            f"{name:<34} {row['seconds']:8.3f} s {row['mb']:8.1f} MB {row['descriptors']:5.0f} descriptors"
+            f"{name:<34} {row['seconds']:8.3f} s {row['mb']:8.1f} "
+            f"MB {row['descriptors']:5.0f} descriptors"
         )
     print(f"{'register all again (no change)':<34} {again['seconds']:8.3f} s")
     for name, row in (
@@ -211,7 +215,8 @@ def main() -> None:
     ):
         print(f"{name:<34} {row['us']:8.1f} us ({row['low']:.1f}-{row['high']:.1f})")
     print(
-        f"{'router: register all':<34} {route['register_seconds']:8.3f} s; first query {route['first_select_us']:.0f} us"
+        f"{'router: register all':<34} {route['register_seconds']:8.3f} "
+        f"s; first query {route['first_select_us']:.0f} us"
     )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,9 +1,11 @@
-"""Routing over a thousand and a hundred thousand exemplars, beside the one matrix-vector product that it can't do without.
+"""Routing over a thousand and a hundred thousand exemplars, beside the one matrix-vector product
+that it can't do without.
 
     OMP_NUM_THREADS=2 python benchmarks/routing.py [--quick] [--json FILE]
 
-Embeddings are random unit vectors of width 384. Ours gives float64 scores of the three best cards that reach a
-threshold, each by its nearest exemplar; the peer is ``rows @ query`` alone, as NumPy's BLAS does it.
+Embeddings are random unit vectors of width 384. Ours gives float64 scores of the three best cards
+that reach a threshold, each by its nearest exemplar; the peer is ``rows @ query`` alone, as NumPy's
+BLAS does it.
 """
 
 from collections.abc import Iterable, Iterator

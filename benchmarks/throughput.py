@@ -1,10 +1,12 @@
-"""Encoding sentences beside sentence-transformers on the same weights, and streams of record batches on one and two workers.
+"""Encoding sentences beside sentence-transformers on the same weights, and streams of record
+batches on one and two workers.
 
     OMP_NUM_THREADS=2 [ROWS=100000] python benchmarks/throughput.py [--quick] [--json FILE]
 
-The sentences are those of the standard library's docstrings, from three words to a hundred, so lengths are mixed as they are
-in life. Both sides get the list whole and choose their own batches. `encode_batches` runs in processes of its own; where one
-worker is compared with two, each has one thread.
+The sentences are those of the standard library's docstrings, from three words to a hundred, so
+lengths are mixed as they are in life. Both sides get the list whole and choose their own batches.
+`encode_batches` runs in processes of its own; where one worker is compared with two, each has one
+thread.
 """
 
 import ast
@@ -108,7 +110,10 @@ def streams(*, quick: bool) -> Iterator[Row]:
             for workers, threads in ((1, 1), (2, 1)) if count < 10_000 else ((1, 2),):
                 seconds, rows, peak, anonymous, mapped = _job(source, folder, workers, threads)
                 each = f"{threads} thread{'s' * (threads > 1)}"
-                what = f"encode_batches, {count:,} rows, {workers} worker{'s' * (workers > 1)} of {each}"
+                what = (
+                    f"encode_batches, {count:,} rows, {workers} "
+                    f"worker{'s' * (workers > 1)} of {each}"
+                )
                 rate = rows / seconds
                 yield figure_row(
                     "throughput", what, rate, "rows/s", rows=count, workers=workers, ids=["R5.12"]

@@ -1,11 +1,13 @@
-"""Training beside PEFT with sentence-transformers: the same model, pairs, batches, initial factors, loss and optimiser.
+"""Training beside PEFT with sentence-transformers: the same model, pairs, batches, initial factors,
+loss and optimiser.
 
     OMP_NUM_THREADS=2 [SEEDS=3 STEPS=30] python benchmarks/training.py [--quick] [--json FILE]
 
-What is learned is docstring sentence → qualified name, of Python's standard library, split by module. Both sides train side
-by side, a step of one right after the same step of the other, in shuffled order, and in the end each finds held-out names.
-A step is all that a user waits for: tokenising, forward, loss, backward, update. Theirs is a plain loop over their loss,
-without their trainer's own work, and without the base model's dropout, which ours has none of.
+What is learned is docstring sentence → qualified name, of Python's standard library, split by
+module. Both sides train side by side, a step of one right after the same step of the other, in
+shuffled order, and in the end each finds held-out names. A step is all that a user waits for:
+tokenising, forward, loss, backward, update. Theirs is a plain loop over their loss, without their
+trainer's own work, and without the base model's dropout, which ours has none of.
 """
 
 import os
@@ -75,7 +77,9 @@ class Peer:
 def side_by_side(
     engine: lora.ArrowEngine, pairs: Pairs, size: int, steps: int, seed: int
 ) -> tuple[lora.LoRACard, Peer, Times]:
-    """Both trained by the same steps, and the time of each but for the first and the last: there is more to do in those."""
+    """Both trained by the same steps, and the time of each but for the first and the last: there is
+    more to do in those.
+    """
     settings = Settings(
         EPOCHS, size, RATE, share=SHARE, validate_every=steps + 1, validation_size=1
     )

@@ -1,6 +1,8 @@
-"""Draw the documentation's pictures from what they show: imports, a manager's states, the schema, a trained card.
+"""Draw the documentation's pictures from what they show: imports, a manager's states, the schema, a
+trained card.
 
-Each is an SVG for the light theme and one for the dark theme, the same bytes on every run of one installation.
+Each is an SVG for the light theme and one for the dark theme, the same bytes on every run of one
+installation.
 """
 
 import ast
@@ -65,7 +67,8 @@ def write(folder: Path, name: str, size: tuple[float, float], draw: Draw) -> Non
         with rc_context(style):
             figure = Figure(figsize=size, dpi=72, layout="constrained")  # an SVG's own dpi
             draw(figure, colours)
-            figure.draw_without_rendering()  # arrows need to know where boxes end, and lie under them
+            # arrows need to know where boxes end, and lie under them
+            figure.draw_without_rendering()
             figure.savefig(
                 folder / f"{name}-{theme}.svg", transparent=True, metadata={"Date": None}
             )
@@ -209,7 +212,9 @@ def draw_imports(graph: Mapping[str, set[str]]) -> Draw:
 
 
 def transitions() -> dict[tuple[tuple[bool, bool], tuple[bool, bool]], set[str]]:
-    """From state to state, the calls that lead there: found by making them, on a real manager, in every order of four."""
+    """From state to state, the calls that lead there: found by making them, on a real manager, in
+    every order of four.
+    """
     base = nn.ModuleDict({"proj": nn.Linear(2, 2)})
     pair = lora.LowRank(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32))
     card = lora.LoRACard("docs", 1, 1.0, ["proj"], {"proj": pair})
@@ -365,7 +370,9 @@ def draw_spectrum(training: Training) -> Draw:
 def routed(
     engine: lora.ArrowEngine, size: int = 240
 ) -> tuple[list[float], list[float], Calibration]:
-    """Best scores of queries about modules that a skill does not hold, of queries about other things, and a threshold."""
+    """Best scores of queries about modules that a skill does not hold, of queries about other
+    things, and a threshold.
+    """
     pairs = docstring_pairs()
     known, rest = pairs.split(0.6, seed=0)
     fitting, fresh = rest.split(0.5, seed=0)

@@ -1,4 +1,5 @@
-"""Tell and draw what ``benchmarks/results.json`` holds: the page of all figures, charts, and the table of the README.
+"""Tell and draw what ``benchmarks/results.json`` holds: the page of all figures, charts, and the
+table of the README.
 
 Run by itself, it writes that table into ``README.md`` anew.
 """
@@ -119,7 +120,8 @@ def summary(report: Report) -> str:
             )
             _, figure, interval, _, _ = shown(ours)
             lines.append(
-                f"| {name} | {peer} | {figure} ({interval}) over its base; {peer} {shown(theirs)[1]} over its |"
+                f"| {name} | {peer} | {figure} ({interval}) over "
+                f"its base; {peer} {shown(theirs)[1]} over its |"
             )
     return "\n".join([*lines, "", f"{machine(report)}\n"])
 
@@ -128,7 +130,10 @@ def machine(report: Report) -> str:
     """What it was measured on, in a sentence."""
     found = next(iter(report.values()))["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"Measured on {found['cpu']}, {found['cores']} cores, {found['threads']} threads, with {versions}."
+    return (
+        f"Measured on {found['cpu']}, {found['cores']} cores, "
+        f"{found['threads']} threads, with {versions}."
+    )
 
 
 def page(report: Report) -> str:
@@ -136,9 +141,12 @@ def page(report: Report) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made from `benchmarks/results.json`, which `make bench` writes. Each script runs in a process of its own; in it,",
-        "this library and its peers take turns in shuffled rounds. A ratio is the median of the rounds' ratios, a time that",
-        "of the rounds', with its 95 % interval from order statistics (of fewer than six, the whole range).",
+        "Made from `benchmarks/results.json`, which `make bench`",
+        "writes. Each script runs in a process of its own; in it,",
+        "this library and its peers take turns in shuffled rounds.",
+        "A ratio is the median of the rounds' ratios, a time that",
+        "of the rounds', with its 95 % interval from order",
+        "statistics (of fewer than six, the whole range).",
         "An overhead is that of the same model with a card over that without one.",
         "What the figures mean is told in [Performance](../performance.md).",
         "",
@@ -149,7 +157,10 @@ def page(report: Report) -> str:
         load = ", ".join(f"{value:g}" for value in part["machine"]["load"])
         lines += ["", f"## {script}", ""]
         lines += [
-            f"Load of the machine at the start, over 1, 5 and 15 minutes: {load}. Targets met: {sum(met)} of {len(met)}."
+            (
+                f"Load of the machine at the start, over 1, 5 and 15 "
+                f"minutes: {load}. Targets met: {sum(met)} of {len(met)}."
+            )
         ]
         lines += ["", "| what | figure | 95 % interval | target | met |", "|---|---|---|---|---|"]
         lines += ["| " + " | ".join(shown(row)) + " |" for row in part["rows"]]
@@ -168,7 +179,8 @@ CHARTS = {
     },
     "lifecycle": {
         "lifecycle": "Loading, applying, swapping and removing as a share of the peer's time",
-        "present": "Loading, applying and swapping with 1 to 1,000 cards present, and PEFT with up to 32",
+        "present": "Loading, applying and swapping with "
+        "1 to 1,000 cards present, and PEFT with up to 32",
     },
     "growth": {
         "growth": "How time grows with rank, layers, adapters and rows",

@@ -1,4 +1,6 @@
-"""Write the documentation pages that are made from data: what the specification, the tests, the code and a card say."""
+"""Write the documentation pages that are made from data: what the specification, the tests, the
+code and a card say.
+"""
 
 import importlib
 import inspect
@@ -115,7 +117,7 @@ def reports() -> list[dict[str, Any]]:
 
 
 def matrix() -> str:
-    """A row for each requirement that any implementation can be held to, a column for each binding."""
+    """Return the matrix: a row for each neutral requirement, a column for each binding."""
     columns, spec = reports(), read_spec(ROOT / "spec")
     names = [f"{report['binding']['name']} {report['binding']['version']}" for report in columns]
     lines = [
@@ -142,7 +144,10 @@ def matrix() -> str:
     lines += [f"- {reason} ({', '.join(sorted(ids))})" for reason, ids in told.items()]
     lines += [
         "",
-        f"Profile `{columns[0]['profile']}`, seed {columns[0]['seed']}, suite {columns[0]['suite']}.",
+        (
+            f"Profile `{columns[0]['profile']}`, seed "
+            f"{columns[0]['seed']}, suite {columns[0]['suite']}."
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -153,7 +158,7 @@ def escaped(text: str) -> str:
 
 
 def traceability() -> str:
-    """A table for each chapter: its code; requirement and kind, sentence, tests, examples, faults."""
+    """Return a table a chapter: its code; id and kind; sentence, tests, examples and faults."""
     spec, tests, code = (
         read_spec(ROOT / "spec"),
         read_tests(ROOT / "tests"),
@@ -163,8 +168,10 @@ def traceability() -> str:
     lines = [
         "# Traceability",
         "",
-        "Each chapter with the modules that implement it, each requirement with the tests that hold it: properties that any",
-        "implementation can be held to (P\\*), those of this one (P), and tests (U). Then how many examples the properties",
+        "Each chapter with the modules that implement it, each",
+        "requirement with the tests that hold it: properties that any",
+        "implementation can be held to (P\\*), those of this one",
+        "(P), and tests (U). Then how many examples the properties",
         "drew in the last run, and the faults, seeded on purpose, that they found.",
         "",
     ]
@@ -334,7 +341,9 @@ def tiny() -> lora.LoRACard:
 
 
 def spans(data: bytes) -> list[Span]:
-    """The parts of a card file, without a gap; the positions of buffers are those that Arrow maps them from."""
+    """The parts of a card file, without a gap; the positions of buffers are those that Arrow maps
+    them from.
+    """
     whole = pa.py_buffer(data)
     batch = pa.ipc.open_file(whole).get_batch(0)
     told: dict[int, tuple[int, str]] = {}  # start -> end and meaning
@@ -393,7 +402,9 @@ def _buffers(batch: pa.RecordBatch) -> dict[str, list[pa.Buffer | None]]:
 
 
 def entries(data: bytes, span: Span) -> list[Span]:
-    """The key and value texts in a FlatBuffer: each has its length before it and a zero byte behind it."""
+    """The key and value texts in a FlatBuffer: each has its length before it and a zero byte behind
+    it.
+    """
     schema = pa.ipc.open_file(pa.py_buffer(data)).schema
     texts = [text for pair in schema.metadata.items() for text in pair] + [
         name.encode() for name in schema.names
@@ -424,7 +435,8 @@ def hexdump() -> str:
     lines = [
         "# A card file, byte by byte",
         "",
-        f"The card `tiny` has one module, `proj`, of 2 inputs and 3 outputs; rank 1, alpha 2. Its file has {len(data)}",
+        "The card `tiny` has one module, `proj`, of 2 inputs and",
+        f"3 outputs; rank 1, alpha 2. Its file has {len(data)}",
         f"bytes and the SHA-256 `{digest}`. Numbers are little-endian.",
         "",
         diagrams.picture(
@@ -433,9 +445,12 @@ def hexdump() -> str:
         "",
         "## Part by part",
         "",
-        "Of the schema message and the footer the texts are shown, each after its length and before a zero byte; the rest",
-        "of them is vtables, offsets and types, as Arrow's `Schema.fbs` and `File.fbs` define them. The record batch",
-        "message holds the number of rows, then for each buffer its offset from the end of the message and its length,",
+        "Of the schema message and the footer the texts are shown,",
+        "each after its length and before a zero byte; the rest",
+        "of them is vtables, offsets and types, as Arrow's",
+        "`Schema.fbs` and `File.fbs` define them. The record batch",
+        "message holds the number of rows, then for each buffer",
+        "its offset from the end of the message and its length,",
         "then for each field its length and number of nulls (`Message.fbs`).",
         "",
         "```text",
@@ -463,7 +478,8 @@ def architecture() -> str:
     lines = [
         "# Imports point one way",
         "",
-        "Drawn from the import statements of the package: an arrow goes from a module to one that it imports. Arrows that",
+        "Drawn from the import statements of the package: an arrow",
+        "goes from a module to one that it imports. Arrows that",
         "follow from others are left out. `tests/unit/test_house.py` fails if one points up.",
         "",
         diagrams.picture("imports", "The import graph, from cli down to errors; as a table below"),
