@@ -37,6 +37,7 @@ _encode = json.JSONEncoder(
 ).encode
 
 _NATIVE = frozenset(DTYPES.values())
+_FINGERPRINT = "64 lower-case hex digits or None"
 
 FIELD_KEYS = frozenset(
     {
@@ -132,10 +133,9 @@ class LowRank:
         a, b = _factor(self.A, "A"), _factor(self.B, "B")
         if a.dtype != b.dtype:
             raise CardError("factor B", f"A's dtype {a.dtype}", b.dtype, "a card has one dtype")
-        if a.shape[1] != b.shape[0]:
-            raise CardError("factor B", f"shape (r, out) with A's r = {a.shape[1]}", b.shape)
-        if a is not self.A or b is not self.B:
-            vars(self).update(A=a, B=b)
+        expected = f"shape (r, out) with A's r = {a.shape[1]}"
+        _require(a.shape[1] == b.shape[0], "factor B", expected, b.shape)
+        vars(self).update(A=a, B=b)
         if self.scaling is not None:
             vars(self)["scaling"] = finite(self.scaling, "scaling") + 0.0  # -0.0 becomes 0.0
 
@@ -220,18 +220,18 @@ class LoRACard:
 
     def __post_init__(self) -> None:
         name, rank, base, digest = self.name, self.rank, self.base_model, self.base_fingerprint
-        _require(bool(name) and _printable(name), "card name", "non-empty printable text", name)
+        _require(_printable(name) and name != "", "card name", "non-empty printable text", name)
         where = f"card {shown(name)}"
-        is_rank = isinstance(rank, Integral) and not isinstance(rank, bool)
-        is_rank = is_rank and 1 <= rank <= MAX_RANK
+        is_integer = isinstance(rank, Integral) and not isinstance(rank, bool)
+        is_rank = is_integer and 1 <= rank <= MAX_RANK
         _require(is_rank, f"{where}: rank", f"an integer >= 1 and <= {MAX_RANK}", rank)
         alpha = finite(self.alpha, f"{where}: alpha")
-        _require(alpha > 0, f"{where}: alpha", "a finite number > 0", self.alpha)
-        is_base = base is None or _printable(base)
-        _require(is_base, f"{where}: base_model", "printable text or None", base)
-        is_fingerprint = digest is None or is_digest(digest)
-        expected = "64 lower-case hex digits or None"
-        _require(is_fingerprint, f"{where}: base_fingerprint", expected, digest)
+        for key, holds, expected in (
+            ("alpha", alpha > 0, "a finite number > 0"),
+            ("base_model", base is None or _printable(base), "printable text or None"),
+            ("base_fingerprint", digest is None or is_digest(digest), _FINGERPRINT),
+        ):
+            _require(holds, f"{where}: {key}", expected, getattr(self, key))
         extra = FrozenJSON(self.extra, f"{where}: extra")
         for key, value in json.loads(extra.text).items():
             expected = "text values, under keys that are not the card's own fields"
@@ -398,8 +398,8 @@ def same_bits(a: Array, b: Array) -> bool:
 
 def _factor(array: Array, which: str) -> Array:
     """Return the array, or a copy, in native byte order, contiguous and read-only."""
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or 0 in array.shape:
-        is_array = isinstance(array, np.ndarray)
+    is_array = isinstance(array, np.ndarray)
+    if not is_array or array.ndim != 2 or 0 in array.shape:
         what = f"shape {array.shape}" if is_array else type(array).__name__
         raise CardError(f"factor {which}", "a two-dimensional, non-empty NumPy array", what)
     owner: object = array  # an array is frozen if all that it is a view of are
@@ -439,26 +439,22 @@ def _weights(
     weights: Mapping[str, LowRank], rank: int, alpha: float, where: str
 ) -> Mapping[str, LowRank]:
     """Return the pairs with their scalings, sorted by module."""
-    if not isinstance(weights, Mapping):
-        expected = "a mapping of module name to LowRank"
-        raise CardError(f"{where}: weights", expected, type(weights).__name__)
+    expected = "a mapping of module name to LowRank"
+    _require(isinstance(weights, Mapping), f"{where}: weights", expected, weights)
     pairs: dict[str, LowRank] = {}
     for module, pair in weights.items():
-        named = isinstance(module, str) and module.isprintable()
-        if not named or not isinstance(pair, LowRank):
-            where = f"{where}: module {shown(module)}"
-            raise CardError(where, "a printable name and a LowRank", shown(pair))
+        place, expected = f"{where}: module {shown(module)}", "a printable name and a LowRank"
+        _require(_printable(module) and isinstance(pair, LowRank), place, expected, pair)
         if pair.scaling is None and pair.rank != rank:
             expected = f"the card's rank {rank}, or an explicit scaling"
-            rank_of_pair = f"rank {pair.rank} without a scaling"
-            raise CardError(f"{where}: module {module!r}", expected, rank_of_pair)
+            raise CardError(place, expected, f"rank {pair.rank} without a scaling")
         pairs[module] = replace(pair, scaling=alpha / rank) if pair.scaling is None else pair
     dtypes = {pair.dtype for pair in pairs.values()}
     if len(dtypes) > 1:
         raise CardError(f"{where}: weights", "one dtype", " and ".join(sorted(map(str, dtypes))))
     largest = max((pair.rank for pair in pairs.values()), default=rank)
-    if largest != rank:
-        raise CardError(f"{where}: rank", f"the largest rank of its modules, {largest}", rank)
+    expected = f"the largest rank of its modules, {largest}"
+    _require(largest == rank, f"{where}: rank", expected, rank)
     return MappingProxyType(dict(sorted(pairs.items())))
 
 

@@ -167,9 +167,9 @@ def _map(path: PathLike) -> mmap.mmap | bytes:
     with _opened(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
             return b""  # an empty file can't be mapped
-        if sys.version_info >= (3, 13):  # earlier versions keep a descriptor for each map
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, trackfd=False)
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        # Python before 3.13 keeps a descriptor for each map.
+        options = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **options)
 
 
 def _batch(data: mmap.mmap | bytes) -> pa.RecordBatch:

@@ -11,9 +11,9 @@ Requirements: R1, R7.
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -163,22 +163,9 @@ def read_header(batch: pa.RecordBatch) -> Header:
     return Header(**fields, dtype=card.dtype.name, format_version=version)
 
 
-@contextmanager
-def _file_errors() -> Iterator[None]:
-    """Re-raise a `CardError` as a `CardFileError`."""
-    try:
-        yield
-    except CardFileError:
-        raise
-    except CardError as error:
-        raise CardFileError(error.where, error.expected, error.found, error.hint) from error
-    except UnicodeDecodeError as error:
-        raise CardFileError("card table: schema", "UTF-8 text", error) from error
-
-
 def _read(batch: pa.RecordBatch) -> tuple[tuple[int, int], LoRACard]:
     """Check a validated batch; return its format version and its card."""
-    with _file_errors():
+    try:
         metadata = batch.schema.metadata or {}
         texts = {key.decode(): value.decode() for key, value in metadata.items()}
         version = _version(texts)
@@ -200,6 +187,10 @@ def _read(batch: pa.RecordBatch) -> tuple[tuple[int, int], LoRACard]:
             base_fingerprint=texts.get("lora.base_fingerprint"),
             extra={key: text for key, text in texts.items() if key not in FIELD_KEYS},
         )
+    except CardError as error:
+        raise CardFileError(error.where, error.expected, error.found, error.hint) from error
+    except UnicodeDecodeError as error:
+        raise CardFileError("card table: schema", "UTF-8 text", error) from error
 
 
 def _version(texts: dict[str, str]) -> tuple[int, int]:
@@ -227,7 +218,7 @@ def _weights(batch: pa.RecordBatch, dtype: str) -> dict[str, LowRank]:
             weights[name] = LowRank(a_factor, b_factor, scaling)
         except CardError as error:
             where = f"card table: module {shown(name)}: {error.where}"
-            raise CardFileError(where, error.expected, error.found) from error
+            raise CardError(where, error.expected, error.found) from error
     return weights
 
 
@@ -289,16 +280,14 @@ def _factors(column: pa.StructArray, name: str, dtype: np.dtype[Any]) -> Iterato
     data, shape = column.field("data"), column.field("shape")
     # Copied before they are checked, so that what was checked is what is used.
     offsets = np.from_dlpack(data.offsets).astype(np.int64) if len(column) else np.zeros(1, int)
-    sizes = shape.values.slice(2 * shape.offset, 2 * len(column))
-    shapes = np.from_dlpack(sizes).astype(np.int64).reshape(-1, 2)
+    shapes = np.from_dlpack(shape.flatten()).astype(np.int64).reshape(-1, 2)
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
         expected = "positive shapes, each as long as its data"
         raise CardFileError(f"card table: column {name!r}", expected, "others")
     flat = np.from_dlpack(data.values).view(dtype)
     flat = flat if flat.flags.aligned else flat.copy()
     flat.flags.writeable = False
-    offsets = offsets.tolist()
-    for start, stop, shape in zip(offsets, offsets[1:], shapes.tolist(), strict=False):
+    for (start, stop), shape in zip(pairwise(offsets.tolist()), shapes.tolist(), strict=True):
         yield flat[start:stop].reshape(shape)
 
 

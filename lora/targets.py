@@ -117,6 +117,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
         ({'layer.0.query': '0.query'}, ('value',))
     """
     check_card(card)
+    where = f"card {card.name!r}"
     targeted, owners = targeted_modules(sites, card.target_modules), dict[str, set[str]]()
     for name, site in sites.items():
         for key in _keys(name):
@@ -125,22 +126,19 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     for key in card.weights:
         modules = sorted(owners.get(key, set()) & targeted)
         if len(modules) > 1:
-            where = f"card {card.name!r}: weight {key!r}"
-            raise TargetError(where, "one module that it fits", modules)
+            raise TargetError(f"{where}: weight {key!r}", "one module that it fits", modules)
         for module in modules:
             if module in bound:
-                where, keys = f"card {card.name!r}: module {module!r}", [bound[module], key]
-                raise TargetError(where, "one weight that fits it", keys)
+                keys = [bound[module], key]
+                raise TargetError(f"{where}: module {module!r}", "one weight that fits it", keys)
             bound[module] = key
     bound = dict(sorted(bound.items()))
     for module, key in bound.items():
         site, pair = sites[module], card.weights[key]
         if (pair.in_features, pair.out_features) != (site.in_features, site.out_features):
-            raise ShapeError(
-                f"card {card.name!r}: module {module!r}",
-                f"in -> out of {site.in_features} -> {site.out_features}",
-                f"{pair.in_features} -> {pair.out_features}",
-            )
+            expected = f"in -> out of {site.in_features} -> {site.out_features}"
+            actual = f"{pair.in_features} -> {pair.out_features}"
+            raise ShapeError(f"{where}: module {module!r}", expected, actual)
     injection = Injection(
         name=card.name,
         bound=bound,
@@ -155,7 +153,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     )
     if strict and (injection.targets_not_found or injection.weights_not_used):
         raise TargetError(
-            f"card {card.name!r}",
+            where,
             "every target to be found and every weight to bind (strict)",
             f"targets not found: {list(injection.targets_not_found)}, "
             f"weights not used: {list(injection.weights_not_used)}",
