@@ -412,6 +412,29 @@ def managed():
     return manager
 
 
+def patched():
+    """A model with a Linear whose forward was replaced."""
+    model = base_model()
+    model[0].forward = lambda x: x
+    return model
+
+
+def from_config(config, folder):
+    """The engine of a folder that has just this configuration."""
+    (folder / "config.json").write_text(config)
+    lora.ArrowEngine.from_pretrained(folder)
+
+
+def described(name, description, **options):
+    """A candidate of a router."""
+    return router().register_virtual_candidate(name, description, **options)
+
+
+def grouped_scores(count):
+    """A score for each of that many groups."""
+    return {str(i): [0.5] for i in range(count)}
+
+
 def a_table(**columns):
     """A card's table with other columns."""
     table = lora.card_to_table(docs())
@@ -445,273 +468,288 @@ CARD_FIELDS = {
     "base_model": no_text.filter(bool) | unprintable,
     "base_fingerprint": digests,
 }
+
+
+def refusals(what, strategy, **calls):
+    """Bad input by name: each call refuses every value of the strategy."""
+    return {f"{name}: {what}": (strategy, call) for name, call in calls.items()}
+
+
+other_shapes = shapes.filter(lambda shape: shape != (4, 4))
+other_names = names.filter("docs".__ne__)
+other_digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
+reads = st.sampled_from([lora.load, lora.inspect, lora.digest])
+PAIR = docs().weights["0"]
 VALUE_ERRORS = {
-    f"a card's {field}": (strategy, lambda bad, field=field: docs(**{field: bad}))
+    f"LoRACard: bad {field}": (strategy, lambda bad, field=field: docs(**{field: bad}))
     for field, strategy in CARD_FIELDS.items()
-} | {
-    "weights of two dtypes": (
+}
+VALUE_ERRORS |= refusals(
+    "not a card",
+    no_card,
+    card_to_table=lora.card_to_table,
+    table_to_card=lora.table_to_card,
+    save=lambda bad: in_folder(lambda path: lora.save(bad, path)),
+    fingerprint=lambda bad: lora.fingerprint(base_model(), bad),
+    apply_card=lambda bad: managed().apply_card(bad),
+    add_card=lambda bad: managed().add_card(bad),
+    replace_card=lambda bad: managed().replace_card(bad),
+    register_card=lambda bad: router().register_card(bad, "text"),
+    register_lora=lambda bad: engine().register_lora(bad, "text"),
+)
+VALUE_ERRORS |= refusals(
+    "not cards",
+    no_collection,
+    AdapterSet=lora.AdapterSet,
+    adapt=lambda bad: lora.adapt(base_model(), bad),
+    prepare=lambda bad: managed().prepare(bad),
+)
+VALUE_ERRORS |= refusals(
+    "not a number",
+    no_number,
+    AdapterSet=lambda bad: lora.AdapterSet({"docs": (docs(), bad)}),
+    product=lambda bad: one_card() * bad,
+    interpolate=lambda bad: lora.interpolate(one_card(), one_card(), bad),
+    apply_card=lambda bad: managed().apply_card(docs(name="law"), weight=bad),
+    set_weight=lambda bad: managed().set_weight("docs", bad),
+)
+VALUE_ERRORS |= refusals(
+    "not a path",
+    no_path,
+    save=lambda bad: lora.save(docs(), bad),
+    load=lora.load,
+    inspect=lora.inspect,
+    digest=lora.digest,
+)
+VALUE_ERRORS |= refusals(
+    "garbage",
+    garbage,
+    load=lambda bad: reading(lora.load, bad),
+    inspect=lambda bad: reading(lora.inspect, bad),
+)
+VALUE_ERRORS |= refusals(
+    "another shape",
+    other_shapes,
+    concat=lambda bad: lowrank.concat([(PAIR, 1.0), (lora.LowRank(*plain_pair(bad)), 1.0)]),
+    adapt=lambda bad: lora.adapt(base_model(bad), docs()),
+    LoRALinear=lambda bad: lora.LoRALinear(nn.Linear(*bad), {"docs": (PAIR, 1.0)}),
+)
+VALUE_ERRORS |= refusals(
+    "another card of the same name",
+    st.floats(5, 9),
+    AdapterSet=lambda bad: lora.AdapterSet([docs(), docs(alpha=bad)]),
+    union=lambda bad: one_card() | docs(alpha=bad),
+    adapt=lambda bad: lora.adapt(lora.adapt(base_model(), docs()), docs(alpha=bad)),
+    apply_card=lambda bad: managed().apply_card(docs(alpha=bad)),
+)
+VALUE_ERRORS |= refusals(
+    "not texts",
+    no_texts,
+    select_many=lambda bad: router().select_many(bad),
+    encode=lambda bad: engine().encode(bad),
+    encode_with_lora=lambda bad: engine().encode_with_lora(bad, {}),
+)
+VALUE_ERRORS |= {
+    # cards, pairs and sets
+    "LoRACard: pairs of two dtypes": (
         st.permutations(["float16", "float32", "float64"]),
         lambda bad: card_for(
             {kind: (np.ones((2, 1), kind), np.ones((1, 2), kind)) for kind in bad}
         ),
     ),
-    "ranks that differ without a scaling": (
+    "LoRACard: two ranks without a scaling": (
         st.tuples(ranks, ranks).filter(lambda pair: pair[0] != pair[1]),
         lambda bad: card_for({str(rank): (np.ones((2, rank)), np.ones((rank, 2))) for rank in bad}),
     ),
-    "JSON that is no object": (no_json, lora.FrozenJSON),
-    # a pair of factors
-    "a factor A that is no array": (no_array, lambda bad: lora.LowRank(bad, ones.T)),
-    "a factor B that is no array": (no_array, lambda bad: lora.LowRank(ones, bad)),
-    "a factor of another shape": (bad_shape, lambda bad: lora.LowRank(np.ones(bad), ones.T)),
-    "a dtype of no card": (bad_dtype, lambda bad: lora.LowRank(np.zeros((4, 2), bad), ones.T)),
-    "two dtypes": (st.just("float64"), lambda bad: lora.LowRank(ones, ones.T.astype(bad))),
-    "factors of two ranks": (
-        st.integers(3, 9),
-        lambda bad: lora.LowRank(ones, np.ones((bad, 4), np.float32)),
-    ),
-    "a scaling that is no number": (
+    "FrozenJSON: not a JSON object": (no_json, lora.FrozenJSON),
+    "LowRank: A is not an array": (no_array, lambda bad: lora.LowRank(bad, ones.T)),
+    "LowRank: B is not an array": (no_array, lambda bad: lora.LowRank(ones, bad)),
+    "LowRank: A is not a matrix": (bad_shape, lambda bad: lora.LowRank(np.ones(bad), ones.T)),
+    "LowRank: bad dtype": (bad_dtype, lambda bad: lora.LowRank(np.zeros((4, 2), bad), ones.T)),
+    "LowRank: two dtypes": (st.just("f8"), lambda bad: lora.LowRank(ones, ones.T.astype(bad))),
+    "LowRank: two ranks": (st.integers(3, 9), lambda bad: lora.LowRank(ones, np.ones((bad, 4)))),
+    "LowRank: scaling is not a number": (
         no_number.filter(lambda bad: bad is not None),
         lambda bad: lora.LowRank(ones, ones.T, bad),
     ),
-    "an input of another width": (
+    "apply: another width": (
         st.integers(0, 9).filter(lambda width: width != 4),
-        lambda bad: lowrank.apply(np.ones((2, bad)), [(docs().weights["0"], 1.0)]),
+        lambda bad: lowrank.apply(np.ones((2, bad)), [(PAIR, 1.0)]),
     ),
-    "no pairs to add up": (st.just([]), lowrank.concat),
-    "pairs of two shapes to add up": (
-        shapes.filter(lambda shape: shape != (4, 4)),
-        lambda bad: lowrank.concat(
-            [(docs().weights["0"], 1.0), (lora.LowRank(*plain_pair(bad)), 1.0)]
-        ),
-    ),
-    # a set of cards
-    "a set of no cards": (no_collection | st.lists(st.integers(), min_size=1), lora.AdapterSet),
-    "a set of text": (st.text(min_size=1), lora.AdapterSet),
-    "other name": (
-        names.filter("docs".__ne__) | nothing,
-        lambda bad: lora.AdapterSet({bad: docs()}),
-    ),
-    "a set with a weight": (no_number, lambda bad: lora.AdapterSet({"docs": (docs(), bad)})),
-    "a set of triples": (st.integers(), lambda bad: lora.AdapterSet({"docs": (docs(), 1.0, bad)})),
-    "a set of two cards": (st.just(8.0), lambda bad: lora.AdapterSet([docs(), docs(alpha=bad)])),
-    "a union of two weights": (st.floats(2, 3), lambda bad: one_card() | {"docs": (docs(), bad)}),
-    "a union of two cards of one name": (st.just(8.0), lambda bad: one_card() | docs(alpha=bad)),
-    "a factor of a set that is no number": (no_number, lambda bad: one_card() * bad),
-    "a place between sets": (no_number, lambda bad: lora.interpolate(one_card(), one_card(), bad)),
+    "concat: no pairs": (st.just([]), lowrank.concat),
+    "AdapterSet: numbers": (st.lists(st.integers(), min_size=1), lora.AdapterSet),
+    "AdapterSet: text": (st.text(min_size=1), lora.AdapterSet),
+    "AdapterSet: another key": (other_names | nothing, lambda bad: lora.AdapterSet({bad: docs()})),
+    "AdapterSet: triple": (no_card, lambda bad: lora.AdapterSet({"docs": (docs(), 1.0, bad)})),
+    "union: another weight": (st.floats(2, 3), lambda bad: one_card() | {"docs": (docs(), bad)}),
     # tables and files
-    "a table of what is no card": (no_card, lora.card_to_table),
-    "a card of what is no table": (no_card, lora.table_to_card),
-    "a card of a table of something else": (
+    "table_to_card: other columns": (
         st.dictionaries(names, st.lists(st.integers(0, 9), min_size=2, max_size=2)),
         lambda bad: lora.table_to_card(pa.table(bad)),
     ),
-    "a card of a table with another scaling": (
+    "table_to_card: bad scaling": (
         st.sampled_from([[float("nan")], [float("inf")], [None], ["x"], [1]]),
         lambda bad: lora.table_to_card(a_table(scaling=pa.array(bad))),
     ),
-    "no card, to save": (no_card, lambda bad: in_folder(lambda path: lora.save(bad, path))),
-    "a path that is none, to save at": (no_path, lambda bad: lora.save(docs(), bad)),
-    "a path that is none, to load": (no_path, lora.load),
-    "a path that is none, to inspect": (no_path, lora.inspect),
-    "a path that is none, to digest": (no_path, lora.digest),
-    "garbage, to load": (garbage, lambda bad: reading(lora.load, bad)),
-    "garbage, to inspect": (garbage, lambda bad: reading(lora.inspect, bad)),
-    "a digest that is none": (digests, lambda bad: lora.load("card.lora.arrow", verify=bad)),
-    "another digest": (st.binary(min_size=32, max_size=32).map(bytes.hex), verified),
-    "what is no card, to fingerprint": (no_card, lambda bad: lora.fingerprint(base_model(), bad)),
-    "what are no cards, to adapt with": (no_collection, lambda bad: lora.adapt(base_model(), bad)),
-    "a card for another shape": (
-        shapes.filter(lambda shape: shape != (4, 4)),
-        lambda bad: lora.adapt(base_model(bad), docs()),
-    ),
-    "a card for another base": (
-        st.binary(min_size=32, max_size=32).map(bytes.hex),
+    "load: malformed digest": (digests, lambda bad: lora.load("card.lora.arrow", verify=bad)),
+    "load: digest of another file": (other_digests, verified),
+    # models
+    "adapt: another base model": (
+        other_digests,
         lambda bad: lora.adapt(base_model(), docs(base_fingerprint=bad)),
     ),
-    "another card under a name that the model has": (
-        st.floats(5, 9),
-        lambda bad: lora.adapt(lora.adapt(base_model(), docs()), docs(alpha=bad)),
-    ),
-    "terms that are none": (
+    "LoRALinear: not terms": (
         no_card
-        | st.just(docs().weights["0"])
-        | no_number.map(lambda bad: (docs().weights["0"], bad if bad is not True else "x")),
+        | st.just(PAIR)
+        | no_number.map(lambda bad: (PAIR, bad if bad is not True else "x")),
         lambda bad: lora.LoRALinear(nn.Linear(4, 4), {"docs": bad}),
     ),
-    "terms of another shape": (
-        shapes.filter(lambda shape: shape != (4, 4)),
-        lambda bad: lora.LoRALinear(nn.Linear(*bad), {"docs": (docs().weights["0"], 1.0)}),
-    ),
-    "what is no card, to apply": (no_card, lambda bad: managed().apply_card(bad)),
-    "what is no card, to add": (no_card, lambda bad: managed().add_card(bad)),
-    "what is no card, to put in place": (no_card, lambda bad: managed().replace_card(bad)),
-    "what are no cards, to prepare": (no_collection, lambda bad: managed().prepare(bad)),
-    "no weight": (no_number, lambda bad: managed().apply_card(docs(name="law"), weight=bad)),
-    "a weight that is no number": (no_number, lambda bad: managed().set_weight("docs", bad)),
-    "an active name": (st.floats(5, 9), lambda bad: managed().apply_card(docs(alpha=bad))),
     # a router
-    "what embeds nothing": (no_card.filter(lambda bad: not callable(bad)), lora.LoRARouter),
-    "what is no card, to register": (no_card, lambda bad: router().register_card(bad, "text")),
-    "a card without a description": (st.builds(docs), lambda bad: router().register_card(bad)),
-    "none described": (no_collection, lambda bad: router().register_virtual_candidate("docs", bad)),
-    "no description": (st.just([]), lambda bad: router().register_virtual_candidate("docs", bad)),
-    "descriptions of another kind": (
+    "LoRARouter: not a function": (no_card.filter(lambda bad: not callable(bad)), lora.LoRARouter),
+    "register_card: no description": (st.builds(docs), lambda bad: router().register_card(bad)),
+    "description: not text": (no_collection, lambda bad: described("docs", bad)),
+    "description: empty list": (st.just([]), lambda bad: described("docs", bad)),
+    "description: other values": (
         st.lists(no_text, min_size=1),
-        lambda bad: router().register_virtual_candidate("docs", bad),
+        lambda bad: described("docs", bad),
     ),
-    "a candidate name that is none": (
-        no_text | st.just(""),
-        lambda bad: router().register_virtual_candidate(bad, "text"),
-    ),
-    "tags that are none": (
+    "candidate name: not text": (no_text | st.just(""), lambda bad: described(bad, "text")),
+    "tags: not texts": (
         no_collection | st.text(min_size=1) | st.lists(no_text, min_size=1),
-        lambda bad: router().register_virtual_candidate("docs", "text", tags=bad),
+        lambda bad: described("docs", "text", tags=bad),
     ),
-    "embeddings that are not finite": (
+    "embeddings: not finite": (
         st.sampled_from([float("nan"), float("inf")]),
         lambda bad: router(lambda texts: np.full((len(texts), 2), bad)),
     ),
-    "embeddings of another shape": (
+    "embeddings: another shape": (
         st.sampled_from([(), (3,), (7, 2), (1, 2, 3), (0, 2)]),
         lambda bad: router(lambda _texts: np.ones(bad)),
     ),
-    "a query that is no text": (no_text, lambda bad: router().select(bad)),
-    "queries that are no texts": (no_texts, lambda bad: router().select_many(bad)),
-    "a top_k that is no integer >= 1": (
+    "select: query is not text": (no_text, lambda bad: router().select(bad)),
+    "select: top_k is not an integer >= 1": (
         bad_ranks | st.booleans() | huge.map(lambda x: -x),
         lambda bad: router().select("x", bad),
     ),
-    "a threshold that is no number": (
+    "select: threshold is not a number": (
         st.sampled_from(["x", "0.5", b"1", [], float("nan"), float("inf"), 1j]),
         lambda bad: router().select("x", 1, bad),
     ),
     # a threshold
-    "a rate outside (0, 1)": (
+    "calibrate: rate outside (0, 1)": (
         st.floats(max_value=0)
         | st.floats(min_value=1)
         | st.sampled_from([None, "x", float("nan"), [], 1j]),
-        lambda bad: lora.calibrate({str(i): [0.5] for i in range(99)}, bad),
+        lambda bad: lora.calibrate(grouped_scores(99), bad),
     ),
-    "too few groups": (
+    "calibrate: too few groups": (
         st.integers(0, 18),
-        lambda bad: lora.calibrate({str(i): [0.5] for i in range(bad)}, 0.05),
+        lambda bad: lora.calibrate(grouped_scores(bad), 0.05),
     ),
-    "scores that are no mapping": (no_collection | st.lists(st.floats()), lora.calibrate),
-    "scores that are not finite": (
+    "calibrate: not a mapping": (no_collection | st.lists(st.floats()), lora.calibrate),
+    "calibrate: scores are not finite": (
         st.sampled_from([[], [float("nan")], [0.5, float("inf")], "x", ["x"], None, 0.5, [[0.5]]]),
-        lambda bad: lora.calibrate({str(i): [0.5] for i in range(99)} | {"bad": bad}, 0.05),
+        lambda bad: lora.calibrate({**grouped_scores(99), "bad": bad}, 0.05),
     ),
     # an engine
-    "what is no encoder": (no_module | st.just(nn.Linear(1, 1)), lora.ArrowEngine),
-    "a device that is none": (
+    "ArrowEngine: not an encoder": (no_module | st.just(nn.Linear(1, 1)), lora.ArrowEngine),
+    "ArrowEngine: unknown device": (
         st.sampled_from(["nonsense", "cpu:x", ""]),
         lambda bad: lora.ArrowEngine(Counting(), device=bad),
     ),
-    "a model folder that is no path": (no_path.filter(bool), lora.InferenceCore.from_pretrained),
-    "texts that are none, to encode": (no_texts, lambda bad: engine().encode(bad)),
-    "texts that are none, to encode with adapters": (
-        no_texts,
-        lambda bad: engine().encode_with_lora(bad, {}),
-    ),
-    "adapters that are none": (
+    "from_pretrained: not a path": (no_path.filter(bool), lora.InferenceCore.from_pretrained),
+    "encode_with_lora: not adapters": (
         st.integers() | st.floats() | huge,
         lambda bad: engine().encode_with_lora(["x"], bad),
     ),
-    "one adapter each for other texts": (
+    "encode_with_lora: adapters of other texts": (
         st.lists(st.just({}), max_size=4).filter(lambda sets: len(sets) != 2),
         lambda bad: engine().encode_with_lora(["x", "y"], bad),
     ),
-    "adapters as well as a query": (
+    "encode_with_lora: adapters and an intent": (
         st.text(),
         lambda bad: engine().encode_with_lora(["x"], {}, intent_query=bad),
     ),
-    "an intent that is no text": (
+    "encode_with_lora: intent is not text": (
         no_text.filter(lambda bad: bad is not None),
         lambda bad: engine().encode_with_lora(["x"], intent_query=bad),
     ),
-    "what is no card, for the engine": (no_card, lambda bad: engine().register_lora(bad, "text")),
 }
-MISSING_FILES = {
-    "a folder that is not there, to save in": (
-        st.just("nowhere"),
-        lambda bad: in_folder(lambda path: lora.save(docs(), path.parent / bad / path.name)),
-    ),
-    "a file that is not there, to load": (st.just(lora.load), in_folder),
-    "a file that is not there, to inspect": (st.just(lora.inspect), in_folder),
-    "a file that is not there, to digest": (st.just(lora.digest), in_folder),
-    "no card file, to manage": (st.just(lambda path: managed().load_card(path)), in_folder),
-    "no model folder": (st.just(None), lambda _bad: in_folder(lora.ArrowEngine.from_pretrained)),
-    "a card file that is not there, for the engine": (
-        st.just(lambda path: engine().load_lora(path)),
-        in_folder,
-    ),
-}
+MISSING_FILES = refusals(
+    "missing file",
+    st.just(in_folder),
+    load=lambda run: run(lora.load),
+    inspect=lambda run: run(lora.inspect),
+    digest=lambda run: run(lora.digest),
+    save=lambda run: run(lambda path: lora.save(docs(), path / path.name)),
+    load_card=lambda run: run(managed().load_card),
+    from_pretrained=lambda run: run(lora.ArrowEngine.from_pretrained),
+    load_lora=lambda run: run(engine().load_lora),
+)
 OS_ERRORS = {
-    "at a folder": (
+    "save: path of a folder": (
         st.just(docs()),
         lambda bad: in_folder(lambda path: lora.save(bad, path.parent)),
     ),
-    "a file taken for a folder, to save in": (
+    "save: folder is a file": (
         st.just("x"),
         lambda bad: in_folder(lambda path: (path.write_bytes(b""), lora.save(docs(), path / bad))),
     ),
-    "a path that can be none": (st.sampled_from(["a\0b", "x" * 5000, "", "/", "."]), lora.load),
-    "a folder, to read": (
-        st.sampled_from([lora.load, lora.inspect, lora.digest]),
-        lambda bad: in_folder(lambda path: bad(path.parent)),
-    ),
-    "a pipe, to read": (st.sampled_from([lora.load, lora.inspect, lora.digest]), piped),
-    "a device, to read": (
-        st.sampled_from([lora.load, lora.inspect, lora.digest]),
-        lambda bad: bad("/dev/zero"),
-    ),
+    "load: impossible path": (st.sampled_from(["a\0b", "x" * 5000, "", "/", "."]), lora.load),
+    "read: a folder": (reads, lambda read: in_folder(lambda path: read(path.parent))),
+    "read: a pipe": (reads, piped),
+    "read: a device": (reads, lambda read: read("/dev/zero")),
 }
-TYPE_ERRORS = {
-    "what is no model, to adapt": (no_module, lambda bad: lora.adapt(bad, docs())),
-    "what is no model, to fold": (no_module, lora.fold),
-    "what is no model, to watch": (no_module, lora.uncalled),
-    "what is no model, to fingerprint": (no_module, lambda bad: lora.fingerprint(bad, docs())),
-    "a model with its own forward": (st.just(None), lambda bad: lora.adapt(_patched(bad), docs())),
-    "a base that is no Linear": (
+TYPE_ERRORS = refusals(
+    "not a model",
+    no_module,
+    adapt=lambda bad: lora.adapt(bad, docs()),
+    fold=lora.fold,
+    uncalled=lora.uncalled,
+    fingerprint=lambda bad: lora.fingerprint(bad, docs()),
+    LoRAManager=lora.LoRAManager,
+) | {
+    "adapt: model with a replaced forward": (
+        st.builds(patched),
+        lambda bad: lora.adapt(bad, docs()),
+    ),
+    "LoRALinear: base is not a Linear": (
         no_module | st.just(nn.Conv1d(1, 1, 1)) | st.just(nn.Bilinear(1, 1, 1)),
         lora.LoRALinear,
     ),
-    "what is no model, to manage": (no_module, lora.LoRAManager),
-    "a model of another kind": (
-        st.sampled_from(["gpt2", "t5", None]),
-        lambda bad: in_folder(lambda path: _model_of_kind(bad, path.parent)),
+    "from_pretrained: unsupported model type": (
+        st.sampled_from(['{"model_type": "gpt2"}', '{"model_type": "t5"}', "{}"]),
+        lambda bad: in_folder(lambda path: from_config(bad, path.parent)),
     ),
-    "an activation that is none": (
+    "InferenceCore: unknown activation": (
         st.sampled_from(["swish", "", "GELU"]),
         lambda bad: lora.InferenceCore(EncoderConfig(9, 4, 1, 1, 4, 4, hidden_act=bad)),
     ),
 }
 LOOKUP_ERRORS = {
-    "a card for other modules, strictly": (
+    "adapt: missing target (strict)": (
         st.sampled_from(["9", "query", "x.0"]),
         lambda bad: lora.adapt(base_model(), docs(target_modules=("0", bad)), strict=True),
     ),
-    "a card that fits two modules": (
+    "adapt: weight fits two modules": (
         st.sampled_from(["0", "1"]),
         lambda bad: lora.adapt(
             nn.Sequential(base_model(), base_model()),
-            docs(target_modules=(bad,), weights={bad: docs().weights["0"]}),
+            docs(target_modules=(bad,), weights={bad: PAIR}),
         ),
     ),
 }
-KEY_ERRORS = {
-    "not active": (names.filter("docs".__ne__), lambda bad: managed().replace_card(docs(name=bad))),
-    "a card that is not active, to weigh": (
-        names.filter("docs".__ne__),
-        lambda bad: managed().set_weight(bad, 1.0),
-    ),
-    "an adapter that is not known": (names, lambda bad: engine().encode_with_lora(["x"], bad)),
-    "unknown ones": (names, lambda bad: engine().encode_with_lora(["x"], {bad: 1.0})),
-}
+KEY_ERRORS = refusals(
+    "unknown name",
+    other_names,
+    replace_card=lambda bad: managed().replace_card(docs(name=bad)),
+    set_weight=lambda bad: managed().set_weight(bad, 1.0),
+    encode_with_lora=lambda bad: engine().encode_with_lora(["x"], bad),
+    encode_with_weights=lambda bad: engine().encode_with_lora(["x"], {bad: 1.0}),
+)
 RUNTIME_ERRORS = {
-    "nothing prepared, to swap": (st.builds(managed), lambda bad: bad.swap()),
-    "nothing earlier, to roll back to": (st.builds(managed), lambda bad: bad.rollback()),
+    "swap: nothing prepared": (st.builds(managed), lambda bad: bad.swap()),
+    "rollback: nothing earlier": (st.builds(managed), lambda bad: bad.rollback()),
 }
 BAD_INPUT = {
     name: (builtin, *case)
@@ -726,17 +764,6 @@ BAD_INPUT = {
     )
     for name, case in cases.items()
 }
-
-
-def _patched(_):
-    model = base_model()
-    model[0].forward = lambda x: x
-    return model
-
-
-def _model_of_kind(kind, folder):
-    (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}' if kind else "{}")
-    lora.ArrowEngine.from_pretrained(folder)
 
 
 @requirement("R7.8")

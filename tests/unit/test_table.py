@@ -84,8 +84,7 @@ def test_a_card_too_large_for_a_column_is_refused_before_a_byte_of_it_is_copied(
             b = np.zeros((2, 1), np.float16)
             card = lora.LoRACard("vast", 2, 1.0, (), {"m": lora.LowRank(a, b)})
             with pytest.raises(
-                CardError,
-                match=r"card 'vast': .*: expected at most 2147483647 .*; split the card",
+                CardError, match=r"card 'vast': .*: expected at most 2147483647 .*; split the card"
             ):
                 lora.card_to_table(card)
             del a, card
