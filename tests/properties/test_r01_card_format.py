@@ -99,9 +99,8 @@ def test_metadata_comes_back_and_shadows_no_field(impl, card, shadows, more):
     loaded = impl.read_card(impl.write_card(card._replace(metadata=asked)))
     bare = impl.read_card(impl.write_card(card._replace(metadata={})))
     assert loaded.metadata == asked
-    assert repr(_sorted(loaded.metadata)) == repr(
-        _sorted(asked)
-    )  # 1, 1.0 and True are equal, but not the same
+    # 1, 1.0 and True are equal, but not the same.
+    assert repr(_sorted(loaded.metadata)) == repr(_sorted(asked))
     assert loaded[:4] == bare[:4]
     assert loaded.extra == bare.extra
 
@@ -166,9 +165,7 @@ def test_a_card_of_two_dtypes_is_refused(impl, one, other, rank, apart):
 def test_every_module_has_a_scaling_in_the_file_and_out_of_it(impl, card):
     data = impl.write_card(card)
     batch, loaded = the_arrow_file(data), impl.read_card(data)
-    stored = dict(
-        zip(batch.column("module").to_pylist(), batch.column("scaling").to_pylist(), strict=True)
-    )
+    stored = {row["module"]: row["scaling"] for row in batch.to_pylist()}
     for module, pair in card.weights.items():
         expected = card.alpha / card.rank if pair.scaling is None else pair.scaling
         assert stored[module] == loaded.weights[module].scaling == expected
@@ -330,9 +327,8 @@ def bases(draw):
             parameter.copy_(torch.tensor(values, dtype=torch.float32).reshape(parameter.shape))
     first = model[0]
     pair = lora.LowRank(np.ones((first.in_features, 1)), np.ones((1, first.out_features)))
-    return model.to(dtype).requires_grad_(requires_grad=False), lora.LoRACard(
-        "docs", 1, 1.0, ("0",), {"0": pair}
-    )
+    card = lora.LoRACard("docs", 1, 1.0, ("0",), {"0": pair})
+    return model.to(dtype).requires_grad_(requires_grad=False), card
 
 
 def stated_fingerprint(weight, key):
@@ -374,9 +370,7 @@ def test_a_fingerprint_depends_on_the_weights_and_not_on_what_they_are_wrapped_i
     assert lora.fingerprint(wrapped, card) == loaded
     assert lora.fingerprint(lora.adapt(model, card), card) == loaded
     wide = torch.float32 if model[0].weight.dtype == torch.float64 else torch.float64
-    assert (
-        lora.fingerprint(copy.deepcopy(model).to(wide), card) != loaded
-    )  # the dtype is part of it
+    assert lora.fingerprint(copy.deepcopy(model).to(wide), card) != loaded  # dtypes count
 
 
 @requirement("R1.13")
@@ -525,9 +519,8 @@ def test_nan_payloads_tell_cards_apart_and_zeros_differ_in_sign(dtype, rows, ran
 
     def card(pattern):
         a = np.full((rows, rank), pattern, unsigned).view(dtype)
-        return lora.LoRACard(
-            "docs", rank, 1.0, (), {"m": lora.LowRank(a, np.zeros((rank, 2), dtype))}
-        )
+        pair = lora.LowRank(a, np.zeros((rank, 2), dtype))
+        return lora.LoRACard("docs", rank, 1.0, (), {"m": pair})
 
     with np.errstate(invalid="ignore"):  # a signalling NaN is what is asked for
         assert np.isnan(card(infinity + payload).weights["m"].A).all()
@@ -544,9 +537,7 @@ def test_no_array_that_a_card_was_made_of_can_change_it(card, data):
 
     def given_as(array):
         view = array.view()
-        view.flags.writeable = (
-            not seen_through
-        )  # a read-only view of an array that others can still write to
+        view.flags.writeable = not seen_through  # others may still write to the array itself
         return view
 
     weights = {m: lora.LowRank(given_as(a), given_as(b), s) for m, (a, b, s) in writable.items()}
@@ -569,9 +560,8 @@ def test_factors_of_the_same_bytes_in_another_shape_or_dtype_are_others(data, ra
         "of another rank": lora.LowRank(a.reshape(2, cut * rank), b.reshape(cut * rank, 3), 1.0),
     }
     if dtype == np.float16:
-        taken["of another dtype"] = lora.LowRank(
-            a.view(ml_dtypes.bfloat16), b.view(ml_dtypes.bfloat16), 1.0
-        )
+        seen_otherwise = (factor.view(ml_dtypes.bfloat16) for factor in (a, b))
+        taken["of another dtype"] = lora.LowRank(*seen_otherwise, 1.0)
     for how, other in taken.items():
         same = how in {"as it is", "copied"} or (how == "of another rank" and cut == 1)
         assert (pair == other) is (other == pair) is same
@@ -664,21 +654,16 @@ def test_a_read_only_factor_is_kept_if_it_lies_as_in_the_file_and_copied_otherwi
 @given(shape=st.lists(st.integers(0, 3), max_size=4), dtype=dtypes, first=st.booleans())
 def test_a_factor_has_two_dimensions_and_neither_is_zero(shape, dtype, first):
     factor = np.ones(shape, dtype)
-    fitting = (
-        np.ones((shape[1] if first else 2, shape[0] if not first else 2), dtype)
-        if len(shape) == 2
-        else factor
-    )
+    sound = len(shape) == 2 and all(shape)
+    fitting = factor.T if sound else np.ones((2, 2), dtype)
     pair = (factor, fitting) if first else (fitting, factor)
-    if len(shape) == 2 and all(shape):
+    if sound:
         new_card = lora.LowRank(*pair)
         assert (new_card.in_features, new_card.rank) == pair[0].shape
         assert (new_card.rank, new_card.out_features) == pair[1].shape
     else:
-        with pytest.raises(
-            CardError,
-            match=r"^factor [AB]: expected a two-dimensional, non-empty .* found shape \(",
-        ):
+        message = f"^factor {'BA'[first]}: expected a two-dimensional, non-empty .* found shape "
+        with pytest.raises(CardError, match=message):
             lora.LowRank(*pair)
 
 
@@ -700,17 +685,12 @@ def test_targets_are_a_tuple_however_they_are_given(target, several):
     data=st.data(),
 )
 def test_a_fingerprint_is_64_lower_case_hex_digits_and_nothing_else(hex_digits, at, data):
-    other = data.draw(
-        st.characters(exclude_characters="0123456789abcdef") | st.sampled_from("XxghAF _-²")
-    )
+    others = st.characters(exclude_characters="0123456789abcdef") | st.sampled_from("XxghAF _-²")
+    other = data.draw(others)
     card = lora.LoRACard("docs", 1, 1.0, (), {})
     assert replace(card, base_fingerprint=hex_digits).base_fingerprint == hex_digits
-    for wrong in (
-        hex_digits[:at] + other + hex_digits[at + 1 :],
-        hex_digits[:-1],
-        hex_digits + "0",
-        hex_digits.upper(),
-    ):
+    replaced = hex_digits[:at] + other + hex_digits[at + 1 :]
+    for wrong in (replaced, hex_digits[:-1], hex_digits + "0", hex_digits.upper()):
         if wrong != hex_digits:
             with pytest.raises(CardError, match="base_fingerprint"):
                 replace(card, base_fingerprint=wrong)

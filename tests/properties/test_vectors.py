@@ -31,9 +31,8 @@ def expectation(vector):
 def test_the_vectors_are_frozen_and_the_manifest_names_them_all():
     assert hashlib.sha256(MANIFEST).hexdigest() == FROZEN
     for vector in VECTORS:
-        assert (
-            hashlib.sha256((FOLDER / vector["path"]).read_bytes()).hexdigest() == vector["sha256"]
-        )
+        data = (FOLDER / vector["path"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == vector["sha256"]
         assert hashlib.sha256(expectation(vector)).hexdigest() == vector["expectation_sha256"]
     files = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.lora.arrow")}
     assert files == {vector["path"] for vector in VECTORS}
@@ -42,20 +41,11 @@ def test_the_vectors_are_frozen_and_the_manifest_names_them_all():
 @requirement("R24.4", "R1.9")
 @pytest.mark.parametrize("vector", those(valid=True))
 def test_a_valid_vector_holds_what_its_expectation_says(impl, vector):
-    card, expectations = (
-        impl.read_card((FOLDER / vector["path"]).read_bytes()),
-        json.loads(expectation(vector)),
-    )
-    assert (card.name, card.rank, card.alpha) == (
-        expectations["name"],
-        expectations["rank"],
-        expectations["alpha"],
-    )
+    card = impl.read_card((FOLDER / vector["path"]).read_bytes())
+    expectations = json.loads(expectation(vector))
+    for field in ("name", "rank", "alpha", "metadata", "extra"):
+        assert getattr(card, field) == expectations[field]
     assert list(card.target_modules) == expectations["target_modules"]
-    assert (dict(card.metadata), dict(card.extra)) == (
-        expectations["metadata"],
-        expectations["extra"],
-    )
     assert sorted(card.weights) == sorted(expectations["modules"])
     dtype = ml_dtypes.bfloat16 if expectations["dtype"] == "bfloat16" else expectations["dtype"]
     for module, pair in card.weights.items():

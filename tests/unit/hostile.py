@@ -58,15 +58,9 @@ class Liar(flight.FlightServerBase):
         self.manifests, self.data, self.uri = list(manifests), data, f"grpc://127.0.0.1:{self.port}"
 
     def _info(self, manifest):
-        told = manifest if isinstance(manifest, bytes) else manifest.to_json()
-        return flight.FlightInfo(
-            lora.table.schema_of("float32"),
-            flight.FlightDescriptor.for_path("x"),
-            [],
-            -1,
-            -1,
-            app_metadata=told,
-        )
+        text = manifest if isinstance(manifest, bytes) else manifest.to_json()
+        schema, path = lora.table.schema_of("float32"), flight.FlightDescriptor.for_path("x")
+        return flight.FlightInfo(schema, path, [], -1, -1, app_metadata=text)
 
     def list_flights(self, context, criteria):
         return iter(map(self._info, self.manifests))
@@ -76,19 +70,15 @@ class Liar(flight.FlightServerBase):
 
     def do_action(self, context, action):
         if action.type == "list":
-            return (told if isinstance(told, bytes) else told.to_json() for told in self.manifests)
+            return (item if isinstance(item, bytes) else item.to_json() for item in self.manifests)
         if action.type == "version":
             return iter([b"{}"])
-        data = (
-            self.data[action.body.to_pybytes().decode()]
-            if isinstance(self.data, dict)
-            else self.data
-        )
-        return (
-            data()
-            if callable(data)
-            else (data[at : at + 2**20] for at in range(0, len(data), 2**20))
-        )
+        data = self.data
+        if isinstance(data, dict):
+            data = data[action.body.to_pybytes().decode()]
+        if callable(data):
+            return data()
+        return (data[at : at + 2**20] for at in range(0, len(data), 2**20))
 
 
 class Line:
@@ -160,13 +150,13 @@ class Line:
 def listening(answer=b""):
     """A port where each caller gets these bytes, and then silence."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        held = []
+        connections = []
 
         def accept():
             with contextlib.suppress(OSError):
                 while True:
                     connection, _ = listener.accept()
-                    held.append(connection)
+                    connections.append(connection)
                     connection.sendall(answer)
 
         accepting = threading.Thread(target=accept, daemon=True)
@@ -174,7 +164,7 @@ def listening(answer=b""):
         yield f"grpc://127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
         accepting.join()
-        for connection in held:
+        for connection in connections:
             connection.close()
 
 
@@ -197,17 +187,10 @@ class Authority:
     def _issued(self, name, key, *, authority, days=(-1, 1)):
         now = dt.datetime.now(dt.UTC)
         hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(self.name)
-            .public_key(key.public_key())
-        )
-        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(
-            now + dt.timedelta(days=days[0])
-        )
-        builder = builder.not_valid_after(now + dt.timedelta(days=days[1]))
+        start, end = (now + dt.timedelta(days=day) for day in days)
+        constraints = x509.BasicConstraints(ca=authority, path_length=None)
+        builder = x509.CertificateBuilder(self.name, name, key.public_key())
+        builder = builder.serial_number(x509.random_serial_number())
+        builder = builder.not_valid_before(start).not_valid_after(end)
         builder = builder.add_extension(x509.SubjectAlternativeName(hosts), critical=False)
-        return builder.add_extension(
-            x509.BasicConstraints(ca=authority, path_length=None), critical=True
-        ).sign(self.key, hashes.SHA256())
+        return builder.add_extension(constraints, critical=True).sign(self.key, hashes.SHA256())

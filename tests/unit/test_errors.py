@@ -10,34 +10,20 @@ from lora import errors
 from lora.errors import LoRAError, shown
 from lora.testing.plugin import requirement
 
-KINDS = {
-    "CardError": ValueError,
-    "CardFileError": ValueError,
-    "CardNotFoundError": FileNotFoundError,
-    "StoreError": OSError,
-    "ShapeError": ValueError,
-    "TargetError": LookupError,
-    "BaseModelError": ValueError,
-    "UnsupportedModelError": TypeError,
-    "ConflictError": ValueError,
-    "UnknownCardError": KeyError,
-    "ArgumentError": ValueError,
-    "StateError": RuntimeError,
-    "RegistryFull": RuntimeError,
-    "DataError": ValueError,
-    "MissingPackageError": ImportError,
-    "PeerError": ConnectionError,
-    "RefusedError": ValueError,
-    "ManifestError": ValueError,
-    "BadNameError": ValueError,
-    "MismatchError": ValueError,
-    "UnsignedError": ValueError,
-    "SignatureError": ValueError,
-    "UnknownSignerError": ValueError,
-    "OlderVersionError": ValueError,
-    "NonFiniteError": ValueError,
-    "AbsurdNormError": ValueError,
+BUILT_INS = {
+    ValueError: "CardError CardFileError ShapeError BaseModelError ConflictError ArgumentError "
+    "DataError RefusedError ManifestError BadNameError MismatchError UnsignedError SignatureError "
+    "UnknownSignerError OlderVersionError NonFiniteError AbsurdNormError",
+    FileNotFoundError: "CardNotFoundError",
+    OSError: "StoreError",
+    LookupError: "TargetError",
+    TypeError: "UnsupportedModelError",
+    KeyError: "UnknownCardError",
+    RuntimeError: "StateError RegistryFull",
+    ImportError: "MissingPackageError",
+    ConnectionError: "PeerError",
 }
+KINDS = {name: built_in for built_in, names in BUILT_INS.items() for name in names.split()}
 
 
 @requirement("R7.8")

@@ -1,12 +1,11 @@
 """The algebra of factor pairs: examples, edges, messages."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from lora.card import LowRank
 from lora.errors import ArgumentError, ShapeError
-from lora.lowrank import apply, concat, delta, initial, thin_qr
+from lora.lowrank import apply, concat, delta, initial
 from lora.testing.plugin import requirement
 
 PAIR = LowRank(np.array([[1.0], [2.0], [0.0]]), np.array([[3.0, -1.0]]), 0.5)
@@ -15,24 +14,7 @@ PAIR = LowRank(np.array([[1.0], [2.0], [0.0]]), np.array([[3.0, -1.0]]), 0.5)
 @requirement("R2.2")
 def test_delta_has_the_shape_of_a_linears_weight():
     assert np.array_equal(delta(PAIR), [[1.5, 3.0, 0.0], [-0.5, -1.0, 0.0]])
-
-
-@requirement("R2.2")
-def test_a_pair_without_a_scaling_counts_as_it_is():
-    assert np.array_equal(delta(LowRank(PAIR.A, PAIR.B)), 2 * delta(PAIR))
-
-
-@requirement("R2.2")
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-def test_narrow_factors_are_computed_in_float32(dtype):
-    wide = np.float64 if dtype is np.float64 else np.float32
-    pair = LowRank(PAIR.A.astype(dtype), PAIR.B.astype(dtype), 1.0)
-    assert (
-        delta(pair).dtype
-        == concat([(pair, 1.0)]).dtype
-        == apply(np.ones((2, 3), dtype), [(pair, 1.0)]).dtype
-        == wide
-    )
+    assert np.array_equal(delta(LowRank(PAIR.A, PAIR.B)), 2 * delta(PAIR))  # scaling None is 1
 
 
 @requirement("R8.2", "R8.7")
@@ -51,16 +33,12 @@ def test_a_pair_of_weight_zero_is_left_out_even_if_it_holds_nan():
     assert not delta(concat([(bad, 0.0)])).any()
 
 
-@requirement("R8.5")
-def test_stacking_nothing_is_an_error():
+@requirement("R7.2", "R8.5")
+def test_pairs_for_different_layers_and_no_pairs_do_not_stack():
     with pytest.raises(
         ArgumentError, match="concat: expected at least one factor pair, found none"
     ):
         concat([])
-
-
-@requirement("R7.2", "R8.5")
-def test_pairs_for_different_layers_do_not_stack():
     other = LowRank(np.ones((4, 1)), np.ones((1, 2)))
     with pytest.raises(ShapeError, match="expected in -> out of 3 -> 2, found 4 -> 2"):
         concat([(PAIR, 1.0), (other, 1.0)])
@@ -73,19 +51,6 @@ def test_an_input_of_another_width_is_refused(shape):
         apply(np.ones(shape), [(PAIR, 1.0)])
 
 
-@requirement("R2.5")
-@pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (1, 1, 1, 1)])
-def test_leading_dimensions_are_kept(lead):
-    assert apply(np.ones((*lead, 3)), [(PAIR, 1.0)]).shape == (*lead, 2)
-
-
-@requirement("R2.2")
-def test_overflow_gives_an_infinity_and_no_warning():
-    huge = LowRank(np.full((1, 1), 3e38, np.float32), np.full((1, 1), 3e38, np.float32), 2.0)
-    assert np.isposinf(delta(huge)).all()
-    assert np.isposinf(apply(np.ones((1, 1), np.float32), [(huge, 1.0)])).all()
-
-
 @requirement("R2.10")
 def test_a_fresh_a_fills_its_range_evenly():
     """A mean strays by 6 standard errors about once in a billion seeds."""
@@ -96,21 +61,3 @@ def test_a_fresh_a_fills_its_range_evenly():
     assert abs((a**2).mean() - 1 / 3) < 6 * np.sqrt(4 / 45 / a.size)
     shares = np.histogram(a, bins=4, range=(-1, 1))[0] / a.size
     assert (abs(shares - 0.25) < 6 * np.sqrt(0.25 * 0.75 / a.size)).all()
-
-
-@requirement("R20.4", "R16.7")
-@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (40, 7), (7, 40), (3, 1), (1, 3)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("kind", ["noise", "zero", "one column twice", "triangular"])
-def test_a_thin_qr_is_a_qr(shape, dtype, kind):
-    matrix = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    twice = matrix[:, [0] * shape[1]]
-    others = {"noise": matrix, "zero": 0 * matrix, "one column twice": twice}
-    matrix = others.get(kind, np.triu(matrix))
-    q, r = thin_qr(matrix)
-    eps = np.finfo(dtype).eps * sum(shape)
-    assert (q.shape, r.shape) == ((shape[0], min(shape)), (min(shape), shape[1]))
-    assert q.dtype == r.dtype == dtype
-    assert np.abs(q.T @ q - np.identity(min(shape))).max() <= eps
-    assert np.abs(q @ r - matrix).max() <= eps * max(np.linalg.norm(matrix), 1)
-    assert np.array_equal(r, np.triu(r))
