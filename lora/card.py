@@ -37,7 +37,6 @@ _encode = json.JSONEncoder(
 ).encode
 
 _NATIVE = frozenset(DTYPES.values())
-_FINGERPRINT = "64 lower-case hex digits or None"
 
 FIELD_KEYS = frozenset(
     {
@@ -226,10 +225,11 @@ class LoRACard:
         is_rank = is_integer and 1 <= rank <= MAX_RANK
         _require(is_rank, f"{where}: rank", f"an integer >= 1 and <= {MAX_RANK}", rank)
         alpha = finite(self.alpha, f"{where}: alpha")
+        is_fingerprint = digest is None or is_digest(digest)
         for key, holds, expected in (
             ("alpha", alpha > 0, "a finite number > 0"),
             ("base_model", base is None or _printable(base), "printable text or None"),
-            ("base_fingerprint", digest is None or is_digest(digest), _FINGERPRINT),
+            ("base_fingerprint", is_fingerprint, "64 lower-case hex digits or None"),
         ):
             _require(holds, f"{where}: {key}", expected, getattr(self, key))
         extra = FrozenJSON(self.extra, f"{where}: extra")

@@ -145,8 +145,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
         targets_not_found=tuple(
             target
             for target in card.target_modules
-            if target not in owners
-            and not (target == ALL_LINEAR and targeted_modules(sites, [target]))
+            if target not in owners and not targeted_modules(sites, [target])
         ),
         weights_not_used=tuple(key for key in card.weights if key not in bound.values()),
         bypassed=tuple(module for module in bound if sites[module].bypassed),

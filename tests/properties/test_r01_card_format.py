@@ -147,14 +147,14 @@ def test_factors_of_any_bits_come_back_bit_for_bit(impl, data, dtype, shape):
 
 
 @requirement("R1.7")
-@given(one=dtypes, other=dtypes, rank=ranks, apart=st.booleans())
-def test_a_card_of_two_dtypes_is_refused(impl, one, other, rank, apart):
-    first = PlainPair(np.ones((2, rank), one), np.ones((rank, 3), one))
+@given(dtype=dtypes, other=dtypes, rank=ranks, apart=st.booleans())
+def test_a_card_of_two_dtypes_is_refused(impl, dtype, other, rank, apart):
+    first = PlainPair(np.ones((2, rank), dtype), np.ones((rank, 3), dtype))
     second = PlainPair(np.ones((2, rank), other), np.ones((rank, 3), other))
     mixed = {"a": first, "b": second} if apart else {"a": PlainPair(first.A, second.B)}
     card = PlainCard("docs", rank, 1.0, (), mixed, {}, {})
-    if one == other:
-        assert impl.read_card(impl.write_card(card)).weights["a"].A.dtype == one
+    if dtype == other:
+        assert impl.read_card(impl.write_card(card)).weights["a"].A.dtype == dtype
     else:
         with pytest.raises(Exception, match=r"."):
             impl.write_card(card)
@@ -499,11 +499,11 @@ def test_a_card_with_one_field_or_one_bit_changed_is_another(card, data):
 
 
 @requirement("R1.14", "R1.11")
-@given(one=plain_cards(), data=st.data())
-def test_cards_are_equal_exactly_when_their_files_are(one, data):
-    one = card_of(one)
-    other = data.draw(st.sampled_from([one, pickled(one), one_change(data.draw, one)]))
-    assert (saved(one) == saved(other)) == (one == other)
+@given(card=plain_cards(), data=st.data())
+def test_cards_are_equal_exactly_when_their_files_are(card, data):
+    card = card_of(card)
+    other = data.draw(st.sampled_from([card, pickled(card), one_change(data.draw, card)]))
+    assert (saved(card) == saved(other)) == (card == other)
 
 
 payloads = st.integers(1, 2**7 - 1)
@@ -580,15 +580,15 @@ def test_values_equal_nothing_of_another_kind_and_leave_the_last_word_to_it(card
 
 
 @requirement("R1.3", "R1.15")
-@given(one=metadata, other=metadata, key=names)
-def test_frozen_json_equals_the_mappings_it_was_made_of_and_no_others(one, other, key):
-    frozen = lora.FrozenJSON(one)
-    assert frozen == one == frozen
+@given(value=metadata, other=metadata, key=names)
+def test_frozen_json_equals_the_mappings_it_was_made_of_and_no_others(value, other, key):
+    frozen = lora.FrozenJSON(value)
+    assert frozen == value == frozen
     assert lora.FrozenJSON(frozen) == frozen
     assert lora.FrozenJSON(frozen).text == frozen.text
-    assert (frozen == other) is (other == frozen) is (one == other)
-    assert frozen != {**one, key: [one.get(key)]}
-    assert (dict(frozen), len(frozen), set(frozen)) == (one, len(one), set(one))
+    assert (frozen == other) is (other == frozen) is (value == other)
+    assert frozen != {**value, key: [value.get(key)]}
+    assert (dict(frozen), len(frozen), set(frozen)) == (value, len(value), set(value))
 
 
 numbers_of_other_types = (

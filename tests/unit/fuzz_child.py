@@ -334,14 +334,16 @@ def _false_columns() -> Iterator[tuple[str, bytes]]:
     for kind in (pa.list_(pa.int64(), 2), pa.list_(pa.int32()), pa.list_(pa.uint32(), 2)):
         first[f"shapes as {kind}"] = tensors(a, shape_type=kind)
     swapped, three = [good.field("shape"), good.field("data")], pa.list_(pa.int32(), 3)
-    one = pa.array([1.0])
+    value = pa.array([1.0])
     module |= {
         "a union": pa.UnionArray.from_sparse(pa.array([0, 0, 0], pa.int8()), [pa.array(names)]),
         "a null module": pa.array([names[0], None, names[2]]),
         "a module twice": pa.array([names[0], names[0], names[2]]),
     }
     scaling |= {
-        "run-end encoded scalings": pa.RunEndEncodedArray.from_arrays(pa.array([3], "int32"), one),
+        "run-end encoded scalings": pa.RunEndEncodedArray.from_arrays(
+            pa.array([3], "int32"), value
+        ),
         "a null scaling": pa.array([1.0, None, 1.0]),
     }
     first |= {
