@@ -73,23 +73,27 @@ class CardCache:
         return target
 
     def evict(self, max_bytes: int) -> list[str]:
-        """Remove the oldest cards until the rest fit `max_bytes`; return their digests."""
-        removed: list[str] = []
+        """Remove the longest unused cards until the rest fit `max_bytes`; return their digests."""
+        removed, total = list[str](), 0
         with os_errors(self.root):
             status = {sha: self.path(sha).stat() for sha in self.digests()}
-            total = sum(file.st_size for file in status.values())
-            for sha in sorted(status, key=lambda sha: status[sha].st_mtime_ns):
+            for sha in sorted(status, key=lambda sha: -status[sha].st_mtime_ns):
+                total += status[sha].st_size
                 if total > max_bytes:
                     self.path(sha).unlink(missing_ok=True)
-                    total -= status[sha].st_size
-                    removed.append(sha)
+                    removed.insert(0, sha)
         return removed
 
     def holds(self, sha: str) -> bool:
-        """Tell whether a card is there; a damaged file goes to the folder ``quarantine``."""
+        """Tell whether a card is there, and note for `evict` that it is used.
+
+        A damaged file goes to the folder ``quarantine``.
+        """
         path, folder = self.path(sha), self.root / "quarantine"
         with os_errors(self.root), suppress(FileNotFoundError):
             if digest(path) == sha:
+                with suppress(PermissionError):  # another user's cache
+                    os.utime(path)
                 return True
             folder.mkdir(exist_ok=True)
             path.rename(folder / f"{sha}.{secrets.token_hex(4)}")

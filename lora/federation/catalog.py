@@ -8,9 +8,10 @@ Requirements: R11.
 
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import TypeAlias
@@ -19,15 +20,14 @@ import pyarrow as pa
 
 from lora.checks import version_order
 from lora.errors import LoRAError, StoreError
-from lora.federation.keys import SUFFIX as SIGNED
 from lora.federation.keys import read_signed, signature_path
 from lora.federation.manifest import Manifest, manifest_of
 from lora.store import SUFFIX, digest, inspect, os_errors
 
 log = logging.getLogger(__name__)
 
-Stamp: TypeAlias = tuple[int, int, int, int]
-"""Inode, size and modification time of a card, and modification time of its signature or 0."""
+Stamp: TypeAlias = tuple[int, int, int]
+"""Inode, size and modification time of a file."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,25 @@ class Catalog:
     """What a folder holds.
 
     Args:
-        files: By file name and stamp; None for a file that is no card.
+        files: By path, stamp and stamp of the signature file; None for a file that is no card.
         cards: By digest, in order.
         names: The digest of each name's highest version.
     """
 
-    files: Mapping[tuple[str, Stamp], Served | None] = field(default_factory=dict)
+    files: Mapping[tuple[Path, Stamp, Stamp | None], Served | None] = field(default_factory=dict)
     cards: Mapping[str, Served] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
 
 
 def scan(root: Path, old: Catalog) -> Catalog:
     """Return the catalog of the folder now; `old` if nothing has changed."""
-    files = {
-        key: old.files[key] if key in old.files else _served(root, *key)
-        for key in sorted(_stamps(root))
-    }
+    files = {}
+    with os_errors(root):
+        for path in sorted(root.iterdir()):
+            card_name = path.name.endswith(SUFFIX) and path.name[0] != "."
+            if card_name and (stamp := _stamp(path)):
+                key = path, stamp, _stamp(signature_path(path))
+                files[key] = old.files[key] if key in old.files else _served(*key)
     if files == old.files:
         return old
     cards = sorted(filter(None, files.values()), key=lambda card: card.manifest.digest)
@@ -72,36 +75,24 @@ def scan(root: Path, old: Catalog) -> Catalog:
 @contextmanager
 def opened(card: Served) -> Iterator[FileIO]:
     """Open a card's file, if it is still the file that was hashed."""
-    with os_errors(card.path), open(card.path, "rb", 0, opener=_no_links) as file:
-        if _stamp(os.fstat(file.fileno())) != card.stamp[:3]:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with os_errors(card.path), os.fdopen(os.open(card.path, flags), "rb", 0) as file:
+        if _stamp(file.fileno()) != card.stamp:
             raise StoreError(str(card.path), "the file that was hashed", "another")
         yield file
 
 
-def _no_links(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+def _stamp(file: Path | int) -> Stamp | None:
+    """Return the stamp of a regular file; None for a link, another kind, or nothing."""
+    try:
+        status = os.fstat(file) if isinstance(file, int) else file.lstat()
+    except FileNotFoundError:
+        return None
+    regular = stat.S_ISREG(status.st_mode)
+    return (status.st_ino, status.st_size, status.st_mtime_ns) if regular else None
 
 
-def _stamps(root: Path) -> list[tuple[str, Stamp]]:
-    files: dict[str, os.stat_result] = {}
-    with os_errors(root), os.scandir(root) as entries:
-        for entry in entries:
-            with suppress(FileNotFoundError):  # removed in the meantime
-                if entry.is_file(follow_symlinks=False):
-                    files[entry.name] = entry.stat(follow_symlinks=False)
-    return [
-        (name, (*_stamp(file), files[name + SIGNED].st_mtime_ns if name + SIGNED in files else 0))
-        for name, file in files.items()
-        if name.endswith(SUFFIX) and not name.startswith(".")
-    ]
-
-
-def _stamp(file: os.stat_result) -> tuple[int, int, int]:
-    return file.st_ino, file.st_size, file.st_mtime_ns
-
-
-def _served(root: Path, name: str, stamp: Stamp) -> Served | None:
-    path = root / name
+def _served(path: Path, stamp: Stamp, signature: Stamp | None) -> Served | None:
     try:
         manifest = manifest_of(inspect(path), digest(path), stamp[1])
         with pa.ipc.open_file(path) as file:
@@ -109,13 +100,12 @@ def _served(root: Path, name: str, stamp: Stamp) -> Served | None:
     except (LoRAError, OSError, pa.ArrowException) as error:
         log.warning("not served: %s", error)
         return None
-    if stamp[3]:
+    if signature:
         try:
             signed = read_signed(signature_path(path))
             if signed.signed_bytes() == manifest.signed_bytes():
-                manifest = replace(manifest, signature=signed.signature)
-            else:
-                log.warning("served unsigned: the signature beside %s is of another card", path)
+                return Served(path, stamp, signed, schema)
+            log.warning("served unsigned: the signature beside %s is of another card", path)
         except LoRAError as error:
             log.warning("served unsigned: %s", error)
     return Served(path, stamp, manifest, schema)

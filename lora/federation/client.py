@@ -108,11 +108,9 @@ class LoRAFlightClient:
         self, name_prefix: str = "", base_model: str | None = None
     ) -> list[Manifest]:
         """List what the peer offers, by name; malformed manifests are left out and counted."""
-        criteria = {"name_prefix": name_prefix}
-        if base_model is not None:
-            criteria["base_model"] = base_model
+        criteria = json.dumps({"name_prefix": name_prefix, "base_model": base_model})
         manifests = []
-        for count, body in enumerate(self._call("list", "list", json.dumps(criteria))):
+        for count, body in enumerate(self._call("list", "list", criteria)):
             if count == MAX_CARDS:
                 raise PeerError(f"{self.uri}: list", f"at most {MAX_CARDS} cards", "more")
             try:
@@ -146,7 +144,7 @@ class LoRAFlightClient:
         if manifest is None or refresh:
             manifest = self._announced(requested)
         card = self.fetch(manifest, policy, progress).card
-        self._known = {**self._known, requested: manifest}
+        self._known[requested] = manifest
         return card
 
     def fetch(

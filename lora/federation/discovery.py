@@ -119,10 +119,8 @@ class Discovery:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _heard(self, *, name: str, state_change: zeroconf.ServiceStateChange, **_: Any) -> None:
-        removed = state_change is zeroconf.ServiceStateChange.Removed
-        event = PeerBook.goodbye if removed else PeerBook.announced
-        self._change(event, name.removesuffix(f".{SERVICE}"))
+    def _heard(self, *, name: str, **_: Any) -> None:
+        self._change(PeerBook.announced, name.removesuffix(f".{SERVICE}"))
 
     def _change(self, event: Callable[..., PeerBook], *args: str) -> None:
         with self._lock:
@@ -138,15 +136,15 @@ class Discovery:
 
     def _look(self, key: str) -> None:
         """Ask a peer where it answered last, then at the addresses that it announces."""
-        event: tuple[Any, ...] = (PeerBook.missed, key)
+        answer: tuple[str, ...] = ()
         try:
             for uri in self._uris(key):
                 with suppress(LoRAError):
-                    event = (PeerBook.answered, key, uri, self._ask(uri))
+                    answer = uri, self._ask(uri)
                     break
         except Exception:  # a peer must not end the thread
             log.exception("peer %r", key)
-        self._change(*event)
+        self._change(PeerBook.asked, key, *answer)
         self._asked.discard(key)
 
     def _uris(self, key: str) -> Iterator[str]:

@@ -3,8 +3,7 @@
 Requirements: R14.
 """
 
-from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,14 @@ def generate_key(path: PathLike) -> str:
 
 def load_private_key(path: PathLike) -> Ed25519PrivateKey:
     """Read the private key in a PEM file."""
-    load = partial(pem.load_pem_private_key, password=None)
-    key: Ed25519PrivateKey = _loaded(path, load, Ed25519PrivateKey)
+    key: Ed25519PrivateKey = _loaded(path, Ed25519PrivateKey)
     return key
 
 
 def load_public_key(path: PathLike) -> str:
     """Return the public key in a PEM file, public or private, in hex."""
-    if b"PRIVATE" in read_small(path):
-        return public_key(load_private_key(path))
-    key: Ed25519PublicKey = _loaded(path, pem.load_pem_public_key, Ed25519PublicKey)
-    return key.public_bytes(pem.Encoding.Raw, pem.PublicFormat.Raw).hex()
+    key = _loaded(path, Ed25519PublicKey, Ed25519PrivateKey)
+    return key.public_bytes_raw().hex() if isinstance(key, Ed25519PublicKey) else public_key(key)
 
 
 def sign_file(card: PathLike, key: PathLike) -> Manifest:
@@ -80,12 +76,12 @@ def read_small(path: PathLike, limit: int = MAX_KEY_BYTES) -> bytes:
     return data
 
 
-def _loaded(path: PathLike, load: Callable[[bytes], object], kind: type) -> Any:
-    try:
-        key = load(read_small(path))
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # not chained: it could quote the key
-        key = None
-    if not isinstance(key, kind):
-        expected = f"an {kind.__name__} in PEM, without a passphrase"
+def _loaded(path: PathLike, *kinds: type) -> Any:
+    data, key = read_small(path), None
+    with suppress(ValueError, TypeError, UnsupportedAlgorithm):  # which could quote the key
+        private = b"PRIVATE" in data
+        key = pem.load_pem_private_key(data, None) if private else pem.load_pem_public_key(data)
+    if not isinstance(key, kinds):
+        expected = f"an {kinds[0].__name__} in PEM, without a passphrase"
         raise ArgumentError(str(path), expected, "another content")
     return key

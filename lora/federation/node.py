@@ -10,10 +10,8 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from lora.card import LoRACard
 from lora.checks import version_order
@@ -40,8 +38,7 @@ from lora.store import PathLike
 ASK_TIMEOUT = 2.0  # seconds in which a peer must say that it is there
 
 
-@dataclass(frozen=True)
-class Offer:
+class Offer(NamedTuple):
     """A card that one or more peers offer with the same manifest."""
 
     manifest: Manifest
@@ -81,7 +78,7 @@ class Node:
             check_location(uri, credentials)
         self.node_id, self.policy, self.metrics = uuid.uuid4().hex, policy, metrics or Metrics()
         self.cache = cache if isinstance(cache, CardCache) else CardCache(cache)
-        self.offers: Mapping[str, tuple[Offer, ...]] = MappingProxyType({})
+        self.offers: Mapping[str, tuple[Offer, ...]] = {}
         self._connect = partial(
             LoRAFlightClient,
             cache=self.cache,
@@ -139,7 +136,7 @@ class Node:
 
         with ThreadPoolExecutor(8) as pool:
             listings = dict(zip(uris, pool.map(listed, uris), strict=True))
-        self.offers = MappingProxyType(ranked(listings, self.policy))
+        self.offers = ranked(listings, self.policy)
         return self.offers
 
     def fetch(

@@ -8,7 +8,6 @@ Requirements: R13.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 PAUSE = 1.0  # seconds between two questions to a peer, whatever is announced
 MISSES = 2  # unanswered questions in a row after which a peer is no longer listed
@@ -47,7 +46,7 @@ class PeerBook:
         >>> book = PeerBook("me").announced("you", now=0.0)
         >>> book.due(now=0.0), book.live()
         (('you',), ())
-        >>> book = book.answered("you", "grpc://192.0.2.7:5000", "you", now=0.1)
+        >>> book = book.asked("you", "grpc://192.0.2.7:5000", "you", now=0.1)
         >>> [peer.uri for peer in book.live()]
         ['grpc://192.0.2.7:5000']
     """
@@ -62,7 +61,7 @@ class PeerBook:
         return self._with(Peer(uri, static=True))
 
     def announced(self, key: str, *, now: float) -> "PeerBook":
-        """Note an announcement: ask a known peer soon, or add a new one.
+        """Note an announcement or a goodbye: ask a known peer soon, or add a new one.
 
         In a full table it replaces one that has never answered.
         """
@@ -76,19 +75,26 @@ class PeerBook:
         book = self._without(unproven[0]) if len(others) >= self.cap else self
         return book._with(Peer(key, due=now))  # noqa: SLF001 - another value of this class
 
-    def goodbye(self, key: str, *, now: float) -> "PeerBook":
-        """Note a goodbye: ask the peer soon."""
-        return self.announced(key, now=now) if key in self.peers else self
+    def asked(self, key: str, uri: str = "", node_id: str = "", *, now: float) -> "PeerBook":
+        """Note that a peer was asked, and where it answered, or "" for no answer.
 
-    def answered(self, key: str, uri: str, node_id: str, *, now: float) -> "PeerBook":
-        """Note where a peer has answered; this node itself is not listed."""
-        own = node_id == self.own
-        return self._asked(key, now, MISSES if own else 0, uri=uri, node_id=node_id)
-
-    def missed(self, key: str, *, now: float) -> "PeerBook":
-        """Note a question without an answer; after `MISSES` the peer is removed."""
+        It is no longer listed after `MISSES` without an answer, or if it is this node itself.
+        """
         peer = self.peers.get(key)
-        return self._asked(key, now, peer.misses + 1) if peer else self
+        if peer is None:
+            return self
+        misses = 0 if uri else peer.misses + 1
+        if not uri:
+            uri, node_id = peer.uri, peer.node_id
+        if misses < MISSES and node_id != self.own:
+            due = now + (PAUSE if misses else self.interval)
+        elif peer.static:  # not listed, but asked again
+            uri, due = "", now + self.interval
+        else:
+            return self._without(key)
+        return self._with(
+            replace(peer, uri=uri, node_id=node_id, misses=misses, asked=now, due=due)
+        )
 
     def due(self, *, now: float) -> tuple[str, ...]:
         """Return the keys of the peers to ask now."""
@@ -107,15 +113,3 @@ class PeerBook:
 
     def _without(self, key: str) -> "PeerBook":
         return replace(self, peers={k: peer for k, peer in self.peers.items() if k != key})
-
-    def _asked(self, key: str, now: float, misses: int, **answer: Any) -> "PeerBook":
-        peer = self.peers.get(key)
-        if peer is None:
-            return self
-        if misses < MISSES:  # still listed
-            due = now + (PAUSE if misses else self.interval)
-        elif peer.static:  # not listed, but asked again
-            due, answer = now + self.interval, {"uri": ""}
-        else:
-            return self._without(key)
-        return self._with(replace(peer, misses=misses, asked=now, due=due, **answer))

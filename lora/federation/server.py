@@ -140,15 +140,13 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
     def do_get(self, context: Any, ticket: Any) -> Any:
         """Send a card's table, or with ``/file`` after the digest its file."""
         with self._answering("requests_do_get"):
-            digest, _, form = _text(ticket.ticket).partition("/")
-            card = self.catalog.cards[digest]
-            if form == "":
-                return flight.GeneratorStream(card.schema, self._sent(context, table_pieces(card)))
-            if form == "file":
-                pieces = (pa.array([piece], pa.binary()) for piece in file_pieces(card, CHUNK))
-                batches = (pa.record_batch([piece], FILE_SCHEMA) for piece in pieces)
-                return flight.GeneratorStream(FILE_SCHEMA, self._sent(context, batches))
-            raise KeyError(form)
+            text = _text(ticket.ticket)
+            card = self.catalog.cards[text.removesuffix("/file")]
+            schema, batches = card.schema, table_pieces(card)
+            if text.endswith("/file"):
+                schema, pieces = FILE_SCHEMA, file_pieces(card, CHUNK)
+                batches = (pa.record_batch([[piece]], schema) for piece in pieces)
+            return flight.GeneratorStream(schema, self._sent(context, batches))
 
     def do_action(self, context: Any, action: Any) -> Iterator[Any]:
         """Do one of `ACTIONS`."""
@@ -239,13 +237,11 @@ def table_pieces(card: Served) -> Iterator[pa.RecordBatch]:
     with opened(card) as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     batch = pa.ipc.open_file(pa.py_buffer(data)).get_batch(0)
-    start, size = 0, 0
-    for row in range(batch.num_rows):
-        row_size = batch.slice(row, 1).nbytes
-        if row > start and size + row_size > MAX_BATCH:
+    start = 0
+    for row in range(1, batch.num_rows):
+        if batch.slice(start, row - start + 1).nbytes > MAX_BATCH:
             yield batch.slice(start, row - start)
-            start, size = row, 0
-        size += row_size
+            start = row
     yield batch.slice(start)
 
 

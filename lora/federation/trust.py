@@ -12,9 +12,8 @@ from dataclasses import KW_ONLY, dataclass, replace
 import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from lora.card import Array, LoRACard, LowRank
+from lora.card import LoRACard, LowRank
 from lora.checks import is_digest, version_order
 from lora.errors import (
     AbsurdNormError,
@@ -87,7 +86,7 @@ def waived(policy: Policy, refusals: Iterable[str]) -> Policy:
 
 def public_key(key: Ed25519PrivateKey) -> str:
     """Return the public part of a key, 64 hex digits."""
-    return key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
+    return key.public_key().public_bytes_raw().hex()
 
 
 def sign(manifest: Manifest, key: Ed25519PrivateKey) -> Manifest:
@@ -113,13 +112,11 @@ def check_declared(manifest: Manifest, policy: Policy) -> None:
 
 def check_received(manifest: Manifest, size: int, digest: str, policy: Policy) -> None:
     """Check how many bytes came, then their digest."""
-    where, hint = f"card {manifest.name!r}", "allow_mismatch waives this"
-    if policy.allow_mismatch:
-        return
-    if size != manifest.size:
-        raise MismatchError(f"{where}: bytes received", manifest.size, size, hint)
-    if digest != manifest.digest:
-        raise MismatchError(f"{where}: SHA-256", manifest.digest, digest, hint)
+    announced = {"bytes received": (manifest.size, size), "SHA-256": (manifest.digest, digest)}
+    for what, (expected, received) in announced.items():
+        if received != expected and not policy.allow_mismatch:
+            where, hint = f"card {manifest.name!r}: {what}", "allow_mismatch waives this"
+            raise MismatchError(where, expected, received, hint)
 
 
 def check_signature(manifest: Manifest, policy: Policy) -> None:
@@ -155,11 +152,10 @@ def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
     """Check the parsed card: the announced fields, the base model, then the values."""
     where = f"card {manifest.name!r}"
     actual = manifest_of(card, manifest.digest, manifest.size, manifest.signature)
-    if actual != manifest and not policy.allow_mismatch:
-        name = next(k for k, value in vars(actual).items() if value != getattr(manifest, k))
-        announced, value = shown(getattr(manifest, name)), shown(getattr(actual, name))
-        hint = "allow_mismatch waives this"
-        raise MismatchError(f"{where}: {name}", f"as announced, {announced}", value, hint)
+    for name, value in vars(actual).items():
+        announced, hint = getattr(manifest, name), "allow_mismatch waives this"
+        if value != announced and not policy.allow_mismatch:
+            raise MismatchError(f"{where}: {name}", shown(announced), shown(value), hint)
     base, hint = policy.base_model, "allow_other_base waives this"
     if base not in (None, card.base_model) and not policy.allow_other_base:
         raise BaseModelError(f"{where}: base model", base, card.base_model or "none", hint)
@@ -177,12 +173,11 @@ def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
 def norm_of(pair: LowRank) -> float:
     """Return the Frobenius norm of ΔW; infinity if a factor or the norm is not finite."""
     scaling = 1.0 if pair.scaling is None else abs(pair.scaling)
+    wide = pair.rank > min(pair.in_features, pair.out_features)
     for dtype in (np.float32, np.float64):  # float64 takes twice as long: if float32 overflows
-        a: Array = pair.A.astype(dtype, copy=False)
-        b: Array = pair.B.astype(dtype, copy=False)
+        a, b = (factor.astype(dtype, copy=False) for factor in (pair.A, pair.B))
         with np.errstate(all="ignore"):
             # The Gram matrices of the factors give the norm, or ΔW if that is smaller.
-            wide = pair.rank > min(pair.in_features, pair.out_features)
             terms = (a @ b) ** 2 if wide else (a.T @ a) * (b @ b.T)
             squared = float(np.sum(terms, dtype=np.float64))
         if math.isfinite(squared):
