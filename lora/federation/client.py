@@ -176,9 +176,8 @@ class LoRAFlightClient:
 
     def health(self) -> dict[str, Any]:
         """Ask the peer for its node id and format version."""
-        answer = next(self._call("version", "version"), pa.py_buffer(b""))
-        where = f"{self.uri}: version"
-        return parse_json(answer.to_pybytes()[:4096], where, dict, ManifestError)
+        answer = next(self._call("version", "version"), pa.py_buffer(b"")).to_pybytes()
+        return parse_json(answer[:4096], f"{self.uri}: version", dict, ManifestError)
 
     def close(self) -> None:
         """Close the connection."""
@@ -191,18 +190,16 @@ class LoRAFlightClient:
         self.close()
 
     def _announced(self, requested: str) -> Manifest:
-        descriptor, by_digest = flight.FlightDescriptor, is_digest(requested)
+        by_digest, kinds = is_digest(requested), flight.FlightDescriptor
+        describe = kinds.for_command if by_digest else kinds.for_path
         with self._talking(f"card {shown(requested, 80)}"):
-            describe = descriptor.for_command if by_digest else descriptor.for_path
+            descriptor = describe(requested.encode(errors="surrogatepass"))
             options = flight.FlightCallOptions(timeout=self.timeout, headers=self._headers)
-            info = self._flight.get_flight_info(
-                describe(requested.encode(errors="surrogatepass")), options
-            )
+            info = self._flight.get_flight_info(descriptor, options)
         manifest = manifest_from_json(info.app_metadata)
         announced = manifest.digest if by_digest else manifest.name
         if announced != requested:
-            where = f"{self.uri}: card"
-            raise MismatchError(where, shown(requested, 80), shown(announced, 80))
+            raise MismatchError(f"{self.uri}: card", shown(requested, 80), shown(announced, 80))
         return manifest
 
     def _download(
@@ -238,10 +235,9 @@ class LoRAFlightClient:
         self, what: str, action: str, body: str = "", timeout: float | None = None
     ) -> Iterator[pa.Buffer]:
         """Call an action under a deadline, and yield its results, which Arrow does not decode."""
+        timeout = timeout or self.timeout
         with self._talking(what):
-            options = flight.FlightCallOptions(
-                timeout=timeout or self.timeout, headers=self._headers
-            )
+            options = flight.FlightCallOptions(timeout=timeout, headers=self._headers)
             for result in self._flight.do_action(flight.Action(action, body.encode()), options):
                 yield result.body
 

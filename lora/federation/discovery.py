@@ -67,9 +67,8 @@ class Discovery:
             raise ArgumentError("discovery: node_id", expected, repr(node_id))
         self._ask, self._lock, self._closing = ask, threading.Lock(), threading.Event()
         self._asked: set[str] = set()
-        self._book = PeerBook(node_id, cap, interval)
-        for uri in static:
-            self._book = self._book.with_static(uri)
+        peers = {uri: Peer(uri, static=True) for uri in static}
+        self._book = PeerBook(node_id, cap, interval, peers)
         # A loopback address in an announcement means another machine, unless all is loopback here.
         self._local = bool(interfaces) and all(map(is_loopback, interfaces or ()))
         self._zeroconf: zeroconf.Zeroconf | None = None

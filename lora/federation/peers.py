@@ -56,10 +56,6 @@ class PeerBook:
     interval: float = 10.0
     peers: Mapping[str, Peer] = field(default_factory=dict)
 
-    def with_static(self, uri: str) -> "PeerBook":
-        """Add a peer that the user names."""
-        return self._with(Peer(uri, static=True))
-
     def announced(self, key: str, *, now: float) -> "PeerBook":
         """Note an announcement or a goodbye: ask a known peer soon, or add a new one.
 
