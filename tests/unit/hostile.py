@@ -20,10 +20,12 @@ import lora
 from lora.card import LoRACard, LowRank
 from lora.federation.access import Credentials
 from lora.federation.manifest import manifest_of
-from lora.federation.trust import sign
+from lora.federation.trust import Policy, public_key, sign
 
 AUTHOR = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 STRANGER = Ed25519PrivateKey.from_private_bytes(bytes(32))
+ANY = Policy(allow_unsigned=True)
+TRUSTING = Policy(frozenset({public_key(AUTHOR)}))
 
 
 def made(name="docs", size=64, rank=2, base_model=None, modules=1, **metadata):

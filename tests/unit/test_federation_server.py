@@ -119,22 +119,16 @@ def test_names_and_digests_are_described_alike(folder, plain):
     infos = [plain.get_flight_info(by_name("law")), plain.get_flight_info(by_digest(sha.encode()))]
     assert [json.loads(info.app_metadata)["digest"] for info in infos] == [sha, sha]
     assert plain.get_schema(by_name("law")).schema.metadata[b"lora.name"] == b"law"
+    for call in (lambda: batches(plain, b"law"), lambda: action(plain, "card", b"law")):
+        with pytest.raises(flight.FlightServerError, match="no such card"):
+            call()  # a ticket is a digest and never a name
 
 
-OUTSIDE = [
-    "../secret",
-    "/etc/passwd",
-    "docs.lora.arrow",
-    "",
-    "a" * 300,
-    "docs\0",
-    "./docs",
-    "0" * 64,
-]
+OUTSIDE = ["../secret", "/etc/passwd", "docs.lora.arrow", "", "a" * 300, "docs\0", "./docs", "é"]
 
 
 @requirement("R11.4", "R11.7")
-@pytest.mark.parametrize("name", [*OUTSIDE, "%2e%2e", "é"])
+@pytest.mark.parametrize("name", [*OUTSIDE, "0" * 64, "%2e%2e"])
 def test_nothing_outside_the_folder_can_be_named(tmp_path, plain, name):
     saved(made("secret"), tmp_path)
     data = name.encode()
@@ -149,13 +143,6 @@ def test_nothing_outside_the_folder_can_be_named(tmp_path, plain, name):
             call()
         assert str(tmp_path) not in str(caught.value)
         assert "Traceback" not in str(caught.value)
-
-
-@requirement("R11.4")
-def test_a_ticket_is_a_digest_and_never_a_name(plain):
-    for call in (lambda: batches(plain, b"docs"), lambda: action(plain, "card", b"docs")):
-        with pytest.raises(flight.FlightServerError, match="no such card"):
-            call()
 
 
 @requirement("R11.4")
