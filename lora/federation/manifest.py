@@ -55,12 +55,11 @@ class Manifest:
     signature: Signature | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
         for field, is_valid in _RULES.items():
             value = getattr(self, field)
             if not is_valid(value):
                 raise ManifestError(f"manifest: {field}", "a value of its kind", shown(value))
+        vars(self)["targets"] = tuple(self.targets)  # JSON has a list
 
     @property
     def signer(self) -> str:
@@ -160,7 +159,7 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "version": lambda value: value == "" or _is_version(value),
     "rank": _is_count,
     "alpha": lambda value: type(value) in (int, float),
-    "targets": lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
+    "targets": lambda value: isinstance(value, list | tuple) and all(map(_is_text, value)),
     "modules": _is_count,
     "description": _is_text,
     "base_model": _is_text_or_none,

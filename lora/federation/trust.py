@@ -66,7 +66,7 @@ class Policy:
             if isinstance(items, str) or not all(map(is_digest, items)):
                 expected = "a set of texts of 64 lower-case hex digits"
                 raise ArgumentError(f"policy: {name}", expected, shown(items))
-            object.__setattr__(self, name, frozenset(items))
+            vars(self)[name] = frozenset(items)
 
     def pinned(self, digest: str) -> "Policy":
         """Return the policy with one more pin."""

@@ -52,6 +52,14 @@ def announced(card, path, key=None):
     return manifest if key is None else sign(manifest, key)
 
 
+def until(holds, seconds=30):
+    """Wait until this holds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 class Liar(flight.FlightServerBase):
     """A server that sends what it is told: bytes, or a function that yields pieces."""
 

@@ -38,6 +38,7 @@ from tests.unit.hostile import (
     listening,
     made,
     saved,
+    until,
 )
 
 
@@ -363,10 +364,12 @@ def test_a_line_that_is_cut_or_silent_is_a_peer_error_and_heals(folder, server, 
         assert contents(cache) == []
         line.silent = False
         line.cut()
-        end = time.monotonic() + 20
-        while not cache.digests() and time.monotonic() < end:
+
+        def heals():
             with suppress(errors.PeerError):  # gRPC waits a second or two before it connects again
-                client.fetch_skill("docs")
+                return client.fetch_skill("docs")
+
+        until(heals)
     assert cache.digests() == [sha]
 
 
@@ -491,9 +494,11 @@ def test_killed_at_any_moment_a_client_leaves_no_partial_card_visible(zygote, ca
 @requirement("R12.8")
 def test_thirty_two_processes_that_fetch_one_digest_end_with_one_entry(zygote, cache):
     children = [zygote() for _ in range(32)]
-    end = time.monotonic() + 120
-    while time.monotonic() < end and any(Path(f"/proc/{child}/exe").exists() for child in children):
-        time.sleep(0.1)
+
+    def ended():
         whole(cache, zygote.sha)
+        return not any(Path(f"/proc/{child}/exe").exists() for child in children)
+
+    until(ended, 120)
     assert whole(cache, zygote.sha)
     assert contents(cache) == [f"{zygote.sha}.lora.arrow"]

@@ -16,6 +16,7 @@ import zeroconf
 from lora.errors import ArgumentError, PeerError, StoreError
 from lora.federation.discovery import SERVICE, Discovery, reachable
 from lora.testing.plugin import requirement
+from tests.unit.hostile import until
 
 LOOPBACK = ["127.0.0.1"]
 IDS = (f"t{os.getpid()}x{count}" for count in itertools.count())  # others may test on this link
@@ -66,11 +67,7 @@ def announcer(name, port, version):
 
 def see(discovery, expected, seconds=15):
     """The peers' URIs become exactly these."""
-    end, uris = time.monotonic() + seconds, None
-    while uris != expected and time.monotonic() < end:
-        time.sleep(0.02)
-        uris = sorted(peer.uri for peer in discovery.peers())
-    assert uris == expected
+    until(lambda: sorted(peer.uri for peer in discovery.peers()) == expected, seconds)
 
 
 def keep_seeing(discovery, expected, seconds):
