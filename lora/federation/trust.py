@@ -13,7 +13,7 @@ import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from lora.card import LoRACard, LowRank
+from lora.card import Array, LoRACard, LowRank
 from lora.checks import is_digest, version_order
 from lora.errors import (
     AbsurdNormError,
@@ -175,7 +175,8 @@ def norm_of(pair: LowRank) -> float:
     scaling = 1.0 if pair.scaling is None else abs(pair.scaling)
     wide = pair.rank > min(pair.in_features, pair.out_features)
     for dtype in (np.float32, np.float64):  # float64 takes twice as long: if float32 overflows
-        a, b = (factor.astype(dtype, copy=False) for factor in (pair.A, pair.B))
+        a: Array = pair.A.astype(dtype, copy=False)
+        b: Array = pair.B.astype(dtype, copy=False)
         with np.errstate(all="ignore"):
             # The Gram matrices of the factors give the norm, or ΔW if that is smaller.
             terms = (a @ b) ** 2 if wide else (a.T @ a) * (b @ b.T)
