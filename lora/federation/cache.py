@@ -92,7 +92,7 @@ class CardCache:
         path, folder = self.path(sha), self.root / "quarantine"
         with os_errors(self.root), suppress(FileNotFoundError):
             if digest(path) == sha:
-                with suppress(PermissionError):  # another user's cache
+                with suppress(OSError):  # another user's cache, or a read-only disk
                     os.utime(path)
                 return True
             folder.mkdir(exist_ok=True)

@@ -46,7 +46,7 @@ class Catalog:
 
     Args:
         files: By path, stamp and stamp of the signature file; None for a file that is no card.
-        cards: By digest, in order.
+        cards: By digest, the lowest version first.
         names: The digest of each name's highest version.
     """
 
@@ -66,9 +66,11 @@ def scan(root: Path, old: Catalog) -> Catalog:
                 files[key] = old.files[key] if key in old.files else _served(*key)
     if files == old.files:
         return old
-    cards = sorted(filter(None, files.values()), key=lambda card: card.manifest.digest)
-    by_version = sorted(cards, key=lambda card: version_order(card.manifest.version))
-    names = {card.manifest.name: card.manifest.digest for card in by_version}
+    cards = sorted(
+        filter(None, files.values()),
+        key=lambda card: (version_order(card.manifest.version), card.manifest.digest),
+    )
+    names = {card.manifest.name: card.manifest.digest for card in cards}
     return Catalog(files, {card.manifest.digest: card for card in cards}, names)
 
 

@@ -98,11 +98,8 @@ class PeerBook:
 
     def live(self) -> tuple[Peer, ...]:
         """Return the peers that answer, each address once; a node id proves nothing."""
-        live: dict[str, Peer] = {}
-        for peer in self.peers.values():
-            if peer.uri:
-                live.setdefault(peer.uri, peer)
-        return tuple(live.values())
+        by_uri = {peer.uri: peer for peer in self.peers.values() if peer.uri}
+        return tuple(by_uri.values())
 
     def _with(self, peer: Peer) -> "PeerBook":
         return replace(self, peers={**self.peers, peer.key: peer})

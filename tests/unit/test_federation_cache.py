@@ -57,14 +57,10 @@ def test_what_is_admitted_is_found_by_digest_read_only_and_written_once(cache):
 
 
 @requirement("R12.7")
-def test_what_does_not_arrive_leaves_nothing(cache):
+def test_what_does_not_arrive_leaves_nothing_and_a_dead_process_nothing_after_a_day(cache):
     with pytest.raises(TypeError), cache.arriving() as (_, file):
         file.write("no bytes")
     assert list(cache.root.iterdir()) == []
-
-
-@requirement("R12.7")
-def test_what_a_dead_process_left_is_removed_after_a_day(cache):
     old, new = cache.root / ".a.part", cache.root / ".b.part"
     old.touch()
     new.touch()
