@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lora import checks
 from lora.errors import ArgumentError, CardNotFoundError, DataError, shown
 from lora.store import PathLike, replacing
 
@@ -66,31 +67,23 @@ class Pairs:
 
     def __post_init__(self) -> None:
         try:
-            table = self.table.select(SCHEMA.names).cast(SCHEMA)
-            table.validate(full=True)
+            self.table.validate(full=True)
+            rows = self.table.select(SCHEMA.names).to_pylist()
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise DataError("pairs", f"the columns {SCHEMA.names}", error) from error
-        for row, record in enumerate(table.to_pylist()):
-            _record(record, row, f"pairs: row {row}")
-        object.__setattr__(self, "table", table.combine_chunks())
+        object.__setattr__(self, "table", Pairs.of(rows).table)
 
-    @classmethod
-    def of(cls, rows: Iterable[Row]) -> Self:
+    @staticmethod
+    def of(rows: Iterable[Row]) -> "Pairs":
         """Make pairs of rows; a group that is left out is the position of the row."""
-        return cls._of((f"pairs: row {index}", row) for index, row in enumerate(rows))
+        return _pairs((f"pairs: row {index}", row) for index, row in enumerate(rows))
 
-    @classmethod
-    def _of(cls, rows: Iterable[tuple[str, Any]]) -> Self:
-        """Make pairs of rows, each with the place that an error names."""
-        records = [_record(row, index, where) for index, (where, row) in enumerate(rows)]
-        return cls(pa.Table.from_pylist(records, schema=SCHEMA))
-
-    @classmethod
-    def load(cls, path: PathLike) -> Self:
+    @staticmethod
+    def load(path: PathLike) -> "Pairs":
         """Read a Parquet file, a JSONL file, or an Arrow file, by the path's ending."""
         path = _existing(path)
         if path.suffix in (".jsonl", ".json"):
-            return cls._of(_json_lines(path))
+            return _pairs(_json_lines(path))
         try:
             if path.suffix == ".parquet":
                 table = pq.read_table(path)
@@ -100,10 +93,10 @@ class Pairs:
             rows = table.select([n for n in SCHEMA.names if n in table.column_names]).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(str(path), "an Arrow, Parquet or JSONL file", error) from error
-        return cls._of((f"{path}: row {index}", row) for index, row in enumerate(rows))
+        return _pairs((f"{path}: row {index}", row) for index, row in enumerate(rows))
 
-    @classmethod
-    def from_chat(cls, path: PathLike) -> Self:
+    @staticmethod
+    def from_chat(path: PathLike) -> "Pairs":
         """Read chats: a JSON object ``{"messages": [{"role": …, "content": …}, …]}`` on each line.
 
         A user's message and the assistant's right after it are a pair; a chat is a group.
@@ -122,7 +115,7 @@ class Pairs:
                     rows.append((where, row))
         if not rows:
             raise DataError(str(path), "a question followed by its answer", "none")
-        return cls._of(rows)
+        return _pairs(rows)
 
     def save(self, path: PathLike) -> None:
         """Write the pairs as Parquet, JSONL or Arrow, by the path's ending; atomically."""
@@ -138,19 +131,19 @@ class Pairs:
     def add(self, other: "Pairs | Iterable[Row]") -> "Pairs":
         """Return these pairs followed by others."""
         more = other if isinstance(other, Pairs) else Pairs.of(other)
-        return Pairs(pa.concat_tables([self.table, more.table]))
+        return _checked(pa.concat_tables([self.table, more.table]))
 
     def split(self, share: float = 0.8, *, seed: int = 0) -> "tuple[Pairs, Pairs]":
         """Split at random into two parts without a common group; the first has `share` of them."""
-        if not 0 < share < 1:
-            raise ArgumentError("share", "a number in (0, 1)", share)
+        share = checks.share(share, "share", "(0, 1)")
         groups = np.unique(self.table["group"].to_numpy())
         if len(groups) < 2:
             raise DataError("pairs: split", "at least two groups", len(groups))
         size = min(max(round(share * len(groups)), 1), len(groups) - 1)
-        first = pa.array(np.random.default_rng(seed).permutation(groups)[:size])
-        in_first = pc.is_in(self.table["group"], first)
-        return Pairs(self.table.filter(in_first)), Pairs(self.table.filter(pc.invert(in_first)))
+        drawn = pa.array(np.random.default_rng(seed).permutation(groups)[:size])
+        in_first = pc.is_in(self.table["group"], drawn)
+        first, second = (self.table.filter(part) for part in (in_first, pc.invert(in_first)))
+        return _checked(first), _checked(second)
 
     def unique(self) -> "Pairs":
         """Leave out each pair whose query and positive occurred before."""
@@ -161,12 +154,12 @@ class Pairs:
 
     def take(self, rows: Sequence[int]) -> "Pairs":
         """Return the pairs at these positions, in this order."""
-        return Pairs(self.table.take(pa.array(rows, pa.int64())))
+        return _checked(self.table.take(pa.array(rows, pa.int64())))
 
     def sample(self, size: int, seed: int) -> "Pairs":
         """Draw at most `size` pairs without replacement, and keep their order."""
         order = np.random.default_rng([seed, size]).permutation(len(self))
-        return self.take(sorted(order[:size].tolist()))
+        return self.take(np.sort(order[:size]).tolist())
 
     def statistics(self) -> dict[str, Any]:
         """Count rows, groups, positives, negatives; average quality and lengths in characters."""
@@ -258,6 +251,19 @@ def _definitions(parent: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield name, node
             if isinstance(node, ast.ClassDef):
                 yield from _definitions(node, name)
+
+
+def _pairs(rows: Iterable[tuple[str, Any]]) -> Pairs:
+    """Make pairs of rows, each after the place that an error names."""
+    records = [_record(row, index, where) for index, (where, row) in enumerate(rows)]
+    return _checked(pa.Table.from_pylist(records, schema=SCHEMA))
+
+
+def _checked(table: pa.Table) -> Pairs:
+    """Make pairs of a table whose rows were checked before."""
+    pairs = object.__new__(Pairs)
+    object.__setattr__(pairs, "table", table.combine_chunks())
+    return pairs
 
 
 def _record(row: Any, index: int, where: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from lora.checks import finite, integer, parse_json
 from lora.errors import ArgumentError, CardNotFoundError, DataError, PeerError, StateError, shown
 from lora.evolution.cloud import CloudDistiller, Distilled
 from lora.evolution.data import Pairs, docstring_pairs, first_sentence
-from lora.evolution.gate import LEAST, Verdict, judge, reciprocal_ranks
+from lora.evolution.gate import LEAST, Verdict, judge
 from lora.evolution.novelty import (
     LINK,
     Alarm,
@@ -41,7 +41,7 @@ from lora.evolution.novelty import (
     similarities,
     topics,
 )
-from lora.evolution.train import LoRATrainer, Progress
+from lora.evolution.train import LoRATrainer, Progress, ranks
 from lora.inference.router import Description, LoRARouter
 from lora.rewrite import adapt
 from lora.routing import Index
@@ -533,16 +533,6 @@ def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, 
         if row["group"] not in groups and not {row["query"], row["positive"]} & texts
     ]
     return training.take(kept).unique(), held_out.unique(), judged_on
-
-
-def ranks(model: Any, pairs: Pairs) -> Array:
-    """Return each query's reciprocal rank of its positive among all, by a model that encodes."""
-    candidates = sorted(set(pairs.positives))
-    place = {text: row for row, text in enumerate(candidates)}
-    queries, targets = (np.asarray(model.encode(texts)) for texts in (pairs.queries, candidates))
-    if not (np.isfinite(queries).all() and np.isfinite(targets).all()):
-        raise DataError("ranks", "finite embeddings", "NaN or infinity", "lower the learning rate")
-    return reciprocal_ranks(queries, targets, [place[text] for text in pairs.positives])
 
 
 def trial_seed(seed: int, trial: int) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora.checks import share
 from lora.errors import ArgumentError, ShapeError
 
 Tensors = Mapping[str, Tensor]
@@ -79,8 +80,7 @@ def online(old: Anchor, new: Anchor, decay: float = 1.0) -> Anchor:
 
     `decay`, in [0, 1], is the share of the older tasks' information that stays.
     """
-    if not 0 <= decay <= 1:
-        raise ArgumentError("online: decay", "a number in [0, 1]", decay)
+    share(decay, "online: decay")
     if old.params.keys() != new.params.keys():
         raise ArgumentError("online", "anchors of the same parameters", "anchors of others")
     fisher = {name: decay * old.fisher[name] + tensor for name, tensor in new.fisher.items()}

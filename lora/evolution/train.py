@@ -9,7 +9,7 @@ Requirements: R17.
 import hashlib
 import json
 import math
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from lora.card import LoRACard
-from lora.checks import finite, integer
+from lora.card import Array, LoRACard
+from lora.checks import finite, integer, share
 from lora.drawing import new_figure
 from lora.errors import (
     ArgumentError,
@@ -101,13 +101,10 @@ class Settings:
         for name in ("epochs", "accumulate", "validate_every", "patience", "validation_size"):
             integer(getattr(self, name), f"settings: {name}", 1)
         integer(self.batch_size, "settings: batch_size", 2)
-        for name in ("lr", "lora_plus", "clip"):
-            rate = getattr(self, name)
-            is_off = (name, rate) == ("clip", None)
-            if not is_off and finite(rate, f"settings: {name}", ArgumentError) <= 0:
-                raise ArgumentError(f"settings: {name}", "a number > 0", rate)
-        if not 0 <= finite(self.warmup, "settings: warmup", ArgumentError) < 1:
-            raise ArgumentError("settings: warmup", "a share in [0, 1)", self.warmup)
+        for name in ("lr", "lora_plus", *(["clip"] if self.clip is not None else [])):
+            if finite(getattr(self, name), f"settings: {name}", ArgumentError) <= 0:
+                raise ArgumentError(f"settings: {name}", "a number > 0", getattr(self, name))
+        share(self.warmup, "settings: warmup", "[0, 1)")
         for name, known in (("schedule", SCHEDULES), ("loss", LOSSES), ("autocast", AUTOCAST)):
             if (choice := getattr(self, name)) not in (names := list[Any](known)):
                 raise ArgumentError(f"settings: {name}", f"one of {names}", shown(choice))
@@ -181,20 +178,21 @@ class LoRATrainer:
         self.core = core_of(engine, "LoRATrainer")
         if isinstance(settings, str):
             if settings not in PRESETS:
-                known = f"one of {list(PRESETS)} or a Settings"
-                raise ArgumentError("settings", known, repr(settings))
+                expected = f"one of {list(PRESETS)} or a Settings"
+                raise ArgumentError("settings", expected, repr(settings))
             settings = PRESETS[settings]
         self.settings = settings or Settings()
         self.seed = integer(seed, "seed", 0)
         card = init_card(
             self.core, "untrained", rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
         )
-        if self.settings.rslora:
-            scaling = card.alpha / math.sqrt(card.rank)
-            pairs = {key: replace(pair, scaling=scaling) for key, pair in card.weights.items()}
-            card = replace(card, weights=pairs)
-        card = replace(card, base_model=base_model)
-        self.initial = replace(card, base_fingerprint=fingerprint(self.core, card))
+        scaling = card.alpha / (math.sqrt(card.rank) if self.settings.rslora else card.rank)
+        self.initial = replace(
+            card,
+            weights={key: replace(pair, scaling=scaling) for key, pair in card.weights.items()},
+            base_model=base_model,
+            base_fingerprint=fingerprint(self.core, card),
+        )
 
     def train(
         self,
@@ -234,13 +232,14 @@ class LoRATrainer:
         )
         training, validation = pairs.unique().split(settings.share, seed=self.seed)
         validation = validation.sample(settings.validation_size, self.seed)
+        if max_steps is not None:
+            integer(max_steps, "max_steps", 1)
         batches = (
             (epoch, rows)
             for epoch in range(settings.epochs)
             for rows in batches_of(training, settings.batch_size, self.seed, epoch)
         )
-        limit = None if max_steps is None else integer(max_steps, "max_steps", 1)
-        plan = list(islice(batches, limit))
+        plan = list(islice(batches, max_steps))
         if not plan:
             raise DataError("training pairs", "at least two different pairs", len(training))
         run = _Run(self, card, len(plan), ewc)
@@ -253,8 +252,8 @@ class LoRATrainer:
             if scores and len(scores) - 1 - scores.index(best) >= settings.patience:
                 break  # at the start of a step, so that a run killed right before stops too
             loss, lr = run.step(training.take(rows))
-            run.history.append({"step": step, "epoch": epoch + 1, "loss": loss, "lr": lr})
-            run.history[-1] |= {"val_mrr": None, "val_recall_at_1": None}
+            row = {"step": step, "epoch": epoch + 1, "loss": loss, "lr": lr}
+            run.history.append(row | {"val_mrr": None, "val_recall_at_1": None})
             if step % settings.validate_every == 0 or step == len(plan):
                 result = evaluate(run.model, validation)
                 run.history[-1] |= {"val_mrr": result.mrr, "val_recall_at_1": result.recall_at_1}
@@ -295,14 +294,17 @@ class _Run:
         self.factors: dict[str, Tensor] = {
             name: factor for name, factor in self.model.named_parameters() if factor.requires_grad
         }
-        factors, lr = [*self.factors.values()], settings.lr  # A and B of a layer by turns
-        rates = (factors[::2], lr), (factors[1::2], lr * settings.lora_plus)
-        groups = [{"params": params, "lr": rate} for params, rate in rates]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        kind, warmup = settings.schedule, settings.warmup
-        self.schedule = schedule_of(self.optimizer, kind, steps, warmup=warmup)
-        device, fp16 = self.model.device.type, settings.autocast == "fp16"
-        self.scaler = torch.amp.GradScaler(device, enabled=fp16)
+        factors = [*self.factors.values()]  # A and B of a layer by turns
+        rates: list[dict[str, Any]] = [
+            {"params": factors[::2], "lr": settings.lr},
+            {"params": factors[1::2], "lr": settings.lr * settings.lora_plus},
+        ]
+        self.optimizer = torch.optim.AdamW(rates, weight_decay=0.0)
+        self.schedule = schedule_of(
+            self.optimizer, settings.schedule, steps, warmup=settings.warmup
+        )
+        is_fp16 = settings.autocast == "fp16"
+        self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=is_fp16)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
 
@@ -405,13 +407,10 @@ class _Run:
         """Continue from a checkpoint of the same run, if there is one."""
         if path is None or not Path(path).is_file():
             return
-        kinds: dict[str, dict[str, Tensor]] = defaultdict(dict)
         try:
             with safe_open(path, framework="pt", device=str(self.model.device)) as file:
                 self.history, scaler = json.loads(file.metadata()[identity])
-                for key in file.keys():  # noqa: SIM118 - not a mapping
-                    kind, _, name = key.partition("/")
-                    kinds[kind][name] = file.get_tensor(key)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             hint = "remove it to start anew"
             raise StateError(str(path), "a checkpoint of this run", "another", hint) from error
@@ -419,10 +418,13 @@ class _Run:
             self.optimizer.step()
             self.schedule.step()
         self.scaler.load_state_dict(scaler)
-        self.best = kinds.pop("best")
-        self.model.load_state_dict(kinds.pop("now"), strict=False)
-        for kind, tensors in kinds.items():
-            for name, tensor in tensors.items():
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "best":
+                self.best[name] = tensor
+            elif kind == "now":
+                self.factors[name].data = tensor
+            else:
                 self.optimizer.state[self.factors[name]][kind] = tensor
 
 
@@ -435,10 +437,17 @@ def core_of(engine: Engine, where: str) -> InferenceCore:
 
 
 def evaluate(model: Any, pairs: Pairs) -> Retrieval:
-    """Rank all distinct positives for each query by cosine similarity.
+    """Measure how well queries find their positives by `ranks`."""
+    shares = ranks(model, pairs)
+    first, first_ten = (float((shares >= least).mean()) for least in (1, 1 / 10))
+    return Retrieval(first, first_ten, float(shares.mean()), len(shares))
 
-    A rank counts all positives that score at least as high: a model that embeds everything alike
-    finds nothing. The model has ``encode(texts)``.
+
+def ranks(model: Any, pairs: Pairs) -> Array:
+    """Return one over the rank of each query's positive among all distinct positives.
+
+    A rank counts all positives that score at least as high by cosine similarity: a model that
+    embeds everything alike finds nothing. The model has ``encode(texts)``.
     """
     if not len(pairs):
         raise DataError("evaluate", "at least one pair", "none")
@@ -446,12 +455,10 @@ def evaluate(model: Any, pairs: Pairs) -> Retrieval:
     place = {text: row for row, text in enumerate(candidates)}
     embeddings = model.encode(pairs.queries), model.encode(candidates)
     try:
-        shares = reciprocal_ranks(*embeddings, [place[text] for text in pairs.positives])
+        return reciprocal_ranks(*embeddings, [place[text] for text in pairs.positives])
     except ArgumentError as error:
         hint = "lower the learning rate"
         raise DataError("evaluate", "finite embeddings", "NaN or infinity", hint) from error
-    first, first_ten = (float((shares >= least).mean()) for least in (1, 1 / 10))
-    return Retrieval(first, first_ten, float(shares.mean()), len(shares))
 
 
 def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> list[list[int]]:
