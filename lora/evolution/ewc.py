@@ -47,11 +47,11 @@ def penalty(params: Tensors, anchor: Anchor, strength: float) -> Tensor:
         >>> float(penalty({"w": torch.tensor([3.0])}, anchor, strength=0.5))
         4.0
     """
-    terms = [
+    terms = (
         (anchor.fisher[name] * (params[name] - start) ** 2).sum()
         for name, start in anchor.params.items()
-    ]
-    return strength / 2 * torch.stack(terms).sum()
+    )
+    return strength / 2 * sum(terms, torch.tensor(0.0))
 
 
 def fisher_of(losses: Sequence[Tensor] | Tensor, params: Tensors) -> Tensors:

@@ -4,7 +4,6 @@ Requirements: R17.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,7 +72,6 @@ class OnlineAdapter:
     Args:
         guard: Pairs on which the MRR may fall by `tolerance`, from the base model's.
         step_size: Length of a step at a reward of 1 or -1, in the space of all factors.
-        publish: Called with each new card.
     """
 
     def __init__(
@@ -88,14 +86,13 @@ class OnlineAdapter:
         step_size: float = 0.05,
         tolerance: float = 0.01,
         seed: int = 0,
-        publish: Callable[[LoRACard], None] | None = None,
     ) -> None:
         self.core = core_of(engine, "OnlineAdapter")
         if finite(step_size, "step_size", ArgumentError) <= 0:
             raise ArgumentError("step_size", "a number > 0", step_size)
         if finite(tolerance, "tolerance", ArgumentError) < 0:
             raise ArgumentError("tolerance", "a number >= 0", tolerance)
-        self.guard, self.step_size, self.publish = guard, step_size, publish
+        self.guard, self.step_size = guard, step_size
         card = init_card(
             self.core, name, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
         )
@@ -123,6 +120,4 @@ class OnlineAdapter:
             self.state = replace(state, undone=state.undone + 1)
         else:
             self.state = replace(state, card=trained_card(model, state.card))
-            if self.publish is not None:
-                self.publish(self.state.card)
         return self.state

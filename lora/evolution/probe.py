@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from lora import checks
 from lora.card import Array
 from lora.checks import finite
 from lora.errors import ArgumentError, ShapeError, TargetError, UnsupportedModelError, shown
@@ -107,9 +108,7 @@ def hot_zones(scores: Mapping[str, float], share: float = 0.5) -> tuple[str, ...
         >>> hot_zones({"c": 1.0, "b": 2.0, "a": 1.0}, 0.75)
         ('b', 'a')
     """
-    share = finite(share, "hot_zones: share", ArgumentError)
-    if not 0 < share <= 1:
-        raise ArgumentError("hot_zones: share", "a number in (0, 1]", share)
+    share = checks.share(share, "hot_zones: share", "(0, 1]")
     mass = {
         name: Fraction(finite(score, f"score of {name!r}", ArgumentError))
         for name, score in scores.items()

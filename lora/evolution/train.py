@@ -232,14 +232,13 @@ class LoRATrainer:
         )
         training, validation = pairs.unique().split(settings.share, seed=self.seed)
         validation = validation.sample(settings.validation_size, self.seed)
-        if max_steps is not None:
-            integer(max_steps, "max_steps", 1)
+        limit = None if max_steps is None else integer(max_steps, "max_steps", 1)
         batches = (
             (epoch, rows)
             for epoch in range(settings.epochs)
             for rows in batches_of(training, settings.batch_size, self.seed, epoch)
         )
-        plan = list(islice(batches, max_steps))
+        plan = list(islice(batches, limit))
         if not plan:
             raise DataError("training pairs", "at least two different pairs", len(training))
         run = _Run(self, card, len(plan), ewc)
@@ -259,7 +258,8 @@ class LoRATrainer:
                 run.history[-1] |= {"val_mrr": result.mrr, "val_recall_at_1": result.recall_at_1}
                 if result.mrr > best:
                     run.best = run.copied()
-                run.store(checkpoint, identity)
+                if checkpoint is not None:
+                    run.store(checkpoint, identity)
             if progress is not None:
                 progress(step, len(plan), loss)
         run.model.load_state_dict(run.best, strict=False)
@@ -288,7 +288,8 @@ class _Run:
         self, trainer: LoRATrainer, card: LoRACard, steps: int, ewc: EWC | None = None
     ) -> None:
         settings = trainer.settings
-        self.card, self.settings, self.seed, self.ewc = card, settings, trainer.seed, ewc
+        self.card, self.settings, self.seed = card, settings, trainer.seed
+        self.ewc = ewc or (Anchor({}, {}), 0.0)
         self.model = trainable(trainer.core, card, dropout=settings.dropout).eval()
         self.model.encoder.checkpointing = settings.checkpointing
         self.factors: dict[str, Tensor] = {
@@ -339,9 +340,7 @@ class _Run:
         with torch.set_grad_enabled(not in_parts):
             rows = torch.cat([self.embedded(part, index) for index, part in enumerate(parts)])
         rows.requires_grad_()
-        loss = self.losses(rows, batch).mean()
-        if self.ewc is not None:
-            loss = loss + penalty(self.factors, *self.ewc)
+        loss = self.losses(rows, batch).mean() + penalty(self.factors, *self.ewc)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if in_parts:
             for index, slope in enumerate(rows.grad.split(size)):  # type: ignore[union-attr]
@@ -380,21 +379,16 @@ class _Run:
 
     def identity(self, pairs: Pairs, max_steps: int | None) -> str:
         """Return the SHA-256 of all that the result depends on, before the first step."""
-        inputs = [self.settings, self.seed, max_steps, self.card.alpha, self.card.base_fingerprint]
-        tensors = [*self.factors.values()]
-        if self.ewc is not None:
-            anchor, strength = self.ewc
-            inputs.append(strength)
-            tensors += [*anchor.params.values(), *anchor.fisher.values()]
+        (anchor, strength), card = self.ewc, self.card
+        inputs = [self.settings, self.seed, max_steps, strength, card.alpha, card.base_fingerprint]
         sha = hashlib.sha256(repr([inputs, pairs.table.to_pylist()]).encode())
-        for tensor in tensors:
-            sha.update(tensor.numpy(force=True).tobytes())
+        for tensors in (self.factors, anchor.params, anchor.fisher):
+            for tensor in tensors.values():
+                sha.update(tensor.numpy(force=True).tobytes())
         return sha.hexdigest()
 
-    def store(self, path: PathLike | None, identity: str) -> None:
+    def store(self, path: PathLike, identity: str) -> None:
         """Write a checkpoint: tensors by kind and name, all else as JSON under the identity."""
-        if path is None:
-            return
         tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, factor in self.factors.items():
             state = {"now": factor.detach(), **self.optimizer.state[factor]}
@@ -476,11 +470,11 @@ def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> list[list[int]
         skipped = []
         while waiting and len(batch) < size:
             row = waiting.popleft()
-            if used & texts[row]:
-                skipped.append(row)
-            else:
+            if used.isdisjoint(texts[row]):
                 batch.append(row)
                 used |= texts[row]
+            else:
+                skipped.append(row)
         waiting.extendleft(reversed(skipped))
         batches.append(batch)
     largest = max(batches, key=len, default=[])
