@@ -13,8 +13,8 @@ from lora.card import LoRACard
 from lora.checks import finite
 from lora.errors import ArgumentError, DataError, shown
 from lora.evolution.data import Pairs
-from lora.evolution.train import Engine, core_of, evaluate
-from lora.rewrite import fingerprint, init_card, trainable, trained_card
+from lora.evolution.train import Engine, LoRATrainer, evaluate
+from lora.rewrite import trainable, trained_card
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,15 @@ class OnlineAdapter:
         tolerance: float = 0.01,
         seed: int = 0,
     ) -> None:
-        self.core = core_of(engine, "OnlineAdapter")
         if finite(step_size, "step_size", ArgumentError) <= 0:
             raise ArgumentError("step_size", "a number > 0", step_size)
         if finite(tolerance, "tolerance", ArgumentError) < 0:
             raise ArgumentError("tolerance", "a number >= 0", tolerance)
         self.guard, self.step_size = guard, step_size
-        card = init_card(
-            self.core, name, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
+        trainer = LoRATrainer(
+            engine, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
         )
-        self.state = Adaptation(replace(card, base_fingerprint=fingerprint(self.core, card)))
+        self.core, self.state = trainer.core, Adaptation(replace(trainer.initial, name=name))
         self.least_mrr = evaluate(self.core, guard).mrr - tolerance
 
     def process_learning_event(self, event: LearningEvent) -> Adaptation:

@@ -175,7 +175,11 @@ class LoRATrainer:
         settings: Settings | str | None = None,
         base_model: str | None = None,
     ) -> None:
-        self.core = core_of(engine, "LoRATrainer")
+        core = engine.base
+        if not isinstance(core, InferenceCore):
+            kind = type(core).__name__
+            raise UnsupportedModelError("training", "an engine over an InferenceCore", kind)
+        self.core = core
         if isinstance(settings, str):
             if settings not in PRESETS:
                 expected = f"one of {list(PRESETS)} or a Settings"
@@ -420,14 +424,6 @@ class _Run:
                 self.factors[name].data = tensor
             else:
                 self.optimizer.state[self.factors[name]][kind] = tensor
-
-
-def core_of(engine: Engine, where: str) -> InferenceCore:
-    """Return an engine's base model if it can be trained on."""
-    core = engine.base
-    if not isinstance(core, InferenceCore):
-        raise UnsupportedModelError(where, "an engine over an InferenceCore", type(core).__name__)
-    return core
 
 
 def evaluate(model: Any, pairs: Pairs) -> Retrieval:
