@@ -21,7 +21,7 @@ from lora.evolution.losses import contrastive
 from lora.evolution.train import LoRATrainer, Settings, batches_of, evaluate
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
-from tests.unit.test_train import bits, core
+from tests.unit.test_train import StopError, bits, core, stop_at
 from tests.unit.test_train import pairs as toy_pairs
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -233,10 +233,6 @@ def uninterrupted(options, seed, targets):
     return trainer(options, seed, targets).train(pairs(), name="toy", max_steps=STEPS)
 
 
-class Killed(BaseException):
-    """Ends a run at a step, as a signal would."""
-
-
 options_of_a_run = st.fixed_dictionaries(
     {
         "epochs": st.just(3),
@@ -264,21 +260,13 @@ def test_a_run_that_was_interrupted_at_any_steps_ends_with_the_same_bits(
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "run"
 
-        def kill_at(stop):
-            def progress(step, _total, _loss):
-                torch.rand(stop)  # others draw from the global generator too
-                if step == stop:
-                    raise Killed
-
-            return progress
-
         def run(progress=None):
             options_of_run = {"max_steps": STEPS, "checkpoint": checkpoint, "progress": progress}
             return trainer(options, seed, targets).train(pairs(), name="toy", **options_of_run)
 
         for stop in stops:
-            with contextlib.suppress(Killed):
-                run(kill_at(stop))
+            with contextlib.suppress(StopError):
+                run(stop_at(stop))
         result = run()
         assert list(Path(folder).iterdir()) == []
     whole = uninterrupted(options, seed, targets)
@@ -294,39 +282,31 @@ def checkpoint_of_base():
     """The bytes of a checkpoint after two steps."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-
-        def stop(step, _total, _loss):
-            if step == 2:
-                raise Killed
-
-        with contextlib.suppress(Killed):
+        with contextlib.suppress(StopError):
             run = trainer(BASE, 0, "all-linear")
-            run.train(pairs(), name="toy", checkpoint=path, progress=stop)
+            run.train(pairs(), name="toy", checkpoint=path, progress=stop_at(2))
         return path.read_bytes()
 
 
 @requirement("R17.8")
 @given(st.data())
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_and_left_alone(data):
-    content, options, seed, rows, steps = checkpoint_of_base(), dict(BASE), 0, pairs(), None
-    changes = ["cut", "garbage", "seed", "rows", "order", "steps", *BASE, "dropout", "schedule"]
+    content, options, rows = checkpoint_of_base(), dict(BASE), pairs()
+    other_options = {"dropout": 0.1, "schedule": "cosine", **{key: 2 * BASE[key] for key in BASE}}
+    changes = ["cut", "garbage", "seed", "rows", "order", "steps", *other_options]
     change = data.draw(st.sampled_from(changes))
+    seed = data.draw(st.integers(1, 9)) if change == "seed" else 0
+    steps = data.draw(st.integers(1, 99)) if change == "steps" else None
     if change == "cut":
         content = content[: data.draw(st.integers(0, len(content) - 1))]
     elif change == "garbage":
         content = data.draw(st.binary(max_size=64)) * data.draw(st.sampled_from([1, 99]))
-    elif change == "seed":
-        seed = data.draw(st.integers(1, 9))
     elif change == "rows":
         rows = rows.add([("one", "more")])
     elif change == "order":
         rows = rows.take([1, 0, *range(2, len(rows))])
-    elif change == "steps":
-        steps = data.draw(st.integers(1, 99))
-    elif change in BASE:
-        options[change] *= 2
-    else:
-        options |= {"dropout": 0.1} if change == "dropout" else {"schedule": "cosine"}
+    elif change in other_options:
+        options[change] = other_options[change]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         path.write_bytes(content)
