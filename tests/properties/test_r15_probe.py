@@ -106,159 +106,155 @@ def bound(n):
     return 2 * gamma(n + 2, F64)
 
 
-class TestEachScore:
-    """R15.1: a score is a mean, so that it is the same for a layer or a text of any size."""
-
-    @requirement("R15.1")
-    @given(layers())
-    def test_wanda_is_the_mean_over_all_weights_with_and_without_activations(self, layer):
-        weight, norms = layer
-        for used in (norms, np.ones_like(norms)):
-            products = [
-                Fraction(abs(float(w))) * Fraction(n)
-                for row in weight
-                for w, n in zip(row, used, strict=True)
-            ]
-            result = wanda(weight, norms) if used is norms else wanda(weight)
-            error = abs(Fraction(result) - sum(products) / len(products))
-            assert error <= Fraction(bound(weight.size)) * sum(products)
-
-    @requirement("R15.1")
-    @given(layers(), st.integers(1, 5), st.integers(1, 5))
-    def test_a_layer_of_the_same_weights_repeated_is_as_hot(self, layer, down, across):
-        weight, norms = layer
-        tiled = np.tile(weight, (down, across)), np.tile(norms, across)
-        once, many = wanda(weight, norms), wanda(*tiled)
-        assert abs(once - many) <= bound(weight.size * down * across) * once
-
-    @requirement("R15.1")
-    @given(st.data(), st.integers(1, 4), tokens.filter(bool))
-    def test_influence_is_the_mean_of_1_less_the_cosine_whatever_the_lengths(
-        self, data, width, count
-    ):
-        x, y = (data.draw(integers(F64, (count, width))) for _ in range(2))
-        assume(x.any(-1).all() and y.any(-1).all())
-        lengths = np.sqrt((x * x).sum(-1).astype(np.longdouble) * (y * y).sum(-1))
-        exact = (1 - (x * y).sum(-1) / lengths).mean()
-        factors = st.sampled_from([1.0, 0.25, 3.0, 1e200, 1e-200])
-        stretch = data.draw(hnp.arrays(F64, (2, count, 1), elements=factors))
-        result = turns(x * stretch[0], y * stretch[1]).mean
-        # Each direction is off by γ in each component, the square of a distance <= 2 by 4 times that.
-        assert abs(result - exact) <= 4 * width * gamma(2 * width + count + 8, F64)
-        assert 0 <= result <= 2 + 4 * width * gamma(2 * width + count + 8, F64)
-
-    @requirement("R15.1")
-    @given(st.data(), dtypes, features, tokens.filter(bool))
-    def test_a_block_that_only_passes_its_input_on_has_exactly_no_influence(
-        self, data, dtype, width, count
-    ):
-        x = data.draw(numbers(dtype, (count, width)))
-        assert turns(x, x.copy()).mean == 0
+@requirement("R15.1")
+@given(layers())
+def test_wanda_is_the_mean_over_all_weights_with_and_without_activations(layer):
+    weight, norms = layer
+    for used in (norms, np.ones_like(norms)):
+        products = [
+            Fraction(abs(float(w))) * Fraction(n)
+            for row in weight
+            for w, n in zip(row, used, strict=True)
+        ]
+        result = wanda(weight, norms) if used is norms else wanda(weight)
+        error = abs(Fraction(result) - sum(products) / len(products))
+        assert error <= Fraction(bound(weight.size)) * sum(products)
 
 
-class TestPlanted:
-    """R15.2: what was made hot for a score is what that score ranks first, whatever the layers' sizes."""
+@requirement("R15.1")
+@given(layers(), st.integers(1, 5), st.integers(1, 5))
+def test_a_layer_of_the_same_weights_repeated_is_as_hot(layer, down, across):
+    weight, norms = layer
+    tiled = np.tile(weight, (down, across)), np.tile(norms, across)
+    once, many = wanda(weight, norms), wanda(*tiled)
+    assert abs(once - many) <= bound(weight.size * down * across) * once
 
-    @requirement("R15.1", "R15.2")
-    @given(planted(), texts)
-    def test_each_score_ranks_its_own_layer_first(self, model_and_hot, some):
-        model, hot = model_and_hot
-        result = WeightMapProbe(model).probe(some)
-        for score, block in zip(SCORES, [*hot, hot[2]], strict=True):
-            assert ranking(scores_of(result.blocks, score))[0] == block, score
-        for score, block in zip(SCORES[:2], hot, strict=False):
-            assert ranking(scores_of(result.layers, score))[0] == f"{block}.dense", score
 
-    @requirement("R15.2")
-    @given(
-        st.lists(st.floats(0.5, 4, width=16), min_size=2, max_size=5, unique=True),
-        st.permutations(range(5)),
-        features,
+@requirement("R15.1")
+@given(st.data(), st.integers(1, 4), tokens.filter(bool))
+def test_influence_is_the_mean_of_1_less_the_cosine_whatever_the_lengths(data, width, count):
+    x, y = (data.draw(integers(F64, (count, width))) for _ in range(2))
+    assume(x.any(-1).all() and y.any(-1).all())
+    lengths = np.sqrt((x * x).sum(-1).astype(np.longdouble) * (y * y).sum(-1))
+    exact = (1 - (x * y).sum(-1) / lengths).mean()
+    factors = st.sampled_from([1.0, 0.25, 3.0, 1e200, 1e-200])
+    stretch = data.draw(hnp.arrays(F64, (2, count, 1), elements=factors))
+    result = turns(x * stretch[0], y * stretch[1]).mean
+    # Each direction is off by γ in each component, the square of a distance <= 2 by 4 times that.
+    assert abs(result - exact) <= 4 * width * gamma(2 * width + count + 8, F64)
+    assert 0 <= result <= 2 + 4 * width * gamma(2 * width + count + 8, F64)
+
+
+@requirement("R15.1")
+@given(st.data(), dtypes, features, tokens.filter(bool))
+def test_a_block_that_only_passes_its_input_on_has_exactly_no_influence(data, dtype, width, count):
+    x = data.draw(numbers(dtype, (count, width)))
+    assert turns(x, x.copy()).mean == 0
+
+
+@requirement("R15.1", "R15.2")
+@given(planted(), texts)
+def test_each_score_ranks_its_own_layer_first(model_and_hot, some):
+    model, hot = model_and_hot
+    result = WeightMapProbe(model).probe(some)
+    for score, block in zip(SCORES, [*hot, hot[2]], strict=True):
+        assert ranking(scores_of(result.blocks, score))[0] == block, score
+    for score, block in zip(SCORES[:2], hot, strict=False):
+        assert ranking(scores_of(result.layers, score))[0] == f"{block}.dense", score
+
+
+@requirement("R15.2")
+@given(
+    st.lists(st.floats(0.5, 4, width=16), min_size=2, max_size=5, unique=True),
+    st.permutations(range(5)),
+    features,
+)
+def test_activations_count_channel_by_channel_where_large_meets_large(values, order, out):
+    weight, norms = np.tile(np.sort(values), (out, 1)), np.sort(values)
+    shuffled = norms[[i for i in order if i < len(values)]]
+    assume((shuffled != norms).any())
+    hot = {"a": wanda(weight, shuffled), "b": wanda(weight, norms)}
+    assert ranking(hot)[0] == "b"
+
+
+@requirement("R15.2")
+@given(scores, st.data())
+def test_a_score_above_all_others_is_first_and_order_is_by_score_then_name(result, data):
+    order = ranking(result)
+    assert sorted(order) == sorted(result)
+    assert all((-result[a], a) < (-result[b], b) for a, b in pairwise(order))
+
+
+@requirement("R15.3")
+@given(scores, shares)
+def test_zones_hold_the_share_and_one_layer_less_never_would(result, share):
+    zones, masses = (
+        hot_zones(result, share),
+        sorted(map(Fraction, result.values()), reverse=True),
     )
-    def test_activations_count_channel_by_channel_where_large_meets_large(self, values, order, out):
-        weight, norms = np.tile(np.sort(values), (out, 1)), np.sort(values)
-        shuffled = norms[[i for i in order if i < len(values)]]
-        assume((shuffled != norms).any())
-        hot = {"a": wanda(weight, shuffled), "b": wanda(weight, norms)}
-        assert ranking(hot)[0] == "b"
-
-    @requirement("R15.2")
-    @given(scores, st.data())
-    def test_a_score_above_all_others_is_first_and_order_is_by_score_then_name(self, result, data):
-        order = ranking(result)
-        assert sorted(order) == sorted(result)
-        assert all((-result[a], a) < (-result[b], b) for a, b in pairwise(order))
+    wanted = Fraction(str(share)) * sum(masses)
+    assert sum((Fraction(result[name]) for name in zones), Fraction(0)) >= wanted
+    assert not zones or sum(masses[: len(zones) - 1]) < wanted
+    assert zones == ranking(result)[: len(zones)]
 
 
-class TestHotZones:
-    """R15.3: the fewest layers that hold the share, the same in whatever order and batches the data came."""
+@requirement("R15.3")
+@given(scores, shares, st.data())
+def test_the_order_of_layers_changes_nothing(result, share, data):
+    shuffled = dict(data.draw(st.permutations(list(result.items()))))
+    assert hot_zones(shuffled, share) == hot_zones(result, share)
 
-    @requirement("R15.3")
-    @given(scores, shares)
-    def test_zones_hold_the_share_and_one_layer_less_never_would(self, result, share):
-        zones, masses = (
-            hot_zones(result, share),
-            sorted(map(Fraction, result.values()), reverse=True),
-        )
-        wanted = Fraction(str(share)) * sum(masses)
-        assert sum((Fraction(result[name]) for name in zones), Fraction(0)) >= wanted
-        assert not zones or sum(masses[: len(zones) - 1]) < wanted
-        assert zones == ranking(result)[: len(zones)]
 
-    @requirement("R15.3")
-    @given(scores, shares, st.data())
-    def test_the_order_of_layers_changes_nothing(self, result, share, data):
-        shuffled = dict(data.draw(st.permutations(list(result.items()))))
-        assert hot_zones(shuffled, share) == hot_zones(result, share)
+@requirement("R15.3")
+@given(st.data(), dtypes, features, tokens.filter(bool))
+def test_a_batch_split_changes_a_tally_no_more_than_sums_in_another_order(
+    data, dtype, width, count
+):
+    x, y = (data.draw(numbers(dtype, (count, width))) for _ in range(2))
+    cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=3)))
+    for measure in (lambda part: squares(x[part]), lambda part: turns(x[part], y[part])):
+        whole = measure(slice(None))
+        parts = [measure(slice(a, b)) for a, b in pairwise([0, *cuts, count])]
+        split = sum(parts[1:], start=parts[0])
+        assert split.count == whole.count == count
+        # turns: a row's own sums may be taken in another order too, each term of them at most 4
+        alone = 0 if measure(slice(None)).total.shape else 4 * width * gamma(4 * width + 8, F64)
+        assert (abs(split.mean - whole.mean) <= bound(count) * whole.mean + alone).all()
 
-    @requirement("R15.3")
-    @given(st.data(), dtypes, features, tokens.filter(bool))
-    def test_a_batch_split_changes_a_tally_no_more_than_sums_in_another_order(
-        self, data, dtype, width, count
-    ):
-        x, y = (data.draw(numbers(dtype, (count, width))) for _ in range(2))
-        cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=3)))
-        for measure in (lambda part: squares(x[part]), lambda part: turns(x[part], y[part])):
-            whole = measure(slice(None))
-            parts = [measure(slice(a, b)) for a, b in pairwise([0, *cuts, count])]
-            split = sum(parts[1:], start=parts[0])
-            assert split.count == whole.count == count
-            # turns: a row's own sums may be taken in another order too, each term of them at most 4
-            alone = 0 if measure(slice(None)).total.shape else 4 * width * gamma(4 * width + 8, F64)
-            assert (abs(split.mean - whole.mean) <= bound(count) * whole.mean + alone).all()
 
-    @requirement("R15.3")
-    @given(st.data(), dtypes, features, tokens.filter(bool))
-    def test_where_sums_are_exact_a_batch_split_changes_nothing(self, data, dtype, width, count):
-        x = data.draw(integers(dtype, (count, width)))
-        cut = data.draw(st.integers(0, count))
-        split = squares(x[:cut]) + squares(x[cut:])
-        np.testing.assert_array_equal(split.total, (x.astype(F64) ** 2).sum(0), strict=True)
-        assert split.count == count
+@requirement("R15.3")
+@given(st.data(), dtypes, features, tokens.filter(bool))
+def test_where_sums_are_exact_a_batch_split_changes_nothing(data, dtype, width, count):
+    x = data.draw(integers(dtype, (count, width)))
+    cut = data.draw(st.integers(0, count))
+    split = squares(x[:cut]) + squares(x[cut:])
+    np.testing.assert_array_equal(split.total, (x.astype(F64) ** 2).sum(0), strict=True)
+    assert split.count == count
 
-    @requirement("R15.3")
-    @given(planted(), texts, st.data())
-    def test_padding_order_and_repetition_of_texts_change_nothing(self, model_and_hot, some, data):
-        model, probe = model_and_hot[0], WeightMapProbe(model_and_hot[0])
-        again = data.draw(st.permutations(some * 2))
-        first, second = probe.probe(some, ablation=False), probe.probe(again, ablation=False)
-        count = sum(map(len, again))
-        for a, b in zip(first.layers + first.blocks, second.layers + second.blocks, strict=True):
-            for score in SCORES[:3]:
-                x, y = getattr(a, score) or 0.0, getattr(b, score) or 0.0
-                assert abs(x - y) <= 2 * bound(count) * abs(x), score
-        for block in model.blocks:  # the activations of the letters, and nothing else
-            letters = torch.cat([model.table[["abcd".index(c) for c in text]] for text in some])
-            for before in model.blocks:
-                if before is block:
-                    break
-                letters = letters @ before.turn.T
-            rms = np.sqrt(((letters.numpy() * block.gain) ** 2).mean(0))
-            expected = wanda(block.dense.weight.detach().numpy(), rms)
-            layers = {model.get_submodule(row.name): row for row in first.layers}
-            # Four turns of four-term products, then the mean of squares: relative to a length.
-            error = (bound(count) + 8 * gamma(WIDTH * 4, F64)) * WIDTH * 8 * 64
-            assert abs(layers[block.dense].wanda - expected) <= error
+
+@requirement("R15.3")
+@given(planted(), texts, st.data())
+def test_padding_order_and_repetition_of_texts_change_nothing(model_and_hot, some, data):
+    model, probe = model_and_hot[0], WeightMapProbe(model_and_hot[0])
+    again = data.draw(st.permutations(some * 2))
+    first, second = probe.probe(some, ablation=False), probe.probe(again, ablation=False)
+    count = sum(map(len, again))
+    for a, b in zip(first.layers + first.blocks, second.layers + second.blocks, strict=True):
+        for score in SCORES[:3]:
+            x, y = getattr(a, score) or 0.0, getattr(b, score) or 0.0
+            assert abs(x - y) <= 2 * bound(count) * abs(x), score
+    for block in model.blocks:  # the activations of the letters, and nothing else
+        letters = torch.cat([model.table[["abcd".index(c) for c in text]] for text in some])
+        for before in model.blocks:
+            if before is block:
+                break
+            letters = letters @ before.turn.T
+        rms = np.sqrt(((letters.numpy() * block.gain) ** 2).mean(0))
+        expected = wanda(block.dense.weight.detach().numpy(), rms)
+        layers = {model.get_submodule(row.name): row for row in first.layers}
+        # Four turns of four-term products, then the mean of squares: relative to a length.
+        error = (bound(count) + 8 * gamma(WIDTH * 4, F64)) * WIDTH * 8 * 64
+        assert abs(layers[block.dense].wanda - expected) <= error
 
 
 @requirement("R15.4")
@@ -314,58 +310,58 @@ def share_bound(shape):
     return 3 * gamma(12 * shape[0] * shape[1] + 12, F64)
 
 
-class TestTwoModels:
-    """R15.5: layers by how far their weights moved, whatever their size, and by how much of it fits a rank."""
+@requirement("R15.5")
+@given(pairs_of_models(), st.integers(1, 8))
+def test_change_is_the_root_mean_square_and_held_the_energy_that_fits(pair, rank):
+    base, tuned, values = pair
+    result = changes(base, tuned, rank)
+    moved = {name for name, (_, entries) in values.items() if entries}
+    assert {row.name for row in result} == moved
+    for row in result:
+        shape, entries = values[row.name]
+        exact = np.sqrt(sum(e * e for e in entries) / (shape[0] * shape[1]))
+        assert abs(row.change - exact) <= bound(shape[0] * shape[1] + 4) * exact
+        share = sum(e * e for e in entries[:rank]) / sum(e * e for e in entries)
+        assert abs(row.held - share) <= share_bound(shape)
+    assert all((-a.change, a.name) < (-b.change, b.name) for a, b in pairwise(result))
 
-    @requirement("R15.5")
-    @given(pairs_of_models(), st.integers(1, 8))
-    def test_change_is_the_root_mean_square_and_held_the_energy_that_fits(self, pair, rank):
-        base, tuned, values = pair
-        result = changes(base, tuned, rank)
-        moved = {name for name, (_, entries) in values.items() if entries}
-        assert {row.name for row in result} == moved
-        for row in result:
-            shape, entries = values[row.name]
-            exact = np.sqrt(sum(e * e for e in entries) / (shape[0] * shape[1]))
-            assert abs(row.change - exact) <= bound(shape[0] * shape[1] + 4) * exact
-            share = sum(e * e for e in entries[:rank]) / sum(e * e for e in entries)
-            assert abs(row.held - share) <= share_bound(shape)
-        assert all((-a.change, a.name) < (-b.change, b.name) for a, b in pairwise(result))
 
-    @requirement("R15.5")
-    @given(pairs_of_models(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
-    def test_a_layer_that_repeats_its_weights_changes_as_much(self, pair, rank, down, across):
-        base, tuned, values = pair
-        tiled = [
-            {name: np.tile(weight, (down, across)) for name, weight in model.items()}
-            for model in (base, tuned)
-        ]
-        small, large = (
-            {row.name: row for row in changes(*models, rank)} for models in ((base, tuned), tiled)
-        )
-        assert small.keys() == large.keys()
-        for name, row in small.items():
-            (rows, columns), _ = values[name]
-            size = (rows * down, columns * across)
-            assert abs(row.change - large[name].change) <= bound(size[0] * size[1] + 4) * row.change
-            assert abs(row.held - large[name].held) <= 2 * share_bound(size)
+@requirement("R15.5")
+@given(pairs_of_models(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_a_layer_that_repeats_its_weights_changes_as_much(pair, rank, down, across):
+    base, tuned, values = pair
+    tiled = [
+        {name: np.tile(weight, (down, across)) for name, weight in model.items()}
+        for model in (base, tuned)
+    ]
+    small, large = (
+        {row.name: row for row in changes(*models, rank)} for models in ((base, tuned), tiled)
+    )
+    assert small.keys() == large.keys()
+    for name, row in small.items():
+        (rows, columns), _ = values[name]
+        size = (rows * down, columns * across)
+        assert abs(row.change - large[name].change) <= bound(size[0] * size[1] + 4) * row.change
+        assert abs(row.held - large[name].held) <= 2 * share_bound(size)
 
-    @requirement("R15.5")
-    @given(st.data(), features, features, st.integers(1, 4))
-    def test_what_an_adapter_did_is_held_by_its_rank_whole(self, data, out, inner, rank):
-        delta = data.draw(integers(F64, (out, rank))) @ data.draw(integers(F64, (rank, inner)))
-        assume(delta.any())
-        base = data.draw(integers(F64, (out, inner)))
-        (row,) = changes({"query.weight": base}, {"query.weight": base + delta}, rank)
-        assert abs(row.held - 1) <= share_bound((out, inner))
 
-    @requirement("R15.5")
-    @given(pairs_of_models(), st.integers(-900, 900))
-    def test_a_difference_of_any_scale_is_ranked_the_same(self, pair, exponent):
-        base, tuned, _ = pair
-        scaled = {name: np.ldexp(tuned[name] - base[name], exponent) for name in base}
-        zero = {name: np.zeros_like(weight) for name, weight in base.items()}
-        delta = {name: tuned[name] - base[name] for name in base}
-        plain, moved = (changes(zero, model) for model in (delta, scaled))
-        assert [row.name for row in plain] == [row.name for row in moved]
-        assert [np.ldexp(row.change, exponent) for row in plain] == [row.change for row in moved]
+@requirement("R15.5")
+@given(st.data(), features, features, st.integers(1, 4))
+def test_what_an_adapter_did_is_held_by_its_rank_whole(data, out, inner, rank):
+    delta = data.draw(integers(F64, (out, rank))) @ data.draw(integers(F64, (rank, inner)))
+    assume(delta.any())
+    base = data.draw(integers(F64, (out, inner)))
+    (row,) = changes({"query.weight": base}, {"query.weight": base + delta}, rank)
+    assert abs(row.held - 1) <= share_bound((out, inner))
+
+
+@requirement("R15.5")
+@given(pairs_of_models(), st.integers(-900, 900))
+def test_a_difference_of_any_scale_is_ranked_the_same(pair, exponent):
+    base, tuned, _ = pair
+    scaled = {name: np.ldexp(tuned[name] - base[name], exponent) for name in base}
+    zero = {name: np.zeros_like(weight) for name, weight in base.items()}
+    delta = {name: tuned[name] - base[name] for name in base}
+    plain, moved = (changes(zero, model) for model in (delta, scaled))
+    assert [row.name for row in plain] == [row.name for row in moved]
+    assert [np.ldexp(row.change, exponent) for row in plain] == [row.change for row in moved]

@@ -43,51 +43,13 @@ def test_foreign_arrow_and_parquet_files_get_the_optional_columns(tmp_path):
 
 
 @requirement("R21.5")
-def test_a_question_in_a_chat_goes_with_the_answer_right_after_it(tmp_path):
-    path = tmp_path / "chat.jsonl"
-    turns = [
-        ("system", "be brief"),
-        ("user", "how do I open a file?"),
-        ("assistant", "open(path)\n"),
-        ("user", "not answered"),
-        ("user", "and close it?"),
-        ("assistant", "file.close()"),
-        ("assistant", "anything else?"),
-    ]
-    tool = [
-        {"role": "user", "content": "search"},
-        {"role": "assistant", "content": None, "tool_calls": []},
-    ]
-    chats = [[{"role": role, "content": content} for role, content in turns], tool]
-    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
-    rows = Pairs.from_chat(path).table.select(["query", "positive", "group"]).to_pylist()
-    assert [tuple(row.values()) for row in rows] == [
-        ("how do I open a file?", "open(path)", "transcript 0"),
-        ("and close it?", "file.close()", "transcript 0"),
-    ]
-
-
-@requirement("R21.5")
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "JSON"),
-        *(
-            (line, "messages with a role and text as content")
-            for line in (
-                "[]",
-                '{"messages": null}',
-                '{"messages": "hello"}',
-                '{"messages": [{"role": "user"}]}',
-                '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
-            )
-        ),
-    ],
+    "messages", ["null", '"hello"', '[{"role": "user"}]', '[{"role": "user", "content": [{}]}]', ""]
 )
-def test_a_line_that_is_no_transcript_is_refused_by_its_number(tmp_path, line, message):
+def test_a_line_that_is_no_transcript_is_refused_by_its_number(tmp_path, messages):
     path = tmp_path / "chat.jsonl"
-    path.write_text(f'{{"messages": []}}\n\n{line}\n')
-    with pytest.raises(DataError, match=f"line 3: expected {message}"):
+    path.write_text('{"messages": []}\n\n' + (f'{{"messages": {messages}}}' if messages else "[]"))
+    with pytest.raises(DataError, match="line 3: expected messages with a role and text"):
         Pairs.from_chat(path)
 
 
@@ -110,12 +72,13 @@ def test_a_file_of_something_else_is_refused_by_its_name(tmp_path, content, suff
 
 
 @requirement("R21.5")
-def test_a_line_with_bad_bytes_or_a_thousand_brackets_is_refused_by_its_number(tmp_path):
+@pytest.mark.parametrize("read", [Pairs.load, Pairs.from_chat])
+def test_a_line_with_bad_bytes_or_many_brackets_is_refused_by_its_number(tmp_path, read):
     path = tmp_path / "data.jsonl"
-    for line in (b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000):
-        path.write_bytes(b'["a", "b"]\n' + line)
+    for line in (b"{", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000):
+        path.write_bytes(b"\n" + line)
         with pytest.raises(DataError, match="line 2: expected JSON"):
-            Pairs.load(path)
+            read(path)
 
 
 @requirement("R21.5")
@@ -129,12 +92,10 @@ def test_a_missing_data_set_and_a_folder_in_its_place_are_named(tmp_path, read):
 
 @requirement("R21.5")
 def test_saving_fails_by_name_and_leaves_nothing_behind(tmp_path):
-    pairs = Pairs.of([("a", "b")])
-    with pytest.raises(CardNotFoundError, match="nowhere"):
-        pairs.save(tmp_path / "nowhere" / "pairs.arrow")
     (tmp_path / "folder.parquet").mkdir()
-    with pytest.raises(StoreError, match="folder"):
-        pairs.save(tmp_path / "folder.parquet")
+    for name, kind in (("nowhere/pairs.arrow", CardNotFoundError), ("folder.parquet", StoreError)):
+        with pytest.raises(kind, match=name.split("/")[0]):
+            Pairs.of([("a", "b")]).save(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.parquet"]
 
 
@@ -149,29 +110,16 @@ def test_a_saved_file_can_be_replaced_while_it_is_loaded(tmp_path):
 
 
 @requirement("R21.5", "R17.3")
-@pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, float("nan")])
-def test_a_share_that_leaves_a_part_empty_is_refused(share):
-    with pytest.raises(ArgumentError, match="share"):
-        Pairs.of([("a", "b"), ("c", "d")]).split(share)
-
-
-@requirement("R21.5", "R17.3")
-def test_a_split_is_drawn_by_its_seed_and_needs_two_groups():
+def test_a_split_is_drawn_by_its_seed_and_needs_two_groups_and_two_parts():
     pairs = Pairs.of([(f"q{i}", f"p{i}") for i in range(50)])
+    for share in (0, 1, -0.5, 1.5, float("nan")):
+        with pytest.raises(ArgumentError, match="share"):
+            pairs.split(share)
     parts = {tuple(pairs.split(seed=seed)[0].queries) for seed in range(10)}
     assert len(parts) == 10
     assert all(len(part) == 40 for part in parts)
     with pytest.raises(DataError, match="at least two groups, found 1"):
         Pairs.of([{"query": "a", "positive": "b", "group": "g"}] * 3).split()
-
-
-@requirement("R21.5")
-def test_pairs_are_no_key_and_equal_nothing_else():
-    pairs = Pairs.of([("a", "b")])
-    assert pairs != pairs.table
-    assert pairs != Pairs.of([("a", "c")])
-    with pytest.raises(TypeError, match="unhashable"):
-        hash(pairs)
 
 
 SOURCES = {
@@ -308,15 +256,6 @@ def test_the_standard_library_gives_thousands_of_pairs_in_more_than_a_hundred_mo
     assert "json.encoder.JSONEncoder" in known
     assert all("\n" not in query and len(query.split()) >= 3 for query in stdlib.queries)
     assert [name.split(".")[0] for name in stdlib.positives] == groups == sorted(groups)
-
-
-@requirement("R21.6", "R17.3")
-def test_the_standard_library_is_split_by_module(stdlib):
-    known, held_out = stdlib.split(0.8, seed=0)
-    modules = [{name.split(".")[0] for name in part.positives} for part in (known, held_out)]
-    assert not modules[0] & modules[1]
-    assert len(modules[0]) == round(0.8 * len(modules[0] | modules[1]))
-    assert len(known) + len(held_out) == len(stdlib)
 
 
 @requirement("R21.6")

@@ -15,7 +15,6 @@ from lora.errors import ArgumentError, LoRAError, ShapeError, TargetError, Unsup
 from lora.evolution.probe import (
     SCORES,
     LayerChange,
-    LayerScores,
     WeightMap,
     WeightMapProbe,
     changes,
@@ -40,20 +39,6 @@ She missed the last train and walked home in the rain.
 Which vaccines does an infant need in the first year?
 The function returns None when the key is missing.
 Rust checks the lifetime of every reference when it compiles.
-Mount Etna erupted again on Sunday night.
-He plays the cello in a small chamber orchestra.
-The court ruled that the contract was void.
-Plants turn light, water and carbon dioxide into sugar.
-Our train leaves from platform nine at noon.
-Sort the table by the second column, then remove duplicates.
-The goalkeeper saved two penalties in the final.
-An index makes reading fast and writing slower.
-Where can I renew my passport?
-The bridge was closed because of strong winds.
-Gradient descent follows the slope downhill.
-They painted the kitchen a pale yellow.
-The patient was given antibiotics for ten days.
-Olive trees can live for more than a thousand years.
 """.splitlines()
 
 
@@ -107,7 +92,10 @@ def real(folder):
 
 @requirement("R15.4")
 def test_on_real_text_the_report_holds_all_scores_and_their_rank_correlations(model_folder):
-    _, result, _ = real(model_folder)
+    _, result, steps = real(model_folder)
+    count = len(TEXTS)
+    assert steps[:count] == [("text", position, count) for position in range(1, count + 1)]
+    assert steps[count:] == [(f"encoder.layer.{index}", index + 1, 6) for index in range(6)]
     assert [row.name for row in result.blocks] == [f"encoder.layer.{index}" for index in range(6)]
     assert all(getattr(row, score) > 0 for row in result.blocks for score in SCORES)
     # On this model only influence tells how much is lost without a block; means of weights mislead.
@@ -131,13 +119,6 @@ def test_ablation_is_what_the_embeddings_lose_when_a_block_is_replaced_by_identi
     cut = without.encode(TEXTS).astype(np.float64)
     cosine = (whole * cut).sum(1) / np.linalg.norm(whole, axis=1) / np.linalg.norm(cut, axis=1)
     assert result.blocks[4].ablation == pytest.approx(1 - cosine.mean(), rel=1e-9)
-
-
-@requirement("R15.4")
-def test_progress_is_told_after_each_text_and_each_ablated_block(model_folder):
-    steps, count = real(model_folder)[2], len(TEXTS)
-    assert steps[:count] == [("text", position, count) for position in range(1, count + 1)]
-    assert steps[count:] == [(f"encoder.layer.{index}", index + 1, 6) for index in range(6)]
 
 
 @requirement("R15.1", "R15.4")
@@ -246,19 +227,12 @@ def test_a_report_is_a_value_and_a_table():
     assert table["influence"].type == pa.float64()
     assert table["influence"].null_count == 3
     assert table["ablation"].to_pylist()[3:] == [row.ablation for row in result.blocks]
-
-
-def test_without_ablation_there_is_nothing_to_correlate_with():
+    # Without ablation, there is nothing to correlate with.
     result = WeightMapProbe(Letters()).probe(["abc", "d"], ablation=False)
     assert result.correlations == {}
     assert scores_of(result.blocks, "ablation") == {}
     assert result.table()["ablation"].null_count == 6
     assert WeightMap((), ()).table().num_rows == 0
-
-
-def test_a_constant_score_has_no_rank_correlation():
-    rows = tuple(LayerScores(n, 1.0, wanda, 0.5, 0.1 * wanda) for n, wanda in (("a", 1), ("b", 2)))
-    assert WeightMap((), rows).correlations == {"magnitude": None, "wanda": 1.0, "influence": None}
 
 
 def test_a_zero_vector_is_orthogonal_to_all_but_another():

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from functools import lru_cache
-from itertools import pairwise
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -207,13 +206,11 @@ def test_the_card_is_the_best_one_seen_and_not_the_last():
 
 
 @requirement("R17.3")
-def test_the_learning_rate_is_constant_or_falls_along_a_cosine_and_never_rises():
-    constant = train(steps=9).history["lr"].to_pylist()
-    assert constant == [1e-2] * 9
+def test_the_learning_rate_is_constant_or_falls_along_a_cosine():
+    assert train(steps=9).history["lr"].to_pylist() == [1e-2] * 9
     cosine = train(steps=9, schedule="cosine").history["lr"].to_pylist()
     expected = [1e-2 * (1 + math.cos(math.pi * step / 9)) / 2 for step in range(9)]
     assert cosine == pytest.approx(expected, rel=gamma(50, F64), abs=0)
-    assert all(later < earlier for earlier, later in pairwise(cosine))
 
 
 @requirement("R17.3")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lora.card import LoRACard
-from lora.cli import main
 from lora.errors import ArgumentError, DataError, ShapeError, UnsupportedModelError
 from lora.evolution.data import Pairs
 from lora.evolution.ewc import Anchor
@@ -161,35 +160,6 @@ def test_rslora_scales_by_the_root_of_the_rank():
     card, plain = train(steps=1, rslora=True).card, train(steps=1).card
     assert {pair.scaling for pair in card.weights.values()} == {card.alpha / math.sqrt(card.rank)}
     assert {pair.scaling for pair in plain.weights.values()} == {card.alpha / card.rank}
-
-
-PRESETS = {
-    "coder": 0.05,
-    "researcher": 0.1,
-    "security": 0.05,
-    "architect": 0.05,
-    "reviewer": 0.1,
-    "quick": 0.0,
-}
-
-
-@requirement("R21.1", "R25.2")
-@pytest.mark.parametrize(("preset", "dropout"), PRESETS.items())
-def test_the_command_trains_with_the_dropout_of_its_preset(preset, dropout, tmp_path, monkeypatch):
-    settings = []
-
-    def note(trainer, *_, **__):
-        settings.append(trainer.settings)
-        raise DataError("noted", "nothing more", "to do")
-
-    monkeypatch.setattr(LoRATrainer, "train", note)
-    pairs().save(tmp_path / "pairs.arrow")
-    files = [str(tmp_path / "pairs.arrow"), "--out", str(tmp_path / "x.lora.arrow")]
-    argv = ["lora", "train", *files, "--name", "x", "--preset", preset]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit):
-        main()
-    assert [each.dropout for each in settings] == [dropout]
 
 
 @requirement("R2.10", "R17.8")
