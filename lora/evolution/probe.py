@@ -7,7 +7,6 @@ influence, Men et al. 2024). Ablation tells which one to believe.
 Requirements: R15.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -273,7 +272,7 @@ class WeightMapProbe:
         rows = []
         for position, block in enumerate(blocks, 1):
             inner = [row for name, row in figures.items() if f"{name}.".startswith(f"{block}.")]
-            if block not in turned or not inner:
+            if not (inner and turned[block].count):
                 expected = "a block in which a Linear runs"
                 raise TargetError(f"probe: block {block!r}", expected, "none that a text reaches")
             scores, sizes = zip(*inner, strict=True)
@@ -290,25 +289,24 @@ class WeightMapProbe:
     ) -> tuple[dict[str, Tally], dict[str, Tally]]:
         """Tally the squared inputs of each Linear that runs, and the turns of each block."""
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        inputs: dict[str, Tally] = defaultdict(Tally)
-        turned: dict[str, Tally] = defaultdict(Tally)
+        inputs, turned = dict.fromkeys(linears, Tally()), dict.fromkeys(blocks, Tally())
 
         def add(name: str, x: Any, output: Any) -> None:
             y, where = output[0] if isinstance(output, tuple) else output, f"probe: {name!r}"
             if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
                 kinds = f"{type(x)}, {type(y)}"
                 raise UnsupportedModelError(where, "a tensor in and out", kinds)
-            if name in linears:
+            if name in inputs:
                 inputs[name] += squares(_array(x))
-            if name in blocks:
+            if name in turned:
                 turned[name] += turns(_array(x), _array(y), where=where)
 
-        for name in {*linears, *blocks}:
+        for name in inputs | turned:
             _on_forward(model.get_submodule(name), partial(add, name))
         for position, text in enumerate(texts, 1):
             _encoded(model, [text])
             self.on_step("text", position, len(texts))
-        return {name: inputs[name] for name in linears if name in inputs}, turned
+        return {name: tally for name, tally in inputs.items() if tally.count}, turned
 
 
 def _blocks(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
