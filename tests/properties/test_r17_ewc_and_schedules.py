@@ -66,7 +66,7 @@ def test_each_schedule_is_the_one_it_is_called(steps):
 
 @st.composite
 def regressions(draw):
-    """Two tasks of linear regression on orthogonal features: inputs ``(n, d)`` and targets, float64."""
+    """Two linear regressions on orthogonal features: inputs ``(n, d)`` and targets, float64."""
     d = draw(st.integers(1, 4))
     tasks = []
     for _ in range(2):
@@ -85,7 +85,7 @@ def solved(x, y):
 @requirement("R17.6")
 @given(regressions())
 def test_with_the_exact_fisher_on_orthogonal_features_ewc_is_joint_training(tasks):
-    """The gradient of the second task's loss plus the penalty, λ = 1, is that of both tasks' loss."""
+    """Second loss plus penalty, λ = 1, has the gradient of the sum of both losses."""
     (x1, y1), (x2, y2) = tasks
     theta = solved(x1, y1)
     start = theta.clone().requires_grad_()

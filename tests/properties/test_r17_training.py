@@ -1,4 +1,4 @@
-"""R17: the loss and the metric are what they say, no false negatives, interruptions are harmless."""
+"""R17: the loss, the metric, batches without false negatives, and interruptions."""
 
 import contextlib
 import math
@@ -65,7 +65,7 @@ def exact_loss(queries, positives, scale):
 
 
 def bound(n, d, scale, dtype):
-    """Rounding of the logits (norms, quotients, products), of the softmax over n of them, and of the mean."""
+    """Rounding of the logits (norms, quotients, products), of their softmax, and of the mean."""
     logits = 2 * scale * gamma(3 * d + 12, dtype)
     return logits + gamma(6 * n + 20, dtype) * (2 * scale + math.log(n) + 1)
 

@@ -1,4 +1,4 @@
-"""R21 data sets: pairs are a value, survive every file format, split without a leak, and refuse what is not a pair."""
+"""R21 data sets: pairs survive every file format, split without a leak, refuse bad rows."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""Properties of R21.4: synthetic data are seeded, and an answer depends on its question, so that it can be learned."""
+"""R21.4: synthetic data are seeded, and an answer depends on its question."""
 
 import re
 

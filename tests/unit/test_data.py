@@ -1,4 +1,4 @@
-"""Data sets by example: importers and their messages, and the docstrings of the real standard library."""
+"""Data sets by example: importers, their messages, and the standard library's docstrings."""
 
 import ast
 import hashlib
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora.errors import ArgumentError, CardNotFoundError, DataError, StoreError
+from lora.evolution import data
 from lora.evolution.data import Pairs, docstring_pairs
 from lora.testing.plugin import requirement
 
@@ -107,6 +108,20 @@ def test_a_saved_file_can_be_replaced_while_it_is_loaded(tmp_path):
     loaded.add([("c", "d")]).save(path)
     assert loaded.queries == ["a"]
     assert Pairs.load(path).queries == ["a", "c"]
+
+
+@requirement("R21.5")
+def test_rows_are_checked_where_they_enter_and_not_again(monkeypatch):
+    rows = []
+    monkeypatch.setattr(data, "_record", lambda row, *_: rows.append(row) or row)
+    pairs = Pairs.of(
+        [
+            dict.fromkeys(data.SCHEMA.names[:3], "a") | {"quality": 1, "group": group}
+            for group in "abc"
+        ]
+    )
+    assert len(pairs.add(pairs).unique().sample(2, 0)) + sum(map(len, pairs.split())) == 4
+    assert len(rows) == 3
 
 
 @requirement("R21.5", "R17.3")

@@ -58,7 +58,7 @@ def engine():
 
 
 def pairs(topics=TOPICS):
-    """``a<i> c<j>`` asks for ``b<i> d<j>``: what holds for some combinations holds for the others."""
+    """Pairs in which ``a<i> c<j>`` asks for ``b<i> d<j>``."""
     places = [(i, j) for i in range(topics) for j in range(topics)]
     return Pairs.of(
         {"query": f"a{i} c{j}", "positive": f"b{i} d{j}", "group": f"{i}{j}"} for i, j in places
@@ -321,7 +321,7 @@ def test_a_training_that_diverges_says_so_without_a_warning(steps, message):
 
 @pytest.fixture(scope="module")
 def real(model_folder):
-    """MiniLM and two short trainings of it on docstrings, with true and with shuffled labels, and what they did."""
+    """MiniLM, held-out pairs, and two short trainings, with true and with shuffled labels."""
     mini = ArrowEngine.from_pretrained(model_folder, device="cpu")
     rng = np.random.default_rng(0)
     known, held_out = (

@@ -93,9 +93,8 @@ def test_a_clipped_gradient_is_no_longer_than_it_may_be(monkeypatch):
     plain = torch.optim.AdamW.step
 
     def watched(self, *args, **options):
-        params = [p for group in self.param_groups for p in group["params"]]
-        result = [p.grad for p in params if p.grad is not None]
-        norms.append(float(torch.cat([grad.flatten() for grad in result]).norm()))
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
         return plain(self, *args, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
@@ -122,7 +121,8 @@ trainer = LoRATrainer(ArrowEngine(encoder), settings=settings)
 
 
 def peak():  # getrusage tells the parent's
-    return [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+    lines = open("/proc/self/status").readlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 before = peak()
