@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -246,8 +246,12 @@ options_of_a_run = st.fixed_dictionaries(
 ).map(lambda options: tuple(options.items()))
 
 
+FROZEN = {"epochs": 3, "batch_size": 8, "lr": 1e-30, "validate_every": 2, "patience": 2}
+
+
 @requirement("R17.8")
 @settings(max_examples=40)
+@example(tuple(FROZEN.items()), 0, ("query", "value"), [6])  # killed right after it lost patience
 @given(
     options_of_a_run,
     st.integers(0, 3),
