@@ -97,9 +97,10 @@ class Consent:
     data: Collection[str]
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.:-]+", str(self.host)):
+        if not isinstance(self.host, str) or not re.fullmatch(r"[\w.:-]+", self.host):
             raise ArgumentError("consent: host", "a host's name", shown(self.host))
-        if not self.data or not set(self.data) <= set(KINDS):
+        kinds = self.data if isinstance(self.data, Collection) else ()
+        if not kinds or any(kind not in KINDS for kind in kinds):
             raise ArgumentError("consent: data", f"some of {KINDS}", shown(self.data))
         object.__setattr__(self, "data", tuple(sorted(set(self.data))))
 
@@ -239,8 +240,9 @@ class OpenAITeacher:
         tries: int = 4,
         max_tokens: int = 1024,
     ) -> None:
-        if not model or not api_key:
-            raise ArgumentError("teacher: model, api_key", "text", "an empty one")
+        if not all(isinstance(text, str) and text for text in (model, api_key)):
+            # The value is not shown: it may be the key.
+            raise ArgumentError("teacher: model, api_key", "text", "an empty or another value")
         if finite(timeout, "teacher: timeout", ArgumentError) <= 0:
             raise ArgumentError("teacher: timeout", "seconds > 0", shown(timeout))
         self.host, self.model, self.ledger, self.base_url = _host(base_url), model, ledger, base_url

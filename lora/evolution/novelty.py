@@ -129,6 +129,8 @@ def fit(
     """
     if not 0 < finite(rate, "rate", ArgumentError) <= finite(doubt, "doubt", ArgumentError) < 1:
         raise ArgumentError("rate, doubt", "shares in (0, 1), rate <= doubt", f"{rate}, {doubt}")
+    if not isinstance(known, Mapping):
+        raise ArgumentError("known", "signals by source group", shown(known))
     rng = np.random.default_rng([integer(seed, "seed", least=0), len(known)])
     order = rng.permutation(sorted(known)).tolist()
     size = round(SHARE * len(order))

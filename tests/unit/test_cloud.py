@@ -530,6 +530,8 @@ URLS += ["https://", "example.org", 3, "http://[bad"]
         *(({"base_url": url}, "base_url") for url in URLS),
         ({"model": ""}, "model"),
         ({"api_key": ""}, "api_key"),
+        ({"model": 3}, "model"),
+        ({"api_key": KEY.encode()}, "api_key"),
         ({"tries": 0}, "tries"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"timeout": 0}, "timeout"),
@@ -540,12 +542,21 @@ def test_a_teacher_checks_its_options_and_refuses_urls_that_are_unsafe(ledger, o
     with pytest.raises(ArgumentError, match=what) as raised:
         OpenAITeacher(**{"model": "m", "ledger": ledger, "api_key": KEY, **options})
     assert "pw" not in str(raised.value)
+    assert KEY not in str(raised.value)
 
 
 @requirement("R18.6")
 @pytest.mark.parametrize(
     ("host", "data"),
-    [("", BOTH), ("https://x/", BOTH), ("x", []), ("x", ["keys"]), ("x", "documents")],
+    [
+        ("", BOTH),
+        ("https://x/", BOTH),
+        ("x", []),
+        ("x", ["keys"]),
+        ("x", "documents"),
+        ("x", 3),
+        (3, BOTH),
+    ],
 )
 def test_a_consent_names_a_host_and_data_and_nothing_else_is_one(host, data):
     with pytest.raises(ArgumentError, match="consent"):

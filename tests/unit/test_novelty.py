@@ -128,7 +128,10 @@ NUMBERS += [{"seed": -1}, {"seed": 0.5}]
 @pytest.mark.parametrize(
     ("known", "options"),
     [*((ENOUGH, options) for options in NUMBERS)]
-    + [(few, {}) for few in ({}, {"a": []}, {"a": [Signals(0.5, 0.5)]}, {**ENOUGH, "a": []})],
+    + [
+        (few, {})
+        for few in ({}, {"a": []}, {"a": [Signals(0.5, 0.5)]}, {**ENOUGH, "a": []}, [], None)
+    ],
 )
 def test_calibration_checks_its_numbers_and_needs_sources(known, options):
     with pytest.raises(ArgumentError):
