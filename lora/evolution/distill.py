@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 import lora
@@ -42,7 +43,7 @@ from lora.evolution.novelty import (
     topics,
 )
 from lora.evolution.train import LoRATrainer, Progress, ranks
-from lora.inference.router import Description, LoRARouter
+from lora.inference.router import LoRARouter
 from lora.rewrite import adapt
 from lora.routing import Index
 from lora.store import PathLike, as_path, replacing, save
@@ -64,9 +65,7 @@ class Engine(Protocol):
 
     base: Any  # a module with encode(texts)
     router: LoRARouter
-
-    def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
-        """Add a card that the router may choose."""
+    register_lora: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -180,6 +179,12 @@ class Memory:
     pending: Mapping[str, Array] = field(default_factory=dict)
     tasks: Mapping[str, Task] = field(default_factory=dict)
     logged: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def texts(self) -> dict[str, Array]:
+        """All novel queries with their embeddings, waiting or in a task."""
+        topics = (self.pending, *(task.texts for task in self.tasks.values()))
+        return {text: vector for texts in topics for text, vector in texts.items()}
 
     def save(self, path: PathLike) -> None:
         """Write the memory as JSON, atomically."""
@@ -348,7 +353,7 @@ class SkillDistiller:
         if rows:
             questions = self._embedded([row["query"] for row in rows])
             near = similarities(questions, vectors).max(axis=1) >= policy.link
-            rows = [row for row, fits in zip(rows, near, strict=True) if fits]
+            rows = [rows[place] for place in np.flatnonzero(near)]
         taught = Distilled(Pairs.of([]))
         try:
             if send and teacher and texts:
@@ -372,12 +377,11 @@ class SkillDistiller:
             name: Of an open task; by default the one with most queries. After an error it is open.
         """
         with self._write:
-            states = {task.name: task.state for task in self.tasks}
-            waiting = [key for key in states if states[key] == "open" and name in (None, key)]
-            if not waiting:
+            waiting = (task for task in self.tasks if task.state == "open")
+            task = next((task for task in waiting if name in (None, task.name)), None)
+            if task is None:
                 expected = "an open task" if name is None else f"an open task {name!r}"
-                raise StateError("work", expected, states)
-            task = self.memory.tasks[waiting[0]]
+                raise StateError("work", expected, {task.name: task.state for task in self.tasks})
             task = self._change(task, state="working", trials=task.trials + 1, tried=task.seen)
         state = "open"
         try:
@@ -402,12 +406,17 @@ class SkillDistiller:
         try:
             training, held_out, figures["judged_on"] = divided(material, self.policy.share, seed)
             held_out = held_out.sample(self.policy.sample, seed)
-            for name, measure in (("sizes", len), ("sha256", digest)):
-                parts = {"training": measure(training), "held_out": measure(held_out)}
-                figures[name] = {**parts, "guards": list(map(measure, guards))}
-            versions = {name: version(name) for name in ("numpy", "pyarrow", "torch")}
-            own = {"lora": lora.__version__, "python": platform.python_version()}
-            figures["versions"] = {**versions, **own}
+            for figure, measure in (("sizes", len), ("sha256", digest)):
+                figures[figure] = {
+                    "training": measure(training),
+                    "held_out": measure(held_out),
+                    "guards": list(map(measure, guards)),
+                }
+            figures["versions"] = {
+                "lora": lora.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("numpy", "pyarrow", "torch")},
+            }
             trained = self._trainer(seed=seed).train(
                 training, name=task.name, max_steps=self._max_steps, progress=progress
             )
@@ -421,10 +430,9 @@ class SkillDistiller:
         if not verdict.accepted:
             return None, verdict, figures
         # What judged a skill is guarded and calibrates from now on, so it can't be an example.
-        queries = [*task.queries, *training.sample(self.policy.examples, seed).queries]
-        judged = set(held_out.queries)
-        examples = [text for text in dict.fromkeys(queries) if text not in judged]
-        examples = examples[: self.policy.examples]
+        most, judged = self.policy.examples, set(held_out.queries)
+        queries = dict.fromkeys([*task.queries, *training.sample(most, seed).queries])
+        examples = [text for text in queries if text not in judged][:most]
         metadata = {
             "description": " / ".join(task.queries[:3]),
             "examples": examples,
@@ -444,13 +452,12 @@ class SkillDistiller:
 
     def _recalled(self, memory: Memory) -> Memory:
         """Return a memory under this policy's alarm, if its embeddings are by this base model."""
-        for texts in (memory.pending, *(task.texts for task in memory.tasks.values())):
-            for text, vector in list(texts.items())[:1]:
-                own = self._embedded([text])
-                if own.shape[1:] != vector.shape or similarities(own, [vector]).item() < SAME:
-                    raise ArgumentError("memory", "embeddings by this base model", "others")
-        policy, alarm = self.policy.alarm, memory.alarm
-        alarm = replace(policy, recent=tuple(alarm.recent[-policy.n :]), ringing=alarm.ringing)
+        for text, vector in list(memory.texts.items())[:1]:
+            own = self._embedded([text])
+            if own.shape[1:] != vector.shape or similarities(own, [vector]).item() < SAME:
+                raise ArgumentError("memory", "embeddings by this base model", "others")
+        alarm, recent = self.policy.alarm, tuple(memory.alarm.recent)
+        alarm = replace(alarm, recent=recent[-alarm.n :], ringing=memory.alarm.ringing)
         return replace(memory, alarm=alarm)
 
     def _embedded(self, texts: Sequence[str]) -> Array:
@@ -489,8 +496,7 @@ def remembered(
     """
     memory = replace(memory, alarm=memory.alarm.after(novelty.kind))
     tasks = memory.tasks
-    seen = [memory.pending, *(task.texts for task in tasks.values())]
-    if novelty.kind != "novel" or any(text in texts for texts in seen):
+    if novelty.kind != "novel" or text in memory.texts:
         return memory
     near = {name: similarities([vector], task.vectors).max() for name, task in tasks.items()}
     name = max(near, key=lambda name: near[name], default="")
@@ -525,14 +531,11 @@ def divided(material: Material, share: float, seed: int) -> tuple[Pairs, Pairs, 
     else:
         judged_on = "own and taught material"
         training, held_out = everything.split(share, seed=seed)
-    groups = set(held_out.table["group"].to_pylist())
-    texts = {*held_out.queries, *held_out.positives}
-    kept = [
-        i
-        for i, row in enumerate(training.table.to_pylist())
-        if row["group"] not in groups and not {row["query"], row["positive"]} & texts
-    ]
-    return training.take(kept).unique(), held_out.unique(), judged_on
+    texts = pa.array([*held_out.queries, *held_out.positives], pa.string())
+    table = training.table
+    for name, judged in (("group", held_out.table["group"]), ("query", texts), ("positive", texts)):
+        table = table.filter(pc.invert(pc.is_in(table[name], judged)))
+    return Pairs(table).unique(), held_out.unique(), judged_on
 
 
 def trial_seed(seed: int, trial: int) -> int:

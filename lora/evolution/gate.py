@@ -74,9 +74,11 @@ class Verdict:
 
     def figures(self) -> dict[str, Any]:
         """Return all figures as JSON values."""
-        decisions = {name: getattr(self, name) for name in ("accepted", "helps", "harmless")}
-        rules = {"level": LEVEL, "max_loss": MAX_LOSS, "resamples": RESAMPLES}
-        return {**decisions, **asdict(self), **rules}
+        return {
+            **{name: getattr(self, name) for name in ("accepted", "helps", "harmless")},
+            **asdict(self),
+            **{"level": LEVEL, "max_loss": MAX_LOSS, "resamples": RESAMPLES},
+        }
 
 
 def judge(gain: tuple[Any, Any], guard: tuple[Any, Any], *, seed: int = 0) -> Verdict:

@@ -83,8 +83,8 @@ class Detector:
 
     def score(self, signals: Signals) -> float:
         """Return the lower of the two signals, each in its own steps from its centre."""
-        values = (signals.similarity, signals.margin)
-        return min((x - c) / s for x, c, s in zip(values, self.centre, self.step, strict=True))
+        similarity = (signals.similarity - self.centre[0]) / self.step[0]
+        return min(similarity, (signals.margin - self.centre[1]) / self.step[1])
 
     def judge(self, signals: Signals) -> Novelty:
         """Judge a query as known, unsure or novel."""
@@ -110,9 +110,9 @@ def signals_of(queries: Any, index: Index) -> list[Signals]:
     scores = np.maximum.reduceat(similarities(queries, index.rows), index.starts, axis=1)
     ordered = np.sort(np.pad(scores, ((0, 0), (1, 0)), constant_values=-1.0), axis=1)
     margins = np.round(ordered[:, -1] - ordered[:, -2], DECIMALS)
-    names = list(index.candidates)  # sorted: of equal ones, the first is the best
-    nearest = [names[place] for place in scores.argmax(axis=1)]
-    return list(map(Signals, ordered[:, -1].tolist(), margins.tolist(), nearest))
+    # The names are sorted: of equal skills, the first is the best.
+    nearest = np.array(list(index.candidates))[scores.argmax(axis=1)]
+    return list(map(Signals, ordered[:, -1].tolist(), margins.tolist(), nearest.tolist()))
 
 
 def fit(
@@ -142,7 +142,7 @@ def fit(
     step = np.maximum(centre - np.quantile(rows, TAIL, axis=0), 10.0**-DECIMALS)
     free = Calibration(-math.inf, 0, 0.0, (0.0, 1.0))
     detector = Detector(tuple(centre.tolist()), tuple(step.tolist()), free, free)
-    scores = {group: list(map(detector.score, known[group])) for group in sorted(order[size:])}
+    scores = {group: list(map(detector.score, known[group])) for group in order[size:]}
     novel, unsure = (calibrate(scores, share, seed=seed) for share in (rate, doubt))
     return replace(detector, novel=novel, known=unsure)
 
