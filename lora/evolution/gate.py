@@ -77,7 +77,9 @@ class Verdict:
         return {
             **{name: getattr(self, name) for name in ("accepted", "helps", "harmless")},
             **asdict(self),
-            **{"level": LEVEL, "max_loss": MAX_LOSS, "resamples": RESAMPLES},
+            "level": LEVEL,
+            "max_loss": MAX_LOSS,
+            "resamples": RESAMPLES,
         }
 
 

@@ -231,11 +231,8 @@ def test_a_compressed_answer_is_refused_before_it_unfolds(server, ledger):
 
 @requirement("R18.5")
 def test_a_server_that_is_not_there_costs_nothing(ledger):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        with pytest.raises(PeerError, match="an answer, found APIConnectionError"):
-            distilled(OpenAITeacher("small", ledger, api_key=KEY, base_url=url, tries=2))
+    with pytest.raises(PeerError, match="an answer, found APIConnectionError"):
+        distilled(OpenAITeacher("small", ledger, **NOWHERE, tries=2))
     assert ledger.spent == 0
     assert ledger.table()["outcome"].to_pylist() == ["ConnectError"] * 2
 
@@ -253,22 +250,14 @@ def test_neither_a_redirect_nor_a_proxy_is_followed(server, ledger, monkeypatch)
 
 
 @requirement("R18.5")
-def test_the_budget_is_refused_before_anything_is_sent(server, tmp_path):
-    ledger = Ledger(tmp_path / "small.sqlite", 1000)
-    with pytest.raises(StateError, match=r"at most 1000 tokens.*nothing was sent"):
-        distilled(teacher(server, ledger))
-    assert server.requests == []
-    assert ledger.spent == 0
-
-
-@requirement("R18.5")
-def test_retries_are_paid_for_from_the_budget(server, tmp_path):
-    ledger = Ledger(tmp_path / "ledger.sqlite", 4500)  # each try reserves about 2000
+def test_the_budget_is_refused_before_anything_is_sent_and_pays_for_retries(server, tmp_path):
     server.script = [cut]
-    with pytest.raises(StateError, match="token budget"):
-        distilled(teacher(server, ledger, tries=10))
-    assert 1 <= len(server.requests) <= 2
-    assert ledger.spent <= 4500
+    for budget, most in ((1000, 0), (4500, 2)):  # each try reserves about 2000
+        ledger = Ledger(tmp_path / f"{budget}.sqlite", budget)
+        with pytest.raises(StateError, match=rf"at most {budget} tokens.*nothing was sent"):
+            distilled(teacher(server, ledger, tries=10))
+        assert most / 2 <= len(server.requests) <= most
+        assert ledger.spent <= budget * bool(most)
 
 
 @requirement("R18.5")
@@ -338,14 +327,10 @@ def test_an_answer_is_asked_for_once_and_a_broken_cache_is_asked_again(server, l
     distilled(teacher(server, ledger, cache=cache, max_tokens=99))  # another request
     assert len(server.requests) == 6
     assert len(list(cache.iterdir())) == 2
-
-
-@requirement("R18.5")
-def test_what_is_malformed_is_not_cached(server, ledger, tmp_path):
     server.script = [(200, {}, completion("no JSON")), answer(GOOD)]
-    asked = teacher(server, ledger, cache=tmp_path)
+    asked = teacher(server, ledger, cache=tmp_path / "other")
     assert distilled(asked).dropped["malformed"] == 1
-    assert len(distilled(asked).pairs) == 1
+    assert len(distilled(asked).pairs) == 1  # what is malformed is not cached
 
 
 BROKEN = ["{", "[]", "null", "[" * 100_000, b"\xff\xfe\x00", "", '{"choices": {}}']
@@ -394,19 +379,13 @@ def test_what_is_not_believed_is_dropped_and_counted(server, ledger):
 
 
 @requirement("R18.7")
-def test_duplicates_across_documents_and_surplus_are_dropped(server, ledger):
-    many = [{"query": f"q{i}", "answer": "a"} for i in range(20)]
-    server.script = [answer(GOOD), answer([*GOOD, *many])]
+def test_duplicates_across_documents_and_surplus_are_dropped_also_amid_talk(server, ledger):
+    many = json.dumps({"pairs": GOOD + [{"query": f"q{i}", "answer": "a"} for i in range(20)]})
+    talk = f"Sure! Here they are:\n```json\n{many}\n```\nAnything else?"
+    server.script = [answer(GOOD), (200, {}, completion(talk))]
     taught = distilled(teacher(server, ledger), {"a": "One.", "b": "Two."})
     assert len(taught.pairs) == 1 + 8
     assert (taught.dropped["duplicate"], taught.dropped["surplus"]) == (1, 12)
-
-
-@requirement("R18.7")
-def test_pairs_are_read_from_an_answer_that_talks_around_them(server, ledger):
-    text = f"Sure! Here they are:\n```json\n{json.dumps({'pairs': GOOD})}\n```\nAnything else?"
-    server.script = [(200, {}, completion(text))]
-    assert distilled(teacher(server, ledger)).pairs.positives == ["A card."]
 
 
 @requirement("R18.5")
@@ -449,23 +428,16 @@ BOTH = ["documents", "queries"]
 )
 def test_nothing_leaves_without_consent_to_this_host_and_kind(ledger, attempts, consent, kinds):
     distiller = CloudDistiller(OpenAITeacher("small", ledger, **NOWHERE), consent=consent)
-    ask = {
-        "documents": lambda: distiller.from_documents({"a": "secret"}),
-        "queries": lambda: distiller.from_queries("t", ["secret"]),
-    }
+    ask = {"documents": ({"a": "secret"},), "queries": ("t", ["secret"])}
     for kind in kinds:
         text = rf"a Consent that names '127\.0\.0\.1' and '{kind}'.*nothing was sent"
         with pytest.raises(StateError, match=text):
-            ask[kind]()
+            getattr(distiller, f"from_{kind}")(*ask[kind])
     assert attempts == []
     assert len(ledger.table()) == 0
-
-
-@requirement("R18.6")
-def test_the_guard_sees_what_consent_lets_out(ledger, attempts):
     with pytest.raises(PeerError):
         distilled(OpenAITeacher("small", ledger, **NOWHERE, tries=1))
-    assert len(attempts) >= 1
+    assert attempts  # `attempts` sees what consent lets out
 
 
 @requirement("R18.5", "R18.6")
@@ -502,17 +474,14 @@ def test_what_is_sent_is_logged_before_and_the_key_is_not(server, ledger, caplog
 
 
 @requirement("R18.5")
-def test_topics_are_asked_about_by_their_queries(server, ledger):
-    distiller = CloudDistiller(teacher(server, ledger), consent=HERE)
+def test_topics_are_sent_as_queries_and_long_documents_in_pieces(server, ledger):
+    distiller = CloudDistiller(teacher(server, ledger), consent=HERE, piece=400)
     taught = distiller.from_queries("factors", ["What is a factor?", "Why two?"])
     assert taught.pairs.table["group"].to_pylist() == ["factors"]
     assert "What is a factor?\\nWhy two?" in server.bodies[0]["messages"][1]["content"]
-
-
-@requirement("R18.5")
-def test_long_documents_are_sent_in_pieces(server, ledger):
+    server.requests.clear()
     text = "\n\n".join(f"Paragraph {i}. " + "word " * 20 for i in range(10))
-    CloudDistiller(teacher(server, ledger), consent=HERE, piece=400).from_documents({"a": text})
+    distiller.from_documents({"a": text})
     sent = [json.loads(body["messages"][1]["content"])["text"] for body in server.bodies]
     assert len(sent) == len(set(sent)) > 1
     assert all(len(piece) <= 400 and piece.startswith("Paragraph") for piece in sent)

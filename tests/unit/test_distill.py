@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -96,16 +97,11 @@ def test_known_repeated_and_stray_queries_open_no_task(texts, novel, rings):
 
 
 @requirement("R18.1", "R18.2")
-def test_many_dissonant_queries_of_one_topic_open_one_task():
+def test_queries_of_a_topic_open_one_task_in_whatever_order_they_come():
     distiller = watching()
     assert {distiller.observe(text).kind for text in laws(20)} == {"novel"}
     (task,) = distiller.tasks
-    assert task.queries == tuple(laws(20))
-    assert (task.state, task.seen) == ("open", 20)
-
-
-@requirement("R18.2")
-def test_two_topics_open_two_tasks_in_whatever_order_their_queries_come():
+    assert (task.queries, task.state, task.seen) == (tuple(laws(20)), "open", 20)
     texts = [f"{subject} number {i}" for i in range(6) for subject in ("law", "pasta")]
     for order in (range(12), np.random.default_rng(0).permutation(12)):
         tasks = watching(observed=[texts[i] for i in order]).tasks
@@ -156,19 +152,14 @@ def test_a_distiller_that_was_restarted_goes_on_where_it_was(tmp_path, steps):
 
 
 @requirement("R18.2")
-def test_a_task_that_was_worked_on_when_the_power_went_is_open_again(tmp_path):
-    memory = remembering(12).memory
+def test_a_memory_opens_interrupted_tasks_again_and_follows_the_new_policy(tmp_path):
+    memory = remembering(9).memory
     tasks = {name: replace(task, state="working") for name, task in memory.tasks.items()}
     replace(memory, tasks=tasks).save(tmp_path / "memory")
-    again = watching(memory=Memory.load(tmp_path / "memory")).tasks
-    assert {task.state for task in again} == {"open"}
-
-
-@requirement("R18.2")
-def test_a_memory_serves_under_the_policy_of_the_distiller_that_has_it():
     policy = replace(SMALL, alarm=Alarm(k=2, n=4, release=0))
-    alarm = watching(memory=remembering(9).memory, policy=policy).alarm
-    assert (alarm.k, len(alarm.recent), alarm.ringing) == (2, 4, True)
+    after = watching(memory=Memory.load(tmp_path / "memory"), policy=policy)
+    assert {task.state for task in after.tasks} == {"open"}
+    assert (after.alarm.k, len(after.alarm.recent), after.alarm.ringing) == (2, 4, True)
 
 
 @requirement("R18.2")
@@ -210,16 +201,11 @@ def test_only_sources_and_answers_about_the_topic_are_gathered_and_bad_ones_drop
 
 
 @requirement("R18.3")
-def test_an_empty_answer_is_not_logged():
+@pytest.mark.parametrize("row", [("", "a", 1.0), ("q", " ", 1), ("q", "a", 1.5), ("q", None, 1)])
+def test_an_answer_that_is_no_pair_is_not_logged(row):
     distiller = watching()
-    for question, answer, quality in (
-        ("", "a", 1.0),
-        ("q", " ", 1),
-        ("q", "a", 1.5),
-        ("q", None, 1),
-    ):
-        with pytest.raises(DataError):
-            distiller.log_qa(question, answer, quality=quality)
+    with pytest.raises(DataError):
+        distiller.log_qa(*row[:2], quality=row[2])
     assert distiller.memory.logged == ()
 
 
@@ -256,34 +242,22 @@ def test_without_consent_the_teacher_is_left_out_and_the_reason_told(monkeypatch
 
 
 @requirement("R18.3")
-def test_a_teacher_does_not_judge_its_own_lesson_where_there_is_anything_else():
-    own, poisoned = (
+def test_a_teachers_pairs_are_trained_on_and_judge_only_where_there_are_no_others():
+    own, taught = (
         Pairs.of(
-            {"query": f"{word} {i}", "positive": f"{word}{i}", "group": f"book {i % 8}"}
+            {"query": f"{word} {i}", "positive": f"{word}{i}", "group": f"{i % 8}"}
             for i in range(80)
         )
         for word in ("law", "bad")
     )
-    training, held_out, judged_on = divided(SimpleNamespace(own=own, taught=poisoned), 0.7, 1)
-    assert judged_on == "own material"
-    assert all(query.startswith("law") for query in held_out.queries)
-    assert any(query.startswith("bad") for query in training.queries)
-    assert not set(training.table["group"].to_pylist()) & set(held_out.table["group"].to_pylist())
     none = Pairs.of([])
-    assert divided(SimpleNamespace(own=none, taught=poisoned), 0.7, 1)[2].endswith(
-        "taught material"
-    )
+    training, _, judged_on = divided(SimpleNamespace(own=own, taught=taught), 0.7, 1)
+    assert judged_on == "own material"
+    assert any(query.startswith("bad") for query in training.queries)
+    judged_on = divided(SimpleNamespace(own=none, taught=taught), 0.7, 1)[2]
+    assert judged_on == "own and taught material"
     with pytest.raises(DataError, match="at least two groups"):
         divided(SimpleNamespace(own=none, taught=none), 0.7, 1)
-
-
-@requirement("R18.3")
-def test_every_trial_is_judged_on_another_split():
-    rows = [{"query": f"law {i}", "positive": f"a{i}", "group": f"book {i}"} for i in range(60)]
-    material = SimpleNamespace(own=Pairs.of(rows), taught=Pairs.of([]))
-    held_out = [divided(material, 0.7, trial_seed(0, trial))[1] for trial in (1, 2, 3, 1)]
-    assert len({digest(pairs) for pairs in held_out}) == 3
-    assert held_out[0] == held_out[3]
 
 
 def core():
@@ -371,34 +345,25 @@ def test_an_accepted_card_tells_where_it_comes_from():
     assert set(outcome.card.metadata["examples"]) <= set(combined("efgh").queries)
 
 
-@requirement("R18.3")
-def test_no_pair_that_judges_is_trained_on(monkeypatch):
-    trained = []
-
-    def train(_, pairs, **__):
-        trained.append(pairs)
-        raise DataError("training", "nothing", "nothing")
-
-    monkeypatch.setattr(LoRATrainer, "train", train)
-    _, distiller = learning(combined("efgh"))
-    figures = distiller.work().figures
-    (pairs,) = trained
-    assert digest(pairs) == figures["sha256"]["training"]
-    material = distiller.gather(distiller.tasks[0].name)
-    assert not set(divided(material, 0.6, figures["seed"])[1].queries) & set(pairs.queries)
-
-
-@requirement("R18.4")
-def test_an_accepted_card_can_be_saved_loaded_and_measured_again(tmp_path):
-    store, lesson = tmp_path / "skills", combined("efgh")
+@requirement("R18.3", "R18.4")
+def test_an_accepted_card_can_be_saved_loaded_and_measured_again(tmp_path, monkeypatch):
+    store, lesson, trained, train = tmp_path / "skills", combined("efgh"), [], LoRATrainer.train
     engine, distiller = learning(lesson, guard=lesson, store=store)
     material = distiller.gather(distiller.tasks[0].name)
+
+    def watched(trainer, pairs, **options):
+        trained.append(pairs)
+        return train(trainer, pairs, **options)
+
+    monkeypatch.setattr(LoRATrainer, "train", watched)
     outcome = distiller.work()
     (path,) = store.iterdir()
     card = lora.load(path)
     assert card == outcome.card
     held_out = divided(material, 0.6, outcome.figures["seed"])[1]
     assert digest(held_out) == outcome.figures["sha256"]["held_out"]
+    assert digest(trained[0]) == outcome.figures["sha256"]["training"]
+    assert not set(held_out.queries) & set(trained[0].queries)
     gain, tuned = outcome.verdict.gain, lora.adapt(engine.base, card)
     assert ranks(tuned, held_out).mean() == pytest.approx(gain.after, rel=1e-12)
     assert ranks(engine.base, held_out).mean() == pytest.approx(gain.before, rel=1e-12)
@@ -422,10 +387,8 @@ def test_what_can_not_be_learned_is_discarded_with_its_figures():
 def test_a_skill_that_helps_but_harms_what_was_known_is_discarded(order):
     """The lesson contradicts what the model was taught first; one of two guards is not harmed."""
     lesson = combined("efgh").table.to_pylist()
-    answers = [row["positive"] for row in lesson[SIZE:] + lesson[:SIZE]]
-    contrary = Pairs.of(
-        {**row, "positive": text} for row, text in zip(lesson, answers, strict=True)
-    )
+    others = zip(lesson, lesson[SIZE:] + lesson[:SIZE], strict=True)
+    contrary = Pairs.of({**row, "positive": other["positive"]} for row, other in others)
     texts = combined("abcd").queries
     unharmed = Pairs.of({"query": text, "positive": text, "group": text} for text in texts)
     engine, distiller = learning(
@@ -434,9 +397,11 @@ def test_a_skill_that_helps_but_harms_what_was_known_is_discarded(order):
         model=lora.fold(lora.adapt(core(), accepted()[2].card)),
     )
     outcome = distiller.work()
-    assert not outcome.accepted
-    assert outcome.figures["helps"] is True
-    assert outcome.figures["harmless"] is False
+    assert [outcome.figures[name] for name in ("accepted", "helps", "harmless")] == [
+        False,
+        True,
+        False,
+    ]
     assert -outcome.figures["guard"]["lower"] > 0.01
     assert engine.manager.list_cards() == {}
     assert len(distiller.guards) == 2
@@ -469,7 +434,7 @@ def test_a_discarded_topic_is_tried_again_when_it_is_asked_for_more_and_on_anoth
     assert first.figures["sha256"]["held_out"] != second.figures["sha256"]["held_out"]
 
 
-@requirement("R18.1", "R18.3")
+@requirement("R18.1", "R18.2", "R18.3")
 def test_what_judged_an_accepted_skill_is_guarded_from_then_on_and_is_not_among_its_examples():
     engine, distiller, outcome = accepted()
     first, second = distiller.guards
@@ -479,38 +444,23 @@ def test_what_judged_an_accepted_skill_is_guarded_from_then_on_and_is_not_among_
     assert not set(second.queries) & set(outcome.card.metadata["examples"])
     after = SkillDistiller(engine, distiller.guards, detector=EVERYTHING, memory=distiller.memory)
     assert after.guards == distiller.guards
-    assert [task.state for task in after.tasks] == ["accepted"]
+    for query in combined("efgh").queries:
+        after.observe(query)  # by a detector that takes all for novel
+    assert [(task.name, task.state) for task in after.tasks] == [(outcome.task, "accepted")]
 
 
-@requirement("R18.1")
-def test_a_new_skill_makes_what_was_known_no_stranger():
+@requirement("R18.1", "R18.3")
+def test_a_new_skill_makes_what_was_known_no_stranger_and_its_topic_is_not_learned():
     engine = Stub()
-    distiller = watching(engine)
+    distiller = watching(engine, observed=laws(5))
     for subject in ("law", "pasta"):
         engine.router.register_virtual_candidate(subject, [subject, f"{subject} number"])
     texts = [f"python {'xyz'[i % 3]}" for i in range(9)] + laws(9)
     # With a second skill, margins are small.
     assert {distiller.observe(text).kind for text in texts} <= {"known", "unsure"}
+    assert "known by now: 0 of 5" in distiller.work().figures["reason"]
     engine.router.unregister("law")
     assert {distiller.observe(text).kind for text in laws(9)} == {"novel"}
-
-
-@requirement("R18.3")
-def test_a_task_whose_topic_is_known_by_now_is_not_learned():
-    engine = Stub()
-    distiller = watching(engine, observed=laws(5))
-    engine.router.register_virtual_candidate("law", ["law", "law number"])
-    outcome = distiller.work()
-    assert not outcome.accepted
-    assert "known by now: 0 of 5" in outcome.figures["reason"]
-
-
-@requirement("R18.2")
-def test_an_accepted_topic_opens_no_second_task():
-    _, distiller, outcome = accepted()
-    for query in combined("efgh").queries:
-        distiller.observe(query)  # by a detector that takes all for novel
-    assert [(task.name, task.state) for task in distiller.tasks] == [(outcome.task, "accepted")]
 
 
 @requirement("R18.3")
@@ -541,22 +491,18 @@ def test_a_task_is_worked_on_once_at_a_time_and_whatever_goes_wrong_leaves_it_op
 @requirement("R18.2")
 def test_queries_from_many_threads_are_all_seen():
     distiller, texts = watching(), laws(200)
-
-    def observe(part):
-        for text in part:
-            distiller.observe(text)
-
-    threads = [threading.Thread(target=observe, args=(texts[i::4],)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(distiller.observe, texts))
     (task,) = distiller.tasks
     assert set(task.queries) == set(texts)
 
 
 @requirement("R18.3")
 def test_a_folder_of_documents_is_read_as_pairs_and_texts(tmp_path):
+    with pytest.raises(DataError, match="Python files with docstrings"):
+        Source.read(tmp_path)
+    with pytest.raises(CardNotFoundError, match="a folder of documents"):
+        Source.read(tmp_path / "none")
     (tmp_path / "sub").mkdir()
     guide = "# Title\n\nA card is a value. It never changes.\n\nShort.\n"
     (tmp_path / "guide.md").write_text(guide)
@@ -573,14 +519,6 @@ def test_a_folder_of_documents_is_read_as_pairs_and_texts(tmp_path):
     }
 
 
-@requirement("R18.3")
-def test_a_folder_without_documents_is_refused(tmp_path):
-    with pytest.raises(DataError, match="Python files with docstrings"):
-        Source.read(tmp_path)
-    with pytest.raises(CardNotFoundError, match="a folder of documents"):
-        Source.read(tmp_path / "none")
-
-
 @requirement("R18.1")
 def test_a_distiller_needs_a_guard_that_can_judge_and_calibrate():
     for guard in (GUARD.take(range(9)), []):
@@ -595,17 +533,11 @@ def test_a_distiller_needs_a_guard_that_can_judge_and_calibrate():
 
 
 @requirement("R18.2")
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("topic_size", 0), ("link", 2.0), ("quality", float("nan")), ("pending", 1.5), ("share", -1)],
-)
-def test_a_policy_checks_its_numbers(name, value):
-    with pytest.raises(ArgumentError, match=f"policy: {name}"):
-        Policy(**{name: value})
-
-
-@requirement("R18.2")
-def test_an_unknown_task_is_named():
+def test_a_policy_checks_its_numbers_and_an_unknown_task_is_named():
+    wrong = {"topic_size": 0, "link": 2.0, "quality": float("nan"), "pending": 1.5, "share": -1}
+    for name, value in wrong.items():
+        with pytest.raises(ArgumentError, match=f"policy: {name}"):
+            Policy(**{name: value})
     with pytest.raises(StateError, match="'none'"):
         watching().gather("none")
     with pytest.raises(StateError, match="an open task 'none'"):
