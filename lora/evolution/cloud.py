@@ -402,8 +402,9 @@ class CloudDistiller:
             StateError: If sending is not allowed, or the budget does not allow the first request.
             PeerError: If the teacher answered nothing at all.
         """
-        cut = {name: pieces(text, self._piece) for name, text in documents.items()}
-        texts = [(name, piece) for name in cut for piece in cut[name]]
+        texts = [
+            (name, piece) for name, text in documents.items() for piece in pieces(text, self._piece)
+        ]
         return self._distilled("documents", texts)
 
     def from_queries(self, topic: str, queries: Sequence[str]) -> Distilled:

@@ -43,7 +43,7 @@ from lora.evolution.novelty import (
     topics,
 )
 from lora.evolution.train import LoRATrainer, Progress, ranks
-from lora.inference.router import LoRARouter
+from lora.inference.router import Description, LoRARouter
 from lora.rewrite import adapt
 from lora.routing import Index
 from lora.store import PathLike, as_path, replacing, save
@@ -65,7 +65,9 @@ class Engine(Protocol):
 
     base: Any  # a module with encode(texts)
     router: LoRARouter
-    register_lora: Callable[..., None]
+
+    def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
+        """Add a card that the router may choose."""
 
 
 @dataclass(frozen=True)
