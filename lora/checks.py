@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -58,6 +59,12 @@ def share(value: object, where: str, interval: str = "[0, 1]") -> float:
     if not 0 <= number <= 1 or number in left_out:
         raise ArgumentError(where, f"a number in {interval}", shown(value))
     return number
+
+
+def choice(value: object, where: str, allowed: Collection[str]) -> None:
+    """Raise `ArgumentError` unless the value is one of the allowed texts."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ArgumentError(where, f"one of {', '.join(allowed)}", shown(value))
 
 
 def is_digest(text: object) -> bool:

@@ -66,24 +66,23 @@ def draw_card(card: LoRACard, path: PathLike) -> None:
         raise ArgumentError(f"{path}", expected, ending or "no ending")
     if not card.weights:
         raise ArgumentError(f"card {card.name!r}", "a module to draw", "none")
-    facts = card_facts(card)
-    kinds = sorted({place(module)[0] for module in facts})
-    layers = sorted({place(module)[1] for module in facts}, key=lambda i: (i != "–", len(i), i))
+    facts = [(*place(module), fact) for module, fact in card_facts(card).items()]
+    kinds = sorted({kind for kind, _, _ in facts})
+    layers = sorted({layer for _, layer, _ in facts}, key=lambda i: (i != "–", len(i), i))
     figure = new_figure(figsize=(4 + len(layers) / 2, 5 + len(kinds) / 2), layout="constrained")
     *maps, spectra = figure.subplots(3, 1, height_ratios=[len(kinds), len(kinds), 5])
     for axis, field in zip(maps, ("norm", "effective_rank"), strict=True):
         grid = np.full((len(kinds), len(layers)), np.nan)
-        for module, fact in facts.items():
-            kind, layer = place(module)
+        for kind, layer, fact in facts:
             grid[kinds.index(kind), layers.index(layer)] = getattr(fact, field)
         image = axis.imshow(grid, aspect="auto", vmin=0)
         axis.set(title="‖ΔW‖" if field == "norm" else "effective rank", xlabel="layer")
         axis.set_yticks(range(len(kinds)), map(_plain, kinds))
         axis.set_xticks(range(len(layers)), layers)
         figure.colorbar(image, ax=axis)
-    for module, fact in facts.items():
-        color, indices = f"C{kinds.index(place(module)[0])}", range(1, len(fact.spectrum) + 1)
-        spectra.plot(indices, fact.spectrum, color=color, alpha=0.6, linewidth=1)
+    for kind, _, fact in facts:
+        indices = range(1, len(fact.spectrum) + 1)
+        spectra.plot(indices, fact.spectrum, f"C{kinds.index(kind)}", alpha=0.6, linewidth=1)
     for row, kind in enumerate(kinds[:10]):
         spectra.plot([], [], color=f"C{row}", label=_plain(kind))
     spectra.set(title="singular values of ΔW", xlabel="index", ylim=(0, None))

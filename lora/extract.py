@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from lora.card import DTYPES, Array, LoRACard, LowRank
-from lora.checks import integer, share
-from lora.errors import ArgumentError, ShapeError, TargetError, shown
+from lora.checks import choice, integer, share
+from lora.errors import ArgumentError, ShapeError, TargetError
 from lora.lowrank import thin_qr
 from lora.targets import ALL_LINEAR, fingerprint_of, match_targets, matches
 
@@ -28,15 +28,15 @@ POWER_ITERATIONS = 3
 """Of the randomised method: its error is at most about 0.2 % above the least one."""
 
 _EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?|embed_.*|wte|wpe|shared|relative_attention_bias")
-_RENAMED = {"Energy": "MinEnergy", "Error": "MaxError"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
+    renamed = {"Energy": MinEnergy, "Error": MaxError}.get(name)
+    if renamed is None:
         raise AttributeError(f"module 'lora.extract' has no attribute {name!r}")
-    message = f"lora.extract.{name} is {_RENAMED[name]} now; the old name ends with version 1.0"
+    message = f"lora.extract.{name} is {renamed.__name__} now; the old name ends with version 1.0"
     warnings.warn(message, DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]
+    return renamed
 
 
 @runtime_checkable
@@ -135,7 +135,7 @@ def extract_delta(
         >>> extract_delta(base, tuned, rank=1).metadata["extract"]["modules"]
         {'query': {'energy': 0.64, 'error': 0.6, 'rank': 1}}
     """
-    models = (_mapping(base, "base"), _mapping(tuned, "tuned"))
+    models = {"base": base, "tuned": tuned}
     how = _How(rank, method, seed, oversampling, dtype)
     return _extract(models, how, name, target_modules, on_module)
 
@@ -164,7 +164,7 @@ def extract_direct(
         0.667
     """
     how = _How(rank, method, seed, oversampling, dtype)
-    return _extract((_mapping(model, "model"),), how, name, target_modules, on_module)
+    return _extract({"model": model}, how, name, target_modules, on_module)
 
 
 @dataclass(frozen=True)
@@ -180,33 +180,33 @@ class _How:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, MinEnergy | MaxError):
             hint = "MinEnergy(share) or MaxError(bound) choose one for each module"
-            object.__setattr__(self, "rank", integer(self.rank, "extract: rank", 1, hint))
-        for field, least in (("seed", 0), ("oversampling", 1)):
-            number = integer(getattr(self, field), f"extract: {field}", least)
-            object.__setattr__(self, field, number)
-        if self.method not in METHODS:
-            raise ArgumentError("extract: method", " or ".join(METHODS), shown(self.method))
-        if self.dtype not in (None, *DTYPES):
-            raise ArgumentError("extract: dtype", f"one of {', '.join(DTYPES)}", shown(self.dtype))
+            vars(self)["rank"] = integer(self.rank, "extract: rank", 1, hint)
+        seed = integer(self.seed, "extract: seed", 0)
+        oversampling = integer(self.oversampling, "extract: oversampling", 1)
+        vars(self).update(seed=seed, oversampling=oversampling)
+        choice(self.method, "extract: method", METHODS)
+        if self.dtype is not None:
+            choice(self.dtype, "extract: dtype", DTYPES)
 
 
 def _extract(
-    models: tuple[Mapping[str, Any], ...],
+    weights_of: Mapping[str, Weights],
     how: _How,
     name: str,
     target_modules: Iterable[str] | str,
     on_module: OnModule | None,
 ) -> LoRACard:
     """Extract a card from the difference of two models, or from the weights of one."""
+    models = {role: _mapping(weights, role) for role, weights in weights_of.items()}
     targets = LoRACard(name, 1, 1.0, target_modules, {}).target_modules  # type: ignore[arg-type]
     modules = _targeted(models, targets)
     pairs: dict[str, LowRank] = {}
     records: dict[str, dict[str, float]] = {}
-    for position, (module, named) in enumerate(modules.items(), 1):
-        row = _approximated(models, module, how, named=named)
-        if row is not None:
+    for position, (module, named) in enumerate(sorted(modules.items()), 1):
+        row = _approximated(models.values(), module, how, named=named)
+        if row:
             pairs[module], records[module] = row
-        if on_module is not None:
+        if on_module:
             on_module(module, position, len(modules))
     direct = len(models) == 1
     if not pairs:
@@ -224,7 +224,8 @@ def _extract(
         record |= {"seed": how.seed, "oversampling": how.oversampling}
     metadata = {"extract": {**record, "modules": records}}
     rank = max(pair.rank for pair in weights.values())
-    originals = ((module, _array(models[0], module)) for module in sorted(pairs))
+    base = next(iter(models.values()))
+    originals = ((module, _array(base, module)) for module in pairs)
     entries = ((m, w.dtype.name, w.shape, w.view(np.uint8).data) for m, w in originals)
     fingerprint = None if direct else fingerprint_of(entries)
     return LoRACard(name, rank, float(rank), targets, weights, metadata, None, fingerprint)
@@ -243,9 +244,9 @@ def _key(module: str) -> str:
     return f"{module}.weight" if module else "weight"
 
 
-def _targeted(models: tuple[Mapping[str, Any], ...], targets: tuple[str, ...]) -> dict[str, bool]:
-    """Return the modules that the targets match, sorted, and whether a target names each."""
-    keys = sorted({key for model in models for key in model if matches(str(key), "weight")})
+def _targeted(models: Mapping[str, Mapping[str, Any]], targets: tuple[str, ...]) -> dict[str, bool]:
+    """Return the modules that the targets match, and whether a target names each."""
+    keys = {key for model in models.values() for key in model if matches(str(key), "weight")}
     names = match_targets([key.removesuffix("weight").removesuffix(".") for key in keys], targets)
     named = set(match_targets(names, set(targets) - {ALL_LINEAR}))
     modules = {
@@ -256,8 +257,8 @@ def _targeted(models: tuple[Mapping[str, Any], ...], targets: tuple[str, ...]) -
     if not modules:
         hint = "weights are looked for under '<module>.weight'"
         raise TargetError("extract", f"weights of modules that match {list(targets)}", "none", hint)
-    for role, model in zip(("base", "tuned"), models, strict=False):
-        missing = [_key(module) for module in modules if _key(module) not in model]
+    for role, model in models.items():
+        missing = [_key(module) for module in sorted(modules) if _key(module) not in model]
         if missing:
             expected = "every weight that the other model has"
             hint = "give both models one naming, or leave these modules out of target_modules"
@@ -285,7 +286,7 @@ def _array(model: Mapping[str, Any], module: str) -> Array:
 
 
 def _approximated(
-    models: tuple[Mapping[str, Any], ...], module: str, how: _How, *, named: bool
+    models: Iterable[Mapping[str, Any]], module: str, how: _How, *, named: bool
 ) -> tuple[LowRank, dict[str, float]] | None:
     """Return the pair for a module's ΔW and its measured figures; None if there is no ΔW."""
     arrays, key = [_array(model, module) for model in models], _key(module)

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lora.card import DTYPES, Array, LoRACard, LowRank, check_card
-from lora.checks import finite, integer, share
+from lora.checks import choice, finite, integer, share
 from lora.errors import (
     ArgumentError,
     BaseModelError,
@@ -33,6 +33,7 @@ from lora.errors import (
     shown,
 )
 from lora.lowrank import delta, thin_qr
+from lora.targets import suffixes
 
 EPSILON = float(np.finfo(np.float64).eps)
 
@@ -109,8 +110,7 @@ class Ties:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", share(self.density, "ties: density", "(0, 1]"))
-        if self.elect not in ("mass", "count"):
-            raise ArgumentError("ties: elect", "'mass' or 'count'", shown(self.elect))
+        choice(self.elect, "ties: elect", ("mass", "count"))
 
     def dense(self, _: str, terms: Terms) -> Array:
         """Return the merged ΔW ``(out, in)`` of a module."""
@@ -235,8 +235,9 @@ def merge(
         key=lambda parent: (parent[0].name, *parent[1:]),
     )
     dtypes = {card.dtype for card in parents if card.weights}
-    if len(dtypes) > 1:
-        dtypes = {max(*dtypes, DTYPES["float32"], key=lambda dtype: dtype.itemsize)}
+    if len(dtypes) != 1:
+        dtypes.add(DTYPES["float32"])
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     pairs: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
     for module in sorted({module for card in parents for module in card.weights}):
@@ -245,9 +246,9 @@ def merge(
         ]
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             row = _merged(strategy, module, terms, rank)
-        errors[module] = row[-1] if row else 0.0
+        errors[module] = 0.0
         if row:
-            (dtype,), (a, b, scaling, _) = dtypes, row
+            a, b, scaling, errors[module] = row
             pairs[module] = LowRank(a.astype(dtype), b.astype(dtype), scaling)
     targets = tuple(sorted({target for card in parents for target in card.target_modules}))
     record = {
@@ -292,21 +293,16 @@ def _merged(strategy: Strategy, module: str, terms: Terms, rank: int | None) -> 
     weights: dict[LowRank, list[float]] = {}
     for _, pair, weight in terms:
         weights.setdefault(pair, []).append(weight)
-    live = [
-        (pair, weight)
-        for pair, weight in ((pair, _sum(parts)) for pair, parts in weights.items())
-        if weight * (pair.scaling or 0.0) and pair.A.any() and pair.B.any()
-    ]
+    sums = [(pair, _sum(parts)) for pair, parts in weights.items()]
+    live = [(p, w) for p, w in sums if w * (p.scaling or 0.0) and p.A.any() and p.B.any()]
     if not live:
         return None
     if isinstance(strategy, Cat) or (len(live) == 1 and live[0][0].rank <= (rank or math.inf)):
         factors = _finite([weight * (pair.scaling or 0.0) for pair, weight in live], module)
         scaling = max(factors, key=lambda factor: (abs(factor), factor))
         a = np.hstack([pair.A for pair, _ in live], dtype=np.float64)
-        b = [
-            pair.B * np.float64(factor / scaling)
-            for (pair, _), factor in zip(live, factors, strict=True)
-        ]
+        parts = zip(live, factors, strict=True)
+        b = [pair.B * np.float64(factor / scaling) for (pair, _), factor in parts]
         return a, np.vstack(b), scaling, 0.0
     p, q, cores, noises = _cores([pair for pair, _ in live])
     core = sum(weight * core for (_, weight), core in zip(live, cores, strict=True))
@@ -397,8 +393,7 @@ def _checked_cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
                 raise ShapeError(where, text, shape, SAME_BASE)
     owners = {module: card for card in cards for module in card.weights}
     for module, card in owners.items():
-        parts = module.split(".")
-        for suffix in (".".join(parts[start:]) for start in range(1, len(parts))):
+        for suffix in suffixes(module)[1:]:
             if suffix in owners and not any({module, suffix} <= c.weights.keys() for c in cards):
                 where = f"card {card.name!r}: module {module!r}"
                 other = f"{suffix!r} in card {owners[suffix].name!r}"

@@ -7,17 +7,16 @@ Requirements: R21.
 """
 
 import json
-import re
-from calendar import monthrange
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Self
 
 from lora.card import DTYPES, LoRACard
-from lora.checks import is_semantic_version, share
+from lora.checks import choice, integer, is_semantic_version, share
 from lora.errors import ArgumentError, TargetError, shown
-from lora.targets import match_targets, matches
+from lora.targets import matches, suffixes
 
 ROLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -62,11 +61,14 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         card = LoRACard("config", self.rank, self.alpha, self.target_modules, {})  # checks them
-        for field in ("rank", "alpha", "target_modules"):
-            object.__setattr__(self, field, getattr(card, field))
-        object.__setattr__(self, "dropout", share(self.dropout, "config: dropout", "[0, 1)"))
-        _text(self.task_type, "config: task_type")
-        object.__setattr__(self, "tags", _texts(self.tags, "config: tags"))
+        _check_text(self.task_type, "config: task_type")
+        vars(self).update(
+            rank=card.rank,
+            alpha=card.alpha,
+            dropout=share(self.dropout, "config: dropout", "[0, 1)"),
+            target_modules=card.target_modules,
+            tags=_texts(self.tags, "config: tags"),
+        )
 
     to_dict = _json_values
 
@@ -152,28 +154,26 @@ def fit(
         (('attention.output.dense', 'key', 'query', 'value'), 49152)
     """
     if not isinstance(preset, Preset):
-        if preset not in tuple(PRESETS):
-            raise ArgumentError("preset", f"one of {', '.join(PRESETS)}", shown(preset))
+        choice(preset, "preset", PRESETS)
         preset = PRESETS[preset]
-    if dtype not in tuple(DTYPES):
-        raise ArgumentError("dtype", f"one of {', '.join(DTYPES)}", shown(dtype))
+    choice(dtype, "dtype", DTYPES)
     if not isinstance(shapes, Mapping):
         raise ArgumentError("shapes", "a mapping of names to (in, out)", shown(shapes))
+    sizes = {}
     for name, shape in shapes.items():
-        match name, shape:
-            case str(), [int(), int()] if min(shape) >= 1:
-                continue
-        expected = "a name and (in, out) of each Linear"
-        raise ArgumentError("shapes", expected, shown((name, shape)))
-    roles = {name: role_of(name) for name in shapes}
+        if not (isinstance(name, str) and isinstance(shape, Sequence) and len(shape) == 2):
+            expected = "a name and (in, out) of each Linear"
+            raise ArgumentError("shapes", expected, shown((name, shape)))
+        sizes[name] = sum(integer(size, f"shapes: {shown(name)}", 1) for size in shape)
+    roles = {name: role_of(name) for name in sizes}
     if missing := set(preset.roles) - {"gate"} - set(roles.values()):
         known = ", ".join(suffix for role in sorted(missing) for suffix in ROLES[role])
         none = f"none that is a {' or '.join(sorted(missing))}"
         hint = "name the target modules in a LoRAConfig of your own"
         raise TargetError(f"preset {preset.task!r}", f"modules such as {known}", none, hint)
     names = sorted(name for name, role in roles.items() if role in preset.roles)
-    modules = {name: preset.rank * sum(shapes[name]) for name in names}
-    targets = _targets(names, set(shapes) - set(names))
+    modules = {name: preset.rank * sizes[name] for name in names}
+    targets = _targets(names, sizes.keys() - names)
     settings = (preset.rank, preset.alpha, preset.dropout, targets, preset.task, preset.tags)
     nbytes = sum(modules.values()) * DTYPES[dtype].itemsize
     return Fitted(LoRAConfig(*settings), MappingProxyType(modules), nbytes)
@@ -219,11 +219,6 @@ def role_of(module: str) -> str | None:
     return next((role for role, keys in ROLES.items() if any(matches(name, k) for k in keys)), None)
 
 
-_TIME = re.compile(
-    r"(\d{4})-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\dZ", re.ASCII
-)
-
-
 @dataclass(frozen=True)
 class CardInfo:
     """What a card says about itself in its metadata.
@@ -249,8 +244,8 @@ class CardInfo:
     tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _text(self.description, "card info: description")
-        _text(self.training_data, "card info: training_data")
+        _check_text(self.description, "card info: description")
+        _check_text(self.training_data, "card info: training_data")
         if not is_semantic_version(self.version):
             expected = "a semantic version such as 1.0.0"
             raise ArgumentError("card info: version", expected, shown(self.version))
@@ -278,35 +273,35 @@ class CardInfo:
 
 def _targets(names: list[str], others: set[str]) -> tuple[str, ...]:
     """Return targets that match exactly these names: their shortest suffixes that no other has."""
-    targets = set()
+    owners = {suffix: other for other in others for suffix in suffixes(other)}
     for name in names:
-        parts = name.split(".")
-        suffixes = (".".join(parts[start:]) for start in reversed(range(len(parts))))
-        target = next((suffix for suffix in suffixes if not match_targets(others, [suffix])), None)
-        if target is None:
-            other = f"{match_targets(others, [name])[0]!r}, which has another role"
+        if name in owners:
+            other = f"{owners[name]!r}, which has another role"
             expected = "a name that ends no other module's"
             raise TargetError(f"preset: module {name!r}", expected, other)
-        targets.add(target)
-    return tuple(sorted(targets))
+    shortest = ([key for key in suffixes(name) if key not in owners][-1] for name in names)
+    return tuple(sorted(set(shortest)))
 
 
 def _is_time(text: str) -> bool:
-    match = _TIME.fullmatch(text) if isinstance(text, str) else None
-    return match is not None and int(match[3]) <= monthrange(int(match[1]), int(match[2]))[1]
+    try:
+        time = datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")  # noqa: DTZ007 - the Z is UTC
+    except (TypeError, ValueError):
+        return False
+    return f"{time.isoformat()}Z" == text
 
 
-def _text(value: str, where: str) -> str:
+def _check_text(value: object, where: str) -> None:
     if not isinstance(value, str):
         raise ArgumentError(where, "text", shown(value))
-    return value
 
 
 def _texts(values: Iterable[str], where: str) -> tuple[str, ...]:
     if not isinstance(values, Iterable):
         raise ArgumentError(where, "texts", shown(values))
-    values = [values] if isinstance(values, str) else values
-    texts = tuple(_text(value, where) for value in values)
+    texts = (values,) if isinstance(values, str) else tuple(values)
+    for text in texts:
+        _check_text(text, where)
     if len(set(texts)) < len(texts):
         raise ArgumentError(where, "each once", shown(texts))
     return texts

@@ -229,10 +229,9 @@ def calibrate(
         groups = [np.asarray(scores[source], np.float64) for source in sorted(scores)]
     except (LookupError, TypeError, ValueError):
         groups = [np.empty(0)]
-    if not all(
-        len(group.shape) == 1 and len(group) > 0 and np.isfinite(group).all() for group in groups
-    ):
-        raise ArgumentError("scores", "finite scores in every group", shown(scores))
+    named = isinstance(scores, Mapping) and all(isinstance(source, str) for source in scores)
+    if not named or not all(g.ndim == 1 and g.size and np.isfinite(g).all() for g in groups):
+        raise ArgumentError("scores", "finite scores in every group, by its name", shown(scores))
     rng, n = np.random.default_rng(integer(seed, "seed", 0)), len(groups)
     slack = 1e-12  # a rate of 1 / (n + 1) is seldom exact
     k = min(math.floor(rate * (n + 1) + slack), n)

@@ -120,7 +120,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     where = f"card {card.name!r}"
     targeted, owners = targeted_modules(sites, card.target_modules), dict[str, set[str]]()
     for name, site in sites.items():
-        for key in _keys(name):
+        for key in suffixes(name):
             owners.setdefault(key, set()).add(site.owner)
     bound: dict[str, str] = {}
     for key in card.weights:
@@ -174,8 +174,8 @@ def fingerprint_of(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> 
     return sha.hexdigest()
 
 
-def _keys(name: str) -> list[str]:
-    """Return every key that matches `name`."""
+def suffixes(name: str) -> list[str]:
+    """Return every key that matches a module, longest first: its dotted suffixes."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
@@ -183,4 +183,4 @@ def _keys(name: str) -> list[str]:
 def _is_targeted(name: str, targets: set[str], head: bool = False) -> bool:  # noqa: FBT001, FBT002
     """Tell whether a target matches a module."""
     head = head or not OUTPUT_HEADS.isdisjoint(name.split("."))
-    return not targets.isdisjoint(_keys(name)) or (ALL_LINEAR in targets and not head)
+    return not targets.isdisjoint(suffixes(name)) or (ALL_LINEAR in targets and not head)

@@ -259,7 +259,7 @@ def test_bad_models_are_refused_with_what_is_wrong(base, tuned, kind, message):
         ("rank", 1.5, ArgumentError, "extract: rank: expected an integer >= 1, found 1.5"),
         ("rank", True, ArgumentError, "found True"),
         ("rank", None, ArgumentError, "found None"),
-        ("method", "svd", ArgumentError, "method: expected full or randomized, found 'svd'"),
+        ("method", "svd", ArgumentError, "method: expected one of full, randomized, found 'svd'"),
         ("seed", -1, ArgumentError, "seed: expected an integer >= 0, found -1"),
         ("oversampling", 0, ArgumentError, "oversampling: expected an integer >= 1, found 0"),
         ("dtype", "int8", ArgumentError, "one of float16, .*, bfloat16, found 'int8'"),

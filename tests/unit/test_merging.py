@@ -74,7 +74,7 @@ HUGE, TWIN = [1e308, 1e308], replace(DOCS, name="twin")
         (Slerp, {"t": 1.5}, r"slerp: t: expected a number in \[0, 1\], found 1\.5"),
         (Slerp, {"t": float("nan")}, "slerp: t: expected a finite number, found nan"),
         (Ties, {"density": 0}, r"ties: density: expected a number in \(0, 1\], found 0"),
-        (Ties, {"elect": "sum"}, "ties: elect: expected 'mass' or 'count', found 'sum'"),
+        (Ties, {"elect": "sum"}, "ties: elect: expected one of mass, count, found 'sum'"),
         (Dare, {"density": 1.01}, r"dare: density: expected a number in \(0, 1\]"),
         (Dare, {"seed": 0.5}, "dare: seed: expected an integer, found 0.5"),
         (Dare, {"seed": True}, "dare: seed: expected an integer, found True"),

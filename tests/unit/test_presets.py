@@ -1,9 +1,11 @@
 """The five presets on real names and shapes; messages."""
 
+import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora.cli import app
@@ -201,8 +203,20 @@ def test_the_ends_of_the_ranges_are_allowed():
 
 
 @requirement("R21.1", "R7.8")
+def test_sizes_may_be_integers_of_numpy():
+    name, sizes = "0.attention.self.query", (np.int64(4), np.int32(6))
+    shapes = {name: sizes, name.replace("query", "value"): sizes}
+    assert json.loads(json.dumps(dict(fit("reviewer", shapes).modules)))[name] == 8 * 10
+    assert LoRAConfig(rank=np.int64(4)).to_dict()["rank"] == 4
+
+
+@requirement("R21.1", "R7.8")
 @pytest.mark.parametrize(
-    "shapes", [None, ["query"], {1: (4, 4)}, {"query": 4}, {"query": (4,)}, {"query": (4, 0)}]
+    "shapes",
+    [
+        *(None, ["query"], {1: (4, 4)}),
+        *({"query": shape} for shape in (4, "44", (4,), (4, 0), (4, True), (4.0, 4), (4, 4, 4))),
+    ],
 )
 def test_what_is_no_shape_of_a_linear_is_refused(shapes):
     with pytest.raises(ArgumentError, match="shape"):

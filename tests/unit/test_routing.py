@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lora.errors import ArgumentError, LoRAError, ShapeError
+from lora.errors import ArgumentError, ShapeError
 from lora.routing import EMPTY, Route, calibrate, candidate_of, select, unit
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
@@ -206,7 +206,12 @@ def test_a_rate_next_to_one_takes_the_largest_score():
 
 
 @requirement("R4.11")
-@pytest.mark.parametrize("bad", [[], [math.nan], [0.5, math.inf]])
-def test_groups_without_finite_scores_are_refused(bad):
-    with pytest.raises(LoRAError, match="scores: expected finite scores in every group"):
-        calibrate({**{str(i): [0.0] for i in range(99)}, "bad": bad}, 0.1)
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("bad", []), ("bad", [math.nan]), ("bad", [0.5, math.inf]), (None, [0.5]), (7, [0.5])],
+)
+def test_groups_without_finite_scores_or_a_name_are_refused(name, bad):
+    message = "scores: expected finite scores in every group, by its name"
+    for scores in ({**{str(i): [0.0] for i in range(99)}, name: bad}, dict.fromkeys([name], bad)):
+        with pytest.raises(ArgumentError, match=message):
+            calibrate(scores, 0.1)
