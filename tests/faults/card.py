@@ -32,11 +32,8 @@ def with_pairs(card, change):
         )
 
 
-class TargetsJoinedByCommas(Fault):
+class TargetsJoinedByCommas(Fault, breaks="R1.1", also="R1.10 R7.6"):
     """No targets come back as one empty target, and a comma in a name splits it."""
-
-    breaks = "R1.1"
-    turns_red = frozenset({"R1.1", "R1.10", "R7.6"})
 
     def read_card(self, data):
         card = super().read_card(data)
@@ -45,21 +42,15 @@ class TargetsJoinedByCommas(Fault):
         )
 
 
-class AlphaOfTheFileIgnored(Fault):
+class AlphaOfTheFileIgnored(Fault, breaks="R1.1", also="R1.10 R7.6"):
     """Every card comes back with the alpha of the preset."""
-
-    breaks = "R1.1"
-    turns_red = frozenset({"R1.1", "R1.10", "R7.6"})
 
     def read_card(self, data):
         return super().read_card(data)._replace(alpha=32.0)
 
 
-class FactorsOfOneModuleForAll(Fault):
+class FactorsOfOneModuleForAll(Fault, breaks="R1.2", also="R20.9"):
     """Every module gets the widest module's factors."""
-
-    breaks = "R1.2"
-    turns_red = frozenset({"R1.2", "R20.9"})
 
     def read_card(self, data):
         card = super().read_card(data)
@@ -67,11 +58,8 @@ class FactorsOfOneModuleForAll(Fault):
         return with_pairs(card, lambda pair: widest._replace(scaling=pair.scaling))
 
 
-class MetadataOverwriteFields(Fault):
+class MetadataOverwriteFields(Fault, breaks="R1.3", also="R1.1"):
     """The author's metadata are merged over the card's own fields."""
-
-    breaks = "R1.3"
-    turns_red = frozenset({"R1.1", "R1.3"})
 
     def read_card(self, data):
         card = super().read_card(data)
@@ -83,22 +71,16 @@ class MetadataOverwriteFields(Fault):
         return card._replace(target_modules=(ascii(over[0]),)) if over else card
 
 
-class MetadataAsText(Fault):
+class MetadataAsText(Fault, breaks="R1.3", also="R1.1"):
     """Metadata values come back as strings."""
-
-    breaks = "R1.3"
-    turns_red = frozenset({"R1.1", "R1.3"})
 
     def read_card(self, data):
         card = super().read_card(data)
         return card._replace(metadata={key: str(value) for key, value in card.metadata.items()})
 
 
-class StreamInsteadOfFile(Fault):
+class StreamInsteadOfFile(Fault, breaks="R1.4", also="R1.8 R1.10 R7.6"):
     """Writes the Arrow stream format."""
-
-    breaks = "R1.4"
-    turns_red = frozenset({"R1.4", "R1.8", "R1.10", "R7.6"})
 
     def write_card(self, card):
         return rewritten(super().write_card(card), stream=True)
@@ -111,11 +93,8 @@ class StreamInsteadOfFile(Fault):
         return super().read_card(sink.getvalue())
 
 
-class HalfPrecisionWidened(Fault):
+class HalfPrecisionWidened(Fault, breaks="R1.7", also="R1.2"):
     """Factors of two bytes a number come back as float32: the same numbers, of another dtype."""
-
-    breaks = "R1.7"
-    turns_red = frozenset({"R1.2", "R1.7"})
 
     def read_card(self, data):
         def widened(pair):
@@ -125,11 +104,8 @@ class HalfPrecisionWidened(Fault):
         return with_pairs(super().read_card(data), widened)
 
 
-class ZerosLoseTheirSign(Fault):
+class ZerosLoseTheirSign(Fault, breaks="R1.7", also="R1.2"):
     """Factors pass through an addition: -0 becomes +0, and a signalling NaN quiet."""
-
-    breaks = "R1.7"
-    turns_red = frozenset({"R1.2", "R1.7"})
 
     def read_card(self, data):
         def added(pair):
@@ -139,11 +115,8 @@ class ZerosLoseTheirSign(Fault):
         return with_pairs(super().read_card(data), added)
 
 
-class MixedDtypesPromoted(Fault):
+class MixedDtypesPromoted(Fault, breaks="R1.7"):
     """Factors of several dtypes are quietly written as float64."""
-
-    breaks = "R1.7"
-    turns_red = frozenset({"R1.7"})
 
     def write_card(self, card):
         if len({factor.dtype for pair in card.weights.values() for factor in pair[:2]}) > 1:
@@ -153,22 +126,16 @@ class MixedDtypesPromoted(Fault):
         return super().write_card(card)
 
 
-class ScalingAlwaysAlphaOverRank(Fault):
+class ScalingAlwaysAlphaOverRank(Fault, breaks="R1.8", also="R20.9"):
     """A module's own scaling is ignored."""
-
-    breaks = "R1.8"
-    turns_red = frozenset({"R1.8", "R20.9"})
 
     def read_card(self, data):
         card = super().read_card(data)
         return with_pairs(card, lambda pair: pair._replace(scaling=card.alpha / card.rank))
 
 
-class AlphaInsteadOfAlphaOverRank(Fault):
+class AlphaInsteadOfAlphaOverRank(Fault, breaks="R1.8", also="R2.2 R9.5"):
     """Where a module has no scaling of its own, alpha is not divided by the rank."""
-
-    breaks = "R1.8"
-    turns_red = frozenset({"R1.8", "R2.2", "R9.5"})
 
     def write_card(self, card):
         def plain(pair):
@@ -177,41 +144,29 @@ class AlphaInsteadOfAlphaOverRank(Fault):
         return super().write_card(with_pairs(card, plain))
 
 
-class AnyVersionIsRead(Fault):
+class AnyVersionIsRead(Fault, breaks="R1.10"):
     """The format version is ignored."""
-
-    breaks = "R1.10"
-    turns_red = frozenset({"R1.10"})
 
     def read_card(self, data):
         return super().read_card(rewritten(data, lambda keys: {**keys, b"lora.format": b"1.0"}))
 
 
-class UnknownKeysAreDropped(Fault):
+class UnknownKeysAreDropped(Fault, breaks="R1.10"):
     """Schema metadata of later versions get lost."""
-
-    breaks = "R1.10"
-    turns_red = frozenset({"R1.10"})
 
     def read_card(self, data):
         return super().read_card(data)._replace(extra={})
 
 
-class UnknownColumnsAreIgnored(Fault):
+class UnknownColumnsAreIgnored(Fault, breaks="R1.10"):
     """Columns of later versions are left unread."""
-
-    breaks = "R1.10"
-    turns_red = frozenset({"R1.10"})
 
     def read_card(self, data):
         return super().read_card(rewritten(data, columns=COLUMNS))
 
 
-class BadFieldsAreWritten(Fault):
+class BadFieldsAreWritten(Fault, breaks="R7.6"):
     """A bad rank becomes 1 and a bad alpha the rank, on writing."""
-
-    breaks = "R7.6"
-    turns_red = frozenset({"R7.6"})
 
     def write_card(self, card):
         rank = card.rank if isinstance(card.rank, int) and card.rank >= 1 else 1
@@ -223,11 +178,8 @@ class BadFieldsAreWritten(Fault):
         return super().write_card(card._replace(rank=rank, alpha=alpha))
 
 
-class BadFieldsAreRead(Fault):
+class BadFieldsAreRead(Fault, breaks="R7.6"):
     """A bad rank or alpha is replaced on reading."""
-
-    breaks = "R7.6"
-    turns_red = frozenset({"R7.6"})
 
     def read_card(self, data):
         try:

@@ -8,13 +8,14 @@ NEAREST = frozenset({"R4.1", "R4.2", "R4.3", "R4.4", "R4.6", "R4.8"})
 """What any wrong score turns red."""
 
 
-class PlainRouter:
-    """Right as it is; what the faults below override, they get wrong."""
+class RouterFault(Fault):
+    """The reference, and a router that it makes; what the faults below override, they get wrong."""
 
-    def __init__(self, embed):
-        self.embed = embed
-        self.vectors = {}
-        self.virtual = set()
+    def __init__(self, embed=None):
+        self.embed, self.vectors, self.virtual = embed, {}, set()
+
+    def make_router(self, embed):
+        return type(self)(embed)
 
     def register(self, name, texts, *, virtual=False):
         self.unregister(name)
@@ -58,184 +59,158 @@ class PlainRouter:
         return [self.select(query, top_k, threshold) for query in queries]
 
 
-class RouterFault(Fault):
-    """The reference with a faulty router."""
-
-    router = PlainRouter
-
-    def make_router(self, embed):
-        return self.router(embed)
-
-
 class NotNormalised(RouterFault, breaks="R4.8", also=NEAREST | {"R4.5"}):
     """Scores are inner products."""
 
-    class router(PlainRouter):  # noqa: N801
-        def unit(self, row):
-            return row
+    def unit(self, row):
+        return row
 
-        def rounded(self, score):
-            return float(score)
+    def rounded(self, score):
+        return float(score)
 
 
 class ZeroIsNearestToAll(RouterFault, breaks="R4.8", also=NEAREST):
     """A zero vector is divided by its length, and what is not a number compares as the best."""
 
-    class router(PlainRouter):  # noqa: N801
-        def unit(self, row):
-            return super().unit(row) if row.any() else np.full_like(row, np.nan)
+    def unit(self, row):
+        return super().unit(row) if row.any() else np.full_like(row, np.nan)
 
-        def rounded(self, score):
-            return 1.0 if np.isnan(score) else super().rounded(score)
+    def rounded(self, score):
+        return 1.0 if np.isnan(score) else super().rounded(score)
 
 
 class CentroidOfExamples(RouterFault, breaks="R4.1", also=NEAREST):
     """A card is the mean of its examples."""
 
-    class router(PlainRouter):  # noqa: N801
-        def similarity(self, vectors, query):
-            return (self.unit(np.mean(vectors, axis=0)) * query).sum()
+    def similarity(self, vectors, query):
+        return (self.unit(np.mean(vectors, axis=0)) * query).sum()
 
 
 class DescriptionsEmbeddedWhenAsked(RouterFault, breaks="R4.2", also="R4.3"):
     """Candidates keep their texts, and embed them anew for each query."""
 
-    class router(PlainRouter):  # noqa: N801
-        def register(self, name, texts, *, virtual=False):
-            self.unregister(name)
-            self.vectors[name] = texts
+    def register(self, name, texts, *, virtual=False):
+        self.unregister(name)
+        self.vectors[name] = texts
 
-        def similarity(self, texts, query):
-            return super().similarity([self.unit(row) for row in self.embedded(texts)], query)
+    def similarity(self, texts, query):
+        return super().similarity([self.unit(row) for row in self.embedded(texts)], query)
 
 
 class TiesByRegistration(RouterFault, breaks="R4.9", also="R4.6 R4.8"):
     """Equal scores keep the order in which cards were registered."""
 
-    class router(PlainRouter):  # noqa: N801
-        def order(self, route):
-            return -route[1]
+    def order(self, route):
+        return -route[1]
 
 
 class TiesByNameReversed(RouterFault, breaks="R4.9", also="R4.6 R4.8"):
     """Equal scores are ordered by name, the wrong way."""
 
-    class router(PlainRouter):  # noqa: N801
-        def select(self, query, top_k, threshold):
-            routes = super().select(query, len(self.vectors), threshold)
-            return sorted(routes, reverse=True, key=lambda r: (r[1], r[0]))[:top_k]
+    def select(self, query, top_k, threshold):
+        routes = super().select(query, len(self.vectors), threshold)
+        return sorted(routes, reverse=True, key=lambda r: (r[1], r[0]))[:top_k]
 
 
 class WorstFirst(RouterFault, breaks="R4.6", also="R4.9"):
     """The lowest score comes first."""
 
-    class router(PlainRouter):  # noqa: N801
-        def order(self, route):
-            return route[1], route[0]
+    def order(self, route):
+        return route[1], route[0]
 
 
 class ThresholdExclusive(RouterFault, breaks="R4.5", also="R4.6 R4.8"):
     """A card at the threshold is left out."""
 
-    class router(PlainRouter):  # noqa: N801
-        def reached(self, score, threshold):
-            return threshold is None or score > threshold
+    def reached(self, score, threshold):
+        return threshold is None or score > threshold
 
 
 class NoThreshold(RouterFault, breaks="R4.5", also="R4.6 R4.8"):
     """Something is always chosen."""
 
-    class router(PlainRouter):  # noqa: N801
-        def reached(self, score, threshold):
-            return True
+    def reached(self, score, threshold):
+        return True
 
 
 class OneTooMany(RouterFault, breaks="R4.4"):
     """Returns one more than asked for."""
 
-    class router(PlainRouter):  # noqa: N801
-        def select(self, query, top_k, threshold):
-            return super().select(query, top_k + 1, threshold)
+    def select(self, query, top_k, threshold):
+        return super().select(query, top_k + 1, threshold)
 
 
 class VirtualLeftOut(RouterFault, breaks="R4.7", also="R4.9 R4.12"):
     """Cards whose weights are elsewhere are not found."""
 
-    class router(PlainRouter):  # noqa: N801
-        def select(self, query, top_k, threshold):
-            routes = super().select(query, len(self.vectors), threshold)
-            return [route for route in routes if route[0] not in self.virtual][:top_k]
+    def select(self, query, top_k, threshold):
+        routes = super().select(query, len(self.vectors), threshold)
+        return [route for route in routes if route[0] not in self.virtual][:top_k]
 
 
 class FirstQueryForAll(RouterFault, breaks="R4.10"):
     """Every query of a batch gets the first one's routes."""
 
-    class router(PlainRouter):  # noqa: N801
-        def select_many(self, queries, top_k, threshold):
-            return [self.select(queries[0], top_k, threshold) for _ in queries]
+    def select_many(self, queries, top_k, threshold):
+        return [self.select(queries[0], top_k, threshold) for _ in queries]
 
 
 class RegisteredTwice(RouterFault, breaks="R4.12", also="R4.9"):
     """A card registered again is found twice."""
 
-    class router(PlainRouter):  # noqa: N801
-        def __init__(self, embed):
-            super().__init__(embed)
-            self.times = {}
+    def __init__(self, embed=None):
+        super().__init__(embed)
+        self.times = {}
 
-        def register(self, name, texts, *, virtual=False):
-            times = self.times.get(name, 0)
-            super().register(name, texts, virtual=virtual)
-            self.times[name] = times + 1
+    def register(self, name, texts, *, virtual=False):
+        times = self.times.get(name, 0)
+        super().register(name, texts, virtual=virtual)
+        self.times[name] = times + 1
 
-        def unregister(self, name):
-            super().unregister(name)
-            self.times.pop(name, None)
+    def unregister(self, name):
+        super().unregister(name)
+        self.times.pop(name, None)
 
-        def select(self, query, top_k, threshold):
-            found = super().select(query, top_k, threshold)
-            return [route for route in found for _ in range(self.times[route[0]])][:top_k]
+    def select(self, query, top_k, threshold):
+        found = super().select(query, top_k, threshold)
+        return [route for route in found for _ in range(self.times[route[0]])][:top_k]
 
 
 class UnregisteredStays(RouterFault, breaks="R4.12", also="R4.9"):
     """Unregistering does nothing."""
 
-    class router(PlainRouter):  # noqa: N801
-        def unregister(self, name):
-            pass
+    def unregister(self, name):
+        pass
 
-        def register(self, name, texts, *, virtual=False):
-            PlainRouter.unregister(self, name)
-            super().register(name, texts, virtual=virtual)
+    def register(self, name, texts, *, virtual=False):
+        RouterFault.unregister(self, name)
+        super().register(name, texts, virtual=virtual)
 
 
 class UnregisteringTwiceFails(RouterFault, breaks="R4.12", also="R4.9"):
     """Unregistering what is not there raises."""
 
-    class router(PlainRouter):  # noqa: N801
-        def unregister(self, name):
-            del self.vectors[name]
+    def unregister(self, name):
+        del self.vectors[name]
 
-        def register(self, name, texts, *, virtual=False):
-            if name in self.vectors:
-                self.unregister(name)
-            self.vectors[name] = [self.unit(row) for row in self.embedded(texts)]
+    def register(self, name, texts, *, virtual=False):
+        if name in self.vectors:
+            self.unregister(name)
+        self.vectors[name] = [self.unit(row) for row in self.embedded(texts)]
 
 
 class RoundedTooCoarsely(RouterFault, breaks="R4.1", also=NEAREST):
     """Scores are rounded to 1e-4."""
 
-    class router(PlainRouter):  # noqa: N801
-        def rounded(self, score):
-            return float(np.round(np.clip(score, -1, 1), 4)) + 0.0
+    def rounded(self, score):
+        return float(np.round(np.clip(score, -1, 1), 4)) + 0.0
 
 
 class QueryTurnedRound(RouterFault, breaks="R4.3", also=NEAREST | {"R4.5"}):
     """The query's embedding changes its sign."""
 
-    class router(PlainRouter):  # noqa: N801
-        def similarity(self, vectors, query):
-            return super().similarity(vectors, -query)
+    def similarity(self, vectors, query):
+        return super().similarity(vectors, -query)
 
 
 ROUTING_FAULTS = faults_in(globals())

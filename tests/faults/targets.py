@@ -5,11 +5,8 @@ import numpy as np
 from tests.faults.base import Fault, faults_in
 
 
-class EndswithWithoutTheDot(Fault):
+class EndswithWithoutTheDot(Fault, breaks="R3.11"):
     """``1.query`` matches ``layer.11.query`` too."""
-
-    breaks = "R3.11"
-    turns_red = frozenset({"R3.11"})
 
     def match_targets(self, names, targets):
         if "all-linear" in targets:
@@ -17,11 +14,8 @@ class EndswithWithoutTheDot(Fault):
         return [name for name in names if any(name.endswith(target) for target in targets)]
 
 
-class Substring(Fault):
+class Substring(Fault, breaks="R3.11"):
     """A target matches wherever it occurs."""
-
-    breaks = "R3.11"
-    turns_red = frozenset({"R3.11"})
 
     def match_targets(self, names, targets):
         if "all-linear" in targets:
@@ -29,11 +23,8 @@ class Substring(Fault):
         return [name for name in names if any(target in name for target in targets)]
 
 
-class OutputHeadAdapted(Fault):
+class OutputHeadAdapted(Fault, breaks="R3.11"):
     """The output head is taken along with whatever else is adapted, by ``all-linear`` too."""
-
-    breaks = "R3.11"
-    turns_red = frozenset({"R3.11"})
 
     def match_targets(self, names, targets):
         matched = super().match_targets(names, targets)
@@ -46,31 +37,22 @@ class OutputHeadAdapted(Fault):
         return super().bind(card._replace(target_modules=tuple(targets)), shapes)
 
 
-class NoTargetsMeansAll(Fault):
+class NoTargetsMeansAll(Fault, breaks="R3.11"):
     """Empty targets match everything."""
-
-    breaks = "R3.11"
-    turns_red = frozenset({"R3.11"})
 
     def match_targets(self, names, targets):
         return super().match_targets(names, targets) if targets else list(names)
 
 
-class WeightsBindWithoutATarget(Fault):
+class WeightsBindWithoutATarget(Fault, breaks="R3.11"):
     """A weight binds wherever it fits, whether its module is targeted or not."""
-
-    breaks = "R3.11"
-    turns_red = frozenset({"R3.11"})
 
     def bind(self, card, shapes):
         return super().bind(card._replace(target_modules=tuple(shapes)), shapes)
 
 
-class KeysBindAnywhere(Fault):
+class KeysBindAnywhere(Fault, breaks="R3.11"):
     """A weight binds wherever its key occurs in a name: ``1.query`` to ``layer.11.query`` too."""
-
-    breaks = "R3.11"
-    turns_red = frozenset({"R3.11"})
 
     def bind(self, card, shapes):
         reached = super().match_targets(list(shapes), card.target_modules)
@@ -80,11 +62,8 @@ class KeysBindAnywhere(Fault):
         return super().bind(card._replace(weights=pairs), shapes)
 
 
-class KeysEndInWeight(Fault):
+class KeysEndInWeight(Fault, breaks="R3.11", also="R7.2 R16.3"):
     """Keys are taken for names of parameters, so that none is a module's and nothing is bound."""
-
-    breaks = "R3.11"
-    turns_red = frozenset({"R3.11", "R7.2", "R16.3"})
 
     def bind(self, card, shapes):
         return super().bind(
@@ -93,11 +72,8 @@ class KeysEndInWeight(Fault):
         )
 
 
-class FirstOfAmbiguousModules(Fault):
+class FirstOfAmbiguousModules(Fault, breaks="R3.11"):
     """A weight that fits two modules is given to one of them."""
-
-    breaks = "R3.11"
-    turns_red = frozenset({"R3.11"})
 
     def bind(self, card, shapes):
         try:
@@ -106,11 +82,8 @@ class FirstOfAmbiguousModules(Fault):
             return {}
 
 
-class LargerFactorsAreCut(Fault):
+class LargerFactorsAreCut(Fault, breaks="R7.2"):
     """Factors that are larger than their module are cut to its size."""
-
-    breaks = "R7.2"
-    turns_red = frozenset({"R7.2"})
 
     def bind(self, card, shapes):
         def cut(key, pair):
@@ -128,11 +101,8 @@ class LargerFactorsAreCut(Fault):
         )
 
 
-class RanksBroadcast(Fault):
+class RanksBroadcast(Fault, breaks="R7.2"):
     """Where the two factors of a pair disagree in rank, the smaller is repeated."""
-
-    breaks = "R7.2"
-    turns_red = frozenset({"R7.2"})
 
     def bind(self, card, shapes):
         ranks = {key: (pair.A.shape[1], pair.B.shape[0]) for key, pair in card.weights.items()}

@@ -1,6 +1,7 @@
 """lora.routing: unit vectors, the index as a value, what `select` refuses, and a threshold that keeps its promise."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -41,20 +42,6 @@ def test_unit_vectors_are_the_same_whatever_the_memory_order():
     assert np.array_equal(unit(rows[::2]), expected[::2])
 
 
-@requirement("R4.8")
-@pytest.mark.parametrize("shape", [(), (3,), (1, 2, 3)])
-def test_embeddings_that_are_no_matrix_are_refused(shape):
-    with pytest.raises(ShapeError, match=r"embeddings: expected shape \(n, d\), found shape"):
-        unit(np.zeros(shape))
-
-
-@requirement("R4.8")
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_embeddings_that_are_not_finite_are_refused(bad):
-    with pytest.raises(ArgumentError, match="expected finite numbers, found NaN or an infinity"):
-        unit(np.array([[0, bad]]))
-
-
 @requirement("R4.9", "R4.12")
 def test_an_index_is_a_value():
     one = index_of(a=[1, 0])
@@ -73,40 +60,49 @@ def test_an_index_keeps_each_candidates_rows_together():
     assert index.starts.tolist() == [0, 1, 3]
 
 
-@requirement("R4.1")
-def test_a_candidate_without_examples_is_refused():
-    with pytest.raises(ArgumentError, match="candidate 'none': expected at least one example"):
-        candidate_of("none", np.empty((0, 2)))
+ONE, ZEROS = index_of(a=[1, 0]), np.zeros(2)
+SHAPE = r"embeddings: expected shape \(n, d\), found shape"
+FINITE = "embeddings: expected finite numbers, found NaN or an infinity"
+TOP_K, WIDTH = (
+    "top_k: expected an integer >= 1, found",
+    r"query .* shape \(2,\), found shape \(3,\)",
+)
+TAGS = "tags: expected a collection of str, found"
 
 
-@requirement("R4.4")
-@pytest.mark.parametrize("top_k", [0, -1, 1.0, True, "1", None])
-def test_a_top_k_that_is_no_count_is_refused(top_k):
-    with pytest.raises(ArgumentError, match="top_k: expected an integer >= 1, found"):
-        select(np.zeros(2), index_of(a=[1, 0]), top_k=top_k)
-
-
-@requirement("R4.5")
-@pytest.mark.parametrize("threshold", [math.nan, math.inf, -math.inf])
-def test_a_threshold_that_is_not_finite_is_refused(threshold):
-    with pytest.raises(ArgumentError, match="threshold: expected a finite number, found"):
-        select(np.zeros(2), index_of(a=[1, 0]), threshold=threshold)
-
-
-@requirement("R4.3")
-def test_a_query_of_another_width_is_refused():
-    message = r"query embedding: expected shape \(2,\), found shape \(3,\)"
-    with pytest.raises(ShapeError, match=message):
-        select(np.zeros(3), index_of(a=[1, 0]))
-
-
-@requirement("R4.13")
-@pytest.mark.parametrize("tags", ["python", [1]])
-def test_tags_that_are_no_collection_of_words_are_refused(tags):
-    with pytest.raises(ArgumentError, match="tags: expected a collection of str, found"):
-        select(np.zeros(2), index_of(a=[1, 0]), tags=tags)
-    with pytest.raises(ArgumentError, match="tags: expected a collection of str, found"):
-        candidate_of("a", np.ones((1, 2)), tags=tags)
+@requirement("R4.1", "R4.3", "R4.4", "R4.5", "R4.8", "R4.13")
+@pytest.mark.parametrize(
+    ("kind", "message", "call"),
+    [
+        *((ShapeError, SHAPE, partial(unit, np.zeros(shape))) for shape in [(), (3,), (1, 2, 3)]),
+        *(
+            (ArgumentError, FINITE, partial(unit, [[0, x]]))
+            for x in (math.nan, math.inf, -math.inf)
+        ),
+        (ArgumentError, "'x': expected at least one", partial(candidate_of, "x", np.empty((0, 2)))),
+        *(
+            (ArgumentError, TOP_K, partial(select, ZEROS, ONE, top_k=top_k))
+            for top_k in (0, -1, 1.0, True, "1", None)
+        ),
+        *(
+            (
+                ArgumentError,
+                "threshold: .* finite",
+                partial(select, ZEROS, ONE, threshold=threshold),
+            )
+            for threshold in (math.nan, math.inf, -math.inf)
+        ),
+        (ShapeError, WIDTH, partial(select, np.zeros(3), ONE)),
+        *(
+            (ArgumentError, TAGS, partial(call, tags=tags))
+            for tags in ("python", [1])
+            for call in (partial(select, ZEROS, ONE), partial(candidate_of, "a", np.ones((1, 2))))
+        ),
+    ],
+)
+def test_what_is_no_embedding_count_threshold_or_tags_is_refused(kind, message, call):
+    with pytest.raises(kind, match=message):
+        call()
 
 
 @requirement("R4.13")
@@ -138,31 +134,20 @@ def scores_of(groups, known):
 
 
 @requirement("R4.11")
-def test_queries_of_new_sources_fall_below_the_threshold_at_the_stated_rate_and_no_more():
-    rng, triggered = np.random.default_rng(0), 0
+def test_the_rate_holds_for_new_sources_with_a_group_a_source_and_not_with_a_group_a_query():
+    rng, by_source, by_query = np.random.default_rng(0), 0, 0
     for draw in range(DRAWS):
         # Queries of one source resemble each other, and high scorers are many.
         effects = rng.normal(size=40)
-        groups = {
-            str(i): effect + rng.normal(0, 0.1, rng.integers(1, 4 + 20 * (effect > 0)))
-            for i, effect in enumerate(effects[1:])
-        }
-        found = calibrate(groups, 0.1, seed=draw)
-        assert (found.groups, found.rate) == (39, 4 / 40)
-        triggered += effects[0] + rng.normal(0, 0.1) < found.threshold
-    assert triggered in likely(DRAWS, 0.1)
-
-
-@requirement("R4.11")
-def test_a_query_a_group_instead_of_a_source_a_group_breaks_the_rate():
-    rng, triggered = np.random.default_rng(0), 0
-    for draw in range(DRAWS):
-        effects = rng.normal(size=40)
         pooled = [effect + rng.normal(0, 0.1, 1 + 20 * (effect > 0)) for effect in effects[1:]]
-        singles = {f"{i}": [score] for i, score in enumerate(np.concatenate(pooled))}
-        found = calibrate(singles, 0.1, seed=draw)
-        triggered += effects[0] + rng.normal(0, 0.1) < found.threshold
-    assert triggered > likely(DRAWS, 0.1)[-1]
+        new = effects[0] + rng.normal(0, 0.1)
+        whole = calibrate({str(i): group for i, group in enumerate(pooled)}, 0.1, seed=draw)
+        singles = {str(i): [score] for i, score in enumerate(np.concatenate(pooled))}
+        assert (whole.groups, whole.rate) == (39, 4 / 40)
+        by_source += new < whole.threshold
+        by_query += new < calibrate(singles, 0.1, seed=draw).threshold
+    assert by_source in likely(DRAWS, 0.1)
+    assert by_query > likely(DRAWS, 0.1)[-1]
 
 
 @requirement("R4.11")
