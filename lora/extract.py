@@ -135,9 +135,8 @@ def extract_delta(
         >>> extract_delta(base, tuned, rank=1).metadata["extract"]["modules"]
         {'query': {'energy': 0.64, 'error': 0.6, 'rank': 1}}
     """
-    models = {"base": base, "tuned": tuned}
     how = _How(rank, method, seed, oversampling, dtype)
-    return _extract(models, how, name, target_modules, on_module)
+    return _extract({"base": base, "tuned": tuned}, how, name, target_modules, on_module)
 
 
 def extract_direct(
@@ -190,14 +189,19 @@ class _How:
 
 
 def _extract(
-    weights_of: Mapping[str, Weights],
+    sources: Mapping[str, Weights],
     how: _How,
     name: str,
     target_modules: Iterable[str] | str,
     on_module: OnModule | None,
 ) -> LoRACard:
     """Extract a card from the difference of two models, or from the weights of one."""
-    models = {role: _mapping(weights, role) for role, weights in weights_of.items()}
+    models = {}
+    for role, source in sources.items():
+        models[role] = source.state_dict() if isinstance(source, Model) else source
+        if not isinstance(models[role], Mapping):
+            expected = "a mapping of weights or a model"
+            raise ArgumentError(f"extract: {role}", expected, type(source).__name__)
     targets = LoRACard(name, 1, 1.0, target_modules, {}).target_modules  # type: ignore[arg-type]
     modules = _targeted(models, targets)
     pairs: dict[str, LowRank] = {}
@@ -229,15 +233,6 @@ def _extract(
     entries = ((m, w.dtype.name, w.shape, w.view(np.uint8).data) for m, w in originals)
     fingerprint = None if direct else fingerprint_of(entries)
     return LoRACard(name, rank, float(rank), targets, weights, metadata, None, fingerprint)
-
-
-def _mapping(weights: Weights, role: str) -> Mapping[str, Any]:
-    if isinstance(weights, Mapping):
-        return weights
-    if isinstance(weights, Model):
-        return weights.state_dict()
-    expected = "a mapping of weights or a model"
-    raise ArgumentError(f"extract: {role}", expected, type(weights).__name__)
 
 
 def _key(module: str) -> str:
@@ -304,7 +299,7 @@ def _approximated(
     precise = np.result_type(np.float32, *wide)
     work = np.dtype(np.float64) if how.method == "full" else precise
     arrays = [array.astype(work, copy=False) for array in arrays]
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         matrix = arrays[0] if len(arrays) == 1 else arrays[1] - arrays[0]
     largest = float(max(matrix.max(), -matrix.min()))  # NaN and infinities get here
     if not np.isfinite(largest):
@@ -319,7 +314,7 @@ def _approximated(
     matrix *= scale
     u, s, v, rank = _decomposed(matrix, module, how)
     dtype, root = DTYPES[how.dtype or precise.name], np.sqrt(s[:rank])
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         a = np.ldexp(v[:rank].T * root, half).astype(dtype)
         b = np.ldexp(root[:, None] * u[:, :rank].T, half).astype(dtype)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):

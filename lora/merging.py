@@ -230,10 +230,8 @@ def merge(
         raise ArgumentError("merge: rank", "none for 'cat'", shown(rank), "'weighted' truncates")
     rank = None if rank is None else integer(rank, "merge: rank", 1)
     applied = _applied(parents, strategy, weights)
-    order = sorted(
-        zip(parents, map(content_digest, parents), applied, strict=True),
-        key=lambda parent: (parent[0].name, *parent[1:]),
-    )
+    rows = zip(parents, map(content_digest, parents), applied, strict=True)
+    order = sorted(rows, key=lambda row: (row[0].name, *row[1:]))
     dtypes = {card.dtype for card in parents if card.weights}
     if len(dtypes) != 1:
         dtypes.add(DTYPES["float32"])
@@ -244,7 +242,7 @@ def merge(
         terms = [
             (c.name, c.weights[module], weight) for c, _, weight in order if module in c.weights
         ]
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        with np.errstate(all="ignore"):
             row = _merged(strategy, module, terms, rank)
         errors[module] = 0.0
         if row:
@@ -308,7 +306,6 @@ def _merged(strategy: Strategy, module: str, terms: Terms, rank: int | None) -> 
     core = sum(weight * core for (_, weight), core in zip(live, cores, strict=True))
     floor = _sum(abs(weight) * noise for (_, weight), noise in zip(live, noises, strict=True))
     left, sigma, right = np.linalg.svd(_finite(core, module), full_matrices=False)
-    rank = min(rank or len(sigma), len(sigma))
     return _truncated(p @ left[:, :rank], sigma, right[:rank] @ q.T, _finite(floor, module), rank)
 
 
@@ -330,14 +327,16 @@ def _cores(pairs: Sequence[LowRank | None]) -> tuple[Array, Array, list[Array], 
     return p, q, cores, noises
 
 
-def _truncated(left: Array, sigma: Array, right: Array, floor: float, rank: int) -> Row | None:
+def _truncated(
+    left: Array, sigma: Array, right: Array, floor: float, rank: int | None
+) -> Row | None:
     """Return the balanced factors of an SVD cut at `rank` and at the noise `floor`.
 
     The scaling, a power of two, keeps the entries near 1, where every dtype is most precise.
     """
     real = int((sigma > floor).sum())
-    kept = min(rank, real)
-    if kept == 0:
+    kept = min(rank or real, real)
+    if not kept:
         return None
     scaling = math.ldexp(1.0, math.frexp(sigma[0])[1] - 1)
     whole = sigma[:real] / scaling

@@ -83,7 +83,7 @@ class Index:
 
     def tagged(self, tags: Collection[str]) -> "Index":
         """Return an index of the candidates that have all of these tags."""
-        required = _tags(tags)
+        required = set(texts_of(tags, "tags", ordered=False))
         if not required:
             return self
         candidates = {name: c for name, c in self.candidates.items() if c.tags >= required}
@@ -243,11 +243,14 @@ def calibrate(
     return Calibration(drawn[k - 1], n, k / (n + 1), interval)
 
 
-def texts_of(texts: Any) -> list[str]:
-    """Return the texts as a list; refuse a single str and a set."""
-    ordered = isinstance(texts, Collection) and not isinstance(texts, str | AbstractSet | Mapping)
-    if not ordered or not all(isinstance(text, str) for text in texts):
-        raise ArgumentError("texts", "a sequence of str", shown(texts))
+def texts_of(texts: Any, where: str = "texts", *, ordered: bool = True) -> list[str]:
+    """Return the texts as a list; refuse a single str and, where order counts, a set."""
+    refused = str | AbstractSet | Mapping if ordered else str
+    several = isinstance(texts, Collection) and not isinstance(texts, refused)
+    if not several or not all(isinstance(text, str) for text in texts):
+        raise ArgumentError(
+            where, f"a {'sequence' if ordered else 'collection'} of str", shown(texts)
+        )
     return list(texts)
 
 
@@ -280,11 +283,4 @@ def candidate_of(
     exemplars = unit(embeddings)
     if not len(exemplars):
         raise ArgumentError(f"candidate {name!r}", "at least one example", "none")
-    return Candidate(name, exemplars, virtual, _tags(tags))
-
-
-def _tags(tags: Collection[str]) -> frozenset[str]:
-    collection = isinstance(tags, Collection) and not isinstance(tags, str)
-    if not collection or not all(isinstance(tag, str) for tag in tags):
-        raise ArgumentError("tags", "a collection of str", shown(tags))
-    return frozenset(tags)
+    return Candidate(name, exemplars, virtual, frozenset(texts_of(tags, "tags", ordered=False)))

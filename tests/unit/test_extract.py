@@ -2,7 +2,6 @@
 
 import re
 import tracemalloc
-import weakref
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 import lora
-from lora.errors import ArgumentError, BaseModelError, CardError, LoRAError, ShapeError, TargetError
+from lora.errors import ArgumentError, BaseModelError, CardError, ShapeError, TargetError
 from lora.extract import MaxError, MinEnergy, extract_delta, extract_direct
 from lora.testing.plugin import requirement
 
@@ -39,20 +38,15 @@ def randomized(model, rank, **options):
     return extract_direct(model, rank, method="randomized", **options)
 
 
-class Counting(Mapping):
-    """Weights made when they are accessed; it counts how many of them are alive."""
+class Lazy(Mapping):
+    """Weights of many layers, each made when it is accessed."""
 
-    def __init__(self, count, shape, alive, seed):
-        self.names = [f"layer.{index:02}.query.weight" for index in range(count)]
-        self.shape, self.alive, self.seed, self.most = shape, alive, seed, 0
+    def __init__(self, count, seed):
+        self.names, self.seed = [f"layer.{index:02}.query.weight" for index in range(count)], seed
 
     def __getitem__(self, key):
         rng = np.random.default_rng([self.seed, int(key.split(".")[1])])
-        array = rng.standard_normal(self.shape).astype(np.float32)
-        self.alive.add(id(array))
-        weakref.finalize(array, self.alive.discard, id(array))
-        self.most = max(self.most, len(self.alive))
-        return array
+        return rng.standard_normal((200, 300)).astype(np.float32)
 
     def __iter__(self):
         return iter(self.names)
@@ -63,23 +57,12 @@ class Counting(Mapping):
 
 @requirement("R16.9")
 @pytest.mark.parametrize("method", ["full", "randomized"])
-def test_no_more_than_one_layer_of_each_model_is_held_at_a_time(method):
-    alive = set()
-    base, tuned = (Counting(12, (20, 30), alive, seed) for seed in (0, 1))
-    assert len(extract_delta(base, tuned, 2, method=method).weights) == 12
-    assert max(base.most, tuned.most) == 2
-    assert not alive
-
-
-@requirement("R16.9")
-@pytest.mark.parametrize("method", ["full", "randomized"])
 def test_memory_does_not_grow_with_the_number_of_layers(method):
     """NumPy reports its arrays to tracemalloc; the factors kept are a hundredth of a layer."""
 
     def peak(count):
-        models = [Counting(count, (200, 300), set(), seed) for seed in (0, 1)]
         tracemalloc.start()
-        extract_delta(*models, 1, method=method)
+        assert len(extract_delta(Lazy(count, 0), Lazy(count, 1), 1, method=method).weights) == count
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
@@ -160,7 +143,7 @@ def test_the_randomized_method_widens_until_the_rule_is_met(rule):
     assert full.rank <= near.rank <= full.rank + 2
 
 
-@requirement("R16.4")
+@requirement("R16.4", "R7.8")
 @pytest.mark.parametrize("largest", [1e-320, 1e-200, 1e300])
 def test_tiny_and_huge_weights_are_neither_lost_nor_overflow(largest):
     card = extract_direct({"q.weight": np.full((3, 2), largest)}, 1)
@@ -168,6 +151,9 @@ def test_tiny_and_huge_weights_are_neither_lost_nor_overflow(largest):
     assert np.allclose(np.linalg.norm(pair.A), np.linalg.norm(pair.B), rtol=1e-3)
     assert np.allclose(pair.A @ pair.B, largest, rtol=1e-2)
     assert record(card)["error"] < 1e-2
+    message = "factors within the range of float16, found larger ones; choose a wider dtype"
+    with pytest.raises(ArgumentError, match=message):
+        extract_direct({"q.weight": np.full((2, 2), 1e12)}, dtype="float16")
 
 
 @requirement("R16.8")
@@ -230,7 +216,7 @@ NO_MODEL = "expected a mapping of weights or a model, found"
             GOOD,
             {**OTHER, KEY: np.ones((4, 5))},
             ShapeError,
-            rf"tuned '{KEY}': .*\(4, 6\), found \(4, 5\)",
+            rf"'{KEY}': .*\(4, 6\), found \(4, 5\)",
         ),
         (GOOD, {KEY: OTHER[KEY]}, TargetError, r"tuned: .*no \['layer.1.*'\]; give both models"),
         ({KEY: GOOD[KEY]}, OTHER, TargetError, r"extract: base: .*no \['layer.1.query.weight'\]"),
@@ -253,29 +239,30 @@ def test_bad_models_are_refused_with_what_is_wrong(base, tuned, kind, message):
 
 @requirement("R7.8", "R16.5")
 @pytest.mark.parametrize(
-    ("field", "value", "kind", "message"),
+    ("field", "value", "message"),
     [
-        ("rank", 0, ArgumentError, r">= 1, found 0; MinEnergy\(share\) or MaxError\(bound\)"),
-        ("rank", 1.5, ArgumentError, "extract: rank: expected an integer >= 1, found 1.5"),
-        ("rank", True, ArgumentError, "found True"),
-        ("rank", None, ArgumentError, "found None"),
-        ("method", "svd", ArgumentError, "method: expected one of full, randomized, found 'svd'"),
-        ("seed", -1, ArgumentError, "seed: expected an integer >= 0, found -1"),
-        ("oversampling", 0, ArgumentError, "oversampling: expected an integer >= 1, found 0"),
-        ("dtype", "int8", ArgumentError, "one of float16, .*, bfloat16, found 'int8'"),
-        ("dtype", ["float32"], ArgumentError, "dtype: expected one of"),
-        ("target_modules", ["nothing"], TargetError, r"match \['nothing'\], found none"),
-        ("target_modules", [], TargetError, r"match \[\], found none"),
-        ("target_modules", [3], CardError, "target_modules"),
-        ("name", "", CardError, "card name"),
+        ("rank", 0, r">= 1, found 0; MinEnergy\(share\) or MaxError\(bound\)"),
+        ("rank", 1.5, "extract: rank: expected an integer >= 1, found 1.5"),
+        ("rank", True, "found True"),
+        ("rank", None, "found None"),
+        ("method", "svd", "method: expected one of full, randomized, found 'svd'"),
+        ("seed", -1, "seed: expected an integer >= 0, found -1"),
+        ("oversampling", 0, "oversampling: expected an integer >= 1, found 0"),
+        ("dtype", "int8", "one of float16, .*, bfloat16, found 'int8'"),
+        ("dtype", ["float32"], "dtype: expected one of"),
+        ("target_modules", ["nothing"], r"match \['nothing'\], found none"),
+        ("target_modules", [], r"match \[\], found none"),
+        ("target_modules", [3], "target_modules"),
+        ("name", "", "card name"),
     ],
 )
-def test_bad_arguments_are_refused_before_any_weight_is_read(field, value, kind, message):
+def test_bad_arguments_are_refused_before_any_weight_is_read(field, value, message):
     class Unread(dict):
         def __getitem__(self, key):
             raise AssertionError(key)
 
-    with pytest.raises(kind, match=message):
+    kinds = {"name": CardError, "target_modules": CardError if value == [3] else TargetError}
+    with pytest.raises(kinds.get(field, ArgumentError), match=message):
         extract_direct(Unread(GOOD), **{field: value})
 
 
@@ -289,28 +276,17 @@ def test_what_is_named_and_no_matrix_is_refused(weight):
         extract_direct({"conv.weight": weight})
 
 
-@requirement("R7.8")
-def test_factors_too_large_for_the_dtype_are_refused():
-    message = "factors within the range of float16, found larger ones; choose a wider dtype"
-    with pytest.raises(ArgumentError, match=message):
-        extract_direct({"q.weight": np.full((2, 2), 1e12)}, dtype="float16")
-
-
 @requirement("R16.5", "R7.8")
-@pytest.mark.parametrize("kind", [MinEnergy, MaxError])
-@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), float("inf"), "x", None, True])
-def test_a_share_or_bound_out_of_range_makes_no_rule(kind, value):
-    with pytest.raises(LoRAError, match=kind.__name__):
-        kind(value)
-
-
-@requirement("R16.5")
-def test_the_ends_of_the_ranges():
+@pytest.mark.parametrize(
+    ("kind", "end", "interval"), [(MinEnergy, 0, "(0, 1]"), (MaxError, 1, "[0, 1)")]
+)
+def test_a_share_or_bound_out_of_range_makes_no_rule(kind, end, interval):
+    for value in (-0.1, 1.5, float("nan"), float("inf"), "x", None, True):
+        with pytest.raises(ArgumentError, match=kind.__name__):
+            kind(value)
+    with pytest.raises(ArgumentError, match=re.escape(f"in {interval}, found {end}")):
+        kind(end)
     assert (MinEnergy(1).share, MaxError(0).bound) == (1.0, 0.0)
-    with pytest.raises(ArgumentError, match=r"in \(0, 1\], found 0"):
-        MinEnergy(0)
-    with pytest.raises(ArgumentError, match=r"in \[0, 1\), found 1"):
-        MaxError(1)
     assert ranks(extract_direct({"q.weight": np.eye(3)}, MinEnergy(1e-30))) == {"q": 1}
 
 

@@ -118,21 +118,6 @@ def test_a_nearer_candidate_without_the_tag_takes_no_place_among_the_best(thresh
 DRAWS = 600
 
 
-def sources(rng, count, *, spread=1.0):
-    """Queries of sources that differ from each other more than their own queries do, as embeddings."""
-    centres = np.array([4.0, *[0] * 7]) + rng.normal(0, spread, (count, 8))
-    return centres[:, None] + rng.normal(0, 0.3, (count, 6, 8))
-
-
-def scores_of(groups, known):
-    """Source -> scores of its queries against known examples."""
-    index = index_of(known=known.reshape(-1, 8))
-    return {
-        f"source {number}": [select(query, index)[0].score for query in unit(queries)]
-        for number, queries in enumerate(groups)
-    }
-
-
 @requirement("R4.11")
 def test_the_rate_holds_for_new_sources_with_a_group_a_source_and_not_with_a_group_a_query():
     rng, by_source, by_query = np.random.default_rng(0), 0, 0
@@ -148,31 +133,6 @@ def test_the_rate_holds_for_new_sources_with_a_group_a_source_and_not_with_a_gro
         by_query += new < calibrate(singles, 0.1, seed=draw).threshold
     assert by_source in likely(DRAWS, 0.1)
     assert by_query > likely(DRAWS, 0.1)[-1]
-
-
-@requirement("R4.11")
-def test_a_split_by_source_keeps_the_rate_of_a_router_and_a_random_split_does_not():
-    rng, by_source, at_random = np.random.default_rng(0), 0, 0
-    for draw in range(DRAWS // 3):
-        groups = sources(rng, 40)
-        (new,) = sources(rng, 1)
-        whole = calibrate(scores_of(groups[20:], groups[:20]), 0.1, seed=draw)
-        mixed = calibrate(scores_of(groups[:, 3:], groups[:, :3]), 0.1, seed=draw)
-        by_source += scores_of(new[None, :1], groups[:20])["source 0"][0] < whole.threshold
-        at_random += scores_of(new[None, :1], groups[:, :3])["source 0"][0] < mixed.threshold
-    assert by_source <= likely(DRAWS // 3, 0.1)[-1]
-    assert at_random > likely(DRAWS // 3, 0.1)[-1]
-
-
-@requirement("R4.11")
-@pytest.mark.parametrize(("groups", "rate"), [(9, 0.1), (19, 0.1), (19, 0.5), (200, 0.05)])
-def test_nine_calibrations_in_ten_have_their_true_rate_in_the_stated_interval(groups, rate):
-    rng, inside = np.random.default_rng(0), 0
-    for _ in range(DRAWS):
-        found = calibrate({str(i): [score] for i, score in enumerate(rng.random(groups))}, rate)
-        # Of uniform scores, the share below a threshold is the threshold.
-        inside += found.interval[0] <= found.threshold <= found.interval[1]
-    assert inside in likely(DRAWS, 0.9)
 
 
 @requirement("R4.11")
