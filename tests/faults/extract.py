@@ -7,32 +7,20 @@ from tests.faults.base import Fault, faults_in
 
 
 class ExtractionFault(Fault):
-    """A fault in `extract`; what it does to the card, given ΔW of each weight."""
+    """A fault in `extract`: what it does to each pair, given its ΔW and (rank, energy, error), under some of these rules."""
 
-    def extract(self, base, tuned, rank, energy, error):
-        card = super().extract(base, tuned, rank, energy, error)
-        deltas = {key: tuned[key].astype("f8") - base[key].astype("f8") for key in base}
-        return self.spoilt(card, deltas, (rank, energy, error))
+    rules = (0, 1, 2)
 
-    def spoilt(self, card, deltas, rule):
-        return card
-
-    @staticmethod
-    def with_pairs(card, change):
-        """The card with each pair changed, its rank the largest again."""
-        weights = {module: change(module, pair) for module, pair in card.weights.items()}
-        largest = max(pair.A.shape[1] for pair in weights.values())
-        return card._replace(weights=weights, rank=largest, alpha=float(largest))
-
-
-def cut(values, rule):
-    """The rank that a rule asks for of these singular values, energy and error counted as they should be."""
-    rank, energy, error = rule
-    if rank is not None:
-        return min(rank, len(values))
-    lost = np.cumsum((values**2)[::-1])[::-1]
-    allowed = lost[0] * (1 - energy if energy is not None else error**2)
-    return next((k for k in range(1, len(values)) if lost[k] <= allowed), len(values))
+    def extract(self, base, tuned, *rule):
+        card = super().extract(base, tuned, *rule)
+        if all(rule[place] is None for place in self.rules):
+            return card
+        rows = {}
+        for module, pair in card.weights.items():
+            before, after = (model[f"{module}.weight"].astype("f8") for model in (base, tuned))
+            rows[module] = self.spoilt(after - before, pair, rule, card.rank)
+        largest = max(pair.A.shape[1] for pair in rows.values())
+        return card._replace(weights=rows, rank=largest, alpha=float(largest))
 
 
 def pair_of(matrix, rank, order=slice(None)):
@@ -45,14 +33,15 @@ def pair_of(matrix, rank, order=slice(None)):
 class AppliedTwice(ExtractionFault, breaks="R16.3", also="R16.1 R16.2"):
     """The scaling is alpha / rank = 2, and the factors know nothing of it."""
 
-    def spoilt(self, card, deltas, rule):
-        return self.with_pairs(card, lambda _, pair: pair._replace(scaling=2.0))
+    def spoilt(self, matrix, pair, *_):
+        return pair._replace(scaling=2.0)
 
 
-class KeysOfWeights(ExtractionFault, breaks="R16.3", also="R16.1 R16.2 R16.5"):
+class KeysOfWeights(Fault, breaks="R16.3", also="R16.1 R16.2 R16.5"):
     """Rows are called after weights, not modules, so that none of them binds."""
 
-    def spoilt(self, card, deltas, rule):
+    def extract(self, *arguments):
+        card = super().extract(*arguments)
         rows = {f"{module}.weight": pair for module, pair in card.weights.items()}
         return card._replace(weights=rows)
 
@@ -60,125 +49,91 @@ class KeysOfWeights(ExtractionFault, breaks="R16.3", also="R16.1 R16.2 R16.5"):
 class SmallestSingularValues(ExtractionFault, breaks="R16.1", also="R16.2 R16.3"):
     """Singular values are taken from the wrong end."""
 
-    def spoilt(self, card, deltas, rule):
-        backwards = slice(None, None, -1)
-        return self.with_pairs(
-            card, lambda m, p: pair_of(deltas[f"{m}.weight"], p.A.shape[1], backwards)
-        )
+    def spoilt(self, matrix, pair, *_):
+        return pair_of(matrix, pair.A.shape[1], slice(None, None, -1))
 
 
 class FirstColumnsInsteadOfTheBest(ExtractionFault, breaks="R16.2", also="R16.1 R16.3"):
     """ΔW's first r input columns as they are: of that rank, exact for none but them."""
 
-    def spoilt(self, card, deltas, rule):
-        def columns(module, pair):
-            matrix, rank = deltas[f"{module}.weight"], pair.A.shape[1]
-            b = np.ascontiguousarray(matrix[:, :rank].T)
-            return PlainPair(np.eye(matrix.shape[1], rank), b, 1.0)
-
-        return self.with_pairs(card, columns)
+    def spoilt(self, matrix, pair, *_):
+        rank = pair.A.shape[1]
+        b = np.ascontiguousarray(matrix[:, :rank].T)
+        return PlainPair(np.eye(matrix.shape[1], rank), b, 1.0)
 
 
 class RowsAreCentred(ExtractionFault, breaks="R16.2", also="R16.1 R16.3"):
     """A principal component analysis: the mean over rows is taken away and lost."""
 
-    def spoilt(self, card, deltas, rule):
-        def centred(module, pair):
-            matrix = deltas[f"{module}.weight"]
-            return pair_of(matrix - matrix.mean(axis=0), pair.A.shape[1])
-
-        return self.with_pairs(card, centred)
+    def spoilt(self, matrix, pair, *_):
+        return pair_of(matrix - matrix.mean(axis=0), pair.A.shape[1])
 
 
 class FactorsOfHalfPrecision(ExtractionFault, breaks="R16.1", also="R16.2 R16.3"):
     """Singular values are computed from ΔW rounded to float16's precision, whatever the weights'."""
 
-    def spoilt(self, card, deltas, rule):
-        def rounded(module, pair):
-            mantissa, exponent = np.frexp(deltas[f"{module}.weight"])
-            return pair_of(np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent), pair.A.shape[1])
-
-        return self.with_pairs(card, rounded)
+    def spoilt(self, matrix, pair, *_):
+        mantissa, exponent = np.frexp(matrix)
+        return pair_of(np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent), pair.A.shape[1])
 
 
 class SubspaceOfOneLook(ExtractionFault, breaks="R16.1", also="R16.3"):
     """The image of as many random vectors as the rank, not sharpened: exact where the rank suffices, not the best."""
 
-    def spoilt(self, card, deltas, rule):
-        def projected(module, pair):
-            matrix, rank = deltas[f"{module}.weight"], pair.A.shape[1]
-            looks = np.random.default_rng(0).standard_normal((matrix.shape[1], rank))
-            basis = np.linalg.qr(matrix @ looks)[0]
-            return PlainPair((basis.T @ matrix).T, basis.T.copy(), 1.0)
-
-        return self.with_pairs(card, projected)
+    def spoilt(self, matrix, pair, *_):
+        looks = np.random.default_rng(0).standard_normal((matrix.shape[1], pair.A.shape[1]))
+        basis = np.linalg.qr(matrix @ looks)[0]
+        return PlainPair((basis.T @ matrix).T, basis.T.copy(), 1.0)
 
 
 class RankAboveTheMatrix(ExtractionFault, breaks="R16.5"):
     """A fixed rank is kept where min(in, out) is less, the rest filled with zeros."""
 
-    def spoilt(self, card, deltas, rule):
-        if rule[0] is None:
-            return card
+    rules = (0,)
 
-        def padded(_, pair):
-            more = max(0, rule[0] - pair.A.shape[1])
-            a, b = np.pad(pair.A, ((0, 0), (0, more))), np.pad(pair.B, ((0, more), (0, 0)))
-            return pair._replace(A=a, B=b)
-
-        return self.with_pairs(card, padded)
+    def spoilt(self, matrix, pair, rule, _):
+        more = max(0, rule[0] - pair.A.shape[1])
+        a, b = np.pad(pair.A, ((0, 0), (0, more))), np.pad(pair.B, ((0, more), (0, 0)))
+        return pair._replace(A=a, B=b)
 
 
 class EnergyOfValuesNotSquares(ExtractionFault, breaks="R16.5"):
     """The share is counted on singular values instead of on their squares."""
 
-    def spoilt(self, card, deltas, rule):
-        if rule[1] is None:
-            return card
+    rules = (1,)
 
-        def recounted(module, _):
-            matrix = deltas[f"{module}.weight"]
-            held = np.cumsum(np.linalg.svd(matrix, compute_uv=False))
-            return pair_of(matrix, int(np.searchsorted(held, rule[1] * held[-1])) + 1)
-
-        return self.with_pairs(card, recounted)
+    def spoilt(self, matrix, pair, rule, _):
+        sums = np.cumsum(np.linalg.svd(matrix, compute_uv=False))
+        return pair_of(matrix, int(np.searchsorted(sums, rule[1] * sums[-1])) + 1)
 
 
 class ErrorOfSquares(ExtractionFault, breaks="R16.5"):
     """The error bound is held against the share of squares that is lost: its root is larger."""
 
-    def spoilt(self, card, deltas, rule):
-        if rule[2] is None:
-            return card
+    rules = (2,)
 
-        def recounted(module, _):
-            matrix = deltas[f"{module}.weight"]
-            values = np.linalg.svd(matrix, compute_uv=False)
-            return pair_of(matrix, cut(values, (None, None, np.sqrt(rule[2]))))
-
-        return self.with_pairs(card, recounted)
+    def spoilt(self, matrix, pair, rule, _):
+        lost = np.cumsum((np.linalg.svd(matrix, compute_uv=False) ** 2)[::-1])[::-1]
+        fits = (k for k in range(1, len(lost)) if lost[k] <= lost[0] * rule[2])
+        return pair_of(matrix, next(fits, len(lost)))
 
 
 class OneRankForAllModules(ExtractionFault, breaks="R16.5"):
     """The largest rank that any module needs is every module's."""
 
-    def spoilt(self, card, deltas, rule):
-        if rule[0] is not None:
-            return card
-        return self.with_pairs(
-            card, lambda module, _: pair_of(deltas[f"{module}.weight"], card.rank)
-        )
+    rules = (1, 2)
+
+    def spoilt(self, matrix, pair, rule, largest):
+        return pair_of(matrix, largest)
 
 
 class OneDirectionTooMany(ExtractionFault, breaks="R16.5"):
     """The rank that suffices is counted from 0 and another added."""
 
-    def spoilt(self, card, deltas, rule):
-        if rule[0] is not None:
-            return card
-        return self.with_pairs(
-            card, lambda m, pair: pair_of(deltas[f"{m}.weight"], pair.A.shape[1] + 1)
-        )
+    rules = (1, 2)
+
+    def spoilt(self, matrix, pair, *_):
+        return pair_of(matrix, pair.A.shape[1] + 1)
 
 
 EXTRACT_FAULTS = faults_in(globals())
