@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora.cli import app
+from lora.cli.app import app
 from lora.errors import ArgumentError, TargetError
 from lora.evolution import train
 from lora.evolution.data import Pairs
