@@ -295,7 +295,7 @@ class ZeroSumElectsPlus(_Ties, breaks="R20.6"):
         return np.where(votes.sum(0) >= 0, 1.0, -1.0)
 
 
-class TrimmedAcrossCards(_Ties, breaks="R20.6", also="R20.3"):
+class TrimmedAcrossCards(_Ties, breaks="R20.6"):
     """One threshold for all cards: a small card is trimmed away."""
 
     def trim(self, parts, density):
