@@ -11,6 +11,7 @@ Requirements: R23.
 import json
 import math
 import re
+import secrets
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -139,7 +140,8 @@ def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) ->
     """Write a card as a folder that PEFT loads, for a model whose module names are the card's keys.
 
     The two files are complete before they take their places, and a folder that is overwritten has
-    no configuration meanwhile: a reader never sees one file without the other.
+    no configuration meanwhile: a reader never sees one file without the other. If replacing fails,
+    the old adapter is put back.
 
     Args:
         card: Has weights, all of them targeted. A scaling other than ``alpha / r`` becomes an
@@ -175,11 +177,22 @@ def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) ->
             contents = "a folder with files" if folder.is_dir() else "a file"
             raise ArgumentError(str(folder), expected, contents)
         folder.mkdir(exist_ok=True)
-        with replacing(folder / CONFIG) as file:
-            file.write(json.dumps(config, indent=2, sort_keys=True).encode())
-            with replacing(folder / WEIGHTS) as weights_file:
-                write_tensors(weights_file, tensors, {"format": "pt", **header_of(card)})
-                (folder / CONFIG).unlink(missing_ok=True)
+        paths = [path for path in (folder / CONFIG, folder / WEIGHTS) if path.exists()]
+        backups = {path: path.with_name(f".{secrets.token_hex(8)}.old") for path in paths}
+        try:
+            with replacing(folder / CONFIG) as file:
+                file.write(json.dumps(config, indent=2, sort_keys=True).encode())
+                with replacing(folder / WEIGHTS) as weights_file:
+                    write_tensors(weights_file, tensors, {"format": "pt", **header_of(card)})
+                    for path, backup in backups.items():
+                        path.rename(backup)
+        except BaseException:
+            for path, backup in reversed(backups.items()):
+                if backup.exists():
+                    backup.replace(path)
+            raise
+        for backup in backups.values():
+            backup.unlink()
 
 
 def _check_plain(config: Config) -> None:

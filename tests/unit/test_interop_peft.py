@@ -37,7 +37,7 @@ def written(folder, tensors=None, **config):
     return folder
 
 
-def held(folder):
+def files_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -279,8 +279,8 @@ def test_a_card_becomes_a_directory(tmp_path):
     plain = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
     kept = {"peft": {**plain, "use_rslora": True, "peft_version": "9"}}
     export_peft(card(metadata=kept, base_model="some/base"), tmp_path / "docs")
-    assert held(tmp_path) == ["docs"]
-    assert held(tmp_path / "docs") == [CONFIG, WEIGHTS]
+    assert files_in(tmp_path) == ["docs"]
+    assert files_in(tmp_path / "docs") == [CONFIG, WEIGHTS]
     config = config_of(tmp_path / "docs")
     assert config["alpha_pattern"] == {r"^m\.0\.q": 0.2}
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (2, 6, {})
@@ -341,23 +341,40 @@ def test_a_folder_that_holds_something_is_kept_unless_it_may_be_overwritten(tmp_
     with pytest.raises(StoreError, match="null byte"):
         export_peft(card(), "a\0b")
     assert (other / "letter").read_text() == "dear"
-    assert held(tmp_path) == ["docs", "home"]
+    assert files_in(tmp_path) == ["docs", "home"]
+
+
+def fail(*_):
+    raise OSError("disk full")
+
+
+def replace_but_for(name):
+    """Refuse to give a new file its name; putting back an old one is allowed."""
+
+    def replace_file(path, to, rename=Path.rename):
+        return fail() if (to.name, path.suffix) == (name, ".tmp") else rename(path, to)
+
+    return replace_file
 
 
 @requirement("R23.2")
-@pytest.mark.parametrize("there", [False, True])
-def test_a_failure_to_write_leaves_what_was_there(tmp_path, monkeypatch, there):
-    if there:
-        export_peft(card(), tmp_path / "docs")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(peft, "write_tensors", fail)
+@pytest.mark.parametrize(
+    ("place", "name", "failure"),
+    [
+        (peft, "write_tensors", fail),
+        (Path, "rename", fail),
+        (Path, "replace", replace_but_for(WEIGHTS)),
+        (Path, "replace", replace_but_for(CONFIG)),
+    ],
+)
+def test_a_failure_to_replace_leaves_both_old_files(tmp_path, monkeypatch, place, name, failure):
+    folder = tmp_path / "docs"
+    export_peft(card(), folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(place, name, failure)
     with pytest.raises(StoreError, match="disk full"):
-        export_peft(card(scaling=7.0), tmp_path / "docs", overwrite=True)
-    assert held(tmp_path / "docs") == ([CONFIG, WEIGHTS] if there else [])
-    assert not there or import_peft(tmp_path / "docs").weights["m.0.q"].scaling == 0.1
+        export_peft(card(scaling=7.0), folder, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @requirement("R23.2")
@@ -373,6 +390,11 @@ def test_no_reader_sees_new_weights_beside_an_old_configuration(tmp_path, monkey
     monkeypatch.setattr(Path, "replace", note)
     export_peft(card(scaling=7.0), tmp_path / "docs", overwrite=True)
     assert names == [[WEIGHTS], [CONFIG, WEIGHTS]]
+    assert files_in(tmp_path / "docs") == [CONFIG, WEIGHTS]
+    monkeypatch.setattr(peft, "write_tensors", fail)
+    with pytest.raises(StoreError, match="disk full"):
+        export_peft(card(), tmp_path / "new")
+    assert files_in(tmp_path / "new") == []
 
 
 @requirement("R23.2")
