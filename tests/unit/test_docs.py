@@ -63,6 +63,13 @@ def blocks_of(path):
 BLOCKS = [block for path in [*PAGES, ROOT / "README.md"] for block in blocks_of(path)]
 
 
+def execute(block, names=None):
+    """Run a block of one of our own pages; return its names."""
+    names = {} if names is None else names
+    exec(compile(block.text, block.page, "exec"), names)  # noqa: S102
+    return names
+
+
 def named(block):
     return f"{block.page}: {block.text.strip().splitlines()[0]}"
 
@@ -79,18 +86,14 @@ def generate():
 
 @requirement("R4.11")
 def test_the_interval_that_so_many_groups_allow_is_the_one_stated():
-    rows = re.findall(
-        r"^\| (\d+) \| (\S+) % \| (\S+) % \| (\S+) % … (\S+) % \|$",
-        read("docs/routing.md"),
-        re.MULTILINE,
-    )
+    row = r"^\| (\d+) \| (\S+) % \| (\S+) % \| (\S+) % … (\S+) % \|$"
+    rows = re.findall(row, read("docs/routing.md"), re.MULTILINE)
     assert len(rows) == 3
-    for groups, asked, expected, low, high in rows:
-        found = lora.calibrate(
-            {str(group): [group / 1e4] for group in range(int(groups))}, float(asked) / 100
-        )
-        stated = [float(expected), float(low), float(high)]
-        assert [round(100 * share, 1) for share in (found.rate, *found.interval)] == stated
+    for groups, asked, *stated in rows:
+        scores = {str(group): [group / 1e4] for group in range(int(groups))}
+        result = lora.calibrate(scores, float(asked) / 100)
+        shares = [round(100 * share, 1) for share in (result.rate, *result.interval)]
+        assert shares == [float(text) for text in stated]
 
 
 @requirement("R9.9")
@@ -105,11 +108,9 @@ def test_there_is_a_test_strategy_page_and_a_coverage_floor():
 @requirement("R10.9")
 def test_the_names_of_earlier_systems_are_told_with_what_was_changed_or_dropped():
     page = read("docs/names.md")
-    earlier = (
-        "LoRAFormat LoRAExtractor AdapterMerger MergeConfig HotSwapManager AdapterPool".split()
-    )
-    dropped = ["Fuzzy matching", "In-place merging", "DoRA", "GGUF", "4-bit", "Routing *networks*"]
-    for word in earlier + dropped:
+    words = "LoRAFormat LoRAExtractor AdapterMerger MergeConfig HotSwapManager AdapterPool".split()
+    words += ["Fuzzy matching", "In-place merging", "DoRA", "GGUF", "4-bit", "Routing *networks*"]
+    for word in words:
         assert word in page
     for name in re.findall(r"`lora\.(\w+)`", page):
         assert name in lora.__all__
@@ -130,26 +131,21 @@ def test_the_docs_say_what_a_signature_does_not_prove_and_name_every_refusal_wit
 @pytest.fixture
 def pages(tmp_path, monkeypatch, generate):
     """The page generator, over reports on a binding that passes and on one that does not."""
-    module = generate
-    monkeypatch.setattr(module, "REPORTS", tmp_path)
+    monkeypatch.setattr(generate, "REPORTS", tmp_path)
     good = SimpleNamespace(name="lora-cards", version="1")
     expected = {"R4.5": "it has no threshold"}
     bad = SimpleNamespace(name="faulty", version="2", expected_failures=expected)
     for binding, verdict in ((good, "passed"), (bad, "failed")):
-        outcomes = [
-            Outcome("test_r04.py::a", ("R4.4",), verdict, 50),
-            Outcome("test_r04.py::b", ("R4.5",), verdict, 30),
-        ]
+        tests = {"a": ("R4.4", 50), "b": ("R4.5", 30)}
+        outcomes = [Outcome(f"test_r04.py::{t}", (i,), verdict, n) for t, (i, n) in tests.items()]
         write_report(report_of(binding, outcomes, profile="dev"), tmp_path / f"{binding.name}.json")
-    return module
+    return generate
 
 
 @requirement("R10.8", "R24.5")
-def test_the_traceability_page_has_a_row_for_each_requirement_with_its_tests_examples_and_faults(
-    pages,
-):
-    found = [row for row in pages.traceability().splitlines() if row.startswith('| <span id="R')]
-    rows = {row.partition('id="')[2].partition('"')[0]: row for row in found}
+def test_the_traceability_page_has_for_each_requirement_its_tests_examples_and_faults(pages):
+    lines = [row for row in pages.traceability().splitlines() if row.startswith('| <span id="R')]
+    rows = {row.split('"')[1]: row for row in lines}
     assert list(rows) == list(read_spec(ROOT / "spec"))
     assert "test_r04_router.py::" in rows["R4.4"]
     assert "<br>50 examples<br>found: " in rows["R4.4"]
@@ -161,10 +157,7 @@ def test_the_matrix_has_a_column_for_each_binding_and_can_be_red(pages):
     page = pages.matrix()
     assert "| id | requirement | lora-cards 1 | faulty 2 |" in page
     rows = [row for row in page.splitlines() if row.startswith("| [R4")]
-    assert [row.split(" | ")[2:] for row in rows] == [
-        ["✓", "✗ |"],
-        ["✓", "(✗) |"],
-    ]
+    assert [row.split(" | ")[2:] for row in rows] == [["✓", "✗ |"], ["✓", "(✗) |"]]
     assert "- **faulty 2**: it has no threshold (R4.5)" in page
 
 
@@ -177,18 +170,16 @@ def test_the_figures_of_the_readme_and_of_the_site_are_those_that_were_measured(
     table = pages.figures.summary(report)
     assert table in read("README.md")
     assert '--8<-- "docs/generated/summary.md"' in read("docs/performance.md")
-    page = pages.figures.page(report).splitlines()
-    assert len([line for line in page if line.startswith("| ")]) == sum(
-        len(part["rows"]) + 1 for part in report.values()
-    )
+    lines = [line for line in pages.figures.page(report).splitlines() if line.startswith("| ")]
+    assert len(lines) == sum(len(part["rows"]) + 1 for part in report.values())
 
 
 @requirement("R10.6")
 def test_a_page_of_figures_says_what_was_found_and_whether_it_met_its_target(pages):
     row = {"what": "swap", "side": "ours", "beside": "theirs", "kind": "ratio", "value": 0.5}
-    row["interval"] = [0.25, 2.0]
+    row |= {"interval": [0.25, 2.0]}
     machine = {"cpu": "a core", "cores": 2, "threads": 1, "load": [0.5, 1.0, 1.5]}
-    machine["versions"] = {"torch": "2"}
+    machine |= {"versions": {"torch": "2"}}
     rows = [row | {"target": 0.05, "met": False}, row | {"target": None, "met": None}]
     page = pages.figures.page({"routing": {"machine": machine, "rows": rows}})
     assert "Measured on a core, 2 cores, 1 threads, with torch 2." in page
@@ -220,10 +211,8 @@ def test_what_was_measured_last_keeps_the_limits(pages, limit, wanted):
 
 
 @requirement("R6.3")
-def test_what_an_active_adapter_added_to_a_forward_when_it_was_measured_last_is_less_than_a_tenth(
-    pages,
-):
-    """An engine's are folded; of rank 16 on all Linears it is reported, and as little."""
+def test_an_active_adapter_added_less_than_a_tenth_to_a_forward_when_measured_last(pages):
+    """An engine's are folded; rank 16 on all Linears is reported, and costs as little."""
     report = pages.figures.read()
     rows = list(pages.figures.rows_of(report, "forward", side="folded", kind="overhead"))
     assert {row["adapter"] for row in rows} == {"r8 q,v", "r16 all Linears"}
@@ -241,9 +230,7 @@ def test_every_chart_of_the_page_on_performance_is_drawn(pages, tmp_path):
 def test_the_readme_names_only_commands_that_exist():
     makefile = read("Makefile")
     for page in ("README.md", "CONTRIBUTING.md"):
-        for targets in re.findall(
-            r"^make ([a-z ]+?)\s*(?:#|$)", (ROOT / page).read_text("utf-8"), re.MULTILINE
-        ):
+        for targets in re.findall(r"^make ([a-z ]+?)\s*(?:#|$)", read(page), re.MULTILINE):
             assert all(f"\n{target}:" in makefile for target in targets.split())
 
 
@@ -273,44 +260,33 @@ UNLISTED |= {
 @requirement("R10.1")
 def test_the_reference_has_every_module_and_every_public_name_with_its_docstring(generate):
     documented = {name for names in generate.REFERENCE.values() for name in names}
-    modules = {
-        found.name for found in pkgutil.walk_packages(lora.__path__, "lora.") if not found.ispkg
-    }
+    packages = pkgutil.walk_packages(lora.__path__, "lora.")
+    modules = {module.name for module in packages if not module.ispkg}
     assert {f"lora.{name}" for name in documented | UNLISTED} == modules
-    rooms = [lora, lora.federation, lora.evolution]
-    for room in rooms:
-        for name in room.__all__:
-            value = getattr(room, name)
+    for package in (lora, lora.federation, lora.evolution):
+        for name in package.__all__:
+            value = getattr(package, name)
             assert value.__doc__
             if not isinstance(value, ModuleType):
                 assert value.__module__.removeprefix("lora.") in documented, name
     assert {f"interop.{name}" for name in lora.interop.__all__} <= documented
     for title, names in generate.REFERENCE.items():
         page = generate.reference(names, title)
-        assert [
-            line.removeprefix("::: lora.") for line in page.splitlines() if line.startswith(":::")
-        ] == names
-        assert f"generated/reference-{title.lower().replace(' ', '-')}.md" in (
-            ROOT / "mkdocs.yml"
-        ).read_text("utf-8")
+        assert re.findall(r"^::: lora\.(.*)$", page, re.MULTILINE) == names
+        file = f"generated/reference-{title.lower().replace(' ', '-')}.md"
+        assert file in read("mkdocs.yml")
 
 
 @requirement("R10.1", "R25.4")
-def test_the_page_of_the_command_line_has_every_command_with_all_its_options_and_an_example(
-    generate,
-):
-    sections = dict(
-        part.split("\n", 1) for part in ("\n" + generate.command_line()).split("\n## ")[1:]
-    )
+def test_the_page_of_the_command_line_has_every_command_with_its_options_and_an_example(generate):
+    parts = f"\n{generate.command_line()}".split("\n## ")[1:]
+    sections = dict(part.split("\n", 1) for part in parts)
     tree = dict(generate.commands())
     assert list(sections) == list(tree)
     assert {"lora merge", "lora factory run", "lora sign"} <= set(tree)
     for name, command in tree.items():
-        for parameter in command.params:
-            assert all(f"`{option}`" in sections[name] for option in parameter.opts), (
-                name,
-                parameter.name,
-            )
+        options = [option for parameter in command.params for option in parameter.opts]
+        assert [option for option in options if f"`{option}`" not in sections[name]] == []
         assert name == "lora" or f"```sh\n{name}" in sections[name]
 
 
@@ -330,8 +306,7 @@ def test_the_home_page_makes_a_card_saves_it_loads_it_and_applies_it(tmp_path, m
     monkeypatch.chdir(tmp_path)
     (block,) = [block for block in blocks_of(ROOT / "docs/index.md") if "lora.save(" in block.text]
     assert block.info == "python"
-    left = {}
-    exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
+    left = execute(block)
     assert lora.load("docs.lora.arrow", verify=left["digest"]) == left["card"]
     x = np.ones((1, 4), np.float32)
     change = left["adapted"]["proj"](left["x"]) - left["model"]["proj"](left["x"])
@@ -342,8 +317,7 @@ def test_the_home_page_makes_a_card_saves_it_loads_it_and_applies_it(tmp_path, m
 @requirement("R10.4")
 def test_the_page_on_routing_routes_a_query_and_abstains_on_another():
     (block,) = [block for block in blocks_of(ROOT / "docs/routing.md") if block.info == "python"]
-    left = {}
-    exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
+    left = execute(block)
     routes = left["router"].select("which file?", threshold=0.5)
     assert [route.name for route in routes] == ["python-docs"]
 
@@ -353,7 +327,7 @@ def test_the_tutorial_runs_from_nothing_to_a_shared_skill(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     left = {}
     for block in [block for block in BLOCKS if block.info == "{.python .step}"]:
-        exec(compile(block.text, block.page, "exec"), left)  # noqa: S102 - our own page
+        execute(block, left)
     assert lora.digest("architect.lora.arrow") == left["digest"]
     assert [path.name for path in Path("cache").glob("*.arrow")]
     assert left["training"].metrics["after"].mrr > left["training"].metrics["before"].mrr
@@ -364,9 +338,12 @@ def test_a_quickstart_and_the_guides_are_in_the_navigation():
     navigation = read("mkdocs.yml")
     for page in (path.relative_to(ROOT / "docs").as_posix() for path in PAGES):
         assert f": {page}\n" in navigation, page
-    assert {"docs/tutorial.md", "docs/federation.md", "docs/evolution.md"} <= {
-        block.page for block in BLOCKS
-    }
+    pages = {block.page for block in BLOCKS}
+    assert {"docs/tutorial.md", "docs/federation.md", "docs/evolution.md"} <= pages
+
+
+KINDS = {"python", "sh", "text", "{.js .card}"}
+KINDS |= {"{.python .step}", "{.python .foreign}", "{.python .spark}"}
 
 
 @requirement("R10.7")
@@ -375,16 +352,9 @@ def test_every_block_is_of_a_kind_that_some_test_runs():
     assert 'testpaths = ["tests", "README.md", "docs"]' in settings
     assert '"--markdown-docs"' in settings
     for block in BLOCKS:
+        assert block.info in KINDS, named(block)
         if "python" in block.info:
-            assert block.info in (
-                "python",
-                "{.python .step}",
-                "{.python .foreign}",
-                "{.python .spark}",
-            ), named(block)
             ast.parse(block.text)
-        else:
-            assert block.info in ("sh", "text", "{.js .card}"), named(block)
     steps = {block.page for block in BLOCKS if block.info == "{.python .step}"}
     assert steps == {"docs/tutorial.md"}
 
@@ -398,13 +368,11 @@ def test_what_the_page_gives_to_spark_gives_back_batches_of_the_schema_that_it_n
     def map_in_arrow(work, schema):
         seen.extend([schema, *work(iter([pa.record_batch({"text": ["open a file", None]})]))])
 
-    exec(  # noqa: S102
-        compile(block.text, block.page, "exec"), {"frame": SimpleNamespace(mapInArrow=map_in_arrow)}
-    )
+    execute(block, {"frame": SimpleNamespace(mapInArrow=map_in_arrow)})
     schema, batch = seen
-    told = {"string": pa.string(), "array<float>": pa.list_(pa.float32())}
-    assert batch.schema.names == [field.split()[0] for field in schema.split(", ")]
-    assert batch.schema.types == [told[field.split()[1]] for field in schema.split(", ")]
+    types = {"string": pa.string(), "array<float>": pa.list_(pa.float32())}
+    fields = [(name, types[kind]) for name, kind in map(str.split, schema.split(", "))]
+    assert [(field.name, field.type) for field in batch.schema] == fields
     assert [row and len(row) for row in batch["embedding"].to_pylist()] == [384, None]
 
 
@@ -428,9 +396,8 @@ def test_the_block_runs_where_its_language_or_package_is(block, tmp_path):
         quiet = "--no-audit --no-fund --ignore-scripts --prefer-offline --loglevel=error".split()
         subprocess.run(["npm", "install", *quiet], cwd=tmp_path, check=True, timeout=300)
         command = ["node", script.name]
-    run = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    run = subprocess.run(command, **options, check=False)
     assert run.returncode == 0, run.stderr
     assert "ray" in block.text or "query" in run.stdout
 
@@ -445,7 +412,7 @@ LEFT_OUT = {
     "lora list": "needs a peer: tests/unit/test_cli_federation.py",
     "lora fetch": "needs a peer: below, and tests/unit/test_cli_federation.py",
     "lora conformance --binding my_package": "names a package of somebody else",
-    "lora conformance --binding my_binding:BINDING --only R3 ": "takes long: docs/how-to/conformance.md runs one like it",
+    "lora conformance --binding my_binding:BINDING --only R3 ": "takes long: another one is run",
     "lora evolve": "trains for minutes: tests/unit/test_cli_evolution.py",
     "lora distil": "trains for minutes: tests/unit/test_cli_evolution.py",
     "lora factory run --at": "runs until it is stopped: tests/unit/test_factory.py",
@@ -463,17 +430,12 @@ def lines_of(text):
 
 def skill(name, seed, size=384):
     rng = np.random.default_rng(seed)
-    shapes = ((size, 2), (2, size))
-    weights = {
-        f"encoder.layer.0.attention.self.{part}": lora.LowRank(
-            *(rng.normal(0, 0.1, s).astype("f4") for s in shapes)
-        )
-        for part in ("query", "value")
-    }
-    about = {
-        "description": "how to open and read files" if name == "docs" else "what a contract says"
-    }
-    return lora.LoRACard(name, 2, 4.0, ("query", "value"), weights, about)
+    weights = {}
+    for part in ("query", "value"):
+        factors = [rng.normal(0, 0.1, shape).astype("f4") for shape in ((size, 2), (2, size))]
+        weights[f"encoder.layer.0.attention.self.{part}"] = lora.LowRank(*factors)
+    about = "how to open and read files" if name == "docs" else "what a contract says"
+    return lora.LoRACard(name, 2, 4.0, ("query", "value"), weights, {"description": about})
 
 
 def prepared(folder):
@@ -487,9 +449,8 @@ def prepared(folder):
     rng = np.random.default_rng(3)
     for name in ("base", "tuned"):
         (folder / name).mkdir()
-        weights = {
-            f"layer.{i}.query.weight": rng.normal(size=(16, 16)).astype("f4") for i in range(2)
-        }
+        names = [f"layer.{i}.query.weight" for i in range(2)]
+        weights = {key: rng.normal(size=(16, 16)).astype("f4") for key in names}
         save_file(weights, folder / name / "model.safetensors")
     rows = [{"query": f"number {i}", "positive": f"n{i}", "group": str(i % 4)} for i in range(16)]
     Pairs.of(rows).save(folder / "pairs.jsonl")
@@ -500,29 +461,25 @@ def prepared(folder):
     parquet.write_table(pa.table({"text": texts}), folder / "texts.parquet")
     for block in blocks_of(ROOT / "docs/how-to/conformance.md"):
         if block.info == "python":
-            exec(compile(block.text, block.page, "exec"), {})  # noqa: S102 - our own page; it writes a binding
+            execute(block)  # it writes a binding
 
 
 def shells():
-    """The commands of each page, in order; and those that the commands' own help gives as examples."""
-    found = {}
+    """The commands of each page, in order; and the examples in the commands' own help."""
+    lines = {}
     for block in BLOCKS:
         if block.info == "sh":
-            found.setdefault(block.page, []).extend(lines_of(block.text))
-    found["--help"] = [
-        words for command in every(COMMANDS) for words in lines_of(examples(command))
-    ]
-    return {page: lines for page, lines in found.items() if lines}
+            lines.setdefault(block.page, []).extend(lines_of(block.text))
+    lines["--help"] = [words for command in every(COMMANDS) for words in lines_of(example(command))]
+    return {page: commands for page, commands in lines.items() if commands}
 
 
 def every(command):
-    return [
-        command,
-        *(one for part in getattr(command, "commands", {}).values() for one in every(part)),
-    ]
+    parts = getattr(command, "commands", {}).values()
+    return [command, *(inner for part in parts for inner in every(part))]
 
 
-def examples(command):
+def example(command):
     return (command.epilog or "").removeprefix("Example: ").replace(", or lora", "\nlora")
 
 
@@ -584,9 +541,8 @@ def test_the_page_on_sharing_works_on_this_machine_behind_mutual_tls(tmp_path, m
         cache = ("--cache", str(tmp_path / "cache"))
         words = shlex.split(fetch.replace("8815", port))
         assert lora.digest("cards/docs.lora.arrow") in ran(*words, *cache)
-        stranger = [
-            word for word in words if word not in ("--cert", "reader.pem", "--key", "reader.key")
-        ]
+        identity = ("--cert", "reader.pem", "--key", "reader.key")
+        stranger = [word for word in words if word not in identity]
         assert "found none" in ran(*stranger, *cache, "--wait", "1", code=1)
 
 
@@ -615,37 +571,29 @@ def by_hand(data):
     start, length = at("<q", block), at("<i", block + 8)
     batch = follow(start + 8 + at("<I", start + 8), 2)
     rows, vector = at("<q", field(batch, 0)), follow(batch, 2) + 4
-    spans = [
-        (at("<q", vector + 16 * i), at("<q", vector + 16 * i + 8))
-        for i in range(at("<I", vector - 4))
-    ]
-    buffers = [data[start + length + o : start + length + o + n] for o, n in spans]
+    places = [vector + 16 * i for i in range(at("<I", vector - 4))]
+    starts = [start + length + at("<q", place) for place in places]
+    buffers = [data[s : s + at("<q", p + 8)] for s, p in zip(starts, places, strict=True)]
     _, where, text, _, scaling, *tensors = buffers
     ends = struct.unpack(f"<{rows + 1}i", where)
     names = [text[a:b].decode() for a, b in pairwise(ends)]
-    found = {
-        name: [number]
-        for name, number in zip(names, struct.unpack(f"<{rows}d", scaling), strict=True)
-    }
-    for half in (tensors[:8], tensors[8:]):
-        _, _, lists, _, elements, _, _, shapes = half
-        bounds, sizes = (
-            struct.unpack(f"<{rows + 1}i", lists),
-            struct.unpack(f"<{2 * rows}i", shapes),
-        )
-        for i, name in enumerate(names):
-            flat = np.frombuffer(elements, "<f4")[bounds[i] : bounds[i + 1]]
-            found[name].append(flat.reshape(sizes[2 * i : 2 * i + 2]))
-    return found
+    scalings = struct.iter_unpack("<d", scaling)
+    columns = {name: [*number] for name, number in zip(names, scalings, strict=True)}
+    for _, _, lists, _, elements, _, _, shapes in (tensors[:8], tensors[8:]):
+        bounds, flat = struct.unpack(f"<{rows + 1}i", lists), np.frombuffer(elements, "<f4")
+        sizes = struct.iter_unpack("<2i", shapes)
+        for name, (a, b), shape in zip(names, pairwise(bounds), sizes, strict=True):
+            columns[name].append(flat[a:b].reshape(shape))
+    return columns
 
 
 @requirement("R10.5")
 def test_a_card_is_read_by_hand_as_the_page_on_the_format_says(tmp_path, generate):
     for card in (generate.tiny(), skill("docs", 1, size=5)):
         lora.save(card, tmp_path / "card.lora.arrow")
-        found = by_hand((tmp_path / "card.lora.arrow").read_bytes())
-        assert list(found) == list(card.weights)
-        for name, (scaling, a, b) in found.items():
+        columns = by_hand((tmp_path / "card.lora.arrow").read_bytes())
+        assert list(columns) == list(card.weights)
+        for name, (scaling, a, b) in columns.items():
             assert scaling == card.weights[name].scaling
             assert np.array_equal(a, card.weights[name].A)
             assert np.array_equal(b, card.weights[name].B)
@@ -656,36 +604,31 @@ def test_the_hex_dump_covers_every_byte_once_and_names_what_lies_there(tmp_path,
     lora.save(generate.tiny(), tmp_path / "tiny.lora.arrow")
     data = (tmp_path / "tiny.lora.arrow").read_bytes()
     spans = generate.spans(data)
-    assert [spans[0].start, *(span.end for span in spans)] == [
-        *(span.start for span in spans),
-        len(data),
-    ]
-    told = {span.told: data[span.start : span.end] for span in spans}
-    assert told["A.data: float32, row-major, (in, rank)"] == struct.pack("<2f", 1, 2)
-    assert told["B.data: float32, row-major, (rank, out)"] == struct.pack("<3f", 3, 4, 5)
-    assert told["A.shape: int32, in and rank"] == struct.pack("<2i", 2, 1)
-    assert told["B.shape: int32, rank and out"] == struct.pack("<2i", 1, 3)
-    assert told["scaling: float64, alpha / rank"] == struct.pack("<d", 2.0)
-    assert told["A.data: int32 offsets of the lists"] == struct.pack("<2i", 0, 2)
-    assert told["B.data: int32 offsets of the lists"] == struct.pack("<2i", 0, 3)
-    assert told["module: int32 offsets into the text"] == struct.pack("<2i", 0, 4)
-    assert told["module: the names, UTF-8"] == b"proj"
+    starts, ends = [span.start for span in spans], [span.end for span in spans]
+    assert [starts[0], *ends] == [*starts, len(data)]
+    bytes_of = {span.told: data[span.start : span.end] for span in spans}
+    assert (
+        bytes_of.items()
+        >= {
+            "A.data: float32, row-major, (in, rank)": struct.pack("<2f", 1, 2),
+            "B.data: float32, row-major, (rank, out)": struct.pack("<3f", 3, 4, 5),
+            "A.shape: int32, in and rank": struct.pack("<2i", 2, 1),
+            "B.shape: int32, rank and out": struct.pack("<2i", 1, 3),
+            "scaling: float64, alpha / rank": struct.pack("<d", 2.0),
+            "A.data: int32 offsets of the lists": struct.pack("<2i", 0, 2),
+            "B.data: int32 offsets of the lists": struct.pack("<2i", 0, 3),
+            "module: int32 offsets into the text": struct.pack("<2i", 0, 4),
+            "module: the names, UTF-8": b"proj",
+        }.items()
+    )
     page = generate.hexdump()
     whole = page.split("## All of it")[1]
-    assert (
-        bytes.fromhex(
-            "".join(re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+?)  ", whole, re.MULTILINE))
-        )
-        == data
-    )
+    lines = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+?)  ", whole, re.MULTILINE)
+    assert bytes.fromhex("".join(lines)) == data
     assert lora.digest(tmp_path / "tiny.lora.arrow") in page
     keys = re.findall(r"^\| `(lora\.\w+)` \|", read("docs/format.md"), re.MULTILINE)
-    stored = {
-        entry.told
-        for span in spans
-        if span.told.startswith("the schema")
-        for entry in generate.entries(data, span)
-    }
+    schemas = [span for span in spans if span.told.startswith("the schema")]
+    stored = {entry.told for span in schemas for entry in generate.entries(data, span)}
     assert set(keys) - stored == {"lora.base_model", "lora.base_fingerprint"}  # which are optional
 
 
@@ -723,16 +666,11 @@ def test_the_pictures_are_drawn_from_what_they_show_and_the_same_each_time(tmp_p
 
 @requirement("R10.7")
 def test_every_picture_on_a_page_is_one_that_is_drawn_in_both_themes(generate):
-    source = "".join(
-        (ROOT / "docs" / name).read_text("utf-8") for name in ("diagrams.py", "figures.py")
-    )
+    source = read("docs/diagrams.py") + read("docs/figures.py")
     names = re.findall(r'write\(folder, "(\w+)"', source)
     for path in PAGES:
         shown = re.findall(r"generated/(\w+)-(\w+)\.svg#only-(\w+)\)", path.read_text("utf-8"))
-        assert (
-            [theme for _, theme, _ in shown]
-            == [only for _, _, only in shown]
-            == ["light", "dark"] * (len(shown) // 2)
-        )
+        themes = [(theme, only) for _, theme, only in shown]
+        assert themes == [("light", "light"), ("dark", "dark")] * (len(shown) // 2)
         assert {name for name, _, _ in shown} <= set(names)
     assert len(names) == 12

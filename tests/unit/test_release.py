@@ -30,8 +30,7 @@ GRANTED = {
 class _Loader(yaml.SafeLoader):
     """YAML in which `on` is a word, as in a workflow."""
 
-
-_Loader.yaml_implicit_resolvers = {**yaml.SafeLoader.yaml_implicit_resolvers, "o": [], "O": []}
+    yaml_implicit_resolvers = yaml.SafeLoader.yaml_implicit_resolvers | {"o": [], "O": []}
 
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
@@ -76,39 +75,35 @@ def test_a_job_that_may_write_runs_no_code_of_this_repository():
 
 def test_no_workflow_has_a_secret_or_runs_text_that_a_stranger_wrote(path):
     text = path.read_text("utf-8")
-    assert "secrets" not in text
-    assert "GITHUB_TOKEN" not in text
-    assert "pull_request_target" not in text
-    assert not [step["run"] for step in steps(read(path)) if "${{" in step.get("run", "")]
+    assert not [word for word in ("secrets", "GITHUB_TOKEN", "pull_request_target") if word in text]
     for step in steps(read(path)):
+        assert "${{" not in step.get("run", "")
         if "actions/checkout@" in step.get("uses", ""):
             assert step["with"]["persist-credentials"] is False
 
 
+def uses_of(path):
+    return re.findall(r"uses: (.*)$", path.read_text("utf-8"), re.MULTILINE)
+
+
 def test_an_action_is_pinned_by_its_commit_and_says_which_version_that_is(path):
-    uses = re.findall(r"uses: (.*)$", path.read_text("utf-8"), re.MULTILINE)
+    uses = uses_of(path)
     assert uses
     assert len(uses) == len([step for step in steps(read(path)) if "uses" in step])
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use) for use in uses)
 
 
 def test_an_action_is_pinned_to_one_commit_everywhere():
-    pins = {}
-    for path in WORKFLOWS:
-        for use in re.findall(r"uses: (.*)$", path.read_text("utf-8"), re.MULTILINE):
-            pins.setdefault(use.partition("@")[0], set()).add(use)
-    assert all(len(found) == 1 for found in pins.values())
+    pins = {use for path in WORKFLOWS for use in uses_of(path)}
+    assert len(pins) == len({pin.partition("@")[0] for pin in pins})
 
 
 def test_what_a_workflow_makes_exists(path):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    made = [
-        run.split()[1:]
-        for step in steps(read(path))
-        if (run := step.get("run", "")).startswith("make ")
-    ]
-    assert made
-    assert {target for run in made for target in run} <= targets
+    runs = [step["run"].split() for step in steps(read(path)) if "run" in step]
+    makes = [words[1:] for words in runs if words[0] == "make"]
+    assert makes
+    assert {target for words in makes for target in words} <= targets
 
 
 def test_only_a_tag_of_a_version_releases_and_only_after_the_tests():
@@ -118,24 +113,19 @@ def test_only_a_tag_of_a_version_releases_and_only_after_the_tests():
     checked, tested, built = runs
     assert (tested, "hatchling build" in built) == ("make test test-slow lint types", True)
     for tag, code in ((f"v{lora.__version__}", 0), (f"v{lora.__version__}1", 1), ("v", 1)):
-        environment = {"GITHUB_REF_NAME": tag, "PATH": os.environ["PATH"]}
-        done = subprocess.run(
-            ["bash", "-c", checked], env=environment, cwd=ROOT, check=False, capture_output=True
-        )
+        options = {"env": {"GITHUB_REF_NAME": tag, "PATH": os.environ["PATH"]}, "cwd": ROOT}
+        done = subprocess.run(["bash", "-c", checked], **options, check=False, capture_output=True)
         assert done.returncode == code
-    assert (
-        workflow["jobs"]["publish"]["environment"]["url"]
-        == f"https://pypi.org/project/{PROJECT['name']}/"
-    )
+    url = workflow["jobs"]["publish"]["environment"]["url"]
+    assert url == f"https://pypi.org/project/{PROJECT['name']}/"
 
 
 def test_the_pythons_that_are_tested_are_those_that_are_promised():
-    matrix = read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["test"]["strategy"][
-        "matrix"
-    ]
-    pattern = re.compile(r"Programming Language :: Python :: (3\.\d+)")
-    named = [found[1] for name in PROJECT["classifiers"] if (found := pattern.fullmatch(name))]
-    assert matrix["python"] == named
+    job = read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["test"]
+    language = "Programming Language :: Python :: 3."
+    classifiers = [name for name in PROJECT["classifiers"] if name.startswith(language)]
+    named = [name.rpartition(" ")[2] for name in classifiers]
+    assert job["strategy"]["matrix"]["python"] == named
     assert PROJECT["requires-python"] == f">={named[0]}"
     assert f"Python {', '.join(named[:-1])} and {named[-1]}, on Linux and macOS" in page()
 
@@ -160,11 +150,8 @@ def test_the_versions_stated_are_those_in_the_code():
 
 @requirement("R24.4")
 def test_the_folder_of_vectors_stated_is_the_one_there_is():
-    folders = [
-        path.name
-        for path in (ROOT / "spec" / "vectors").iterdir()
-        if path.is_dir() and path.name.isdecimal()
-    ]
+    paths = (ROOT / "spec" / "vectors").iterdir()
+    folders = [path.name for path in paths if path.is_dir() and path.name.isdecimal()]
     assert folders == [str(FORMAT_VERSION[0])]
     assert f"`spec/vectors/{folders[0]}/`" in page()
 
@@ -181,11 +168,8 @@ def imported(*argv):
     """Third-party modules' top names, and lora's own modules, that a fresh interpreter imports."""
     command = [sys.executable, "-X", "importtime", *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    names = {
-        line.rpartition("|")[2].strip()
-        for line in done.stderr.splitlines()
-        if line.startswith("import time:")
-    }
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    names = {line.rpartition("|")[2].strip() for line in lines}
     ours = {name for name in names if name.split(".")[0] == "lora"}
     return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"lora"}, ours
 
@@ -198,17 +182,12 @@ def test_importing_the_package_imports_nothing_else():
 
 
 @requirement("R25.4")
-@pytest.mark.parametrize(
-    "argv",
-    [["--help"], ["--version"], ["train", "--help"], ["factory", "add", "--help"]],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("argv", ["--help", "--version", "train --help", "factory add --help"])
 def test_help_costs_no_numpy_no_arrow_and_no_torch(argv):
-    outside, ours = imported("-m", "lora.cli", *argv)
+    outside, ours = imported("-m", "lora.cli", *argv.split())
     assert {"typer", "rich"} <= outside
-    assert not outside & set(
-        "numpy pyarrow ml_dtypes torch tokenizers safetensors cryptography".split()
-    )
+    heavy = "numpy pyarrow ml_dtypes torch tokenizers safetensors cryptography"
+    assert not outside & set(heavy.split())
     assert {name for name in ours if not name.startswith("lora.cli")} <= {"lora", "lora.errors"}
 
 
@@ -217,11 +196,7 @@ def test_inspecting_a_card_costs_no_torch_and_no_model():
     card = ROOT / "spec" / "vectors" / "1" / "R1.4" / "valid" / "basic.lora.arrow"
     outside, ours = imported("-m", "lora.cli", "inspect", str(card))
     assert {"numpy", "pyarrow"} <= outside
-    assert not outside & set(
-        "torch tokenizers safetensors cryptography zeroconf matplotlib transformers pandas".split()
-    )
-    assert not [
-        name
-        for name in ours
-        if name.startswith(("lora.evolution", "lora.federation", "lora.inference"))
-    ]
+    heavy = "torch tokenizers safetensors cryptography zeroconf matplotlib transformers pandas"
+    assert not outside & set(heavy.split())
+    packages = ("lora.evolution", "lora.federation", "lora.inference")
+    assert not [name for name in ours if name.startswith(packages)]
