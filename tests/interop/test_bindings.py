@@ -1,4 +1,4 @@
-"""A real peer under the suite: what it does otherwise is declared with its reason, and nothing else is red."""
+"""A real peer under the suite: what it does otherwise is declared with its reason."""
 
 import pytest
 
@@ -11,14 +11,11 @@ pytestmark = pytest.mark.foreign
 @requirement("R24.1", "R24.2")
 def test_peft_does_what_it_does_not_declare_to_do_otherwise(monkeypatch):
     monkeypatch.setenv("LORA_PROFILE", "quick")
-    found = run_suite("tests.bindings.peft:BINDING")["requirements"]
-    verdicts = {i: requirement["verdict"] for i, requirement in found.items()}
-    assert {
-        i for i, verdict in verdicts.items() if verdict in {"failed", "unexpected pass"}
-    } == set()
+    entries = run_suite("tests.bindings.peft:BINDING")["requirements"]
+    verdicts = {i: entry["verdict"] for i, entry in entries.items()}
+    assert {"failed", "unexpected pass"}.isdisjoint(verdicts.values())
     assert {verdicts[i] for i in ("R2.2", "R8.2", "R20.2")} == {"passed"}
     assert {verdicts[i] for i in ("R3.11", "R20.6")} == {"expected failure"}
     assert {verdicts[i] for i in ("R1.4", "R4.4")} == {"skipped"}
-    assert all(
-        found[i]["reason"] for i, verdict in verdicts.items() if verdict == "expected failure"
-    )
+    expected = [entry for entry in entries.values() if entry["verdict"] == "expected failure"]
+    assert all(entry["reason"] for entry in expected)

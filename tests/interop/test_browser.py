@@ -1,4 +1,4 @@
-"""The site in a real browser: it is searched, it leads from a verdict to its tests, and it fits a desk and a phone."""
+"""The site in a real browser: search, the way from a verdict to its tests, desks and phones."""
 
 import http.server
 import json
@@ -18,27 +18,13 @@ from lora.testing.plugin import requirement
 
 ROOT = Path(__file__).parents[2]
 SOURCES = "docs spec tests lora benchmarks conformance mkdocs.yml README.md CHANGELOG.md".split()
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync"
 WIDTHS = {"desk": (1280, 800), "phone": (390, 844)}
-PAGES = (
-    "",
-    "idea/",
-    "format/",
-    "versioning/",
-    "generated/conformance/",
-    "generated/traceability/",
-    "performance/",
-)
+PAGES = ["", "idea/", "format/", "versioning/", "performance/"]
+PAGES += ["generated/conformance/", "generated/traceability/"]
 OUTSIDE: set[str] = set()
-"""Hosts that pages ask for something that they can do without: the marks of the matrix as pictures."""
+"""Hosts that pages ask for something that they can do without."""
 
 pytestmark = pytest.mark.foreign
 
@@ -62,21 +48,11 @@ def site(tmp_path_factory):
             shutil.copytree(ROOT / name, source / name, ignore=left)
         else:
             shutil.copy(ROOT / name, source / name)
-    environment = {
-        **os.environ,
-        "NO_MKDOCS_2_WARNING": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(source),
-    }
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"}
+    options = {"cwd": source, "env": {**environment, "PYTHONPATH": str(source)}}
     for command in (["docs/generate.py"], ["-m", "mkdocs", "build", "--strict", "--quiet"]):
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=source,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        argv = [sys.executable, *command]
+        done = subprocess.run(argv, **options, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     return source / "site"
 
@@ -94,25 +70,22 @@ def address(site):
 def browser():
     from playwright.sync_api import sync_playwright
 
-    program = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
+    programs = map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])
+    program = next(filter(None, programs), None)
     if program is None:
         pytest.fail("no chromium: install it first, on Debian with `apt-get install chromium`")
     with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=program, args=list(FLAGS))
+        opened = play.chromium.launch(executable_path=program, args=FLAGS.split())
         yield opened
         opened.close()
 
 
 @pytest.fixture(params=WIDTHS)
 def page(request, browser, address):
-    """A page of that width, for which the world is this site; what it complains of is known once it is closed."""
+    """A page of that width that reaches this site alone; its complaints are checked at the end."""
     width, height = WIDTHS[request.param]
     context = browser.new_context(viewport={"width": width, "height": height}, base_url=address)
-    asked, told = set(), []
+    asked, errors = set(), []
 
     def ours_alone(route):
         if route.request.url.startswith(address):
@@ -122,14 +95,12 @@ def page(request, browser, address):
 
     context.route("**/*", ours_alone)
     page = context.new_page()
-    page.on("console", lambda message: told.append(message) if message.type == "error" else None)
-    page.on("pageerror", lambda error: told.append(error))  # noqa: PLW0108 - playwright wants a function
+    page.on("console", lambda message: errors.append(message) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(error))  # noqa: PLW0108 - it wants a function
     yield page
-    faults = [
-        str(found)
-        for found in told
-        if urlsplit(getattr(found, "location", {}).get("url", "")).hostname not in OUTSIDE
-    ]
+    places = [urlsplit(getattr(error, "location", {}).get("url", "")) for error in errors]
+    pairs = zip(errors, places, strict=True)
+    faults = [str(error) for error, place in pairs if place.hostname not in OUTSIDE]
     context.close()
     assert faults == []
     assert asked <= OUTSIDE
@@ -149,9 +120,8 @@ def rows(page):
 def test_every_verdict_of_the_matrix_leads_to_the_requirement_and_to_its_tests(page):
     page.goto("generated/conformance/")
     matrix = rows(page)
-    reports = [
-        json.loads(path.read_text("utf-8")) for path in (ROOT / "conformance").glob("*.json")
-    ]
+    paths = (ROOT / "conformance").glob("*.json")
+    reports = [json.loads(path.read_text("utf-8")) for path in paths]
     assert set(matrix) == {name for report in reports for name in report["requirements"]}
     if page.viewport_size["width"] > 1000:
         page.get_by_role("link", name="Traceability").first.click()
@@ -161,9 +131,9 @@ def test_every_verdict_of_the_matrix_leads_to_the_requirement_and_to_its_tests(p
     traced = rows(page)
     assert set(matrix) <= set(traced)
     for name, (_, sentence, *_) in matrix.items():
-        _, told = traced[name]
-        assert told.partition("\n")[0] == sentence
-        assert "::test_" in told
+        _, tests = traced[name]
+        assert tests.partition("\n")[0] == sentence
+        assert "::test_" in tests
 
 
 @requirement("R10.8")
@@ -174,30 +144,22 @@ def test_a_reader_searches_for_a_word_and_arrives_where_it_is_explained(page):
     field = page.get_by_role("textbox", name="Search")
     field.click()
     field.press_sequentially("pending publisher", delay=20)
-    found = page.locator(".md-search-result__item a").first
-    found.wait_for()
-    found.click()
+    result = page.locator(".md-search-result__item a").first
+    result.wait_for()
+    result.click()
     page.wait_for_url("**/versioning/**")
     assert "pending publisher" in page.inner_text("article")
 
 
-@pytest.mark.parametrize(
-    "place", PAGES, ids=lambda place: place.strip("/").split("/")[-1] or "home"
-)
+@pytest.mark.parametrize("place", PAGES, ids=lambda place: Path(place).name or "home")
 @requirement("R10.7")
 def test_a_page_fits_its_screen_and_its_links_go_somewhere(page, place, tmp_path):
     assert page.goto(place).ok
     page.wait_for_selector("article h1")
     page.screenshot(path=tmp_path / "page.png")
-    wide, room = page.evaluate(
-        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    )
-    assert wide <= room
+    root = "document.documentElement"
+    assert page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth")
     links = page.eval_on_selector_all("a[href]", "links => links.map(link => link.href)")
-    inside = {
-        link.split("#")[0]
-        for link in links
-        if link.startswith(page.url.split("/", 3)[0] + "//127.0.0.1")
-    }
+    inside = {link.split("#")[0] for link in links if link.startswith("http://127.0.0.1")}
     assert inside
     assert not [link for link in sorted(inside) if not page.request.get(link).ok]

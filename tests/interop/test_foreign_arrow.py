@@ -1,7 +1,7 @@
-"""Arrow implementations that share no code with the one that wrote the vectors find the same numbers in them.
+"""Arrow implementations that share no code with the vectors' writer read the same numbers in them.
 
-arrow-rs is reached through arro3 in a process that can import neither pyarrow nor this library, Apache Arrow JS in a node
-process. Both belong to ``make test-all``: there, one that is not installed is a failure.
+arrow-rs is reached through arro3 in a process that can import neither pyarrow nor this library,
+Apache Arrow JS in a node process. In ``make test-all``, a missing one is a failure.
 """
 
 import json
@@ -25,9 +25,8 @@ VALID = [vector["path"] for vector in MANIFEST if vector["valid"]]
 
 
 def printed_by(*command, folder):
-    run = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
-    )
+    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 300}
+    run = subprocess.run(command, **options, check=False)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -37,20 +36,16 @@ def arrow_rs(_folder):
 
 
 def arrow_js(folder):
-    """What runs the reader, in a folder with the packages that it needs: node looks for them beside the script."""
-    shutil.copytree(
-        READERS / "arrow_js",
-        folder,
-        dirs_exist_ok=True,
-        ignore=shutil.ignore_patterns("node_modules"),
-    )
+    """Install the reader's packages beside it, where node looks for them."""
+    left = shutil.ignore_patterns("node_modules")
+    shutil.copytree(READERS / "arrow_js", folder, dirs_exist_ok=True, ignore=left)
     quiet = ("--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--loglevel=error")
     printed_by("npm", "install", *quiet, folder=folder)
     return ["node", "read.mjs"]
 
 
 @pytest.fixture(scope="module", params=[arrow_rs, arrow_js], ids=lambda reader: reader.__name__)
-def found(request, tmp_path_factory):
+def contents(request, tmp_path_factory):
     """What a reader finds in each valid vector, by its path."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
     out = printed_by(*request.param(folder), *(str(FOLDER / path) for path in VALID), folder=folder)
@@ -59,11 +54,8 @@ def found(request, tmp_path_factory):
 
 @requirement("R1.9", "R24.4")
 @pytest.mark.parametrize("path", VALID)
-def test_another_implementation_finds_what_the_expectation_says(found, path):
-    told = json.loads((FOLDER / path.replace(".lora.arrow", ".json")).read_text("utf-8"))
-    stored = "uint16" if told["dtype"] == "bfloat16" else told["dtype"]
-    assert found[path] == {
-        **told,
-        "extensions": ["arrow.variable_shape_tensor"] * 2,
-        "stored": [stored] * 2,
-    }
+def test_another_implementation_finds_what_the_expectation_says(contents, path):
+    expected = json.loads((FOLDER / path.replace(".lora.arrow", ".json")).read_text("utf-8"))
+    stored = "uint16" if expected["dtype"] == "bfloat16" else expected["dtype"]
+    columns = {"extensions": ["arrow.variable_shape_tensor"] * 2, "stored": [stored] * 2}
+    assert contents[path] == {**expected, **columns}

@@ -23,11 +23,8 @@ from lora.testing.plugin import requirement
 
 ROOT = Path(__file__).parents[2]
 EPOCH = "1577836800"  # any fixed moment will do
-UNMEASURED = {
-    key: value
-    for key, value in os.environ.items()
-    if not key.startswith(("COVERAGE_", "PYTHON", "LORA_"))
-}
+OURS = ("COVERAGE_", "PYTHON", "LORA_")
+UNMEASURED = {key: value for key, value in os.environ.items() if not key.startswith(OURS)}
 MADE = "site .venv .ci dist conformance demo-output mutants docs/generated node_modules".split()
 """What a checkout may hold that belongs in no release."""
 
@@ -35,14 +32,16 @@ MADE = "site .venv .ci dist conformance demo-output mutants docs/generated node_
 def build(source, folder):
     """The sdist and the wheel of a source tree."""
     command = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder)]
-    subprocess.run(
-        command,
-        cwd=source,
-        env={**UNMEASURED, "SOURCE_DATE_EPOCH": EPOCH},
-        check=True,
-        capture_output=True,
-    )
+    environment = {**UNMEASURED, "SOURCE_DATE_EPOCH": EPOCH}
+    subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True)
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+def environment(folder):
+    """An empty virtual environment, and the command with which pip changes it."""
+    venv.create(folder, symlinks=True)
+    pip = ["-m", "pip", "--python", str(folder), "--disable-pip-version-check"]
+    return folder, [sys.executable, *pip]
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +77,9 @@ def metadata(wheel):
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """A virtual environment with the wheel, and with this one's packages behind it."""
-    folder = tmp_path_factory.mktemp("installed") / "env"
-    venv.create(folder, symlinks=True)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(folder),
-        "--disable-pip-version-check",
-        "install",
-        "--quiet",
-    ]
-    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, env=UNMEASURED)
+    folder, pip = environment(tmp_path_factory.mktemp("installed") / "env")
+    command = [*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(command, check=True, env=UNMEASURED)
     here = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
     behind = "\n".join(dict.fromkeys([*site.getsitepackages(), sysconfig.get_path("purelib")]))
     (Path(here) / "behind.pth").write_text(behind)
@@ -99,22 +88,18 @@ def installed(wheel, tmp_path_factory):
 
 def run(folder, *argv, cwd):
     """A program of an environment, outside the checkout."""
-    environment = {**UNMEASURED, "LORA_PROFILE": "quick", "OMP_NUM_THREADS": "1"}
+    options = {"cwd": cwd, "env": {**UNMEASURED, "LORA_PROFILE": "quick", "OMP_NUM_THREADS": "1"}}
     command = [str(folder / "bin" / argv[0]), *map(str, argv[1:])]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, **options, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @requirement("R24.1")
 def test_a_wheel_holds_the_package_the_suite_and_the_specification(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {
-        "lora/py.typed",
-        "lora/testing/properties/test_r04_router.py",
-        "lora/testing/spec/R04-router.md",
-    } <= names
-    assert "lora/testing/spec/vectors/1/manifest.toml" in names
+    suite = ["properties/test_r04_router.py", "spec/R04-router.md", "spec/vectors/1/manifest.toml"]
+    assert {"lora/py.typed", *(f"lora/testing/{file}" for file in suite)} <= names
     assert not [name for name in names if not name.startswith(("lora/", "lora_cards-"))]
     tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "lora").rglob("*.py")}
     assert tracked <= names
@@ -122,13 +107,12 @@ def test_a_wheel_holds_the_package_the_suite_and_the_specification(wheel):
 
 
 def test_an_sdist_holds_what_the_tests_and_the_site_are_made_of_and_nothing_that_is_made(unpacked):
-    for folder in (
-        "tests/unit tests/properties tests/faults tests/bindings spec/vectors/1 benchmarks".split()
-    ):
-        assert any((unpacked / folder).iterdir())
-    for file in "LICENSE README.md CHANGELOG.md Makefile constraints.txt mkdocs.yml docs/generate.py".split():
+    folders = "tests/unit tests/properties tests/faults tests/bindings spec/vectors/1 benchmarks"
+    assert all(any((unpacked / folder).iterdir()) for folder in folders.split())
+    files = "LICENSE README.md CHANGELOG.md Makefile constraints.txt mkdocs.yml docs/generate.py"
+    for file in files.split():
         assert (unpacked / file).read_bytes() == (ROOT / file).read_bytes()
-    assert not [made for made in MADE if (unpacked / made).exists()]
+    assert not [name for name in MADE if (unpacked / name).exists()]
     assert not list(unpacked.rglob("__pycache__"))
 
 
@@ -138,77 +122,48 @@ def test_a_build_of_the_unpacked_sdist_is_the_same_bytes(built, unpacked, tmp_pa
 
 
 def test_the_metadata_are_complete_and_valid(metadata):
-    told = Metadata.from_email(metadata, validate=True)
+    parsed = Metadata.from_email(metadata, validate=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert (told.name, str(told.version)) == ("lora-cards", lora.__version__)
-    assert told.summary == project["description"]
-    assert "\n" not in told.summary
-    assert (told.license_expression, told.license_files) == ("MIT", ["LICENSE"])
-    assert set(told.classifiers) <= classifiers
-    assert not [
-        name for name in told.classifiers if name.startswith("License ::")
-    ]  # the expression says it
-    pythons = [
-        re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", name)
-        for name in told.classifiers
-    ]
-    assert all(found[1] in told.requires_python for found in filter(None, pythons))
-    assert told.requires_python == SpecifierSet(">=3.11")
-    assert set(told.provides_extra) == set(project["optional-dependencies"])
+    assert (parsed.name, str(parsed.version)) == ("lora-cards", lora.__version__)
+    assert parsed.summary == project["description"]
+    assert "\n" not in parsed.summary
+    assert (parsed.license_expression, parsed.license_files) == ("MIT", ["LICENSE"])
+    assert set(parsed.classifiers) <= classifiers
+    text = "\n".join(parsed.classifiers)
+    assert "License ::" not in text  # the expression says it
+    pythons = re.findall(r"Programming Language :: Python :: (3\.\d+)", text)
+    assert all(python in parsed.requires_python for python in pythons)
+    assert parsed.requires_python == SpecifierSet(">=3.11")
+    assert set(parsed.provides_extra) == set(project["optional-dependencies"])
     message = email.message_from_bytes(metadata)
     assert message["Description-Content-Type"] == "text/markdown"
     assert message.get_payload(decode=True).decode() == (ROOT / "README.md").read_text("utf-8")
 
 
 @requirement("R24.1")
-def test_the_command_and_the_suite_run_from_an_installed_wheel_outside_the_checkout(
-    installed, tmp_path
-):
-    where = run(
-        installed,
-        "python",
-        "-c",
-        "import lora; from lora.testing.report import suite_folder; print(lora.__file__, suite_folder(), sep='\\n')",
-        cwd=tmp_path,
-    )
-    assert where.returncode == 0, where.stderr
-    package, suite = map(Path, where.stdout.split("\n")[:2])
+def test_the_command_and_the_suite_run_from_an_installed_wheel_elsewhere(installed, tmp_path):
+    script = "import lora; from lora.testing.report import suite_folder; "
+    script += "print(lora.__file__, suite_folder(), sep='\\n')"
+    lines = run(installed, "python", "-c", script, cwd=tmp_path).splitlines()
+    package, suite = map(Path, lines)
     assert package.is_relative_to(installed)
     assert suite == package.parent / "testing" / "properties"
-    done = run(installed, "lora", "--version", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, f"lora-cards {lora.__version__}\n")
-    card = (
-        package.parent
-        / "testing"
-        / "spec"
-        / "vectors"
-        / "1"
-        / "R1.4"
-        / "valid"
-        / "basic.lora.arrow"
-    )
-    assert run(installed, "lora", "inspect", card, cwd=tmp_path).returncode == 0
-    done = run(installed, "lora", "conformance", "--only", "R3.11", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "passed" in done.stdout
+    version = run(installed, "lora", "--version", cwd=tmp_path)
+    assert version == f"lora-cards {lora.__version__}\n"
+    card = package.parent / "testing/spec/vectors/1/R1.4/valid/basic.lora.arrow"
+    run(installed, "lora", "inspect", card, cwd=tmp_path)
+    assert "passed" in run(installed, "lora", "conformance", "--only", "R3.11", cwd=tmp_path)
 
 
 @pytest.mark.foreign
 @requirement("R24.1", "R25.1")
-def test_pip_installs_the_wheel_in_an_empty_environment_where_the_demo_and_a_chapter_run(
-    wheel, tmp_path
-):
-    folder = tmp_path / "env"
-    venv.create(folder, symlinks=True)
-    pip = [sys.executable, "-m", "pip", "--python", str(folder), "--disable-pip-version-check"]
+def test_in_an_empty_environment_pip_installs_the_wheel_and_the_demo_runs(wheel, tmp_path):
+    folder, pip = environment(tmp_path / "env")
     pinned = ["--quiet", "--constraint", str(ROOT / "constraints.txt")]
     subprocess.run([*pip, "install", *pinned, f"{wheel}[test]"], check=True, env=UNMEASURED)
     subprocess.run([*pip, "check"], check=True, env=UNMEASURED)
-    done = run(folder, "lora", "demo", "--steps", "5", "--out", "made", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run(folder, "lora", "demo", "--steps", "5", "--out", "made", cwd=tmp_path)
     assert list((tmp_path / "made").glob("*.lora.arrow"))
-    done = run(
-        folder, "lora", "conformance", "--only", "R1", "--json", "verdicts.json", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--only", "R1", "--json", "verdicts.json"]
+    run(folder, "lora", "conformance", *options, cwd=tmp_path)
     assert (tmp_path / "verdicts.json").exists()

@@ -61,25 +61,8 @@ def test_a_directory_becomes_a_card(tmp_path):
     kept = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
     assert card.metadata == {"peft": kept}
     assert import_peft(folder, name="law").name == "law"
-
-
-@requirement("R23.1")
-@pytest.mark.parametrize(
-    ("config", "scaling"),
-    [
-        ({}, 3.0),
-        ({"use_rslora": True}, 6 / np.sqrt(2)),
-        ({"alpha_pattern": {"q": 1}}, 0.5),
-        ({"alpha_pattern": {"0.q": 1, "q": 2}, "use_rslora": True}, 1 / np.sqrt(2)),
-        ({"alpha_pattern": {"k": 1, "x.*": 4}}, 3.0),
-        ({"alpha_pattern": {"q": 0}}, 0.0),
-        ({"alpha_pattern": {"q": -1.5}}, -0.75),
-        ({"r": 7, "rank_pattern": {"m.*": 2}}, 3.0),
-        ({"r": 7, "rank_pattern": {"m.*": 2}, "use_rslora": True}, 6 / np.sqrt(2)),
-    ],
-)
-def test_the_scaling_is_what_peft_computes(tmp_path, config, scaling):
-    assert import_peft(written(tmp_path, **config)).weights["m.0.q"].scaling == scaling
+    tensors = {key.replace(".weight", ".default.weight"): x for key, x in factors().items()}
+    assert import_peft(written(tmp_path / "default", tensors)).weights == card.weights
 
 
 @requirement("R23.1")
@@ -116,11 +99,13 @@ def test_targets_in_every_form_end_as_names(tmp_path, config, targets):
         {"layers_to_transform": [1]},
         {"layers_to_transform": 1, "layers_pattern": ["m"]},
         {"layers_to_transform": [0], "layers_pattern": ["h"]},
+        {"target_modules": ".*q", "layers_to_transform": [0]},
+        {"target_modules": ".*q", "layers_to_transform": [0], "layers_pattern": "m"},
     ],
 )
-def test_weights_that_peft_would_ignore_are_refused(tmp_path, config):
+def test_weights_that_peft_would_ignore_or_refuse_are_refused(tmp_path, config):
     tensors = {key.replace("m.0.q", "a.m.0.q"): value for key, value in factors().items()}
-    assert "targets" in refused(written(tmp_path, tensors, **config))
+    assert "target" in refused(written(tmp_path, tensors, **config))
 
 
 def settings(values):
@@ -188,14 +173,6 @@ def test_a_config_that_is_malformed_or_contradicts_the_weights_is_refused(tmp_pa
     assert str(tmp_path) in refused(written(tmp_path, **{key: value}))
 
 
-@requirement("R23.1")
-@pytest.mark.parametrize(
-    "config", [{"layers_to_transform": [0]}, {"layers_to_transform": [0], "layers_pattern": "m"}]
-)
-def test_layers_can_t_be_chosen_beside_a_pattern(tmp_path, config):
-    assert "target_modules" in refused(written(tmp_path, target_modules=".*q", **config))
-
-
 A, B = factors().values()
 OTHER = {"base_model.model.q.lora_B.weight": B.astype("f8")}
 
@@ -227,12 +204,6 @@ def test_tensors_that_are_no_pairs_of_factors_are_refused(tmp_path, tensors, say
     message = refused(written(tmp_path, tensors))
     assert says in message
     assert str(tmp_path) in message
-
-
-@requirement("R23.1")
-def test_keys_may_carry_the_default_adapter_s_name(tmp_path):
-    tensors = {f"{PREFIX}lora_A.default.weight": A, f"{PREFIX}lora_B.default.weight": B}
-    assert list(import_peft(written(tmp_path, tensors)).weights) == ["m.0.q"]
 
 
 @requirement("R23.1")
@@ -289,20 +260,15 @@ def test_a_card_becomes_a_directory(tmp_path):
     assert config["use_rslora"] is False
     assert config["base_model_name_or_path"] == "some/base"
     assert "peft_version" not in config
-    export_peft(card(scaling=None), tmp_path / "plain")
-    assert config_of(tmp_path / "plain")["alpha_pattern"] == {}
-
-
-@requirement("R23.2")
-@pytest.mark.parametrize("metadata", [{"peft": 5}, {"peft": None}, {"peft": ["task_type"]}, {}])
-def test_metadata_that_is_not_from_peft_is_left_alone(tmp_path, metadata):
-    export_peft(card(metadata=metadata), tmp_path / "docs")
-    assert "task_type" not in config_of(tmp_path / "docs")
+    for index, metadata in enumerate([{"peft": 5}, {"peft": None}, {"peft": ["task_type"]}, {}]):
+        export_peft(card(scaling=None, metadata=metadata), tmp_path / str(index))
+        config = config_of(tmp_path / str(index))
+        assert (config["alpha_pattern"], "task_type" in config) == ({}, False)
 
 
 @requirement("R23.2", "R23.4")
 @pytest.mark.parametrize(
-    ("made", "says"),
+    ("unsayable", "says"),
     [
         (LoRACard("docs", 2, 6.0, ["q"], {}), "at least one module"),
         (LoRACard("docs", 2, 6.0, [""], {"": card().weights["m.0.q"]}), "root"),
@@ -311,9 +277,9 @@ def test_metadata_that_is_not_from_peft_is_left_alone(tmp_path, metadata):
         (card(scaling=1e308), "scaling · rank"),
     ],
 )
-def test_what_peft_has_no_words_for_is_refused(tmp_path, made, says):
+def test_what_peft_has_no_words_for_is_refused(tmp_path, unsayable, says):
     with pytest.raises(CardError, match="docs") as caught:
-        export_peft(made, tmp_path / "docs")
+        export_peft(unsayable, tmp_path / "docs")
     assert says in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -332,14 +298,13 @@ def test_a_folder_that_holds_something_is_kept_unless_it_may_be_overwritten(tmp_
     other = tmp_path / "home"
     other.mkdir()
     (other / "letter").write_text("dear")
-    with pytest.raises(ArgumentError, match=CONFIG):
-        export_peft(card(), other, overwrite=True)
-    with pytest.raises(ArgumentError):
-        export_peft(card(), other / "letter", overwrite=True)
-    with pytest.raises(ArgumentError, match="found a file"):
-        export_peft(card(), other / "letter")
-    with pytest.raises(StoreError, match="null byte"):
-        export_peft(card(), "a\0b")
+    for place, overwrite, problem in (
+        (other, True, CONFIG),
+        (other / "letter", True, "found a file"),
+        (other / "letter", False, "found a file"),
+    ):
+        with pytest.raises(ArgumentError, match=problem):
+            export_peft(card(), place, overwrite=overwrite)
     assert (other / "letter").read_text() == "dear"
     assert files_in(tmp_path) == ["docs", "home"]
 
@@ -401,12 +366,13 @@ def test_no_reader_sees_new_weights_beside_an_old_configuration(tmp_path, monkey
 def test_a_place_that_is_not_there_is_named(tmp_path):
     with pytest.raises(CardNotFoundError, match="nowhere"):
         export_peft(card(), tmp_path / "nowhere" / "docs")
-    with pytest.raises(StoreError):
-        export_peft(card(), tmp_path / ("x" * 300))
+    for place in (tmp_path / ("x" * 300), "a\0b"):
+        with pytest.raises(StoreError):
+            export_peft(card(), place)
     for wrong in (5, b"docs"):
-        for call in (lambda: export_peft(card(), wrong), lambda: import_peft(wrong)):  # noqa: B023
-            with pytest.raises(ArgumentError):
-                call()
+        with pytest.raises(ArgumentError):
+            export_peft(card(), wrong)
+        refused(wrong, ArgumentError)
     with pytest.raises(ArgumentError):
         export_peft("docs", tmp_path / "docs")
 
