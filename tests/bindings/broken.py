@@ -1,4 +1,4 @@
-"""Bindings that do not answer as they should: they raise, hang, or give something else than was asked for."""
+"""Bindings that do not answer as they should: they raise, hang, or answer with nothing."""
 
 import time
 

@@ -16,8 +16,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
 STORED = {name: pa.from_numpy_dtype(dtype) for name, dtype in DTYPES.items()}
 DTYPES["bfloat16"], STORED["bfloat16"] = np.dtype(ml_dtypes.bfloat16), pa.uint16()
-FIELDS = ["lora.format", "lora.name", "lora.rank", "lora.alpha", "lora.targets", "lora.dtype"]
-FIELDS += ["lora.metadata"]
+FIELDS = [f"lora.{key}" for key in "format name rank alpha targets dtype metadata".split()]
 TENSOR = "arrow.variable_shape_tensor"
 LARGEST = 2**31 - 1
 
@@ -28,7 +27,7 @@ def need(holds: object, where: str, expected: object) -> None:
         raise ValueError(f"{where}: expected {expected}")
 
 
-# --- cards: R1, R7.2, R7.6 ---------------------------------------------------------------------------------------------
+# --- cards: R1, R7.2, R7.6
 
 
 def check(card: PlainCard) -> None:
@@ -70,15 +69,9 @@ def write(card: PlainCard) -> bytes:
     need(json.loads(metadata) == card.metadata, "metadata", "a JSON object")
     pairs = card.weights.values()
     dtype = next((pair.A.dtype.name for pair in pairs), "float32")
-    header = {
-        "lora.format": "1.0",
-        "lora.name": card.name,
-        "lora.rank": str(card.rank),
-        "lora.alpha": repr(float(card.alpha)),
-        "lora.targets": json.dumps(card.target_modules),
-        "lora.dtype": dtype,
-        "lora.metadata": metadata,
-    }
+    values = ["1.0", card.name, str(card.rank), repr(float(card.alpha))]
+    values += [json.dumps(card.target_modules), dtype, metadata]
+    header = dict(zip(FIELDS, values, strict=True))
     taken = set(header) & set(card.extra)
     need(not taken, "extra", "no key of a card's own field")
     header |= dict(sorted(card.extra.items()))
@@ -227,7 +220,7 @@ def factors_of(batch: pa.RecordBatch, column: str, dtype: np.dtype[Any]) -> list
     return factors
 
 
-# --- targets: R3.11 ----------------------------------------------------------------------------------------------------
+# --- targets: R3.11
 
 
 def matches(module: str, suffix: str) -> bool:
@@ -245,7 +238,7 @@ def is_target(module: str, targets: Sequence[str]) -> bool:
     return every or any(matches(module, target) for target in targets)
 
 
-# --- routing: R4 -------------------------------------------------------------------------------------------------------
+# --- routing: R4
 
 
 class Router:
@@ -290,7 +283,7 @@ class Router:
         return [self.select(query, top_k, threshold) for query in queries]
 
 
-# --- merging: R20 ------------------------------------------------------------------------------------------------------
+# --- merging: R20
 
 OPTIONS = {"weighted": {"normalize"}, "slerp": {"t"}}
 OPTIONS |= {"ties": {"density", "elect"}, "dare": {"density", "seed"}}
@@ -410,7 +403,7 @@ def dare(parts, weights, density, keys) -> Array:
     return total
 
 
-# --- extraction: R16 ---------------------------------------------------------------------------------------------------
+# --- extraction: R16
 
 
 def low_rank(delta: Array, rank, energy, error) -> tuple[Array, Array]:
@@ -446,7 +439,7 @@ def extracted(base, tuned, rank, energy, error) -> PlainCard:
     return PlainCard("extracted", largest, float(largest), ("all-linear",), weights, {}, {})
 
 
-# --- the border, and layers: R2, R8 ------------------------------------------------------------------------------------
+# --- the border, and layers: R2, R8
 
 
 class NumpyOnly:
@@ -454,13 +447,8 @@ class NumpyOnly:
 
     name, version = "numpy-only", "1"
 
-    def write_card(self, card: PlainCard) -> bytes:
-        """The card's file."""
-        return write(card)
-
-    def read_card(self, data: bytes) -> PlainCard:
-        """The card in a file."""
-        return read(data)
+    write_card, read_card = staticmethod(write), staticmethod(read)
+    extract, make_router = staticmethod(extracted), staticmethod(Router)
 
     @np.errstate(all="ignore")
     def forward(self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]):
@@ -495,14 +483,6 @@ class NumpyOnly:
                 need(shape == tuple(shapes[module]), module, f"(in, out) = {shapes[module]}")
                 bound[module] = key
         return bound
-
-    def extract(self, base, tuned, rank, energy, error):
-        """A card that turns the base's weights into the tuned ones."""
-        return extracted(base, tuned, rank, energy, error)
-
-    def make_router(self, embed: Callable[[Sequence[str]], Array]) -> Router:
-        """An empty router."""
-        return Router(embed)
 
     def merge(self, cards, strategy, options, weights, rank):
         """One card, from every module's whole ΔW."""

@@ -38,19 +38,17 @@ NARROW = ("pissa", "olora")
 
 IDS = torch.arange(12).reshape(2, 6)
 
-
 SIZES = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12}
+SIZES |= {"vocab_size": 20, "max_position_embeddings": 8, "num_hidden_layers": 3}
 
 
 def bert():
-    sizes = {**SIZES, "vocab_size": 20, "max_position_embeddings": 8, "num_hidden_layers": 3}
-    return BertModel(BertConfig(**sizes))
+    return BertModel(BertConfig(**SIZES))
 
 
 def llama():
-    sizes = {**SIZES, "vocab_size": 20, "max_position_embeddings": 8, "num_hidden_layers": 3}
     special = {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **special))
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **special))
 
 
 def gpt2():
@@ -109,6 +107,8 @@ ALL_PATTERNS = {
     "alpha_pattern": {"output.dense": 7, "(encoder.)?layer.1.attention.self.query": 1},
     "rank_pattern": {"attention.output.dense": 1, "dense": 3},
 }
+EXCLUDED = {"exclude_modules": ["layer.1.output.dense", "pooler.dense"]}
+BLOCKS = {"layers_to_transform": [0, 2], "layers_pattern": ["blocks", "layers"]}
 CASES = {
     "one list": (bert, ["query", "value"], {}),
     "alpha and rank": (bert, ["query"], {"lora_alpha": 3, "r": 5}),
@@ -121,19 +121,11 @@ CASES = {
     "a pattern": (llama, r".*\.[02]\..*\.(q|v)_proj", {}),
     "a full name": (bert, ["encoder.layer.2.intermediate.dense"], {}),
     "left to the model": (llama, None, {}),
-    "excluded": (
-        bert,
-        ["query", "dense"],
-        {"exclude_modules": ["layer.1.output.dense", "pooler.dense"]},
-    ),
+    "excluded": (bert, ["query", "dense"], EXCLUDED),
     "excluded by pattern": (llama, ["q_proj"], {"exclude_modules": r".*layers\.1\..*"}),
     "one layer": (bert, ["query"], {"layers_to_transform": 1}),
     "layers": (llama, ["q_proj", "up_proj"], {"layers_to_transform": [0, 2]}),
-    "layers by pattern": (
-        llama,
-        ["q_proj"],
-        {"layers_to_transform": [0, 2], "layers_pattern": ["blocks", "layers"]},
-    ),
+    "layers by pattern": (llama, ["q_proj"], BLOCKS),
     "negative": (bert, ["query", "key"], {"alpha_pattern": {"key": -3, "query": 0}}),
 }
 
@@ -207,6 +199,11 @@ class Alike(nn.Module):
         return self.get_submodule("a+b(c")(mixed)
 
 
+def alike():
+    torch.manual_seed(0)
+    return Alike().double().requires_grad_(requires_grad=False), torch.randn(5, 8).double()
+
+
 def written(model, card):
     """The model with every ΔW in its weights, as ambiguous keys can't be adapted by."""
     model = copy.deepcopy(model)
@@ -218,8 +215,7 @@ def written(model, card):
 @requirement("R23.2", "R23.4")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unequal_ranks_and_any_scaling_mean_the_same_to_peft(tmp_path, dtype):
-    torch.manual_seed(0)
-    base, x = Alike().double().requires_grad_(requires_grad=False), torch.randn(5, 8).double()
+    base, x = alike()
     card = by_hand(base, dtype)
     assert {pair.rank for pair in card.weights.values()} == {1, 2, 3}
     expected = written(base, card)(x)
@@ -233,8 +229,7 @@ def test_unequal_ranks_and_any_scaling_mean_the_same_to_peft(tmp_path, dtype):
 
 @requirement("R23.2")
 def test_a_card_of_one_module_is_not_given_to_those_whose_names_end_alike(tmp_path):
-    torch.manual_seed(0)
-    base, x = Alike().double().requires_grad_(requires_grad=False), torch.randn(5, 8).double()
+    base, x = alike()
     pair = by_hand(base).weights["outer.xq"]
     card = LoRACard("docs", pair.rank, 1.0, ["q"], {"q": pair})
     export_peft(card, tmp_path / "docs")
@@ -258,16 +253,8 @@ RULES = [
     {"target_modules": ["uery", ""]},
 ]
 NAMES = [name for name, _ in small(bert).named_modules() if name]
-NAMES += [
-    "layer.0.query",
-    "0.query",
-    "h.0.query",
-    "layer.1.experts.0.query",
-    "query",
-    "a.1",
-    "b.3.1",
-]
-NAMES += ["x.layer.0.mlp.1.query", "xlayer.0.query", "x.1.layer.0.query", "a.b.3.q.proj"]
+NAMES += "layer.0.query 0.query h.0.query layer.1.experts.0.query query a.1 b.3.1".split()
+NAMES += "x.layer.0.mlp.1.query xlayer.0.query x.1.layer.0.query a.b.3.q.proj".split()
 NAMES += ["deep.a.b.3.c.q.proj"]
 
 

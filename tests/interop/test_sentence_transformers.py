@@ -21,8 +21,7 @@ from lora.testing.plugin import requirement
 AGREEMENT = 1e-5
 """What R5.7 asks for."""
 
-MODULES = ["argparse", "asyncio/base_events", "collections/__init__", "difflib", "json/decoder"]
-MODULES += ["pathlib", "textwrap"]
+MODULES = "argparse asyncio/base_events collections/__init__ difflib json/decoder pathlib textwrap"
 
 ODD = ["", " ", " \t\n\r ", "\x00", "\x00\x01\x7f\x1b[0m", "a\x00b", "\u200b\ufeff\u202e"]
 ODD += ["naïve café, e\u0301 and é", "注意 日本語 한국어 עברית العربية", "\U0010ffff \ue000"]
@@ -33,7 +32,7 @@ ODD += ["HTTP/2 (RFC 7540) §4.1 -- $1,000.00 @ 5%", "x" * 300, "é" * 300]
 def sentences():
     """The shorter paragraphs of real docstrings, from the standard library's source."""
     folder, found = Path(sysconfig.get_paths()["stdlib"]), []
-    for module in MODULES:
+    for module in MODULES.split():
         tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         for node in ast.walk(tree):
@@ -111,21 +110,15 @@ def test_both_see_the_same_tokens(core, peer):
 
 
 @requirement("R5.7")
-def test_the_state_dict_is_that_of_a_bert_model(core, peer):
-    (theirs,) = [module for module in peer.modules() if isinstance(module, BertModel)]
-    mine, expected = core.state_dict(), theirs.state_dict()
-    assert same_bits(mine, expected)
-
-
-@requirement("R5.7")
-def test_every_linear_has_the_name_it_has_in_a_bert_model(core, peer):
-    (theirs,) = [module for module in peer.modules() if isinstance(module, BertModel)]
-    mine, expected = (
+def test_state_dict_and_names_of_linears_are_those_of_a_bert_model(core, peer):
+    (bert,) = [module for module in peer.modules() if isinstance(module, BertModel)]
+    assert same_bits(core.state_dict(), bert.state_dict())
+    names, expected = (
         {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        for model in (core, theirs)
+        for model in (core, bert)
     )
-    assert mine == expected
-    assert len(mine) == 6 * 6 + 1
+    assert names == expected
+    assert len(names) == 6 * 6 + 1
 
 
 @st.composite
