@@ -17,15 +17,12 @@ with warnings.catch_warnings():
 from lora.testing.binding import Array, PlainCard, PlainPair, Term
 from lora.testing.reference import array_of, tensor_of
 
-COMBINATIONS = {
-    "average": "svd",
-    "weighted": "svd",
-    "task_arithmetic": "svd",
-    "cat": "cat",
-    "ties": "ties_svd",
-    "dare": "dare_linear_svd",
-}
-"""Of PEFT's ways of merging, those that act on ΔW: its "linear", "ties" and "dare_linear" merge A and B apart."""
+COMBINATIONS = dict.fromkeys(["average", "weighted", "task_arithmetic"], "svd")
+COMBINATIONS |= {"cat": "cat", "ties": "ties_svd", "dare": "dare_linear_svd"}
+"""PEFT's ways of merging ΔW; its "linear", "ties" and "dare_linear" merge A and B apart."""
+
+OWN_FORMAT = "PEFT stores adapters as a directory of safetensors and JSON"
+FLOAT32 = "weights are float32, so a merge in float64 is exact to 1e-7 only"
 
 
 class Peft:
@@ -34,23 +31,26 @@ class Peft:
     name = "PEFT"
     version = peft.__version__
     missing: ClassVar = {
-        "write_card": "PEFT stores adapters as a directory of safetensors and JSON",
-        "read_card": "PEFT stores adapters as a directory of safetensors and JSON",
+        "write_card": OWN_FORMAT,
+        "read_card": OWN_FORMAT,
         "bind": "PEFT does not tell what the weights of an adapter bind to",
         "make_router": "PEFT has no router",
         "extract": "PEFT makes no adapter of two models' weights",
     }
     expected_failures: ClassVar = {
-        "R3.11": "all-linear leaves out the output embedding of a Hugging Face model only: by what it is, not by its name",
+        "R3.11": "all-linear leaves out the output embedding of a Hugging Face model only: by what "
+        "it is, not by its name",
         "R20.1": "there is no SLERP; factors, weights and options are not checked",
-        "R20.3": "weights are float32; one card alone is merged as 'linear' at any density; TIES divides by the number of "
-        "cards, not by their weights; DARE's masks follow the order of the cards",
-        "R20.4": "weights are float32, so a merge in float64 is exact to 1e-7 only",
+        "R20.3": "weights are float32; one card alone is merged as 'linear' at any density; TIES "
+        "divides by the number of cards, not by their weights; DARE's masks follow the order of "
+        "the cards",
+        "R20.4": FLOAT32,
         "R20.5": "there is no SLERP",
-        "R20.6": "TIES elects signs before it applies weights, and divides by the number of cards; a sum of 0 elects plus; "
-        "one card alone is not trimmed; which of equal entries are kept is not said",
+        "R20.6": "TIES elects signs before it applies weights, and divides by the number of cards; "
+        "a sum of 0 elects plus; one card alone is not trimmed; which of equal entries are kept is "
+        "not said",
         "R20.7": "DARE draws all masks from one generator, in order; one card alone loses nothing",
-        "R20.8": "weights are float32, so a merge in float64 is exact to 1e-7 only",
+        "R20.8": FLOAT32,
         "R20.9": "DARE's mask for a module depends on which other modules a card has",
     }
 
@@ -81,7 +81,7 @@ class Peft:
         return [name for name in names if tuners_utils.check_target_module_exists(config, name)]
 
     def merge(self, cards: Sequence[PlainCard], strategy, options, weights, rank) -> PlainCard:
-        """One adapter for each card, merged by the combination that acts on ΔW, at the rank that makes it exact."""
+        """One adapter for each card, merged by ΔW at the rank that makes it exact."""
         if strategy not in COMBINATIONS:
             raise NotImplementedError(f"PEFT has no {strategy}")
         if strategy == "cat" and rank is not None:
@@ -102,11 +102,8 @@ class Peft:
         for index, module in enumerate(modules):
             shape = len(pairs[module].A), pairs[module].B.shape[1]
             model[f"m{index}"] = nn.Linear(*shape, bias=False, dtype=wide)
-        adapters = {
-            f"a{index}": layers_of(card, modules)
-            for index, card in enumerate(cards)
-            if card.weights
-        }
+        names = {f"a{index}": card for index, card in enumerate(cards) if card.weights}
+        adapters = {name: layers_of(card, modules) for name, card in names.items()}
         if not adapters:
             return PlainCard("merged", 1, 1.0, targets, {}, {}, {})
         ranks = [max((p.A.shape[1] for p in card.weights.values()), default=0) for card in cards]

@@ -107,12 +107,12 @@ sizes = st.sampled_from([1, 2, 10**6])
 
 
 def descriptors(folder):
-    """Open files in a folder."""
-    found = 0
+    """Count the open files in a folder."""
+    count = 0
     for handle in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):
-            found += handle.readlink().is_relative_to(folder)
-    return found
+            count += handle.readlink().is_relative_to(folder)
+    return count
 
 
 class RegistryMachine(RuleBasedStateMachine):

@@ -191,8 +191,9 @@ BROKEN = {
     "modules.json": [b"{}"],
     "sentence_bert_config.json": [b"[]"],
     "tokenizer.json": [b"{}", b""],
-    "model.safetensors": [b"", b"\xff" * 9],
+    "model.safetensors": [b"", b"\xff" * 9, 7, 100, -1],
 }
+"""What a file holds, or where it is cut."""
 
 
 @requirement("R5.7", "R7.8")
@@ -200,23 +201,15 @@ BROKEN = {
     ("name", "content"), [(name, content) for name in BROKEN for content in BROKEN[name]]
 )
 def test_a_broken_file_is_named(folder, name, content):
-    (folder / name).write_bytes(content)
-    refused(folder, re.escape(str(folder / name)))
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    refused(folder, re.escape(str(path)))
 
 
 @requirement("R5.7")
-def test_truncated_weights_are_refused(folder):
-    data = (folder / "model.safetensors").read_bytes()
-    for kept in (7, 100, len(data) - 1):
-        (folder / "model.safetensors").write_bytes(data[:kept])
-        refused(folder, "a safetensors file")
-
-
-@requirement("R5.7")
-@pytest.mark.parametrize("kind", ["Dense", "WeightedLayerPooling"])
-def test_a_module_that_is_not_known_is_refused(folder, kind):
-    write_json(folder / "modules.json", [{"type": f"sentence_transformers.models.{kind}"}])
-    refused(folder, f"Transformer, Pooling, Normalize, found .*{kind}")
+def test_a_module_that_is_not_known_is_refused(folder):
+    write_json(folder / "modules.json", [{"type": "sentence_transformers.models.Dense"}])
+    refused(folder, "Transformer, Pooling, Normalize, found .*Dense")
 
 
 @requirement("R5.7")

@@ -91,14 +91,7 @@ def test_targets_in_every_form_end_as_names(tmp_path, config, targets):
     "config",
     [
         {"target_modules": ["k"]},
-        {"target_modules": "q"},
-        {"target_modules": []},
-        {"exclude_modules": ["q"]},
-        {"exclude_modules": ".*q"},
         {"target_modules": "all-linear", "exclude_modules": ["0.q"]},
-        {"layers_to_transform": [1]},
-        {"layers_to_transform": 1, "layers_pattern": ["m"]},
-        {"layers_to_transform": [0], "layers_pattern": ["h"]},
         {"target_modules": ".*q", "layers_to_transform": [0]},
         {"target_modules": ".*q", "layers_to_transform": [0], "layers_pattern": "m"},
     ],
@@ -138,17 +131,18 @@ def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, key, value):
     assert import_peft(written(tmp_path)).rank == 2
 
 
+HARMLESS = {
+    "init_lora_weights": [True, False, None, "gaussian", "eva", "orthogonal", "mica"],
+    "eva_config": [{"rho": 2.0}],
+    "modules_to_save": [[]],
+    "something_new": [None, False],
+    "fan_in_fan_out": [True],
+    "megatron_core": ["megatron.core"],
+}
+
+
 @requirement("R23.1")
-@settings(
-    {
-        "init_lora_weights": [True, False, None, "gaussian", "eva", "orthogonal", "mica"],
-        "eva_config": [{"rho": 2.0}],
-        "modules_to_save": [[]],
-        "something_new": [None, False],
-        "fan_in_fan_out": [True],
-        "megatron_core": ["megatron.core"],
-    }
-)
+@settings(HARMLESS)
 def test_what_changes_no_output_is_taken(tmp_path, key, value):
     assert import_peft(written(tmp_path, **{key: value})).weights["m.0.q"].scaling == 3.0
 
@@ -209,12 +203,10 @@ def test_tensors_that_are_no_pairs_of_factors_are_refused(tmp_path, tensors, say
 @requirement("R23.1")
 def test_a_pickle_is_never_read(tmp_path):
     folder = written(tmp_path / "docs")
-    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).rename(folder / PICKLE)
     trap = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
     (folder / PICKLE).write_bytes(b"c__builtin__\neval\n(V" + trap.encode() + b"\ntR.")
-    message = refused(folder)
-    assert PICKLE in message
-    assert "pickle" in message
+    assert f"{PICKLE}; reading a pickle runs code" in refused(folder)
     assert not (tmp_path / "ran").exists()
     pickle.loads((folder / PICKLE).read_bytes())  # noqa: S301 - the trap does work
     assert (tmp_path / "ran").exists()

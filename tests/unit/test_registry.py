@@ -63,10 +63,6 @@ def registry_of(written):
     return make
 
 
-def names_of(registry):
-    return [name for name, _ in registry.mapped]
-
-
 def maps_of(folder):
     return sum(f" {folder}" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
@@ -84,29 +80,29 @@ def test_a_thousand_cards_are_registered_by_header_and_few_descriptors_are_open(
         registry.register(path)
     assert len(registry.entries) == 1000
     assert (registry.mapped, descriptors(tmp_path), maps_of(tmp_path)) == ((), 0, 0)
-    held = [registry.get(f"card {index}") for index in range(5)]
+    cards = [registry.get(f"card {index}") for index in range(5)]
     for index in range(1000):
         assert registry.get(f"card {index}").weights["0"].A[0, 0] == index
         assert len(registry.mapped) == min(20, max(5, index + 1))
         if index % 50 == 0:
             assert descriptors(tmp_path) == maps_of(tmp_path) == len(registry.mapped)
-    assert all(registry.get(f"card {index}") is held[index] for index in range(5))
-    del registry, held
+    assert all(registry.get(f"card {index}") is cards[index] for index in range(5))
+    del registry, cards
     assert descriptors(tmp_path) == maps_of(tmp_path) == 0
 
 
 @requirement("R22.3")
 def test_a_registry_that_is_full_of_what_is_in_use_says_so_and_what_to_do(registry_of):
     registry = registry_of("abc", max_cards=2, max_bytes=2**20)
-    held = [registry.get("a"), registry.get("b")]
+    cards = [registry.get("a"), registry.get("b")]
     message = r"get 'c' 0.1.0: .* max_cards=2, max_bytes=1048576, found 2 cards .*; deactivate"
     with pytest.raises(RegistryFull, match=message) as caught:
         registry.get("c")
     assert isinstance(caught.value, StateError)
-    assert held == [registry.get("a"), registry.get("b")]
-    del held[0]
+    assert cards == [registry.get("a"), registry.get("b")]
+    del cards[0]
     assert registry.get("c").name == "c"
-    assert names_of(registry) == ["b", "c"]
+    assert [name for name, _ in registry.mapped] == ["b", "c"]
 
 
 @requirement("R22.3")
@@ -256,10 +252,9 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(written, monkeypatc
             registry.register(path)
     assert dict(registry.entries) == {}
     registry.register(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(registry_module, "load", replaced_after(registry_module.load))
-        with pytest.raises(CardFileError, match="a changed one"):
-            registry.get("docs")
+    monkeypatch.setattr(registry_module, "load", replaced_after(registry_module.load))
+    with pytest.raises(CardFileError, match="a changed one"):
+        registry.get("docs")
     assert registry.mapped == ()
 
 
