@@ -11,7 +11,6 @@ Requirements: R23.
 import json
 import math
 import re
-import secrets
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -98,10 +97,11 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
             the weights are a pickle, which is never read.
     """
     folder = as_path(folder).absolute()
-    with naming(folder / CONFIG):
-        if not (folder / CONFIG).is_file():
-            raise CardNotFoundError(str(folder / CONFIG), "a PEFT configuration", "none")
-        with os_errors(folder / CONFIG), (folder / CONFIG).open("rb") as file:
+    path = folder / CONFIG
+    with naming(path):
+        if not path.is_file():
+            raise CardNotFoundError(str(path), "a PEFT configuration", "none")
+        with os_errors(path), path.open("rb") as file:
             text = file.read(MAX_CONFIG_BYTES + 1)
         if len(text) > MAX_CONFIG_BYTES:
             raise CardFileError("size", f"at most {MAX_CONFIG_BYTES} bytes", "more")
@@ -177,19 +177,18 @@ def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) ->
             contents = "a folder with files" if folder.is_dir() else "a file"
             raise ArgumentError(str(folder), expected, contents)
         folder.mkdir(exist_ok=True)
-        paths = [path for path in (folder / CONFIG, folder / WEIGHTS) if path.exists()]
-        backups = {path: path.with_name(f".{secrets.token_hex(8)}.old") for path in paths}
+        backups = {}
         try:
             with replacing(folder / CONFIG) as file:
                 file.write(json.dumps(config, indent=2, sort_keys=True).encode())
                 with replacing(folder / WEIGHTS) as weights_file:
                     write_tensors(weights_file, tensors, {"format": "pt", **header_of(card)})
-                    for path, backup in backups.items():
-                        path.rename(backup)
+                    for path in folder / CONFIG, folder / WEIGHTS:
+                        if path.exists():
+                            backups[path] = path.rename(folder / f".{path.name}.old")
         except BaseException:
             for path, backup in reversed(backups.items()):
-                if backup.exists():
-                    backup.replace(path)
+                backup.replace(path)
             raise
         for backup in backups.values():
             backup.unlink()

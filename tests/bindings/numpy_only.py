@@ -22,7 +22,6 @@ LARGEST = 2**31 - 1
 
 
 def need(holds: object, where: str, expected: object) -> None:
-    """Refuse what does not hold."""
     if not holds:
         raise ValueError(f"{where}: expected {expected}")
 
@@ -157,7 +156,6 @@ def decimal(fields: Mapping[str, str], key: str, characters: str) -> str:
 
 
 def parsed(fields: Mapping[str, str], key: str, kind: type) -> Any:
-    """A field that is JSON."""
     try:
         value = json.loads(fields[key])
         json.dumps(value, allow_nan=False)
@@ -204,7 +202,6 @@ def check_columns(batch: pa.RecordBatch, stored: pa.DataType, file: pa.Buffer) -
 
 
 def factors_of(batch: pa.RecordBatch, column: str, dtype: np.dtype[Any]) -> list[Array]:
-    """The factors of a column."""
     # Only some versions of pyarrow know the extension type.
     storage = getattr(batch[column], "storage", batch[column])
     data, shapes = storage.field("data"), storage.field("shape")
@@ -264,7 +261,6 @@ class Router:
         self.candidates[name] = self.units(list(texts))
 
     def unregister(self, name: str) -> None:
-        """Forget a candidate."""
         self.candidates.pop(name, None)
 
     def select(self, query: str, top_k: int, threshold: float | None) -> list[tuple[str, float]]:
@@ -279,7 +275,6 @@ class Router:
         return sorted(ranked, key=lambda item: (-item[1], item[0]))[:top_k]
 
     def select_many(self, queries, top_k, threshold):
-        """As `select`, for each query."""
         return [self.select(query, top_k, threshold) for query in queries]
 
 
@@ -291,7 +286,7 @@ STRATEGIES = {"average", "task_arithmetic", "cat", *OPTIONS}
 
 
 def merged(cards, strategy, options, weights, rank) -> PlainCard:
-    """The cards' ΔW combined module by module, each cut by SVD to the rank that it has or may have."""
+    """The cards' ΔW combined module by module, each cut by SVD to its rank."""
     need(strategy in STRATEGIES, "strategy", f"one of {sorted(STRATEGIES)}")
     need(set(options) <= OPTIONS.get(strategy, set()), strategy, f"options {OPTIONS.get(strategy)}")
     need(cards and (rank is None or rank >= 1), "merge", "cards, and a rank >= 1")
@@ -452,7 +447,7 @@ class NumpyOnly:
 
     @np.errstate(all="ignore")
     def forward(self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]):
-        """``x Wᵀ + b + Σ (x @ A @ B) · scaling · weight`` in float32 or better, rounded by stages."""
+        """``x Wᵀ + b + Σ (x @ A @ B) · scaling · weight``, in float32 or better, stage by stage."""
         wide = np.float64 if x.dtype == np.float64 else np.float32
 
         def rounded(array: Array) -> Array:
@@ -467,7 +462,6 @@ class NumpyOnly:
         return out.astype(x.dtype)
 
     def match_targets(self, names: Sequence[str], targets: Sequence[str]) -> list[str]:
-        """The names of Linears that these targets match."""
         return [name for name in names if is_target(name, targets)]
 
     def bind(self, card: PlainCard, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -485,7 +479,6 @@ class NumpyOnly:
         return bound
 
     def merge(self, cards, strategy, options, weights, rank):
-        """One card, from every module's whole ΔW."""
         return merged(list(cards), strategy, dict(options), weights, rank)
 
 

@@ -52,7 +52,7 @@ def peer(model_folder):
 
 
 def strong(model, name, seed, *, everywhere=False):
-    """A card that turns embeddings far round; its keys bind in any model that has a BertModel in it."""
+    """A card that turns embeddings far round; its keys bind in any model that holds a BertModel."""
     rng = np.random.default_rng(seed)
     weights = {}
     for key, module in model.named_modules():

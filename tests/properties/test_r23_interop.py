@@ -100,7 +100,7 @@ def test_a_second_round_through_peft_changes_nothing_more(card):
 @requirement("R23.4")
 @given(cards())
 def test_a_card_goes_to_peft_exactly_if_peft_can_express_it(card):
-    """No weight that nothing targets comes to life there, and what is refused leaves nothing behind."""
+    """No untargeted weight comes to life there, and a refused card leaves nothing behind."""
     finite = all(abs(pair.scaling * pair.rank) < np.inf for pair in card.weights.values())
     applied = set(match_targets(card.weights, card.target_modules)) == set(card.weights)
     sayable = bool(card.weights) and "" not in card.weights and finite and applied
@@ -134,17 +134,17 @@ def test_a_changed_file_is_refused_or_is_a_well_formed_card(card, data):
     with folder() as place:
         export_peft(card, place / "x")
         save_safetensors(card, place / "x" / "y.safetensors")
-        chosen = place / "x" / data.draw(st.sampled_from([CONFIG, WEIGHTS, "y.safetensors"]))
-        content = bytearray(chosen.read_bytes())
+        path = place / "x" / data.draw(st.sampled_from([CONFIG, WEIGHTS, "y.safetensors"]))
+        content = bytearray(path.read_bytes())
         position = data.draw(st.integers(0, min(len(content), 1500) - 1))
         if data.draw(st.booleans()):
             content[position] = data.draw(st.integers(0, 255))
         else:
             del content[position:]
-        chosen.write_bytes(content)
+        path.write_bytes(content)
         readers = {import_peft: place / "x", load_safetensors: place / "x" / "y.safetensors"}
-        for read, path in readers.items():
+        for read, source in readers.items():
             try:
-                assert isinstance(read(path), LoRACard)
+                assert isinstance(read(source), LoRACard)
             except CardFileError as error:
-                assert str(path) in str(error)  # noqa: PT017 - either may happen
+                assert str(source) in str(error)  # noqa: PT017 - either may happen

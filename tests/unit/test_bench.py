@@ -1,4 +1,4 @@
-"""The bench runs, reports what it promises, and compares like with like; no test looks at a time."""
+"""The bench runs, reports what it promises, and compares like with like; no test checks a time."""
 
 import json
 import math

@@ -82,7 +82,8 @@ def test_pure_modules_know_no_clock_no_environment_no_files_no_logging():
 def test_the_core_is_usable_without_torch():
     names = "LoRACard LowRank AdapterSet save load inspect digest card_to_table calibrate".split()
     names += ["merge", "extract_delta", "LoRAConfig"]
-    script = f"import sys, lora\nfor name in {names}: getattr(lora, name)\nassert 'torch' not in sys.modules"
+    script = f"import sys, lora\nfor name in {names}: getattr(lora, name)"
+    script += "\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -54,8 +54,7 @@ def test_a_file_without_a_header_says_its_layout_by_its_shapes(path, layout, suf
     card = load_safetensors(path, alpha=8)
     assert (card.name, card.rank, card.alpha) == ("docs", 2, 8.0)
     assert card.target_modules == ("a.q", "a.square")
-    for name, expected in pairs.items():
-        assert card.weights[name] == LowRank(expected.A, expected.B, 4.0)
+    assert card.weights == {name: LowRank(each.A, each.B, 4.0) for name, each in pairs.items()}
     assert load_safetensors(path, alpha=8, layout=layout).weights == card.weights
     named = load_safetensors(path, alpha=8, name="law", target_modules=["q"])
     assert (named.name, named.target_modules) == ("law", ("q",))
@@ -95,7 +94,7 @@ def test_a_module_with_one_reading_decides_for_square_ones(path, layout):
 
 @requirement("R23.5")
 def test_two_readings_are_told_apart_by_the_rank_or_not_at_all(path):
-    """A (2, 5) and B (5, 2): rank 2 over 5 -> 5, or rank 5 over 2 -> 2; the header's rank decides."""
+    """A (2, 5), B (5, 2): rank 2 over 5 -> 5, or rank 5 over 2 -> 2; the header's rank decides."""
     wide = pair(5, 2, 5)
     for rank, shape in ((None, (5, 2)), ("2", (5, 2)), ("5", (2, 5))):
         save_file(tensors({"q": wide}, "linear"), path, metadata={"rank": rank} if rank else None)
