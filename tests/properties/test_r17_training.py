@@ -13,20 +13,61 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora.engine import ArrowEngine
 from lora.errors import DataError, StateError
 from lora.evolution.data import Pairs
 from lora.evolution.losses import contrastive
 from lora.evolution.train import LoRATrainer, Settings, batches_of, evaluate
+from lora.inference.encoder import EncoderConfig, InferenceCore
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
-from tests.unit.test_train import StopError, bits, core, stop_at
-from tests.unit.test_train import pairs as toy_pairs
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOPICS = 5
 STEPS = 8
+
+
+def core(seed=0, topics=8, shape=(32, 2, 2, 64, 8), **options):
+    """A tiny random encoder over a vocabulary of ``a0 … d7``."""
+    names = [f"{letter}{i}" for letter in "abcd" for i in range(topics)]
+    vocabulary = {name: i for i, name in enumerate(["[PAD]", "[UNK]", *names])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = InferenceCore(EncoderConfig(len(vocabulary), *shape, **options), tokenizer)
+    return encoder.requires_grad_(requires_grad=False).eval()
+
+
+def toy_pairs(topics=8):
+    """Pairs in which ``a<i> c<j>`` asks for ``b<i> d<j>``."""
+    places = [(i, j) for i in range(topics) for j in range(topics)]
+    return Pairs.of(
+        {"query": f"a{i} c{j}", "positive": f"b{i} d{j}", "group": f"{i}{j}"} for i, j in places
+    )
+
+
+def bits(result):
+    """All that a training gave, for comparing bit for bit."""
+    factors = sorted(result.card.weights.items())
+    card = [(key, pair.A.tobytes(), pair.B.tobytes(), pair.scaling) for key, pair in factors]
+    return card, result.history.to_pydict(), result.metrics
+
+
+class StopError(Exception):
+    """Raised to end a run."""
+
+
+def stop_at(stop):
+    def progress(step, _total, _loss):
+        torch.rand(stop)  # others draw from the global generator too
+        if step == stop:
+            raise StopError
+
+    return progress
+
 
 vectors = st.floats(-4, 4, width=16) | st.sampled_from([0.0, -0.0, 1.0, 1e-7])
 scales = st.sampled_from([0.5, 1.0, 20.0])

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from lora.engine import ArrowEngine
@@ -30,39 +29,21 @@ from lora.errors import (
 )
 from lora.evolution.data import Pairs, docstring_pairs
 from lora.evolution.train import PRESETS, LoRATrainer, Settings, batches_of, evaluate
-from lora.inference.encoder import EncoderConfig, InferenceCore, pad
+from lora.inference.encoder import InferenceCore, pad
 from lora.interop.peft import export_peft
 from lora.rewrite import adapt
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
+from tests.properties.test_r17_training import StopError, bits, core, stop_at
+from tests.properties.test_r17_training import toy_pairs as pairs
 
 TOPICS = 8
 F64 = np.dtype(np.float64)
 
 
-def core(seed=0, topics=TOPICS, shape=(32, 2, 2, 64, 8), **options):
-    """A tiny random encoder over a vocabulary of ``a0 … d7``."""
-    names = [f"{letter}{i}" for letter in "abcd" for i in range(topics)]
-    vocabulary = {name: i for i, name in enumerate(["[PAD]", "[UNK]", *names])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = InferenceCore(EncoderConfig(len(vocabulary), *shape, **options), tokenizer)
-    return made.requires_grad_(requires_grad=False).eval()
-
-
 @lru_cache
 def engine():
     return ArrowEngine(core())
-
-
-def pairs(topics=TOPICS):
-    """Pairs in which ``a<i> c<j>`` asks for ``b<i> d<j>``."""
-    places = [(i, j) for i in range(topics) for j in range(topics)]
-    return Pairs.of(
-        {"query": f"a{i} c{j}", "positive": f"b{i} d{j}", "group": f"{i}{j}"} for i, j in places
-    )
 
 
 def shuffled(data, seed):
@@ -80,13 +61,6 @@ def train(data=None, *, seed=0, targets=("query", "value"), steps=30, name="toy"
     settings = Settings(**DEFAULTS | options)
     trainer = LoRATrainer(engine(), rank=4, seed=seed, target_modules=targets, settings=settings)
     return trainer.train(pairs() if data is None else data, name=name, max_steps=steps, **run)
-
-
-def bits(result):
-    """All that a training gave, for comparing bit for bit."""
-    factors = sorted(result.card.weights.items())
-    card = [(key, pair.A.tobytes(), pair.B.tobytes(), pair.scaling) for key, pair in factors]
-    return card, result.history.to_pydict(), result.metrics
 
 
 def measured(result):
@@ -421,19 +395,6 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path):
     assert 5 < steps[0][0] < 40  # it did not start anew
     assert bits(resumed) == bits(train(**options))
     assert not list(tmp_path.glob("*checkpoint"))
-
-
-class StopError(Exception):
-    """Raised to end a run."""
-
-
-def stop_at(stop):
-    def progress(step, _total, _loss):
-        torch.rand(stop)  # others draw from the global generator too
-        if step == stop:
-            raise StopError
-
-    return progress
 
 
 @requirement("R17.8")
