@@ -20,8 +20,8 @@ from pairs import Row, figure_row, run
 
 import lora
 from lora.evolution import LoRATrainer, Pairs
-from lora.evolution.data import docstring_pairs
-from lora.evolution.train import Settings, evaluate
+from lora.training.data import docstring_pairs
+from lora.training.train import Settings, evaluate
 
 STRENGTHS = (0.1, 1.0, 10.0)
 SHARE = 0.8

@@ -24,9 +24,9 @@ from transformers.utils import logging
 
 import lora
 from lora.card import AdapterSet, LoRACard
-from lora.inference.encoder import InferenceCore
-from lora.layer import LoRALinear
-from lora.rewrite import adapt_rows, folded_bytes, init_card
+from lora.models.adapt import adapt_rows, folded_bytes, init_card
+from lora.models.encoder import InferenceCore
+from lora.models.layers import LoRALinear
 
 KINDS = {"r8 q,v": (8, ["query", "value"]), "r16 all Linears": (16, ["all-linear"])}
 CELLS = {8: (1, 8), 16: (1, 16), 64: (1, 64), 128: (1, 128), 1024: (8, 128), 4096: (32, 128)}

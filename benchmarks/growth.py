@@ -20,8 +20,8 @@ from torch import nn
 
 import lora
 from lora.card import AdapterSet, LoRACard, LowRank
-from lora.inference.encoder import EncoderConfig, InferenceCore
-from lora.rewrite import adapt_rows, folded_bytes, init_card
+from lora.models.adapt import adapt_rows, folded_bytes, init_card
+from lora.models.encoder import EncoderConfig, InferenceCore
 
 TOKENS = 512
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 import lora
 from lora.card import LoRACard, LowRank
-from lora.inference.manager import LoRAManager
+from lora.models.manager import LoRAManager
 
 MILLISECONDS = {"R6.1": 100, "R6.2": 500, "R6.6": 100}
 

@@ -24,8 +24,8 @@ from transformers.utils import logging
 import lora
 from lora.card import LoRACard, LowRank
 from lora.extract import extract_delta
+from lora.factors import delta
 from lora.interop.peft import import_peft
-from lora.lowrank import delta
 from lora.merging import merge
 
 RANK, WEIGHTS = 16, {"a": 0.5, "b": 0.3, "c": 0.2}

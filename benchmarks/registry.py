@@ -28,11 +28,11 @@ import numpy as np
 import pyarrow as pa
 from pairs import machine, timed
 
+from lora.arrow_format import card_to_table
 from lora.card import Array, LoRACard, LowRank
-from lora.inference.registry import AdapterRegistry
-from lora.inference.router import LoRARouter
-from lora.store import load
-from lora.table import card_to_table
+from lora.files import load
+from lora.models.registry import AdapterRegistry
+from lora.router import LoRARouter
 
 COUNT, BOUND = 1000, 64
 WIDTH, RANK = 384, 8

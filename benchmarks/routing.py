@@ -15,7 +15,7 @@ import numpy as np
 from pairs import Row, figure_row, median_with_interval, ratio_row, rounds, run
 
 import lora
-from lora.rewrite import init_card
+from lora.models.adapt import init_card
 from lora.routing import Index, candidate_of, select, unit
 
 WIDTH = 384

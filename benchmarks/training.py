@@ -30,9 +30,9 @@ from transformers.utils import logging
 
 import lora
 from lora.evolution import LoRATrainer, Pairs
-from lora.evolution.data import docstring_pairs
-from lora.evolution.train import Settings, batches_of, evaluate
-from lora.rewrite import init_card
+from lora.models.adapt import init_card
+from lora.training.data import docstring_pairs
+from lora.training.train import Settings, batches_of, evaluate
 
 SHAPE: dict[str, Any] = {"rank": 8, "alpha": 16.0, "target_modules": ["query", "value"]}
 RATE, SHARE, EPOCHS = 2e-3, 0.8, 99

@@ -18,14 +18,14 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from torch import nn
 
 import lora
+from lora.arrow_format import schema_of
 from lora.drawing import card_facts
 from lora.errors import StateError
 from lora.evolution import LoRATrainer
-from lora.evolution.data import docstring_pairs
-from lora.evolution.synthetic import synthetic_pairs
-from lora.evolution.train import Settings, Training
 from lora.routing import Calibration
-from lora.table import schema_of
+from lora.training.data import docstring_pairs
+from lora.training.synthetic import synthetic_pairs
+from lora.training.train import Settings, Training
 
 THEMES = {
     "light": {

@@ -20,8 +20,8 @@ import typer
 
 import lora
 from lora.cli.app import app
+from lora.models.adapt import linears
 from lora.presets import cost_table
-from lora.rewrite import linears
 from lora.testing.requirements import read_spec
 
 ROOT = Path(__file__).parents[1]
@@ -49,59 +49,22 @@ KINDS = {
     "D": "documentation",
 }
 
-FEDERATION = [
-    "server",
-    "client",
-    "node",
-    "discovery",
-    "peers",
-    "trust",
-    "manifest",
-    "access",
-    "keys",
-    "cache",
-    "catalog",
-    "streams",
-]
-TRAINING = ["data", "synthetic", "losses", "schedules", "ewc", "train", "online", "probe"]
-EVOLUTION = ["novelty", "gate", "distill", "cloud", "queue", "nights", "work", "factory"]
-TESTING = [
-    "bench",
-    "binding",
-    "reference",
-    "plugin",
-    "tolerance",
-    "strategies",
-    "report",
-    "requirements",
-    "vectors",
-]
+FEDERATION = "server client node discovery peer_table trust manifest credentials keys cache catalog"
+MODELS = "layers adapt manager registry encoder"
+TRAINING = "data retrieval synthetic losses schedules ewc train online_adapter"
+EVOLUTION = "probe novelty acceptance distill teacher queue nights worker factory"
+TESTING = "bench binding reference plugin tolerance strategies report requirements vectors"
 REFERENCE = {
-    "Cards": ["card", "table", "store", "envelope", "checks", "errors"],
-    "Algebra and targets": [
-        "lowrank",
-        "targets",
-        "merging",
-        "extract",
-        "weights",
-        "presets",
-        "drawing",
-    ],
-    "Interop": ["interop.peft", "interop.safetensors"],
-    "Models": [
-        "layer",
-        "rewrite",
-        "inference.state",
-        "inference.manager",
-        "inference.registry",
-        "inference.encoder",
-    ],
-    "Routing": ["routing", "inference.router"],
-    "Engine": ["engine", "batches", "metrics"],
-    "Federation": [f"federation.{name}" for name in FEDERATION],
-    "Training": [f"evolution.{name}" for name in TRAINING],
-    "Evolution": [*(f"evolution.{name}" for name in EVOLUTION), "evolving"],
-    "Testing": [f"testing.{name}" for name in TESTING],
+    "Cards": ["card", "arrow_format", "files", "ipc_check", "checks", "errors"],
+    "Algebra and targets": ["factors", "targets", "merging", "extract", "presets", "drawing"],
+    "Interop": ["interop.peft", "interop.safetensors", "interop.weights"],
+    "Models": [f"models.{name}" for name in MODELS.split()],
+    "Routing": ["routing", "router"],
+    "Engine": ["engine", "state", "batches", "metrics"],
+    "Federation": [f"federation.{name}" for name in f"{FEDERATION} stream_limits".split()],
+    "Training": [f"training.{name}" for name in TRAINING.split()],
+    "Evolution": [*(f"evolution.{name}" for name in EVOLUTION.split()), "learning"],
+    "Testing": [f"testing.{name}" for name in TESTING.split()],
 }
 
 

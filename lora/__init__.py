@@ -8,7 +8,11 @@ from typing import Any
 
 import lazy_loader
 
+from lora import _renamed
+
 __version__ = "0.1.0"
+
+_renamed.install()
 
 _lazy, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 

@@ -1,9 +1,10 @@
 from . import (
     evolution as evolution,
     federation as federation,
-    inference as inference,
     interop as interop,
     merging as merging,
+    models as models,
+    training as training,
 )
 from .batches import encode_batches as encode_batches
 from .card import (
@@ -21,17 +22,26 @@ from .extract import (
     extract_delta as extract_delta,
     extract_direct as extract_direct,
 )
-from .inference.encoder import InferenceCore as InferenceCore
-from .inference.manager import LoRAManager as LoRAManager
-from .inference.registry import AdapterRegistry as AdapterRegistry
-from .inference.router import LoRARouter as LoRARouter
-from .layer import LoRALinear as LoRALinear
+from .models.encoder import InferenceCore as InferenceCore
+from .models.manager import LoRAManager as LoRAManager
+from .models.registry import AdapterRegistry as AdapterRegistry
+from .router import LoRARouter as LoRARouter
+from .models.layers import LoRALinear as LoRALinear
 from .merging import merge as merge
 from .presets import LoRAConfig as LoRAConfig
-from .rewrite import adapt as adapt, fingerprint as fingerprint, fold as fold, uncalled as uncalled
+from .models.adapt import (
+    adapt as adapt,
+    fingerprint as fingerprint,
+    fold as fold,
+    uncalled as uncalled,
+)
 from .routing import Calibration as Calibration, Route as Route, calibrate as calibrate
-from .store import digest as digest, inspect as inspect, load as load, save as save
-from .table import Header as Header, card_to_table as card_to_table, table_to_card as table_to_card
+from .files import digest as digest, inspect as inspect, load as load, save as save
+from .arrow_format import (
+    Header as Header,
+    card_to_table as card_to_table,
+    table_to_card as table_to_card,
+)
 from .targets import Injection as Injection
 
 __version__: str

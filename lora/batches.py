@@ -16,8 +16,8 @@ import pyarrow as pa
 from lora.card import Array
 from lora.engine import ArrowEngine, Choice, describes_itself
 from lora.errors import ArgumentError, DataError, UnknownCardError, shown
+from lora.files import PathLike, load
 from lora.routing import check_threshold
-from lora.store import PathLike, load
 
 _TEXT_TYPES = ("string", "large_string", "string_view")
 

@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 
 import lora
-from lora.evolution.data import docstring_pairs
-from lora.evolution.train import LoRATrainer, Settings, evaluate
+from lora.training.data import docstring_pairs
+from lora.training.train import LoRATrainer, Settings, evaluate
 
 QUERIES = [
     "Return the absolute path of a file.",

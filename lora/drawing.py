@@ -9,8 +9,8 @@ import numpy as np
 
 from lora.card import Array, LoRACard, check_card
 from lora.errors import ArgumentError, MissingPackageError
-from lora.lowrank import spectrum
-from lora.store import PathLike, as_path, replacing
+from lora.factors import spectrum
+from lora.files import PathLike, as_path, replacing
 
 FORMATS = (".svg", ".png", ".pdf")
 """The endings of paths that a drawing can be saved to."""

@@ -35,17 +35,17 @@ from lora.errors import (
 )
 from lora.federation.cache import CardCache, default_cache
 from lora.federation.node import Node, acceptable, uri_of
-from lora.inference.encoder import InferenceCore
-from lora.inference.manager import LoRAManager, State
-from lora.inference.router import Description, LoRARouter, RouterState
-from lora.inference.state import StateReference, log_safely
-from lora.rewrite import adapt, adapt_rows, bindings
+from lora.files import PathLike, load
+from lora.models.adapt import adapt, adapt_rows, bindings
+from lora.models.encoder import InferenceCore
+from lora.models.manager import LoRAManager, State
+from lora.router import Description, LoRARouter, RouterState
 from lora.routing import Index, Route, check_threshold, select, texts_of, unit
-from lora.store import PathLike, load
+from lora.state import StateReference, log_safely
 
 if TYPE_CHECKING:
-    from lora.evolution.data import Pairs
     from lora.evolution.distill import SkillDistiller
+    from lora.training.data import Pairs
 
 log = logging.getLogger(__name__)
 

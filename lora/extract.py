@@ -18,7 +18,7 @@ import numpy as np
 from lora.card import DTYPES, Array, LoRACard, LowRank
 from lora.checks import choice, integer, share
 from lora.errors import ArgumentError, ShapeError, TargetError
-from lora.lowrank import thin_qr
+from lora.factors import thin_qr
 from lora.targets import ALL_LINEAR, fingerprint_of, match_targets, matches
 
 METHODS = ("full", "randomized")

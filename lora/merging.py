@@ -32,7 +32,7 @@ from lora.errors import (
     TargetError,
     shown,
 )
-from lora.lowrank import delta, thin_qr
+from lora.factors import delta, thin_qr
 from lora.targets import suffixes
 
 EPSILON = float(np.finfo(np.float64).eps)

@@ -21,7 +21,7 @@ def model_folder():
 @pytest.fixture(scope="session")
 def assignments():
     """A context in which every state that is put in the place of another is noted."""
-    from lora.inference.state import StateReference
+    from lora.state import StateReference
 
     @contextmanager
     def context():

@@ -181,7 +181,7 @@ def extract(
         name: Name of the card; the output file's if omitted.
     """
     from lora.checks import integer
-    from lora.weights import SafetensorsWeights
+    from lora.interop.weights import SafetensorsWeights
 
     check_output("--out", out)
     if rank is not None:

@@ -62,8 +62,8 @@ def evolve(
         budget: Tokens that the teacher may cost in all.
         dry_run: Say what would be learned; send, train and keep nothing.
     """
-    from lora.evolving import outcomes, watching
-    from lora.store import os_errors
+    from lora.files import os_errors
+    from lora.learning import outcomes, watching
 
     asked, cards = read_lines(queries) if queries else [], [lora.load(path) for path in card or []]
     if ask is not None and None in (teacher_model, key_file):
@@ -113,7 +113,7 @@ def distil(
         alpha: Alpha of the card.
     """
     from lora.checks import integer
-    from lora.evolving import outcomes, watching
+    from lora.learning import outcomes, watching
     from lora.presets import LoRAConfig
 
     check_output("--out", out)
@@ -152,7 +152,7 @@ def _line(outcome: Any) -> str:
 
 def _teacher(ask: str, name: Any, url: str, key_file: Any, folder: Path, budget: int) -> Any:
     """The teacher behind a server, and what may be sent to it."""
-    from lora.evolution.cloud import CloudDistiller, Consent, Ledger, OpenAITeacher
+    from lora.evolution.teacher import CloudDistiller, Consent, Ledger, OpenAITeacher
     from lora.federation.keys import read_small
 
     host, _, data = ask.partition(":")

@@ -40,7 +40,7 @@ def credentials(
         ca: PEM authority of the other side's certificate.
         insecure_token: Let the token travel in clear beyond loopback.
     """
-    from lora.federation.access import Credentials
+    from lora.federation.credentials import Credentials
     from lora.federation.keys import read_small
 
     files = (token_file, cert, key, ca)
@@ -151,7 +151,7 @@ def fetch(
     """
     from lora.federation.keys import load_public_key
     from lora.federation.trust import Policy, waived
-    from lora.store import replacing
+    from lora.files import replacing
 
     keys = frozenset(map(load_public_key, trust or []))
     policy = waived(Policy(keys, base_model=base_model), allow or [])

@@ -15,7 +15,7 @@ import typer
 from lora.cli.app import INPUTS, ChecksPassed, app, checking
 from lora.errors import ArgumentError, shown
 from lora.evolution.queue import Job
-from lora.evolution.work import content_id
+from lora.evolution.worker import content_id
 
 OUTPUTS = {"out": "card.lora.arrow", "checkpoint": "checkpoint.safetensors", "as_json": True}
 """Parameters that the factory sets."""

@@ -69,7 +69,7 @@ def encode(
         return Result(rows.tolist(), "\n".join(lines) if lines else None)
     import numpy as np
 
-    from lora.store import replacing
+    from lora.files import replacing
 
     with replacing(out) as file:
         np.save(file, rows)
@@ -83,7 +83,7 @@ def _encode_parquet(source: Path, out: Path, **options: Any) -> Result:
     from pyarrow import parquet
 
     from lora.batches import encode_batches
-    from lora.store import replacing
+    from lora.files import replacing
 
     rows, writer = 0, None
     try:
@@ -155,7 +155,7 @@ def probe(
         share: The share of block influence that makes a block hot.
     """
     from lora.evolution.probe import SCORES, WeightMapProbe, changes, hot_zones, scores_of
-    from lora.weights import SafetensorsWeights
+    from lora.interop.weights import SafetensorsWeights
 
     if (base is None) != (tuned is None):
         raise ArgumentError("lora probe", "--base and --tuned together", "one of them")
@@ -221,10 +221,10 @@ def train(
         plot: Draw the history as .svg or .png.
     """
     from lora.checks import integer
-    from lora.evolution import train as training
-    from lora.evolution.data import Pairs, docstring_pairs
+    from lora.models.adapt import linears
     from lora.presets import PRESETS, LoRAConfig, fit
-    from lora.rewrite import linears
+    from lora.training import train as training
+    from lora.training.data import Pairs, docstring_pairs
 
     check_output("--out", out)
     known = (*training.PRESETS, *PRESETS)

@@ -67,7 +67,7 @@ def bench(
         quick: Fewer rounds and smaller sizes: it works, no more.
         threads: Threads of each measured process.
     """
-    from lora.store import replacing
+    from lora.files import replacing
     from lora.testing.bench import SCRIPTS, run_bench, shown
 
     if out is not None:

@@ -28,9 +28,7 @@ import lora
 from lora.card import Array, LoRACard
 from lora.checks import finite, integer, parse_json
 from lora.errors import ArgumentError, CardNotFoundError, DataError, PeerError, StateError, shown
-from lora.evolution.cloud import CloudDistiller, Distilled
-from lora.evolution.data import Pairs, docstring_pairs, first_sentence
-from lora.evolution.gate import LEAST, Verdict, judge
+from lora.evolution.acceptance import LEAST, Verdict, judge
 from lora.evolution.novelty import (
     LINK,
     Alarm,
@@ -42,11 +40,13 @@ from lora.evolution.novelty import (
     similarities,
     topics,
 )
-from lora.evolution.train import LoRATrainer, Progress, ranks
-from lora.inference.router import Description, LoRARouter
-from lora.rewrite import adapt
+from lora.evolution.teacher import CloudDistiller, Distilled
+from lora.files import PathLike, as_path, replacing, save
+from lora.models.adapt import adapt
+from lora.router import Description, LoRARouter
 from lora.routing import Index
-from lora.store import PathLike, as_path, replacing, save
+from lora.training.data import Pairs, docstring_pairs, first_sentence
+from lora.training.train import LoRATrainer, Progress, ranks
 
 log = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from lora.checks import integer
 from lora.errors import LoRAError, MismatchError, MissingPackageError, PeerError, StateError
 from lora.evolution.nights import due, next_night, night_of, parse_at
 from lora.evolution.queue import Job, JobQueue, Version
-from lora.evolution.work import forget, halt, supervise
+from lora.evolution.worker import forget, halt, supervise
 from lora.federation.cache import CardCache
-from lora.store import PathLike, as_path, digest, load, os_errors
+from lora.files import PathLike, as_path, digest, load, os_errors
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from lora.card import Array
 from lora.checks import finite
 from lora.errors import ArgumentError, ShapeError, TargetError, UnsupportedModelError, shown
 from lora.extract import Model, Weights, extract_delta
-from lora.rewrite import adapt, fold
+from lora.models.adapt import adapt, fold
 from lora.routing import texts_of, unit
 from lora.targets import ALL_LINEAR
 

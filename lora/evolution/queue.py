@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from lora.checks import finite, integer
 from lora.errors import ArgumentError, StateError, StoreError, UnknownCardError, shown
-from lora.store import PathLike, as_path
+from lora.files import PathLike, as_path
 
 VERSION = 2
 """Version of the file's layout."""

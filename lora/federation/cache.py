@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from lora.checks import is_digest, version_order
 from lora.errors import ArgumentError
-from lora.store import SUFFIX, PathLike, as_path, digest, os_errors
+from lora.files import SUFFIX, PathLike, as_path, digest, os_errors
 
 STALE = 24 * 3600.0  # seconds after which an unfinished temporary file is removed
 

@@ -22,7 +22,7 @@ from lora.checks import version_order
 from lora.errors import LoRAError, StoreError
 from lora.federation.keys import read_signed, signature_path
 from lora.federation.manifest import Manifest, manifest_of
-from lora.store import SUFFIX, digest, inspect, os_errors
+from lora.files import SUFFIX, digest, inspect, os_errors
 
 log = logging.getLogger(__name__)
 

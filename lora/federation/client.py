@@ -21,8 +21,8 @@ from pyarrow import flight
 from lora.card import LoRACard
 from lora.checks import is_digest, parse_json
 from lora.errors import LoRAError, ManifestError, MismatchError, PeerError, UnknownCardError, shown
-from lora.federation.access import Credentials, check_location
 from lora.federation.cache import CardCache
+from lora.federation.credentials import Credentials, check_location
 from lora.federation.manifest import Manifest, manifest_from_json
 from lora.federation.trust import (
     Policy,
@@ -32,8 +32,8 @@ from lora.federation.trust import (
     check_signature,
     check_version,
 )
+from lora.files import PathLike, load
 from lora.metrics import Metrics
-from lora.store import PathLike, load
 
 MAX_MESSAGE = 16 * 2**20  # bytes; gRPC refuses a longer message before it is buffered
 MAX_CARDS = 10_000  # that a peer may list

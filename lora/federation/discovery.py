@@ -20,10 +20,10 @@ from typing import Any, Self
 import ifaddr
 import zeroconf
 
+from lora.arrow_format import FORMAT_VERSION
 from lora.errors import ArgumentError, LoRAError, StoreError
-from lora.federation.access import flight_uri, is_loopback
-from lora.federation.peers import Peer, PeerBook
-from lora.table import FORMAT_VERSION
+from lora.federation.credentials import flight_uri, is_loopback
+from lora.federation.peer_table import Peer, PeerBook
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from lora.errors import ArgumentError, StoreError
 from lora.federation.manifest import MAX_MANIFEST_BYTES, Manifest, manifest_from_json, manifest_of
 from lora.federation.trust import public_key, sign
-from lora.store import PathLike, as_path, digest, inspect, os_errors, replacing
+from lora.files import PathLike, as_path, digest, inspect, os_errors, replacing
 
 SUFFIX = ".sig.json"  # after the name of a card file: its signed manifest
 MAX_KEY_BYTES = 16384

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lora.arrow_format import Header
 from lora.card import LoRACard
 from lora.checks import is_digest, is_semantic_version, parse_json
 from lora.errors import BadNameError, ManifestError, shown
-from lora.table import Header
 
 MAX_MANIFEST_BYTES = 65536  # a longer manifest is refused before it is parsed
 MAX_NAME = 128  # characters of a name or a version

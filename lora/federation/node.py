@@ -23,17 +23,17 @@ from lora.errors import (
     UnknownCardError,
     shown,
 )
-from lora.federation.access import Credentials, check_location, flight_uri, is_loopback
 from lora.federation.cache import CardCache
 from lora.federation.client import Fetched, LoRAFlightClient, Progress
+from lora.federation.credentials import Credentials, check_location, flight_uri, is_loopback
 from lora.federation.discovery import Discovery
 from lora.federation.manifest import Manifest
-from lora.federation.peers import Peer
+from lora.federation.peer_table import Peer
 from lora.federation.server import LoRAFlightServer
-from lora.federation.streams import Limits
+from lora.federation.stream_limits import Limits
 from lora.federation.trust import Policy, check_declared, check_signature
+from lora.files import PathLike
 from lora.metrics import Metrics
-from lora.store import PathLike
 
 ASK_TIMEOUT = 2.0  # seconds in which a peer must say that it is there
 

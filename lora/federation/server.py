@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
+from lora.arrow_format import FORMAT_VERSION
 from lora.checks import parse_json
 from lora.errors import (
     ArgumentError,
@@ -32,12 +33,11 @@ from lora.errors import (
     StoreError,
     shown,
 )
-from lora.federation.access import Credentials, check_location, flight_uri
 from lora.federation.catalog import Catalog, Served, opened, scan
-from lora.federation.streams import Limits, Streams
+from lora.federation.credentials import Credentials, check_location, flight_uri
+from lora.federation.stream_limits import Limits, Streams
+from lora.files import PathLike, as_path
 from lora.metrics import Metrics
-from lora.store import PathLike, as_path
-from lora.table import FORMAT_VERSION
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from lora.card import LoRACard, check_card
 from lora.checks import finite, parse_json
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, shown
+from lora.files import PathLike, as_path, os_errors, replacing
 from lora.interop.safetensors import (
     fields_of,
     header_of,
@@ -25,7 +26,6 @@ from lora.interop.safetensors import (
     read_pairs,
     write_tensors,
 )
-from lora.store import PathLike, as_path, os_errors, replacing
 from lora.targets import ALL_LINEAR, match_targets, matches
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

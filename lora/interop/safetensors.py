@@ -20,8 +20,8 @@ import numpy as np
 from lora.card import Array, FrozenJSON, LoRACard, LowRank, check_card
 from lora.checks import finite, parse_json
 from lora.errors import ArgumentError, CardError, CardFileError, shown
-from lora.store import PathLike, as_path, digest, replacing
-from lora.weights import open_safetensors
+from lora.files import PathLike, as_path, digest, replacing
+from lora.interop.weights import open_safetensors
 
 LAYOUTS = ("linear", "matrix")
 """``lora_a (r, in)``, ``lora_b (out, r)``; and ``lora_a (in, r)``, ``lora_b (r, out)``."""

@@ -12,10 +12,10 @@ from torch import nn
 import lora
 from lora.card import Array, LoRACard, LowRank
 from lora.extract import MaxError, MinEnergy, extract_delta
-from lora.inference.router import LoRARouter
-from lora.layer import LoRALinear
+from lora.files import load, save
 from lora.merging import STRATEGIES, merge
-from lora.store import load, save
+from lora.models.layers import LoRALinear
+from lora.router import LoRARouter
 from lora.targets import Site, match_targets, plan
 from lora.testing.binding import PlainCard, PlainPair, Term
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import lora
 from lora.errors import ArgumentError, MissingPackageError
-from lora.store import replacing
+from lora.files import replacing
 from lora.testing import folder_of
 from lora.testing.requirements import Requirement, read_spec
 

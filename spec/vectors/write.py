@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 import lora
+from lora.arrow_format import one_batch
 from lora.card import DTYPES
-from lora.table import one_batch
 
 HERE = Path(__file__).parent
 VERSION = "1"

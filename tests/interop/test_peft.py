@@ -19,9 +19,9 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConf
 
 from lora.card import DTYPES, LoRACard, LowRank
 from lora.errors import CardFileError
+from lora.factors import delta
 from lora.interop.peft import _by_pattern, _targeted, export_peft, import_peft
-from lora.lowrank import delta
-from lora.rewrite import adapt, injections
+from lora.models.adapt import adapt, injections
 from lora.testing.plugin import requirement
 
 AGREEMENT = 1e-6

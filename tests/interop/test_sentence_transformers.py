@@ -14,8 +14,8 @@ from transformers import BertConfig, BertModel
 
 from lora.card import AdapterSet, LoRACard, LowRank
 from lora.engine import ArrowEngine
-from lora.inference.encoder import ACTIVATIONS, EncoderConfig, InferenceCore
-from lora.rewrite import adapt, injections
+from lora.models.adapt import adapt, injections
+from lora.models.encoder import ACTIVATIONS, EncoderConfig, InferenceCore
 from lora.testing.plugin import requirement
 
 AGREEMENT = 1e-5

@@ -14,10 +14,10 @@ from torch import nn
 
 from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError
-from lora.layer import LoRALinear, SegmentedLinear, TrainableLinear, add_low_rank
-from lora.lowrank import apply as apply_pairs
-from lora.lowrank import concat, delta, initial, spectrum, thin_qr
-from lora.rewrite import adapt, fold
+from lora.factors import apply as apply_pairs
+from lora.factors import concat, delta, initial, spectrum, thin_qr
+from lora.models.adapt import adapt, fold
+from lora.models.layers import LoRALinear, SegmentedLinear, TrainableLinear, add_low_rank
 from lora.testing.binding import PlainCard, PlainPair, Term
 from lora.testing.plugin import requirement
 from lora.testing.reference import array_of, tensor_of
@@ -514,7 +514,7 @@ def test_delta_is_what_the_pair_does_to_the_weight(layer):
 @requirement("R2.2", "R2.5")
 @given(layer=layers(), mixed=dtypes)
 def test_the_algebra_of_pairs_agrees_with_the_layer(layer, mixed):
-    """`lora.lowrank.apply` is the low-rank part of the formula, for factors of another dtype than x as well."""
+    """`lora.factors.apply` is the low-rank part of the formula, for factors of another dtype than x as well."""
     x, weight, _, terms = layer
     assume(terms)
     pairs = [

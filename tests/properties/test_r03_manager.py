@@ -22,10 +22,10 @@ from lora.errors import (
     TargetError,
     UnknownCardError,
 )
-from lora.inference import manager as manager_module
-from lora.inference.manager import HISTORY, LoRAManager
-from lora.layer import LoRALinear
-from lora.rewrite import adapt, fold
+from lora.models import manager as manager_module
+from lora.models.adapt import adapt, fold
+from lora.models.layers import LoRALinear
+from lora.models.manager import HISTORY, LoRAManager
 from lora.targets import OUTPUT_HEADS, Site, match_targets, matches, plan, targeted_modules
 from lora.testing.binding import PlainCard, PlainPair
 from lora.testing.plugin import requirement

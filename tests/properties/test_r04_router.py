@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lora.card import LoRACard
 from lora.errors import ArgumentError, ShapeError
-from lora.inference.router import LoRARouter
+from lora.router import LoRARouter
 from lora.routing import EMPTY, Candidate, calibrate, candidate_of, rank, select, shortlist, unit
 from lora.testing.plugin import requirement
 from lora.testing.strategies import names

@@ -12,9 +12,9 @@ from torch import nn
 
 from lora.card import DTYPES, AdapterSet, LoRACard, LowRank
 from lora.engine import ArrowEngine
-from lora.inference.encoder import ACTIVATIONS, EncoderConfig, InferenceCore
-from lora.inference.manager import LoRAManager
-from lora.rewrite import adapt, adapt_rows
+from lora.models.adapt import adapt, adapt_rows
+from lora.models.encoder import ACTIVATIONS, EncoderConfig, InferenceCore
+from lora.models.manager import LoRAManager
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma, roundoff
 

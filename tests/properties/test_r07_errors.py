@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from lora import lowrank
+from lora import factors as factors_module
+from lora.arrow_format import offsets_of, one_batch, read_header
 from lora.checks import integer
 from lora.errors import (
     ArgumentError,
@@ -34,8 +35,7 @@ from lora.errors import (
     ShapeError,
     TargetError,
 )
-from lora.inference.encoder import EncoderConfig
-from lora.table import offsets_of, one_batch, read_header
+from lora.models.encoder import EncoderConfig
 from lora.testing.binding import PlainCard, PlainPair
 from lora.testing.plugin import requirement
 from lora.testing.reference import card_of
@@ -179,7 +179,7 @@ class Lines(logging.Handler):
 @contextmanager
 def logged():
     """What the manager logs meanwhile."""
-    log, lines = logging.getLogger("lora.inference.manager"), Lines()
+    log, lines = logging.getLogger("lora.models.manager"), Lines()
     level = log.level
     log.addHandler(lines)
     log.setLevel(logging.DEBUG)
@@ -518,7 +518,7 @@ VALUE_ERRORS |= refusals(
 VALUE_ERRORS |= refusals(
     "another shape",
     other_shapes,
-    concat=lambda bad: lowrank.concat([(PAIR, 1.0), (lora.LowRank(*plain_pair(bad)), 1.0)]),
+    concat=lambda bad: factors_module.concat([(PAIR, 1.0), (lora.LowRank(*plain_pair(bad)), 1.0)]),
     adapt=lambda bad: lora.adapt(base_model(bad), docs()),
     LoRALinear=lambda bad: lora.LoRALinear(nn.Linear(*bad), {"docs": (PAIR, 1.0)}),
 )
@@ -562,9 +562,9 @@ VALUE_ERRORS |= {
     ),
     "apply: another width": (
         st.integers(0, 9).filter(lambda width: width != 4),
-        lambda bad: lowrank.apply(np.ones((2, bad)), [(PAIR, 1.0)]),
+        lambda bad: factors_module.apply(np.ones((2, bad)), [(PAIR, 1.0)]),
     ),
-    "concat: no pairs": (st.just([]), lowrank.concat),
+    "concat: no pairs": (st.just([]), factors_module.concat),
     "AdapterSet: numbers": (st.lists(st.integers(), min_size=1), lora.AdapterSet),
     "AdapterSet: text": (st.text(min_size=1), lora.AdapterSet),
     "AdapterSet: another key": (other_names | nothing, lambda bad: lora.AdapterSet({bad: docs()})),

@@ -12,9 +12,9 @@ from torch import nn
 
 from lora.card import AdapterSet, LoRACard, LowRank, interpolate
 from lora.errors import ArgumentError, ConflictError
-from lora.inference.manager import LoRAManager
-from lora.layer import LoRALinear
-from lora.rewrite import adapt
+from lora.models.adapt import adapt
+from lora.models.layers import LoRALinear
+from lora.models.manager import LoRAManager
 from lora.testing.binding import Term
 from lora.testing.plugin import requirement
 from lora.testing.reference import tensor_of

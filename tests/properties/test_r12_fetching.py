@@ -16,11 +16,11 @@ from pyarrow import flight
 import lora
 from lora import errors
 from lora.card import LoRACard, LowRank
+from lora.factors import delta
 from lora.federation.cache import CardCache
 from lora.federation.client import LoRAFlightClient
 from lora.federation.manifest import Signature, manifest_of
 from lora.federation.trust import Policy, check_contents, norm_of, public_key, sign
-from lora.lowrank import delta
 from lora.testing.plugin import requirement
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

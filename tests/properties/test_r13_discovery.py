@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora.federation.peers import MISSES, Peer, PeerBook
+from lora.federation.peer_table import MISSES, Peer, PeerBook
 from lora.testing.plugin import requirement
 
 KEYS = st.sampled_from([*"abcdefgh", "me", "grpc://static:1"])

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora.evolution.ewc import Anchor, fisher_of, normalized, online, penalty
-from lora.evolution.losses import LOSSES
-from lora.evolution.schedules import SCHEDULES, schedule_of
 from lora.testing.plugin import requirement
+from lora.training.ewc import Anchor, fisher_of, normalized, online, penalty
+from lora.training.losses import LOSSES
+from lora.training.schedules import SCHEDULES, schedule_of
 
 KINDS = st.sampled_from(sorted(SCHEDULES))
 WARMUPS = st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999])

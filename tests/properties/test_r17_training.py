@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora.engine import ArrowEngine
 from lora.errors import DataError, StateError
-from lora.evolution.data import Pairs
-from lora.evolution.losses import contrastive
-from lora.evolution.train import LoRATrainer, Settings, batches_of, evaluate
-from lora.inference.encoder import EncoderConfig, InferenceCore
+from lora.models.encoder import EncoderConfig, InferenceCore
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
+from lora.training.data import Pairs
+from lora.training.losses import contrastive
+from lora.training.train import LoRATrainer, Settings, batches_of, evaluate
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOPICS = 5

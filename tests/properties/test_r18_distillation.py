@@ -9,13 +9,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lora.evolution.cloud import LONGEST, REASONS, screened
-from lora.evolution.data import Pairs
+from lora.evolution.acceptance import LEAST, MAX_LOSS, change, judge
 from lora.evolution.distill import Material, divided, trial_seed
-from lora.evolution.gate import LEAST, MAX_LOSS, change, judge, reciprocal_ranks
 from lora.evolution.novelty import Alarm, Signals, fit, signals_of, similarities, topics
+from lora.evolution.teacher import LONGEST, REASONS, screened
 from lora.routing import EMPTY, candidate_of
 from lora.testing.plugin import requirement
+from lora.training.data import Pairs
+from lora.training.retrieval import reciprocal_ranks
 
 cosines = st.floats(-1, 1, width=32) | st.sampled_from([-1.0, 0.0, 1.0])
 seeds = st.integers(0, 2**32)

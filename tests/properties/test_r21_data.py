@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora.errors import DataError
-from lora.evolution.data import SCHEMA, Pairs, first_sentence
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
+from lora.training.data import SCHEMA, Pairs, first_sentence
 
 FORMATS = st.sampled_from([".arrow", ".parquet", ".jsonl", ".json", ""])
 WORDS = ["Return", "x", ".", ". ", "\n", "\n\n", "  ", "e.g.", "é"]

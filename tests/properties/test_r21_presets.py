@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lora.card import DTYPES, LoRACard, LowRank
 from lora.errors import LoRAError
-from lora.lowrank import initial
+from lora.factors import initial
 from lora.presets import PRESETS, CardInfo, LoRAConfig, cost_table, fit
 from lora.targets import match_targets
 from lora.testing.plugin import requirement

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora.errors import ArgumentError
-from lora.evolution.synthetic import TASKS, synthetic_pairs
 from lora.testing.plugin import requirement
+from lora.training.synthetic import TASKS, synthetic_pairs
 
 tasks, seeds = st.sampled_from(TASKS), st.integers(0, 2**32)
 

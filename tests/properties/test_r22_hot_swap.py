@@ -11,8 +11,8 @@ from torch import nn
 
 from lora.card import AdapterSet, LoRACard, LowRank
 from lora.errors import ShapeError, StateError
-from lora.inference.manager import HISTORY, LoRAManager
-from lora.rewrite import adapt
+from lora.models.adapt import adapt
+from lora.models.manager import HISTORY, LoRAManager
 from lora.testing.plugin import requirement
 
 INPUT = torch.arange(6.0).reshape(2, 3)

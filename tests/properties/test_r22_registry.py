@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lora.card import LoRACard, LowRank
 from lora.checks import version_order
 from lora.errors import ConflictError, RegistryFull, UnknownCardError
-from lora.inference.registry import AdapterRegistry
-from lora.store import digest, save
+from lora.files import digest, save
+from lora.models.registry import AdapterRegistry
 from lora.testing.plugin import requirement
 
 # ---- versions

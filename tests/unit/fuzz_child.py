@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 
 import lora
-from lora.envelope import _root, _Table
+from lora.arrow_format import schema_of
 from lora.errors import CardFileError
-from lora.table import schema_of
+from lora.ipc_check import _root, _Table
 
 MODULES = ("layer.0.query", "layer.1.query", "layer.1.value")
 

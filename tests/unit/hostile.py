@@ -18,7 +18,7 @@ from pyarrow import flight
 
 import lora
 from lora.card import LoRACard, LowRank
-from lora.federation.access import Credentials
+from lora.federation.credentials import Credentials
 from lora.federation.manifest import manifest_of
 from lora.federation.trust import Policy, public_key, sign
 
@@ -69,7 +69,7 @@ class Liar(flight.FlightServerBase):
 
     def _info(self, manifest):
         text = manifest if isinstance(manifest, bytes) else manifest.to_json()
-        schema, path = lora.table.schema_of("float32"), flight.FlightDescriptor.for_path("x")
+        schema, path = lora.arrow_format.schema_of("float32"), flight.FlightDescriptor.for_path("x")
         return flight.FlightInfo(schema, path, [], -1, -1, app_metadata=text)
 
     def list_flights(self, context, criteria):

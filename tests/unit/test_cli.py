@@ -18,8 +18,8 @@ import typer
 import lora
 from lora.card import LoRACard, LowRank
 from lora.cli.app import app, main, progress_bar
-from lora.evolution.data import Pairs
 from lora.testing.plugin import requirement
+from lora.training.data import Pairs
 
 ALL = typer.main.get_command(app).commands
 COMMANDS = sorted(ALL)
@@ -133,7 +133,7 @@ def test_inspect_imports_no_torch(folder):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pyarrow" in imported
     assert (
-        not {"torch", "lora.engine", "lora.evolution.train", "tokenizers", "matplotlib"} & imported
+        not {"torch", "lora.engine", "lora.training.train", "tokenizers", "matplotlib"} & imported
     )
 
 
@@ -508,7 +508,7 @@ def test_the_subcommands_are_those_that_are_promised():
     }.items(),
 )
 def test_a_preset_reaches_the_trainer_with_its_dropout(here, folder, monkeypatch, preset, config):
-    calls = watched(monkeypatch, "lora.evolution.train.LoRATrainer")
+    calls = watched(monkeypatch, "lora.training.train.LoRATrainer")
     out = folder / "never.lora.arrow"
     here("train", folder / "pairs.jsonl", "--name", "x", "-o", out, "--preset", preset)
     ((_, options),) = calls
@@ -552,7 +552,7 @@ def test_the_time_of_factory_run_reaches_the_factory(here, tmp_path, monkeypatch
 
 @requirement("R18.6", "R25.2")
 def test_a_dry_run_of_evolve_has_no_teacher_and_keeps_nothing(here, tmp_path, monkeypatch):
-    calls = watched(monkeypatch, "lora.evolving.watching")
+    calls = watched(monkeypatch, "lora.learning.watching")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "key").write_text("secret\n")
     ask = "--ask 127.0.0.1:documents --teacher-model small --key-file key"

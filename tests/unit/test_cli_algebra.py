@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 import lora
 from lora.card import LoRACard, LowRank
+from lora.factors import delta
 from lora.interop.peft import import_peft
-from lora.lowrank import delta
 from lora.testing.plugin import requirement
 
 EXTRACT = "extract tuned.safetensors -o x.lora.arrow"

@@ -10,15 +10,15 @@ import lora
 from lora.card import LoRACard
 from lora.cli.app import app
 from lora.errors import StateError
-from lora.evolution.cloud import Ledger
-from lora.evolution.data import Pairs
 from lora.evolution.distill import Outcome
 from lora.evolution.queue import JobQueue
+from lora.evolution.teacher import Ledger
 from lora.testing.plugin import requirement
+from lora.training.data import Pairs
 from tests.unit.hostile import made
 from tests.unit.test_cli import shell
 from tests.unit.test_cli_federation import ran
-from tests.unit.test_cloud import server  # noqa: F401 - a fixture
+from tests.unit.test_teacher import server  # noqa: F401 - a fixture
 
 
 def craft(folder, days):
@@ -123,7 +123,7 @@ def test_evolve_asks_a_teacher_only_as_allowed(shop, server, monkeypatch):  # no
         teachers.append(teacher)
         return SimpleNamespace(tasks=())
 
-    monkeypatch.setattr("lora.evolving.watching", watching)
+    monkeypatch.setattr("lora.learning.watching", watching)
     (shop / "key").write_text("sk-x\n")
     evolve = ["evolve", "--documents", craft(shop / "docs", 1), "--out", "skills"]
     server_options = ["--teacher-model", "m", "--teacher-url", server.url, "--key-file", "key"]
@@ -170,8 +170,8 @@ def test_distil_writes_the_first_card_that_helped_or_exits_3_with_the_reason(
         seen.update(documents=str(documents), **options)
 
     outcomes = iter(map(outcome, judged))
-    monkeypatch.setattr("lora.evolving.watching", watching)
-    monkeypatch.setattr("lora.evolving.outcomes", lambda *_, **__: outcomes)
+    monkeypatch.setattr("lora.learning.watching", watching)
+    monkeypatch.setattr("lora.learning.outcomes", lambda *_, **__: outcomes)
     (shop / "asked.txt").write_text("what is a kiln\n\nhow hot\n")
     options = ["--steps", 1, "--rank", 2, "--seed", 1, "--queries", "asked.txt"]
     code, out, _ = here("distil", "docs", "--name", "craft", *options, "-o", "c.arrow", "--json")

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora.errors import ArgumentError, CardNotFoundError, DataError, StoreError
-from lora.evolution import data
-from lora.evolution.data import Pairs, docstring_pairs
 from lora.testing.plugin import requirement
+from lora.training import data
+from lora.training.data import Pairs, docstring_pairs
 
 HUGE = "é" * 100_000
 
@@ -245,7 +245,7 @@ def test_a_tree_without_docstrings_and_an_unknown_answer_are_refused(tmp_path):
 
 SCRIPT = """
 import hashlib, sys
-from lora.evolution.data import docstring_pairs
+from lora.training.data import docstring_pairs
 docstring_pairs(sys.argv[1])  # imports what reading needs, now
 before = set(sys.modules)
 pairs = docstring_pairs()

@@ -16,8 +16,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import lora
 from lora.engine import ArrowEngine
 from lora.errors import ArgumentError, CardNotFoundError, DataError, StateError
-from lora.evolution.cloud import CloudDistiller, Consent, MockTeacher
-from lora.evolution.data import Pairs
 from lora.evolution.distill import (
     Memory,
     Policy,
@@ -29,11 +27,13 @@ from lora.evolution.distill import (
     trial_seed,
 )
 from lora.evolution.novelty import Alarm, Detector
-from lora.evolution.train import LoRATrainer, Settings, evaluate
-from lora.inference.encoder import EncoderConfig, InferenceCore
-from lora.inference.router import LoRARouter
+from lora.evolution.teacher import CloudDistiller, Consent, MockTeacher
+from lora.models.encoder import EncoderConfig, InferenceCore
+from lora.router import LoRARouter
 from lora.routing import Calibration
 from lora.testing.plugin import requirement
+from lora.training.data import Pairs
+from lora.training.train import LoRATrainer, Settings, evaluate
 
 WORDS = ["python", "law", "pasta", "tax"]
 SIZE = 6

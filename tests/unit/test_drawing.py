@@ -9,7 +9,7 @@ import pytest
 from lora.card import LoRACard, LowRank
 from lora.drawing import FORMATS, card_facts, draw_card, place
 from lora.errors import ArgumentError
-from lora.lowrank import delta, spectrum
+from lora.factors import delta, spectrum
 from lora.testing.plugin import requirement
 
 NAMES = ("encoder.layer.0.query", "encoder.layer.1.query", "encoder.layer.10.value", "pooler")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from lora.errors import ArgumentError, CardNotFoundError, ShapeError, UnsupportedModelError
-from lora.inference import encoder
-from lora.inference.encoder import EncoderConfig, InferenceCore, batches, by_set, pad, read_config
-from lora.rewrite import adapt_rows, linears
+from lora.models import encoder
+from lora.models.adapt import adapt_rows, linears
+from lora.models.encoder import EncoderConfig, InferenceCore, batches, by_set, pad, read_config
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
 

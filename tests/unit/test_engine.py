@@ -14,7 +14,6 @@ from torch import nn
 
 import lora
 from lora import engine as engine_module
-from lora import rewrite
 from lora.card import AdapterSet, LoRACard, LowRank
 from lora.engine import ArrowEngine, Encoding
 from lora.errors import (
@@ -26,14 +25,15 @@ from lora.errors import (
     UnknownCardError,
     UnsupportedModelError,
 )
-from lora.inference import manager as manager_module
-from lora.inference.encoder import InferenceCore
-from lora.inference.manager import LoRAManager
-from lora.inference.router import LoRARouter
-from lora.layer import LoRALinear
-from lora.rewrite import adapt, fingerprint
+from lora.files import save
+from lora.models import adapt as adapt_module
+from lora.models import manager as manager_module
+from lora.models.adapt import adapt, fingerprint
+from lora.models.encoder import InferenceCore
+from lora.models.layers import LoRALinear
+from lora.models.manager import LoRAManager
+from lora.router import LoRARouter
 from lora.routing import Route
-from lora.store import save
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
 
@@ -353,7 +353,7 @@ def test_every_change_of_an_engine_is_one_assignment(words_file, assignments):
 def test_a_logging_filter_that_raises_changes_nothing(words_file, caplog):
     caplog.set_level(logging.INFO, "lora")
     quiet, noisy = ArrowEngine(Words()), ArrowEngine(Words())
-    loggers = [logging.getLogger(name) for name in ("lora.engine", "lora.inference.manager")]
+    loggers = [logging.getLogger(name) for name in ("lora.engine", "lora.models.manager")]
 
     def refuse(record):
         raise RuntimeError(record.getMessage())
@@ -393,11 +393,15 @@ def test_loading_a_card_plans_once_and_walks_the_model_twice(
 
     outermost = lambda module, memo=None, *_, **options: memo is None  # noqa: E731
     counted(nn.Module, "named_modules", outermost)
-    for owner, name in [(rewrite, "_rewrite"), (rewrite, "plan"), (rewrite, "build")]:
+    for owner, name in [
+        (adapt_module, "_rewrite"),
+        (adapt_module, "plan"),
+        (adapt_module, "build"),
+    ]:
         counted(owner, name)
-    counted(rewrite, "_check_sound")
+    counted(adapt_module, "_check_sound")
     counted(AdapterSet, "__init__")
-    monkeypatch.setattr(manager_module, "build", rewrite.build)
+    monkeypatch.setattr(manager_module, "build", adapt_module.build)
     engine.load_lora(tmp_path / "f.lora.arrow")
     modules = calls.pop("_check_sound")
     assert calls == {"named_modules": 1, "_rewrite": 1, "plan": 1, "build": 1, "__init__": 2}

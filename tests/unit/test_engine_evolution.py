@@ -4,8 +4,8 @@ import pytest
 
 from lora.engine import ArrowEngine
 from lora.errors import StateError
-from lora.evolution.data import docstring_pairs
 from lora.testing.plugin import requirement
+from lora.training.data import docstring_pairs
 
 
 @requirement("R5.14")

@@ -9,12 +9,12 @@ import pytest
 
 import lora
 from lora.engine import ArrowEngine
-from lora.evolution.data import docstring_pairs
+from lora.evolution.acceptance import MAX_LOSS
 from lora.evolution.distill import Policy
-from lora.evolution.gate import MAX_LOSS
-from lora.evolution.train import LoRATrainer, Settings, evaluate
-from lora.evolving import EXAMPLES, watching
+from lora.learning import EXAMPLES, watching
 from lora.testing.plugin import requirement
+from lora.training.data import docstring_pairs
+from lora.training.train import LoRATrainer, Settings, evaluate
 
 ASKED = 40
 pytestmark = pytest.mark.slow

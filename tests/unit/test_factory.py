@@ -31,17 +31,17 @@ from lora.errors import (
     StateError,
     UnknownCardError,
 )
-from lora.evolution.data import Pairs
 from lora.evolution.factory import WATCH, SkillFactory, cluster
-from lora.evolution.work import supervise
-from lora.inference.manager import LoRAManager
+from lora.evolution.worker import supervise
+from lora.models.manager import LoRAManager
 from lora.testing.plugin import requirement
+from lora.training.data import Pairs
 
 TOYS = '''
 """Loaded by every interpreter: in a job's process, `merge` first does what its first card asks for."""
 import sys
 
-if "lora.evolution.work" in sys.orig_argv:
+if "lora.evolution.worker" in sys.orig_argv:
     import json, os, signal, time
     from dataclasses import replace
     from pathlib import Path
@@ -805,9 +805,9 @@ def test_training_goes_on_from_its_checkpoint_after_a_kill(bench, model_folder, 
     steps = bench.folder / "steps"
     (toys / "sitecustomize.py").write_text(f"""
 import sys
-if "lora.evolution.work" in sys.orig_argv:
+if "lora.evolution.worker" in sys.orig_argv:
     import os, signal
-    from lora.evolution import train
+    from lora.training import train
     step, store = train._Run.step, train._Run.store
     def counted(self, batch):
         with open({str(steps)!r}, "a") as file:

@@ -19,9 +19,9 @@ import lora
 from lora import errors
 from lora.card import LoRACard, LowRank
 from lora.federation import cache as cache_module
-from lora.federation.access import Credentials
 from lora.federation.cache import CardCache
 from lora.federation.client import MAX_MESSAGE, LoRAFlightClient
+from lora.federation.credentials import Credentials
 from lora.federation.manifest import Manifest
 from lora.federation.server import LoRAFlightServer
 from lora.federation.trust import Policy, public_key, sign, waived

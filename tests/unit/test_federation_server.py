@@ -15,11 +15,11 @@ from pyarrow import flight
 
 import lora
 from lora.errors import ArgumentError, CardNotFoundError, StoreError
-from lora.federation.access import Credentials, check_location, is_loopback
+from lora.federation.credentials import Credentials, check_location, is_loopback
 from lora.federation.keys import generate_key, sign_file
 from lora.federation.manifest import manifest_from_json
 from lora.federation.server import CHUNK, MAX_BATCH, LoRAFlightServer, file_pieces, table_pieces
-from lora.federation.streams import Limits, shut_down
+from lora.federation.stream_limits import Limits, shut_down
 from lora.federation.trust import Policy, check_signature
 from lora.testing.plugin import requirement
 from tests.unit.hostile import Authority, Line, made, saved, until

@@ -11,29 +11,27 @@ from lora.testing.plugin import requirement
 HOUSE = Path(lora.__file__).parent
 
 LAYERS = """
-errors
-metrics checks
+errors _renamed
+metrics checks state
 card
-lowrank envelope
-table targets routing
+factors ipc_check
+arrow_format targets routing
 presets merging extract
-store
-weights
+files router
 drawing interop federation
-layer
-rewrite
-inference
+models
+training
 evolution
 engine
-batches evolving
+batches learning
 demo
 cli
 """.split("\n")
 RANK = {name: position for position, layer in enumerate(LAYERS) for name in layer.split()}
 PURE = """
-errors checks card lowrank table targets routing presets merging extract envelope layer rewrite
-evolution/novelty evolution/gate evolution/losses evolution/ewc
-federation/manifest federation/trust federation/peers federation/access
+errors checks card factors arrow_format targets routing presets merging extract ipc_check
+models/layers models/adapt training/losses training/ewc evolution/novelty evolution/acceptance
+federation/manifest federation/trust federation/peer_table federation/credentials
 """.split()
 OUTSIDE = "time datetime os logging socket random secrets subprocess threading pathlib io".split()
 
@@ -69,7 +67,7 @@ def test_imports_point_one_way():
 def test_evolution_does_not_know_the_engine_and_only_the_command_line_knows_testing():
     for room, path in rooms():
         names = imports(path)
-        assert room[0] not in ("evolution", "inference") or "lora.engine" not in names
+        assert room[0] not in ("evolution", "models", "training") or "lora.engine" not in names
         assert room[0] == "cli" or not any(name.startswith("lora.testing") for name in names)
 
 

@@ -10,9 +10,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lora import weights
 from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError, CardFileError, CardNotFoundError, StoreError
+from lora.interop import weights
 from lora.interop.safetensors import load_safetensors, save_safetensors
 from lora.testing.plugin import requirement
 

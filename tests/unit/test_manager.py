@@ -15,10 +15,10 @@ from lora.errors import (
     TargetError,
     UnknownCardError,
 )
-from lora.inference.manager import LoRAManager
-from lora.layer import LoRALinear
-from lora.rewrite import fingerprint
-from lora.store import digest, save
+from lora.files import digest, save
+from lora.models.adapt import fingerprint
+from lora.models.layers import LoRALinear
+from lora.models.manager import LoRAManager
 from lora.testing.plugin import requirement
 
 X = torch.ones(2, 4)

@@ -16,7 +16,7 @@ from lora.errors import (
     ShapeError,
     TargetError,
 )
-from lora.lowrank import delta
+from lora.factors import delta
 from lora.merging import STRATEGIES, Average, Dare, Slerp, Ties, Weighted, merge
 from lora.testing.plugin import requirement
 

@@ -10,10 +10,10 @@ import pytest
 
 from lora.engine import ArrowEngine
 from lora.errors import ArgumentError, ShapeError, StateError
-from lora.evolution.data import docstring_pairs
 from lora.evolution.novelty import Alarm, Detector, Signals, fit, signals_of, topics
 from lora.routing import EMPTY, Calibration, candidate_of
 from lora.testing.plugin import requirement
+from lora.training.data import docstring_pairs
 
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 LOW, HIGH = (Calibration(threshold, 1, 0.5, (0.0, 1.0)) for threshold in (-1.0, 0.0))

@@ -11,12 +11,12 @@ import pytest
 
 from lora.cli.app import app
 from lora.errors import ArgumentError, TargetError
-from lora.evolution import train
-from lora.evolution.data import Pairs
-from lora.inference.encoder import EncoderConfig, InferenceCore
+from lora.models.adapt import init_card, linears
+from lora.models.encoder import EncoderConfig, InferenceCore
 from lora.presets import PRESETS, CardInfo, LoRAConfig, Preset, cost_table, fit
-from lora.rewrite import init_card, linears
 from lora.testing.plugin import requirement
+from lora.training import train
+from lora.training.data import Pairs
 
 ATTENTION = {f"attention.self.{part}": (384, 384) for part in ("query", "key", "value")}
 LAYER = ATTENTION | {"attention.output.dense": (384, 384)}

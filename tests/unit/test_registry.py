@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from torch import nn
 
+from lora.arrow_format import card_to_table
 from lora.card import LoRACard, LowRank
 from lora.errors import (
     ArgumentError,
@@ -23,12 +24,11 @@ from lora.errors import (
     StoreError,
     UnknownCardError,
 )
-from lora.inference import registry as registry_module
-from lora.inference.manager import LoRAManager
-from lora.inference.registry import AdapterRegistry
+from lora.files import digest, save
+from lora.models import registry as registry_module
+from lora.models.manager import LoRAManager
+from lora.models.registry import AdapterRegistry
 from lora.presets import CardInfo
-from lora.store import digest, save
-from lora.table import card_to_table
 from lora.testing.plugin import requirement
 from tests.properties.test_r22_registry import descriptors
 

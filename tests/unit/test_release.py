@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 import lora
+from lora.arrow_format import FORMAT_VERSION
 from lora.evolution import queue
-from lora.table import FORMAT_VERSION
 from lora.testing.plugin import requirement
 from lora.testing.report import SCHEMA_VERSION
 from tests.trace import read_lock
@@ -178,7 +178,7 @@ def imported(*argv):
 def test_importing_the_package_imports_nothing_else():
     site, _ = imported("-c", "pass")
     outside, ours = imported("-c", "import lora")
-    assert (outside - site, ours) == ({"lazy_loader"}, {"lora"})
+    assert (outside - site, ours) == ({"lazy_loader"}, {"lora", "lora._renamed"})
 
 
 @requirement("R25.4")
@@ -188,7 +188,12 @@ def test_help_costs_no_numpy_no_arrow_and_no_torch(argv):
     assert {"typer", "rich"} <= outside
     heavy = "numpy pyarrow ml_dtypes torch tokenizers safetensors cryptography"
     assert not outside & set(heavy.split())
-    assert {name for name in ours if not name.startswith("lora.cli")} <= {"lora", "lora.errors"}
+    assert {name for name in ours if not name.startswith("lora.cli")} <= {
+        "lora",
+        "lora._renamed",
+        "lora._renamed",
+        "lora.errors",
+    }
 
 
 @requirement("R1.12", "R25.3")
@@ -198,5 +203,5 @@ def test_inspecting_a_card_costs_no_torch_and_no_model():
     assert {"numpy", "pyarrow"} <= outside
     heavy = "torch tokenizers safetensors cryptography zeroconf matplotlib transformers pandas"
     assert not outside & set(heavy.split())
-    packages = ("lora.evolution", "lora.federation", "lora.inference")
+    packages = ("lora.evolution", "lora.federation", "lora.models", "lora.training")
     assert not [name for name in ours if name.startswith(packages)]

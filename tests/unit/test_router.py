@@ -5,7 +5,7 @@ import pytest
 
 from lora.card import LoRACard
 from lora.errors import ArgumentError, ShapeError
-from lora.inference.router import LoRARouter
+from lora.router import LoRARouter
 from lora.routing import Route
 from lora.testing.plugin import requirement
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from lora.card import LoRACard, LowRank
 from lora.errors import TargetError
-from lora.rewrite import linears
+from lora.models.adapt import linears
 from lora.targets import Site, match_targets, matches, plan
 from lora.testing.plugin import requirement
 

@@ -27,13 +27,13 @@ from lora.errors import (
     TargetError,
     UnsupportedModelError,
 )
-from lora.evolution.data import Pairs, docstring_pairs
-from lora.evolution.train import PRESETS, LoRATrainer, Settings, batches_of, evaluate
-from lora.inference.encoder import InferenceCore, pad
 from lora.interop.peft import export_peft
-from lora.rewrite import adapt
+from lora.models.adapt import adapt
+from lora.models.encoder import InferenceCore, pad
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
+from lora.training.data import Pairs, docstring_pairs
+from lora.training.train import PRESETS, LoRATrainer, Settings, batches_of, evaluate
 from tests.properties.test_r17_training import StopError, bits, core, stop_at
 from tests.properties.test_r17_training import toy_pairs as pairs
 

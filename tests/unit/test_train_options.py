@@ -11,14 +11,14 @@ import torch
 
 from lora.card import LoRACard
 from lora.errors import ArgumentError, DataError, ShapeError, UnsupportedModelError
-from lora.evolution.data import Pairs
-from lora.evolution.ewc import Anchor
-from lora.evolution.losses import LOSSES
-from lora.evolution.online import Adaptation, LearningEvent, OnlineAdapter
-from lora.evolution.schedules import SCHEDULES
-from lora.evolution.train import LoRATrainer, Settings, evaluate
-from lora.rewrite import adapt
+from lora.models.adapt import adapt
 from lora.testing.plugin import requirement
+from lora.training.data import Pairs
+from lora.training.ewc import Anchor
+from lora.training.losses import LOSSES
+from lora.training.online_adapter import Adaptation, LearningEvent, OnlineAdapter
+from lora.training.schedules import SCHEDULES
+from lora.training.train import LoRATrainer, Settings, evaluate
 from tests.unit.test_train import DEFAULTS, StopError, bits, engine, pairs, shuffled, stop_at, train
 
 
@@ -109,8 +109,8 @@ def test_a_clipped_gradient_is_no_longer_than_it_may_be(monkeypatch):
 CHILD = """
 import ast, sys
 from lora.engine import ArrowEngine
-from lora.evolution.data import Pairs
-from lora.evolution.train import LoRATrainer, Settings
+from lora.training.data import Pairs
+from lora.training.train import LoRATrainer, Settings
 from tests.unit.test_train import core
 
 encoder = core(shape=(64, 24, 4, 256, 128))

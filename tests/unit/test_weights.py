@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 
 from lora.errors import CardNotFoundError, UnsupportedModelError
 from lora.extract import extract_delta
+from lora.interop.weights import INDEX, SINGLE, SafetensorsWeights
 from lora.testing.plugin import requirement
-from lora.weights import INDEX, SINGLE, SafetensorsWeights
 
 RNG = np.random.default_rng(0)
 NAMES = [f"layer.{index}.query.weight" for index in range(3)]

@@ -13,8 +13,8 @@ import numpy as np
 
 from lora.card import LoRACard, check_card
 from lora.errors import ArgumentError, ShapeError, shown
-from lora.inference.state import StateReference
 from lora.routing import EMPTY, Candidate, Index, Route, candidate_of, select, texts_of, unit
+from lora.state import StateReference
 
 Description: TypeAlias = str | Sequence[str]
 """One example sentence or several."""

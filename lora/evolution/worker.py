@@ -56,7 +56,7 @@ def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
     with (
         (folder / LOG).open("ab") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "lora.evolution.work"],
+            [sys.executable, "-m", "lora.evolution.worker"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -12,10 +12,10 @@ from typing import Any
 from lora.card import LoRACard
 from lora.engine import ArrowEngine
 from lora.errors import DataError
-from lora.evolution.data import docstring_pairs
 from lora.evolution.distill import Outcome, SkillDistiller, Source
-from lora.evolution.train import Progress
-from lora.store import PathLike, as_path
+from lora.files import PathLike, as_path
+from lora.training.data import docstring_pairs
+from lora.training.train import Progress
 
 EXAMPLES = 1500
 """Sentences that stand for Python in the router."""

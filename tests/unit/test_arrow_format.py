@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 import lora
+from lora.arrow_format import FORMAT_VERSION, one_batch, read_header
 from lora.errors import CardError, CardFileError
-from lora.table import FORMAT_VERSION, one_batch, read_header
 from lora.testing.plugin import requirement
 
 fuzz = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzz_child.py"))))

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from lora.card import DTYPES, Array
 from lora.checks import parse_json
 from lora.errors import CardNotFoundError, LoRAError, UnsupportedModelError, shown
-from lora.store import PathLike, as_path, os_errors
+from lora.files import PathLike, as_path, os_errors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -17,9 +17,9 @@ from torch import nn
 
 from lora.card import Adapters, AdapterSet, LoRACard, check_card
 from lora.errors import ConflictError, StateError, UnknownCardError
-from lora.inference.state import StateReference, log_safely
-from lora.rewrite import bindings, build, check_module
-from lora.store import PathLike, load
+from lora.files import PathLike, load
+from lora.models.adapt import bindings, build, check_module
+from lora.state import StateReference, log_safely
 from lora.targets import Injection
 
 log = logging.getLogger(__name__)

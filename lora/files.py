@@ -22,9 +22,16 @@ from typing import BinaryIO, TypeAlias
 
 import pyarrow as pa
 
+from lora.arrow_format import (
+    ROW_BYTES,
+    Header,
+    card_to_table,
+    one_batch,
+    read_header,
+    table_to_card,
+)
 from lora.card import LoRACard
 from lora.checks import is_digest
-from lora.envelope import check_envelope
 from lora.errors import (
     ArgumentError,
     CardError,
@@ -34,7 +41,7 @@ from lora.errors import (
     StoreError,
     shown,
 )
-from lora.table import ROW_BYTES, Header, card_to_table, one_batch, read_header, table_to_card
+from lora.ipc_check import check_envelope
 
 PathLike: TypeAlias = str | os.PathLike[str]
 

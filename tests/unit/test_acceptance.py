@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from lora.errors import ArgumentError, DataError, ShapeError
-from lora.evolution.data import Pairs
-from lora.evolution.gate import LEAST, MAX_LOSS, change, judge, reciprocal_ranks
-from lora.evolution.train import evaluate
+from lora.evolution.acceptance import LEAST, MAX_LOSS, change, judge
 from lora.testing.plugin import requirement
+from lora.training.data import Pairs
+from lora.training.retrieval import reciprocal_ranks
+from lora.training.train import evaluate
 
 SAME = ([0.5] * 20, [0.5] * 20)
 

@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from lora.card import DTYPES, FIELD_KEYS, Array, FrozenJSON, LoRACard, LowRank, check_card
 from lora.checks import parse_json
-from lora.envelope import check_apart
 from lora.errors import ArgumentError, CardError, CardFileError, shown
+from lora.ipc_check import check_apart
 
 FORMAT_VERSION = (1, 0)
 """Major and minor version of the layout. Any minor version of this major version is read."""

@@ -16,7 +16,7 @@ import pytest
 
 import lora
 from lora.errors import CardError, CardFileError, CardNotFoundError, StoreError
-from lora.store import replacing
+from lora.files import replacing
 from lora.testing.plugin import requirement
 
 
@@ -186,7 +186,7 @@ def test_a_header_is_read_without_torch_and_without_the_weights(large):
 import json, sys
 from pathlib import Path
 import lora
-from lora import store
+from lora import files as files_module
 
 def kilobytes():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -194,8 +194,8 @@ def kilobytes():
 
 small, large = sys.argv[1:]
 lora.inspect(small)
-kept, mapped = [], store._map
-store._map = lambda path: kept.append(mapped(path)) or kept[-1]  # keeps the pages
+kept, mapped = [], files_module._map
+files_module._map = lambda path: kept.append(mapped(path)) or kept[-1]  # keeps the pages
 before = kilobytes()
 header = lora.inspect(large)
 inspecting = kilobytes() - before

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 import lora
-from lora.envelope import check_envelope
+from lora.arrow_format import ROW_BYTES
 from lora.errors import CardFileError
-from lora.table import ROW_BYTES
+from lora.ipc_check import check_envelope
 from lora.testing.plugin import requirement
 
 SCRIPT = Path(__file__).with_name("fuzz_child.py")

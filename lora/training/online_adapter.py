@@ -12,9 +12,9 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from lora.card import LoRACard
 from lora.checks import finite
 from lora.errors import ArgumentError, DataError, shown
-from lora.evolution.data import Pairs
-from lora.evolution.train import Engine, LoRATrainer, evaluate
-from lora.rewrite import trainable, trained_card
+from lora.models.adapt import trainable, trained_card
+from lora.training.data import Pairs
+from lora.training.train import Engine, LoRATrainer, evaluate
 
 
 @dataclass(frozen=True)

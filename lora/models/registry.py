@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from lora.arrow_format import Header
 from lora.card import LoRACard
 from lora.checks import integer, is_digest, is_semantic_version, version_order
 from lora.errors import (
@@ -29,9 +30,8 @@ from lora.errors import (
     UnknownCardError,
     shown,
 )
+from lora.files import PathLike, as_path, digest, inspect, load, os_errors
 from lora.presets import CardInfo
-from lora.store import PathLike, as_path, digest, inspect, load, os_errors
-from lora.table import Header
 
 Key: TypeAlias = tuple[str, str]
 """A card's name and version."""
@@ -102,7 +102,7 @@ class AdapterRegistry:
 
     Examples:
         >>> import tempfile
-        >>> from lora.store import save
+        >>> from lora.files import save
         >>> registry = AdapterRegistry(max_cards=1)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for version in ("1.10.0", "1.9.0"):

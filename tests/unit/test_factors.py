@@ -5,7 +5,7 @@ import pytest
 
 from lora.card import LowRank
 from lora.errors import ArgumentError, ShapeError
-from lora.lowrank import apply, concat, delta, initial
+from lora.factors import apply, concat, delta, initial
 from lora.testing.plugin import requirement
 
 PAIR = LowRank(np.array([[1.0], [2.0], [0.0]]), np.array([[3.0, -1.0]]), 0.5)

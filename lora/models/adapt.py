@@ -27,7 +27,8 @@ from lora.errors import (
     TargetError,
     UnsupportedModelError,
 )
-from lora.layer import (
+from lora.factors import initial
+from lora.models.layers import (
     ATOMS,
     WIDE,
     CopyMemo,
@@ -40,7 +41,6 @@ from lora.layer import (
     folded,
     shared_copy,
 )
-from lora.lowrank import initial
 from lora.targets import Injection, Site, fingerprint_of, plan, targeted_modules
 
 M = TypeVar("M", bound=nn.Module)
@@ -151,7 +151,7 @@ def folded_bytes(model: nn.Module) -> int:
 def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:
     """Return a model in which each segment of rows of a batch has one of several adapter sets.
 
-    The model's forward passes `lora.layer.Segments` on to its Linears, as `InferenceCore`'s.
+    The model's forward passes `lora.models.layers.Segments` on to its Linears, as `InferenceCore`'s.
     Segments name the sets by position.
     """
     layers = _layers(model, sets, bindings(model, sets, check_base=check_base)).items()

@@ -1,7 +1,7 @@
 """Synthetic pairs for the five task presets, to try things out.
 
 A question is drawn by filling a few slots, and its answer is a function of the same slots. So a
-model can learn the rule. For real data see `lora.evolution.data.docstring_pairs`.
+model can learn the rule. For real data see `lora.training.data.docstring_pairs`.
 
 Requirements: R21.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from lora.checks import integer
 from lora.errors import ArgumentError, shown
-from lora.evolution.data import Pairs
+from lora.training.data import Pairs
 
 _WORDS = {
     "thing": "user invoice token sensor ticket parcel recipe lease badge ledger route poll",

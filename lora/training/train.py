@@ -35,14 +35,14 @@ from lora.errors import (
     UnsupportedModelError,
     shown,
 )
-from lora.evolution.data import Pairs
-from lora.evolution.ewc import Anchor, fisher_of, normalized, penalty
-from lora.evolution.gate import reciprocal_ranks
-from lora.evolution.losses import LOSSES
-from lora.evolution.schedules import SCHEDULES, schedule_of
-from lora.inference.encoder import InferenceCore, batches
-from lora.rewrite import fingerprint, init_card, trainable, trained_card
-from lora.store import PathLike, replacing
+from lora.files import PathLike, replacing
+from lora.models.adapt import fingerprint, init_card, trainable, trained_card
+from lora.models.encoder import InferenceCore, batches
+from lora.training.data import Pairs
+from lora.training.ewc import Anchor, fisher_of, normalized, penalty
+from lora.training.losses import LOSSES
+from lora.training.retrieval import reciprocal_ranks
+from lora.training.schedules import SCHEDULES, schedule_of
 
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What the encoder may compute in, by name; None is its own type."""

@@ -34,8 +34,8 @@ from lora.errors import (
     StoreError,
     shown,
 )
-from lora.evolution.data import Pairs
-from lora.store import PathLike, as_path, replacing
+from lora.files import PathLike, as_path, replacing
+from lora.training.data import Pairs
 
 log = logging.getLogger(__name__)
 

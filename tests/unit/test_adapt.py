@@ -13,8 +13,7 @@ from torch import nn
 
 from lora.card import LoRACard, LowRank
 from lora.errors import BaseModelError, StateError, TargetError, UnsupportedModelError
-from lora.layer import LoRALinear, TrainableLinear
-from lora.rewrite import (
+from lora.models.adapt import (
     adapt,
     fingerprint,
     fold,
@@ -26,6 +25,7 @@ from lora.rewrite import (
     trained_card,
     uncalled,
 )
+from lora.models.layers import LoRALinear, TrainableLinear
 from lora.testing.plugin import requirement
 
 X = torch.arange(12.0).reshape(3, 4) / 10

@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from lora.errors import ArgumentError, MissingPackageError, PeerError, StateError, StoreError
-from lora.evolution.cloud import (
+from lora.evolution.teacher import (
     REASONS,
     REPLY_LIMIT,
     SCHEMA,
@@ -284,7 +284,7 @@ def test_the_budget_holds_over_restarts_threads_and_processes(tmp_path):
         calls = [call for call in pool.map(reserve, range(30)) if call]
     assert len(set(calls)) == len(calls) == 11
     script = (
-        "import sys; from lora.evolution.cloud import Ledger; ledger = Ledger(sys.argv[1], 1000)\n"
+        "import sys; from lora.evolution.teacher import Ledger; ledger = Ledger(sys.argv[1], 1000)\n"
         "print(ledger.spent); ledger.settle(1, 'answered', 5, 5)\n"
         "print(ledger.reserve('h', '{}', 90))"
     )
@@ -541,7 +541,7 @@ def test_without_the_package_the_extra_is_named(ledger, monkeypatch):
 
 def test_neither_torch_nor_the_client_is_imported_before_it_is_needed():
     script = (
-        "import sys, lora.evolution.cloud\n"
+        "import sys, lora.evolution.teacher\n"
         "assert not {'torch', 'openai', 'httpx2'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from lora.card import LowRank
 from lora.checks import finite
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
-from lora.lowrank import concat
+from lora.factors import concat
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from lora import checks
 from lora.errors import ArgumentError, CardNotFoundError, DataError, shown
-from lora.store import PathLike, replacing
+from lora.files import PathLike, replacing
 
 _COLUMNS = {
     "query": ("string", "text that is not empty"),

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from lora import layer as layer_module
 from lora.card import LowRank
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError
-from lora.layer import LoRALinear, SegmentedLinear, TrainableLinear
+from lora.models import layers as layer_module
+from lora.models.layers import LoRALinear, SegmentedLinear, TrainableLinear
 from lora.testing.plugin import requirement
 
 PAIR = LowRank(np.ones((4, 2), np.float32), np.ones((2, 3), np.float32), 0.5)

@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from lora.card import Array
 from lora.checks import parse_json
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
-from lora.layer import NeverCalled, SegmentedLinear, Segments
+from lora.files import PathLike, as_path, os_errors
+from lora.interop.weights import open_safetensors
+from lora.models.layers import NeverCalled, SegmentedLinear, Segments
 from lora.routing import texts_of
-from lora.store import PathLike, as_path, os_errors
-from lora.weights import open_safetensors
 
 TOKEN_BUDGET = 2048
 """Tokens of a batch, padding included: 1.5 times the throughput of batches of 32 on two cores."""
@@ -180,7 +180,7 @@ class InferenceCore(nn.Module):
         Args:
             ids: Shape ``(rows, tokens)``.
             mask: Shape ``(rows, tokens)``, True at tokens, False at padding; None without padding.
-            segments: The adapter set of each run of rows, for a model of `lora.rewrite.adapt_rows`.
+            segments: The adapter set of each run of rows, for a model of `lora.models.adapt.adapt_rows`.
         """
         embeddings, seen = self.embeddings, None if mask is None else mask[:, None, None, :]
         positions = embeddings.position_embeddings.weight[: ids.shape[1]]
@@ -221,7 +221,7 @@ class InferenceCore(nn.Module):
 
         Args:
             texts: Any number, empty ones included; a text without a token gets the zero vector.
-            sets: Index of each text's adapter set, for a model of `lora.rewrite.adapt_rows`.
+            sets: Index of each text's adapter set, for a model of `lora.models.adapt.adapt_rows`.
         """
         ids = self.tokenize(texts)
         if sets is not None and len(sets) != len(ids):

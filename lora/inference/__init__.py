@@ -1,3 +1,0 @@
-"""Running an encoder with cards: the encoder itself, the manager of what is active, the router that
-picks.
-"""

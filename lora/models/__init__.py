@@ -1,0 +1,1 @@
+"""Torch models: adapted layers, the rewrite that adapts a model, an encoder, manager and registry."""

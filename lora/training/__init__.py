@@ -1,0 +1,5 @@
+"""Train cards: data, losses, schedules, the trainer, and adaptation by single events."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
