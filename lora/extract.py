@@ -49,7 +49,7 @@ class Model(Protocol):
 
 
 Weights: TypeAlias = Mapping[str, Array] | Model
-"""Weights ``(out, in)`` under ``"<module>.weight"``; a mapping may read each when it is accessed."""
+"""Weights ``(out, in)`` under ``"<module>.weight"``; a mapping may read each on access."""
 
 OnModule: TypeAlias = Callable[[str, int, int], None]
 """Called after each module with its name, its position from 1, and the number of modules."""
@@ -329,7 +329,7 @@ def _approximated(
 def _decomposed(matrix: Array, module: str, how: _How) -> tuple[Array, Array, Array, int]:
     """Return U, the singular values, Vᵀ, and the rank that the rule asks for.
 
-    The randomised method widens its subspace until the rank suffices or it is as wide as the matrix.
+    The randomised method widens its subspace until the rank suffices or it spans the matrix.
     """
     if how.method == "randomized":
         name = hashlib.sha256(module.encode(errors="surrogatepass")).digest()

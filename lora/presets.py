@@ -213,7 +213,8 @@ def role_of(module: str) -> str | None:
     """Return the role of a module by its name; None if it has none.
 
     Examples:
-        >>> [role_of(name) for name in ("0.attention.output.dense", "0.output.dense", "pooler.dense")]
+        >>> names = ("0.attention.output.dense", "0.output.dense", "pooler.dense")
+        >>> [role_of(name) for name in names]
         ['output', 'down', None]
     """
     name = module.replace("crossattention.", "attention.")

@@ -261,7 +261,7 @@ def check_threshold(threshold: object) -> None:
 
 
 def _beta_point(k: int, n: int, probability: float) -> float:
-    """Return the point of Beta(k, n + 1 - k) at `probability`, by bisection of the binomial tail."""
+    """Return the point of Beta(k, n + 1 - k) at `probability`, by bisecting the binomial tail."""
     log_choices = [
         math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k)
     ]

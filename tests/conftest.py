@@ -1,4 +1,6 @@
-"""What every test shares: torch warns each time, not once a process, so that the order of tests changes nothing."""
+"""What every test shares: torch warns each time, not once a process, so that the order of tests
+changes nothing.
+"""
 
 from contextlib import contextmanager
 from unittest import mock

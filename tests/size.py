@@ -1,7 +1,9 @@
-"""Count what a reader of the package has to read: lines, code tokens and words of docstring, by area.
+"""Count what a reader of the package has to read: lines, code tokens and words of docstring, by
+area.
 
-Run ``python -m tests.size``. Tokens are names, numbers, operators and strings as `tokenize` of Python 3.11 gives them
-(later versions split f-strings), without comments and docstrings. Words are those of every docstring, split at blanks.
+Run ``python -m tests.size``. Tokens are names, numbers, operators and strings as `tokenize` of
+Python 3.11 gives them (later versions split f-strings), without comments and docstrings. Words are
+those of every docstring, split at blanks.
 """
 
 import ast

@@ -1,4 +1,5 @@
-"""Trace each requirement to its evidence: read the specification and the tests, and join them by id.
+"""Trace each requirement to its evidence: read the specification and the tests, and join them by
+id.
 
 A test names the requirements that it proves by ``requirement("Rn.m", …)``, or ``"Rn.m@2"`` for one
 revision. Tests are read as text, not imported. A lock holds the digest of each requirement's
@@ -45,7 +46,7 @@ def read_tests(folder: Path) -> list[Evidence]:
 
 
 def read_code(folder: Path) -> dict[str, list[str]]:
-    """Return, for each chapter, the modules whose docstring names it in a line "Requirements: …"."""
+    """Return, for each chapter, the modules that name it in a line "Requirements: …"."""
     modules: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

@@ -1,6 +1,6 @@
 """What all commands share: the application, common options, output, errors and progress.
 
-Errors are one line on stderr and exit status 1 (2 for wrong usage), and an interrupt exits with 130.
+Errors are one line on stderr and exit status 1 (2 for usage). An interrupt exits with 130.
 
 Requirements: R25.
 """

@@ -186,7 +186,7 @@ def factory_add(
     again: bool = False,
     root: Root = Path("factory"),
 ) -> Result:
-    """Queue a job. It is a command line of train, extract, merge or distil, after --, without outputs.
+    """Queue a job: after --, a command line of train, extract, merge or distil without outputs.
 
     Args:
         arguments: The command line, with --name; what it reads must be there.

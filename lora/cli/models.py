@@ -117,7 +117,7 @@ def route(
     model: Model = None,
     as_json: Json = False,
 ) -> Result:
-    """Rank cards for a query by their descriptions. Nothing is printed if none reaches the threshold.
+    """Rank cards for a query by their descriptions. Print nothing if none reaches the threshold.
 
     Args:
         query: What to find a card for.

@@ -57,7 +57,7 @@ class SkillFactory:
     Examples:
         >>> import tempfile
         >>> from lora import LoRACard, save
-        >>> with tempfile.TemporaryDirectory() as folder, SkillFactory(f"{folder}/factory") as factory:
+        >>> with tempfile.TemporaryDirectory() as folder, SkillFactory(f"{folder}/f") as factory:
         ...     _ = save(LoRACard("a", 1, 1.0, [], {}), f"{folder}/a.lora.arrow")
         ...     _ = factory.add(["merge", f"{folder}/a.lora.arrow", "--name", "both"])
         ...     factory.run()["state"].to_pylist()

@@ -149,7 +149,7 @@ class JobQueue:
 
     Examples:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder, JobQueue(f"{folder}/queue.sqlite") as queue:
+        >>> with tempfile.TemporaryDirectory() as folder, JobQueue(f"{folder}/q.sqlite") as queue:
         ...     _ = queue.add(Job.of(["merge"], "both"), now=0.0)
         ...     job = queue.claim(now=1.0)
         ...     ended = queue.accept(job, "0" * 64, now=2.0)
@@ -271,7 +271,7 @@ class JobQueue:
         return self._move("release", job, now)
 
     def recover(self, now: float) -> list[Job]:
-        """Fail the jobs that a dead coordinator left running; only the one coordinator may call it."""
+        """Fail the jobs that a dead coordinator left running; only the coordinator calls it."""
         with self._transaction():
             left = [self.fail(job, "the coordinator died", now) for job in self.jobs("running")]
             return [job for job in left if job is not None]

@@ -1,7 +1,8 @@
 """A job in a process of its own: a command line of `lora`, run under limits.
 
-`supervise` is the function that is submitted to an executor. The process ends with its supervisor: it
-watches a pipe. It works in the job's folder, where the next attempt finds a whole result.
+`supervise` is the function that is submitted to an executor. The process watches a pipe
+and ends with its supervisor. It works in the job's folder, where the next attempt finds a whole
+result.
 
 Requirements: R19.
 """
@@ -32,7 +33,7 @@ _RUNNING: set[tuple[str, "subprocess.Popen[bytes]"]] = set()
 
 
 def content_id(path: str) -> str:
-    """Identify an input: a file's SHA-256; for a folder, that of its files' names, sizes and times."""
+    """Identify an input: a file's SHA-256; of a folder, that of names, sizes and times."""
     try:
         if not Path(path).is_dir():
             with Path(path).open("rb") as file:

@@ -1,1 +1,1 @@
-"""Torch models: adapted layers, the rewrite that adapts a model, an encoder, manager and registry."""
+"""Torch models: adapted layers, adapting a model, an encoder, a manager and a registry."""

@@ -88,7 +88,7 @@ def bindings(
     check_base: bool = True,
     strict: bool = False,
 ) -> list[dict[str, Injection]]:
-    """Decide what each card of each set binds to in a model; raise as `adapt` if it does not fit."""
+    """Decide what each card of each set binds to in a model; raise as `adapt` does."""
     sites, modules = _survey(model)
 
     def bind(card: LoRACard, weight: float) -> Injection:
@@ -151,7 +151,7 @@ def folded_bytes(model: nn.Module) -> int:
 def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:
     """Return a model in which each segment of rows of a batch has one of several adapter sets.
 
-    The model's forward passes `lora.models.layers.Segments` on to its Linears, as `InferenceCore`'s.
+    The model's forward passes `Segments` on to its Linears, as that of `InferenceCore` does.
     Segments name the sets by position.
     """
     layers = _layers(model, sets, bindings(model, sets, check_base=check_base)).items()

@@ -180,7 +180,7 @@ class InferenceCore(nn.Module):
         Args:
             ids: Shape ``(rows, tokens)``.
             mask: Shape ``(rows, tokens)``, True at tokens, False at padding; None without padding.
-            segments: The adapter set of each run of rows, for a model of `lora.models.adapt.adapt_rows`.
+            segments: The adapter set of each run of rows, for a model of `adapt_rows`.
         """
         embeddings, seen = self.embeddings, None if mask is None else mask[:, None, None, :]
         positions = embeddings.position_embeddings.weight[: ids.shape[1]]

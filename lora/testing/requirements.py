@@ -1,4 +1,4 @@
-"""Read the specification: a Markdown file a chapter, with a ``## Rn.m`` heading for each requirement.
+"""Read the specification: one file a chapter, one heading ``## Rn.m`` for each requirement.
 
 Requirements: R9.
 """

@@ -110,7 +110,7 @@ def layer_bound(x: Array, weight: Array, bias: Array | None, terms: Iterable[Ter
 def gauge_bound(
     x: Array, pair: tuple[Array, Array], m: Array, turned: tuple[Array, Array], scale: float
 ) -> Array:
-    """Return the largest |x A' B' - x A B| · scale, with A' = A M and B' = M⁻¹ B rounded to A's dtype.
+    """Return the largest |x A' B' - x A B| · scale for A' = A M and B' = M⁻¹ B in A's dtype.
 
     Gaussian elimination with partial pivoting solves (M + E) B' = B with |E| ≤ γ₃ᵣ |L||U|, where
     |L| ≤ 1 and |U| ≤ 2ʳ max|M|. So A'B' - AB = (F - A E) B' + A' G, with F and G the errors of

@@ -1,4 +1,4 @@
-"""How well embeddings find what belongs together: the reciprocal rank of each query's own candidate.
+"""How well embeddings find what belongs together: the reciprocal rank of each own candidate.
 
 Requirements: R17, R18.
 """

@@ -1,4 +1,6 @@
-"""What every fault is: the reference with one mistake, what it was made to break, and all that turns red with it."""
+"""What every fault is: the reference with one mistake, what it was made to break, and all that
+turns red with it.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +9,9 @@ from lora.testing.reference import Reference
 
 
 class Fault(Reference):
-    """A wrong implementation: `breaks` is what it was made for, `turns_red` all that fails on it, and nothing else does."""
+    """A wrong implementation: `breaks` is what it was made for, `turns_red` all that fails on it,
+    and nothing else does.
+    """
 
     breaks: str
     turns_red: frozenset[str]

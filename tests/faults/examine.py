@@ -1,4 +1,6 @@
-"""Which requirements turn red on which faults, where all faults meet the examples that the reference drew."""
+"""Which requirements turn red on which faults, where all faults meet the examples that the
+reference drew.
+"""
 
 import copy
 import inspect
@@ -20,7 +22,9 @@ from lora.testing.reference import Reference
 from lora.testing.report import suite_folder
 
 EXAMPLES = 50
-"""How many examples each property gets; a failure that is declared and has not shown by then gets four times as many."""
+"""How many examples each property gets; a failure that is declared and has not shown by then gets
+four times as many.
+"""
 
 settings.register_profile(
     "faults",
@@ -34,12 +38,16 @@ settings.register_profile(
 
 
 class Settled(BaseException):
-    """No further example can change a verdict; no Exception, so that Hypothesis takes it for no failure."""
+    """No further example can change a verdict; no Exception, so that Hypothesis takes it for no
+    failure.
+    """
 
 
 @dataclass(frozen=True)
 class Property:
-    """A property through the binding, the requirements that it names, and the members of a binding that it may use."""
+    """A property through the binding, the requirements that it names, and the members of a binding
+    that it may use.
+    """
 
     test: object
     ids: frozenset[str]
@@ -47,7 +55,9 @@ class Property:
 
 
 def suite():
-    """Every property through a binding, imported anew under the profile above; those of many requirements first."""
+    """Every property through a binding, imported anew under the profile above; those of many
+    requirements first.
+    """
     before, found = settings.get_current_profile_name(), []
     settings.load_profile("faults")
     try:
@@ -68,7 +78,9 @@ def suite():
 
 
 def names_in(function, seen=frozenset()):
-    """Every name that a function, or one of its module that it calls, may look up: more than it uses, never less."""
+    """Every name that a function, or one of its module that it calls, may look up: more than it
+    uses, never less.
+    """
     names, codes = set(), [function.__code__]
     for code in codes:
         names.update(code.co_names)
@@ -91,8 +103,8 @@ def red_on(faults, properties):
 def examine(each, red):
     """Add the property's requirements to those of the faults that it fails on.
 
-    A fault that overrides nothing that the property uses is the reference to it, and one for which all these requirements
-    are red already has nothing to lose: neither is tried.
+    A fault that overrides nothing that the property uses is the reference to it, and one for which
+    all these requirements are red already has nothing to lose: neither is tried.
     """
     tried = {fault: Subject(fault()) for fault in red if overridden(fault) & each.members}
     inner, examples = each.test.hypothesis.inner_test, count()
@@ -127,7 +139,9 @@ def overridden(fault):
 
 
 def given_anew(drawn, draw):
-    """The arguments, copied, so that no user sees what another did to them; interactive draws go through `draw`."""
+    """The arguments, copied, so that no user sees what another did to them; interactive draws go
+    through `draw`.
+    """
     values = {}
     for name, value in drawn.items():
         interactive = isinstance(value, DataObject)
@@ -159,7 +173,9 @@ def replaying(values):
 
 
 def remembered(function):
-    """A method that only depends on its arguments, answering from memory where it has just been asked the same."""
+    """A method that only depends on its arguments, answering from memory where it has just been
+    asked the same.
+    """
     answers = {}
 
     @wraps(function)

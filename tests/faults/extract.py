@@ -7,7 +7,9 @@ from tests.faults.base import Fault, faults_in
 
 
 class ExtractionFault(Fault):
-    """A fault in `extract`: what it does to each pair, given its ΔW and (rank, energy, error), under some of these rules."""
+    """A fault in `extract`: what it does to each pair, given its ΔW and (rank, energy, error),
+    under some of these rules.
+    """
 
     rules = (0, 1, 2)
 
@@ -70,7 +72,7 @@ class RowsAreCentred(ExtractionFault, breaks="R16.2", also="R16.1 R16.3"):
 
 
 class FactorsOfHalfPrecision(ExtractionFault, breaks="R16.1", also="R16.2 R16.3"):
-    """Singular values are computed from ΔW rounded to float16's precision, whatever the weights'."""
+    """Singular values are computed from ΔW rounded to float16's precision, in every case."""
 
     def spoilt(self, matrix, pair, *_):
         mantissa, exponent = np.frexp(matrix)
@@ -78,7 +80,9 @@ class FactorsOfHalfPrecision(ExtractionFault, breaks="R16.1", also="R16.2 R16.3"
 
 
 class SubspaceOfOneLook(ExtractionFault, breaks="R16.1", also="R16.3"):
-    """The image of as many random vectors as the rank, not sharpened: exact where the rank suffices, not the best."""
+    """The image of as many random vectors as the rank, not sharpened: exact where the rank
+    suffices, not the best.
+    """
 
     def spoilt(self, matrix, pair, *_):
         looks = np.random.default_rng(0).standard_normal((matrix.shape[1], pair.A.shape[1]))

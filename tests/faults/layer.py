@@ -90,7 +90,9 @@ class OneHugeRowSpoilsAll(Fault, breaks="R2.9"):
 class ColumnsOfANormalised(
     TermFault, breaks="R2.11", also=FORMULA | SUM | {"R2.5", "R2.11", "R16.3"}
 ):
-    """Depends on how ΔW is factored: A's columns are scaled to length 1, as adapters of some libraries do."""
+    """Depends on how ΔW is factored: A's columns are scaled to length 1, as adapters of some
+    libraries do.
+    """
 
     def changed_term(self, term):
         wide = term.A.astype(np.float64)
@@ -108,7 +110,9 @@ class OnlyTheFirstCard(TermFault, breaks="R8.1", also=FORMULA | SUM | {"R8.8"}):
 
 
 class CrossTerms(TermFault, breaks="R8.5", also=FORMULA | SUM):
-    """Several cards are summed factor by factor: Σ A @ Σ B, which has products of one card's A with another's B."""
+    """Several cards are summed factor by factor: Σ A @ Σ B, which has products of one card's A with
+    another's B.
+    """
 
     def changed(self, terms):
         heard = {name: term for name, term in terms.items() if term.B.any()}

@@ -439,7 +439,9 @@ class OneRankForAll(Fault, breaks="R20.9", also="R20.1 R20.2 R20.3 R20.4 R20.5 R
 
 
 class TargetsOfTheFirstCard(Fault, breaks="R20.9"):
-    """The merged card targets what the first card targets, so the others' modules are never adapted."""
+    """The merged card targets what the first card targets, so the others' modules are never
+    adapted.
+    """
 
     def merge(self, cards, strategy, options, weights, rank):
         merged = super().merge(cards, strategy, options, weights, rank)

@@ -1,4 +1,6 @@
-"""The suite is sharp: on each fault exactly the requirements turn red that it declares, and each [P*] has a fault."""
+"""The suite is sharp: on each fault exactly the requirements turn red that it declares, and each
+[P*] has a fault.
+"""
 
 import os
 

@@ -51,7 +51,9 @@ def assume_no_overflow(x, weight, bias, terms, bound):
 
 
 def check(out, x, weight, bias, terms):
-    """An output lies within the bound of the formula, and on it where whole numbers leave nothing to round."""
+    """An output lies within the bound of the formula, and on it where whole numbers leave nothing
+    to round.
+    """
     terms = list(terms)
     bound = layer_bound(x, weight, bias, terms)
     assume_no_overflow(x, weight, bias, terms, bound)
@@ -61,7 +63,9 @@ def check(out, x, weight, bias, terms):
 
 
 def exactly(x, weight, bias, terms):
-    """Where an output on whole numbers is exact: no partial sum needs more digits than the dtype has."""
+    """Where an output on whole numbers is exact: no partial sum needs more digits than the dtype
+    has.
+    """
     return magnitude(x, weight, bias, terms) <= 1 / roundoff(x.dtype)
 
 
@@ -116,7 +120,9 @@ def test_the_output_is_exact_on_small_whole_numbers(impl, layer):
 @requirement("R2.2")
 @given(data=st.data(), dtype=NARROW, ones=st.integers(2, 60))
 def test_sums_are_accumulated_in_float32_or_better(impl, data, dtype, ones):
-    """Ones between a large number and its negative vanish from a sum in a narrow type, whatever the order of the rest."""
+    """Ones between a large number and its negative vanish from a sum in a narrow type, whatever the
+    order of the rest.
+    """
     large = 2 / roundoff(dtype)
     row = data.draw(st.permutations([large, -large, *[1.0] * ones]))
     x, weight = np.array([row, row], dtype), np.ones((3, ones + 2), dtype)
@@ -514,7 +520,9 @@ def test_delta_is_what_the_pair_does_to_the_weight(layer):
 @requirement("R2.2", "R2.5")
 @given(layer=layers(), mixed=dtypes)
 def test_the_algebra_of_pairs_agrees_with_the_layer(layer, mixed):
-    """`lora.factors.apply` is the low-rank part of the formula, for factors of another dtype than x as well."""
+    """`lora.factors.apply` is the low-rank part of the formula, for factors of another dtype than x
+    as well.
+    """
     x, weight, _, terms = layer
     assume(terms)
     pairs = [
@@ -646,7 +654,9 @@ EXTREME = [0.0, 1.0, -1.0, 2.0, 1e30, -1e30, 3e38, -3e38, np.inf, -np.inf, np.na
 @requirement("R2.2")
 @given(data=st.data())
 def test_what_is_too_large_becomes_infinite_or_nan_without_a_warning(data):
-    """Rank 1: a product is one multiplication, so that it is what IEEE 754 says, also of infinities and NaN."""
+    """Rank 1: a product is one multiplication, so that it is what IEEE 754 says, also of infinities
+    and NaN.
+    """
     numbers_of = st.lists(st.sampled_from(EXTREME), min_size=1, max_size=3)
     a, b = (np.array(data.draw(numbers_of), np.float32) for _ in "ab")
     for scaling in (1.0, 0.0, 1e30, -1e300):
@@ -665,8 +675,8 @@ def test_what_is_too_large_becomes_infinite_or_nan_without_a_warning(data):
 def spectral_bound(pair):
     """How far computed singular values of ΔW may lie from its own (Higham, theorem 19.4; Weyl).
 
-    Each step of two QR factorisations, a product and an SVD is backward stable: it perturbs by no more than γ of its
-    operations, times the Frobenius norms of what it is given.
+    Each step of two QR factorisations, a product and an SVD is backward stable: it perturbs by no
+    more than γ of its operations, times the Frobenius norms of what it is given.
     """
     size = abs(1 if pair.scaling is None else pair.scaling)
     for factor in (pair.A, pair.B):
@@ -698,7 +708,9 @@ def test_the_spectrum_is_that_of_delta_w_in_whatever_gauge(data, dtype, rank, sc
 @requirement("R2.11")
 @given(data=st.data(), shape=st.tuples(features, ranks, features))
 def test_what_is_not_finite_has_no_spectrum(data, shape):
-    """Not either factor, and not ΔW: numbers of 1e300 in both are finite, and their products are not."""
+    """Not either factor, and not ΔW: numbers of 1e300 in both are finite, and their products are
+    not.
+    """
     rows, rank, columns = shape
     signs = st.integers(0, 2**32).map(
         lambda seed: np.random.default_rng(seed).choice([1.0, -1.0], (9, 9))
@@ -721,7 +733,7 @@ def test_what_is_not_finite_has_no_spectrum(data, shape):
 @requirement("R20.4")
 @given(data=st.data(), shape=st.tuples(st.integers(1, 9), st.integers(1, 6)), dtype=WIDE)
 def test_a_thin_qr_is_orthonormal_times_upper_triangular(data, shape, dtype):
-    """Within γ of the operations of Householder's reflections; of rank-deficient matrices as well."""
+    """Within γ of the operations of Householder's reflections; also for deficient ranks."""
     rows, columns = shape
     matrix = data.draw(numbers(dtype, shape) | integers(dtype, shape, largest=1))
     if data.draw(st.booleans()):

@@ -1,4 +1,6 @@
-"""R3: which modules a card reaches, a rewrite that never touches its input, a manager in a known state at any time."""
+"""R3: which modules a card reaches, a rewrite that never touches its input, a manager in a known
+state at any time.
+"""
 
 import itertools
 from collections import OrderedDict, deque
@@ -136,7 +138,9 @@ def test_a_weight_binds_to_the_one_targeted_module_that_it_fits_or_the_card_is_r
 
 @st.composite
 def linears(draw):
-    """Names of Linears, some of them names of one module, with output heads at any place among their components."""
+    """Names of Linears, some of them names of one module, with output heads at any place among
+    their components.
+    """
     heads = st.sampled_from(sorted(OUTPUT_HEADS)) | st.sampled_from(
         ["head_0", "xhead", "lm_head2", "Score"]
     )
@@ -272,10 +276,11 @@ def leaves(draw, made, *, whole):
 
 @st.composite
 def trees(draw, *, whole=False):
-    """A random tree of modules of one width, with modules, parameters and dictionaries known under several names.
+    """A random tree of modules of one width, with modules, parameters and dictionaries known under
+    several names.
 
-    Names are unique within a tree, so that any Linear can be named without ambiguity. If `whole`, the tree is of float64
-    Linears over whole numbers, and ReLU.
+    Names are unique within a tree, so that any Linear can be named without ambiguity. If `whole`,
+    the tree is of float64 Linears over whole numbers, and ReLU.
     """
     count, made, shared_notes = itertools.count(), [], draw(notes())
     torch.manual_seed(draw(st.integers(0, 99)))
@@ -329,7 +334,9 @@ def run(model, x):
 
 
 def frozen(value, seen):
-    """A deep picture of a value: for a tensor its place, bits, flag and gradient; for other objects who they are."""
+    """A deep picture of a value: for a tensor its place, bits, flag and gradient; for other objects
+    who they are.
+    """
     if isinstance(value, Tensor):
         bits = value.detach().clone().reshape(-1).view(torch.uint8).tolist()
         return (

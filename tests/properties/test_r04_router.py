@@ -1,4 +1,6 @@
-"""R4: a router ranks candidates by cosine similarity, whatever the order, the scale or the number of what it is given."""
+"""R4: a router ranks candidates by cosine similarity, whatever the order, the scale or the number
+of what it is given.
+"""
 
 import math
 import re
@@ -27,7 +29,8 @@ def wide(vector):
 
 # Cosines of these with each other are 4/5, 3/5, 24/25, 7/25, …, ±1 and 0: exact in a few decimals.
 WHOLE = [*map(wide, [(3, 4), (4, 3), (0, 0, 5), (0, 6, 8), (7, 24), (-3, -4)])]
-# Cosines of these are k / 128 or k / 16: for odd k of the first halfway between two multiples of 1e-6.
+# Cosines of these are k / 128 or k / 16: for odd k of the first halfway between two multiples of
+# 1e-6.
 ODD, ASKED = (0, 0, 0, -2, 7, -1, -7, 5), (-7, 0, 0, -2, 0, -1, -5, -7)
 HALFWAY = [*map(wide, [(8, 8), (8, 0, 8), (7, 7, 5, 2, 1), (5, 7, 1, 7, 2), ODD, ASKED])]
 
@@ -83,13 +86,14 @@ def routed(impl, candidates, meanings, threshold=None, virtual=frozenset()):
 
 
 def cosine(a, b):
-    """In extended precision and range, so that no square over- or underflows; 0 for a zero vector."""
+    """In extended precision and range, so that no square overflows; 0 for a zero vector."""
     a, b = np.array(a, np.longdouble), np.array(b, np.longdouble)
     lengths = np.sqrt((a * a).sum()) * np.sqrt((b * b).sum())
     return float((a * b).sum() / lengths) if lengths else 0.0
 
 
-# Two unit vectors in float64, each within γ of its length's sum, root and division, their product, and the rounding to
+# Two unit vectors in float64, each within γ of its length's sum, root and division, their product,
+# and the rounding to
 # 1e-6: half a step, and the float64 nearest to the decimal.
 SCORE_BOUND = 0.5e-6 + gamma(3 * WIDTH + 8, np.dtype(np.float64))
 
@@ -213,7 +217,9 @@ def test_the_order_and_repetition_of_a_candidates_examples_change_nothing(impl, 
     st.data(),
 )
 def test_ranking_the_short_list_is_ranking_all(sizes, spread, seed, data):
-    """Of candidates so alike that float32 can't tell them apart, too, and of a threshold that is one of the scores."""
+    """Of candidates so alike that float32 can't tell them apart, too, and of a threshold that is
+    one of the scores.
+    """
     width, count, top_k = sizes
     rng = np.random.default_rng(seed)
     centre, asked = rng.standard_normal((2, width))
@@ -395,7 +401,9 @@ groups = st.dictionaries(names, st.lists(scores, min_size=1, max_size=3), min_si
 
 @st.composite
 def shares(draw, count):
-    """A rate in (0, 1), often a whole number of (count + 1)ths, where the k-th score just becomes allowed."""
+    """A rate in (0, 1), often a whole number of (count + 1)ths, where the k-th score just becomes
+    allowed.
+    """
     near = draw(st.integers(1, count).map(lambda k: Fraction(k, count + 1)))
     return draw(
         st.just(near) | st.fractions(Fraction(1, 200), Fraction(199, 200), max_denominator=200)
@@ -404,9 +412,7 @@ def shares(draw, count):
 
 @requirement("R4.11")
 @given(groups, st.data())
-def test_a_threshold_is_the_kth_smallest_of_one_score_a_group_for_the_largest_k_that_the_rate_allows(
-    known, data
-):
+def test_a_threshold_is_the_kth_smallest_score_for_the_largest_k_that_the_rate_allows(known, data):
     n, rate = len(known), data.draw(shares(len(known)))
     k = math.floor(rate * (n + 1))
     if k < 1:
@@ -442,10 +448,10 @@ def test_too_few_groups_are_told_how_many_would_do_and_so_many_do(m, share, whol
 
 @requirement("R4.11")
 @given(st.lists(scores, min_size=2, max_size=25), st.data())
-def test_of_sources_that_are_each_left_out_in_turn_the_stated_share_falls_below_the_others_threshold(
-    known, data
-):
-    """The promise of split conformal prediction, counted out: exactly, where no two scores are equal."""
+def test_of_sources_left_out_in_turn_the_stated_share_falls_below_the_others_threshold(known, data):
+    """The promise of split conformal prediction, counted out: exactly, where no two scores are
+    equal.
+    """
     n = len(known) - 1
     rate = float(data.draw(st.integers(1, n))) / (n + 1)
     below = 0
@@ -496,7 +502,9 @@ HALF_A_STEP = Fraction(1, 2_000_000)
 @requirement("R4.11")
 @given(st.integers(1, 40), st.data())
 def test_the_interval_holds_nine_in_ten_of_the_rates_that_such_calibrations_have(n, data):
-    """Rounded to 1e-6: the exact point lies within half a step of what is said, and 1e-10 for the logarithms."""
+    """Rounded to 1e-6: the exact point lies within half a step of what is said, and 1e-10 for the
+    logarithms.
+    """
     k, near = data.draw(st.integers(1, n)), HALF_A_STEP + Fraction(1, 10**10)
     found = calibrate({str(group): [group] for group in range(n)}, k / (n + 1))
     for end, share in zip(found.interval, (Fraction(1, 20), Fraction(19, 20)), strict=True):
@@ -528,9 +536,7 @@ def test_a_rate_is_a_share_and_a_seed_a_whole_number_of_at_least_0(known, rate, 
     st.lists(scores, min_size=19, max_size=30),
     st.lists(scores, min_size=2, max_size=3, unique=True),
 )
-def test_any_score_of_a_group_may_stand_for_it_and_one_in_twenty_is_the_rate_unless_another_is_asked_for(
-    known, group
-):
+def test_any_score_of_a_group_may_stand_for_it_and_one_in_twenty_is_the_default_rate(known, group):
     drawn = {calibrate({"docs": group}, 0.5, seed=seed).threshold for seed in range(60)}
     assert drawn == set(group)
     many = {str(index): [score] for index, score in enumerate(known)}

@@ -1,4 +1,6 @@
-"""R5: an encoder with adapters computes what its base would with W + ΔW written into the weights, text by text."""
+"""R5: an encoder with adapters computes what its base would with W + ΔW written into the weights,
+text by text.
+"""
 
 from copy import deepcopy
 from string import ascii_lowercase
@@ -68,7 +70,9 @@ def cores(draw):
 
 @st.composite
 def cards(draw, core, name):
-    """A card for some of the encoder's Linears: any rank, any dtype, by full names or by common ones."""
+    """A card for some of the encoder's Linears: any rank, any dtype, by full names or by common
+    ones.
+    """
     linears = {key: module for key, module in core.named_modules() if isinstance(module, nn.Linear)}
     chosen = draw(st.lists(st.sampled_from(sorted(linears)), min_size=1, unique=True))
     dtype = draw(st.sampled_from([np.dtype(np.float64), *DTYPES.values()]))
@@ -132,11 +136,12 @@ def written(core, adapters):
 def bound(core, adapters, ids, mask):
     """How far two float64 computations of the same embeddings may lie apart, to first order.
 
-    A computed output of a Linear or LayerNorm is off by at most γ_N of the sum of its terms' magnitudes, with N more than
-    all roundings from the output before it: a relative rounding of a softmax's weight, an activation or a residual is one
-    of the next product's inputs, or of the LayerNorm's. Such an error moves an embedding by the derivative with respect to
-    that output, so the sum of |derivative| · local error bounds it. Twice, for the two computations; twice again for what
-    is of second order.
+    A computed output of a Linear or LayerNorm is off by at most γ_N of the sum of its terms'
+    magnitudes, with N more than all roundings from the output before it: a relative rounding of a
+    softmax's weight, an activation or a residual is one of the next product's inputs, or of the
+    LayerNorm's. Such an error moves an embedding by the derivative with respect to that output, so
+    the sum of |derivative| · local error bounds it. Twice, for the two computations; twice again
+    for what is of second order.
     """
     model, added = written(core, adapters)
     names = {module: name for name, module in model.named_modules()}

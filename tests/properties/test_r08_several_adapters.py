@@ -204,7 +204,9 @@ def pool_card(name, version):
 
 @st.composite
 def adapter_sets(draw, *, versions=(0,)):
-    """Sets over a few names; with several versions, two sets may hold different cards under one name."""
+    """Sets over a few names; with several versions, two sets may hold different cards under one
+    name.
+    """
     chosen = draw(
         st.dictionaries(st.sampled_from("abc"), st.tuples(st.sampled_from(versions), EIGHTHS))
     )

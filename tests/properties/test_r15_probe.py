@@ -298,8 +298,8 @@ def pairs_of_models(draw):
 def share_bound(shape):
     """How far the share may lie from the exact one.
 
-    A decomposition and a product of its factors are off by γ of a small multiple (12) of in · out in
-    the norm (Higham, chapters 19 and 20), the error's square by 2 and less than 1 times that.
+    A decomposition and a product of its factors are off by γ of a small multiple (12) of in · out
+    in the norm (Higham, chapters 19 and 20), the error's square by 2 and less than 1 times that.
     """
     return 3 * gamma(12 * shape[0] * shape[1] + 12, F64)
 

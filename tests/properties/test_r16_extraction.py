@@ -1,4 +1,6 @@
-"""R16: extraction of a card from full weights: the best approximation of each ΔW, at the rank that was asked for."""
+"""R16: extraction of a card from full weights: the best approximation of each ΔW, at the rank that
+was asked for.
+"""
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -22,7 +24,9 @@ bounds = st.floats(0.0, 0.99) | st.sampled_from([0.0, 1e-12, 1e-6, 0.05])
 
 @st.composite
 def graded(draw, dtype, shape):
-    """A matrix whose singular values spread over powers of two, exactly known rank among them; some equal, some zero."""
+    """A matrix whose singular values spread over powers of two, exactly known rank among them; some
+    equal, some zero.
+    """
     scales = 2.0 ** -draw(hnp.arrays(np.int64, shape[1], elements=st.integers(0, 12)))
     matrix = draw(integers(F64, shape)) * scales * draw(st.sampled_from([1.0, 2.0**-6, 2.0**6]))
     return matrix.astype(dtype)
@@ -35,7 +39,9 @@ def matrices(dtype, shape):
 
 @st.composite
 def models(draw, *, dtype=None, most=3, shape=SHAPES):
-    """Weights of a base and a tuned model that differ in one module at least, and perhaps not in another."""
+    """Weights of a base and a tuned model that differ in one module at least, and perhaps not in
+    another.
+    """
     dtype = draw(dtypes) if dtype is None else dtype
     base, tuned = {}, {}
     for module in draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=most, unique=True)):
@@ -50,7 +56,7 @@ def models(draw, *, dtype=None, most=3, shape=SHAPES):
 
 @st.composite
 def low_rank_models(draw, *, rank=ranks, shape=SHAPES):
-    """Whole-number weights whose difference is a product of that rank; nothing in them is rounded."""
+    """Whole-number weights whose difference has that rank; nothing in them is rounded."""
     base, tuned, most = {}, {}, draw(rank)
     for module in draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=3, unique=True)):
         out, inner = draw(shape)
@@ -63,7 +69,9 @@ def low_rank_models(draw, *, rank=ranks, shape=SHAPES):
 
 @st.composite
 def large_models(draw, *, rank=None):
-    """Weights large enough for a subspace to be smaller, of any spectrum, or whole numbers that differ by a product."""
+    """Weights large enough for a subspace to be smaller, of any spectrum, or whole numbers that
+    differ by a product.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     dtype = draw(st.sampled_from([F32, F64]))
     base, tuned = {}, {}
@@ -109,12 +117,14 @@ def product(card, key):
 
 
 def slack(base, tuned, key, card):
-    """How far the error of a computed best approximation may lie from the exact one's, in the Frobenius norm.
+    """How far the error of a computed best approximation may lie from the exact one's, in the
+    Frobenius norm.
 
-    Each of at most min(m, n) Householder steps of a decomposition in accumulator precision has a backward error of γ of a
-    small multiple (12) of max(m, n) (Higham, lemma 19.3 and section 20.3); singular values move by no more than that (Weyl),
-    and so does what the approximation is of. The oracle has such an error too. A factor's entry is a product of two
-    numbers, rounded, and again to the card's dtype: u each, of A and of B, and in Σ|A||B| ≤ √r ‖ΔW‖.
+    Each of at most min(m, n) Householder steps of a decomposition in accumulator precision has a
+    backward error of γ of a small multiple (12) of max(m, n) (Higham, lemma 19.3 and section 20.3);
+    singular values move by no more than that (Weyl), and so does what the approximation is of. The
+    oracle has such an error too. A factor's entry is a product of two numbers, rounded, and again
+    to the card's dtype: u each, of A and of B, and in Σ|A||B| ≤ √r ‖ΔW‖.
     """
     matrix, pair = delta(base, tuned, key), card.weights.get(key.removesuffix(".weight"))
     work = accumulator(base[key].dtype)
@@ -150,7 +160,9 @@ def test_the_error_is_that_of_the_tail_singular_values(impl, models, rank):
 @requirement("R16.1")
 @given(models=models(dtype=F64), rank=ranks)
 def test_what_is_left_is_orthogonal_to_what_was_taken(impl, models, rank):
-    """The law of any projection onto singular directions; a nearly best approximation of another kind breaks it."""
+    """The law of any projection onto singular directions; a nearly best approximation of another
+    kind breaks it.
+    """
     base, tuned = models
     card = impl.extract(base, tuned, rank, None, None)
     for key in base:
@@ -293,7 +305,9 @@ def measured(base, tuned, card, key):
 
 
 def measuring(base, card, key):
-    """How far the recorded relative error may lie from the true one: of the product, the difference and the norms."""
+    """How far the recorded relative error may lie from the true one: of the product, the difference
+    and the norms.
+    """
     pair = card.weights[key.removesuffix(".weight")]
     work = accumulator(base[key].dtype)
     terms = pair.rank + base[key].size + 6
@@ -372,7 +386,9 @@ def test_the_randomized_method_reports_what_it_really_left(models, rule, seed):
 @requirement("R16.7", "R16.2")
 @given(rank=st.integers(1, 4), seed=st.integers(0, 3), data=st.data())
 def test_the_randomized_method_is_exact_where_the_rank_suffices(rank, seed, data):
-    """The images of random vectors span a product of that rank, each direction as well as its share lets it."""
+    """The images of random vectors span a product of that rank, each direction as well as its share
+    lets it.
+    """
     base, tuned = data.draw(large_models(rank=rank))
     card = extract_delta(base, tuned, rank, method="randomized", seed=seed)
     for key in base:

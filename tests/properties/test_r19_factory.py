@@ -1,4 +1,6 @@
-"""R19: whatever happens to the queue, wherever it is killed, no job is lost, none takes effect twice, none runs for ever."""
+"""R19: whatever happens to the queue, wherever it is killed, no job is lost, none takes effect
+twice, none runs for ever.
+"""
 
 import tempfile
 from contextlib import suppress
@@ -23,7 +25,9 @@ class Killed(BaseException):
 
 
 class Mortal:
-    """A connection whose process is killed right before its k-th statement, and does nothing any more from then on."""
+    """A connection whose process is killed right before its k-th statement, and does nothing any
+    more from then on.
+    """
 
     def __init__(self, db, left):
         self.db, self.left = db, left
@@ -89,7 +93,9 @@ class Factory(RuleBasedStateMachine):
         assert set(states.values()) <= set(ENDS)
 
     def act(self, expected, action, killed_at):
-        """Do something to the queue, or be killed before one of its statements: then it happened or it did not."""
+        """Do something to the queue, or be killed before one of its statements: then it happened or
+        it did not.
+        """
         self.now += 1.0
         before = (self.jobs, sorted(self.effects))
         jobs, effects = expected

@@ -38,7 +38,8 @@ CHANCE = 1e-9
 """How often an honest implementation may fail an example by chance."""
 
 
-# ---- cards, small enough for every ΔW to be formed; whole numbers and powers of two: exactly, in any dtype
+# ---- cards, small enough for every ΔW to be formed; whole numbers and powers of two: exactly, in
+# any dtype
 
 
 def elements(dtype, shape, *, whole):
@@ -65,7 +66,9 @@ def one(draw, name, shapes, *, dtype=F64, whole=True, inner=ranks):
 
 @st.composite
 def several(draw, *, least=1, most=4, dtype=F64, whole=True, everywhere=True):
-    """Cards of different or of one rank, unless `everywhere` of different modules; of one dtype unless that is None."""
+    """Cards of different or of one rank, unless `everywhere` of different modules; of one dtype
+    unless that is None.
+    """
     modules = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=2, unique=True))
     shapes, cards = {module: (draw(features), draw(features)) for module in modules}, []
     inner = draw(st.just(ranks) | ranks.map(st.just))
@@ -156,9 +159,10 @@ def size_of(cards, factors, module):
 def allowed(merged, cards, factors, module, shape):
     """Largest admissible ‖ΔW - exact‖ of a module (Frobenius).
 
-    An orthogonal transformation of an n × k matrix moves it by no more than γ(c·n·k) of its norm, in the accumulator
-    (Higham, theorem 19.4): QR of both stacks, an SVD and the products with its vectors make 6. The factors are rounded to
-    the dtype; as ``‖|A||B|‖ ≤ √k · size`` for balanced and for stacked ones, that costs (2u + u²) of it.
+    An orthogonal transformation of an n × k matrix moves it by no more than γ(c·n·k) of its norm,
+    in the accumulator (Higham, theorem 19.4): QR of both stacks, an SVD and the products with its
+    vectors make 6. The factors are rounded to the dtype; as ``‖|A||B|‖ ≤ √k · size`` for balanced
+    and for stacked ones, that costs (2u + u²) of it.
     """
     dtype = dtype_of(merged, cards)
     inner = sum(card.weights[module].A.shape[1] for card in cards if module in card.weights)
@@ -291,7 +295,9 @@ def turned(card, turn):
 
 
 def exactly(rng):
-    """M: columns exchanged, doubled or halved, negated, and added to each other; so small that no dtype rounds."""
+    """M: columns exchanged, doubled or halved, negated, and added to each other; so small that no
+    dtype rounds.
+    """
 
     def turn(rank):
         m = np.eye(rank)[rng.permutation(rank)] * rng.choice([-2.0, -1.0, 0.5, 1.0, 2.0], rank)
@@ -473,8 +479,8 @@ def ends(draw):
 def arc_of(cards):
     """Both points, their lengths and angle; how far a merge may lie from the arc.
 
-    The weights are sin(pθ) / sin θ, whose derivative is below 2 / sin² θ, and θ comes from a cosine, whose error is
-    magnified by 1 / sin θ.
+    The weights are sin(pθ) / sin θ, whose derivative is below 2 / sin² θ, and θ comes from a
+    cosine, whose error is magnified by 1 / sin θ.
     """
     shapes = shapes_of(cards)
     x, y = (flat(card, shapes) for card in cards)

@@ -1,4 +1,6 @@
-"""R21: configurations are values, presets meet exactly the modules they name, and cards say what they are."""
+"""R21: configurations are values, presets meet exactly the modules they name, and cards say what
+they are.
+"""
 
 import json
 import pickle
@@ -35,7 +37,9 @@ words = st.lists(texts, max_size=4, unique=True).map(tuple)
 
 @st.composite
 def models(draw):
-    """Shapes of an encoder's or a decoder's Linears, nested under any prefix, with others beside them."""
+    """Shapes of an encoder's or a decoder's Linears, nested under any prefix, with others beside
+    them.
+    """
     width = {name: draw(st.integers(1, 64)) for name in "hkf"}
     layer = dict(draw(st.sampled_from([BERT, LLAMA, BERT | CROSS])))
     nested = [

@@ -80,7 +80,9 @@ def unchanged(model):
 
 
 class Scribe(nn.Module):
-    """Writes a buffer, a tensor and an array of its own in each forward, and reads a buffer that another one shares."""
+    """Writes a buffer, a tensor and an array of its own in each forward, and reads a buffer that
+    another one shares.
+    """
 
     def __init__(self, shared):
         super().__init__()

@@ -1,4 +1,6 @@
-"""encode_batches: alone, on a real Dask cluster that loses a worker, on Ray, and from the command line."""
+"""encode_batches: alone, on a real Dask cluster that loses a worker, on Ray, and from the command
+line.
+"""
 
 import os
 import signal

@@ -1,4 +1,6 @@
-"""The command line: what it prints, where, and how it ends, in this process and through a real shell."""
+"""The command line: what it prints, where, and how it ends, in this process and through a real
+shell.
+"""
 
 import contextlib
 import io
@@ -160,7 +162,7 @@ TRAIN = "train pairs.jsonl --name a -o a.lora.arrow"
         "train pairs.jsonl --name a -o nowhere/a.lora.arrow": "existing folder",
         "train pairs.jsonl --name a -o .": "a file in an existing folder",
         "train nothing.jsonl --name a -o a.lora.arrow": "nothing.jsonl: expected a data set",
-        "train garbage.lora.arrow --name a -o a.lora.arrow": "garbage.lora.arrow: expected an Arrow",
+        "train garbage.lora.arrow --name a -o a.lora.arrow": "garbage.lora.arrow: expected an Arr",
         f"{TRAIN} --preset fast": "'fast'",
         f"{TRAIN} --seed -1": "seed",
         f"{TRAIN} --target nope": "nope",
@@ -489,7 +491,8 @@ def watched(monkeypatch, place):
 
 @requirement("R25.2")
 def test_the_subcommands_are_those_that_are_promised():
-    promised = """inspect convert merge extract encode route probe train serve list fetch keygen sign
+    promised = """inspect convert merge extract encode route probe train serve list fetch keygen
+    sign
     evolve factory conformance bench demo"""
     assert set(promised.split()) <= set(COMMANDS)
     assert {"factory add", "factory run", "factory status", "factory rollback"} <= set(EVERY)

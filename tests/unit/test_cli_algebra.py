@@ -1,4 +1,6 @@
-"""The commands that make cards of cards and of weights: merge, extract, convert; and the drawing of inspect."""
+"""The commands that make cards of cards and of weights: merge, extract, convert; and the drawing of
+inspect.
+"""
 
 import json
 from collections import namedtuple
@@ -60,7 +62,7 @@ def change(card, module="layer.0.query"):
 
 
 def near(a, b):
-    """Equal up to the arithmetic of products of 4 and decompositions of 4 x 4 matrices of float64."""
+    """Equal up to the arithmetic of products and decompositions of 4 x 4 float64 matrices."""
     return np.abs(a - b).max() <= 200 * np.finfo(np.float64).eps * np.abs(b).max()
 
 

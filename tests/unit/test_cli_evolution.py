@@ -197,7 +197,7 @@ def test_distil_writes_the_first_card_that_helped_or_exits_3_with_the_reason(
 @requirement("R18.3", "R18.4", "R19.1")
 @pytest.mark.slow
 def test_distil_learns_a_folder_or_tells_that_it_is_no_help(shop, here):
-    """Of a made-up craft, by one step: the gate may say yes or no, and the command says the same."""
+    """One step on a made-up craft: whatever the gate says, the command says the same."""
     craft(shop / "docs", 5)
     options = ["--steps", 1, "--rank", 2, "-o", "c.lora.arrow", "--json"]
     code, out, _ = here("distil", "docs", "--name", "craft", *options)

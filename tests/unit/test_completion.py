@@ -1,4 +1,6 @@
-"""The command line at a terminal: completion, colour only where it is seen, an interrupt, a closed pipe."""
+"""The command line at a terminal: completion, colour only where it is seen, an interrupt, a closed
+pipe.
+"""
 
 import contextlib
 import os

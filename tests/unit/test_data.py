@@ -172,7 +172,7 @@ SOURCES = {
                 def n(self):
                     """Hide in a class."""
     ''',
-    "pack/sub/mod.py": 'def h():\n    """Go as deep as this."""\n    return "Go as deep as that."\n',
+    "pack/sub/mod.py": 'def h():\n    """Go as deep as this."""\n    return "Go as deep."\n',
     "__init__.py": 'def root():\n    """Belong to the root."""\n',
     "latin.py": "# coding: latin-1\ndef café():\n    'Brew a cup of café.'\n".encode("latin-1"),
     "bom.py": b"\xef\xbb\xbfdef marked():\n    'Start with a mark.'\n",
@@ -230,7 +230,7 @@ def test_the_code_of_a_pair_is_its_source_without_its_docstring(tree):
     assert by_query["Add the numbers given."] == "def f():\n    return 1"
     assert by_query["Wait for the other side."] == "async def g():\n    await x"
     assert by_query["Do nothing at all, ever."] == "def only():\n    pass"
-    assert by_query["Go as deep as this."] == "def h():\n    return 'Go as deep as that.'"
+    assert by_query["Go as deep as this."] == "def h():\n    return 'Go as deep.'"
     assert "class B" in by_query["Hold one A value."]
 
 

@@ -1,4 +1,4 @@
-"""From a model on disk to a card that changes its embeddings, and back to the bits it started with."""
+"""From a model on disk to a card that changes its embeddings, and back to its first bits."""
 
 import numpy as np
 

@@ -1,4 +1,6 @@
-"""ArrowEngine: adapters for one call, what it refuses, the router's choice, and snapshots under concurrent writers."""
+"""ArrowEngine: adapters for one call, what it refuses, the router's choice, and snapshots under
+concurrent writers.
+"""
 
 import logging
 import re
@@ -40,8 +42,9 @@ from lora.testing.tolerance import gamma
 TEXTS = ["open a file for reading", "", "the quick brown fox", "sort a list of numbers in place"]
 
 TOLERANCE = 1e-5
-"""What R5.7 grants two computations with the same weights; between batches of other shapes, or folded and factored, about
-1e-6 is seen on unit vectors."""
+"""What R5.7 grants two computations with the same weights; between batches of other shapes, or
+folded and factored, about 1e-6 is seen on unit vectors.
+"""
 
 
 def strong(core, name, seed, size=0.15, **metadata):
@@ -82,7 +85,9 @@ def engine(core):
 
 
 class Words(nn.Module):
-    """An encoder of one's own: the first word's length and the text's, through a Linear. It chokes on bombs."""
+    """An encoder of one's own: the first word's length and the text's, through a Linear. It chokes
+    on bombs.
+    """
 
     def __init__(self):
         super().__init__()
@@ -713,7 +718,9 @@ def test_a_device_that_is_none_is_refused(core, device):
 
 
 def nearest(found, states):
-    """The one state that a result is within tolerance of, all others being a hundred tolerances away; else None."""
+    """The one state that a result is within tolerance of, all others being a hundred tolerances
+    away; else None.
+    """
     distances = {name: float(np.abs(found - expected).max()) for name, expected in states.items()}
     best, *others = sorted(distances, key=distances.get)
     clear = distances[best] <= TOLERANCE and all(
@@ -772,7 +779,9 @@ class Readers:
 
 @requirement("R5.9")
 def test_every_result_under_a_busy_writer_is_that_of_exactly_one_state(core, cards):
-    """Three seconds of one writer that applies, replaces, swaps, rolls back and removes, and eight readers."""
+    """Three seconds of one writer that applies, replaces, swaps, rolls back and removes, and eight
+    readers.
+    """
     files, sorting = cards["files"], cards["sorting"]
     other = strong(core, "files", 77)
     sets = {

@@ -1,4 +1,6 @@
-"""The factory with real processes: executors, limits, what is killed, nights, versions that an engine serves."""
+"""The factory with real processes: executors, limits, what is killed, nights, versions that an
+engine serves.
+"""
 
 import contextlib
 import json
@@ -38,7 +40,7 @@ from lora.testing.plugin import requirement
 from lora.training.data import Pairs
 
 TOYS = '''
-"""Loaded by every interpreter: in a job's process, `merge` first does what its first card asks for."""
+"""Loaded by every interpreter: in a job, `merge` first does what its first card asks for."""
 import sys
 
 if "lora.evolution.worker" in sys.orig_argv:
@@ -799,7 +801,9 @@ def test_training_is_a_job_whose_card_is_taken_if_it_is_better_than_its_base(ben
 
 @requirement("R19.2", "R17.8")
 def test_training_goes_on_from_its_checkpoint_after_a_kill(bench, model_folder, monkeypatch):
-    """The job's process is killed right after a checkpoint, and the next attempt takes no step twice."""
+    """The job's process is killed right after a checkpoint, and the next attempt takes no step
+    twice.
+    """
     toys = bench.folder / "toys"
     toys.mkdir()
     steps = bench.folder / "steps"

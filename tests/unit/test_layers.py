@@ -1,4 +1,4 @@
-"""Adapted, segmented and trainable layers: dropout, refusals, what each keeps and what it lets go."""
+"""Adapted, segmented and trainable layers: dropout, refusals, what each keeps and drops."""
 
 import copy
 import pickle
@@ -57,7 +57,9 @@ def test_dropout_acts_on_the_low_rank_path_only(base):
 
 @requirement("R2.4")
 def test_dropout_drops_its_share_of_inputs_and_scales_up_the_rest():
-    """Each output sums 4 inputs kept with probability 0.75 and scaled by 4/3: whole multiples of 4/3, 4 on average."""
+    """Each output sums 4 inputs kept with probability 0.75 and scaled by 4/3: whole multiples of
+    4/3, 4 on average.
+    """
     silent = nn.Linear(4, 1, bias=False)
     nn.init.zeros_(silent.weight)
     layer = TrainableLinear(

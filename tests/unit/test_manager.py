@@ -1,4 +1,6 @@
-"""The manager: what it logs, what it says when it refuses, and what one card's options mean for the others."""
+"""The manager: what it logs, what it says when it refuses, and what one card's options mean for the
+others.
+"""
 
 import logging
 

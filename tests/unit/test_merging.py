@@ -1,4 +1,6 @@
-"""Merging: values, messages, what a merged card holds, and that no ΔW is formed where none is needed."""
+"""Merging: values, messages, what a merged card holds, and that no ΔW is formed where none is
+needed.
+"""
 
 import tracemalloc
 from dataclasses import FrozenInstanceError, replace

@@ -1,4 +1,6 @@
-"""What docs/mutation.md says adds up: every mutant of the pure core that lives is listed there, with a reason."""
+"""What docs/mutation.md says adds up: every mutant of the pure core that lives is listed there,
+with a reason.
+"""
 
 import operator
 import re

@@ -191,7 +191,6 @@ def test_help_costs_no_numpy_no_arrow_and_no_torch(argv):
     assert {name for name in ours if not name.startswith("lora.cli")} <= {
         "lora",
         "lora._renamed",
-        "lora._renamed",
         "lora.errors",
     }
 

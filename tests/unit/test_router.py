@@ -1,4 +1,4 @@
-"""LoRARouter: what a card says of itself, what is refused, and one state of the register per call."""
+"""LoRARouter: what a card says of itself, what is refused, and one state per call."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""lora.routing: unit vectors, the index as a value, what `select` refuses, and a threshold that keeps its promise."""
+"""lora.routing: unit vectors, the index as a value, what `select` refuses, and a threshold that
+keeps its promise.
+"""
 
 import math
 from functools import partial
@@ -21,7 +23,7 @@ def index_of(**exemplars):
 
 
 def likely(trials, share, tail=1e-6):
-    """The counts that a binomial variable keeps to, but for a probability of `tail` on either side."""
+    """The counts that a binomial variable keeps to, but for `tail` on either side."""
     law = scipy.stats.binom(trials, share)
     return range(int(law.ppf(tail)), int(law.isf(tail)) + 1)
 

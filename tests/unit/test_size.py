@@ -1,4 +1,4 @@
-"""The package stays small: its totals may fall, and rise only in a commit that says what was added."""
+"""The package stays small: its totals rise only in a commit that says what was added."""
 
 import sys
 
@@ -8,7 +8,7 @@ from lora.testing.plugin import requirement
 from tests.size import Size, lines_of_tests, size_of, total
 
 LIMIT = Size(lines=15_450, tokens=98_850, words=21_450)
-TEST_LINES = 28_500
+TEST_LINES = 28_650
 
 SOURCE = '''"""Two words."""
 

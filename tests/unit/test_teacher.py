@@ -284,7 +284,8 @@ def test_the_budget_holds_over_restarts_threads_and_processes(tmp_path):
         calls = [call for call in pool.map(reserve, range(30)) if call]
     assert len(set(calls)) == len(calls) == 11
     script = (
-        "import sys; from lora.evolution.teacher import Ledger; ledger = Ledger(sys.argv[1], 1000)\n"
+        "import sys\nfrom lora.evolution.teacher import Ledger\n"
+        "ledger = Ledger(sys.argv[1], 1000)\n"
         "print(ledger.spent); ledger.settle(1, 'answered', 5, 5)\n"
         "print(ledger.reserve('h', '{}', 90))"
     )
