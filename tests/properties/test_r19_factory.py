@@ -136,9 +136,10 @@ class Factory(RuleBasedStateMachine):
     def add(self, number, killed_at):
         options = {"base": "ab"[number % 2], "priority": number % 3}
         job = Job.of(["toy", str(number)], f"skill {number % 2}", **options)
-        self.orders[job.id] = job
         expected = {job.id: Known()} | self.jobs
         self.act((expected, self.effects), lambda queue: queue.add(job, self.now), killed_at)
+        if job.id in self.jobs:  # an addition that was killed in time has no age
+            self.orders.setdefault(job.id, job)
 
     def first(self):
         """The job that may be claimed: the best one, where none of another base runs."""

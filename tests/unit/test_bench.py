@@ -40,6 +40,7 @@ def values_of(rows, key):
 
 
 @requirement("R6.1", "R6.2", "R6.6", "R6.7")
+@pytest.mark.slow
 def test_loading_applying_and_removing_are_measured_beside_safetensors_and_peft():
     rows, ids = measured("lifecycle")
     assert {"R6.1", "R6.2", "R6.6", "R6.7"} <= ids
@@ -50,6 +51,7 @@ def test_loading_applying_and_removing_are_measured_beside_safetensors_and_peft(
 
 
 @requirement("R2.13", "R6.3", "R6.5", "R8.6")
+@pytest.mark.slow
 def test_forwards_are_compared_with_peft_only_if_both_compute_the_same():
     """The script refuses to time outputs that differ."""
     rows, ids = measured("forward")

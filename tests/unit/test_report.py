@@ -54,7 +54,7 @@ def test_a_run_says_what_failed_and_on_which_example():
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("Raising", "RuntimeError: out of order"),
+        pytest.param("Raising", "RuntimeError: out of order", marks=pytest.mark.slow),
         pytest.param("Hanging", "no verdict after 20", marks=pytest.mark.slow),
         pytest.param("Mute", "AssertionError", marks=pytest.mark.slow),
     ],
