@@ -278,7 +278,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 def _factors(column: pa.StructArray, name: str, dtype: np.dtype[Any]) -> Iterator[Array]:
     """Yield each factor as a read-only view of the column; of a copy if that is not aligned."""
     data, shape = column.field("data"), column.field("shape")
-    # Copied before they are checked, so that what was checked is what is used.
+    # Copy first, then check the copy: the file could change between check and use.
     offsets = np.from_dlpack(data.offsets).astype(np.int64) if len(column) else np.zeros(1, int)
     shapes = np.from_dlpack(shape.flatten()).astype(np.int64).reshape(-1, 2)
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():

@@ -402,7 +402,8 @@ def _factor(array: Array, which: str) -> Array:
     if not is_array or array.ndim != 2 or 0 in array.shape:
         what = f"shape {array.shape}" if is_array else type(array).__name__
         raise CardError(f"factor {which}", "a two-dimensional, non-empty NumPy array", what)
-    owner: object = array  # an array is frozen if all that it is a view of are
+    # An array can't change if neither it nor any array that it is a view of is writable.
+    owner: object = array
     while isinstance(owner, np.ndarray) and not owner.flags.writeable:
         owner = owner.base
     is_frozen = type(array) is np.ndarray and not isinstance(owner, np.ndarray)

@@ -59,7 +59,7 @@ CACHED_MODELS = 16
 """Models that are kept for requests with adapter sets of their own (weights are shared)."""
 
 SPARE = 2
-"""A request may fail to fetch `top_k` + `SPARE` remote cards; then it makes do without."""
+"""A request accepts `top_k` + `SPARE` failed fetches; then it uses only cards that are here."""
 
 Choice: TypeAlias = str | Collection[str] | Mapping[str, float] | AdapterSet | LoRACard | None
 """A text's adapters: None (active ones), names, names with weights, a set, a card; ``{}``: base."""

@@ -180,7 +180,7 @@ def _map(path: PathLike) -> mmap.mmap | bytes:
 
 
 def _batch(data: mmap.mmap | bytes) -> pa.RecordBatch:
-    """Return the batch of a card file whose frame is sound and whose two schemas agree."""
+    """Check the file's structure and that its two schemas agree; return its record batch."""
     with memoryview(data) as view:
         check_envelope(view, ROW_BYTES)
     try:

@@ -21,7 +21,7 @@ EXAMPLES = 1500
 """Sentences that stand for Python in the router."""
 
 QUERIES = 150
-"""Queries of the documents' own that are asked where users' queries are missing."""
+"""Number of queries taken from the documents where the user gives none."""
 
 
 def watching(

@@ -2,8 +2,8 @@
 
 All queries that were seen form one immutable `Memory`. Novel queries become tasks, one for each
 topic. Work on a task trains a card on one part of its material and judges it on another, drawn
-afresh for each trial. A teacher's pairs judge only where there are no others: whoever poisons a
-lesson must not write its exam.
+afresh for each trial. A teacher's pairs judge only where there are no others: a bad teacher
+must not supply the test data as well.
 
 Requirements: R18.
 """
@@ -431,7 +431,7 @@ class SkillDistiller:
         figures |= verdict.figures()
         if not verdict.accepted:
             return None, verdict, figures
-        # What judged a skill is guarded and calibrates from now on, so it can't be an example.
+        # The held-out queries become a guard set and calibrate the detector: not examples.
         most, judged = self.policy.examples, set(held_out.queries)
         queries = dict.fromkeys([*task.queries, *training.sample(most, seed).queries])
         examples = [text for text in queries if text not in judged][:most]

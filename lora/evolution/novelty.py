@@ -29,7 +29,7 @@ SHARE = 0.4
 """Share of the sources that give centres and steps; the others give the thresholds."""
 
 LINK = 0.35
-"""Cosine from which two texts are of one topic; MiniLM keeps topics of novel queries below it."""
+"""Cosine from which two texts count as one topic; with MiniLM, different topics stay below it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def signals_of(queries: Any, index: Index) -> list[Signals]:
 def fit(
     known: Mapping[str, Sequence[Signals]], *, rate: float = 0.05, doubt: float = 0.2, seed: int = 0
 ) -> Detector:
-    """Return a detector for which few known queries of new sources are novel, or not known.
+    """Return a detector that calls few known queries of new sources novel or unsure.
 
     One part of the sources gives centres and steps, the other the thresholds, so that the guarantee
     of `lora.routing.calibrate` holds for the joint score.

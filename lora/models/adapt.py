@@ -1,8 +1,8 @@
 """adapt(model, adapters) -> model': a rewrite that never touches its input.
 
 First the cards are bound to the model's Linears (one walk over the module tree), then every module
-is copied once (a second walk), so that aliases stay aliases. Copying only the path to a target
-would not do: ``train()`` or a hook on the result would reach the modules that both share.
+is copied once (a second walk), so that a shared module stays shared. Copying only the changed path
+is not enough: hooks and ``train()`` on the result would still reach the original.
 
 Requirements: R1, R2, R3, R5, R7, R8, R17.
 """

@@ -93,7 +93,7 @@ class LoRALinear(nn.Linear):
         memo: Shared by all copies of one model.
 
     Attributes:
-        weight_side_threshold: Inputs with more elements use ``W + ΔW``, formed for the call.
+        weight_side_threshold: Inputs with more elements use ``W + ΔW``, formed for that call.
 
     Examples:
         >>> import numpy as np
@@ -142,7 +142,7 @@ class LoRALinear(nn.Linear):
             check_fit(self, term[0], name)
         a, b = stacked(terms, self.weight)
         self.terms = dict(sorted(terms.items()))
-        # Measured: forming the weight is cheaper from about twice its own elements in x and y.
+        # Measured: forming W + ΔW is cheaper once x and y have about twice as many elements as W.
         rows, columns = self.weight.shape
         threshold = 2 * rows * columns**2 / (rows + columns)
         self.weight_side_threshold = threshold if a.numel() else math.inf

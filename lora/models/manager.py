@@ -74,7 +74,7 @@ class LoRAManager(Generic[M]):
     """Loads cards and decides which are active on a model, which itself is never changed.
 
     Every change is checked and built first and then made by one assignment; a failure of any kind
-    leaves the manager as it was. `also` are further fields of an engine's state to change with it.
+    leaves the manager as it was. `also`: fields of an engine's state to set at once.
 
     Args:
         model: The base model.
@@ -185,7 +185,7 @@ class LoRAManager(Generic[M]):
                     f"use {'set_weight' if same else 'replace_card'}",
                 )
             again = name in active
-            check = check_base and not again  # it may have been waived when the card came
+            check = check_base and not again  # may have been waived when the card was applied
             what = "" if again else "applied"
             bound = self._change(
                 "active", entries, [name], what, strict=strict, check_base=check, **also
@@ -235,7 +235,7 @@ class LoRAManager(Generic[M]):
         """Build the model for another set without making it active.
 
         Cards that bind nothing are left out. If `HISTORY` sets can be rolled back to, the oldest is
-        dropped now, so that the swap frees no model.
+        dropped now, so that `swap` does not have to free a model.
         """
         with self.reference.lock:
             earlier, new = self.state.earlier[1 - HISTORY :], AdapterSet(adapters)
