@@ -114,11 +114,13 @@ def main() -> None:
 def _attempt(order: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Run the command line in the job's folder."""
     for path, known in order["inputs"].items():
-        with suppress(CardNotFoundError, StoreError):
-            if content_id(path) == known:
-                continue
-        error = f"{path}: expected what it was when the job was added, found it changed"
-        return {"error": error, "final": True}
+        try:
+            changed = content_id(path) != known
+        except (CardNotFoundError, StoreError) as problem:  # it may be there again later
+            return {"error": str(problem), "final": False}
+        if changed:
+            error = f"{path}: expected what it was when the job was added, found it changed"
+            return {"error": error, "final": True}
     if order["memory"] is not None:
         import resource  # noqa: PLC0415 - POSIX only
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from lora.checks import is_digest, version_order
+from lora.checks import is_digest, is_semantic_version, version_order
 from lora.errors import ArgumentError
 from lora.files import SUFFIX, PathLike, as_path, digest, os_errors
 
@@ -102,8 +102,9 @@ class CardCache:
     def highest_version(self, name: str, signer: str) -> str:
         """Return the highest version of a name and signer, or ""."""
         folder = self._versions(name, signer)
-        with os_errors(self.root):
-            versions = [path.name for path in folder.glob("*")]
+        versions: list[str] = []
+        with os_errors(self.root), suppress(FileNotFoundError):
+            versions = [path.name for path in folder.iterdir() if is_semantic_version(path.name)]
         return max(versions, key=version_order, default="")
 
     def remember_version(self, name: str, signer: str, version: str) -> None:

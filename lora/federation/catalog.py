@@ -6,6 +6,7 @@ stamp has changed. Names and digests from outside are looked up, and never made 
 Requirements: R11.
 """
 
+import errno
 import logging
 import os
 import stat
@@ -88,7 +89,9 @@ def _stamp(file: Path | int) -> Stamp | None:
     """Return the stamp of a regular file; None for a link, another kind, or nothing."""
     try:
         status = os.fstat(file) if isinstance(file, int) else file.lstat()
-    except FileNotFoundError:
+    except OSError as error:  # a card's name may be too long to have ".sig.json" added
+        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+            raise
         return None
     regular = stat.S_ISREG(status.st_mode)
     return (status.st_ino, status.st_size, status.st_mtime_ns) if regular else None

@@ -165,7 +165,7 @@ class LoRAFlightClient:
             check_signature(manifest, policy)
             highest = self.cache.highest_version(manifest.name, manifest.signer)
             check_version(manifest, highest, policy)
-            card = load(path)
+            card = load(path, verify=sha if cached else None)
             check_contents(card, manifest, policy)
             if self._check is not None:
                 self._check(card)

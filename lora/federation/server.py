@@ -151,16 +151,16 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
     def do_action(self, context: Any, action: Any) -> Iterator[Any]:
         """Do one of `ACTIONS`."""
         with self._answering("requests_do_action"):
-            cards, body = self.catalog.cards, _text(action.body)
+            body = _text(action.body)
             match action.type:
                 case "card":
-                    return self._sent(context, file_pieces(cards[body], PIECE))
+                    return self._sent(context, file_pieces(self.catalog.cards[body], PIECE))
                 case "list":
                     matching = self._matching(body)
                     return self._sent(context, (card.manifest.to_json() for card in matching))
                 case "health":
                     streams = len(self._streams.open)
-                    answer = {"status": "ok", "cards": len(cards), "streams": streams}
+                    answer = {"status": "ok", "cards": len(self.catalog.cards), "streams": streams}
                 case "version":
                     answer = {"server": "lora", "format": FORMAT_VERSION, "node_id": self.node_id}
                 case _:

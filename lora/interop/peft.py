@@ -251,7 +251,7 @@ def _targeted(config: Config, module: str) -> bool:
     for prefix in prefixes or [r".*?\.[^.]*"]:  # without patterns, any component but the first
         if match := re.match(rf"{prefix}\.(?P<index>\d{{1,9}})\.", module):
             numbers = layers if isinstance(layers, list) else [layers]
-            return match["index"] in map(str, numbers)
+            return match["index"] is not None and int(match["index"]) in numbers
     return False
 
 

@@ -111,7 +111,10 @@ def load_safetensors(
         if alpha is None:
             raise CardFileError("alpha", "a number in the header", "none", "pass alpha=")
         rank = _stated(header, "rank", int)
-        pairs = _oriented(pairs, layout or header.get("lora.layout"), rank)
+        stated = header.get("lora.layout")
+        if layout and stated not in (None, layout):
+            raise CardFileError("layout", f"{stated}, as the file states", layout, "do not pass it")
+        pairs = _oriented(pairs, layout or stated, rank)
         scalings = _json(header, "lora.scalings", {})
         weights = {m: pair_of(m, a, b, scalings.get(m)) for m, (a, b) in pairs.items()}
         if target_modules is None:

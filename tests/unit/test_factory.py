@@ -400,9 +400,10 @@ def test_an_input_that_changed_since_the_job_was_added_is_not_worked_on(bench):
         other = bench.add(factory)
         bench.card("docs", 2).unlink()
         assert factory.run()["state"].to_pylist() == ["dead", "dead"]
-        for gone_or_changed in (job, other):
-            error = factory.queue.job(gone_or_changed.id).error
-            assert "expected what it was when the job was added, found it changed" in error
+        changed, gone = (factory.queue.job(each.id) for each in (job, other))
+        assert "what it was when the job was added, found it changed" in changed.error
+        assert "expected a file or folder that the job reads, found none" in gone.error
+        assert (changed.attempts, gone.attempts) == (1, 3)  # what is gone may come back
         assert factory.add(["merge", str(path), "--name", "docs"]).id != job.id
     assert bench.done() == []
 

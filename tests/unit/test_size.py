@@ -7,7 +7,7 @@ import pytest
 from lora.testing.plugin import requirement
 from tests.size import Size, lines_of_tests, size_of, total
 
-LIMIT = Size(lines=15_450, tokens=98_850, words=21_450)
+LIMIT = Size(lines=15_450, tokens=98_950, words=21_450)
 TEST_LINES = 28_650
 
 SOURCE = '''"""Two words."""
