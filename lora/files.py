@@ -102,7 +102,7 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
     """
     if verify is not None and not is_digest(verify):
         raise ArgumentError("verify", "a SHA-256 as 64 lower-case hex digits", repr(verify))
-    with _card_errors(path):
+    with naming(os.fspath(path)):
         data = _map(path)
         if verify is not None:
             with memoryview(data) as view:
@@ -118,7 +118,7 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
 
 def inspect(path: PathLike) -> Header:
     """Return all that a card file says, without reading its factors."""
-    with _card_errors(path):
+    with naming(os.fspath(path)):
         return read_header(one_batch(_batch(_map(path))))
 
 
@@ -150,13 +150,13 @@ def os_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _card_errors(path: PathLike) -> Iterator[None]:
-    """Name the file in every error about its contents."""
+def naming(where: object) -> Iterator[None]:
+    """Put the file, or the part of it, in front of the place that a `CardError` names."""
     try:
         yield
     except CardError as error:
-        where = f"{os.fspath(path)}: {error.where}"
-        raise CardFileError(where, error.expected, error.found, error.hint) from error
+        place = f"{where}: {error.where}"
+        raise CardFileError(place, error.expected, error.found, error.hint) from error
 
 
 @contextmanager

@@ -17,11 +17,10 @@ from typing import Any, TypeAlias
 from lora.card import LoRACard, check_card
 from lora.checks import finite, parse_json
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, shown
-from lora.files import PathLike, as_path, os_errors, replacing
+from lora.files import PathLike, as_path, naming, os_errors, replacing
 from lora.interop.safetensors import (
     fields_of,
     header_of,
-    naming,
     pair_of,
     read_pairs,
     write_tensors,

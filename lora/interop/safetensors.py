@@ -9,8 +9,7 @@ Requirements: R7, R23.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -19,8 +18,8 @@ import numpy as np
 
 from lora.card import Array, FrozenJSON, LoRACard, LowRank, check_card
 from lora.checks import finite, parse_json
-from lora.errors import ArgumentError, CardError, CardFileError, shown
-from lora.files import PathLike, as_path, digest, replacing
+from lora.errors import ArgumentError, CardFileError, shown
+from lora.files import PathLike, as_path, digest, naming, replacing
 from lora.interop.weights import open_safetensors
 
 LAYOUTS = ("linear", "matrix")
@@ -206,16 +205,6 @@ def fields_of(header: Header) -> dict[str, Any]:
         "extra": _json(header, "lora.extra", {}),
         "base_fingerprint": header.get("lora.base_fingerprint"),
     }
-
-
-@contextmanager
-def naming(where: object) -> Iterator[None]:
-    """Put the file, or the part of it, in front of the place that a `CardError` names."""
-    try:
-        yield
-    except CardError as error:
-        place = f"{where}: {error.where}"
-        raise CardFileError(place, error.expected, error.found, error.hint) from error
 
 
 def _json(header: Header, key: str, default: Any) -> Any:

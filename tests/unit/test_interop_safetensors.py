@@ -61,6 +61,14 @@ def test_a_file_without_a_header_says_its_layout_by_its_shapes(path, layout, suf
 
 
 @requirement("R23.5")
+def test_a_layout_is_refused_that_contradicts_the_header(path):
+    square = tensors({"q": pair(4, 4, 4)}, "linear")
+    save_file(square, path, metadata={"lora.layout": "linear"})
+    assert load_safetensors(path, alpha=8, layout="linear")
+    assert "linear, as the file states" in refused(path, alpha=8, layout="matrix")
+
+
+@requirement("R23.5")
 def test_the_layout_that_the_shapes_contradict_is_refused(path):
     save_file(tensors({"q": pair()}, "linear"), path)
     assert "matrix" in refused(path, alpha=8, layout="matrix")
