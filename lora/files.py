@@ -102,7 +102,7 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
     """
     if verify is not None and not is_digest(verify):
         raise ArgumentError("verify", "a SHA-256 as 64 lower-case hex digits", repr(verify))
-    with naming(os.fspath(path)):
+    with naming(as_path(path)):
         data = _map(path)
         if verify is not None:
             with memoryview(data) as view:
@@ -118,7 +118,7 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
 
 def inspect(path: PathLike) -> Header:
     """Return all that a card file says, without reading its factors."""
-    with naming(os.fspath(path)):
+    with naming(as_path(path)):
         return read_header(one_batch(_batch(_map(path))))
 
 
