@@ -15,7 +15,7 @@ from .card import (
     interpolate as interpolate,
 )
 from .engine import ArrowEngine as ArrowEngine, Encoding as Encoding
-from .errors import LoRAError as LoRAError
+from .errors import LoRAError as LoRAError, UnboundWarning as UnboundWarning
 from .extract import (
     MaxError as MaxError,
     MinEnergy as MinEnergy,

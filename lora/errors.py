@@ -1,6 +1,6 @@
-"""Every error that this library raises on purpose.
+"""Every error that this library raises on purpose, and its one warning.
 
-Each is also the built-in exception that a caller would guess.
+Each error is also the built-in exception that a caller would guess.
 
 Requirements: R7.
 """
@@ -76,6 +76,10 @@ class TargetError(LoRAError, LookupError):
 
 class BaseModelError(LoRAError, ValueError):
     """A card was made for another base model."""
+
+
+class UnboundWarning(UserWarning):
+    """A card binds only in part, or a file that is being written would leave adapters out."""
 
 
 class UnsupportedModelError(LoRAError, TypeError):
