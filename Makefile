@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-all size bench mutants lint types docs serve clean
+.PHONY: demo test test-slow test-all size sharp bench mutants lint types docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
@@ -28,6 +28,10 @@ test-all: $(VENV)/.all
 # Lines, code tokens and words of docstring, by area.
 size: $(VENV)/bin/python
 	$(BIN)/python -m tests.size
+
+# Breaks the sentence of each requirement on purpose and sees that a test of it fails.
+sharp: $(VENV)/.test
+	$(BIN)/python -m tests.sharp
 
 # This library beside its peers, ten minutes on two cores, and the README's table of it.
 bench: $(VENV)/.test

@@ -130,7 +130,7 @@ def falsified():
     return dict(fuzz.false_files())
 
 
-@requirement("R7.9", "R7.8", "R1.10")
+@requirement("R7.9", "R7.8", "R1.10", "R1.2")
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_refusal_names_the_file_the_place_and_the_rule(falsified, tmp_path, name):
     path = tmp_path / "false.lora.arrow"

@@ -1,0 +1,181 @@
+"""Break each requirement on purpose, and see that a test which names it fails.
+
+A violation is a small change of the source that makes the sentence of one requirement false. The
+files beside this one list them: requirement, file, the old text and the new one, and what the
+change breaks. For each, this program copies the project, makes the change, and runs the tests that
+name the requirement. They must fail: a violation that they let pass shows a hole in the tests.
+
+    python -m tests.sharp                  all that were not run since their files last changed
+    python -m tests.sharp --only R1 R4.9   those of a chapter and of one requirement
+    python -m tests.sharp --seconds 180    a sample, drawn anew on each day, for three minutes
+
+Verdicts are kept in ``sharp.json``, so that a run that was stopped goes on where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+VERDICTS = ROOT / "sharp.json"
+LIMIT = 900
+"""Seconds that the tests of one violation may take."""
+
+PASSED, FAILED = 0, 1
+"""Exit statuses of pytest; any other says that no test was run, or not to its end."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A change of the source that makes the sentence of a requirement false.
+
+    Args:
+        id: The requirement.
+        file: The file to change, from the project's root.
+        old: A text that occurs once in the file.
+        new: What stands there instead.
+        breaks: What is false then, in one sentence.
+        tests: The test files to run; by default all that name the requirement.
+    """
+
+    id: str
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: tuple[str, ...] = ()
+
+
+def read_violations(folder: Path = Path(__file__).parent) -> list[Violation]:
+    """Return the violations that the TOML files in a folder list."""
+    return [
+        Violation(**{**entry, "tests": tuple(entry.get("tests", ()))})
+        for path in sorted(folder.glob("*.toml"))
+        for entry in tomllib.loads(path.read_text(encoding="utf-8"))["violation"]
+    ]
+
+
+def faults(violations: list[Violation], root: Path = ROOT) -> Iterator[str]:
+    """Yield what is wrong with a list of violations: they age when the code moves."""
+    for violation in violations:
+        where = f"{violation.id}: {violation.breaks}"
+        text = (root / violation.file).read_text(encoding="utf-8")
+        if (times := text.count(violation.old)) != 1:
+            yield f"{where}: its old text occurs {times} times in {violation.file}"
+        if violation.old == violation.new:
+            yield f"{where}: it changes nothing"
+        if not tests_of(violation, root):
+            yield f"{where}: no test names {violation.id}"
+
+
+def tests_of(violation: Violation, root: Path) -> list[str]:
+    """Return the test files that name the requirement of a violation, or those that it states."""
+    if violation.tests:
+        return list(violation.tests)
+    name = re.compile(rf"\b{re.escape(violation.id)}\b")
+    return [
+        path.relative_to(root).as_posix()
+        for path in sorted((root / "tests").rglob("test_*.py"))
+        if name.search(path.read_text(encoding="utf-8"))
+    ]
+
+
+def key_of(violation: Violation, root: Path = ROOT) -> str:
+    """Return a digest of all that a verdict depends on: the change, its file and its tests."""
+    digest = hashlib.sha256(repr(violation).encode())
+    for name in [violation.file, *tests_of(violation, root)]:
+        digest.update((root / name).read_bytes())
+    return digest.hexdigest()
+
+
+def run(violation: Violation, root: Path = ROOT) -> str:
+    """Return "red", "green" or why the tests gave no verdict, from a copy that is changed."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "copy"
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        files = subprocess.run(listed, cwd=root, check=True, capture_output=True, text=True)
+        for file in files.stdout.splitlines():
+            if (root / file).is_file():
+                (copy / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(root / file, copy / file)
+        path = copy / violation.file
+        path.write_text(path.read_text(encoding="utf-8").replace(violation.old, violation.new))
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", "not foreign"]
+        environment = {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "LORA_PROFILE": "quick"}
+        command = [sys.executable, "-m", "pytest", *options, "--only", violation.id]
+        try:
+            done = subprocess.run(
+                [*command, *tests_of(violation, root)],
+                cwd=copy,
+                env={**os.environ, **environment},
+                timeout=LIMIT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no verdict within {LIMIT} s"
+    verdicts = {PASSED: "green", FAILED: "red"}
+    return verdicts.get(done.returncode, f"no verdict: {done.stdout[-500:]}{done.stderr[-500:]}")
+
+
+def main() -> int:
+    """Run the violations that are asked for; return 1 if the tests let one pass."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sharp")
+    parser.add_argument("--only", nargs="*", default=[], help="chapters or requirements")
+    parser.add_argument("--seconds", type=float, help="start no further violation after this time")
+    parser.add_argument("--seed", help="of the order; default: the day", default=None)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    violations = [
+        violation
+        for violation in read_violations()
+        if not arguments.only
+        or any(f"{violation.id}.".startswith(f"{name}.") for name in arguments.only)
+    ]
+    wrong = list(faults(violations))
+    for line in wrong:
+        print(line)
+    verdicts = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
+    started = time.monotonic()
+    if arguments.seconds is not None:
+        day = datetime.now(UTC).date().isoformat()
+        random.Random(arguments.seed or day).shuffle(violations)
+
+    def verdict_of(violation: Violation) -> tuple[Violation, str] | None:
+        key = key_of(violation)
+        if verdicts.get(key) != "red":
+            passed = time.monotonic() - started
+            if arguments.seconds is not None and passed > arguments.seconds:
+                return None
+            verdicts[key] = run(violation)
+            VERDICTS.write_text(json.dumps(verdicts, indent=1))
+        return violation, verdicts[key]
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        results = [result for result in pool.map(verdict_of, violations) if result]
+    for violation, verdict in results:
+        if verdict != "red":
+            print(f"{violation.id}: {verdict}: {violation.breaks} ({violation.file})")
+    red = sum(verdict == "red" for _, verdict in results)
+    seconds = time.monotonic() - started
+    print(f"{red} of {len(results)} violations turn a test red ({seconds:.0f} s)")
+    return int(bool(wrong) or red < len(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Violations on record can still be made, and the runner tells a red test from a green one."""
+
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from lora.testing.plugin import requirement
+from tests.sharp.__main__ import Violation, faults, key_of, read_violations, run
+
+VIOLATION = Violation("R1.1", "sums.py", "a + b", "a - b", "Sums are differences.")
+
+TEST = """
+import pytest
+from sums import add
+
+@pytest.mark.requirement("R1.1")
+def test_sum():
+    assert add({numbers}) == sum([{numbers}])
+"""
+
+
+@requirement("R9.8")
+def test_every_violation_on_record_can_still_be_made():
+    violations = read_violations()
+    assert list(faults(violations)) == []
+    assert len(set(violations)) == len(violations)
+
+
+@pytest.fixture
+def project(tmp_path):
+    def build(numbers):
+        (tmp_path / "sums.py").write_text("def add(a, b):\n    return a + b\n")
+        (tmp_path / "tests").mkdir()
+        (tmp_path / "tests" / "test_sums.py").write_text(TEST.format(numbers=numbers))
+        options = '[tool.pytest.ini_options]\naddopts = ["-p", "lora.testing.plugin"]\n'
+        markers = 'markers = ["slow: long", "foreign: elsewhere"]\n'
+        (tmp_path / "pyproject.toml").write_text(options + markers)
+        subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+        return tmp_path
+
+    return build
+
+
+@pytest.mark.parametrize(("numbers", "verdict"), [("2, 1", "red"), ("2, 0", "green")])
+def test_a_violation_is_red_where_a_test_of_its_requirement_fails(project, numbers, verdict):
+    root = project(numbers)
+    assert list(faults([VIOLATION], root)) == []
+    assert run(VIOLATION, root) == verdict
+    assert "a + b" in (root / "sums.py").read_text()
+
+
+def test_a_run_without_a_test_is_no_verdict(project):
+    root = project("2, 1")
+    assert run(replace(VIOLATION, id="R1.2", tests=("tests/test_sums.py",)), root).startswith(
+        "no verdict"
+    )
+
+
+def test_a_violation_that_can_not_be_made_is_told(project):
+    root = project("2, 1")
+    wrong = [
+        replace(VIOLATION, old="a * b"),
+        replace(VIOLATION, new="a + b"),
+        replace(VIOLATION, id="R1.2"),
+    ]
+    assert [line.partition(": ")[2] for line in faults(wrong, root)] == [
+        "Sums are differences.: its old text occurs 0 times in sums.py",
+        "Sums are differences.: it changes nothing",
+        "Sums are differences.: no test names R1.2",
+    ]
+
+
+def test_a_verdict_ages_with_the_file_and_its_tests(project):
+    root = project("2, 1")
+    keys = {key_of(VIOLATION, root)}
+    for name in ("sums.py", "tests/test_sums.py"):
+        path = root / name
+        path.write_text(path.read_text() + "\n")
+        keys.add(key_of(VIOLATION, root))
+    keys.add(key_of(replace(VIOLATION, new="b - a"), root))
+    assert len(keys) == 4
