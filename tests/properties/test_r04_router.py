@@ -21,6 +21,8 @@ from lora.testing.strategies import names
 from lora.testing.tolerance import gamma
 
 WIDTH = 8
+QUERY = " What is an Index, étude No. 1? "
+"""Routed as it is: neither stripped nor in lower case."""
 
 
 def wide(vector):
@@ -68,7 +70,7 @@ def registers(draw, *, min_size=0):
     for name in draw(st.lists(names, min_size=min_size, max_size=6, unique=True)):
         candidates[name] = [f"{name}/{index}" for index in range(draw(st.integers(1, 3)))]
         meanings |= {text: draw(st.sampled_from(pool)) for text in candidates[name]}
-    meanings["query"] = draw(vectors | st.sampled_from(pool))
+    meanings[QUERY] = draw(vectors | st.sampled_from(pool))
     return candidates, meanings
 
 
@@ -82,7 +84,7 @@ def made(impl, candidates, meanings, virtual=frozenset()):
 def routed(impl, candidates, meanings, threshold=None, virtual=frozenset()):
     """The routes of the query, as many as there are candidates."""
     router = made(impl, candidates, meanings, virtual)
-    return router.select("query", max(1, len(candidates)), threshold)
+    return router.select(QUERY, max(1, len(candidates)), threshold)
 
 
 def cosine(a, b):
@@ -105,7 +107,7 @@ def test_every_candidate_scores_the_cosine_of_its_nearest_example(impl, drawn):
     found = routed(impl, candidates, meanings)
     assert sorted(name for name, _ in found) == sorted(candidates)
     for name, score in found:
-        nearest = max(cosine(meanings[text], meanings["query"]) for text in candidates[name])
+        nearest = max(cosine(meanings[text], meanings[QUERY]) for text in candidates[name])
         assert abs(score - nearest) <= SCORE_BOUND
         assert score == round(score, 6)
         assert -1 <= score <= 1
@@ -130,7 +132,7 @@ def test_candidates_that_mean_the_same_tie_wherever_the_score_falls_and_are_orde
     impl, meant, asked, known
 ):
     candidates = {name: [name + "?"] for name in known}
-    meanings = Meanings(dict.fromkeys((name + "?" for name in known), meant), query=asked)
+    meanings = Meanings({**dict.fromkeys((name + "?" for name in known), meant), QUERY: asked})
     found = routed(impl, candidates, meanings)
     assert [name for name, _ in found] == sorted(known)
     assert len({score for _, score in found}) == 1
@@ -141,9 +143,9 @@ def test_candidates_that_mean_the_same_tie_wherever_the_score_falls_and_are_orde
 def test_fewer_are_the_first_of_more(impl, drawn, threshold):
     candidates, meanings = drawn
     router = made(impl, candidates, meanings)
-    everything = router.select("query", len(candidates), threshold)
+    everything = router.select(QUERY, len(candidates), threshold)
     for k in range(1, len(candidates) + 3):
-        assert router.select("query", k, threshold) == everything[:k]
+        assert router.select(QUERY, k, threshold) == everything[:k]
 
 
 @requirement("R4.5", "R4.6")
@@ -151,12 +153,12 @@ def test_fewer_are_the_first_of_more(impl, drawn, threshold):
 def test_a_threshold_keeps_exactly_the_scores_at_or_above_it(impl, drawn, anywhere, data):
     candidates, meanings = drawn
     router = made(impl, candidates, meanings)
-    everything = router.select("query", len(candidates), None)
+    everything = router.select(QUERY, len(candidates), None)
     score = data.draw(st.sampled_from([score for _, score in everything]))
     near = math.nextafter(score, -2), score, math.nextafter(score, 2)
     for threshold in (*near, anywhere, -1.0, 0.0, 1.0, 1.5):
         kept = [route for route in everything if route[1] >= threshold]
-        assert router.select("query", len(candidates), threshold) == kept
+        assert router.select(QUERY, len(candidates), threshold) == kept
 
 
 @requirement("R4.5", "R4.6", "R4.8")
@@ -168,10 +170,10 @@ def test_a_cosine_that_is_a_short_decimal_is_scored_as_that_decimal(impl, a, b, 
     exact = sum(x * y for x, y in zip(a, b, strict=True)) / lengths
     assert exact == round(exact, 4)
     text, query = np.ldexp(np.array(a, float), grown), np.ldexp(np.array(b, float), shrunk)
-    meanings = Meanings(text=text, query=query)
+    meanings = Meanings({"text": text, QUERY: query})
     router = made(impl, {"card": ["text"]}, meanings)
-    assert router.select("query", 1, exact) == [("card", exact)]
-    assert router.select("query", 1, math.nextafter(exact, 2)) == []
+    assert router.select(QUERY, 1, exact) == [("card", exact)]
+    assert router.select(QUERY, 1, math.nextafter(exact, 2)) == []
 
 
 @requirement("R4.8")
@@ -179,9 +181,9 @@ def test_a_cosine_that_is_a_short_decimal_is_scored_as_that_decimal(impl, a, b, 
 def test_scaling_by_powers_of_two_changes_no_bit(impl, drawn, power, asked):
     candidates, meanings = drawn
     scaled = meanings.scaled(power)
-    scaled["query"] = meanings.scaled(asked)["query"]
+    scaled[QUERY] = meanings.scaled(asked)[QUERY]
     for text, meaning in meanings.items():  # nothing over- or underflowed
-        back = np.ldexp(scaled[text], -asked if text == "query" else -power)
+        back = np.ldexp(scaled[text], -asked if text == QUERY else -power)
         assume(np.array_equal(back, meaning))
     assert routed(impl, candidates, meanings) == routed(impl, candidates, scaled)
 
@@ -194,7 +196,7 @@ def test_a_zero_vector_scores_zero_on_either_side(impl, drawn, data):
     nothing = data.draw(st.sampled_from(sorted(candidates)))
     meanings |= dict.fromkeys(candidates[nothing], zero)
     assert dict(routed(impl, candidates, meanings))[nothing] == 0
-    asked = routed(impl, candidates, Meanings(meanings, query=zero), 0.0)
+    asked = routed(impl, candidates, Meanings({**meanings, QUERY: zero}), 0.0)
     assert asked == [(name, 0.0) for name in sorted(candidates)]
 
 
@@ -251,7 +253,7 @@ def test_the_order_of_registration_changes_nothing(impl, drawn, data):
 def test_a_register_holds_what_was_last_registered_and_not_unregistered_since(impl, data, pool):
     known = data.draw(st.lists(names, min_size=1, max_size=4, unique=True))
     places = [str(index) for index in range(len(pool))]
-    meanings = Meanings(zip(places, pool, strict=True), query=data.draw(vectors))
+    meanings = Meanings({**dict(zip(places, pool, strict=True)), QUERY: data.draw(vectors)})
     router, expected = impl.make_router(meanings), {}
     for name in data.draw(st.lists(st.sampled_from([*known, "unknown"]), max_size=8)):
         if name == "unknown" or data.draw(st.booleans()):
@@ -263,7 +265,21 @@ def test_a_register_holds_what_was_last_registered_and_not_unregistered_since(im
             router.register(name, texts, virtual=virtual)
             expected.pop(name, None)
             expected[name] = texts
-        assert router.select("query", 9, None) == routed(impl, expected, meanings)
+        assert router.select(QUERY, 9, None) == routed(impl, expected, meanings)
+
+
+@requirement("R4.12")
+@given(names, st.permutations(WHOLE), st.booleans())
+def test_a_name_that_is_registered_again_has_the_new_description_alone(impl, name, drawn, virtual):
+    old, new, *_ = drawn
+    router = impl.make_router(Meanings(old=old, new=new))
+    router.register(name, ["old"], virtual=virtual)
+    router.register(name, ["new"])
+    assert router.select("new", 2, None) == [(name, 1.0)]
+    ((_, score),) = router.select("old", 2, None)
+    assert abs(score - cosine(old, new)) <= SCORE_BOUND
+    router.unregister(name)
+    assert router.select("new", 2, None) == []
 
 
 @requirement("R4.7")
@@ -292,10 +308,10 @@ def test_descriptions_are_embedded_when_registered_and_queries_when_asked(
     impl, drawn, later, asked
 ):
     candidates, meanings = drawn
-    expected = routed(impl, candidates, Meanings(meanings, query=asked))
+    expected = routed(impl, candidates, Meanings({**meanings, QUERY: asked}))
     router = made(impl, candidates, meanings)
-    meanings.update(dict.fromkeys(meanings, later), query=asked)
-    assert router.select("query", 9, None) == expected
+    meanings.update({**dict.fromkeys(meanings, later), QUERY: asked})
+    assert router.select(QUERY, 9, None) == expected
 
 
 @requirement("R4.13")
@@ -318,9 +334,9 @@ def test_asking_by_tags_is_asking_a_register_of_the_tagged(drawn, tags, wanted, 
                 metadata["tags"] = sorted(has - {"task"})
                 router.register_card(LoRACard(name, 1, 1.0, (), {}, metadata))
     for top_k in (1, 9):
-        expected = tagged.select("query", top_k)
-        assert everyone.select("query", top_k, tags=wanted) == expected
-        assert everyone.select_many(["query"] * 2, top_k, tags=list(wanted)) == [expected] * 2
+        expected = tagged.select(QUERY, top_k)
+        assert everyone.select(QUERY, top_k, tags=wanted) == expected
+        assert everyone.select_many([QUERY] * 2, top_k, tags=list(wanted)) == [expected] * 2
 
 
 # ---- this library's own: rows, routes, thresholds
@@ -360,15 +376,15 @@ def test_a_route_says_whether_its_candidate_is_virtual_and_one_is_chosen_unless_
             router.register_virtual_candidate(name, texts)
         else:
             router.register(candidate_of(name, meanings(texts)))
-    routes = router.select("query", len(candidates))
+    routes = router.select(QUERY, len(candidates))
     assert {route.name for route in routes if route.virtual} == virtual
     assert {route.name for route in routes} == set(candidates)
-    query = unit(meanings(["query"]))[0]
+    query = unit(meanings([QUERY]))[0]
     known = EMPTY
     for candidate in router.candidates.values():
         known = known.with_candidate(candidate)
     assert select(query, known) == select(query, known, top_k=1) == routes[:1]
-    assert router.select("query") == routes[:1]
+    assert router.select(QUERY) == routes[:1]
 
 
 @requirement("R4.9")
