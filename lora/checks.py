@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Collection
 from contextlib import suppress
+from numbers import Complex, Real
 from typing import Any, TypeVar
 
 from lora.errors import ArgumentError, CardError, CardFileError, LoRAError, shown
@@ -28,7 +29,9 @@ _SEMVER = re.compile(
 def finite(value: object, where: str, kind: type[CardError | ArgumentError] = CardError) -> float:
     """Return the value as a float; raise `kind` unless it is a finite number."""
     try:
-        number = math.nan if isinstance(value, _REFUSED) else float(value)  # type: ignore[arg-type]
+        is_complex = isinstance(value, Complex) and not isinstance(value, Real)
+        refused = is_complex or isinstance(value, _REFUSED)
+        number = math.nan if refused else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):

@@ -78,8 +78,8 @@ def replacing(path: PathLike) -> Iterator[BinaryIO]:
     old file or the new one.
     """
     path = as_path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     with os_errors(path):
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             with temporary.open("xb") as file:

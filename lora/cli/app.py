@@ -10,8 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from copy import copy
 from functools import wraps
@@ -20,12 +19,12 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 import lora
 from lora.errors import ArgumentError, DataError, LoRAError
+from lora.progress import progress_bar  # noqa: F401 - for the commands
 
 NOTHING_TO_SERVE = 3
 """Exit status of a command that worked but made nothing worth serving."""
@@ -240,31 +239,6 @@ def options(
     ] = False,
 ) -> None:
     """Accept the options that come before a command."""
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[..., None]]:
-    """Draw a bar on stderr; yields a function of step, steps and, if there is one, the loss."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, loss="")
-
-        def progress(step: int, total: int, loss: float | None = None) -> None:
-            text = "" if loss is None else f"loss {loss:.3f}"
-            bar.update(task, completed=step, total=total, loss=text)
-
-        try:
-            yield progress
-        except BaseException:  # leave nothing but the error
-            bar.live.transient = True
-            bar.console.quiet = not bar.console.is_terminal
-            raise
 
 
 def check_output(option: str, path: Path) -> None:

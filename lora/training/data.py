@@ -8,6 +8,7 @@ Requirements: R17, R21.
 
 import ast
 import json
+import os
 import re
 import sysconfig
 import warnings
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 
 from lora import checks
 from lora.errors import ArgumentError, CardNotFoundError, DataError, shown
-from lora.files import PathLike, replacing
+from lora.files import PathLike, as_path, os_errors, replacing
 
 _COLUMNS = {
     "query": ("string", "text that is not empty"),
@@ -43,6 +44,9 @@ SCHEMA = pa.schema(
 Row: TypeAlias = Mapping[str, Any] | Sequence[str]
 """A pair: a mapping from columns to values, or ``(query, positive[, negative])``."""
 
+AnyPairs: TypeAlias = "Pairs | pa.Table | PathLike | Iterable[Row]"
+"""What `Pairs.of` takes."""
+
 _HIDDEN = re.compile(
     r"(^|/)((tests?|site-packages|dist-packages|idlelib|lib2to3|config|config-[^/]*|_[^/]*)/"
     r"|(_(?!_init__\.py$)|test_)[^/]*$)"
@@ -55,7 +59,7 @@ class Pairs:
     """A data set of pairs.
 
     Args:
-        table: A table with the columns of `SCHEMA`; build one with `Pairs.of` or `Pairs.load`.
+        table: A table with the columns of `SCHEMA`; build one with `Pairs.of`.
 
     Examples:
         >>> pairs = Pairs.of([("open a file", "builtins.open"), ("quit", "sys.exit")])
@@ -66,17 +70,28 @@ class Pairs:
     table: pa.Table
 
     def __post_init__(self) -> None:
-        try:
-            self.table.validate(full=True)
-            rows = self.table.select(SCHEMA.names).to_pylist()
-        except (pa.ArrowException, KeyError, ValueError) as error:
-            raise DataError("pairs", f"the columns {SCHEMA.names}", error) from error
-        object.__setattr__(self, "table", Pairs.of(rows).table)
+        names = self.table.column_names if isinstance(self.table, pa.Table) else []
+        if missing := set(SCHEMA.names) - set(names):
+            expected = f"a table with the columns {SCHEMA.names}"
+            raise DataError("pairs", expected, f"none called {sorted(missing)}")
+        object.__setattr__(self, "table", _pairs(_table_rows(self.table, "pairs")).table)
 
     @staticmethod
-    def of(rows: Iterable[Row]) -> "Pairs":
-        """Make pairs of rows; a group that is left out is the position of the row."""
-        return _pairs((f"pairs: row {index}", row) for index, row in enumerate(rows))
+    def of(source: AnyPairs) -> "Pairs":
+        """Make pairs of rows, of a table, or of the file at a path.
+
+        A group that is left out is the position of the row.
+        """
+        if isinstance(source, Pairs):
+            return source
+        if isinstance(source, str | os.PathLike):
+            return Pairs.load(source)
+        if isinstance(source, pa.Table | pa.RecordBatch):
+            return _pairs(_table_rows(source, "pairs"))
+        if not isinstance(source, Iterable):
+            expected = "pairs as rows, as a table or as the path of a file"
+            raise DataError("pairs", expected, shown(source))
+        return _pairs((f"pairs: row {index}", row) for index, row in enumerate(source))
 
     @staticmethod
     def load(path: PathLike) -> "Pairs":
@@ -89,11 +104,9 @@ class Pairs:
                 table = pq.read_table(path)
             else:
                 table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            table.validate(full=True)
-            rows = table.select([n for n in SCHEMA.names if n in table.column_names]).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(str(path), "an Arrow, Parquet or JSONL file", error) from error
-        return _pairs((f"{path}: row {index}", row) for index, row in enumerate(rows))
+        return _pairs(_table_rows(table, str(path)))
 
     @staticmethod
     def from_chat(path: PathLike) -> "Pairs":
@@ -104,13 +117,13 @@ class Pairs:
         rows = []
         for index, (where, chat) in enumerate(_json_lines(_existing(path))):
             try:
-                turns = [
-                    (turn["role"], str.strip(turn["content"] or "")) for turn in chat["messages"]
-                ]
+                turns = [(turn["role"], turn["content"] or "") for turn in chat["messages"]]
+                texts = [str.strip(content) for _, content in turns]
             except (KeyError, TypeError) as error:
                 raise DataError(where, "messages with a role and text as content", error) from error
-            for (asker, query), (replier, answer) in pairwise(turns):
-                if (asker, replier) == ("user", "assistant") and query and answer:
+            answered = zip(pairwise(turns), pairwise(texts), strict=True)
+            for ((asker, query), (replier, answer)), stripped in answered:
+                if (asker, replier) == ("user", "assistant") and all(stripped):
                     row = {"query": query, "positive": answer, "group": f"transcript {index}"}
                     rows.append((where, row))
         if not rows:
@@ -128,10 +141,9 @@ class Pairs:
                 with pa.ipc.new_file(file, SCHEMA) as writer:
                     writer.write_table(self.table)
 
-    def add(self, other: "Pairs | Iterable[Row]") -> "Pairs":
+    def add(self, other: AnyPairs) -> "Pairs":
         """Return these pairs followed by others."""
-        more = other if isinstance(other, Pairs) else Pairs.of(other)
-        return _checked(pa.concat_tables([self.table, more.table]))
+        return _checked(pa.concat_tables([self.table, Pairs.of(other).table]))
 
     def split(self, share: float = 0.8, *, seed: int = 0) -> "tuple[Pairs, Pairs]":
         """Split at random into two parts without a common group; the first has `share` of them."""
@@ -140,7 +152,8 @@ class Pairs:
         if len(groups) < 2:
             raise DataError("pairs: split", "at least two groups", len(groups))
         size = min(max(round(share * len(groups)), 1), len(groups) - 1)
-        drawn = pa.array(np.random.default_rng(seed).permutation(groups)[:size])
+        rng = np.random.default_rng(checks.integer(seed, "seed", 0))
+        drawn = pa.array(rng.permutation(groups)[:size])
         in_first = pc.is_in(self.table["group"], drawn)
         first, second = (self.table.filter(part) for part in (in_first, pc.invert(in_first)))
         return _checked(first), _checked(second)
@@ -154,11 +167,15 @@ class Pairs:
 
     def take(self, rows: Sequence[int]) -> "Pairs":
         """Return the pairs at these positions, in this order."""
-        return _checked(self.table.take(pa.array(rows, pa.int64())))
+        try:
+            return _checked(self.table.take(pa.array(rows, pa.int64())))
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            raise ArgumentError("rows", f"positions in {len(self)} pairs", shown(rows)) from error
 
     def sample(self, size: int, seed: int) -> "Pairs":
         """Draw at most `size` pairs without replacement, and keep their order."""
-        order = np.random.default_rng([seed, size]).permutation(len(self))
+        key = [checks.integer(seed, "seed", 0), checks.integer(size, "size", 0)]
+        order = np.random.default_rng(key).permutation(len(self))
         return self.take(np.sort(order[:size]).tolist())
 
     def statistics(self) -> dict[str, Any]:
@@ -203,7 +220,7 @@ def docstring_pairs(source: PathLike | None = None, *, answer: str = "name") -> 
     """
     if answer not in ("name", "code"):
         raise ArgumentError("answer", "'name' or 'code'", repr(answer))
-    root = Path(source or sysconfig.get_paths()["stdlib"])
+    root = as_path(source or sysconfig.get_paths()["stdlib"])
     rows = []
     for path in sorted(root.rglob("*.py")):
         inner = path.relative_to(root)
@@ -212,7 +229,7 @@ def docstring_pairs(source: PathLike | None = None, *, answer: str = "name") -> 
             module = ".".join(part for part in parts if part != "__init__")
             for name, node in _definitions(_parsed(path), module):
                 sentence = first_sentence(ast.get_docstring(node) or "")
-                if len(sentence.split()) >= 3 and _is_text(sentence):
+                if len(sentence.split()) >= 3 and is_text(sentence):
                     node.body = node.body[1:] or [ast.Pass()]
                     positive = name if answer == "name" else ast.unparse(node)
                     rows.append({"query": sentence, "positive": positive, "group": parts[0]})
@@ -259,6 +276,17 @@ def _pairs(rows: Iterable[tuple[str, Any]]) -> Pairs:
     return _checked(pa.Table.from_pylist(records, schema=SCHEMA))
 
 
+def _table_rows(table: pa.Table | pa.RecordBatch, where: str) -> list[tuple[str, Any]]:
+    """Return the rows of a table's own columns of pairs, each after its place."""
+    try:
+        table.validate(full=True)
+        names = [name for name in SCHEMA.names if name in table.schema.names]
+        rows = table.select(names).to_pylist()
+    except (pa.ArrowException, LookupError, ValueError, OverflowError) as error:
+        raise DataError(where, f"the columns {SCHEMA.names}", error) from error
+    return [(f"{where}: row {index}", row) for index, row in enumerate(rows)]
+
+
 def _checked(table: pa.Table) -> Pairs:
     """Make pairs of a table whose rows were checked before."""
     pairs = object.__new__(Pairs)
@@ -276,28 +304,33 @@ def _record(row: Any, index: int, where: str) -> dict[str, Any]:
     record = {"negative": None, "quality": 1.0, "group": str(index), **row}
     for name, value in record.items():
         if name == "quality":
-            valid = isinstance(value, int | float | np.number) and 0 <= value <= 1
+            number = isinstance(value, int | float | np.integer | np.floating)
+            valid = number and not isinstance(value, bool) and 0 <= value <= 1
         else:
-            valid = _is_text(value) and (value.strip() or name in ("negative", "group"))
-        if not valid and (name, value) != ("negative", None):
+            valid = is_text(value, empty=name in ("negative", "group"))
+        if not valid and not (name == "negative" and value is None):
             raise DataError(f"{where}: {name}", _COLUMNS[name][1], shown(value, 80))
-    return record
+    return record | {"quality": float(record["quality"])}
 
 
-def _is_text(value: object) -> bool:
-    """Tell whether a value is text that UTF-8 can hold: lone surrogates are none."""
-    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+def is_text(value: object, *, empty: bool = False) -> bool:
+    """Tell whether a value is text that UTF-8 can hold, not a lone surrogate, and not blank."""
+    if not isinstance(value, str) or value.encode(errors="ignore").decode() != value:
+        return False
+    return empty or bool(value.strip())
 
 
 def _existing(path: PathLike) -> Path:
-    if not Path(path).is_file():
+    if not as_path(path).is_file():
         raise CardNotFoundError(str(path), "a data set", "nothing there")
     return Path(path)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the JSON value on each line that is not blank, after the place that an error names."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    with os_errors(path):
+        lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}: line {number}"
             try:

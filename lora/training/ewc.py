@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora.checks import share
-from lora.errors import ArgumentError, ShapeError
+from lora.checks import finite, share
+from lora.errors import ArgumentError, ShapeError, shown
 
 Tensors = Mapping[str, Tensor]
 
@@ -28,15 +28,28 @@ class Anchor:
     fisher: Tensors
 
     def __post_init__(self) -> None:
-        params, fisher = (
-            {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            for tensors in (self.params, self.fisher)
-        )
+        params, fisher = _shapes(self.params), _shapes(self.fisher)
         if params != fisher:
             raise ShapeError("anchor: fisher", f"the parameters' shapes {params}", fisher)
         for name, tensor in self.fisher.items():
             if not (tensor.isfinite() & (tensor >= 0)).all():
                 raise ArgumentError(f"anchor: fisher {name!r}", "finite values >= 0", "others")
+
+
+EWC = tuple[Anchor, float]
+"""The anchor of an earlier task, and λ."""
+
+
+def checked_anchor(ewc: EWC, params: Tensors) -> EWC:
+    """Return an anchor of these parameters and λ; refuse others, and a λ < 0."""
+    if not isinstance(ewc, tuple) or len(ewc) != 2 or not isinstance(ewc[0], Anchor):
+        raise ArgumentError("ewc", "an anchor and λ", shown(ewc))
+    strength = finite(ewc[1], "ewc: λ", ArgumentError)
+    if strength < 0:
+        raise ArgumentError("ewc: λ", "a number >= 0", strength)
+    if _shapes(ewc[0].params) != _shapes(params):
+        raise ShapeError("ewc: anchor", "the parameters of this training", "others")
+    return ewc[0], strength
 
 
 def penalty(params: Tensors, anchor: Anchor, strength: float) -> Tensor:
@@ -59,6 +72,8 @@ def fisher_of(losses: Sequence[Tensor] | Tensor, params: Tensors) -> Tensors:
 
     The squared gradient of a batch's mean would be smaller by the size of the batch.
     """
+    if not len(losses):
+        raise ArgumentError("fisher_of: losses", "at least one", "none")
     sums = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
     for loss in losses:
         gradients = torch.autograd.grad(
@@ -81,7 +96,12 @@ def online(old: Anchor, new: Anchor, decay: float = 1.0) -> Anchor:
     `decay`, in [0, 1], is the share of the older tasks' information that stays.
     """
     share(decay, "online: decay")
-    if old.params.keys() != new.params.keys():
+    if _shapes(old.params) != _shapes(new.params):
         raise ArgumentError("online", "anchors of the same parameters", "anchors of others")
     fisher = {name: decay * old.fisher[name] + tensor for name, tensor in new.fisher.items()}
     return Anchor(new.params, fisher)
+
+
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor by its name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

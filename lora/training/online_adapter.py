@@ -13,7 +13,7 @@ from lora.card import LoRACard
 from lora.checks import finite
 from lora.errors import ArgumentError, DataError, shown
 from lora.models.adapt import trainable, trained_card
-from lora.training.data import Pairs
+from lora.training.data import AnyPairs, Pairs, is_text
 from lora.training.train import Engine, LoRATrainer, evaluate
 
 
@@ -40,7 +40,7 @@ class LearningEvent:
     def __post_init__(self) -> None:
         for name in ("query", "answer"):
             text = getattr(self, name)
-            if not isinstance(text, str) or not text.strip():
+            if not is_text(text):
                 raise DataError(f"learning event: {name}", "text that is not empty", shown(text))
         ranges = {"reward": (-1, 1), "rouge": (0, 1), "entropy_change": (-math.inf, math.inf)}
         for name, (low, high) in ranges.items():
@@ -77,7 +77,7 @@ class OnlineAdapter:
     def __init__(
         self,
         engine: Engine,
-        guard: Pairs,
+        guard: AnyPairs,
         *,
         name: str = "online",
         rank: int = 4,
@@ -87,16 +87,18 @@ class OnlineAdapter:
         tolerance: float = 0.01,
         seed: int = 0,
     ) -> None:
-        if finite(step_size, "step_size", ArgumentError) <= 0:
+        self.step_size = finite(step_size, "step_size", ArgumentError)
+        if self.step_size <= 0:
             raise ArgumentError("step_size", "a number > 0", step_size)
-        if finite(tolerance, "tolerance", ArgumentError) < 0:
+        tolerance = finite(tolerance, "tolerance", ArgumentError)
+        if tolerance < 0:
             raise ArgumentError("tolerance", "a number >= 0", tolerance)
-        self.guard, self.step_size = guard, step_size
+        self.guard = Pairs.of(guard)
         trainer = LoRATrainer(
             engine, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
         )
         self.core, self.state = trainer.core, Adaptation(replace(trainer.initial, name=name))
-        self.least_mrr = evaluate(self.core, guard).mrr - tolerance
+        self.least_mrr = evaluate(self.core, self.guard).mrr - tolerance
 
     def process_learning_event(self, event: LearningEvent) -> Adaptation:
         """Take one step in the direction of the event's reward, and return the new state.
@@ -104,6 +106,8 @@ class OnlineAdapter:
         It follows the gradient of the similarity of query and answer. A step that makes the guard
         set too bad is counted and undone.
         """
+        if not isinstance(event, LearningEvent):
+            raise ArgumentError("event", "a LearningEvent", shown(event))
         state = replace(self.state, steps=self.state.steps + 1)
         model = trainable(self.core, state.card).eval()
         factors = [factor for factor in model.parameters() if factor.requires_grad]

@@ -9,8 +9,10 @@ Requirements: R17.
 import hashlib
 import json
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,38 +26,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from lora.card import Array, LoRACard
-from lora.checks import finite, integer, share
+from lora.card import Array, LoRACard, check_card
+from lora.checks import choice, finite, integer, share
 from lora.drawing import new_figure
 from lora.errors import (
     ArgumentError,
+    BaseModelError,
     DataError,
     ShapeError,
     StateError,
     UnsupportedModelError,
     shown,
 )
-from lora.files import PathLike, replacing
+from lora.files import PathLike, as_path, replacing
 from lora.models.adapt import fingerprint, init_card, trainable, trained_card
 from lora.models.encoder import InferenceCore, batches
-from lora.training.data import Pairs
-from lora.training.ewc import Anchor, fisher_of, normalized, penalty
+from lora.progress import progress_bar
+from lora.training.data import AnyPairs, Pairs
+from lora.training.ewc import EWC, Anchor, checked_anchor, fisher_of, normalized, penalty
 from lora.training.losses import LOSSES
 from lora.training.retrieval import reciprocal_ranks
 from lora.training.schedules import SCHEDULES, schedule_of
 
-AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What the encoder may compute in, by name; None is its own type."""
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What the encoder may compute in instead of its own type, by name."""
 
 GROUP = 384
 """Tokens, padding included, that go through the encoder at once on a CPU."""
 
 Progress = Callable[[int, int, float], None]
 """Called after each step with the step, the number of steps, and the loss."""
-
-
-EWC = tuple[Anchor, float]
-"""The anchor of an earlier task, and λ."""
 
 
 class Engine(Protocol):
@@ -98,16 +98,24 @@ class Settings:
     validation_size: int = 256
 
     def __post_init__(self) -> None:
+        for name in ("checkpointing", "rslora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"settings: {name}", "a bool", shown(getattr(self, name)))
         for name in ("epochs", "accumulate", "validate_every", "patience", "validation_size"):
             integer(getattr(self, name), f"settings: {name}", 1)
         integer(self.batch_size, "settings: batch_size", 2)
         for name in ("lr", "lora_plus", *(["clip"] if self.clip is not None else [])):
-            if finite(getattr(self, name), f"settings: {name}", ArgumentError) <= 0:
-                raise ArgumentError(f"settings: {name}", "a number > 0", getattr(self, name))
-        share(self.warmup, "settings: warmup", "[0, 1)")
-        for name, known in (("schedule", SCHEDULES), ("loss", LOSSES), ("autocast", AUTOCAST)):
-            if (choice := getattr(self, name)) not in (names := list[Any](known)):
-                raise ArgumentError(f"settings: {name}", f"one of {names}", shown(choice))
+            number = finite(getattr(self, name), f"settings: {name}", ArgumentError)
+            if number <= 0:
+                raise ArgumentError(f"settings: {name}", "a number > 0", number)
+            object.__setattr__(self, name, number)
+        for name, interval in (("warmup", "[0, 1)"), ("dropout", "[0, 1)"), ("share", "(0, 1)")):
+            number = share(getattr(self, name), f"settings: {name}", interval)
+            object.__setattr__(self, name, number)
+        choice(self.schedule, "settings: schedule", SCHEDULES)
+        choice(self.loss, "settings: loss", LOSSES)
+        if self.autocast is not None:
+            choice(self.autocast, "settings: autocast", AUTOCAST)
 
 
 PRESETS: Mapping[str, Settings] = MappingProxyType(
@@ -175,16 +183,16 @@ class LoRATrainer:
         settings: Settings | str | None = None,
         base_model: str | None = None,
     ) -> None:
-        core = engine.base
+        core = getattr(engine, "base", engine)
         if not isinstance(core, InferenceCore):
             kind = type(core).__name__
             raise UnsupportedModelError("training", "an engine over an InferenceCore", kind)
         self.core = core
-        if isinstance(settings, str):
-            if settings not in PRESETS:
-                expected = f"one of {list(PRESETS)} or a Settings"
-                raise ArgumentError("settings", expected, repr(settings))
+        if isinstance(settings, str) and settings in PRESETS:
             settings = PRESETS[settings]
+        if not isinstance(settings, Settings | None):
+            expected = f"one of {list(PRESETS)} or a Settings"
+            raise ArgumentError("settings", expected, shown(settings))
         self.settings = settings or Settings()
         self.seed = integer(seed, "seed", 0)
         card = init_card(
@@ -200,7 +208,7 @@ class LoRATrainer:
 
     def train(
         self,
-        pairs: Pairs,
+        pairs: AnyPairs,
         *,
         name: str,
         metadata: Mapping[str, Any] | None = None,
@@ -213,30 +221,30 @@ class LoRATrainer:
         """Learn a card from pairs.
 
         Args:
-            pairs: Of at least two groups. Negatives count in a batch in which each pair has one.
+            pairs: Pairs, their rows, a table of them or the path of a file, of at least two groups.
+                Negatives count in a batch in which each pair has one.
             max_steps: Ends the training, and the schedule, early.
             checkpoint: A file to continue from if it exists; written at each validation.
-            start: A card to continue from, with this trainer's rank and modules.
+            progress: Called after each step. By default, a terminal shows a bar.
+            start: A card to continue from, with this trainer's modules and shapes.
             ewc: The `anchor` of an earlier task, and λ of the penalty.
 
         Raises:
             StateError: The checkpoint is of another run.
         """
-        settings, card = self.settings, self.initial
-        start = start or card
-        if (start.rank, start.weights.keys()) != (card.rank, card.weights.keys()):
-            expected = "the rank and the modules of this trainer's cards"
-            raise ShapeError(f"start: card {start.name!r}", expected, "others")
+        pairs, settings = Pairs.of(pairs), self.settings
+        if not (progress is None or callable(progress)):
+            raise ArgumentError("progress", "a function of step, steps and loss", shown(progress))
         card = replace(
-            start,
+            self.initial if start is None else self._fitting(start, "start"),
             name=name,
-            metadata=metadata or {},
-            base_model=card.base_model,
-            base_fingerprint=card.base_fingerprint,
+            metadata={} if metadata is None else metadata,
+            base_model=self.initial.base_model,
+            base_fingerprint=self.initial.base_fingerprint,
         )
         training, validation = pairs.unique().split(settings.share, seed=self.seed)
         validation = validation.sample(settings.validation_size, self.seed)
-        limit = None if max_steps is None else integer(max_steps, "max_steps", 1)
+        limit = None if max_steps is None else min(integer(max_steps, "max_steps", 1), sys.maxsize)
         batches = (
             (epoch, rows)
             for epoch in range(settings.epochs)
@@ -249,23 +257,28 @@ class LoRATrainer:
         identity = run.identity(pairs, max_steps)
         run.restore(checkpoint, identity)
         before = evaluate(self.core, validation)
-        for step, (epoch, rows) in enumerate(plan[len(run.history) :], len(run.history) + 1):
-            scores = [row["val_mrr"] for row in run.history if row["val_mrr"] is not None]
-            best = max(scores, default=-1.0)
-            if scores and len(scores) - 1 - scores.index(best) >= settings.patience:
-                break  # at the start of a step, so that a run killed right before stops too
-            loss, lr = run.step(training.take(rows))
-            row = {"step": step, "epoch": epoch + 1, "loss": loss, "lr": lr}
-            run.history.append(row | {"val_mrr": None, "val_recall_at_1": None})
-            if step % settings.validate_every == 0 or step == len(plan):
-                result = evaluate(run.model, validation)
-                run.history[-1] |= {"val_mrr": result.mrr, "val_recall_at_1": result.recall_at_1}
-                if result.mrr > best:
-                    run.best = run.copied()
-                if checkpoint is not None:
-                    run.store(checkpoint, identity)
-            if progress is not None:
-                progress(step, len(plan), loss)
+        shows_bar = progress is None and sys.stderr.isatty()
+        bar = progress_bar(f"training {name}") if shows_bar else nullcontext(progress or _unseen)
+        with bar as report:
+            for step, (epoch, rows) in enumerate(plan[len(run.history) :], len(run.history) + 1):
+                scores = [row["val_mrr"] for row in run.history if row["val_mrr"] is not None]
+                best = max(scores, default=-1.0)
+                if scores and len(scores) - 1 - scores.index(best) >= settings.patience:
+                    break  # at the start of a step, so that a run killed right before stops too
+                loss, lr = run.step(training.take(rows))
+                row = {"step": step, "epoch": epoch + 1, "loss": loss, "lr": lr}
+                run.history.append(row | {"val_mrr": None, "val_recall_at_1": None})
+                if step % settings.validate_every == 0 or step == len(plan):
+                    result = evaluate(run.model, validation)
+                    run.history[-1] |= {
+                        "val_mrr": result.mrr,
+                        "val_recall_at_1": result.recall_at_1,
+                    }
+                    if result.mrr > best:
+                        run.best = run.copied()
+                    if checkpoint is not None:
+                        run.store(checkpoint, identity)
+                report(step, len(plan), loss)
         run.model.load_state_dict(run.best, strict=False)
         metrics = {"before": before, "after": evaluate(run.model, validation)}
         if checkpoint is not None:
@@ -273,16 +286,30 @@ class LoRATrainer:
         history = pa.Table.from_pylist(run.history)
         return Training(trained_card(run.model, card), history, metrics)
 
-    def anchor(self, card: LoRACard, pairs: Pairs, *, examples: int = 64) -> Anchor:
+    def anchor(self, card: LoRACard, pairs: AnyPairs, *, examples: int = 64) -> Anchor:
         """Return a card's factors, and how much its task needs each of them to stay.
 
         The Fisher information comes from at most `examples` pairs and is scaled to a mean of 1.
         """
-        run = _Run(self, card, steps=1)
-        batch = pairs.unique().sample(examples, self.seed)
+        run = _Run(self, self._fitting(card, "anchor"), steps=1)
+        batch = Pairs.of(pairs).unique().sample(integer(examples, "examples", 1), self.seed)
+        if not len(batch):
+            raise DataError("anchor", "at least one pair", "none")
         with torch.enable_grad():
             losses = run.losses(run.embedded(_texts(batch)), batch)
         return Anchor(run.copied(), normalized(fisher_of(losses, run.factors)))
+
+    def _fitting(self, card: LoRACard, where: str) -> LoRACard:
+        """Return the card; refuse one of other shapes or of another base model."""
+        check_card(card)
+        if _shapes(card) != _shapes(self.initial):
+            expected = "the modules and shapes of this trainer's cards"
+            raise ShapeError(f"{where}: card {card.name!r}", expected, "others")
+        expected, found = self.initial.base_fingerprint, card.base_fingerprint
+        if found not in (None, expected):
+            fingerprint = f"weights with fingerprint {expected}"
+            raise BaseModelError(f"{where}: card {card.name!r}", fingerprint, found)
+        return card
 
 
 class _Run:
@@ -293,12 +320,12 @@ class _Run:
     ) -> None:
         settings = trainer.settings
         self.card, self.settings, self.seed = card, settings, trainer.seed
-        self.ewc = ewc or (Anchor({}, {}), 0.0)
         self.model = trainable(trainer.core, card, dropout=settings.dropout).eval()
         self.model.encoder.checkpointing = settings.checkpointing
         self.factors: dict[str, Tensor] = {
             name: factor for name, factor in self.model.named_parameters() if factor.requires_grad
         }
+        self.ewc = (Anchor({}, {}), 0.0) if ewc is None else checked_anchor(ewc, self.factors)
         factors = [*self.factors.values()]  # A and B of a layer by turns
         rates: list[dict[str, Any]] = [
             {"params": factors[::2], "lr": settings.lr},
@@ -338,7 +365,7 @@ class _Run:
         part by part, with its slope.
         """
         texts = _texts(batch)
-        size = math.ceil(len(texts) / self.settings.accumulate)
+        size = -(-len(texts) // self.settings.accumulate)
         parts = [texts[start : start + size] for start in range(0, len(texts), size)]
         in_parts = len(parts) > 1
         with torch.set_grad_enabled(not in_parts):
@@ -367,7 +394,7 @@ class _Run:
         device = self.model.device.type
         lengths = [len(row) or 1 for row in self.model.tokenize(texts)]
         groups = list(batches(lengths, GROUP if device == "cpu" else len(texts) * max(lengths)))
-        dtype = AUTOCAST[self.settings.autocast]
+        dtype = AUTOCAST.get(self.settings.autocast or "")
         seed = np.random.SeedSequence((self.seed, len(self.history), part)).generate_state(1)[0]
         with (
             torch.random.fork_rng(devices=range(torch.cuda.device_count())),
@@ -384,11 +411,12 @@ class _Run:
     def identity(self, pairs: Pairs, max_steps: int | None) -> str:
         """Return the SHA-256 of all that the result depends on, before the first step."""
         (anchor, strength), card = self.ewc, self.card
-        inputs = [self.settings, self.seed, max_steps, strength, card.alpha, card.base_fingerprint]
-        sha = hashlib.sha256(repr([inputs, pairs.table.to_pylist()]).encode())
+        inputs = [self.settings, self.seed, max_steps, strength, card.base_fingerprint]
+        scalings = [pair.scaling for pair in card.weights.values()]
+        sha = hashlib.sha256(repr([inputs, scalings, pairs.table.to_pylist()]).encode())
         for tensors in (self.factors, anchor.params, anchor.fisher):
-            for tensor in tensors.values():
-                sha.update(tensor.numpy(force=True).tobytes())
+            for name, tensor in tensors.items():
+                sha.update(name.encode() + tensor.numpy(force=True).tobytes())
         return sha.hexdigest()
 
     def store(self, path: PathLike, identity: str) -> None:
@@ -403,7 +431,7 @@ class _Run:
 
     def restore(self, path: PathLike | None, identity: str) -> None:
         """Continue from a checkpoint of the same run, if there is one."""
-        if path is None or not Path(path).is_file():
+        if path is None or not as_path(path).is_file():
             return
         try:
             with safe_open(path, framework="pt", device=str(self.model.device)) as file:
@@ -426,19 +454,20 @@ class _Run:
                 self.optimizer.state[self.factors[name]][kind] = tensor
 
 
-def evaluate(model: Any, pairs: Pairs) -> Retrieval:
+def evaluate(model: Any, pairs: AnyPairs) -> Retrieval:
     """Measure how well queries find their positives by `ranks`."""
     shares = ranks(model, pairs)
     first, first_ten = (float((shares >= least).mean()) for least in (1, 1 / 10))
     return Retrieval(first, first_ten, float(shares.mean()), len(shares))
 
 
-def ranks(model: Any, pairs: Pairs) -> Array:
+def ranks(model: Any, pairs: AnyPairs) -> Array:
     """Return one over the rank of each query's positive among all distinct positives.
 
     A rank counts all positives that score at least as high by cosine similarity: a model that
     embeds everything alike finds nothing. The model has ``encode(texts)``.
     """
+    pairs = Pairs.of(pairs)
     if not len(pairs):
         raise DataError("evaluate", "at least one pair", "none")
     candidates = sorted(set(pairs.positives))
@@ -476,6 +505,15 @@ def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> list[list[int]
     largest = max(batches, key=len, default=[])
     full = [batch for batch in batches if len(batch) == size]
     return full or ([largest] if len(largest) > 1 else [])
+
+
+def _shapes(card: LoRACard) -> dict[str, Any]:
+    """Return the shapes of the factors by module."""
+    return {module: (pair.A.shape, pair.B.shape) for module, pair in card.weights.items()}
+
+
+def _unseen(step: int, steps: int, loss: float) -> None:
+    """Show no progress."""
 
 
 def _texts(batch: Pairs) -> list[str]:

@@ -293,7 +293,7 @@ def test_a_chat_gives_each_question_with_the_answer_right_after_it(chats):
         for (role, asked), (then, reply) in pairwise(chat):
             is_pair = (role, then) == ("user", "assistant")
             if is_pair and (asked or "").strip() and (reply or "").strip():
-                expected.append((asked.strip(), reply.strip(), f"transcript {number}"))
+                expected.append((asked, reply, f"transcript {number}"))
     folder, path = written("\n".join(lines))
     with folder:
         if not expected:

@@ -11,7 +11,7 @@ from lora.testing.plugin import requirement
 HOUSE = Path(lora.__file__).parent
 
 LAYERS = """
-errors _renamed
+errors _renamed progress
 metrics checks state
 card
 factors ipc_check
