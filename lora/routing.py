@@ -160,7 +160,7 @@ def select(
         tags: Only candidates that have all of these tags.
     """
     top_k = integer(top_k, "top_k", 1)
-    check_threshold(threshold)
+    threshold = check_threshold(threshold)
     index = index.tagged(tags)
     if index.candidates and query.shape != (width := index.rows.shape[1:]):
         raise ShapeError("query embedding", f"shape {width}", f"shape {query.shape}")
@@ -254,10 +254,9 @@ def texts_of(texts: Any, where: str = "texts", *, ordered: bool = True) -> list[
     return list(texts)
 
 
-def check_threshold(threshold: object) -> None:
-    """Raise an error unless the threshold is a finite number or None."""
-    if threshold is not None:
-        finite(threshold, "threshold", ArgumentError)
+def check_threshold(threshold: object) -> float | None:
+    """Return the threshold as a float or None; refuse what is neither a finite number nor None."""
+    return None if threshold is None else finite(threshold, "threshold", ArgumentError)
 
 
 def _beta_point(k: int, n: int, probability: float) -> float:

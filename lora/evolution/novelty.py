@@ -75,7 +75,7 @@ class Detector:
     known: Calibration
 
     def __post_init__(self) -> None:
-        if min(self.step) <= 0:
+        if not all(step > 0 for step in self.step):  # NaN is not either
             raise ArgumentError("detector: step", "numbers > 0", shown(self.step))
         if self.novel.threshold > self.known.threshold:
             thresholds = f"{self.novel.threshold} > {self.known.threshold}"
@@ -129,10 +129,12 @@ def fit(
     """
     if not 0 < finite(rate, "rate", ArgumentError) <= finite(doubt, "doubt", ArgumentError) < 1:
         raise ArgumentError("rate, doubt", "shares in (0, 1), rate <= doubt", f"{rate}, {doubt}")
-    if not isinstance(known, Mapping):
-        raise ArgumentError("known", "signals by source group", shown(known))
-    rng = np.random.default_rng([integer(seed, "seed", least=0), len(known)])
-    order = rng.permutation(sorted(known)).tolist()
+    named = isinstance(known, Mapping) and all(isinstance(source, str) for source in known)
+    if not named or not all(map(_are_signals, known.values())):
+        expected = "signals by the name of their source group, at least one in each"
+        raise ArgumentError("known", expected, shown(known))
+    rng, names = np.random.default_rng([integer(seed, "seed", least=0), len(known)]), sorted(known)
+    order = [names[place] for place in rng.permutation(len(names))]
     size = round(SHARE * len(order))
     rows = np.array([(s.similarity, s.margin) for group in order[:size] for s in known[group]])
     if not len(rows):
@@ -145,6 +147,11 @@ def fit(
     scores = {group: list(map(detector.score, known[group])) for group in order[size:]}
     novel, unsure = (calibrate(scores, share, seed=seed) for share in (rate, doubt))
     return replace(detector, novel=novel, known=unsure)
+
+
+def _are_signals(group: object) -> bool:
+    """Tell whether a group is a sequence of at least one query's signals."""
+    return isinstance(group, Sequence) and {type(signals) for signals in group} == {Signals}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora import checks
 from lora.card import Array
 from lora.checks import finite
-from lora.errors import ArgumentError, ShapeError, TargetError, UnsupportedModelError, shown
+from lora.errors import ArgumentError, ShapeError, TargetError, UnsupportedModelError
 from lora.extract import Model, Weights, extract_delta
 from lora.models.adapt import adapt, fold
 from lora.routing import texts_of, unit
@@ -42,6 +42,9 @@ class Tally:
     count: int = 0
 
     def __add__(self, other: "Tally") -> "Tally":
+        shapes = np.shape(self.total), np.shape(other.total)
+        if self.count and other.count and shapes[0] != shapes[1]:
+            raise ShapeError("tally", f"totals of shape {shapes[0]}", shapes[1])
         return Tally(self.total + other.total, self.count + other.count)
 
     @property
@@ -54,7 +57,7 @@ class Tally:
 
 def squares(x: Array) -> Tally:
     """Tally the squares of activations ``(..., in)`` by channel; `wanda` takes the mean's root."""
-    rows = x.astype(np.float64).reshape(-1, x.shape[-1])
+    rows = _rows(x)
     with np.errstate(over="ignore"):
         return Tally((rows * rows).sum(0), len(rows))
 
@@ -72,7 +75,7 @@ def turns(x: Array, y: Array, *, where: str = "block") -> Tally:
         raise ShapeError(where, f"an output of the input's shape {x.shape}", y.shape)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ArgumentError(where, "finite activations", "NaN or infinity")
-    before, after = (unit(side.reshape(-1, side.shape[-1])) for side in (x, y))
+    before, after = unit(_rows(x)), unit(_rows(y))
     alive = before.any(1).astype(int) + after.any(1)
     distances = ((before - after) ** 2).sum(1) / np.maximum(alive, 1)
     return Tally(distances.sum(), len(distances))
@@ -245,7 +248,7 @@ class WeightMapProbe:
 
     encoder: nn.Module
     blocks: Sequence[str] | None = None
-    on_step: OnStep = lambda *_: None
+    on_step: OnStep | None = None
 
     def probe(self, texts: Sequence[str], *, ablation: bool = True) -> WeightMap:
         """Score on texts, each run by itself, so that no padding is measured.
@@ -280,7 +283,7 @@ class WeightMapProbe:
             lost = None
             if whole is not None:
                 lost = _lost(model, texts, block, whole)
-                self.on_step(block, position, len(blocks))
+                self._report(block, position, len(blocks))
             rows.append(LayerScores(block, magnitude, weighted, float(turned[block].mean), lost))
         return WeightMap(tuple(layers), tuple(rows))
 
@@ -305,8 +308,12 @@ class WeightMapProbe:
             _on_forward(model.get_submodule(name), partial(add, name))
         for position, text in enumerate(texts, 1):
             _encoded(model, [text])
-            self.on_step("text", position, len(texts))
+            self._report("text", position, len(texts))
         return {name: tally for name, tally in inputs.items() if tally.count}, turned
+
+    def _report(self, name: str, position: int, number: int) -> None:
+        if self.on_step is not None:
+            self.on_step(name, position, number)
 
 
 def _blocks(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -319,9 +326,8 @@ def _blocks(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
             if isinstance(module, nn.ModuleList)
         ]
         names = max(lists, key=len, default=[])
-    if not isinstance(names, Iterable):
-        raise ArgumentError("probe: blocks", "names of modules", shown(names))
-    blocks = tuple(dict.fromkeys([names] if isinstance(names, str) else names))
+    names = [names] if isinstance(names, str) else texts_of(names, "probe: blocks")
+    blocks = tuple(dict.fromkeys(names))
     unknown = [block for block in blocks if block not in modules]
     if unknown or not blocks:
         expected, hint = "names of modules of the model", "name them in `blocks`"
@@ -347,6 +353,14 @@ def _on_forward(module: nn.Module, act: Callable[[Any, Any], Any]) -> Any:
         lambda _, args, options, output: act(next(iter((*args, *options.values())), None), output),
         with_kwargs=True,
     )
+
+
+def _rows(x: Array) -> Array:
+    """Return activations as rows of channels, in float64."""
+    if not x.ndim or not x.shape[-1]:
+        raise ShapeError("activations", "(..., channels), at least one channel", x.shape)
+    rows: Array = x.astype(np.float64).reshape(-1, x.shape[-1])
+    return rows
 
 
 def _array(values: Any) -> Array:

@@ -111,8 +111,10 @@ def test_signals_queries_and_detectors_are_checked():
                 Signals(*values)
     with pytest.raises(ArgumentError, match="novel's threshold"):
         Detector((0.5, 0.5), (0.1, 0.1), HIGH, LOW)
-    with pytest.raises(ArgumentError, match="step"):
-        Detector((0.5, 0.5), (0.1, 0.0), LOW, LOW)
+    for step in (0.0, float("nan")):
+        for steps in ((0.1, step), (step, 0.1)):
+            with pytest.raises(ArgumentError, match="step"):
+                Detector((0.5, 0.5), steps, LOW, LOW)
 
 
 ENOUGH = {f"{i}": [Signals(0.5, 0.5)] for i in range(50)}
@@ -127,11 +129,19 @@ NUMBERS += [{"seed": -1}, {"seed": 0.5}]
     + [
         (few, {})
         for few in ({}, {"a": []}, {"a": [Signals(0.5, 0.5)]}, {**ENOUGH, "a": []}, [], None)
-    ],
+    ]
+    + [(ENOUGH | {"a": []}, {"seed": seed}) for seed in range(9)]
+    + [(ENOUGH | odd, {}) for odd in ({1: [Signals(0.5, 0.5)]}, {"a": 5}, {"a": [0.5]})],
 )
 def test_calibration_checks_its_numbers_and_needs_sources(known, options):
     with pytest.raises(ArgumentError):
         fit(known, **options)
+
+
+@requirement("R18.1")
+def test_the_name_of_a_source_may_be_any_text():
+    renamed = {f"{name}\0": signals for name, signals in ENOUGH.items()}
+    assert fit(renamed) == fit(ENOUGH)
 
 
 @requirement("R18.2")

@@ -3,6 +3,8 @@ keeps its promise.
 """
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -92,7 +94,7 @@ TAGS = "tags: expected a collection of str, found"
                 "threshold: .* finite",
                 partial(select, ZEROS, ONE, threshold=threshold),
             )
-            for threshold in (math.nan, math.inf, -math.inf)
+            for threshold in (math.nan, math.inf, -math.inf, 1j, np.complex64(0.5), "0.5")
         ),
         (ShapeError, WIDTH, partial(select, np.zeros(3), ONE)),
         *(
@@ -105,6 +107,15 @@ TAGS = "tags: expected a collection of str, found"
 def test_what_is_no_embedding_count_threshold_or_tags_is_refused(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
+
+
+@requirement("R4.5")
+@pytest.mark.parametrize("kind", [Decimal, Fraction, np.float16, np.float32])
+def test_a_threshold_of_another_kind_of_number_is_that_number(kind):
+    index = index_of(half=[0.5, 0.75**0.5])
+    query = np.array([1.0, 0.0])
+    assert select(query, index, threshold=kind(0.5)) == [Route("half", 0.5)]
+    assert select(query, index, threshold=kind(0.5625)) == []
 
 
 @requirement("R4.13")

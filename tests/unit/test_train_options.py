@@ -4,21 +4,31 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from lora.card import LoRACard
-from lora.errors import ArgumentError, DataError, ShapeError, UnsupportedModelError
+from lora.card import LoRACard, LowRank
+from lora.engine import ArrowEngine
+from lora.errors import (
+    ArgumentError,
+    BaseModelError,
+    DataError,
+    ShapeError,
+    StateError,
+    UnsupportedModelError,
+)
 from lora.models.adapt import adapt
 from lora.testing.plugin import requirement
 from lora.training.data import Pairs
-from lora.training.ewc import Anchor
+from lora.training.ewc import Anchor, fisher_of, online
 from lora.training.losses import LOSSES
 from lora.training.online_adapter import Adaptation, LearningEvent, OnlineAdapter
 from lora.training.schedules import SCHEDULES
 from lora.training.train import LoRATrainer, Settings, evaluate
+from tests.properties.test_r17_training import core
 from tests.unit.test_train import DEFAULTS, StopError, bits, engine, pairs, shuffled, stop_at, train
 
 
@@ -200,8 +210,40 @@ def test_what_is_no_anchor_or_no_start_is_refused():
     for fisher in (-one, one * math.nan):
         with pytest.raises(ArgumentError, match="fisher"):
             Anchor({"a": one}, {"a": fisher})
-    with pytest.raises(ShapeError, match="start"):
-        LoRATrainer(engine()).train(pairs(), name="x", start=LoRACard("x", 1, 1.0, [], {}))
+    with pytest.raises(ArgumentError, match="at least one"):
+        fisher_of([], {"a": one})
+    with pytest.raises(ArgumentError, match="anchors of the same parameters"):
+        online(Anchor({"a": one}, {"a": one}), Anchor({"a": one[:1]}, {"a": one[:1]}))
+    trainer, other = LoRATrainer(engine()), LoRATrainer(engine(), rank=4)
+    few = LoRACard("x", 1, 1.0, [], {})
+    (key, pair), *_ = trainer.initial.weights.items()
+    half = {key: LowRank(pair.A[:, :4], pair.B[:4], 2.0)}
+    narrower = replace(trainer.initial, weights={**trainer.initial.weights, **half})
+    stranger = LoRATrainer(ArrowEngine(core(seed=1))).initial
+    for card, kind in ((few, ShapeError), (narrower, ShapeError), (stranger, BaseModelError)):
+        with pytest.raises(kind, match="start"):
+            trainer.train(pairs(), name="x", start=card)
+        with pytest.raises(kind, match="anchor"):
+            trainer.anchor(card, pairs())
+    anchor = other.anchor(other.initial, pairs(), examples=2)
+    with pytest.raises(ShapeError, match="ewc: anchor"):
+        trainer.train(pairs(), name="x", ewc=(anchor, 1.0))
+    with pytest.raises(ArgumentError, match="ewc: λ"):
+        other.train(pairs(), name="x", ewc=(anchor, -1.0))
+    with pytest.raises(DataError, match="at least one pair"):
+        trainer.anchor(trainer.initial, [])
+
+
+@requirement("R17.8")
+def test_a_checkpoint_of_a_start_with_another_scaling_is_of_another_run(tmp_path):
+    trainer = LoRATrainer(engine(), rank=4, settings=Settings(**DEFAULTS))
+    weights = trainer.initial.weights
+    scaled = {key: LowRank(pair.A, pair.B, 3.0) for key, pair in weights.items()}
+    options = {"name": "x", "max_steps": 7, "checkpoint": tmp_path / "run"}
+    with pytest.raises(StopError):
+        trainer.train(pairs(), progress=stop_at(6), **options)
+    with pytest.raises(StateError, match="another"):
+        trainer.train(pairs(), start=replace(trainer.initial, weights=scaled), **options)
 
 
 # R17.11: single events
