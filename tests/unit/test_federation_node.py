@@ -125,6 +125,10 @@ def test_what_is_vouched_for_comes_first_then_the_higher_version(tmp_path):
     assert [offer.manifest.version for offer in offers[1:]] == ["1.10.0", "1.10.0", "1.2.0"]
     assert offers[-1].uris == ("grpc://a:1", "grpc://b:1")
     assert ranked(dict(reversed(listings.items())), TRUSTING)["docs"] == offers
+    assert ranked(listings, TRUSTING.pinned(old.digest))["docs"][0].manifest.digest == old.digest
+    assert (
+        ranked({"grpc://a:1": [new, old]}, TRUSTING.pinned(old.digest))["docs"][0].manifest == old
+    )
 
 
 SERVER = """

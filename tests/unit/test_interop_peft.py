@@ -301,6 +301,15 @@ def test_a_folder_that_holds_something_is_kept_unless_it_may_be_overwritten(tmp_
     assert files_in(tmp_path) == ["docs", "home"]
 
 
+@requirement("R23.2")
+def test_a_link_to_a_folder_is_followed(tmp_path):
+    export_peft(card(), tmp_path / "docs")
+    (tmp_path / "link").symlink_to(tmp_path / "docs")
+    export_peft(card(scaling=7.0), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert import_peft(tmp_path / "docs").weights["m.0.q"].scaling == 7.0
+
+
 def fail(*_):
     raise OSError("disk full")
 

@@ -171,6 +171,18 @@ def test_a_card_without_a_version_has_the_default_one_and_a_version_can_be_given
 
 
 @requirement("R22.3")
+@pytest.mark.parametrize("order", [("1.0.0+1", "1.0.0+2"), ("1.0.0+2", "1.0.0+1")])
+def test_of_versions_that_differ_in_build_metadata_alone_the_last_by_its_text_is_the_newest(
+    written, order
+):
+    registry = AdapterRegistry()
+    for version in order:
+        registry.register(written(card_of(value=int(version[-1]), version=version), version))
+    assert registry.get("docs").weights["0"].A[0, 0] == 2
+    assert registry.get("docs", "1.0.0+1").weights["0"].A[0, 0] == 1
+
+
+@requirement("R22.3")
 def test_an_unknown_card_or_version_is_named(registry_of):
     registry = registry_of(["docs"])
     with pytest.raises(UnknownCardError, match="'law': expected a registered card, found none"):

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from lora.errors import ArgumentError, ShapeError
+from lora.router import LoRARouter
 from lora.routing import EMPTY, Route, calibrate, candidate_of, select, unit
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
@@ -146,6 +147,33 @@ def test_the_rate_holds_for_new_sources_with_a_group_a_source_and_not_with_a_gro
         by_query += new < calibrate(singles, 0.1, seed=draw).threshold
     assert by_source in likely(DRAWS, 0.1)
     assert by_query > likely(DRAWS, 0.1)[-1]
+
+
+def router_scores(groups, known):
+    """Source -> the scores of its queries, as a router gives them that knows some examples."""
+    rows = [*known.reshape(-1, 8), *groups.reshape(-1, 8)]
+    vectors = {f"{position}": row for position, row in enumerate(rows)}
+    texts, (count, each, _), start = [*vectors], groups.shape, known[..., 0].size
+    router = LoRARouter(lambda texts: np.array([vectors[text] for text in texts]))
+    router.register_virtual_candidate("known", texts[:start])
+    scores = [routes[0].score for routes in router.select_many(texts[start:])]
+    return {f"{i}": scores[i * each : (i + 1) * each] for i in range(count)}
+
+
+@requirement("R4.11")
+def test_a_split_by_source_keeps_the_rate_of_a_router_and_a_random_split_does_not():
+    rng, draws, by_source, at_random = np.random.default_rng(0), DRAWS // 3, 0, 0
+    for draw in range(draws):
+        # Sources differ from each other by more than the queries of one source.
+        centres = np.array([4.0, *[0] * 7]) + rng.normal(size=(41, 1, 8))
+        *_, new = groups = centres + rng.normal(0, 0.3, (41, 6, 8))
+        known, rest, first, last = groups[:20], groups[20:40], groups[:40, :3], groups[:40, 3:]
+        whole = calibrate(router_scores(rest, known), 0.1, seed=draw).threshold
+        mixed = calibrate(router_scores(last, first), 0.1, seed=draw).threshold
+        by_source += router_scores(new[None, :1], known)["0"][0] < whole
+        at_random += router_scores(new[None, :1], first)["0"][0] < mixed
+    assert by_source in likely(draws, 0.1)
+    assert at_random > likely(draws, 0.1)[-1]
 
 
 @requirement("R4.11")
