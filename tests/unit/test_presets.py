@@ -9,14 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora.cli.app import app
 from lora.errors import ArgumentError, TargetError
 from lora.models.adapt import init_card, linears
 from lora.models.encoder import EncoderConfig, InferenceCore
 from lora.presets import PRESETS, CardInfo, LoRAConfig, Preset, cost_table, fit
 from lora.testing.plugin import requirement
-from lora.training import train
-from lora.training.data import Pairs
 
 ATTENTION = {f"attention.self.{part}": (384, 384) for part in ("query", "key", "value")}
 LAYER = ATTENTION | {"attention.output.dense": (384, 384)}
@@ -66,21 +63,6 @@ def test_the_five_presets(shapes, targets):
         )
     ]
     assert [fit(preset, shapes).config for preset in PRESETS] == configs
-
-
-@requirement("R21.1")
-@pytest.mark.parametrize(("task", "dropout"), [("coder", 0.05), ("researcher", 0.1)])
-def test_the_command_trains_with_the_dropout_of_the_preset(task, dropout, tmp_path, monkeypatch):
-    class Spy:
-        def __init__(self, _, **options):
-            raise ArgumentError("spy", "a dropout", f"{options['settings'].dropout}")
-
-    monkeypatch.setattr(train, "LoRATrainer", Spy)
-    rows = [{"query": "number", "positive": "n", "group": "g"}]
-    Pairs.of(rows).save(tmp_path / "pairs.jsonl")
-    command = ["train", tmp_path / "pairs.jsonl", "--name", "x", "--out", tmp_path / "x.lora.arrow"]
-    with pytest.raises(ArgumentError, match=f"found {dropout}$"):
-        app([*map(str, command), "--preset", task], standalone_mode=False)
 
 
 @requirement("R21.2")
