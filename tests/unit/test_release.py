@@ -192,6 +192,7 @@ def test_help_costs_no_numpy_no_arrow_and_no_torch(argv):
         "lora",
         "lora._renamed",
         "lora.errors",
+        "lora.progress",
     }
 
 
