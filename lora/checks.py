@@ -39,6 +39,14 @@ def finite(value: object, where: str, kind: type[CardError | ArgumentError] = Ca
     return number
 
 
+def positive(value: object, where: str) -> float:
+    """Return the value as a float; raise `ArgumentError` unless it is a finite number > 0."""
+    number = finite(value, where, ArgumentError)
+    if number <= 0:
+        raise ArgumentError(where, "a number > 0", number)
+    return number
+
+
 def integer(value: object, where: str, least: int | None = None, hint: str = "") -> int:
     """Return the value as an int; raise `ArgumentError` unless it is an integer >= `least`."""
     number = None

@@ -58,6 +58,15 @@ def array_of(tensor: torch.Tensor) -> Array:
     return array
 
 
+def linear_of(weight: Array, bias: Array | None = None) -> nn.Linear:
+    """A Linear with this weight ``(out, in)`` and bias."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(tensor_of(weight))
+    if bias is not None:
+        linear.bias = nn.Parameter(tensor_of(bias))
+    return linear
+
+
 class _Router:
     def __init__(self, embed: Callable[[Sequence[str]], Array]) -> None:
         self._router = LoRARouter(embed)
@@ -72,7 +81,7 @@ class _Router:
         self._router.unregister(name)
 
     def select(self, query: str, top_k: int, threshold: float | None) -> list[tuple[str, float]]:
-        return [(route.name, route.score) for route in self._router.select(query, top_k, threshold)]
+        return self.select_many([query], top_k, threshold)[0]
 
     def select_many(
         self, queries: Sequence[str], top_k: int, threshold: float | None
@@ -101,14 +110,8 @@ class Reference:
     def forward(  # noqa: D102
         self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]
     ) -> Array:
-        w = tensor_of(weight)
-        base = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=w.dtype)
-        with torch.no_grad():
-            base.weight.copy_(w)
-            if bias is not None:
-                base.bias.copy_(tensor_of(bias))
-            pairs = {name: (LowRank(t.A, t.B, t.scaling), t.weight) for name, t in terms.items()}
-            return array_of(LoRALinear(base, pairs)(tensor_of(x)))
+        pairs = {name: (LowRank(t.A, t.B, t.scaling), t.weight) for name, t in terms.items()}
+        return array_of(LoRALinear(linear_of(weight, bias), pairs)(tensor_of(x)))
 
     def match_targets(self, names: Sequence[str], targets: Sequence[str]) -> list[str]:  # noqa: D102
         return match_targets(names, targets)
@@ -125,14 +128,12 @@ class Reference:
         energy: float | None,
         error: float | None,
     ) -> PlainCard:
-        rule = (
-            MinEnergy(energy)
-            if energy is not None
-            else MaxError(error)
-            if error is not None
-            else rank
-        )
-        return plain_of(extract_delta(base, tuned, rule if rule is not None else 8))
+        rule: Any = rank
+        if energy is not None:
+            rule = MinEnergy(energy)
+        elif error is not None:
+            rule = MaxError(error)
+        return plain_of(extract_delta(base, tuned, rule))
 
     def make_router(self, embed: Callable[[Sequence[str]], Array]) -> _Router:  # noqa: D102
         return _Router(embed)

@@ -41,11 +41,6 @@ class Outcome:
     falsified: str = ""
 
 
-def suite_folder() -> Path:
-    """Return the folder of the properties."""
-    return folder_of("tests/properties")
-
-
 @lru_cache(1)
 def read_statements() -> Mapping[str, Requirement]:
     """Return the specification by id."""
@@ -140,7 +135,7 @@ def run_suite(
         options += [f"--junit-xml={junit.absolute()}"] if junit else []
         paths = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
         run = subprocess.run(  # noqa: S603 - this interpreter
-            [sys.executable, "-m", "pytest", *options, str(suite_folder())],
+            [sys.executable, "-m", "pytest", *options, str(folder_of("tests/properties"))],
             stdout=sys.stderr,
             stderr=subprocess.PIPE,
             text=True,

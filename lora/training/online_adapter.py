@@ -5,16 +5,17 @@ Requirements: R17.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lora.card import LoRACard
-from lora.checks import finite
+from lora.checks import finite, positive
 from lora.errors import ArgumentError, DataError, shown
 from lora.models.adapt import trainable, trained_card
 from lora.training.data import AnyPairs, Pairs, is_text
-from lora.training.train import Engine, LoRATrainer, evaluate
+from lora.training.train import LoRATrainer, evaluate
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class OnlineAdapter:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Any,
         guard: AnyPairs,
         *,
         name: str = "online",
@@ -87,9 +88,7 @@ class OnlineAdapter:
         tolerance: float = 0.01,
         seed: int = 0,
     ) -> None:
-        self.step_size = finite(step_size, "step_size", ArgumentError)
-        if self.step_size <= 0:
-            raise ArgumentError("step_size", "a number > 0", step_size)
+        self.step_size = positive(step_size, "step_size")
         tolerance = finite(tolerance, "tolerance", ArgumentError)
         if tolerance < 0:
             raise ArgumentError("tolerance", "a number >= 0", tolerance)

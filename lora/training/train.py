@@ -13,21 +13,21 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora.card import Array, LoRACard, check_card
-from lora.checks import choice, finite, integer, share
+from lora.checks import choice, integer, positive, share
 from lora.drawing import new_figure
 from lora.errors import (
     ArgumentError,
@@ -56,12 +56,6 @@ GROUP = 384
 
 Progress = Callable[[int, int, float], None]
 """Called after each step with the step, the number of steps, and the loss."""
-
-
-class Engine(Protocol):
-    """What training needs of an engine."""
-
-    base: nn.Module
 
 
 @dataclass(frozen=True)
@@ -98,24 +92,23 @@ class Settings:
     validation_size: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("checkpointing", "rslora"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(f"settings: {name}", "a bool", shown(getattr(self, name)))
-        for name in ("epochs", "accumulate", "validate_every", "patience", "validation_size"):
-            integer(getattr(self, name), f"settings: {name}", 1)
-        integer(self.batch_size, "settings: batch_size", 2)
-        for name in ("lr", "lora_plus", *(["clip"] if self.clip is not None else [])):
-            number = finite(getattr(self, name), f"settings: {name}", ArgumentError)
-            if number <= 0:
-                raise ArgumentError(f"settings: {name}", "a number > 0", number)
-            object.__setattr__(self, name, number)
-        for name, interval in (("warmup", "[0, 1)"), ("dropout", "[0, 1)"), ("share", "(0, 1)")):
-            number = share(getattr(self, name), f"settings: {name}", interval)
-            object.__setattr__(self, name, number)
-        choice(self.schedule, "settings: schedule", SCHEDULES)
-        choice(self.loss, "settings: loss", LOSSES)
-        if self.autocast is not None:
-            choice(self.autocast, "settings: autocast", AUTOCAST)
+        choices = {"schedule": SCHEDULES, "loss": LOSSES, "autocast": AUTOCAST}
+        shares = {"warmup": "[0, 1)", "dropout": "[0, 1)", "share": "(0, 1)"}
+        for item in fields(self):
+            name, value, where = item.name, getattr(self, item.name), f"settings: {item.name}"
+            if value is None and item.default is None:
+                continue
+            if name in choices:
+                choice(value, where, choices[name])
+            elif isinstance(item.default, bool):
+                if not isinstance(value, bool):
+                    raise ArgumentError(where, "a bool", shown(value))
+            elif isinstance(item.default, int):
+                integer(value, where, 2 if name == "batch_size" else 1)
+            else:
+                in_range = name in shares
+                number = share(value, where, shares[name]) if in_range else positive(value, where)
+                object.__setattr__(self, name, number)
 
 
 PRESETS: Mapping[str, Settings] = MappingProxyType(
@@ -174,7 +167,7 @@ class LoRATrainer:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Any,
         *,
         rank: int = 8,
         alpha: float = 16.0,
@@ -258,7 +251,7 @@ class LoRATrainer:
         run.restore(checkpoint, identity)
         before = evaluate(self.core, validation)
         shows_bar = progress is None and sys.stderr.isatty()
-        bar = progress_bar(f"training {name}") if shows_bar else nullcontext(progress or _unseen)
+        bar = progress_bar(f"training {name}") if shows_bar else nullcontext(progress)
         with bar as report:
             for step, (epoch, rows) in enumerate(plan[len(run.history) :], len(run.history) + 1):
                 scores = [row["val_mrr"] for row in run.history if row["val_mrr"] is not None]
@@ -278,7 +271,8 @@ class LoRATrainer:
                         run.best = run.copied()
                     if checkpoint is not None:
                         run.store(checkpoint, identity)
-                report(step, len(plan), loss)
+                if report is not None:
+                    report(step, len(plan), loss)
         run.model.load_state_dict(run.best, strict=False)
         metrics = {"before": before, "after": evaluate(run.model, validation)}
         if checkpoint is not None:
@@ -510,10 +504,6 @@ def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> list[list[int]
 def _shapes(card: LoRACard) -> dict[str, Any]:
     """Return the shapes of the factors by module."""
     return {module: (pair.A.shape, pair.B.shape) for module, pair in card.weights.items()}
-
-
-def _unseen(step: int, steps: int, loss: float) -> None:
-    """Show no progress."""
 
 
 def _texts(batch: Pairs) -> list[str]:

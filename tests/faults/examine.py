@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.strategies import DataObject
 
+from lora.testing import folder_of
 from lora.testing.plugin import MEMBERS, Subject
 from lora.testing.reference import Reference
-from lora.testing.report import suite_folder
 
 EXAMPLES = 50
 """How many examples each property gets; a failure that is declared and has not shown by then gets
@@ -61,7 +61,7 @@ def suite():
     before, found = settings.get_current_profile_name(), []
     settings.load_profile("faults")
     try:
-        for path in sorted(suite_folder().glob("test_r*.py")):
+        for path in sorted(folder_of("tests/properties").glob("test_r*.py")):
             if "(impl" not in path.read_text(encoding="utf-8"):
                 continue
             spec = spec_from_file_location(f"suite_{path.stem}", path)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from lora.testing import folder_of
 from lora.testing.plugin import requirement
-from lora.testing.vectors import vectors_folder
 
 pytestmark = pytest.mark.foreign
 
 READERS = Path(__file__).parent / "readers"
-FOLDER = vectors_folder() / "1"
+FOLDER = folder_of("spec") / "vectors" / "1"
 MANIFEST = tomllib.loads((FOLDER / "manifest.toml").read_text("utf-8"))["vector"]
 VALID = [vector["path"] for vector in MANIFEST if vector["valid"]]
 

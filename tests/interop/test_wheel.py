@@ -142,8 +142,8 @@ def test_the_metadata_are_complete_and_valid(metadata):
 
 @requirement("R24.1")
 def test_the_command_and_the_suite_run_from_an_installed_wheel_elsewhere(installed, tmp_path):
-    script = "import lora; from lora.testing.report import suite_folder; "
-    script += "print(lora.__file__, suite_folder(), sep='\\n')"
+    script = "import lora; from lora.testing import folder_of; "
+    script += "print(lora.__file__, folder_of('tests/properties'), sep='\\n')"
     lines = run(installed, "python", "-c", script, cwd=tmp_path).splitlines()
     package, suite = map(Path, lines)
     assert package.is_relative_to(installed)

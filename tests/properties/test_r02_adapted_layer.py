@@ -20,7 +20,7 @@ from lora.models.adapt import adapt, fold
 from lora.models.layers import LoRALinear, SegmentedLinear, TrainableLinear, add_low_rank
 from lora.testing.binding import PlainCard, PlainPair, Term
 from lora.testing.plugin import requirement
-from lora.testing.reference import array_of, tensor_of
+from lora.testing.reference import array_of, linear_of, tensor_of
 from lora.testing.strategies import dtypes, features, integers, layers, numbers, ranks
 from lora.testing.tolerance import (
     exact,
@@ -67,17 +67,6 @@ def exactly(x, weight, bias, terms):
     has.
     """
     return magnitude(x, weight, bias, terms) <= 1 / roundoff(x.dtype)
-
-
-def linear(weight, bias=None):
-    """An `nn.Linear` that holds these numbers."""
-    w = tensor_of(weight)
-    base = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, dtype=w.dtype)
-    with torch.no_grad():
-        base.weight.copy_(w)
-        if bias is not None:
-            base.bias.copy_(tensor_of(bias))
-    return base
 
 
 def pairs_of(terms):
@@ -289,7 +278,7 @@ def test_any_change_of_gauge_changes_no_more_than_its_condition_allows(
 @given(layer=layers(), training=st.booleans())
 def test_a_wrapped_layer_keeps_the_bases_storage_and_names(layer, training):
     _, weight, bias, terms = layer
-    base = linear(weight, bias).train(training)
+    base = linear_of(weight, bias).train(training)
     before = state_of(base)
     adapted = LoRALinear(base, pairs_of(terms))
     assert list(adapted.state_dict()) == list(base.state_dict())
@@ -314,14 +303,14 @@ def test_factors_given_at_construction_or_loaded_later_compute_the_same(layer, d
     b = data.draw(numbers(dtype, (rank, weight.shape[0])))
     pair = LowRank(a, b, data.draw(st.sampled_from([0.5, 2.0])))
     weighted = data.draw(st.sampled_from([1.0, 0.25]))
-    given_at_once = LoRALinear(linear(weight, bias), {"default": (pair, weighted)})
-    loaded = LoRALinear(linear(weight, bias), {"default": (LowRank(2 * a, b, 1.0), 1.0)})
+    given_at_once = LoRALinear(linear_of(weight, bias), {"default": (pair, weighted)})
+    loaded = LoRALinear(linear_of(weight, bias), {"default": (LowRank(2 * a, b, 1.0), 1.0)})
     loaded.load_weights(pair, weight=weighted)
     for factor in ("lora_A", "lora_B"):
         assert torch.equal(getattr(loaded, factor), getattr(given_at_once, factor))
     assert torch.equal(loaded(tensor_of(x)), given_at_once(tensor_of(x)))
     loaded.remove("default")
-    assert torch.equal(loaded(tensor_of(x)), linear(weight, bias)(tensor_of(x)))
+    assert torch.equal(loaded(tensor_of(x)), linear_of(weight, bias)(tensor_of(x)))
 
 
 @requirement("R2.7")
@@ -336,7 +325,7 @@ def test_gradients_are_the_formulas_and_reach_the_factors_only(data, flags, scal
     weight, bias = data.draw(integers(f32, (columns, rows))), data.draw(integers(f32, (columns,)))
     a, b = data.draw(integers(f32, (rows, rank))), data.draw(integers(f32, (rank, columns)))
     x, g = data.draw(integers(f32, (3, rows))), data.draw(integers(f32, (3, columns)))
-    base = linear(weight, bias)
+    base = linear_of(weight, bias)
     base.weight.requires_grad_(flags[0])
     base.bias.requires_grad_(flags[1])
     before = state_of(base)
@@ -357,7 +346,7 @@ def test_gradients_are_the_formulas_and_reach_the_factors_only(data, flags, scal
 @given(layer=layers(), flag=st.booleans())
 def test_a_layer_for_inference_passes_gradients_on_and_keeps_none(layer, flag):
     x, weight, bias, terms = layer
-    base = linear(weight, bias)
+    base = linear_of(weight, bias)
     base.weight.requires_grad_(flag)
     adapted, inputs = LoRALinear(base, pairs_of(terms)), tensor_of(x).requires_grad_()
     adapted(inputs).sum().backward()
@@ -373,7 +362,7 @@ def test_for_inference_factors_take_the_layers_dtype(layer, data, dtype):
     rank, scale = data.draw(ranks), data.draw(st.sampled_from([1 / 3, 2.0, -0.1]))
     a = data.draw(numbers(dtype, (weight.shape[1], rank)))
     b = data.draw(numbers(dtype, (rank, weight.shape[0])))
-    adapted = LoRALinear(linear(weight, bias), {"docs": (LowRank(a, b, scale), 1.0)})
+    adapted = LoRALinear(linear_of(weight, bias), {"docs": (LowRank(a, b, scale), 1.0)})
     kind = DTYPES[x.dtype]
     assert {adapted.lora_A.dtype, adapted.lora_B.dtype, adapted(tensor_of(x)).dtype} == {kind}
     assert adapted.lora_A.device == adapted.weight.device
@@ -389,7 +378,7 @@ def test_a_float64_layer_computes_in_float64_whatever_the_cards_dtype(data, dtyp
     x, weight = data.draw(numbers(f64, (2, rows))), data.draw(numbers(f64, (columns, rows)))
     a = data.draw(integers(dtype, (rows, rank))) + dtype.type(4)
     b = data.draw(integers(dtype, (rank, columns)))
-    adapted = LoRALinear(linear(weight), {"docs": (LowRank(a, b, scale), 1.0)})
+    adapted = LoRALinear(linear_of(weight), {"docs": (LowRank(a, b, scale), 1.0)})
     check(
         array_of(adapted(tensor_of(x))),
         x,
@@ -411,7 +400,7 @@ def test_for_training_factors_are_float32_masters_whatever_the_base_and_under_au
     weight = data.draw(numbers(base_dtype, (columns, rows)))
     a = data.draw(numbers(card_dtype, (rows, rank)))
     b = data.draw(numbers(card_dtype, (rank, columns)))
-    layer = TrainableLinear(linear(weight), LowRank(a, b, 0.5))
+    layer = TrainableLinear(linear_of(weight), LowRank(a, b, 0.5))
     assert np.array_equal(array_of(layer.lora_A), a.astype(np.float32))
     x = torch.ones(2, rows, dtype=torch.float32 if autocast else DTYPES[base_dtype])
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
@@ -467,7 +456,7 @@ def test_not_even_a_draw_of_the_bound_itself_is_rounded_beyond_it(rows, rank, en
 def test_folding_and_going_back_any_number_of_times_leaves_the_base_as_it_was(layer, rounds):
     x, weight, bias, terms = layer
     model = nn.Sequential(
-        linear(weight, bias), nn.Identity(), linear(np.ones((2, len(weight)), x.dtype))
+        linear_of(weight, bias), nn.Identity(), linear_of(np.ones((2, len(weight)), x.dtype))
     )
     cards = [
         LoRACard(f"c{i}", t.A.shape[1], 1.0, ["0"], {"0": LowRank(t.A, t.B, t.scaling)})
@@ -491,7 +480,7 @@ def test_folding_and_going_back_any_number_of_times_leaves_the_base_as_it_was(la
 @given(data=st.data(), dtype=WIDE, whole=st.booleans())
 def test_a_folded_weight_is_w_plus_delta_w(data, dtype, whole):
     x, weight, bias, terms = data.draw(layers(whole=whole, dtype=dtype))
-    layer = LoRALinear(linear(weight, bias), pairs_of(terms))
+    layer = LoRALinear(linear_of(weight, bias), pairs_of(terms))
     folded = fold(nn.Sequential(layer))[0]
     each = np.eye(weight.shape[1], dtype=dtype)
     check(array_of(folded.weight).T, each, weight, None, terms.values())
@@ -549,7 +538,7 @@ def test_the_low_rank_term_is_added_within_the_bound(layer, inference):
     x, weight, bias, terms = layer
     for term in terms.values():
         a, b = tensor_of(term.A), tensor_of(term.B)
-        out = linear(weight, bias)(tensor_of(x)).detach()
+        out = linear_of(weight, bias)(tensor_of(x)).detach()
         whole = [Term(term.A, term.B, 1.0, 1.0)]
         with torch.inference_mode(inference):
             found = add_low_rank(out.clone(), tensor_of(x), a, b)
@@ -563,7 +552,7 @@ def test_the_order_that_forms_the_weight_equals_the_factored_one(layer, many):
     pairs = {
         name: (LowRank(term.A, term.B, term.scaling), term.weight) for name, term in terms.items()
     }
-    adapted = LoRALinear(linear(weight, bias), pairs)
+    adapted = LoRALinear(linear_of(weight, bias), pairs)
     adapted.weight_side_threshold = -1.0 if many else float("inf")
     with torch.inference_mode():
         check(array_of(adapted(tensor_of(x))), x, weight, bias, list(terms.values()))
@@ -594,7 +583,7 @@ def test_a_row_of_a_segmented_layer_gets_what_it_would_get_alone(data, layer, wh
         for start, stop in itertools.pairwise(cuts)
         if start < stop and data.draw(st.booleans())
     ]
-    base = linear(weight, bias)
+    base = linear_of(weight, bias)
     out = array_of(
         SegmentedLinear(base, [pairs_of(terms) for terms in sets])(tensor_of(x), tuple(segments))
     )

@@ -17,7 +17,7 @@ from lora.models.layers import LoRALinear
 from lora.models.manager import LoRAManager
 from lora.testing.binding import Term
 from lora.testing.plugin import requirement
-from lora.testing.reference import tensor_of
+from lora.testing.reference import linear_of, tensor_of
 from lora.testing.strategies import dtypes, features, integers, layers, numbers, ranks
 from lora.testing.tolerance import exact, layer_bound, magnitude, roundoff
 
@@ -123,15 +123,8 @@ def test_the_order_in_which_terms_are_given_changes_nothing(impl, layer, data):
 
 def model_of(weight, bias):
     """A model of one Linear, called ``m``."""
-    linear = nn.Linear(
-        weight.shape[1], weight.shape[0], bias=bias is not None, dtype=tensor_of(weight).dtype
-    )
-    with torch.no_grad():
-        linear.weight.copy_(tensor_of(weight))
-        if bias is not None:
-            linear.bias.copy_(tensor_of(bias))
     model = nn.Module()
-    model.m = linear
+    model.m = linear_of(weight, bias)
     return model
 
 

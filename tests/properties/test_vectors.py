@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lora.testing import folder_of
 from lora.testing.plugin import requirement
-from lora.testing.vectors import vectors_folder
 
-FOLDER = vectors_folder() / "1"
+FOLDER = folder_of("spec") / "vectors" / "1"
 MANIFEST = (FOLDER / "manifest.toml").read_bytes()
 VECTORS = tomllib.loads(MANIFEST.decode())["vector"]
 FROZEN = "ebc0edb76457ef7ac014928fd0e831155de44c1c0309cffa8e662c755e8e11f8"

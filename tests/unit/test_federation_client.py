@@ -25,8 +25,8 @@ from lora.federation.credentials import Credentials
 from lora.federation.manifest import Manifest
 from lora.federation.server import LoRAFlightServer
 from lora.federation.trust import Policy, public_key, sign, waived
+from lora.testing import folder_of
 from lora.testing.plugin import requirement
-from lora.testing.vectors import vectors_folder
 from tests.unit import hostile
 from tests.unit.hostile import (
     ANY,
@@ -208,7 +208,7 @@ def test_a_drip_an_endless_stream_and_a_huge_message_end_soon(liar, cache, sent)
     assert time.monotonic() - start < 6
 
 
-INVALID = sorted(vectors_folder().glob("*/*/invalid/*.arrow"))
+INVALID = sorted((folder_of("spec") / "vectors").glob("*/*/invalid/*.arrow"))
 
 
 @requirement("R12.3", "R7.9")
