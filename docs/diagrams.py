@@ -48,6 +48,9 @@ THEMES = {
 Colours = Mapping[str, str]
 Draw = Callable[[Any, Colours], None]
 
+State = tuple[bool, bool]
+"""Whether cards are active, and whether some are prepared."""
+
 STATES = {
     (False, False): "base model",
     (True, False): "cards active",
@@ -74,9 +77,9 @@ def write(folder: Path, name: str, size: tuple[float, float], draw: Draw) -> Non
             )
 
 
-def picture(name: str, told: str, folder: str = "") -> str:
+def picture(name: str, caption: str, folder: str = "") -> str:
     """Markdown that shows the variant of a picture that fits the theme."""
-    return "\n".join(f"![{told}]({folder}{name}-{theme}.svg#only-{theme})" for theme in THEMES)
+    return "\n".join(f"![{caption}]({folder}{name}-{theme}.svg#only-{theme})" for theme in THEMES)
 
 
 # ---- the whole
@@ -112,9 +115,9 @@ def draw_whole(figure: Any, colours: Colours) -> None:
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.axis("off")
     boxes = {name: _box(axes, place, text, colours) for name, (place, text) in WHOLE.items()}
-    for source, target, bow, place, told in FLOWS:
+    for source, target, bow, place, label in FLOWS:
         _arrow(axes, boxes[source], boxes[target], colours["soft"], bow)
-        axes.text(*place, told, ha="center", va="center", color=colours["second"], fontsize=8.5)
+        axes.text(*place, label, ha="center", va="center", color=colours["second"], fontsize=8.5)
 
 
 # ---- the import graph
@@ -123,12 +126,12 @@ def draw_whole(figure: Any, colours: Colours) -> None:
 def imports(house: Path) -> dict[str, set[str]]:
     """Each module or subpackage at the top of the package, and those of them that it imports."""
     names = {path.relative_to(house).with_suffix("").parts[0] for path in house.rglob("*.py")}
-    found: dict[str, set[str]] = {name: set() for name in sorted(names - {"__init__", "testing"})}
+    graph: dict[str, set[str]] = {name: set() for name in sorted(names - {"__init__", "testing"})}
     for path in house.rglob("*.py"):
         room = path.relative_to(house).with_suffix("").parts[0]
-        if room in found:
-            found[room] |= {name for name in _imported(path) if name in found and name != room}
-    return found
+        if room in graph:
+            graph[room] |= {name for name in _imported(path) if name in graph and name != room}
+    return graph
 
 
 def _imported(path: Path) -> Iterable[str]:
@@ -157,16 +160,16 @@ def reduced(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
 def depths(graph: Mapping[str, set[str]]) -> dict[str, int]:
     """The longest way from each module down to one that imports nothing."""
-    found: dict[str, int] = {}
+    levels: dict[str, int] = {}
 
     def depth(name: str) -> int:
-        if name not in found:
-            found[name] = 1 + max((depth(other) for other in graph[name]), default=-1)
-        return found[name]
+        if name not in levels:
+            levels[name] = 1 + max((depth(other) for other in graph[name]), default=-1)
+        return levels[name]
 
     for name in sorted(graph):
         depth(name)
-    return found
+    return levels
 
 
 def rows_of(graph: Mapping[str, set[str]]) -> list[list[str]]:
@@ -211,7 +214,7 @@ def draw_imports(graph: Mapping[str, set[str]]) -> Draw:
 # ---- the manager
 
 
-def transitions() -> dict[tuple[tuple[bool, bool], tuple[bool, bool]], set[str]]:
+def transitions() -> dict[tuple[State, State], set[str]]:
     """From state to state, the calls that lead there: found by making them, on a real manager, in
     every order of four.
     """
@@ -225,7 +228,7 @@ def transitions() -> dict[tuple[tuple[bool, bool], tuple[bool, bool]], set[str]]
         "swap": lambda manager: manager.swap(),
         "rollback": lambda manager: manager.rollback(),
     }
-    found: dict[tuple[tuple[bool, bool], tuple[bool, bool]], set[str]] = {}
+    calls_of: dict[tuple[State, State], set[str]] = {}
     manager = lora.LoRAManager(base)
     frontier = [manager.state]
     for _ in range(4):
@@ -237,19 +240,20 @@ def transitions() -> dict[tuple[tuple[bool, bool], tuple[bool, bool]], set[str]]
                     call(manager)
                 except StateError:  # nothing to swap to, or to go back to
                     continue
-                edge = _told(state), _told(manager.state)
+                edge = _has(state), _has(manager.state)
                 reached.append(manager.state)
                 if edge[0] != edge[1]:
-                    found.setdefault(edge, set()).add(name)
+                    calls_of.setdefault(edge, set()).add(name)
         frontier = reached
-    return found
+    return calls_of
 
 
-def _told(state: Any) -> tuple[bool, bool]:
+def _has(state: Any) -> State:
+    """Tell whether a state has active cards, and whether it has prepared ones."""
     return bool(state.active.adapters), state.prepared is not None
 
 
-def draw_states(found: Mapping[tuple[tuple[bool, bool], tuple[bool, bool]], set[str]]) -> Draw:
+def draw_states(steps: Mapping[tuple[State, State], set[str]]) -> Draw:
     """A box for each state, an arrow for each step between two."""
     where = {state: (0.18 + 0.64 * state[0], 0.8 - 0.6 * state[1]) for state in STATES}
 
@@ -258,7 +262,7 @@ def draw_states(found: Mapping[tuple[tuple[bool, bool], tuple[bool, bool]], set[
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.axis("off")
         boxes = {state: _box(axes, place, STATES[state], colours) for state, place in where.items()}
-        for (source, target), calls in sorted(found.items()):
+        for (source, target), calls in sorted(steps.items()):
             (x, y), (far, low) = where[source], where[target]
             across, down = (far - x) * figure.get_figwidth(), (low - y) * figure.get_figheight()
             bow = -BOW if across and down else BOW  # a diagonal keeps away from the row below
@@ -270,8 +274,8 @@ def draw_states(found: Mapping[tuple[tuple[bool, bool], tuple[bool, bool]], set[
                 (x + far) / 2 + away * down / figure.get_figwidth(),
                 (y + low) / 2 - away * across / figure.get_figheight(),
             )
-            told = {"ha": "center", "va": "center", "color": colours["second"], "fontsize": 9}
-            axes.text(*label, "\n".join(sorted(calls)), **told)
+            style = {"ha": "center", "va": "center", "color": colours["second"], "fontsize": 9}
+            axes.text(*label, "\n".join(sorted(calls)), **style)
 
     return draw
 
@@ -300,10 +304,10 @@ def draw_schema(schema: pa.Schema) -> Draw:
                 if pa.types.is_fixed_size_list(kind)
                 else str(kind).split("<")[0]
             )
-            told = f"{field.name}\n{named}" + (
+            label = f"{field.name}\n{named}" + (
                 "" if field.nullable else "\nnot null" if x == 0 else ""
             )
-            axes.text(x + 0.5, y + leaves(kind) / 2, told, ha="center", va="center", fontsize=9)
+            axes.text(x + 0.5, y + leaves(kind) / 2, label, ha="center", va="center", fontsize=9)
             for i in range(kind.num_fields):
                 bar(kind.field(i), x + 1, y + sum(leaves(kind.field(k).type) for k in range(i)))
 
@@ -351,11 +355,11 @@ def draw_spectrum(training: Training) -> Draw:
     def draw(figure: Any, colours: Colours) -> None:
         axes = figure.subplots()
         for part, colour in (("query", "first"), ("value", "second")):
-            for module, found in facts.items():
+            for module, module_facts in facts.items():
                 if module.endswith(part):
                     axes.plot(
-                        range(1, len(found.spectrum) + 1),
-                        found.spectrum,
+                        range(1, len(module_facts.spectrum) + 1),
+                        module_facts.spectrum,
                         ".-",
                         color=colours[colour],
                         alpha=0.6,
@@ -380,11 +384,11 @@ def routed(
     skill.register_virtual_candidate("python-docs", _some(known.queries, 400))
 
     def scores(queries: list[str]) -> list[float]:
-        return [found[0].score for found in skill.select_many(queries, 1, -1.0)]
+        return [routes[0].score for routes in skill.select_many(queries, 1, -1.0)]
 
     by_group: dict[str, list[float]] = {}
-    chosen = fitting.take(list(range(0, len(fitting), max(1, len(fitting) // (2 * size)))))
-    for group, score in zip(chosen.table["group"].to_pylist(), scores(chosen.queries), strict=True):
+    sample = fitting.take(list(range(0, len(fitting), max(1, len(fitting) // (2 * size)))))
+    for group, score in zip(sample.table["group"].to_pylist(), scores(sample.queries), strict=True):
         by_group.setdefault(group, []).append(score)
     foreign = synthetic_pairs("researcher", size).queries
     return scores(_some(fresh.queries, size)), scores(foreign), lora.calibrate(by_group, 0.1)

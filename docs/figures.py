@@ -92,8 +92,8 @@ COMPARED: Sequence[tuple[str, str, str, str, str]] = (
 
 def read() -> Report:
     """What was measured, by script."""
-    found: Report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return found
+    report: Report = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return report
 
 
 def rows_of(report: Report, script: str, **wanted: Any) -> Iterator[Row]:
@@ -107,13 +107,13 @@ def summary(report: Report) -> str:
     """The table of the README."""
     lines = ["| what | beside | figure (95 % interval) |", "|---|---|---|"]
     for script, what, side, peer, name in COMPARED:
-        found = [
+        rows = [
             row for row in rows_of(report, script, what=what, side=side) if row["beside"] == peer
         ]
-        if found:
-            _, figure, interval, _, _ = shown(found[0])
-            told = figure if found[0]["kind"] == "times faster" else f"{figure} its time"
-            lines.append(f"| {name} | {peer} | {told} ({interval}) |")
+        if rows:
+            _, figure, interval, _, _ = shown(rows[0])
+            share = figure if rows[0]["kind"] == "times faster" else f"{figure} its time"
+            lines.append(f"| {name} | {peer} | {share} ({interval}) |")
         else:  # an overhead, and that of the peer
             (ours,), (theirs,) = (
                 list(rows_of(report, script, what=what, side=one)) for one in (side, peer)
@@ -128,11 +128,11 @@ def summary(report: Report) -> str:
 
 def machine(report: Report) -> str:
     """What it was measured on, in a sentence."""
-    found = next(iter(report.values()))["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    host = next(iter(report.values()))["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
     return (
-        f"Measured on {found['cpu']}, {found['cores']} cores, "
-        f"{found['threads']} threads, with {versions}."
+        f"Measured on {host['cpu']}, {host['cores']} cores, "
+        f"{host['threads']} threads, with {versions}."
     )
 
 
@@ -205,20 +205,20 @@ def draw_overhead(report: Report) -> Draw:
                 ("LoRALinear", "first", "o--"),
                 ("folded", "first", "o-"),
             ):
-                found = [
+                measured = [
                     row
                     for row in rows_of(report, "forward", side=side, adapter=kind)
                     if row["what"].startswith("one")
                 ]
-                places = [row["tokens"] for row in found]
+                places = [row["tokens"] for row in measured]
                 axes.plot(
                     places,
-                    [100 * row["value"] for row in found],
+                    [100 * row["value"] for row in measured],
                     mark,
                     color=colours[colour],
                     label=side,
                 )
-                ends = [[100 * row["interval"][end] for row in found] for end in (0, 1)]
+                ends = [[100 * row["interval"][end] for row in measured] for end in (0, 1)]
                 axes.fill_between(places, *ends, color=colours[colour], alpha=0.15, linewidth=0)
             axes.axhline(0, color=colours["soft"], linewidth=0.8)
             axes.set(xscale="log", xlabel="tokens", title=kind)
@@ -235,8 +235,8 @@ def draw_overhead(report: Report) -> Draw:
 
 def draw_rows(report: Report) -> Draw:
     """Two bars for each batch."""
-    found = list(rows_of(report, "forward", group="rows", kind="overhead"))
-    names = list(dict.fromkeys(row["what"] for row in found))
+    measured = list(rows_of(report, "forward", group="rows", kind="overhead"))
+    names = list(dict.fromkeys(row["what"] for row in measured))
 
     def draw(figure: Any, colours: Colours) -> None:
         axes = figure.subplots()
@@ -244,7 +244,7 @@ def draw_rows(report: Report) -> Draw:
             values = [
                 100 * row["value"]
                 for name in names
-                for row in found
+                for row in measured
                 if (row["what"], row["side"]) == (name, side)
             ]
             places = [len(names) - i + shift for i in range(len(names))]
@@ -263,18 +263,20 @@ def draw_rows(report: Report) -> Draw:
 
 def draw_lifecycle(report: Report) -> Draw:
     """A point for each ratio on a log axis, a tick where its target is."""
-    found = [row for row in rows_of(report, "lifecycle", kind="ratio") if row["target"] is not None]
+    ratios = [
+        row for row in rows_of(report, "lifecycle", kind="ratio") if row["target"] is not None
+    ]
 
     def draw(figure: Any, colours: Colours) -> None:
         axes = figure.subplots()
-        for i, row in enumerate(reversed(found)):
+        for i, row in enumerate(reversed(ratios)):
             axes.plot(row["interval"], [i, i], color=colours["first"], linewidth=3)
             axes.plot(row["value"], i, "o", color=colours["first"])
             axes.plot(
                 row["target"], i, "|", color=colours["second"], markersize=14, markeredgewidth=2
             )
-        names = [f"{row['what']}\nof {row['beside']}" for row in reversed(found)]
-        axes.set_yticks(range(len(found)), names, fontsize=8)
+        names = [f"{row['what']}\nof {row['beside']}" for row in reversed(ratios)]
+        axes.set_yticks(range(len(ratios)), names, fontsize=8)
         axes.axvline(1, color=colours["soft"], linewidth=0.8)
         axes.set(xscale="log", xlabel="time, of the peer's (bar: 95 % interval; tick: target)")
 
@@ -288,11 +290,11 @@ def draw_present(report: Report) -> Draw:
     def draw(figure: Any, colours: Colours) -> None:
         axes = figure.subplots()
         for of, mark in lines.items():
-            found = list(rows_of(report, "lifecycle", of=of, unit="ms"))
+            points = list(rows_of(report, "lifecycle", of=of, unit="ms"))
             colour = colours["second" if of.startswith("PEFT") else "first"]
             axes.plot(
-                [row["present"] for row in found],
-                [row["value"] for row in found],
+                [row["present"] for row in points],
+                [row["value"] for row in points],
                 mark,
                 color=colour,
                 label=of,
@@ -307,8 +309,8 @@ def draw_present(report: Report) -> Draw:
 
 def draw_growth(report: Report, unit: str) -> Draw:
     """A panel for each line: cost beside its first point, and what linear would be."""
-    found = [row for row in rows_of(report, "growth", unit=unit) if "size" in row]
-    lines = list(dict.fromkeys((row["line"], row["against"]) for row in found))
+    measured = [row for row in rows_of(report, "growth", unit=unit) if "size" in row]
+    lines = list(dict.fromkeys((row["line"], row["against"]) for row in measured))
 
     def draw(figure: Any, colours: Colours) -> None:
         columns = 3
@@ -316,7 +318,7 @@ def draw_growth(report: Report, unit: str) -> Draw:
         for axes in panels[len(lines) :]:
             axes.axis("off")
         for axes, (name, against) in zip(panels, lines, strict=False):
-            points = [row for row in found if (row["line"], row["against"]) == (name, against)]
+            points = [row for row in measured if (row["line"], row["against"]) == (name, against)]
             sizes = [row["size"] for row in points]
             axes.plot(sizes, [size / sizes[0] for size in sizes], ":", color=colours["soft"])
             axes.plot(

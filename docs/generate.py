@@ -53,7 +53,7 @@ FEDERATION = "server client node discovery peer_table trust manifest credentials
 MODELS = "layers adapt manager registry encoder"
 TRAINING = "data retrieval synthetic losses schedules ewc train online_adapter"
 EVOLUTION = "probe novelty acceptance distill teacher queue nights worker factory"
-TESTING = "bench binding reference plugin tolerance strategies report requirements vectors"
+TESTING = "bench binding reference plugin tolerance strategies report requirements"
 REFERENCE = {
     "Cards": ["card", "arrow_format", "files", "ipc_check", "checks", "errors"],
     "Algebra and targets": ["factors", "targets", "merging", "extract", "presets", "drawing"],
@@ -62,7 +62,7 @@ REFERENCE = {
     "Routing": ["routing", "router"],
     "Engine": ["engine", "state", "batches", "metrics"],
     "Federation": [f"federation.{name}" for name in f"{FEDERATION} stream_limits".split()],
-    "Training": [f"training.{name}" for name in TRAINING.split()],
+    "Training": [*(f"training.{name}" for name in TRAINING.split()), "progress"],
     "Evolution": [*(f"evolution.{name}" for name in EVOLUTION.split()), "learning"],
     "Testing": [f"testing.{name}" for name in TESTING.split()],
 }
@@ -70,11 +70,11 @@ REFERENCE = {
 
 def reports() -> list[dict[str, Any]]:
     """What ``lora conformance`` found on each binding, the reference first."""
-    found = [
+    verdicts = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(REPORTS.glob("*.json"))
     ]
     return sorted(
-        found,
+        verdicts,
         key=lambda report: (report["binding"]["name"] != "lora-cards", report["binding"]["name"]),
     )
 
@@ -91,7 +91,7 @@ def matrix() -> str:
     ]
     lines += [", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items()) + ".", ""]
     lines += ["| id | requirement | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    told: dict[str, set[str]] = {}
+    reasons: dict[str, set[str]] = {}
     for requirement in spec.values():
         entries = [report["requirements"].get(requirement.id) for report in columns]
         if any(entries):
@@ -100,11 +100,11 @@ def matrix() -> str:
             lines.append(f"| {anchor} | {escaped(requirement.sentence)} | {' | '.join(cells)} |")
         for name, entry in zip(names, entries, strict=True):
             if entry and entry["reason"]:
-                told.setdefault(f"**{name}**: {escaped(entry['reason'])}", set()).add(
+                reasons.setdefault(f"**{name}**: {escaped(entry['reason'])}", set()).add(
                     requirement.id
                 )
     lines += ["", "## What a binding does otherwise, or lacks, and why", ""]
-    lines += [f"- {reason} ({', '.join(sorted(ids))})" for reason, ids in told.items()]
+    lines += [f"- {reason} ({', '.join(sorted(ids))})" for reason, ids in reasons.items()]
     lines += [
         "",
         (
@@ -155,7 +155,7 @@ def traceability() -> str:
                 "|---|---|",
             ]
         kind = KINDS[requirement.evidence] if requirement.status == "built" else "planned"
-        found = [
+        evidence = [
             f"`{e.test.split('/')[-1]}` ({starred[e.kind]})"
             for e in tests
             if requirement.id in e.ids
@@ -163,7 +163,7 @@ def traceability() -> str:
         if examples := sum(
             test["examples"] for test in ran.get(requirement.id, {"tests": []})["tests"]
         ):
-            found.append(f"{examples:,} examples")
+            evidence.append(f"{examples:,} examples")
         killed = [
             fault.__name__
             for family in FAMILIES.values()
@@ -171,10 +171,10 @@ def traceability() -> str:
             if requirement.id in fault.turns_red
         ]
         if killed:
-            found.append("found: " + ", ".join(f"`{name}`" for name in killed))
+            evidence.append("found: " + ", ".join(f"`{name}`" for name in killed))
         row = (
             f'<span id="{requirement.id}">{requirement.id}</span><br>{kind}',
-            "<br>".join([escaped(requirement.sentence), *found]),
+            "<br>".join([escaped(requirement.sentence), *evidence]),
         )
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
@@ -196,8 +196,8 @@ def presets() -> str:
         decoder |= {f"model.layers.{i}.mlp.{part}_proj": (4096, 14336) for part in ("gate", "up")}
         decoder[f"model.layers.{i}.mlp.down_proj"] = (14336, 4096)
     table = cost_table({"all-MiniLM-L6-v2": encoder, "Llama 3.1 8B": decoder})
-    told = "Derived from the models' real module names and shapes by `lora.presets.fit`."
-    return f"# Presets\n\n{told}\n\n{table}\n"
+    source = "Derived from the models' real module names and shapes by `lora.presets.fit`."
+    return f"# Presets\n\n{source}\n\n{table}\n"
 
 
 def reference(modules: list[str], title: str) -> str:
@@ -229,8 +229,8 @@ def commands(command: Any = None, name: str = "lora") -> Iterator[tuple[str, Any
     """Every command of the command line with its full name, groups before what is in them."""
     command = typer.main.get_command(app) if command is None else command
     yield name, command
-    for part, found in getattr(command, "commands", {}).items():
-        yield from commands(found, f"{name} {part}")
+    for part, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, f"{name} {part}")
 
 
 def command_line() -> str:
@@ -294,7 +294,7 @@ class Span:
 
     start: int
     end: int
-    told: str
+    meaning: str
 
 
 def tiny() -> lora.LoRACard:
@@ -309,23 +309,23 @@ def spans(data: bytes) -> list[Span]:
     """
     whole = pa.py_buffer(data)
     batch = pa.ipc.open_file(whole).get_batch(0)
-    told: dict[int, tuple[int, str]] = {}  # start -> end and meaning
+    meanings: dict[int, tuple[int, str]] = {}  # start -> end and meaning
     for name, buffers in _buffers(batch).items():
         for kind, buffer in zip(_KINDS[name], buffers, strict=True):
             if buffer is not None and buffer.size:
                 start = buffer.address - whole.address
-                told[start] = start + buffer.size, f"{name}: {kind}"
+                meanings[start] = start + buffer.size, f"{name}: {kind}"
     footer = len(data) - 10 - int.from_bytes(data[-10:-6], "little")
     schema, message = 8, 16 + int.from_bytes(data[12:16], "little")
     body = message + 8 + int.from_bytes(data[message + 4 : message + 8], "little")
-    told |= {0: (6, "magic ARROW1"), 6: (8, "padding to 8 bytes")}
+    meanings |= {0: (6, "magic ARROW1"), 6: (8, "padding to 8 bytes")}
     for at, what in ((schema, "schema"), (message, "record batch")):
-        told |= {
+        meanings |= {
             at: (at + 4, "continuation marker"),
             at + 4: (at + 8, f"length of the {what} message that follows"),
         }
-        told[at + 8] = (message if at == schema else body, f"the {what} message, a FlatBuffer")
-    told |= {
+        meanings[at + 8] = (message if at == schema else body, f"the {what} message, a FlatBuffer")
+    meanings |= {
         footer - 8: (footer, "end of stream: a continuation marker and length 0"),
         footer: (
             len(data) - 10,
@@ -334,13 +334,13 @@ def spans(data: bytes) -> list[Span]:
         len(data) - 10: (len(data) - 6, "length of the footer"),
         len(data) - 6: (len(data), "magic ARROW1"),
     }
-    found = [Span(start, end, what) for start, (end, what) in sorted(told.items())]
+    parts = [Span(start, end, what) for start, (end, what) in sorted(meanings.items())]
     gaps = [
         Span(one.end, two.start, "padding to 8 bytes")
-        for one, two in pairwise(found)
+        for one, two in pairwise(parts)
         if one.end < two.start
     ]
-    return sorted([*found, *gaps], key=lambda span: span.start)
+    return sorted([*parts, *gaps], key=lambda span: span.start)
 
 
 _KINDS = {
@@ -355,13 +355,13 @@ _KINDS = {
 
 def _buffers(batch: pa.RecordBatch) -> dict[str, list[pa.Buffer | None]]:
     """The buffers of each column, those of a factor's data and shape apart."""
-    found = {name: batch[name].buffers() for name in ("module", "scaling")}
+    buffers = {name: batch[name].buffers() for name in ("module", "scaling")}
     for name in ("A", "B"):
         column = getattr(batch[name], "storage", batch[name])
         data = column.field("data")
-        found[f"{name}.data"] = [*data.buffers()[:2], data.values.buffers()[1]]
-        found[f"{name}.shape"] = [column.field("shape").values.buffers()[1]]
-    return found
+        buffers[f"{name}.data"] = [*data.buffers()[:2], data.values.buffers()[1]]
+        buffers[f"{name}.shape"] = [column.field("shape").values.buffers()[1]]
+    return buffers
 
 
 def entries(data: bytes, span: Span) -> list[Span]:
@@ -372,12 +372,12 @@ def entries(data: bytes, span: Span) -> list[Span]:
     texts = [text for pair in schema.metadata.items() for text in pair] + [
         name.encode() for name in schema.names
     ]
-    found = []
+    places = []
     for text in texts:
         stored = len(text).to_bytes(4, "little") + text + b"\0"
         at = data.index(stored, span.start, span.end)
-        found.append(Span(at, at + len(stored), text.decode()))
-    return sorted(found, key=lambda entry: entry.start)
+        places.append(Span(at, at + len(stored), text.decode()))
+    return sorted(places, key=lambda entry: entry.start)
 
 
 def dumped(data: bytes, start: int, end: int) -> list[str]:
@@ -419,10 +419,10 @@ def hexdump() -> str:
         "```text",
     ]
     for span in spans(data):
-        lines.append(f"; {span.start} to {span.end - 1}: {span.told}")
-        if "schema" in span.told and span.end - span.start > 16:
+        lines.append(f"; {span.start} to {span.end - 1}: {span.meaning}")
+        if "schema" in span.meaning and span.end - span.start > 16:
             lines += [*dumped(data, span.start, span.start + 8), "…"]
-            if "footer" not in span.told:
+            if "footer" not in span.meaning:
                 lines += [
                     line
                     for entry in entries(data, span)

@@ -607,7 +607,7 @@ def test_the_hex_dump_covers_every_byte_once_and_names_what_lies_there(tmp_path,
     spans = generate.spans(data)
     starts, ends = [span.start for span in spans], [span.end for span in spans]
     assert [starts[0], *ends] == [*starts, len(data)]
-    bytes_of = {span.told: data[span.start : span.end] for span in spans}
+    bytes_of = {span.meaning: data[span.start : span.end] for span in spans}
     assert (
         bytes_of.items()
         >= {
@@ -628,8 +628,8 @@ def test_the_hex_dump_covers_every_byte_once_and_names_what_lies_there(tmp_path,
     assert bytes.fromhex("".join(lines)) == data
     assert lora.digest(tmp_path / "tiny.lora.arrow") in page
     keys = re.findall(r"^\| `(lora\.\w+)` \|", read("docs/format.md"), re.MULTILINE)
-    schemas = [span for span in spans if span.told.startswith("the schema")]
-    stored = {entry.told for span in schemas for entry in generate.entries(data, span)}
+    schemas = [span for span in spans if span.meaning.startswith("the schema")]
+    stored = {entry.meaning for span in schemas for entry in generate.entries(data, span)}
     assert set(keys) - stored == {"lora.base_model", "lora.base_fingerprint"}  # which are optional
 
 
