@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lora.card import LoRACard
-from lora.checks import finite, positive
+from lora.checks import positive, share
 from lora.errors import ArgumentError, DataError, shown
 from lora.models.adapt import trainable, trained_card
 from lora.training.data import AnyPairs, Pairs, is_text
@@ -89,15 +89,12 @@ class OnlineAdapter:
         seed: int = 0,
     ) -> None:
         self.step_size = positive(step_size, "step_size")
-        tolerance = finite(tolerance, "tolerance", ArgumentError)
-        if tolerance < 0:
-            raise ArgumentError("tolerance", "a number >= 0", tolerance)
         self.guard = Pairs.of(guard)
         trainer = LoRATrainer(
             engine, rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
         )
         self.core, self.state = trainer.core, Adaptation(replace(trainer.initial, name=name))
-        self.least_mrr = evaluate(self.core, self.guard).mrr - tolerance
+        self.least_mrr = evaluate(self.core, self.guard).mrr - share(tolerance, "tolerance")
 
     def process_learning_event(self, event: LearningEvent) -> Adaptation:
         """Take one step in the direction of the event's reward, and return the new state.

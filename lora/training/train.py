@@ -296,13 +296,11 @@ class LoRATrainer:
     def _fitting(self, card: LoRACard, where: str) -> LoRACard:
         """Return the card; refuse one of other shapes or of another base model."""
         check_card(card)
+        where = f"{where}: card {card.name!r}"
         if _shapes(card) != _shapes(self.initial):
-            expected = "the modules and shapes of this trainer's cards"
-            raise ShapeError(f"{where}: card {card.name!r}", expected, "others")
-        expected, found = self.initial.base_fingerprint, card.base_fingerprint
-        if found not in (None, expected):
-            fingerprint = f"weights with fingerprint {expected}"
-            raise BaseModelError(f"{where}: card {card.name!r}", fingerprint, found)
+            raise ShapeError(where, "the modules and shapes of this trainer's cards", "others")
+        if card.base_fingerprint not in (None, self.initial.base_fingerprint):
+            raise BaseModelError(where, "a card for this base model", "one for another")
         return card
 
 

@@ -34,10 +34,10 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-8]|4[0-8]|9[0-7])[0-9;]*m")
 COMMANDS = typer.main.get_command(app).commands
 
 
-def drawn(*argv, **environment):
-    """What a command draws on a terminal."""
+def drawn(*argv, program=("-m", "lora.cli"), **environment):
+    """What a command, or another program in Python, draws on a terminal."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "lora.cli", *map(str, argv)]
+    command = [sys.executable, *program, *map(str, argv)]
     with subprocess.Popen(
         command, stdout=theirs, stderr=theirs, env={**ENVIRONMENT, **environment}
     ) as child:

@@ -1,10 +1,6 @@
 """Training's border: pairs in every form, and odd input of every kind, right or refused by name."""
 
 import math
-import os
-import pty
-import subprocess
-import sys
 from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
@@ -22,6 +18,7 @@ from lora.training.online_adapter import LearningEvent, OnlineAdapter
 from lora.training.train import LoRATrainer, Settings, evaluate
 from tests.properties.test_r17_training import bits
 from tests.properties.test_r17_training import toy_pairs as pairs
+from tests.unit.test_completion import drawn
 from tests.unit.test_train import DEFAULTS, engine
 
 SETTINGS = Settings(**DEFAULTS)
@@ -238,7 +235,7 @@ def adapted(**options):
 
 def answered(**options):
     event = LearningEvent(**{"query": "a0", "answer": "b0", "reward": 1.0} | options)
-    return adapted(tolerance=2.0).process_learning_event(event)
+    return adapted(tolerance=1.0).process_learning_event(event)
 
 
 def anchored(**options):
@@ -314,36 +311,17 @@ def test_an_option_of_an_odd_kind_works_or_is_refused_by_name(tried, tmp_path, m
 
 CHILD = """
 import sys
-from tests.unit.test_train import pairs, train
-data = [(row["query"], row["positive"]) for row in pairs().table.to_pylist()]
-train(data, steps=3, name="odd [/b] name", progress={"own": print}.get(sys.argv[1]))
+from tests.unit.test_completion import drawn
+from tests.unit.test_train import train
+train(steps=3, name="odd [/b] name", progress={"own": lambda *_: None}.get(sys.argv[1]))
 """
 
 
-def stderr_of(progress, *, terminal):
-    """What a training in a process of its own writes to stderr, which may be a terminal."""
-    command = [sys.executable, "-c", CHILD, progress]
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    reading, writing = pty.openpty() if terminal else os.pipe()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writing, env=environment) as run:
-        os.close(writing)
-        drawn = b""
-        with suppress(OSError):  # a terminal whose other end is closed
-            while piece := os.read(reading, 4096):
-                drawn += piece
-        out = run.stdout.read()
-    os.close(reading)
-    assert run.returncode == 0, drawn
-    return out.decode(), drawn.decode()
-
-
 @requirement("R17.10")
-def test_the_trainer_itself_shows_a_bar_on_a_terminal_and_only_there():
-    out, drawn = stderr_of("default", terminal=True)
-    assert out == ""
+def test_the_trainer_itself_shows_a_bar_on_a_terminal_and_only_there(capfd):
+    shown = drawn("default", program=("-c", CHILD), COLUMNS="100")
     for text in ("training odd [/b] name", "3/3", "loss", "\x1b["):
-        assert text in drawn
-    assert stderr_of("default", terminal=False) == ("", "")
-    out, drawn = stderr_of("own", terminal=True)
-    assert [line.split()[:2] for line in out.splitlines()] == [["1", "3"], ["2", "3"], ["3", "3"]]
-    assert drawn == ""
+        assert text in shown
+    assert drawn("own", program=("-c", CHILD)) == ""
+    learned(max_steps=3)
+    assert capfd.readouterr() == ("", "")
