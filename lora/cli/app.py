@@ -24,7 +24,7 @@ from rich.text import Text
 
 import lora
 from lora.errors import ArgumentError, DataError, LoRAError
-from lora.progress import progress_bar  # noqa: F401 - for the commands
+from lora.progress import progress_bar as progress_bar  # noqa: PLC0414 - for the commands
 
 NOTHING_TO_SERVE = 3
 """Exit status of a command that worked but made nothing worth serving."""
