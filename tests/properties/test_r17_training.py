@@ -22,6 +22,7 @@ from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
 from lora.training.data import Pairs
 from lora.training.losses import contrastive
+from lora.training.schedules import SCHEDULES
 from lora.training.train import LoRATrainer, Settings, batches_of, evaluate
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -279,7 +280,10 @@ options_of_a_run = st.fixed_dictionaries(
         "epochs": st.just(3),
         "batch_size": st.sampled_from([5, 8]),
         "lr": st.sampled_from([1e-30, 1e-2, 0.3]),
-        "schedule": st.sampled_from(["constant", "cosine"]),
+        "schedule": st.sampled_from(list(SCHEDULES)),
+        "warmup": st.sampled_from([0.0, 0.25]),
+        "clip": st.sampled_from([None, 1.0]),
+        "lora_plus": st.sampled_from([1.0, 4.0]),
         "dropout": st.sampled_from([0.0, 0.4]),
         "validate_every": st.sampled_from([1, 2, 3, 20]),
         "patience": st.sampled_from([1, 2, 5]),
@@ -290,7 +294,7 @@ options_of_a_run = st.fixed_dictionaries(
 FROZEN = {"epochs": 3, "batch_size": 8, "lr": 1e-30, "validate_every": 2, "patience": 2}
 
 
-@requirement("R17.8")
+@requirement("R17.8", "R17.2")
 @settings(max_examples=40)
 @example(tuple(FROZEN.items()), 0, ("query", "value"), [6])  # killed right after it lost patience
 @given(

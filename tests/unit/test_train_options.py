@@ -26,7 +26,6 @@ from lora.training.data import Pairs
 from lora.training.ewc import Anchor, fisher_of, online
 from lora.training.losses import LOSSES
 from lora.training.online_adapter import Adaptation, LearningEvent, OnlineAdapter
-from lora.training.schedules import SCHEDULES
 from lora.training.train import LoRATrainer, Settings, evaluate
 from tests.properties.test_r17_training import core
 from tests.unit.test_train import DEFAULTS, StopError, bits, engine, pairs, shuffled, stop_at, train
@@ -55,18 +54,6 @@ def test_a_quality_of_zero_teaches_nothing_by_contrast():
     result = train(Pairs.of(rows), steps=3)
     assert result.history["loss"].to_pylist() == [0.0] * 3
     assert all(not pair.B.any() for pair in result.card.weights.values())
-
-
-@requirement("R17.2")
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("warmup", [0.0, 0.25])
-def test_a_run_with_any_schedule_can_be_interrupted(schedule, warmup, tmp_path):
-    options = {"schedule": schedule, "warmup": warmup, "steps": 12, "clip": 1.0, "lora_plus": 4.0}
-    whole = bits(train(**options))
-
-    with pytest.raises(StopError):
-        train(checkpoint=tmp_path / "run", progress=stop_at(6), **options)
-    assert bits(train(checkpoint=tmp_path / "run", **options)) == whole
 
 
 @requirement("R17.4")
