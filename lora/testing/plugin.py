@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import re
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -74,15 +74,10 @@ class Subject:
             raise AttributeError(member)
         if member in self.missing:
             pytest.skip(f"{self.binding.name} lacks {member}: {self.missing[member]}")
-        return getattr(self.binding, member, None) or _stub(self.binding.name, member)
-
-
-def _stub(name: str, member: str) -> Callable[..., Any]:
-    def fails(*_: Any, **__: Any) -> None:
-        message = f"binding {name!r} has no {member!r} and does not declare it missing"
-        raise NotImplementedError(message)
-
-    return fails
+        if not hasattr(self.binding, member):
+            message = f"binding {self.binding.name!r} has no {member!r} and does not declare it"
+            raise NotImplementedError(message)
+        return getattr(self.binding, member)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -58,7 +58,7 @@ def suite():
     """Every property through a binding, imported anew under the profile above; those of many
     requirements first.
     """
-    before, found = settings.get_current_profile_name(), []
+    before, properties = settings.get_current_profile_name(), []
     settings.load_profile("faults")
     try:
         for path in sorted(folder_of("tests/properties").glob("test_r*.py")):
@@ -71,10 +71,10 @@ def suite():
                 if name.startswith("test") and "impl" in inspect.signature(test).parameters:
                     marks = [mark.args for mark in test.pytestmark if mark.name == "requirement"]
                     members = MEMBERS & names_in(test.hypothesis.inner_test)
-                    found.append(Property(test, frozenset().union(*marks), members))
+                    properties.append(Property(test, frozenset().union(*marks), members))
     finally:
         settings.load_profile(before)
-    return sorted(found, key=lambda each: -len(each.ids))
+    return sorted(properties, key=lambda each: -len(each.ids))
 
 
 def names_in(function, seen=frozenset()):

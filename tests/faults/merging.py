@@ -96,14 +96,14 @@ class FactorsMergedApart(Fault, breaks="R20.2", also="R20.3 R20.4 R20.9"):
             return merged
         rows = dict(merged.weights)
         for module, pair in merged.weights.items():
-            held = [card.weights.get(module) for card in cards]
-            if None not in held and len(held) > 1:
-                wide = max(p.A.shape[1] for p in held)
+            pairs = [card.weights.get(module) for card in cards]
+            if None not in pairs and len(pairs) > 1:
+                wide = max(p.A.shape[1] for p in pairs)
                 a = np.zeros((len(pair.A), wide))
                 b = np.zeros((wide, pair.B.shape[1]))
-                for p in held:
-                    a[:, : p.A.shape[1]] += p.A.astype("f8") / len(held)
-                    b[: p.A.shape[1]] += p.B.astype("f8") * p.scaling / len(held)
+                for p in pairs:
+                    a[:, : p.A.shape[1]] += p.A.astype("f8") / len(pairs)
+                    b[: p.A.shape[1]] += p.B.astype("f8") * p.scaling / len(pairs)
                 rows[module] = PlainPair(a.astype(pair.A.dtype), b.astype(pair.A.dtype), 1.0)
         return with_rows(merged, rows)
 
@@ -241,13 +241,13 @@ class _Ties(Fault):
             return merged
         rows = {}
         for module in modules(cards):
-            given = weights or [1.0] * len(cards)
+            shares = weights or [1.0] * len(cards)
             trimmed = self.trim(changes(cards, module), options.get("density", 0.5))
-            parts = np.array([part * weight for part, weight in zip(trimmed, given, strict=True)])
+            parts = np.array([part * weight for part, weight in zip(trimmed, shares, strict=True)])
             votes = parts if options.get("elect", "mass") == "mass" else np.sign(parts)
             sign = self.elect(votes, trimmed)
             agrees = (np.sign(parts) == sign) & (sign != 0)
-            share = self.share(agrees, np.array(given))
+            share = self.share(agrees, np.array(shares))
             whole = (parts * agrees).sum(0) / np.where(share > 0, share, 1)
             limit = rank or max(c.weights[module].A.shape[1] for c in cards if module in c.weights)
             rows[module] = factors(whole, limit, promoted(cards))

@@ -172,8 +172,8 @@ class RegisteredTwice(RouterFault, breaks="R4.12", also="R4.9"):
         self.times.pop(name, None)
 
     def select(self, query, top_k, threshold):
-        found = super().select(query, top_k, threshold)
-        return [route for route in found for _ in range(self.times[route[0]])][:top_k]
+        routes = super().select(query, top_k, threshold)
+        return [route for route in routes for _ in range(self.times[route[0]])][:top_k]
 
 
 class UnregisteredStays(RouterFault, breaks="R4.12", also="R4.9"):

@@ -163,9 +163,9 @@ def test_a_config_never_changes(config, data):
     with pytest.raises(FrozenInstanceError):
         setattr(config, field, getattr(LoRAConfig(), field))
     given_list = ["query"]
-    made = LoRAConfig(target_modules=given_list, tags=given_list)
+    config = LoRAConfig(target_modules=given_list, tags=given_list)
     given_list.append("key")
-    assert made.target_modules == made.tags == ("query",)
+    assert config.target_modules == config.tags == ("query",)
 
 
 @requirement("R21.3")
@@ -173,8 +173,8 @@ def test_a_config_never_changes(config, data):
 def test_what_is_left_out_has_its_default(config, data):
     given_fields = data.draw(st.sets(st.sampled_from(sorted(config.to_dict()))))
     part = {key: value for key, value in config.to_dict().items() if key in given_fields}
-    made, default = LoRAConfig.from_dict(part).to_dict(), LoRAConfig().to_dict()
-    assert made == {key: part.get(key, default[key]) for key in default}
+    loaded, default = LoRAConfig.from_dict(part).to_dict(), LoRAConfig().to_dict()
+    assert loaded == {key: part.get(key, default[key]) for key in default}
     assert (default["rank"], default["alpha"]) == (8, 16.0)
 
 

@@ -58,8 +58,8 @@ def test_what_an_answer_shares_with_its_question_finds_it_and_shuffled_answers_a
 @requirement("R21.4")
 @given(task=tasks, seed=seeds)
 def test_a_split_asks_about_things_that_were_not_trained_on(task, seed):
-    train, held = synthetic_pairs(task, 200, seed=seed).split(0.8, seed=seed)
-    assert not set(train.table["group"].to_pylist()) & set(held.table["group"].to_pylist())
+    train, held_out = synthetic_pairs(task, 200, seed=seed).split(0.8, seed=seed)
+    assert not set(train.table["group"].to_pylist()) & set(held_out.table["group"].to_pylist())
 
 
 @requirement("R21.4", "R7.8")

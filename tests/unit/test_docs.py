@@ -54,10 +54,10 @@ class Block(NamedTuple):
 
 
 def blocks_of(path):
-    found = re.findall(
+    blocks = re.findall(
         r"^```(\S[^\n]*)\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL
     )
-    return [Block(path.relative_to(ROOT).as_posix(), info.strip(), text) for info, text in found]
+    return [Block(path.relative_to(ROOT).as_posix(), info.strip(), text) for info, text in blocks]
 
 
 BLOCKS = [block for path in [*PAGES, ROOT / "README.md"] for block in blocks_of(path)]
@@ -294,9 +294,9 @@ def test_the_page_of_the_command_line_has_every_command_with_its_options_and_an_
 @requirement("R10.8")
 def test_the_page_of_requirements_has_every_sentence(generate):
     page = generate.specification()
-    for found in read_spec(ROOT / "spec").values():
-        assert f"| {found.id} |" in page
-        assert generate.escaped(found.sentence) in page
+    for entry in read_spec(ROOT / "spec").values():
+        assert f"| {entry.id} |" in page
+        assert generate.escaped(entry.sentence) in page
 
 
 # ---- the examples
@@ -652,13 +652,13 @@ def test_the_pictures_are_drawn_from_what_they_show_and_the_same_each_time(tmp_p
     assert all(reach(less, name) == reach(graph, name) for name in graph)
     assert sum(map(len, less.values())) < sum(map(len, graph.values())) / 2
     base, active = (False, False), (True, False)
-    found = drawn.transitions()
-    assert found[base, active] == {"apply_card"}
-    assert found[active, base] == {"remove_card", "rollback"}
-    assert found[(False, True), active] == {"swap"}
+    steps = drawn.transitions()
+    assert steps[base, active] == {"apply_card"}
+    assert steps[active, base] == {"remove_card", "rollback"}
+    assert steps[(False, True), active] == {"swap"}
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        drawn.write(tmp_path / folder, "states", (6.4, 4.4), drawn.draw_states(found))
+        drawn.write(tmp_path / folder, "states", (6.4, 4.4), drawn.draw_states(steps))
         drawn.write(tmp_path / folder, "imports", (6.4, 8), drawn.draw_imports(graph))
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

@@ -47,9 +47,9 @@ def test_a_card_travels_from_memory_through_a_file_into_a_real_encoder_and_out_a
     assert np.abs(tuned - base).max(axis=1).min() > 0.01  # every text has moved
     np.testing.assert_allclose(np.linalg.norm(tuned, axis=1), 1, rtol=1e-6)
 
-    chosen = engine.encode_with_lora(TEXTS, intent_query="how do I write to a file?")
-    assert [route.name for route in chosen.routes] == ["docs"]
-    np.testing.assert_allclose(chosen.embeddings, tuned, atol=1e-5)
+    routed = engine.encode_with_lora(TEXTS, intent_query="how do I write to a file?")
+    assert [route.name for route in routed.routes] == ["docs"]
+    np.testing.assert_allclose(routed.embeddings, tuned, atol=1e-5)
     abstained = engine.encode_with_lora(TEXTS, intent_query="the colour of the sea")
     assert abstained.routes == ()
     np.testing.assert_array_equal(abstained.embeddings, base)

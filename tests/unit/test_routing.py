@@ -181,9 +181,9 @@ def test_a_split_by_source_keeps_the_rate_of_a_router_and_a_random_split_does_no
 def test_the_interval_is_the_beta_laws(groups):
     scores = {str(i): [i] for i in range(groups)}
     for k in (1, groups):
-        found = calibrate(scores, k / (groups + 1))
+        calibration = calibrate(scores, k / (groups + 1))
         expected = scipy.stats.beta(k, groups + 1 - k).ppf([0.05, 0.95])
-        assert found.interval == pytest.approx(expected, rel=0, abs=0.51e-6)
+        assert calibration.interval == pytest.approx(expected, rel=0, abs=0.51e-6)
 
 
 @requirement("R4.11")

@@ -223,17 +223,17 @@ def test_the_first_step_moves_b_alone_and_by_the_learning_rate():
 
 @requirement("R17.1", "R17.9")
 def test_the_base_model_the_generator_and_the_engine_are_as_before():
-    made = core()
-    made.train()
-    mine, state = ArrowEngine(made), torch.get_rng_state()
-    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    encoder = core()
+    encoder.train()
+    own_engine, state = ArrowEngine(encoder), torch.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     settings = Settings(batch_size=8, dropout=0.5)
-    LoRATrainer(mine, settings=settings).train(pairs(), name="toy", max_steps=3)
+    LoRATrainer(own_engine, settings=settings).train(pairs(), name="toy", max_steps=3)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
-    assert not any(p.requires_grad or p.grad is not None for p in made.parameters())
-    assert all(module.training for module in made.modules())
-    assert mine.manager.list_cards() == {}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in encoder.parameters())
+    assert all(module.training for module in encoder.modules())
+    assert own_engine.manager.list_cards() == {}
 
 
 @requirement("R17.1")
