@@ -407,8 +407,8 @@ class _Run:
         scalings = [pair.scaling for pair in card.weights.values()]
         sha = hashlib.sha256(repr([inputs, scalings, pairs.table.to_pylist()]).encode())
         for tensors in (self.factors, anchor.params, anchor.fisher):
-            for name, tensor in tensors.items():
-                sha.update(name.encode() + tensor.numpy(force=True).tobytes())
+            for tensor in tensors.values():
+                sha.update(tensor.numpy(force=True).tobytes())
         return sha.hexdigest()
 
     def store(self, path: PathLike, identity: str) -> None:
