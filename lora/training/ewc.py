@@ -87,7 +87,8 @@ def fisher_of(losses: Sequence[Tensor] | Tensor, params: Tensors) -> Tensors:
 def normalized(fisher: Tensors) -> Tensors:
     """Scale a Fisher information to a mean of 1 over all parameters; all zeros stay zeros."""
     mean = torch.cat([tensor.flatten() for tensor in fisher.values()]).double().mean().item()
-    return {name: tensor / (mean or 1.0) for name, tensor in fisher.items()}
+    # In float64, because the mean of tiny values may be 0 in float32.
+    return {name: (tensor.double() / (mean or 1.0)).to(tensor) for name, tensor in fisher.items()}
 
 
 def online(old: Anchor, new: Anchor, decay: float = 1.0) -> Anchor:

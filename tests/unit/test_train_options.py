@@ -49,11 +49,30 @@ def test_every_loss_falls_and_teaches_with_and_without_negatives(loss, negatives
 
 
 @requirement("R17.1")
-def test_a_quality_of_zero_teaches_nothing_by_contrast():
+@pytest.mark.parametrize("loss", ["contrastive", "triplet"])
+def test_a_quality_of_zero_teaches_nothing_by_contrast(loss):
     rows = [{**row, "quality": 0.0} for row in pairs().table.to_pylist()]
-    result = train(Pairs.of(rows), steps=3)
+    result = train(Pairs.of(rows), steps=3, loss=loss)
     assert result.history["loss"].to_pylist() == [0.0] * 3
     assert all(not pair.B.any() for pair in result.card.weights.values())
+
+
+@requirement("R17.1")
+@pytest.mark.parametrize("negatives", [False, True])
+def test_cosine_regression_and_triplet_are_their_formulas(negatives):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((3, 6, 4))
+    query, positive, negative = rows / np.linalg.norm(rows, axis=2, keepdims=True)
+    quality, tensors = rng.random(6), [torch.tensor(side) for side in rows]
+    near, similar = (query * positive).sum(1), query @ positive.T
+    far = (query * negative).sum(1)
+    other = far if negatives else (query * np.roll(positive, 1, axis=0)).sum(1)
+    hardest = far if negatives else (similar - 9 * np.eye(6)).max(1)
+    arguments = (*tensors[:2], tensors[2] if negatives else None, torch.tensor(quality))
+    expected = (near - quality) ** 2 + other**2
+    assert np.allclose(LOSSES["cosine"](*arguments), expected, rtol=1e-12)
+    expected = quality * np.maximum(0.3 + hardest - near, 0)
+    assert np.allclose(LOSSES["triplet"](*arguments), expected, rtol=1e-12)
 
 
 @requirement("R17.4")
