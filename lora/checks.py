@@ -110,6 +110,20 @@ def version_order(version: str) -> tuple[Any, ...]:
     return numbers, not parts, parts
 
 
+def base_name(model: str) -> str:
+    """Return a base model's name without its owner, folder or snapshot.
+
+    Examples:
+        >>> spellings = ["owner/minilm", "./minilm/", "hub/models--owner--minilm/snapshots/1f3a"]
+        >>> {base_name(spelling) for spelling in spellings}
+        {'minilm'}
+    """
+    parts = [part for part in re.split(r"[/\\]", model) if part not in ("", ".")] or [model]
+    if len(parts) > 2 and parts[-2] == "snapshots":
+        return parts[-3].rpartition("--")[2]
+    return parts[-1]
+
+
 def parse_json(
     text: str | bytes, where: str, kind: type[T], error: type[LoRAError] = CardFileError
 ) -> T:

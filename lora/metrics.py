@@ -3,17 +3,23 @@
 Requirements: R5.
 """
 
+import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from socketserver import ThreadingMixIn
 from types import MappingProxyType
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
-from prometheus_client.exposition import generate_latest, start_http_server
+from prometheus_client.exposition import generate_latest, make_wsgi_app
 from prometheus_client.registry import Collector
+
+from lora.errors import StoreError
 
 
 class Metrics(Collector):
@@ -68,14 +74,51 @@ def prometheus_text(metrics: Metrics) -> str:
 
 
 @contextmanager
-def serving(metrics: Metrics, port: int, host: str = "127.0.0.1") -> Iterator[int]:
-    """Serve the sums over HTTP while the block runs; yield the port."""
+def serving(
+    metrics: Metrics,
+    port: int,
+    host: str = "127.0.0.1",
+    health: Callable[[], Mapping[str, Any]] = dict,
+) -> Iterator[int]:
+    """Serve ``/metrics`` and ``/healthz`` over HTTP while the block runs; yield the port.
+
+    Args:
+        health: What ``/healthz`` says as JSON; its status is 503 while this raises.
+    """
     registry = CollectorRegistry()
     registry.register(metrics)
-    server, thread = start_http_server(port, host, registry)
+    metrics_app = make_wsgi_app(registry)
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/healthz":
+            return metrics_app(environ, start_response)
+        status, facts = "200 OK", dict[str, Any]()
+        try:
+            facts = dict(health())
+        except Exception:  # noqa: BLE001 - whatever it is, the service is not well
+            status = "503 Service Unavailable"
+        start_response(status, [("Content-Type", "application/json")])
+        return [json.dumps(facts).encode()]
+
+    try:
+        server = make_server(host, port, answer, _Server, _Quiet)
+    except OSError as error:
+        problem = error.strerror or str(error)
+        raise StoreError(f"metrics: {host}:{port}", "an address that is free", problem) from error
+    thread = threading.Thread(target=server.serve_forever, name="lora-metrics", daemon=True)
+    thread.start()
     try:
         yield server.server_port
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Log nothing."""

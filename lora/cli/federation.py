@@ -3,6 +3,7 @@
 Requirements: R5, R11, R12, R13, R14, R25.
 """
 
+import re
 import signal
 import sys
 import threading
@@ -13,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lora.cli.app import Json, Result, command, progress_bar, show, table_of
-from lora.errors import PeerError
+from lora.cli.app import Json, Result, command, printable, progress_bar, show, table_of
+from lora.errors import LoRAError, PeerError
 
 Peer = Annotated[
     list[str] | None,
@@ -49,6 +50,22 @@ def credentials(
     return Credentials(text, pem[0], pem[1], pem[2], insecure_token)
 
 
+def deadlines(
+    *,
+    timeout: Annotated[float, typer.Option(min=0.01)] = 10.0,
+    stall: Annotated[float, typer.Option(min=0.01)] = 10.0,
+    min_rate: Annotated[float, typer.Option(min=1)] = 1e5,
+) -> dict[str, float]:
+    """Say how long a peer may take.
+
+    Args:
+        timeout: Seconds for an answer.
+        stall: Seconds after which a download that receives nothing is cut.
+        min_rate: Bytes per second of a download; its deadline follows from its size.
+    """
+    return {"timeout": timeout, "stall": stall, "min_rate": min_rate}
+
+
 @command("serve ./cards --port 8815", credentials=credentials)
 def serve(
     folder: Path,
@@ -58,6 +75,7 @@ def serve(
     host: str = "0.0.0.0",  # noqa: S104 - the local network is served
     announce: bool = True,
     metrics_port: int | None = None,
+    metrics_host: str = "127.0.0.1",
     as_json: Json = False,
 ) -> None:
     """Serve a folder of cards to other nodes. It is read-only, and ends when interrupted.
@@ -67,9 +85,9 @@ def serve(
         port: Port; 0 for a free one.
         host: Address to serve on; 127.0.0.1 for this machine alone.
         announce: Announce this server on the network by zeroconf.
-        metrics_port: Serve Prometheus metrics on this port of loopback.
+        metrics_port: Serve /metrics (Prometheus) and /healthz over HTTP on this port.
+        metrics_host: Address of that port.
     """
-    from lora.federation.cache import default_cache
     from lora.federation.node import Node
     from lora.metrics import serving
 
@@ -78,31 +96,29 @@ def serve(
         signal.signal(number, lambda *_: ended.set())
     interfaces = None if announce else ()
     with ExitStack() as stack:
-        node: Any = Node(
-            default_cache(),
-            folder,
-            host=host,
-            port=port,
-            interfaces=interfaces,
-            credentials=credentials,
-        )
-        stack.enter_context(node)
+        stack.enter_context(_hints_name_options())
+        where = {"host": host, "port": port, "interfaces": interfaces}
+        node: Any = stack.enter_context(Node(None, folder, credentials=credentials, **where))
         count, uri = len(node.server.catalog.cards), node.server.uri
         facts: dict[str, Any] = {"cards": count, "uri": uri}
         text = f"serving {count} {'card' if count == 1 else 'cards'} at {uri}"
         if metrics_port is not None:
-            metrics_port = stack.enter_context(serving(node.metrics, metrics_port))
-            facts["metrics"] = f"http://127.0.0.1:{metrics_port}/metrics"
+            health = node.server.health
+            page = serving(node.metrics, metrics_port, metrics_host, health)
+            facts["metrics"] = f"http://{metrics_host}:{stack.enter_context(page)}/metrics"
             text += f"\nmetrics at {facts['metrics']}"
         show(Result(facts, text), as_json=as_json)
         sys.stdout.flush()
         ended.wait()
 
 
-@command("list --peer 192.0.2.7:8815 --json", name="list", credentials=credentials)
+@command(
+    "list --peer 192.0.2.7:8815 --json", name="list", credentials=credentials, deadlines=deadlines
+)
 def list_cards(
     *,
     credentials: Any,
+    deadlines: Any,
     peer: Peer = None,
     wait: Wait = 3.0,
     peers: bool = False,
@@ -113,22 +129,27 @@ def list_cards(
     Args:
         peers: List the peers instead of their cards.
     """
-    with _visitor(peer, wait, credentials) as node:
+    with _visitor(None, peer, wait, credentials=credentials, **deadlines) as node:
         if peers:
             rows = [{"peer": known.uri, "node": known.node_id} for known in node.peers()]
         else:
-            offers = node.sync()
+            offers = _offers(node)
             rows = [_row(offer) for name in sorted(offers) for offer in offers[name]]
     if not rows and not as_json:
         print("nothing found", file=sys.stderr)
     return Result(rows, table_of(rows) if rows else None)
 
 
-@command("fetch docs --peer 192.0.2.7:8815 --pin 3b7e… -o docs.lora.arrow", credentials=credentials)
+@command(
+    "fetch docs --peer 192.0.2.7:8815 --pin 3b7e… -o docs.lora.arrow",
+    credentials=credentials,
+    deadlines=deadlines,
+)
 def fetch(
     name: str,
     *,
     credentials: Any,
+    deadlines: Any,
     out: Path | None = None,
     pin: str | None = None,
     trust: list[Path] | None = None,
@@ -146,20 +167,22 @@ def fetch(
         pin: Accept the card of this digest alone; it needs no signature.
         trust: PEM public key to trust; may be repeated.
         allow: Waive one refusal: unsigned, older, other_base …; may be repeated.
-        base_model: Refuse cards for another base model.
+        base_model: Refuse cards that do not name this base model, in any spelling.
         cache: Folder for fetched cards.
     """
+    from lora.federation.cache import default_cache
     from lora.federation.keys import load_public_key
     from lora.federation.trust import Policy, waived
     from lora.files import replacing
 
     keys = frozenset(map(load_public_key, trust or []))
     policy = waived(Policy(keys, base_model=base_model), allow or [])
+    options = {"policy": policy, "credentials": credentials, **deadlines}
     with (
-        _visitor(peer, wait, credentials, policy, cache) as node,
+        _visitor(cache or default_cache(), peer, wait, **options) as node,
         progress_bar(f"fetching {name}") as progress,
     ):
-        node.sync()
+        _offers(node)
         fetched = node.fetch(name, digest=pin, progress=progress)
         file = node.cache.path(fetched.digest)
         if out is not None:
@@ -200,30 +223,59 @@ def sign(card: Path, *, key: Path) -> Result:
 
 
 @contextmanager
+def _hints_name_options() -> Iterator[None]:
+    """Put options in the place of the keywords in an error's hint: `min_rate` is --min-rate."""
+    try:
+        yield
+    except LoRAError as error:
+        for note in getattr(error, "__notes__", ()):  # what other peers answered
+            print(printable(note), file=sys.stderr)
+        hint = re.sub("`(allow_)?(\\w+)(=True)?`", _option, error.hint)
+        raise type(error)(error.where, error.expected, error.found, hint) from error
+
+
+def _option(keyword: re.Match[str]) -> str:
+    name = keyword[2].replace("_", "-")
+    return f"--allow {keyword[2]}" if keyword[1] else f"--{name}"
+
+
+@contextmanager
 def _visitor(
-    peers: list[str] | None, wait: float, credentials: Any, policy: Any = None, cache: Any = None
+    cache: Path | None, peers: list[str] | None, wait: float, **options: Any
 ) -> Iterator[Any]:
     """Open a node that serves nothing and has looked for its peers."""
-    from lora.federation.cache import default_cache
     from lora.federation.node import Node, uri_of
-    from lora.federation.trust import Policy
 
     named = list(dict.fromkeys(uri_of(peer) for peer in peers or []))
-    with Node(
-        cache or default_cache(),
-        peers=named,
-        interfaces=() if named else None,
-        policy=policy or Policy(),
-        credentials=credentials,
-    ) as node:
+    interfaces = () if named else None
+    with (
+        _hints_name_options(),
+        Node(cache, peers=named, interfaces=interfaces, **options) as node,
+    ):
         node.discovery.wait(wait, len(named) or None)
-        known = [peer.uri for peer in node.peers()]
-        missing = sorted(set(named) - set(known))
-        if named and not known:
-            raise PeerError(", ".join(missing), f"an answer within {wait:g} s", "none")
-        for uri in missing:
-            print(f"no answer: {uri}", file=sys.stderr)
+        problems = [
+            peer.error
+            or PeerError(peer.key, f"an answer in {wait:g} s", "none yet", "`wait` longer")
+            for peer in node.discovery.silent()
+        ]
+        _tell(problems, none_works=bool(named) and not node.peers())
         yield node
+
+
+def _offers(node: Any) -> Any:
+    """Ask the peers what they offer."""
+    offers = node.sync()
+    _tell(list(node.failures.values()), none_works=not offers)
+    return offers
+
+
+def _tell(problems: list[LoRAError], *, none_works: bool) -> None:
+    """Raise the last problem if no peer works, and print the others."""
+    last = problems.pop() if problems and none_works else None
+    for problem in problems:
+        print(printable(f"no answer: {problem}"), file=sys.stderr)
+    if last is not None:
+        raise last
 
 
 def _row(offer: Any) -> dict[str, Any]:

@@ -15,16 +15,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from lora.card import LoRACard
 from lora.checks import is_digest, is_semantic_version, version_order
-from lora.errors import ArgumentError
-from lora.files import SUFFIX, PathLike, as_path, digest, os_errors
+from lora.errors import ArgumentError, CardError, CardNotFoundError, StoreError
+from lora.files import SUFFIX, PathLike, as_path, load, os_errors
 
 STALE = 24 * 3600.0  # seconds after which an unfinished temporary file is removed
 
 
 def default_cache() -> Path:
     """Return the user's cache: ``lora-cards`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-cards"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-cards"
+    except RuntimeError as error:  # a user without an entry in the system's list, in a container
+        hint = "set XDG_CACHE_HOME, or name a folder for the cache"
+        raise StoreError("cache", "a home folder", "none", hint) from error
 
 
 class CardCache:
@@ -63,14 +68,19 @@ class CardCache:
             finally:
                 path.unlink(missing_ok=True)
 
-    def admit(self, arrived: Path, sha: str) -> Path:
-        """Make a complete, checked file visible, read-only, unless another process was first."""
+    def admit(self, arrived: Path, sha: str) -> bool:
+        """Make a complete, checked file visible, read-only.
+
+        Returns:
+            False if another process was first.
+        """
         target = self.path(sha)
         with os_errors(target):
             arrived.chmod(0o444)  # not flushed: damage by a power failure shows in the digest
             with suppress(FileExistsError):
                 os.link(arrived, target)
-        return target
+                return True
+        return False
 
     def evict(self, max_bytes: int) -> list[str]:
         """Remove the longest unused cards until the rest fit `max_bytes`; return their digests."""
@@ -84,20 +94,26 @@ class CardCache:
                     removed.insert(0, sha)
         return removed
 
-    def holds(self, sha: str) -> bool:
-        """Tell whether a card is there, and note for `evict` that it is used.
+    def load(self, sha: str) -> LoRACard | None:
+        """Return the card of a digest, or None if it is not there.
 
-        A damaged file goes to the folder ``quarantine``.
+        A file that is damaged, or is no card, goes to the folder ``quarantine``.
         """
         path, folder = self.path(sha), self.root / "quarantine"
-        with os_errors(self.root), suppress(FileNotFoundError):
-            if digest(path) == sha:
-                with suppress(OSError):  # another user's cache, or a read-only disk
-                    os.utime(path)
-                return True
-            folder.mkdir(exist_ok=True)
-            path.rename(folder / f"{sha}.{secrets.token_hex(4)}")
-        return False
+        try:
+            return load(path, verify=sha)
+        except CardNotFoundError:
+            return None
+        except CardError:
+            with os_errors(folder), suppress(FileNotFoundError):
+                folder.mkdir(exist_ok=True)
+                path.rename(folder / f"{sha}.{secrets.token_hex(4)}")
+            return None
+
+    def touch(self, sha: str) -> None:
+        """Note for `evict` that a card is used."""
+        with suppress(OSError):  # another user's cache, or a read-only disk
+            os.utime(self.path(sha))
 
     def highest_version(self, name: str, signer: str) -> str:
         """Return the highest version of a name and signer, or ""."""
@@ -109,11 +125,18 @@ class CardCache:
 
     def remember_version(self, name: str, signer: str, version: str) -> None:
         """Remember a version as an empty file, so that no process can lower it."""
-        if version:
-            folder = self._versions(name, signer)
-            with os_errors(folder):
+        folder = self._versions(name, signer)
+        with os_errors(folder):
+            if not version or (folder / version).exists():
+                return
+            try:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / version).touch()
+            except OSError:
+                with suppress(OSError):  # they hold other versions, or were not created
+                    folder.rmdir()
+                    folder.parent.rmdir()
+                raise
 
     def _versions(self, name: str, signer: str) -> Path:
         key = hashlib.sha256(f"{signer}\n{name}".encode(errors="surrogatepass")).hexdigest()

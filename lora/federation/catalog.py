@@ -1,6 +1,6 @@
-"""The catalog of a served folder: its cards by digest and by name, as an immutable value.
+"""The catalog of served card files: the cards by digest and by name, as an immutable value.
 
-Only regular files directly in the folder count, no links. A file is hashed again only when its
+Only regular files count, no links. A file is hashed again only when its
 stamp has changed. Names and digests from outside are looked up, and never made into a path.
 
 Requirements: R11.
@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
@@ -33,7 +33,7 @@ Stamp: TypeAlias = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Served:
-    """A card file of the folder, as it was when it was hashed."""
+    """A card file, as it was when it was hashed."""
 
     path: Path
     stamp: Stamp
@@ -43,7 +43,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Catalog:
-    """What a folder holds.
+    """What a server offers.
 
     Args:
         files: By path, stamp and stamp of the signature file; None for a file that is no card.
@@ -56,13 +56,19 @@ class Catalog:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-def scan(root: Path, old: Catalog) -> Catalog:
-    """Return the catalog of the folder now; `old` if nothing has changed."""
+def card_files(folder: Path) -> list[Path]:
+    """Return the files directly in a folder that are named like cards, but for hidden ones."""
+    with os_errors(folder):
+        names = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+    return [folder / name for name in names if name.endswith(SUFFIX)]
+
+
+def scan(paths: Iterable[Path], old: Catalog) -> Catalog:
+    """Return the catalog of these files now; `old` if nothing has changed."""
     files = {}
-    with os_errors(root):
-        for path in sorted(root.iterdir()):
-            card_name = path.name.endswith(SUFFIX) and path.name[0] != "."
-            if card_name and (stamp := _stamp(path)):
+    for path in paths:
+        with os_errors(path):
+            if stamp := _stamp(path):
                 key = path, stamp, _stamp(signature_path(path))
                 files[key] = old.files[key] if key in old.files else _served(*key)
     if files == old.files:

@@ -9,10 +9,11 @@ Requirements: R12.
 
 import hashlib
 import json
-from collections import deque
+import re
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty, Queue
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import pyarrow as pa
@@ -20,12 +21,14 @@ from pyarrow import flight
 
 from lora.card import LoRACard
 from lora.checks import is_digest, parse_json
-from lora.errors import LoRAError, ManifestError, MismatchError, PeerError, UnknownCardError, shown
+from lora.errors import LoRAError, MismatchError, PeerError, StateError, UnknownCardError, shown
 from lora.federation.cache import CardCache
 from lora.federation.credentials import Credentials, check_location
+from lora.federation.fork import guard_fork, was_forked
 from lora.federation.manifest import Manifest, manifest_from_json
 from lora.federation.trust import (
     Policy,
+    check_base,
     check_contents,
     check_declared,
     check_received,
@@ -38,6 +41,18 @@ from lora.metrics import Metrics
 MAX_MESSAGE = 16 * 2**20  # bytes; gRPC refuses a longer message before it is buffered
 MAX_CARDS = 10_000  # that a peer may list
 MAX_PENDING = 8  # pieces of a card that wait to be hashed and written
+
+HINTS = {
+    "unauthenticated": "the peer asks for a token, and for its own",
+    "not in peer certificate": "the peer's certificate must name the host of its address",
+    "certificate": "the peer's must be valid, and signed by the authority in `ca`",
+    "wrong version number": "the peer serves without TLS, as grpc://",
+    "socket closed": "the peer may serve grpc+tls:// alone, or ask for a certificate",
+    "connection refused": "nothing serves at that port",
+    "domain name not found": "no machine has that name",
+    "deadline exceeded": "`timeout` and `min_rate` say how long it may take",
+}
+"""Part of what gRPC says, in lower case -> what is likely wrong."""
 
 Progress = Callable[[int, int], None]  # takes the bytes received so far and the bytes in all
 
@@ -54,10 +69,12 @@ class LoRAFlightClient:
 
     Args:
         uri: ``grpc://host:port`` or ``grpc+tls://host:port``.
-        cache: A `CardCache`, or its folder.
+        cache: A `CardCache`, or its folder; None to list only.
         timeout: Seconds for a call; a download has more, for its bytes at `min_rate`.
         min_rate: Bytes per second.
-        check: Called with a card before it is admitted; raises to refuse it.
+        stall: Seconds after which a download that receives nothing is cut.
+        check: Called with a card before it is admitted; raises to refuse it, and returns whether
+            base models are compared, so that the name of the card's does not matter.
 
     Examples:
         >>> import tempfile
@@ -76,19 +93,20 @@ class LoRAFlightClient:
     def __init__(
         self,
         uri: str,
-        cache: CardCache | PathLike,
+        cache: CardCache | PathLike | None = None,
         policy: Policy = Policy(),  # noqa: B008 - a frozen value
         *,
         credentials: Credentials = Credentials(),  # noqa: B008 - as above
         timeout: float = 10.0,
-        min_rate: float = 1e6,
-        check: Callable[[LoRACard], None] | None = None,
+        min_rate: float = 1e5,
+        stall: float = 10.0,
+        check: Callable[[LoRACard], bool | None] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         check_location(uri, credentials)
         self.uri, self.policy, self.timeout, self.min_rate = uri, policy, timeout, min_rate
-        self.cache = cache if isinstance(cache, CardCache) else CardCache(cache)
-        self.metrics = metrics or Metrics()
+        self.stall, self.metrics = stall, metrics or Metrics()
+        self.cache = cache if isinstance(cache, CardCache | None) else CardCache(cache)
         self._check, token = check, credentials.token
         self._headers = [(b"authorization", f"Bearer {token}".encode())] if token else []
         self._known: dict[str, Manifest] = {}
@@ -101,6 +119,7 @@ class LoRAFlightClient:
                 generic_options=[
                     ("grpc.max_receive_message_length", MAX_MESSAGE),
                     ("grpc.enable_retries", 0),
+                    ("grpc.enable_http_proxy", 0),  # it would read the token
                 ],
             )
 
@@ -151,43 +170,57 @@ class LoRAFlightClient:
         self, manifest: Manifest, policy: Policy | None = None, progress: Progress | None = None
     ) -> Fetched:
         """Return the card of a manifest, from the cache or peer, after all checks."""
-        policy = policy or self.policy
+        policy, sha, cache = policy or self.policy, manifest.digest, self.cache
+        if cache is None:
+            raise StateError("fetch", "a client with a cache", "one without")
         check_declared(manifest, policy)
-        path, sha = self.cache.path(manifest.digest), manifest.digest
-        with ExitStack() as opened:
-            cached = self.cache.holds(sha)
-            if cached:
-                self.metrics.add("cache_hits")
-            else:
-                opened.enter_context(self.metrics.timed("fetches"))
-                path, file = opened.enter_context(self.cache.arriving())
-                sha = self._download(manifest, policy, file, progress)
-            check_signature(manifest, policy)
-            highest = self.cache.highest_version(manifest.name, manifest.signer)
-            check_version(manifest, highest, policy)
-            card = load(path, verify=sha if cached else None)
-            check_contents(card, manifest, policy)
-            if self._check is not None:
-                self._check(card)
-            if not cached:
-                self.cache.admit(path, sha)
-            self.cache.remember_version(manifest.name, manifest.signer, manifest.version)
+        card = cache.load(sha)
+        if card is not None:
+            self._check_vouched(manifest, policy, cache)
+            self._check_card(card, manifest, policy)
+            cache.remember_version(manifest.name, manifest.signer, manifest.version)
+            cache.touch(sha)
+            self.metrics.add("cache_hits")
+            return Fetched(card, sha)
+        with self.metrics.timed("fetches"), cache.arriving() as (path, file):
+            sha = self._download(manifest, policy, file, progress)
+            self._check_vouched(manifest, policy, cache)
+            card = load(path)
+            self._check_card(card, manifest, policy)
+            is_new = cache.admit(path, sha)
+            try:
+                cache.remember_version(manifest.name, manifest.signer, manifest.version)
+            except LoRAError:
+                if is_new:  # a card and its version are kept together
+                    cache.path(sha).unlink(missing_ok=True)
+                raise
         return Fetched(card, sha)
 
     def health(self) -> dict[str, Any]:
         """Ask the peer for its node id and format version."""
         answer = next(self._call("version", "version"), pa.py_buffer(b"")).to_pybytes()
-        return parse_json(answer[:4096], f"{self.uri}: version", dict, ManifestError)
+        return parse_json(answer[:4096], f"{self.uri}: version", dict, PeerError)
 
     def close(self) -> None:
         """Close the connection."""
-        self._flight.close()
+        if not was_forked():  # it is the parent's
+            self._flight.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check_vouched(self, manifest: Manifest, policy: Policy, cache: CardCache) -> None:
+        check_signature(manifest, policy)
+        highest = cache.highest_version(manifest.name, manifest.signer)
+        check_version(manifest, highest, policy)
+
+    def _check_card(self, card: LoRACard, manifest: Manifest, policy: Policy) -> None:
+        check_contents(card, manifest, policy)
+        if self._check is None or not self._check(card):
+            check_base(card, policy)
 
     def _announced(self, requested: str) -> Manifest:
         by_digest, kinds = is_digest(requested), flight.FlightDescriptor
@@ -205,31 +238,56 @@ class LoRAFlightClient:
     def _download(
         self, manifest: Manifest, policy: Policy, file: BinaryIO, progress: Progress | None
     ) -> str:
-        """Receive a card's file, while a thread hashes and writes; return the digest."""
+        """Receive a card's file on another thread, hash and write it; return its digest."""
         size, sha, where = 0, hashlib.sha256(), f"card {manifest.name!r}"
         limit = policy.max_bytes if policy.allow_mismatch else manifest.size
-        timeout = self.timeout + manifest.size / self.min_rate
-
-        def write(piece: pa.Buffer) -> None:
+        for piece in self._pieces(where, manifest):
+            size += piece.size
+            if size > limit:
+                raise MismatchError(f"{where}: bytes received", limit, f"{size} or more")
             sha.update(piece)
             _write_all(file, memoryview(piece))
-
-        pending: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(1, "lora-writer") as writer:
-            for piece in self._call(where, "card", manifest.digest, timeout):
-                size += piece.size
-                if size > limit:
-                    raise MismatchError(f"{where}: bytes received", limit, f"{size} or more")
-                pending.append(writer.submit(write, piece))
-                if len(pending) > MAX_PENDING:
-                    pending.popleft().result()
-                if progress is not None:
-                    progress(size, manifest.size)
-            for writing in pending:
-                writing.result()
+            if progress is not None:
+                progress(size, manifest.size)
         self.metrics.add("fetched_bytes", size)
         check_received(manifest, size, sha.hexdigest(), policy)
         return sha.hexdigest()
+
+    def _pieces(self, where: str, manifest: Manifest) -> Iterator[pa.Buffer]:
+        """Yield the pieces of a card's file, which a thread receives.
+
+        gRPC gives no way out of a read. If it takes too long, the thread is left alone with it,
+        until the call's deadline.
+        """
+        pieces: Queue[pa.Buffer | Exception | None] = Queue(MAX_PENDING)
+        left, timeout = threading.Event(), self.timeout + manifest.size / self.min_rate
+
+        def receive() -> None:
+            end: Exception | None = None
+            try:
+                for piece in self._call(where, "card", manifest.digest, timeout):
+                    pieces.put(piece)
+                    if left.is_set():
+                        return
+            except Exception as error:  # noqa: BLE001 - raised where the pieces are taken
+                end = error
+            pieces.put(end)
+
+        threading.Thread(target=receive, name="lora-receiver", daemon=True).start()
+        try:
+            while (piece := pieces.get(timeout=self.stall)) is not None:
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+        except Empty:
+            hint = "`stall` says how long that may take"
+            expected = f"some bytes in {self.stall:g} s"
+            raise PeerError(f"{self.uri}: {where}", expected, "none", hint) from None
+        finally:
+            left.set()
+            with suppress(Empty):
+                while True:  # so that the thread's last `put` ends
+                    pieces.get_nowait()
 
     def _call(
         self, what: str, action: str, body: str = "", timeout: float | None = None
@@ -243,14 +301,17 @@ class LoRAFlightClient:
 
     @contextmanager
     def _talking(self, what: str) -> Iterator[None]:
+        guard_fork(self)
         where = f"{self.uri}: {what}"
         try:
             yield
         except (flight.FlightError, pa.ArrowException, UnicodeDecodeError) as error:
-            text = " ".join(str(error).split())[:200] or type(error).__name__
+            text = " ".join(str(error).split()) or type(error).__name__
             if "no such card" in text:
                 raise UnknownCardError(where, "a card that is served there", "none") from error
-            raise PeerError(where, "an answer", text) from error
+            text = re.sub(".*(last error: [A-Z]+: |with message: |routines:[^:]*:)", "", text)[:200]
+            hint = next((hint for part, hint in HINTS.items() if part in text.lower()), "")
+            raise PeerError(where, "an answer", text, hint) from error
 
 
 def _write_all(file: BinaryIO, data: memoryview) -> None:

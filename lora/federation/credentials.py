@@ -8,6 +8,10 @@ import urllib.parse
 from contextlib import suppress
 from dataclasses import dataclass
 
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
 from lora.errors import ArgumentError
 
 
@@ -34,6 +38,24 @@ class Credentials:
             raise ArgumentError("credentials: token", "printable ASCII", "another text")
         if (self.certificate is None) != (self.key is None):
             raise ArgumentError("credentials", "both certificate and key, or neither", "only one")
+        for name, pem in (("ca", self.ca), ("certificate", self.certificate)):
+            if pem is not None and not (certificates := _certificates(pem)):
+                raise ArgumentError(f"credentials: {name}", "certificates in PEM", "other content")
+        if self.key is not None:
+            try:
+                public = load_pem_private_key(self.key, None).public_key()
+            except (ValueError, TypeError, UnsupportedAlgorithm):
+                expected = "a private key in PEM, without a passphrase"
+                raise ArgumentError("credentials: key", expected, "other content") from None
+            if public != certificates[0].public_key():
+                expected, other = "the private key of the certificate", "that of another one"
+                raise ArgumentError("credentials: key", expected, other)
+
+
+def _certificates(pem: bytes) -> list[x509.Certificate]:
+    with suppress(ValueError):
+        return x509.load_pem_x509_certificates(pem)
+    return []
 
 
 def check_location(location: str, credentials: Credentials) -> bool:
@@ -50,7 +72,7 @@ def check_location(location: str, credentials: Credentials) -> bool:
         raise ArgumentError("location", "grpc://host:port or grpc+tls://host:port", repr(location))
     tls = scheme == "grpc+tls"
     if credentials.token and not (tls or credentials.insecure_token or is_loopback(host)):
-        hint = "use grpc+tls://, or insecure_token=True to let others on the way read it"
+        hint = "use grpc+tls://, or let others on the way read it: `insecure_token=True`"
         raise ArgumentError("token", "TLS beyond loopback", location, hint)
     return tls
 

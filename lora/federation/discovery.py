@@ -12,8 +12,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ import zeroconf
 from lora.arrow_format import FORMAT_VERSION
 from lora.errors import ArgumentError, LoRAError, StoreError
 from lora.federation.credentials import flight_uri, is_loopback
+from lora.federation.fork import was_forked
 from lora.federation.peer_table import Peer, PeerBook
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 SERVICE = "_lora-card._tcp.local."
 
 TICK = 0.1  # seconds between two looks for peers to ask
-ASKERS = 8  # peers that are asked at the same time
-ADDRESSES = 2  # addresses of an announcement that are tried
+ASKERS = 8  # peers that are asked at the same time, and addresses of one peer
+ADDRESSES = 64  # addresses of an announcement that are tried: about what a packet holds
 RESOLVE_MS = 1000  # milliseconds that resolving an announcement may take
 
 
@@ -74,8 +75,9 @@ class Discovery:
         self._zeroconf: zeroconf.Zeroconf | None = None
         if interfaces != ():
             choice = zeroconf.InterfaceChoice.All if interfaces is None else list(interfaces)
-            try:
-                self._zeroconf = zeroconf.Zeroconf(choice)
+            try:  # on a thread without an event loop: it would take a running one, and wait for it
+                with ThreadPoolExecutor(1) as pool:
+                    self._zeroconf = pool.submit(zeroconf.Zeroconf, choice).result()
             except (OSError, RuntimeError) as error:
                 expected = "interfaces that can be listened on"
                 raise StoreError("discovery", expected, error) from error
@@ -99,6 +101,10 @@ class Discovery:
         """Return the peers that answer now."""
         return self._book.live()
 
+    def silent(self) -> tuple[Peer, ...]:
+        """Return the peers that do not answer now; their `error` says why."""
+        return tuple(peer for peer in self._book.peers.values() if not peer.uri)
+
     def wait(self, seconds: float, enough: int | None = None) -> None:
         """Wait for so many seconds, or until enough peers answer."""
         end = time.monotonic() + seconds
@@ -107,6 +113,8 @@ class Discovery:
 
     def close(self) -> None:
         """Say goodbye and stop."""
+        if was_forked():  # its threads are the parent's
+            return
         self._closing.set()
         if self._zeroconf is not None:
             self._zeroconf.close()
@@ -118,12 +126,13 @@ class Discovery:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _heard(self, *, name: str, **_: Any) -> None:
-        self._change(PeerBook.announced, name.removesuffix(f".{SERVICE}"))
+    def _heard(self, *, name: str, state_change: zeroconf.ServiceStateChange, **_: Any) -> None:
+        goodbye = state_change is zeroconf.ServiceStateChange.Removed
+        self._change(PeerBook.announced, name.removesuffix(f".{SERVICE}"), goodbye=goodbye)
 
-    def _change(self, event: Callable[..., PeerBook], *args: str) -> None:
+    def _change(self, event: Callable[..., PeerBook], *args: str, **options: Any) -> None:
         with self._lock:
-            self._book = event(self._book, *args, now=time.monotonic())
+            self._book = event(self._book, *args, now=time.monotonic(), **options)
 
     def _run(self) -> None:
         with ThreadPoolExecutor(ASKERS, "lora-asking") as pool:
@@ -134,36 +143,50 @@ class Discovery:
                         pool.submit(self._look, key)
 
     def _look(self, key: str) -> None:
-        """Ask a peer where it answered last, then at the addresses that it announces."""
-        answer: tuple[str, ...] = ()
+        """Ask a peer where it answered last, then at all addresses that it announces."""
+        answer, error = ("", ""), None
         try:
-            for uri in self._uris(key):
-                with suppress(LoRAError):
-                    answer = uri, self._ask(uri)
-                    break
+            peer = self._book.peers.get(key, Peer(key))
+            if peer.uri:
+                answer, error = self._first_answer([peer.uri])
+            if not answer[0]:
+                uris = [key] if peer.static else self._announced(key)
+                answer, error = self._first_answer(uris)
         except Exception:  # a peer must not end the thread
             log.exception("peer %r", key)
-        self._change(PeerBook.asked, key, *answer)
+        self._change(PeerBook.asked, key, *answer, error=error)
         self._asked.discard(key)
 
-    def _uris(self, key: str) -> Iterator[str]:
-        peer, info = self._book.peers.get(key, Peer(key)), None
-        if peer.uri:
-            yield peer.uri
-        if peer.static or self._zeroconf is None:
-            yield key
-            return
+    def _first_answer(self, uris: Sequence[str]) -> tuple[tuple[str, str], LoRAError | None]:
+        """Ask at these addresses at once; return the first that answers with its node id."""
+        error: LoRAError | None = None
+        pool = ThreadPoolExecutor(ASKERS, "lora-asking")
+        try:
+            asking = {pool.submit(self._ask, uri): uri for uri in uris}
+            for future in as_completed(asking):
+                try:
+                    return (asking[future], future.result()), None
+                except LoRAError as problem:
+                    error = problem
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return ("", ""), error
+
+    def _announced(self, key: str) -> list[str]:
+        """Return the URIs that a peer announces."""
+        info = None
         with suppress(zeroconf.Error, OSError, ValueError):
-            info = self._zeroconf.get_service_info(SERVICE, f"{key}.{SERVICE}", RESOLVE_MS)
+            if self._zeroconf is not None:
+                info = self._zeroconf.get_service_info(SERVICE, f"{key}.{SERVICE}", RESOLVE_MS)
         if info is None or not info.port or self._closing.is_set():
-            return
-        properties = info.decoded_properties
-        if str(properties.get("format")).partition(".")[0] != str(FORMAT_VERSION[0]):
-            return
+            return []
+        properties, (major, _) = info.decoded_properties, FORMAT_VERSION
+        if str(properties.get("format")).partition(".")[0] != str(major):
+            return []
         addresses = info.parsed_scoped_addresses()
         usable = [address for address in addresses if self._local or not is_loopback(address)]
-        for address in usable[:ADDRESSES]:
-            yield flight_uri(address, info.port, tls=properties.get("tls") == "1")
+        tls = properties.get("tls") == "1"
+        return [flight_uri(address, info.port, tls=tls) for address in usable[:ADDRESSES]]
 
 
 def reachable(addresses: Sequence[str], interfaces: Sequence[str] = ()) -> list[str]:

@@ -1,6 +1,6 @@
 """Node: a server, discovery, a cache, and clients of the peers that answer.
 
-Thread safety: any number of threads. `sync` replaces the mapping of offers.
+Thread safety: any number of threads. `sync` replaces the mappings of offers and failures.
 
 Requirements: R5, R12, R13, R14.
 """
@@ -9,15 +9,15 @@ import socket
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from lora.card import LoRACard
 from lora.checks import version_order
 from lora.errors import (
+    BaseModelError,
     LoRAError,
-    PeerError,
     RefusedError,
     StoreError,
     UnknownCardError,
@@ -27,15 +27,16 @@ from lora.federation.cache import CardCache
 from lora.federation.client import Fetched, LoRAFlightClient, Progress
 from lora.federation.credentials import Credentials, check_location, flight_uri, is_loopback
 from lora.federation.discovery import Discovery
+from lora.federation.fork import guard_fork
 from lora.federation.manifest import Manifest
 from lora.federation.peer_table import Peer
 from lora.federation.server import LoRAFlightServer
 from lora.federation.stream_limits import Limits
-from lora.federation.trust import Policy, check_declared, check_signature
+from lora.federation.trust import Policy, check_base, check_declared, check_signature
 from lora.files import PathLike
 from lora.metrics import Metrics
 
-ASK_TIMEOUT = 2.0  # seconds in which a peer must say that it is there
+ASK_TIMEOUT = 2.0  # seconds, or a fifth of `timeout`, in which a peer must say that it is there
 
 
 class Offer(NamedTuple):
@@ -49,17 +50,22 @@ class Node:
     """A member of a federation.
 
     Args:
-        root: The folder of the cards that it serves, or None.
+        cache: As in `LoRAFlightClient`.
+        root: What it serves, as in `LoRAFlightServer`, or None.
         host, port: Where it serves: ``0.0.0.0`` for all interfaces, port 0 for a free one.
         peers: URIs of peers that multicast does not reach.
         interfaces, interval: As in `Discovery`.
-        timeout, min_rate, check: As in `LoRAFlightClient`.
+        timeout, min_rate, stall, check: As in `LoRAFlightClient`.
+
+    Attributes:
+        offers: What peers offered when `sync` last asked them, by name, the best first.
+        failures: Why those did not tell that it asked in vain, by URI.
     """
 
     def __init__(
         self,
-        cache: CardCache | PathLike,
-        root: PathLike | None = None,
+        cache: CardCache | PathLike | None = None,
+        root: PathLike | Callable[[], Iterable[Path]] | None = None,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -69,16 +75,19 @@ class Node:
         interfaces: Sequence[str] | None = None,
         interval: float = 10.0,
         timeout: float = 10.0,
-        min_rate: float = 1e6,
-        check: Callable[[LoRACard], None] | None = None,
+        min_rate: float = 1e5,
+        stall: float = 10.0,
+        check: Callable[[LoRACard], bool | None] | None = None,
         limits: Limits = Limits(),  # noqa: B008 - as above
         metrics: Metrics | None = None,
     ) -> None:
         for uri in peers:
             check_location(uri, credentials)
         self.node_id, self.policy, self.metrics = uuid.uuid4().hex, policy, metrics or Metrics()
-        self.cache = cache if isinstance(cache, CardCache) else CardCache(cache)
+        self.cache = cache if isinstance(cache, CardCache | None) else CardCache(cache)
         self.offers: Mapping[str, tuple[Offer, ...]] = {}
+        self.failures: Mapping[str, LoRAError] = {}
+        self._ask_timeout = max(ASK_TIMEOUT, timeout / 5)
         self._connect = partial(
             LoRAFlightClient,
             cache=self.cache,
@@ -86,26 +95,26 @@ class Node:
             credentials=credentials,
             timeout=timeout,
             min_rate=min_rate,
+            stall=stall,
             check=check,
             metrics=self.metrics,
         )
         self.server: LoRAFlightServer | None = None
         tls = credentials.certificate is not None
         announced: dict[str, Any] = {}
-        with ExitStack() as opened:
-            if root is not None:
-                self.server = LoRAFlightServer(
-                    root,
-                    flight_uri(host, port, tls=tls),
-                    credentials=credentials,
-                    limits=limits,
-                    node_id=self.node_id,
-                    metrics=self.metrics,
-                )
-                opened.enter_context(self.server)
-                if interfaces or not is_loopback(host):
-                    addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-                    announced = {"port": self.server.port, "addresses": sorted(addresses)}
+        if root is not None:
+            self.server = LoRAFlightServer(
+                root,
+                flight_uri(host, port, tls=tls),
+                credentials=credentials,
+                limits=limits,
+                node_id=self.node_id,
+                metrics=self.metrics,
+            )
+        try:
+            if self.server is not None and (interfaces or not is_loopback(host)):
+                addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+                announced = {"port": self.server.port, "addresses": sorted(addresses)}
             self.discovery = Discovery(
                 self.node_id,
                 self._ask,
@@ -115,8 +124,9 @@ class Node:
                 static=peers,
                 **announced,
             )
-            opened.push(self.discovery)
-            self._opened = opened.pop_all()
+        except BaseException:
+            self._stop_serving()
+            raise
 
     def peers(self) -> tuple[Peer, ...]:
         """Return the peers that answer now."""
@@ -124,19 +134,23 @@ class Node:
 
     def sync(self) -> Mapping[str, tuple[Offer, ...]]:
         """Ask every peer what it offers; return the offers by name, the best first."""
-        uris = [peer.uri for peer in self.peers()]
+        guard_fork(self)
+
+        failures = dict[str, LoRAError]()
 
         def listed(uri: str) -> list[Manifest]:
             try:
                 with self._connect(uri) as client:
                     return client.list_remote_skills()
-            except PeerError:
+            except LoRAError as error:
                 self.metrics.add("listings_failed")
+                failures[uri] = error
                 return []
 
+        uris = [peer.uri for peer in self.peers()]
         with ThreadPoolExecutor(8) as pool:
             listings = dict(zip(uris, pool.map(listed, uris), strict=True))
-        self.offers = ranked(listings, self.policy)
+        self.offers, self.failures = ranked(listings, self.policy), failures
         return self.offers
 
     def fetch(
@@ -171,8 +185,11 @@ class Node:
         raise failures[-1]
 
     def close(self) -> None:
-        """Say goodbye and stop serving."""
-        self._opened.close()
+        """Stop serving and say goodbye."""
+        try:
+            self._stop_serving()
+        finally:
+            self.discovery.close()
 
     def __enter__(self) -> Self:
         return self
@@ -181,9 +198,13 @@ class Node:
         self.close()
 
     def _ask(self, uri: str) -> str:
-        with self._connect(uri, timeout=ASK_TIMEOUT) as client:
+        with self._connect(uri, timeout=self._ask_timeout) as client:
             node_id = client.health().get("node_id")
         return node_id if isinstance(node_id, str) else ""
+
+    def _stop_serving(self) -> None:
+        if self.server is not None:
+            self.server.shutdown()
 
 
 def ranked(
@@ -218,7 +239,9 @@ def acceptable(manifest: Manifest, policy: Policy) -> bool:
     try:
         check_declared(manifest, policy)
         check_signature(manifest, policy)
-    except RefusedError:
+        if manifest.base_model is not None and manifest.base_fingerprint is None:
+            check_base(manifest, policy)
+    except (RefusedError, BaseModelError):
         return False
     return True
 

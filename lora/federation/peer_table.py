@@ -9,6 +9,8 @@ Requirements: R13.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from lora.errors import LoRAError
+
 PAUSE = 1.0  # seconds between two questions to a peer, whatever is announced
 MISSES = 2  # unanswered questions in a row after which a peer is no longer listed
 
@@ -21,6 +23,7 @@ class Peer:
         key: Its instance name, or the URI of a static peer.
         uri, node_id: Where it answered last, and what it called itself; "" before.
         misses: How many questions in a row it did not answer.
+        error: Why it did not answer last.
         asked, due: When it was asked last, and when to ask it next.
     """
 
@@ -28,6 +31,7 @@ class Peer:
     uri: str = ""
     node_id: str = ""
     misses: int = 0
+    error: LoRAError | None = None
     asked: float = float("-inf")
     due: float = 0.0
     static: bool = False
@@ -56,23 +60,31 @@ class PeerBook:
     interval: float = 10.0
     peers: Mapping[str, Peer] = field(default_factory=dict)
 
-    def announced(self, key: str, *, now: float) -> "PeerBook":
+    def announced(self, key: str, *, goodbye: bool = False, now: float) -> "PeerBook":
         """Note an announcement or a goodbye: ask a known peer soon, or add a new one.
 
-        In a full table it replaces one that has never answered.
+        In a full table it replaces one that has never answered. A goodbye adds nobody.
         """
         peer = self.peers.get(key)
         if peer is not None:
             return self._with(replace(peer, due=min(peer.due, max(now, peer.asked + PAUSE))))
         others = [peer for peer in self.peers.values() if not peer.static]
         unproven = [peer.key for peer in others if not peer.uri]
-        if key == self.own or (len(others) >= self.cap and not unproven):
+        if goodbye or key == self.own or (len(others) >= self.cap and not unproven):
             return self
         book = self._without(unproven[0]) if len(others) >= self.cap else self
         return book._with(Peer(key, due=now))  # noqa: SLF001 - another value of this class
 
-    def asked(self, key: str, uri: str = "", node_id: str = "", *, now: float) -> "PeerBook":
-        """Note that a peer was asked, and where it answered, or "" for no answer.
+    def asked(
+        self,
+        key: str,
+        uri: str = "",
+        node_id: str = "",
+        *,
+        error: LoRAError | None = None,
+        now: float,
+    ) -> "PeerBook":
+        """Note that a peer was asked, and where it answered, or "" and why it did not.
 
         It is no longer listed after `MISSES` without an answer, or if it is this node itself.
         """
@@ -89,7 +101,7 @@ class PeerBook:
         else:
             return self._without(key)
         return self._with(
-            replace(peer, uri=uri, node_id=node_id, misses=misses, asked=now, due=due)
+            replace(peer, uri=uri, node_id=node_id, misses=misses, error=error, asked=now, due=due)
         )
 
     def due(self, *, now: float) -> tuple[str, ...]:

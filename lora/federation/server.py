@@ -1,4 +1,4 @@
-"""LoRAFlightServer: serves the cards of a folder over Arrow Flight, read-only, by digest.
+"""LoRAFlightServer: serves card files over Arrow Flight, read-only, by digest.
 
 A flight is a card. Its descriptor is a path, the name, or a command, the digest. Its ticket is the
 digest for the card's table, or the digest and ``/file`` for its file. The action ``card`` sends the
@@ -13,11 +13,15 @@ import hmac
 import json
 import logging
 import mmap
+import socket
+import struct
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -31,19 +35,21 @@ from lora.errors import (
     ManifestError,
     StateError,
     StoreError,
+    UnknownCardError,
     shown,
 )
-from lora.federation.catalog import Catalog, Served, opened, scan
+from lora.federation.catalog import Catalog, Served, card_files, opened, scan
 from lora.federation.credentials import Credentials, check_location, flight_uri
+from lora.federation.fork import guard_fork, was_forked
 from lora.federation.stream_limits import Limits, Streams
 from lora.files import PathLike, as_path
 from lora.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-CHUNK = 2**20  # bytes of a file in one batch of a flight
+MAX_BATCH = 4 * 2**20  # bytes of rows in one batch, unless a single row is larger
+CHUNK = MAX_BATCH - 8  # bytes of a file in one batch; its two offsets take the other 8
 PIECE = 2**18  # bytes of a file in one result of the action "card": less memory for each client
-MAX_BATCH = 4 * 2**20  # bytes of rows in one batch of a table, unless a single row is larger
 MAX_REQUEST = 4096  # bytes of a ticket, descriptor, criteria or action
 SHUTDOWN = 4.0  # seconds that a shutdown waits for clients that it has cut off
 FILE_SCHEMA = pa.schema([pa.field("bytes", pa.binary(), nullable=False)])
@@ -57,10 +63,11 @@ ACTIONS = {
 
 
 class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
-    """Serves the cards of a folder, from its construction until `shutdown`.
+    """Serves card files, from its construction until `shutdown`.
 
     Args:
-        root: Its ``*.lora.arrow`` files are served, with their ``.sig.json`` files as signatures.
+        root: Folder whose ``*.lora.arrow`` files are served, or a function that returns the card
+            files to serve now. A ``.sig.json`` file beside a card is its signature.
         location: ``grpc://host:port`` or ``grpc+tls://host:port``; port 0 takes a free one.
         node_id: What the action ``version`` calls this server.
 
@@ -75,7 +82,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def __init__(
         self,
-        root: PathLike,
+        root: PathLike | Callable[[], Iterable[Path]],
         location: str = "grpc://127.0.0.1:0",
         *,
         credentials: Credentials = Credentials(),  # noqa: B008 - a frozen value
@@ -83,12 +90,16 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         node_id: str = "",
         metrics: Metrics | None = None,
     ) -> None:
-        self.root, self.node_id, self.metrics = as_path(root), node_id, metrics or Metrics()
+        guard_fork(self)
+        self.node_id, self.metrics = node_id, metrics or Metrics()
+        self._files = root if callable(root) else partial(card_files, as_path(root))
         tls, certificate = check_location(location, credentials), credentials.certificate
         if tls != (certificate is not None) or (credentials.ca is not None and not tls):
             expected = "a certificate with grpc+tls; neither that nor an authority without"
             raise ArgumentError("server", expected, location)
-        self._catalog, self._scanning = scan(self.root, Catalog()), threading.Lock()
+        self._catalog, self._scanning = scan(self._files(), Catalog()), threading.Lock()
+        parts = urllib.parse.urlsplit(location)
+        host = parts.hostname or ""
         try:
             super().__init__(
                 location,
@@ -98,19 +109,23 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
                 middleware={"token": _Token(credentials.token)} if credentials.token else None,
             )
         except (pa.ArrowException, OSError) as error:
-            raise StoreError(f"server: {location}", "an address that is free", error) from error
+            problem = _bind_problem(host, parts.port or 0) or error
+            expected = "an address that is free and this machine's"
+            raise StoreError(f"server: {location}", expected, problem) from error
         self._streams = Streams(self.port, limits, self.metrics)
-        self.uri = flight_uri(urllib.parse.urlsplit(location).hostname or "", self.port, tls=tls)
+        self.uri = flight_uri(host, self.port, tls=tls)
 
     @property
     def catalog(self) -> Catalog:
-        """What the folder holds now."""
+        """What there is now."""
         with self._scanning:
-            self._catalog = scan(self.root, self._catalog)
+            self._catalog = scan(self._files(), self._catalog)
             return self._catalog
 
     def shutdown(self) -> None:
         """Stop serving, within 5 seconds whatever clients do."""
+        if was_forked():  # the connections are the parent's
+            return
         stopping = threading.Thread(target=super().shutdown, name="lora-shutdown", daemon=True)
         stopping.start()
         end = time.monotonic() + SHUTDOWN
@@ -121,6 +136,11 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+    def health(self) -> dict[str, Any]:
+        """Return what the action ``health`` says; raise if the card files can't be read."""
+        cards, streams = len(self.catalog.cards), len(self._streams.open)
+        return {"status": "ok", "cards": cards, "streams": streams}
 
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:  # noqa: ARG002 - Flight
         """Return a FlightInfo for each card that the criteria ask for."""
@@ -141,11 +161,10 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         """Send a card's table, or with ``/file`` after the digest its file."""
         with self._answering("requests_do_get"):
             text = _text(ticket.ticket)
-            card = self.catalog.cards[text.removesuffix("/file")]
+            card = self._card(text.removesuffix("/file"))
             schema, batches = card.schema, table_pieces(card)
             if text.endswith("/file"):
-                schema, pieces = FILE_SCHEMA, file_pieces(card, CHUNK)
-                batches = (pa.record_batch([[piece]], schema) for piece in pieces)
+                schema, batches = FILE_SCHEMA, map(_file_batch, file_pieces(card, CHUNK))
             return flight.GeneratorStream(schema, self._sent(context, batches))
 
     def do_action(self, context: Any, action: Any) -> Iterator[Any]:
@@ -154,17 +173,16 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
             body = _text(action.body)
             match action.type:
                 case "card":
-                    return self._sent(context, file_pieces(self.catalog.cards[body], PIECE))
+                    return self._sent(context, file_pieces(self._card(body), PIECE))
                 case "list":
                     matching = self._matching(body)
                     return self._sent(context, (card.manifest.to_json() for card in matching))
                 case "health":
-                    streams = len(self._streams.open)
-                    answer = {"status": "ok", "cards": len(self.catalog.cards), "streams": streams}
+                    answer = self.health()
                 case "version":
                     answer = {"server": "lora", "format": FORMAT_VERSION, "node_id": self.node_id}
                 case _:
-                    raise KeyError(action.type)
+                    raise ManifestError("action", f"one of {', '.join(ACTIONS)}", "another")
             return iter([json.dumps(answer).encode()])
 
     def list_actions(self, context: Any) -> list[Any]:  # noqa: ARG002 - Flight's protocol
@@ -190,10 +208,16 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         ]
 
     def _described(self, descriptor: Any) -> Served:
-        catalog = self.catalog
         if descriptor.descriptor_type == flight.DescriptorType.CMD:
-            return catalog.cards[_text(descriptor.command)]
-        return catalog.cards[catalog.names[_text(b"/".join(descriptor.path))]]
+            return self._card(_text(descriptor.command))
+        return self._card(_text(b"/".join(descriptor.path)), by_name=True)
+
+    def _card(self, text: str, *, by_name: bool = False) -> Served:
+        catalog = self.catalog
+        card = catalog.cards.get(catalog.names.get(text, "") if by_name else text)
+        if card is None:
+            raise UnknownCardError("card", "one that is served", shown(text, 80))
+        return card
 
     def _sent(self, context: Any, pieces: Iterable[Any]) -> Iterator[Any]:
         with self._answering("streams"), self._streams.opened(context.peer()) as stream:
@@ -214,7 +238,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
             match error:
                 case StateError():
                     answer = flight.FlightUnavailableError("busy")
-                case KeyError():  # no card has the digest or the name, or it is no action
+                case UnknownCardError():
                     answer = flight.FlightServerError("no such card")
                 case ManifestError() | UnicodeDecodeError():
                     answer = flight.FlightServerError("bad request")
@@ -232,6 +256,13 @@ def file_pieces(card: Served, size: int) -> Iterator[bytes]:
             yield piece
 
 
+def _file_batch(piece: bytes) -> pa.RecordBatch:
+    """Return a batch of one row, without copying the piece."""
+    offsets = pa.py_buffer(struct.pack("=2i", 0, len(piece)))
+    column = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(piece)])
+    return pa.record_batch([column], FILE_SCHEMA)
+
+
 def table_pieces(card: Served) -> Iterator[pa.RecordBatch]:
     """Yield a card's rows as views of its mapped file, in batches of up to `MAX_BATCH`."""
     with opened(card) as file:
@@ -243,6 +274,18 @@ def table_pieces(card: Served) -> Iterator[pa.RecordBatch]:
             yield batch.slice(start, row - start)
             start = row
     yield batch.slice(start)
+
+
+def _bind_problem(host: str, port: int) -> str:
+    """Return why an address can't be served, which gRPC does not tell; "" if it can."""
+    try:
+        options = (socket.AF_UNSPEC, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+        family, kind, _, _, address = socket.getaddrinfo(host, port, *options)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _info(card: Served) -> Any:

@@ -14,7 +14,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from lora.card import Array, LoRACard, LowRank
-from lora.checks import is_digest, version_order
+from lora.checks import base_name, is_digest, version_order
 from lora.errors import (
     AbsurdNormError,
     ArgumentError,
@@ -37,7 +37,7 @@ class Policy:
     Args:
         trusted: Public keys, 64 hex digits each.
         pins: Digests to accept without a signature and in any version.
-        base_model: The base model that cards must name; None for any.
+        base_model: The base model that cards must name, in any spelling; None for any.
         max_norm: Largest Frobenius norm of one module's ΔW.
         allow_mismatch: Keep another card than announced, under its own digest.
 
@@ -115,7 +115,7 @@ def check_received(manifest: Manifest, size: int, digest: str, policy: Policy) -
     announced = {"bytes received": (manifest.size, size), "SHA-256": (manifest.digest, digest)}
     for what, (expected, received) in announced.items():
         if received != expected and not policy.allow_mismatch:
-            where, hint = f"card {manifest.name!r}: {what}", "allow_mismatch waives this"
+            where, hint = f"card {manifest.name!r}: {what}", "`allow_mismatch` waives this"
             raise MismatchError(where, expected, received, hint)
 
 
@@ -133,10 +133,10 @@ def check_signature(manifest: Manifest, policy: Policy) -> None:
         return
     if signature is None:
         if not policy.allow_unsigned:
-            hint = f"pin {manifest.digest}, or allow_unsigned waives this"
+            hint = f"`pin` {manifest.digest}, or `allow_unsigned` waives this"
             raise UnsignedError(where, "a signature or a pinned digest", "neither", hint)
     elif manifest.signer not in policy.trusted and not policy.allow_unknown_signers:
-        hint = "trust that key, or allow_unknown_signers waives this"
+        hint = "`trust` that key, or `allow_unknown_signers` waives this"
         raise UnknownSignerError(where, "one by a trusted key", f"one by {manifest.signer}", hint)
 
 
@@ -144,29 +144,37 @@ def check_version(manifest: Manifest, highest: str, policy: Policy) -> None:
     """Check that the version is at least the highest seen of this name and signer, or pinned."""
     waived = policy.allow_older or manifest.digest in policy.pins
     if version_order(manifest.version) < version_order(highest) and not waived:
-        where, hint = f"card {manifest.name!r}: version", "pin its digest, or use allow_older"
+        where, hint = (
+            f"card {manifest.name!r}: version",
+            "`pin` its digest, or `allow_older` waives this",
+        )
         raise OlderVersionError(where, f"{highest} or newer", manifest.version or "none", hint)
 
 
+def check_base(card: LoRACard | Manifest, policy: Policy) -> None:
+    """Check that the card names the policy's base model, in any spelling."""
+    own, named = policy.base_model, card.base_model or ""
+    if own is not None and base_name(named) != base_name(own) and not policy.allow_other_base:
+        where, hint = f"card {shown(card.name)}: base model", "`allow_other_base` waives this"
+        raise BaseModelError(where, own, shown(named) if named else "none", hint)
+
+
 def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
-    """Check the parsed card: the announced fields, the base model, then the values."""
+    """Check the parsed card: the announced fields, then the values."""
     where = f"card {manifest.name!r}"
     actual = manifest_of(card, manifest.digest, manifest.size, manifest.signature)
     for name, value in vars(actual).items():
-        announced, hint = getattr(manifest, name), "allow_mismatch waives this"
+        announced, hint = getattr(manifest, name), "`allow_mismatch` waives this"
         if value != announced and not policy.allow_mismatch:
             raise MismatchError(f"{where}: {name}", shown(announced), shown(value), hint)
-    base, hint = policy.base_model, "allow_other_base waives this"
-    if base not in (None, card.base_model) and not policy.allow_other_base:
-        raise BaseModelError(f"{where}: base model", base, card.base_model or "none", hint)
     for module, pair in card.weights.items():
         norm, place = norm_of(pair), f"{where}: module {module!r}"
         if math.isinf(norm) and not (np.isfinite(pair.A).all() and np.isfinite(pair.B).all()):
             if not policy.allow_nonfinite:
-                hint = "allow_nonfinite waives this"
+                hint = "`allow_nonfinite` waives this"
                 raise NonFiniteError(place, "finite values", "NaN or an infinity", hint)
         elif norm > policy.max_norm and not policy.allow_any_norm:
-            expected, hint = f"norm of ΔW <= {policy.max_norm:g}", "allow_any_norm waives this"
+            expected, hint = f"norm of ΔW <= {policy.max_norm:g}", "`allow_any_norm` waives this"
             raise AbsurdNormError(place, expected, f"{norm:g}", hint)
 
 

@@ -10,7 +10,7 @@ KEYS = st.sampled_from([*"abcdefgh", "me", "grpc://static:1"])
 STATIC = {"grpc://static:1": Peer("grpc://static:1", static=True)}
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["announced", "answered", "missed"]),
+        st.sampled_from(["announced", "goodbye", "answered", "missed"]),
         KEYS,
         st.sampled_from(["grpc://x:1", "grpc://y:2"]),
         st.sampled_from(["me", "", "n1", "n2", "n3"]),
@@ -25,9 +25,14 @@ def after(book, events):
     now, states = 0.0, [book]
     for event, key, uri, node_id, pause in events:
         now += pause
-        answer = (uri, node_id) if event == "answered" else ()
-        happened = PeerBook.announced if event == "announced" else PeerBook.asked
-        book = happened(book, key, *answer, now=now)
+        if event == "answered":
+            book = book.asked(key, uri, node_id, now=now)
+        elif event == "missed":
+            book = book.asked(key, now=now)
+        else:
+            known, goodbye = set(book.peers), event == "goodbye"
+            book = book.announced(key, goodbye=goodbye, now=now)
+            assert not goodbye or set(book.peers) == known
         states.append(book)
     return states
 
@@ -49,7 +54,7 @@ def test_no_events_grow_the_book_past_its_cap_or_list_this_node(events, cap):
 def test_only_silence_removes_who_has_answered(events, key):
     """Whatever is announced or denied, a peer that answers stays where it answered."""
     book = PeerBook("me", cap=3).announced(key, now=0).asked(key, "grpc://true:1", "true", now=0)
-    hints = [event for event in events if event[0] == "announced"]
+    hints = [event for event in events if event[0] in ("announced", "goodbye")]
     for state in after(book, hints):
         assert [peer.uri for peer in state.live() if peer.node_id == "true"] == ["grpc://true:1"]
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime as dt
-import ipaddress
 import socket
 import threading
 import time
@@ -66,6 +65,7 @@ class Liar(flight.FlightServerBase):
     def __init__(self, manifests=(), data=b"", location="grpc://127.0.0.1:0"):
         super().__init__(location)
         self.manifests, self.data, self.uri = list(manifests), data, f"grpc://127.0.0.1:{self.port}"
+        self.version = [b"{}"]
 
     def _info(self, manifest):
         text = manifest if isinstance(manifest, bytes) else manifest.to_json()
@@ -82,7 +82,7 @@ class Liar(flight.FlightServerBase):
         if action.type == "list":
             return (item if isinstance(item, bytes) else item.to_json() for item in self.manifests)
         if action.type == "version":
-            return iter([b"{}"])
+            return iter(self.version)
         data = self.data
         if isinstance(data, dict):
             data = data[action.body.to_pybytes().decode()]
@@ -92,10 +92,14 @@ class Liar(flight.FlightServerBase):
 
 
 class Line:
-    """A TCP proxy in front of a server that can be cut, silenced, or limited to some bytes."""
+    """A TCP proxy in front of a server that can be cut, silenced, or limited to some bytes.
 
-    def __init__(self, port):
+    With `connect` it first answers a request to CONNECT, as the proxies that `http_proxy` names.
+    """
+
+    def __init__(self, port, *, connect=False):
         self.target, self.silent, self.ended, self.limit, self.pairs = port, False, False, None, []
+        self.connect, self.seen = connect, bytearray()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.uri = f"grpc://127.0.0.1:{self.port}"
@@ -115,6 +119,9 @@ class Line:
                 except OSError:
                     near.close()
                     continue
+                if self.connect:
+                    self.seen += near.recv(65536)
+                    near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
                 self.pairs.append((near, far))
                 for source, sink in ((near, far), (far, near)):
                     self._start(self._pump, source, sink, sink is near)
@@ -128,6 +135,7 @@ class Line:
                 if back and self.limit is not None and sent + len(data) > self.limit:
                     break
                 sink.sendall(data)
+                self.seen += data
                 sent += len(data) if back else 0
         for end in (source, sink):
             with contextlib.suppress(OSError):
@@ -186,21 +194,23 @@ class Authority:
         self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
         self.pem = self._issued(self.name, self.key, authority=True).public_bytes(Encoding.PEM)
 
-    def credentials(self, *, days=(-1, 1), **options):
-        """Credentials with a certificate for localhost, valid between two days from now."""
+    def credentials(self, *, days=(-1, 1), hosts=("localhost",), **options):
+        """Credentials with a certificate for these hosts, valid between two days from now."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-        certificate = self._issued(name, key, authority=False, days=days).public_bytes(Encoding.PEM)
+        certificate = self._issued(name, key, authority=False, days=days, hosts=hosts)
+        certificate = certificate.public_bytes(Encoding.PEM)
         private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return Credentials(certificate=certificate, key=private, **{"ca": self.pem, **options})
 
-    def _issued(self, name, key, *, authority, days=(-1, 1)):
+    def _issued(self, name, key, *, authority, days=(-1, 1), hosts=()):
         now = dt.datetime.now(dt.UTC)
-        hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         start, end = (now + dt.timedelta(days=day) for day in days)
         constraints = x509.BasicConstraints(ca=authority, path_length=None)
         builder = x509.CertificateBuilder(self.name, name, key.public_key())
         builder = builder.serial_number(x509.random_serial_number())
         builder = builder.not_valid_before(start).not_valid_after(end)
-        builder = builder.add_extension(x509.SubjectAlternativeName(hosts), critical=False)
+        builder = builder.add_extension(
+            x509.SubjectAlternativeName(map(x509.DNSName, hosts)), critical=False
+        )
         return builder.add_extension(constraints, critical=True).sign(self.key, hashes.SHA256())

@@ -1,22 +1,25 @@
 """The commands of a federation: one process serves, others list and fetch."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
+import threading
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
 import lora
 from lora.testing.plugin import requirement
-from tests.unit.hostile import Authority, made, saved
+from tests.unit.hostile import Authority, Liar, announced, made, saved
 from tests.unit.test_cli import shell
 
 
-def ran(*argv, code=0):
+def ran(*argv, code=0, **options):
     """What a command prints, by its exit code; an error is one line."""
-    done = shell(*argv)
+    done = shell(*argv, **options)
     assert done.returncode == code, done.stderr
     if code:
         assert done.stdout == ""
@@ -71,7 +74,7 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
         (peer,) = json.loads(ran("list", "--peers", "--peer", server.uri, "--json"))
         assert peer["peer"] == server.uri
         fetch = ["fetch", "docs", "--peer", server.uri, "--cache", cache]
-        assert "found one by" in ran(*fetch, code=1)
+        assert "--trust that key, or --allow unknown_signers" in ran(*fetch, code=1)
         assert "64 lower-case" in ran(*fetch, "--pin", "x", code=1)
         assert "one of unsigned" in ran(*fetch, "--allow", "everything", code=1)
         assert "other" in ran(*fetch, "--trust", f"{key}.pub", "--base-model", "other", code=1)
@@ -84,7 +87,7 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
         assert "one of 1" in ran("fetch", "law", "--peer", server.uri, "--cache", cache, code=1)
     assert server.process.returncode == 0
     assert server.output[1] == ""
-    assert "found none" in ran("list", "--peer", server.uri, "--wait", "0.5", code=1)
+    assert "Connection refused" in ran("list", "--peer", server.uri, "--wait", "0.5", code=1)
 
 
 @requirement("R25.2", "R11.6")
@@ -100,7 +103,10 @@ def test_token_certificates_and_metrics_are_options(cards, tmp_path):
         assert server.uri.startswith("grpc+tls://localhost:")
         listing = ["list", "--peer", server.uri]
         assert len(json.loads(ran(*listing, *options, "--json"))) == 1
-        assert "found none" in ran(*listing, *options[:-2], "--wait", "1", code=1)
+        # Without the token, the hint is in the words of the command line.
+        assert "nauthenticated" in ran(*listing, *options[:-2], "--wait", "1", code=1)
+        name = ["list", "--peer", server.uri.replace("localhost", "127.0.0.1")]
+        assert "must name" in ran(*name, *options, "--wait", "1", code=1)
     with Serving(cards, *options[-2:]) as refused:
         assert refused.line == ""
     assert "TLS beyond loopback" in refused.output[1]
@@ -114,8 +120,53 @@ def test_a_server_says_as_json_where_it_and_its_metrics_are(cards):
         assert facts["cards"] == 1
         (row,) = json.loads(ran("list", "--peer", facts["uri"], "--json"))
         assert row["name"] == "docs"
-        with urllib.request.urlopen(facts["metrics"]) as answer:  # noqa: S310 - on loopback
+        with urlopen(facts["metrics"]) as answer:  # noqa: S310 - on loopback
             assert b"lora_requests_do_action_total" in answer.read()
+        healthz = facts["metrics"].replace("/metrics", "/healthz")
+        with urlopen(healthz) as answer:  # noqa: S310 - as above
+            assert json.loads(answer.read()) == {"status": "ok", "cards": 1, "streams": 0}
+        shutil.rmtree(cards)
+        with pytest.raises(HTTPError, match="503"):
+            urlopen(healthz)  # noqa: S310 - as above
+
+
+@requirement("R25.2", "R11.1", "R12.1")
+def test_serving_and_listing_need_no_home(cards, tmp_path, monkeypatch):
+    """As in a container with a file system that is read-only."""
+    (tmp_path / "home").touch()
+    env = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": ""}
+    for name in env:
+        monkeypatch.setenv(name, env[name])
+    with Serving(cards, *LOCAL) as server:
+        assert server.line.startswith("serving 1 card at grpc://127.0.0.1:")
+        assert "docs" in ran("list", "--peer", server.uri, env=env)
+        fetch = ["fetch", "docs", "--peer", server.uri]
+        assert str(tmp_path / "home") in ran(*fetch, env=env, code=1)
+
+
+@requirement("R25.2", "R12.5", "R7.10")
+def test_a_slow_line_is_given_the_time_that_the_options_say(tmp_path):
+    manifest = announced(made("docs", size=20_000), tmp_path / "a")
+    data, ended = (tmp_path / "a").read_bytes(), threading.Event()
+
+    def slow():
+        for at in range(0, len(data), 2**16):
+            ended.wait(0.2)
+            yield data[at : at + 2**16]
+
+    def stalling():
+        yield data[:100]
+        ended.wait(20)
+
+    with Liar([manifest], slow) as liar:
+        fetch = ["fetch", "docs", "--peer", liar.uri, "--allow", "unsigned", "--cache", tmp_path]
+        hasty = ["--timeout", "0.3", "--min-rate", 1e7]
+        assert "--timeout and --min-rate" in ran(*fetch, *hasty, code=1)
+        assert "docs" in ran(*fetch, "--timeout", "0.3", "--min-rate", 1e5)
+        liar.data = stalling
+        (tmp_path / f"{manifest.digest}.lora.arrow").unlink()
+        assert "--stall says" in ran(*fetch, "--stall", "0.5", code=1)
+        ended.set()
 
 
 @requirement("R25.3", "R7.1")

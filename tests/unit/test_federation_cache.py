@@ -1,14 +1,18 @@
 """The cache, the keys and the metrics."""
 
+import hashlib
 import json
 import os
+import shutil
 import threading
-import urllib.request
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
 import lora
 from lora.errors import ArgumentError, CardNotFoundError, ManifestError, StoreError
+from lora.federation import cache as cache_module
 from lora.federation.cache import STALE, CardCache, default_cache
 from lora.federation.keys import (
     generate_key,
@@ -34,6 +38,15 @@ def admitted(cache, card):
         sha = lora.save(card, path)
         cache.admit(path, sha)
     return sha
+
+
+def refuse(*_, **__):
+    raise OSError(28, "no space left")
+
+
+def no_home():
+    """What pathlib does for a user without an entry in the system's list."""
+    raise RuntimeError("Could not determine home directory.")
 
 
 def in_threads(count, work):
@@ -74,7 +87,7 @@ def test_eviction_takes_the_longest_unused_and_leaves_a_mapped_card_whole(cache)
     used, oldest, middle = (admitted(cache, made(name, size=1000)) for name in ("a", "bb", "ccc"))
     for time, sha in enumerate((used, oldest, middle)):
         os.utime(cache.path(sha), (time, time))
-    assert cache.holds(used)
+    cache.touch(used)
     card = lora.load(cache.path(oldest))
     assert cache.evict(2 * cache.path(used).stat().st_size + 10) == [oldest]
     assert cache.evict(10**9) == []
@@ -88,9 +101,42 @@ def test_a_damaged_card_is_put_aside(cache):
     good, bad = admitted(cache, made("a")), admitted(cache, made("bb"))
     cache.path(bad).chmod(0o644)
     cache.path(bad).write_bytes(b"rotten")
-    assert (cache.holds(good), cache.holds(bad), cache.holds("0" * 64)) == (True, False, False)
+    assert (cache.load(good), cache.load(bad), cache.load("0" * 64)) == (made("a"), None, None)
     assert cache.digests() == [good]
     assert next((cache.root / "quarantine").iterdir()).read_bytes() == b"rotten"
+
+
+@requirement("R12.2")
+def test_a_file_of_the_right_digest_that_is_no_card_is_put_aside(cache):
+    sha = hashlib.sha256(b"no card").hexdigest()
+    cache.path(sha).write_bytes(b"no card")
+    assert cache.load(sha) is None
+    assert cache.digests() == []
+    assert [path.name[:64] for path in (cache.root / "quarantine").iterdir()] == [sha]
+
+
+@requirement("R12.3")
+def test_a_version_that_can_not_be_remembered_leaves_no_folder(cache, monkeypatch):
+    cache.remember_version("law", "key", "1.0.0")
+    before = sorted(cache.root.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.Path, "touch", refuse)
+        for name in ("law", "docs"):
+            with pytest.raises(StoreError):
+                cache.remember_version(name, "key", "2.0.0")
+        cache.remember_version("law", "key", "1.0.0")  # it is there: a read-only disk will do
+    assert sorted(cache.root.rglob("*")) == before
+
+
+@requirement("R14.2")
+def test_records_of_versions_that_can_not_be_read_are_no_empty_record(cache):
+    """Else a card that is older than one seen would be accepted."""
+    cache.remember_version("docs", "key", "1.0.0")
+    (folder,) = (cache.root / "versions").iterdir()
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(StoreError):
+        cache.highest_version("docs", "key")
 
 
 @requirement("R14.2")
@@ -117,6 +163,9 @@ def test_the_users_cache_follows_the_environment(monkeypatch, tmp_path):
     assert default_cache() == tmp_path / "lora-cards"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache().parts[-2:] == (".cache", "lora-cards")
+    monkeypatch.setattr(cache_module.Path, "home", no_home)
+    with pytest.raises(StoreError, match="XDG_CACHE_HOME"):
+        default_cache()
 
 
 @requirement("R14.1", "R11.2")
@@ -170,6 +219,18 @@ def test_sums_grow_from_any_thread_and_are_served_as_prometheus_text():
     metrics.add("fetches")
     assert sums["fetches"] == 4000
     assert "lora_fetches_total 4001.0" in prometheus_text(metrics)
-    with serving(metrics, 0) as port:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+    health = {"status": "ok"}
+    with serving(metrics, 0, health=lambda: {**health, "cards": 1 / len(health)}) as port:
+
+        def page(path):
+            return urlopen(f"http://127.0.0.1:{port}{path}")
+
+        with page("/metrics") as answer:
             assert b"lora_fetches_total 4001.0" in answer.read()
+        with page("/healthz") as answer:
+            assert json.loads(answer.read()) == {"status": "ok", "cards": 1}
+        health.clear()
+        with pytest.raises(HTTPError, match="503"):
+            page("/healthz")
+        with pytest.raises(StoreError, match="Address already in use"), serving(metrics, port):
+            pass

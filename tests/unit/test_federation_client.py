@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,7 +125,7 @@ def test_what_a_peer_offers_is_listed_by_name(folder, client):
 def test_a_digest_pins_a_card_and_refresh_asks_again_what_a_name_stands_for(folder, server, cache):
     sha = saved(made(), folder)
     with LoRAFlightClient(server.uri, cache) as client:
-        with pytest.raises(errors.UnsignedError, match=f"pin {sha}"):
+        with pytest.raises(errors.UnsignedError, match=f"`pin` {sha}"):
             client.fetch_skill("docs")
         assert client.fetch_skill("docs", digest=sha) == made()
         with pytest.raises(errors.UnknownCardError):
@@ -201,11 +204,38 @@ def test_a_drip_an_endless_stream_and_a_huge_message_end_soon(liar, cache, sent)
     liar.offer(made(size=20_000, rank=4), AUTHOR)
     data, start = liar.data, time.monotonic()
     liar.data = lambda: sent(data)
-    refused(liar, cache, error, "or more" if sent is endless else None, timeout=1)
+    options = {"timeout": 1, "min_rate": 1e6}
+    refused(liar, cache, error, "or more" if sent is endless else None, **options)
     liar.manifests = sent(data)
     with LoRAFlightClient(liar.uri, cache, timeout=0.5) as client, pytest.raises(errors.PeerError):
         client.list_remote_skills()
     assert time.monotonic() - start < 6
+
+
+@requirement("R12.5")
+def test_a_download_that_receives_nothing_is_cut_long_before_its_deadline(liar, cache):
+    ended = threading.Event()
+    liar.offer(made(size=20_000, rank=4), AUTHOR)
+    data = liar.data
+
+    def stalling():
+        yield data[:1000]
+        ended.wait(30)
+
+    def slow():  # but never as long as `stall` without a byte
+        for at in range(0, len(data), 2**16):
+            time.sleep(0.1)
+            yield data[at : at + 2**16]
+
+    liar.data = stalling
+    start = time.monotonic()
+    error = refused(liar, cache, errors.PeerError, "some bytes in 0.5 s", stall=0.5, timeout=60)
+    assert "`stall`" in error.hint
+    assert 0.5 <= time.monotonic() - start < 5
+    ended.set()
+    liar.data, start = slow, time.monotonic()
+    assert fetch(liar, cache, stall=0.5).name == "docs"
+    assert time.monotonic() - start > 0.5
 
 
 INVALID = sorted((folder_of("spec") / "vectors").glob("*/*/invalid/*.arrow"))
@@ -367,9 +397,11 @@ def test_a_line_that_is_cut_or_silent_is_a_peer_error_and_heals(folder, server, 
 
 @requirement("R12.3")
 @pytest.mark.parametrize(
-    ("step", "number"), [("link", 13), ("chmod", 1), ("write", 28), ("open", 5)]
+    ("step", "number"),
+    [("link", 13), ("chmod", 1), ("write", 28), ("open", 5), ("touch", 28), ("mkdir", 28)],
 )
 def test_a_disk_that_refuses_leaves_the_cache_as_it_was(folder, client, monkeypatch, step, number):
+    """The record of versions, which `touch` and `mkdir` write, included."""
     saved(made(version="1.0.0"), folder)
 
     def refuse(*_, **__):
@@ -398,6 +430,191 @@ def test_a_cached_file_that_is_corrupted_later_is_put_aside_and_fetched_again(fo
     assert client.cache.digests() == [lora.digest(path)]
     assert len(list((client.cache.root / "quarantine").iterdir())) == 1
     assert client.metrics.snapshot()["fetches"] == 2
+
+
+@requirement("R12.2", "R14.2")
+def test_a_cached_card_that_the_policy_refuses_counts_as_no_use_of_the_cache(folder, client):
+    path = client.cache.path(saved(made(), folder))
+    (manifest,) = client.list_remote_skills()
+    client.fetch(manifest)
+    os.utime(path, (1, 1))
+    with pytest.raises(errors.UnsignedError):
+        client.fetch(manifest, Policy())
+    assert path.stat().st_mtime == 1
+    assert "cache_hits" not in client.metrics.snapshot()
+    client.fetch(manifest)
+    assert path.stat().st_mtime > 1
+    assert client.metrics.snapshot()["cache_hits"] == 1
+
+
+@requirement("R12.2")
+def test_a_card_that_is_evicted_at_any_moment_is_fetched_again(folder, client, monkeypatch):
+    """Its file goes just before it is opened, whoever opens it."""
+    saved(made(), folder)
+    client.fetch_skill("docs")
+    opened = []
+
+    def open_evicted(path, *args, **options):
+        if str(path).startswith(str(client.cache.root)) and not opened:
+            opened.append(path)
+            client.cache.evict(0)
+        return os.open(path, *args, **options)
+
+    monkeypatch.setattr("lora.files.os", SimpleNamespace(**{**vars(os), "open": open_evicted}))
+    assert client.fetch_skill("docs") == made()
+    assert len(opened) == 1
+    assert client.metrics.snapshot()["fetches"] == 2
+
+
+@requirement("R7.8", "R12.5")
+@pytest.mark.parametrize("version", [[], [b""], [b"[1]"], [b"\xff"]])
+def test_an_answer_that_says_nothing_is_a_fault_of_the_peer(liar, cache, version):
+    liar.version = version
+    with LoRAFlightClient(liar.uri, cache) as client, pytest.raises(errors.PeerError):
+        client.health()
+
+
+@requirement("R14.2")
+def test_records_of_versions_that_can_not_be_read_refuse_the_card(folder, client):
+    saved(made(version="1.0.0"), folder)
+    (client.cache.root / "versions").write_bytes(b"")
+    with pytest.raises(errors.StoreError):
+        client.fetch_skill("docs")
+    assert client.cache.digests() == []
+
+
+BASES = {
+    "owner/minilm": True,
+    "minilm/": True,
+    "/hub/models--owner--minilm/snapshots/1f3a": True,
+    "other/minilm": True,
+    "owner/minilm-v2": False,
+    "snapshots/minilm/owner": False,
+    None: False,
+}
+
+
+@requirement("R14.2")
+@pytest.mark.parametrize("base", BASES)
+def test_one_base_may_be_spelled_in_several_ways_and_another_is_refused(liar, cache, base):
+    policy = replace(TRUSTING, base_model="someone/minilm")
+    liar.offer(holding(base_model=base), AUTHOR)
+    if BASES[base]:
+        assert fetch(liar, cache, policy).base_model == base
+        return
+    refused(liar, cache, errors.BaseModelError, "someone/minilm", policy)
+    assert fetch(liar, cache, waived(policy, ["other_base"])).base_model == base
+    cache.evict(0)
+    # The caller's check has compared the weights: names do not matter.
+    assert fetch(liar, cache, policy, check=lambda _: True).base_model == base
+
+
+@requirement("R11.6")
+def test_a_proxy_of_the_environment_sees_neither_the_token_nor_anything(folder, cache, monkeypatch):
+    for name in [name for name in os.environ if "proxy" in name.lower()]:
+        monkeypatch.delenv(name)
+    secret = Credentials("secret")
+    with LoRAFlightServer(folder, credentials=secret) as server:
+        with hostile.Line(server.port, connect=True) as proxy:
+            monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+            options = flight.FlightCallOptions(headers=[(b"authorization", b"Bearer secret")])
+            with flight.connect(server.uri) as other:  # a client that is not told
+                assert list(other.list_flights(options=options)) == []
+            assert b"secret" in proxy.seen
+            with LoRAFlightClient(server.uri, cache, credentials=secret) as client:
+                assert client.list_remote_skills() == []
+            assert len(proxy.pairs) == 1  # the other client's
+
+
+AUTHORITY, OTHER = Authority(), Authority()
+TLS = AUTHORITY.credentials(token="secret")
+# What a server has, what a client has -> what the client's error and its hint name.
+CAUSES = {
+    "no token": (TLS, AUTHORITY.credentials(), "nauthenticated", "token"),
+    "another token": (TLS, AUTHORITY.credentials(token="x"), "nauthenticated", "token"),
+    "another authority": (TLS, replace(TLS, ca=OTHER.pem), "certificate", "authority in `ca`"),
+    "expired": (AUTHORITY.credentials(days=(-9, -1)), TLS, "certificate has expired", "valid"),
+    "another name": (
+        AUTHORITY.credentials(hosts=["x"]),
+        TLS,
+        "not in peer certificate",
+        "must name",
+    ),
+    "no certificate": (TLS, Credentials("secret", ca=AUTHORITY.pem), "closed", "certificate"),
+    "not the authority's": (TLS, OTHER.credentials(ca=AUTHORITY.pem), "closed", "certificate"),
+    "no TLS here": (TLS, Credentials("secret"), "closed", r"grpc\+tls"),
+    "no TLS there": (Credentials(), TLS, "wrong version number", "without TLS"),
+}
+
+
+@requirement("R7.10", "R11.6")
+@pytest.mark.parametrize("cause", CAUSES)
+def test_why_a_peer_does_not_answer_is_told(folder, cache, cause, capfd):
+    shown, own, text, hint = CAUSES[cause]
+    scheme = "grpc+tls" if shown.certificate else "grpc"
+    with LoRAFlightServer(folder, f"{scheme}://localhost:0", credentials=shown) as server:
+        scheme = "grpc" if cause == "no TLS here" else "grpc+tls"
+        uri = f"{scheme}://localhost:{server.port}"
+        with LoRAFlightClient(uri, cache, credentials=own, timeout=5) as client:
+            with pytest.raises(errors.PeerError, match=text) as caught:
+                client.health()
+    assert re.search(hint, caught.value.hint)
+    assert "secret" not in str(caught.value)
+    capfd.readouterr()  # gRPC says so too
+
+
+@requirement("R7.10")
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("grpc://127.0.0.1:1", "Connection refused; nothing serves"),
+        ("grpc://nowhere.invalid:1", "nowhere.invalid.*no machine"),
+    ],
+)
+def test_a_wrong_address_is_told(cache, uri, text):
+    with LoRAFlightClient(uri, cache) as client, pytest.raises(errors.PeerError, match=text):
+        client.list_remote_skills()
+
+
+FORKED = """
+import os, sys, tempfile
+from lora.errors import StateError
+from lora.federation import LoRAFlightClient, LoRAFlightServer, Node
+cards, cache = sys.argv[1:]
+node = Node(cache, cards, interfaces=["127.0.0.1"])
+uri = node.server.uri
+client = LoRAFlightClient(uri, cache)
+client.list_remote_skills()
+
+def tried(work):
+    try:
+        work()
+    except StateError as error:
+        return "spawn" in str(error)
+
+child = os.fork()
+if not child:
+    calls = [client.list_remote_skills, client.health, lambda: client.fetch_skill("docs")]
+    calls += [lambda: LoRAFlightClient(uri, cache), lambda: LoRAFlightServer(cards), node.sync]
+    refusals = [tried(call) for call in calls]
+    client.close()
+    node.close()
+    sys.exit(not all(refusals))  # which must not wait for threads of the parent either
+status = os.waitpid(child, 0)[1]
+print(status, [skill.name for skill in client.list_remote_skills()])
+client.close()
+node.close()
+"""
+
+
+@requirement("R12.5")
+def test_a_fork_of_a_process_that_uses_flight_is_told_so_and_harms_the_parent_in_nothing(
+    folder, tmp_path
+):
+    saved(made(), folder)
+    command = [sys.executable, "-c", FORKED, folder, tmp_path / "cache"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert ended.stdout == "0 ['docs']\n"
 
 
 @requirement("R11.6", "R12.1")

@@ -1,5 +1,6 @@
 """Discovery over real multicast: arrivals, goodbyes, deaths, forgeries, floods, interfaces."""
 
+import asyncio
 import gc
 import itertools
 import os
@@ -50,15 +51,15 @@ def nodes():
 
 
 @contextmanager
-def announcer(name, port, version):
-    """A stranger that announces a node, at loopback."""
+def announcer(name, port, version="1.0", addresses=LOOPBACK):
+    """A stranger that announces a node, on loopback."""
     record = zeroconf.ServiceInfo(
         SERVICE,
         f"{name}.{SERVICE}",
         port=port,
         properties={"format": version},
         server=f"{name}.local.",
-        parsed_addresses=LOOPBACK,
+        parsed_addresses=list(addresses),
     )
     with zeroconf.Zeroconf(interfaces=LOOPBACK) as stranger:
         stranger.register_service(record, cooperating_responders=True)
@@ -128,6 +129,67 @@ def test_a_node_of_another_format_is_not_asked(nodes):
     name = nodes.ids["grpc://127.0.0.1:5042"] = next(IDS)
     with nodes.join(5041) as a, announcer(name, 5042, "2.0"):
         keep_seeing(a, [], 1)
+
+
+BLACK_HOLES = [f"10.255.255.{host}" for host in range(1, 20)]
+
+
+@requirement("R13.1", "R13.6")
+@pytest.mark.parametrize("position", [0, 2, 19])
+@pytest.mark.parametrize("good", ["127.0.0.1", "::1"])
+def test_every_address_that_a_peer_announces_is_tried(nodes, position, good):
+    """A machine with bridges of containers has many, of both families; only some can be reached."""
+    tried, name = [], next(IDS)
+    uri = f"grpc://{f'[{good}]' if ':' in good else good}:5051"
+
+    def ask(asked):
+        tried.append(asked)
+        if asked != uri:
+            time.sleep(0.5)
+            raise PeerError(asked, "an answer", "none")
+        return name
+
+    addresses = [*BLACK_HOLES[:position], good, *BLACK_HOLES[position:]]
+    with Discovery(next(IDS), ask, interfaces=LOOPBACK) as a:
+        with announcer(name, 5051, addresses=addresses):
+            start = time.monotonic()
+            see(a, [uri])
+            assert time.monotonic() - start < 5  # all in turn would take 9.5 s
+            assert "grpc://10.255.255.1:5051" in tried
+
+
+@requirement("R7.10", "R13.5")
+def test_a_peer_that_does_not_answer_has_the_reason(nodes):
+    nodes.ids["grpc://a:1"] = "one"
+    with Discovery("me", nodes.ask, interfaces=(), static=["grpc://a:1", "grpc://b:2"]) as a:
+        until(lambda: [peer.error for peer in a.silent() if peer.error])
+        (silent,) = a.silent()
+        assert (silent.key, silent.error.where) == ("grpc://b:2", "grpc://b:2")
+        assert [peer.error for peer in a.peers()] == [None]
+
+
+@requirement("R13.4")
+def test_a_goodbye_of_someone_unknown_adds_nobody(nodes):
+    with nodes.join(5061) as a:
+        for number in range(20):
+            name = f"unknown{number}.{SERVICE}"
+            a._heard(name=name, state_change=zeroconf.ServiceStateChange.Removed)
+        assert dict(a._book.peers) == {}
+
+
+@requirement("R13.1")
+def test_in_a_running_event_loop_nodes_find_each_other_and_the_loop_goes_on(nodes):
+    async def cell():
+        with nodes.join(5071) as a, nodes.join(5072) as b:
+            for _ in range(100):
+                await asyncio.sleep(0.05)
+                if a.peers() and b.peers():
+                    break
+            return len(a.peers()), len(b.peers())
+
+    start = time.monotonic()
+    assert asyncio.run(cell()) == (1, 1)
+    assert time.monotonic() - start < 8
 
 
 @requirement("R13.5")

@@ -1,8 +1,12 @@
 """The server through plain pyarrow.flight: what any client sees, and what none can do."""
 
 import hashlib
+import itertools
 import json
 import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -199,7 +203,7 @@ def test_serving_is_read_only(plain, folder):
         plain.do_put(by_name("new"), pa.schema([]))[0].close()
     with pytest.raises(flight.FlightUnauthorizedError, match=r"^read-only"):
         plain.do_exchange(by_name("new"))[1].read_chunk()
-    with pytest.raises(flight.FlightServerError, match=r"^no such card"):
+    with pytest.raises(flight.FlightServerError, match=r"^bad request"):
         action(plain, "delete", b"docs")
     assert sorted(path.name for path in folder.iterdir()) == before
 
@@ -281,7 +285,7 @@ def test_a_token_travels_in_clear_on_loopback_alone_unless_the_caller_insists(fo
         assert server.port
     assert not check_location("grpc://[::1]:5", Credentials("secret"))
     assert check_location("grpc+tls://cards.example:443", Credentials("secret"))
-    assert "secret" not in repr(Credentials("secret", b"secret", b"secret"))
+    assert "secret" not in repr(Credentials("secret"))
     assert all(map(is_loopback, ("localhost", "127.9.9.9", "::1")))
     assert not any(map(is_loopback, ("10.0.0.1", "example.org")))
 
@@ -316,19 +320,39 @@ def test_parts_that_do_not_fit_no_folder_and_a_taken_port_are_refused(tmp_path, 
     for location in ("http://x:1", "grpc://", "grpc://127.0.0.1:99999", "grpc+tls://127.0.0.1:0"):
         with pytest.raises(ArgumentError):
             LoRAFlightServer(tmp_path, location)
-    for parts in ({"certificate": b"c", "key": b"k"}, {"ca": b"c"}):
-        with pytest.raises(ArgumentError):
-            LoRAFlightServer(tmp_path, credentials=Credentials(**parts))
+    shown = Authority().credentials()
+    for credentials in (shown, replace(shown, certificate=None, key=None)):
+        with pytest.raises(ArgumentError, match="a certificate with grpc"):
+            LoRAFlightServer(tmp_path, credentials=credentials)
     with pytest.raises(CardNotFoundError, match="nowhere"):
         LoRAFlightServer(tmp_path / "nowhere")
-    with pytest.raises(StoreError, match="an address that is free"):
-        LoRAFlightServer(tmp_path, server.uri)
+    for location, problem in (
+        (server.uri, "Address already in use"),
+        ("grpc://192.0.2.1:0", "Cannot assign requested address"),
+        ("grpc://nowhere.invalid:0", "Name or service not known|name resolution"),
+    ):
+        with pytest.raises(StoreError, match=f"an address that is free.*{problem}"):
+            LoRAFlightServer(tmp_path, location)
     capfd.readouterr()  # gRPC says so too
     for token in ("", "é", "a\nb"):
         with pytest.raises(ArgumentError, match="token"):
             Credentials(token)
     with pytest.raises(ArgumentError, match="certificate and key"):
         Credentials(certificate=b"c")
+
+
+@requirement("R7.10", "R11.6")
+def test_a_certificate_and_key_that_do_not_belong_together_are_told_as_that():
+    a, b = Authority().credentials(), Authority().credentials()
+    for parts, problem in (
+        ({"certificate": a.certificate, "key": b.key}, "that of another one"),
+        ({"certificate": b"SECRET", "key": b.key}, "certificate: .*PEM"),
+        ({"certificate": a.certificate, "key": b"SECRET"}, "key: .*PEM"),
+        ({"ca": b"SECRET"}, "ca: .*PEM"),
+    ):
+        with pytest.raises(ArgumentError, match=problem) as caught:
+            Credentials(**parts)
+        assert "SECRET" not in str(caught.value)
 
 
 @requirement("R11.7")
@@ -344,10 +368,39 @@ def test_a_failure_inside_is_told_as_nothing_but_that(folder, plain, monkeypatch
         with pytest.raises(flight.FlightInternalError, match=r"^internal error") as caught:
             call()
         assert "division" not in str(caught.value)
-    monkeypatch.setattr("lora.federation.server.scan", lambda *_: 1 / 0)
-    with pytest.raises(flight.FlightInternalError, match=r"^internal error"):
-        names(plain)
+    for failure in (lambda *_: 1 / 0, lambda *_: {}["no such key"]):
+        monkeypatch.setattr("lora.federation.server.scan", failure)
+        for call in (lambda: names(plain), lambda: batches(plain, sha)):
+            with pytest.raises(flight.FlightInternalError, match=r"^internal error"):
+                call()
     assert "ZeroDivisionError" in caplog.text
+    assert "KeyError" in caplog.text
+
+
+@requirement("R11.1")
+def test_what_needs_no_card_does_not_look_at_the_folder(folder, plain, monkeypatch):
+    """Every peer asks for the version, every few seconds."""
+    monkeypatch.setattr("lora.federation.server.scan", lambda *_: pytest.fail("looked"))
+    assert json.loads(action(plain, "version")[0])["server"] == "lora"
+    with pytest.raises(flight.FlightServerError, match="bad request"):
+        action(plain, "no such action")
+
+
+@requirement("R11.4")
+def test_a_card_whose_name_is_too_long_for_a_signature_beside_it_is_served(folder, plain):
+    name = "n" * (255 - len(".lora.arrow"))
+    lora.save(made("long"), folder / f"{name}.lora.arrow")
+    assert names(plain) == ["docs", "law", "long"]
+
+
+@requirement("R11.1", "R11.9")
+def test_files_that_a_function_names_are_served_as_they_are_at_that_moment(tmp_path, folder):
+    files = [folder / "law.lora.arrow"]
+    with LoRAFlightServer(lambda: files) as server, flight.connect(server.uri) as client:
+        assert names(client) == ["law"]
+        lora.save(made("other"), tmp_path / "any name")
+        files[:] = [tmp_path / "any name", tmp_path / "gone"]
+        assert names(client) == ["other"]
 
 
 @requirement("R11.7", "R11.8")
@@ -362,6 +415,79 @@ def test_a_request_of_200_mb_is_refused_and_the_server_lives(plain):
 def slowly(stream):
     for _ in stream:
         time.sleep(0.1)
+
+
+ROWS = {
+    "tiny": [1000] * 50,
+    "mixed": [100_000, 4_100_000, 2_000_000, 1_900_000, 300_000, 12_000_000, 1000, 4_190_000],
+    "large": [5_000_000] * 3,
+    "alternating": [3_900_000, 100_000] * 4,
+}
+
+
+@requirement("R11.3")
+@pytest.mark.parametrize("form", ["", "/file"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_no_batch_is_over_4_mb_unless_one_row_and_no_two_neighbours_fit_into_it(
+    folder, plain, rows, form
+):
+    weights = {
+        f"m{number}": lora.LowRank(np.ones((size // 8, 1), "f4"), np.ones((1, size // 8), "f4"))
+        for number, size in enumerate(ROWS[rows])
+    }
+    card = lora.LoRACard("rows", 1, 1.0, ("m",), weights)
+    sent = batches(plain, saved(card, folder) + form)
+    assert all(batch.nbytes <= 4 * 2**20 or batch.num_rows == 1 for batch in sent)
+    assert all(a.nbytes + b.nbytes > 4 * 2**20 for a, b in itertools.pairwise(sent))
+    if not form:
+        assert lora.table_to_card(pa.Table.from_batches(sent)) == card
+
+
+SERVER = """
+import sys, threading
+from lora.federation.server import LoRAFlightServer
+with LoRAFlightServer(sys.argv[1]) as server:
+    print(server.uri, flush=True)
+    threading.Event().wait()
+"""
+
+
+@requirement("R11.3")
+def test_a_servers_memory_does_not_hold_a_copy_of_the_card_for_each_client(folder):
+    """Anonymous memory: the pages of the card's file are shared, and can be dropped."""
+    sha = saved(made("big", size=750_000, rank=4, modules=2), folder)
+    size, clients = (folder / "big.lora.arrow").stat().st_size, 8
+    command = [sys.executable, "-c", SERVER, folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        uri = process.stdout.readline().strip()
+
+        def memory():
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+        def tickets(client):
+            yield client.do_get(flight.Ticket(sha))
+            yield client.do_get(flight.Ticket(f"{sha}/file"))
+            yield client.do_action(flight.Action("card", sha.encode()))
+
+        with flight.connect(uri) as client:
+            for stream in tickets(client):
+                for _ in stream:
+                    pass
+        before, readers = memory(), []
+        for _ in range(clients):
+            own = [("grpc.use_local_subchannel_pool", 1)]
+            readers.append(flight.connect(uri, generic_options=own))
+        streams = [stream for reader in readers for stream in tickets(reader)]
+        for stream in streams:
+            next(stream)
+        time.sleep(1)  # as much as the server sends ahead of them
+        grown = memory() - before
+        process.kill()
+        assert size > 45_000_000
+        assert grown < len(streams) * 10_000_000
+    for reader in readers:
+        reader.close()
 
 
 def stalled(uri, sha):
