@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +35,7 @@ from lora.errors import (
 )
 from lora.federation.cache import CardCache, default_cache
 from lora.federation.node import Node, acceptable, uri_of
+from lora.federation.trust import Policy
 from lora.files import PathLike, load
 from lora.models.adapt import adapt, adapt_rows, bindings
 from lora.models.encoder import InferenceCore
@@ -108,6 +109,8 @@ class ArrowEngine:
             ``"auto"``: while these are within `FOLD_BUDGET`.
         threshold: The score that a card needs to be chosen by ``intent_query``.
         check_base: Refuse cards that were made for another base model.
+        base_model: The encoder's name, or its folder. A peer's card that names another is refused,
+            unless its fingerprint is the encoder's.
 
     Examples:
         >>> engine = ArrowEngine.from_pretrained(None)  # the embedded all-MiniLM-L6-v2
@@ -123,6 +126,7 @@ class ArrowEngine:
         fold: bool | Literal["auto"] = "auto",
         threshold: float = 0.3,
         check_base: bool = True,
+        base_model: str | None = None,
     ) -> None:
         if not isinstance(encoder, nn.Module) or not callable(getattr(encoder, "encode", None)):
             expected = "a torch module with encode(texts)"
@@ -131,6 +135,7 @@ class ArrowEngine:
             raise ArgumentError("fold", "True, False or 'auto'", shown(fold))
         check_threshold(threshold)
         self.base, self.check_base = _placed(encoder, device), check_base
+        self.base_model = base_model
         budget, state = (
             FOLD_BUDGET if fold == "auto" else None,
             partial(EngineState, threshold=threshold),
@@ -147,6 +152,7 @@ class ArrowEngine:
     ) -> "ArrowEngine":
         """Return an engine over a Hugging Face folder; None for the embedded all-MiniLM-L6-v2."""
         core = InferenceCore.from_pretrained(path or default_model())
+        options.setdefault("base_model", str(path or "sentence-transformers/all-MiniLM-L6-v2"))
         return cls(core, device=device, **options)
 
     @property
@@ -281,7 +287,8 @@ class ArrowEngine:
             root: Folder of the cards to serve; None serves none.
             cache: Where fetched cards are kept; the user's cache by default.
             options: As for `lora.federation.node.Node`: host, policy, credentials, interfaces,
-                timeout. A card that does not fit this engine's model is refused as well.
+                timeout. A card that does not fit this engine's model, or names another base than
+                the engine or the policy does, is refused as well.
         """
         with self.reference.lock:
             if self.node is not None:
@@ -289,7 +296,10 @@ class ArrowEngine:
                 raise StateError("federation", "one node for each engine", "one that runs", hint)
             cache = default_cache() if cache is None else cache
             peers, check = [uri_of(peer) for peer in peers], self._check_fit
-            node = Node(cache, root, port=port, peers=peers, check=check, **options)
+            policy = options.pop("policy", Policy())
+            policy = replace(policy, base_model=policy.base_model or self.base_model)
+            options = {"policy": policy, "check": check, **options}
+            node = Node(cache, root, port=port, peers=peers, **options)
             self.reference.replace(node=node)
         return node
 
@@ -325,9 +335,14 @@ class ArrowEngine:
             self.reference.replace(index=index)
         return tuple(sorted(candidate.name for candidate in remote))
 
-    def _check_fit(self, card: LoRACard) -> None:
-        """Refuse a card that this engine's model can't take."""
+    def _check_fit(self, card: LoRACard) -> bool:
+        """Refuse a card that this engine's model can't take.
+
+        Returns:
+            Whether its base's name does not matter: it has none, or the fingerprints agree.
+        """
         bindings(self.base, [AdapterSet(card)], strict=True, check_base=self.check_base)
+        return card.base_model is None or (self.check_base and card.base_fingerprint is not None)
 
     def _encode_by_intent(
         self, state: EngineState, texts: list[str], query: str, top_k: int, tags: Collection[str]

@@ -19,6 +19,7 @@ from lora.federation.client import LoRAFlightClient
 from lora.federation.node import Node, ranked
 from lora.federation.server import LoRAFlightServer
 from lora.federation.trust import Policy, norm_of, sign
+from lora.models.adapt import fingerprint
 from lora.testing.plugin import requirement
 from tests.unit.hostile import (
     ANY,
@@ -359,6 +360,32 @@ def test_an_engine_believes_nobody_by_default(engine, remote, tmp_path):
     with pytest.raises(errors.StateError, match="start_federation"):
         engine.sync_remote_skills()
     engine.stop_federation()
+
+
+@requirement("R5.13", "R14.2")
+def test_an_engine_refuses_another_base_by_default_where_no_fingerprint_decides(
+    engine, node, tmp_path
+):
+    """The policy of the node says no base model: the engine knows its own."""
+    fits = skill()
+    own = fingerprint(engine.base, fits)
+    for base, digest, accepted in (
+        ("bert-base", None, False),
+        ("other/all-MiniLM-L6-v2", None, True),
+        (None, None, True),
+        ("bert-base", own, True),
+    ):
+        card = replace(fits, base_model=base, base_fingerprint=digest)
+        saved(card, tmp_path / "remote")
+        node.cache.evict(0)
+        routable = engine.sync_remote_skills()
+        assert routable == (("docs",) if accepted else ())
+        if accepted:
+            assert dict(engine.encode_with_lora(["a"], intent_query=QUERY).failures) == {}
+        else:
+            with pytest.raises(errors.BaseModelError, match=r"all-MiniLM-L6-v2.*bert-base"):
+                node.fetch("docs")
+            assert node.cache.digests() == []
 
 
 @requirement("R5.13", "R11.1")
