@@ -309,7 +309,8 @@ class LoRAFlightClient:
             text = " ".join(str(error).split()) or type(error).__name__
             if "no such card" in text:
                 raise UnknownCardError(where, "a card that is served there", "none") from error
-            text = re.sub(".*(last error: [A-Z]+: |with message: |routines:[^:]*:)", "", text)[:200]
+            noise = r".*(last error: [A-Z]+: |with message: |routines:[^:]*:)|\. Detail: .*"
+            text = re.sub(noise, "", text)[:200]
             hint = next((hint for part, hint in HINTS.items() if part in text.lower()), "")
             raise PeerError(where, "an answer", text, hint) from error
 

@@ -135,8 +135,8 @@ def test_serving_and_listing_need_no_home(cards, tmp_path, monkeypatch):
     """As in a container with a file system that is read-only."""
     (tmp_path / "home").touch()
     env = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": ""}
-    for name in env:
-        monkeypatch.setenv(name, env[name])
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     with Serving(cards, *LOCAL) as server:
         assert server.line.startswith("serving 1 card at grpc://127.0.0.1:")
         assert "docs" in ran("list", "--peer", server.uri, env=env)
