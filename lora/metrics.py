@@ -7,16 +7,14 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from socketserver import ThreadingMixIn
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
-from prometheus_client.exposition import generate_latest, make_wsgi_app
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from lora.errors import StoreError
@@ -85,23 +83,29 @@ def serving(
     Args:
         health: What ``/healthz`` says as JSON; its status is 503 while this raises.
     """
-    registry = CollectorRegistry()
-    registry.register(metrics)
-    metrics_app = make_wsgi_app(registry)
 
-    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["PATH_INFO"] != "/healthz":
-            return metrics_app(environ, start_response)
-        status, facts = "200 OK", dict[str, Any]()
-        try:
-            facts = dict(health())
-        except Exception:  # noqa: BLE001 - whatever it is, the service is not well
-            status = "503 Service Unavailable"
-        start_response(status, [("Content-Type", "application/json")])
-        return [json.dumps(facts).encode()]
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, kind, body = 404, "text/plain", ""
+            try:
+                match self.path.partition("?")[0]:
+                    case "/metrics":
+                        status, body = 200, prometheus_text(metrics)
+                        kind = "text/plain; version=0.0.4; charset=utf-8"
+                    case "/healthz":
+                        status, kind, body = 200, "application/json", json.dumps(dict(health()))
+            except Exception:  # noqa: BLE001 - whatever it is, the service is not well
+                status = 503
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: Any) -> None:
+            """Log nothing."""
 
     try:
-        server = make_server(host, port, answer, _Server, _Quiet)
+        server = ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
         problem = error.strerror or str(error)
         raise StoreError(f"metrics: {host}:{port}", "an address that is free", problem) from error
@@ -113,12 +117,3 @@ def serving(
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        """Log nothing."""

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from queue import Empty, Queue
 from typing import Any, BinaryIO, NamedTuple, Self
 
@@ -174,26 +174,29 @@ class LoRAFlightClient:
         if cache is None:
             raise StateError("fetch", "a client with a cache", "one without")
         check_declared(manifest, policy)
-        card = cache.load(sha)
-        if card is not None:
-            self._check_vouched(manifest, policy, cache)
-            self._check_card(card, manifest, policy)
-            cache.remember_version(manifest.name, manifest.signer, manifest.version)
-            cache.touch(sha)
-            self.metrics.add("cache_hits")
-            return Fetched(card, sha)
-        with self.metrics.timed("fetches"), cache.arriving() as (path, file):
-            sha = self._download(manifest, policy, file, progress)
-            self._check_vouched(manifest, policy, cache)
-            card = load(path)
-            self._check_card(card, manifest, policy)
-            is_new = cache.admit(path, sha)
+        cached = cache.load(sha)
+        with ExitStack() as opened:
+            if cached is None:
+                opened.enter_context(self.metrics.timed("fetches"))
+                arrived, file = opened.enter_context(cache.arriving())
+                sha = self._download(manifest, policy, file, progress)
+            check_signature(manifest, policy)
+            highest = cache.highest_version(manifest.name, manifest.signer)
+            check_version(manifest, highest, policy)
+            card = load(arrived) if cached is None else cached
+            check_contents(card, manifest, policy)
+            if self._check is None or not self._check(card):
+                check_base(card, policy)
+            is_new = cached is None and cache.admit(arrived, sha)
             try:
                 cache.remember_version(manifest.name, manifest.signer, manifest.version)
             except LoRAError:
                 if is_new:  # a card and its version are kept together
                     cache.path(sha).unlink(missing_ok=True)
                 raise
+        if cached is not None:
+            cache.touch(sha)
+            self.metrics.add("cache_hits")
         return Fetched(card, sha)
 
     def health(self) -> dict[str, Any]:
@@ -211,16 +214,6 @@ class LoRAFlightClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check_vouched(self, manifest: Manifest, policy: Policy, cache: CardCache) -> None:
-        check_signature(manifest, policy)
-        highest = cache.highest_version(manifest.name, manifest.signer)
-        check_version(manifest, highest, policy)
-
-    def _check_card(self, card: LoRACard, manifest: Manifest, policy: Policy) -> None:
-        check_contents(card, manifest, policy)
-        if self._check is None or not self._check(card):
-            check_base(card, policy)
 
     def _announced(self, requested: str) -> Manifest:
         by_digest, kinds = is_digest(requested), flight.FlightDescriptor

@@ -38,24 +38,16 @@ class Credentials:
             raise ArgumentError("credentials: token", "printable ASCII", "another text")
         if (self.certificate is None) != (self.key is None):
             raise ArgumentError("credentials", "both certificate and key, or neither", "only one")
-        for name, pem in (("ca", self.ca), ("certificate", self.certificate)):
-            if pem is not None and not (certificates := _certificates(pem)):
-                raise ArgumentError(f"credentials: {name}", "certificates in PEM", "other content")
-        if self.key is not None:
-            try:
-                public = load_pem_private_key(self.key, None).public_key()
-            except (ValueError, TypeError, UnsupportedAlgorithm):
-                expected = "a private key in PEM, without a passphrase"
-                raise ArgumentError("credentials: key", expected, "other content") from None
-            if public != certificates[0].public_key():
-                expected, other = "the private key of the certificate", "that of another one"
-                raise ArgumentError("credentials: key", expected, other)
-
-
-def _certificates(pem: bytes) -> list[x509.Certificate]:
-    with suppress(ValueError):
-        return x509.load_pem_x509_certificates(pem)
-    return []
+        try:
+            for pem in filter(None, (self.ca, self.certificate)):
+                certificates = x509.load_pem_x509_certificates(pem)
+            private = self.key and load_pem_private_key(self.key, None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):  # which could quote the key
+            expected = "certificates and a private key in PEM, without a passphrase"
+            raise ArgumentError("credentials", expected, "other content") from None
+        if private and private.public_key() != certificates[0].public_key():
+            expected = "the private key of the certificate"
+            raise ArgumentError("credentials: key", expected, "that of another one")
 
 
 def check_location(location: str, credentials: Credentials) -> bool:

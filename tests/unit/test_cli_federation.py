@@ -144,7 +144,7 @@ def test_serving_and_listing_need_no_home(cards, tmp_path, monkeypatch):
         assert str(tmp_path / "home") in ran(*fetch, env=env, code=1)
 
 
-@requirement("R25.2", "R12.5", "R7.10")
+@requirement("R25.2", "R12.5", "R7.8")
 def test_a_slow_line_is_given_the_time_that_the_options_say(tmp_path):
     manifest = announced(made("docs", size=20_000), tmp_path / "a")
     data, ended = (tmp_path / "a").read_bytes(), threading.Event()

@@ -544,7 +544,7 @@ def test_the_page_on_sharing_works_on_this_machine_behind_mutual_tls(tmp_path, m
         assert lora.digest("cards/docs.lora.arrow") in ran(*words, *cache)
         identity = ("--cert", "reader.pem", "--key", "reader.key")
         stranger = [word for word in words if word not in identity]
-        assert "found none" in ran(*stranger, *cache, "--wait", "1", code=1)
+        assert "ask for a certificate" in ran(*stranger, *cache, "--wait", "1", code=1)
 
 
 # ---- the file format

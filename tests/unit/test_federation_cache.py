@@ -226,11 +226,14 @@ def test_sums_grow_from_any_thread_and_are_served_as_prometheus_text():
             return urlopen(f"http://127.0.0.1:{port}{path}")
 
         with page("/metrics") as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             assert b"lora_fetches_total 4001.0" in answer.read()
         with page("/healthz") as answer:
             assert json.loads(answer.read()) == {"status": "ok", "cards": 1}
         health.clear()
         with pytest.raises(HTTPError, match="503"):
             page("/healthz")
+        with pytest.raises(HTTPError, match="404"):
+            page("/")
         with pytest.raises(StoreError, match="Address already in use"), serving(metrics, port):
             pass

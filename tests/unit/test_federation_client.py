@@ -548,7 +548,7 @@ CAUSES = {
 }
 
 
-@requirement("R7.10", "R11.6")
+@requirement("R7.8", "R11.6")
 @pytest.mark.parametrize("cause", CAUSES)
 def test_why_a_peer_does_not_answer_is_told(folder, cache, cause, capfd):
     shown, own, text, hint = CAUSES[cause]
@@ -564,7 +564,7 @@ def test_why_a_peer_does_not_answer_is_told(folder, cache, cause, capfd):
     capfd.readouterr()  # gRPC says so too
 
 
-@requirement("R7.10")
+@requirement("R7.8")
 @pytest.mark.parametrize(
     ("uri", "text"),
     [

@@ -158,7 +158,7 @@ def test_every_address_that_a_peer_announces_is_tried(nodes, position, good):
             assert "grpc://10.255.255.1:5051" in tried
 
 
-@requirement("R7.10", "R13.5")
+@requirement("R7.8", "R13.5")
 def test_a_peer_that_does_not_answer_has_the_reason(nodes):
     nodes.ids["grpc://a:1"] = "one"
     with Discovery("me", nodes.ask, interfaces=(), static=["grpc://a:1", "grpc://b:2"]) as a:

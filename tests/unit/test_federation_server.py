@@ -341,14 +341,14 @@ def test_parts_that_do_not_fit_no_folder_and_a_taken_port_are_refused(tmp_path, 
         Credentials(certificate=b"c")
 
 
-@requirement("R7.10", "R11.6")
+@requirement("R7.8", "R11.6")
 def test_a_certificate_and_key_that_do_not_belong_together_are_told_as_that():
     a, b = Authority().credentials(), Authority().credentials()
     for parts, problem in (
         ({"certificate": a.certificate, "key": b.key}, "that of another one"),
-        ({"certificate": b"SECRET", "key": b.key}, "certificate: .*PEM"),
-        ({"certificate": a.certificate, "key": b"SECRET"}, "key: .*PEM"),
-        ({"ca": b"SECRET"}, "ca: .*PEM"),
+        ({"certificate": b"SECRET", "key": b.key}, "in PEM"),
+        ({"certificate": a.certificate, "key": b"SECRET"}, "in PEM"),
+        ({"ca": b"SECRET"}, "in PEM"),
     ):
         with pytest.raises(ArgumentError, match=problem) as caught:
             Credentials(**parts)
