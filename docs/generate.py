@@ -61,7 +61,7 @@ REFERENCE = {
     "Models": [f"models.{name}" for name in MODELS.split()],
     "Routing": ["routing", "router"],
     "Engine": ["engine", "state", "batches", "metrics"],
-    "Federation": [f"federation.{name}" for name in f"{FEDERATION} stream_limits".split()],
+    "Federation": [f"federation.{name}" for name in f"{FEDERATION} stream_limits fork".split()],
     "Training": [*(f"training.{name}" for name in TRAINING.split()), "progress"],
     "Evolution": [*(f"evolution.{name}" for name in EVOLUTION.split()), "learning"],
     "Testing": [f"testing.{name}" for name in TESTING.split()],

@@ -97,7 +97,7 @@ def serve(
     interfaces = None if announce else ()
     with ExitStack() as stack:
         stack.enter_context(_hints_name_options())
-        where = {"host": host, "port": port, "interfaces": interfaces}
+        where: dict[str, Any] = {"host": host, "port": port, "interfaces": interfaces}
         node: Any = stack.enter_context(Node(None, folder, credentials=credentials, **where))
         count, uri = len(node.server.catalog.cards), node.server.uri
         facts: dict[str, Any] = {"cards": count, "uri": uri}
