@@ -96,7 +96,7 @@ def serve(
         signal.signal(number, lambda *_: ended.set())
     interfaces = None if announce else ()
     with ExitStack() as stack:
-        stack.enter_context(_hints_name_options())
+        stack.enter_context(_in_options())
         where: dict[str, Any] = {"host": host, "port": port, "interfaces": interfaces}
         node: Any = stack.enter_context(Node(None, folder, credentials=credentials, **where))
         count, uri = len(node.server.catalog.cards), node.server.uri
@@ -223,20 +223,29 @@ def sign(card: Path, *, key: Path) -> Result:
 
 
 @contextmanager
-def _hints_name_options() -> Iterator[None]:
-    """Put options in the place of the keywords in an error's hint: `min_rate` is --min-rate."""
+def _in_options() -> Iterator[None]:
+    """Tell errors in the words of the command line."""
     try:
         yield
     except LoRAError as error:
         for note in getattr(error, "__notes__", ()):  # what other peers answered
-            print(printable(note), file=sys.stderr)
-        hint = re.sub("`(allow_)?(\\w+)(=True)?`", _option, error.hint)
+            _print(note)
+        hint = _with_options(error.hint)
         raise type(error)(error.where, error.expected, error.found, hint) from error
 
 
-def _option(keyword: re.Match[str]) -> str:
-    name = keyword[2].replace("_", "-")
-    return f"--allow {keyword[2]}" if keyword[1] else f"--{name}"
+def _with_options(text: str) -> str:
+    """Put options in the place of keywords: --min-rate for `min_rate`."""
+
+    def option(keyword: re.Match[str]) -> str:
+        dashed = keyword[2].replace("_", "-")
+        return f"--allow {keyword[2]}" if keyword[1] else f"--{dashed}"
+
+    return re.sub("`(allow_)?(\\w+)(=True)?`", option, text)
+
+
+def _print(problem: object) -> None:
+    print(printable(f"no answer: {_with_options(str(problem))}"), file=sys.stderr)
 
 
 @contextmanager
@@ -249,31 +258,29 @@ def _visitor(
     named = list(dict.fromkeys(uri_of(peer) for peer in peers or []))
     interfaces = () if named else None
     with (
-        _hints_name_options(),
+        _in_options(),
         Node(cache, peers=named, interfaces=interfaces, **options) as node,
     ):
         node.discovery.wait(wait, len(named) or None)
-        problems = [
-            peer.error
-            or PeerError(peer.key, f"an answer in {wait:g} s", "none yet", "`wait` longer")
-            for peer in node.discovery.silent()
-        ]
-        _tell(problems, none_works=bool(named) and not node.peers())
+        errors = node.discovery.errors()
+        for uri in set(named) - {peer.uri for peer in node.peers()} - set(errors):
+            errors[uri] = PeerError(uri, f"an answer in {wait:g} s", "none yet", "`wait` longer")
+        _tell(errors, none_works=bool(named) and not node.peers())
         yield node
 
 
 def _offers(node: Any) -> Any:
     """Ask the peers what they offer."""
     offers = node.sync()
-    _tell(list(node.failures.values()), none_works=not offers)
+    _tell(dict(node.failures), none_works=not offers)
     return offers
 
 
-def _tell(problems: list[LoRAError], *, none_works: bool) -> None:
-    """Raise the last problem if no peer works, and print the others."""
-    last = problems.pop() if problems and none_works else None
-    for problem in problems:
-        print(printable(f"no answer: {problem}"), file=sys.stderr)
+def _tell(errors: dict[str, LoRAError], *, none_works: bool) -> None:
+    """Print why peers do not answer; raise the last reason if no peer works."""
+    last = errors.popitem()[1] if errors and none_works else None
+    for error in errors.values():
+        _print(error)
     if last is not None:
         raise last
 

@@ -21,7 +21,7 @@ import ifaddr
 import zeroconf
 
 from lora.arrow_format import FORMAT_VERSION
-from lora.errors import ArgumentError, LoRAError, StoreError
+from lora.errors import ArgumentError, LoRAError, PeerError, StoreError
 from lora.federation.credentials import flight_uri, is_loopback
 from lora.federation.fork import was_forked
 from lora.federation.peer_table import Peer, PeerBook
@@ -68,6 +68,7 @@ class Discovery:
             raise ArgumentError("discovery: node_id", expected, repr(node_id))
         self._ask, self._lock, self._closing = ask, threading.Lock(), threading.Event()
         self._asked: set[str] = set()
+        self._errors: dict[str, LoRAError] = {}
         peers = {uri: Peer(uri, static=True) for uri in static}
         self._book = PeerBook(node_id, cap, interval, peers)
         # A loopback address in an announcement means another machine, unless all is loopback here.
@@ -101,9 +102,10 @@ class Discovery:
         """Return the peers that answer now."""
         return self._book.live()
 
-    def silent(self) -> tuple[Peer, ...]:
-        """Return the peers that do not answer now; their `error` says why."""
-        return tuple(peer for peer in self._book.peers.values() if not peer.uri)
+    def errors(self) -> dict[str, LoRAError]:
+        """Return why peers did not answer when they were asked last, by URI or instance name."""
+        with self._lock:
+            return dict(self._errors)
 
     def wait(self, seconds: float, enough: int | None = None) -> None:
         """Wait for so many seconds, or until enough peers answer."""
@@ -152,9 +154,15 @@ class Discovery:
             if not answer[0]:
                 uris = [key] if peer.static else self._announced(key)
                 answer, error = self._first_answer(uris)
+        except LoRAError as problem:
+            error = problem
         except Exception:  # a peer must not end the thread
             log.exception("peer %r", key)
-        self._change(PeerBook.asked, key, *answer, error=error)
+        with self._lock:
+            self._errors.pop(key, None)
+            if error is not None and len(self._errors) < self._book.cap:
+                self._errors[key] = error
+        self._change(PeerBook.asked, key, *answer)
         self._asked.discard(key)
 
     def _first_answer(self, uris: Sequence[str]) -> tuple[tuple[str, str], LoRAError | None]:
@@ -179,10 +187,11 @@ class Discovery:
             if self._zeroconf is not None:
                 info = self._zeroconf.get_service_info(SERVICE, f"{key}.{SERVICE}", RESOLVE_MS)
         if info is None or not info.port or self._closing.is_set():
-            return []
+            raise PeerError(f"peer {key!r}", "an announcement with its addresses", "none")
         properties, (major, _) = info.decoded_properties, FORMAT_VERSION
-        if str(properties.get("format")).partition(".")[0] != str(major):
-            return []
+        version = str(properties.get("format"))
+        if version.partition(".")[0] != str(major):
+            raise PeerError(f"peer {key!r}", f"format {major} of cards", version)
         addresses = info.parsed_scoped_addresses()
         usable = [address for address in addresses if self._local or not is_loopback(address)]
         tls = properties.get("tls") == "1"

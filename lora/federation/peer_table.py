@@ -9,8 +9,6 @@ Requirements: R13.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from lora.errors import LoRAError
-
 PAUSE = 1.0  # seconds between two questions to a peer, whatever is announced
 MISSES = 2  # unanswered questions in a row after which a peer is no longer listed
 
@@ -23,7 +21,6 @@ class Peer:
         key: Its instance name, or the URI of a static peer.
         uri, node_id: Where it answered last, and what it called itself; "" before.
         misses: How many questions in a row it did not answer.
-        error: Why it did not answer last.
         asked, due: When it was asked last, and when to ask it next.
     """
 
@@ -31,7 +28,6 @@ class Peer:
     uri: str = ""
     node_id: str = ""
     misses: int = 0
-    error: LoRAError | None = None
     asked: float = float("-inf")
     due: float = 0.0
     static: bool = False
@@ -75,16 +71,8 @@ class PeerBook:
         book = self._without(unproven[0]) if len(others) >= self.cap else self
         return book._with(Peer(key, due=now))  # noqa: SLF001 - another value of this class
 
-    def asked(
-        self,
-        key: str,
-        uri: str = "",
-        node_id: str = "",
-        *,
-        error: LoRAError | None = None,
-        now: float,
-    ) -> "PeerBook":
-        """Note that a peer was asked, and where it answered, or "" and why it did not.
+    def asked(self, key: str, uri: str = "", node_id: str = "", *, now: float) -> "PeerBook":
+        """Note that a peer was asked, and where it answered, or "" for no answer.
 
         It is no longer listed after `MISSES` without an answer, or if it is this node itself.
         """
@@ -101,7 +89,7 @@ class PeerBook:
         else:
             return self._without(key)
         return self._with(
-            replace(peer, uri=uri, node_id=node_id, misses=misses, error=error, asked=now, due=due)
+            replace(peer, uri=uri, node_id=node_id, misses=misses, asked=now, due=due)
         )
 
     def due(self, *, now: float) -> tuple[str, ...]:
