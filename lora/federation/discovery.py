@@ -146,14 +146,13 @@ class Discovery:
 
     def _look(self, key: str) -> None:
         """Ask a peer where it answered last, then at all addresses that it announces."""
-        answer, error = ("", ""), None
+        answer, error = tuple[str, ...](), None
+        peer = self._book.peers.get(key, Peer(key))
         try:
-            peer = self._book.peers.get(key, Peer(key))
-            if peer.uri:
-                answer, error = self._first_answer([peer.uri])
-            if not answer[0]:
-                uris = [key] if peer.static else self._announced(key)
-                answer, error = self._first_answer(uris)
+            with suppress(LoRAError):
+                answer = self._first_answer([peer.uri] if peer.uri else [])
+            if not answer:
+                answer = self._first_answer([key] if peer.static else self._announced(key))
         except LoRAError as problem:
             error = problem
         except Exception:  # a peer must not end the thread
@@ -165,20 +164,20 @@ class Discovery:
         self._change(PeerBook.asked, key, *answer)
         self._asked.discard(key)
 
-    def _first_answer(self, uris: Sequence[str]) -> tuple[tuple[str, str], LoRAError | None]:
-        """Ask at these addresses at once; return the first that answers with its node id."""
-        error: LoRAError | None = None
+    def _first_answer(self, uris: Sequence[str]) -> tuple[str, ...]:
+        """Ask at these addresses at once; return the first that answers, and its node id."""
+        error: LoRAError = PeerError("peer", "an address that can be reached from here", "none")
         pool = ThreadPoolExecutor(ASKERS, "lora-asking")
         try:
             asking = {pool.submit(self._ask, uri): uri for uri in uris}
             for future in as_completed(asking):
                 try:
-                    return (asking[future], future.result()), None
+                    return asking[future], future.result()
                 except LoRAError as problem:
                     error = problem
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        return ("", ""), error
+        raise error
 
     def _announced(self, key: str) -> list[str]:
         """Return the URIs that a peer announces."""
