@@ -92,9 +92,8 @@ def fetch(liar, cache, policy=TRUSTING, name="docs", *, digest=None, **options):
 
 
 def contents(cache):
-    """Everything in the cache but the versions that it has seen."""
-    paths = [path.relative_to(cache.root) for path in cache.root.rglob("*")]
-    return sorted(str(path) for path in paths if "versions" not in path.parts)
+    """Everything in the cache."""
+    return sorted(str(path.relative_to(cache.root)) for path in cache.root.rglob("*"))
 
 
 def refused(liar, cache, error, match=None, policy=TRUSTING, **options):

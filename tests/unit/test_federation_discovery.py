@@ -189,9 +189,7 @@ def test_in_a_running_event_loop_nodes_find_each_other_and_the_loop_goes_on(node
                     break
             return len(a.peers()), len(b.peers())
 
-    start = time.monotonic()
     assert asyncio.run(cell()) == (1, 1)
-    assert time.monotonic() - start < 8
 
 
 @requirement("R13.5")
