@@ -7,14 +7,28 @@ import json
 import math
 import operator
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from numbers import Complex, Real
+from types import MappingProxyType, NoneType
 from typing import Any, TypeVar
 
 from lora.errors import ArgumentError, CardError, CardFileError, LoRAError, shown
 
 T = TypeVar("T")
+
+JSON_NAMES: Mapping[type, str] = MappingProxyType(
+    {
+        bool: "boolean",
+        int: "integer",
+        float: "number",
+        str: "string",
+        list: "array",
+        dict: "object",
+        NoneType: "null",
+    }
+)
+"""What JSON calls the types that Python reads its values as."""
 
 _REFUSED = (bool, str, bytes, bytearray)  # although float() takes them
 
@@ -137,11 +151,8 @@ def parse_json(
     except (ValueError, RecursionError) as problem:
         raise error(where, "JSON", problem) from problem
     if not isinstance(value, kind):
-        raise error(where, f"a JSON {_JSON_NAMES.get(kind, kind.__name__)}", shown(value))
+        raise error(where, f"a JSON {JSON_NAMES[kind]}", shown(value))
     return value
-
-
-_JSON_NAMES: dict[type, str] = {dict: "object", list: "array", str: "string"}
 
 
 def _refuse_constant(name: str) -> None:

@@ -71,15 +71,15 @@ def save(card: LoRACard, path: PathLike) -> str:
 
 
 @contextmanager
-def replacing(path: PathLike) -> Iterator[BinaryIO]:
+def replacing(path: PathLike, temporary_name: str | None = None) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` when the block ends, and is removed when it raises.
 
     The file is flushed before it is renamed and the folder afterwards, so that a crash leaves the
-    old file or the new one.
+    old file or the new one. A killed process leaves the file under its temporary name.
     """
     path = as_path(path)
     with os_errors(path):
-        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        temporary = path.with_name(temporary_name or f".{secrets.token_hex(8)}.tmp")
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             with temporary.open("xb") as file:
@@ -130,9 +130,10 @@ def digest(path: PathLike) -> str:
 
 def as_path(path: PathLike) -> Path:
     """Return the path; raise `ArgumentError` unless it is a str or an `os.PathLike` of one."""
-    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise ArgumentError("path", "a str or os.PathLike", shown(path))
-    return Path(path)
+    try:
+        return Path(path)
+    except Exception as error:  # bytes give a TypeError, and `__fspath__` may raise anything
+        raise ArgumentError("path", "a str or os.PathLike", shown(path)) from error
 
 
 @contextmanager

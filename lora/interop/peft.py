@@ -5,57 +5,126 @@ A card computes what PEFT would compute from the folder; PEFT itself is not need
 factors are their transposes. The rules follow PEFT 0.21.2: ``check_target_module_exists``,
 ``get_pattern_key``, ``LoraLayer.update_layer``.
 
-Requirements: R23.
+Requirements: R23, R26.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
 from typing import Any, TypeAlias
 
+import numpy as np
+from ml_dtypes import finfo
+
 from lora.card import LoRACard, check_card
-from lora.checks import finite, parse_json
+from lora.checks import JSON_NAMES, finite
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, shown
 from lora.files import PathLike, as_path, naming, os_errors, replacing
 from lora.interop.safetensors import (
+    CONFIG,
+    Pairs,
     fields_of,
     header_of,
     pair_of,
+    read_config,
     read_pairs,
     write_tensors,
 )
 from lora.targets import ALL_LINEAR, match_targets, matches
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-
-MAX_CONFIG_BYTES = 2**24
-"""A larger configuration is not read."""
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_NEW_CONFIG, _NEW_WEIGHTS = f".{CONFIG}.tmp", f".{WEIGHTS}.tmp"
+_OLD_CONFIG, _OLD_WEIGHTS = f".{CONFIG}.old", f".{WEIGHTS}.old"
 
 Config: TypeAlias = Mapping[str, Any]
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+)
+
+_MERGE = "merge it into the base with PEFT's merge_and_unload and use lora extract on the result"
+_WHOLE = "what was trained whole can't be a card: train without it, or " + _MERGE
 
 _ADVICE = {
-    "lora_magnitude_vector": "DoRA is not plain LoRA",
     "lora_embedding_": "LoRA on an embedding can't be a card: train on Linears only",
     "lora_B.bias": "a bias on B (lora_bias) can't be a card",
     ".bias": "trained biases (bias) can't be a card",
-    "modules_to_save": "modules that were trained whole can't be a card",
+    "modules_to_save": _WHOLE,
     "": "PEFT's own keys are base_model.model.<module>.lora_A.weight",
 }
 """What to do about a tensor that is no factor of a Linear, by a part of its name."""
 
-_ALLOWED: Mapping[str, tuple[list[Any], str]] = {
-    "peft_type": (["LORA"], "no other method can be a card"),
-    "bias": (["none", None], "trained biases can't be a card"),
-    "use_rslora": ([True, False, None], ""),
+_MLX = ("mlx-lm's form", "convert its adapters.safetensors instead of the folder")
+_HUB = (
+    "AdapterHub's form",
+    "it can't be a card: merge it there, and use lora extract on the model",
+)
+
+_FORMATS = {
+    "lora_parameters": _MLX,
+    "fine_tune_type": _MLX,
+    "adapters.*": _MLX,
+    "model_class": _HUB,
+    "pytorch_adapter.bin": _HUB,
+    "head_config.json": _HUB,
+    "pytorch_lora_weights.*": ("diffusers' form", "of a diffusion model there is no card"),
+    "*.gguf": ("GGUF", "use the PEFT folder that it was converted from"),
+    f"*/{CONFIG}": ("adapters in subfolders", "name one of the subfolders"),
+}
+"""A key of a configuration, or the name of a file -> (what the folder holds, the way to go)."""
+
+_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+_INITIALISED = "it changed the base: save with path_initial_model_for_weight_conversion"
+
+_ALLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "peft_type": (("LORA",), "no other method can be a card: if it can be merged, " + _MERGE),
+    "task_type": ((None, *_TASKS), "PEFT knows no other"),
+    "bias": (("none",), "trained biases can't be a card"),
     "init_lora_weights": (
-        [True, False, None, "gaussian", "eva", "orthogonal", "mica"],
-        "it changed the base: save with path_initial_model_for_weight_conversion to get plain LoRA",
+        (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+        _INITIALISED + " to get plain LoRA",
+    ),
+    "use_dora": ((False, None), "DoRA can't be a card: " + _MERGE),
+    "modules_to_save": ((None, []), _WHOLE),
+    "target_parameters": ((None, []), ""),
+    "layer_replication": ((None, []), ""),
+    "trainable_token_indices": ((None, {}), ""),
+    **dict.fromkeys(
+        ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
+        ((None,), ""),
     ),
 }
 """Field -> (the values that plain LoRA has there, what to do about another)."""
+
+_FREE = frozenset(
+    ("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version")
+).union(("qalora_group_size", "revision", "runtime_config"))
+"""Fields that may have any value: PEFT computes the same with it."""
+
+
+_KINDS: Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
+    "r": ((int,), ()),
+    "lora_alpha": ((int, float), ()),
+    "lora_dropout": ((int, float), ()),
+    "rank_pattern": ((dict,), (int,)),
+    "alpha_pattern": ((dict,), (int, float)),
+    "use_rslora": ((bool,), ()),
+    "fan_in_fan_out": ((bool,), ()),
+    "target_modules": ((str, list, NoneType), (str,)),
+    "exclude_modules": ((str, list, NoneType), (str,)),
+    "layers_pattern": ((str, list, NoneType), (str,)),
+    "layers_to_transform": ((int, list, NoneType), (int,)),
+    # read where an adapter is made, not where it is applied
+    "loftq_config": ((dict, NoneType), tuple(JSON_NAMES)),
+    "eva_config": ((dict, NoneType), tuple(JSON_NAMES)),
+    "corda_config": ((dict, NoneType), tuple(JSON_NAMES)),
+    "lora_ga_config": ((dict, NoneType), tuple(JSON_NAMES)),
+}
+"""Field -> (the types of its value, the types of the items in a list or an object)."""
 
 _CARD_FIELDS = frozenset(("r", "lora_alpha", "rank_pattern", "alpha_pattern")).union(
     ("target_modules", "base_model_name_or_path")
@@ -64,19 +133,6 @@ _CARD_FIELDS = frozenset(("r", "lora_alpha", "rank_pattern", "alpha_pattern")).u
 
 _CARRIED = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "revision", "task_type")
 """Fields that change no output: an export takes them over from ``metadata["peft"]``."""
-
-_PLAIN = _CARD_FIELDS.union(
-    _ALLOWED,
-    _CARRIED,
-    ("exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
-    ("peft_version", "inference_mode", "runtime_config", "qalora_group_size"),
-    ("eva_config", "corda_config", "lora_ga_config", "loftq_config"),  # read by initialisations
-)
-"""Fields that plain LoRA may set; any other, known to PEFT today or not, must be unset."""
-
-_MAY_BE_EMPTY = frozenset(
-    ["modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"]
-)
 
 
 def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
@@ -92,21 +148,21 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
         name: The card's name. Default: the one that `export_peft` wrote, else the folder's.
 
     Raises:
-        CardFileError: The files are malformed, contradict each other, are more than plain LoRA, or
-            the weights are a pickle, which is never read.
+        CardFileError: The files are malformed, contradict each other, are more than plain LoRA or
+            of another format, or the weights are a pickle, which is never read.
     """
     folder = as_path(folder).absolute()
-    path = folder / CONFIG
-    with naming(path):
-        if not path.is_file():
-            raise CardNotFoundError(str(path), "a PEFT configuration", "none")
-        with os_errors(path), path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-        if len(text) > MAX_CONFIG_BYTES:
-            raise CardFileError("size", f"at most {MAX_CONFIG_BYTES} bytes", "more")
-        config = parse_json(text, "configuration", dict)
+    with os_errors(folder):
+        config = read_config(folder) if (folder / CONFIG).is_file() else {}
+        files = [marker for marker in _FORMATS if marker in config or any(folder.glob(marker))]
+        is_pickle = not (folder / WEIGHTS).exists() and (folder / PICKLE).exists()
+    if "peft_type" not in config:
+        kind, contents = (CardFileError, "no peft_type") if config else (CardNotFoundError, "none")
+        contents, hint = next(map(_FORMATS.__getitem__, files), (contents, ""))
+        raise kind(str(folder / CONFIG), "a PEFT configuration", contents, hint)
+    with naming(folder / CONFIG):
         _check_plain(config)
-    if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
+    if is_pickle:
         hint = "reading a pickle runs code: load it with PEFT, save it with safe_serialization=True"
         raise CardFileError(str(folder), WEIGHTS, PICKLE, hint)
     pairs, header = read_pairs(folder / WEIGHTS, _KEY, _ADVICE)
@@ -117,7 +173,6 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
             m: pair_of(m, a.T, b.T, _scaling(config, m, len(a))) for m, (a, b) in pairs.items()
         }
         targets: Any = config.get("target_modules")
-        targets = sorted(set(targets)) if isinstance(targets, list) else tuple(weights)
         fields = fields_of(header)
         fields["metadata"]["peft"] = {
             key: value
@@ -127,26 +182,33 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
         return LoRACard(
             name=name or header.get("lora.name") or folder.name,
             rank=max(pair.rank for pair in weights.values()),
-            alpha=config.get("lora_alpha"),  # type: ignore[arg-type] # the card refuses None
-            target_modules=targets,
+            alpha=config["lora_alpha"],
+            target_modules=sorted(set(targets)) if isinstance(targets, list) else tuple(weights),
             weights=weights,
             base_model=config.get("base_model_name_or_path"),
             **fields,
         )
 
 
-def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) -> None:
+def export_peft(
+    card: LoRACard, folder: PathLike, *, overwrite: bool = False, exact: bool = False
+) -> None:
     """Write a card as a folder that PEFT loads, for a model whose module names are the card's keys.
 
-    The two files are complete before they take their places, and a folder that is overwritten has
-    no configuration meanwhile: a reader never sees one file without the other. If replacing fails,
-    the old adapter is put back.
+    Readers other than PEFT know one rank and one alpha for all modules. So zeros bring all modules
+    to the card's rank, and where they differ in scaling, it is multiplied into B, rounded once.
+    ``alpha_pattern`` and ``rank_pattern`` are written only where a product would leave the range of
+    B's dtype.
+
+    A folder without a configuration is no adapter to any reader, and an overwritten folder has none
+    until the new weights are in place. If replacing fails, the old adapter is put back; if the
+    process is killed, the next export with ``overwrite=True`` does so first.
 
     Args:
-        card: Has weights, all of them targeted. A scaling other than ``alpha / r`` becomes an
-            ``alpha_pattern`` of scaling · r, which gives it back to one ulp.
+        card: Has weights, all of them targeted.
         folder: New or empty.
-        overwrite: Replace the adapter in a PEFT folder.
+        overwrite: Replace the adapter in a PEFT folder, or what a killed export left.
+        exact: Keep every bit of the factors and the scalings to one ulp, by patterns if need be.
 
     Raises:
         CardError: PEFT has no way to express the card.
@@ -163,49 +225,78 @@ def export_peft(card: LoRACard, folder: PathLike, *, overwrite: bool = False) ->
         True
     """
     check_card(card)
-    config = _config(card)
+    config, weights = _config(card, exact)
     tensors = {}
-    for module, pair in card.weights.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = pair.A.T
-        tensors[f"base_model.model.{module}.lora_B.weight"] = pair.B.T
+    for module, (a, b) in weights.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a.T
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b.T
     folder = as_path(folder)
     with os_errors(folder):
-        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        if not empty and not (overwrite and (folder / CONFIG).is_file()):
+        if overwrite and folder.is_dir():
+            _recover(folder)
+        files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        ours = CONFIG in files or all(name == WEIGHTS for name in files)
+        if (files and not (overwrite and ours)) or (folder.exists() and not folder.is_dir()):
             expected = f"a new or empty folder, or with overwrite=True one that holds {CONFIG}"
-            contents = "a folder with files" if folder.is_dir() else "a file"
+            contents = "a folder with files" if files else "a file"
             raise ArgumentError(str(folder), expected, contents)
         folder.mkdir(exist_ok=True)
-        backups = {}
         try:
-            with replacing(folder / CONFIG) as file:
+            with replacing(folder / CONFIG, _NEW_CONFIG) as file:
                 file.write(json.dumps(config, indent=2, sort_keys=True).encode())
-                with replacing(folder / WEIGHTS) as weights_file:
+                with replacing(folder / WEIGHTS, _NEW_WEIGHTS) as weights_file:
                     write_tensors(weights_file, tensors, {"format": "pt", **header_of(card)})
-                    for path in folder / CONFIG, folder / WEIGHTS:
-                        if path.exists():
-                            backups[path] = path.rename(folder / f".{path.name}.old")
-        except BaseException:
-            for path, backup in reversed(backups.items()):
-                backup.replace(path)
-            raise
-        for backup in backups.values():
-            backup.unlink()
+                    for name, old in (WEIGHTS, _OLD_WEIGHTS), (CONFIG, _OLD_CONFIG):
+                        if (folder / name).exists():
+                            (folder / name).rename(folder / old)
+        finally:
+            _recover(folder, fresh=not files)
+
+
+def _recover(folder: Path, *, fresh: bool = False) -> None:
+    """Finish an export, or if it did not get so far, put the old adapter back.
+
+    The old weights are moved aside first and the old configuration second, the new configuration
+    takes its place last. Killed anywhere, here too, the next call goes on.
+    """
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    old_config, old_weights = folder / _OLD_CONFIG, folder / _OLD_WEIGHTS
+    unfinished = [folder / _NEW_CONFIG, folder / _NEW_WEIGHTS]
+    if config.exists() and weights.exists():
+        unfinished += [old_config, old_weights]
+    elif not config.exists() and (fresh or old_config.exists()):
+        unfinished.append(weights)  # the new ones, without a configuration
+    for path in unfinished:
+        path.unlink(missing_ok=True)
+    for old, path in (old_config, config), (old_weights, weights):
+        if old.exists():
+            old.rename(path)
 
 
 def _check_plain(config: Config) -> None:
-    """Refuse what is not plain LoRA, and fields that are not of the kind that PEFT writes."""
-    for key, value in sorted(config.items()):
-        unset = value is None or value is False or (key in _MAY_BE_EMPTY and value in ([], {}))
-        if key not in _PLAIN and not unset:
-            raise CardFileError(key, "unset", shown(value), "only plain LoRA can be a card")
-    for key, (allowed, hint) in _ALLOWED.items():
-        value = shown(config.get(key))
-        if value not in map(shown, allowed):
-            raise CardFileError(key, f"one of {allowed}", value, hint)
+    """Refuse another format, what is not plain LoRA, and fields of another kind than PEFT's."""
+    for key, value in sorted({"r": None, "lora_alpha": None, **config}.items()):
+        types, items = _KINDS.get(key, ((), ()))
+        parts = value.values() if isinstance(value, dict) else value
+        parts = parts if isinstance(value, dict | list) else ()
+        allowed, hint = _ALLOWED.get(key, ((None, False), ""))
+        if types:
+            holds = type(value) in types and all(type(part) in items for part in parts)
+            expected = " or ".join(JSON_NAMES[kind] for kind in types)
+            expected += f" of {JSON_NAMES[items[-1]]}s" if items else ""
+        else:
+            holds = key in _FREE or shown(value) in map(shown, allowed)
+            expected = f"one of {list(allowed)}"
+        if not holds:
+            raise CardFileError(
+                key, expected, shown(value), hint or "only plain LoRA can be a card"
+            )
+    if config.get("lora_dropout", 0) > 1:
+        raise CardFileError("lora_dropout", "a number <= 1", config["lora_dropout"])
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     pattern = config.get("layers_pattern")
-    if (pattern and layers is None) or (layers is not None and isinstance(targets, str)):
+    is_pattern = isinstance(targets, str)
+    if (layers is None and pattern) or (is_pattern and (layers, pattern) != (None, None)):
         expected = "a list of target_modules where layers_to_transform chooses layers"
         raise CardFileError("layers", expected, shown((targets, layers, pattern)))
 
@@ -237,8 +328,10 @@ def _targeted(config: Config, module: str) -> bool:
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if excluded and _named(excluded, module):
         return False
-    if targets is None or str(targets).lower() == ALL_LINEAR:
-        return True  # the model decided when the adapter was made
+    if targets is None:
+        targets = [module.rpartition(".")[2]]  # by the model's type, as the adapter was made
+    if str(targets).lower() == ALL_LINEAR:
+        return True
     layers = config.get("layers_to_transform")
     named = _named(targets, module)
     if layers in (None, []) or module in targets or not named:
@@ -261,8 +354,8 @@ def _named(rule: str | list[str], module: str) -> bool:
     return True in [matches(module, key) for key in rule]
 
 
-def _config(card: LoRACard) -> dict[str, Any]:
-    """Return the configuration with which PEFT computes what the card does."""
+def _config(card: LoRACard, exact: bool) -> tuple[dict[str, Any], Pairs]:  # noqa: FBT001
+    """Return the configuration and the factors with which PEFT computes what the card does."""
     where = f"card {card.name!r}"
     if not card.weights or "" in card.weights:
         expected = "at least one module, each with a name"
@@ -272,17 +365,10 @@ def _config(card: LoRACard) -> dict[str, Any]:
         expected = f"targets that match {shown(unused)}"
         hint = "target them, or drop them: the card does not apply them, PEFT would"
         raise CardError(f"{where}: target_modules", expected, card.target_modules, hint)
-    ranks, alphas = {}, {}
-    for module, pair in card.weights.items():
-        pattern = f"^{re.escape(module)}"  # of this module, and of none whose name ends like it
-        if pair.rank != card.rank:
-            ranks[pattern] = pair.rank
-        if card.alpha / pair.rank != pair.scaling:
-            product = (pair.scaling or 0.0) * pair.rank  # a card's pairs have a scaling
-            alphas[pattern] = _whole(finite(product, f"{where}: {module!r}: scaling · rank"))
     carried = card.metadata.get("peft")
     carried = carried if isinstance(carried, dict) else {}
-    return {
+    settings, weights = (None if exact else _common_scaling(card)) or _patterns(card, where)
+    config = {
         **{key: carried[key] for key in _CARRIED if key in carried},
         "peft_type": "LORA",
         "base_model_name_or_path": card.base_model,
@@ -292,9 +378,58 @@ def _config(card: LoRACard) -> dict[str, Any]:
         "r": card.rank,
         "lora_alpha": _whole(card.alpha),
         "target_modules": list(card.weights),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        **settings,
     }
+    with naming(f"{where}: metadata: peft"):
+        _check_plain(config)
+    return config, weights
+
+
+def _patterns(card: LoRACard, where: str) -> tuple[dict[str, Any], Pairs]:
+    """Return settings of a rank and a scaling for each module, and the factors as they are."""
+    ranks, alphas = {}, {}
+    for module, pair in card.weights.items():
+        pattern = f"^{re.escape(module)}"  # of this module, and of none whose name ends like it
+        if pair.rank != card.rank:
+            ranks[pattern] = pair.rank
+        if card.alpha / pair.rank != pair.scaling:
+            product = (pair.scaling or 0.0) * pair.rank  # a card's pairs have a scaling
+            alphas[pattern] = _whole(finite(product, f"{where}: {module!r}: scaling · rank"))
+    weights = {module: (pair.A, pair.B) for module, pair in card.weights.items()}
+    return {"rank_pattern": ranks, "alpha_pattern": alphas}, weights
+
+
+def _common_scaling(card: LoRACard) -> tuple[dict[str, Any], Pairs] | None:
+    """Return settings of one rank and one scaling, and the factors that go with them.
+
+    Where the scalings differ, the common one is a power of two, so that B is rounded only once.
+    None says that a product would leave the range of B's dtype.
+    """
+    scalings = {pair.scaling or 0.0 for pair in card.weights.values()}
+    common = max(map(abs, scalings))
+    if scalings != {common} or common == 0:
+        common = math.ldexp(0.5, math.frexp(common)[1])
+    weights: Pairs = {}
+    for module, pair in card.weights.items():
+        b, factor = pair.B, (pair.scaling or 0.0) / common
+        if factor != 1:
+            with np.errstate(all="ignore"):
+                product = b.astype(np.float64) * factor
+                b = product.astype(pair.dtype)
+                error = np.linalg.norm(b.astype(np.float64) - product)
+                bound = float(finfo(pair.dtype).eps) * np.linalg.norm(product)
+            if not error <= bound or factor * common != pair.scaling:
+                return None
+        zeros = (0, card.rank - pair.rank)
+        weights[module] = np.pad(pair.A, ((0, 0), zeros)), np.pad(b, (zeros, (0, 0)))
+    is_rslora = card.alpha / card.rank != common == card.alpha / math.sqrt(card.rank)
+    is_alpha = is_rslora or card.alpha / card.rank == common
+    alpha = card.alpha if is_alpha else common * card.rank
+    if not math.isfinite(alpha):
+        return None
+    return {"use_rslora": is_rslora, "lora_alpha": _whole(alpha)}, weights
 
 
 def _whole(number: float) -> int | float:

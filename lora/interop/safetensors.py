@@ -19,8 +19,14 @@ import numpy as np
 from lora.card import Array, FrozenJSON, LoRACard, LowRank, check_card
 from lora.checks import finite, parse_json
 from lora.errors import ArgumentError, CardFileError, shown
-from lora.files import PathLike, as_path, digest, naming, replacing
+from lora.files import PathLike, as_path, digest, naming, os_errors, replacing
 from lora.interop.weights import open_safetensors
+
+CONFIG = "adapter_config.json"
+"""Beside the tensors in the folders of PEFT and mlx-lm."""
+
+MAX_CONFIG_BYTES = 2**24
+"""A larger configuration is not read."""
 
 LAYOUTS = ("linear", "matrix")
 """``lora_a (r, in)``, ``lora_b (out, r)``; and ``lora_a (in, r)``, ``lora_b (r, out)``."""
@@ -30,6 +36,25 @@ Header = Mapping[str, str]
 
 _CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[ab])(?:\.weight)?")
+
+_FOREIGN = {
+    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "vera_": "VeRA",
+    "ia3": "IA³",
+    "prompt_embeddings": "prompt tuning",
+    "prefix_encoder": "prefix tuning",
+    "lora_unet_": "kohya's form",
+    "lora_te": "kohya's form",
+    ".lora_down": "kohya's form",
+    ".lora.": "diffusers' form",
+    "unet.": "diffusers' form",
+    "transformer.transformer_blocks": "diffusers' form",
+    "text_encoder": "diffusers' form",
+}
+"""What a tensor belongs to that is no factor of a card, by a part of its name."""
 
 
 def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") -> str:
@@ -106,9 +131,12 @@ def load_safetensors(
         raise ArgumentError("layout", f"one of {LAYOUTS}", shown(layout))
     pairs, header = read_pairs(path, _KEY)
     with naming(path):
+        if "lora.alpha" not in header:
+            header = {**_beside(path.parent), **header}
         alpha = _stated(header, "alpha", float, alpha)
         if alpha is None:
-            raise CardFileError("alpha", "a number in the header", "none", "pass alpha=")
+            expected, hint = "a number in the header", "say it: alpha=, on the command line --alpha"
+            raise CardFileError("alpha", expected, "none", hint)
         rank = _stated(header, "rank", int)
         stated = header.get("lora.layout")
         if layout and stated not in (None, layout):
@@ -140,12 +168,18 @@ def read_pairs(
         advice: What to do about a name that does not match, by a part of the name.
     """
     names: dict[str, dict[str, str]] = {}
+    adapters: set[str | None] = set()
     with open_safetensors(path, CardFileError) as file, naming(path):
         for name in sorted(file.keys()):
             where = f"tensor {shown(name)}"
             if (match := key.fullmatch(name)) is None:
+                form = next((form for part, form in _FOREIGN.items() if part in name), "")
                 hint = next((text for part, text in advice.items() if part in name), "")
-                raise CardFileError(where, "a factor A or B of a Linear", "something else", hint)
+                if form:
+                    hint = f"{form} can't be a card: use lora extract on a model it is merged into"
+                problem = form or "something else"
+                raise CardFileError(where, "a factor A or B of a Linear", problem, hint)
+            adapters.add(match.groupdict().get("adapter"))
             module, factor = match["module"] or "", match["factor"].upper()
             if names.setdefault(module, {}).setdefault(factor, name) != name:
                 raise CardFileError(f"module {shown(module)}", f"one factor {factor}", "two")
@@ -154,6 +188,9 @@ def read_pairs(
             if dtype not in _CODES.values() or len(shape) != 2:
                 expected = f"two dimensions and a dtype of {', '.join(_CODES)}"
                 raise CardFileError(where, expected, f"shape {shape} of {dtype}")
+        if len(adapters - {None}) > 1:
+            expected = "the factors of one adapter"
+            raise CardFileError("tensors", expected, f"those of {shown(adapters)}")
         for module, factors in names.items():
             if len(factors) < 2:
                 where = f"module {shown(module)}"
@@ -207,6 +244,37 @@ def fields_of(header: Header) -> dict[str, Any]:
     }
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration in a folder."""
+    path = folder / CONFIG
+    with naming(path):
+        with os_errors(path), path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise CardFileError("size", f"at most {MAX_CONFIG_BYTES} bytes", "more")
+        return parse_json(text, "configuration", dict)
+
+
+def _beside(folder: Path) -> dict[str, str]:
+    """Return what mlx-lm's configuration in a file's folder says, as fields of a header.
+
+    mlx-lm computes ``scale · (x @ lora_a) @ lora_b``, so alpha is ``scale · rank``.
+    """
+    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    if "lora_parameters" not in config:
+        return {}
+    parameters = config["lora_parameters"]
+    numbers = parameters if isinstance(parameters, dict) else {}
+    rank, scale = numbers.get("rank"), finite(numbers.get("scale"), f"{CONFIG}: scale")
+    if type(rank) is not int or config.get("fine_tune_type", "lora") != "lora":
+        expected = "fine_tune_type lora with an integer rank"
+        raise CardFileError(f"{CONFIG} of mlx-lm", expected, shown(config))
+    fields = {"lora.layout": "matrix", "rank": str(rank), "alpha": repr(scale * rank)}
+    if "alpha" in numbers:
+        del fields["alpha"]  # releases of early 2024 also multiplied by alpha / rank
+    return fields
+
+
 def _json(header: Header, key: str, default: Any) -> Any:
     """Return a header field that is JSON of the default's type; the default if it is missing."""
     if key not in header:
@@ -224,8 +292,8 @@ def _stated(header: Header, key: str, kind: type, argument: Any = None) -> Any:
     except ValueError as error:
         raise CardFileError(f"header: {key}", f"{kind.__name__}", shown(text)) from error
     if argument not in (None, value):
-        hint = "leave the argument out"
-        raise CardFileError(key, f"the header's {shown(text)}", shown(argument), hint)
+        expected = f"{shown(text)}, as the file or a configuration beside it says"
+        raise CardFileError(key, expected, shown(argument), "leave the argument out")
     return value
 
 

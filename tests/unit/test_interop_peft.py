@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, StoreError
 from lora.interop import peft
-from lora.interop.peft import CONFIG, MAX_CONFIG_BYTES, PICKLE, WEIGHTS, export_peft, import_peft
+from lora.interop.peft import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft
+from lora.interop.safetensors import MAX_CONFIG_BYTES
 from lora.testing.plugin import requirement
 
 PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q"]}
@@ -185,7 +186,7 @@ OTHER = {"base_model.model.q.lora_B.weight": B.astype("f8")}
         ({**factors(), "base_model.model.pooler.weight": A}, "something else"),
         ({"m.0.q.lora_A.weight": A, "m.0.q.lora_B.weight": B}, "base_model.model."),
         ({**factors(), f"{PREFIX}lora_A.default.weight": A}, "two"),
-        ({f"{PREFIX}lora_A.a.weight": A, f"{PREFIX}lora_B.b.weight": B}, "something else"),
+        ({f"{PREFIX}lora_A.a.weight": A, f"{PREFIX}lora_B.b.weight": B}, "one adapter"),
         ({**factors(), f"{PREFIX}lora_B.weight": B[:, :1]}, "module 'm.0.q': factor B"),
         ({**factors(), f"{PREFIX}lora_A.weight": A[..., None]}, "two dimensions"),
         ({**factors(), f"{PREFIX}lora_A.weight": A[:, :0]}, "non-empty"),
@@ -241,7 +242,7 @@ def config_of(folder):
 def test_a_card_becomes_a_directory(tmp_path):
     plain = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
     kept = {"peft": {**plain, "use_rslora": True, "peft_version": "9"}}
-    export_peft(card(metadata=kept, base_model="some/base"), tmp_path / "docs")
+    export_peft(card(metadata=kept, base_model="some/base"), tmp_path / "docs", exact=True)
     assert files_in(tmp_path) == ["docs"]
     assert files_in(tmp_path / "docs") == [CONFIG, WEIGHTS]
     config = config_of(tmp_path / "docs")
