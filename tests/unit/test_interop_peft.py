@@ -1,7 +1,10 @@
 """Reading and writing PEFT directories: what is refused, and what the error says."""
 
+import itertools
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -362,6 +365,89 @@ def test_no_reader_sees_new_weights_beside_an_old_configuration(tmp_path, monkey
     with pytest.raises(StoreError, match="disk full"):
         export_peft(card(), tmp_path / "new")
     assert files_in(tmp_path / "new") == []
+
+
+STEPS = frozenset(("os.rename", "os.remove", "os.mkdir", "open"))
+"""What a process does to a folder, as Python's audit hooks call it."""
+
+
+def killed_at(step, new, folder):
+    """Export in a child that kills itself before its n-th step; tell whether it did."""
+    pid = os.fork()
+    if pid == 0:
+        steps = itertools.count(1)
+
+        def hook(event, _):
+            if event in STEPS and next(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        export_peft(new, folder, overwrite=True)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def pair_in(folder):
+    """What a reader takes: configuration and weights, the pickle where there are no others."""
+    if not (folder / CONFIG).exists():
+        return None
+    files = [folder / WEIGHTS, folder / PICKLE]
+    weights = next((path.read_bytes() for path in files if path.exists()), None)
+    return weights and ((folder / CONFIG).read_bytes(), weights)
+
+
+def folder_of(case, place):
+    """A folder to export to: new, an adapter in safetensors, or one in a pickle."""
+    if case != "new":
+        export_peft(card(scaling=3.0), place)
+        (place / "README.md").write_text("mine")
+    if case == "pickle":
+        (place / WEIGHTS).rename(place / PICKLE)
+    return place
+
+
+@requirement("R23.2")
+@pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["new", "safetensors", "pickle"])
+def test_an_export_killed_at_any_step_leaves_one_adapter_or_none_and_is_repeated(
+    tmp_path, case, twice
+):
+    """Killed at each step; and where `twice`, each repetition is killed at each step, too."""
+    before = None if case == "new" else pair_in(folder_of(case, tmp_path / "old"))
+    new = card(scaling=7.0)
+    export_peft(new, tmp_path / "new")
+    after, kills = pair_in(tmp_path / "new"), 0
+    kept = {"new": [], "safetensors": ["README.md"], "pickle": ["README.md", PICKLE]}[case]
+    for first in itertools.count(1):
+        for second in itertools.count(1):
+            place = folder_of(case, tmp_path / f"{first}.{second}")
+            was_killed = killed_at(first, new, place)
+            assert pair_in(place) in (before, None, after)
+            again = was_killed and twice and killed_at(second, new, place)
+            assert pair_in(place) in (before, None, after)
+            kills += was_killed + again
+            export_peft(new, place, overwrite=True)
+            assert pair_in(place) == after
+            assert files_in(place) == sorted([*kept, CONFIG, WEIGHTS])
+            if not again:
+                break
+        if not was_killed:
+            break
+    assert kills >= (200 if twice else 10)
+
+
+@requirement("R23.2")
+@pytest.mark.parametrize("step", range(1, 20))
+def test_what_a_killed_export_moved_aside_comes_back_if_the_next_one_fails(
+    tmp_path, monkeypatch, step
+):
+    folder = folder_of("safetensors", tmp_path / "docs")
+    killed_at(step, card(scaling=7.0), folder)
+    monkeypatch.setattr(peft, "write_tensors", fail)
+    with pytest.raises(StoreError, match="disk full"):
+        export_peft(card(scaling=5.0), folder, overwrite=True)
+    assert files_in(folder) == ["README.md", CONFIG, WEIGHTS]
+    assert import_peft(folder).weights["m.0.q"].scaling in (3.0, 7.0)
 
 
 @requirement("R23.2")
