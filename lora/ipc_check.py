@@ -24,6 +24,12 @@ _ENDIANNESS, _METADATA, _KEY = 0, 2, 0  # fields of Schema and KeyValue
 _HEADER_TYPE, _HEADER, _BODY, _RECORD_BATCH = 1, 2, 3, 3  # fields of Message, and the union's tag
 _LENGTH, _BUFFERS, _COMPRESSION = 0, 2, 3  # fields of RecordBatch
 
+_OTHER_FORMATS = {
+    b"GGUF": ("GGUF of llama.cpp", "use lora convert on the PEFT folder that it was made from"),
+    b"PK\x03\x04": ("a PyTorch pickle or another ZIP archive", "save it as safetensors"),
+}
+"""The first bytes of files that are taken for cards -> (what they are, what to do)."""
+
 Bytes: TypeAlias = bytes | memoryview
 
 
@@ -78,7 +84,9 @@ def _batch_message(data: Bytes) -> tuple[Bytes, int]:
     """Check the footer and return the record batch's message and the length of its body."""
     size = len(data)
     if size < _HEAD + _TAIL or bytes(data[:6]) != MAGIC or bytes(data[-6:]) != MAGIC:
-        raise CardFileError("card file", "an Arrow IPC file", f"{size} bytes that are not one")
+        contents = (f"{size} bytes that are not one", "")
+        contents, hint = _OTHER_FORMATS.get(bytes(data[:4]), contents)
+        raise CardFileError("card file", "an Arrow IPC file", contents, hint)
     footer_size = _read("<i", data, size - _TAIL)
     if not 0 < footer_size <= size - _HEAD - _TAIL:
         raise CardFileError("card file: footer", "a length within the file", footer_size)

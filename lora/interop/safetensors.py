@@ -129,7 +129,7 @@ def load_safetensors(
         finite(alpha, "alpha", ArgumentError)
     if layout not in (None, *LAYOUTS):
         raise ArgumentError("layout", f"one of {LAYOUTS}", shown(layout))
-    pairs, header = read_pairs(path, _KEY)
+    pairs, header = read_pairs(path, _KEY, {"lora_": "of PEFT? import its folder instead"})
     with naming(path):
         if "lora.alpha" not in header:
             header = {**_beside(path.parent), **header}

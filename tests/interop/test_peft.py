@@ -268,7 +268,7 @@ RULES = [
 NAMES = [name for name, _ in small(bert).named_modules() if name]
 NAMES += "layer.0.query 0.query h.0.query layer.1.experts.0.query query a.1 b.3.1".split()
 NAMES += "x.layer.0.mlp.1.query xlayer.0.query x.1.layer.0.query a.b.3.q.proj".split()
-NAMES += ["deep.a.b.3.c.q.proj"]
+NAMES += ["deep.a.b.3.c.q.proj", "layer.01.query", "a.b.003.q.proj", "layer.00.query"]
 
 
 @requirement("R23.1")

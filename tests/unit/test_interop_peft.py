@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from ml_dtypes import finfo
+from safetensors.numpy import load_file, save_file
 
-from lora.card import LoRACard, LowRank
+from lora.card import DTYPES, LoRACard, LowRank
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, StoreError
+from lora.extract import MinEnergy, extract_delta
 from lora.interop import peft
 from lora.interop.peft import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft
 from lora.interop.safetensors import MAX_CONFIG_BYTES
+from lora.merging import merge
 from lora.testing.plugin import requirement
 
+RNG = np.random.default_rng(0)
 PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q"]}
 PREFIX = "base_model.model.m.0.q."
 
@@ -312,6 +316,97 @@ def test_a_link_to_a_folder_is_followed(tmp_path):
     export_peft(card(scaling=7.0), tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert import_peft(tmp_path / "docs").weights["m.0.q"].scaling == 7.0
+
+
+def random_card(seed, modules=("a.q", "a.v"), rank=4, scaling=None, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for index, module in enumerate(modules):
+        r = rank if isinstance(rank, int) else rank[index]
+        factors = (rng.normal(size=shape).astype(DTYPES[dtype]) for shape in ((6, r), (r, 5)))
+        value = scaling if scaling is None or isinstance(scaling, float) else scaling[index]
+        weights[module] = LowRank(*factors, value)
+    return LoRACard(f"c{seed}", max(p.rank for p in weights.values()), 8.0, modules, weights)
+
+
+ONE, TWO, OTHER = random_card(1), random_card(2), random_card(3, ("a.q", "b.up"))
+BASE = {f"a.{name}.weight": RNG.normal(size=(5, 6)) for name in "qv"}
+TUNED = {key: weight + RNG.normal(size=(5, 6)) * 0.1 for key, weight in BASE.items()}
+CARDS = {
+    "plain": ONE,
+    "rsLoRA": random_card(4, scaling=8 / np.sqrt(4)),
+    "PEFT's rank_pattern": random_card(5, rank=(2, 4), scaling=(4.0, 2.0)),
+    "an alpha that no number says": random_card(6, rank=3, scaling=0.1),
+    "any scalings": random_card(7, rank=(1, 4), scaling=(-0.3, 1e-9)),
+    "zero": random_card(8, scaling=0.0),
+    "float64": random_card(9, rank=(3, 4), scaling=(0.3, 7.0), dtype="float64"),
+    "float16": random_card(10, rank=(3, 4), scaling=(0.3, 7.0), dtype="float16"),
+    "bfloat16": random_card(11, rank=(3, 4), scaling=(300.0, 0.007), dtype="bfloat16"),
+    "average": merge([ONE, TWO]),
+    "average, rank 4": merge([ONE, TWO], rank=4),
+    "weighted": merge([ONE, TWO], "weighted", [0.7, 0.3]),
+    "cat": merge([ONE, TWO], "cat", [0.7, 0.3]),
+    "ties": merge([ONE, TWO], "ties"),
+    "other modules": merge([ONE, OTHER]),
+    "extracted": extract_delta(BASE, TUNED, 3),
+    "extracted by energy": extract_delta(BASE, TUNED, MinEnergy(0.9)),
+}
+
+
+def read_by(folder, rank_of):
+    """ΔW by module for a reader that knows only r, lora_alpha and use_rslora."""
+    config, tensors = config_of(folder), load_file(folder / WEIGHTS)
+    changes = {}
+    for key, a in tensors.items():
+        if ".lora_A." in key:
+            rank = rank_of(config, a)
+            scaling = config["lora_alpha"] / (np.sqrt(rank) if config["use_rslora"] else rank)
+            b = tensors[key.replace("lora_A", "lora_B")]
+            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            changes[module] = scaling * (b.astype("f8") @ a.astype("f8"))
+    return changes
+
+
+@requirement("R26.7", "R23.4")
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize(
+    "rank_of", [lambda config, _: config["r"], lambda _, a: len(a)], ids=["r", "shape"]
+)
+def test_readers_that_know_one_alpha_and_one_rank_read_the_right_scale(tmp_path, name, rank_of):
+    """One such as vLLM divides by r, one such as llama.cpp by the rank of the tensor."""
+    exported = CARDS[name]
+    export_peft(exported, tmp_path / "docs")
+    assert config_of(tmp_path / "docs")["alpha_pattern"] == {}
+    assert config_of(tmp_path / "docs")["rank_pattern"] == {}
+    changes = read_by(tmp_path / "docs", rank_of)
+    assert changes.keys() == exported.weights.keys()
+    for module, pair in exported.weights.items():
+        a, b = pair.A.astype("f8"), pair.B.astype("f8")
+        error = np.abs(changes[module] - pair.scaling * (a @ b).T)
+        unit = float(finfo(pair.dtype).eps)
+        assert (error <= unit * abs(pair.scaling) * (np.abs(a) @ np.abs(b)).T).all()
+
+
+@requirement("R23.4")
+@pytest.mark.parametrize(
+    ("dtype", "scalings"),
+    [("float16", (1e5, 1e-5)), ("float32", (1e40, 1e-3)), ("float16", (1e-12, 1.0))],
+)
+def test_patterns_are_written_where_b_cannot_hold_the_scaling(tmp_path, dtype, scalings):
+    exported = random_card(1, scaling=scalings, dtype=dtype)
+    export_peft(exported, tmp_path / "docs")
+    assert len(config_of(tmp_path / "docs")["alpha_pattern"]) == 2
+    assert import_peft(tmp_path / "docs").weights == exported.weights
+
+
+@requirement("R26.7")
+def test_task_type_and_base_name_come_along_and_must_be_ones_that_peft_knows(tmp_path):
+    names = {"base_model_name_or_path": "some/base", "task_type": "SEQ_CLS", "revision": "v2"}
+    export_peft(import_peft(written(tmp_path / "docs", **names)), tmp_path / "back")
+    assert names.items() <= config_of(tmp_path / "back").items()
+    for field, value in (("task_type", "MADE_UP"), ("fan_in_fan_out", "yes")):
+        with pytest.raises(CardError, match=rf"metadata: peft: {field}"):
+            export_peft(card(metadata={"peft": {field: value}}), tmp_path / "bad")
 
 
 def fail(*_):

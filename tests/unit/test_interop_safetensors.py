@@ -12,8 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError, CardFileError, CardNotFoundError, StoreError
+from lora.files import load
 from lora.interop import weights
-from lora.interop.safetensors import load_safetensors, save_safetensors
+from lora.interop.peft import import_peft
+from lora.interop.safetensors import CONFIG, load_safetensors, save_safetensors
 from lora.testing.plugin import requirement
 
 RNG = np.random.default_rng(0)
@@ -236,3 +238,105 @@ def test_target_modules_are_those_of_a_card(path):
     for targets in ("query", ["query"], {"query"}):
         assert load_safetensors(path, target_modules=targets).target_modules == ("query",)
     assert "target_modules: expected printable names" in refused(path, target_modules=3)
+
+
+FOREIGN = {
+    "kohya": ["lora_unet_down_blocks_0_to_q.lora_down.weight", "lora_te1_q.alpha"],
+    "diffusers": ["unet.down.0.to_q.lora.down.weight", "text_encoder.q.lora_A.weight"],
+    "LoHa": ["lora_unet_q.hada_w1_a", "base_model.model.q.hada_w2_b"],
+    "LoKr": ["lycoris_q.lokr_w1", "base_model.model.q.lokr_w2_a"],
+    "DoRA": ["q.lora_magnitude_vector", "lora_unet_q.dora_scale"],
+    "VeRA": ["base_model.model.q.vera_lambda_b"],
+    "IA³": ["base_model.model.q.ia3_l"],
+    "prompt tuning": ["prompt_embeddings"],
+    "import its folder": ["base_model.model.q.lora_A.weight", "q.lora_B.default.weight"],
+}
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    ("form", "name"), [(form, name) for form, names in FOREIGN.items() for name in names]
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_another_format_is_refused_by_its_name(path, form, name, beside):
+    tensors_beside = tensors({"zz": pair()}, "linear") if beside else {}
+    save_file({name: np.ones((2, 2), np.float32), **tensors_beside}, path)
+    assert form in refused(path, alpha=8)
+
+
+def mlx(folder, rank=2, sizes=(5, 3), **config):
+    """A folder of mlx-lm, which computes y + scale · (x @ lora_a) @ lora_b."""
+    pairs = {f"model.layers.{i}.self_attn.q_proj": pair(sizes[0], rank, sizes[1]) for i in range(2)}
+    save_file(tensors(pairs, "matrix"), folder / "adapters.safetensors")
+    parameters = {"rank": rank, "scale": 20.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": parameters, **config}
+    (folder / CONFIG).write_text(json.dumps(config))
+    return pairs
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize("sizes", [(5, 3), (2, 2), (2, 7)])
+def test_mlx_lm_states_a_scale_and_no_alpha(tmp_path, sizes):
+    pairs, file = mlx(tmp_path, sizes=sizes), tmp_path / "adapters.safetensors"
+    x = RNG.normal(size=(4, sizes[0]))
+    for card in (load_safetensors(file), load_safetensors(file, alpha=40.0)):
+        for name, each in card.weights.items():
+            theirs = 20.0 * (x @ pairs[name].A.astype("f8")) @ pairs[name].B.astype("f8")
+            change = each.scaling * (x @ each.A.astype("f8") @ each.B.astype("f8"))
+            assert np.allclose(change, theirs, rtol=1e-12, atol=0)
+    assert "40.0" in refused(file, alpha=20)  # its scale is taken for an alpha
+    with pytest.raises(CardFileError, match="mlx-lm"):
+        import_peft(tmp_path)
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"fine_tune_type": "dora"},
+        {"lora_parameters": {"scale": 20.0}},
+        {"lora_parameters": {"rank": 8, "scale": 20.0}},
+        {"lora_parameters": {"rank": 2, "scale": "20"}},
+        {"lora_parameters": 5},
+        {"lora_parameters": {"rank": 2, "alpha": 16, "scale": 10.0}},
+    ],
+)
+def test_mlx_lm_whose_scale_is_not_known_is_refused(tmp_path, config):
+    mlx(tmp_path, **config)
+    assert "adapters.safetensors" in refused(tmp_path / "adapters.safetensors")
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("adapters.npz", "mlx-lm"),
+        ("pytorch_lora_weights.safetensors", "diffusers"),
+        ("head_config.json", "AdapterHub"),
+        ("lora-f16.gguf", "GGUF"),
+        ("law/adapter_config.json", "subfolders"),
+    ],
+)
+def test_a_folder_without_a_peft_configuration_is_named_by_its_files(tmp_path, name, form):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(CardNotFoundError, match=form):
+        import_peft(tmp_path)
+
+
+@requirement("R23.1")
+def test_adapterhub_is_told_by_its_configuration(tmp_path):
+    config = {"config": {"architecture": "lora", "r": 8}, "model_class": "BertAdapterModel"}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(CardFileError, match="AdapterHub"):
+        import_peft(tmp_path)
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize(
+    ("start", "form"), [(b"GGUF", "GGUF"), (b"PK\x03\x04", "pickle"), (b"x", "64 bytes")]
+)
+def test_a_file_that_is_no_card_is_told_by_its_first_bytes(path, start, form):
+    path.write_bytes(start.ljust(64, b"\0"))
+    with pytest.raises(CardFileError, match=form):
+        load(path)
