@@ -40,8 +40,9 @@ class SafetensorsWeights(Mapping[str, Array]):
 
     def __init__(self, path: PathLike) -> None:
         file = as_path(path)
-        if file.is_dir():
-            file = file / (INDEX if (file / INDEX).is_file() else SINGLE)
+        with os_errors(file):
+            if file.is_dir():
+                file = file / (INDEX if (file / INDEX).is_file() else SINGLE)
         if file.name.endswith(".json"):
             self._files = _read_index(file)
         else:
@@ -69,11 +70,12 @@ def open_safetensors(
     path: Path, error: type[LoRAError] = UnsupportedModelError, framework: str = "np"
 ) -> Iterator[Any]:
     """Open a safetensors file, or raise `error` if it is malformed."""
-    if not path.is_file():
-        raise CardNotFoundError(str(path), "a safetensors file", "none")
     try:
-        with os_errors(path), safe_open(path, framework=framework) as file:
-            yield file
+        with os_errors(path):
+            if not path.is_file():
+                raise CardNotFoundError(str(path), "a safetensors file", "none")
+            with safe_open(path, framework=framework) as file:
+                yield file
     except SafetensorError as problem:
         raise error(str(path), "a safetensors file", problem) from problem
 

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 
 import lora
-from lora.errors import CardError, CardFileError, CardNotFoundError, StoreError
+from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, StoreError
 from lora.files import replacing
+from lora.interop.peft import export_peft, import_peft
+from lora.interop.safetensors import load_safetensors, save_safetensors
+from lora.interop.weights import SafetensorsWeights
 from lora.testing.plugin import requirement
 
 
@@ -377,6 +380,50 @@ def test_only_a_regular_file_is_read(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(StoreError):
         lora.load(tmp_path / "loop")
+
+
+class Pathological:
+    """A path-like object whose path is any value, or an error that it raises."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __fspath__(self):
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+PATHS = [b"x", 5, None, ["x"], Pathological(b"x"), Pathological(5), Pathological(OSError("no"))]
+PATHS += [Pathological(ValueError("no")), Pathological(RuntimeError("no")), object()]
+TAKERS = {
+    "load": lora.load,
+    "load, verified": lambda path: lora.load(path, verify="0" * 64),
+    "inspect": lora.inspect,
+    "digest": lora.digest,
+    "save": lambda path: lora.save(a_card(), path),
+    "save_safetensors": lambda path: save_safetensors(a_card(), path),
+    "load_safetensors": load_safetensors,
+    "import_peft": import_peft,
+    "export_peft": lambda path: export_peft(a_card(), path),
+    "SafetensorsWeights": SafetensorsWeights,
+}
+
+
+@requirement("R7.8")
+@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize("path", PATHS, ids=range(len(PATHS)))
+def test_what_is_no_path_is_an_argument_error(taker, path):
+    with pytest.raises(ArgumentError, match=r"path: expected a str or os\.PathLike"):
+        TAKERS[taker](path)
+
+
+@requirement("R7.8")
+@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/y", "a\0b", "\ud800"])
+def test_a_name_that_the_operating_system_does_not_take_is_a_lora_error(tmp_path, taker, name):
+    with pytest.raises((StoreError, CardNotFoundError)):
+        TAKERS[taker](str(tmp_path / name))
 
 
 @requirement("R7.8")

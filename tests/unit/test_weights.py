@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora.errors import CardNotFoundError, UnsupportedModelError
+from lora.errors import CardNotFoundError, StoreError, UnsupportedModelError
 from lora.extract import extract_delta
 from lora.interop.weights import INDEX, SINGLE, SafetensorsWeights
 from lora.testing.plugin import requirement
@@ -84,6 +84,10 @@ def test_an_index_reaches_nothing_outside_its_folder(tmp_path):
     for shard in (f"../{SINGLE}", str(tmp_path / SINGLE)):
         (inside / INDEX).write_text(json.dumps({"weight_map": {next(iter(BASE)): shard}}))
         with pytest.raises(UnsupportedModelError, match="names files beside it"):
+            SafetensorsWeights(inside)
+    for shard, error in (("x" * 300, StoreError), ("a\0b", CardNotFoundError)):
+        (inside / INDEX).write_text(json.dumps({"weight_map": {next(iter(BASE)): shard}}))
+        with pytest.raises(error, match=r"inside/(x|a)"):
             SafetensorsWeights(inside)
 
 
