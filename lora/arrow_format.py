@@ -23,7 +23,6 @@ import pyarrow as pa
 from lora.card import DTYPES, FIELD_KEYS, Array, FrozenJSON, LoRACard, LowRank, check_card
 from lora.checks import parse_json
 from lora.errors import ArgumentError, CardError, CardFileError, shown
-from lora.ipc_check import check_apart
 
 FORMAT_VERSION = (1, 0)
 """Major and minor version of the layout. Any minor version of this major version is read."""
@@ -181,7 +180,7 @@ def _read(batch: pa.RecordBatch) -> tuple[tuple[int, int], LoRACard]:
             rank=int(texts["lora.rank"]),
             alpha=float(texts["lora.alpha"]),
             target_modules=tuple(targets),
-            weights=_weights(batch, texts["lora.dtype"]),
+            weights=_pairs_in(batch, texts["lora.dtype"]),
             metadata=parse_json(texts["lora.metadata"], "card table: lora.metadata", dict),
             base_model=texts.get("lora.base_model"),
             base_fingerprint=texts.get("lora.base_fingerprint"),
@@ -204,7 +203,7 @@ def _version(texts: dict[str, str]) -> tuple[int, int]:
     return int(version[1]), int(version[2])
 
 
-def _weights(batch: pa.RecordBatch, dtype: str) -> dict[str, LowRank]:
+def _pairs_in(batch: pa.RecordBatch, dtype: str) -> dict[str, LowRank]:
     if dtype not in DTYPES:
         raise CardFileError("card table: lora.dtype", f"one of {', '.join(DTYPES)}", shown(dtype))
     names, scalings, *columns = _columns(batch, dtype)
@@ -247,8 +246,10 @@ def _columns(batch: pa.RecordBatch, dtype: str) -> list[pa.Array]:
         if any(part.null_count for part in (storage, *lists, *(part.values for part in lists))):
             raise CardFileError(where, "no nulls", "nulls")
         columns.append(storage)
-        buffers += [buffer for buffer in storage.buffers() if buffer is not None]
-    check_apart(((buffer.address, buffer.size) for buffer in buffers), "card table: buffers")
+        buffers += [buffer for buffer in storage.buffers() if buffer]
+    spans = sorted((buffer.address, buffer.address + buffer.size) for buffer in buffers)
+    if any(end > start for (_, end), (start, _) in pairwise(spans)):
+        raise CardFileError("card table: buffers", "separate bytes for each", "two that overlap")
     return columns
 
 

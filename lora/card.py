@@ -241,7 +241,7 @@ class LoRACard:
             rank=int(rank),
             alpha=alpha,
             target_modules=_targets(self.target_modules, f"{where}: target_modules"),
-            weights=_weights(self.weights, int(rank), alpha, where),
+            weights=_scaled_pairs(self.weights, int(rank), alpha, where),
             metadata=FrozenJSON(self.metadata, f"{where}: metadata"),
             extra=extra,
         )
@@ -436,7 +436,7 @@ def _targets(targets: Iterable[str] | str, where: str) -> tuple[str, ...]:
     return tuple(sorted(names)) if isinstance(targets, set | frozenset) else names
 
 
-def _weights(
+def _scaled_pairs(
     weights: Mapping[str, LowRank], rank: int, alpha: float, where: str
 ) -> Mapping[str, LowRank]:
     """Return the pairs with their scalings, sorted by module."""
@@ -459,14 +459,15 @@ def _weights(
     return MappingProxyType(dict(sorted(pairs.items())))
 
 
-def _check_nesting(value: object, where: str, depth: int = 0) -> None:
-    """Refuse keys that JSON would turn into text, and values nested too deep."""
-    if depth > MAX_DEPTH:
+def _check_nesting(value: object, where: str, level: int = 1) -> None:
+    """Refuse keys that JSON would turn into text, and containers nested too deep."""
+    if not isinstance(value, Mapping | list | tuple):
+        return
+    if level > MAX_DEPTH:
         raise CardError(where, f"at most {MAX_DEPTH} levels of nesting", "more")
-    items: Iterable[object] = value if isinstance(value, list | tuple) else ()
     if isinstance(value, Mapping):
         for key in value:
             _require(isinstance(key, str), where, "a JSON object with text keys", key)
-        items = value.values()
-    for item in items:
-        _check_nesting(item, where, depth + 1)
+        value = value.values()
+    for item in value:
+        _check_nesting(item, where, level + 1)

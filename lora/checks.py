@@ -7,27 +7,16 @@ import json
 import math
 import operator
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from numbers import Complex, Real
-from types import MappingProxyType, NoneType
 from typing import Any, TypeVar
 
 from lora.errors import ArgumentError, CardError, CardFileError, LoRAError, shown
 
 T = TypeVar("T")
 
-JSON_NAMES: Mapping[type, str] = MappingProxyType(
-    {
-        bool: "boolean",
-        int: "integer",
-        float: "number",
-        str: "string",
-        list: "array",
-        dict: "object",
-        NoneType: "null",
-    }
-)
+JSON_NAMES = {int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 """What JSON calls the types that Python reads its values as."""
 
 _REFUSED = (bool, str, bytes, bytearray)  # although float() takes them

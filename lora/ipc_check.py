@@ -9,8 +9,6 @@ Requirements: R7.
 """
 
 import struct
-from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 from lora.errors import CardFileError
@@ -132,19 +130,11 @@ def _check_batch(message: Bytes, body: int, row_bytes: int) -> None:
     rows = batch.number("<q", _LENGTH)
     if rows < 0 or rows * row_bytes > body:
         raise CardFileError(where, f"rows that {body} bytes can hold", rows)
-    spans = [struct.unpack_from("<qq", batch.data, at) for at in batch.vector(_BUFFERS, 16)]
-    for offset, length in spans:
+    for at in batch.vector(_BUFFERS, 16):
+        offset, length = struct.unpack_from("<qq", batch.data, at)
         if offset < 0 or length < 0 or offset + length > body:
             expected = f"a span within {body} bytes"
             raise CardFileError("card file: buffer", expected, (offset, length))
-    check_apart(spans, "card file: buffers")
-
-
-def check_apart(spans: Iterable[tuple[int, int]], where: str) -> None:
-    """Refuse buffers, each a start and a length, that share a byte."""
-    ordered = sorted((start, start + length) for start, length in spans if length)
-    if any(end > start for (_, end), (start, _) in pairwise(ordered)):
-        raise CardFileError(where, "separate bytes for each", "two that overlap")
 
 
 def _root(data: Bytes) -> _Table:

@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -77,54 +76,60 @@ _FORMATS = {
 """A key of a configuration, or the name of a file -> (what the folder holds, the way to go)."""
 
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_FLAG, _NAMES, _SETTINGS = (True, False), (None, str, (list, str)), (None, dict)
 
-_INITIALISED = "it changed the base: save with path_initial_model_for_weight_conversion"
-
-_ALLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "peft_type": (("LORA",), "no other method can be a card: if it can be merged, " + _MERGE),
-    "task_type": ((None, *_TASKS), "PEFT knows no other"),
-    "bias": (("none",), "trained biases can't be a card"),
-    "init_lora_weights": (
-        (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
-        _INITIALISED + " to get plain LoRA",
-    ),
-    "use_dora": ((False, None), "DoRA can't be a card: " + _MERGE),
-    "modules_to_save": ((None, []), _WHOLE),
-    "target_parameters": ((None, []), ""),
-    "layer_replication": ((None, []), ""),
-    "trainable_token_indices": ((None, {}), ""),
-    **dict.fromkeys(
-        ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
-        ((None,), ""),
-    ),
-}
-"""Field -> (the values that plain LoRA has there, what to do about another)."""
-
-_FREE = frozenset(
-    ("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version")
-).union(("qalora_group_size", "revision", "runtime_config"))
-"""Fields that may have any value: PEFT computes the same with it."""
-
-
-_KINDS: Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
-    "r": ((int,), ()),
-    "lora_alpha": ((int, float), ()),
-    "lora_dropout": ((int, float), ()),
-    "rank_pattern": ((dict,), (int,)),
-    "alpha_pattern": ((dict,), (int, float)),
-    "use_rslora": ((bool,), ()),
-    "fan_in_fan_out": ((bool,), ()),
-    "target_modules": ((str, list, NoneType), (str,)),
-    "exclude_modules": ((str, list, NoneType), (str,)),
-    "layers_pattern": ((str, list, NoneType), (str,)),
-    "layers_to_transform": ((int, list, NoneType), (int,)),
+_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "rank_pattern": ((dict, int),),
+    "alpha_pattern": ((dict, int, float),),
+    "use_rslora": _FLAG,
+    "fan_in_fan_out": _FLAG,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "layers_to_transform": (None, int, (list, int)),
+    "peft_type": ("LORA",),
+    "task_type": (None, *_TASKS),
+    "bias": ("none",),
+    "init_lora_weights": (*_FLAG, None, "gaussian", "eva", "orthogonal", "mica"),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, {}),
+    # variants of LoRA
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
     # read where an adapter is made, not where it is applied
-    "loftq_config": ((dict, NoneType), tuple(JSON_NAMES)),
-    "eva_config": ((dict, NoneType), tuple(JSON_NAMES)),
-    "corda_config": ((dict, NoneType), tuple(JSON_NAMES)),
-    "lora_ga_config": ((dict, NoneType), tuple(JSON_NAMES)),
+    "loftq_config": _SETTINGS,
+    "eva_config": _SETTINGS,
+    "corda_config": _SETTINGS,
+    "lora_ga_config": _SETTINGS,
+    # not read, or of no effect on what is computed
+    "auto_mapping": (...,),
+    "base_model_name_or_path": (...,),
+    "inference_mode": (...,),
+    "megatron_core": (...,),
+    "peft_version": (...,),
+    "qalora_group_size": (...,),
+    "revision": (...,),
+    "runtime_config": (...,),
 }
-"""Field -> (the types of its value, the types of the items in a list or an object)."""
+"""Field -> what it may be in plain LoRA: a value, a type, a container with the types of its items,
+or anything. A field that is not listed, known to PEFT today or not, must be null or false."""
+
+_HINTS = {
+    "peft_type": "no other method can be a card: if it can be merged, " + _MERGE,
+    "bias": "trained biases can't be a card",
+    "init_lora_weights": "it changed the base: to get plain LoRA, save with "
+    "path_initial_model_for_weight_conversion",
+    "use_dora": "DoRA can't be a card: " + _MERGE,
+    "modules_to_save": _WHOLE,
+}
 
 _CARD_FIELDS = frozenset(("r", "lora_alpha", "rank_pattern", "alpha_pattern")).union(
     ("target_modules", "base_model_name_or_path")
@@ -274,23 +279,13 @@ def _recover(folder: Path, *, fresh: bool = False) -> None:
 
 
 def _check_plain(config: Config) -> None:
-    """Refuse another format, what is not plain LoRA, and fields of another kind than PEFT's."""
+    """Refuse what is not plain LoRA, and fields of another kind than PEFT's."""
     for key, value in sorted({"r": None, "lora_alpha": None, **config}.items()):
-        types, items = _KINDS.get(key, ((), ()))
-        parts = value.values() if isinstance(value, dict) else value
-        parts = parts if isinstance(value, dict | list) else ()
-        allowed, hint = _ALLOWED.get(key, ((None, False), ""))
-        if types:
-            holds = type(value) in types and all(type(part) in items for part in parts)
-            expected = " or ".join(JSON_NAMES[kind] for kind in types)
-            expected += f" of {JSON_NAMES[items[-1]]}s" if items else ""
-        else:
-            holds = key in _FREE or shown(value) in map(shown, allowed)
-            expected = f"one of {list(allowed)}"
-        if not holds:
-            raise CardFileError(
-                key, expected, shown(value), hint or "only plain LoRA can be a card"
-            )
+        allowed = _FIELDS.get(key, (None, False))
+        if not any(_is_a(value, alternative) for alternative in allowed):
+            hint = _HINTS.get(key, "only plain LoRA can be a card")
+            expected = " or ".join(map(_called, allowed))
+            raise CardFileError(key, expected, shown(value), hint)
     if config.get("lora_dropout", 0) > 1:
         raise CardFileError("lora_dropout", "a number <= 1", config["lora_dropout"])
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
@@ -299,6 +294,22 @@ def _check_plain(config: Config) -> None:
     if (layers is None and pattern) or (is_pattern and (layers, pattern) != (None, None)):
         expected = "a list of target_modules where layers_to_transform chooses layers"
         raise CardFileError("layers", expected, shown((targets, layers, pattern)))
+
+
+def _is_a(value: object, alternative: Any) -> bool:
+    """Tell whether a JSON value is what an alternative in `_FIELDS` allows."""
+    if isinstance(alternative, tuple):
+        container, *types = alternative
+        parts = list(value.values()) if isinstance(value, dict) else value
+        return type(value) is container and all(type(part) in types for part in parts)
+    is_type = isinstance(alternative, type) and type(value) is alternative
+    return is_type or alternative is ... or shown(value) == shown(alternative)
+
+
+def _called(alternative: Any) -> str:
+    if isinstance(alternative, tuple):
+        return f"{JSON_NAMES[alternative[0]]} of {_called(alternative[-1])}s"
+    return JSON_NAMES[alternative] if isinstance(alternative, type) else json.dumps(alternative)
 
 
 def _scaling(config: Config, module: str, rank: int) -> float:

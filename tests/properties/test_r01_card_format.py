@@ -695,11 +695,14 @@ def test_a_fingerprint_is_64_lower_case_hex_digits_and_nothing_else(hex_digits, 
 @requirement("R1.3")
 @given(
     kinds=st.lists(st.booleans(), min_size=1, max_size=3),
-    depth=st.integers(1, 70) | st.sampled_from([63, 64, 65]),
+    depth=st.integers(2, 70) | st.sampled_from([63, 64, 65]),
+    innermost=st.sampled_from([1, None, [], {}]),
 )
-def test_metadata_may_be_nested_64_levels_deep_in_lists_or_objects_and_no_deeper(kinds, depth):
-    value = 1
-    for level in range(depth - 1):
+def test_metadata_may_be_nested_64_levels_deep_in_lists_or_objects_and_no_deeper(
+    kinds, depth, innermost
+):
+    value = innermost  # an empty list or object is a level, too
+    for level in range(depth - 1 - isinstance(innermost, list | dict)):
         value = [value] if kinds[level % len(kinds)] else {"a": value}
     new_card = {"a": value}  # the object itself is a level
     if depth <= 64:
