@@ -82,8 +82,8 @@ def _batch_message(data: Bytes) -> tuple[Bytes, int]:
     """Check the footer and return the record batch's message and the length of its body."""
     size = len(data)
     if size < _HEAD + _TAIL or bytes(data[:6]) != MAGIC or bytes(data[-6:]) != MAGIC:
-        contents = (f"{size} bytes that are not one", "")
-        contents, hint = _OTHER_FORMATS.get(bytes(data[:4]), contents)
+        unknown = (f"{size} bytes that are not one", "")
+        contents, hint = _OTHER_FORMATS.get(bytes(data[:4]), unknown)
         raise CardFileError("card file", "an Arrow IPC file", contents, hint)
     footer_size = _read("<i", data, size - _TAIL)
     if not 0 < footer_size <= size - _HEAD - _TAIL:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from ml_dtypes import finfo
 
 from lora.card import LoRACard, check_card
 from lora.checks import JSON_NAMES, finite
@@ -188,7 +187,7 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
             name=name or header.get("lora.name") or folder.name,
             rank=max(pair.rank for pair in weights.values()),
             alpha=config["lora_alpha"],
-            target_modules=sorted(set(targets)) if isinstance(targets, list) else tuple(weights),
+            target_modules=tuple(sorted(set(targets)) if isinstance(targets, list) else weights),
             weights=weights,
             base_model=config.get("base_model_name_or_path"),
             **fields,
@@ -296,7 +295,7 @@ def _check_plain(config: Config) -> None:
         raise CardFileError("layers", expected, shown((targets, layers, pattern)))
 
 
-def _is_a(value: object, alternative: Any) -> bool:
+def _is_a(value: Any, alternative: Any) -> bool:
     """Tell whether a JSON value is what an alternative in `_FIELDS` allows."""
     if isinstance(alternative, tuple):
         container, *types = alternative
@@ -429,8 +428,8 @@ def _common_scaling(card: LoRACard) -> tuple[dict[str, Any], Pairs] | None:
             with np.errstate(all="ignore"):
                 product = b.astype(np.float64) * factor
                 b = product.astype(pair.dtype)
-                error = np.linalg.norm(b.astype(np.float64) - product)
-                bound = float(finfo(pair.dtype).eps) * np.linalg.norm(product)
+                error = np.abs(b.astype(np.float64) - product).max()
+                bound = float(np.spacing(np.ones((), pair.dtype))) * np.abs(product).max()
             if not error <= bound or factor * common != pair.scaling:
                 return None
         zeros = (0, card.rank - pair.rank)
