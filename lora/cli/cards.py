@@ -71,6 +71,7 @@ def convert(
     name: str | None = None,
     alpha: float | None = None,
     overwrite: bool = False,
+    exact: bool = False,
 ) -> Result:
     """Convert between a card, a PEFT folder and a safetensors file. The endings say which.
 
@@ -80,6 +81,7 @@ def convert(
         name: Name of the card; the source's if omitted.
         alpha: Of a .safetensors file that does not say it.
         overwrite: Replace a PEFT folder that is there.
+        exact: Of a PEFT folder: write alpha_pattern and rank_pattern, and round nothing.
     """
     from lora.interop.peft import export_peft
     from lora.interop.safetensors import save_safetensors
@@ -91,7 +93,7 @@ def convert(
     elif ending == ".safetensors":
         save_safetensors(card, out)
     else:
-        export_peft(card, out, overwrite=overwrite)
+        export_peft(card, out, overwrite=overwrite, exact=exact)
     facts = {"file": str(out), "name": card.name, "rank": card.rank, "modules": len(card.weights)}
     text = f"{out}: card {card.name}, {len(card.weights)} modules, rank {card.rank}"
     return Result(facts, text)
