@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from lora.card import DTYPES, LoRACard, LowRank
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, StoreError
 from lora.extract import MinEnergy, extract_delta
+from lora.files import save
 from lora.interop import peft
 from lora.interop.peft import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft
 from lora.interop.safetensors import MAX_CONFIG_BYTES
@@ -397,6 +398,15 @@ def test_patterns_are_written_where_b_cannot_hold_the_scaling(tmp_path, dtype, s
     export_peft(exported, tmp_path / "docs")
     assert len(config_of(tmp_path / "docs")["alpha_pattern"]) == 2
     assert import_peft(tmp_path / "docs").weights == exported.weights
+
+
+@requirement("R23.4", "R26.7")
+def test_the_command_line_writes_patterns_only_if_it_is_told_to(tmp_path, here):
+    save(CARDS["any scalings"], tmp_path / "a.arrow")
+    for name, options, count in (("plain", (), 0), ("exact", ("--exact",), 2)):
+        assert here("convert", tmp_path / "a.arrow", "-o", tmp_path / name, *options)[0] == 0
+        assert len(config_of(tmp_path / name)["alpha_pattern"]) == count
+    assert import_peft(tmp_path / "exact").weights == CARDS["any scalings"].weights
 
 
 @requirement("R26.7")

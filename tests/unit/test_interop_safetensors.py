@@ -276,7 +276,7 @@ def mlx(folder, rank=2, sizes=(5, 3), **config):
 
 @requirement("R23.1")
 @pytest.mark.parametrize("sizes", [(5, 3), (2, 2), (2, 7)])
-def test_mlx_lm_states_a_scale_and_no_alpha(tmp_path, sizes):
+def test_mlx_lm_states_a_scale_and_no_alpha(tmp_path, here, sizes):
     pairs, file = mlx(tmp_path, sizes=sizes), tmp_path / "adapters.safetensors"
     x = RNG.normal(size=(4, sizes[0]))
     for card in (load_safetensors(file), load_safetensors(file, alpha=40.0)):
@@ -285,6 +285,13 @@ def test_mlx_lm_states_a_scale_and_no_alpha(tmp_path, sizes):
             change = each.scaling * (x @ each.A.astype("f8") @ each.B.astype("f8"))
             assert np.allclose(change, theirs, rtol=1e-12, atol=0)
     assert "40.0" in refused(file, alpha=20)  # its scale is taken for an alpha
+    for source, options, says in (
+        (file, (), ""),
+        (file, ("--alpha", "20"), "40.0"),
+        (tmp_path, (), "mlx-lm"),
+    ):
+        status, _, problem = here("convert", source, "-o", tmp_path / "x.arrow", *options)
+        assert (status, says in problem) == (bool(says), True)
     with pytest.raises(CardFileError, match="mlx-lm"):
         import_peft(tmp_path)
 
