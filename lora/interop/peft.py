@@ -35,7 +35,7 @@ from lora.targets import ALL_LINEAR, match_targets, matches
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _NEW_CONFIG, _NEW_WEIGHTS = f".{CONFIG}.tmp", f".{WEIGHTS}.tmp"
-_OLD_CONFIG, _OLD_WEIGHTS = f".{CONFIG}.old", f".{WEIGHTS}.old"
+_OLD = {name: f".{name}.old" for name in (CONFIG, WEIGHTS, PICKLE)}
 
 Config: TypeAlias = Mapping[str, Any]
 
@@ -250,9 +250,9 @@ def export_peft(
                 file.write(json.dumps(config, indent=2, sort_keys=True).encode())
                 with replacing(folder / WEIGHTS, _NEW_WEIGHTS) as weights_file:
                     write_tensors(weights_file, tensors, {"format": "pt", **header_of(card)})
-                    for name, old in (WEIGHTS, _OLD_WEIGHTS), (CONFIG, _OLD_CONFIG):
+                    for name in reversed(_OLD):
                         if (folder / name).exists():
-                            (folder / name).rename(folder / old)
+                            (folder / name).rename(folder / _OLD[name])
         finally:
             _recover(folder, fresh=not files)
 
@@ -260,21 +260,21 @@ def export_peft(
 def _recover(folder: Path, *, fresh: bool = False) -> None:
     """Finish an export, or if it did not get so far, put the old adapter back.
 
-    The old weights are moved aside first and the old configuration second, the new configuration
+    The old weights are moved aside first and the old configuration last, the new configuration
     takes its place last. Killed anywhere, here too, the next call goes on.
     """
     config, weights = folder / CONFIG, folder / WEIGHTS
-    old_config, old_weights = folder / _OLD_CONFIG, folder / _OLD_WEIGHTS
+    old = {name: folder / aside for name, aside in _OLD.items()}
     unfinished = [folder / _NEW_CONFIG, folder / _NEW_WEIGHTS]
     if config.exists() and weights.exists():
-        unfinished += [old_config, old_weights]
-    elif not config.exists() and (fresh or old_config.exists()):
+        unfinished += old.values()
+    elif not config.exists() and (fresh or old[CONFIG].exists()):
         unfinished.append(weights)  # the new ones, without a configuration
     for path in unfinished:
         path.unlink(missing_ok=True)
-    for old, path in (old_config, config), (old_weights, weights):
-        if old.exists():
-            old.rename(path)
+    for name, path in old.items():
+        if path.exists():
+            path.rename(folder / name)
 
 
 def _check_plain(config: Config) -> None:
