@@ -70,6 +70,7 @@ _FORMATS = {
     "head_config.json": _HUB,
     "pytorch_lora_weights.*": ("diffusers' form", "of a diffusion model there is no card"),
     "*.gguf": ("GGUF", "use the PEFT folder that it was converted from"),
+    _OLD[CONFIG]: ("an export that was killed", "export again, with overwrite=True or --overwrite"),
     f"*/{CONFIG}": ("adapters in subfolders", "name one of the subfolders"),
 }
 """A key of a configuration, or the name of a file -> (what the folder holds, the way to go)."""

@@ -9,7 +9,7 @@ Requirements: R7, R23.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -107,16 +107,17 @@ def load_safetensors(
     *,
     name: str | None = None,
     alpha: float | None = None,
-    target_modules: Iterable[str] | str | None = None,
     layout: str | None = None,
 ) -> LoRACard:
     """Read a card from a safetensors file of ``lora_a`` and ``lora_b``.
+
+    Targets are those of the header, else the modules in the file. A configuration of mlx-lm beside
+    the file gives its alpha and layout.
 
     Args:
         path: A safetensors file.
         name: The card's name. Default: the header's, else the file's stem.
         alpha: Needed if the header has none. Factors are multiplied by ``alpha / rank``.
-        target_modules: Default: the header's, else the modules in the file.
         layout: One of `LAYOUTS`. Default: the header's, else the only one in which A and B agree in
             rank, with the largest rank of the header. If both fit, the one in which no rank exceeds
             a dimension.
@@ -144,13 +145,11 @@ def load_safetensors(
         pairs = _oriented(pairs, layout or stated, rank)
         scalings = _json(header, "lora.scalings", {})
         weights = {m: pair_of(m, a, b, scalings.get(m)) for m, (a, b) in pairs.items()}
-        if target_modules is None:
-            target_modules = _json(header, "lora.targets", list(weights))
         return LoRACard(
             name=name or header.get("lora.name") or path.stem,
             rank=rank or max((pair.rank for pair in weights.values()), default=1),
             alpha=alpha,
-            target_modules=target_modules,  # type: ignore[arg-type] # the card takes any iterable
+            target_modules=tuple(_json(header, "lora.targets", list(weights))),
             weights=weights,
             base_model=header.get("lora.base_model"),
             **fields_of(header),
