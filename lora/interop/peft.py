@@ -280,7 +280,7 @@ def _recover(folder: Path, *, fresh: bool = False) -> None:
 
 def _check_plain(config: Config) -> None:
     """Refuse what is not plain LoRA, and fields of another kind than PEFT's."""
-    for key, value in sorted({"r": None, "lora_alpha": None, **config}.items()):
+    for key, value in {"peft_type": None, "r": None, "lora_alpha": None, **config}.items():
         allowed = _FIELDS.get(key, (None, False))
         if not any(_is_a(value, alternative) for alternative in allowed):
             hint = _HINTS.get(key, "only plain LoRA can be a card")

@@ -94,8 +94,6 @@ def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") 
         "lora.scalings": json.dumps(scalings),
         "lora.layout": layout,
     }
-    if card.base_model is not None:
-        header["lora.base_model"] = card.base_model
     with replacing(path) as file:
         write_tensors(file, tensors, header)
         file.flush()
@@ -223,15 +221,15 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Array], metadata: Header
 
 
 def header_of(card: LoRACard) -> dict[str, str]:
-    """Return what the header of every form holds: name, metadata, extra and the fingerprint."""
+    """Return what the header of every form holds: name, metadata, extra, base and fingerprint."""
     header = {
         "lora.name": card.name,
         "lora.metadata": FrozenJSON(card.metadata).text,
         "lora.extra": FrozenJSON(card.extra).text,
+        "lora.base_model": card.base_model,
+        "lora.base_fingerprint": card.base_fingerprint,
     }
-    if card.base_fingerprint is not None:
-        header["lora.base_fingerprint"] = card.base_fingerprint
-    return header
+    return {key: text for key, text in header.items() if text is not None}
 
 
 def fields_of(header: Header) -> dict[str, Any]:

@@ -9,7 +9,20 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.numpy import load_file, save_file
@@ -118,6 +131,35 @@ def test_every_field_of_peft_with_odd_values_gives_its_result_or_is_refused(tmp_
     default = LoraConfig().to_dict().get(field)
     if field not in PLAIN and repr(default) in results:
         assert results[repr(default)] is not None  # neutral values pass
+
+
+METHODS = {
+    "LOHA": LoHaConfig(target_modules=["q"]),
+    "LOKR": LoKrConfig(target_modules=["q"]),
+    "IA3": IA3Config(target_modules=["q"], feedforward_modules=[]),
+    "VERA": VeraConfig(target_modules=["q"]),
+    "OFT": OFTConfig(target_modules=["q"], r=1, oft_block_size=0),
+    "ADALORA": AdaLoraConfig(target_modules=["q"], total_step=10),
+    "use_dora": LoraConfig(target_modules=["q"], use_dora=True),
+    "bias": LoraConfig(target_modules=["q"], bias="lora_only"),
+    "modules_to_save": LoraConfig(target_modules=["k"], modules_to_save=["top"]),
+    "PROMPT_TUNING": PromptTuningConfig(num_virtual_tokens=2, token_dim=4),
+    "PREFIX_TUNING": PrefixTuningConfig(num_virtual_tokens=2, token_dim=4),
+    "P_TUNING": PromptEncoderConfig(num_virtual_tokens=2, token_dim=4),
+}
+
+
+@requirement("R23.1")
+@pytest.mark.parametrize("name", METHODS)
+def test_what_peft_saves_of_another_method_is_refused_by_its_name(tmp_path, name):
+    """A whole folder where the method adapts Linears, the configuration where it adds tokens."""
+    if name.endswith("TUNING"):
+        METHODS[name].save_pretrained(tmp_path)
+    else:
+        get_peft_model(Tiny(), METHODS[name]).save_pretrained(tmp_path)
+    with pytest.raises(CardFileError, match=rf"{name}\b.*;") as caught:
+        import_peft(tmp_path)
+    assert caught.value.hint
 
 
 SOME = {

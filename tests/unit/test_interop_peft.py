@@ -461,20 +461,12 @@ def test_a_failure_to_replace_leaves_both_old_files(tmp_path, monkeypatch, place
 
 
 @requirement("R23.2")
-def test_no_reader_sees_new_weights_beside_an_old_configuration(tmp_path, monkeypatch):
-    export_peft(card(), tmp_path / "docs")
-    replace_file, names = Path.replace, []
-
-    def note(path, to):
-        replace_file(path, to)
-        names.append([name for name in (CONFIG, WEIGHTS) if (to.parent / name).exists()])
-        return to
-
-    monkeypatch.setattr(Path, "replace", note)
-    export_peft(card(scaling=7.0), tmp_path / "docs", overwrite=True)
-    assert names == [[WEIGHTS], [CONFIG, WEIGHTS]]
-    assert files_in(tmp_path / "docs") == [CONFIG, WEIGHTS]
-    monkeypatch.setattr(peft, "write_tensors", fail)
+@pytest.mark.parametrize(
+    ("place", "name", "failure"),
+    [(peft, "write_tensors", fail), (Path, "replace", replace_but_for(CONFIG))],
+)
+def test_a_failure_to_write_leaves_a_new_folder_empty(tmp_path, monkeypatch, place, name, failure):
+    monkeypatch.setattr(place, name, failure)
     with pytest.raises(StoreError, match="disk full"):
         export_peft(card(), tmp_path / "new")
     assert files_in(tmp_path / "new") == []
