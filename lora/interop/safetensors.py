@@ -38,23 +38,16 @@ _CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF1
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[ab])(?:\.weight)?")
 
 _FOREIGN = {
-    "lora_magnitude_vector": "DoRA",
-    "dora_scale": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "vera_": "VeRA",
-    "ia3": "IA³",
-    "prompt_embeddings": "prompt tuning",
-    "prefix_encoder": "prefix tuning",
-    "lora_unet_": "kohya's form",
-    "lora_te": "kohya's form",
-    ".lora_down": "kohya's form",
-    ".lora.": "diffusers' form",
-    "unet.": "diffusers' form",
-    "transformer.transformer_blocks": "diffusers' form",
-    "text_encoder": "diffusers' form",
+    r"lora_magnitude_vector|dora_scale|\.m$": "DoRA",
+    r"\.hada_w": "LoHa",
+    r"\.lokr_w": "LoKr",
+    r"\bvera_": "VeRA",
+    r"\.ia3_l": "IA³",
+    r"^prompt_embeddings": "prompt tuning",
+    r"^lora_(unet|te)|\.lora_(up|down)\.": "kohya's form",
+    r"^(unet|text_encoder\w*)\.|^transformer\.\w*blocks\.|\.lora\.(up|down)\.": "diffusers' form",
 }
-"""What a tensor belongs to that is no factor of a card, by a part of its name."""
+"""What a tensor belongs to that is no factor of a card, by a pattern in its name."""
 
 
 def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") -> str:
@@ -170,7 +163,7 @@ def read_pairs(
         for name in sorted(file.keys()):
             where = f"tensor {shown(name)}"
             if (match := key.fullmatch(name)) is None:
-                form = next((form for part, form in _FOREIGN.items() if part in name), "")
+                form = next((form for part, form in _FOREIGN.items() if re.search(part, name)), "")
                 hint = next((text for part, text in advice.items() if part in name), "")
                 if form:
                     hint = f"{form} can't be a card: use lora extract on a model it is merged into"

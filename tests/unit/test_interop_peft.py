@@ -199,6 +199,7 @@ OTHER = {"base_model.model.q.lora_B.weight": B.astype("f8")}
         ({**factors(), f"{PREFIX}lora_B.bias": A[0]}, "lora_bias"),
         ({**factors(), f"{PREFIX}base_layer.bias": A[0]}, "biases"),
         ({**factors(), "base_model.model.e.lora_embedding_A": A}, "embedding"),
+        ({**factors(), "base_model.model.unet.media3.lora_B.bias": A[0]}, "lora_bias"),
         ({**factors(), "base_model.model.pooler.weight": A}, "something else"),
         ({"m.0.q.lora_A.weight": A, "m.0.q.lora_B.weight": B}, "base_model.model."),
         ({**factors(), f"{PREFIX}lora_A.default.weight": A}, "two"),

@@ -236,7 +236,7 @@ FOREIGN = {
     "diffusers": ["unet.down.0.to_q.lora.down.weight", "text_encoder.q.lora_A.weight"],
     "LoHa": ["lora_unet_q.hada_w1_a", "base_model.model.q.hada_w2_b"],
     "LoKr": ["lycoris_q.lokr_w1", "base_model.model.q.lokr_w2_a"],
-    "DoRA": ["q.lora_magnitude_vector", "lora_unet_q.dora_scale"],
+    "DoRA": ["q.lora_magnitude_vector", "lora_unet_q.dora_scale", "model.q_proj.m"],
     "VeRA": ["base_model.model.q.vera_lambda_b"],
     "IA³": ["base_model.model.q.ia3_l"],
     "prompt tuning": ["prompt_embeddings"],
