@@ -28,8 +28,9 @@ from peft.utils.other import get_pattern_key
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from lora.card import LoRACard, LowRank
 from lora.errors import CardFileError
-from lora.interop.peft import CONFIG, WEIGHTS, import_peft
+from lora.interop.peft import CONFIG, WEIGHTS, export_peft, import_peft
 from lora.testing.plugin import requirement
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT says in warnings what it leaves out
@@ -77,12 +78,16 @@ def theirs(folder, adapter="default"):
 
 
 def ours(folder):
-    """What the card gives in dense float64 arithmetic, or None if it is refused by name."""
+    """What the card gives, or None if it is refused by name."""
     try:
-        card = import_peft(folder)
+        return dense(import_peft(folder))
     except CardFileError as error:
         assert str(folder) in str(error)  # noqa: PT017 - either may happen
         return None
+
+
+def dense(card):
+    """What a card gives in dense float64 arithmetic."""
     outputs = BASE(X).clone()
     for name, pair in card.weights.items():
         a, b = torch.from_numpy(pair.A.astype("f8")), torch.from_numpy(pair.B.astype("f8"))
@@ -227,3 +232,23 @@ def test_folders_of_random_settings_give_what_peft_gives_or_are_refused(tmp_path
         assert result is None or result <= AGREEMENT, (seed, config, result)
         counts["refused" if result is None else "equal"] += 1
     assert counts["equal"] >= least
+
+
+@requirement("R23.2", "R26.7")
+@pytest.mark.parametrize("cards", [40, pytest.param(300, marks=pytest.mark.slow)])
+def test_peft_computes_from_any_exported_card_what_the_card_does(tmp_path, cards):
+    for seed in range(cards):
+        rng = np.random.default_rng(seed)
+        dtype, weights = rng.choice(["f4", "f8"]), {}
+        scales = [[0.7], [0.7, -3.0], [1e-4, 1e3, 0.0], [2.0, 8 / np.sqrt(3)]][seed % 4]
+        for name in rng.permutation(NAMES)[: rng.integers(1, 6)]:
+            rank = int(rng.integers(1, 4))
+            a, b = rng.normal(size=(3, rank)), rng.normal(size=(rank, 4))
+            weights[str(name)] = LowRank(a.astype(dtype), b.astype(dtype), rng.choice(scales))
+        largest = max(pair.rank for pair in weights.values())
+        card = LoRACard("docs", largest, 8.0, tuple(weights), weights)
+        expected = dense(card)
+        for exact in (False, True):
+            export_peft(card, tmp_path / "docs", overwrite=True, exact=exact)
+            gap = (theirs(tmp_path / "docs") - expected).abs().max() / expected.abs().max()
+            assert gap <= AGREEMENT, (seed, exact)
