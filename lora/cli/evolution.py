@@ -48,6 +48,8 @@ def evolve(
     teacher_url: str = "https://api.openai.com/v1",
     key_file: Path | None = None,
     budget: Annotated[int, typer.Option(min=1)] = 100000,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    insecure_http: bool = False,
     dry_run: bool = False,
     model: Model = None,
 ) -> Result:
@@ -60,6 +62,8 @@ def evolve(
         teacher_url: An OpenAI-compatible server.
         key_file: File with the teacher's key.
         budget: Tokens that the teacher may cost in all.
+        max_tokens: Tokens of one answer; a model that reasons first needs more.
+        insecure_http: Allow http:// to another machine; the key can be read on the way.
         dry_run: Say what would be learned; send, train and keep nothing.
     """
     from lora.files import os_errors
@@ -73,10 +77,12 @@ def evolve(
         with os_errors(out):
             out.mkdir(exist_ok=True)
         if ask is not None:
-            teacher = _teacher(ask, teacher_model, teacher_url, key_file, out, budget)
+            options: dict[str, Any] = {"base_url": teacher_url, "max_tokens": max_tokens}
+            options |= {"insecure_http": insecure_http, "cache": out / "asked"}
+            teacher = _teacher(ask, teacher_model, key_file, (out, budget), **options)
     engine, store = lora.ArrowEngine.from_pretrained(model), None if dry_run else out
-    options: dict[str, Any] = {"max_steps": steps, "teacher": teacher, "store": store}
-    distiller = watching(engine, documents, cards=cards, queries=asked, **options)
+    settings: dict[str, Any] = {"max_steps": steps, "teacher": teacher, "store": store}
+    distiller = watching(engine, documents, cards=cards, queries=asked, **settings)
     if dry_run:
         rows = [
             {"task": task.name, "queries": len(task.queries)}
@@ -143,22 +149,27 @@ def _facts(outcome: Any) -> dict[str, Any]:
 
 
 def _line(outcome: Any) -> str:
-    """A line about a task that was worked on."""
+    """A line about a task that was worked on, and one about each failure of a teacher."""
     verdict, reason = outcome.verdict, outcome.figures.get("reason")
     if verdict is not None:
         reason = f"MRR {verdict.gain.before:.3f} -> {verdict.gain.after:.3f}"
-    return f"{'accepted' if outcome.accepted else 'discarded'}: {outcome.task}: {reason}"
+    line = f"{'accepted' if outcome.accepted else 'discarded'}: {outcome.task}: {reason}"
+    failures = outcome.figures.get("failures", ())
+    return "\n".join([line, *(f"  the teacher: {failure}" for failure in failures)])
 
 
-def _teacher(ask: str, name: Any, url: str, key_file: Any, folder: Path, budget: int) -> Any:
+def _teacher(ask: str, model: Any, key_file: Any, ledger: Any, **options: Any) -> Any:
     """The teacher behind a server, and what may be sent to it."""
-    from lora.evolution.teacher import CloudDistiller, Consent, Ledger, OpenAITeacher
+    from lora.evolution.teacher import KINDS, CloudDistiller, Consent, Ledger, OpenAITeacher
     from lora.federation.keys import read_small
 
-    host, _, data = ask.partition(":")
+    host, _, data = ask.rpartition(":")
+    if not host or data not in KINDS:
+        raise ArgumentError("--ask", " or ".join(f"HOST:{kind}" for kind in KINDS), ask)
+    folder, budget = ledger
     key = read_small(key_file).decode("ascii", "replace").strip()
     ledger = Ledger(folder / "ledger.sqlite", budget)
-    teacher = OpenAITeacher(name, ledger, api_key=key, base_url=url, cache=folder / "asked")
+    teacher = OpenAITeacher(model, ledger, api_key=key, **options)
     return CloudDistiller(teacher, consent=Consent(host, [data]))
 
 
@@ -229,7 +240,8 @@ def factory_run(
     console = Console(stderr=True, markup=False)
 
     def report(job: Any) -> None:
-        console.print(f"{job.state}: {job.kind} {job.name}")
+        reason = f": {job.error}" if job.error else ""
+        console.print(f"{job.state}: {job.kind} {job.name}{reason}", soft_wrap=True)
 
     with ExitStack() as stack:
         executor = stack.enter_context(cluster(scheduler)) if scheduler else None

@@ -5,7 +5,7 @@ Its inputs become absolute paths, and its outputs are names in the job's folder,
 Requirements: R19.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,35 @@ from lora.cli.app import INPUTS, ChecksPassed, app, checking
 from lora.errors import ArgumentError, shown
 from lora.evolution.queue import Job
 from lora.evolution.worker import content_id
+from lora.files import load
 
-OUTPUTS = {"out": "card.lora.arrow", "checkpoint": "checkpoint.safetensors", "as_json": True}
+OUTPUTS: dict[str, Any] = {
+    "out": "card.lora.arrow",
+    "checkpoint": "checkpoint.safetensors",
+    "as_json": True,
+}
 """Parameters that the factory sets."""
-
-_OURS = {"-o", "--out", "--checkpoint", "--plot", "--json"}
 
 
 def job_of(arguments: Sequence[str], **limits: Any) -> Job:
     """Check a command line and make a job of it; `limits` are those of `Job.of`."""
+    if not isinstance(arguments, list | tuple) or {*map(type, arguments)} - {str}:
+        raise ArgumentError("job", "a list of the words of a command line", shown(arguments))
     command, *words = arguments or [""]
     if command not in INPUTS:
         raise ArgumentError("job", f"one of the commands {', '.join(INPUTS)}", shown(command))
-    if ours := _OURS.intersection(word.partition("=")[0] for word in words):
-        raise ArgumentError(f"job: {command}", "no output: the factory sets it", ", ".join(ours))
-    known: Any = typer.main.get_command(app)
-    known = known.commands[command]
-    values = _checked(known, command, words) | OUTPUTS
+    group: Any = typer.main.get_command(app)
+    parameters = group.commands[command].params
+    values = _checked(group.commands[command], command, words)
+    for parameter in parameters:
+        is_output = parameter.name in (*OUTPUTS, "plot")
+        if is_output and values[parameter.name] not in (None, False, Path(OUTPUTS["out"])):
+            raise ArgumentError(f"job: {command}", "no output", parameter.opts[0], "leave it out")
+    values |= OUTPUTS
     if values["name"] is None:
         raise ArgumentError(f"job: {command}", "--name, the name of the skill", "none")
     line, inputs = [command], {}
-    for parameter in known.params:
+    for parameter in parameters:
         value = values.get(parameter.name)
         for item in value if isinstance(value, list | tuple) else [value]:
             if parameter.name in INPUTS[command] and item not in (None, "stdlib"):
@@ -45,9 +53,18 @@ def job_of(arguments: Sequence[str], **limits: Any) -> Job:
                 line += _words(parameter, path)
             elif item != parameter.default:
                 line += _words(parameter, item)
-    model = values.get("model") or values.get("base") or ""
-    base = str(model and Path(model).absolute()) or ("embedded" if "model" in values else "")
-    return Job.of(line, values["name"], inputs, base=base, **limits)
+    return Job.of(line, values["name"], inputs, base=_base(values), **limits)
+
+
+def _base(values: Mapping[str, Any]) -> str:
+    """Tell the base model of a job, or the one that a merge's cards are for."""
+    path: Path | None = values.get("model") or values.get("base") or values.get("tuned")
+    if "cards" in values:
+        path = values["cards"][0]
+        if path.is_file() and path.suffix.lower() != ".safetensors":
+            card = load(path)
+            return card.base_fingerprint or card.base_model or ""
+    return "embedded" if path is None else str(path.resolve())
 
 
 def _checked(known: Any, command: str, words: list[str]) -> dict[str, Any]:
@@ -58,6 +75,8 @@ def _checked(known: Any, command: str, words: list[str]) -> dict[str, Any]:
         with suppress(ChecksPassed):
             known.invoke(context)
         return dict(context.params)
+    except (typer.Exit, typer.Abort) as error:
+        raise ArgumentError(f"lora {command}", "a command that runs", "--help") from error
     except Exception as error:
         if getattr(error, "exit_code", None) != 2:
             raise

@@ -27,7 +27,7 @@ from lora.checks import integer
 from lora.errors import LoRAError, MismatchError, MissingPackageError, PeerError, StateError
 from lora.evolution.nights import due, next_night, night_of, parse_at
 from lora.evolution.queue import Job, JobQueue, Version
-from lora.evolution.worker import forget, halt, supervise
+from lora.evolution.worker import finished, forget, halt, supervise
 from lora.federation.cache import CardCache
 from lora.files import PathLike, as_path, digest, load, os_errors
 
@@ -149,7 +149,7 @@ class SkillFactory:
                     self._service(version.name, self.cards.path(version.digest))
                 except Exception as error:  # noqa: BLE001 - the last good version is still served
                     log.warning("skill %r: refused: %s", version.name, error)
-                    self.queue.refuse(version, f"{type(error).__name__}: {error}", self._clock())
+                    self.queue.refuse(version, _text(error), self._clock())
                 else:
                     self._serving[version.name] = version.digest
                     log.info("skill %r: version %d is live", version.name, version.version)
@@ -236,13 +236,18 @@ class SkillFactory:
 
     def _settle(self, job: Job, future: Future[dict[str, Any]]) -> None:
         """Enter what came of an attempt."""
+        folder = self._folder(job)
         try:
             outcome = future.result()
+        except Exception as error:  # noqa: BLE001 - of a killed worker or a broken pool
+            # The job itself may have ended before its executor failed.
+            outcome = finished(folder) or {"error": _text(error), "final": False}
+        try:
             if outcome.get("card"):
                 outcome["digest"] = self._keep(job, Path(outcome["card"]))
-        except Exception as error:  # noqa: BLE001 - of a killed worker, a broken pool, a bad card
-            forget(self._folder(job))
-            outcome = {"error": f"{type(error).__name__}: {error}", "final": False}
+        except Exception as error:  # noqa: BLE001 - of a card that is no use
+            forget(folder)
+            outcome = {"error": _text(error), "final": False}
         now, printed = self._clock(), outcome.get("printed", {})
         if "error" in outcome:
             ended = self.queue.fail(job, outcome["error"], now, final=outcome["final"])
@@ -289,6 +294,10 @@ class SkillFactory:
         log.log(level, "%s %r, attempt %d: %s %s", *about)
         if self._on_event is not None:
             self._on_event(job)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @contextmanager

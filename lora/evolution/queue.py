@@ -30,6 +30,9 @@ VERSION = 2
 PATIENCE = 30.0
 """Seconds to wait for another process's transaction."""
 
+LONGEST = 1e6
+"""Seconds that an attempt may take at most; SQLite's waits have 32 bits of milliseconds."""
+
 NIGHT = 8 * 3600.0
 """Seconds that an attempt may take if the job does not say: there is always a limit."""
 
@@ -82,7 +85,7 @@ class Job:
     Args:
         kind, name: The command, and the skill that it makes.
         inputs: Path -> digest of what it reads.
-        base: The base model that it loads; may be empty.
+        base: The base model that it is for; jobs of two base models never run at once.
         seconds, memory: Limits of one attempt; memory in bytes.
         attempts: Begun so far; only the last one may end the job.
         error: Why the last attempt failed or was rejected.
@@ -124,8 +127,8 @@ class Job:
         if not -(2**31) <= integer(job.priority, "job: priority") < 2**31:
             raise ArgumentError("job: priority", "an integer of 32 bits", job.priority)
         integer(job.max_failures, "job: max_failures", 1)
-        if finite(job.seconds, "job: seconds", ArgumentError) <= 0:
-            raise ArgumentError("job: seconds", "a number > 0", job.seconds)
+        if not 0 < finite(job.seconds, "job: seconds", ArgumentError) <= LONGEST:
+            raise ArgumentError("job: seconds", f"a number > 0 and <= {LONGEST:g}", job.seconds)
         if job.memory is not None:
             integer(job.memory, "job: memory", 1)
         return job
@@ -230,8 +233,8 @@ class JobQueue:
         """
         with self._transaction():
             job = next(iter(self.jobs("queued")), None)
-            bases = {other.base for other in self.jobs("running")} - {""}
-            if job is None or (job.base and bases - {job.base}):
+            bases = {other.base for other in self.jobs("running")}
+            if job is None or bases - {job.base}:
                 return None
             started = replace(job, attempts=job.attempts + 1, started=now, ended=None, error=None)
             return self._store("claim", replace(started, state="running"), now)

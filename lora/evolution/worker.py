@@ -27,7 +27,10 @@ COMMAND_LINE = "lora.cli.app"
 """The program that a job runs; it stands above this module, so it is imported by name."""
 
 OUTCOME, LOG, PRINTED = "outcome.json", "log", "printed.json"
-"""Files in a job's folder: what came of the last attempt, its stderr, its stdout."""
+"""Files in a job's folder: what came of it, its stderr, its stdout."""
+
+FINAL = 2
+"""Exit status of a wrong command line: the job need not be tried again."""
 
 _RUNNING: set[tuple[str, "subprocess.Popen[bytes]"]] = set()
 
@@ -41,8 +44,8 @@ def content_id(path: str) -> str:
         files = [(file, file.stat()) for file in sorted(Path(path).rglob("*")) if file.is_file()]
     except FileNotFoundError as error:
         raise CardNotFoundError(path, "a file or folder that the job reads", "none") from error
-    except OSError as error:
-        raise StoreError(path, "a file or folder that can be read", error) from error
+    except (OSError, ValueError) as error:  # a value error: a path with a null byte
+        raise StoreError(path, "a path that can be read", error) from error
     rows = [[str(file.relative_to(path)), st.st_size, st.st_mtime_ns] for file, st in files]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -55,7 +58,7 @@ def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(order["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        (folder / LOG).open("ab") as log,
+        (folder / LOG).open("a+b") as log,
         subprocess.Popen(
             [sys.executable, "-m", "lora.evolution.worker"],
             stdin=subprocess.PIPE,
@@ -65,6 +68,7 @@ def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
             start_new_session=True,
         ) as process,
     ):
+        before = log.seek(0, os.SEEK_END)
         assert process.stdin is not None  # noqa: S101 - a pipe
         _RUNNING.add(running := (str(folder), process))
         try:
@@ -77,11 +81,26 @@ def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
             return {"error": f"hit its time limit of {order['seconds']:g} s", "final": False}
         finally:
             _RUNNING.remove(running)
-    outcome = _outcome(folder)
-    if "card" in outcome or outcome.get("attempt") == order["attempt"]:
-        return outcome
-    ended = f"exit status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
-    return {"error": f"{ended}; see {folder / LOG}", "final": False}
+        log.seek(before)
+        lines = log.read().decode(errors="replace").split("\n")
+    outcome = finished(folder)
+    return outcome or {"error": _reason(order, status, lines), "final": status == FINAL}
+
+
+def _reason(order: Mapping[str, Any], status: int, lines: list[str]) -> str:
+    """Say why a process left no outcome, by its exit status and the lines of its log."""
+    see = f"; see {Path(order['folder']) / LOG}"
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}{see}"
+    if status == 0:
+        return "exit status 0, but no card"
+    errors = [line.removeprefix("lora: ") for line in lines if line.startswith("lora: ")]
+    # Of a traceback, the last line is the error.
+    last = next((f": {line}" for line in reversed(lines) if line.strip()), "")
+    error = errors[-1] if errors else f"exit status {status}{last}{see}"
+    if order["memory"] is not None and "MemoryError" in error:
+        return f"hit its memory limit of {order['memory']} bytes"
+    return error
 
 
 def halt(folder: str) -> None:
@@ -103,31 +122,31 @@ def main() -> None:
     threading.Thread(target=_end_with_supervisor, args=(pipe,), daemon=True).start()
     folder = Path(order["folder"])
     with _alone(folder, order["seconds"]):
-        if "card" in _outcome(folder):
+        if finished(folder):
             return
-        outcome = {"attempt": order["attempt"], **_attempt(order, folder)}
+        outcome = _attempt(order, folder)
         temporary = folder / f".{OUTCOME}.{os.getpid()}"
         temporary.write_text(json.dumps(outcome), "utf-8")
         temporary.replace(folder / OUTCOME)
 
 
 def _attempt(order: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Run the command line in the job's folder."""
-    for path, known in order["inputs"].items():
+    """Run the command line in the job's folder; a failure ends this process with its reason."""
+    for path, content in order["inputs"].items():
         try:
-            changed = content_id(path) != known
+            is_changed = content_id(path) != content
         except (CardNotFoundError, StoreError) as problem:  # it may be there again later
-            return {"error": str(problem), "final": False}
-        if changed:
-            error = f"{path}: expected what it was when the job was added, found it changed"
-            return {"error": error, "final": True}
+            sys.exit(f"lora: {problem}")
+        if is_changed:
+            expected = "expected what it was when the job was added"
+            sys.stderr.write(f"lora: {path}: {expected}, found it changed\n")
+            sys.exit(FINAL)
     if order["memory"] is not None:
         import resource  # noqa: PLC0415 - POSIX only
 
         # Private memory; what is mapped for reading does not count.
         resource.setrlimit(resource.RLIMIT_DATA, (order["memory"], order["memory"]))
     os.chdir(folder)
-    start = Path(LOG).stat().st_size
     with Path(PRINTED).open("wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
     sys.argv = ["lora", *order["arguments"]]
@@ -136,30 +155,22 @@ def _attempt(order: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         program.main()
     except SystemExit as ended:
         status = ended.code
-    with suppress(OSError, ValueError):
+    with suppress(OSError, LookupError, TypeError, ValueError):
         printed = json.loads(Path(PRINTED).read_text("utf-8"))
-        if status == 0 and (folder / printed["file"]).is_file():
-            return {"card": str(folder / printed["file"]), "printed": printed}
         if status == program.NOTHING_TO_SERVE:
             return {"card": None, "printed": printed}
-    with Path(LOG).open("rb") as log:
-        log.seek(start)
-        lines = log.read().decode(errors="replace").splitlines()
-    errors = [line for line in lines if line.startswith("lora: ")]
-    error = errors[-1].removeprefix("lora: ") if errors else f"exit status {status}, but no card"
-    if order["memory"] is not None and "MemoryError" in error:
-        error = f"hit its memory limit of {order['memory']} bytes"
-    return {"error": error, "final": status == 2}
+        if status == 0 and (folder / printed["file"]).is_file():
+            return {"card": str(folder / printed["file"]), "printed": printed}
+    sys.exit(status)
 
 
-def _outcome(folder: Path) -> dict[str, Any]:
-    """Read the outcome in a folder, unless its card is gone."""
+def finished(folder: Path) -> dict[str, Any]:
+    """Read what an attempt made, or that it made nothing; {} if none ended, or the card is gone."""
     try:
         outcome: dict[str, Any] = json.loads((folder / OUTCOME).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    card = outcome.get("card")
-    return outcome if card is None or Path(card).is_file() else {}
+    return outcome if outcome["card"] is None or Path(outcome["card"]).is_file() else {}
 
 
 @contextmanager

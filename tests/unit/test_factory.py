@@ -122,6 +122,9 @@ with SkillFactory(root) as factory:
 """
 
 
+RUN = [sys.executable, "-m", "lora.cli", "factory", "run"]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
@@ -244,26 +247,40 @@ def test_two_workers_work_at_once_and_never_for_two_base_models(bench):
         factory._on_event = lambda _: at_once.add(
             tuple(job.base[-1:] for job in factory.queue.jobs("running"))
         )
-        for base in ("a", "a", "b", ""):
+        for base in ("a", "a", "b", "b"):
             factory.queue.add(replace(job_of(bench.line(sleep=0.5)), base=base), 0.0)
         factory.run()
         assert factory.status()["state"].to_pylist() == ["done"] * 4
-    assert {("a", "a"), ("b", "")} <= at_once
+    assert {("a", "a"), ("b", "b")} <= at_once
     assert all({"a", "b"} - set(bases) for bases in at_once)
 
 
 @requirement("R19.1")
-def test_the_base_of_a_job_is_its_model_or_base_of_any_kind(bench, model_folder):
+def test_no_two_jobs_of_any_kind_for_two_base_models_run_at_once(bench, model_folder):
+    """The base of a job is its --model or --base; a merge's is that of its cards."""
     data = pairs(bench.folder / "pairs.jsonl", lambda i, j: f"re{i} tu{j}")
-    tuned = str(bench.card())
+    first, second, third = (str(bench.card(number=number)) for number in range(3))
+    save(replace(load(third), base_model="their base"), third)
+    lines = {
+        "embedded": ["distil", str(bench.folder), "--name", "a"],
+        str(model_folder.resolve()): ["train", data, "--name", "a", "--model", str(model_folder)],
+        first: ["extract", second, "--base", first, "--name", "a"],
+        second: ["extract", second, "--name", "a"],
+        "their base": ["merge", third, first, "--name", "a"],
+        "": ["merge", str(bench.card(number=3)), "--name", "a"],
+    }
     with bench.factory() as factory:
-        lines = {
-            "": ["merge", tuned, "--name", "a"],
-            tuned: ["extract", tuned, "--base", tuned, "--name", "a"],
-            str(model_folder): ["train", data, "--name", "a", "--model", str(model_folder)],
-            "embedded": ["distil", str(bench.folder), "--name", "a"],
-        }
         assert [factory.add(line).base for line in lines.values()] == list(lines)
+        for job in factory.queue.jobs():
+            assert factory.queue.claim(0.0) == replace(
+                job, state="running", attempts=1, started=0.0
+            )
+            assert factory.queue.claim(0.0) is None
+            again = replace(job, id=f"{job.id} again", kind="merge", priority=9)
+            factory.queue.add(again, 0.0)  # of the same base, it may run beside
+            assert factory.queue.claim(0.0).id == again.id
+            for running in factory.queue.jobs("running"):
+                factory.queue.reject(running, 0.0)
 
 
 @requirement("R19.2", "R19.3")
@@ -280,6 +297,29 @@ def test_a_pool_whose_worker_is_killed_ends_the_run_and_loses_no_job(bench):
         assert all(gone(pid) for _, _, pid, _ in bench.told())
     with bench.factory() as factory:
         assert factory.run()["state"].to_pylist() == ["done", "done"]
+
+
+class Failing(Inline):
+    """An executor that fails after it has done what it is given."""
+
+    def submit(self, function, *args):
+        super().submit(function, *args)
+        future = Future()
+        future.set_exception(OSError("the executor is gone"))
+        return future
+
+
+@requirement("R19.2", "R19.3", "R19.6")
+def test_what_a_job_had_made_when_its_executor_failed_is_taken_and_else_the_reason_is_told(bench):
+    with bench.factory(executor=Failing()) as factory:
+        done = bench.add(factory)
+        rejected = bench.add(factory, "nothing")
+        failed = bench.add(factory, "leave", max_failures=1)
+        factory.run()
+        found = [factory.queue.job(job.id) for job in (done, rejected, failed)]
+    assert [job.state for job in found] == ["done", "rejected", "dead"]
+    assert [job.attempts for job in found] == [1, 1, 1]
+    assert [job.error for job in found] == [None, "no better", "OSError: the executor is gone"]
 
 
 @requirement("R19.2", "R19.3")
@@ -376,6 +416,49 @@ def test_a_job_that_fails_hangs_or_eats_too_much_ends_with_its_reason_and_stops_
 
 
 @requirement("R19.6", "R19.7")
+@pytest.mark.parametrize(
+    ("raised", "memory", "error"),
+    [
+        ("MemoryError", 2**31, f"hit its memory limit of {2**31} bytes"),
+        ("ImportError('a library')", None, "exit status 1: ImportError: a library; see "),
+        ("KeyboardInterrupt", None, "killed by SIGINT; see "),
+        ("SystemExit('lora: no home')", None, "no home"),
+        ("SystemExit", None, "exit status 0, but no card"),
+    ],
+)
+def test_whatever_ends_a_process_before_its_command_begins_is_a_failure_with_its_reason(
+    bench, monkeypatch, raised, memory, error
+):
+    """As the command line is imported, which is where a tight limit of memory is hit first."""
+    toys = bench.folder / "toys"
+    toys.mkdir()
+    (toys / "sitecustomize.py").write_text(f"""
+import sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "lora.cli.app" and "lora.evolution.worker" in sys.orig_argv:
+            raise {raised}
+sys.meta_path.insert(0, Finder())
+""")
+    monkeypatch.setenv("PYTHONPATH", str(toys), prepend=os.pathsep)
+    with bench.factory() as factory:
+        job = bench.add(factory, max_failures=1, memory=memory)
+        assert factory.run()["state"].to_pylist() == ["dead"]
+        assert factory.queue.job(job.id).error.startswith(error)
+
+
+@requirement("R19.6")
+def test_a_limit_of_memory_that_lets_nothing_be_imported_is_named(bench):
+    with bench.factory() as factory:
+        jobs = [bench.add(factory, max_failures=1, memory=size) for size in (1, 2**24, 2**70)]
+        factory.run()
+        jobs = [factory.queue.job(job.id) for job in jobs]
+    assert [job.state for job in jobs] == ["dead"] * 3
+    assert all(job.error for job in jobs)
+    assert "OverflowError" in jobs[2].error
+
+
+@requirement("R19.6", "R19.7")
 def test_what_passes_is_tried_again_and_what_is_dead_stays_listed_until_it_is_asked_for(bench):
     with bench.factory() as factory:
         job = bench.add(factory, "flaky", max_failures=1)
@@ -395,8 +478,7 @@ def test_what_passes_is_tried_again_and_what_is_dead_stays_listed_until_it_is_as
 def test_an_input_that_changed_since_the_job_was_added_is_not_worked_on(bench):
     with bench.factory() as factory:
         job = bench.add(factory)
-        path = bench.card("docs", 1)
-        path.write_bytes(path.read_bytes() + b"\n")
+        path = bench.card("docs", 1, do="nothing")
         other = bench.add(factory)
         bench.card("docs", 2).unlink()
         assert factory.run()["state"].to_pylist() == ["dead", "dead"]
@@ -421,7 +503,18 @@ def test_an_input_that_changed_since_the_job_was_added_is_not_worked_on(bench):
         "merge CARD --rank 0": "rank: expected an integer >= 1, found 0",
         "merge CARD --strategy magic": "--strategy: expected one of average",
         "merge CARD --strategy ties --density 2": "ties: density",
-        "merge CARD -o x.arrow": "no output: the factory sets it, found -o",
+        "merge CARD -o x.arrow": "expected no output, found --out; leave it out",
+        "merge CARD -ox.arrow": "expected no output, found --out",
+        "train CARD --name x --checkpoint c": "expected no output, found --checkpoint",
+        "train CARD --name x --plot p.svg": "expected no output, found --plot",
+        "merge CARD --json": "expected no output, found --json",
+        "merge CARD --help": "lora merge: expected a command that runs, found --help",
+        "merge CARD\0": "embedded null byte",
+        "train CARD\0 --name x": "expected a path that can be read",
+        "merge no.lora.arrow": "no.lora.arrow: expected a file or folder that the job reads",
+        "train no.jsonl --name x": "no.jsonl: expected a file or folder that the job reads",
+        "train CARD --name x --preset architecture": "--preset: expected one of quick",
+        "train CARD --name x preset=architect": "lora train: .*preset=architect",
         "merge CARD --name=": "job: name",
         "extract CARD --base CARD": "--name, the name of the skill, found none",
         "extract CARD --name x --energy 0": "found 0",
@@ -439,6 +532,7 @@ def test_an_input_that_changed_since_the_job_was_added_is_not_worked_on(bench):
     }.items(),
 )
 def test_what_can_not_be_a_job_is_refused_when_it_is_added(bench, line, message):
+    """And so are words that are no text, in one line."""
     card = str(bench.card())
     with bench.factory() as factory:
         with pytest.raises(LoRAError, match=message):
@@ -485,6 +579,13 @@ def test_no_secret_is_part_of_a_job(bench):
     commands = get_command(app).commands
     options = {opt for name in INPUTS for param in commands[name].params for opt in param.opts}
     assert not [option for option in options if "key" in option or "token" in option]
+
+
+@requirement("R19.1", "R7.8")
+@pytest.mark.parametrize("words", ["merge a", [1], ["merge", Path("a")], None, 3, b"merge", {}])
+def test_what_is_no_list_of_words_is_no_job(bench, words):
+    with bench.factory() as factory, pytest.raises(ArgumentError, match="job: expected"):
+        factory.add(words)
 
 
 # R19.2: killed at every boundary
@@ -739,6 +840,55 @@ def test_the_first_start_has_missed_nothing(bench):
         pytest.raises(ArgumentError, match="a time of day such as 02:00, found '2 am'"),
     ):
         factory.run(at="2 am")
+
+
+# R19.3, R19.4: the command line
+
+
+@requirement("R19.3", "R25.2")
+def test_the_command_line_runs_jobs_on_the_cluster_that_it_is_given(bench):
+    from distributed import LocalCluster
+
+    with bench.factory() as factory:
+        bench.add(factory)
+        bench.add(factory, "nothing")
+    options = {"dashboard_address": "127.0.0.1:0", "silence_logs": 50}
+    with LocalCluster(n_workers=1, threads_per_worker=1, **options) as local:
+        done = subprocess.run(
+            [*RUN, "--root", bench.root, "--scheduler", local.scheduler_address, "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        workers = {worker.pid for worker in local.workers.values()}
+    assert [job["state"] for job in json.loads(done.stdout)] == ["done", "rejected"]
+    assert "rejected: merge docs: no better" in done.stderr
+    assert {parent for *_, parent in bench.told()} == workers
+
+
+@requirement("R19.4", "R25.2")
+@pytest.mark.parametrize("missed", [True, False])
+def test_the_command_line_stays_and_runs_by_night_until_it_is_told_to_stop(bench, missed):
+    """At once if a night was missed; at the first start, which has missed none, not."""
+    with bench.factory() as factory:
+        job = bench.add(factory)
+        if missed:
+            factory.queue.set_night(date(2026, 1, 1))
+        with subprocess.Popen(
+            [*RUN, "--root", bench.root, "--at", "00:00"], stderr=subprocess.PIPE, text=True
+        ) as process:
+            until = time.monotonic() + 60
+            while factory.queue.night() in (None, date(2026, 1, 1)) and time.monotonic() < until:
+                time.sleep(0.05)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            process.terminate()
+            _, told = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert factory.queue.night() > date(2026, 1, 1)
+        assert factory.queue.job(job.id).state == ("done" if missed else "queued")
+        assert ("done: merge docs" in told) == missed
 
 
 # What the commands make

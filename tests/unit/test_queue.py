@@ -61,6 +61,7 @@ def test_the_moves_are_a_table_that_leads_every_job_to_an_end():
         ("a", {"max_failures": 0}, "max_failures"),
         ("a", {"seconds": 0}, "seconds"),
         ("a", {"seconds": float("inf")}, "seconds"),
+        ("a", {"seconds": 1e300}, "seconds"),
         ("a", {"memory": 0}, "memory"),
     ],
 )
