@@ -14,7 +14,7 @@ import logging
 import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from types import MappingProxyType
@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 import lora
 from lora.card import Array, LoRACard
-from lora.checks import finite, integer, parse_json
+from lora.checks import finite, integer
 from lora.errors import ArgumentError, CardNotFoundError, DataError, PeerError, StateError, shown
 from lora.evolution.acceptance import LEAST, Verdict, judge
 from lora.evolution.novelty import (
@@ -41,7 +41,7 @@ from lora.evolution.novelty import (
     topics,
 )
 from lora.evolution.teacher import CloudDistiller, Distilled
-from lora.files import PathLike, as_path, replacing, save
+from lora.files import PathLike, as_path, save
 from lora.models.adapt import adapt
 from lora.router import Description, LoRARouter
 from lora.routing import Index
@@ -55,9 +55,6 @@ TEXT_FILES = (".md", ".rst", ".txt")
 
 FILE_LIMIT = 2**20
 """Bytes of a document that are read."""
-
-SAME = 0.999
-"""Least cosine of two embeddings of one text by one model; they differ in rounding."""
 
 
 class Engine(Protocol):
@@ -175,7 +172,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """All that a distiller has seen: a value to save for the next distiller."""
+    """All that a distiller has seen."""
 
     alarm: Alarm
     pending: Mapping[str, Array] = field(default_factory=dict)
@@ -187,32 +184,6 @@ class Memory:
         """All novel queries with their embeddings, waiting or in a task."""
         topics = (self.pending, *(task.texts for task in self.tasks.values()))
         return {text: vector for texts in topics for text, vector in texts.items()}
-
-    def save(self, path: PathLike) -> None:
-        """Write the memory as JSON, atomically."""
-        with replacing(path) as file:
-            file.write(json.dumps(asdict(self), default=np.ndarray.tolist).encode())
-
-    @classmethod
-    def load(cls, path: PathLike) -> Self:
-        """Read what `save` wrote; a task that was being worked on is open again."""
-        path = as_path(path)
-        if not path.is_file():
-            raise CardNotFoundError(str(path), "a distiller's memory", "no such file")
-        value = parse_json(path.read_bytes(), f"memory {path}", dict, DataError)
-        try:
-            for task in value["tasks"].values():
-                task["texts"] = _arrays(task["texts"])
-                task["state"] = task["state"].replace("working", "open")
-            tasks = {name: Task(**task) for name, task in value["tasks"].items()}
-            alarm, pending = Alarm(**value["alarm"]), _arrays(value["pending"])
-            return cls(alarm, pending, tasks, tuple(value["logged"]))
-        except (ArgumentError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise DataError(f"memory {path}", "a distiller's memory", error) from error
-
-
-def _arrays(texts: Mapping[str, Any]) -> dict[str, Array]:
-    return {text: np.array(vector, np.float64) for text, vector in texts.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,12 +228,11 @@ class SkillDistiller:
         teacher: Is asked about the documents that fit a topic, or about the topic without any.
         detector: Replaces the calibrated one.
         store: Folder for accepted cards.
-        memory: Of an earlier distiller over the same base model.
         training: Options of `LoRATrainer`: settings, rank, alpha, target_modules.
 
     Raises:
-        DataError, ArgumentError, StateError: If the guard set can't judge or calibrate, the engine
-            knows nothing yet, or the memory is of another base model.
+        DataError, ArgumentError, StateError: If the guard set can't judge or calibrate, or the
+            engine knows nothing yet.
     """
 
     def __init__(
@@ -277,7 +247,6 @@ class SkillDistiller:
         max_steps: int | None = None,
         seed: int = 0,
         store: PathLike | None = None,
-        memory: Memory | None = None,
         **training: Any,
     ) -> None:
         guards = (guard,) if isinstance(guard, Pairs) else tuple(guard)
@@ -293,7 +262,7 @@ class SkillDistiller:
         samples = [pairs.sample(policy.sample, seed) for pairs in guards]
         self._guards = tuple((pairs, self._embedded(pairs.queries)) for pairs in samples)
         self._judged(self._guards[0][1][:1])  # calibrates, so that a bad guard set is refused here
-        self.memory = self._recalled(memory or Memory(policy.alarm))
+        self.memory = Memory(policy.alarm)
         self._write = threading.RLock()
 
     @property
@@ -451,16 +420,6 @@ class SkillDistiller:
         with self._write:
             self._guards = (*self._guards, guarded)
         return card, verdict, figures
-
-    def _recalled(self, memory: Memory) -> Memory:
-        """Return a memory under this policy's alarm, if its embeddings are by this base model."""
-        for text, vector in list(memory.texts.items())[:1]:
-            own = self._embedded([text])
-            if own.shape[1:] != vector.shape or similarities(own, [vector]).item() < SAME:
-                raise ArgumentError("memory", "embeddings by this base model", "others")
-        alarm, recent = self.policy.alarm, tuple(memory.alarm.recent)
-        alarm = replace(alarm, recent=recent[-alarm.n :], ringing=memory.alarm.ringing)
-        return replace(memory, alarm=alarm)
 
     def _embedded(self, texts: Sequence[str]) -> Array:
         """Embed by the base model, so that active skills never move what is known."""

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +24,9 @@ import pyarrow as pa
 
 from lora.checks import integer
 from lora.errors import LoRAError, MismatchError, MissingPackageError, PeerError, StateError
-from lora.evolution.nights import due, next_night, night_of, parse_at
+from lora.evolution.nights import due, night_of, parse_at
 from lora.evolution.queue import Job, JobQueue, Version
-from lora.evolution.worker import finished, forget, halt, supervise
+from lora.evolution.worker import finished, forget, halt, locked, supervise
 from lora.federation.cache import CardCache
 from lora.files import PathLike, as_path, digest, load, os_errors
 
@@ -127,10 +126,6 @@ class SkillFactory:
         live = (version for version in self.queue.versions() if version.live)
         return {version.name: self.cards.path(version.digest) for version in live}
 
-    def next_run(self, at: str) -> datetime:
-        """Tell when nightly work is due next on the local wall clock."""
-        return next_night(parse_at(at), self.queue.night(), self._now())
-
     def rollback(self, name: str, version: int | None = None) -> Version:
         """Serve an earlier version of a skill again, by default the one before; returns it."""
         earlier = self.queue.roll_back(name, version, self._clock())
@@ -163,7 +158,7 @@ class SkillFactory:
         """
         begin = None if at is None else parse_at(at)
         stop = stop or threading.Event()
-        with _only_one(self.root / "coordinator.lock"):
+        with locked(self.root / "coordinator.lock", 0, "one coordinator at a time"):
             for job in self.queue.recover(self._clock()):
                 self._report(job)
             self._sweep()
@@ -316,17 +311,3 @@ def cluster(address: str) -> Iterator[Executor]:
     with client:
         # By default Dask merges equal jobs into one.
         yield client.get_executor(pure=False)  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Hold a lock that the system releases however this process ends."""
-    lock = sqlite3.connect(path, timeout=0, isolation_level=None)
-    try:
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            raise StateError(str(path), "one coordinator at a time", "another that runs") from error
-        yield
-    finally:
-        lock.close()

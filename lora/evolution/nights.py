@@ -1,4 +1,4 @@
-"""Nights by the calendar: whether one is due, and when the next one is. No clock is read here.
+"""Nights by the calendar: whether one is due. No clock is read here.
 
 A night is a calendar date. It begins at a given time on the local wall clock and is run once, so a
 summer-time change neither skips a night nor runs one twice.
@@ -42,16 +42,3 @@ def due(at: time, last: date, now: datetime) -> date | None:
     """
     night = night_of(at, now)
     return night if night > last or last - night > DAY else None
-
-
-def next_night(at: time, last: date | None, now: datetime) -> datetime:
-    """Tell when the next night is due; not later than now if one is due already.
-
-    Examples:
-        >>> next_night(parse_at("02:00"), date(2026, 3, 5), datetime(2026, 3, 5, 12))
-        datetime.datetime(2026, 3, 6, 2, 0)
-    """
-    night = night_of(at, now)
-    if last is not None and due(at, last, now):
-        return datetime.combine(night, at)
-    return datetime.combine(max(last or night, night) + DAY, at)

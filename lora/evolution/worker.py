@@ -121,7 +121,7 @@ def main() -> None:
     order = json.loads(_line(pipe))
     threading.Thread(target=_end_with_supervisor, args=(pipe,), daemon=True).start()
     folder = Path(order["folder"])
-    with _alone(folder, order["seconds"]):
+    with locked(folder / "lock", order["seconds"], "one process of a job"):
         if finished(folder):
             return
         outcome = _attempt(order, folder)
@@ -174,14 +174,15 @@ def finished(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(folder: Path, seconds: float) -> Iterator[None]:
-    """Hold the folder's lock, which the system releases however this process ends."""
-    lock = sqlite3.connect(folder / "lock", timeout=seconds, isolation_level=None)
+def locked(path: Path, seconds: float, expected: str) -> Iterator[None]:
+    """Hold a lock, which the system releases however this process ends; wait for it so long."""
+    lock = sqlite3.connect(path, timeout=seconds, isolation_level=None)
     try:
-        lock.execute("BEGIN EXCLUSIVE")
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            raise StateError(str(path), expected, "another that runs") from error
         yield
-    except sqlite3.OperationalError as error:
-        raise StateError(str(folder), "a job that runs in one place", error) from error
     finally:
         lock.close()
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from lora.errors import ArgumentError, StateError, StoreError, UnknownCardError
-from lora.evolution.nights import due, next_night, parse_at
+from lora.evolution.nights import due, parse_at
 from lora.evolution.queue import MOVES, NIGHT, STATES, Job, JobQueue
 from lora.testing.plugin import requirement
 
@@ -328,9 +328,7 @@ def test_what_is_no_time_of_day_is_refused(at):
 
 
 @requirement("R19.4")
-def test_a_missed_night_is_due_at_once_and_the_next_one_at_its_time():
+def test_a_missed_night_is_due_at_once():
     at = parse_at("02:00")
     noon = datetime(2026, 3, 5, 12)  # noqa: DTZ001 - a wall clock
     assert due(at, date(2026, 3, 4), noon) == date(2026, 3, 5)
-    assert next_night(at, date(2026, 3, 4), noon) == datetime(2026, 3, 5, 2)  # noqa: DTZ001 - as above
-    assert next_night(at, None, noon) == datetime(2026, 3, 6, 2)  # noqa: DTZ001 - as above
