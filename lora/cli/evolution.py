@@ -78,8 +78,8 @@ def evolve(
             out.mkdir(exist_ok=True)
         if ask is not None:
             options: dict[str, Any] = {"base_url": teacher_url, "max_tokens": max_tokens}
-            options |= {"insecure_http": insecure_http, "cache": out / "asked"}
-            teacher = _teacher(ask, teacher_model, key_file, (out, budget), **options)
+            options |= {"insecure_http": insecure_http, "budget": budget}
+            teacher = _teacher(ask, teacher_model, key_file, out, **options)
     engine, store = lora.ArrowEngine.from_pretrained(model), None if dry_run else out
     settings: dict[str, Any] = {"max_steps": steps, "teacher": teacher, "store": store}
     distiller = watching(engine, documents, cards=cards, queries=asked, **settings)
@@ -158,7 +158,9 @@ def _line(outcome: Any) -> str:
     return "\n".join([line, *(f"  the teacher: {failure}" for failure in failures)])
 
 
-def _teacher(ask: str, model: Any, key_file: Any, ledger: Any, **options: Any) -> Any:
+def _teacher(
+    ask: str, model: Any, key_file: Any, folder: Path, *, budget: int, **options: Any
+) -> Any:
     """The teacher behind a server, and what may be sent to it."""
     from lora.evolution.teacher import KINDS, CloudDistiller, Consent, Ledger, OpenAITeacher
     from lora.federation.keys import read_small
@@ -166,10 +168,9 @@ def _teacher(ask: str, model: Any, key_file: Any, ledger: Any, **options: Any) -
     host, _, data = ask.rpartition(":")
     if not host or data not in KINDS:
         raise ArgumentError("--ask", " or ".join(f"HOST:{kind}" for kind in KINDS), ask)
-    folder, budget = ledger
-    key = read_small(key_file).decode("ascii", "replace").strip()
+    options |= {"api_key": read_small(key_file).decode("ascii", "replace").strip()}
     ledger = Ledger(folder / "ledger.sqlite", budget)
-    teacher = OpenAITeacher(model, ledger, api_key=key, **options)
+    teacher = OpenAITeacher(model, ledger, cache=folder / "asked", **options)
     return CloudDistiller(teacher, consent=Consent(host, [data]))
 
 

@@ -67,16 +67,16 @@ def _base(values: Mapping[str, Any]) -> str:
     return "embedded" if path is None else str(path.resolve())
 
 
-def _checked(known: Any, command: str, words: list[str]) -> dict[str, Any]:
+def _checked(parser: Any, command: str, words: list[str]) -> dict[str, Any]:
     """Run a command up to its `checks_done`; returns the values of its parameters."""
     checking.set(True)
     try:
-        context = known.make_context(command, ["--out", OUTPUTS["out"], *words])
+        context = parser.make_context(
+            command, ["--out", OUTPUTS["out"], *words], help_option_names=[]
+        )
         with suppress(ChecksPassed):
-            known.invoke(context)
+            parser.invoke(context)
         return dict(context.params)
-    except (typer.Exit, typer.Abort) as error:
-        raise ArgumentError(f"lora {command}", "a command that runs", "--help") from error
     except Exception as error:
         if getattr(error, "exit_code", None) != 2:
             raise

@@ -97,7 +97,7 @@ class SkillFactory:
         self.queue.close()
 
     def add(self, arguments: Sequence[str], **limits: Any) -> Job:
-        """Check a command line without outputs and queue it; a known job is returned as it is.
+        """Check a command line without outputs and queue it; one that is there stays as it is.
 
         Args:
             limits: `priority` (higher first), `max_failures`, `seconds` and `memory` (bytes).
@@ -213,7 +213,6 @@ class SkillFactory:
             "arguments": job.arguments,
             "inputs": job.inputs,
             "folder": str(self._folder(job)),
-            "attempt": job.attempts,
             "seconds": job.seconds,
             "memory": job.memory,
             "threads": max(1, (os.cpu_count() or 1) // self.workers),

@@ -118,7 +118,7 @@ class Job:
         inputs: Mapping[str, str] = MappingProxyType({}),
         **limits: Any,
     ) -> Self:
-        """Make a new job, known by the hash of its words and inputs; `limits` are the class's."""
+        """Make a new job; its id is the hash of its words and inputs; `limits` are the class's."""
         text = json.dumps([list(arguments), dict(inputs)], sort_keys=True)
         sha = hashlib.sha256(text.encode()).hexdigest()
         job = cls(sha, arguments[0], name, tuple(arguments), dict(inputs), **limits)
@@ -222,7 +222,7 @@ class JobQueue:
         return _table(map(vars, self.versions()), _VERSIONS)
 
     def add(self, job: Job, now: float) -> Job:
-        """Put a job at the end of the queue; a job that is known already stays as it is."""
+        """Put a job at the end of the queue; a job that is there already stays as it is."""
         with self._transaction():
             return self.job(job.id) or self._store("add", replace(job, created=now), now)
 
@@ -250,11 +250,11 @@ class JobQueue:
         with self._transaction():
             ended = self._move("accept", job, now, note, ended=now, digest=digest)
             if ended is not None:
-                known = self.versions(job.name)
-                number = 1 + max((version.version for version in known), default=0)
-                known.append(Version(job.name, number, digest, job.id, now, False, None))
-                good = [version for version in known if version.refused is None][-keep:]
-                self._put_live([v for v in known if v.live or v in good or v is known[-1]], number)
+                kept = self.versions(job.name)
+                number = 1 + max((version.version for version in kept), default=0)
+                kept.append(Version(job.name, number, digest, job.id, now, False, None))
+                good = [version for version in kept if version.refused is None][-keep:]
+                self._put_live([v for v in kept if v.live or v in good or v is kept[-1]], number)
             return ended
 
     def reject(
@@ -293,30 +293,30 @@ class JobQueue:
         """Make an earlier version live; by default the one before the live one."""
         where = f"roll back {shown(name)}"
         with self._transaction():
-            known = {kept.version: kept for kept in self.versions(name)}
-            if not known:
+            kept = {each.version: each for each in self.versions(name)}
+            if not kept:
                 raise UnknownCardError(where, "a skill that was accepted", "none of that name")
-            number = _previous(known.values()) if version is None else version
+            number = _previous(kept.values()) if version is None else version
             if number is None:
                 raise StateError(where, "a version before the live one", "none that is kept")
-            if number not in known:
-                expected = f"one of {list(known)}"
+            if number not in kept:
+                expected = f"one of {list(kept)}"
                 raise UnknownCardError(f"{where}: version", expected, shown(version))
-            known[number] = replace(known[number], refused=None, live=True)
-            self._put_live(known.values(), number)
-            self._log("roll back", self.job(known[number].job), now, f"version {number}")
-            return known[number]
+            kept[number] = replace(kept[number], refused=None, live=True)
+            self._put_live(kept.values(), number)
+            self._log("roll back", self.job(kept[number].job), now, f"version {number}")
+            return kept[number]
 
     def refuse(self, version: Version, reason: str, now: float) -> None:
         """Note that the engine refused a version; the one before a live one becomes live."""
         number = version.version
         with self._transaction():
-            known = self.versions(version.name)
-            live = next((kept.version for kept in known if kept.live), None)
+            kept = self.versions(version.name)
+            live = next((each.version for each in kept if each.live), None)
             if live == number:
-                live = _previous(known)
-            known = [replace(v, refused=reason) if v.version == number else v for v in known]
-            self._put_live(known, live)
+                live = _previous(kept)
+            kept = [replace(v, refused=reason) if v.version == number else v for v in kept]
+            self._put_live(kept, live)
             self._log("refuse", self.job(version.job), now, f"version {number}: {reason}")
 
     def night(self) -> date | None:
@@ -356,10 +356,10 @@ class JobQueue:
         """Move a job that this attempt holds."""
         before, after = MOVES[what]
         with self._transaction():
-            known = self.job(job.id)
-            if known is None or (known.state, known.attempts) != (before, job.attempts):
+            stored = self.job(job.id)
+            if stored is None or (stored.state, stored.attempts) != (before, job.attempts):
                 return None
-            return self._store(what, replace(known, state=after, **changes), now, note)
+            return self._store(what, replace(stored, state=after, **changes), now, note)
 
     def _store(self, what: str, job: Job, now: float, note: str | None = None) -> Job:
         """Write a job and an event about it."""

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import CardNotFoundError, StateError, StoreError
+from lora.files import replacing
 
 COMMAND_LINE = "lora.cli.app"
 """The program that a job runs; it stands above this module, so it is imported by name."""
 
-OUTCOME, LOG, PRINTED = "outcome.json", "log", "printed.json"
-"""Files in a job's folder: what came of it, its stderr, its stdout."""
+ORDER, OUTCOME, LOG, PRINTED = "order.json", "outcome.json", "log", "printed.json"
+"""Files in a job's folder: what is to be done, what came of it, its stderr, its stdout."""
 
 FINAL = 2
 """Exit status of a wrong command line: the job need not be tried again."""
@@ -57,10 +58,12 @@ def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
     """
     folder = Path(order["folder"])
     folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / ORDER) as file:
+        file.write(json.dumps(dict(order)).encode())
     with (
         (folder / LOG).open("a+b") as log,
-        subprocess.Popen(
-            [sys.executable, "-m", "lora.evolution.worker"],
+        subprocess.Popen(  # noqa: S603 - this very interpreter
+            [sys.executable, "-m", "lora.evolution.worker", str(folder / ORDER)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -69,12 +72,8 @@ def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
         ) as process,
     ):
         before = log.seek(0, os.SEEK_END)
-        assert process.stdin is not None  # noqa: S101 - a pipe
         _RUNNING.add(running := (str(folder), process))
         try:
-            with suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(dict(order)).encode() + b"\n")
-                process.stdin.flush()
             status = process.wait(order["seconds"])
         except subprocess.TimeoutExpired:
             _kill(process)
@@ -116,18 +115,16 @@ def forget(folder: Path) -> None:
 
 
 def main() -> None:
-    """Be a job's process: read an order from stdin, leave an outcome in the job's folder."""
-    pipe = sys.stdin.fileno()
-    order = json.loads(_line(pipe))
-    threading.Thread(target=_end_with_supervisor, args=(pipe,), daemon=True).start()
+    """Be a job's process: read an order, leave an outcome in the job's folder."""
+    threading.Thread(target=_end_with_supervisor, daemon=True).start()
+    order = json.loads(Path(sys.argv[1]).read_bytes())
     folder = Path(order["folder"])
     with locked(folder / "lock", order["seconds"], "one process of a job"):
         if finished(folder):
             return
         outcome = _attempt(order, folder)
-        temporary = folder / f".{OUTCOME}.{os.getpid()}"
-        temporary.write_text(json.dumps(outcome), "utf-8")
-        temporary.replace(folder / OUTCOME)
+        with replacing(folder / OUTCOME) as file:
+            file.write(json.dumps(outcome).encode())
 
 
 def _attempt(order: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -187,21 +184,9 @@ def locked(path: Path, seconds: float, expected: str) -> Iterator[None]:
         lock.close()
 
 
-def _line(handle: int) -> bytes:
-    """Read a line from a pipe, and no byte more."""
-    line = b""
-    while not line.endswith(b"\n"):
-        more = os.read(handle, 65536)
-        if not more:
-            sys.exit("no order")
-        line += more
-    return line
-
-
-def _end_with_supervisor(pipe: int) -> None:
-    """Kill this process group once the supervisor closed the pipe."""
-    while os.read(pipe, 1):
-        pass
+def _end_with_supervisor() -> None:
+    """Kill this process group once the supervisor is gone: nobody else closes the pipe."""
+    os.read(sys.stdin.fileno(), 1)  # nothing is ever written
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 

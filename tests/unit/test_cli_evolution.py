@@ -39,6 +39,7 @@ def shop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, version in (("a", 1), ("b", 2)):
         lora.save(made(name, size=8, rank=version), tmp_path / f"{name}.lora.arrow")
+    (tmp_path / "key").write_text("sk-x\n")
     return tmp_path
 
 
@@ -79,6 +80,9 @@ def test_a_dead_job_is_named_and_can_be_queued_again(shop):
     assert told("add", "--again", *bad)["state"] == "queued"
 
 
+KEYED = "--teacher-model m --key-file key"
+
+
 @requirement("R25.3", "R7.8")
 @pytest.mark.parametrize(
     ("line", "message"),
@@ -90,6 +94,13 @@ def test_a_dead_job_is_named_and_can_be_queued_again(shop):
         "factory run --at 25:00": "25:00",
         "evolve --documents nowhere": "nowhere",
         "evolve --documents . --ask localhost:documents": "--teacher-model",
+        f"evolve --documents . --ask x {KEYED}": "--ask: expected HOST:documents or HOST:queries",
+        f"evolve --documents . --ask x:keys {KEYED}": "found x:keys",
+        f"evolve --documents . --ask x:queries {KEYED} --teacher-url http://x/": "--insecure-http",
+        "factory add train a.lora.arrow --name x --preset fast": "--preset: expected one of quick",
+        "factory add train nowhere.jsonl --name x": "nowhere.jsonl",
+        "factory add merge a.lora.arrow --help": "No such option: --help",
+        "factory add --seconds inf merge a.lora.arrow": "seconds",
     }.items(),
 )
 def test_errors_are_one_line(shop, here, line, message):
@@ -124,7 +135,6 @@ def test_evolve_asks_a_teacher_only_as_allowed(shop, server, monkeypatch):  # no
         return SimpleNamespace(tasks=())
 
     monkeypatch.setattr("lora.learning.watching", watching)
-    (shop / "key").write_text("sk-x\n")
     evolve = ["evolve", "--documents", craft(shop / "docs", 1), "--out", "skills"]
     server_options = ["--teacher-model", "m", "--teacher-url", server.url, "--key-file", "key"]
     allowed = [*server_options, "--ask", "127.0.0.1:documents", "--budget", "3000"]
@@ -138,6 +148,34 @@ def test_evolve_asks_a_teacher_only_as_allowed(shop, server, monkeypatch):  # no
     with pytest.raises(StateError, match="at most 3000 tokens"):
         teacher.from_documents({"long": "word " * 3000})
     assert len(server.requests) == len(Ledger("skills/ledger.sqlite", 0).table()) == 1
+
+
+@requirement("R18.3", "R18.5", "R18.6", "R25.2")
+@pytest.mark.slow
+def test_evolve_sends_a_teacher_what_is_allowed_and_nothing_else(shop, here, server):  # noqa: F811
+    """The whole command, over one training step: what reaches the server, and what is told."""
+    documents = craft(shop / "docs", 3)
+    evolve = ["evolve", "--documents", documents, "--steps", 1, "--json"]
+    asked = ["--teacher-model", "m", "--key-file", "key", "--teacher-url", server.url]
+
+    def figures(*options):
+        code, out, err = here(*evolve, *options)
+        assert (code, err.count("lora: ")) == (0, 0)
+        (task, *_) = json.loads(out)
+        return task["figures"]
+
+    assert figures("--out", "alone", *asked)["pairs"]["taught"] == 0  # without --ask
+    refused = figures("--out", "cheap", *asked, "--ask", "127.0.0.1:documents", "--budget", 10)
+    assert "at most 10 tokens" in refused["failures"][0]
+    assert server.requests == []
+    taught = figures("--out", "taught", *asked, "--ask", "127.0.0.1:documents", "--max-tokens", 99)
+    assert taught["pairs"]["taught"] >= 1
+    materials = [json.loads(body["messages"][1]["content"]) for body in server.bodies]
+    assert {material["kind"] for material in materials} == {"documents"}
+    assert {material["title"] for material in materials} <= {p.name for p in documents.iterdir()}
+    assert {body["max_tokens"] for body in server.bodies} == {99}
+    ledger = Ledger(shop / "taught" / "ledger.sqlite", 0).table()
+    assert [json.loads(body) for body in ledger["body"].to_pylist()] == server.bodies
 
 
 @requirement("R17.1", "R17.2", "R21.1", "R25.2")
