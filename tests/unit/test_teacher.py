@@ -376,7 +376,7 @@ FORMS = {
     "thought and fenced": f"{THOUGHT}```json\n{LIST}\n```",
     "parts": [{"type": "text", "text": LIST[:50]}, {"type": "text", "text": LIST[50:]}],
     "parts with reasoning": [
-        {"type": "reasoning", "text": "so {"},
+        {"type": "reasoning", "text": '{"query": "a", "answer": "draft"}'},
         {"type": "thinking", "thinking": [{"type": "text", "text": "{"}]},
         {"type": "text", "text": LIST},
     ],
