@@ -1,18 +1,21 @@
 """Which modules a card adapts: from the names and shapes of a model's Linears to a binding plan.
 
 A target or weight key matches a module whose dotted name equals it or ends with ``"." + key``:
-``1.query`` matches ``layer.1.query`` but not ``layer.11.query``.
+``1.query`` matches ``layer.1.query`` but not ``layer.11.query``. `plan` reports what a card binds
+to; `require_bound` is the rule for whoever applies it: nothing is an error, a part is a warning.
 
 Requirements: R3, R7.
 """
 
 import hashlib
+import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lora.card import LoRACard, check_card
-from lora.errors import ShapeError, TargetError
+from lora.errors import ShapeError, TargetError, UnboundWarning
 
 ALL_LINEAR = "all-linear"
 """The target that matches every Linear except an output head."""
@@ -41,6 +44,7 @@ class Site:
         owner: The first of the module's names.
         head: Whether its weight is tied to an embedding, which makes it an output head.
         bypassed: Whether its parent may read the weight without calling the Linear.
+        unused: Whether the model says that its forward leaves the Linear out.
     """
 
     in_features: int
@@ -48,6 +52,7 @@ class Site:
     owner: str
     head: bool = False
     bypassed: bool = False
+    unused: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,26 @@ class Injection:
         bound: The weight key of each bound module, sorted by module.
         targets_not_found: Targets that match no module.
         weights_not_used: Weight keys that bind to no targeted module.
-        bypassed: Bound modules where the adapter may have no effect.
+        without_factors: Modules that a target matches and for which the card has no factors.
+        bypassed: Bound modules that a forward may never call, which leaves the adapter without
+            effect: `lora.uncalled` decides.
     """
 
     name: str
     bound: Mapping[str, str]
     targets_not_found: tuple[str, ...] = ()
     weights_not_used: tuple[str, ...] = ()
+    without_factors: tuple[str, ...] = ()
     bypassed: tuple[str, ...] = ()
+
+    @property
+    def unbound(self) -> str:
+        """What the card names and the model lacks, as text; empty if there is nothing."""
+        parts = {
+            "targets not found": self.targets_not_found,
+            "weights not used": self.weights_not_used,
+        }
+        return "; ".join(f"{what}: {listed(names)}" for what, names in parts.items() if names)
 
 
 def matches(name: str, key: str) -> bool:
@@ -148,16 +165,62 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
             if target not in owners and not targeted_modules(sites, [target])
         ),
         weights_not_used=tuple(key for key in card.weights if key not in bound.values()),
-        bypassed=tuple(module for module in bound if sites[module].bypassed),
+        without_factors=tuple(sorted(targeted - bound.keys())),
+        bypassed=tuple(m for m in bound if sites[m].bypassed or sites[m].unused),
     )
-    if strict and (injection.targets_not_found or injection.weights_not_used):
-        raise TargetError(
-            where,
-            "every target to be found and every weight to bind (strict)",
-            f"targets not found: {list(injection.targets_not_found)}, "
-            f"weights not used: {list(injection.weights_not_used)}",
-        )
+    if strict and injection.unbound:
+        expected = "every target to be found and every weight to bind (strict)"
+        raise TargetError(where, expected, injection.unbound)
     return injection
+
+
+def require_bound(sites: Mapping[str, Site], plans: Iterable[tuple[LoRACard, Injection]]) -> None:
+    """Refuse cards that bind nothing; then give one warning for each that binds in part.
+
+    Args:
+        sites: The Linears of the model, under each of their names.
+        plans: The cards with what `plan` found for them.
+
+    Raises:
+        TargetError: A card binds to no module.
+    """
+    plans = list(plans)
+    for card, injection in plans:
+        if not injection.bound:
+            keys, targets = listed(card.weights, 3), listed(card.target_modules, 3)
+            raise TargetError(
+                f"card {card.name!r}",
+                "a Linear of the model for at least one of the card's modules",
+                f"none (factors for {keys}; targets {targets})",
+                f"the Linears of the model are {listed(sites, 3)}",
+            )
+    for card, injection in plans:
+        parts = [injection.unbound] if injection.unbound else []
+        if bypassed := [module for module in injection.bypassed if sites[module].bypassed]:
+            what = "layers that may never be called (lora.uncalled tells, fold helps)"
+            parts.append(f"{what}: {listed(bypassed)}")
+        if parts:
+            warn_unbound(f"card {card.name!r} takes effect in part: {'; '.join(parts)}")
+
+
+def warn_unbound(text: str) -> None:
+    """Give an `UnboundWarning` at the line outside this package that made the call."""
+    level, frame = 1, inspect.currentframe()
+    while frame and str(frame.f_globals.get("__name__")).partition(".")[0] == "lora":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UnboundWarning, stacklevel=level)
+
+
+def listed(names: Iterable[str], limit: int = 10) -> str:
+    """Return names as text, at most `limit` of them.
+
+    Examples:
+        >>> listed(["a", "b", "c"], limit=2), listed([])
+        ("'a', 'b' and 1 more", 'none')
+    """
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more or "none"
 
 
 def fingerprint_of(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:

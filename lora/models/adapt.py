@@ -41,11 +41,19 @@ from lora.models.layers import (
     folded,
     shared_copy,
 )
-from lora.targets import Injection, Site, fingerprint_of, plan, targeted_modules
+from lora.targets import (
+    Injection,
+    Site,
+    fingerprint_of,
+    listed,
+    plan,
+    require_bound,
+    targeted_modules,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
-_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, NeverCalled)
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
 _TORCHS_OWN = frozenset(nn.Module().__dict__.keys() - _HOOKS)
 _FOLLOWED = (Mapping, list, tuple, set, frozenset, deque, MethodType, partial, CellType)
@@ -63,9 +71,13 @@ def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool
         check_base: Refuse a card whose base fingerprint is another model's.
         strict: Refuse a card that names anything the model does not have.
 
+    Warns:
+        UnboundWarning: A card takes effect in part; one warning a card names what is left.
+
     Raises:
-        ShapeError, TargetError, BaseModelError, ConflictError, UnsupportedModelError: The adapters
-            do not fit the model, or it can't be adapted soundly.
+        TargetError: A card binds to no module.
+        ShapeError, BaseModelError, ConflictError, UnsupportedModelError: The adapters do not fit
+            the model, or it can't be adapted soundly.
 
     Examples:
         >>> import numpy as np
@@ -88,33 +100,70 @@ def bindings(
     check_base: bool = True,
     strict: bool = False,
 ) -> list[dict[str, Injection]]:
-    """Decide what each card of each set binds to in a model; raise as `adapt` does."""
+    """Decide what each card of each set binds to in a model; raise and warn as `adapt` does."""
     sites, modules = _survey(model)
-
-    def bind(card: LoRACard, weight: float) -> Injection:
-        injection = plan(sites, card, strict=strict)
-        bound = injection.bound
-        if check_base and bound and card.base_fingerprint is not None:
-            fingerprint = _fingerprint(modules, bound)
-            if fingerprint != card.base_fingerprint:
-                where = f"card {card.name!r}: base model {card.base_model or ''}".rstrip()
-                expected = f"weights with fingerprint {card.base_fingerprint}"
-                raise BaseModelError(where, expected, fingerprint, "check_base=False waives this")
-        terms = {name: (card.weights[key], weight) for name, key in bound.items()}
-        existing = {
-            name: layer.terms[card.name]
-            for name, layer in modules.items()
-            if isinstance(layer, LoRALinear) and card.name in layer.terms
-            if name == sites[name].owner
+    sets = [dict(adapters) for adapters in sets]
+    results = [
+        {
+            name: _bind(sites, modules, card, weight, check_base=check_base, strict=strict)
+            for name, (card, weight) in adapters.items()
         }
-        if existing not in ({}, terms):
-            expected = "the card that the model already has under this name"
-            raise ConflictError(f"adapt: {card.name!r}", expected, "another")
-        for name in bound:
-            check_linear(modules[name], name)
-        return injection
+        for adapters in sets
+    ]
+    pairs = zip(sets, results, strict=True)
+    cards = {id(card): (card, i[n]) for entries, i in pairs for n, (card, _) in entries.items()}
+    require_bound(sites, cards.values())
+    return results
 
-    return [{name: bind(*entry) for name, entry in adapters.items()} for adapters in sets]
+
+def _bind(
+    sites: Mapping[str, Site],
+    modules: Mapping[str, nn.Linear],
+    card: LoRACard,
+    weight: float,
+    *,
+    check_base: bool,
+    strict: bool,
+) -> Injection:
+    injection = plan(sites, card, strict=strict)
+    bound = injection.bound
+    if check_base and bound and card.base_fingerprint is not None:
+        _check_fingerprint(modules, card, injection)
+    terms = {name: (card.weights[key], weight) for name, key in bound.items()}
+    existing = {
+        name: layer.terms[card.name]
+        for name, layer in modules.items()
+        if isinstance(layer, LoRALinear) and card.name in layer.terms
+        if name == sites[name].owner
+    }
+    if existing not in ({}, terms):
+        expected = "the card that the model already has under this name"
+        raise ConflictError(f"adapt: {card.name!r}", expected, "another")
+    for name in bound:
+        check_linear(modules[name], name)
+    return injection
+
+
+def _check_fingerprint(
+    modules: Mapping[str, nn.Linear], card: LoRACard, injection: Injection
+) -> None:
+    """Refuse a card that was made for other weights, or whose weights can't all be compared."""
+    fingerprint = _fingerprint(modules, injection.bound)
+    if fingerprint == card.base_fingerprint:
+        return
+    where = f"card {card.name!r}"
+    if injection.weights_not_used:
+        missing = injection.weights_not_used
+        raise TargetError(
+            where,
+            f"a targeted Linear for each of its {len(card.weights)} modules, because its base "
+            "fingerprint is made from all of them",
+            f"none for {len(missing)}: {listed(missing)}",
+            f"check_base=False adapts the other {len(injection.bound)}, with the base unchecked",
+        )
+    where = f"{where}: base model {card.base_model or ''}".rstrip()
+    expected = f"weights with fingerprint {card.base_fingerprint}"
+    raise BaseModelError(where, expected, fingerprint, "check_base=False waives this")
 
 
 def build(
@@ -187,7 +236,7 @@ def init_card(
 
 def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
     """Return a model whose only trainable parameters are copies of the card's factors."""
-    bound = injections(model, card)[card.name].bound
+    bound = bindings(model, [AdapterSet(card)])[0][card.name].bound
     layers = {model.get_submodule(name): card.weights[key] for name, key in bound.items()}
     if any(isinstance(layer, LoRALinear) for layer in layers):
         expected = "plain Linears to train on"
@@ -211,9 +260,10 @@ def trained_card(model: nn.Module, card: LoRACard) -> LoRACard:
 def injections(
     model: nn.Module, adapters: Adapters, *, strict: bool = False
 ) -> dict[str, Injection]:
-    """Return what each card would bind to, by its name."""
-    adapters = AdapterSet(adapters)
-    return bindings(model, [adapters], check_base=False, strict=strict)[0]
+    """Report what each card would bind to, by its name; nothing is not an error here."""
+    sites = linears(model)
+    cards = (card for card, _ in AdapterSet(adapters).values())
+    return {card.name: plan(sites, card, strict=strict) for card in cards}
 
 
 def check_module(model: object) -> None:
@@ -234,8 +284,11 @@ def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Linear]]:
     modules = {name: module for name, module in walk if isinstance(module, nn.Linear)}
     owners = {module: name for name, module in reversed(modules.items())}
     embeddings = {id(module.weight) for _, module in walk if isinstance(module, nn.Embedding)}
-    # Modules below these may have their weights used without being called.
-    fused = tuple(name and f"{name}." for name, module in walk if isinstance(module, _FUSED))
+    # Modules below the first may have their weights used without being called.
+    fused, unused = (
+        tuple(name and f"{name}." for name, module in walk if isinstance(module, kinds))
+        for kinds in (_FUSED, NeverCalled)
+    )
     sites = {
         name: Site(
             module.in_features,
@@ -243,6 +296,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Linear]]:
             owner=owners[module],
             head=id(module._parameters.get("weight")) in embeddings,
             bypassed=name.startswith(fused),
+            unused=name.startswith(unused),
         )
         for name, module in modules.items()
     }

@@ -11,10 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from lora.card import LoRACard, LowRank
-from lora.errors import BaseModelError, StateError, TargetError, UnsupportedModelError
+from lora.card import AdapterSet, LoRACard, LowRank
+from lora.errors import (
+    BaseModelError,
+    StateError,
+    TargetError,
+    UnboundWarning,
+    UnsupportedModelError,
+)
 from lora.models.adapt import (
     adapt,
+    adapt_rows,
     fingerprint,
     fold,
     folded_bytes,
@@ -428,7 +435,8 @@ def test_the_output_projection_of_torchs_attention_is_reported():
     model = Attending().eval()
     both = card("out_proj", "out")
     assert injections(model, both)["docs"].bypassed == ("attention.out_proj",)
-    adapted = adapt(model, both)
+    with pytest.warns(UnboundWarning, match=r"may never be called .* 'attention\.out_proj'"):
+        adapted = adapt(model, both, strict=True)
     assert uncalled(adapted, X[None]) == ("attention.out_proj",)
     assert not any(module._forward_hooks for module in adapted.modules())
 
@@ -440,7 +448,8 @@ def test_the_linears_of_torchs_fused_encoder_layer_are_reported():
     model = nn.Sequential(OrderedDict(block=layer, out=nn.Linear(4, 4))).requires_grad_(False)
     all_three = card("linear1", "linear2", "out")
     assert injections(model, all_three)["docs"].bypassed == ("block.linear1", "block.linear2")
-    adapted = adapt(model, all_three)
+    with pytest.warns(UnboundWarning, match=r"'block\.linear1', 'block\.linear2'$"):
+        adapted = adapt(model, all_three)
     assert uncalled(adapted, X[None]) == ("block.linear1", "block.linear2")
     assert uncalled(adapted.train(), X[None]) == ()
     assert torch.equal(adapted.eval().block(X[None]), model.block(X[None]))
@@ -459,6 +468,76 @@ def test_a_linear_deep_inside_torchs_attention_is_reported_too():
 def test_layers_that_are_called_are_not_reported(model, adapted):
     assert injections(model, card("linear", "out"))["docs"].bypassed == ()
     assert uncalled(adapted, X) == ()
+
+
+# ---- cards that bind nothing, or in part
+
+
+@requirement("R3.12", "R7.3")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "apply",
+    [adapt, lambda model, card, **options: adapt(model, [PRESENT, card], **options)],
+    ids=["alone", "beside another"],
+)
+def test_a_card_that_binds_nothing_is_refused_by_name_and_nothing_is_adapted(
+    model, unchanged, apply, strict
+):
+    with pytest.raises(TargetError, match=r"card 'lost': .*'model\.out'") as caught:
+        apply(model, card("model.out", name="lost"), strict=strict)
+    assert strict or "the Linears of the model are 'inner.linear', 'out'" in str(caught.value)
+    unchanged()
+
+
+PRESENT = card("out")
+
+
+@requirement("R3.12")
+def test_what_can_not_be_applied_can_not_be_trained_or_run_for_rows_but_be_reported(model):
+    for lost in (card("model.out"), LoRACard("docs", 1, 1.0, [], {"out": PAIR})):
+        for use in (lambda lost: trainable(model, lost), lambda lost: rows_of(model, lost)):
+            with pytest.raises(TargetError, match="card 'docs': expected a Linear of the model"):
+                use(lost)
+        report = injections(model, lost)["docs"]
+        assert (dict(report.bound), report.weights_not_used) == ({}, tuple(lost.weights))
+
+
+def rows_of(model, *adapters):
+    return adapt_rows(model, [AdapterSet(cards) for cards in adapters])
+
+
+@requirement("R3.12", "R7.3")
+def test_a_card_that_binds_in_part_gives_one_warning_that_names_what_is_left(model):
+    half = LoRACard("half", 1, 1.0, ["out", "value"], {"out": PAIR, "elsewhere": PAIR})
+    with pytest.warns(UnboundWarning) as caught:
+        adapted = adapt(model, [half, PRESENT])
+    (warning,) = caught
+    assert str(warning.message) == (
+        "card 'half' takes effect in part: targets not found: 'value'; "
+        "weights not used: 'elsewhere'"
+    )
+    assert warning.filename == __file__
+    assert list(adapted.out.terms) == ["docs", "half"]
+    with pytest.raises(TargetError, match=r"'half'.*'value'.*'elsewhere'"):
+        adapt(model, half, strict=True)
+    with pytest.raises(TargetError, match="'lost'"):  # and no warning, which would be an error here
+        adapt(model, [half, card("model.out", name="lost")])
+    with pytest.warns(UnboundWarning) as caught:
+        rows_of(model, half, half, PRESENT)
+    assert len(caught) == 1
+
+
+@requirement("R1.13", "R7.10")
+def test_a_fingerprint_of_modules_that_the_model_lacks_names_these_and_not_the_base(model):
+    whole = nn.ModuleDict({"net": model, "expert": nn.Linear(4, 4)})
+    mine = card("out", "expert")
+    marked = card("out", "expert", base_fingerprint=fingerprint(whole, mine))
+    adapt(whole, marked)
+    with pytest.raises(TargetError, match=r"none for 1: 'expert'; check_base=False") as caught:
+        adapt(model, marked)
+    assert "base model" not in str(caught.value)
+    with pytest.warns(UnboundWarning, match="'expert'"):
+        adapt(model, marked, check_base=False)
 
 
 # ---- bases, conflicts, rows, training

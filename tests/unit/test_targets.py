@@ -115,9 +115,15 @@ def test_strict_names_everything_that_is_not_there():
     report = plan(sites("0.query"), lacking)
     assert (report.targets_not_found, report.weights_not_used) == (("value",), ("elsewhere",))
     with pytest.raises(
-        TargetError, match=r"targets not found: \['value'\], weights not used: \['elsewhere'\]"
+        TargetError, match=r"found targets not found: 'value'; weights not used: 'elsewhere'"
     ):
         plan(sites("0.query"), lacking, strict=True)
+
+
+@requirement("R3.6")
+def test_a_targets_matches_without_factors_are_in_the_report_and_no_fault():
+    report = plan(sites("a.q", "b.q", "c.v"), card(["q"], "a.q"), strict=True)
+    assert (dict(report.bound), report.without_factors) == ({"a.q": "a.q"}, ("b.q",))
 
 
 @requirement("R3.11")
