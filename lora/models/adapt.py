@@ -1,18 +1,15 @@
 """adapt(model, adapters) -> model': a rewrite that never touches its input.
 
-First the cards are bound to the model's Linears (one walk over the module tree), then every module
-is copied once (a second walk), so that a shared module stays shared. Copying only the changed path
-is not enough: hooks and ``train()`` on the result would still reach the original.
+First the cards are bound to the model's Linears (one walk over the module tree), then the whole
+model is copied (`lora.models.twins`). Copying only the changed path is not enough: hooks and
+``train()`` on the result would still reach the original.
 
 Requirements: R1, R2, R3, R5, R7, R8, R17.
 """
 
-import gc
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,9 +26,7 @@ from lora.errors import (
 )
 from lora.factors import initial
 from lora.models.layers import (
-    ATOMS,
     WIDE,
-    CopyMemo,
     LoRALinear,
     NeverCalled,
     SegmentedLinear,
@@ -39,8 +34,8 @@ from lora.models.layers import (
     TrainableLinear,
     check_linear,
     folded,
-    shared_copy,
 )
+from lora.models.twins import Twins
 from lora.targets import (
     Injection,
     Site,
@@ -54,10 +49,6 @@ from lora.targets import (
 M = TypeVar("M", bound=nn.Module)
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
-_TORCHS_OWN = frozenset(nn.Module().__dict__.keys() - _HOOKS)
-_FOLLOWED = (Mapping, list, tuple, set, frozenset, deque, MethodType, partial, CellType)
-_PLAIN = ATOMS | {Tensor}
 
 
 def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool = False) -> M:
@@ -127,6 +118,8 @@ def _bind(
 ) -> Injection:
     injection = plan(sites, card, strict=strict)
     bound = injection.bound
+    for name in bound:
+        check_linear(modules[name], name)
     if check_base and bound and card.base_fingerprint is not None:
         _check_fingerprint(modules, card, injection)
     terms = {name: (card.weights[key], weight) for name, key in bound.items()}
@@ -139,8 +132,6 @@ def _bind(
     if existing not in ({}, terms):
         expected = "the card that the model already has under this name"
         raise ConflictError(f"adapt: {card.name!r}", expected, "another")
-    for name in bound:
-        check_linear(modules[name], name)
     return injection
 
 
@@ -366,51 +357,11 @@ def _layers(
 
 def _rewrite(model: M, replacements: Mapping[nn.Module, Callable[..., nn.Module]]) -> M:
     """Copy a module tree; a replacement makes what takes a module's place instead of a copy."""
-    copies: dict[nn.Module, nn.Module] = {}
-    memo = CopyMemo()
-
-    def visit(name: str, module: nn.Module) -> nn.Module:
-        if module in copies:
-            return copies[module]
-        _check_sound(name, module)
-        make = replacements.get(module) or partial(shared_copy, module, type(module))
-        twin = copies[module] = make(memo=memo)
-        for key, child in module._modules.items():
-            if child is not None:
-                twin._modules[key] = visit(f"{name}.{key}" if name else key, child)
-        return twin
-
-    return visit("", model)  # type: ignore[return-value]
-
-
-def _check_sound(name: str, module: nn.Module) -> None:
-    """Refuse a module that a copy would not make independent of its original."""
-    where = f"module {name!r} ({type(module).__name__})"
-    if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedModelError(where, "a module in Python", "a ScriptModule")
-    if "forward" in module.__dict__:
-        raise UnsupportedModelError(where, "the class's forward", "a forward set on the instance")
-    for key, value in module.__dict__.items():
-        if key not in _TORCHS_OWN and type(value) not in _PLAIN and _leads_to_a_module(value):
-            where = f"{where}: attribute {key!r}"
-            raise UnsupportedModelError(where, "submodules registered as such", "one outside")
-
-
-def _leads_to_a_module(value: Any) -> bool:
-    """Follow containers, bound methods, partial functions and closures in search of a module."""
-    waiting: list[Any] = [value]
-    seen: dict[int, Any] = {}  # keeps the objects, so that no id is taken again
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, nn.Module):
-            return True
-        if id(item) not in seen:
-            seen[id(item)] = item
-            if isinstance(item, FunctionType):
-                waiting += [item.__closure__, item.__defaults__, item.__kwdefaults__]
-            elif isinstance(item, _FOLLOWED):
-                waiting += gc.get_referents(item)
-    return False
+    try:
+        return Twins(model, replacements)(model)  # type: ignore[no-any-return]
+    except RecursionError:
+        expected = "objects that are nested less deeply than Python's limit of recursion"
+        raise UnsupportedModelError("model", expected, "deeper ones") from None
 
 
 fresh, trained = init_card, trained_card  # their earlier names

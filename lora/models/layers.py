@@ -1,15 +1,13 @@
-"""Linears with low-rank terms, and copies of modules that share their parameters' storage.
+"""Linears with low-rank terms, made from plain ones.
 
-A base is never changed: a layer is a copy with dictionaries of its own.
+A base is never changed: a layer is a twin of it, over the same weight.
 
 Requirements: R2, R3, R5, R7, R8.
 """
 
 import math
-from collections import OrderedDict, deque
 from collections.abc import Sequence
-from copy import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from lora.card import LowRank
 from lora.checks import finite
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
 from lora.factors import concat
+from lora.models.twins import Twins, check_own
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,54 +31,9 @@ WIDE = (torch.float32, torch.float64)
 Segments = tuple[tuple[int, int, int], ...]
 """Runs of rows of one batch: (start, stop, index of the adapter set)."""
 
-ATOMS = frozenset({bool, int, float, str, type(None)})
-"""Classes of values that lead to no other object."""
-
-_QUICKLY_COPIED = frozenset({dict, OrderedDict, list, set})  # by a method of their own
-_COPIED = (Tensor, np.ndarray, dict, list, deque, set, tuple)
-
 
 class NeverCalled(nn.Module):
     """A module that a model loads and saves but never calls: adapters have no effect in it."""
-
-
-class CopyMemo:
-    """Maps a value that a module holds to its twin; a value that is shared has one shared twin.
-
-    A parameter's twin is detached and frozen over the same storage. Other tensors, arrays and
-    containers are copied. Any other value is its own twin.
-    """
-
-    def __init__(self) -> None:
-        # id -> (original, twin); the original is kept so that its id is not taken again
-        self._twins: dict[int, tuple[Any, Any]] = {}
-
-    def __call__(self, value: Any) -> Any:
-        """Return the twin of a value."""
-        twin: Any
-        if type(value) in ATOMS or not isinstance(value, _COPIED):
-            return value
-        if known := self._twins.get(id(value)):
-            return known[1]
-        if type(value) in _QUICKLY_COPIED:
-            twin = value.copy()  # type: ignore[union-attr]
-        elif isinstance(value, nn.Parameter):
-            twin = nn.Parameter(value.detach(), requires_grad=False)
-        else:
-            twin = value.detach().clone() if isinstance(value, Tensor) else copy(value)
-        self._twins[id(value)] = value, twin  # before its items, since it may hold itself
-        if isinstance(value, dict):
-            for key, item in value.items():
-                twin[key] = self(item)
-        elif isinstance(value, tuple):
-            items = [self(item) for item in value]
-            if any(item is not original for item, original in zip(items, value, strict=True)):
-                twin = getattr(type(value), "_make", type(value))(items)
-                self._twins[id(value)] = value, twin
-        elif isinstance(value, list | deque | set):
-            twin.clear()
-            (twin.update if isinstance(value, set) else twin.extend)(map(self, value))
-        return twin
 
 
 class LoRALinear(nn.Linear):
@@ -109,7 +63,7 @@ class LoRALinear(nn.Linear):
     terms: Terms
 
     def __init__(
-        self, base: nn.Linear, terms: Terms | None = None, memo: CopyMemo | None = None
+        self, base: nn.Linear, terms: Terms | None = None, memo: Twins | None = None
     ) -> None:
         check_linear(base, "base")
         _take_over(self, base, memo)
@@ -153,9 +107,7 @@ class LoRALinear(nn.Linear):
 class SegmentedLinear(nn.Linear):
     """A Linear in which each run of rows of a batch has the terms of one of several sets."""
 
-    def __init__(
-        self, base: nn.Linear, sets: Sequence[Terms], memo: CopyMemo | None = None
-    ) -> None:
+    def __init__(self, base: nn.Linear, sets: Sequence[Terms], memo: Twins | None = None) -> None:
         check_linear(base, "base")
         _take_over(self, base, memo)
         for index, terms in enumerate(sets):
@@ -183,7 +135,7 @@ class TrainableLinear(nn.Linear):
     lora_B: nn.Parameter
 
     def __init__(
-        self, base: nn.Linear, pair: LowRank, *, dropout: float = 0.0, memo: CopyMemo | None = None
+        self, base: nn.Linear, pair: LowRank, *, dropout: float = 0.0, memo: Twins | None = None
     ) -> None:
         check_linear(base, "base")
         check_fit(base, pair, "pair")
@@ -231,11 +183,11 @@ def stacked(terms: Terms, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(pair.A).to(weight), torch.tensor(pair.B).to(weight)
 
 
-def folded(linear: nn.Linear, terms: Terms, memo: CopyMemo | None = None) -> nn.Linear:
+def folded(linear: nn.Linear, terms: Terms, memo: Twins | None = None) -> nn.Linear:
     """Return a plain Linear of ``W + ΔW``, or a `LoRALinear` where a narrow dtype would lose ΔW."""
     if linear.weight.dtype not in WIDE:
         return LoRALinear(linear, terms, memo)
-    result = shared_copy(linear, nn.Linear, memo)
+    result = _take_over(object.__new__(nn.Linear), linear, memo)
     if isinstance(linear, LoRALinear):
         del result.terms, result.weight_side_threshold, result.lora_A, result.lora_B
     a, b = stacked(terms, linear.weight)
@@ -243,46 +195,24 @@ def folded(linear: nn.Linear, terms: Terms, memo: CopyMemo | None = None) -> nn.
     return result
 
 
-def shared_copy(module: nn.Module, kind: type[M], memo: CopyMemo | None = None) -> M:
-    """Return a copy of one module, of class `kind`, over the same storage.
-
-    Submodules are the original's, for the caller to replace. Loading a state dict, which writes in
-    place, first gives the copy storage of its own.
-    """
-    result: M = object.__new__(kind)
-    _take_over(result, module, memo)
-    return result
-
-
-def _take_over(result: nn.Module, module: nn.Module, memo: CopyMemo | None) -> None:
+def _take_over(result: M, base: nn.Module, memo: Twins | None) -> M:
     """Fill a new module with twins of all that another one holds."""
-    memo = memo or CopyMemo()
-    result.__dict__.update({key: memo(value) for key, value in module.__dict__.items()})
-    hooks: dict[int, Any] = result._load_state_dict_pre_hooks
-    for handle, hook in hooks.items():
-        if hook.with_module:  # the hook is given its module, which is now the copy
-            hooks[handle] = type(hook)(hook.hook, result)
-    if all(hook.hook is not _unshare for hook in hooks.values()):
-        result.register_load_state_dict_pre_hook(_unshare)  # type: ignore[no-untyped-call]
-
-
-def _unshare(module: nn.Module, *_: object) -> None:
-    """Give a module's tensors storage of their own; tensors that are tied stay tied."""
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None:
-            tensor.data = tensor.detach().clone()
+    return (memo or Twins(base)).fill(result, base)
 
 
 def check_linear(module: nn.Module, where: str) -> None:
     """Refuse a module that does not compute what ``nn.Linear`` does from a weight of its own."""
-    if (
-        not isinstance(module, nn.Linear)
-        or type(module).forward not in (nn.Linear.forward, LoRALinear.forward)
-        or not {"weight", "bias"} <= module._parameters.keys()
-        or "forward" in module.__dict__
-    ):
+    where = f"module {where!r}"
+    check_own(module, where)
+    kind, weight = type(module), module._parameters.get("weight")
+    plain = isinstance(module, nn.Linear) and "bias" in module._parameters
+    if plain and kind.forward in (nn.Linear.forward, LoRALinear.forward):
+        kind = type(weight)
+    if kind is not nn.Parameter:
         expected = "a Linear with nn.Linear's own forward, weight and bias"
-        raise UnsupportedModelError(f"module {where!r}", expected, type(module).__name__)
+        actual = f"{kind.__module__}.{kind.__qualname__}"
+        hint = "adapt and fold the model first, then quantise or wrap its layers"
+        raise UnsupportedModelError(where, expected, actual, hint)
 
 
 def check_fit(linear: nn.Linear, pair: LowRank, name: str) -> None:

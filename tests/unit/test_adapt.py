@@ -2,8 +2,11 @@
 
 import copy
 import pickle
+import threading
+import weakref
 from collections import Counter, OrderedDict, deque
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -325,13 +328,10 @@ class Outside(nn.Module):
         return self.linear(x)
 
     def method(self, x):
-        return x
+        return self.linear(x)
 
-
-def instance_forward():
-    model = Outside()
-    model.forward = lambda x: x
-    return model
+    def hook(self, module, inputs, output):
+        self.kept.append(output)
 
 
 def own_method():
@@ -340,47 +340,230 @@ def own_method():
     return model
 
 
+def bound_forward():
+    model = Outside()
+    model.kept = model.linear.forward
+    return model
+
+
 def closure():
     model = Outside()
-    model.kept = lambda x: model.linear(x) + 1
+    again = [model.linear]
+
+    def run(x, times=1):
+        return again[0](x) if times == 0 else run(x, times - 1)
+
+    model.kept = run
     return model
 
 
-def default():
-    linear = nn.Linear(4, 4)
-    return Outside(lambda x, run=linear: run(x))
+def slots():
+    model = Outside(Slotted())
+    model.kept.inside = model.linear
+    return model
 
 
-def bound_hook():
+def by(wrap):
+    """A model that keeps something made from its Linear, and calls it."""
     model = Outside()
-    model.linear.register_forward_hook(model.method)
+    model.kept = wrap(model.linear)
     return model
 
 
-REFUSED = {
-    "a forward on the instance": (instance_forward, "a forward set on the instance"),
-    "a list": (lambda: Outside([nn.Linear(4, 4)]), "'kept'"),
-    "a list of lists": (lambda: Outside([[nn.Linear(4, 4)]]), "'kept'"),
-    "a dictionary of tuples": (lambda: Outside({"a": (1, nn.Linear(4, 4))}), "'kept'"),
-    "a set": (lambda: Outside({nn.Linear(4, 4)}), "'kept'"),
-    "a dictionary's keys": (lambda: Outside({nn.Linear(4, 4): 1}), "'kept'"),
-    "a bound method": (own_method, "'kept'"),
-    "a partial of a bound method": (lambda: Outside(partial(Outside().method)), "'kept'"),
-    "an argument of a partial": (lambda: Outside(partial(print, nn.Linear(4, 4))), "'kept'"),
-    "a closure": (closure, "'kept'"),
-    "a default of a function": (default, "'kept'"),
-    "a hook that is a bound method": (bound_hook, "'_forward_hooks'"),
+def first(kept, x):
+    return next(iter(kept))(x)
+
+
+CARRIED = {
+    "a list": (lambda: by(lambda m: [m]), first),
+    "a list of lists": (lambda: by(lambda m: [[m]]), lambda kept, x: kept[0][0](x)),
+    "a tuple in a dictionary": (lambda: by(lambda m: {"a": (1, m)}), lambda k, x: k["a"][1](x)),
+    "a set": (lambda: by(lambda m: {m}), first),
+    "a frozen set": (lambda: by(lambda m: frozenset([m])), first),
+    "a dictionary's keys": (lambda: by(lambda m: {m: 1}), first),
+    "a queue": (lambda: by(lambda m: deque([m], maxlen=2)), first),
+    "a method of the model": (own_method, lambda kept, x: kept(x)),
+    "the forward of an adapted layer": (bound_forward, lambda kept, x: kept(x)),
+    "an argument of a partial": (lambda: by(partial(partial, run_it)), lambda kept, x: kept(x)),
+    "a closure": (closure, lambda kept, x: kept(x)),
+    "a default of a function": (
+        lambda: by(lambda m: lambda x, run=m: run(x)),
+        lambda kept, x: kept(x),
+    ),
+    "a method of a list": (lambda: by(lambda m: [m].__getitem__), lambda kept, x: kept(0)(x)),
+    "an object": (lambda: by(lambda m: SimpleNamespace(a=m)), lambda kept, x: kept.a(x)),
+    "an object with slots": (slots, lambda kept, x: kept.inside(x)),
+    "an object with a deepcopy of its own": (
+        lambda: by(CopiedItsWay),
+        lambda kept, x: kept.inside(x),
+    ),
 }
 
 
-@requirement("R3.14")
+def run_it(linear, x):
+    return linear(x)
+
+
+class Slotted:
+    """An object without a dictionary."""
+
+    __slots__ = ("inside",)
+
+
+class CopiedItsWay:
+    """An object whose copies share what it holds."""
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    def __deepcopy__(self, memo):
+        return CopiedItsWay(self.inside)
+
+
+@requirement("R3.9", "R3.14")
+@pytest.mark.parametrize(("make", "call"), CARRIED.values(), ids=CARRIED)
+def test_what_leads_to_a_module_leads_to_its_twin_in_the_result(make, call):
+    model = make()
+    before = model(X)
+    result = adapt(model, card("linear"))
+    want = before + X @ torch.tensor(PAIR.A) @ torch.tensor(PAIR.B)
+    assert torch.allclose(call(model.kept, X), before)
+    assert torch.allclose(call(result.kept, X), want)
+    result.linear.bias = nn.Parameter(torch.ones(4))
+    assert torch.equal(call(model.kept, X), before)
+    assert torch.equal(call(result.kept, X), result.linear(X))
+
+
+@requirement("R3.9")
+def test_a_hook_that_is_a_method_is_the_twins_and_its_handle_removes_it_there():
+    model = Outside([])
+    model.handle = model.linear.register_forward_hook(model.hook)
+    result = adapt(model, card("linear"))
+    result(X)
+    assert (len(model.kept), len(result.kept)) == (0, 1)
+    result.handle.remove()
+    result(X)
+    model(X)
+    assert (len(model.kept), len(result.kept)) == (1, 1)
+
+
+@requirement("R3.9")
+def test_an_own_deepcopy_of_a_module_is_not_asked():
+    class Itself(Outside):
+        def __deepcopy__(self, memo):
+            return self
+
+    model = nn.Sequential(Itself())
+    assert adapt(model, card("linear"))[0] is not model[0]
+
+
+@requirement("R3.9")
+def test_the_names_and_attributes_of_parameters_are_carried_over(model):
+    model.out.weight.note = ["made by hand"]
+    adapted = adapt(model, card("out"))
+    assert adapted.out.weight.note == ["made by hand"]
+    assert adapted.out.weight.note is not model.out.weight.note
+
+
+def instance_forward():
+    model = Outside()
+    model.forward = lambda x: x
+    return model
+
+
+def compiled():
+    model = Outside()
+    model.linear.compile(backend="eager")
+    return model
+
+
+def class_attribute(holder=object):
+    return type("Holder", (holder,), {"shared": [nn.Linear(4, 4)]})
+
+
+def weakly_held():
+    model = Outside()
+    model.kept = [weakref.ref(model.linear)]
+    return model
+
+
+class Uncopyable:
+    """An object that refuses to be copied, and holds something."""
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError
+
+
+class Single(Uncopyable):
+    """An object that copies itself as the one of its name, as an enumeration does."""
+
+    def __reduce_ex__(self, protocol):
+        return "SINGLE"
+
+
+def through_a_global():
+    def run(x):
+        return GLOBAL(x)
+
+    GLOBAL_MODEL.kept = run
+    return GLOBAL_MODEL
+
+
+GLOBAL_MODEL = Outside()
+GLOBAL = GLOBAL_MODEL.linear
+REFUSED = {
+    "a forward on the instance": (instance_forward, r"instance: test_adapt\.instance_forward"),
+    "a compiled layer": (compiled, r"one after \.compile\(\); adapt it first"),
+    "a weak reference": (weakly_held, "'kept'.* a weak reference"),
+    "an iterator": (lambda: Outside(m for m in [GLOBAL]), "'kept'.*can't be copied .generator"),
+    "an uncopyable object": (lambda: Outside(Uncopyable(GLOBAL)), "'kept'.*Uncopyable"),
+    "a singleton": (lambda: Outside({"a": Single([GLOBAL])}), "'kept'.*Single"),
+    "the class of an object": (lambda: Outside(class_attribute()()), "'kept'.*'shared' of Holder"),
+    "its own class": (class_attribute(Outside), "Holder.*'shared' of Holder"),
+    "a global of a function": (through_a_global, "'kept'.*global 'GLOBAL'"),
+    "a lazy layer": (lambda: Outside(nn.LazyLinear(4)), "kept.*run it once"),
+}
+
+
+@requirement("R3.14", "R7.10")
 @pytest.mark.parametrize(("make", "found"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("nested", [False, True])
 def test_what_a_copy_could_not_make_independent_is_refused_by_name(make, found, nested):
     model = nn.Sequential(make()) if nested else make()
     with pytest.raises(UnsupportedModelError, match=found) as caught:
-        adapt(model, card("linear"))
+        adapt(model, ())
     assert not nested or "module '0" in str(caught.value)
+
+
+@requirement("R3.9")
+def test_what_can_not_be_copied_and_leads_to_no_module_is_shared(model):
+    model.lock, model.counter = threading.Lock(), Uncopyable(3)
+    adapted = adapt(model, card("out"))
+    assert (adapted.lock, adapted.counter) == (model.lock, model.counter)
+
+
+@requirement("R3.14")
+def test_objects_that_are_nested_too_deeply_are_refused(model):
+    for _ in range(3000):
+        model.chain = [getattr(model, "chain", None)]
+    with pytest.raises(UnsupportedModelError, match="nested less deeply"):
+        adapt(model, ())
+
+
+@requirement("R3.14")
+@pytest.mark.parametrize(
+    ("wrap", "found"),
+    [
+        (lambda m: torch.compile(m, backend="eager"), "wrapper of torch.compile; .*_orig_mod"),
+        (torch.fx.symbolic_trace, "GraphModule"),
+    ],
+)
+def test_a_model_in_a_wrapper_of_torch_is_refused_by_its_name(model, wrap, found):
+    with pytest.raises(UnsupportedModelError, match=found):
+        adapt(wrap(model), card("out"))
 
 
 @requirement("R3.14")

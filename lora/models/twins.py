@@ -1,0 +1,392 @@
+"""The twin of a model: a copy that shares the storage of parameters and nothing else that changes.
+
+`Twins` walks the objects that `copy.deepcopy` would, with other rules for some kinds. A module is
+copied by its dictionaries, whatever ``__deepcopy__`` it has. A parameter is wrapped again over the
+same storage, detached and frozen. References between the parts lead to the twins: bound methods,
+closures, handles of hooks, modules in lists. What is shared on purpose is listed in
+`docs/adapt.md`; what can be neither copied nor shared is refused by the name of its module.
+
+Requirements: R2, R3, R7.
+"""
+
+import copyreg
+import gc
+import inspect
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from enum import Enum
+from functools import cached_property
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
+from typing import Any, TypeVar
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lora.card import AdapterSet, LoRACard, LowRank
+from lora.errors import UnsupportedModelError
+
+M = TypeVar("M", bound=nn.Module)
+
+_ATOMS = frozenset(
+    {
+        *(type(None), bool, int, float, complex, str, bytes, range, type, type(...)),
+        *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+        *(ModuleType, CodeType),
+    }
+)
+"""Classes of values that can't change, which lead to nothing that can."""
+
+_SHARED = (type, Enum, LowRank, LoRACard, AdapterSet)
+_SHARED_MODULES = ("_thread", "threading", "concurrent", "multiprocessing", "queue", "logging")
+_NO_TWIN = object()
+_EMPTY = frozenset({dict, OrderedDict, set, list})
+_TORCHS_OWN = frozenset(nn.Module().__dict__)
+
+
+class _UnsoundError(Exception):
+    """A copy would not be independent: what was expected, what was found, and the way out."""
+
+
+class Twins:
+    """Maps every object of a model to its twin; an object that is shared has one shared twin.
+
+    Args:
+        root: The model, whose names errors tell.
+        replacements: Module -> what makes, from the keyword `memo`, its twin of another class.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        replacements: Mapping[nn.Module, Callable[..., nn.Module]] | None = None,
+    ) -> None:
+        self._root, self._replacements = root, replacements or {}
+        self._originals: list[Any] = []  # so that no id is taken again
+        self._memo: dict[int, Any] = {}  # the form that deepcopy knows, for `__deepcopy__` methods
+        self._memo[id(self._memo)] = self._originals
+        self._classes: set[type] = {object, nn.Module}
+
+    def __call__(self, value: Any) -> Any:
+        """Return the twin of a value."""
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        twin = self._memo.get(id(value), _NO_TWIN)
+        if twin is not _NO_TWIN:
+            return twin
+        if copier := _COPIERS.get(kind):
+            return copier(self, value)
+        for family, copier in _FAMILIES.items():
+            if isinstance(value, family):
+                return copier(self, value)
+        return self._object(value)
+
+    def fill(self, twin: M, module: nn.Module) -> M:
+        """Fill a new module with the twins of all that another one holds.
+
+        Loading a state dict, which writes in place, first gives the twin storage of its own.
+        """
+        self._put(module, twin)
+        content, place = twin.__dict__, ""
+        try:
+            self._check_class(type(module))
+            if not _MARKS.keys().isdisjoint(module.__dict__):
+                check_own(module, f"module {self._name(module)!r} ({type(module).__name__})")
+            for key, value in module.__dict__.items():
+                kind = type(value)
+                if kind in _ATOMS:
+                    content[key] = value
+                elif kind in _EMPTY and not value and key in _TORCHS_OWN:
+                    content[key] = kind()
+                else:
+                    place = key
+                    content[key] = self(value)
+        except _UnsoundError as fault:
+            name = self._name(module)
+            if name is None:  # it is held by one that has a name
+                raise
+            attribute = f": attribute {place!r}" if place else ""
+            where = f"module {name!r} ({type(module).__name__}){attribute}"
+            raise UnsupportedModelError(where, *fault.args) from None
+        hooks: dict[int, Any] = twin._load_state_dict_pre_hooks
+        if all(hook.hook is not _unshare for hook in hooks.values()):
+            twin.register_load_state_dict_pre_hook(_unshare)  # type: ignore[no-untyped-call]
+        return twin
+
+    def _name(self, module: nn.Module) -> str | None:
+        names = (name for name, other in self._root.named_modules() if other is module)
+        return next(names, None)
+
+    def _put(self, value: Any, twin: Any) -> Any:
+        self._memo[id(value)] = twin
+        self._originals.append(value)
+        return twin
+
+    def _dictionary(self, value: dict[Any, Any]) -> Any:
+        if _ATOMS.issuperset(map(type, value)) and _ATOMS.issuperset(map(type, value.values())):
+            return self._put(value, value.copy())
+        twin = self._put(value, type(value)())
+        for key, item in value.items():
+            twin[self(key)] = self(item)
+        return twin
+
+    def _list(self, value: list[Any]) -> Any:
+        twin = self._put(value, [])
+        twin.extend([self(item) for item in value])
+        return twin
+
+    def _set(self, value: set[Any]) -> Any:
+        twin = self._put(value, set())
+        twin.update([self(item) for item in value])
+        return twin
+
+    def _tuple(self, value: tuple[Any, ...]) -> Any:
+        items = tuple([self(item) for item in value])
+        if id(value) in self._memo:  # an item has led back here
+            return self._memo[id(value)]
+        same = all(item is original for item, original in zip(items, value, strict=True))
+        return self._put(value, value if same else items)
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        kind = type(value)
+        if is_lazy(value):
+            raise _UnsoundError("parameters with values", f"an {kind.__name__}", "run it once")
+        if not isinstance(value, nn.Parameter):
+            return self._put(value, value.detach().clone())  # type: ignore[no-any-return]
+        if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
+            twin = nn.Parameter(value.detach(), requires_grad=False)
+        else:  # detach would lose the class
+            twin = Tensor._make_subclass(kind, value.data, False)  # type: ignore[attr-defined]
+        self._put(value, twin)
+        if value.__dict__:
+            twin.__dict__.update({key: self(item) for key, item in value.__dict__.items()})
+        return twin
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        if make := self._replacements.get(module):
+            return make(memo=self)
+        return self.fill(object.__new__(type(module)), module)
+
+    def _function(self, value: FunctionType) -> Any:
+        """Return the function itself, or one of the same code that leads to the twins."""
+        for name in value.__code__.co_names:
+            module = value.__globals__.get(name)
+            if isinstance(module, nn.Module) and any(module is m for m in self._root.modules()):
+                raise _UnsoundError("a function that is given its modules", f"the global {name!r}")
+        if not leads_to_module([value]):
+            return self._put(value, value)
+        cells = [self._memo.get(id(cell)) or CellType() for cell in value.__closure__ or ()]
+        twin = FunctionType(
+            value.__code__, value.__globals__, value.__name__, closure=tuple(cells) or None
+        )
+        self._put(value, twin)
+        for cell, original in zip(cells, value.__closure__ or (), strict=True):
+            if id(original) not in self._memo:
+                self._put(original, cell)
+                content = original.cell_contents
+                cell.cell_contents = self(content) if leads_to_module([content]) else content
+        twin.__defaults__, twin.__kwdefaults__ = (
+            self(value.__defaults__),
+            self(value.__kwdefaults__),
+        )
+        twin.__qualname__ = value.__qualname__
+        twin.__dict__.update(self(value.__dict__))
+        return twin
+
+    def _method(self, value: MethodType) -> Any:
+        """Return the method of the twin; where this has another class, by its name there."""
+        owner, function = self(value.__self__), value.__func__
+        name = function.__name__
+        if getattr(type(value.__self__), name, None) is function:
+            function = getattr(type(owner), name)
+        return self._put(value, MethodType(self(function), owner))
+
+    def _builtin(self, value: BuiltinFunctionType) -> Any:
+        """Return the twin's method of a built-in method, such as ``append`` of a list."""
+        owner = self(value.__self__)
+        return value if owner is value.__self__ else getattr(owner, value.__name__)
+
+    def _weak_reference(self, value: weakref.ref[Any]) -> Any:
+        target = value()
+        if isinstance(target, nn.Module):
+            raise _UnsoundError("modules that are held", "a weak reference to one")
+        # torch's recurrent layers have weak references to their parameters.
+        bound = isinstance(target, Tensor)
+        return self._put(value, weakref.ref(self(target)) if bound else value)
+
+    def _object(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, _SHARED):
+            return self._put(value, value)
+        if isinstance(value, Tokenizer):
+            return self._put(value, _tokenizer(value))
+        self._check_class(kind)
+        if kind.__module__.partition(".")[0] in _SHARED_MODULES:
+            return self._share(value)
+        try:
+            if hasattr(kind, "__deepcopy__") and not leads_to_module([value]):
+                twin = value.__deepcopy__(self._memo)
+            else:
+                reducer = copyreg.dispatch_table.get(kind)
+                parts = reducer(value) if reducer else value.__reduce_ex__(4)
+                twin = value if isinstance(parts, str) else self._rebuild(value, parts)
+        except (_UnsoundError, UnsupportedModelError, RecursionError):
+            raise
+        except Exception:  # noqa: BLE001 - whatever a class raises that does not want to be copied
+            return self._share(value)
+        return self._share(value) if twin is value else self._put(value, twin)
+
+    def _rebuild(self, value: Any, parts: tuple[Any, ...]) -> Any:
+        """Make an object from the parts that ``__reduce_ex__`` returned."""
+        function, arguments, state, items, pairs = (*parts, None, None, None)[:5]
+        twin = self._put(value, function(*[self(argument) for argument in arguments]))
+        if state is not None:
+            state = self(state)
+            if hasattr(twin, "__setstate__"):
+                twin.__setstate__(state)
+            else:
+                slots = {}
+                if isinstance(state, tuple) and len(state) == 2:
+                    state, slots = state
+                if state:
+                    twin.__dict__.update(state)
+                for key, item in (slots or {}).items():
+                    object.__setattr__(twin, key, item)
+        for item in items or ():
+            twin.append(self(item))
+        for key, item in pairs or ():
+            twin[self(key)] = self(item)
+        return twin
+
+    def _share(self, value: Any) -> Any:
+        """Keep an object that can't be copied, unless a module is reached through it."""
+        if leads_to_module([value]):
+            kind = f"one in an object that can't be copied ({type(value).__qualname__})"
+            raise _UnsoundError("modules where a copy can replace them", kind)
+        return self._put(value, value)
+
+    def _check_class(self, kind: type) -> None:
+        """Refuse a class that itself holds a module, which all its objects would share."""
+        if kind in self._classes:
+            return
+        for base in set(kind.__mro__) - self._classes:
+            if wrapper := _WRAPPERS.get(f"{base.__module__}.{base.__qualname__}"):
+                raise _UnsoundError("a module in Python", *wrapper)
+            for key, value in vars(base).items():
+                if type(value) not in _OF_CLASSES and key[:2] != "__" and leads_to_module([value]):
+                    what = f"one in class attribute {key!r} of {base.__qualname__}"
+                    raise _UnsoundError("modules that objects hold", what)
+        self._classes.update(kind.__mro__)
+
+
+_COPIERS: dict[type, Callable[[Twins, Any], Any]] = {
+    dict: Twins._dictionary,
+    OrderedDict: Twins._dictionary,
+    list: Twins._list,
+    set: Twins._set,
+    tuple: Twins._tuple,
+    FunctionType: Twins._function,
+    MethodType: Twins._method,
+    BuiltinFunctionType: Twins._builtin,
+}
+_FAMILIES: dict[type, Callable[[Twins, Any], Any]] = {
+    Tensor: Twins._tensor,
+    nn.Module: Twins._module,
+    weakref.ref: Twins._weak_reference,
+}
+_OF_CLASSES = _ATOMS | {
+    *(FunctionType, property, staticmethod, classmethod, frozenset, cached_property),
+    *(GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType),
+}
+"""Classes of what a class usually holds that is no module."""
+
+
+def leads_to_module(values: Iterable[Any]) -> bool:
+    """Tell whether a module is reached from any of the values, by strong references."""
+    waiting, seen = list(values), dict[int, Any]()  # keeps objects, so that no id is taken again
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, nn.Module):
+            return True
+        if type(item) in _ATOMS or isinstance(item, type | Tensor) or id(item) in seen:
+            continue
+        seen[id(item)] = item
+        if isinstance(item, FunctionType):  # not its globals
+            waiting += [item.__closure__, item.__defaults__, item.__kwdefaults__, item.__dict__]
+        else:
+            waiting += gc.get_referents(item)
+    return False
+
+
+def _tokenizer(value: Tokenizer) -> Tokenizer:
+    """Return a tokenizer over the same vocabulary, with settings and added tokens of its own."""
+    twin = Tokenizer(value.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (original := getattr(value, part)) is not None:
+            setattr(twin, part, deepcopy(original))
+    for _, token in sorted(value.get_added_tokens_decoder().items()):
+        (twin.add_special_tokens if token.special else twin.add_tokens)([token])
+    twin.encode_special_tokens = value.encode_special_tokens
+    if value.truncation:
+        twin.enable_truncation(**value.truncation)
+    if value.padding:
+        twin.enable_padding(**value.padding)
+    return twin
+
+
+_WRAPPERS = {
+    "torch.jit._script.ScriptModule": ("a ScriptModule", "adapt what it was made from"),
+    "torch.fx.graph_module.GraphModule": ("a GraphModule", "adapt what it was made from"),
+    "torch._dynamo.eval_frame.OptimizedModule": (
+        "the wrapper of torch.compile",
+        "adapt its _orig_mod, then compile the result",
+    ),
+}
+"""Classes of modules that can't be copied -> what they are, and the way out."""
+
+_MARKS = {
+    "_compiled_call_impl": ("one after .compile()", "adapt it first, then compile the result"),
+    "_hf_hook": (
+        "the hook {}",
+        "accelerate.hooks.remove_hook_from_module(model, recurse=True) takes it off",
+    ),
+    "_original_forward": (
+        "the forward of Accelerator.prepare",
+        "adapt accelerator.unwrap_model(model, keep_fp32_wrapper=False), then prepare the result",
+    ),
+    "forward": ("a forward set on the instance: {}", "delete it, or put it into a subclass"),
+}
+"""Attributes of modules that can't be copied -> who set them, and the way out."""
+
+
+def check_own(module: nn.Module, where: str) -> None:
+    """Refuse a module whose forward was set from outside, by the name of what set it."""
+    content = module.__dict__
+    for mark, (what, hint) in _MARKS.items():
+        if content.get(mark) is not None:
+            value = content[mark] if mark == "_hf_hook" else inspect.unwrap(content[mark])
+            name = getattr(value, "__qualname__", type(value).__qualname__)
+            actual = what.format(f"{value.__module__}.{name}")
+            raise UnsupportedModelError(where, "a module with its class's forward", actual, hint)
+
+
+def _unshare(module: nn.Module, *_: object) -> None:
+    """Give a module's tensors storage of their own; tensors that are tied stay tied."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            tensor.data = tensor.detach().clone()

@@ -1,0 +1,210 @@
+"""Models of transformers and sentence-transformers: what is done to an adapted one stays there."""
+
+import gc
+from enum import Enum
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
+
+from lora.card import LoRACard, LowRank
+from lora.errors import UnsupportedModelError
+from lora.models.adapt import adapt, init_card
+from lora.models.encoder import InferenceCore
+from lora.testing.plugin import requirement
+
+IDS = torch.arange(3, 19).reshape(2, 8)
+TEXTS = ["A text.", "Another one, which is longer than the first."]
+
+
+def llama(_=None):
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=96, **small, **heads)).eval()
+
+
+def t5(_):
+    torch.manual_seed(0)
+    return T5Model(T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2)).eval()
+
+
+def tokens(model, **more):
+    return model(input_ids=IDS, **more)[0].detach()
+
+
+MODELS = {
+    "BertModel": (lambda folder: BertModel.from_pretrained(folder).eval(), tokens),
+    "LlamaForCausalLM": (llama, tokens),
+    "T5Model": (t5, lambda model: tokens(model, decoder_input_ids=IDS)),
+    "SentenceTransformer": (
+        lambda folder: SentenceTransformer(str(folder), device="cpu"),
+        lambda model: torch.tensor(model.encode(TEXTS)),
+    ),
+    "InferenceCore": (
+        InferenceCore.from_pretrained,
+        lambda model: torch.tensor(model.encode(TEXTS)),
+    ),
+}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def original(request, model_folder):
+    """A model, and what it computes."""
+    make, outputs = request.param
+    return make(model_folder), outputs
+
+
+def any_card(model):
+    card = init_card(model, "docs", rank=2, alpha=4.0, target_modules=["all-linear"], seed=0)
+    rng = np.random.default_rng(0)
+    weights = {
+        key: LowRank(pair.A, rng.normal(size=pair.B.shape).astype("f4") * 0.1, pair.scaling)
+        for key, pair in card.weights.items()
+    }
+    return LoRACard("docs", 2, 4.0, ["all-linear"], weights)
+
+
+def picture(folder):
+    """The bytes of every file of a folder, by its path."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+IMMUTABLE = (str, bytes, int, float, complex, tuple, frozenset, range, type(None), type(...))
+IMMUTABLE += (torch.dtype, torch.device, torch.Size, torch.layout, type, Enum)
+# The kinds that docs/idea.md lists.
+SHARED = (FunctionType, BuiltinFunctionType, ModuleType, CodeType, LowRank, LoRACard)
+
+
+def reachable(model):
+    """Every object that an object leads to, by id, without what `SHARED` lists."""
+    objects, waiting = {}, [model]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (type, Enum, *SHARED)) or id(item) in objects:
+            continue
+        objects[id(item)] = item
+        waiting += gc.get_referents(item)
+        if isinstance(item, Tensor):
+            waiting.append(item.__dict__)
+    return objects
+
+
+@requirement("R3.7", "R3.9")
+def test_the_result_leads_to_no_mutable_object_of_the_original(original):
+    model, outputs = original
+    outputs(model)
+    result = adapt(model, any_card(model))
+    theirs, its = reachable(model), reachable(result)
+    both = [theirs[key] for key in theirs.keys() & its.keys()]
+    shared = {type(item).__qualname__ for item in both if not isinstance(item, IMMUTABLE)}
+    assert shared <= {"lock", "RLock", "getset_descriptor"}
+
+
+def change_everything(value, seen):
+    """Change every plain value that an object leads to, in place."""
+    if isinstance(value, (type, FunctionType, ModuleType, Enum, Tensor)) or id(value) in seen:
+        return
+    seen[id(value)] = value
+    content = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    for key, item in list((content or {}).items()):
+        change_everything(item, seen)
+        if isinstance(item, bool | int | float | str | type(None) | torch.dtype | torch.device):
+            content[key] = "spoilt"
+    if isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            change_everything(item, seen)
+    if isinstance(value, list | set):
+        value.clear()
+
+
+def spoil_tokenizer(model):
+    tokenizer = model.tokenizer
+    getattr(tokenizer, "_tokenizer", tokenizer).add_tokens(["text", "another"])
+    backend = getattr(tokenizer, "_tokenizer", tokenizer)
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    backend.normalizer.lowercase = False
+    backend.decoder.prefix = "@@"
+    backend.encode_special_tokens = True
+
+
+def resize(model):
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    model.tie_weights()
+
+
+def configure(model):
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for key, item in vars(config).items() if config else ():
+            if isinstance(item, bool | int | float | str):
+                vars(config)[key] = type(item)(3)
+
+
+SETTERS = {
+    "a dtype": lambda model: model.half(),
+    "training": lambda model: model.train().requires_grad_(),
+    "hooks": lambda model: [m.register_forward_hook(lambda *_: None) for m in model.modules()],
+    "new parts": lambda model: model.register_module("more", nn.Linear(1, 1)),
+    "other numbers": lambda model: model.load_state_dict(
+        {key: torch.full_like(tensor, 7) for key, tensor in model.state_dict().items()}
+    ),
+    "a configuration": configure,
+    "the size of the vocabulary": resize,
+    "attention": lambda model: model.set_attn_implementation("eager"),
+    "checkpointing": lambda model: model.activation_checkpointing_enable(),
+    "pruned heads": lambda model: model.config.update({"pruned_heads": {0: [1]}}),
+    "its length": lambda model: setattr(model, "max_seq_length", 3),
+    "its prompts": lambda model: model.prompts.update({"query": "Ask: "}),
+    "a dimension": lambda model: setattr(model, "truncate_dim", 5),
+    "the tokenizer": spoil_tokenizer,
+    "the tokenizer's limit": lambda model: setattr(model.tokenizer, "model_max_length", 4),
+    "its modules": lambda model: model.append(nn.Identity()),
+    "everything": lambda model: change_everything(model, {}),
+}
+
+
+@requirement("R3.7", "R3.9")
+def test_no_setter_of_the_result_reaches_the_original_or_what_it_saves(original, tmp_path):
+    model, outputs = original
+    before = outputs(model)
+    save = getattr(model, "save_pretrained", lambda folder: None)
+    save(str(tmp_path / "before"))
+    card, done = any_card(model), []
+    assert not torch.allclose(outputs(adapt(model, card)), before)
+    for name, change in SETTERS.items():
+        try:
+            change(adapt(model, card))
+        except (AttributeError, TypeError, KeyError):
+            continue  # this model has no such setter
+        done.append(name)
+        assert torch.equal(outputs(model), before), name
+    assert len(done) >= 8
+    assert {
+        "SentenceTransformer": "the tokenizer",
+        "LlamaForCausalLM": "the size of the vocabulary",
+    }.get(type(model).__name__, "everything") in done
+    save(str(tmp_path / "after"))
+    assert picture(tmp_path / "after") == picture(tmp_path / "before")
+
+
+@requirement("R3.14", "R7.10")
+def test_accelerates_hooks_are_refused_by_their_name_with_the_way_out():
+    card = any_card(llama())
+    hooked = accelerate.cpu_offload(llama(), execution_device="cpu")
+    with pytest.raises(UnsupportedModelError, match=r"AlignDevicesHook; .*remove_hook_from_module"):
+        adapt(hooked, card)
+    accelerate.hooks.remove_hook_from_module(hooked, recurse=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(llama())
+    with pytest.raises(UnsupportedModelError, match=r"Accelerator\.prepare; adapt accelerator\."):
+        adapt(prepared, card)
+    AcceleratorState._reset_state(reset_partial_state=True)
