@@ -10,7 +10,7 @@ Requirements: R3, R7.
 import hashlib
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from lora.errors import ShapeError, TargetError, UnboundWarning
 
 ALL_LINEAR = "all-linear"
 """The target that matches every Linear except an output head."""
+
+_PACKAGES = ("lora", "torch", "transformers", "sentence_transformers", "safetensors")
 
 OUTPUT_HEADS = frozenset(
     {
@@ -204,11 +206,20 @@ def require_bound(sites: Mapping[str, Site], plans: Iterable[tuple[LoRACard, Inj
 
 
 def warn_unbound(text: str) -> None:
-    """Give an `UnboundWarning` at the line outside this package that made the call."""
-    level, frame = 1, inspect.currentframe()
-    while frame and str(frame.f_globals.get("__name__")).partition(".")[0] == "lora":
-        level, frame = level + 1, frame.f_back
+    """Give an `UnboundWarning` at the line outside this package and those around it."""
+    level = 0
+    for module, _ in callers():
+        level += 1
+        if module.partition(".")[0] not in _PACKAGES:
+            break
     warnings.warn(text, UnboundWarning, stacklevel=level)
+
+
+def callers() -> Iterator[tuple[str, str]]:
+    """Yield the module and the name of each function that is running, from the caller outwards."""
+    frame = inspect.currentframe()
+    while frame := frame and frame.f_back:
+        yield str(frame.f_globals.get("__name__")), frame.f_code.co_name
 
 
 def listed(names: Iterable[str], limit: int = 10) -> str:

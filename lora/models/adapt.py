@@ -44,6 +44,7 @@ from lora.targets import (
     plan,
     require_bound,
     targeted_modules,
+    warn_unbound,
 )
 
 M = TypeVar("M", bound=nn.Module)
@@ -173,13 +174,26 @@ def build(
     )
 
 
-def fold(model: M) -> M:
-    """Return a model whose float32 and float64 adapted layers are plain Linears of ``W + ΔW``.
+def fold(model: M, *, narrow: bool = False) -> M:
+    """Return a model whose adapted layers are plain Linears of ``W + ΔW``.
 
-    It has no overhead and costs the memory of the touched weights. Narrower layers stay factored,
-    because rounding ``W + ΔW`` would lose most of a small ΔW.
+    It has no overhead and costs the memory of the touched weights.
+
+    Args:
+        model: A model that `adapt` returned.
+        narrow: Fold float16 and bfloat16 layers too: the sum is formed in float32 and rounded
+            once, which loses what of ΔW is below the weight's own rounding. Without it they stay
+            factored.
+
+    Warns:
+        UnboundWarning: Layers stayed factored; a model that is saved so lacks their adapters.
     """
-    return _rewrite(model, {m: partial(folded, m, m.terms) for m in _adapted(model)})
+    layers = _adapted(model)
+    kept = 0 if narrow else sum(layer.weight.dtype not in WIDE for layer in layers)
+    if kept:
+        what = "layers of float16 or bfloat16 stay factored; fold(model, narrow=True) folds them"
+        warn_unbound(f"fold: {kept} of {len(layers)} adapted {what}")
+    return _rewrite(model, {m: partial(folded, m, m.terms, narrow=narrow) for m in layers})
 
 
 def folded_bytes(model: nn.Module) -> int:

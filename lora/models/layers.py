@@ -7,7 +7,8 @@ Requirements: R2, R3, R5, R7, R8.
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ from lora.checks import finite
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
 from lora.factors import concat
 from lora.models.twins import Twins, check_own
-
-M = TypeVar("M", bound=nn.Module)
+from lora.targets import callers, warn_unbound
 
 Terms = dict[str, tuple[LowRank, float]]
 """Card name -> (pair, weight)."""
@@ -66,7 +66,9 @@ class LoRALinear(nn.Linear):
         self, base: nn.Linear, terms: Terms | None = None, memo: Twins | None = None
     ) -> None:
         check_linear(base, "base")
-        _take_over(self, base, memo)
+        memo = memo or Twins(base)
+        memo.fill(self, base)
+        self.notices = memo.notices
         self._set(terms or {})
 
     def load_weights(self, pair: LowRank, *, name: str = "default", weight: float = 1.0) -> None:
@@ -86,6 +88,11 @@ class LoRALinear(nn.Linear):
                 return F.linear(x, weight, self.bias)
         out = F.linear(x, self.weight, self.bias)
         return add_low_rank(out, x, self.lora_A, self.lora_B) if self.lora_A.numel() else out
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        if self.lora_A.numel():
+            _warn_of_saving(self.notices)
+        super()._save_to_state_dict(*arguments)
 
     def _set(self, terms: Terms) -> None:
         for name, term in terms.items():
@@ -109,10 +116,16 @@ class SegmentedLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, sets: Sequence[Terms], memo: Twins | None = None) -> None:
         check_linear(base, "base")
-        _take_over(self, base, memo)
+        memo = memo or Twins(base)
+        memo.fill(self, base)
+        self.notices = memo.notices
         for index, terms in enumerate(sets):
             for name, factor in zip("AB", stacked(terms, self.weight), strict=True):
                 self.register_buffer(f"lora_{name}{index}", factor, persistent=False)
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        _warn_of_saving(self.notices)
+        super()._save_to_state_dict(*arguments)
 
     def forward(self, x: Tensor, segments: Segments = ()) -> Tensor:
         """Apply each segment's terms to its rows, counted in the first dimension of `x`."""
@@ -141,7 +154,7 @@ class TrainableLinear(nn.Linear):
         check_fit(base, pair, "pair")
         if not 0 <= dropout < 1:
             raise ArgumentError("dropout", "a probability in [0, 1)", dropout)
-        _take_over(self, base, memo)
+        (memo or Twins(base)).fill(self, base)
         self.scaling = 1.0 if pair.scaling is None else pair.scaling
         self.dropout = dropout
         a, b = (torch.tensor(factor.astype(np.float32)) for factor in (pair.A, pair.B))
@@ -183,21 +196,54 @@ def stacked(terms: Terms, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(pair.A).to(weight), torch.tensor(pair.B).to(weight)
 
 
-def folded(linear: nn.Linear, terms: Terms, memo: Twins | None = None) -> nn.Linear:
-    """Return a plain Linear of ``W + ΔW``, or a `LoRALinear` where a narrow dtype would lose ΔW."""
-    if linear.weight.dtype not in WIDE:
-        return LoRALinear(linear, terms, memo)
-    result = _take_over(object.__new__(nn.Linear), linear, memo)
+def folded(
+    linear: nn.Linear, terms: Terms, *, narrow: bool = False, memo: Twins | None = None
+) -> nn.Linear:
+    """Return a plain Linear of ``W + ΔW``.
+
+    A dtype narrower than float32 gives a `LoRALinear`, since rounding could lose ΔW. With `narrow`
+    the sum is formed in float32 and rounded once.
+    """
+    weight = linear.weight
+    if weight.dtype not in WIDE:
+        if not narrow:
+            return LoRALinear(linear, terms, memo)
+        weight = weight.float()
+    result = (memo or Twins(linear)).fill(object.__new__(nn.Linear), linear)
     if isinstance(linear, LoRALinear):
-        del result.terms, result.weight_side_threshold, result.lora_A, result.lora_B
-    a, b = stacked(terms, linear.weight)
-    result.weight = nn.Parameter(torch.addmm(linear.weight, b.T, a.T), requires_grad=False)
+        del result.terms, result.weight_side_threshold, result.lora_A, result.lora_B, result.notices
+    a, b = stacked(terms, weight)
+    total = torch.addmm(weight, b.T, a.T).to(linear.weight.dtype)
+    result.weight = nn.Parameter(total, requires_grad=False)
     return result
 
 
-def _take_over(result: M, base: nn.Module, memo: Twins | None) -> M:
-    """Fill a new module with twins of all that another one holds."""
-    return (memo or Twins(base)).fill(result, base)
+def _warn_of_saving(notices: set[str]) -> None:
+    """Warn, once a model, that a state dict which the user asked for lacks the adapters."""
+    if "saving" not in notices and _is_asked_by_user():
+        notices.add("saving")
+        warn_unbound(
+            "a state dict or a saved model holds the base alone, without its adapters: "
+            "save lora.fold(model), or the cards by lora.save"
+        )
+
+
+def _is_asked_by_user() -> bool:
+    """Tell whether a state dict is asked for by the user, or by a function that saves for them.
+
+    What torch, accelerate, a trainer and this package do with one is their own affair.
+    """
+    libraries, saves = 0, False
+    for module, function in islice(callers(), 3, None):  # the first are those of this file
+        package, _, rest = module.partition(".")
+        if module == "torch.nn.modules.module" or function == "state_dict":
+            continue
+        if package in ("torch", "accelerate", "lora") or "trainer" in rest:
+            return False
+        if package not in ("transformers", "sentence_transformers", "safetensors"):
+            return saves or not libraries
+        libraries, saves = libraries + 1, saves or function.startswith("save")
+    return False
 
 
 def check_linear(module: nn.Module, where: str) -> None:

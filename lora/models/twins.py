@@ -4,7 +4,7 @@
 copied by its dictionaries, whatever ``__deepcopy__`` it has. A parameter is wrapped again over the
 same storage, detached and frozen. References between the parts lead to the twins: bound methods,
 closures, handles of hooks, modules in lists. What is shared on purpose is listed in
-`docs/adapt.md`; what can be neither copied nor shared is refused by the name of its module.
+`docs/idea.md`; what can be neither copied nor shared is refused by the name of its module.
 
 Requirements: R2, R3, R7.
 """
@@ -68,6 +68,9 @@ class Twins:
     Args:
         root: The model, whose names errors tell.
         replacements: Module -> what makes, from the keyword `memo`, its twin of another class.
+
+    Attributes:
+        notices: What the user has been told about the copy; its adapted layers share it.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Twins:
         self._memo: dict[int, Any] = {}  # the form that deepcopy knows, for `__deepcopy__` methods
         self._memo[id(self._memo)] = self._originals
         self._classes: set[type] = {object, nn.Module}
+        self.notices: set[str] = set()
 
     def __call__(self, value: Any) -> Any:
         """Return the twin of a value."""

@@ -1,6 +1,8 @@
 """Models of transformers and sentence-transformers: what is done to an adapted one stays there."""
 
+import copy
 import gc
+import warnings
 from enum import Enum
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -10,15 +12,30 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from peft import PeftModel
+from safetensors.torch import save_model
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from transformers import BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from transformers import (
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5Model,
+    Trainer,
+    TrainingArguments,
+)
 
 from lora.card import LoRACard, LowRank
-from lora.errors import UnsupportedModelError
-from lora.models.adapt import adapt, init_card
+from lora.errors import UnboundWarning, UnsupportedModelError
+from lora.interop.peft import export_peft
+from lora.models.adapt import adapt, fold, init_card
 from lora.models.encoder import InferenceCore
 from lora.testing.plugin import requirement
+
+# Reading the state dict of an adapted model warns, which is tested on its own.
+pytestmark = pytest.mark.filterwarnings("ignore:a state dict")
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 TEXTS = ["A text.", "Another one, which is longer than the first."]
@@ -36,6 +53,10 @@ def t5(_):
     return T5Model(T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2)).eval()
 
 
+def st_of(folder):
+    return SentenceTransformer(str(folder), device="cpu")
+
+
 def tokens(model, **more):
     return model(input_ids=IDS, **more)[0].detach()
 
@@ -45,7 +66,7 @@ MODELS = {
     "LlamaForCausalLM": (llama, tokens),
     "T5Model": (t5, lambda model: tokens(model, decoder_input_ids=IDS)),
     "SentenceTransformer": (
-        lambda folder: SentenceTransformer(str(folder), device="cpu"),
+        st_of,
         lambda model: torch.tensor(model.encode(TEXTS)),
     ),
     "InferenceCore": (
@@ -208,3 +229,68 @@ def test_accelerates_hooks_are_refused_by_their_name_with_the_way_out():
     with pytest.raises(UnsupportedModelError, match=r"Accelerator\.prepare; adapt accelerator\."):
         adapt(prepared, card)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# ---- saving
+
+
+SAVING = {
+    "save_pretrained": (llama, lambda model, path: model.save_pretrained(path)),
+    "SentenceTransformer.save": (st_of, lambda model, path: model.save(str(path))),
+    "SentenceTransformer.save_pretrained": (st_of, lambda model, path: model.save_pretrained(path)),
+    "torch.save": (llama, lambda model, path: torch.save(model.state_dict(), path)),
+    "a part": (llama, lambda model, path: torch.save(model.model.layers[0].state_dict(), path)),
+    "safetensors": (llama, save_model),
+}
+
+
+@requirement("R3.16")
+@pytest.mark.parametrize(("make", "save"), SAVING.values(), ids=SAVING)
+def test_saving_an_adapted_model_warns_once_that_the_adapters_are_left_out(
+    make, save, model_folder, tmp_path
+):
+    model = make(model_folder)
+    adapted = adapt(model, any_card(model))
+    for one in (adapted, adapt(adapted, ())):  # a model made from it warns on its own
+        with pytest.warns(UnboundWarning, match=r"base alone.*lora\.fold.*lora\.save") as caught:
+            save(one, str(tmp_path / "saved"))
+        assert [warning.filename for warning in caught] == [__file__]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            save(one, str(tmp_path / "saved"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for plain in (model, adapt(model, ()), fold(adapted)):
+            save(plain, str(tmp_path / "plain"))
+
+
+@requirement("R3.16")
+def test_what_libraries_do_with_a_state_dict_warns_not(tmp_path):
+    model = llama()
+    adapted = adapt(model, any_card(model))
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnboundWarning)
+        accelerate.Accelerator(cpu=True).get_state_dict(adapted)
+        get_model_state_dict(adapted)
+        Trainer(adapted, arguments).save_model(str(tmp_path / "checkpoint"))
+        copy.deepcopy(adapted).load_state_dict(model.state_dict())
+        torch.save(adapted, tmp_path / "whole")
+
+
+@requirement("R2.12", "R3.16")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT reads it
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_model_that_is_folded_and_saved_computes_what_pefts_merge_does(dtype, tmp_path):
+    model = llama().to(dtype)
+    card = any_card(model)
+    export_peft(card, tmp_path / "card")
+    folded = fold(adapt(model, card), narrow=True)
+    folded.save_pretrained(tmp_path / "folded")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "folded", dtype=dtype)
+    merged = PeftModel.from_pretrained(llama().to(dtype), tmp_path / "card").merge_and_unload()
+    digits = torch.finfo(dtype).eps
+    for name, parameter in merged.named_parameters():
+        own = loaded.get_parameter(name)
+        assert ((own - parameter).abs() <= digits * parameter.abs() + 1e-4 * digits).all(), name
+    assert not torch.equal(tokens(loaded), tokens(model))

@@ -34,6 +34,9 @@ from lora.targets import OUTPUT_HEADS, Site, match_targets, matches, plan, targe
 from lora.testing.binding import PlainCard, PlainPair
 from lora.testing.plugin import requirement
 
+# Reading the state dict of an adapted model warns, which is tested on its own.
+pytestmark = pytest.mark.filterwarnings("ignore:a state dict")
+
 WIDTH = 3
 
 # ---- through the binding: which modules a card reaches

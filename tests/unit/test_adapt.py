@@ -38,6 +38,9 @@ from lora.models.adapt import (
 from lora.models.layers import LoRALinear, TrainableLinear
 from lora.testing.plugin import requirement
 
+# Reading the state dict of an adapted model warns, which is tested on its own.
+pytestmark = pytest.mark.filterwarnings("ignore:a state dict")
+
 X = torch.arange(12.0).reshape(3, 4) / 10
 PAIR = LowRank(np.full((4, 1), 0.5, np.float32), np.ones((1, 4), np.float32), 1.0)
 
@@ -763,6 +766,28 @@ def test_the_bytes_of_a_folded_model_are_those_of_its_touched_weights(model, ada
     assert folded_bytes(model) == 0
     assert folded_bytes(adapted) == 2 * 4 * 4 * 4
     assert folded_bytes(adapt(model.half(), card("out"))) == 0
+
+
+@requirement("R2.12")
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_a_narrow_layer_folds_on_request_with_one_rounding(dtype, bits):
+    """Against float64: half a unit in the last place, and what float32 adds to it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    rng = np.random.default_rng(0)
+    factors = (rng.normal(size=shape).astype(np.float32) / 10 for shape in ((64, 8), (8, 64)))
+    adapted = adapt(model, card("0", pair=LowRank(*factors, 1.5)))
+    with pytest.warns(UnboundWarning, match=r"fold: 1 of 1 .* narrow=True"):
+        assert isinstance(fold(adapted)[0], LoRALinear)
+    folded = fold(adapted, narrow=True)
+    assert (type(folded[0]), folded[0].weight.dtype) == (nn.Linear, dtype)
+    pair = adapted[0].terms["docs"][0]
+    update = torch.tensor(pair.A.astype(np.float64) @ pair.B.astype(np.float64)).T * 1.5
+    exact = before["0.weight"].double() + update
+    unit = 2.0 ** (exact.abs().log2().floor() - bits + 1)
+    assert ((folded[0].weight.double() - exact).abs() <= 0.5001 * unit + 1e-7).all()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 @requirement("R2.7")

@@ -18,6 +18,9 @@ from lora.testing.plugin import requirement
 PAIR = LowRank(np.ones((4, 2), np.float32), np.ones((2, 3), np.float32), 0.5)
 OTHER = LowRank(np.full((4, 1), 2, np.float32), np.ones((1, 3), np.float32), 1.0)
 WRONG = LowRank(np.ones((4, 2), np.float32), np.ones((2, 5), np.float32), 0.5)
+# Reading the state dict of an adapted model warns, which is tested on its own.
+pytestmark = pytest.mark.filterwarnings("ignore:a state dict")
+
 MAKERS = {
     "adapted": lambda base: LoRALinear(base, {"docs": (PAIR, 1.0)}),
     "segmented": lambda base: SegmentedLinear(base, [{"docs": (PAIR, 1.0)}]),
