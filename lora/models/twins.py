@@ -149,14 +149,9 @@ class Twins:
             twin[self(key)] = self(item)
         return twin
 
-    def _list(self, value: list[Any]) -> Any:
-        twin = self._put(value, [])
-        twin.extend([self(item) for item in value])
-        return twin
-
-    def _set(self, value: set[Any]) -> Any:
-        twin = self._put(value, set())
-        twin.update([self(item) for item in value])
+    def _collection(self, value: list[Any] | set[Any]) -> Any:
+        twin = self._put(value, type(value)())
+        (twin.extend if isinstance(twin, list) else twin.update)([self(item) for item in value])
         return twin
 
     def _tuple(self, value: tuple[Any, ...]) -> Any:
@@ -175,7 +170,7 @@ class Twins:
         if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
             twin = nn.Parameter(value.detach(), requires_grad=False)
         else:  # detach would lose the class
-            twin = Tensor._make_subclass(kind, value.data, False)  # type: ignore[attr-defined]
+            twin = Tensor._make_subclass(kind, value.data, False)
         self._put(value, twin)
         if value.__dict__:
             twin.__dict__.update({key: self(item) for key, item in value.__dict__.items()})
@@ -264,11 +259,9 @@ class Twins:
             if hasattr(twin, "__setstate__"):
                 twin.__setstate__(state)
             else:
-                slots = {}
-                if isinstance(state, tuple) and len(state) == 2:
-                    state, slots = state
-                if state:
-                    twin.__dict__.update(state)
+                content, slots = state if isinstance(state, tuple) else (state, None)
+                if content:
+                    twin.__dict__.update(content)
                 for key, item in (slots or {}).items():
                     object.__setattr__(twin, key, item)
         for item in items or ():
@@ -301,8 +294,8 @@ class Twins:
 _COPIERS: dict[type, Callable[[Twins, Any], Any]] = {
     dict: Twins._dictionary,
     OrderedDict: Twins._dictionary,
-    list: Twins._list,
-    set: Twins._set,
+    list: Twins._collection,
+    set: Twins._collection,
     tuple: Twins._tuple,
     FunctionType: Twins._function,
     MethodType: Twins._method,

@@ -325,10 +325,10 @@ class Outside(nn.Module):
     def __init__(self, value=None):
         super().__init__()
         self.linear = nn.Linear(4, 4)
-        self.kept = value
+        self.kept, self.call = value, None
 
     def forward(self, x):
-        return self.linear(x)
+        return self.call(self.kept, x) if self.call else self.linear(x)
 
     def method(self, x):
         return self.linear(x)
@@ -427,14 +427,15 @@ class CopiedItsWay:
 @pytest.mark.parametrize(("make", "call"), CARRIED.values(), ids=CARRIED)
 def test_what_leads_to_a_module_leads_to_its_twin_in_the_result(make, call):
     model = make()
+    model.call = call
     before = model(X)
     result = adapt(model, card("linear"))
     want = before + X @ torch.tensor(PAIR.A) @ torch.tensor(PAIR.B)
-    assert torch.allclose(call(model.kept, X), before)
-    assert torch.allclose(call(result.kept, X), want)
+    assert torch.allclose(result(X), want)
+    assert uncalled(result, X) == ()
     result.linear.bias = nn.Parameter(torch.ones(4))
-    assert torch.equal(call(model.kept, X), before)
-    assert torch.equal(call(result.kept, X), result.linear(X))
+    assert torch.equal(result(X), result.linear(X))
+    assert torch.equal(model(X), before)
 
 
 @requirement("R3.9")
@@ -460,12 +461,22 @@ def test_an_own_deepcopy_of_a_module_is_not_asked():
     assert adapt(model, card("linear"))[0] is not model[0]
 
 
-@requirement("R3.9")
-def test_the_names_and_attributes_of_parameters_are_carried_over(model):
+class Marked(nn.Parameter):
+    """A class of parameters, as libraries for quantised weights have them."""
+
+
+@requirement("R3.9", "R3.14")
+def test_the_class_and_the_attributes_of_parameters_are_carried_over(model):
+    model.out.weight = Marked(model.out.weight.detach())
     model.out.weight.note = ["made by hand"]
-    adapted = adapt(model, card("out"))
-    assert adapted.out.weight.note == ["made by hand"]
-    assert adapted.out.weight.note is not model.out.weight.note
+    twin = adapt(model, card("linear")).out.weight
+    assert (type(twin), twin.data_ptr()) == (Marked, model.out.weight.data_ptr())
+    assert (twin.note, twin.requires_grad) == (["made by hand"], False)
+    assert twin.note is not model.out.weight.note
+    with pytest.raises(
+        UnsupportedModelError, match=r"'out': .* found test_adapt.Marked; adapt and"
+    ):
+        adapt(model, card("out"))
 
 
 def instance_forward():
@@ -788,6 +799,18 @@ def test_a_narrow_layer_folds_on_request_with_one_rounding(dtype, bits):
     unit = 2.0 ** (exact.abs().log2().floor() - bits + 1)
     assert ((folded[0].weight.double() - exact).abs() <= 0.5001 * unit + 1e-7).all()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@requirement("R2.8")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_factors_follow_the_device_and_the_dtype_of_their_layer(dtype):
+    model = nn.Sequential(nn.Linear(4, 4)).to("meta", dtype)
+    trained = trainable(model, card("0"))[0]
+    rowwise = adapt_rows(model, [AdapterSet(card("0")), AdapterSet()])[0]
+    inference = [*adapt(model, card("0"))[0].buffers(), *rowwise.buffers()]
+    assert {(t.device.type, t.dtype) for t in inference} == {("meta", dtype)}
+    factors = trained.lora_A, trained.lora_B
+    assert {(t.device.type, t.dtype) for t in factors} == {("meta", torch.float32)}
 
 
 @requirement("R2.7")
