@@ -12,6 +12,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lora.card import LoRACard, check_card
@@ -248,10 +249,11 @@ def fingerprint_of(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> 
     return sha.hexdigest()
 
 
-def suffixes(name: str) -> list[str]:
+@lru_cache(4096)
+def suffixes(name: str) -> tuple[str, ...]:
     """Return every key that matches a module, longest first: its dotted suffixes."""
     parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+    return tuple([".".join(parts[start:]) for start in range(len(parts))])
 
 
 def _is_targeted(name: str, targets: set[str], head: bool = False) -> bool:  # noqa: FBT001, FBT002

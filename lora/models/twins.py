@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from enum import Enum
 from functools import cached_property
+from operator import countOf
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -142,7 +143,8 @@ class Twins:
         return twin
 
     def _dictionary(self, value: dict[Any, Any]) -> Any:
-        if _ATOMS.issuperset(map(type, value)) and _ATOMS.issuperset(map(type, value.values())):
+        named = countOf(map(type, value), str) == len(value)  # measured: the fastest for many
+        if named and _ATOMS.issuperset(map(type, value.values())):
             return self._put(value, value.copy())
         twin = self._put(value, type(value)())
         for key, item in value.items():
@@ -320,7 +322,10 @@ def leads_to_module(values: Iterable[Any]) -> bool:
         item = waiting.pop()
         if isinstance(item, nn.Module):
             return True
-        if type(item) in _ATOMS or isinstance(item, type | Tensor) or id(item) in seen:
+        kind = type(item)
+        if kind in _ATOMS or isinstance(item, type | Tensor) or id(item) in seen:
+            continue
+        if kind.__module__ == "logging":  # a logger leads to all others
             continue
         seen[id(item)] = item
         if isinstance(item, FunctionType):  # not its globals

@@ -31,7 +31,8 @@ RANK = {name: position for position, layer in enumerate(LAYERS) for name in laye
 PURE = """
 errors checks card factors arrow_format targets routing presets merging extract ipc_check
 models/twins models/layers models/adapt training/losses training/ewc evolution/novelty
-evolution/acceptance federation/manifest federation/trust federation/peer_table federation/credentials
+evolution/acceptance federation/manifest federation/trust federation/peer_table
+federation/credentials
 """.split()
 OUTSIDE = "time datetime os logging socket random secrets subprocess threading pathlib io".split()
 
