@@ -46,8 +46,8 @@ class Site:
     Args:
         owner: The first of the module's names.
         head: Whether its weight is tied to an embedding, which makes it an output head.
-        bypassed: Whether its parent may read the weight without calling the Linear.
-        unused: Whether the model says that its forward leaves the Linear out.
+        bypassed: Whether a forward may not call it, though its parent may read the weight.
+        unused: Whether the model itself says that its forward leaves the Linear out.
     """
 
     in_features: int
@@ -169,7 +169,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
         ),
         weights_not_used=tuple(key for key in card.weights if key not in bound.values()),
         without_factors=tuple(sorted(targeted - bound.keys())),
-        bypassed=tuple(m for m in bound if sites[m].bypassed or sites[m].unused),
+        bypassed=tuple(module for module in bound if sites[module].bypassed),
     )
     if strict and injection.unbound:
         expected = "every target to be found and every weight to bind (strict)"
@@ -199,7 +199,7 @@ def require_bound(sites: Mapping[str, Site], plans: Iterable[tuple[LoRACard, Inj
             )
     for card, injection in plans:
         parts = [injection.unbound] if injection.unbound else []
-        if bypassed := [module for module in injection.bypassed if sites[module].bypassed]:
+        if bypassed := [module for module in injection.bypassed if not sites[module].unused]:
             what = "layers that may never be called (lora.uncalled tells, fold helps)"
             parts.append(f"{what}: {listed(bypassed)}")
         if parts:

@@ -300,7 +300,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Linear]]:
             module.out_features,
             owner=owners[module],
             head=id(module._parameters.get("weight")) in embeddings,
-            bypassed=name.startswith(fused),
+            bypassed=name.startswith(fused + unused),
             unused=name.startswith(unused),
         )
         for name, module in modules.items()

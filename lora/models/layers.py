@@ -250,7 +250,7 @@ def check_linear(module: nn.Module, where: str) -> None:
     """Refuse a module that does not compute what ``nn.Linear`` does from a weight of its own."""
     where = f"module {where!r}"
     check_own(module, where)
-    kind: type = type(module)
+    kind: Any = type(module)
     weight = module._parameters.get("weight")
     plain = isinstance(module, nn.Linear) and "bias" in module._parameters
     if plain and kind.forward in (nn.Linear.forward, LoRALinear.forward):
