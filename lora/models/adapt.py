@@ -94,46 +94,31 @@ def bindings(
 ) -> list[dict[str, Injection]]:
     """Decide what each card of each set binds to in a model; raise and warn as `adapt` does."""
     sites, modules = _survey(model)
-    sets = [dict(adapters) for adapters in sets]
-    results = [
-        {
-            name: _bind(sites, modules, card, weight, check_base=check_base, strict=strict)
-            for name, (card, weight) in adapters.items()
+
+    def bind(card: LoRACard, weight: float) -> Injection:
+        injection = plan(sites, card, strict=strict)
+        bound = injection.bound
+        for name in bound:
+            check_linear(modules[name], name)
+        if check_base and bound and card.base_fingerprint is not None:
+            _check_fingerprint(modules, card, injection)
+        terms = {name: (card.weights[key], weight) for name, key in bound.items()}
+        existing = {
+            name: layer.terms[card.name]
+            for name, layer in modules.items()
+            if isinstance(layer, LoRALinear) and card.name in layer.terms
+            if name == sites[name].owner
         }
-        for adapters in sets
-    ]
-    pairs = zip(sets, results, strict=True)
-    cards = {id(card): (card, i[n]) for entries, i in pairs for n, (card, _) in entries.items()}
-    require_bound(sites, cards.values())
+        if existing not in ({}, terms):
+            expected = "the card that the model already has under this name"
+            raise ConflictError(f"adapt: {card.name!r}", expected, "another")
+        plans[id(card)] = card, injection
+        return injection
+
+    plans: dict[int, tuple[LoRACard, Injection]] = {}
+    results = [{name: bind(*entry) for name, entry in adapters.items()} for adapters in sets]
+    require_bound(sites, plans.values())  # only now, so that a call which fails warns not
     return results
-
-
-def _bind(
-    sites: Mapping[str, Site],
-    modules: Mapping[str, nn.Linear],
-    card: LoRACard,
-    weight: float,
-    *,
-    check_base: bool,
-    strict: bool,
-) -> Injection:
-    injection = plan(sites, card, strict=strict)
-    bound = injection.bound
-    for name in bound:
-        check_linear(modules[name], name)
-    if check_base and bound and card.base_fingerprint is not None:
-        _check_fingerprint(modules, card, injection)
-    terms = {name: (card.weights[key], weight) for name, key in bound.items()}
-    existing = {
-        name: layer.terms[card.name]
-        for name, layer in modules.items()
-        if isinstance(layer, LoRALinear) and card.name in layer.terms
-        if name == sites[name].owner
-    }
-    if existing not in ({}, terms):
-        expected = "the card that the model already has under this name"
-        raise ConflictError(f"adapt: {card.name!r}", expected, "another")
-    return injection
 
 
 def _check_fingerprint(
