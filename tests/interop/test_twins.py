@@ -217,7 +217,7 @@ def test_no_setter_of_the_result_reaches_the_original_or_what_it_saves(original,
     assert picture(tmp_path / "after") == picture(tmp_path / "before")
 
 
-@requirement("R3.14", "R7.10")
+@requirement("R3.14")
 def test_accelerates_hooks_are_refused_by_their_name_with_the_way_out():
     card = any_card(llama())
     hooked = accelerate.cpu_offload(llama(), execution_device="cpu")

@@ -408,7 +408,7 @@ def aliases(model):
     return {frozenset(group) for group in groups.values()}
 
 
-@requirement("R3.9@2")
+@requirement("R3.9@3")
 @given(data=st.data())
 def test_the_result_shares_every_parameters_storage_and_no_mutable_object(data):
     model = data.draw(trees())

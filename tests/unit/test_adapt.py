@@ -542,7 +542,7 @@ REFUSED = {
 }
 
 
-@requirement("R3.14", "R7.10")
+@requirement("R3.14")
 @pytest.mark.parametrize(("make", "found"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("nested", [False, True])
 def test_what_a_copy_could_not_make_independent_is_refused_by_name(make, found, nested):
@@ -724,7 +724,7 @@ def test_a_card_that_binds_in_part_gives_one_warning_that_names_what_is_left(mod
     assert len(caught) == 1
 
 
-@requirement("R1.13", "R7.10")
+@requirement("R1.13")
 def test_a_fingerprint_of_modules_that_the_model_lacks_names_these_and_not_the_base(model):
     whole = nn.ModuleDict({"net": model, "expert": nn.Linear(4, 4)})
     mine = card("out", "expert")

@@ -34,6 +34,7 @@ from lora.models.adapt import adapt, fingerprint
 from lora.models.encoder import InferenceCore
 from lora.models.layers import LoRALinear
 from lora.models.manager import LoRAManager
+from lora.models.twins import Twins
 from lora.router import LoRARouter
 from lora.routing import Route
 from lora.testing.plugin import requirement
@@ -404,11 +405,11 @@ def test_loading_a_card_plans_once_and_walks_the_model_twice(
         (adapt_module, "build"),
     ]:
         counted(owner, name)
-    counted(adapt_module, "_check_sound")
+    counted(Twins, "fill")
     counted(AdapterSet, "__init__")
     monkeypatch.setattr(manager_module, "build", adapt_module.build)
     engine.load_lora(tmp_path / "f.lora.arrow")
-    modules = calls.pop("_check_sound")
+    modules = calls.pop("fill")
     assert calls == {"named_modules": 1, "_rewrite": 1, "plan": 1, "build": 1, "__init__": 2}
     assert modules == len(list(core.modules()))
 
