@@ -3,13 +3,14 @@
 Weights are read one module at a time, so a model never needs to be in memory as a whole. Sources:
 Eckart and Young 1936; for the randomised method Halko, Martinsson and Tropp 2011, algorithm 4.4.
 
-Requirements: R16.
+Requirements: R16, R26.
 """
 
 import hashlib
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -27,6 +28,13 @@ METHODS = ("full", "randomized")
 POWER_ITERATIONS = 3
 """Of the randomised method: its error is at most about 0.2 % above the least one."""
 
+OVERSAMPLING = 2
+"""Of the randomised method: the width of its subspace divided by the rank."""
+
+CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+"""Names of modules that are transformers' Conv1D in some models and Linears in others."""
+
+_BLOCK = 1 << 20  # elements that are compared at a time
 _EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?|embed_.*|wte|wpe|shared|relative_attention_bias")
 
 
@@ -49,7 +57,11 @@ class Model(Protocol):
 
 
 Weights: TypeAlias = Mapping[str, Array] | Model
-"""Weights ``(out, in)`` under ``"<module>.weight"``; a mapping may read each on access."""
+"""Weights ``(out, in)`` under ``"<module>.weight"``; a mapping may read each on access.
+
+Those of a Conv1D are ``(in, out)``: a torch module tells them by its class, a mapping by an
+attribute ``conv1d``, the names of such modules (None: it does not know).
+"""
 
 OnModule: TypeAlias = Callable[[str, int, int], None]
 """Called after each module with its name, its position from 1, and the number of modules."""
@@ -98,13 +110,13 @@ def extract_delta(
     target_modules: Iterable[str] | str = ALL_LINEAR,
     method: str = "full",
     seed: int = 0,
-    oversampling: int = 2,
     dtype: str | None = None,
     on_module: OnModule | None = None,
 ) -> LoRACard:
     """Make a card that turns a base model into a tuned one, as nearly as its rank allows.
 
-    Only weights of Linears are extracted. Of adapted models, extract from their `fold`.
+    Only weights of Linears and of transformers' Conv1D are extracted; the metadata name whatever
+    else changed. Of adapted models, extract from their `fold`.
 
     Args:
         base, tuned: Weights ``(out, in)`` under ``"<module>.weight"``: a mapping, which may be
@@ -115,18 +127,20 @@ def extract_delta(
         method: ``"full"`` is exact, in float64. ``"randomized"`` is a subspace iteration in the
             precision of the weights (at least float32), over 20 times as fast for 3072 × 768.
         seed: For the randomised method, together with the name of the module.
-        oversampling: Width of the randomised subspace divided by the rank.
         dtype: Of the factors; default float32, or float64 if any weight is.
 
     Returns:
         A card with scalings of 1, without the modules that are equal in both models. Its
         fingerprint covers the base's weights of its modules. Under ``"extract"`` the metadata hold
         the method and, for each module, rank, relative Frobenius error and explained energy of the
-        rounded factors.
+        rounded factors. ``"left_out"`` names every tensor that changed and is not in the card, with
+        the norm of its change and its share of the squares of all changes (what one model lacks
+        counts as 0 there); ``"held"`` is the share that is in the card.
 
     Raises:
         TargetError: No module matches, or one model lacks a weight of the other.
-        ArgumentError: The models do not differ, or a weight is not finite.
+        ArgumentError: No Linear differs, a weight is not finite, or a mapping of weights has names
+            of a Conv1D and no attribute that tells whether they are.
 
     Examples:
         >>> import numpy as np
@@ -135,7 +149,7 @@ def extract_delta(
         >>> extract_delta(base, tuned, rank=1).metadata["extract"]["modules"]
         {'query': {'energy': 0.64, 'error': 0.6, 'rank': 1}}
     """
-    how = _How(rank, method, seed, oversampling, dtype)
+    how = _How(rank, method, seed, dtype)
     return _extract({"base": base, "tuned": tuned}, how, name, target_modules, on_module)
 
 
@@ -147,7 +161,6 @@ def extract_direct(
     target_modules: Iterable[str] | str = ALL_LINEAR,
     method: str = "full",
     seed: int = 0,
-    oversampling: int = 2,
     dtype: str | None = None,
     on_module: OnModule | None = None,
 ) -> LoRACard:
@@ -162,7 +175,7 @@ def extract_direct(
         >>> round(card.metadata["extract"]["modules"]["query"]["energy"], 3)
         0.667
     """
-    how = _How(rank, method, seed, oversampling, dtype)
+    how = _How(rank, method, seed, dtype)
     return _extract({"model": model}, how, name, target_modules, on_module)
 
 
@@ -173,16 +186,13 @@ class _How:
     rank: Rank
     method: str
     seed: int
-    oversampling: int
     dtype: str | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, MinEnergy | MaxError):
             hint = "MinEnergy(share) or MaxError(bound) choose one for each module"
             vars(self)["rank"] = integer(self.rank, "extract: rank", 1, hint)
-        seed = integer(self.seed, "extract: seed", 0)
-        oversampling = integer(self.oversampling, "extract: oversampling", 1)
-        vars(self).update(seed=seed, oversampling=oversampling)
+        vars(self)["seed"] = integer(self.seed, "extract: seed", 0)
         choice(self.method, "extract: method", METHODS)
         if self.dtype is not None:
             choice(self.dtype, "extract: dtype", DTYPES)
@@ -204,18 +214,25 @@ def _extract(
             raise ArgumentError(f"extract: {role}", expected, type(source).__name__)
     targets = LoRACard(name, 1, 1.0, target_modules, {}).target_modules  # type: ignore[arg-type]
     modules = _targeted(models, targets)
+    conv1d = _conv1d(sources.values(), modules)
     pairs: dict[str, LowRank] = {}
     records: dict[str, dict[str, float]] = {}
+    norms: dict[str, float] = {}
     for position, (module, named) in enumerate(sorted(modules.items()), 1):
-        row = _approximated(models.values(), module, how, named=named)
+        arrays = [_array(model, module) for model in models.values()]
+        if module in conv1d:
+            arrays = [array.T for array in arrays]
+        row = _approximated(arrays, module, how, named=named)
         if row:
-            pairs[module], records[module] = row
+            pairs[module], records[module], norms[module] = row
         if on_module:
             on_module(module, position, len(modules))
     direct = len(models) == 1
+    left_out = {} if direct else _other_changes(*models.values(), {_key(m) for m in pairs})
     if not pairs:
         expected = f"weights of Linears that {'are not zero' if direct else 'differ'}"
-        hint = "check the models and target_modules"
+        others = f"what differs is no target: {', '.join(left_out)}"
+        hint = others if left_out else "check the models and the targets"
         none = f"none among the {len(modules)} targeted modules"
         raise ArgumentError(f"extract: card {name!r}", expected, none, hint)
     widest = max((pair.dtype for pair in pairs.values()), key=lambda dtype: dtype.itemsize)
@@ -225,14 +242,93 @@ def _extract(
     }
     record: dict[str, Any] = {"kind": "direct" if direct else "delta", "method": how.method}
     if how.method == "randomized":
-        record |= {"seed": how.seed, "oversampling": how.oversampling}
-    metadata = {"extract": {**record, "modules": records}}
+        record["seed"] = how.seed
+    record["modules"] = records
     rank = max(pair.rank for pair in weights.values())
-    base = next(iter(models.values()))
-    originals = ((module, _array(base, module)) for module in pairs)
-    entries = ((m, w.dtype.name, w.shape, w.view(np.uint8).data) for m, w in originals)
-    fingerprint = None if direct else fingerprint_of(entries)
+    fingerprint = None
+    if not direct:
+        record |= _shares(records, norms, left_out)
+        originals = ((module, _array(models["base"], module)) for module in pairs)
+        entries = ((m, w.dtype.name, w.shape, w.view(np.uint8).data) for m, w in originals)
+        fingerprint = fingerprint_of(entries)
+    metadata = {"extract": record}
     return LoRACard(name, rank, float(rank), targets, weights, metadata, None, fingerprint)
+
+
+def _conv1d(sources: Iterable[Any], modules: Iterable[str]) -> Collection[str]:
+    """Return the names of Conv1D modules, as a source tells them."""
+    for source in sources:
+        if isinstance(source, Model) and hasattr(source, "named_modules"):
+            named = source.named_modules(remove_duplicate=False)
+            classes = {name: type(module).__mro__ for name, module in named}
+            return {
+                name
+                for name, kinds in classes.items()
+                if any(kind.__name__ == "Conv1D" for kind in kinds)
+            }
+        names: Collection[str] | None = getattr(source, "conv1d", None)
+        if names is not None:
+            return names
+    for module in modules:
+        if (part := module.rpartition(".")[2]) in CONV1D:
+            expected = "the model or its folder, whose config.json tells a Conv1D from a Linear"
+            hint = f"{part} is a Conv1D in GPT-2, with a weight (in, out)"
+            raise ArgumentError(f"extract: {module!r}", expected, "weights alone", hint)
+    return ()
+
+
+def _shares(
+    records: Mapping[str, Mapping[str, float]],
+    norms: Mapping[str, float],
+    left_out: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return which shares of the squares of all changes are in the card, and which are not."""
+    whole = math.hypot(*norms.values(), *left_out.values())
+    held = sum(records[module]["energy"] * (norm / whole) ** 2 for module, norm in norms.items())
+    rest = {key: {"norm": norm, "share": (norm / whole) ** 2} for key, norm in left_out.items()}
+    return {"held": held, "left_out": rest}
+
+
+def _other_changes(
+    base: Mapping[str, Any], tuned: Mapping[str, Any], extracted: set[str]
+) -> dict[str, float]:
+    """Return the norm of the change of every tensor that changed and was not extracted."""
+    norms = {}
+    for key in sorted((base.keys() | tuned.keys()) - extracted):
+        arrays = [_read(model, key) for model in (base, tuned) if key in model]
+        if norm := _distance(*arrays):
+            if not math.isfinite(norm):
+                expected = "finite weights and differences"
+                raise ArgumentError(f"extract: {key!r}", expected, "NaN or infinity")
+            norms[key] = norm
+    return norms
+
+
+def _distance(array: Array, other: Array | None = None) -> float:
+    """Return ‖array - other‖; where one has no elements, they count as 0."""
+    if other is not None and array.shape != other.shape:
+        if array.ndim != other.ndim:
+            return math.hypot(_distance(array), _distance(other))
+        common = tuple(map(slice, map(min, zip(array.shape, other.shape, strict=True))))
+        rests = []
+        for whole in (array, other):
+            rest = whole.copy()
+            rest[common] = 0
+            rests.append(_distance(rest))
+        return math.hypot(_distance(array[common], other[common]), *rests)
+    wide = np.complex128 if array.dtype.kind == "c" else np.float64
+    flat, others = array.ravel(), None if other is None else other.ravel()
+    parts = []
+    for start in range(0, flat.size, _BLOCK):
+        part = flat[start : start + _BLOCK].astype(wide)
+        with np.errstate(all="ignore"):
+            if others is not None:
+                old = others[start : start + _BLOCK].astype(wide)
+                equal = (part == old) | (np.isnan(part) & np.isnan(old))  # infinities, too
+                part = np.where(equal, 0, part - old)
+            largest = float(abs(part).max())  # so that no square over- or underflows
+            parts.append(largest and largest * float(np.linalg.norm(part / largest)))
+    return math.hypot(*parts)
 
 
 def _key(module: str) -> str:
@@ -256,14 +352,25 @@ def _targeted(models: Mapping[str, Mapping[str, Any]], targets: tuple[str, ...])
         missing = [_key(module) for module in sorted(modules) if _key(module) not in model]
         if missing:
             expected = "every weight that the other model has"
-            hint = "give both models one naming, or leave these modules out of target_modules"
+            hint = "give both models one naming, or leave these modules out of the targets"
             raise TargetError(f"extract: {role}", expected, f"no {missing[:5]}", hint)
     return modules
 
 
 def _array(model: Mapping[str, Any], module: str) -> Array:
     """Return the weight of a module as a NumPy array in its own dtype."""
-    where, weight = f"extract: {_key(module)!r}", model[_key(module)]
+    key = _key(module)
+    weight = _read(model, key)
+    native = weight.dtype.newbyteorder("=")
+    if native not in DTYPES.values():
+        expected, hint = f"a dtype of {', '.join(DTYPES)}", "dequantise the model first"
+        raise ArgumentError(f"extract: {key!r}", expected, weight.dtype, hint)
+    return np.asarray(weight, native, order="C")
+
+
+def _read(model: Mapping[str, Any], key: str) -> Array:
+    """Return a tensor of a model as a NumPy array."""
+    weight = model[key]
     if not isinstance(weight, np.ndarray):
         try:
             tensor = weight.detach().cpu()
@@ -271,27 +378,22 @@ def _array(model: Mapping[str, Any], module: str) -> Array:
             narrow = str(tensor.dtype) == "torch.bfloat16"
             weight = tensor.float().numpy().astype(DTYPES["bfloat16"]) if narrow else tensor.numpy()
         except (AttributeError, TypeError, RuntimeError) as error:
-            expected = "a NumPy array or a tensor"
-            raise ArgumentError(where, expected, type(weight).__name__) from error
-    native = weight.dtype.newbyteorder("=")
-    if native not in DTYPES.values():
-        hint = "dequantise the model first"
-        raise ArgumentError(where, f"a dtype of {', '.join(DTYPES)}", weight.dtype, hint)
-    return np.asarray(weight, native, order="C")
+            expected, actual = "a NumPy array or a tensor", type(weight).__name__
+            raise ArgumentError(f"extract: {key!r}", expected, actual) from error
+    return weight
 
 
 def _approximated(
-    models: Iterable[Mapping[str, Any]], module: str, how: _How, *, named: bool
-) -> tuple[LowRank, dict[str, float]] | None:
-    """Return the pair for a module's ΔW and its measured figures; None if there is no ΔW."""
-    arrays, key = [_array(model, module) for model in models], _key(module)
-    shape = arrays[0].shape
+    arrays: list[Array], module: str, how: _How, *, named: bool
+) -> tuple[LowRank, dict[str, float], float] | None:
+    """Return the pair for a module's ΔW, its measured figures and ‖ΔW‖; None if there is no ΔW."""
+    key, shape = _key(module), arrays[0].shape
     if arrays[-1].shape != shape:
         expected, hint = f"the base's shape {shape}", "these are not two versions of one model"
         raise ShapeError(f"extract: tuned {key!r}", expected, arrays[-1].shape, hint)
     if len(shape) != 2 or 0 in shape:
         if named:
-            hint = "a factor pair stands for a Linear's weight: leave it out of target_modules"
+            hint = "a factor pair stands for a Linear's weight: leave it out of the targets"
             expected = "a matrix (out, in), not empty"
             raise ShapeError(f"extract: {key!r}", expected, f"shape {shape}", hint)
         return None
@@ -322,8 +424,10 @@ def _approximated(
         raise ArgumentError(where, expected, "larger ones", "choose a wider dtype")
     residual = np.ldexp(b.astype(work), -half).T @ np.ldexp(a.astype(work), -half).T
     residual -= matrix
-    error = float(np.linalg.norm(residual) / np.linalg.norm(matrix))
-    return LowRank(a, b, 1.0), {"rank": rank, "error": error, "energy": 1 - error * error}
+    norm = float(np.linalg.norm(matrix))
+    error = float(np.linalg.norm(residual)) / norm
+    figures = {"rank": rank, "error": error, "energy": 1 - error * error}
+    return LowRank(a, b, 1.0), figures, float(np.ldexp(norm, 2 * half))
 
 
 def _decomposed(matrix: Array, module: str, how: _How) -> tuple[Array, Array, Array, int]:
@@ -335,7 +439,7 @@ def _decomposed(matrix: Array, module: str, how: _How) -> tuple[Array, Array, Ar
         name = hashlib.sha256(module.encode(errors="surrogatepass")).digest()
         rng = np.random.default_rng([how.seed, *name])
         guess = how.rank if isinstance(how.rank, int) else 8
-        while (width := how.oversampling * guess) < min(matrix.shape):
+        while (width := OVERSAMPLING * guess) < min(matrix.shape):
             u, s, v = _subspace(matrix, width, rng)
             rest = matrix - (u * s) @ v if not isinstance(how.rank, int) else np.zeros(1)
             rank = _rank(s, how.rank, float(np.linalg.norm(rest)) ** 2)

@@ -217,7 +217,7 @@ def changes(
         model.state_dict() if isinstance(model, Model) else model for model in (base, tuned)
     )
     card = extract_delta(
-        before, after, rank, target_modules=target_modules, dtype="float64", on_module=on_step
+        base, tuned, rank, target_modules=target_modules, dtype="float64", on_module=on_step
     )
     rows = []
     for name, figures in card.metadata["extract"]["modules"].items():

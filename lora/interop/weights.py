@@ -3,7 +3,7 @@
 Requirements: R16.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ from safetensors import SafetensorError, safe_open
 from lora.card import DTYPES, Array
 from lora.checks import parse_json
 from lora.errors import CardNotFoundError, LoRAError, UnsupportedModelError, shown
+from lora.extract import CONV1D
 from lora.files import PathLike, as_path, os_errors
+
+CONV1D_MODELS = frozenset({"gpt2", "imagegpt", "decision_transformer", "openai-gpt", "clvp"})
+"""Model types of a config.json whose modules of `lora.extract.CONV1D` are a Conv1D."""
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,6 +29,10 @@ class SafetensorsWeights(Mapping[str, Array]):
     Args:
         path: A ``*.safetensors`` file, an index of shards, or a folder that holds
             ``model.safetensors`` or such an index.
+
+    Attributes:
+        conv1d: Names of the modules that the folder's ``config.json`` makes a Conv1D, whose weights
+            are ``(in, out)``; None without a ``config.json``.
 
     Raises:
         UnsupportedModelError: A file is malformed; or, on access, NumPy lacks the tensor's dtype.
@@ -47,6 +55,7 @@ class SafetensorsWeights(Mapping[str, Array]):
             self._files = _read_index(file)
         else:
             self._files = dict.fromkeys(_names(file), file)
+        self.conv1d = _conv1d(file.parent / "config.json", self._files)
 
     def __getitem__(self, name: str) -> Array:
         path = self._files[name]
@@ -101,3 +110,17 @@ def _read_index(path: Path) -> dict[str, Path]:
         expected = "tensors that are in their shards"
         raise UnsupportedModelError(str(path), expected, f"none of {missing[:5]}")
     return files
+
+
+def _conv1d(config: Path, names: Iterable[str]) -> frozenset[str] | None:
+    """Return the modules that are a Conv1D by a model's configuration; None if there is none."""
+    if not config.is_file():
+        return None
+    with os_errors(config):
+        kinds = [parse_json(config.read_bytes(), str(config), dict, UnsupportedModelError)]
+    for kind in kinds:  # a model of several parts has the configuration of each inside
+        kinds += [part for part in kind.values() if isinstance(part, dict)]
+    if CONV1D_MODELS.isdisjoint(str(kind.get("model_type")) for kind in kinds):
+        return frozenset()
+    modules = (name.removesuffix(".weight") for name in names)
+    return frozenset(module for module in modules if module.rpartition(".")[2] in CONV1D)
