@@ -32,7 +32,8 @@ from lora.errors import (
     TargetError,
     shown,
 )
-from lora.factors import delta, thin_qr
+from lora.extract import OnModule
+from lora.factors import delta, spectrum, thin_qr
 from lora.targets import suffixes
 
 EPSILON = float(np.finfo(np.float64).eps)
@@ -48,8 +49,11 @@ SAME_BASE = "merge cards of one base model"
 Terms: TypeAlias = list[tuple[str, LowRank, float]]
 """For one module: the name of each card, its pair (in a card every scaling is set), its weight."""
 
-Row: TypeAlias = tuple[Array, Array, float, float]
-"""A merged module: A, B, scaling and the relative truncation error."""
+Row: TypeAlias = tuple[Array, Array, float, Array | None]
+"""A merged module: A, B, scaling, and the singular values of ΔW if A and B may lack some."""
+
+OF_ONE_CARD = frozenset({"created", "modified", "version", "quality", "extract", "merge"})
+"""Metadata that a merged card does not take over: they tell of the making of one card."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +188,9 @@ def merge(
     weights: Iterable[float] | None = None,
     rank: int | None = None,
     name: str = "merged",
+    *,
+    base_model: str | None = None,
+    on_module: OnModule | None = None,
 ) -> LoRACard:
     """Merge cards into one card by combining their weight changes ΔW.
 
@@ -192,15 +199,21 @@ def merge(
         weights: One number per card, default 1. `Average` and `Slerp` take none.
         rank: Largest rank of a merged module. Default: exact, or for `Ties` and `Dare` the parents'
             largest.
+        base_model: Name of the base model, where the cards spell it in several ways or name several
+            revisions.
+        on_module: Called after each module with its name, its position from 1, and their number.
 
     Returns:
         A card with balanced factors, or a parent's own factors if a module comes from it alone. A
-        module with ΔW = 0 is left out. The metadata record the merge: ``{"merge": {"strategy",
-        "options", "parents": [{"name", "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}}``,
-        with the `content_digest` and the applied weight of each parent.
+        module with ΔW = 0 is left out. Metadata on which all cards agree are kept, except those in
+        `OF_ONE_CARD`: objects are compared entry by entry, and of lists the common items are kept.
+        The metadata record the merge: ``{"merge": {"strategy", "options", "parents": [{"name",
+        "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}}``, with the `content_digest` and the
+        applied weight of each parent. If anything is lost, ``"kept"`` is the share of ΔW's squares
+        that is kept, and ``"rank_90"`` the rank that would keep 90 % of them.
 
     Raises:
-        BaseModelError: The cards were made for different base models.
+        BaseModelError: The cards were made for different base models, or revisions of one.
         ConflictError: Two cards have one name and the strategy is `Dare`.
         ShapeError: The cards disagree on the shape of a module.
         TargetError: A module's name in one card ends in that of another card's module.
@@ -238,7 +251,9 @@ def merge(
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     pairs: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
-    for module in sorted({module for card in parents for module in card.weights}):
+    spectra: dict[str, Array] = {}
+    modules = sorted({module for card in parents for module in card.weights})
+    for position, module in enumerate(modules, 1):
         terms = [
             (c.name, c.weights[module], weight) for c, _, weight in order if module in c.weights
         ]
@@ -246,8 +261,14 @@ def merge(
             row = _merged(strategy, module, terms, rank)
         errors[module] = 0.0
         if row:
-            a, b, scaling, errors[module] = row
+            a, b, scaling, sigma = row
             pairs[module] = LowRank(a.astype(dtype), b.astype(dtype), scaling)
+            if sigma is not None:
+                spectra[module] = sigma
+                lost = sigma[pairs[module].rank :] / sigma[0]
+                errors[module] = float(np.linalg.norm(lost) / np.linalg.norm(sigma / sigma[0]))
+        if on_module:
+            on_module(module, position, len(modules))
     targets = tuple(sorted({target for card in parents for target in card.target_modules}))
     record = {
         "strategy": next(key for key, kind in STRATEGIES.items() if isinstance(strategy, kind)),
@@ -255,9 +276,13 @@ def merge(
         "parents": [{"name": c.name, "digest": digest, "weight": w} for c, digest, w in order],
         "error": errors,
     }
+    if any(errors.values()):
+        record |= _kept(pairs, spectra)
+    own = [{k: v for k, v in c.metadata.items() if k not in OF_ONE_CARD} for c, *_ in order]
+    metadata = {**_alike(own), "merge": record}
     largest = max((pair.rank for pair in pairs.values()), default=1)
-    base = _base(parents, pairs, targets)
-    return LoRACard(name, largest, float(largest), targets, pairs, {"merge": record}, *base)
+    base = _base(parents, pairs, targets, base_model)
+    return LoRACard(name, largest, float(largest), targets, pairs, metadata, *base)
 
 
 def content_digest(card: LoRACard) -> str:
@@ -301,7 +326,7 @@ def _merged(strategy: Strategy, module: str, terms: Terms, rank: int | None) -> 
         a = np.hstack([pair.A for pair, _ in live], dtype=np.float64)
         parts = zip(live, factors, strict=True)
         b = [pair.B * np.float64(factor / scaling) for (pair, _), factor in parts]
-        return a, np.vstack(b), scaling, 0.0
+        return a, np.vstack(b), scaling, None
     p, q, cores, noises = _cores([pair for pair, _ in live])
     core = sum(weight * core for (_, weight), core in zip(live, cores, strict=True))
     floor = _sum(abs(weight) * noise for (_, weight), noise in zip(live, noises, strict=True))
@@ -341,8 +366,41 @@ def _truncated(
     scaling = math.ldexp(1.0, math.frexp(sigma[0])[1] - 1)
     whole = sigma[:real] / scaling
     root = np.sqrt(whole[:kept])
-    error = float(np.linalg.norm(whole[kept:]) / np.linalg.norm(whole))
-    return left[:, :kept] * root, root[:, None] * right[:kept], scaling, error
+    return left[:, :kept] * root, root[:, None] * right[:kept], scaling, sigma[:real]
+
+
+def _kept(pairs: Mapping[str, LowRank], spectra: Mapping[str, Array]) -> dict[str, Any]:
+    """Return the share of ΔW's squares that is kept, and the rank that would keep 90 %.
+
+    Args:
+        spectra: Singular values of ΔW, for the modules whose pairs may lack some.
+    """
+    rows = [
+        (spectra[module] if module in spectra else spectrum(pair), pair.rank)
+        for module, pair in pairs.items()
+    ]
+    unit = max(sigma[0] for sigma, _ in rows)  # so that no square over- or underflows
+    by_rank, kept = np.zeros(max(len(sigma) for sigma, _ in rows)), 0.0
+    for sigma, rank in rows:
+        squares = (sigma / unit) ** 2
+        by_rank[: len(squares)] += squares
+        kept += float(squares[:rank].sum())
+    sums = np.cumsum(by_rank)
+    return {"kept": kept / float(sums[-1]), "rank_90": int((sums < 0.9 * sums[-1]).sum()) + 1}
+
+
+def _alike(values: Sequence[Any]) -> Any:
+    """Return what JSON values have in common; an ellipsis where that is nothing."""
+    if len({json.dumps(value, sort_keys=True) for value in values}) == 1:
+        return values[0]
+    first, *others = values
+    if all(isinstance(value, dict) for value in values):
+        keys = [key for key in first if all(key in other for other in others)]
+        common = {key: _alike([value[key] for value in values]) for key in keys}
+        return {key: value for key, value in common.items() if value not in (..., {}, [])}
+    if all(isinstance(value, list) for value in values):
+        return [item for item in first if all(item in other for other in others)]
+    return ...
 
 
 def _arc(a: LoRACard, b: LoRACard, t: float) -> list[float]:
@@ -436,12 +494,12 @@ def _applied(
 
 
 def _base(
-    cards: Sequence[LoRACard], modules: Iterable[str], targets: Iterable[str]
+    cards: Sequence[LoRACard], modules: Iterable[str], targets: Iterable[str], name: str | None
 ) -> tuple[str | None, str | None]:
-    """Return the base model and fingerprint of the merged card.
+    """Return the base model and fingerprint of the merged card; `name` replaces names that differ.
 
     A fingerprint covers the weights that a card adapts, so only those of cards that adapt the same
-    modules can be compared.
+    modules can be compared. The revision is what PEFT recorded.
     """
     prints: dict[Any, tuple[str, str]] = {}
     for card in cards:
@@ -452,12 +510,19 @@ def _base(
                 where, text = f"card {card.name!r}: base_fingerprint", f"{expected} as in card"
                 raise BaseModelError(where, f"{text} {other!r}", digest, SAME_BASE)
     names = {card.base_model for card in cards} - {None}
+    settings = (card.metadata.get("peft") for card in cards)
+    revisions = {peft.get("revision") for peft in settings if isinstance(peft, dict)} - {None, ""}
     digests = {card.base_fingerprint for card in cards}
-    if len(names) > 1 and (len(digests) > 1 or None in digests):
-        hint = f"{SAME_BASE}, or name it alike by dataclasses.replace(card, base_model=...)"
-        raise BaseModelError("merge: base models", "one", shown(sorted(map(str, names))), hint)
+    unproven = len(digests) > 1 or None in digests
+    for kind, values in (("model", names), ("revision", revisions)):
+        if len(values) > 1 and unproven and name is None:
+            hint = f"{SAME_BASE}; if all are one, name it: `base_model=...`"
+            raise BaseModelError(
+                f"merge: base {kind}s", "one", shown(sorted(map(str, values))), hint
+            )
+    name = names.pop() if name is None and len(names) == 1 else name
     _, fingerprint = prints.get((frozenset(modules), frozenset(targets)), ("", None))
-    return names.pop() if len(names) == 1 else None, fingerprint
+    return name, fingerprint
 
 
 def _sum(values: Iterable[float]) -> float:

@@ -19,7 +19,7 @@ from lora.errors import (
     TargetError,
 )
 from lora.factors import delta
-from lora.merging import STRATEGIES, Average, Dare, Slerp, Ties, Weighted, merge
+from lora.merging import OF_ONE_CARD, STRATEGIES, Average, Dare, Slerp, Ties, Weighted, merge
 from lora.testing.plugin import requirement
 
 FINGERPRINT, OTHER = "0" * 64, "1" * 64
@@ -290,3 +290,80 @@ def test_names_of_which_one_may_mean_the_other_are_not_merged():
     assert set(merge([short, other]).weights) == {"0.query", "10.query"}
     both = card("both", modules=("0.query", "encoder.0.query"))  # its own affair
     assert set(merge([both, short]).weights) == set(both.weights)
+
+
+# ---- what the merged card says
+
+
+@requirement("R20.10")
+def test_what_all_cards_say_is_kept_and_nothing_else():
+    docs = {
+        "description": "of Python",
+        "tags": ["code", "python"],
+        "peft": {"task_type": "CAUSAL_LM", "lora_dropout": 0.1, "revision": None},
+        "author": "a",
+        "version": "1.0.0",
+        "quality": 0.5,
+    }
+    law = {
+        **docs,
+        "description": "of law",
+        "tags": ["law", "code"],
+        "peft": {"task_type": "CAUSAL_LM", "lora_dropout": 0.2},
+    }
+    cards = [card("docs", metadata=docs), card("law", seed=1, metadata=law)]
+    told = dict(merge(cards).metadata)
+    assert set(told.pop("merge")) == {"strategy", "options", "parents", "error"}
+    assert told == {"tags": ["code"], "peft": {"task_type": "CAUSAL_LM"}, "author": "a"}
+    single = dict(merge(cards[:1]).metadata)
+    assert single.pop("merge")["parents"][0]["name"] == "docs"
+    assert single == {key: value for key, value in docs.items() if key not in OF_ONE_CARD}
+    assert {"version", "quality", "created", "modified", "extract", "merge"} == OF_ONE_CARD
+
+
+@requirement("R26.7", "R20.10")
+@pytest.mark.parametrize("what", ["model", "revision"])
+def test_bases_of_several_names_or_revisions_need_one_name(what):
+    def of(value, **fields):
+        if what == "model":
+            return {"base_model": value, **fields}
+        return {"base_model": "base", "metadata": {"peft": {"revision": value}}, **fields}
+
+    docs, law = card("docs", **of("v1")), card("law", seed=1, **of("v2"))
+    message = rf"base {what}s: expected one, found \['v1', 'v2'\].*name it: `base_model=...`"
+    with pytest.raises(BaseModelError, match=message):
+        merge([docs, law])
+    assert merge([docs, law], base_model="one").base_model == "one"
+    one = card("law", seed=1, **of("v1"))
+    assert merge([docs, one]).base_model == ("v1" if what == "model" else "base")
+    proven = [card(name, **of(name, base_fingerprint=FINGERPRINT)) for name in ("docs", "law")]
+    assert merge(proven).base_fingerprint == FINGERPRINT
+    other = [proven[0], replace(proven[1], base_fingerprint=OTHER)]
+    with pytest.raises(BaseModelError, match="base_fingerprint: expected 0000"):
+        merge(other, base_model="one")
+
+
+@requirement("R20.10")
+@pytest.mark.parametrize(("strategy", "rank"), [("ties", 2), ("dare", 1), ("average", 2)])
+def test_the_share_that_is_kept_and_the_rank_for_90_percent_are_those_of_the_dense_change(
+    strategy, rank
+):
+    names = ("0.query", "1.query", "2.query")
+    cards = [card(f"{i}", shape=(9, 7), rank=4, seed=i, dtype="f8", modules=names) for i in (1, 2)]
+    cards.append(card("3", shape=(9, 7), rank=1, seed=3, dtype="f8", modules=("3.query",)))
+    exact, cut = (merge(cards, strategy, rank=limit) for limit in (99, rank))
+    changes = [delta(pair) for pair in exact.weights.values()]
+    values = np.stack([np.linalg.svd(change, compute_uv=False) ** 2 for change in changes])
+    told, shares = cut.metadata["merge"], np.cumsum(values.sum(0)) / values.sum()
+    assert told["kept"] == pytest.approx(values[:, :rank].sum() / values.sum(), rel=1e-9)
+    assert told["rank_90"] == next(i for i, share in enumerate(shares, 1) if share >= 0.9)
+    assert told["kept"] < 0.9
+    assert "kept" not in exact.metadata["merge"]
+
+
+@requirement("R25.3")
+def test_a_merge_says_after_each_module_how_far_it_is():
+    calls = []
+    cards = [card("docs", modules=("b", "a")), card("law", seed=1, modules=("b", "c"))]
+    merge(cards, on_module=lambda *call: calls.append(call))
+    assert calls == [("a", 1, 3), ("b", 2, 3), ("c", 3, 3)]
