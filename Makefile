@@ -60,7 +60,7 @@ BINDING_faulty := tests.faults.layer:ScalingIgnored
 
 conformance/%.json: $(wildcard lora/*.py lora/*/*.py tests/properties/*.py tests/bindings/*.py tests/faults/*.py) | $(VENV)/.dev
 	mkdir -p conformance
-	-OMP_NUM_THREADS=1 LORA_PROFILE=quick $(BIN)/lora conformance --binding $(BINDING_$*) --json $@
+	-OMP_NUM_THREADS=1 LORA_PROFILE=quick $(BIN)/lora conformance --binding $(BINDING_$*) --json-file $@
 
 docs: $(VENV)/.dev $(REPORTS)
 	$(BIN)/python docs/generate.py

@@ -14,7 +14,7 @@ class LoRAError(Exception):
     Args:
         where: A card and field, a module, or a file.
         expected: What the rule asks for.
-        found: What was there instead.
+        found: What was there instead; an error of the operating system is told in its own words.
         hint: What to do about it.
 
     Examples:
@@ -24,15 +24,21 @@ class LoRAError(Exception):
 
     def __init__(self, where: str, expected: object, found: object, hint: str = "") -> None:
         self.where, self.hint = where, hint
+        self._is_os_error = isinstance(found, OSError) and bool(found.strerror)
+        if self._is_os_error:
+            found = found.strerror.lower()  # type: ignore[attr-defined]
         self.expected, self.found = (str(value) or repr(value) for value in (expected, found))
         super().__init__(str(self))
 
     def __str__(self) -> str:
         tail = f"; {self.hint}" if self.hint else ""
+        if self._is_os_error:
+            return f"{self.where}: {self.found} (expected {self.expected}){tail}"
         return f"{self.where}: expected {self.expected}, found {self.found}{tail}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.where, self.expected, self.found, self.hint)
+        found = OSError(0, self.found) if self._is_os_error else self.found
+        return type(self), (self.where, self.expected, found, self.hint)
 
 
 def shown(value: object, limit: int = 200) -> str:

@@ -228,7 +228,7 @@ def _extract(
         if on_module:
             on_module(module, position, len(modules))
     direct = len(models) == 1
-    left_out = {} if direct else _other_changes(*models.values(), {_key(m) for m in pairs})
+    left_out = {} if direct else _other_changes(models, {_key(module) for module in pairs})
     if not pairs:
         expected = f"weights of Linears that {'are not zero' if direct else 'differ'}"
         others = f"what differs is no target: {', '.join(left_out)}"
@@ -290,12 +290,12 @@ def _shares(
 
 
 def _other_changes(
-    base: Mapping[str, Any], tuned: Mapping[str, Any], extracted: set[str]
+    models: Mapping[str, Mapping[str, Any]], extracted: set[str]
 ) -> dict[str, float]:
     """Return the norm of the change of every tensor that changed and was not extracted."""
     norms = {}
-    for key in sorted((base.keys() | tuned.keys()) - extracted):
-        arrays = [_read(model, key) for model in (base, tuned) if key in model]
+    for key in sorted({key for model in models.values() for key in model} - extracted):
+        arrays = [_read(model, key) for model in models.values() if key in model]
         if norm := _distance(*arrays):
             if not math.isfinite(norm):
                 expected = "finite weights and differences"
@@ -370,7 +370,7 @@ def _array(model: Mapping[str, Any], module: str) -> Array:
 
 def _read(model: Mapping[str, Any], key: str) -> Array:
     """Return a tensor of a model as a NumPy array."""
-    weight = model[key]
+    weight: Any = model[key]
     if not isinstance(weight, np.ndarray):
         try:
             tensor = weight.detach().cpu()
@@ -380,7 +380,8 @@ def _read(model: Mapping[str, Any], key: str) -> Array:
         except (AttributeError, TypeError, RuntimeError) as error:
             expected, actual = "a NumPy array or a tensor", type(weight).__name__
             raise ArgumentError(f"extract: {key!r}", expected, actual) from error
-    return weight
+    array: Array = weight
+    return array
 
 
 def _approximated(

@@ -14,7 +14,7 @@ Requirements: R20.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -32,7 +32,6 @@ from lora.errors import (
     TargetError,
     shown,
 )
-from lora.extract import OnModule
 from lora.factors import delta, spectrum, thin_qr
 from lora.targets import suffixes
 
@@ -190,7 +189,7 @@ def merge(
     name: str = "merged",
     *,
     base_model: str | None = None,
-    on_module: OnModule | None = None,
+    on_module: Callable[[str, int, int], None] | None = None,
 ) -> LoRACard:
     """Merge cards into one card by combining their weight changes ΔW.
 

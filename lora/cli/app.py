@@ -107,8 +107,15 @@ def command(
             for key, part in composed.items():
                 options[key] = part(**{p.name: options.pop(p.name) for p in parts[key]})
             as_json = options.pop("as_json") if shared else options["as_json"]
-            result = function(**options)
-            return 0 if result is None else show(result, as_json=as_json is True)
+            try:
+                result = function(**options)
+            except LoRAError as error:
+                flags = [p.name for parameters in own.values() for p in parameters]
+                error.expected, error.found, error.hint = (
+                    _in_options(text, flags) for text in (error.expected, error.found, error.hint)
+                )
+                raise
+            return 0 if result is None else show(result, as_json=as_json)
 
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined] # typer reads it
             [p for parameters in (own | shared).values() for p in parameters]
@@ -125,6 +132,23 @@ def command(
         return run
 
     return register
+
+
+_IN_COMMANDS = {
+    "rename by dataclasses.replace(card, weights=...)": "leave one of the cards out",
+    "by dataclasses.replace(card, name=...)": "by lora convert CARD -o FILE --name NAME",
+    "pass description=": "lora convert CARD -o FILE --description TEXT sets one",
+    "check_base=False waives this": "if the base is another one, name it by --model",
+}
+"""What a hint says for Python -> what it says on the command line."""
+
+
+def _in_options(text: str, flags: Sequence[str]) -> str:
+    """Put options in the place of the keywords in an error: `base_model=...` is --base-model."""
+    for python, command_line in _IN_COMMANDS.items():
+        text = text.replace(python, command_line)
+    keyword = f"`?\\b({'|'.join(flags)})=(True|\\.\\.\\.)?`?(?![\\w.])"
+    return re.sub(keyword, lambda match: f"--{match[1].replace('_', '-')}", text)
 
 
 _COMMON = {
@@ -200,7 +224,7 @@ def fail(message: str, status: int = 1) -> None:
 def main() -> None:
     """Run the command line; the entry point of the `lora` script."""
     try:
-        status = app(standalone_mode=False)
+        status = app(_as_renamed(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()
     except LoRAError as error:
         fail(str(error))
@@ -209,7 +233,7 @@ def main() -> None:
     except OSError as error:  # standard output is closed or cannot be written: drop the rest of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            fail(str(error))
+            fail(error.strerror or str(error))
         sys.exit(1)
     except Exception as error:
         usage = getattr(error, "exit_code", 0)
@@ -224,6 +248,18 @@ def main() -> None:
     if status == 130:  # typer's own handling of an interrupt
         fail("interrupted", 130)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _as_renamed(words: list[str]) -> list[str]:
+    """Take `conformance --json FILE`, which is --json-file now, for one version more."""
+    words = [part for word in words for part in re.split("(?<=^--json)=", word)]
+    place = words.index("--json") if words[:1] == ["conformance"] and "--json" in words else -1
+    if 0 < place < len(words) - 1 and not words[place + 1].startswith("-"):
+        print(
+            "lora: --json FILE is --json-file FILE now; it ends with version 1.0", file=sys.stderr
+        )
+        words[place] = "--json-file"
+    return words
 
 
 def _version(value: bool) -> None:

@@ -6,7 +6,7 @@ Requirements: R1, R16, R20, R23, R25.
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Group
 from rich.table import Column, Table
@@ -63,12 +63,41 @@ def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) 
     return Result({**facts, "modules": modules, "extra": dict(header.extra)}, Group(table, shapes))
 
 
-@command("convert peft-adapter/ -o docs.lora.arrow")
+class _About(NamedTuple):
+    """What a card says of itself."""
+
+    base_model: str | None = None
+    metadata: dict[str, Any] = {}  # noqa: RUF012 - never written
+
+    def of(self, card: "LoRACard") -> "LoRACard":
+        """Return the card with these words in place of its own."""
+        fields = present(base_model=self.base_model, metadata={**card.metadata, **self.metadata})
+        return replace(card, **fields)
+
+
+def _about(
+    *,
+    base_model: str | None = None,
+    description: str | None = None,
+    tag: list[str] | None = None,
+) -> _About:
+    """Take what a card says of itself.
+
+    Args:
+        base_model: Name of the base model that the card says it is for.
+        description: What the card is for; the router goes by it.
+        tag: Tag of the card, in place of the source's; may be repeated.
+    """
+    return _About(base_model, present(description=description, tags=tag or None))
+
+
+@command("convert peft-adapter/ -o docs.lora.arrow", about=_about)
 def convert(
     source: Path,
     *,
     out: Path,
     name: str | None = None,
+    about: _About,
     alpha: float | None = None,
     overwrite: bool = False,
     exact: bool = False,
@@ -86,14 +115,17 @@ def convert(
     from lora.interop.peft import export_peft
     from lora.interop.safetensors import save_safetensors
 
-    card = _read_card(source, name, alpha)
     ending = out.suffix.lower()
-    if ending == ".arrow":
-        lora.save(card, out)
-    elif ending == ".safetensors":
-        save_safetensors(card, out)
-    else:
-        export_peft(card, out, overwrite=overwrite, exact=exact)
+    with progress_bar(f"converting {source}") as progress:
+        card = about.of(_read_card(source, name, alpha))
+        progress(1, 2)
+        if ending == ".arrow":
+            lora.save(card, out)
+        elif ending == ".safetensors":
+            save_safetensors(card, out)
+        else:
+            export_peft(card, out, overwrite=overwrite, exact=exact)
+        progress(2, 2)
     facts = {"file": str(out), "name": card.name, "rank": card.rank, "modules": len(card.weights)}
     text = f"{out}: card {card.name}, {len(card.weights)} modules, rank {card.rank}"
     return Result(facts, text)
@@ -102,6 +134,7 @@ def convert(
 @command(
     "merge docs.lora.arrow law.lora.arrow -o both.lora.arrow --strategy ties --density 0.3",
     inputs=["cards"],
+    about=_about,
 )
 def merge(
     cards: list[Path],
@@ -111,6 +144,7 @@ def merge(
     weight: list[float] | None = None,
     rank: int | None = None,
     name: str = "merged",
+    about: _About,
     density: float | None = None,
     elect: str | None = None,
     seed: int | None = None,
@@ -118,6 +152,9 @@ def merge(
     normalize: bool | None = None,
 ) -> Result:
     """Merge cards into one, by what they do to the weights.
+
+    Metadata on which all cards agree are kept. Where the cards' base has several names or
+    revisions, --base-model names it.
 
     Args:
         cards: Card files, PEFT folders, or what else convert reads.
@@ -144,19 +181,39 @@ def merge(
             raise ArgumentError(f"--{option}", expected, option)
     rule = STRATEGIES[strategy](**options)
     if rank is not None:
-        integer(rank, "merge: rank", 1)
+        integer(rank, "--rank", 1)
     checks_done()
-    card = lora.merge([_read_card(path) for path in cards], rule, weight, rank, name)
+    with progress_bar("merging") as progress:
+        parents = [_read_card(path) for path in cards]
+        merged = lora.merge(
+            parents,
+            rule,
+            weight,
+            rank,
+            name,
+            base_model=about.base_model,
+            on_module=lambda _, done, total: progress(done, total),
+        )
+    card = about.of(merged)
     digest = lora.save(card, out)
-    errors: dict[str, float] = dict(card.metadata["merge"]["error"])
-    worst = max(errors.values(), default=0.0)
-    modules = len(card.weights)
-    facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": modules}
-    text = f"{out}: {modules} modules, rank {card.rank}, largest truncation error {worst:.3g}"
-    return Result({**facts, "error": errors}, text)
+    record = card.metadata["merge"]
+    cut = {key: record[key] for key in ("kept", "rank_90") if key in record}
+    facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": len(card.weights)}
+    text = f"{out}: {len(card.weights)} modules, rank {card.rank}, exact"
+    if cut:
+        text = text.removesuffix("exact") + f"which keeps {cut['kept']:.1%} of ΔW's squares"
+        if cut["kept"] < 0.9:
+            text += f" (90 % would take --rank {cut['rank_90']})"
+    if "description" not in card.metadata and any("description" in c.metadata for c in parents):
+        text += "\nno description, since the cards' differ: --description sets one"
+    return Result({**facts, "error": dict(record["error"]), **cut}, text)
 
 
-@command("extract tuned/ --base base/ -o tuned.lora.arrow --rank 8", inputs=["tuned", "base"])
+@command(
+    "extract tuned/ --base base/ -o tuned.lora.arrow --rank 8",
+    inputs=["tuned", "base"],
+    about=_about,
+)
 def extract(
     tuned: Path,
     *,
@@ -169,6 +226,7 @@ def extract(
     method: str = "full",
     seed: int = 0,
     name: str | None = None,
+    about: _About,
 ) -> Result:
     """Make a card from a fine-tuned model, of what changed. Without --base: of its weights.
 
@@ -187,7 +245,7 @@ def extract(
 
     check_output("--out", out)
     if rank is not None:
-        integer(rank, "rank", 1)
+        integer(rank, "--rank", 1)
     rules = present(
         rank=rank,
         energy=None if energy is None else lora.MinEnergy(energy),
@@ -211,12 +269,22 @@ def extract(
             card = lora.extract_direct(weights, rule, **options)
         else:
             card = lora.extract_delta(SafetensorsWeights(base), weights, rule, **options)
-    digest = lora.save(card, out)
-    modules = {key: dict(figures) for key, figures in card.metadata["extract"]["modules"].items()}
-    worst = max((figures["error"] for figures in modules.values()), default=0.0)
-    facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": modules}
-    text = f"{out}: {len(modules)} modules, rank {card.rank}, largest relative error {worst:.3g}"
-    return Result(facts, text)
+    digest = lora.save(about.of(card), out)
+    record = card.metadata["extract"]
+    worst = max(figures["error"] for figures in record["modules"].values())
+    facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": record["modules"]}
+    lines = [
+        f"{out}: {len(card.weights)} modules, rank {card.rank}, largest relative error {worst:.3g}"
+    ]
+    if base is not None:
+        facts |= {"held": record["held"], "left_out": record["left_out"]}
+    if left_out := facts.get("left_out"):
+        lines.append(
+            f"The card holds {record['held']:.1%} of the squares of the change. Not in it are:"
+        )
+        for key, figures in sorted(left_out.items(), key=lambda item: -item[1]["norm"]):
+            lines.append(f"  {key}: norm {figures['norm']:.3g}, {figures['share']:.1%}")
+    return Result(facts, "\n".join(lines))
 
 
 def _read_card(source: Path, name: str | None = None, alpha: float | None = None) -> "LoRACard":

@@ -4,6 +4,7 @@ Requirements: R5, R15, R17, R21, R25.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from lora.errors import ArgumentError, DataError, LoRAError
 
 PARQUET_ROWS = 1024
 """Rows of a Parquet file that are encoded at a time."""
+
+TEXTS = 256
+"""Other texts that are encoded at a time; of more there is a bar."""
 
 
 @command("encode 'read a file' --card docs.lora.arrow --out embeddings.npy")
@@ -60,15 +64,22 @@ def encode(
         return _encode_parquet(parquet, out, cards=card or [], model=model, **options)
     if adapter is not None or route:
         raise ArgumentError("--adapter, --route", "--parquet", "none")
+    import numpy as np
+
     engine = lora.ArrowEngine.from_pretrained(model)
     for path in card or []:
         engine.load_lora(path)
-    rows = engine.encode(texts or [line.rstrip("\n") for line in sys.stdin])
+    texts = texts or [line.rstrip("\n") for line in sys.stdin]
+    parts = []
+    with progress_bar("encoding") if len(texts) > TEXTS else nullcontext() as progress:
+        for start in range(0, max(1, len(texts)), TEXTS):
+            parts.append(engine.encode(texts[start : start + TEXTS]))
+            if progress:
+                progress(min(start + TEXTS, len(texts)), len(texts))
+    rows = np.concatenate(parts)
     if out is None:
         lines = [" ".join(f"{number:.6f}" for number in row) for row in rows]
         return Result(rows.tolist(), "\n".join(lines) if lines else None)
-    import numpy as np
-
     from lora.files import replacing
 
     with replacing(out) as file:

@@ -15,12 +15,12 @@ from rich.text import Text
 from lora.cli.app import Json, Result, check_output, command, progress_bar
 
 
-@command("conformance --binding my_package.binding:BINDING --only R4 --json verdicts.json")
+@command("conformance --binding my_package.binding:BINDING --only R4 --json-file verdicts.json")
 def conformance(
     *,
     binding: str | None = None,
     only: str | None = None,
-    as_json: Path | None = None,
+    json_file: Path | None = None,
     junit: Path | None = None,
     timeout: Annotated[float, typer.Option(min=1)] = 300.0,
 ) -> Result:
@@ -29,17 +29,17 @@ def conformance(
     Args:
         binding: package.module:NAME; this library itself if omitted.
         only: One chapter (R4) or requirement (R4.9).
-        as_json: Write the verdicts to this file.
+        json_file: Write the verdicts to this file.
         junit: Write JUnit XML to this file.
         timeout: Seconds that one property may take.
     """
     from lora.testing.report import red, run_suite, write_report
 
-    if as_json is not None:
-        check_output("--json", as_json)
+    if json_file is not None:
+        check_output("--json-file", json_file)
     report = run_suite(binding, only=only, junit=junit, timeout=timeout)
-    if as_json is not None:
-        write_report(report, as_json)
+    if json_file is not None:
+        write_report(report, json_file)
     examples = Column("examples", justify="right")
     table = Table("requirement", Column("statement", ratio=1), "verdict", examples)
     for name, entry in report["requirements"].items():

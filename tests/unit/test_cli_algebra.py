@@ -2,15 +2,20 @@
 inspect.
 """
 
+import ast
 import json
+import re
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from safetensors.numpy import load_file, save_file
 
 import lora
 from lora.card import LoRACard, LowRank
+from lora.cli.app import _in_options, app
 from lora.factors import delta
 from lora.interop.peft import import_peft
 from lora.testing.plugin import requirement
@@ -85,7 +90,7 @@ def test_merge_writes_the_card_that_the_library_merges(shell, folder):
         "--density 0.5": "--density: expected an option of average",
         "--strategy ties --density 2": "ties: density: expected",
         "--strategy weighted --weight 1": "weights: expected one for each of 2 cards, found 1",
-        "--rank 0": "merge: rank: expected an integer >= 1",
+        "--rank 0": "--rank: expected an integer >= 1",
     }.items(),
 )
 def test_a_merge_that_can_not_be_is_one_line_and_writes_nothing(shell, folder, options, said):
@@ -185,14 +190,14 @@ def test_convert_does_what_its_options_say_or_refuses_them(shell, folder):
     {
         "extract tuned.safetensors -o none/x.lora.arrow": "found no folder none",
         "extract tuned.safetensors -o .": "expected a file in an existing folder, found a folder",
-        f"{EXTRACT} --rank 0": "rank: expected an integer >= 1, found 0",
+        f"{EXTRACT} --rank 0": "--rank: expected an integer >= 1, found 0",
         f"{EXTRACT} --name=": "card name: expected non-empty",
         f"{EXTRACT} --rank 2 --energy 0.5": "one of --rank, --energy, --error, found 2 of them",
         "merge docs.lora.arrow -o none/x.lora.arrow": "found no folder none",
         "merge docs.lora.arrow -o x.safetensors": "expected another ending, found .safetensors",
-        "conformance --only R4.4 --json none/x.json": "found no folder none",
+        "conformance --only R4.4 --json-file none/x.json": "found no folder none",
         "probe latin.txt": "latin.txt: expected text in UTF-8",
-        "probe none.txt": "none.txt: expected text in UTF-8",
+        "probe none.txt": "lora: none.txt: no such file or directory (expected text in UTF-8)\n",
         "probe latin.txt --share 2": "share: expected a number in (0, 1], found 2.0",
         "probe latin.txt --base base.safetensors --tuned tuned.safetensors": "found both",
         "probe --base base.safetensors": "--base and --tuned together",
@@ -206,3 +211,161 @@ def test_what_can_not_be_done_is_refused_in_one_line_before_the_work(shell, fold
     assert (done.returncode, done.stdout) == (1, "")
     assert (done.stderr.count("\n"), said in done.stderr) == (1, True), done.stderr
     assert set(folder.iterdir()) == before
+
+
+@requirement("R25.2", "R20.10", "R26.7")
+def test_what_cards_say_of_themselves_is_kept_or_set_by_options(shell, folder):
+    peft = {"peft": {"task_type": "CAUSAL_LM"}, "tags": ["code"]}
+    for name, base in (("docs", "unsloth/Tiny-bnb-4bit"), ("law", "models/Tiny")):
+        own = {"base_model": base, "metadata": {**peft, "description": f"about {name}"}}
+        lora.save(card_of(name, len(name), **own), folder / f"{name}.lora.arrow")
+    merge = ("merge", "docs.lora.arrow", "law.lora.arrow", "-o", "both.lora.arrow")
+    refused = shell(*merge)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert refused.stderr.endswith("if all are one, name it: --base-model\n")
+    done = shell(*merge, "--base-model", "Tiny")
+    assert done.returncode == 0, done.stderr
+    assert "no description, since the cards' differ: --description sets one" in done.stdout
+    both = lora.inspect(folder / "both.lora.arrow")
+    assert (both.base_model, both.metadata["tags"]) == ("Tiny", ["code"])
+    assert "description" not in both.metadata
+    shell("convert", "both.lora.arrow", "-o", "peft-both")
+    config = json.loads((folder / "peft-both" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", "Tiny")
+    words = ["--base-model", "Other", "--description", "All of it", "--tag", "a", "--tag", "b"]
+    sources = (merge[:-2], ("convert", "docs.lora.arrow"))
+    extract = ("extract", "tuned.safetensors", "--base", "base.safetensors")
+    for line in (*sources, extract):
+        done = shell(*line, "-o", "told.lora.arrow", *words)
+        assert done.returncode == 0, done.stderr
+        assert "no description" not in done.stdout
+        header = lora.inspect(folder / "told.lora.arrow")
+        told = (header.base_model, header.metadata["description"], header.metadata["tags"])
+        assert told == ("Other", "All of it", ["a", "b"])
+        assert ("peft" in header.metadata) == (line is not extract)
+
+
+@requirement("R25.2", "R20.10")
+def test_a_merge_tells_what_truncation_costs_and_the_rank_that_would_do(shell, folder):
+    merge = ("merge", "docs.lora.arrow", "law.lora.arrow", "-o", "both.lora.arrow")
+    assert shell(*merge).stdout == "both.lora.arrow: 2 modules, rank 4, exact\n"
+    exact = lora.load(folder / "both.lora.arrow")
+    squares = np.stack(
+        [np.linalg.svd(change(exact, m), compute_uv=False) ** 2 for m in exact.weights]
+    )
+    share = squares.sum(0).cumsum() / squares.sum()
+    enough = next(rank for rank, part in enumerate(share, 1) if part >= 0.9)
+    assert share[0] < 0.9
+    text = shell(*merge, "--rank", 1).stdout
+    kept, advice = f"which keeps {share[0]:.1%} of ΔW's squares", f"take --rank {enough}"
+    assert text == f"both.lora.arrow: 2 modules, rank 1, {kept} (90 % would {advice})\n"
+    facts = json.loads(shell(*merge, "--rank", enough, "--json").stdout)
+    assert facts["kept"] >= 0.9
+    assert facts["rank_90"] == enough
+
+
+@requirement("R26.9", "R25.2")
+def test_extract_names_what_changed_and_is_not_in_the_card(shell, folder):
+    for name, value in (("base", 0.0), ("tuned", 3.0)):
+        file = folder / f"{name}.safetensors"
+        norm = {"norm.weight": np.full(4, value), "same": np.ones(2)}
+        save_file({**load_file(file), **norm, f"only.{name}": np.full(4, 0.5)}, file)
+    line = "extract tuned.safetensors --base base.safetensors -o x.lora.arrow"
+    card = card_of("docs", 1)
+    squares = sum(float(np.sum(change(card, module) ** 2)) for module in card.weights)
+    whole = squares + 36 + 1 + 1
+    text = shell(*line.split()).stdout.splitlines()
+    held = f"The card holds {squares / whole:.1%} of the squares of the change."
+    assert text[1] == f"{held} Not in it are:"
+    assert text[2] == f"  norm.weight: norm 6, {36 / whole:.1%}"
+    assert sorted(text[3:]) == [
+        f"  only.{name}: norm 1, {1 / whole:.1%}" for name in ("base", "tuned")
+    ]
+    facts = json.loads(shell(*line.split(), "--json").stdout)
+    assert set(facts["left_out"]) == {"norm.weight", "only.base", "only.tuned"}
+    assert facts["left_out"]["norm.weight"]["norm"] == 6
+    assert facts["held"] == pytest.approx(squares / whole)
+    assert set(facts["modules"]["layer.0.query"]) == {"rank", "error", "energy"}
+
+
+@requirement("R25.3")
+@pytest.mark.parametrize(
+    ("command", "title", "steps"),
+    [
+        ("merge docs.lora.arrow law.lora.arrow -o x.lora.arrow", "merging", "2/2"),
+        ("convert docs.lora.arrow -o x.safetensors", "converting docs.lora.arrow", "2/2"),
+        ("extract tuned.safetensors -o x.lora.arrow", "extracting tuned.safetensors", "2/2"),
+        ("encode" + 300 * " a", "encoding", "300/300"),
+    ],
+)
+def test_long_work_shows_how_far_it_is(shell, command, title, steps):
+    done = shell(*command.split())
+    assert done.returncode == 0, done.stderr
+    assert title in done.stderr
+    assert steps in done.stderr
+
+
+@requirement("R7.10")
+@pytest.mark.parametrize(
+    ("command", "message"),
+    {
+        "inspect none/x.lora.arrow": "none",
+        "encode a --card docs.lora.arrow": "if the base is another one, name it by --model",
+        "route a --card docs.lora.arrow": "lora convert CARD -o FILE --description TEXT sets one",
+        "merge docs.lora.arrow docs.lora.arrow -o x.lora.arrow --strategy dare": "rename one by "
+        "lora convert CARD -o FILE --name NAME",
+        "convert docs.lora.arrow -o full": "or with --overwrite one that holds",
+        "probe none.txt": "lora: none.txt: no such file or directory (",
+        "encode --parquet none.parquet --out x.parquet": "none.parquet",
+        "convert docs.lora.arrow -o base.safetensors/x.lora.arrow": "x.lora.arrow: not a directory",
+        "merge docs.lora.arrow -o x.lora.arrow --rank 0": "--rank: expected an integer >= 1",
+    }.items(),
+)
+def test_an_error_says_what_to_do_in_the_words_of_the_command_line(shell, folder, command, message):
+    module = "encoder.layer.0.attention.self.query"
+    pair = LowRank(np.ones((384, 1)), np.ones((1, 384)))
+    card = LoRACard("docs", 1, 1.0, ["query"], {module: pair}, base_fingerprint="0" * 64)
+    lora.save(card, folder / "docs.lora.arrow")
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("")
+    done = shell(*command.split())
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert message in done.stderr
+    assert not re.search(r"Errno|\w=\w|\w=\.\.\.|\w\(|`", done.stderr), done.stderr
+
+
+@requirement("R7.10")
+def test_every_advice_in_python_has_words_of_the_command_line():
+    """Of every text in the package that sets a keyword, some command has it as an option."""
+    commands = typer.main.get_command(app).commands
+    commands = [*commands.values(), *commands["factory"].commands.values()]
+    flags = {option.name for command in commands for option in command.params}
+    elsewhere = {"safe_serialization", "max_cards", "max_bytes"}  # PEFT's; no command's
+    for path in sorted(Path(lora.__file__).parent.rglob("*.py")):
+        if path.parent.name in ("testing", "federation"):
+            continue  # the federation's commands translate their own
+        for error in ast.walk(ast.parse(path.read_text())):
+            if isinstance(error, ast.Constant) and isinstance(error.value, str):
+                text = _in_options(error.value, sorted(flags))
+                keywords = re.findall(r"\b([a-z_]+)=(?:True|False|\.\.\.)(?!\w)", text)
+                docstring = "\n" in error.value
+                assert docstring or set(keywords) <= elsewhere, (path, text)
+
+
+@requirement("R25.3")
+@pytest.mark.parametrize(
+    "words", ["--json v.json", "--json=v.json", "--json-file v.json", "--json"]
+)
+def test_conformance_prints_json_or_writes_it_and_takes_the_old_option(
+    shell, folder, monkeypatch, words
+):
+    entry = {"verdict": "pass", "reason": "", "statement": "It holds.", "tests": []}
+    report = {"requirements": {"R16.2": entry}}
+    monkeypatch.setattr("lora.testing.report.run_suite", lambda *_, **__: report)
+    done = shell("conformance", "--only", "R16.2", *words.split())
+    assert done.returncode == 0, done.stderr
+    warned = "--json FILE is --json-file FILE now" in done.stderr
+    assert warned == (words in ("--json v.json", "--json=v.json"))
+    where = done.stdout if words == "--json" else (folder / "v.json").read_text()
+    assert json.loads(where) == report
+    assert done.stdout.startswith("{") == (words == "--json")

@@ -82,7 +82,9 @@ def test_the_command_prints_every_verdict_and_fails_with_an_undeclared_one(tmp_p
     code, out, _ = conformance()
     assert (code, "R3.11" in out, "passed" in out) == (0, True, True)
     path = tmp_path / "verdicts.json"
-    code, _, error = conformance("--binding", "tests.faults.targets:Substring", "--json", str(path))
+    code, _, error = conformance(
+        "--binding", "tests.faults.targets:Substring", "--json-file", str(path)
+    )
     assert (code, error) == (1, ["lora: 1 of 1 requirements failed: R3.11"])
     assert json.loads(path.read_text())["schema_version"] == SCHEMA_VERSION
     for option, value, said in (
