@@ -294,13 +294,13 @@ def _other_changes(
 ) -> dict[str, float]:
     """Return the norm of the change of every tensor that changed and was not extracted."""
     norms = {}
-    for key in sorted({key for model in models.values() for key in model} - extracted):
+    for key in sorted({key for model in models.values() for key in model} - extracted, key=str):
         arrays = [_read(model, key) for model in models.values() if key in model]
         if norm := _distance(*arrays):
             if not math.isfinite(norm):
                 expected = "finite weights and differences"
                 raise ArgumentError(f"extract: {key!r}", expected, "NaN or infinity")
-            norms[key] = norm
+            norms[str(key)] = norm
     return norms
 
 

@@ -466,7 +466,7 @@ def _applied(
         expected = f"none for {type(strategy).__name__}"
         raise ArgumentError("merge: weights", expected, shown(weights), "use 'weighted'")
     weights = [1.0] * len(cards) if weights is None else weights
-    if not isinstance(weights, Iterable):
+    if not isinstance(weights, Iterable) or isinstance(weights, Mapping):
         raise ArgumentError("merge: weights", "a list of numbers, one per card", shown(weights))
     numbers = [
         finite(weight, f"merge: weight {index}", ArgumentError) + 0.0
@@ -484,7 +484,8 @@ def _applied(
         total = finite(_sum(numbers), "merge: sum of weights", ArgumentError)
         if total == 0:
             raise ArgumentError("merge: weights", "a sum that is not 0, to divide by", numbers)
-        return [number / total for number in numbers]
+        where = "merge: weights over their sum"
+        return [finite(number / total, where, ArgumentError) for number in numbers]
     names = [card.name for card in cards]
     if isinstance(strategy, Dare) and len(set(names)) < len(names):
         hint = "rename one by dataclasses.replace(card, name=...): a mask belongs to a name"
