@@ -296,11 +296,15 @@ class ZeroSumElectsPlus(_Ties, breaks="R20.6"):
 
 
 class TrimmedAcrossCards(_Ties, breaks="R20.6"):
-    """One threshold for all cards: a small card is trimmed away."""
+    """One threshold for all cards: a small card is trimmed away.
+
+    All entries of the threshold's size are kept, so that the order of the cards changes nothing.
+    """
 
     def trim(self, parts, density):
-        joined = self.largest(np.concatenate([part.ravel() for part in parts]), density)
-        return [part.reshape(parts[0].shape) for part in np.split(joined, len(parts))]
+        sizes = np.sort(abs(np.concatenate([part.ravel() for part in parts])))
+        least = sizes[-max(1, round(density * sizes.size))]
+        return [np.where(abs(part) >= least, part, 0.0) for part in parts]
 
 
 class TrimmedByThreshold(_Ties, breaks="R20.6"):
