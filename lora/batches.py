@@ -1,29 +1,32 @@
-"""Encode a stream of Arrow record batches, as a pure function that any engine can distribute.
+"""Encode a stream of Arrow batches or tables, as a pure function that any engine distributes.
 
-Dask's ``bag.map_partitions`` wants a list of what it yields, Ray Data's ``map_batches`` a table,
-and Spark's ``mapInArrow`` the embeddings cast to a list. Its arguments are paths and plain values,
-so that they travel; each process opens the model and the cards once.
+Dask's ``bag.map_partitions`` and Spark's ``mapInArrow`` call it with an iterator of record batches
+(Spark's schemas have no lists of fixed size: pass ``fixed_size=False``), Ray Data's ``map_batches``
+with ``batch_format="pyarrow"`` with one table. Its arguments are paths and plain values, so that
+they travel. A process opens the model once, and the cards again when the content of a file changes.
 
 Requirements: R5.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 
 from lora.card import Array
-from lora.engine import ArrowEngine, Choice, describes_itself
-from lora.errors import ArgumentError, DataError, UnknownCardError, shown
-from lora.files import PathLike, load
+from lora.engine import ArrowEngine, Choice
+from lora.errors import ArgumentError, ConflictError, DataError, UnknownCardError, shown
+from lora.files import PathLike, as_path, digest, load
 from lora.routing import check_threshold
+
+Batch: TypeAlias = pa.RecordBatch | pa.Table
 
 _TEXT_TYPES = ("string", "large_string", "string_view")
 
 
 def encode_batches(
-    batches: Iterable[pa.RecordBatch],
+    batches: Batch | Iterable[Batch],
     *,
     cards: Sequence[PathLike] = (),
     adapter: str | None = None,
@@ -32,24 +35,29 @@ def encode_batches(
     threshold: float = 0.3,
     column: str = "text",
     model: PathLike | None = None,
-) -> Iterator[pa.RecordBatch]:
-    """Yield each batch with two more columns, ``embedding`` and ``adapter``.
+    fixed_size: bool = True,
+) -> Iterator[Batch]:
+    """Yield each batch or table with two more columns, ``embedding`` and ``adapter``.
 
-    ``embedding`` is a fixed-size list of float32; ``adapter`` names the card of each row and is
-    null for the base model.
+    ``embedding`` is a list of float32; ``adapter`` names the card of each row and is null for the
+    base model.
 
     Args:
-        batches: Each has a column of texts; a null text has a null embedding.
-        cards: Card files that rows may get.
+        batches: Record batches or tables, or a single one. Each has a column of texts; a null text
+            has a null embedding.
+        cards: Card files that rows may get, by one of the next three options.
         adapter: The name of one of them, for every row.
         adapter_column: The column that names each row's card; null for the base model.
         route: Choose each row's card by its text; none if none reaches `threshold`.
         threshold: As for `lora.routing.select`.
         column: The column of texts.
         model: A Hugging Face folder; None for the embedded default model.
+        fixed_size: Make ``embedding`` a list of fixed size; else a list of any size.
 
     Raises:
-        ArgumentError: More than one way to choose is given.
+        ArgumentError: More than one way to choose is given, or cards and no way to choose.
+        ConflictError: Two cards with different contents have one name.
+        TargetError: A card binds to nothing in the model.
         UnknownCardError: A name is none of the cards'.
         DataError: A column is not there, holds no texts, or would be replaced.
 
@@ -59,15 +67,22 @@ def encode_batches(
         >>> encoded.column_names, encoded["embedding"].is_valid().to_pylist()
         (['text', 'embedding', 'adapter'], [True, False])
     """
-    if (adapter is not None) + (adapter_column is not None) + bool(route) > 1:
-        raise ArgumentError("encode_batches", "one of adapter, adapter_column and route", "several")
+    ways = (adapter is not None) + (adapter_column is not None) + bool(route)
+    if ways != 1 and (ways or cards):
+        expected = "one of adapter, adapter_column and route"
+        raise ArgumentError("encode_batches", expected, "several" if ways else "cards and none")
     check_threshold(threshold)
-    folder = None if model is None else str(model)
-    engine = _engine(folder, tuple(str(Path(card).absolute()) for card in cards))
+    engine = _engine_with(cards, model)
     known = sorted(engine.manager.list_cards())
     if adapter is not None and adapter not in known:
         raise UnknownCardError(f"adapter {adapter!r}", f"one of {known}", "none of that name")
-    for batch in batches:
+    if route:
+        for name, card in engine.manager.list_cards().items():
+            if name not in engine.router.candidates:
+                engine.router.register_card(card)
+    for batch in [batches] if isinstance(batches, Batch) else batches:
+        if not isinstance(batch, Batch):
+            raise ArgumentError("encode_batches", "record batches or tables", shown(batch))
         texts = {row: text for row, text in enumerate(_texts(batch, column)) if text is not None}
         names: list[str | None] = [adapter] * len(texts)
         if route:
@@ -78,10 +93,10 @@ def encode_batches(
             names = [named[row] for row in texts]
         choices: list[Choice] = [{} if name is None else name for name in names]
         encoding = engine.encode_with_lora(list(texts.values()), choices)
-        yield _with_columns(batch, list(texts), encoding.embeddings, names)
+        yield _with_columns(batch, list(texts), encoding.embeddings, names, fixed_size)
 
 
-def _texts(batch: pa.RecordBatch, column: str) -> list[str | None]:
+def _texts(batch: Batch, column: str) -> list[str | None]:
     names = batch.schema.names
     if column not in names or str(batch[column].type) not in _TEXT_TYPES:
         raise DataError("encode_batches", f"a column {shown(column)} of texts", f"{names}")
@@ -90,26 +105,43 @@ def _texts(batch: pa.RecordBatch, column: str) -> list[str | None]:
 
 
 def _with_columns(
-    batch: pa.RecordBatch, rows: list[int], embeddings: Array, names: list[str | None]
-) -> pa.RecordBatch:
+    batch: Batch,
+    rows: list[int],
+    embeddings: Array,
+    names: list[str | None],
+    fixed_size: bool,  # noqa: FBT001 - private
+) -> Batch:
     """Append the embeddings and names of these rows; the others get nulls."""
     if taken := {"embedding", "adapter"} & set(batch.schema.names):
         raise DataError("encode_batches", "no column called embedding or adapter", sorted(taken))
     position = {row: index for index, row in enumerate(rows)}
     take = pa.array([position.get(row) for row in range(batch.num_rows)], pa.int64())
     flat, width = pa.array(embeddings.reshape(-1), pa.float32()), embeddings.shape[1]
-    lists = pa.FixedSizeListArray.from_arrays(flat, width)
-    batch = batch.append_column("embedding", lists.take(take))
+    lists = pa.FixedSizeListArray.from_arrays(flat, width).take(take)
+    lists = lists if fixed_size else lists.cast(pa.list_(pa.float32()))
+    batch = batch.append_column("embedding", lists)
     return batch.append_column("adapter", pa.array(names, pa.string()).take(take))
 
 
+def _engine_with(cards: Sequence[PathLike], model: PathLike | None) -> ArrowEngine:
+    """Return the engine of this process, over the model and what these files hold now."""
+    paths = [as_path(card).absolute() for card in cards]
+    return _engine(None if model is None else str(model), tuple((str(p), digest(p)) for p in paths))
+
+
 @lru_cache(1)
-def _engine(model: str | None, cards: tuple[str, ...]) -> ArrowEngine:
-    """Return the engine of this process, over the model and the cards in these files."""
-    engine = ArrowEngine.from_pretrained(model)
-    for card in map(load, cards):
-        if describes_itself(card):
-            engine.register_lora(card)
-        else:
-            engine.manager.add_card(card)
+def _engine(model: str | None, files: tuple[tuple[str, str], ...]) -> ArrowEngine:
+    engine = ArrowEngine(_base(model).base)
+    for path, verify in files:
+        card = load(path, verify)
+        known = engine.manager.list_cards().get(card.name)
+        if known not in (None, card):
+            where = f"encode_batches: card {card.name!r} of {path!r}"
+            raise ConflictError(where, "one card of a name", "another content", "rename one")
+        engine.manager.add_card(card)
     return engine
+
+
+@lru_cache(1)
+def _base(model: str | None) -> ArrowEngine:
+    return ArrowEngine.from_pretrained(model)

@@ -8,21 +8,24 @@ Requirements: R4, R5.
 """
 
 import hashlib
+import inspect
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from lora.card import AdapterSet, Array, LoRACard
-from lora.checks import integer
+from lora.checks import base_name, integer
 from lora.errors import (
     ArgumentError,
     CardFileError,
@@ -34,15 +37,17 @@ from lora.errors import (
     shown,
 )
 from lora.federation.cache import CardCache, default_cache
+from lora.federation.catalog import card_files
 from lora.federation.node import Node, acceptable, uri_of
 from lora.federation.trust import Policy
-from lora.files import PathLike, load
-from lora.models.adapt import adapt, adapt_rows, bindings
+from lora.files import PathLike, as_path, load
+from lora.models.adapt import adapt, adapt_rows, bindings, injections
 from lora.models.encoder import InferenceCore
 from lora.models.manager import LoRAManager, State
 from lora.router import Description, LoRARouter, RouterState
 from lora.routing import Index, Route, check_threshold, select, texts_of, unit
-from lora.state import StateReference, log_safely
+from lora.state import StateReference, Uncopied, log_safely
+from lora.targets import Injection
 
 if TYPE_CHECKING:
     from lora.evolution.distill import SkillDistiller
@@ -57,13 +62,23 @@ FOLD_BUDGET = 50 * 2**20
 """Bytes of touched weights up to which ``fold="auto"`` folds; all Linears of MiniLM are 43 MB."""
 
 CACHED_MODELS = 16
-"""Models that are kept for requests with adapter sets of their own (weights are shared)."""
+"""Models that are kept for requests with adapter sets of their own (weights are shared).
+
+Only those of cards that the engine knows are kept: what it does not know, it does not keep in use.
+"""
 
 SPARE = 2
 """A request accepts `top_k` + `SPARE` failed fetches; then it uses only cards that are here."""
 
 Choice: TypeAlias = str | Collection[str] | Mapping[str, float] | AdapterSet | LoRACard | None
 """A text's adapters: None (active ones), names, names with weights, a set, a card; ``{}``: base."""
+
+
+Sets: TypeAlias = tuple[AdapterSet, ...]
+"""The distinct adapter sets of a request."""
+
+Adapted: TypeAlias = tuple[nn.Module, Mapping[str, str]]
+"""A model, and what its cards name that it does not have; see `Encoding.unbound`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +88,19 @@ class Encoding:
     Args:
         embeddings: float32, shape ``(n, d)``.
         adapters: The adapter set of each text.
+        unbound: Name -> what a card that binds in part names and the model does not have.
         routes: With ``intent_query``: the chosen cards, best first; empty if the router abstained.
+        best: With ``intent_query``: the best candidate, chosen or not; None if there is none.
+        threshold: With ``intent_query``: the score that a card needed to be chosen.
         failures: With ``intent_query``: remote cards that no peer could give, and why.
     """
 
     embeddings: Array
     adapters: tuple[AdapterSet, ...]
+    unbound: Mapping[str, str] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
+    best: Route | None = None
+    threshold: float | None = None
     failures: Mapping[str, LoRAError] = field(default_factory=dict)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:  # noqa: FBT001 - NumPy's protocol
@@ -91,14 +112,33 @@ class Encoding:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineState(State[nn.Module], RouterState):
-    """What an engine, its manager and its router know."""
+    """What an engine, its manager and its router know.
+
+    Args:
+        files: Name -> a card that was loaded from a file, and the file.
+        models: Models with the adapter sets of requests, by these sets. A state begins with those
+            of the state before it whose cards it still knows.
+    """
 
     threshold: float
     node: Node | None = None
     evolution: "SkillDistiller | None" = None
+    files: Mapping[str, tuple[LoRACard, Path]] = field(default_factory=dict)
+    models: dict[Sets, Adapted] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        files = {n: file for n, file in self.files.items() if self.cards.get(n) is file[0]}
+        models = {sets: model for sets, model in list(self.models.items()) if self.knows(sets)}
+        object.__setattr__(self, "files", MappingProxyType(files))
+        object.__setattr__(self, "models", models)
+
+    def knows(self, sets: Sets) -> bool:
+        """Tell whether all cards of these sets, the very objects, are loaded or active."""
+        known = {id(card) for card in self.cards.values()}
+        return all(id(card) in known for adapters in sets for card, _ in adapters.values())
 
 
-class ArrowEngine:
+class ArrowEngine(Uncopied):
     """Encodes texts with whatever cards are active, or with a request's own.
 
     Args:
@@ -111,6 +151,10 @@ class ArrowEngine:
         check_base: Refuse cards that were made for another base model.
         base_model: The encoder's name, or its folder. A peer's card that names another is refused,
             unless its fingerprint is the encoder's.
+
+    Attributes:
+        metrics: Counts and times what the engine does: ``loads``, ``applies``, ``routes``,
+            ``abstentions``, ``fetches``, ``jobs``, and ``refusals_…`` by error.
 
     Examples:
         >>> engine = ArrowEngine.from_pretrained(None)  # the embedded all-MiniLM-L6-v2
@@ -143,8 +187,8 @@ class ArrowEngine:
         self.manager = LoRAManager(self.base, fold=bool(fold), fold_budget=budget, state=state)
         self.reference: StateReference[EngineState] = self.manager.reference  # type: ignore[assignment]
         self.router = LoRARouter(partial(_encoded, self.base), reference=self.reference)
-        self._adapted: Callable[[AdapterSet], nn.Module] = lru_cache(CACHED_MODELS)(self._adapt)
-        self._adapted_rows = lru_cache(CACHED_MODELS)(self._adapt_rows)
+        self.metrics = self.manager.metrics
+        self._keeping = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -179,9 +223,17 @@ class ArrowEngine:
         """The distiller of `enable_evolution`, if it was called."""
         return self.state.evolution
 
-    def encode(self, texts: Sequence[str]) -> Array:
-        """Return embeddings with the active cards: float32, shape ``(n, d)``."""
-        return _encoded(self.state.active.model, texts)
+    def encode(self, texts: str | Sequence[str], **options: Any) -> Array:
+        """Return embeddings with the active cards: float32, ``(n, d)``, of a single text ``(d,)``.
+
+        Args:
+            texts: A text or any number of them.
+            options: Keywords of the encoder's own ``encode``, such as ``prompt``.
+        """
+        model = self.state.active.model
+        if isinstance(texts, str):
+            return _encoded(model, [texts], options)[0]
+        return _encoded(model, texts, options)
 
     def encode_with_lora(
         self,
@@ -207,6 +259,8 @@ class ArrowEngine:
             ArgumentError: Both `adapters` and `intent_query` are given.
             UnknownCardError: A name is not known.
             ShapeError: A list is not as long as `texts`.
+            TargetError: A card binds to nothing in the encoder. One that binds in part is in the
+                result's `unbound`, and gives an `UnboundWarning` when its model is built.
         """
         if adapters is not None and intent_query is not None:
             raise ArgumentError("encode_with_lora", "adapters or intent_query", "both")
@@ -215,27 +269,42 @@ class ArrowEngine:
             return self._encode_by_intent(state, texts, intent_query, top_k, tags)
         if isinstance(adapters, list):
             return self._encode_rows(state, texts, adapters)
-        if adapters is None:
-            model, requested = state.active.model, state.active.adapters
-        else:
-            requested = _resolve(adapters, state.cards)
-            model = self._adapted(requested)
-        return Encoding(_encoded(model, texts), (requested,) * len(texts))
+        requested = _resolve(adapters, state)
+        model, unbound = self._adapted(state, requested)
+        return Encoding(_encoded(model, texts), (requested,) * len(texts), unbound)
 
     def load_lora(self, path: PathLike, *, weight: float = 1.0, strict: bool = False) -> str:
         """Load a card file, apply it, and register it with the router if it describes itself.
 
+        A card that names another base model than the engine's gives a warning, unless the
+        fingerprints agree; one with another fingerprint is refused.
+
         Returns:
             The card's name.
         """
-        card = load(path)
-        candidate = self.router.candidate(card) if describes_itself(card) else None
+        path = as_path(path).absolute()
+        with self.metrics.judged("loads"):
+            card = load(path)
+            candidate = self.router.candidate(card) if describes_itself(card) else None
+        fits = not self.check_base or card.base_fingerprint is not None
+        own, named = self.base_model, card.base_model
+        if own and named and not fits and base_name(named) != base_name(own):
+            problem = f"card {card.name!r} was made for {named!r}; this engine runs {own!r}"
+            warnings.warn(f"{problem}; check_base=False waives this", stacklevel=2)
         with self.reference.lock:
             loaded, index = self.state.loaded_with(card), self.state.index
             if candidate is not None:
                 index = index.with_candidate(candidate)
-            check, also = self.check_base, {"loaded": loaded, "index": index}
+            also = {
+                "loaded": loaded,
+                "index": index,
+                "files": {**self.state.files, card.name: (card, path)},
+            }
+            check = self.check_base
             self.manager.apply_card(card, weight=weight, strict=strict, check_base=check, **also)
+        log_safely(
+            log.info, "loaded card %r: %d modules, rank %d", card.name, len(card.weights), card.rank
+        )
         return card.name
 
     def remove_lora(self, name: str) -> None:
@@ -243,6 +312,7 @@ class ArrowEngine:
         with self.reference.lock:
             loaded, index = self.state.loaded_without(name), self.state.index.without(name)
             self.manager.remove_card(name, loaded=loaded, index=index)
+        log_safely(log.info, "card %r is forgotten; %d are known", name, len(self.state.cards))
 
     def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
         """Know a card by name and let the router choose it, without making it active."""
@@ -276,6 +346,7 @@ class ArrowEngine:
         peers: Sequence[str] = (),
         *,
         root: PathLike | None = None,
+        share: bool = False,
         cache: CardCache | PathLike | None = None,
         **options: Any,
     ) -> Node:
@@ -284,7 +355,9 @@ class ArrowEngine:
         Args:
             port: Where to serve; 0 takes a free port.
             peers: ``host:port`` or Flight URIs of peers that multicast does not reach.
-            root: Folder of the cards to serve; None serves none.
+            root: Folder of the cards to serve.
+            share: Serve the files of the cards that `load_lora` has loaded and that are known
+                still, as well. Without `root` and `share` the node only fetches, and logs so.
             cache: Where fetched cards are kept; the user's cache by default.
             options: As for `lora.federation.node.Node`: host, policy, credentials, interfaces,
                 timeout. A card that does not fit this engine's model, or names another base than
@@ -296,12 +369,23 @@ class ArrowEngine:
                 raise StateError("federation", "one node for each engine", "one that runs", hint)
             cache = default_cache() if cache is None else cache
             peers, check = [uri_of(peer) for peer in peers], self._check_fit
+            folder = None if root is None else as_path(root)
+            served = partial(self._files, folder) if share else folder
             policy = options.pop("policy", Policy())
             policy = replace(policy, base_model=policy.base_model or self.base_model)
-            options = {"policy": policy, "check": check, **options}
-            node = Node(cache, root, port=port, peers=peers, **options)
+            options = {"policy": policy, "check": check, "metrics": self.metrics, **options}
+            node = Node(cache, served, port=port, peers=peers, **options)
             self.reference.replace(node=node)
+        if node.server is None:
+            log_safely(log.info, "federation: only fetches (root= or share=True serves cards)")
+        else:
+            log_safely(log.info, "federation: serves at %s", node.server.uri)
         return node
+
+    def _files(self, root: Path | None) -> list[Path]:
+        """Return the card files to serve now: of a folder, and of the cards loaded from files."""
+        files = [path for _, path in self.state.files.values() if path.is_file()]
+        return sorted({*files, *(card_files(root.absolute()) if root else ())})
 
     def stop_federation(self) -> None:
         """Leave the federation and forget the remote cards; no error if there is no node."""
@@ -333,6 +417,9 @@ class ArrowEngine:
             for candidate in remote:
                 index = index.with_candidate(candidate)
             self.reference.replace(index=index)
+        left = len(best) - len(remote)
+        message = "federation: %d cards of peers can be chosen; %d are not described or not trusted"
+        log_safely(log.info, message, len(remote), left)
         return tuple(sorted(candidate.name for candidate in remote))
 
     def _check_fit(self, card: LoRACard) -> bool:
@@ -348,56 +435,88 @@ class ArrowEngine:
         self, state: EngineState, texts: list[str], query: str, top_k: int, tags: Collection[str]
     ) -> Encoding:
         """Use the best cards that are here or can be fetched."""
-        ranked = 2 * integer(top_k, "top_k", least=1) + SPARE + 1  # as many as can be looked at
-        if state.evolution is not None:
-            state.evolution.observe(query)
-        (vector,) = unit(_encoded(self.base, [query]))
-        cards, failures, routes = state.cards, dict[str, LoRAError](), list[Route]()
-        for route in select(
-            vector, state.index, top_k=ranked, threshold=state.threshold, tags=tags
-        ):
-            name = route.name
-            if name not in cards and len(failures) <= top_k + SPARE:
-                if state.node is None or not route.virtual:
-                    where, hint = f"intent_query: candidate {name!r}", "load it or unregister it"
-                    raise UnknownCardError(
-                        where, "a card that is loaded here", "a virtual one", hint
-                    )
-                try:
-                    cards[name] = state.node.fetch(name).card
-                except LoRAError as error:
-                    log_safely(log.warning, "not fetched: %s", error)
-                    failures[name] = error
-            if name in cards:
-                routes.append(route)
-            if len(routes) == top_k:
-                break
-        requested = _resolve([route.name for route in routes], cards)
-        embeddings = _encoded(self._adapted(requested), texts)
-        return Encoding(embeddings, (requested,) * len(texts), tuple(routes), failures)
+        with self.metrics.judged("routes"):
+            ranked = 2 * integer(top_k, "top_k", least=1) + SPARE + 1  # all that can be looked at
+            if state.evolution is not None:
+                state.evolution.observe(query)
+            (vector,) = unit(_encoded(self.base, [query]))
+            candidates = select(vector, state.index, top_k=ranked, tags=tags)
+            cards, failures, routes = state.cards, dict[str, LoRAError](), list[Route]()
+            for route in candidates:
+                name = route.name
+                if route.score < state.threshold or len(routes) == top_k:
+                    break
+                if name not in cards and len(failures) <= top_k + SPARE:
+                    if state.node is None or not route.virtual:
+                        where, hint = (
+                            f"intent_query: candidate {name!r}",
+                            "load it or unregister it",
+                        )
+                        expected = "a card that is loaded here"
+                        raise UnknownCardError(where, expected, "a virtual one", hint)
+                    try:
+                        cards[name] = state.node.fetch(name).card
+                    except LoRAError as error:
+                        log_safely(log.warning, "not fetched: %s", error)
+                        failures[name] = error
+                if name in cards:
+                    routes.append(route)
+        best = candidates[0] if candidates else None
+        if not routes:
+            self.metrics.add("abstentions")
+            nearest = f"{best.name!r} scores {best.score:.6f}" if best else "there is none"
+            log_safely(log.info, "no card of %g or better: %s", state.threshold, nearest)
+        requested = AdapterSet([cards[route.name] for route in routes])
+        model, unbound = self._adapted(state, requested)
+        return Encoding(
+            _encoded(model, texts),
+            (requested,) * len(texts),
+            unbound,
+            tuple(routes),
+            best,
+            state.threshold,
+            failures,
+        )
 
     def _encode_rows(self, state: EngineState, texts: list[str], choices: list[Choice]) -> Encoding:
         """Encode each text with its own adapters: in one pass where the encoder can."""
         if len(choices) != len(texts):
             raise ShapeError("adapters", f"one choice for each of {len(texts)} texts", len(choices))
-        active, cards = state.active.adapters, state.cards
-        requested = tuple(active if c is None else _resolve(c, cards) for c in choices)
-        sets = tuple(dict.fromkeys(requested))
-        if isinstance(self.base, InferenceCore):
-            which = [sets.index(adapters) for adapters in requested]
-            return Encoding(self._adapted_rows(sets).encode(texts, sets=which), requested)  # type: ignore[operator]
-        parts = {}
+        if not texts and not isinstance(self.base, InferenceCore):
+            return Encoding(np.empty((0, 0), np.float32), ())
+        requested = tuple(_resolve(choice, state) for choice in choices)
+        sets = tuple(dict.fromkeys(requested)) or (AdapterSet(),)
+        if isinstance(self.base, InferenceCore) or len(sets) == 1:
+            options = {"sets": [sets.index(own) for own in requested]} if len(sets) > 1 else {}
+            model, unbound = self._adapted(state, *sets)
+            return Encoding(_encoded(model, texts, options), requested, unbound)
+        parts, unbound = {}, dict[str, str]()
         for adapters in sets:
             batch = [text for text, own in zip(texts, requested, strict=True) if own == adapters]
-            parts[adapters] = iter(_encoded(self._adapted(adapters), batch))
+            model, left = self._adapted(state, adapters)
+            parts[adapters], unbound = iter(_encoded(model, batch)), {**unbound, **left}
         rows = [next(parts[adapters]) for adapters in requested]
-        return Encoding(np.stack(rows) if rows else np.empty((0, 0), np.float32), requested)
+        return Encoding(np.stack(rows), requested, unbound)
 
-    def _adapt(self, adapters: AdapterSet) -> nn.Module:
-        return adapt(self.base, adapters, check_base=self.check_base) if adapters else self.base
-
-    def _adapt_rows(self, sets: tuple[AdapterSet, ...]) -> nn.Module:
-        return adapt_rows(self.base, sets, check_base=self.check_base)
+    def _adapted(self, state: EngineState, *sets: AdapterSet) -> Adapted:
+        """Return the model for a request's sets; keep it while the state knows all their cards."""
+        if sets == (state.active.adapters,):
+            return state.active.model, _unbound([state.active.injections])
+        if not any(sets):
+            return self.base, {}
+        result = state.models.get(sets)
+        if result is None:
+            if len(sets) == 1:
+                model = adapt(self.base, *sets, check_base=self.check_base)
+            else:
+                model = adapt_rows(self.base, sets, check_base=self.check_base)
+            result = model, _unbound(injections(self.base, adapters) for adapters in sets)
+            if state.knows(sets):
+                with self._keeping:
+                    while len(state.models) >= CACHED_MODELS:
+                        del state.models[next(iter(state.models))]
+                    state.models[sets] = result
+        return result
 
 
 def describes_itself(card: LoRACard) -> bool:
@@ -426,11 +545,13 @@ def _local(index: Index) -> Index:
     return Index(MappingProxyType(candidates))
 
 
-def _resolve(choice: Choice, cards: Mapping[str, LoRACard]) -> AdapterSet:
+def _resolve(choice: Choice, state: EngineState) -> AdapterSet:
     """Return the adapter set that a choice names, among the cards that are known."""
+    if choice is None:
+        return state.active.adapters
     if isinstance(choice, AdapterSet | LoRACard):
         return AdapterSet(choice)
-    names = [choice] if isinstance(choice, str) else choice
+    names, cards = [choice] if isinstance(choice, str) else choice, state.cards
     if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
         raise ArgumentError("adapters", "names, names with weights, a set or a card", shown(choice))
     if unknown := [name for name in names if name not in cards]:
@@ -440,11 +561,25 @@ def _resolve(choice: Choice, cards: Mapping[str, LoRACard]) -> AdapterSet:
     return AdapterSet({name: (cards[name], weight) for name, weight in weights.items()})
 
 
-def _encoded(model: nn.Module, texts: Sequence[str]) -> Array:
+def _unbound(reports: Iterable[Mapping[str, Injection]]) -> Mapping[str, str]:
+    """Return what each card names and the model does not have, by the card's name."""
+    every = [injection for report in reports for injection in report.values()]
+    return {injection.name: injection.unbound for injection in every if injection.unbound}
+
+
+def _encoded(
+    model: nn.Module, texts: Sequence[str], options: Mapping[str, Any] = MappingProxyType({})
+) -> Array:
     """Return the embeddings of a model as float32 on the CPU."""
-    texts = texts_of(texts)
+    texts, encode = texts_of(texts), cast("Callable[..., Any]", model.encode)
+    if options:
+        try:
+            inspect.signature(encode).bind(texts, **options)
+        except TypeError as error:
+            expected = f"keywords of {type(model).__name__}.encode"
+            raise ArgumentError("encode", expected, error) from error
     with torch.inference_mode():
-        rows = model.encode(texts)  # type: ignore[operator]
+        rows = encode(texts, **options)
     if isinstance(rows, torch.Tensor):
         rows = rows.float().cpu().numpy()
     embeddings: Array = np.asarray(rows, np.float32)

@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from lora.errors import StoreError
+from lora.errors import LoRAError, StoreError
 
 
 class Metrics(Collector):
@@ -54,6 +54,16 @@ class Metrics(Collector):
         finally:
             self.add(name)
             self.add(f"{name}_seconds", time.perf_counter() - start)
+
+    @contextmanager
+    def judged(self, name: str) -> Iterator[None]:
+        """Do as `timed`, and count an error of this package as ``refusals_`` with its type."""
+        with self.timed(name):
+            try:
+                yield
+            except LoRAError as error:
+                self.add(f"refusals_{type(error).__name__}")
+                raise
 
     def snapshot(self) -> Mapping[str, float]:
         """Return all sums at one moment, sorted by name."""

@@ -14,7 +14,7 @@ import numpy as np
 from lora.card import LoRACard, check_card
 from lora.errors import ArgumentError, ShapeError, shown
 from lora.routing import EMPTY, Candidate, Index, Route, candidate_of, select, texts_of, unit
-from lora.state import StateReference
+from lora.state import StateReference, Uncopied
 
 Description: TypeAlias = str | Sequence[str]
 """One example sentence or several."""
@@ -27,7 +27,7 @@ class RouterState:
     index: Index = EMPTY
 
 
-class LoRARouter:
+class LoRARouter(Uncopied):
     """Picks cards by meaning, and abstains when none fits.
 
     Args:

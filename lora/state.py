@@ -9,9 +9,20 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
+
+from lora.errors import StateError
 
 S_co = TypeVar("S_co", covariant=True)
+
+
+class Uncopied:
+    """Refuses to be pickled or copied: locks, sockets and mapped files stay in their process."""
+
+    def __reduce__(self) -> NoReturn:
+        hint = "pass the model's folder and the card files, and make another one there"
+        where, expected = type(self).__name__, "use in the process that made it"
+        raise StateError(where, expected, "a request to copy or pickle it", hint)
 
 
 class StateReference(Generic[S_co]):

@@ -26,7 +26,8 @@ from lora.cli.app import (
     read_lines,
     table_of,
 )
-from lora.errors import ArgumentError, DataError, LoRAError
+from lora.errors import ArgumentError, ConflictError, DataError, LoRAError
+from lora.routing import check_threshold
 
 PARQUET_ROWS = 1024
 """Rows of a Parquet file that are encoded at a time."""
@@ -54,14 +55,19 @@ def encode(
         out: Write a NumPy .npy file instead of printing.
         parquet: Encode this file's column of texts into --out, a Parquet file.
         column: The column of texts of --parquet.
-        adapter: With --parquet: the name of the card to apply to every row.
+        adapter: With --parquet: the name of the card to apply to every row; a single --card's.
         route: With --parquet: choose each row's card by its text.
     """
     if parquet is not None:
         if texts or out is None:
             raise ArgumentError("--parquet", "--out and no texts", "texts" if texts else "no --out")
+        cards = card or []
+        if cards and adapter is None and not route:
+            if len(cards) > 1:
+                raise ArgumentError("several --card", "--adapter NAME or --route", "neither")
+            adapter = lora.inspect(cards[0]).name
         options = {"column": column, "adapter": adapter, "route": route}
-        return _encode_parquet(parquet, out, cards=card or [], model=model, **options)
+        return _encode_parquet(parquet, out, cards=cards, model=model, **options)
     if adapter is not None or route:
         raise ArgumentError("--adapter, --route", "--parquet", "none")
     import numpy as np
@@ -136,12 +142,23 @@ def route(
         top_k: How many at most.
         threshold: Least score, in [-1, 1].
     """
+    from lora.models.adapt import bindings
+
+    check_threshold(threshold)
     engine = lora.ArrowEngine.from_pretrained(model)
     for path in card:
-        engine.router.register_card(lora.load(path))
-    routes = engine.router.select(query, top_k, threshold)
+        candidate = lora.load(path)
+        if candidate.name in engine.router.candidates:
+            where = f"--card {path}: {candidate.name!r}"
+            raise ConflictError(where, "one card of a name", "another one", "rename one")
+        bindings(engine.base, [lora.AdapterSet(candidate)])
+        engine.router.register_card(candidate)
+    ranked = engine.router.select(query, top_k)
+    routes = [route for route in ranked if threshold is None or route.score >= threshold]
     if not routes and not as_json:
-        Console(stderr=True).print("no card fits")
+        best = ranked[0]
+        nearest = f"{best.name!r} scores {best.score:.6f}, below the threshold {threshold:g}"
+        Console(stderr=True, soft_wrap=True).print(f"no card fits: {nearest}", markup=False)
     text = "\n".join(f"{route.score:.6f}  {route.name}" for route in routes)
     return Result([{"name": route.name, "score": route.score} for route in routes], text or None)
 

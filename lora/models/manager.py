@@ -8,7 +8,7 @@ Requirements: R3, R7, R8, R22.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -18,8 +18,9 @@ from torch import nn
 from lora.card import Adapters, AdapterSet, LoRACard, check_card
 from lora.errors import ConflictError, StateError, UnknownCardError
 from lora.files import PathLike, load
+from lora.metrics import Metrics
 from lora.models.adapt import bindings, build, check_module
-from lora.state import StateReference, log_safely
+from lora.state import StateReference, Uncopied, log_safely
 from lora.targets import Injection
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ class Active(Generic[M]):
     model: M
     adapters: AdapterSet
     injections: Mapping[str, Injection]
+
+    def __str__(self) -> str:
+        layers = {module for injection in self.injections.values() for module in injection.bound}
+        return f"{self.adapters!r}, {len(layers)} layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,7 @@ class State(Generic[M]):
         return MappingProxyType({key: card for key, card in self.loaded.items() if key != name})
 
 
-class LoRAManager(Generic[M]):
+class LoRAManager(Uncopied, Generic[M]):
     """Loads cards and decides which are active on a model, which itself is never changed.
 
     Every change is checked and built first and then made by one assignment; a failure of any kind
@@ -81,6 +86,9 @@ class LoRAManager(Generic[M]):
         fold: Run float32 and float64 layers as plain Linears of ``W + ΔW``.
         fold_budget: Bytes of touched weights above which a set is not folded; None for no limit.
         state: Makes the first state; an engine's has more fields.
+
+    Attributes:
+        metrics: Counts and times ``loads`` and ``applies``, and counts ``refusals_…`` by error.
 
     Examples:
         >>> import numpy as np
@@ -104,7 +112,7 @@ class LoRAManager(Generic[M]):
         state: Callable[..., State[M]] = State,
     ) -> None:
         check_module(model)
-        self.base = model
+        self.base, self.metrics = model, Metrics()
         self._fold_up_to = (math.inf if fold_budget is None else fold_budget) if fold else -1
         self._idle = Active(model, AdapterSet(), MappingProxyType({}))
         first = state(active=self._idle, loaded=MappingProxyType({}))
@@ -140,7 +148,8 @@ class LoRAManager(Generic[M]):
 
     def load_card(self, path: PathLike, *, verify: str | None = None) -> LoRACard:
         """Map a card file and know its card by name, without applying it."""
-        card = load(path, verify)
+        with self.metrics.judged("loads"):
+            card = load(path, verify)
         self.add_card(card)
         return card
 
@@ -155,7 +164,10 @@ class LoRAManager(Generic[M]):
     def unload_card(self, name: str) -> None:
         """Forget a loaded card; an active one stays active, an unknown name is no error."""
         with self.reference.lock:
+            card = self.state.loaded.get(name)
             self.reference.replace(loaded=self.state.loaded_without(name))
+        if card is not None:
+            log_safely(log.info, "unloaded card %r: %d modules", name, len(card.weights))
 
     def apply_card(
         self,
@@ -173,7 +185,7 @@ class LoRAManager(Generic[M]):
             ShapeError, TargetError, BaseModelError, UnsupportedModelError: The card does not fit.
         """
         check_card(card)
-        with self.reference.lock:
+        with self.metrics.judged("applies"), self.reference.lock:
             name, active = card.name, self.active
             entries = {**active, name: (card, weight)}
             if name in active and active[name] != entries[name]:
@@ -186,68 +198,55 @@ class LoRAManager(Generic[M]):
                 )
             again = name in active
             check = check_base and not again  # may have been waived when the card was applied
-            what = "" if again else "applied"
-            bound = self._change(
-                "active", entries, [name], what, strict=strict, check_base=check, **also
-            )
-            if again:
-                log_safely(log.info, "card %r is active already", name)
-        return bound[name]
+            result = self._planned(entries, [name], strict=strict, check_base=check)
+            self.reference.replace(active=result, **also)
+        _log_layers("applied again" if again else "applied", result, [name])
+        return _reports(result)[name]
 
     def remove_card(self, name: str, **also: Any) -> None:
         """Make a card inactive; an unknown name is no error."""
         with self.reference.lock:
             before = self.state.active
-            self._change("active", before.adapters.without(name), **also)
+            self.reference.replace(active=self._planned(before.adapters.without(name)), **also)
         if name in before.adapters:
-            layers = len(before.injections[name].bound)
-            log_safely(log.info, "removed card %r from %d layers", name, layers)
+            _log_layers("removed", before, [name])
 
     def replace_card(
         self, card: LoRACard, *, strict: bool = False, check_base: bool = True
     ) -> Injection:
         """Put a card in the place, and with the weight, of the active one of its name."""
         check_card(card)
-        with self.reference.lock:
+        with self.metrics.judged("applies"), self.reference.lock:
             name, loaded = card.name, self.state.loaded
             entries = {**self.active, name: (card, self._active_entry("replace_card", name)[1])}
+            result = self._planned(entries, [name], strict=strict, check_base=check_base)
             loaded = self.state.loaded_with(card) if name in loaded else loaded
-            bound = self._change(
-                "active",
-                entries,
-                [name],
-                "replaced",
-                strict=strict,
-                check_base=check_base,
-                loaded=loaded,
-            )
-        return bound[name]
+            self.reference.replace(active=result, loaded=loaded)
+        _log_layers("replaced", result, [name])
+        return _reports(result)[name]
 
     def set_weight(self, name: str, weight: float) -> None:
         """Change the weight of an active card."""
         with self.reference.lock:
             card, _ = self._active_entry("set_weight", name)
-            self._change("active", {**self.active, name: (card, weight)})
+            result = self._planned({**self.active, name: (card, weight)})
+            self.reference.replace(active=result)
+        _log_layers(f"weight {weight:g} for", result, [name])
 
     def prepare(
         self, adapters: Adapters, *, strict: bool = False, check_base: bool = True
     ) -> dict[str, Injection]:
         """Build the model for another set without making it active.
 
-        Cards that bind nothing are left out. If `HISTORY` sets can be rolled back to, the oldest is
-        dropped now, so that `swap` does not have to free a model.
+        If `HISTORY` sets can be rolled back to, the oldest is dropped now, so that `swap` does not
+        have to free a model.
         """
-        with self.reference.lock:
-            earlier, new = self.state.earlier[1 - HISTORY :], AdapterSet(adapters)
-            return self._change(
-                "prepared",
-                new,
-                new,
-                "prepared",
-                strict=strict,
-                check_base=check_base,
-                earlier=earlier,
-            )
+        with self.metrics.judged("applies"), self.reference.lock:
+            earlier, adapters = self.state.earlier[1 - HISTORY :], AdapterSet(adapters)
+            result = self._planned(adapters, adapters, strict=strict, check_base=check_base)
+            self.reference.replace(prepared=result, earlier=earlier)
+        _log_layers("prepared", result, adapters)
+        return _reports(result)
 
     def swap(self) -> None:
         """Make the prepared set active; what was active can be rolled back to."""
@@ -257,16 +256,16 @@ class LoRAManager(Generic[M]):
                 raise StateError("swap", "a prepared set", "none", "call prepare first")
             earlier = (*state.earlier, state.active)
             self.reference.replace(active=state.prepared, prepared=None, earlier=earlier)
-        log_safely(log.info, "swapped to %r", state.prepared.adapters)
+        log_safely(log.info, "swapped to %s", state.prepared)
 
     def rollback(self) -> None:
-        """Make active what was so before the last swap."""
+        """Make active what was so when the last swap was made; drop what was applied since."""
         with self.reference.lock:
             if not self.state.earlier:
                 raise StateError("rollback", "a set that a swap replaced", "none")
-            *earlier, active = self.state.earlier
+            before, (*earlier, active) = self.state.active, self.state.earlier
             self.reference.replace(active=active, earlier=tuple(earlier))
-        log_safely(log.info, "rolled back to %r", active.adapters)
+        log_safely(log.info, "rolled back to %s; discarded %s", active, before)
 
     def _active_entry(self, call: str, name: str) -> tuple[LoRACard, float]:
         if name not in self.active:
@@ -274,43 +273,36 @@ class LoRAManager(Generic[M]):
             raise UnknownCardError(f"{call} {name!r}", "an active card", available)
         return self.active[name]
 
-    def _change(
+    def _planned(
         self,
-        field: str,
         adapters: Mapping[str, tuple[LoRACard, float]],
-        new: Iterable[str] = (),
-        what: str = "",
+        unplanned: Collection[str] = (),
         *,
         strict: bool = False,
         check_base: bool = True,
-        **also: Any,
-    ) -> dict[str, Injection]:
-        """Plan what is new, build the set and commit it; the other cards bind as they did."""
-        active, requested = self.state.active, AdapterSet(adapters)
-        injections = {n: i for n, i in active.injections.items() if n in requested}
-        if planned := {name: requested[name] for name in new}:
-            injections |= bindings(self.base, [planned], strict=strict, check_base=check_base)[0]
-        bound = AdapterSet({n: entry for n, entry in requested.items() if injections[n].bound})
-        result = active if bound == active.adapters else self._idle
-        if bound and bound != active.adapters:
-            model = build(self.base, bound, injections, fold_up_to=self._fold_up_to)
-            result = Active(model, bound, MappingProxyType({n: injections[n] for n in bound}))
-        self.reference.replace(**{field: result}, **also)
-        for name in new if what else ():
-            _report(injections[name], what)
-        # The caller may change the dictionaries that it gets.
-        return {n: replace(i, bound=dict(i.bound)) for n, i in injections.items()}
+    ) -> Active[M]:
+        """Plan what the unplanned cards bind to, and build the set; the others bind as they did."""
+        active, adapters = self.state.active, AdapterSet(adapters)
+        injections = {n: i for n, i in active.injections.items() if n in adapters}
+        if unplanned:
+            entries = {name: adapters[name] for name in unplanned}
+            injections |= bindings(self.base, [entries], strict=strict, check_base=check_base)[0]
+        if adapters == active.adapters:
+            return active
+        if not adapters:
+            return self._idle
+        model = build(self.base, adapters, injections, fold_up_to=self._fold_up_to)
+        return Active(model, adapters, MappingProxyType(injections))
 
 
-def _report(injection: Injection, what: str) -> None:
-    name = injection.name
-    log_safely(log.info, "%s card %r: %d layers", what, name, len(injection.bound))
-    if not injection.bound:
-        log_safely(log.warning, "card %r binds to nothing and is not active", name)
-    for problem, names in (
-        ("targets not found", injection.targets_not_found),
-        ("weights not used", injection.weights_not_used),
-        ("layers that may never be called", injection.bypassed),
-    ):
-        if names:
-            log_safely(log.warning, "card %r: %s: %s", name, problem, ", ".join(names))
+def _reports(active: Active[Any]) -> dict[str, Injection]:
+    """Return what each card is bound to, with dictionaries that the caller may change."""
+    return {n: replace(i, bound=dict(i.bound)) for n, i in active.injections.items()}
+
+
+def _log_layers(event: str, active: Active[Any], names: Collection[str]) -> None:
+    for name in names:
+        injection = active.injections[name]
+        log_safely(log.info, "%s card %r: %d layers", event, name, len(injection.bound))
+        if injection.unbound:
+            log_safely(log.warning, "card %r: %s", name, injection.unbound)

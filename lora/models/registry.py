@@ -227,7 +227,7 @@ class AdapterRegistry:
 
     def _make_room(self, entry: Entry) -> None:
         """Let go of cards that nobody else holds, the least recently used first, until one fits."""
-        for _ in range(2):
+        for generation in (1, 2, None):
             for mapped in sorted(self._maps, key=lambda mapped: mapped.used):
                 if mapped.card is not None and not self._fits(entry):
                     card = weakref.ref(mapped.card)
@@ -235,7 +235,10 @@ class AdapterRegistry:
                     mapped.card = card()  # a card that somebody else holds stays
             if self._fits(entry):
                 return
-            gc.collect()  # what lies in a cycle of garbage is not in use
+            if generation is not None:
+                gc.collect(
+                    generation
+                )  # what lies in a cycle of garbage, first young, is not in use
         raise RegistryFull(
             f"get {entry.name!r} {entry.version}: {entry.nbytes} bytes",
             f"room within max_cards={self._max_cards}, max_bytes={self._max_bytes}",

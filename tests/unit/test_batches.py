@@ -14,7 +14,7 @@ from pyarrow import parquet
 import lora
 from lora.batches import encode_batches
 from lora.card import LoRACard, LowRank
-from lora.errors import ArgumentError, DataError, UnknownCardError
+from lora.errors import ArgumentError, ConflictError, DataError, TargetError, UnknownCardError
 from lora.testing.plugin import requirement
 from tests.unit.test_cli import shell
 
@@ -66,7 +66,7 @@ def test_every_row_is_what_the_engine_gives_alone_and_a_null_stays_null(cards):
         engine.load_lora(path)
     for name in (None, "docs", "food"):
         expected = engine.encode_with_lora(["cooking rice"], name or {}).embeddings[0]
-        found = list(encode_batches(batches(), cards=cards, adapter=name))
+        found = list(encode_batches(batches(), cards=cards if name else (), adapter=name))
         assert [batch.num_rows for batch in found] == [3, 3, 1]
         assert pa.Table.from_batches(found)["id"].to_pylist() == list(range(7))
         rows = embeddings(found)
@@ -84,7 +84,7 @@ def test_a_column_may_name_each_rows_card_and_the_router_may_choose_it(cards):
     assert pa.Table.from_batches(found)["adapter"].to_pylist() == names
     rows = embeddings(found)
     docs = embeddings(list(encode_batches(batches(), cards=cards, adapter="docs")))
-    base = embeddings(list(encode_batches(batches(), cards=cards)))
+    base = embeddings(list(encode_batches(batches())))
     assert np.allclose(rows[0], docs[0], atol=1e-5)
     assert np.allclose(rows[2], base[2], atol=1e-5)
     assert not np.allclose(rows[0], base[0], atol=1e-3)
@@ -120,6 +120,61 @@ def test_what_does_not_fit_is_named(cards):
             list(encode_batches(batches(), **wrong))
     with pytest.raises(DataError, match="no column called"):
         list(encode_batches(batches(embedding=[1.0] * 7)))
+
+
+def skill(path, seed, name="docs", module="encoder.layer.0.attention.self.query"):
+    rng = np.random.default_rng(seed)
+    pair = LowRank(*(rng.normal(0, 0.2, s).astype(np.float32) for s in ((384, 2), (2, 384))), 1.0)
+    card = LoRACard(name, 2, 2.0, (module,), {module: pair}, {"description": "files"})
+    lora.save(card, path)
+    return card
+
+
+@requirement("R5.12")
+def test_a_card_file_that_was_replaced_is_read_again(tmp_path):
+    path, engine = tmp_path / "docs.lora.arrow", lora.ArrowEngine.from_pretrained()
+    for seed in (1, 2):
+        card = skill(path, seed)
+        (found,) = encode_batches(pa.record_batch({"text": ["a"]}), cards=[path], adapter="docs")
+        expected = engine.encode_with_lora(["a"], card).embeddings
+        assert np.abs(np.array(found["embedding"].to_pylist()) - expected).max() < 1e-5
+
+
+@requirement("R5.12", "R3.12")
+def test_cards_that_collide_or_bind_nothing_or_are_not_asked_for_are_refused(tmp_path):
+    one, two, lost = (tmp_path / f"{n}.lora.arrow" for n in ("one", "two", "lost"))
+    skill(one, 1)
+    skill(two, 2)
+    skill(lost, 3, "lost", "q_lin")
+    batch = pa.record_batch({"text": ["files"], "skill": ["lost"]})
+    with pytest.raises(ConflictError, match=r"card 'docs' of .*two\.lora"):
+        list(encode_batches(batch, cards=[one, two], adapter="docs"))
+    (found,) = encode_batches(batch, cards=[one, one], adapter="docs")
+    assert found["adapter"].to_pylist() == ["docs"]
+    for choice in ({"adapter": "lost"}, {"adapter_column": "skill"}, {"route": True}):
+        with pytest.raises(TargetError, match="card 'lost'"):
+            list(encode_batches(batch, cards=[lost], **choice))
+    with pytest.raises(ArgumentError, match="found cards and none"):
+        list(encode_batches(batch, cards=[one]))
+    with pytest.raises(ArgumentError, match="record batches or tables"):
+        list(encode_batches([["text"]]))
+
+
+@requirement("R5.12")
+def test_it_takes_what_each_cluster_engine_hands_over_and_gives_back_its_kind(cards):
+    work = partial(encode_batches, cards=cards, adapter="docs")
+    table = pa.Table.from_batches(batches())
+    expected = rows_of([pa.Table.from_batches(list(work(batches())))])
+    spark = list(work(iter(batches()), fixed_size=False))  # mapInArrow: an iterator of batches
+    assert {str(batch.schema.field("embedding").type) for batch in spark} == {"list<item: float>"}
+    ray = list(work(table))  # map_batches: one table, one or more tables back
+    dask = list(work([table.slice(0, 4), table.slice(4)]))  # map_partitions: a list
+    assert {type(part) for part in spark} == {pa.RecordBatch}
+    assert {type(part) for part in (*ray, *dask)} == {pa.Table}
+    for parts in ([pa.Table.from_batches(spark)], ray, dask):
+        ids, rows = rows_of(parts)
+        assert ids == expected[0]
+        assert np.allclose(rows, expected[1], atol=1e-5)
 
 
 def killing(stream, once, **options):
@@ -180,11 +235,7 @@ def test_on_ray_nothing_is_lost_or_doubled(cards, tmp_path, monkeypatch):
     try:
         table = pa.Table.from_batches(batches(4))
 
-        def work(part):
-            return pa.Table.from_batches(
-                list(encode_batches(part.to_batches(), cards=cards, adapter="docs"))
-            )
-
+        work = partial(encode_batches, cards=cards, adapter="docs")
         found = (
             ray.data.from_arrow(table)
             .repartition(4)
@@ -210,8 +261,6 @@ def test_the_command_streams_a_parquet_file(cards, tmp_path):
         out,
         "--card",
         cards[0],
-        "--adapter",
-        "docs",
         "--json",
     )
     assert (done.returncode, done.stdout) == (0, f'{{"file": "{out}", "rows": 21}}\n')
@@ -226,6 +275,7 @@ def test_the_command_streams_a_parquet_file(cards, tmp_path):
         (["--parquet", cards[0], "--out", out], "a Parquet file"),
         (["--parquet", source, "--out", out, "--column", "body"], "body"),
         (["--route", "x"], "--parquet"),
+        (["--parquet", source, "--out", out, "--card", cards[0], "--card", cards[1]], "--adapter"),
     ):
         done = shell("encode", *argv)
         assert done.returncode == 1

@@ -324,7 +324,11 @@ def test_route_ranks_cards_and_abstains_below_the_threshold(here, engine, folder
     assert (code, out, err) == (0, f"{routes[0]['score']:.6f}  docs\n", "")
     assert here("route", "pasta with cheese", *cards, "--top-k", "1")[1].endswith("food\n")
     code, out, err = here("route", "How do I read a file in Python?", *cards, "--threshold", "0.99")
-    assert (code, out, err) == (0, "", "no card fits\n")
+    assert (code, out, err) == (
+        0,
+        "",
+        f"no card fits: 'docs' scores {routes[0]['score']:.6f}, below the threshold 0.99\n",
+    )
     assert here("route", "a", *cards, "--threshold", "0.99", "--json") == (0, "[]\n", "")
 
 

@@ -2,8 +2,11 @@
 concurrent writers.
 """
 
+import copy
 import logging
+import pickle
 import re
+import socket
 import sys
 import threading
 import time
@@ -24,9 +27,13 @@ from lora.errors import (
     CardNotFoundError,
     LoRAError,
     ShapeError,
+    StateError,
+    TargetError,
+    UnboundWarning,
     UnknownCardError,
     UnsupportedModelError,
 )
+from lora.federation import Policy
 from lora.files import save
 from lora.models import adapt as adapt_module
 from lora.models import manager as manager_module
@@ -34,6 +41,7 @@ from lora.models.adapt import adapt, fingerprint
 from lora.models.encoder import InferenceCore
 from lora.models.layers import LoRALinear
 from lora.models.manager import LoRAManager
+from lora.models.registry import AdapterRegistry
 from lora.models.twins import Twins
 from lora.router import LoRARouter
 from lora.routing import Route
@@ -299,9 +307,7 @@ def test_an_adapter_that_is_not_known_is_named_with_those_that_are(engine, cards
 
 
 @requirement("R5.1")
-@pytest.mark.parametrize(
-    "texts", ["one text", ["a", 1], [None], 5, None, {"a", "b"}, {"a": 1}, iter(["a"])]
-)
+@pytest.mark.parametrize("texts", [["a", 1], [None], 5, None, {"a", "b"}, {"a": 1}, iter(["a"])])
 def test_what_is_no_sequence_of_texts_is_refused(engine, texts):
     each = lambda texts: engine.encode_with_lora(texts, [{}, {}])  # noqa: E731
     for call in (engine.encode, engine.encode_with_lora, each):
@@ -356,24 +362,28 @@ def test_every_change_of_an_engine_is_one_assignment(words_file, assignments):
 
 
 @requirement("R3.10", "R5.3")
-def test_a_logging_filter_that_raises_changes_nothing(words_file, caplog):
+@pytest.mark.parametrize("kind", ["Filter", "Handler"])
+def test_a_logging_filter_or_handler_that_raises_changes_nothing(words_file, caplog, kind):
     caplog.set_level(logging.INFO, "lora")
     quiet, noisy = ArrowEngine(Words()), ArrowEngine(Words())
     loggers = [logging.getLogger(name) for name in ("lora.engine", "lora.models.manager")]
 
-    def refuse(record):
-        raise RuntimeError(record.getMessage())
+    class Handler(logging.Handler):
+        def handle(self, record):
+            raise RuntimeError(record.getMessage())
+
+    refuse = {"Handler": Handler(), "Filter": Handler().handle}[kind]
 
     pairs = zip(writes(quiet, words_file), writes(noisy, words_file), strict=True)
     for (name, write), (_, write_noisily) in pairs:
         write()
         for logger in loggers:
-            logger.addFilter(refuse)
+            getattr(logger, f"add{kind}")(refuse)
         try:
             write_noisily()
         finally:
             for logger in loggers:
-                logger.removeFilter(refuse)
+                getattr(logger, f"remove{kind}")(refuse)
         assert noisy.manager.active == quiet.manager.active, name
         assert noisy.manager.list_cards() == quiet.manager.list_cards(), name
         assert noisy.router.candidates.keys() == quiet.router.candidates.keys(), name
@@ -410,7 +420,7 @@ def test_loading_a_card_plans_once_and_walks_the_model_twice(
     monkeypatch.setattr(manager_module, "build", adapt_module.build)
     engine.load_lora(tmp_path / "f.lora.arrow")
     modules = calls.pop("fill")
-    assert calls == {"named_modules": 1, "_rewrite": 1, "plan": 1, "build": 1, "__init__": 2}
+    assert calls == {"named_modules": 1, "_rewrite": 1, "plan": 1, "build": 1, "__init__": 1}
     assert modules == len(list(core.modules()))
 
 
@@ -533,6 +543,10 @@ def test_the_base_answers_when_the_router_abstains(core, engine, cards):
     assert found.routes == ()
     assert found.adapters == (AdapterSet(),) * len(TEXTS)
     assert np.array_equal(found.embeddings, core.encode(TEXTS))
+    (best,) = engine.router.select("the price of tea in medieval Lisbon")
+    assert (found.best, found.threshold) == (best, 0.3)
+    assert best.score < found.threshold
+    assert engine.metrics.snapshot()["abstentions"] == 1
 
 
 @requirement("R5.11")
@@ -824,9 +838,9 @@ def test_every_result_under_a_busy_writer_is_that_of_exactly_one_state(core, car
 @requirement("R5.9", "R5.11")
 def test_a_card_that_comes_and_goes_while_requests_are_routed_is_used_or_not_but_never_an_error():
     card = words_card("w")
-    engine = ArrowEngine(
-        Returning(np.ones((1, 2)))
-    )  # quick, so that much happens between two looks
+    encoder = Returning(np.ones((1, 2)))  # quick, so that much happens between two looks
+    encoder.dense = nn.Linear(2, 3)
+    engine = ArrowEngine(encoder)
     wrong, stop, interval = [], threading.Event(), sys.getswitchinterval()
 
     def read():
@@ -875,3 +889,225 @@ def test_one_request_takes_all_its_cards_from_one_state():
     assert found.adapters == (AdapterSet(old),) * 2
     assert np.allclose(found.embeddings, expected, rtol=0, atol=TOLERANCE)
     assert lora.AdapterSet(engine.manager.active) == AdapterSet(new)
+
+
+def lost_card(name="lost", modules=("elsewhere",), **metadata):
+    pair = words_card().weights["dense"]
+    return LoRACard(name, 1, 1.0, modules, dict.fromkeys(modules, pair), metadata)
+
+
+@requirement("R3.12", "R5.1", "R5.11", "R5.3")
+def test_a_card_that_binds_nothing_is_refused_wherever_it_is_asked_for(tmp_path):
+    engine, lost = ArrowEngine(Words()), lost_card(description="words")
+    engine.register_lora(lost)
+    engine.register_lora(words_card("w"), "x")
+    save(lost, tmp_path / "lost.lora.arrow")
+    state = engine.state
+    for call in (
+        lambda: engine.encode_with_lora(["a"], lost),
+        lambda: engine.encode_with_lora(["a"], "lost"),
+        lambda: engine.encode_with_lora(["a", "b"], ["w", "lost"]),
+        lambda: engine.encode_with_lora(["a"], ["lost"]),
+        lambda: engine.encode_with_lora(["a"], intent_query="words"),
+        lambda: engine.load_lora(tmp_path / "lost.lora.arrow"),
+    ):
+        with pytest.raises(TargetError, match=r"card 'lost': .* the Linears of the model are"):
+            call()
+        assert engine.state is state
+
+
+@requirement("R3.12", "R5.1", "R7.3")
+def test_a_card_that_binds_in_part_warns_once_and_each_result_says_so(core, cards, tmp_path):
+    half = lost_card("half", ("dense", "elsewhere"))
+    left = "targets not found: 'elsewhere'; weights not used: 'elsewhere'"
+    engine = ArrowEngine(Words())
+    engine.manager.add_card(half)
+    with pytest.warns(UnboundWarning, match=left) as caught:
+        results = [engine.encode_with_lora(["a", "b"], choice) for choice in ("half", ["half", {}])]
+    assert len(caught) == 1
+    save(half, tmp_path / "half.lora.arrow")
+    with pytest.raises(TargetError, match=left):
+        engine.load_lora(tmp_path / "half.lora.arrow", strict=True)
+    with pytest.warns(UnboundWarning, match=left) as caught:
+        engine.load_lora(tmp_path / "half.lora.arrow")
+    assert len(caught) == 1
+    with pytest.raises(TargetError, match=left):  # it is active by now
+        engine.load_lora(tmp_path / "half.lora.arrow", strict=True)
+    results.append(engine.encode_with_lora(["a", "b"]))
+    assert [dict(result.unbound) for result in results] == [{"half": left}] * 3
+    assert engine.encode_with_lora(["a"], {}).unbound == {}
+    key = "encoder.layer.0.attention.self.query"
+    pair = cards["files"].weights[key]
+    row = LoRACard("row", 4, 8.0, ["query", "no"], {key: pair})
+    with pytest.warns(UnboundWarning, match="'no'"):
+        found = ArrowEngine(core).encode_with_lora(["a", "b"], [row, {}])
+    assert dict(found.unbound) == {"row": "targets not found: 'no'"}
+
+
+class Own(Words):
+    """An encoder with a keyword of its own."""
+
+    def encode(self, texts, prompt="", normalize_embeddings=False):
+        rows = super().encode([prompt + text for text in texts])
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows / lengths if normalize_embeddings else rows
+
+
+@requirement("R5.4")
+def test_encode_takes_a_text_and_the_encoders_own_keywords():
+    own = Own()
+    engine, expected = ArrowEngine(own), own.encode(["q: a", "q: bb"], normalize_embeddings=True)
+    options = {"prompt": "q: ", "normalize_embeddings": True}
+    assert np.array_equal(engine.encode(["a", "bb"], **options), expected)
+    assert np.array_equal(engine.encode("bb", **options), own.encode(["q: bb"], "", True)[0])
+    assert engine.encode("bb").shape == (3,)
+    with pytest.raises(ArgumentError, match=r"keywords of Own\.encode.*'unknown'"):
+        engine.encode(["a"], unknown=1)
+
+
+@requirement("R5.16")
+def test_an_engine_counts_and_times_what_it_does(words_file, tmp_path):
+    engine = ArrowEngine(Words())
+    engine.load_lora(words_file)
+    engine.manager.replace_card(words_card("w", 2.0, description="words"))
+    engine.encode_with_lora(["a"], intent_query="words")
+    engine.threshold = 1.0
+    engine.router.unregister("w")
+    engine.encode_with_lora(["a"], intent_query="words")
+    for path in (words_file, tmp_path / "none"):
+        with pytest.raises(LoRAError):
+            engine.load_lora(path)
+    figures = engine.metrics.snapshot()
+    counts = {name: value for name, value in figures.items() if not name.endswith("_seconds")}
+    assert counts == {
+        "loads": 3,
+        "loads_failed": 1,
+        "applies": 3,
+        "applies_failed": 1,
+        "routes": 2,
+        "abstentions": 1,
+        "refusals_ConflictError": 1,
+        "refusals_CardNotFoundError": 1,
+    }
+    assert all(figures[f"{name}_seconds"] > 0 for name in ("loads", "applies", "routes"))
+
+
+@requirement("R3.8", "R5.3")
+def test_what_an_engine_loads_and_removes_is_logged_with_numbers(words_file, caplog):
+    caplog.set_level(logging.INFO, "lora")
+    engine = ArrowEngine(Words())
+    engine.load_lora(words_file)
+    engine.remove_lora("w")
+    engine.register_lora(words_card("v"), "x")
+    assert caplog.messages == [
+        "applied card 'w': 1 layers",
+        "loaded card 'w': 1 modules, rank 1",
+        "removed card 'w': 1 layers",
+        "card 'w' is forgotten; 0 are known",
+        "loaded card 'v': 1 modules, rank 1",
+    ]
+
+
+@requirement("R14.2", "R5.3")
+def test_a_card_of_another_base_by_name_is_loaded_with_a_warning(core, cards, tmp_path):
+    weights = cards["files"].weights
+    engine = ArrowEngine(core, base_model="sentence-transformers/all-MiniLM-L6-v2")
+
+    def load_named(name, **options):
+        card = LoRACard("c", 4, 8.0, ["query", "value"], weights, base_model=name, **options)
+        engine.remove_lora("c")
+        save(card, tmp_path / "c.lora.arrow")
+        engine.load_lora(tmp_path / "c.lora.arrow")
+
+    load_named("models/all-MiniLM-L6-v2")  # warnings are errors here
+    load_named("another", base_fingerprint=fingerprint(core, cards["files"]))
+    with pytest.warns(UserWarning, match=r"card 'c' was made for 'org/another'; this engine runs"):
+        load_named("org/another")
+    assert list(engine.manager.active) == ["c"]
+
+
+@requirement("R5.13")
+def test_two_engines_share_the_card_files_that_one_has_loaded(words_file, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "lora.engine")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    giving, taking = ArrowEngine(Words()), ArrowEngine(Words())
+    giving.load_lora(words_file)
+    giving.register_lora(words_card("in memory"), "a card without a file")
+    try:
+        giving.start_federation(port, [], share=True, cache=tmp_path / "a")
+        trusting = Policy(allow_unsigned=True)
+        taking.start_federation(0, [f"127.0.0.1:{port}"], cache=tmp_path / "b", policy=trusting)
+        assert giving.node.server.port == port
+        assert taking.node.server is None
+        assert "federation: only fetches (root= or share=True serves cards)" in caplog.messages
+        end = time.monotonic() + 10
+        while not taking.node.peers() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert taking.sync_remote_skills() == ("w",)
+        found = taking.encode_with_lora(["a b"], intent_query="words")
+        assert [route.name for route in found.routes] == ["w"]
+        assert np.array_equal(found, giving.encode(["a b"]))
+        assert taking.metrics.snapshot()["fetches"] == 1
+        giving.remove_lora("w")
+        assert taking.sync_remote_skills() == ()
+    finally:
+        for engine in (taking, giving):
+            engine.stop_federation()
+
+
+@requirement("R5.9")
+@pytest.mark.parametrize("part", ["engine", "manager", "router"])
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_engine_is_not_pickled_or_copied_and_says_what_to_do(part, copied):
+    engine = ArrowEngine(Words())
+    what = engine if part == "engine" else getattr(engine, part)
+    with pytest.raises(StateError, match=r"pass the model's folder and the card files"):
+        copied(what)
+
+
+def through_a_registry_of_four(tmp_path, requests):
+    """Serve cards one after another; return the engine, which must have kept none in use."""
+    registry, engine = AdapterRegistry(max_cards=4), ArrowEngine(Words())
+    names = [f"card {number}" for number in range(16)]
+    for number, name in enumerate(names):
+        save(words_card(name, number), tmp_path / f"{number}.lora.arrow")
+        registry.register(tmp_path / f"{number}.lora.arrow")
+    for request in range(requests):
+        number = request * 7 % 16
+        found = engine.encode_with_lora(["a"], registry.get(names[number]))
+        assert found.adapters[0].weight(names[number]) == 1.0
+        if request % 50 == 0:  # known for a while, and then forgotten
+            engine.register_lora(registry.get(names[number]), "words")
+            engine.encode_with_lora(["a"], names[number])
+            engine.remove_lora(names[number])
+    return engine
+
+
+@requirement("R22.3")
+def test_what_an_engine_caches_keeps_no_card_of_a_registry_in_use(tmp_path):
+    engine = through_a_registry_of_four(tmp_path, 300)
+    assert engine.state.models == {}
+    engine.register_lora(words_card("w"), "words")
+    engine.encode_with_lora(["a"], "w")
+    (kept,) = engine.state.models.values()
+    engine.encode_with_lora(["b"], "w")
+    assert engine.state.models[AdapterSet(words_card("w")),] is kept
+
+
+@pytest.mark.slow
+@requirement("R22.3")
+def test_ten_thousand_requests_pass_through_a_registry_of_four(tmp_path):
+    through_a_registry_of_four(tmp_path, 10_000)
+
+
+@requirement("R4.10")
+def test_the_engines_router_scores_a_query_in_a_batch_as_alone(engine, cards):
+    for card in cards.values():
+        engine.register_lora(card)
+    words = "open read sort a the list file fox forest numbers write disk tea".split()
+    rng = np.random.default_rng(0)
+    queries = [" ".join(rng.choice(words, rng.integers(1, 30))) for _ in range(60)]
+    for query, together in zip(queries, engine.router.select_many(queries, 3), strict=True):
+        alone = {route.name: route.score for route in engine.router.select(query, 3)}
+        assert alone == pytest.approx({r.name: r.score for r in together}, rel=0, abs=1.01e-6)
