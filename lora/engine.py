@@ -232,7 +232,8 @@ class ArrowEngine(Uncopied):
         """
         model = self.state.active.model
         if isinstance(texts, str):
-            return _encoded(model, [texts], options)[0]
+            (row,) = _encoded(model, [texts], options)
+            return np.asarray(row)
         return _encoded(model, texts, options)
 
     def encode_with_lora(
