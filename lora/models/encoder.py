@@ -9,7 +9,7 @@ Requirements: R5, R17.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
@@ -23,10 +23,16 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lora.card import Array
-from lora.checks import parse_json
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
-from lora.files import PathLike, as_path, os_errors
+from lora.files import PathLike, as_path
 from lora.interop.weights import open_safetensors
+from lora.models.encoder_folder import (
+    POOLINGS,
+    EncoderConfig,
+    read_config,
+    read_tokenizer,
+    refusal,
+)
 from lora.models.layers import NeverCalled, SegmentedLinear, Segments
 from lora.routing import texts_of
 
@@ -39,28 +45,8 @@ ACTIVATIONS: Mapping[str, Any] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
 }
 
-POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-"""Flags of sentence-transformers' older files."""
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """The settings in ``config.json`` and sentence-transformers' files that change the result."""
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    hidden_act: str = "gelu"
-    pad_token_id: int = 0
-    max_seq_length: int = 512
-    pooling: str = "mean"
-    normalize: bool = False
-    pooler: bool = False
+DENSE_ACTIVATIONS = ["Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU"]
+"""Names in ``torch.nn``, for the Dense modules of sentence-transformers."""
 
 
 class Layer(nn.Module):
@@ -123,10 +109,15 @@ class InferenceCore(nn.Module):
 
     def __init__(self, config: EncoderConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
-        if config.hidden_act not in ACTIVATIONS or config.pooling not in ("mean", "cls"):
-            expected = f"one of {list(ACTIVATIONS)}; mean or cls pooling"
-            setting = f"{config.hidden_act}, {config.pooling}"
-            raise UnsupportedModelError("encoder config", expected, setting)
+        pooling = config.pooling
+        self.pooling = (pooling,) if isinstance(pooling, str) else tuple(pooling)
+        if config.hidden_act not in ACTIVATIONS or set(self.pooling) - set(POOLINGS.values()):
+            expected = f"one of {list(ACTIVATIONS)}; pooling of {list(POOLINGS.values())}"
+            raise refusal("encoder config", expected, f"{config.hidden_act}, {pooling}")
+        for layer in config.dense:
+            if layer.activation not in DENSE_ACTIVATIONS:
+                expected = f"an activation_function of {DENSE_ACTIVATIONS}"
+                raise refusal(f"{layer.path}/config.json", expected, layer.activation)
         self.config = config
         self.tokenizer = tokenizer
         hidden = config.hidden_size
@@ -141,6 +132,10 @@ class InferenceCore(nn.Module):
         layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
         self.encoder.checkpointing = False  # True: compute each layer again on the way back
+        self.dense = nn.ModuleList(
+            nn.Linear(layer.in_features, layer.out_features, bias=layer.bias)
+            for layer in config.dense
+        )
         if config.pooler:
             self.pooler: nn.Module = NeverCalled()  # in the state dict, but no part of an embedding
             self.pooler.dense = nn.Linear(hidden, hidden)
@@ -154,13 +149,18 @@ class InferenceCore(nn.Module):
         """
         folder = as_path(folder)
         config = read_config(folder)
-        with open_safetensors(folder / "model.safetensors", framework="pt") as file:
-            names = file.keys()
-            tensors = {name.removeprefix("bert."): file.get_tensor(name) for name in names}
+        names = _weights(folder / config.path)
+        tensors = {name.removeprefix("bert."): tensor for name, tensor in names.items()}
+        for index, layer in enumerate(config.dense):
+            for name, tensor in _weights(folder / layer.path).items():
+                tensors[name.replace("linear", f"dense.{index}")] = tensor
         config = replace(config, pooler="pooler.dense.weight" in tensors)
         with torch.device("meta"):
-            core = cls(config, _tokenizer(folder / "tokenizer.json", config))
+            core = cls(config, read_tokenizer(folder, config))
         needed = {name: tensors[name] for name in core.state_dict() if name in tensors}
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in needed.values()}
+        if len(dtypes | ({config.dtype} - {None})) > 1:
+            raise refusal(folder, f"weights of one dtype, {config.dtype} in config.json", dtypes)
         try:
             core.load_state_dict(needed, assign=True)
         except RuntimeError as error:
@@ -174,13 +174,26 @@ class InferenceCore(nn.Module):
         """Where the weights are."""
         return self.embeddings.word_embeddings.weight.device  # type: ignore[no-any-return]
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, segments: Segments = ()) -> Tensor:
-        """Embed rows of token ids; the result has the shape ``(rows, hidden)``.
+    @property
+    def width(self) -> int:
+        """The number of values of an embedding before `truncate_dim`."""
+        dense = self.config.dense
+        return dense[-1].out_features if dense else self.config.hidden_size * len(self.pooling)
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        segments: Segments = (),
+        skipped: int = 0,
+    ) -> Tensor:
+        """Embed rows of token ids; the result has the shape ``(rows, width)``.
 
         Args:
             ids: Shape ``(rows, tokens)``.
             mask: Shape ``(rows, tokens)``, True at tokens, False at padding; None without padding.
             segments: The adapter set of each run of rows, for a model of `adapt_rows`.
+            skipped: Tokens at the start, those of a prompt, that the pooling leaves out.
         """
         embeddings, seen = self.embeddings, None if mask is None else mask[:, None, None, :]
         positions = embeddings.position_embeddings.weight[: ids.shape[1]]
@@ -191,13 +204,9 @@ class InferenceCore(nn.Module):
                 x = checkpoint(layer, x, seen, segments, use_reentrant=False)
             else:
                 x = layer(x, seen, segments)
-        if self.config.pooling == "cls":
-            pooled = x[:, 0]
-        elif mask is None:
-            pooled = x.mean(1)
-        else:
-            weights = mask[..., None].to(x.dtype)
-            pooled = (x * weights).sum(1) / weights.sum(1)
+        pooled = pool(x, mask, self.pooling, skipped)
+        for linear, layer in zip(self.dense, self.config.dense, strict=True):
+            pooled = getattr(nn, layer.activation)()(_project(linear, pooled, segments))
         return F.normalize(pooled, dim=-1) if self.config.normalize else pooled
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -205,7 +214,11 @@ class InferenceCore(nn.Module):
         texts = texts_of(texts)
         if self.tokenizer is None:
             raise UnsupportedModelError("encoder", "a tokenizer", "none")
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+        try:
+            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+        except (TypeError, UnicodeError) as error:
+            expected = "text that UTF-8 can hold, without half of a surrogate pair"
+            raise ArgumentError("texts", expected, shown(texts)) from error
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embed texts as one padded batch ``(n, hidden)`` that gradients flow through."""
@@ -216,28 +229,98 @@ class InferenceCore(nn.Module):
         return embedded
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str], *, sets: Sequence[int] | None = None) -> Array:
-        """Embed texts in batches of similar length: float32, shape ``(n, hidden)``.
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        sets: Sequence[int] | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        normalize_embeddings: bool = False,
+        batch_size: int | None = None,
+    ) -> Array:
+        """Embed texts in batches of similar length: float32, shape ``(n, d)``, or ``(d,)`` for one.
 
         Args:
             texts: Any number, empty ones included; a text without a token gets the zero vector.
             sets: Index of each text's adapter set, for a model of `lora.models.adapt.adapt_rows`.
+            prompt: What stands before each text; it counts more than `prompt_name`.
+            prompt_name: A prompt of the model's folder; default: the one that the folder names.
+            normalize_embeddings: Divide each vector by its length.
+            batch_size: Texts in a batch; default: as many as `TOKEN_BUDGET` allows.
         """
-        ids = self.tokenize(texts)
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise ArgumentError("batch_size", "a positive int", shown(batch_size))
+        before = self._prompt(prompt, prompt_name)
+        single = isinstance(texts, str)
+        listed = texts_of([texts] if isinstance(texts, str) else texts)
+        ids = self.tokenize([before + text for text in listed])
         if sets is not None and len(sets) != len(ids):
             raise ShapeError("sets", f"one index for each of {len(ids)} texts", len(sets))
-        result = np.zeros((len(ids), self.config.hidden_size), np.float32)
-        for batch in batches([len(row) for row in ids]):
+        skipped = 0
+        if before and not self.config.include_prompt and self.tokenizer is not None:
+            (tokens,) = self.tokenize([before])
+            special = self.tokenizer.get_added_tokens_decoder().get(tokens[-1]) if tokens else None
+            skipped = len(tokens) - bool(special and special.special)
+        result = np.zeros((len(ids), self.width), np.float32)
+        for batch in batches([len(row) for row in ids], rows=batch_size):
             rows, segments = by_set(batch, sets)
             padded, mask = pad([ids[row] for row in rows], self.config.pad_token_id, self.device)
-            result[rows] = self(padded, mask, segments).float().cpu().numpy()
-        return result
+            result[rows] = self(padded, mask, segments, skipped).float().cpu().numpy()
+        result = result[:, : self.config.truncate_dim]
+        if normalize_embeddings:
+            result = F.normalize(torch.from_numpy(result), dim=-1).numpy()
+        return result[0] if single else result
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if prompt is None:
+            prompts = self.config.prompts
+            name = self.config.default_prompt_name if name is None else name
+            if name is None:
+                return ""
+            if name not in prompts:
+                raise ArgumentError("prompt_name", f"one of {sorted(prompts)}", shown(name))
+            return prompts[name]
+        if not isinstance(prompt, str):
+            raise ArgumentError("prompt", "a str", shown(prompt))
+        return prompt
 
 
-def batches(lengths: Sequence[int], budget: int = TOKEN_BUDGET) -> Iterable[list[int]]:
+def pool(x: Tensor, mask: Tensor | None, modes: Sequence[str], skipped: int = 0) -> Tensor:
+    """Join the poolings of token vectors ``(rows, tokens, hidden)``, as sentence-transformers does.
+
+    Examples:
+        >>> pool(torch.tensor([[[1.0], [3.0]]]), None, ["mean", "max"])
+        tensor([[2., 3.]])
+    """
+    if tuple(modes) == ("mean",) and mask is None and not skipped:
+        return x.mean(1)
+    places = torch.arange(x.shape[1], device=x.device)
+    seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+    seen = seen & (places >= skipped)
+    weights, rows = seen[..., None].to(x.dtype), torch.arange(len(x), device=x.device)
+    pooled: list[Tensor] = []
+    for mode in modes:
+        if mode == "cls":
+            pooled.append(x[rows, seen.int().argmax(1)])
+        elif mode == "max":
+            pooled.append(x.masked_fill(~seen[..., None], float("-inf")).amax(1))
+        elif mode == "lasttoken":
+            pooled.append((x * weights)[rows, x.shape[1] - 1 - seen.flip(1).int().argmax(1)])
+        else:
+            scaled = weights * (places + 1)[:, None] if mode == "weightedmean" else weights
+            count = scaled.sum(1).clamp(min=1e-9)
+            root = mode == "mean_sqrt_len_tokens"
+            pooled.append((x * scaled).sum(1) / (count.sqrt() if root else count))
+    return torch.cat(pooled, -1)
+
+
+def batches(
+    lengths: Sequence[int], budget: int = TOKEN_BUDGET, rows: int | None = None
+) -> Iterable[list[int]]:
     """Group positions by similar length: rows × longest is at most `budget`, or there is one row.
 
-    Positions of length 0 are left out.
+    With `rows` each group has that many instead. Positions of length 0 are left out.
 
     Examples:
         >>> list(batches([3, 1, 2, 0, 9], budget=6))
@@ -245,7 +328,8 @@ def batches(lengths: Sequence[int], budget: int = TOKEN_BUDGET) -> Iterable[list
     """
     batch: list[int] = []
     for row in sorted(np.flatnonzero(lengths).tolist(), key=lambda row: (-lengths[row], row)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+        full = (len(batch) + 1) * lengths[batch[0]] > budget if rows is None and batch else False
+        if batch and (full or len(batch) == rows):
             yield batch
             batch = []
         batch.append(row)
@@ -278,48 +362,11 @@ def pad(
     return ids, None if mask.all() else mask
 
 
-def read_config(folder: Path) -> EncoderConfig:
-    """Read the configuration of a model's folder, with sentence-transformers' files if any."""
-    path = folder / "config.json"
-    values = _json(path, dict)
-    model = values.get("model_type"), values.get("position_embedding_type", "absolute")
-    if model != ("bert", "absolute"):
-        hint = "pass a module of your own with an encode method to ArrowEngine instead"
-        raise UnsupportedModelError(str(path), "'bert' with absolute positions", model, hint)
-    settings = {name: values[name] for name in EncoderConfig.__dataclass_fields__ if name in values}
-    limit = settings.get("max_position_embeddings", 0)
-    sentence = _json(folder / "sentence_bert_config.json", dict, optional=True)
-    settings["max_seq_length"] = min(limit, sentence.get("max_seq_length") or limit)
-    modules = _json(folder / "modules.json", list, optional=True)
-    folders = {str(module["type"]).rpartition(".")[2]: module.get("path", "") for module in modules}
-    if unknown := sorted(folders.keys() - {"Transformer", "Pooling", "Normalize"}):
-        expected = "Transformer, Pooling, Normalize"
-        raise UnsupportedModelError(str(folder / "modules.json"), expected, unknown)
-    settings["normalize"] = "Normalize" in folders
-    if "Pooling" in folders:
-        pooling = _json(folder / folders["Pooling"] / "config.json", dict)
-        flags = " ".join(key for key, on in pooling.items() if on and "pooling_mode_" in key)
-        settings["pooling"] = pooling.get("pooling_mode") or POOLINGS.get(flags, flags)
-    try:
-        return EncoderConfig(**settings)
-    except TypeError as error:
-        raise UnsupportedModelError(str(path), "the fields of a BERT model", error) from error
-
-
-def _json(path: Path, kind: type, *, optional: bool = False) -> Any:
-    if optional and not path.is_file():
-        return kind()
-    with os_errors(path):
-        return parse_json(path.read_bytes(), str(path), kind, UnsupportedModelError)
-
-
-def _tokenizer(path: Path, config: EncoderConfig) -> Tokenizer:
-    with os_errors(path):
-        data = path.read_bytes()
-    try:
-        tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UnsupportedModelError(str(path), "a tokenizer", error) from error
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(config.max_seq_length)
-    return tokenizer
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Map the weights of a folder; name the way out where they are in another format."""
+    path = folder / "model.safetensors"
+    others = [folder / "pytorch_model.bin", folder / "model.safetensors.index.json"]
+    if not path.is_file() and any(other.is_file() for other in others):
+        raise refusal(folder, "the weights in one file, model.safetensors", "another format")
+    with open_safetensors(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
