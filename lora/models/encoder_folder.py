@@ -48,21 +48,43 @@ MODEL_VALUES = {
     "return_dict": [True],
     "use_return_dict": [True],
 }
-MODEL_HARMLESS = """
-    _name_or_path architectures attention_probs_dropout_prob bos_token_id chunk_size_feed_forward
-    classifier_dropout directionality eos_token_id finetuning_task gradient_checkpointing
-    hidden_dropout_prob id2label initializer_range label2id num_labels output_attentions
-    output_hidden_states output_past pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
-    pooler_size_per_head pooler_type problem_type sentence_transformers tie_word_embeddings
-    torchscript transformers_version use_cache
-""".split()
+MODEL_HARMLESS = [
+    "_name_or_path",
+    "attention_probs_dropout_prob",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "classifier_dropout",
+    "directionality",
+    "eos_token_id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "hidden_dropout_prob",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "output_past",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "pooler_num_fc_layers",
+    "pooler_size_per_head",
+    "pooler_type",
+    "problem_type",
+    "sentence_transformers",
+    "tie_word_embeddings",
+    "torchscript",
+    "transformers_version",
+    "use_cache",
+]
 """Keys of dropout, training, heads, generation and origin."""
 
-SENTENCE_FILES = "bert roberta distilbert camembert albert xlm-roberta xlnet".split()
+SENTENCE_FILES = ["bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"]
 """Old names are ``sentence_NAME_config.json``; the first that is not empty counts."""
 SENTENCE_VALUES: Mapping[str, list[Any]] = {
-    **dict.fromkeys(["model_args", "tokenizer_args", "config_args"], [{}]),
-    **dict.fromkeys(["model_kwargs", "processor_kwargs", "config_kwargs"], [{}]),
+    **{f"{name}_args": [{}] for name in ("model", "tokenizer", "config")},
+    **{f"{name}_kwargs": [{}] for name in ("model", "processor", "config")},
     "processing_kwargs": [{}, None],
     "transformer_task": ["feature-extraction"],
     "modality_config": [{"text": {"method": "forward", "method_output_name": "last_hidden_state"}}],
@@ -81,11 +103,21 @@ TOKENIZER_VALUES = {
     "truncation_side": ["right", "left"],
     "backend": ["tokenizers"],
 }
-TOKENIZER_HARMLESS = """
-    clean_up_tokenization_spaces do_basic_tokenize is_local max_length name_or_path never_split
-    pad_to_multiple_of pad_token_type_id special_tokens_map_file stride tokenizer_file
-    truncation_strategy local_files_only
-""".split()
+TOKENIZER_HARMLESS = [
+    "clean_up_tokenization_spaces",
+    "do_basic_tokenize",
+    "is_local",
+    "max_length",
+    "name_or_path",
+    "never_split",
+    "pad_to_multiple_of",
+    "pad_token_type_id",
+    "special_tokens_map_file",
+    "stride",
+    "tokenizer_file",
+    "truncation_strategy",
+    "local_files_only",
+]
 """Keys of decoding, of tokenizers in pure Python, of origin, and defaults that a call overrides."""
 
 
@@ -124,6 +156,7 @@ class EncoderConfig:
     default_prompt_name: str | None = None
     truncate_dim: int | None = None
     dtype: str | None = None
+    do_lower_case: bool = False
     path: str = ""
 
 
@@ -162,6 +195,7 @@ def read_config(folder: Path) -> EncoderConfig:
     if type(stated) not in (int, float) or stated < 1:
         raise refusal(folder / inner, "a maximum length of at least 1", stated)
     settings["max_seq_length"] = int(min(limit, stated))
+    settings["do_lower_case"] = sentence.get("do_lower_case", False)
     return EncoderConfig(**settings, path=inner)
 
 
@@ -200,6 +234,7 @@ def _read_model(folder: Path) -> dict[str, Any]:
     nothing = type(None)
     kinds = {
         **dict.fromkeys(SIZES, (int,)),
+        "architectures": (list, nothing),
         "hidden_act": (str,),
         "layer_norm_eps": (float,),
         "pad_token_id": (int, nothing),
@@ -217,7 +252,7 @@ def _read_model(folder: Path) -> dict[str, Any]:
         raise refusal(path, "a pad_token_id in the vocabulary", padding)
     old = settings.pop("torch_dtype", None)
     settings["dtype"] = settings.get("dtype") or old
-    architectures = values.get("architectures") or [""]
+    architectures = settings.pop("architectures", None) or [""]
     if str(architectures[0]).endswith("ForCausalLM"):
         raise refusal(path, "an encoder", architectures)
     return settings
@@ -229,19 +264,10 @@ def _read_modules(folder: Path, modules: list[Any]) -> tuple[str, dict[str, Any]
     kinds: list[str] = []
     folders: list[str] = []
     for module in modules:
-        if not isinstance(module, dict):
-            raise refusal(path, "a list of objects", module)
-        strings = dict.fromkeys(["type", "path", "name"], (str,))
-        _check(path, module, strings, {}, ["idx", "kwargs"])
-        package, _, kind = str(module.get("type")).rpartition(".")
-        if package.split(".")[0] != "sentence_transformers":
-            raise refusal(path, "modules of sentence_transformers", module)
-        inner = PurePosixPath(module.get("path", ""))
-        if inner.is_absolute() or ".." in inner.parts:
-            raise refusal(path, "a path inside the folder", str(inner))
+        kind, inner = _read_module(path, module)
         if kind != "Dropout":
             kinds.append(kind)
-            folders.append(str(inner) if inner.parts else "")
+            folders.append(inner)
     middle = kinds[2:-1] if kinds[-1:] == ["Normalize"] else kinds[2:]
     if kinds[:2] != ["Transformer", "Pooling"] or set(middle) - {"Dense"}:
         raise refusal(path, "Transformer, Pooling, any number of Dense, Normalize", kinds)
@@ -261,6 +287,21 @@ def _read_modules(folder: Path, modules: list[Any]) -> tuple[str, dict[str, Any]
             raise refusal(folder / inner, f"in_features {width}", layers[-1].in_features)
         width = layers[-1].out_features
     return folders[0], {**settings, "dense": tuple(layers)}
+
+
+def _read_module(path: Path, module: Any) -> tuple[str, str]:
+    """Return the class name and the folder of an entry of ``modules.json``."""
+    if not isinstance(module, dict):
+        raise refusal(path, "a list of objects", module)
+    strings = dict.fromkeys(["type", "path", "name"], (str,))
+    _check(path, module, strings, {}, ["idx", "kwargs"])
+    package, _, kind = str(module.get("type")).rpartition(".")
+    if package.split(".")[0] != "sentence_transformers":
+        raise refusal(path, "modules of sentence_transformers", module)
+    inner = PurePosixPath(module.get("path", ""))
+    if inner.is_absolute() or ".." in inner.parts:
+        raise refusal(path, "a path inside the folder", str(inner))
+    return kind, str(inner) if inner.parts else ""
 
 
 def _read_pooling(path: Path) -> dict[str, Any]:
@@ -338,6 +379,28 @@ def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
     """Read the tokenizer; ``tokenizer_config.json`` decides on the casing, as in transformers."""
     inner = folder / config.path
     path, settings_path = inner / "tokenizer.json", inner / "tokenizer_config.json"
+    tokenizer, description = _load_tokenizer(path)
+    settings, side = _read_tokenizer_config(settings_path, description)
+    _check_tokens(settings_path, settings, description, inner)
+    kind = settings.get("tokenizer_class")
+    if kind in (None, "BertTokenizer", "BertTokenizerFast"):
+        _use_bert_casing(path, tokenizer, settings, description)
+    elif kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        raise refusal(settings_path, "a tokenizer_class of BERT", kind)
+    if config.do_lower_case and "Lowercase" not in str(description.get("normalizer")):
+        steps = [normalizers.Lowercase(), tokenizer.normalizer]
+        tokenizer.normalizer = normalizers.Sequence([step for step in steps if step])
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if config.max_seq_length <= special:
+        raise refusal(path, f"a maximum length over {special}", config.max_seq_length)
+    if any(tokenizer.encode("a").type_ids):
+        raise refusal(path, "token type 0 in a single text", "another")
+    tokenizer.enable_truncation(config.max_seq_length, direction=side)
+    return tokenizer
+
+
+def _load_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return a tokenizer that neither cuts nor pads, and the JSON that describes it."""
     with os_errors(path):
         data = path.read_bytes()
     try:
@@ -347,6 +410,11 @@ def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     description = parse_json(data, str(path), dict, UnsupportedModelError)
+    return tokenizer, description
+
+
+def _read_tokenizer_config(path: Path, description: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the settings that are read, and the side on which a long text is cut."""
     nothing = type(None)
     kinds = {
         "model_max_length": (int, float),
@@ -358,32 +426,15 @@ def read_tokenizer(folder: Path, config: EncoderConfig) -> Tokenizer:
         "added_tokens_decoder": (dict,),
         **dict.fromkeys(["additional_special_tokens", "extra_special_tokens"], (list, nothing)),
     }
-    values = read_json(settings_path, dict, optional=True)
-    settings = _check(settings_path, values, kinds, TOKENIZER_VALUES, TOKENIZER_HARMLESS)
+    values = read_json(path, dict, optional=True)
+    settings = _check(path, values, kinds, TOKENIZER_VALUES, TOKENIZER_HARMLESS)
     if "attention_mask" not in settings.get("model_input_names", ["attention_mask"]):
-        raise refusal(settings_path, "attention_mask in model_input_names", values)
+        raise refusal(path, "attention_mask in model_input_names", values)
     for part, side in (("padding", "padding_side"), ("truncation", "truncation_side")):
         stored = (description.get(part) or {}).get("direction", "right").lower()
         if part == "padding" and values.get(side, stored) != "right":
             raise refusal(path, "padding on the right", stored)
-    side = values.get("truncation_side", stored)
-    _check_tokens(settings_path, settings, description, inner)
-    kind = settings.get("tokenizer_class")
-    if kind in (None, "BertTokenizer", "BertTokenizerFast"):
-        _use_bert_casing(path, tokenizer, settings, description)
-    elif kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-        raise refusal(settings_path, "a tokenizer_class of BERT", kind)
-    if _read_sentence(inner).get("do_lower_case") and (folder / "modules.json").is_file():
-        if tokenizer.normalizer is None or "Lowercase" not in str(description.get("normalizer")):
-            steps = [normalizers.Lowercase(), tokenizer.normalizer]
-            tokenizer.normalizer = normalizers.Sequence([step for step in steps if step])
-    special = tokenizer.num_special_tokens_to_add(is_pair=False)
-    if config.max_seq_length <= special:
-        raise refusal(path, f"a maximum length over {special}", config.max_seq_length)
-    if any(tokenizer.encode("a").type_ids):
-        raise refusal(path, "token type 0 in a single text", "another")
-    tokenizer.enable_truncation(config.max_seq_length, direction=side)
-    return tokenizer
+    return settings, values.get("truncation_side", stored)
 
 
 def _check_tokens(
@@ -403,28 +454,33 @@ def _check_tokens(
             added = read_json(folder / "added_tokens.json", dict)
             if any(stored.get(index, {}).get("content") != name for name, index in added.items()):
                 raise refusal(folder / "added_tokens.json", "the tokens of tokenizer.json", added)
-    elif {key: {**token} for key, token in decoder.items()} != {
-        str(key): token for key, token in stored.items()
-    }:
+    elif decoder != {str(index): token for index, token in stored.items()}:
         raise refusal(path, "the added tokens of tokenizer.json", decoder)
     listed = [settings.get(name) for name in TOKENS]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         listed += settings.get(name) or []
     for token in listed:
-        text = token.get("content") if isinstance(token, dict) else token
-        if text is not None and text not in names:
+        if token is not None and _content(token) not in names:
             raise refusal(path, f"added tokens of tokenizer.json {sorted(names)}", token)
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a special token, which a file holds as a string or as an object."""
+    return str(token.get("content")) if isinstance(token, dict) else token
 
 
 def _use_bert_casing(
     path: Path, tokenizer: Tokenizer, settings: dict[str, Any], description: dict[str, Any]
 ) -> None:
-    """Set BERT's normalizer as transformers does, which builds the other parts by their defaults."""
-    normalizer = description.get("normalizer") or {}
+    """Set BERT's normalizer as transformers does; the other parts must be its defaults."""
+    normalizer, splitter = (
+        part if isinstance(part := description.get(name), dict) else {}
+        for name in ("normalizer", "pre_tokenizer")
+    )
     model = description["model"]
     parts = {
         "normalizer": (normalizer.get("type"), normalizer.get("clean_text", True)),
-        "pre_tokenizer": (description.get("pre_tokenizer") or {}).get("type"),
+        "pre_tokenizer": splitter.get("type"),
         "model": (model.get("continuing_subword_prefix"), model.get("max_input_chars_per_word")),
     }
     ordinary = {
@@ -435,17 +491,14 @@ def _use_bert_casing(
     if parts != ordinary:
         raise refusal(path, f"a BERT tokenizer {ordinary}", parts)
 
-    def text_of(name: str, default: str) -> str:
-        token = settings.get(name) or default
-        return str(token["content"] if isinstance(token, dict) else token)
-
-    marks = [
-        tokenizer.token_to_id(text_of(f"{name}_token", f"[{name.upper()}]"))
-        for name in ("cls", "sep")
-    ]
-    if tokenizer.encode("").ids[:1] + tokenizer.encode("").ids[-1:] != marks:
-        raise refusal(path, "a text between cls_token and sep_token", tokenizer.encode("").tokens)
-    if model.get("unk_token") != text_of("unk_token", "[UNK]"):
+    cls, sep, unknown = (
+        _content(settings.get(f"{name}_token") or f"[{name.upper()}]")
+        for name in ("cls", "sep", "unk")
+    )
+    around = tokenizer.encode("").tokens
+    if [*around[:1], *around[-1:]] != [cls, sep]:
+        raise refusal(path, "a text between cls_token and sep_token", around)
+    if model.get("unk_token") != unknown:
         raise refusal(path, "the unk_token of tokenizer_config.json", model.get("unk_token"))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,

@@ -1,4 +1,4 @@
-"""Folders of encoders, saved by the installed libraries or changed by hand: same vectors, or refused.
+"""Folders of encoders, saved by the installed libraries or changed by hand.
 
 The expectation is always sentence-transformers' own result for the same folder.
 """
@@ -6,12 +6,11 @@ The expectation is always sentence-transformers' own result for the same folder.
 import json
 import shutil
 import warnings
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -40,7 +39,9 @@ WORDS = (
 CHARACTERS = [chr(code) for code in range(33, 127)] + list("éàüï日本語")
 TOKENS = [*SPECIAL, *WORDS.split(), *CHARACTERS, *("##" + letter for letter in CHARACTERS)]
 VOCABULARY = {token: index for index, token in enumerate(dict.fromkeys(TOKENS))}
-NAMES = dict(zip(["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"], SPECIAL))
+NAMES = dict(
+    zip(["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"], SPECIAL, strict=True)
+)
 
 
 def bert_folder(folder, tokenizer=None, **config):
@@ -108,7 +109,7 @@ def dense(inputs, outputs, activation, *, bias=True):
 
 
 def old_layout(folder):
-    """Version 1 and 2 of sentence-transformers: the model in a folder of its own, flags, no keys."""
+    """Version 1 and 2 of sentence-transformers: the model in a folder of its own, flags."""
     inner = folder / "0_Transformer"
     bert_folder(inner)
     change(inner / "sentence_bert_config.json", max_seq_length=20, do_lower_case=False)
@@ -167,7 +168,7 @@ def plain(**source):
 FOLDERS = {f"pooling {mode}": saved(pooling=mode) for mode in MODES}
 FOLDERS |= {
     f"poolings {first}, {second}": saved(pooling=(first, second), extra=lambda: [Normalize()])
-    for first, second in [*zip(MODES, MODES[1:]), ("lasttoken", "cls"), ("mean", "mean")]
+    for first, second in [*pairwise(MODES), ("lasttoken", "cls"), ("mean", "mean")]
 }
 FOLDERS["every pooling"] = saved(pooling=tuple(MODES))
 FOLDERS |= {f"limit {limit}": saved(limit=limit) for limit in (3, 4, 5, 17, 63, 64)}
@@ -323,3 +324,75 @@ def test_an_odd_value_of_a_key_gives_the_peers_result_or_a_named_refusal(
         assert np.abs(result - expected).max() <= AGREEMENT, value
         outcomes.add("same")
     assert outcomes
+
+
+REFUSED = [
+    ("config.json", {"is_decoder": True}, "is_decoder False"),
+    ("config.json", {"model_type": "roberta"}, "model_type 'bert'"),
+    ("config.json", {"new_kind_of_attention": 3}, "new_kind_of_attention"),
+    ("config.json", {"quantization_config": {"load_in_8bit": True}}, "quantization_config None"),
+    ("config.json", {"dtype": "float16"}, "one dtype"),
+    ("config.json", {"hidden_act": "swish"}, 'one of .*found "swish'),
+    ("adapter_config.json", {"peft_type": "LORA"}, "without an adapter"),
+    ("sentence_bert_config.json", {"query_expansion": {"length": 3}}, "query_expansion None"),
+    ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "SentenceTransformer"),
+    ("config_sentence_transformers.json", {"default_prompt_name": "x"}, "default_prompt_name of"),
+    ("tokenizer_config.json", {"padding_side": "left"}, "padding_side 'right'"),
+    ("tokenizer_config.json", {"sep_token": "[END]"}, "added tokens of tokenizer.json"),
+    ("1_Pooling/config.json", {"pooling_mode": "median"}, "poolings of"),
+    ("2_Dense/config.json", {"use_residual": True}, "use_residual False"),
+    (
+        "2_Dense/config.json",
+        {"activation_function": "evil.Code"},
+        "activation_function of torch.nn",
+    ),
+    ("2_Dense/config.json", {"activation_function": "torch.nn.Softmax"}, "activation_function of"),
+]
+
+
+@requirement("R5.7")
+@pytest.mark.parametrize(("file", "values", "message"), REFUSED)
+def test_what_is_not_computed_is_refused_by_name_with_the_way_out(
+    tmp_path, original, file, values, message
+):
+    folder = shutil.copytree(original, tmp_path / "folder")
+    change(folder / file, **values)
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        InferenceCore.from_pretrained(folder)
+    assert "pip install sentence-transformers" in str(caught.value)
+
+
+@requirement("R5.7")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt": "the "},
+        {"prompt": "", "prompt_name": "query"},
+        {"prompt_name": "query"},
+        {"prompt_name": "document"},
+        {"normalize_embeddings": True},
+        {"batch_size": 1},
+        {"batch_size": 3, "prompt_name": "passage", "normalize_embeddings": True},
+    ],
+)
+def test_keywords_of_encode_mean_what_they_mean_to_the_peer(tmp_path, options):
+    saved(prompts=PROMPTS, default_prompt_name="passage", truncate_dim=9)(tmp_path)
+    assert gap(tmp_path, **options) <= AGREEMENT
+
+
+@requirement("R5.7")
+def test_batch_size_is_the_largest_number_of_texts_in_a_forward_pass(original):
+    core, sizes = InferenceCore.from_pretrained(original), []
+    core.encoder.layer[0].register_forward_hook(lambda *args: sizes.append(len(args[2])))
+    core.encode(["a"] * 7, batch_size=3)
+    assert sizes == [3, 3, 1]
+    for options in ({"batch_size": 0}, {"batch_size": True}, {"prompt": 3}, {"prompt_name": "x"}):
+        with pytest.raises(ArgumentError, match=next(iter(options))):
+            core.encode(["a"], **options)
+
+
+@requirement("R5.7")
+@pytest.mark.parametrize("texts", ["bad \ud83d text", ["fine", "bad \ud83d text"]])
+def test_half_of_a_surrogate_pair_is_an_argument_error(original, texts):
+    with pytest.raises(ArgumentError, match="texts: expected text that UTF-8 can hold"):
+        InferenceCore.from_pretrained(original).encode(texts)
