@@ -203,7 +203,7 @@ def _check(
     path: Path,
     values: Mapping[str, Any],
     kinds: Mapping[str, tuple[type, ...]],
-    fixed: Mapping[str, list[Any]],
+    fixed: Mapping[str, Any],
     harmless: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the values of the keys that are read, of the right types; refuse unknown keys."""
