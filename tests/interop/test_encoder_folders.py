@@ -248,6 +248,14 @@ FOLDERS |= {
         ["max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens"],
     ]
 }
+
+
+def lower_cased(folder):
+    saved({"tokenizer": lambda: bert_tokenizer(do_lower_case=False)})(folder)
+    change(folder / "sentence_bert_config.json", max_seq_length=30, do_lower_case=True)
+
+
+FOLDERS["a lower-casing before a cased tokenizer"] = lower_cased
 EVERY = sorted(FOLDERS)
 
 
