@@ -262,7 +262,7 @@ EVERY = sorted(FOLDERS)
 @requirement("R5.7")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, name in enumerate(EVERY)],
+    [pytest.param(name, marks=[pytest.mark.slow] * (i % 5 > 0)) for i, name in enumerate(EVERY)],
 )
 def test_a_saved_folder_gives_what_sentence_transformers_gives(tmp_path, name):
     FOLDERS[name](tmp_path)
