@@ -50,7 +50,7 @@ KINDS = {
 }
 
 FEDERATION = "server client node discovery peer_table trust manifest credentials keys cache catalog"
-MODELS = "twins layers adapt manager registry encoder"
+MODELS = "twins layers adapt manager registry encoder encoder_folder"
 TRAINING = "data retrieval synthetic losses schedules ewc train online_adapter"
 EVOLUTION = "probe novelty acceptance distill teacher queue nights worker factory"
 TESTING = "bench binding reference plugin tolerance strategies report requirements"

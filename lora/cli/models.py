@@ -27,7 +27,6 @@ from lora.cli.app import (
     table_of,
 )
 from lora.errors import ArgumentError, ConflictError, DataError, LoRAError
-from lora.routing import check_threshold
 
 PARQUET_ROWS = 1024
 """Rows of a Parquet file that are encoded at a time."""
@@ -143,6 +142,7 @@ def route(
         threshold: Least score, in [-1, 1].
     """
     from lora.models.adapt import bindings
+    from lora.routing import check_threshold
 
     check_threshold(threshold)
     engine = lora.ArrowEngine.from_pretrained(model)

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -311,7 +312,7 @@ def test_long_work_shows_how_far_it_is(shell, command, title, steps):
     {
         "inspect none/x.lora.arrow": "none",
         "encode a --card docs.lora.arrow": "if the base is another one, name it by --model",
-        "route a --card docs.lora.arrow": "lora convert CARD -o FILE --description TEXT sets one",
+        "route a --card plain.lora.arrow": "lora convert CARD -o FILE --description TEXT sets one",
         "merge docs.lora.arrow docs.lora.arrow -o x.lora.arrow --strategy dare": "rename one by "
         "lora convert CARD -o FILE --name NAME",
         "convert docs.lora.arrow -o full": "or with --overwrite one that holds",
@@ -326,6 +327,7 @@ def test_an_error_says_what_to_do_in_the_words_of_the_command_line(shell, folder
     pair = LowRank(np.ones((384, 1)), np.ones((1, 384)))
     card = LoRACard("docs", 1, 1.0, ["query"], {module: pair}, base_fingerprint="0" * 64)
     lora.save(card, folder / "docs.lora.arrow")
+    lora.save(replace(card, base_fingerprint=None), folder / "plain.lora.arrow")
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("")
     done = shell(*command.split())
@@ -340,7 +342,7 @@ def test_every_advice_in_python_has_words_of_the_command_line():
     commands = typer.main.get_command(app).commands
     commands = [*commands.values(), *commands["factory"].commands.values()]
     flags = {option.name for command in commands for option in command.params}
-    elsewhere = {"safe_serialization", "max_cards", "max_bytes"}  # PEFT's; no command's
+    elsewhere = {"safe_serialization", "max_cards", "max_bytes", "narrow"}  # no command's
     for path in sorted(Path(lora.__file__).parent.rglob("*.py")):
         if path.parent.name in ("testing", "federation"):
             continue  # the federation's commands translate their own

@@ -642,7 +642,7 @@ def test_a_folder_of_another_kind_of_model_says_how_to_pass_ones_own(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
     with pytest.raises(
         UnsupportedModelError,
-        match=r"roberta.*pass a module of your own with an encode method to ArrowEngine",
+        match=r"roberta.*SentenceTransformer .* and pass that model to ArrowEngine",
     ):
         ArrowEngine.from_pretrained(tmp_path)
 
@@ -697,9 +697,9 @@ def test_a_request_by_intent_takes_description_and_card_from_one_state():
 def test_rows_with_adapters_of_their_own_run_in_one_forward(core, engine, cards, monkeypatch):
     forward, runs = InferenceCore.forward, []
 
-    def counted(model, ids, mask, segments):
+    def counted(model, ids, mask, segments, *others):
         runs.append(len(segments))
-        return forward(model, ids, mask, segments)
+        return forward(model, ids, mask, segments, *others)
 
     monkeypatch.setattr(InferenceCore, "forward", counted)
     engine.encode_with_lora([*"abcd"], [cards["files"], {}, cards["foxes"], cards["files"]])

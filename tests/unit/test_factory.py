@@ -53,7 +53,7 @@ if "lora.evolution.worker" in sys.orig_argv:
 
     real = lora.merging.merge
 
-    def toy(cards, *args):
+    def toy(cards, *args, **options):
         asked = dict(cards[0].metadata["toy"])
         with open(asked["log"], "a") as file:
             row = [asked["do"], asked["number"], os.getpid(), os.getppid()]

@@ -443,7 +443,7 @@ for call in (lora.load, lora.digest, lambda path: lora.save(card, path)):
     try:
         call(sys.argv[1])
     except StoreError as error:
-        said.append("Permission denied" in str(error) and sys.argv[1] in str(error))
+        said.append("permission denied" in str(error) and sys.argv[1] in str(error))
 print(json.dumps(said))
 """
     lora.save(a_card(), path)
