@@ -249,12 +249,12 @@ def _is_asked_by_user() -> bool:
 def check_linear(module: nn.Module, where: str) -> None:
     """Refuse a module that does not compute what ``nn.Linear`` does from a weight of its own."""
     where = f"module {where!r}"
-    check_own(module, where)
+    if isinstance(module, nn.Module):
+        check_own(module, where)
     kind: Any = type(module)
-    weight = module._parameters.get("weight")
-    plain = isinstance(module, nn.Linear) and "bias" in module._parameters
-    if plain and kind.forward in (nn.Linear.forward, LoRALinear.forward):
-        kind = type(weight)
+    is_plain = isinstance(module, nn.Linear) and "bias" in module._parameters
+    if is_plain and kind.forward in (nn.Linear.forward, LoRALinear.forward):
+        kind = type(module._parameters.get("weight"))
     if kind is not nn.Parameter:
         expected = "a Linear with nn.Linear's own forward, weight and bias"
         actual = f"{kind.__module__}.{kind.__qualname__}"

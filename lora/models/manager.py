@@ -137,7 +137,7 @@ class LoRAManager(Uncopied, Generic[M]):
     def injected(self) -> dict[str, tuple[str, ...]]:
         """Module -> names of the cards that are active on it, sorted."""
         layers: dict[str, tuple[str, ...]] = {}
-        for name, injection in self.state.active.injections.items():
+        for name, injection in sorted(self.state.active.injections.items()):
             for module in injection.bound:
                 layers[module] = (*layers.get(module, ()), name)
         return dict(sorted(layers.items()))
@@ -200,7 +200,7 @@ class LoRAManager(Uncopied, Generic[M]):
             check = check_base and not again  # may have been waived when the card was applied
             result = self._planned(entries, [name], strict=strict, check_base=check)
             self.reference.replace(active=result, **also)
-        _log_layers("applied again" if again else "applied", result, [name])
+        _log_layers("active already:" if again else "applied", result, [name])
         return _reports(result)[name]
 
     def remove_card(self, name: str, **also: Any) -> None:

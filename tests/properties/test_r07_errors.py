@@ -34,6 +34,7 @@ from lora.errors import (
     LoRAError,
     ShapeError,
     TargetError,
+    UnboundWarning,
 )
 from lora.models.encoder import EncoderConfig
 from lora.testing.binding import PlainCard, PlainPair
@@ -227,12 +228,12 @@ def test_targets_not_found_are_a_warning_and_the_rest_is_injected_unless_strict(
         strict.apply_card(card, strict=True)
     assert all(name in str(caught.value) for name in gone)
     assert strict.model is model
-    with logged() as lines:
+    with logged() as lines, pytest.warns(UnboundWarning) as warned:
         injection = lenient.apply_card(card)
     assert set(injection.bound) == set(lenient.injected) == there
     assert set(injection.targets_not_found) == gone
-    (warning,) = lines.texts(logging.WARNING)
-    assert all(name in warning for name in gone)
+    for (warning,) in (lines.texts(logging.WARNING), [str(one.message) for one in warned]):
+        assert all(name in warning for name in gone)
 
 
 @requirement("R7.4")
@@ -534,10 +535,13 @@ VALUE_ERRORS |= refusals(
     "not texts",
     no_texts,
     select_many=lambda bad: router().select_many(bad),
-    encode=lambda bad: engine().encode(bad),
     encode_with_lora=lambda bad: engine().encode_with_lora(bad, {}),
 )
 VALUE_ERRORS |= {
+    "encode: not texts": (
+        no_texts.filter(lambda bad: not isinstance(bad, str)),
+        lambda bad: engine().encode(bad),
+    ),
     # cards, pairs and sets
     "LoRACard: pairs of two dtypes": (
         st.permutations(["float16", "float32", "float64"]),

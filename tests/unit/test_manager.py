@@ -163,7 +163,7 @@ def test_applying_an_active_card_again_is_logged_and_changes_nothing(manager, me
     messages()
     assert manager.apply_card(card()) == first
     assert manager.state is state
-    assert messages() == [("INFO", "applied again card 'docs': 1 layers")]
+    assert messages() == [("INFO", "active already: card 'docs': 1 layers")]
 
 
 @requirement("R7.4")
