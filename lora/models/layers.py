@@ -7,6 +7,7 @@ Requirements: R2, R3, R5, R7, R8.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -250,7 +251,7 @@ def check_linear(module: nn.Module, where: str) -> None:
     """Refuse a module that does not compute what ``nn.Linear`` does from a weight of its own."""
     where = f"module {where!r}"
     if isinstance(module, nn.Module):
-        check_own(module, where)
+        check_own(module, partial(UnsupportedModelError, where))
     kind: Any = type(module)
     is_plain = isinstance(module, nn.Linear) and "bias" in module._parameters
     if is_plain and kind.forward in (nn.Linear.forward, LoRALinear.forward):

@@ -14,23 +14,11 @@ import gc
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping
+from copy import _reconstruct, deepcopy  # type: ignore[attr-defined]
 from enum import Enum
-from functools import cached_property
-from operator import countOf
-from types import (
-    BuiltinFunctionType,
-    CellType,
-    CodeType,
-    FunctionType,
-    GetSetDescriptorType,
-    MemberDescriptorType,
-    MethodDescriptorType,
-    MethodType,
-    ModuleType,
-    WrapperDescriptorType,
-)
+from functools import partial
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -107,35 +95,27 @@ class Twins:
         Loading a state dict, which writes in place, first gives the twin storage of its own.
         """
         self._put(module, twin)
-        content, place = twin.__dict__, ""
+        place = ""
         try:
             self._check_class(type(module))
-            if not _MARKS.keys().isdisjoint(module.__dict__):
-                check_own(module, f"module {self._name(module)!r} ({type(module).__name__})")
-            for key, value in module.__dict__.items():
+            check_own(module, _UnsoundError)
+            for place, value in module.__dict__.items():
                 kind = type(value)
-                if kind in _ATOMS:
-                    content[key] = value
-                elif kind in _EMPTY and not value and key in _TORCHS_OWN:
-                    content[key] = kind()
+                if kind in _EMPTY and not value and place in _TORCHS_OWN:
+                    twin.__dict__[place] = kind()
                 else:
-                    place = key
-                    content[key] = self(value)
+                    twin.__dict__[place] = value if kind in _ATOMS else self(value)
         except _UnsoundError as fault:
-            name = self._name(module)
-            if name is None:  # it is held by one that has a name
+            names = [name for name, other in self._root.named_modules() if other is module]
+            if not names:  # it is held by one that has a name
                 raise
             attribute = f": attribute {place!r}" if place else ""
-            where = f"module {name!r} ({type(module).__name__}){attribute}"
+            where = f"module {names[0]!r} ({type(module).__name__}){attribute}"
             raise UnsupportedModelError(where, *fault.args) from None
         hooks: dict[int, Any] = twin._load_state_dict_pre_hooks
         if all(hook.hook is not _unshare for hook in hooks.values()):
             twin.register_load_state_dict_pre_hook(_unshare)  # type: ignore[no-untyped-call]
         return twin
-
-    def _name(self, module: nn.Module) -> str | None:
-        names = (name for name, other in self._root.named_modules() if other is module)
-        return next(names, None)
 
     def _put(self, value: Any, twin: Any) -> Any:
         self._memo[id(value)] = twin
@@ -143,8 +123,7 @@ class Twins:
         return twin
 
     def _dictionary(self, value: dict[Any, Any]) -> Any:
-        named = countOf(map(type, value), str) == len(value)  # measured: the fastest for many
-        if named and _ATOMS.issuperset(map(type, value.values())):
+        if all(_ATOMS.issuperset(map(type, items)) for items in (value, value.values())):
             return self._put(value, value.copy())
         twin = self._put(value, type(value)())
         for key, item in value.items():
@@ -160,8 +139,7 @@ class Twins:
         items = tuple([self(item) for item in value])
         if id(value) in self._memo:  # an item has led back here
             return self._memo[id(value)]
-        same = all(item is original for item, original in zip(items, value, strict=True))
-        return self._put(value, value if same else items)
+        return self._put(value, items)
 
     def _tensor(self, value: Tensor) -> Tensor:
         kind = type(value)
@@ -169,13 +147,13 @@ class Twins:
             raise _UnsoundError("parameters with values", f"an {kind.__name__}", "run it once")
         if not isinstance(value, nn.Parameter):
             return self._put(value, value.detach().clone())  # type: ignore[no-any-return]
-        if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
+        if issubclass(kind, nn.Parameter):  # detach loses the class
+            twin = Tensor._make_subclass(kind, value.detach(), False)
+        else:
             twin = nn.Parameter(value.detach(), requires_grad=False)
-        else:  # detach would lose the class
-            twin = Tensor._make_subclass(kind, value.data, False)
         self._put(value, twin)
         if value.__dict__:
-            twin.__dict__.update({key: self(item) for key, item in value.__dict__.items()})
+            twin.__dict__.update(self(value.__dict__))
         return twin
 
     def _module(self, module: nn.Module) -> nn.Module:
@@ -185,26 +163,23 @@ class Twins:
 
     def _function(self, value: FunctionType) -> Any:
         """Return the function itself, or one of the same code that leads to the twins."""
-        for name in value.__code__.co_names:
+        for name in _names_in(value.__code__):
             module = value.__globals__.get(name)
             if isinstance(module, nn.Module) and any(module is m for m in self._root.modules()):
                 raise _UnsoundError("a function that is given its modules", f"the global {name!r}")
-        if not leads_to_module([value]):
+        if not leads_to_module(value):
             return self._put(value, value)
-        cells = [self._memo.get(id(cell)) or CellType() for cell in value.__closure__ or ()]
-        twin = FunctionType(
-            value.__code__, value.__globals__, value.__name__, closure=tuple(cells) or None
-        )
+        closure = value.__closure__ or ()
+        new = [cell for cell in closure if id(cell) not in self._memo]
+        cells = tuple([self._memo.get(id(cell)) or self._put(cell, CellType()) for cell in closure])
+        twin = FunctionType(value.__code__, value.__globals__, value.__name__, closure=cells)
         self._put(value, twin)
-        for cell, original in zip(cells, value.__closure__ or (), strict=True):
-            if id(original) not in self._memo:
-                self._put(original, cell)
-                content = original.cell_contents
-                cell.cell_contents = self(content) if leads_to_module([content]) else content
-        twin.__defaults__, twin.__kwdefaults__ = (
-            self(value.__defaults__),
-            self(value.__kwdefaults__),
-        )
+        for cell in new:
+            for content in gc.get_referents(cell):  # nothing, if the cell is empty
+                is_carried = leads_to_module(content)
+                self._memo[id(cell)].cell_contents = self(content) if is_carried else content
+        twin.__defaults__ = self(value.__defaults__)
+        twin.__kwdefaults__ = self(value.__kwdefaults__)
         twin.__qualname__ = value.__qualname__
         twin.__dict__.update(self(value.__dict__))
         return twin
@@ -226,55 +201,47 @@ class Twins:
         target = value()
         if isinstance(target, nn.Module):
             raise _UnsoundError("modules that are held", "a weak reference to one")
-        # torch's recurrent layers have weak references to their parameters.
-        bound = isinstance(target, Tensor)
-        return self._put(value, weakref.ref(self(target)) if bound else value)
+        if isinstance(target, Tensor):  # torch's recurrent layers have them to their parameters
+            return self._put(value, weakref.ref(self(target)))
+        return self._put(value, value)
 
     def _object(self, value: Any) -> Any:
         kind = type(value)
-        if isinstance(value, _SHARED):
-            return self._put(value, value)
-        if isinstance(value, Tokenizer):
-            return self._put(value, _tokenizer(value))
         self._check_class(kind)
-        if kind.__module__.partition(".")[0] in _SHARED_MODULES:
+        if isinstance(value, _SHARED) or kind.__module__.partition(".")[0] in _SHARED_MODULES:
             return self._share(value)
         try:
-            if hasattr(kind, "__deepcopy__") and not leads_to_module([value]):
+            if hasattr(kind, "__deepcopy__") and not leads_to_module(value):
                 twin = value.__deepcopy__(self._memo)
             else:
                 reducer = copyreg.dispatch_table.get(kind)
                 parts = reducer(value) if reducer else value.__reduce_ex__(4)
-                twin = value if isinstance(parts, str) else self._rebuild(value, parts)
+                copier = partial(_reconstruct, deepcopy=lambda part, _: self(part))
+                twin = value if isinstance(parts, str) else copier(value, self._memo, *parts)
         except (_UnsoundError, UnsupportedModelError, RecursionError):
             raise
         except Exception:  # noqa: BLE001 - whatever a class raises that does not want to be copied
             return self._share(value)
         return self._share(value) if twin is value else self._put(value, twin)
 
-    def _rebuild(self, value: Any, parts: tuple[Any, ...]) -> Any:
-        """Make an object from the parts that ``__reduce_ex__`` returned."""
-        function, arguments, state, items, pairs = (*parts, None, None, None)[:5]
-        twin = self._put(value, function(*[self(argument) for argument in arguments]))
-        if state is not None:
-            state = self(state)
-            if hasattr(twin, "__setstate__"):
-                twin.__setstate__(state)
-            else:
-                content, slots = state if isinstance(state, tuple) else (state, None)
-                if content:
-                    twin.__dict__.update(content)
-                for key, item in (slots or {}).items():
-                    object.__setattr__(twin, key, item)
-        for item in items or ():
-            twin.append(self(item))
-        for key, item in pairs or ():
-            twin[self(key)] = self(item)
-        return twin
+    def _tokenizer(self, value: Tokenizer) -> Tokenizer:
+        """Return a tokenizer of the same vocabulary, with settings and added tokens of its own."""
+        twin = Tokenizer(value.model)
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if (original := getattr(value, part)) is not None:
+                setattr(twin, part, deepcopy(original))
+        for _, token in sorted(value.get_added_tokens_decoder().items()):
+            (twin.add_special_tokens if token.special else twin.add_tokens)([token])
+        twin.encode_special_tokens = value.encode_special_tokens
+        if value.truncation:
+            twin.enable_truncation(**value.truncation)
+        if value.padding:
+            twin.enable_padding(**value.padding)
+        return self._put(value, twin)  # type: ignore[no-any-return]
 
     def _share(self, value: Any) -> Any:
         """Keep an object that can't be copied, unless a module is reached through it."""
-        if leads_to_module([value]):
+        if leads_to_module(value):
             kind = f"one in an object that can't be copied ({type(value).__qualname__})"
             raise _UnsoundError("modules where a copy can replace them", kind)
         return self._put(value, value)
@@ -287,7 +254,7 @@ class Twins:
             if wrapper := _WRAPPERS.get(f"{base.__module__}.{base.__qualname__}"):
                 raise _UnsoundError("a module in Python", *wrapper)
             for key, value in vars(base).items():
-                if type(value) not in _OF_CLASSES and key[:2] != "__" and leads_to_module([value]):
+                if type(value) not in _OF_CLASSES and key[:2] != "__" and leads_to_module(value):
                     what = f"one in class attribute {key!r} of {base.__qualname__}"
                     raise _UnsoundError("modules that objects hold", what)
         self._classes.update(kind.__mro__)
@@ -307,17 +274,23 @@ _FAMILIES: dict[type, Callable[[Twins, Any], Any]] = {
     Tensor: Twins._tensor,
     nn.Module: Twins._module,
     weakref.ref: Twins._weak_reference,
+    Tokenizer: Twins._tokenizer,
 }
-_OF_CLASSES = _ATOMS | {
-    *(FunctionType, property, staticmethod, classmethod, frozenset, cached_property),
-    *(GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType),
-}
+_OF_CLASSES = _ATOMS | {FunctionType, property, staticmethod, classmethod}
 """Classes of what a class usually holds that is no module."""
 
 
-def leads_to_module(values: Iterable[Any]) -> bool:
-    """Tell whether a module is reached from any of the values, by strong references."""
-    waiting, seen = list(values), dict[int, Any]()  # keeps objects, so that no id is taken again
+def _names_in(code: CodeType) -> Iterator[str]:
+    """Yield the names that a function's code reads, with those of the functions within it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def leads_to_module(value: Any) -> bool:
+    """Tell whether a module is reached from a value, by strong references."""
+    waiting, seen = [value], dict[int, Any]()  # keeps objects, so that no id is taken again
     while waiting:
         item = waiting.pop()
         if isinstance(item, nn.Module):
@@ -333,22 +306,6 @@ def leads_to_module(values: Iterable[Any]) -> bool:
         else:
             waiting += gc.get_referents(item)
     return False
-
-
-def _tokenizer(value: Tokenizer) -> Tokenizer:
-    """Return a tokenizer over the same vocabulary, with settings and added tokens of its own."""
-    twin = Tokenizer(value.model)
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if (original := getattr(value, part)) is not None:
-            setattr(twin, part, deepcopy(original))
-    for _, token in sorted(value.get_added_tokens_decoder().items()):
-        (twin.add_special_tokens if token.special else twin.add_tokens)([token])
-    twin.encode_special_tokens = value.encode_special_tokens
-    if value.truncation:
-        twin.enable_truncation(**value.truncation)
-    if value.padding:
-        twin.enable_padding(**value.padding)
-    return twin
 
 
 _WRAPPERS = {
@@ -376,15 +333,14 @@ _MARKS = {
 """Attributes of modules that can't be copied -> who set them, and the way out."""
 
 
-def check_own(module: nn.Module, where: str) -> None:
-    """Refuse a module whose forward was set from outside, by the name of what set it."""
-    content = module.__dict__
+def check_own(module: nn.Module, error: Callable[[str, str, str], Exception]) -> None:
+    """Raise an error if a module's forward was set from outside, by the name of what set it."""
     for mark, (what, hint) in _MARKS.items():
-        if content.get(mark) is not None:
-            value = content[mark] if mark == "_hf_hook" else inspect.unwrap(content[mark])
+        if (value := module.__dict__.get(mark)) is not None:
+            value = value if mark == "_hf_hook" else inspect.unwrap(value)
             name = getattr(value, "__qualname__", type(value).__qualname__)
             actual = what.format(f"{value.__module__}.{name}")
-            raise UnsupportedModelError(where, "a module with its class's forward", actual, hint)
+            raise error("a module with its class's forward", actual, hint)
 
 
 def _unshare(module: nn.Module, *_: object) -> None:

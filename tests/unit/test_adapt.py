@@ -518,10 +518,7 @@ class Single(Uncopyable):
         return "SINGLE"
 
 
-def through_a_global():
-    def run(x):
-        return GLOBAL(x)
-
+def through_a_global(run):
     GLOBAL_MODEL.kept = run
     return GLOBAL_MODEL
 
@@ -537,7 +534,14 @@ REFUSED = {
     "a singleton": (lambda: Outside({"a": Single([GLOBAL])}), "'kept'.*Single"),
     "the class of an object": (lambda: Outside(class_attribute()()), "'kept'.*'shared' of Holder"),
     "its own class": (class_attribute(Outside), "Holder.*'shared' of Holder"),
-    "a global of a function": (through_a_global, "'kept'.*global 'GLOBAL'"),
+    "a global of a function": (
+        lambda: through_a_global(lambda x: 2 * GLOBAL(x)),
+        "'kept'.*global 'GLOBAL'",
+    ),
+    "a global of a function within": (
+        lambda: through_a_global(lambda x: sum(GLOBAL(row) for row in x)),
+        "'kept'.*global 'GLOBAL'",
+    ),
     "a lazy layer": (lambda: Outside(nn.LazyLinear(4)), "kept.*run it once"),
 }
 
