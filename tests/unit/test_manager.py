@@ -56,6 +56,13 @@ def messages(caplog):
     return read
 
 
+@requirement("R8.3")
+def test_the_cards_of_a_module_are_sorted_in_whatever_order_they_were_applied(manager):
+    manager.apply_card(card("law"))
+    manager.apply_card(card("docs"))
+    assert manager.injected == {"0": ("docs", "law")}
+
+
 @requirement("R3.1", "R3.8")
 def test_a_card_is_loaded_from_disk_and_known_but_not_applied(manager, model, tmp_path, messages):
     save(card(), tmp_path / "docs.lora.arrow")
