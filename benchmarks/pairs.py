@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from lora.models.layers import WIDE, LoRALinear
 from lora.testing.bench import shown
 
 Row = dict[str, Any]
@@ -216,6 +218,12 @@ def machine() -> dict[str, Any]:
         "load": [round(value, 1) for value in os.getloadavg()],
         "versions": versions,
     }
+
+
+def folded_bytes(model: nn.Module) -> int:
+    """The bytes of the weights that `lora.fold` forms."""
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, LoRALinear)]
+    return sum(weight.nbytes for weight in weights if weight.dtype in WIDE)
 
 
 def run(groups: Callable[[bool], Iterable[Iterable[Row]]], summary: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from lora.card import LoRACard, check_card
+from lora.card import LoRACard, LowRank, check_card
 from lora.errors import ShapeError, TargetError, UnboundWarning
 
 ALL_LINEAR = "all-linear"
@@ -81,11 +81,9 @@ class Injection:
     @property
     def unbound(self) -> str:
         """What the card names and the model lacks, as text; empty if there is nothing."""
-        parts = {
-            "targets not found": self.targets_not_found,
-            "weights not used": self.weights_not_used,
-        }
-        return "; ".join(f"{what}: {listed(names)}" for what, names in parts.items() if names)
+        targets, weights = self.targets_not_found, self.weights_not_used
+        parts = ("targets not found", targets), ("weights not used", weights)
+        return "; ".join(f"{what}: {listed(names)}" for what, names in parts if names)
 
 
 def matches(name: str, key: str) -> bool:
@@ -154,11 +152,7 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
             bound[module] = key
     bound = dict(sorted(bound.items()))
     for module, key in bound.items():
-        site, pair = sites[module], card.weights[key]
-        if (pair.in_features, pair.out_features) != (site.in_features, site.out_features):
-            expected = f"in -> out of {site.in_features} -> {site.out_features}"
-            actual = f"{pair.in_features} -> {pair.out_features}"
-            raise ShapeError(f"{where}: module {module!r}", expected, actual)
+        check_shape(sites[module], card.weights[key], f"{where}: module {module!r}")
     injection = Injection(
         name=card.name,
         bound=bound,
@@ -175,6 +169,13 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
         expected = "every target to be found and every weight to bind (strict)"
         raise TargetError(where, expected, injection.unbound)
     return injection
+
+
+def check_shape(linear: Any, pair: LowRank, where: str) -> None:
+    """Refuse a pair whose features are not those of a Linear, or of its `Site`."""
+    expected, actual = (f"{one.in_features} -> {one.out_features}" for one in (linear, pair))
+    if actual != expected:
+        raise ShapeError(where, f"in -> out of {expected}", actual)
 
 
 def require_bound(sites: Mapping[str, Site], plans: Iterable[tuple[LoRACard, Injection]]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora.card import Adapters, AdapterSet, LoRACard
+from lora.card import Adapters, AdapterSet, LoRACard, LowRank
 from lora.errors import (
     BaseModelError,
     ConflictError,
@@ -107,7 +107,6 @@ def bindings(
             name: layer.terms[card.name]
             for name, layer in modules.items()
             if isinstance(layer, LoRALinear) and card.name in layer.terms
-            if name == sites[name].owner
         }
         if existing not in ({}, terms):
             expected = "the card that the model already has under this name"
@@ -154,9 +153,7 @@ def build(
     weights = [linear.weight for linear in layers]
     folds = sum(weight.nbytes for weight in weights if weight.dtype in WIDE) <= fold_up_to
     make = folded if folds else LoRALinear
-    return _rewrite(
-        model, {layer: partial(make, layer, terms) for layer, (terms,) in layers.items()}
-    )
+    return _rewrite(model, make, {layer: terms for layer, (terms,) in layers.items()})
 
 
 def fold(model: M, *, narrow: bool = False) -> M:
@@ -178,13 +175,7 @@ def fold(model: M, *, narrow: bool = False) -> M:
     if kept:
         what = "layers of float16 or bfloat16 stay factored; fold(model, narrow=True) folds them"
         warn_unbound(f"fold: {kept} of {len(layers)} adapted {what}")
-    return _rewrite(model, {m: partial(folded, m, m.terms, narrow=narrow) for m in layers})
-
-
-def folded_bytes(model: nn.Module) -> int:
-    """Return the bytes of the weights that `fold` would form."""
-    weights = [layer.weight for layer in _adapted(model)]
-    return sum(weight.nbytes for weight in weights if weight.dtype in WIDE)
+    return _rewrite(model, partial(folded, narrow=narrow), layers)
 
 
 def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:
@@ -193,10 +184,8 @@ def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True)
     The model's forward passes `Segments` on to its Linears, as that of `InferenceCore` does.
     Segments name the sets by position.
     """
-    layers = _layers(model, sets, bindings(model, sets, check_base=check_base)).items()
-    return _rewrite(
-        model, {linear: partial(SegmentedLinear, linear, rows) for linear, rows in layers}
-    )
+    bound = bindings(model, sets, check_base=check_base)
+    return _rewrite(model, SegmentedLinear, _layers(model, sets, bound))
 
 
 def init_card(
@@ -219,20 +208,24 @@ def init_card(
     if not targeted:
         expected = f"modules that match {list(empty.target_modules)}"
         raise TargetError(f"card {name!r}", expected, "none in the model")
-    shapes = [(name, sites[name].in_features, sites[name].out_features) for name in targeted]
-    weights = {name: initial(rows, columns, empty.rank, rng) for name, rows, columns in shapes}
+    weights = {
+        module: initial(sites[module].in_features, sites[module].out_features, empty.rank, rng)
+        for module in targeted
+    }
     return replace(empty, weights=weights)
 
 
 def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
     """Return a model whose only trainable parameters are copies of the card's factors."""
     bound = bindings(model, [AdapterSet(card)])[0][card.name].bound
-    layers = {model.get_submodule(name): card.weights[key] for name, key in bound.items()}
+    layers: dict[nn.Linear, LowRank] = {
+        model.get_submodule(name): card.weights[key]  # type: ignore[misc]
+        for name, key in bound.items()
+    }
     if any(isinstance(layer, LoRALinear) for layer in layers):
         expected = "plain Linears to train on"
         raise UnsupportedModelError(f"card {card.name!r}", expected, "adapted ones", "fold it")
-    make = partial(TrainableLinear, dropout=dropout)
-    return _rewrite(model, {layer: partial(make, layer, pair) for layer, pair in layers.items()})
+    return _rewrite(model, partial(TrainableLinear, dropout=dropout), layers)
 
 
 def trained_card(model: nn.Module, card: LoRACard) -> LoRACard:
@@ -268,11 +261,10 @@ def linears(model: nn.Module) -> dict[str, Site]:
 
 
 def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Linear]]:
-    """Find every Linear of a model under each of its names, in one walk over the module tree."""
+    """Describe every Linear of a model under each of its names; return it by the first one too."""
     check_module(model)
     walk = list(model.named_modules(remove_duplicate=False))
-    modules = {name: module for name, module in walk if isinstance(module, nn.Linear)}
-    owners = {module: name for name, module in reversed(modules.items())}
+    owners = {module: name for name, module in reversed(walk) if isinstance(module, nn.Linear)}
     embeddings = {id(module.weight) for _, module in walk if isinstance(module, nn.Embedding)}
     # Modules below the first may have their weights used without being called.
     fused, unused = (
@@ -288,9 +280,10 @@ def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Linear]]:
             bypassed=name.startswith(fused + unused),
             unused=name.startswith(unused),
         )
-        for name, module in modules.items()
+        for name, module in walk
+        if isinstance(module, nn.Linear)
     }
-    return sites, modules
+    return sites, {name: module for module, name in owners.items()}
 
 
 def fingerprint(model: nn.Module, card: LoRACard) -> str:
@@ -303,12 +296,13 @@ def fingerprint(model: nn.Module, card: LoRACard) -> str:
 
 
 def _fingerprint(modules: Mapping[str, nn.Linear], bound: Mapping[str, str]) -> str:
+    def entry(key: str, module: nn.Linear) -> tuple[str, str, tuple[int, ...], Any]:
+        weight = module.weight.detach().cpu().contiguous()
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return key, dtype, tuple(weight.shape), weight.view(torch.uint8).numpy()
+
     keys = sorted((key, name) for name, key in bound.items())
-    weights = ((key, modules[name].weight.detach().cpu().contiguous()) for key, name in keys)
-    return fingerprint_of(
-        (key, str(w.dtype).removeprefix("torch."), tuple(w.shape), w.view(torch.uint8).numpy())
-        for key, w in weights
-    )
+    return fingerprint_of(entry(key, modules[name]) for key, name in keys)
 
 
 def uncalled(model: nn.Module, *inputs: Any, **options: Any) -> tuple[str, ...]:
@@ -316,7 +310,7 @@ def uncalled(model: nn.Module, *inputs: Any, **options: Any) -> tuple[str, ...]:
 
     The forward runs on a copy.
     """
-    copy = _rewrite(model, {m: partial(_Witness, m, m.terms) for m in _adapted(model)})
+    copy = _rewrite(model, _Witness, _adapted(model))
     with torch.no_grad():
         copy(*inputs, **options)
     return tuple(
@@ -334,9 +328,9 @@ class _Witness(LoRALinear):
         return super().forward(x)
 
 
-def _adapted(model: nn.Module) -> list[LoRALinear]:
+def _adapted(model: nn.Module) -> dict[nn.Linear, Terms]:
     check_module(model)
-    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+    return {layer: layer.terms for layer in model.modules() if isinstance(layer, LoRALinear)}
 
 
 def _layers(
@@ -354,8 +348,11 @@ def _layers(
     return layers
 
 
-def _rewrite(model: M, replacements: Mapping[nn.Module, Callable[..., nn.Module]]) -> M:
-    """Copy a module tree; a replacement makes what takes a module's place instead of a copy."""
+def _rewrite(model: M, make: Callable[..., nn.Module], arguments: Mapping[nn.Linear, object]) -> M:
+    """Copy a model; `make`, from a Linear and its argument, makes what takes the Linear's place."""
+    replacements: dict[nn.Module, Callable[..., nn.Module]] = {
+        layer: partial(make, layer, argument) for layer, argument in arguments.items()
+    }
     try:
         return Twins(model, replacements)(model)  # type: ignore[no-any-return]
     except RecursionError:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lora.card import LowRank
-from lora.checks import finite
-from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
+from lora.checks import finite, share
+from lora.errors import ArgumentError, UnsupportedModelError, shown
 from lora.factors import concat
 from lora.models.twins import Twins, check_own
-from lora.targets import callers, warn_unbound
+from lora.targets import callers, check_shape, warn_unbound
 
 Terms = dict[str, tuple[LowRank, float]]
 """Card name -> (pair, weight)."""
@@ -37,7 +37,22 @@ class NeverCalled(nn.Module):
     """A module that a model loads and saves but never calls: adapters have no effect in it."""
 
 
-class LoRALinear(nn.Linear):
+class _Factored(nn.Linear):
+    """A twin of a Linear, with factors in buffers named ``lora_…`` that a state dict leaves out."""
+
+    def __init__(self, base: nn.Linear, memo: Twins | None = None) -> None:
+        check_linear(base, "base")
+        memo = memo or Twins(base)
+        memo.fill(self, base)
+        self.notices = memo.notices
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        if any(name.startswith("lora_A") and a.numel() for name, a in self.named_buffers()):
+            _warn_of_saving(self.notices)
+        super()._save_to_state_dict(*arguments)
+
+
+class LoRALinear(_Factored):
     """``base(x) + Σ weight · scaling · (x @ A @ B)`` over any number of named terms, for inference.
 
     The terms are stacked into two buffers that the state dict leaves out.
@@ -66,19 +81,12 @@ class LoRALinear(nn.Linear):
     def __init__(
         self, base: nn.Linear, terms: Terms | None = None, memo: Twins | None = None
     ) -> None:
-        check_linear(base, "base")
-        memo = memo or Twins(base)
-        memo.fill(self, base)
-        self.notices = memo.notices
+        super().__init__(base, memo)
         self._set(terms or {})
 
     def load_weights(self, pair: LowRank, *, name: str = "default", weight: float = 1.0) -> None:
         """Set the term called `name`, in place of an earlier one of that name."""
         self._set({**self.terms, name: (pair, weight)})
-
-    def remove(self, name: str) -> None:
-        """Take one term away; an unknown name is no error."""
-        self._set({key: term for key, term in self.terms.items() if key != name})
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         if x.numel() > self.weight_side_threshold and self.weight.dtype in WIDE:
@@ -90,18 +98,13 @@ class LoRALinear(nn.Linear):
         out = F.linear(x, self.weight, self.bias)
         return add_low_rank(out, x, self.lora_A, self.lora_B) if self.lora_A.numel() else out
 
-    def _save_to_state_dict(self, *arguments: Any) -> None:
-        if self.lora_A.numel():
-            _warn_of_saving(self.notices)
-        super()._save_to_state_dict(*arguments)
-
     def _set(self, terms: Terms) -> None:
         for name, term in terms.items():
             if not isinstance(term, tuple) or len(term) != 2 or not isinstance(term[0], LowRank):
                 where = f"term {name!r} of a layer"
                 raise ArgumentError(where, "a LowRank and its weight", shown(term))
             finite(term[1], f"weight of term {name!r} of a layer", ArgumentError)
-            check_fit(self, term[0], name)
+            check_shape(self, term[0], f"factors {name!r} of a layer")
         a, b = stacked(terms, self.weight)
         self.terms = dict(sorted(terms.items()))
         # Measured: forming W + ΔW is cheaper once x and y have about twice as many elements as W.
@@ -112,21 +115,14 @@ class LoRALinear(nn.Linear):
         self.register_buffer("lora_B", b, persistent=False)
 
 
-class SegmentedLinear(nn.Linear):
+class SegmentedLinear(_Factored):
     """A Linear in which each run of rows of a batch has the terms of one of several sets."""
 
     def __init__(self, base: nn.Linear, sets: Sequence[Terms], memo: Twins | None = None) -> None:
-        check_linear(base, "base")
-        memo = memo or Twins(base)
-        memo.fill(self, base)
-        self.notices = memo.notices
+        super().__init__(base, memo)
         for index, terms in enumerate(sets):
             for name, factor in zip("AB", stacked(terms, self.weight), strict=True):
                 self.register_buffer(f"lora_{name}{index}", factor, persistent=False)
-
-    def _save_to_state_dict(self, *arguments: Any) -> None:
-        _warn_of_saving(self.notices)
-        super()._save_to_state_dict(*arguments)
 
     def forward(self, x: Tensor, segments: Segments = ()) -> Tensor:
         """Apply each segment's terms to its rows, counted in the first dimension of `x`."""
@@ -152,15 +148,14 @@ class TrainableLinear(nn.Linear):
         self, base: nn.Linear, pair: LowRank, *, dropout: float = 0.0, memo: Twins | None = None
     ) -> None:
         check_linear(base, "base")
-        check_fit(base, pair, "pair")
-        if not 0 <= dropout < 1:
-            raise ArgumentError("dropout", "a probability in [0, 1)", dropout)
+        check_shape(base, pair, "factors of a layer")
+        dropout = share(dropout, "dropout", "[0, 1)")
         (memo or Twins(base)).fill(self, base)
         self.scaling = 1.0 if pair.scaling is None else pair.scaling
         self.dropout = dropout
-        a, b = (torch.tensor(factor.astype(np.float32)) for factor in (pair.A, pair.B))
-        self.lora_A = nn.Parameter(a.to(self.weight.device))
-        self.lora_B = nn.Parameter(b.to(self.weight.device))
+        for name, factor in (("lora_A", pair.A), ("lora_B", pair.B)):
+            values = torch.tensor(factor.astype(np.float32), device=self.weight.device)
+            setattr(self, name, nn.Parameter(values))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         out = F.linear(x, self.weight, self.bias)
@@ -261,14 +256,6 @@ def check_linear(module: nn.Module, where: str) -> None:
         actual = f"{kind.__module__}.{kind.__qualname__}"
         hint = "adapt and fold the model first, then quantise or wrap its layers"
         raise UnsupportedModelError(where, expected, actual, hint)
-
-
-def check_fit(linear: nn.Linear, pair: LowRank, name: str) -> None:
-    """Refuse a pair whose shape is not the Linear's."""
-    expected = f"{linear.in_features} -> {linear.out_features}"
-    shape = f"{pair.in_features} -> {pair.out_features}"
-    if shape != expected:
-        raise ShapeError(f"factors {name!r} of a layer", f"in -> out of {expected}", shape)
 
 
 Uncalled = NeverCalled  # its earlier name
