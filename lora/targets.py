@@ -10,7 +10,7 @@ Requirements: R3, R7.
 import hashlib
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -178,7 +178,7 @@ def check_shape(linear: Any, pair: LowRank, where: str) -> None:
         raise ShapeError(where, f"in -> out of {expected}", actual)
 
 
-def require_bound(sites: Mapping[str, Site], plans: Iterable[tuple[LoRACard, Injection]]) -> None:
+def require_bound(sites: Mapping[str, Site], plans: Collection[tuple[LoRACard, Injection]]) -> None:
     """Refuse cards that bind nothing; then give one warning for each that binds in part.
 
     Args:
@@ -188,7 +188,6 @@ def require_bound(sites: Mapping[str, Site], plans: Iterable[tuple[LoRACard, Inj
     Raises:
         TargetError: A card binds to no module.
     """
-    plans = list(plans)
     for card, injection in plans:
         if not injection.bound:
             keys, targets = listed(card.weights, 3), listed(card.target_modules, 3)

@@ -128,15 +128,13 @@ def _check_fingerprint(
     if fingerprint == card.base_fingerprint:
         return
     where = f"card {card.name!r}"
-    if injection.weights_not_used:
-        missing = injection.weights_not_used
-        raise TargetError(
-            where,
+    if missing := injection.weights_not_used:
+        expected = (
             f"a targeted Linear for each of its {len(card.weights)} modules, because its base "
-            "fingerprint is made from all of them",
-            f"none for {len(missing)}: {listed(missing)}",
-            f"check_base=False adapts the other {len(injection.bound)}, with the base unchecked",
+            "fingerprint is made from all of them"
         )
+        hint = f"check_base=False adapts the other {len(injection.bound)}, with the base unchecked"
+        raise TargetError(where, expected, f"none for {len(missing)}: {listed(missing)}", hint)
     where = f"{where}: base model {card.base_model or ''}".rstrip()
     expected = f"weights with fingerprint {card.base_fingerprint}"
     raise BaseModelError(where, expected, fingerprint, "check_base=False waives this")

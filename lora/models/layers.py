@@ -37,8 +37,8 @@ class NeverCalled(nn.Module):
     """A module that a model loads and saves but never calls: adapters have no effect in it."""
 
 
-class _Factored(nn.Linear):
-    """A twin of a Linear, with factors in buffers named ``lora_…`` that a state dict leaves out."""
+class _Adapted(nn.Linear):
+    """A twin of a Linear; a state dict leaves factors in buffers out, which it warns of once."""
 
     def __init__(self, base: nn.Linear, memo: Twins | None = None) -> None:
         check_linear(base, "base")
@@ -52,7 +52,7 @@ class _Factored(nn.Linear):
         super()._save_to_state_dict(*arguments)
 
 
-class LoRALinear(_Factored):
+class LoRALinear(_Adapted):
     """``base(x) + Σ weight · scaling · (x @ A @ B)`` over any number of named terms, for inference.
 
     The terms are stacked into two buffers that the state dict leaves out.
@@ -115,7 +115,7 @@ class LoRALinear(_Factored):
         self.register_buffer("lora_B", b, persistent=False)
 
 
-class SegmentedLinear(_Factored):
+class SegmentedLinear(_Adapted):
     """A Linear in which each run of rows of a batch has the terms of one of several sets."""
 
     def __init__(self, base: nn.Linear, sets: Sequence[Terms], memo: Twins | None = None) -> None:
@@ -134,7 +134,7 @@ class SegmentedLinear(_Factored):
         return out
 
 
-class TrainableLinear(nn.Linear):
+class TrainableLinear(_Adapted):
     """A Linear with one pair of trainable float32 factors; gradients reach only these.
 
     The factors are cast to the input's dtype, so that a narrow base and autocast both work.
@@ -147,12 +147,10 @@ class TrainableLinear(nn.Linear):
     def __init__(
         self, base: nn.Linear, pair: LowRank, *, dropout: float = 0.0, memo: Twins | None = None
     ) -> None:
-        check_linear(base, "base")
+        super().__init__(base, memo)
         check_shape(base, pair, "factors of a layer")
-        dropout = share(dropout, "dropout", "[0, 1)")
-        (memo or Twins(base)).fill(self, base)
         self.scaling = 1.0 if pair.scaling is None else pair.scaling
-        self.dropout = dropout
+        self.dropout = share(dropout, "dropout", "[0, 1)")
         for name, factor in (("lora_A", pair.A), ("lora_B", pair.B)):
             values = torch.tensor(factor.astype(np.float32), device=self.weight.device)
             setattr(self, name, nn.Parameter(values))

@@ -42,7 +42,6 @@ _ATOMS = frozenset(
 
 _SHARED = (type, Enum, LowRank, LoRACard, AdapterSet)
 _SHARED_MODULES = ("_thread", "threading", "concurrent", "multiprocessing", "queue", "logging")
-_NO_TWIN = object()
 _EMPTY = frozenset({dict, OrderedDict, set, list})
 _TORCHS_OWN = frozenset(nn.Module().__dict__)
 
@@ -79,9 +78,8 @@ class Twins:
         kind = type(value)
         if kind in _ATOMS:
             return value
-        twin = self._memo.get(id(value), _NO_TWIN)
-        if twin is not _NO_TWIN:
-            return twin
+        if id(value) in self._memo:
+            return self._memo[id(value)]
         if copier := _COPIERS.get(kind):
             return copier(self, value)
         for family, copier in _FAMILIES.items():
@@ -260,7 +258,8 @@ class Twins:
         self._classes.update(kind.__mro__)
 
 
-_COPIERS: dict[type, Callable[[Twins, Any], Any]] = {
+_Copier = Callable[[Twins, Any], Any]
+_COPIERS: dict[type, _Copier] = {
     dict: Twins._dictionary,
     OrderedDict: Twins._dictionary,
     list: Twins._collection,
@@ -270,7 +269,7 @@ _COPIERS: dict[type, Callable[[Twins, Any], Any]] = {
     MethodType: Twins._method,
     BuiltinFunctionType: Twins._builtin,
 }
-_FAMILIES: dict[type, Callable[[Twins, Any], Any]] = {
+_FAMILIES: dict[type, _Copier] = {
     Tensor: Twins._tensor,
     nn.Module: Twins._module,
     weakref.ref: Twins._weak_reference,
@@ -345,6 +344,5 @@ def check_own(module: nn.Module, error: Callable[[str, str, str], Exception]) ->
 
 def _unshare(module: nn.Module, *_: object) -> None:
     """Give a module's tensors storage of their own; tensors that are tied stay tied."""
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None:
-            tensor.data = tensor.detach().clone()
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor.data = tensor.detach().clone()
