@@ -99,6 +99,7 @@ def convert(
     name: str | None = None,
     about: _About,
     alpha: float | None = None,
+    layout: str | None = None,
     overwrite: bool = False,
     exact: bool = False,
 ) -> Result:
@@ -109,6 +110,7 @@ def convert(
         out: *.arrow: a card; *.safetensors; else a PEFT folder.
         name: Name of the card; the source's if omitted.
         alpha: Of a .safetensors file that does not say it.
+        layout: Of a .safetensors file that fits both: linear or matrix.
         overwrite: Replace a PEFT folder that is there.
         exact: Of a PEFT folder: write alpha_pattern and rank_pattern, and round nothing.
     """
@@ -117,7 +119,7 @@ def convert(
 
     ending = out.suffix.lower()
     with progress_bar(f"converting {source}") as progress:
-        card = about.of(_read_card(source, name, alpha))
+        card = about.of(_read_card(source, name, **present(alpha=alpha, layout=layout)))
         progress(1, 2)
         if ending == ".arrow":
             lora.save(card, out)
@@ -287,15 +289,15 @@ def extract(
     return Result(facts, "\n".join(lines))
 
 
-def _read_card(source: Path, name: str | None = None, alpha: float | None = None) -> "LoRACard":
+def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACard":
     """Read a card file, a PEFT folder or a safetensors file."""
     from lora.interop.peft import import_peft
     from lora.interop.safetensors import load_safetensors
 
     if source.suffix.lower() == ".safetensors" and not source.is_dir():
-        return load_safetensors(source, name=name, alpha=alpha)
-    if alpha is not None:
-        raise ArgumentError("--alpha", "a .safetensors file as the source", str(source))
+        return load_safetensors(source, name=name, **options)
+    for option in options:
+        raise ArgumentError(f"--{option}", "a .safetensors file as the source", str(source))
     if source.is_dir():
         return import_peft(source, name=name)
     card = lora.load(source)

@@ -34,6 +34,7 @@ LAYOUTS = ("linear", "matrix")
 Pairs = dict[str, tuple[Array, Array]]
 Header = Mapping[str, str]
 
+_SAY = "say it to load_safetensors or lora convert:"
 _CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[ab])(?:\.weight)?")
 
@@ -127,8 +128,7 @@ def load_safetensors(
             header = {**_beside(path.parent), **header}
         alpha = _stated(header, "alpha", float, alpha)
         if alpha is None:
-            expected, hint = "a number in the header", "say it: alpha=, on the command line --alpha"
-            raise CardFileError("alpha", expected, "none", hint)
+            raise CardFileError("alpha", "a number in the header", "none", f"{_SAY} `alpha=...`")
         rank = _stated(header, "rank", int)
         stated = header.get("lora.layout")
         if layout and stated not in (None, layout):
@@ -298,7 +298,7 @@ def _oriented(pairs: Pairs, layout: str | None, rank: int | None) -> Pairs:
         shapes = shown({module: (a.shape, b.shape) for module, (a, b) in pairs.items()})
         expected = f"shapes of one layout ({layout or 'either'}), largest rank {rank or 'r'}"
         problem = f"{shapes}, which fit {'both' if best else 'none'}"
-        raise CardFileError("factors", expected, problem, f"pass layout=, one of {LAYOUTS}")
+        raise CardFileError("factors", expected, problem, f"{_SAY} `layout=...`, one of {LAYOUTS}")
     return readings[best[0]]
 
 

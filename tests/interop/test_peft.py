@@ -8,7 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForTokenClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -20,7 +26,9 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConf
 from lora.card import DTYPES, LoRACard, LowRank
 from lora.errors import CardFileError
 from lora.factors import delta
+from lora.files import load, save
 from lora.interop.peft import _by_pattern, _targeted, export_peft, import_peft
+from lora.merging import merge
 from lora.models.adapt import adapt, injections
 from lora.testing.plugin import requirement
 
@@ -353,6 +361,29 @@ def test_a_sentence_transformer_adapted_here_embeds_as_with_peft(model_folder, t
     wrapped[0].auto_model = PeftModel.from_pretrained(wrapped[0].auto_model, folder).eval()
     assert np.abs(wrapped.encode(texts) - found).max() <= bound
     assert np.array_equal(peer.encode(texts), before)
+
+
+@requirement("R26.7")
+def test_the_task_survives_a_merge_so_that_peft_finds_base_and_task(tmp_path):
+    small(llama).save_pretrained(tmp_path / "base")
+    cards = []
+    for name, targets in (("docs", ["q_proj"]), ("law", ["up_proj"])):
+        options = {"target_modules": targets, "task_type": "CAUSAL_LM"}
+        made(
+            lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / name, **options
+        )
+        cards.append(import_peft(tmp_path / name))
+    save(merge(cards), tmp_path / "both.lora.arrow")
+    export_peft(load(tmp_path / "both.lora.arrow"), tmp_path / "both")
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "both").double().eval()
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base").double()
+    for card in cards:
+        for name, pair in card.weights.items():
+            change = torch.from_numpy(delta(pair, dtype=np.float64)) / 2
+            base.get_submodule(name).weight.data += change
+    assert gap(output(theirs), output(base)) <= AGREEMENT
+    with pytest.raises(ValueError, match="PeftModelForCausalLM"):
+        AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "both")
 
 
 @requirement("R23.2")

@@ -81,7 +81,7 @@ def test_the_layout_that_the_shapes_contradict_is_refused(path):
 
 @requirement("R23.5")
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (1, 1, 1)])
-def test_square_factors_are_never_guessed(path, sizes):
+def test_square_factors_are_never_guessed(path, here, sizes):
     square = pair(*sizes)
     save_file(tensors({"q": square}, "linear"), path)
     assert "layout=" in refused(path, alpha=8)
@@ -90,6 +90,14 @@ def test_square_factors_are_never_guessed(path, sizes):
     for layout, factor in (("linear", square.A), ("matrix", square.A.T)):
         read = load_safetensors(path, alpha=8, layout=layout).weights["q"].A
         assert read.tobytes() == np.ascontiguousarray(factor).tobytes()
+        line = ("convert", path, "-o", path.with_name("x.arrow"), "--alpha", 8)
+        status, _, problem = here(*line)
+        assert (status, "lora convert: --layout, one of ('linear', 'matrix')" in problem) == (
+            1,
+            True,
+        )
+        assert here(*line, "--layout", layout)[0] == 0
+        assert load(path.with_name("x.arrow")).weights["q"].A.tobytes() == read.tobytes()
 
 
 @requirement("R23.5")
