@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from lora.card import DTYPES, FIELD_KEYS, Array, FrozenJSON, LoRACard, LowRank, check_card
-from lora.checks import parse_json
+from lora.checks import naming, parse_json, require
 from lora.errors import ArgumentError, CardError, CardFileError, shown
 
 FORMAT_VERSION = (1, 0)
@@ -64,16 +64,8 @@ class Header:
     extra: FrozenJSON
     format_version: tuple[int, int]
     modules: Mapping[str, ModuleInfo]
-
-    @property
-    def num_params(self) -> int:
-        """Number of elements in all factors."""
-        return sum(m.rank * (m.in_features + m.out_features) for m in self.modules.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all factors."""
-        return self.num_params * DTYPES[self.dtype].itemsize
+    num_params: int
+    nbytes: int
 
 
 def schema_of(dtype: str) -> pa.Schema:
@@ -109,19 +101,26 @@ def card_to_table(card: LoRACard) -> pa.Table:
     ]
     fields = {
         "lora.format": ".".join(map(str, FORMAT_VERSION)),
+        "lora.dtype": card.dtype.name,
+        **texts_of(card),
+        **card.extra,
+    }
+    batch = pa.record_batch(columns, schema=schema.with_metadata(dict(sorted(fields.items()))))
+    return pa.Table.from_batches([batch])
+
+
+def texts_of(card: LoRACard) -> dict[str, str]:
+    """Return the card's fields, except weights and extra, as the texts of a file's metadata."""
+    texts = {
         "lora.name": card.name,
         "lora.rank": str(card.rank),
         "lora.alpha": repr(card.alpha),
         "lora.targets": json.dumps(card.target_modules, ensure_ascii=False, separators=(",", ":")),
-        "lora.dtype": card.dtype.name,
         "lora.metadata": FrozenJSON(card.metadata).text,
         "lora.base_model": card.base_model,
         "lora.base_fingerprint": card.base_fingerprint,
-        **card.extra,
     }
-    fields = {key: fields[key] for key in sorted(fields) if fields[key] is not None}
-    batch = pa.record_batch(columns, schema=schema.with_metadata(fields))
-    return pa.Table.from_batches([batch])
+    return {key: text for key, text in texts.items() if text is not None}
 
 
 def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
@@ -159,9 +158,11 @@ def read_header(batch: pa.RecordBatch) -> Header:
     }
     fields = {**vars(card), "modules": MappingProxyType(modules)}
     del fields["weights"]
-    return Header(**fields, dtype=card.dtype.name, format_version=version)
+    sizes = {"num_params": card.num_params, "nbytes": card.nbytes}
+    return Header(**fields, **sizes, dtype=card.dtype.name, format_version=version)
 
 
+@naming("card table")
 def _read(batch: pa.RecordBatch) -> tuple[tuple[int, int], LoRACard]:
     """Check a validated batch; return its format version and its card."""
     try:
@@ -169,55 +170,47 @@ def _read(batch: pa.RecordBatch) -> tuple[tuple[int, int], LoRACard]:
         texts = {key.decode(): value.decode() for key, value in metadata.items()}
         version = _version(texts)
         for key in sorted(FIELD_KEYS - texts.keys() - {"lora.base_model", "lora.base_fingerprint"}):
-            where, keys = "card table: schema metadata", shown(sorted(texts))
-            raise CardFileError(where, f"the key {key!r}", f"only {keys}")
+            keys = f"only {shown(sorted(texts))}"
+            raise CardFileError("schema metadata", f"the key {key!r}", keys)
         for key, form in (("lora.rank", _INTEGER), ("lora.alpha", _DECIMAL)):
-            if not form.fullmatch(texts[key]):
-                raise CardFileError(f"card table: {key}", "a number", shown(texts[key]))
-        targets = parse_json(texts["lora.targets"], "card table: lora.targets", list)
+            require(form.fullmatch(texts[key]) is not None, key, "a number", texts[key])
+        targets = parse_json(texts["lora.targets"], "lora.targets", list)
         return version, LoRACard(
             name=texts["lora.name"],
             rank=int(texts["lora.rank"]),
             alpha=float(texts["lora.alpha"]),
             target_modules=tuple(targets),
             weights=_pairs_in(batch, texts["lora.dtype"]),
-            metadata=parse_json(texts["lora.metadata"], "card table: lora.metadata", dict),
+            metadata=parse_json(texts["lora.metadata"], "lora.metadata", dict),
             base_model=texts.get("lora.base_model"),
             base_fingerprint=texts.get("lora.base_fingerprint"),
             extra={key: text for key, text in texts.items() if key not in FIELD_KEYS},
         )
-    except CardError as error:
-        raise CardFileError(error.where, error.expected, error.found, error.hint) from error
     except UnicodeDecodeError as error:
-        raise CardFileError("card table: schema", "UTF-8 text", error) from error
+        raise CardFileError("schema", "UTF-8 text", error) from error
 
 
 def _version(texts: dict[str, str]) -> tuple[int, int]:
     text = texts.get("lora.format", "")
     version = _VERSION.fullmatch(text)
     if version is None:
-        raise CardFileError("card table: lora.format", "a version major.minor", shown(text))
+        raise CardFileError("lora.format", "a version major.minor", shown(text))
     if int(version[1]) != FORMAT_VERSION[0]:
         expected = f"major version {FORMAT_VERSION[0]}"
-        raise CardFileError("card table: lora.format", expected, text, "update lora-cards")
+        raise CardFileError("lora.format", expected, text, "update lora-cards")
     return int(version[1]), int(version[2])
 
 
 def _pairs_in(batch: pa.RecordBatch, dtype: str) -> dict[str, LowRank]:
-    if dtype not in DTYPES:
-        raise CardFileError("card table: lora.dtype", f"one of {', '.join(DTYPES)}", shown(dtype))
+    require(dtype in DTYPES, "lora.dtype", f"one of {', '.join(DTYPES)}", dtype)
     names, scalings, *columns = _columns(batch, dtype)
     factors = (_factors(*column, DTYPES[dtype]) for column in zip(columns, "AB", strict=True))
     weights: dict[str, LowRank] = {}
     rows = zip(names.to_pylist(), scalings.to_pylist(), *factors, strict=True)
     for name, scaling, a_factor, b_factor in rows:
-        if name in weights:
-            raise CardFileError("card table: column 'module'", "each module once", shown(name))
-        try:
+        require(name not in weights, "column 'module'", "each module once", name)
+        with naming(f"module {shown(name)}"):
             weights[name] = LowRank(a_factor, b_factor, scaling)
-        except CardError as error:
-            where = f"card table: module {shown(name)}: {error.where}"
-            raise CardError(where, error.expected, error.found) from error
     return weights
 
 
@@ -231,13 +224,13 @@ def _known_schemas(dtype: str) -> tuple[pa.Schema, pa.Schema]:
 def _columns(batch: pa.RecordBatch, dtype: str) -> list[pa.Array]:
     """Return the columns' storage; refuse other columns, nulls, and bytes in two buffers."""
     expected, read_back = _known_schemas(dtype)
-    if batch.schema.names != expected.names:
-        raise CardFileError("card table: columns", expected.names, shown(batch.schema.names))
+    names = batch.schema.names
+    require(names == expected.names, "columns", str(expected.names), names)
     columns, buffers = [], []
     for ours, read, field, column in zip(
         expected, read_back, batch.schema, batch.columns, strict=True
     ):
-        where = f"card table: column {ours.name!r}"
+        where = f"column {ours.name!r}"
         storage = column.storage if isinstance(column, pa.ExtensionArray) else column
         if not _declares(field, ours, read) or _plain(storage.type) != ours.type:
             types = [f"{f.type}, {f.metadata or {}}" for f in (ours, field)]
@@ -249,7 +242,7 @@ def _columns(batch: pa.RecordBatch, dtype: str) -> list[pa.Array]:
         buffers += [buffer for buffer in storage.buffers() if buffer]
     spans = sorted((buffer.address, buffer.address + buffer.size) for buffer in buffers)
     if any(end > start for (_, end), (start, _) in pairwise(spans)):
-        raise CardFileError("card table: buffers", "separate bytes for each", "two that overlap")
+        raise CardFileError("buffers", "separate bytes for each", "two that overlap")
     return columns
 
 
@@ -284,7 +277,7 @@ def _factors(column: pa.StructArray, name: str, dtype: np.dtype[Any]) -> Iterato
     shapes = np.from_dlpack(shape.flatten()).astype(np.int64).reshape(-1, 2)
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
         expected = "positive shapes, each as long as its data"
-        raise CardFileError(f"card table: column {name!r}", expected, "others")
+        raise CardFileError(f"column {name!r}", expected, "others")
     flat = np.from_dlpack(data.values).view(dtype)
     flat = flat if flat.flags.aligned else flat.copy()
     flat.flags.writeable = False

@@ -17,17 +17,15 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from lora.checks import finite, is_digest
+from lora.checks import finite, is_digest, require
 from lora.errors import ArgumentError, CardError, ConflictError, shown
 
 Array: TypeAlias = npt.NDArray[Any]
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
-        "float16": np.dtype(np.float16),
-        "float32": np.dtype(np.float32),
-        "float64": np.dtype(np.float64),
-        "bfloat16": np.dtype(ml_dtypes.bfloat16),
+        kind.__name__: np.dtype(kind)
+        for kind in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
     }
 )
 """The dtypes that a card may have, by the name in its file."""
@@ -79,7 +77,7 @@ class FrozenJSON(Mapping[str, Any]):
         if isinstance(values, FrozenJSON):
             text = values.text
         else:
-            _require(isinstance(values, Mapping), where, "a JSON object", values)
+            require(isinstance(values, Mapping), where, "a JSON object", values)
             _check_nesting(values, where)
             try:
                 text = _encode(dict(values))
@@ -133,7 +131,7 @@ class LowRank:
         if a.dtype != b.dtype:
             raise CardError("factor B", f"A's dtype {a.dtype}", b.dtype, "a card has one dtype")
         expected = f"shape (r, out) with A's r = {a.shape[1]}"
-        _require(a.shape[1] == b.shape[0], "factor B", expected, b.shape)
+        require(a.shape[1] == b.shape[0], "factor B", expected, b.shape)
         vars(self).update(A=a, B=b)
         if self.scaling is not None:
             vars(self)["scaling"] = finite(self.scaling, "scaling") + 0.0  # -0.0 becomes 0.0
@@ -157,11 +155,6 @@ class LowRank:
     def dtype(self) -> np.dtype[Any]:
         """The factors' dtype."""
         return self.A.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.A.nbytes + self.B.nbytes
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LowRank):
@@ -219,24 +212,25 @@ class LoRACard:
 
     def __post_init__(self) -> None:
         name, rank, base, digest = self.name, self.rank, self.base_model, self.base_fingerprint
-        _require(_printable(name) and name != "", "card name", "non-empty printable text", name)
+        require(_printable(name) and name != "", "card name", "non-empty printable text", name)
         where = f"card {shown(name)}"
         is_integer = isinstance(rank, Integral) and not isinstance(rank, bool)
         is_rank = is_integer and 1 <= rank <= MAX_RANK
-        _require(is_rank, f"{where}: rank", f"an integer >= 1 and <= {MAX_RANK}", rank)
+        require(is_rank, f"{where}: rank", f"an integer >= 1 and <= {MAX_RANK}", rank)
         alpha = finite(self.alpha, f"{where}: alpha")
-        is_fingerprint = digest is None or is_digest(digest)
-        for key, holds, expected in (
-            ("alpha", alpha > 0, "a finite number > 0"),
-            ("base_model", base is None or _printable(base), "printable text or None"),
-            ("base_fingerprint", is_fingerprint, "64 lower-case hex digits or None"),
-        ):
-            _require(holds, f"{where}: {key}", expected, getattr(self, key))
+        require(alpha > 0, f"{where}: alpha", "a finite number > 0", self.alpha)
+        is_base = base is None or _printable(base)
+        require(is_base, f"{where}: base_model", "printable text or None", base)
+        expected, is_fingerprint = (
+            "64 lower-case hex digits or None",
+            digest is None or is_digest(digest),
+        )
+        require(is_fingerprint, f"{where}: base_fingerprint", expected, digest)
         extra = FrozenJSON(self.extra, f"{where}: extra")
         for key, value in json.loads(extra.text).items():
             expected = "text values, under keys that are not the card's own fields"
             is_extra = isinstance(value, str) and key not in FIELD_KEYS
-            _require(is_extra, f"{where}: extra", expected, {key: value})
+            require(is_extra, f"{where}: extra", expected, {key: value})
         vars(self).update(
             rank=int(rank),
             alpha=alpha,
@@ -417,11 +411,6 @@ def _factor(array: Array, which: str) -> Array:
     return array
 
 
-def _require(holds: bool, where: str, expected: str, value: object) -> None:  # noqa: FBT001
-    if not holds:
-        raise CardError(where, expected, shown(value))
-
-
 def _printable(value: object) -> bool:
     return isinstance(value, str) and value.isprintable()
 
@@ -431,8 +420,8 @@ def _targets(targets: Iterable[str] | str, where: str) -> tuple[str, ...]:
     if isinstance(targets, str) or not isinstance(targets, Iterable):
         targets = (targets,)
     names = tuple(targets)
-    _require(all(map(_printable, names)), where, "printable names", names)
-    _require(len(set(names)) == len(names), where, "each target once", names)
+    require(all(map(_printable, names)), where, "printable names", names)
+    require(len(set(names)) == len(names), where, "each target once", names)
     return tuple(sorted(names)) if isinstance(targets, set | frozenset) else names
 
 
@@ -441,11 +430,11 @@ def _scaled_pairs(
 ) -> Mapping[str, LowRank]:
     """Return the pairs with their scalings, sorted by module."""
     expected = "a mapping of module name to LowRank"
-    _require(isinstance(weights, Mapping), f"{where}: weights", expected, weights)
+    require(isinstance(weights, Mapping), f"{where}: weights", expected, weights)
     pairs: dict[str, LowRank] = {}
     for module, pair in weights.items():
         place, expected = f"{where}: module {shown(module)}", "a printable name and a LowRank"
-        _require(_printable(module) and isinstance(pair, LowRank), place, expected, pair)
+        require(_printable(module) and isinstance(pair, LowRank), place, expected, pair)
         if pair.scaling is None and pair.rank != rank:
             expected = f"the card's rank {rank}, or an explicit scaling"
             raise CardError(place, expected, f"rank {pair.rank} without a scaling")
@@ -455,7 +444,7 @@ def _scaled_pairs(
         raise CardError(f"{where}: weights", "one dtype", " and ".join(sorted(map(str, dtypes))))
     largest = max((pair.rank for pair in pairs.values()), default=rank)
     expected = f"the largest rank of its modules, {largest}"
-    _require(largest == rank, f"{where}: rank", expected, rank)
+    require(largest == rank, f"{where}: rank", expected, rank)
     return MappingProxyType(dict(sorted(pairs.items())))
 
 
@@ -467,7 +456,7 @@ def _check_nesting(value: object, where: str, level: int = 1) -> None:
         raise CardError(where, f"at most {MAX_DEPTH} levels of nesting", "more")
     if isinstance(value, Mapping):
         for key in value:
-            _require(isinstance(key, str), where, "a JSON object with text keys", key)
+            require(isinstance(key, str), where, "a JSON object with text keys", key)
         value = value.values()
     for item in value:
         _check_nesting(item, where, level + 1)

@@ -7,8 +7,8 @@ import json
 import math
 import operator
 import re
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from numbers import Complex, Real
 from typing import Any, TypeVar
 
@@ -27,6 +27,28 @@ _SEMVER = re.compile(
     r"(\+[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?",
     re.ASCII,
 )
+
+
+def require(
+    holds: bool,  # noqa: FBT001
+    where: str,
+    expected: str,
+    value: object,
+    hint: str = "",
+) -> None:
+    """Raise `CardError` unless something holds of a value."""
+    if not holds:
+        raise CardError(where, expected, shown(value), hint)
+
+
+@contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Put the file, or the part of it, in front of the place that a `CardError` names."""
+    try:
+        yield
+    except CardError as error:
+        place = f"{where}: {error.where}"
+        raise CardFileError(place, error.expected, error.found, error.hint) from error
 
 
 def finite(value: object, where: str, kind: type[CardError | ArgumentError] = CardError) -> float:

@@ -31,10 +31,9 @@ from lora.arrow_format import (
     table_to_card,
 )
 from lora.card import LoRACard
-from lora.checks import is_digest
+from lora.checks import is_digest, naming
 from lora.errors import (
     ArgumentError,
-    CardError,
     CardFileError,
     CardNotFoundError,
     LoRAError,
@@ -148,16 +147,6 @@ def os_errors(path: Path) -> Iterator[None]:
         raise CardNotFoundError(str(path), "an existing path", f"nothing at {missing}") from error
     except (OSError, ValueError) as error:
         raise StoreError(str(path), "a file that can be read or written", error) from error
-
-
-@contextmanager
-def naming(where: object) -> Iterator[None]:
-    """Put the file, or the part of it, in front of the place that a `CardError` names."""
-    try:
-        yield
-    except CardError as error:
-        place = f"{where}: {error.where}"
-        raise CardFileError(place, error.expected, error.found, error.hint) from error
 
 
 @contextmanager

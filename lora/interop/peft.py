@@ -18,9 +18,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lora.card import LoRACard, check_card
-from lora.checks import JSON_NAMES, finite
+from lora.checks import JSON_NAMES, finite, naming, require
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, shown
-from lora.files import PathLike, as_path, naming, os_errors, replacing
+from lora.files import PathLike, as_path, os_errors, replacing
 from lora.interop.safetensors import (
     CONFIG,
     Pairs,
@@ -76,6 +76,12 @@ _FORMATS = {
 """A key of a configuration, or the name of a file -> (what the folder holds, the way to go)."""
 
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_UNREAD = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"),
+    *("peft_version", "qalora_group_size", "revision", "runtime_config"),
+)
+"""Fields that are not read, or of no effect on what is computed."""
+
 _FLAG, _NAMES, _SETTINGS = (True, False), (None, str, (list, str)), (None, dict)
 
 _FIELDS: Mapping[str, tuple[Any, ...]] = {
@@ -109,15 +115,7 @@ _FIELDS: Mapping[str, tuple[Any, ...]] = {
     "eva_config": _SETTINGS,
     "corda_config": _SETTINGS,
     "lora_ga_config": _SETTINGS,
-    # not read, or of no effect on what is computed
-    "auto_mapping": (...,),
-    "base_model_name_or_path": (...,),
-    "inference_mode": (...,),
-    "megatron_core": (...,),
-    "peft_version": (...,),
-    "qalora_group_size": (...,),
-    "revision": (...,),
-    "runtime_config": (...,),
+    **dict.fromkeys(_UNREAD, (...,)),
 }
 """Field -> what it may be in plain LoRA: a value, a type, a container with the types of its items,
 or anything. A field that is not listed, known to PEFT today or not, must be null or false."""
@@ -172,8 +170,7 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
         raise CardFileError(str(folder), WEIGHTS, PICKLE, hint)
     pairs, header = read_pairs(folder / WEIGHTS, _KEY, _ADVICE)
     with naming(folder):
-        if not pairs:
-            raise CardFileError(WEIGHTS, "at least one pair of factors", "none")
+        require(bool(pairs), WEIGHTS, "at least one pair of factors", pairs)
         weights = {
             m: pair_of(m, a.T, b.T, _scaling(config, m, len(a))) for m, (a, b) in pairs.items()
         }
@@ -286,14 +283,14 @@ def _check_plain(config: Config) -> None:
             hint = _HINTS.get(key, "only plain LoRA can be a card")
             expected = " or ".join(map(_called, allowed))
             raise CardFileError(key, expected, shown(value), hint)
-    if config.get("lora_dropout", 0) > 1:
-        raise CardFileError("lora_dropout", "a number <= 1", config["lora_dropout"])
+    dropout = config.get("lora_dropout", 0)
+    require(dropout <= 1, "lora_dropout", "a number <= 1", dropout)
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     pattern = config.get("layers_pattern")
     is_pattern = isinstance(targets, str)
-    if (layers is None and pattern) or (is_pattern and (layers, pattern) != (None, None)):
-        expected = "a list of target_modules where layers_to_transform chooses layers"
-        raise CardFileError("layers", expected, shown((targets, layers, pattern)))
+    lone = (layers is None and pattern) or (is_pattern and (layers, pattern) != (None, None))
+    expected = "a list of target_modules where layers_to_transform chooses layers"
+    require(not lone, "layers", expected, (targets, layers, pattern))
 
 
 def _is_a(value: Any, alternative: Any) -> bool:

@@ -16,10 +16,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from lora.arrow_format import texts_of
 from lora.card import Array, FrozenJSON, LoRACard, LowRank, check_card
-from lora.checks import finite, parse_json
+from lora.checks import choice, finite, naming, parse_json, require
 from lora.errors import ArgumentError, CardFileError, shown
-from lora.files import PathLike, as_path, digest, naming, os_errors, replacing
+from lora.files import PathLike, as_path, digest, os_errors, replacing
 from lora.interop.weights import open_safetensors
 
 CONFIG = "adapter_config.json"
@@ -72,8 +73,7 @@ def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") 
         True
     """
     check_card(card)
-    if layout not in LAYOUTS:
-        raise ArgumentError("layout", f"one of {LAYOUTS}", shown(layout))
+    choice(layout, "layout", LAYOUTS)
     tensors = {}
     for module, pair in card.weights.items():
         prefix = f"{module}." if module else ""
@@ -82,9 +82,6 @@ def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") 
     scalings = {module: pair.scaling for module, pair in card.weights.items()}
     header = {
         **header_of(card),
-        "lora.rank": str(card.rank),
-        "lora.alpha": repr(card.alpha),
-        "lora.targets": json.dumps(card.target_modules, ensure_ascii=False),
         "lora.scalings": json.dumps(scalings),
         "lora.layout": layout,
     }
@@ -120,8 +117,8 @@ def load_safetensors(
     path = as_path(path)
     if alpha is not None:
         finite(alpha, "alpha", ArgumentError)
-    if layout not in (None, *LAYOUTS):
-        raise ArgumentError("layout", f"one of {LAYOUTS}", shown(layout))
+    if layout is not None:
+        choice(layout, "layout", LAYOUTS)
     pairs, header = read_pairs(path, _KEY, {"lora_": "of PEFT? import its folder instead"})
     with naming(path):
         if "lora.alpha" not in header:
@@ -131,8 +128,9 @@ def load_safetensors(
             raise CardFileError("alpha", "a number in the header", "none", f"{_SAY} `alpha=...`")
         rank = _stated(header, "rank", int)
         stated = header.get("lora.layout")
-        if layout and stated not in (None, layout):
-            raise CardFileError("layout", f"{stated}, as the file states", layout, "do not pass it")
+        if layout and stated:
+            expected, hint = f"{stated}, as the file states", "do not pass it"
+            require(layout == stated, "layout", expected, layout, hint)
         pairs = _oriented(pairs, layout or stated, rank)
         scalings = _json(header, "lora.scalings", {})
         weights = {m: pair_of(m, a, b, scalings.get(m)) for m, (a, b) in pairs.items()}
@@ -167,8 +165,8 @@ def read_pairs(
                 hint = next((text for part, text in advice.items() if part in name), "")
                 if form:
                     hint = f"{form} can't be a card: use lora extract on a model it is merged into"
-                problem = form or "something else"
-                raise CardFileError(where, "a factor A or B of a Linear", problem, hint)
+                expected = "a factor A or B of a Linear"
+                raise CardFileError(where, expected, form or "something else", hint)
             adapters.add(match.groupdict().get("adapter"))
             module, factor = match["module"] or "", match["factor"].upper()
             if names.setdefault(module, {}).setdefault(factor, name) != name:
@@ -178,17 +176,11 @@ def read_pairs(
             if dtype not in _CODES.values() or len(shape) != 2:
                 expected = f"two dimensions and a dtype of {', '.join(_CODES)}"
                 raise CardFileError(where, expected, f"shape {shape} of {dtype}")
-        if len(adapters - {None}) > 1:
-            expected = "the factors of one adapter"
-            raise CardFileError("tensors", expected, f"those of {shown(adapters)}")
+        require(len(adapters - {None}) < 2, "tensors", "the factors of one adapter", adapters)
+        pairs: Pairs = {}
         for module, factors in names.items():
-            if len(factors) < 2:
-                where = f"module {shown(module)}"
-                raise CardFileError(where, "factors A and B", f"only {list(factors)}")
-        pairs = {
-            module: (file.get_tensor(factors["A"]), file.get_tensor(factors["B"]))
-            for module, factors in names.items()
-        }
+            require(len(factors) == 2, f"module {shown(module)}", "factors A and B", [*factors])
+            pairs[module] = file.get_tensor(factors["A"]), file.get_tensor(factors["B"])
         return pairs, file.metadata() or {}
 
 
@@ -214,19 +206,12 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Array], metadata: Header
 
 
 def header_of(card: LoRACard) -> dict[str, str]:
-    """Return what the header of every form holds: name, metadata, extra, base and fingerprint."""
-    header = {
-        "lora.name": card.name,
-        "lora.metadata": FrozenJSON(card.metadata).text,
-        "lora.extra": FrozenJSON(card.extra).text,
-        "lora.base_model": card.base_model,
-        "lora.base_fingerprint": card.base_fingerprint,
-    }
-    return {key: text for key, text in header.items() if text is not None}
+    """Return what the header of every form holds: the card's fields, but for its weights."""
+    return {**texts_of(card), "lora.extra": FrozenJSON(card.extra).text}
 
 
 def fields_of(header: Header) -> dict[str, Any]:
-    """Return the card's fields, except the name, that `header_of` wrote."""
+    """Return those fields of the card that only a header written by `header_of` has."""
     return {
         "metadata": _json(header, "lora.metadata", {}),
         "extra": _json(header, "lora.extra", {}),
@@ -281,9 +266,8 @@ def _stated(header: Header, key: str, kind: type, argument: Any = None) -> Any:
         value = kind(text)
     except ValueError as error:
         raise CardFileError(f"header: {key}", f"{kind.__name__}", shown(text)) from error
-    if argument not in (None, value):
-        expected = f"{shown(text)}, as the file or a configuration beside it says"
-        raise CardFileError(key, expected, shown(argument), "leave the argument out")
+    expected = f"{shown(text)}, as the file or a configuration beside it says"
+    require(argument in (None, value), key, expected, argument, "leave the argument out")
     return value
 
 

@@ -193,8 +193,8 @@ OTHER = {"base_model.model.q.lora_B.weight": B.astype("f8")}
     ("tensors", "says"),
     [
         ({}, "at least one pair"),
-        ({f"{PREFIX}lora_A.weight": A}, "only ['A']"),
-        ({f"{PREFIX}lora_B.weight": B}, "only ['B']"),
+        ({f"{PREFIX}lora_A.weight": A}, "found ['A']"),
+        ({f"{PREFIX}lora_B.weight": B}, "found ['B']"),
         ({**factors(), f"{PREFIX}lora_magnitude_vector": A[0]}, "DoRA"),
         ({**factors(), f"{PREFIX}lora_B.bias": A[0]}, "lora_bias"),
         ({**factors(), f"{PREFIX}base_layer.bias": A[0]}, "biases"),

@@ -171,7 +171,7 @@ def test_a_header_that_is_malformed_or_contradicts_the_tensors_is_refused(path, 
 def test_tensors_that_are_no_pairs_are_refused(path):
     good = tensors({"q": pair()}, "linear")
     for wrong, says in [
-        ({"q.lora_a": good["q.lora_a"]}, "only ['A']"),
+        ({"q.lora_a": good["q.lora_a"]}, "found ['A']"),
         ({**good, "q.bias": np.ones(3)}, "q.bias"),
         ({**good, "q.lora_a.weight": good["q.lora_a"]}, "two"),
         ({**good, "q.lora_a": np.ones((2, 5), np.int64)}, "I64"),
