@@ -156,10 +156,15 @@ def read_header(batch: pa.RecordBatch) -> Header:
         name: ModuleInfo(pair.in_features, pair.rank, pair.out_features, pair.scaling or 0.0)
         for name, pair in card.weights.items()
     }
-    fields = {**vars(card), "modules": MappingProxyType(modules)}
+    fields = vars(card) | {
+        "modules": MappingProxyType(modules),
+        "dtype": card.dtype.name,
+        "format_version": version,
+        "num_params": card.num_params,
+        "nbytes": card.nbytes,
+    }
     del fields["weights"]
-    sizes = {"num_params": card.num_params, "nbytes": card.nbytes}
-    return Header(**fields, **sizes, dtype=card.dtype.name, format_version=version)
+    return Header(**fields)
 
 
 @naming("card table")

@@ -76,49 +76,33 @@ _FORMATS = {
 """A key of a configuration, or the name of a file -> (what the folder holds, the way to go)."""
 
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-_UNREAD = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"),
-    *("peft_version", "qalora_group_size", "revision", "runtime_config"),
-)
-"""Fields that are not read, or of no effect on what is computed."""
-
-_FLAG, _NAMES, _SETTINGS = (True, False), (None, str, (list, str)), (None, dict)
-
-_FIELDS: Mapping[str, tuple[Any, ...]] = {
+_KINDS: Mapping[str, tuple[Any, ...]] = {
     "r": (int,),
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
+    "lora_alpha lora_dropout": (int, float),
     "rank_pattern": ((dict, int),),
     "alpha_pattern": ((dict, int, float),),
-    "use_rslora": _FLAG,
-    "fan_in_fan_out": _FLAG,
-    "target_modules": _NAMES,
-    "exclude_modules": _NAMES,
-    "layers_pattern": _NAMES,
+    "use_rslora fan_in_fan_out": (True, False),
+    "target_modules exclude_modules layers_pattern": (None, str, (list, str)),
     "layers_to_transform": (None, int, (list, int)),
     "peft_type": ("LORA",),
     "task_type": (None, *_TASKS),
     "bias": ("none",),
-    "init_lora_weights": (*_FLAG, None, "gaussian", "eva", "orthogonal", "mica"),
-    "modules_to_save": (None, []),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    "modules_to_save target_parameters layer_replication": (None, []),
     "trainable_token_indices": (None, {}),
     # variants of LoRA
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "use_bdlora": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
+    "velora_config monteclora_config use_bdlora arrow_config kasa_config": (None,),
     # read where an adapter is made, not where it is applied
-    "loftq_config": _SETTINGS,
-    "eva_config": _SETTINGS,
-    "corda_config": _SETTINGS,
-    "lora_ga_config": _SETTINGS,
-    **dict.fromkeys(_UNREAD, (...,)),
+    "loftq_config eva_config corda_config lora_ga_config": (None, dict),
+    # not read, or of no effect on what is computed
+    "auto_mapping base_model_name_or_path inference_mode revision peft_version": (...,),
+    "megatron_core qalora_group_size runtime_config": (...,),
 }
-"""Field -> what it may be in plain LoRA: a value, a type, a container with the types of its items,
-or anything. A field that is not listed, known to PEFT today or not, must be null or false."""
+"""Fields -> what each may be in plain LoRA: a value, a type, a container with the types of its
+items, or anything. A field that is not listed, known to PEFT today or not, must be null or false.
+"""
+
+_FIELDS = {field: kinds for fields, kinds in _KINDS.items() for field in fields.split()}
 
 _HINTS = {
     "peft_type": "no other method can be a card: if it can be merged, " + _MERGE,
@@ -129,8 +113,9 @@ _HINTS = {
     "modules_to_save": _WHOLE,
 }
 
-_CARD_FIELDS = frozenset(("r", "lora_alpha", "rank_pattern", "alpha_pattern")).union(
-    ("target_modules", "base_model_name_or_path")
+_CARD_FIELDS = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "base_model_name_or_path"),
 )
 """Fields that a card has, too; it keeps the others in ``metadata["peft"]``."""
 
