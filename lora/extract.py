@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -206,12 +206,7 @@ def _extract(
     on_module: OnModule | None,
 ) -> LoRACard:
     """Extract a card from the difference of two models, or from the weights of one."""
-    models = {}
-    for role, source in sources.items():
-        models[role] = source.state_dict() if isinstance(source, Model) else source
-        if not isinstance(models[role], Mapping):
-            expected = "a mapping of weights or a model"
-            raise ArgumentError(f"extract: {role}", expected, type(source).__name__)
+    models = {role: _tensors(source, role) for role, source in sources.items()}
     targets = LoRACard(name, 1, 1.0, target_modules, {}).target_modules  # type: ignore[arg-type]
     modules = _targeted(models, targets)
     conv1d = _conv1d(sources.values(), modules)
@@ -222,8 +217,7 @@ def _extract(
         arrays = [_array(model, module) for model in models.values()]
         if module in conv1d:
             arrays = [array.T for array in arrays]
-        row = _approximated(arrays, module, how, named=named)
-        if row:
+        if row := _approximated(arrays, module, how, named=named):
             pairs[module], records[module], norms[module] = row
         if on_module:
             on_module(module, position, len(modules))
@@ -231,8 +225,9 @@ def _extract(
     left_out = {} if direct else _other_changes(models, {_key(module) for module in pairs})
     if not pairs:
         expected = f"weights of Linears that {'are not zero' if direct else 'differ'}"
-        others = f"what differs is no target: {', '.join(left_out)}"
-        hint = others if left_out else "check the models and the targets"
+        hint = "check the models and the targets"
+        if left_out:
+            hint = f"what differs is no target: {', '.join(left_out)}"
         none = f"none among the {len(modules)} targeted modules"
         raise ArgumentError(f"extract: card {name!r}", expected, none, hint)
     widest = max((pair.dtype for pair in pairs.values()), key=lambda dtype: dtype.itemsize)
@@ -241,30 +236,50 @@ def _extract(
         for module, pair in pairs.items()
     }
     record: dict[str, Any] = {"kind": "direct" if direct else "delta", "method": how.method}
+    record["modules"] = records
     if how.method == "randomized":
         record["seed"] = how.seed
-    record["modules"] = records
     rank = max(pair.rank for pair in weights.values())
     fingerprint = None
     if not direct:
-        record |= _shares(records, norms, left_out)
-        originals = ((module, _array(models["base"], module)) for module in pairs)
-        entries = ((m, w.dtype.name, w.shape, w.view(np.uint8).data) for m, w in originals)
-        fingerprint = fingerprint_of(entries)
+        whole = math.hypot(*norms.values(), *left_out.values())
+        record["held"] = sum(
+            records[module]["energy"] * (norm / whole) ** 2 for module, norm in norms.items()
+        )
+        record["left_out"] = {
+            key: {"norm": norm, "share": (norm / whole) ** 2} for key, norm in left_out.items()
+        }
+        fingerprint = fingerprint_of(_stored(models["base"], pairs))
     metadata = {"extract": record}
     return LoRACard(name, rank, float(rank), targets, weights, metadata, None, fingerprint)
+
+
+def _tensors(source: Weights, role: str) -> Mapping[str, Any]:
+    """Return the tensors of a model by name."""
+    tensors = source.state_dict() if isinstance(source, Model) else source
+    if not isinstance(tensors, Mapping):
+        expected = "a mapping of weights or a model"
+        raise ArgumentError(f"extract: {role}", expected, type(source).__name__)
+    return tensors
+
+
+def _stored(
+    model: Mapping[str, Any], modules: Iterable[str]
+) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
+    """Yield what a fingerprint covers of each weight, as it is stored, a Conv1D's too."""
+    for module in modules:
+        array = _array(model, module)
+        yield module, array.dtype.name, array.shape, array.view(np.uint8).data
 
 
 def _conv1d(sources: Iterable[Any], modules: Iterable[str]) -> Collection[str]:
     """Return the names of Conv1D modules, as a source tells them."""
     for source in sources:
         if isinstance(source, Model) and hasattr(source, "named_modules"):
-            named = source.named_modules(remove_duplicate=False)
-            classes = {name: type(module).__mro__ for name, module in named}
             return {
                 name
-                for name, kinds in classes.items()
-                if any(kind.__name__ == "Conv1D" for kind in kinds)
+                for name, module in source.named_modules(remove_duplicate=False)
+                if "Conv1D" in (kind.__name__ for kind in type(module).__mro__)
             }
         names: Collection[str] | None = getattr(source, "conv1d", None)
         if names is not None:
@@ -275,18 +290,6 @@ def _conv1d(sources: Iterable[Any], modules: Iterable[str]) -> Collection[str]:
             hint = f"{part} is a Conv1D in GPT-2, with a weight (in, out)"
             raise ArgumentError(f"extract: {module!r}", expected, "weights alone", hint)
     return ()
-
-
-def _shares(
-    records: Mapping[str, Mapping[str, float]],
-    norms: Mapping[str, float],
-    left_out: Mapping[str, float],
-) -> dict[str, Any]:
-    """Return which shares of the squares of all changes are in the card, and which are not."""
-    whole = math.hypot(*norms.values(), *left_out.values())
-    held = sum(records[module]["energy"] * (norm / whole) ** 2 for module, norm in norms.items())
-    rest = {key: {"norm": norm, "share": (norm / whole) ** 2} for key, norm in left_out.items()}
-    return {"held": held, "left_out": rest}
 
 
 def _other_changes(
@@ -304,31 +307,33 @@ def _other_changes(
     return norms
 
 
-def _distance(array: Array, other: Array | None = None) -> float:
-    """Return ‖array - other‖; where one has no elements, they count as 0."""
-    if other is not None and array.shape != other.shape:
-        if array.ndim != other.ndim:
-            return math.hypot(_distance(array), _distance(other))
-        common = tuple(map(slice, map(min, zip(array.shape, other.shape, strict=True))))
-        rests = []
-        for whole in (array, other):
-            rest = whole.copy()
-            rest[common] = 0
-            rests.append(_distance(rest))
-        return math.hypot(_distance(array[common], other[common]), *rests)
-    wide = np.complex128 if array.dtype.kind == "c" else np.float64
-    flat, others = array.ravel(), None if other is None else other.ravel()
-    parts = []
-    for start in range(0, flat.size, _BLOCK):
-        part = flat[start : start + _BLOCK].astype(wide)
+def _distance(*arrays: Array) -> float:
+    """Return the norm of one array, or of the difference of two; what one lacks counts as 0 there.
+
+    Arrays of different numbers of dimensions have no element in common.
+    """
+    if len({array.ndim for array in arrays}) > 1:
+        return math.hypot(*map(_distance, arrays))
+    shape = tuple(map(max, zip(*(array.shape for array in arrays), strict=True)))
+    flat = [_padded(array, shape).ravel() for array in arrays]
+    wide = np.complex128 if any(array.dtype.kind == "c" for array in arrays) else np.float64
+    norms = []
+    for start in range(0, flat[0].size, _BLOCK):
+        part, *others = [array[start : start + _BLOCK].astype(wide) for array in flat]
         with np.errstate(all="ignore"):
-            if others is not None:
-                old = others[start : start + _BLOCK].astype(wide)
-                equal = (part == old) | (np.isnan(part) & np.isnan(old))  # infinities, too
-                part = np.where(equal, 0, part - old)
+            for other in others:
+                equal = (part == other) | (np.isnan(part) & np.isnan(other))  # infinities, too
+                part = np.where(equal, 0, part - other)
             largest = float(abs(part).max())  # so that no square over- or underflows
-            parts.append(largest and largest * float(np.linalg.norm(part / largest)))
-    return math.hypot(*parts)
+            norms.append(largest and largest * float(np.linalg.norm(part / largest)))
+    return math.hypot(*norms)
+
+
+def _padded(array: Array, shape: tuple[int, ...]) -> Array:
+    """Return the array, with zeros up to a larger shape."""
+    if array.shape == shape:
+        return array
+    return np.pad(array, [(0, more - size) for size, more in zip(array.shape, shape, strict=True)])
 
 
 def _key(module: str) -> str:
@@ -378,10 +383,10 @@ def _read(model: Mapping[str, Any], key: str) -> Array:
             narrow = str(tensor.dtype) == "torch.bfloat16"
             weight = tensor.float().numpy().astype(DTYPES["bfloat16"]) if narrow else tensor.numpy()
         except (AttributeError, TypeError, RuntimeError) as error:
-            expected, actual = "a NumPy array or a tensor", type(weight).__name__
+            expected = "a NumPy array or a tensor of a dtype that NumPy has"
+            actual = getattr(weight, "dtype", type(weight).__name__)
             raise ArgumentError(f"extract: {key!r}", expected, actual) from error
-    array: Array = weight
-    return array
+    return np.asarray(weight)
 
 
 def _approximated(

@@ -98,34 +98,31 @@ def command(
     """
 
     def register(function: Callable[..., Result | None]) -> Callable[..., Any]:
-        parts = {key: _parameters(part) for key, part in composed.items()}
-        own = {p.name: parts.get(p.name, [p]) for p in _parameters(function)}
-        shared = {} if "as_json" in own else {"as_json": [_JSON]}
+        parameters = _parameters(function, **composed)
+        shared = "as_json" not in inspect.signature(function).parameters
+        if shared:
+            parameters.append(_JSON)
 
         @wraps(function)
         def run(**options: Any) -> int:
-            for key, part in composed.items():
-                options[key] = part(**{p.name: options.pop(p.name) for p in parts[key]})
             as_json = options.pop("as_json") if shared else options["as_json"]
+            for key, part in composed.items():
+                options[key] = part(**{p.name: options.pop(p.name) for p in _parameters(part)})
             try:
                 result = function(**options)
             except LoRAError as error:
-                flags = [p.name for parameters in own.values() for p in parameters]
-                error.expected, error.found, error.hint = (
-                    _in_options(text, flags) for text in (error.expected, error.found, error.hint)
-                )
+                for field in ("expected", "found", "hint"):
+                    text = _in_options(getattr(error, field), [p.name for p in parameters])
+                    setattr(error, field, text)
                 raise
             return 0 if result is None else show(result, as_json=as_json)
 
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined] # typer reads it
-            [p for parameters in (own | shared).values() for p in parameters]
-        )
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # for typer
         if inputs:
             INPUTS[function.__name__] = tuple(inputs)
-        text = inspect.getdoc(function) or ""
         group.command(
             name=name,
-            help=text.partition("\n\nArgs:")[0],
+            help=(inspect.getdoc(function) or "").partition("\n\nArgs:")[0],
             epilog=f"Example: lora {example}",
             context_settings=dict(settings or {}),
         )(run)
@@ -143,11 +140,11 @@ _IN_COMMANDS = {
 """What a hint says for Python -> what it says on the command line."""
 
 
-def _in_options(text: str, flags: Sequence[str]) -> str:
+def _in_options(text: str, names: Sequence[str]) -> str:
     """Put options in the place of the keywords in an error: `base_model=...` is --base-model."""
     for python, command_line in _IN_COMMANDS.items():
         text = text.replace(python, command_line)
-    keyword = f"`?\\b({'|'.join(flags)})=(True|\\.\\.\\.)?`?(?![\\w.])"
+    keyword = f"`?\\b({'|'.join(names)})=(True|\\.\\.\\.)?`?(?![\\w.])"
     return re.sub(keyword, lambda match: f"--{match[1].replace('_', '-')}", text)
 
 
@@ -162,29 +159,34 @@ _COMMON = {
 }
 """The help of options that have none in their command's docstring."""
 
-_NAMES = {"out": ["--out", "-o"], "as_json": ["--json"]}
-"""Options that are not called as their parameters, or have a short form."""
+_NAMES = {"out": ["--out", "-o"]}
+"""Options that have a short form."""
 
 
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+def _parameters(
+    function: Callable[..., Any], **composed: Callable[..., Any]
+) -> list[inspect.Parameter]:
     """Read a function's parameters for typer, with the help in its docstring."""
     lines = (inspect.getdoc(function) or "").partition("Args:\n")[2]
     helps = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", lines, re.MULTILINE))
     parameters = []
-    for parameter in inspect.signature(function).parameters.values():
-        name, annotation = parameter.name, parameter.annotation
-        is_flag = annotation is bool and parameter.default is False
-        flags = _NAMES.get(name, [f"--{name.replace('_', '-')}"] if is_flag else [])
-        positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        extra: list[Any] = list(getattr(annotation, "__metadata__", ()))
-        info = copy(extra[0]) if extra else typer.Argument() if positional else typer.Option(*flags)
-        text = helps.get(name, info.help or _COMMON.get(name, ""))
-        info.help = " ".join(text.split())
-        annotation = Annotated[
-            getattr(annotation, "__origin__", annotation) if extra else annotation, info
-        ]
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(parameter.replace(annotation=annotation, kind=kind))
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in composed:
+            parameters += _parameters(composed[name])
+            continue
+        annotation, info = parameter.annotation, typer.Option(*_NAMES.get(name, ()))
+        if hasattr(annotation, "__metadata__"):
+            info, annotation = copy(annotation.__metadata__[0]), annotation.__origin__
+        elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            info = typer.Argument()
+        elif annotation is bool and parameter.default is False:  # without its --no-
+            info = typer.Option(f"--{name.replace('_', '-')}")
+        info.help = " ".join((helps.get(name) or info.help or _COMMON.get(name, "")).split())
+        parameters.append(
+            parameter.replace(
+                annotation=Annotated[annotation, info], kind=inspect.Parameter.KEYWORD_ONLY
+            )
+        )
     return parameters
 
 

@@ -6,7 +6,7 @@ Requirements: R1, R16, R20, R23, R25.
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Column, Table
@@ -63,32 +63,26 @@ def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) 
     return Result({**facts, "modules": modules, "extra": dict(header.extra)}, Group(table, shapes))
 
 
-class _About(NamedTuple):
-    """What a card says of itself."""
-
-    base_model: str | None = None
-    metadata: dict[str, Any] = {}  # noqa: RUF012 - never written
-
-    def of(self, card: "LoRACard") -> "LoRACard":
-        """Return the card with these words in place of its own."""
-        fields = present(base_model=self.base_model, metadata={**card.metadata, **self.metadata})
-        return replace(card, **fields)
-
-
 def _about(
     *,
     base_model: str | None = None,
     description: str | None = None,
     tag: list[str] | None = None,
-) -> _About:
-    """Take what a card says of itself.
+) -> dict[str, Any]:
+    """Take what a card says of itself: fields that replace its own, metadata that join its own.
 
     Args:
         base_model: Name of the base model that the card says it is for.
         description: What the card is for; the router goes by it.
         tag: Tag of the card, in place of the source's; may be repeated.
     """
-    return _About(base_model, present(description=description, tags=tag or None))
+    metadata = present(description=description, tags=tag or None)
+    return present(base_model=base_model, metadata=metadata)
+
+
+def _saying(card: "LoRACard", about: dict[str, Any]) -> "LoRACard":
+    """Return the card with these words in place of its own."""
+    return replace(card, **{**about, "metadata": {**card.metadata, **about["metadata"]}})
 
 
 @command("convert peft-adapter/ -o docs.lora.arrow", about=_about)
@@ -97,7 +91,7 @@ def convert(
     *,
     out: Path,
     name: str | None = None,
-    about: _About,
+    about: dict[str, Any],
     alpha: float | None = None,
     layout: str | None = None,
     overwrite: bool = False,
@@ -119,7 +113,7 @@ def convert(
 
     ending = out.suffix.lower()
     with progress_bar(f"converting {source}") as progress:
-        card = about.of(_read_card(source, name, **present(alpha=alpha, layout=layout)))
+        card = _saying(_read_card(source, name, **present(alpha=alpha, layout=layout)), about)
         progress(1, 2)
         if ending == ".arrow":
             lora.save(card, out)
@@ -146,7 +140,7 @@ def merge(
     weight: list[float] | None = None,
     rank: int | None = None,
     name: str = "merged",
-    about: _About,
+    about: dict[str, Any],
     density: float | None = None,
     elect: str | None = None,
     seed: int | None = None,
@@ -169,12 +163,11 @@ def merge(
         t: Of slerp: how far from the first card to the second.
         normalize: Of weighted: divide the weights by their sum.
     """
-    from lora.checks import integer
+    from lora.checks import choice, integer
     from lora.merging import STRATEGIES
 
     check_output("--out", out)
-    if strategy not in STRATEGIES:
-        raise ArgumentError("--strategy", f"one of {', '.join(STRATEGIES)}", strategy)
+    choice(strategy, "--strategy", STRATEGIES)
     known = [field.name for field in fields(STRATEGIES[strategy])]
     options = present(density=density, elect=elect, seed=seed, t=t, normalize=normalize)
     for option in options:
@@ -193,10 +186,10 @@ def merge(
             weight,
             rank,
             name,
-            base_model=about.base_model,
+            base_model=about.get("base_model"),
             on_module=lambda _, done, total: progress(done, total),
         )
-    card = about.of(merged)
+    card = _saying(merged, about)
     digest = lora.save(card, out)
     record = card.metadata["merge"]
     cut = {key: record[key] for key in ("kept", "rank_90") if key in record}
@@ -228,7 +221,7 @@ def extract(
     method: str = "full",
     seed: int = 0,
     name: str | None = None,
-    about: _About,
+    about: dict[str, Any],
 ) -> Result:
     """Make a card from a fine-tuned model, of what changed. Without --base: of its weights.
 
@@ -248,11 +241,11 @@ def extract(
     check_output("--out", out)
     if rank is not None:
         integer(rank, "--rank", 1)
-    rules = present(
-        rank=rank,
-        energy=None if energy is None else lora.MinEnergy(energy),
-        error=None if error is None else lora.MaxError(error),
-    )
+    rules: list[Any] = [] if rank is None else [rank]
+    if energy is not None:
+        rules.append(lora.MinEnergy(energy))
+    if error is not None:
+        rules.append(lora.MaxError(error))
     if len(rules) > 1:
         expected = "one of --rank, --energy, --error"
         raise ArgumentError("lora extract", expected, f"{len(rules)} of them")
@@ -266,12 +259,12 @@ def extract(
             "name": out.name.removesuffix(".lora.arrow") if name is None else name,
             "on_module": lambda _, done, total: progress(done, total),
         }
-        rule = next(iter(rules.values()), 8)
+        rule = rules[0] if rules else 8
         if base is None:
             card = lora.extract_direct(weights, rule, **options)
         else:
             card = lora.extract_delta(SafetensorsWeights(base), weights, rule, **options)
-    digest = lora.save(about.of(card), out)
+    digest = lora.save(_saying(card, about), out)
     record = card.metadata["extract"]
     worst = max(figures["error"] for figures in record["modules"].values())
     facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": record["modules"]}

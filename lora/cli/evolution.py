@@ -77,12 +77,25 @@ def evolve(
         with os_errors(out):
             out.mkdir(exist_ok=True)
         if ask is not None:
-            options: dict[str, Any] = {"base_url": teacher_url, "max_tokens": max_tokens}
-            options |= {"insecure_http": insecure_http, "budget": budget}
-            teacher = _teacher(ask, teacher_model, key_file, out, **options)
-    engine, store = lora.ArrowEngine.from_pretrained(model), None if dry_run else out
-    settings: dict[str, Any] = {"max_steps": steps, "teacher": teacher, "store": store}
-    distiller = watching(engine, documents, cards=cards, queries=asked, **settings)
+            teacher = _teacher(
+                ask,
+                key_file,
+                out,
+                budget,
+                model=teacher_model,
+                base_url=teacher_url,
+                max_tokens=max_tokens,
+                insecure_http=insecure_http,
+            )
+    distiller = watching(
+        lora.ArrowEngine.from_pretrained(model),
+        documents,
+        cards=cards,
+        queries=asked,
+        max_steps=steps,
+        teacher=teacher,
+        store=None if dry_run else out,
+    )
     if dry_run:
         rows = [
             {"task": task.name, "queries": len(task.queries)}
@@ -126,26 +139,36 @@ def distil(
     config = LoRAConfig(rank, alpha)
     integer(seed, "seed", 0)
     checks_done()
-    engine, asked = lora.ArrowEngine.from_pretrained(model), read_lines(queries) if queries else []
-    options: dict[str, Any] = {"max_steps": steps, "rank": config.rank, "alpha": config.alpha}
-    distiller = watching(engine, documents, queries=asked, seed=seed, **options)
-    results = []
+    distiller = watching(
+        lora.ArrowEngine.from_pretrained(model),
+        documents,
+        queries=read_lines(queries) if queries else [],
+        seed=seed,
+        max_steps=steps,
+        rank=config.rank,
+        alpha=config.alpha,
+    )
+    results, card = [], None
     with progress_bar(f"learning {documents.name}") as progress:
         for result in outcomes(distiller, progress=progress):
             results.append(result)
-            if result.card is not None:
+            card = result.card
+            if card is not None:
                 break
-    facts: dict[str, Any] = {"tasks": [_facts(result) for result in results]}
+    facts = {"tasks": [_facts(result) for result in results]}
     text = "\n".join(map(_line, results)) or "nothing is unknown"
-    if not results or results[-1].card is None:
+    if card is None:
         return Result({**facts, "reason": text}, text, NOTHING_TO_SERVE)
-    digest = lora.save(replace(results[-1].card, name=name), out)
+    digest = lora.save(replace(card, name=name), out)
     return Result({"file": str(out), "digest": digest, **facts}, f"{out}: {text}")
 
 
 def _facts(outcome: Any) -> dict[str, Any]:
-    figures = dict(outcome.figures)
-    return {"task": outcome.task, "accepted": outcome.accepted, "figures": figures}
+    return {
+        "task": outcome.task,
+        "accepted": outcome.accepted,
+        "figures": dict(outcome.figures),
+    }
 
 
 def _line(outcome: Any) -> str:
@@ -158,9 +181,7 @@ def _line(outcome: Any) -> str:
     return "\n".join([line, *(f"  the teacher: {failure}" for failure in failures)])
 
 
-def _teacher(
-    ask: str, model: Any, key_file: Any, folder: Path, *, budget: int, **options: Any
-) -> Any:
+def _teacher(ask: str, key_file: Any, folder: Path, budget: int, **options: Any) -> Any:
     """The teacher behind a server, and what may be sent to it."""
     from lora.evolution.teacher import KINDS, CloudDistiller, Consent, Ledger, OpenAITeacher
     from lora.federation.keys import read_small
@@ -168,9 +189,9 @@ def _teacher(
     host, _, data = ask.rpartition(":")
     if not host or data not in KINDS:
         raise ArgumentError("--ask", " or ".join(f"HOST:{kind}" for kind in KINDS), ask)
-    options |= {"api_key": read_small(key_file).decode("ascii", "replace").strip()}
+    key = read_small(key_file).decode("ascii", "replace").strip()
     ledger = Ledger(folder / "ledger.sqlite", budget)
-    teacher = OpenAITeacher(model, ledger, cache=folder / "asked", **options)
+    teacher = OpenAITeacher(ledger=ledger, api_key=key, cache=folder / "asked", **options)
     return CloudDistiller(teacher, consent=Consent(host, [data]))
 
 
@@ -210,9 +231,14 @@ def factory_add(
     """
     from lora.evolution.factory import SkillFactory
 
-    limits = {"seconds": seconds, "memory": memory, "max_failures": max_failures}
     with SkillFactory(root) as shop:
-        job = shop.add(arguments, priority=priority, **limits)
+        job = shop.add(
+            arguments,
+            priority=priority,
+            seconds=seconds,
+            memory=memory,
+            max_failures=max_failures,
+        )
         if again and job.state == "dead":
             job = shop.retry(job.id)
     facts = {"id": job.id, "kind": job.kind, "name": job.name, "state": job.state}

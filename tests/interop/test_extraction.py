@@ -1,5 +1,7 @@
 """Extraction from real transformers models: Conv1D, fused experts, and what is not in the card."""
 
+import hashlib
+
 import numpy as np
 import peft
 import pytest
@@ -7,11 +9,12 @@ import torch
 import transformers
 from torch import nn
 
-from lora.errors import ArgumentError
+from lora.errors import ArgumentError, TargetError
 from lora.extract import extract_delta, extract_direct
 from lora.factors import delta
 from lora.interop.peft import export_peft
 from lora.interop.weights import SafetensorsWeights
+from lora.models.adapt import adapt
 from lora.testing.plugin import requirement
 
 SIZES = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
@@ -62,6 +65,28 @@ def test_a_conv1d_is_read_as_the_linear_that_it_is(part, source, tmp_path):
     adapted = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "peft").eval()
     np.testing.assert_allclose(logits(adapted), logits(tuned), atol=1e-5)
     assert abs(logits(base) - logits(tuned)).max() > 0.01
+
+
+@requirement("R26.1", "R1.13")
+@pytest.mark.parametrize("source", ["modules", "folders"])
+def test_the_fingerprint_covers_the_weights_of_a_conv1d_as_they_are_stored(source, tmp_path):
+    """As of a Linear: sorted keys, dtypes, shapes and bytes of the base, here hashed by hand."""
+    base, tuned = gpt2(), moved(gpt2(), "c_attn.weight", "c_fc.weight")
+    sha = hashlib.sha256()
+    for name, weight in sorted(base.state_dict().items()):
+        if name.endswith(("c_attn.weight", "c_fc.weight")):
+            shape = tuple(weight.shape)
+            sha.update(f"{name.removesuffix('.weight')}\0float32\0{shape}\0".encode())
+            sha.update(weight.numpy().tobytes())
+    models = (base, tuned)
+    if source == "folders":
+        for name, model in zip(("base", "tuned"), models, strict=True):
+            model.save_pretrained(tmp_path / name)
+        models = tuple(SafetensorsWeights(tmp_path / name) for name in ("base", "tuned"))
+    card = extract_delta(*models, 2, target_modules=["c_attn", "c_fc"])
+    assert card.base_fingerprint == sha.hexdigest()
+    with pytest.raises(TargetError, match="c_attn"):  # it binds to Linears alone
+        adapt(base, card)
 
 
 @requirement("R26.1", "R7.8")
