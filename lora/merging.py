@@ -268,7 +268,7 @@ def merge(
                 errors[module] = float(np.linalg.norm(lost) / np.linalg.norm(sigma / sigma[0]))
         if on_module:
             on_module(module, position, len(modules))
-    targets = tuple(sorted({target for card in parents for target in card.target_modules}))
+    targets = sorted({target for card in parents for target in card.target_modules})
     record = {
         "strategy": next(key for key, kind in STRATEGIES.items() if isinstance(strategy, kind)),
         "options": asdict(strategy),
@@ -281,7 +281,7 @@ def merge(
     metadata = {**_alike(own), "merge": record}
     largest = max((pair.rank for pair in pairs.values()), default=1)
     base = _base(parents, pairs, targets, base_model)
-    return LoRACard(name, largest, float(largest), targets, pairs, metadata, *base)
+    return LoRACard(name, largest, float(largest), tuple(targets), pairs, metadata, *base)
 
 
 def content_digest(card: LoRACard) -> str:
@@ -465,6 +465,12 @@ def _applied(
     if isinstance(strategy, Average | Slerp) and weights is not None:
         expected = f"none for {type(strategy).__name__}"
         raise ArgumentError("merge: weights", expected, shown(weights), "use 'weighted'")
+    if isinstance(strategy, Average):
+        return [1 / len(cards)] * len(cards)
+    if isinstance(strategy, Slerp):
+        if len(cards) != 2:
+            raise ArgumentError("merge: cards", "exactly two for slerp", len(cards))
+        return _arc(cards[0], cards[1], strategy.t)
     weights = [1.0] * len(cards) if weights is None else weights
     if not isinstance(weights, Iterable) or isinstance(weights, Mapping):
         raise ArgumentError("merge: weights", "a list of numbers, one per card", shown(weights))
@@ -474,12 +480,6 @@ def _applied(
     ]
     if len(numbers) != len(cards):
         raise ArgumentError("merge: weights", f"one for each of {len(cards)} cards", len(numbers))
-    if isinstance(strategy, Average):
-        return [1 / len(cards)] * len(cards)
-    if isinstance(strategy, Slerp):
-        if len(cards) != 2:
-            raise ArgumentError("merge: cards", "exactly two for slerp", len(cards))
-        return _arc(cards[0], cards[1], strategy.t)
     if isinstance(strategy, Weighted) and strategy.normalize:
         total = finite(_sum(numbers), "merge: sum of weights", ArgumentError)
         if total == 0:
@@ -513,13 +513,12 @@ def _base(
     settings = (card.metadata.get("peft") for card in cards)
     revisions = {peft.get("revision") for peft in settings if isinstance(peft, dict)} - {None, ""}
     digests = {card.base_fingerprint for card in cards}
-    unproven = len(digests) > 1 or None in digests
-    for kind, values in (("model", names), ("revision", revisions)):
-        if len(values) > 1 and unproven and name is None:
-            hint = f"{SAME_BASE}; if all are one, name it: `base_model=...`"
-            raise BaseModelError(
-                f"merge: base {kind}s", "one", shown(sorted(map(str, values))), hint
-            )
+    if name is None and (len(digests) > 1 or None in digests):  # what the names say is not proven
+        for kind, values in (("model", names), ("revision", revisions)):
+            if len(values) > 1:
+                names_found = shown(sorted(map(str, values)))
+                hint = f"{SAME_BASE}; if all are one, name it: `base_model=...`"
+                raise BaseModelError(f"merge: base {kind}s", "one", names_found, hint)
     name = names.pop() if name is None and len(names) == 1 else name
     _, fingerprint = prints.get((frozenset(modules), frozenset(targets)), ("", None))
     return name, fingerprint

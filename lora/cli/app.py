@@ -85,7 +85,7 @@ def command(
     group: typer.Typer = app,
     name: str | None = None,
     inputs: Sequence[str] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
     **composed: Callable[..., Any],
 ) -> Callable[[Callable[..., Result | None]], Callable[..., Any]]:
     """Add a function as a command: positional parameters are arguments, keyword-only ones options.
@@ -124,7 +124,7 @@ def command(
             name=name,
             help=(inspect.getdoc(function) or "").partition("\n\nArgs:")[0],
             epilog=f"Example: lora {example}",
-            context_settings=dict(settings or {}),
+            context_settings=settings,
         )(run)
         return run
 
@@ -136,6 +136,7 @@ _IN_COMMANDS = {
     "by dataclasses.replace(card, name=...)": "by lora convert CARD -o FILE --name NAME",
     "pass description=": "lora convert CARD -o FILE --description TEXT sets one",
     "check_base=False waives this": "if the base is another one, name it by --model",
+    "check_base=False adapts": "in Python the check can be left out, which adapts",
 }
 """What a hint says for Python -> what it says on the command line."""
 

@@ -194,11 +194,10 @@ def merge(
     record = card.metadata["merge"]
     cut = {key: record[key] for key in ("kept", "rank_90") if key in record}
     facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": len(card.weights)}
-    text = f"{out}: {len(card.weights)} modules, rank {card.rank}, exact"
-    if cut:
-        text = text.removesuffix("exact") + f"which keeps {cut['kept']:.1%} of ΔW's squares"
-        if cut["kept"] < 0.9:
-            text += f" (90 % would take --rank {cut['rank_90']})"
+    quality = f"which keeps {cut['kept']:.1%} of ΔW's squares" if cut else "exact"
+    text = f"{out}: {len(card.weights)} modules, rank {card.rank}, {quality}"
+    if cut and cut["kept"] < 0.9:
+        text += f" (90 % would take --rank {cut['rank_90']})"
     if "description" not in card.metadata and any("description" in c.metadata for c in parents):
         text += "\nno description, since the cards' differ: --description sets one"
     return Result({**facts, "error": dict(record["error"]), **cut}, text)
@@ -268,18 +267,17 @@ def extract(
     record = card.metadata["extract"]
     worst = max(figures["error"] for figures in record["modules"].values())
     facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": record["modules"]}
-    lines = [
+    facts |= {key: record[key] for key in ("held", "left_out") if key in record}
+    text = (
         f"{out}: {len(card.weights)} modules, rank {card.rank}, largest relative error {worst:.3g}"
-    ]
-    if base is not None:
-        facts |= {"held": record["held"], "left_out": record["left_out"]}
-    if left_out := facts.get("left_out"):
-        lines.append(
-            f"The card holds {record['held']:.1%} of the squares of the change. Not in it are:"
+    )
+    if left_out := record.get("left_out"):
+        text += (
+            f"\nThe card holds {record['held']:.1%} of the squares of the change. Not in it are:"
         )
         for key, figures in sorted(left_out.items(), key=lambda item: -item[1]["norm"]):
-            lines.append(f"  {key}: norm {figures['norm']:.3g}, {figures['share']:.1%}")
-    return Result(facts, "\n".join(lines))
+            text += f"\n  {key}: norm {figures['norm']:.3g}, {figures['share']:.1%}"
+    return Result(facts, text)
 
 
 def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACard":

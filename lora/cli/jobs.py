@@ -34,9 +34,9 @@ def job_of(arguments: Sequence[str], **limits: Any) -> Job:
     if command not in INPUTS:
         raise ArgumentError("job", f"one of the commands {', '.join(INPUTS)}", shown(command))
     group: Any = typer.main.get_command(app)
-    parameters = group.commands[command].params
-    values = _checked(group.commands[command], command, words)
-    for parameter in parameters:
+    parser = group.commands[command]
+    values = _checked(parser, command, words)
+    for parameter in parser.params:
         is_output = parameter.name in (*OUTPUTS, "plot")
         if is_output and values[parameter.name] not in (None, False, Path(OUTPUTS["out"])):
             raise ArgumentError(f"job: {command}", "no output", parameter.opts[0], "leave it out")
@@ -44,7 +44,7 @@ def job_of(arguments: Sequence[str], **limits: Any) -> Job:
     if values["name"] is None:
         raise ArgumentError(f"job: {command}", "--name, the name of the skill", "none")
     line, inputs = [command], {}
-    for parameter in parameters:
+    for parameter in parser.params:
         value = values.get(parameter.name)
         for item in value if isinstance(value, list | tuple) else [value]:
             if parameter.name in INPUTS[command] and item not in (None, "stdlib"):

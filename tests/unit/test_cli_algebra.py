@@ -342,7 +342,7 @@ def test_every_advice_in_python_has_words_of_the_command_line():
     commands = typer.main.get_command(app).commands
     commands = [*commands.values(), *commands["factory"].commands.values()]
     flags = {option.name for command in commands for option in command.params}
-    elsewhere = {"safe_serialization", "max_cards", "max_bytes", "narrow"}  # no command's
+    elsewhere = {"safe_serialization", "max_cards", "max_bytes", "narrow", "recurse"}
     for path in sorted(Path(lora.__file__).parent.rglob("*.py")):
         if path.parent.name in ("testing", "federation"):
             continue  # the federation's commands translate their own
