@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lora.card import AdapterSet, Array, LoRACard
-from lora.checks import base_name, integer
+from lora.checks import base_name, finite, integer
 from lora.errors import (
     ArgumentError,
     CardFileError,
@@ -41,11 +41,11 @@ from lora.federation.catalog import card_files
 from lora.federation.node import Node, acceptable, uri_of
 from lora.federation.trust import Policy
 from lora.files import PathLike, as_path, load
-from lora.models.adapt import adapt, adapt_rows, bindings, injections
+from lora.models.adapt import adapt, adapt_rows, bindings, build
 from lora.models.encoder import InferenceCore
 from lora.models.manager import LoRAManager, State
 from lora.router import Description, LoRARouter, RouterState
-from lora.routing import Index, Route, check_threshold, select, texts_of, unit
+from lora.routing import Index, Route, select, texts_of, unit
 from lora.state import StateReference, Uncopied, log_safely
 from lora.targets import Injection
 
@@ -153,8 +153,8 @@ class ArrowEngine(Uncopied):
             unless its fingerprint is the encoder's.
 
     Attributes:
-        metrics: Counts and times what the engine does: ``loads``, ``applies``, ``routes``,
-            ``abstentions``, ``fetches``, ``jobs``, and ``refusals_…`` by error.
+        metrics: Counts what the engine does: ``loads``, ``applies``, ``routes``, ``fetches`` and
+            ``jobs`` of learning with their seconds, ``abstentions``, ``refusals_…`` by error.
 
     Examples:
         >>> engine = ArrowEngine.from_pretrained(None)  # the embedded all-MiniLM-L6-v2
@@ -177,7 +177,7 @@ class ArrowEngine(Uncopied):
             raise ArgumentError("encoder", expected, type(encoder).__name__)
         if fold not in (True, False, "auto"):
             raise ArgumentError("fold", "True, False or 'auto'", shown(fold))
-        check_threshold(threshold)
+        threshold = finite(threshold, "threshold", ArgumentError)
         self.base, self.check_base = _placed(encoder, device), check_base
         self.base_model = base_model
         budget, state = (
@@ -211,7 +211,7 @@ class ArrowEngine(Uncopied):
 
     @threshold.setter
     def threshold(self, threshold: float) -> None:
-        self.reference.replace(threshold=threshold)
+        self.reference.replace(threshold=finite(threshold, "threshold", ArgumentError))
 
     @property
     def node(self) -> Node | None:
@@ -507,11 +507,25 @@ class ArrowEngine(Uncopied):
             return self.base, {}
         result = state.models.get(sets)
         if result is None:
+            # Active cards bind as they did: their check may have been waived.
+            active, known = state.active.adapters, state.active.injections
+            asked = [
+                {
+                    n: entry
+                    for n, entry in own.items()
+                    if n not in active or active[n][0] != entry[0]
+                }
+                for own in sets
+            ]
+            new = bindings(self.base, asked, check_base=self.check_base)
+            bound = [
+                {n: {**known, **own}[n] for n in each} for each, own in zip(sets, new, strict=True)
+            ]
             if len(sets) == 1:
-                model = adapt(self.base, *sets, check_base=self.check_base)
+                model = build(self.base, *sets, *bound)
             else:
-                model = adapt_rows(self.base, sets, check_base=self.check_base)
-            result = model, _unbound(injections(self.base, adapters) for adapters in sets)
+                model = adapt_rows(self.base, sets, bound)
+            result = model, _unbound(bound)
             if state.knows(sets):
                 with self._keeping:
                     while len(state.models) >= CACHED_MODELS:

@@ -356,7 +356,8 @@ class SkillDistiller:
             task = self._change(task, state="working", trials=task.trials + 1, tried=task.seen)
         state = "open"
         try:
-            card, verdict, figures = self._worked(task, progress)
+            with self.engine.metrics.judged("jobs"):
+                card, verdict, figures = self._worked(task, progress)
             state = "discarded" if card is None else "accepted"
         finally:
             self._change(task, state=state)

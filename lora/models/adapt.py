@@ -176,13 +176,18 @@ def fold(model: M, *, narrow: bool = False) -> M:
     return _rewrite(model, partial(folded, narrow=narrow), layers)
 
 
-def adapt_rows(model: M, sets: Sequence[AdapterSet], *, check_base: bool = True) -> M:
+def adapt_rows(
+    model: M, sets: Sequence[AdapterSet], bound: Sequence[Mapping[str, Injection]] | None = None
+) -> M:
     """Return a model in which each segment of rows of a batch has one of several adapter sets.
 
     The model's forward passes `Segments` on to its Linears, as that of `InferenceCore` does.
     Segments name the sets by position.
+
+    Args:
+        bound: What `bindings` said of these sets, if it was asked already.
     """
-    bound = bindings(model, sets, check_base=check_base)
+    bound = bindings(model, sets) if bound is None else bound
     return _rewrite(model, SegmentedLinear, _layers(model, sets, bound))
 
 

@@ -65,9 +65,14 @@ class Entry:
     def check(self) -> None:
         """Raise `CardFileError` if the file is not the registered one any more."""
         if self.digest is None and _signature(self.path) != self.signature:
-            hint = "unregister it and register it again"
+            hint = "register it again"
             problem = "another or a changed one"
             raise CardFileError(str(self.path), "the registered file", problem, hint)
+
+    def outdated_by(self, entry: "Entry") -> bool:
+        """Tell whether `entry` is of the same path, whose file has changed in between."""
+        same = self.path == entry.path
+        return same and self.digest is None and self.signature != entry.signature
 
     def content(self) -> str:
         """Return the SHA-256 of the file."""
@@ -135,6 +140,8 @@ class AdapterRegistry:
     ) -> Entry:
         """Register a card file by its header; return the earlier entry if it is registered already.
 
+        What was registered of the same path and name before the file changed is forgotten.
+
         Args:
             path: A card file.
             version: A semantic version. Default: the metadata's ``version``, else 0.1.0.
@@ -143,6 +150,7 @@ class AdapterRegistry:
 
         Raises:
             ConflictError: Another card is registered under this name and version.
+            CardFileError: The file registered under them has changed.
             RegistryFull: The file is too large ever to be mapped.
         """
         if digest is not None and not is_digest(digest):
@@ -161,31 +169,27 @@ class AdapterRegistry:
         entry = Entry(header.name, version, path, header, size, digest, signature)
         entry.check()
         with self._write:
-            versions = self._versions(entry.name)
+            versions = [e for e in self._versions(entry.name) if not e.outdated_by(entry)]
             for known in versions:
                 if known.version == version:
+                    known.check()
                     if known.content() == entry.content():
                         return known
                     problem = f"other content than that of {str(known.path)!r}"
                     hint = "pass version=, or unregister it first"
                     where = f"{where}: {entry.name!r} {version}"
                     raise ConflictError(where, "one card per name and version", problem, hint)
-            ordered = sorted(
-                (*versions, entry), key=lambda e: (version_order(e.version), e.version)
+            versions.append(entry)
+            self._set(
+                entry.name, sorted(versions, key=lambda e: (version_order(e.version), e.version))
             )
-            self.entries = MappingProxyType({**self.entries, entry.name: tuple(ordered)})
             return entry
 
     def unregister(self, name: str, version: str | None = None) -> None:
         """Forget a version of a card, or all of them; a card in use stays usable."""
         with self._write:
             versions = self._versions(name)
-            rest = tuple(entry for entry in versions if version not in (None, entry.version))
-            entries = {key: known for key, known in {**self.entries, name: rest}.items() if known}
-            self.entries = MappingProxyType(entries)
-            for mapped in self._maps:
-                if mapped.entry not in self.entries.get(mapped.entry.name, ()):
-                    mapped.card = None
+            self._set(name, [e for e in versions if version not in (None, e.version)])
 
     def entry(self, name: str, version: str | None = None) -> Entry:
         """Return what is known of a card: of its newest version, unless another one is given.
@@ -225,6 +229,14 @@ class AdapterRegistry:
             raise ArgumentError("registry: name", "text", shown(name))
         return self.entries.get(name, ())
 
+    def _set(self, name: str, versions: list[Entry]) -> None:
+        """Know these versions of a card, and keep no card of another one."""
+        entries = {key: known for key, known in self.entries.items() if key != name}
+        self.entries = MappingProxyType({**entries, name: tuple(versions)} if versions else entries)
+        for mapped in self._maps:
+            if mapped.entry.name == name and mapped.entry not in versions:
+                mapped.card = None
+
     def _make_room(self, entry: Entry) -> None:
         """Let go of cards that nobody else holds, the least recently used first, until one fits."""
         for generation in (1, 2, None):
@@ -236,9 +248,7 @@ class AdapterRegistry:
             if self._fits(entry):
                 return
             if generation is not None:
-                gc.collect(
-                    generation
-                )  # what lies in a cycle of garbage, first young, is not in use
+                gc.collect(generation)  # garbage in a cycle, first young, is not in use
         raise RegistryFull(
             f"get {entry.name!r} {entry.version}: {entry.nbytes} bytes",
             f"room within max_cards={self._max_cards}, max_bytes={self._max_bytes}",

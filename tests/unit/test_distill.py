@@ -27,6 +27,7 @@ from lora.evolution.distill import (
 )
 from lora.evolution.novelty import Alarm, Detector
 from lora.evolution.teacher import CloudDistiller, Consent, MockTeacher
+from lora.metrics import Metrics
 from lora.models.encoder import EncoderConfig, InferenceCore
 from lora.router import LoRARouter
 from lora.routing import Calibration
@@ -53,7 +54,7 @@ class Stub:
     """What a distiller needs of an engine, without a model that could be trained."""
 
     def __init__(self):
-        self.base, self.registered = Words(), []
+        self.base, self.registered, self.metrics = Words(), [], Metrics()
         self.router = LoRARouter(self.base.encode)
         self.router.register_virtual_candidate("python", ["python", "python x", "python z"])
 
@@ -358,7 +359,7 @@ def test_too_little_material_is_discarded_with_the_reason(rows):
     assert distiller.tasks[0].state == "discarded"
 
 
-@requirement("R18.2", "R18.3")
+@requirement("R18.2", "R18.3", "R5.16")
 def test_a_discarded_topic_is_tried_again_when_it_is_asked_for_more_and_on_another_split():
     source = combined("efgh", labels=3)
     _, distiller = learning(source, guard=combined("efgh"), max_steps=2)
@@ -369,6 +370,8 @@ def test_a_discarded_topic_is_tried_again_when_it_is_asked_for_more_and_on_anoth
         distiller.observe(query)
         assert [task.state for task in distiller.tasks] == [state]
     second = distiller.work(first.task)
+    jobs = distiller.engine.metrics.snapshot()
+    assert (jobs["jobs"], jobs["jobs_seconds"] > 0) == (2, True)
     assert (first.figures["trial"], second.figures["trial"]) == (1, 2)
     assert first.figures["seed"] != second.figures["seed"]
     assert first.figures["sha256"]["held_out"] != second.figures["sha256"]["held_out"]

@@ -231,6 +231,35 @@ def test_a_file_that_is_gone_or_changed_since_it_was_registered_is_a_named_error
 
 
 @requirement("R22.3")
+@pytest.mark.parametrize("change", [{}, {"value": 2}, {"value": 2, "version": "0.0.9"}])
+def test_a_changed_file_that_is_registered_again_is_had_by_the_same_path(written, change):
+    warm, cold, digested = AdapterRegistry(), AdapterRegistry(), AdapterRegistry()
+    path = written(card_of())
+    digested.register(path, digest=digest(path))
+    for registry in (warm, cold):
+        registry.register(path)
+    old = warm.get("docs")
+    written(card_of(**change))
+    for registry in (warm, cold):
+        entry = registry.register(path)
+        assert registry.entries["docs"] == (entry,)
+        assert (registry.get("docs"), old) == (card_of(**change), card_of())
+        assert registry.register(path) is entry
+    if change == {"value": 2}:
+        with pytest.raises(ConflictError):
+            digested.register(path)
+
+
+@requirement("R22.3")
+def test_a_file_is_not_taken_for_a_registered_one_that_has_changed_since(written):
+    registry = AdapterRegistry()
+    registry.register(written(card_of()))
+    written(card_of(value=2))
+    with pytest.raises(CardFileError, match=r"docs\.lora\.arrow.*the registered file"):
+        registry.register(written(card_of(value=2), "other"))
+
+
+@requirement("R22.3")
 def test_a_file_with_a_digest_is_known_by_it(written):
     registry = AdapterRegistry()
     path = written(card_of())
