@@ -43,7 +43,7 @@ from lora.federation.trust import Policy
 from lora.files import PathLike, as_path, load
 from lora.models.adapt import adapt, adapt_rows, bindings, build
 from lora.models.encoder import InferenceCore
-from lora.models.manager import LoRAManager, State
+from lora.models.manager import LoRAManager, State, log_loaded
 from lora.router import Description, LoRARouter, RouterState
 from lora.routing import Index, Route, select, texts_of, unit
 from lora.state import StateReference, Uncopied, log_safely
@@ -303,9 +303,7 @@ class ArrowEngine(Uncopied):
             }
             check = self.check_base
             self.manager.apply_card(card, weight=weight, strict=strict, check_base=check, **also)
-        log_safely(
-            log.info, "loaded card %r: %d modules, rank %d", card.name, len(card.weights), card.rank
-        )
+        log_loaded(log, card)
         return card.name
 
     def remove_lora(self, name: str) -> None:
@@ -556,8 +554,7 @@ def default_model() -> Path:
 
 def _local(index: Index) -> Index:
     """Return the candidates that are no remote cards."""
-    candidates = {name: c for name, c in index.candidates.items() if not c.virtual}
-    return Index(MappingProxyType(candidates))
+    return index.only(lambda candidate: not candidate.virtual)
 
 
 def _resolve(choice: Choice, state: EngineState) -> AdapterSet:

@@ -8,7 +8,7 @@ Requirements: R4, R7.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,16 +78,17 @@ class Index:
 
     def without(self, name: str) -> "Index":
         """Return an index without the candidate of that name."""
-        candidates = {key: c for key, c in self.candidates.items() if key != name}
+        return self.only(lambda candidate: candidate.name != name)
+
+    def only(self, wanted: Callable[[Candidate], bool]) -> "Index":
+        """Return an index of the candidates that are wanted."""
+        candidates = {name: each for name, each in self.candidates.items() if wanted(each)}
         return Index(MappingProxyType(candidates))
 
     def tagged(self, tags: Collection[str]) -> "Index":
         """Return an index of the candidates that have all of these tags."""
         required = set(texts_of(tags, "tags", ordered=False))
-        if not required:
-            return self
-        candidates = {name: c for name, c in self.candidates.items() if c.tags >= required}
-        return Index(MappingProxyType(candidates))
+        return self.only(lambda candidate: candidate.tags >= required) if required else self
 
 
 EMPTY = Index(MappingProxyType({}))

@@ -158,8 +158,7 @@ class LoRAManager(Uncopied, Generic[M]):
         check_card(card)
         with self.reference.lock:
             self.reference.replace(loaded=self.state.loaded_with(card), **also)
-        modules = len(card.weights)
-        log_safely(log.info, "loaded card %r: %d modules, rank %d", card.name, modules, card.rank)
+        log_loaded(log, card)
 
     def unload_card(self, name: str) -> None:
         """Forget a loaded card; an active one stays active, an unknown name is no error."""
@@ -293,6 +292,12 @@ class LoRAManager(Uncopied, Generic[M]):
             return self._idle
         model = build(self.base, adapters, injections, fold_up_to=self._fold_up_to)
         return Active(model, adapters, MappingProxyType(injections))
+
+
+def log_loaded(to: logging.Logger, card: LoRACard) -> None:
+    """Log that a card is known by its name now."""
+    modules = len(card.weights)
+    log_safely(to.info, "loaded card %r: %d modules, rank %d", card.name, modules, card.rank)
 
 
 def _reports(active: Active[Any]) -> dict[str, Injection]:
