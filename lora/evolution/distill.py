@@ -42,6 +42,7 @@ from lora.evolution.novelty import (
 )
 from lora.evolution.teacher import CloudDistiller, Distilled
 from lora.files import PathLike, as_path, save
+from lora.metrics import Metrics
 from lora.models.adapt import adapt
 from lora.router import Description, LoRARouter
 from lora.routing import Index
@@ -62,6 +63,7 @@ class Engine(Protocol):
 
     base: Any  # a module with encode(texts)
     router: LoRARouter
+    metrics: Metrics
 
     def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
         """Add a card that the router may choose."""
