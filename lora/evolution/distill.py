@@ -26,8 +26,8 @@ import pyarrow.compute as pc
 
 import lora
 from lora.card import Array, LoRACard
-from lora.checks import finite, integer
-from lora.errors import ArgumentError, CardNotFoundError, DataError, PeerError, StateError, shown
+from lora.checks import integer, share
+from lora.errors import CardNotFoundError, DataError, PeerError, StateError
 from lora.evolution.acceptance import LEAST, Verdict, judge
 from lora.evolution.novelty import (
     LINK,
@@ -98,8 +98,8 @@ class Policy:
             value, where = getattr(self, item.name), f"policy: {item.name}"
             if isinstance(item.default, int):
                 integer(value, where, least=1)
-            elif not 0 <= finite(value, where, ArgumentError) <= 1:
-                raise ArgumentError(where, "a number in [0, 1]", shown(value))
+            else:
+                share(value, where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,11 +277,6 @@ class SkillDistiller:
     def guards(self) -> tuple[Pairs, ...]:
         """Pairs that may not get worse: the guard sets, and what judged accepted skills."""
         return tuple(pairs for pairs, _ in self._guards)
-
-    @property
-    def alarm(self) -> Alarm:
-        """Whether many queries were novel lately."""
-        return self.memory.alarm
 
     def observe(self, text: str) -> Novelty:
         """Judge a query as known, unsure or novel; a novel one may open a task."""

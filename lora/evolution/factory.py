@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,7 @@ from lora.checks import integer
 from lora.errors import LoRAError, MismatchError, MissingPackageError, PeerError, StateError
 from lora.evolution.nights import due, night_of, parse_at
 from lora.evolution.queue import Job, JobQueue, Version
-from lora.evolution.worker import finished, forget, halt, locked, supervise
+from lora.evolution.worker import OUTCOME, finished, halt, locked, supervise
 from lora.federation.cache import CardCache
 from lora.files import PathLike, as_path, digest, load, os_errors
 
@@ -166,7 +166,8 @@ class SkillFactory:
                 self._drain(stop)
             while begin is not None and not stop.is_set():
                 self.sync()
-                last, now = self.queue.night(), self._now()
+                last = self.queue.night()
+                now = datetime.fromtimestamp(self._clock())  # noqa: DTZ006 - the wall clock
                 night = night_of(begin, now) if last is None else due(begin, last, now)
                 if night is not None:
                     if last is not None:  # the first start has missed nothing
@@ -175,9 +176,6 @@ class SkillFactory:
                         self.queue.set_night(night)
                 stop.wait(WATCH)
         return self.status()
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock(), UTC).astimezone().replace(tzinfo=None)
 
     def _drain(self, stop: threading.Event) -> None:
         """Run jobs until none is queued or `stop` is set."""
@@ -240,7 +238,7 @@ class SkillFactory:
             if outcome.get("card"):
                 outcome["digest"] = self._keep(job, Path(outcome["card"]))
         except Exception as error:  # noqa: BLE001 - of a card that is no use
-            forget(folder)
+            (folder / OUTCOME).unlink(missing_ok=True)
             outcome = {"error": _text(error), "final": False}
         now, printed = self._clock(), outcome.get("printed", {})
         if "error" in outcome:

@@ -11,7 +11,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -48,8 +48,7 @@ MOVES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "retry": ("dead", "queued"),
     }
 )
-"""Everything that can happen to a job: the state before and the state after, by name.
-"""
+"""Everything that can happen to a job: the state before and the state after, by name."""
 
 STATES = tuple(dict.fromkeys(state for move in MOVES.values() for state in move))
 """Every state; `done`, `rejected` and `dead` are ends."""
@@ -164,24 +163,21 @@ class JobQueue:
     def __init__(self, path: PathLike) -> None:
         self.path = as_path(path)
         self._write = threading.RLock()
-        with _sql_errors(self.path):
+        with _sql_errors(self.path), ExitStack() as after_error:
             self._db = sqlite3.connect(
                 self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
             )
-        try:
-            with _sql_errors(self.path):
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA synchronous = FULL")
+            after_error.callback(self._db.close)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
             with self._transaction() as db:
                 (version,) = db.execute("PRAGMA user_version").fetchone()
                 for statement in _TABLES if version == 0 else ():
                     db.execute(statement)
             if version not in (0, VERSION):
                 expected, present = f"a queue of version {VERSION}", f"version {version}"
-                raise StateError(str(self.path), expected, present)  # noqa: TRY301 - closes the file
-        except BaseException:
-            self._db.close()
-            raise
+                raise StateError(str(self.path), expected, present)
+            after_error.pop_all()
 
     def __enter__(self) -> Self:
         return self

@@ -109,11 +109,6 @@ def halt(folder: str) -> None:
             _kill(process)
 
 
-def forget(folder: Path) -> None:
-    """Delete a useless result."""
-    (folder / OUTCOME).unlink(missing_ok=True)
-
-
 def main() -> None:
     """Be a job's process: read an order, leave an outcome in the job's folder."""
     threading.Thread(target=_end_with_supervisor, daemon=True).start()

@@ -155,21 +155,13 @@ def test_evolve_asks_a_teacher_only_as_allowed(shop, server, monkeypatch):  # no
 def test_evolve_sends_a_teacher_what_is_allowed_and_nothing_else(shop, here, server):  # noqa: F811
     """The whole command, over one training step: what reaches the server, and what is told."""
     documents = craft(shop / "docs", 3)
-    evolve = ["evolve", "--documents", documents, "--steps", 1, "--json"]
+    evolve = ["evolve", "--documents", documents, "--steps", 1, "--json", "--out", "taught"]
     asked = ["--teacher-model", "m", "--key-file", "key", "--teacher-url", server.url]
-
-    def figures(*options):
-        code, out, err = here(*evolve, *options)
-        assert (code, err.count("lora: ")) == (0, 0)
-        (task, *_) = json.loads(out)
-        return task["figures"]
-
-    assert figures("--out", "alone", *asked)["pairs"]["taught"] == 0  # without --ask
-    refused = figures("--out", "cheap", *asked, "--ask", "127.0.0.1:documents", "--budget", 10)
-    assert "at most 10 tokens" in refused["failures"][0]
-    assert server.requests == []
-    taught = figures("--out", "taught", *asked, "--ask", "127.0.0.1:documents", "--max-tokens", 99)
-    assert taught["pairs"]["taught"] >= 1
+    allowed = ["--ask", "127.0.0.1:documents", "--max-tokens", 99]
+    code, out, err = here(*evolve, *asked, *allowed)
+    assert (code, err.count("lora: ")) == (0, 0)
+    figures = json.loads(out)[0]["figures"]
+    assert figures["pairs"]["taught"] >= 1
     materials = [json.loads(body["messages"][1]["content"]) for body in server.bodies]
     assert {material["kind"] for material in materials} == {"documents"}
     assert {material["title"] for material in materials} <= {p.name for p in documents.iterdir()}

@@ -92,7 +92,7 @@ def laws(count, start=0):
 def test_known_repeated_and_stray_queries_open_no_task(texts, novel, rings):
     distiller = watching()
     kinds = [distiller.observe(text).kind for text in texts]
-    assert (kinds.count("novel"), distiller.alarm.ringing) == (novel, rings)
+    assert (kinds.count("novel"), distiller.memory.alarm.ringing) == (novel, rings)
     assert distiller.tasks == ()
 
 
