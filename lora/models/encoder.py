@@ -8,7 +8,7 @@ Requirements: R5, R17.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -23,16 +23,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lora.card import Array
+from lora.checks import integer
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
 from lora.files import PathLike, as_path
 from lora.interop.weights import open_safetensors
-from lora.models.encoder_folder import (
-    POOLINGS,
-    EncoderConfig,
-    read_config,
-    read_tokenizer,
-    refusal,
-)
+from lora.models.encoder_folder import POOLINGS, EncoderConfig, read_folder, refusal
 from lora.models.layers import NeverCalled, SegmentedLinear, Segments
 from lora.routing import texts_of
 
@@ -80,6 +75,12 @@ class Layer(nn.Module):
         return normed
 
 
+def _check_names(key: str, names: Sequence[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in list(known):
+            raise refusal(f"encoder config, {key}", f"one of {list(known)}", name)
+
+
 def _output(width: int, config: EncoderConfig) -> nn.ModuleDict:
     """Make a projection that is added to its block's input and normalised."""
     norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -111,13 +112,10 @@ class InferenceCore(nn.Module):
         super().__init__()
         pooling = config.pooling
         self.pooling = (pooling,) if isinstance(pooling, str) else tuple(pooling)
-        if config.hidden_act not in ACTIVATIONS or set(self.pooling) - set(POOLINGS.values()):
-            expected = f"one of {list(ACTIVATIONS)}; pooling of {list(POOLINGS.values())}"
-            raise refusal("encoder config", expected, f"{config.hidden_act}, {pooling}")
-        for layer in config.dense:
-            if layer.activation not in DENSE_ACTIVATIONS:
-                expected = f"an activation_function of {DENSE_ACTIVATIONS}"
-                raise refusal(f"{layer.path}/config.json", expected, layer.activation)
+        _check_names("hidden_act", [config.hidden_act], ACTIVATIONS)
+        _check_names("pooling_mode", self.pooling or [""], POOLINGS.values())
+        activations = [layer.activation for layer in config.dense]
+        _check_names("activation_function", activations, DENSE_ACTIVATIONS)
         self.config = config
         self.tokenizer = tokenizer
         hidden = config.hidden_size
@@ -148,7 +146,7 @@ class InferenceCore(nn.Module):
             UnsupportedModelError: The model is not BERT, or its files do not fit each other.
         """
         folder = as_path(folder)
-        config = read_config(folder)
+        config, tokenizer = read_folder(folder)
         names = _weights(folder / config.path)
         tensors = {name.removeprefix("bert."): tensor for name, tensor in names.items()}
         for index, layer in enumerate(config.dense):
@@ -156,7 +154,7 @@ class InferenceCore(nn.Module):
                 tensors[name.replace("linear", f"dense.{index}")] = tensor
         config = replace(config, pooler="pooler.dense.weight" in tensors)
         with torch.device("meta"):
-            core = cls(config, read_tokenizer(folder, config))
+            core = cls(config, tokenizer)
         needed = {name: tensors[name] for name in core.state_dict() if name in tensors}
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in needed.values()}
         if len(dtypes | ({config.dtype} - {None})) > 1:
@@ -176,9 +174,10 @@ class InferenceCore(nn.Module):
 
     @property
     def width(self) -> int:
-        """The number of values of an embedding before `truncate_dim`."""
-        dense = self.config.dense
-        return dense[-1].out_features if dense else self.config.hidden_size * len(self.pooling)
+        """The number of values of an embedding."""
+        dense, limit = self.config.dense, self.config.truncate_dim
+        width = dense[-1].out_features if dense else self.config.hidden_size * len(self.pooling)
+        return min(width, limit or width)
 
     def forward(
         self,
@@ -207,25 +206,35 @@ class InferenceCore(nn.Module):
         pooled = pool(x, mask, self.pooling, skipped)
         for linear, layer in zip(self.dense, self.config.dense, strict=True):
             pooled = getattr(nn, layer.activation)()(_project(linear, pooled, segments))
-        return F.normalize(pooled, dim=-1) if self.config.normalize else pooled
+        pooled = F.normalize(pooled, dim=-1) if self.config.normalize else pooled
+        return pooled[:, : self.config.truncate_dim]
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, cut at ``max_seq_length``."""
-        texts = texts_of(texts)
+    def tokenize(self, texts: Sequence[str], prompt: str | None = None) -> list[list[int]]:
+        """Return the token ids of texts after a prompt; default: the one that the folder names."""
+        texts, before = texts_of(texts), self._prompt(prompt)
         if self.tokenizer is None:
             raise UnsupportedModelError("encoder", "a tokenizer", "none")
         try:
-            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+            encodings = self.tokenizer.encode_batch_fast([before + text for text in texts])
         except (TypeError, UnicodeError) as error:
             expected = "text that UTF-8 can hold, without half of a surrogate pair"
             raise ArgumentError("texts", expected, shown(texts)) from error
+        positions = self.config.max_position_embeddings
+        if any(len(encoding.ids) > positions for encoding in encodings):
+            hint = "shorten them, or lower max_seq_length in sentence_bert_config.json"
+            expected = f"at most {positions} tokens each, as many as the model has positions"
+            raise ArgumentError("texts", expected, "a longer one", hint)
+        return [encoding.ids for encoding in encodings]
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts as one padded batch ``(n, hidden)`` that gradients flow through."""
+        """Embed texts as `encode` does, in one padded batch ``(n, d)`` that gradients flow through.
+
+        Each text must have a token.
+        """
         rows = self.tokenize(texts)
         if not rows or not all(rows):
             raise ArgumentError("texts", "one or several, each of at least one token", shown(texts))
-        embedded: Tensor = self(*pad(rows, self.config.pad_token_id, self.device))
+        embedded: Tensor = self(*pad(rows, self.device), skipped=self._skipped(self._prompt()))
         return embedded
 
     @torch.inference_mode()
@@ -249,41 +258,42 @@ class InferenceCore(nn.Module):
             normalize_embeddings: Divide each vector by its length.
             batch_size: Texts in a batch; default: as many as `TOKEN_BUDGET` allows.
         """
-        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-            raise ArgumentError("batch_size", "a positive int", shown(batch_size))
+        if batch_size is not None:
+            integer(batch_size, "batch_size", least=1)
         before = self._prompt(prompt, prompt_name)
         single = isinstance(texts, str)
-        listed = texts_of([texts] if isinstance(texts, str) else texts)
-        ids = self.tokenize([before + text for text in listed])
+        ids = self.tokenize([texts] if isinstance(texts, str) else texts, before)
         if sets is not None and len(sets) != len(ids):
             raise ShapeError("sets", f"one index for each of {len(ids)} texts", len(sets))
-        skipped = 0
-        if before and not self.config.include_prompt and self.tokenizer is not None:
-            (tokens,) = self.tokenize([before])
-            special = self.tokenizer.get_added_tokens_decoder().get(tokens[-1]) if tokens else None
-            skipped = len(tokens) - bool(special and special.special)
+        skipped = self._skipped(before)
         result = np.zeros((len(ids), self.width), np.float32)
         for batch in batches([len(row) for row in ids], rows=batch_size):
             rows, segments = by_set(batch, sets)
-            padded, mask = pad([ids[row] for row in rows], self.config.pad_token_id, self.device)
+            padded, mask = pad([ids[row] for row in rows], self.device)
             result[rows] = self(padded, mask, segments, skipped).float().cpu().numpy()
-        result = result[:, : self.config.truncate_dim]
         if normalize_embeddings:
             result = F.normalize(torch.from_numpy(result), dim=-1).numpy()
         return result[0] if single else result
 
-    def _prompt(self, prompt: str | None, name: str | None) -> str:
+    def _prompt(self, prompt: str | None = None, name: str | None = None) -> str:
+        """Return what stands before each text."""
         if prompt is None:
             prompts = self.config.prompts
             name = self.config.default_prompt_name if name is None else name
-            if name is None:
-                return ""
-            if name not in prompts:
+            if name is not None and name not in list(prompts):
                 raise ArgumentError("prompt_name", f"one of {sorted(prompts)}", shown(name))
-            return prompts[name]
+            prompt = "" if name is None else prompts[name]
         if not isinstance(prompt, str):
             raise ArgumentError("prompt", "a str", shown(prompt))
         return prompt
+
+    def _skipped(self, prompt: str) -> int:
+        """Return how many tokens the pooling leaves out: those of the prompt, without the end."""
+        if not prompt or self.config.include_prompt or self.tokenizer is None:
+            return 0
+        (tokens,) = self.tokenize([""], prompt)
+        special = self.tokenizer.get_added_tokens_decoder().get(tokens[-1]) if tokens else None
+        return len(tokens) - bool(special and special.special)
 
 
 def pool(x: Tensor, mask: Tensor | None, modes: Sequence[str], skipped: int = 0) -> Tensor:
@@ -293,8 +303,6 @@ def pool(x: Tensor, mask: Tensor | None, modes: Sequence[str], skipped: int = 0)
         >>> pool(torch.tensor([[[1.0], [3.0]]]), None, ["mean", "max"])
         tensor([[2., 3.]])
     """
-    if tuple(modes) == ("mean",) and mask is None and not skipped:
-        return x.mean(1)
     places = torch.arange(x.shape[1], device=x.device)
     seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
     seen = seen & (places >= skipped)
@@ -328,8 +336,8 @@ def batches(
     """
     batch: list[int] = []
     for row in sorted(np.flatnonzero(lengths).tolist(), key=lambda row: (-lengths[row], row)):
-        full = (len(batch) + 1) * lengths[batch[0]] > budget if rows is None and batch else False
-        if batch and (full or len(batch) == rows):
+        longer = len(batch) + 1
+        if batch and (longer > rows if rows else longer * lengths[batch[0]] > budget):
             yield batch
             batch = []
         batch.append(row)
@@ -352,11 +360,9 @@ def by_set(rows: list[int], sets: Sequence[int] | None) -> tuple[list[int], Segm
     return rows, tuple(zip([0, *stops[:-1]], stops, counts, strict=True))
 
 
-def pad(
-    rows: Sequence[Sequence[int]], token: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return ids as one tensor and a mask that is True at tokens, or None without padding."""
-    ids = pad_sequence([torch.tensor(row, device=device) for row in rows], True, token)
+    ids = pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     return ids, None if mask.all() else mask

@@ -17,12 +17,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from lora.errors import ArgumentError, CardNotFoundError, ShapeError, UnsupportedModelError
 from lora.models import encoder
 from lora.models.adapt import adapt_rows, linears
-from lora.models.encoder import EncoderConfig, InferenceCore, batches, by_set, pad, read_config
-from lora.models.encoder_folder import SIZES
+from lora.models.encoder import EncoderConfig, InferenceCore, batches, by_set, pad
+from lora.models.encoder_folder import SIZES, read_folder
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
 
-CPU = torch.device("cpu")
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *ascii_lowercase]
 VOCABULARY = {token: i for i, token in enumerate(TOKENS)}
 CONFIG = EncoderConfig(len(VOCABULARY), 8, 2, 2, 12, 16)
@@ -135,17 +134,32 @@ def test_a_saved_model_with_a_head_a_prefix_and_no_pooler_is_loaded(folder):
 def test_sentence_transformers_files_decide_on_length_pooling_and_normalisation(folder):
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": 5})
     modules = add_modules(folder, pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
-    config = read_config(folder)
-    assert (config.max_seq_length, config.pooling, config.normalize) == (5, ("cls",), True)
+    config, tokenizer = read_folder(folder)
+    assert (tokenizer.truncation["max_length"], config.pooling, config.normalize) == (
+        5,
+        ("cls",),
+        True,
+    )
     core = InferenceCore.from_pretrained(folder)
     assert core.tokenize(["a b c d e f", "a"]) == [[2, 4, 5, 6, 3], [2, 4, 3]]
     length = np.linalg.norm(core.encode(["a b"]))
     assert abs(length - 1) <= gamma(16, np.dtype(np.float32))
     add_modules(folder, pooling_mode="mean")
     write_json(folder / "modules.json", modules[:2])
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 99})
-    config = read_config(folder)
-    assert (config.max_seq_length, config.pooling, config.normalize) == (16, ("mean",), False)
+    config, _ = read_folder(folder)
+    assert (config.pooling, config.normalize) == (("mean",), False)
+
+
+@requirement("R5.7")
+def test_a_text_with_more_tokens_than_positions_is_refused(folder):
+    """Where the folder's limit is higher than the number of positions, the peer raises."""
+    add_modules(folder)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 10**30})
+    core = InferenceCore.from_pretrained(folder)
+    assert len(core.tokenize(["a " * 14])[0]) == 16
+    for work in (core.tokenize, core.encode, core.embed):
+        with pytest.raises(ArgumentError, match="texts: expected at most 16 tokens each"):
+            work(["a", "a " * 15])
 
 
 @requirement("R5.7", "R7.1")
@@ -177,7 +191,7 @@ def test_another_kind_of_model_is_refused_with_what_to_do_instead(folder, change
         ({"vocab_size": 31}, r"word_embeddings.weight.*\[30, 8\].*\[31, 8\]"),
         ({"num_hidden_layers": 3}, r"Missing key.*encoder.layer.2"),
         ({"hidden_act": "swish"}, r"one of \['gelu', 'relu', 'gelu_new'\].*found 'swish"),
-        ({"hidden_size": ...}, r"config.json: expected the fields of a BERT model.*hidden_size"),
+        ({"hidden_size": ...}, r"config.json: expected positive sizes of a BERT.*hidden_size.: 0"),
     ],
 )
 def test_a_config_that_does_not_fit_the_weights_is_refused(folder, change, message):
@@ -315,11 +329,11 @@ rows_of_ids = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=6), min
 
 
 @requirement("R5.7")
-@given(rows_of_ids, st.sampled_from([0, 7]))
-def test_padding_keeps_every_token_and_the_mask_says_which(rows, token):
-    ids, mask = pad(rows, token, CPU)
+@given(rows_of_ids)
+def test_padding_keeps_every_token_and_the_mask_says_which(rows):
+    ids, mask = pad(rows, torch.device("cpu"))
     assert (mask is None) == (len({len(row) for row in rows}) == 1)
     seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     assert [ids[i][seen[i]].tolist() for i in range(len(rows))] == rows
-    assert ids[~seen].eq(token).all()
+    assert ids[~seen].eq(0).all()
     assert ids.shape == (len(rows), max(map(len, rows)))

@@ -342,7 +342,7 @@ def test_a_trained_card_gives_in_peft_on_the_hugging_face_model_what_it_gives_he
     theirs = PeftModel.from_pretrained(model, tmp_path / "peft").eval()
     core = InferenceCore.from_pretrained(model_folder).double()  # only computations differ
     texts = ["Open a file.", "Return the sum of a list of numbers."]
-    ids, mask = pad(core.tokenize(texts), 0, core.device)
+    ids, mask = pad(core.tokenize(texts), core.device)
     with torch.no_grad():
         hidden = theirs(input_ids=ids, attention_mask=mask).last_hidden_state
         pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
