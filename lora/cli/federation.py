@@ -94,17 +94,16 @@ def serve(
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    interfaces = None if announce else ()
+    where: dict[str, Any] = {"host": host, "port": port, "interfaces": None if announce else ()}
     with ExitStack() as stack:
         stack.enter_context(_in_options())
-        where: dict[str, Any] = {"host": host, "port": port, "interfaces": interfaces}
-        node: Any = stack.enter_context(Node(None, folder, credentials=credentials, **where))
-        count, uri = len(node.server.catalog.cards), node.server.uri
-        facts: dict[str, Any] = {"cards": count, "uri": uri}
-        text = f"serving {count} {'card' if count == 1 else 'cards'} at {uri}"
+        node = stack.enter_context(Node(None, folder, credentials=credentials, **where))
+        server: Any = node.server
+        count = len(server.catalog.cards)
+        facts = {"cards": count, "uri": server.uri}
+        text = f"serving {count} {'card' if count == 1 else 'cards'} at {server.uri}"
         if metrics_port is not None:
-            health = node.server.health
-            page = serving(node.metrics, metrics_port, metrics_host, health)
+            page = serving(node.metrics, metrics_port, metrics_host, server.health)
             facts["metrics"] = f"http://{metrics_host}:{stack.enter_context(page)}/metrics"
             text += f"\nmetrics at {facts['metrics']}"
         show(Result(facts, text), as_json=as_json)
@@ -230,8 +229,8 @@ def _in_options() -> Iterator[None]:
     except LoRAError as error:
         for note in getattr(error, "__notes__", ()):  # what other peers answered
             _print(note)
-        hint = _with_options(error.hint)
-        raise type(error)(error.where, error.expected, error.found, hint) from error
+        error.hint = _with_options(error.hint)
+        raise
 
 
 def _with_options(text: str) -> str:
@@ -289,6 +288,5 @@ def _row(offer: Any) -> dict[str, Any]:
     """A row of `lora list`."""
     manifest = offer.manifest
     shown = ("name", "version", "rank", "size", "digest", "description", "base_model")
-    signer = manifest.signature.public_key if manifest.signature else None
     row = {key: getattr(manifest, key) for key in shown}
-    return {**row, "signer": signer, "peers": list(offer.uris)}
+    return {**row, "signer": manifest.signer or None, "peers": list(offer.uris)}

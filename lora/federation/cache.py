@@ -63,7 +63,7 @@ class CardCache:
         path = self.root / f".{secrets.token_hex(8)}.part"
         with os_errors(self.root):
             try:
-                with path.open("xb", buffering=0) as file:
+                with path.open("xb") as file:
                     yield path, file
             finally:
                 path.unlink(missing_ok=True)
@@ -82,18 +82,6 @@ class CardCache:
                 return True
         return False
 
-    def evict(self, max_bytes: int) -> list[str]:
-        """Remove the longest unused cards until the rest fit `max_bytes`; return their digests."""
-        removed, total = list[str](), 0
-        with os_errors(self.root):
-            status = {sha: self.path(sha).stat() for sha in self.digests()}
-            for sha in sorted(status, key=lambda sha: -status[sha].st_mtime_ns):
-                total += status[sha].st_size
-                if total > max_bytes:
-                    self.path(sha).unlink(missing_ok=True)
-                    removed.insert(0, sha)
-        return removed
-
     def load(self, sha: str) -> LoRACard | None:
         """Return the card of a digest, or None if it is not there.
 
@@ -109,11 +97,6 @@ class CardCache:
                 folder.mkdir(exist_ok=True)
                 path.rename(folder / f"{sha}.{secrets.token_hex(4)}")
             return None
-
-    def touch(self, sha: str) -> None:
-        """Note for `evict` that a card is used."""
-        with suppress(OSError):  # another user's cache, or a read-only disk
-            os.utime(self.path(sha))
 
     def highest_version(self, name: str, signer: str) -> str:
         """Return the highest version of a name and signer, or ""."""

@@ -109,7 +109,7 @@ class LoRAFlightClient:
         self.cache = cache if isinstance(cache, CardCache | None) else CardCache(cache)
         self._check, token = check, credentials.token
         self._headers = [(b"authorization", f"Bearer {token}".encode())] if token else []
-        self._known: dict[str, Manifest] = {}
+        self._known: dict[tuple[str, str | None], Manifest] = {}
         with self._talking("connecting"):
             self._flight = flight.connect(
                 uri,
@@ -158,12 +158,11 @@ class LoRAFlightClient:
             PeerError: The peer is not there, too slow, or breaks off.
         """
         policy = self.policy if digest is None else self.policy.pinned(digest)
-        requested = digest or name
-        manifest = self._known.get(requested)
+        manifest = self._known.get((name, digest))
         if manifest is None or refresh:
-            manifest = self._announced(requested)
+            manifest = self._announced(name, digest or name)
         card = self.fetch(manifest, policy, progress).card
-        self._known[requested] = manifest
+        self._known[name, digest] = manifest
         return card
 
     def fetch(
@@ -195,7 +194,6 @@ class LoRAFlightClient:
                     cache.path(sha).unlink(missing_ok=True)
                 raise
         if cached is not None:
-            cache.touch(sha)
             self.metrics.add("cache_hits")
         return Fetched(card, sha)
 
@@ -215,17 +213,19 @@ class LoRAFlightClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _announced(self, requested: str) -> Manifest:
-        by_digest, kinds = is_digest(requested), flight.FlightDescriptor
-        describe = kinds.for_command if by_digest else kinds.for_path
+    def _announced(self, name: str, requested: str) -> Manifest:
+        """Ask the peer for the manifest of a name or a digest; it must be of that name, too."""
+        kinds = flight.FlightDescriptor
+        describe = kinds.for_command if is_digest(requested) else kinds.for_path
         with self._talking(f"card {shown(requested, 80)}"):
             descriptor = describe(requested.encode(errors="surrogatepass"))
             options = flight.FlightCallOptions(timeout=self.timeout, headers=self._headers)
             info = self._flight.get_flight_info(descriptor, options)
         manifest = manifest_from_json(info.app_metadata)
-        announced = manifest.digest if by_digest else manifest.name
-        if announced != requested:
-            raise MismatchError(f"{self.uri}: card", shown(requested, 80), shown(announced, 80))
+        for wanted in (requested, name):
+            announced = manifest.digest if is_digest(wanted) else manifest.name
+            if announced != wanted:
+                raise MismatchError(f"{self.uri}: card", shown(wanted, 80), shown(announced, 80))
         return manifest
 
     def _download(
@@ -239,9 +239,10 @@ class LoRAFlightClient:
             if size > limit:
                 raise MismatchError(f"{where}: bytes received", limit, f"{size} or more")
             sha.update(piece)
-            _write_all(file, memoryview(piece))
+            file.write(piece)
             if progress is not None:
                 progress(size, manifest.size)
+        file.flush()
         self.metrics.add("fetched_bytes", size)
         check_received(manifest, size, sha.hexdigest(), policy)
         return sha.hexdigest()
@@ -306,8 +307,3 @@ class LoRAFlightClient:
             text = re.sub(noise, "", text)[:200]
             hint = next((hint for part, hint in HINTS.items() if part in text.lower()), "")
             raise PeerError(where, "an answer", text, hint) from error
-
-
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]

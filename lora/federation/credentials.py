@@ -50,23 +50,23 @@ class Credentials:
             raise ArgumentError("credentials: key", expected, "that of another one")
 
 
-def check_location(location: str, credentials: Credentials) -> bool:
-    """Return whether a Flight URI uses TLS.
+def check_location(location: str, credentials: Credentials) -> tuple[bool, str, int]:
+    """Return whether a Flight URI uses TLS, its host and its port.
 
     Raises:
         ArgumentError: It is no Flight URI, or the token would travel in clear beyond loopback.
     """
-    scheme, host = "", None
+    host, port, tls = "", 0, location.lower().startswith("grpc+tls:")
     with suppress(ValueError):
         parts = urllib.parse.urlsplit(location)
-        scheme, host, _ = parts.scheme, parts.hostname, parts.port
-    if scheme not in ("grpc", "grpc+tls") or not host:
+        host, port = parts.hostname or "", parts.port or 0
+    # Nothing but these parts: gRPC would ignore a path or a user, and choose a missing port itself.
+    if not host or location.lower() != flight_uri(host, port, tls=tls).lower():
         raise ArgumentError("location", "grpc://host:port or grpc+tls://host:port", repr(location))
-    tls = scheme == "grpc+tls"
     if credentials.token and not (tls or credentials.insecure_token or is_loopback(host)):
         hint = "use grpc+tls://, or let others on the way read it: `insecure_token=True`"
         raise ArgumentError("token", "TLS beyond loopback", location, hint)
-    return tls
+    return tls, host, port
 
 
 def is_loopback(host: str) -> bool:

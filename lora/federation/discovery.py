@@ -159,8 +159,10 @@ class Discovery:
             log.exception("peer %r", key)
         with self._lock:
             self._errors.pop(key, None)
-            if error is not None and len(self._errors) < self._book.cap:
+            if error is not None:
                 self._errors[key] = error
+            if len(self._errors) > self._book.cap:
+                del self._errors[next(iter(self._errors))]  # the oldest
         self._change(PeerBook.asked, key, *answer)
         self._asked.discard(key)
 

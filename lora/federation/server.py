@@ -14,10 +14,8 @@ import json
 import logging
 import mmap
 import socket
-import struct
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -93,13 +91,12 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         guard_fork(self)
         self.node_id, self.metrics = node_id, metrics or Metrics()
         self._files = root if callable(root) else partial(card_files, as_path(root))
-        tls, certificate = check_location(location, credentials), credentials.certificate
+        tls, host, port = check_location(location, credentials)
+        certificate = credentials.certificate
         if tls != (certificate is not None) or (credentials.ca is not None and not tls):
             expected = "a certificate with grpc+tls; neither that nor an authority without"
             raise ArgumentError("server", expected, location)
         self._catalog, self._scanning = scan(self._files(), Catalog()), threading.Lock()
-        parts = urllib.parse.urlsplit(location)
-        host = parts.hostname or ""
         try:
             super().__init__(
                 location,
@@ -109,7 +106,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
                 middleware={"token": _Token(credentials.token)} if credentials.token else None,
             )
         except (pa.ArrowException, OSError) as error:
-            problem = _bind_problem(host, parts.port or 0) or error
+            problem = _bind_problem(host, port) or error
             expected = "an address that is free and this machine's"
             raise StoreError(f"server: {location}", expected, problem) from error
         self._streams = Streams(self.port, limits, self.metrics)
@@ -164,7 +161,8 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
             card = self._card(text.removesuffix("/file"))
             schema, batches = card.schema, table_pieces(card)
             if text.endswith("/file"):
-                schema, batches = FILE_SCHEMA, map(_file_batch, file_pieces(card, CHUNK))
+                schema, pieces = FILE_SCHEMA, file_pieces(card, CHUNK)
+                batches = (pa.record_batch([[piece]], schema) for piece in pieces)
             return flight.GeneratorStream(schema, self._sent(context, batches))
 
     def do_action(self, context: Any, action: Any) -> Iterator[Any]:
@@ -254,13 +252,6 @@ def file_pieces(card: Served, size: int) -> Iterator[bytes]:
     with opened(card) as file:
         while piece := file.read(size):
             yield piece
-
-
-def _file_batch(piece: bytes) -> pa.RecordBatch:
-    """Return a batch of one row, without copying the piece."""
-    offsets = pa.py_buffer(struct.pack("=2i", 0, len(piece)))
-    column = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(piece)])
-    return pa.record_batch([column], FILE_SCHEMA)
 
 
 def table_pieces(card: Served) -> Iterator[pa.RecordBatch]:

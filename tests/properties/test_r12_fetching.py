@@ -52,7 +52,8 @@ def wire():
                     return error
                 finally:
                     fetch.left = sorted(path.name for path in Path(folder).rglob("*"))
-                    cache.evict(0)
+                    for sha in cache.digests():
+                        cache.path(sha).unlink()
                     shutil.rmtree(Path(folder) / "versions", ignore_errors=True)
 
             yield fetch

@@ -51,6 +51,12 @@ def announced(card, path, key=None):
     return manifest if key is None else sign(manifest, key)
 
 
+def emptied(cache):
+    """Delete the cards in a cache, as its user may at any moment."""
+    for digest in cache.digests():
+        cache.path(digest).unlink()
+
+
 def until(holds, seconds=30):
     """Wait until this holds."""
     end = time.monotonic() + seconds

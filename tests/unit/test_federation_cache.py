@@ -83,20 +83,6 @@ def test_what_does_not_arrive_leaves_nothing_and_a_dead_process_nothing_after_a_
 
 
 @requirement("R12.2")
-def test_eviction_takes_the_longest_unused_and_leaves_a_mapped_card_whole(cache):
-    used, oldest, middle = (admitted(cache, made(name, size=1000)) for name in ("a", "bb", "ccc"))
-    for time, sha in enumerate((used, oldest, middle)):
-        os.utime(cache.path(sha), (time, time))
-    cache.touch(used)
-    card = lora.load(cache.path(oldest))
-    assert cache.evict(2 * cache.path(used).stat().st_size + 10) == [oldest]
-    assert cache.evict(10**9) == []
-    assert cache.digests() == sorted([used, middle])
-    assert card == made("bb", size=1000)
-    assert cache.evict(0) == [middle, used]
-
-
-@requirement("R12.2")
 def test_a_damaged_card_is_put_aside(cache):
     good, bad = admitted(cache, made("a")), admitted(cache, made("bb"))
     cache.path(bad).chmod(0o644)

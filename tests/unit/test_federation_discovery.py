@@ -170,6 +170,20 @@ def test_a_peer_that_does_not_answer_has_the_reason(nodes):
         until(lambda: not a.errors())
 
 
+@requirement("R7.8", "R13.4")
+def test_the_reasons_that_are_kept_are_the_latest(nodes):
+    """Else the names of a flood would hide for ever why anyone else does not answer."""
+
+    def ask(uri):
+        if uri == "grpc://late:1":
+            until(discovery.errors)
+        return nodes.ask(uri)
+
+    static = ["grpc://first:1", "grpc://late:1"]
+    with Discovery("me", ask, interfaces=(), static=static, cap=1, interval=60) as discovery:
+        until(lambda: list(discovery.errors()) == static[1:])
+
+
 @requirement("R13.4")
 def test_a_goodbye_of_someone_unknown_adds_nobody(nodes):
     with nodes.join(5061) as a:

@@ -29,6 +29,7 @@ from tests.unit.hostile import (
     Liar,
     Line,
     announced,
+    emptied,
     made,
     saved,
     until,
@@ -88,7 +89,7 @@ def test_a_peer_that_lies_truncates_or_is_refused_is_left_and_the_next_is_tried(
             assert node.metrics.snapshot()["refusals_MismatchError"] == 4
         with joined(tmp_path, liars) as alone:
             alone.sync()
-            alone.cache.evict(0)
+            emptied(alone.cache)
             with pytest.raises(errors.MismatchError) as caught:
                 alone.fetch("docs")
             assert len(caught.value.__notes__) == 4
@@ -377,7 +378,7 @@ def test_an_engine_refuses_another_base_by_default_where_no_fingerprint_decides(
     ):
         card = replace(fits, base_model=base, base_fingerprint=digest)
         saved(card, tmp_path / "remote")
-        node.cache.evict(0)
+        emptied(node.cache)
         routable = engine.sync_remote_skills()
         assert routable == (("docs",) if accepted else ())
         if accepted:

@@ -283,8 +283,9 @@ def test_a_token_travels_in_clear_on_loopback_alone_unless_the_caller_insists(fo
     insecure = Credentials("secret", insecure_token=True)
     with LoRAFlightServer(folder, "grpc://0.0.0.0:0", credentials=insecure) as server:
         assert server.port
-    assert not check_location("grpc://[::1]:5", Credentials("secret"))
-    assert check_location("grpc+tls://cards.example:443", Credentials("secret"))
+    assert check_location("grpc://[::1]:5", Credentials("secret")) == (False, "::1", 5)
+    uri = "grpc+tls://Cards.example:443"
+    assert check_location(uri, Credentials("secret")) == (True, "cards.example", 443)
     assert "secret" not in repr(Credentials("secret"))
     assert all(map(is_loopback, ("localhost", "127.9.9.9", "::1")))
     assert not any(map(is_loopback, ("10.0.0.1", "example.org")))
@@ -315,11 +316,27 @@ def test_mutual_tls_lets_in_only_the_authoritys_clients(folder):
         assert listed(authority.credentials()) == 2
 
 
+@requirement("R7.8")
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://x:1",
+        "grpc://",
+        "grpc://127.0.0.1",
+        "grpc://127.0.0.1:99999",
+        "grpc://127.0.0.1:1/cards",
+        "grpc://user:word@127.0.0.1:1",
+    ],
+)
+def test_what_is_no_location_is_refused_and_no_part_of_it_ignored(location):
+    with pytest.raises(ArgumentError, match="expected grpc://host:port"):
+        check_location(location, Credentials())
+
+
 @requirement("R11.6", "R7.8")
 def test_parts_that_do_not_fit_no_folder_and_a_taken_port_are_refused(tmp_path, server, capfd):
-    for location in ("http://x:1", "grpc://", "grpc://127.0.0.1:99999", "grpc+tls://127.0.0.1:0"):
-        with pytest.raises(ArgumentError):
-            LoRAFlightServer(tmp_path, location)
+    with pytest.raises(ArgumentError, match="a certificate with grpc"):
+        LoRAFlightServer(tmp_path, "grpc+tls://127.0.0.1:0")
     shown = Authority().credentials()
     for credentials in (shown, replace(shown, certificate=None, key=None)):
         with pytest.raises(ArgumentError, match="a certificate with grpc"):
