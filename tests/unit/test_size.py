@@ -7,8 +7,8 @@ import pytest
 from lora.testing.plugin import requirement
 from tests.size import Size, lines_of_tests, size_of, total
 
-LIMIT = Size(lines=15_450, tokens=98_950, words=21_450)
-TEST_LINES = 28_650
+LIMIT = Size(lines=17_550, tokens=113_600, words=24_200)
+TEST_LINES = 32_800
 
 SOURCE = '''"""Two words."""
 
