@@ -256,6 +256,7 @@ class SkillFactory:
         """Copy a card to its place by digest, whole and checked."""
         with self.cards.arriving() as (arrived, file), path.open("rb") as card:
             shutil.copyfileobj(card, file)
+            file.flush()
             name = load(arrived).name
             if name != job.name:
                 raise MismatchError(f"{job.kind}: card", f"one named {job.name!r}", repr(name))

@@ -59,7 +59,7 @@ class CardCache:
 
     @contextmanager
     def arriving(self) -> Iterator[tuple[Path, BinaryIO]]:
-        """Open a hidden file for a card; it is removed at the end."""
+        """Open a hidden file for a card; it is removed at the end. Flush it before it is read."""
         path = self.root / f".{secrets.token_hex(8)}.part"
         with os_errors(self.root):
             try:
