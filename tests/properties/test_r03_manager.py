@@ -509,7 +509,7 @@ OPERATIONS = {
     "hooks": hook_everything,
     "load": load_other_numbers,
     "adapt": lambda result: load_other_numbers(adapt(result, ())),
-    "fold": lambda result: fold(result).half(),
+    "fold": lambda result: fold(result, narrow=True).half(),
     "cards": lambda result: result.apply(lambda module: setattr(module, "mark", 1)),
 }
 LAST = {
