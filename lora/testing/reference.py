@@ -81,7 +81,8 @@ class _Router:
         self._router.unregister(name)
 
     def select(self, query: str, top_k: int, threshold: float | None) -> list[tuple[str, float]]:
-        return self.select_many([query], top_k, threshold)[0]
+        routes = self._router.select(query, top_k, threshold)
+        return [(route.name, route.score) for route in routes]
 
     def select_many(
         self, queries: Sequence[str], top_k: int, threshold: float | None
