@@ -221,11 +221,8 @@ class LoRACard:
         require(alpha > 0, f"{where}: alpha", "a finite number > 0", self.alpha)
         is_base = base is None or _printable(base)
         require(is_base, f"{where}: base_model", "printable text or None", base)
-        expected, is_fingerprint = (
-            "64 lower-case hex digits or None",
-            digest is None or is_digest(digest),
-        )
-        require(is_fingerprint, f"{where}: base_fingerprint", expected, digest)
+        is_fingerprint, expected = digest is None or is_digest(digest), "64 lower-case hex digits"
+        require(is_fingerprint, f"{where}: base_fingerprint", f"{expected} or None", digest)
         extra = FrozenJSON(self.extra, f"{where}: extra")
         for key, value in json.loads(extra.text).items():
             expected = "text values, under keys that are not the card's own fields"

@@ -24,9 +24,10 @@ class LoRAError(Exception):
 
     def __init__(self, where: str, expected: object, found: object, hint: str = "") -> None:
         self.where, self.hint = where, hint
-        self._is_os_error = isinstance(found, OSError) and bool(found.strerror)
-        if self._is_os_error:
-            found = found.strerror.lower()  # type: ignore[attr-defined]
+        words = found.strerror if isinstance(found, OSError) else None
+        self._is_os_error = bool(words)
+        if words:
+            found = words.lower()
         self.expected, self.found = (str(value) or repr(value) for value in (expected, found))
         super().__init__(str(self))
 
@@ -37,8 +38,8 @@ class LoRAError(Exception):
         return f"{self.where}: expected {self.expected}, found {self.found}{tail}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        found = OSError(0, self.found) if self._is_os_error else self.found
-        return type(self), (self.where, self.expected, found, self.hint)
+        problem = OSError(0, self.found) if self._is_os_error else self.found
+        return type(self), (self.where, self.expected, problem, self.hint)
 
 
 def shown(value: object, limit: int = 200) -> str:

@@ -144,11 +144,9 @@ def check_version(manifest: Manifest, highest: str, policy: Policy) -> None:
     """Check that the version is at least the highest seen of this name and signer, or pinned."""
     waived = policy.allow_older or manifest.digest in policy.pins
     if version_order(manifest.version) < version_order(highest) and not waived:
-        where, hint = (
-            f"card {manifest.name!r}: version",
-            "`pin` its digest, or `allow_older` waives this",
-        )
-        raise OlderVersionError(where, f"{highest} or newer", manifest.version or "none", hint)
+        where, expected = f"card {manifest.name!r}: version", f"{highest} or newer"
+        hint = "`pin` its digest, or `allow_older` waives this"
+        raise OlderVersionError(where, expected, manifest.version or "none", hint)
 
 
 def check_base(card: LoRACard | Manifest, policy: Policy) -> None:

@@ -151,8 +151,10 @@ def saved(source=None, **options):
     """A builder of a folder; `source` are the keywords of `bert_folder`."""
 
     def build(folder):
-        made = {key: make() if callable(make) else make for key, make in (source or {}).items()}
-        bert_folder(folder / "source", **made)
+        arguments = {
+            key: make() if callable(make) else make for key, make in (source or {}).items()
+        }
+        bert_folder(folder / "source", **arguments)
         extra = options.get("extra", list)()
         sentence_folder(folder / "source", folder, **{**options, "extra": extra})
         shutil.rmtree(folder / "source")

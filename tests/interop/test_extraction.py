@@ -131,21 +131,21 @@ def test_whatever_changed_and_is_not_in_the_card_is_named(source, tmp_path):
         if norm := np.linalg.norm(new - old):
             norms[key] = norm
     whole = sum(norm**2 for norm in norms.values())
-    told = card.metadata["extract"]
+    facts = card.metadata["extract"]
     named = {
         key: norm
         for key, norm in norms.items()
         if key.removesuffix(".weight") not in card.weights
         and not (source == "folders" and "experts" in key)
     }
-    assert set(told["left_out"]) == set(named)
+    assert set(facts["left_out"]) == set(named)
     assert {"model.embed_tokens.weight", "model.norm.weight"} <= set(named)
     assert "lm_head.weight" in named
     assert any(key.endswith("q_proj.bias") for key in named)
     assert any("experts" in key for key in named) == (source == "modules")
     for key, norm in named.items():
-        figures = told["left_out"][key]
+        figures = facts["left_out"][key]
         assert figures["norm"] == pytest.approx(norm, rel=1e-6)
         assert figures["share"] == pytest.approx(norm**2 / whole, rel=1e-6)
     rest = sum(norm**2 for norm in named.values())
-    assert told["held"] == pytest.approx(1 - rest / whole, rel=1e-5)
+    assert facts["held"] == pytest.approx(1 - rest / whole, rel=1e-5)

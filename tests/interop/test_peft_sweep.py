@@ -97,11 +97,11 @@ def dense(card):
 
 def difference(folder, adapter="default"):
     """The largest relative difference; None if refused here, infinite if PEFT alone refuses."""
-    mine = ours(folder)
-    if mine is None:
+    result = ours(folder)
+    if result is None:
         return None
     peer = theirs(folder, adapter)
-    return np.inf if peer is None else float((mine - peer).abs().max() / peer.abs().max())
+    return np.inf if peer is None else float((result - peer).abs().max() / peer.abs().max())
 
 
 def write(folder, config, ranks, dtype="f4", adapters=("",)):
