@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-all size sharp bench mutants lint types docs serve clean
+.PHONY: demo test test-slow test-all size sharp sharp-sample bench mutants lint types docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
@@ -17,7 +17,7 @@ test: $(VENV)/.test
 
 # What takes long; the limit of coverage holds for these tests and those of make test together.
 test-slow: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 -m slow --junit-xml junit-slow.xml
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 -m slow --junit-xml junit-slow.xml sharp.json
 	$(BIN)/coverage combine --quiet --append
 	$(BIN)/coverage report --skip-covered --fail-under=90
 
@@ -32,6 +32,10 @@ size: $(VENV)/bin/python
 # Breaks the sentence of each requirement on purpose and sees that a test of it fails.
 sharp: $(VENV)/.test
 	$(BIN)/python -m tests.sharp
+
+# Three minutes of make sharp, other ones on each day.
+sharp-sample: $(VENV)/.test
+	$(BIN)/python -m tests.sharp --seconds 180
 
 # This library beside its peers, ten minutes on two cores, and the README's table of it.
 bench: $(VENV)/.test
@@ -94,4 +98,4 @@ $(VENV)/.dev: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) site docs/generated conformance conformance.json junit.xml junit-slow.xml
+	rm -rf $(VENV) site docs/generated conformance conformance.json junit.xml junit-slow.xml sharp.json

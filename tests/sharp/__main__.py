@@ -8,8 +8,10 @@ name the requirement. They must fail: a violation that they let pass shows a hol
     python -m tests.sharp                  all that were not run since their files last changed
     python -m tests.sharp --only R1 R4.9   those of a chapter and of one requirement
     python -m tests.sharp --seconds 180    a sample, drawn anew on each day, for three minutes
+    python -m tests.sharp --count          note in ``counts.json`` how many each requirement has
 
-Verdicts are kept in ``sharp.json``, so that a run that was stopped goes on where it was.
+Verdicts are kept in ``sharp.json``, so that a run that was stopped goes on where it was. The counts
+never fall: a violation follows the code that it changes, and is not dropped.
 """
 
 import argparse
@@ -24,16 +26,23 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lora.testing.requirements import read_spec
+
 ROOT = Path(__file__).parents[2]
 VERDICTS = ROOT / "sharp.json"
+COUNTS = Path(__file__).parent / "counts.json"
 LIMIT = 900
 """Seconds that the tests of one violation may take."""
+
+NO_TIME = "no verdict within"
+"""How the verdict on a violation begins whose tests took too long."""
 
 PASSED, FAILED = 0, 1
 """Exit statuses of pytest; any other says that no test was run, or not to its end."""
@@ -102,7 +111,26 @@ def key_of(violation: Violation, root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
-def run(violation: Violation, root: Path = ROOT) -> str:
+def open_ids(violations: list[Violation]) -> list[str]:
+    """Return the built requirements without a violation."""
+    covered = {violation.id for violation in violations}
+    spec = read_spec(ROOT / "spec").values()
+    return [entry.id for entry in spec if entry.status == "built" and entry.id not in covered]
+
+
+def write_counts(violations: list[Violation]) -> None:
+    """Write down how many violations each requirement has, never fewer than before."""
+    old = json.loads(COUNTS.read_text(encoding="utf-8"))["counts"]
+    counts = Counter(old) | Counter(violation.id for violation in violations)
+    order = {name: place for place, name in enumerate(read_spec(ROOT / "spec"))}
+    record = {
+        "counts": {name: counts[name] for name in sorted(counts, key=order.__getitem__)},
+        "open": open_ids(violations),
+    }
+    COUNTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def run(violation: Violation, root: Path = ROOT, limit: float = LIMIT) -> str:
     """Return "red", "green" or why the tests gave no verdict, from a copy that is changed."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / "copy"
@@ -122,13 +150,13 @@ def run(violation: Violation, root: Path = ROOT) -> str:
                 [*command, *tests_of(violation, root)],
                 cwd=copy,
                 env={**os.environ, **environment},
-                timeout=LIMIT,
+                timeout=limit,
                 capture_output=True,
                 text=True,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return f"no verdict within {LIMIT} s"
+            return f"{NO_TIME} {limit:.0f} s"
     verdicts = {PASSED: "green", FAILED: "red"}
     return verdicts.get(done.returncode, f"no verdict: {done.stdout[-500:]}{done.stderr[-500:]}")
 
@@ -137,9 +165,10 @@ def main() -> int:
     """Run the violations that are asked for; return 1 if the tests let one pass."""
     parser = argparse.ArgumentParser(prog="python -m tests.sharp")
     parser.add_argument("--only", nargs="*", default=[], help="chapters or requirements")
-    parser.add_argument("--seconds", type=float, help="start no further violation after this time")
+    parser.add_argument("--seconds", type=float, help="stop after this time")
     parser.add_argument("--seed", help="of the order; default: the day", default=None)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--count", action="store_true", help="write counts.json and run nothing")
     arguments = parser.parse_args()
     violations = [
         violation
@@ -147,6 +176,9 @@ def main() -> int:
         if not arguments.only
         or any(f"{violation.id}.".startswith(f"{name}.") for name in arguments.only)
     ]
+    if arguments.count:
+        write_counts(read_violations())
+        return 0
     wrong = list(faults(violations))
     for line in wrong:
         print(line)
@@ -159,10 +191,13 @@ def main() -> int:
     def verdict_of(violation: Violation) -> tuple[Violation, str] | None:
         key = key_of(violation)
         if verdicts.get(key) != "red":
-            passed = time.monotonic() - started
-            if arguments.seconds is not None and passed > arguments.seconds:
-                return None
-            verdicts[key] = run(violation)
+            left = LIMIT
+            if arguments.seconds is not None:
+                left = min(LIMIT, arguments.seconds - (time.monotonic() - started))
+            verdict = run(violation, limit=left) if left > 0 else NO_TIME
+            if left < LIMIT and verdict.startswith(NO_TIME):
+                return None  # the sample ends here
+            verdicts[key] = verdict
             VERDICTS.write_text(json.dumps(verdicts, indent=1))
         return violation, verdicts[key]
 

@@ -1,12 +1,14 @@
 """Violations on record can still be made, and the runner tells a red test from a green one."""
 
+import json
 import subprocess
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from lora.testing.plugin import requirement
-from tests.sharp.__main__ import Violation, faults, key_of, read_violations, run
+from tests.sharp.__main__ import COUNTS, Violation, faults, key_of, open_ids, read_violations, run
 
 VIOLATION = Violation("R1.1", "sums.py", "a + b", "a - b", "Sums are differences.")
 
@@ -25,6 +27,14 @@ def test_every_violation_on_record_can_still_be_made():
     violations = read_violations()
     assert list(faults(violations)) == []
     assert len(set(violations)) == len(violations)
+
+
+@requirement("R9.8")
+def test_every_built_requirement_has_a_violation_and_no_fewer_than_before():
+    """Those that have none yet are listed; `python -m tests.sharp --count` writes the record."""
+    violations, record = read_violations(), json.loads(COUNTS.read_text())
+    assert set(open_ids(violations)) <= set(record["open"])
+    assert not Counter(record["counts"]) - Counter(violation.id for violation in violations)
 
 
 @pytest.fixture
@@ -48,6 +58,10 @@ def test_a_violation_is_red_where_a_test_of_its_requirement_fails(project, numbe
     assert list(faults([VIOLATION], root)) == []
     assert run(VIOLATION, root) == verdict
     assert "a + b" in (root / "sums.py").read_text()
+
+
+def test_tests_that_take_longer_than_the_limit_give_no_verdict(project):
+    assert run(VIOLATION, project("2, 1"), limit=0.01) == "no verdict within 0 s"
 
 
 def test_a_run_without_a_test_is_no_verdict(project):
