@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Table
 
 from lora.cli.app import Json, Result, check_output, command, progress_bar
 
@@ -33,22 +32,16 @@ def conformance(
         junit: Write JUnit XML to this file.
         timeout: Seconds that one property may take.
     """
-    from lora.testing.report import red, run_suite, write_report
+    from lora.testing.report import lines_of, red, run_suite, write_report
 
     if json_file is not None:
         check_output("--json-file", json_file)
     report = run_suite(binding, only=only, junit=junit, timeout=timeout)
     if json_file is not None:
         write_report(report, json_file)
-    examples = Column("examples", justify="right")
-    table = Table("requirement", Column("statement", ratio=1), "verdict", examples)
-    for name, entry in report["requirements"].items():
-        verdict = Text(f"{entry['verdict']} {entry['reason']}".strip())
-        count = sum(test["examples"] for test in entry["tests"])
-        table.add_row(name, Text(entry["statement"]), verdict, f"{count}")
     total, failed = len(report["requirements"]), red(report)
     failure = f"{len(failed)} of {total} requirements failed: {', '.join(failed)}"
-    return Result(report, table, failure=failure if failed else "")
+    return Result(report, "\n".join(lines_of(report)), failure=failure if failed else "")
 
 
 @command("bench --quick --only routing")

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import re
 import signal
+import sys
 from collections.abc import Generator
 from importlib import import_module
 from pathlib import Path
@@ -20,32 +21,31 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.errors import InvalidArgument
 
 from lora.errors import ArgumentError
 from lora.testing.binding import Binding
-from lora.testing.report import Outcome, read_statements, report_of, write_report
+from lora.testing.report import Outcome, check_declared, report_of, write_report
 
 REFERENCE = "lora.testing.reference:BINDING"
 
-_REPRODUCIBLE: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None}
+_REPRODUCIBLE: dict[str, Any] = {"derandomize": True, "database": None}
 
-settings.register_profile("dev", max_examples=50, deadline=None)
+_ALL = settings(deadline=None, print_blob=True)
+settings.register_profile("dev", _ALL, max_examples=50)
 settings.register_profile(
-    "ci",
-    max_examples=200,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],
-    **_REPRODUCIBLE,
+    "ci", _ALL, max_examples=200, suppress_health_check=[HealthCheck.too_slow], **_REPRODUCIBLE
 )
 settings.register_profile(  # a verdict, without the smallest failing example
     "quick",
+    _ALL,
     max_examples=30,
     phases=(Phase.explicit, Phase.generate),
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
     **_REPRODUCIBLE,
 )
-settings.register_profile("nightly", max_examples=5000, deadline=None, phases=tuple(Phase))
+settings.register_profile("nightly", _ALL, max_examples=5000, phases=tuple(Phase))
 
 MEMBERS = frozenset(name for name in vars(Binding) if not name.startswith("_"))
 """What a test may use of a binding."""
@@ -67,7 +67,7 @@ class Subject:
     def __init__(self, binding: Any) -> None:
         self.binding = binding
         self.missing: dict[str, str] = dict(getattr(binding, "missing", {}))
-        self.expected: dict[str, str] = dict(getattr(binding, "expected_failures", {}))
+        self.expected = getattr(binding, "expected_failures", {})
 
     def __getattr__(self, member: str) -> Any:
         if member not in MEMBERS:
@@ -96,9 +96,14 @@ def pytest_configure(config: pytest.Config) -> None:
     mark = "requirement(*ids): the requirements that a test is evidence for"
     for line in (mark, "slow: takes long"):
         config.addinivalue_line("markers", line)
-    settings.load_profile(profile())
+    try:
+        settings.load_profile(profile())
+    except InvalidArgument as error:
+        problem = ArgumentError("LORA_PROFILE", "ci, dev, nightly or quick", repr(profile()))
+        raise pytest.UsageError(str(problem)) from error
     config.pluginmanager.register(Collector(), "lora-conformance-collector")
     if binding := config.getoption("--binding"):
+        sys.path.insert(0, str(config.invocation_params.dir))
         try:
             load_binding(binding)
         except ArgumentError as error:
@@ -114,7 +119,7 @@ def load_binding(path: str | None) -> Any:
     """Return the object that ``package.module:NAME`` names; by default this library's binding.
 
     Raises:
-        ArgumentError: There is no such object, or it declares failures of unknown requirements.
+        ArgumentError: There is no such object, or it declares failures of unknown properties.
     """
     path = path or os.environ.get("LORA_BINDING") or REFERENCE
     module, _, name = path.partition(":")
@@ -122,9 +127,7 @@ def load_binding(path: str | None) -> Any:
         binding = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ArgumentError(f"binding {path!r}", "package.module:NAME", error) from error
-    if unknown := set(getattr(binding, "expected_failures", {})) - set(read_statements()):
-        where = f"binding {path!r}: expected_failures"
-        raise ArgumentError(where, "known requirements", sorted(unknown))
+    check_declared(binding, f"binding {path!r}")
     return binding() if isinstance(binding, type) else binding
 
 
@@ -182,16 +185,17 @@ def pytest_runtest_makereport(
     """
     if call.when == "call" and _uses_binding(item):
         counts = _EXAMPLES.findall(getattr(item, "hypothesis_statistics", ""))
+        item.user_properties.append(("property", _name(item)))
         item.user_properties.append(("requirements", list(_ids(item))))
         item.user_properties.append(("examples", sum(int(n) for pair in counts for n in pair)))
-        if call.excinfo is not None:
+        if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
             item.user_properties.append(("falsified", _falsified(call.excinfo.value)))
     report: Any = yield
     subject = getattr(item, "funcargs", {}).get("impl")
     if call.when == "call" and report.failed and isinstance(subject, Subject):
-        reasons = [subject.expected[i] for i in _ids(item) if i in subject.expected]
-        if reasons:
-            report.outcome, report.wasxfail = "skipped", reasons[0]
+        declared = [subject.expected.get(i, {}).get(_name(item)) for i in _ids(item)]
+        if all(declared):  # for each requirement that the test names
+            report.outcome, report.wasxfail = "skipped", declared[0][0]
     return report
 
 
@@ -206,12 +210,12 @@ class Collector:
         notes: dict[str, Any] = dict(report.user_properties)
         if report.when != "call" or "requirements" not in notes:
             return
-        verdict = "expected failure" if getattr(report, "wasxfail", None) else report.outcome
+        verdict = "failed" if hasattr(report, "wasxfail") else report.outcome
         reason = str(notes.get("falsified", ""))
         if not reason and isinstance(report.longrepr, tuple):
             reason = report.longrepr[2].removeprefix("Skipped: ")
-        test, ids = report.nodeid.split("/")[-1], tuple(notes["requirements"])
-        self.outcomes.append(Outcome(test, ids, str(verdict), notes.get("examples", 0), reason))
+        test, ids = str(notes["property"]), tuple(notes["requirements"])
+        self.outcomes.append(Outcome(test, ids, verdict, notes.get("examples", 0), reason))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -237,11 +241,15 @@ def _ids(item: pytest.Item) -> tuple[str, ...]:
     return tuple(i.partition("@")[0] for mark in marks for i in mark.args)
 
 
+def _name(item: pytest.Item) -> str:
+    return f"{item.path.name}::{item.name}"
+
+
 def _falsified(error: BaseException) -> str:
-    """Return the error, and the falsifying example where there is one."""
-    notes = [
-        note
-        for note in getattr(error, "__notes__", ())
-        if "Failing test case" in note or "Falsifying example" in note
-    ]
-    return "\n".join([f"{type(error).__name__}: {error}"[:1000], *notes])[:2000]
+    """Return the error, and what to paste above the test so that it fails like this again."""
+    text = "\n".join(getattr(error, "__notes__", ()))
+    text = re.sub(
+        r"^ +(#|impl=).*\n|  # or any other generated value", "", text, flags=re.MULTILINE
+    )
+    text = re.sub(r"(Failing test case|Falsifying example): \w+\(", "@example(", text)
+    return f"{type(error).__name__}: {error}"[:1000] + f"\n{text}"[:3000].rstrip()

@@ -5,18 +5,21 @@ Requirements: R24.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import lora
-from lora.errors import ArgumentError, MissingPackageError
+from lora.errors import ArgumentError, MissingPackageError, shown
 from lora.files import replacing
 from lora.testing import folder_of
 from lora.testing.requirements import Requirement, read_spec
@@ -24,13 +27,19 @@ from lora.testing.requirements import Requirement, read_spec
 SCHEMA_VERSION = 1
 """Version of the JSON that `write_report` writes."""
 
+NO_TESTS = 5
+"""pytest's exit status where no test is selected."""
+
+VERDICTS = ("failed", "unexpected pass", "expected failure", "passed", "skipped")
+"""What a requirement or a property may be; a requirement is the first that one of its tests is."""
+
 
 @dataclass(frozen=True)
 class Outcome:
     """How one property went.
 
     Args:
-        verdict: "passed", "failed", "skipped" or "expected failure".
+        verdict: "passed", "failed" or "skipped".
         falsified: The failing example, or the reason of a skip.
     """
 
@@ -47,22 +56,55 @@ def read_statements() -> Mapping[str, Requirement]:
     return read_spec(folder_of("spec"))
 
 
+@lru_cache(1)
+def read_properties() -> frozenset[str]:
+    """Return the names of the properties, such as "test_r04_router.py::test_a_query_is_routed"."""
+    return frozenset(
+        f"{path.name}::{name}"
+        for path in folder_of("tests/properties").glob("test_*.py")
+        for name in re.findall(r"^def (\w+)\(\s*impl\b", path.read_text("utf-8"), re.MULTILINE)
+    )
+
+
+def check_declared(binding: Any, where: str) -> None:
+    """Refuse a binding that declares failures of what the suite does not have, or without a reason.
+
+    ``expected_failures`` maps a requirement to the properties of it that fail, and each of them to
+    a reason and its place in the binding's source.
+    """
+    for name, failures in getattr(binding, "expected_failures", {}).items():
+        expected = "a known requirement, and its properties with (reason, place)"
+        if name not in read_statements() or not isinstance(failures, Mapping):
+            raise ArgumentError(f"{where}: expected_failures", expected, shown({name: failures}))
+        for test, why in failures.items():
+            is_known = str(test).partition("[")[0] in read_properties()
+            is_reasoned = isinstance(why, tuple) and len(why) == 2
+            if not (is_known and is_reasoned and all(str(text).strip() for text in why)):
+                raise ArgumentError(f"{where}: {name}", expected, shown({test: why}))
+
+
 def report_of(
     binding: Any, outcomes: Sequence[Outcome], *, profile: str, seed: str = "random"
 ) -> dict[str, Any]:
     """Return the report on a binding: for each requirement a verdict and its tests."""
-    expected = dict(getattr(binding, "expected_failures", {}))
+    expected = getattr(binding, "expected_failures", {})
     requirements = {}
     for name, statement in read_statements().items():
-        tests = [outcome for outcome in outcomes if name in outcome.requirements]
+        declared = expected.get(name, {})
+        tests = [
+            _judged(outcome, *declared.get(outcome.test, ()))
+            for outcome in outcomes
+            if name in outcome.requirements
+        ]
         if tests:
-            verdict = verdict_of({test.verdict for test in tests}, declared=name in expected)
+            verdict = verdict_of([test["verdict"] for test in tests])
+            reasons = [test["reason"] for test in tests if test["verdict"] == verdict]
             requirements[name] = {
                 "statement": statement.sentence,
                 "revision": statement.revision,
                 "verdict": verdict,
-                "reason": expected.get(name, tests[0].falsified if verdict == "skipped" else ""),
-                "tests": [asdict(test) for test in tests],
+                "reason": "; ".join(dict.fromkeys(filter(None, reasons))),
+                "tests": tests,
             }
     return {
         "schema_version": SCHEMA_VERSION,
@@ -74,24 +116,59 @@ def report_of(
     }
 
 
-def verdict_of(verdicts: Collection[str], *, declared: bool) -> str:
-    """Return the verdict on a requirement whose tests have these verdicts.
+def _judged(outcome: Outcome, reason: str = "", place: str = "") -> dict[str, Any]:
+    """Return a test's entry; with a reason, its failure was declared for this requirement."""
+    verdict = outcome.verdict
+    if reason and verdict != "skipped":
+        verdict = "unexpected pass" if verdict == "passed" else "expected failure"
+    return {
+        "test": outcome.test,
+        "verdict": verdict,
+        "examples": outcome.examples,
+        "falsified": outcome.falsified,
+        "reason": outcome.falsified if verdict == "skipped" else reason,
+        "place": place,
+    }
 
-    Args:
-        declared: Whether the binding declares that the requirement fails. If it passes all the
-            same, that is an "unexpected pass".
-    """
-    if not declared:
-        order = ("failed", "passed", "expected failure", "skipped")
-        return next(verdict for verdict in order if verdict in verdicts)
-    if {"failed", "expected failure"} & set(verdicts):
-        return "expected failure"
-    return "skipped" if set(verdicts) == {"skipped"} else "unexpected pass"
+
+def verdict_of(verdicts: Collection[str]) -> str:
+    """Return the verdict on a requirement whose tests have these: no test hides another."""
+    return next(verdict for verdict in VERDICTS if verdict in verdicts)
 
 
 def red(report: Mapping[str, Any]) -> list[str]:
     """Return the requirements that failed without being declared to."""
     return [name for name, entry in report["requirements"].items() if entry["verdict"] == "failed"]
+
+
+def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a report as text, failures first, each with what to paste to see it again."""
+    entries, folder, seen = report["requirements"], folder_of("tests/properties"), set()
+    for verdict in VERDICTS[:3]:
+        for name, entry in entries.items():
+            if entry["verdict"] != verdict:
+                continue
+            yield f"{name} {verdict}: {entry['statement']}"
+            for test in entry["tests"]:
+                if test["verdict"] == verdict:
+                    why = f"{test['reason']} ({test['place']})"
+                    if verdict == "failed":
+                        why = "as above" if test["test"] in seen else test["falsified"]
+                    yield f"  {folder / test['test']}\n{indent(why, '    ')}"
+                    seen.add(test["test"])
+    reasons: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        if entry["verdict"] in VERDICTS[3:]:
+            reasons.setdefault(f"{entry['verdict']} {entry['reason']}".strip(), []).append(name)
+    for reason, names in sorted(reasons.items()):
+        yield f"{reason}: {', '.join(names)}"
+    counts = Counter(entry["verdict"] for entry in entries.values())
+    tests = {test["test"]: test["examples"] for e in entries.values() for test in e["tests"]}
+    numbers = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    yield (
+        f"{len(entries)} requirements: {numbers}; {sum(tests.values())} examples, "
+        f"profile {report['profile']}, seed {report['seed']}"
+    )
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> None:
@@ -133,15 +210,16 @@ def run_suite(
         options += [f"--binding={binding}"] if binding else []
         options += [f"--only={only}"] if only else []
         options += [f"--junit-xml={junit.absolute()}"] if junit else []
-        paths = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
         run = subprocess.run(  # noqa: S603 - this interpreter
             [sys.executable, "-m", "pytest", *options, str(folder_of("tests/properties"))],
             stdout=sys.stderr,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": paths},
             check=False,
         )
+        if run.returncode == NO_TESTS:
+            expected = "a requirement that any implementation can be held to (P*)"
+            raise ArgumentError("--only", expected, f"{only!r}, of this library alone")
         if run.returncode not in (0, 1) or not path.is_file():
             status = f"pytest's exit status {run.returncode}"
             last_line = run.stderr.strip().rpartition("\n")[2] or status

@@ -164,6 +164,6 @@ def test_in_an_empty_environment_pip_installs_the_wheel_and_the_demo_runs(wheel,
     subprocess.run([*pip, "check"], check=True, env=UNMEASURED)
     run(folder, "lora", "demo", "--steps", "5", "--out", "made", cwd=tmp_path)
     assert list((tmp_path / "made").glob("*.lora.arrow"))
-    options = ["--only", "R1", "--json", "verdicts.json"]
+    options = ["--only", "R1", "--json-file", "verdicts.json"]
     run(folder, "lora", "conformance", *options, cwd=tmp_path)
     assert (tmp_path / "verdicts.json").exists()

@@ -361,8 +361,8 @@ def test_every_advice_in_python_has_words_of_the_command_line():
 def test_conformance_prints_json_or_writes_it_and_takes_the_old_option(
     shell, folder, monkeypatch, words
 ):
-    entry = {"verdict": "pass", "reason": "", "statement": "It holds.", "tests": []}
-    report = {"requirements": {"R16.2": entry}}
+    entry = {"verdict": "passed", "reason": "", "statement": "It holds.", "tests": []}
+    report = {"requirements": {"R16.2": entry}, "profile": "dev", "seed": "1"}
     monkeypatch.setattr("lora.testing.report.run_suite", lambda *_, **__: report)
     done = shell("conformance", "--only", "R16.2", *words.split())
     assert done.returncode == 0, done.stderr

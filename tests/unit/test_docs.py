@@ -133,7 +133,7 @@ def pages(tmp_path, monkeypatch, generate):
     """The page generator, over reports on a binding that passes and on one that does not."""
     monkeypatch.setattr(generate, "REPORTS", tmp_path)
     good = SimpleNamespace(name="lora-cards", version="1")
-    expected = {"R4.5": "it has no threshold"}
+    expected = {"R4.5": {"test_r04.py::b": ("it has no threshold", "router.py")}}
     bad = SimpleNamespace(name="faulty", version="2", expected_failures=expected)
     for binding, verdict in ((good, "passed"), (bad, "failed")):
         tests = {"a": ("R4.4", 50), "b": ("R4.5", 30)}

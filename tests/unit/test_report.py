@@ -4,12 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from textwrap import indent
+from types import SimpleNamespace
 
 import pytest
 
 from lora.errors import ArgumentError
 from lora.testing.plugin import Subject, load_binding, requirement
-from lora.testing.report import SCHEMA_VERSION, red, run_suite, verdict_of
+from lora.testing.report import (
+    SCHEMA_VERSION,
+    Outcome,
+    lines_of,
+    read_statements,
+    red,
+    report_of,
+    run_suite,
+)
+
+FAILED = "failed"
 
 
 @pytest.fixture(autouse=True)
@@ -19,23 +32,58 @@ def _unmeasured(monkeypatch):
         monkeypatch.delenv(name)
 
 
+COSINE = "test_r04_router.py::test_every_candidate_scores_the_cosine_of_its_nearest_example"
+ZERO = "test_r04_router.py::test_a_zero_vector_scores_zero_on_either_side"
+BOTH = ("R4.4", "R4.8")
+
+
+def declaring(*ids, test=COSINE):
+    """A binding that declares a property's failure for these requirements."""
+    failures = {i: {test: ("it turns queries round", "router.py: select")} for i in ids}
+    return SimpleNamespace(name="mine", version="1", expected_failures=failures)
+
+
+@requirement("R24.2")
 @pytest.mark.parametrize(
-    ("verdicts", "declared", "verdict"),
+    ("declared", "verdicts", "expected"),
     [
-        (["passed", "passed"], False, "passed"),
-        (["passed", "failed"], False, "failed"),
-        (["skipped", "passed"], False, "passed"),
-        (["skipped"], False, "skipped"),
-        (["expected failure", "passed"], True, "expected failure"),
-        (["passed"], True, "unexpected pass"),
-        (["expected failure", "passed"], False, "passed"),
-        (["expected failure", "skipped"], False, "expected failure"),
-        (["expected failure", "failed"], False, "failed"),
-        (["skipped"], True, "skipped"),
+        ((), ("failed", "passed"), ("failed", "failed")),
+        (("R4.8",), ("failed", "passed"), ("failed", "expected failure")),
+        (BOTH, ("failed", "passed"), ("expected failure", "expected failure")),
+        (BOTH, ("failed", "failed"), ("expected failure", "failed")),
+        (("R4.8",), ("passed", "failed"), ("passed", "failed")),
+        (("R4.8",), ("passed", "passed"), ("passed", "unexpected pass")),
+        (("R4.8",), ("skipped", "passed"), ("skipped", "passed")),
     ],
 )
-def test_a_requirement_has_one_verdict(verdicts, declared, verdict):
-    assert verdict_of(verdicts, declared=declared) == verdict
+def test_a_declared_failure_excuses_itself_and_no_other(declared, verdicts, expected):
+    """Of two properties the first names both requirements, and the second R4.8 alone."""
+    outcomes = [
+        Outcome(COSINE, BOTH, verdicts[0], 1),
+        Outcome(ZERO, BOTH[1:], verdicts[1], 1),
+    ]
+    report = report_of(declaring(*declared), outcomes, profile="dev")
+    assert tuple(report["requirements"][i]["verdict"] for i in BOTH) == expected
+    assert red(report) == [
+        i for i, verdict in zip(BOTH, expected, strict=True) if verdict == FAILED
+    ]
+
+
+@requirement("R24.2")
+@pytest.mark.parametrize(("declared", "status"), [((), 1), (("R4.8",), 1), (BOTH, 0)])
+def test_in_pytest_a_failure_is_excused_if_it_is_declared_for_all_that_it_names(
+    tmp_path, declared, status
+):
+    file, _, name = COSINE.partition("::")
+    test = f"@pytest.mark.requirement(*{BOTH})\ndef {name}(impl):\n    assert False\n"
+    (tmp_path / file).write_text(f"import pytest\n\n\n{test}")
+    binding = "class BINDING:\n    name, version = 'mine', '1'\n    expected_failures = "
+    binding += repr(declaring(*declared).expected_failures)
+    (tmp_path / "own_binding.py").write_text(binding)
+    command = [Path(sys.executable).parent / "pytest", "-p", "lora.testing.plugin"]
+    command += ["--binding", "own_binding:BINDING", "-c", os.devnull, "--rootdir", ".", file]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
 
 
 @requirement("R24.1", "R24.5")
@@ -45,9 +93,56 @@ def test_a_run_says_what_failed_and_on_which_example():
     entry = report["requirements"]["R3.11"]
     assert entry["verdict"] == "failed"
     assert sum(test["examples"] for test in entry["tests"]) > 10
-    assert any("test_" in test["falsified"] for test in entry["tests"])
+    (digits,) = [test for test in entry["tests"] if test["test"].endswith("never_layer_11")]
+    assert "    @example(\n        number=0,\n        digit=1,\n" in indent(
+        digits["falsified"], "    "
+    )
+    assert "@reproduce_failure(" in digits["falsified"]
     good = run_suite("tests.bindings.numpy_only:BINDING", only="R4.4")["requirements"]["R4.4"]
     assert (good["verdict"], good["reason"]) == ("passed", "")
+
+
+@requirement("R24.2", "R24.5")
+def test_a_report_shows_failures_first_with_their_evidence_and_folds_the_rest():
+    spec = read_statements()
+    skips = [
+        Outcome("test_x.py::test_skip", (i,), "skipped", 0, "mine lacks bind: none")
+        for i in ("R1.1", "R1.2")
+    ]
+    outcomes = [
+        *skips,
+        Outcome("test_x.py::test_good", ("R2.2",), "passed", 7),
+        Outcome(COSINE, BOTH, "failed", 3, "AssertionError: no\n@example(x=1)"),
+        Outcome(ZERO, ("R4.8", "R4.9"), "failed", 5, "AssertionError: nil"),
+        Outcome("test_x.py::test_good", ("R4.5",), "passed", 7),
+    ]
+    binding = declaring("R4.9", test=ZERO)
+    binding.expected_failures["R4.5"] = {"test_x.py::test_good": ("not yet", "x.py: f")}
+    report = report_of(binding, outcomes, profile="dev", seed="3")
+    folder = Path(__file__).parents[1] / "properties"
+    assert "\n".join(lines_of(report)).splitlines() == [
+        f"R4.4 failed: {spec['R4.4'].sentence}",
+        f"  {folder}/{COSINE}",
+        "    AssertionError: no",
+        "    @example(x=1)",
+        f"R4.8 failed: {spec['R4.8'].sentence}",
+        f"  {folder}/{COSINE}",
+        "    as above",
+        f"  {folder}/{ZERO}",
+        "    AssertionError: nil",
+        f"R4.5 unexpected pass: {spec['R4.5'].sentence}",
+        f"  {folder}/test_x.py::test_good",
+        "    not yet (x.py: f)",
+        f"R4.9 expected failure: {spec['R4.9'].sentence}",
+        f"  {folder}/{ZERO}",
+        "    it turns queries round (router.py: select)",
+        "passed: R2.2",
+        "skipped mine lacks bind: none: R1.1, R1.2",
+        (
+            "7 requirements: 2 failed, 1 unexpected pass, 1 expected failure, 1 passed, 2 skipped; "
+            "15 examples, profile dev, seed 3"
+        ),
+    ]
 
 
 @requirement("R24.1", "R24.5")
@@ -73,7 +168,7 @@ def test_a_binding_that_does_not_answer_has_its_verdict_and_the_rest_runs(kind, 
 
 
 @requirement("R24.1")
-def test_the_command_prints_every_verdict_and_fails_with_an_undeclared_one(tmp_path):
+def test_the_command_prints_every_verdict_and_fails_with_an_undeclared_one(tmp_path, monkeypatch):
     def conformance(*options):
         command = [sys.executable, "-m", "lora.cli", "conformance", "--only", "R3.11", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -87,12 +182,16 @@ def test_the_command_prints_every_verdict_and_fails_with_an_undeclared_one(tmp_p
     )
     assert (code, error) == (1, ["lora: 1 of 1 requirements failed: R3.11"])
     assert json.loads(path.read_text())["schema_version"] == SCHEMA_VERSION
-    for option, value, said in (
+    for option, value, message in (
         ("--binding", "nowhere:NOTHING", "binding 'nowhere:NOTHING': expected package.module:NAME"),
         ("--only", "R99", "expected a known chapter or requirement, found 'R99'"),
+        ("--only", "R25.1", "can be held to (P*), found 'R25.1', of this library alone"),
     ):
         code, _, (error,) = conformance(option, value)
-        assert (code, said in error) == (1, True)
+        assert (code, message in error) == (1, True)
+    monkeypatch.setenv("LORA_PROFILE", "slowly")
+    code, _, (error,) = conformance()
+    assert (code, "expected ci, dev, nightly or quick, found 'slowly'" in error) == (1, True)
 
 
 @requirement("R24.2")
@@ -112,7 +211,14 @@ def test_a_binding_that_is_not_there_or_expects_unknown_ids_is_refused(monkeypat
     for path in ("nowhere:BINDING", "lora.testing.reference:NOTHING"):
         with pytest.raises(ArgumentError, match="binding"):
             load_binding(path)
-    failures = "lora.testing.reference.Reference.expected_failures"
-    monkeypatch.setattr(failures, {"R99.1": "?"}, raising=False)
-    with pytest.raises(ArgumentError, match=r"R99\.1"):
-        load_binding(None)
+    name = "lora.testing.reference.Reference.expected_failures"
+    for failures, found in (
+        ({"R99.1": {}}, "R99.1"),
+        ({"R4.4": "it is another"}, "it is another"),
+        ({"R4.4": {"test_r04_router.py::test_nothing": ("why", "where")}}, "test_nothing"),
+        ({"R4.4": {COSINE: ("why", " ")}}, "why"),
+        ({"R4.4": {COSINE: "why"}}, "why"),
+    ):
+        monkeypatch.setattr(name, failures, raising=False)
+        with pytest.raises(ArgumentError, match=found):
+            load_binding(None)
