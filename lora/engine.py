@@ -37,7 +37,7 @@ from lora.errors import (
     shown,
 )
 from lora.federation.cache import CardCache, default_cache
-from lora.federation.catalog import card_files
+from lora.federation.catalog import Followed, card_files
 from lora.federation.node import Node, acceptable, uri_of
 from lora.federation.trust import Policy
 from lora.files import PathLike, as_path, load
@@ -230,6 +230,7 @@ class ArrowEngine(Uncopied):
             texts: A text or any number of them.
             options: Keywords of the encoder's own ``encode``, such as ``prompt``.
         """
+        self.router.refresh()
         model = self.state.active.model
         if isinstance(texts, str):
             (row,) = _encoded(model, [texts], options)
@@ -265,6 +266,7 @@ class ArrowEngine(Uncopied):
         """
         if adapters is not None and intent_query is not None:
             raise ArgumentError("encode_with_lora", "adapters or intent_query", "both")
+        self.router.refresh()
         texts, state = texts_of(texts), self.state
         if intent_query is not None:
             return self._encode_by_intent(state, texts, intent_query, top_k, tags)
@@ -318,6 +320,28 @@ class ArrowEngine(Uncopied):
         candidate = self.router.candidate(card, description)
         with self.reference.lock:
             self.manager.add_card(card, index=self.state.index.with_candidate(candidate))
+
+    def follow(self, folder: PathLike) -> None:
+        """Know the cards of a folder, such as a factory's ``live``, as they are at each request.
+
+        The router may choose those that describe themselves. A card that was active is replaced
+        where it is active. One that can't be used leaves the last one of its name in service.
+        """
+        self.router.refresh = Followed(folder, self._take, self.remove_lora).refresh
+
+    def _take(self, card: LoRACard) -> None:
+        """Know a card in the place of the one of its name."""
+        with self.metrics.judged("loads"):
+            bindings(self.base, [AdapterSet(card)], check_base=self.check_base)
+            candidate = self.router.candidate(card) if describes_itself(card) else None
+        with self.reference.lock:
+            index = self.state.index.without(card.name)
+            if candidate is not None:
+                index = index.with_candidate(candidate)
+            if card.name in self.manager.active:
+                self.manager.replace_card(card, check_base=self.check_base, index=index)
+            else:
+                self.manager.add_card(card, index=index)
 
     def enable_evolution(self, guard: "Pairs", **options: Any) -> "SkillDistiller":
         """Observe every `intent_query` from now on, to learn what is not known.

@@ -35,6 +35,9 @@ class LoRARouter(Uncopied):
             never move scores.
         reference: An engine's, to share its state.
 
+    Attributes:
+        refresh: Called before each selection; by it an engine follows a folder.
+
     Examples:
         >>> import numpy as np
         >>> def count(texts):
@@ -56,11 +59,13 @@ class LoRARouter(Uncopied):
         if not callable(embed):
             raise ArgumentError("embed", "a function of texts", type(embed).__name__)
         self._embed = embed
+        self.refresh: Callable[[], None] = lambda: None
         self.reference = reference or StateReference(RouterState())
 
     @property
     def candidates(self) -> Mapping[str, Candidate]:
         """The registered candidates by name: a snapshot."""
+        self.refresh()
         return self.reference.value.index.candidates
 
     def register_card(
@@ -132,6 +137,7 @@ class LoRARouter(Uncopied):
         tags: Collection[str] = (),
     ) -> list[list[Route]]:
         """Return the routes of each query, as `select` would give them one by one."""
+        self.refresh()
         index, embedded = self.reference.value.index.tagged(tags), unit(self._embedded(queries))
         return [select(row, index, top_k=top_k, threshold=threshold) for row in embedded]
 

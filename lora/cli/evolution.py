@@ -29,7 +29,7 @@ from lora.cli.app import (
 from lora.errors import ArgumentError
 
 SHOWN = ["id", "kind", "name", "state", "attempt", "error", "at", "what", "note"]
-SHOWN += ["version", "live", "digest", "refused"]
+SHOWN += ["version", "live", "digest"]
 """Columns of a factory's tables that are shown on a terminal."""
 
 Steps = Annotated[int | None, typer.Option(help="Training steps at most, for each task.", min=1)]
@@ -231,16 +231,11 @@ def factory_add(
     """
     from lora.evolution.factory import SkillFactory
 
-    with SkillFactory(root) as shop:
-        job = shop.add(
-            arguments,
-            priority=priority,
-            seconds=seconds,
-            memory=memory,
-            max_failures=max_failures,
-        )
-        if again and job.state == "dead":
-            job = shop.retry(job.id)
+    shop = SkillFactory(root)
+    limits = {"seconds": seconds, "memory": memory, "max_failures": max_failures}
+    job = shop.add(arguments, priority=priority, **limits)
+    if again and job.state == "dead":
+        job = shop.retry(job.id)
     facts = {"id": job.id, "kind": job.kind, "name": job.name, "state": job.state}
     return Result(facts, f"{job.state}: {job.kind} {job.name} ({job.id[:12]})")
 
@@ -251,6 +246,7 @@ def factory_run(
     at: str | None = None,
     scheduler: str | None = None,
     workers: Annotated[int, typer.Option(min=1)] = 1,
+    keep: Annotated[int, typer.Option(min=1)] = 3,
     root: Root = Path("factory"),
 ) -> Result:
     """Run what is queued; exit 1 if a job is dead.
@@ -259,6 +255,7 @@ def factory_run(
         at: Run every night at this local time, HH:MM; once if omitted.
         scheduler: tcp://host:port of a Dask scheduler to run on.
         workers: Jobs at a time.
+        keep: Versions of each skill to keep, beside the one that was live.
     """
     from lora.evolution.factory import SkillFactory, cluster
 
@@ -272,8 +269,8 @@ def factory_run(
 
     with ExitStack() as stack:
         executor = stack.enter_context(cluster(scheduler)) if scheduler else None
-        shop = SkillFactory(root, executor=executor, workers=workers, on_event=report)
-        rows = stack.enter_context(shop).run(at=at, stop=stop).to_pylist()
+        shop = SkillFactory(root, executor=executor, workers=workers, keep=keep, on_event=report)
+        rows = shop.run(at=at, stop=stop).to_pylist()
     dead = ", ".join(row["id"][:12] for row in rows if row["state"] == "dead")
     failure = f"dead jobs: {dead}; `lora factory status --history` says why" if dead else ""
     return _jobs(rows)._replace(failure=failure)
@@ -291,14 +288,14 @@ def factory_status(
     """
     from lora.evolution.factory import SkillFactory
 
-    with SkillFactory(root) as shop:
-        table = shop.history() if history else shop.skills() if skills else shop.status()
-        return _jobs(table.to_pylist())
+    shop = SkillFactory(root)
+    table = shop.history() if history else shop.skills() if skills else shop.status()
+    return _jobs(table.to_pylist())
 
 
-@command("factory rollback docs --version 2", group=factory, name="rollback")
+@command("factory rollback docs --version 0.2.0", group=factory, name="rollback")
 def factory_rollback(
-    name: str, *, version: int | None = None, root: Root = Path("factory")
+    name: str, *, version: str | None = None, root: Root = Path("factory")
 ) -> Result:
     """Put an earlier version of a skill into service.
 
@@ -308,8 +305,7 @@ def factory_rollback(
     """
     from lora.evolution.factory import SkillFactory
 
-    with SkillFactory(root) as shop:
-        live = shop.rollback(name, version)
+    live = SkillFactory(root).rollback(name, version)
     facts = {"name": name, "version": live.version, "digest": live.digest}
     return Result(facts, f"live: {name} version {live.version}, {live.digest}")
 

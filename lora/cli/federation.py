@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lora.cli.app import Json, Result, command, printable, progress_bar, show, table_of
-from lora.errors import LoRAError, PeerError
+from lora.errors import ArgumentError, LoRAError, PeerError
 
 Peer = Annotated[
     list[str] | None,
@@ -68,8 +68,9 @@ def deadlines(
 
 @command("serve ./cards --port 8815", credentials=credentials)
 def serve(
-    folder: Path,
+    folder: Path | None = None,
     *,
+    live: Path | None = None,
     credentials: Any,
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8815,
     host: str = "0.0.0.0",  # noqa: S104 - the local network is served
@@ -82,6 +83,7 @@ def serve(
 
     Args:
         folder: Folder of *.lora.arrow files.
+        live: Instead of a folder: that of a skill factory, of which the live versions are served.
         port: Port; 0 for a free one.
         host: Address to serve on; 127.0.0.1 for this machine alone.
         announce: Announce this server on the network by zeroconf.
@@ -91,13 +93,16 @@ def serve(
     from lora.federation.node import Node
     from lora.metrics import serving
 
+    if (folder is None) == (live is None):
+        raise ArgumentError("lora serve", "a folder or --live", "both" if live else "neither")
+    root = folder if live is None else live / "live"
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     where: dict[str, Any] = {"host": host, "port": port, "interfaces": None if announce else ()}
     with ExitStack() as stack:
         stack.enter_context(_in_options())
-        node = stack.enter_context(Node(None, folder, credentials=credentials, **where))
+        node = stack.enter_context(Node(None, root, credentials=credentials, **where))
         server: Any = node.server
         count = len(server.catalog.cards)
         facts = {"cards": count, "uri": server.uri}

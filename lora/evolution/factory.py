@@ -1,7 +1,8 @@
-"""SkillFactory runs queued command lines unattended and serves the cards they make.
+"""SkillFactory runs queued command lines unattended and puts the cards they make into service.
 
 One coordinator at a time runs the jobs of a folder; any thread and process may add jobs, look and
-roll back.
+roll back. Its folder `live` holds one card file of each skill. It is changed by renames, so that a
+server and an engine can follow it.
 
 Requirements: R19.
 """
@@ -15,25 +16,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
 
-from lora.checks import integer
+from lora.checks import integer, risen_version
 from lora.errors import LoRAError, MismatchError, MissingPackageError, PeerError, StateError
 from lora.evolution.nights import due, night_of, parse_at
-from lora.evolution.queue import Job, JobQueue, Version
+from lora.evolution.queue import Job, JobQueue, versions
 from lora.evolution.worker import OUTCOME, finished, halt, locked, supervise
 from lora.federation.cache import CardCache
-from lora.files import PathLike, as_path, digest, load, os_errors
+from lora.files import SUFFIX, PathLike, as_path, load, os_errors, save
 
 log = logging.getLogger(__name__)
 
 TICK = 1.0
-"""Seconds between looks at the queue, and at what is live, while jobs run."""
+"""Seconds between looks at the queue while jobs run."""
 
 WATCH = 30.0
 """Seconds between looks at the clock while it waits for the night."""
@@ -49,18 +51,18 @@ class SkillFactory:
         root: Its folder; all workers must see it at this path.
         executor: Carries the jobs; by default threads.
         workers: Jobs at a time.
-        service: Called with a skill's name and the card file to serve; raises if it is refused.
         keep: Versions of each skill that are kept.
         on_event: Called with a job whose state changed.
 
     Examples:
         >>> import tempfile
         >>> from lora import LoRACard, save
-        >>> with tempfile.TemporaryDirectory() as folder, SkillFactory(f"{folder}/f") as factory:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     factory = SkillFactory(f"{folder}/f")
         ...     _ = save(LoRACard("a", 1, 1.0, [], {}), f"{folder}/a.lora.arrow")
         ...     _ = factory.add(["merge", f"{folder}/a.lora.arrow", "--name", "both"])
-        ...     factory.run()["state"].to_pylist()
-        ['done']
+        ...     factory.run()["state"].to_pylist(), [path.name for path in factory.live().values()]
+        (['done'], ['both.lora.arrow'])
     """
 
     def __init__(
@@ -69,7 +71,6 @@ class SkillFactory:
         *,
         executor: Executor | None = None,
         workers: int = 1,
-        service: Callable[[str, Path], None] | None = None,
         keep: int = 3,
         on_event: Callable[[Job], None] | None = None,
         clock: Callable[[], float] = time.time,
@@ -77,24 +78,12 @@ class SkillFactory:
         self.root = as_path(root).absolute()
         self.workers = integer(workers, "factory: workers", 1)
         self.keep = integer(keep, "factory: keep", 1)
-        self._executor, self._service, self._on_event = executor, service, on_event
-        self._clock = clock
-        self._serving: dict[str, str] = {}
-        self._swap = threading.RLock()
+        self._executor, self._on_event, self._clock = executor, on_event, clock
         with os_errors(self.root):
-            (self.root / "work").mkdir(parents=True, exist_ok=True)
+            for folder in ("work", "live"):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
         self.cards = CardCache(self.root / "cards")
         self.queue = JobQueue(self.root / "queue.sqlite")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the queue."""
-        self.queue.close()
 
     def add(self, arguments: Sequence[str], **limits: Any) -> Job:
         """Check a command line without outputs and queue it; one that is there stays as it is.
@@ -122,32 +111,32 @@ class SkillFactory:
         return self.queue.skills()
 
     def live(self) -> dict[str, Path]:
-        """Return the card file to serve, of each skill."""
-        live = (version for version in self.queue.versions() if version.live)
-        return {version.name: self.cards.path(version.digest) for version in live}
+        """Return the card file that is served, of each skill."""
+        return {job.name: self._live(job) for job in self.queue.versions() if job.live}
 
-    def rollback(self, name: str, version: int | None = None) -> Version:
-        """Serve an earlier version of a skill again, by default the one before; returns it."""
-        earlier = self.queue.roll_back(name, version, self._clock())
+    def rollback(self, name: str, version: str | None = None) -> Job:
+        """Serve an earlier version of a skill again, by default the one before the live one.
+
+        Returns:
+            The job that made it.
+        """
+        job = self.queue.earlier(name, version)
+        load(self._card(job), verify=job.digest)  # a damaged one never goes live
+        job = self.queue.put_live(job, self._clock())
         self.sync()
-        return earlier
+        return job
 
     def sync(self) -> None:
-        """Serve what is live and is not served yet; a refused version gives way to the last one."""
-        with self._swap:
-            while self._service is not None:
-                live = [version for version in self.queue.versions() if version.live]
-                version = next((v for v in live if self._serving.get(v.name) != v.digest), None)
-                if version is None:
-                    return
-                try:
-                    self._service(version.name, self.cards.path(version.digest))
-                except Exception as error:  # noqa: BLE001 - the last good version is still served
-                    log.warning("skill %r: refused: %s", version.name, error)
-                    self.queue.refuse(version, _text(error), self._clock())
-                else:
-                    self._serving[version.name] = version.digest
-                    log.info("skill %r: version %d is live", version.name, version.version)
+        """Put what is live into the folder `live`: a reader sees the old file or the new one."""
+        with self.queue.transaction() as db, os_errors(self.root / "live"):
+            for job in versions(db):
+                card, file = self._card(job), self._live(job)
+                if job.live and not (file.exists() and file.samefile(card)):
+                    arriving = file.with_name(f".{job.digest}.part")
+                    arriving.unlink(missing_ok=True)  # a killed process left it
+                    os.link(card, arriving)
+                    arriving.replace(file)
+                    log.info("skill %r: version %s is live", job.name, job.version)
 
     def run(self, *, at: str | None = None, stop: threading.Event | None = None) -> pa.Table:
         """Run jobs until none is queued, or every night for ever; returns `status`.
@@ -162,10 +151,10 @@ class SkillFactory:
             for job in self.queue.recover(self._clock()):
                 self._report(job)
             self._sweep()
+            self.sync()
             if begin is None:
                 self._drain(stop)
             while begin is not None and not stop.is_set():
-                self.sync()
                 last = self.queue.night()
                 now = datetime.fromtimestamp(self._clock())  # noqa: DTZ006 - the wall clock
                 night = night_of(begin, now) if last is None else due(begin, last, now)
@@ -184,7 +173,6 @@ class SkillFactory:
         with own if self._executor is None else nullcontext(self._executor) as executor:
             try:
                 while True:
-                    self.sync()
                     while len(running) < self.workers and not stop.is_set():
                         if not self._begin(executor, running):
                             break
@@ -234,42 +222,49 @@ class SkillFactory:
         except Exception as error:  # noqa: BLE001 - of a killed worker or a broken pool
             # The job itself may have ended before its executor failed.
             outcome = finished(folder) or {"error": _text(error), "final": False}
+        made = None
         try:
             if outcome.get("card"):
-                outcome["digest"] = self._keep(job, Path(outcome["card"]))
+                made = self._keep(job, Path(outcome["card"]))
         except Exception as error:  # noqa: BLE001 - of a card that is no use
             (folder / OUTCOME).unlink(missing_ok=True)
             outcome = {"error": _text(error), "final": False}
         now, printed = self._clock(), outcome.get("printed", {})
         if "error" in outcome:
             ended = self.queue.fail(job, outcome["error"], now, final=outcome["final"])
-        elif "digest" in outcome:
+        elif made is not None:
             note = json.dumps(printed)
-            ended = self.queue.accept(job, outcome["digest"], now, self.keep, note)
+            ended = self.queue.accept(job, *made, now, keep=self.keep, note=note)
+            self.sync()
         else:
             reason = printed.get("reason", "made nothing worth serving")
             ended = self.queue.reject(job, now, reason, json.dumps(printed))
         self._report(ended)
         self._sweep()
 
-    def _keep(self, job: Job, path: Path) -> str:
-        """Copy a card to its place by digest, whole and checked."""
-        with self.cards.arriving() as (arrived, file), path.open("rb") as card:
-            shutil.copyfileobj(card, file)
-            file.flush()
-            name = load(arrived).name
-            if name != job.name:
-                raise MismatchError(f"{job.kind}: card", f"one named {job.name!r}", repr(name))
-            sha = digest(arrived)
+    def _keep(self, job: Job, path: Path) -> tuple[str, str]:
+        """Put a card in its place by digest, under a version that is above the last of its name.
+
+        Returns:
+            Its digest and its version.
+        """
+        card, kept = load(path), self.queue.versions(job.name)
+        if card.name != job.name:
+            raise MismatchError(f"{job.kind}: card", f"one named {job.name!r}", repr(card.name))
+        last = kept[-1].version if kept else None
+        version = risen_version(card.metadata.get("version"), last or "")
+        with self.cards.arriving() as (arrived, _):
+            metadata = {**card.metadata, "version": version}
+            sha = save(replace(card, metadata=metadata), arrived)
             self.cards.admit(arrived, sha)
-            return sha
+        return sha, version
 
     def _sweep(self) -> None:
         """Remove cards without a version and folders of ended jobs."""
-        named = {version.digest for version in self.queue.versions()}
+        kept = {job.digest for job in self.queue.versions()}
         states = {job.id: job.state for job in self.queue.jobs()}
         with os_errors(self.root):
-            for sha in set(self.cards.digests()) - named:
+            for sha in set(self.cards.digests()) - kept:
                 self.cards.path(sha).unlink(missing_ok=True)
             for folder in (self.root / "work").iterdir():
                 if states.get(folder.name) not in ("queued", "running", "dead"):
@@ -277,6 +272,12 @@ class SkillFactory:
 
     def _folder(self, job: Job) -> Path:
         return self.root / "work" / job.id
+
+    def _card(self, job: Job) -> Path:
+        return self.cards.path(str(job.digest))
+
+    def _live(self, job: Job) -> Path:
+        return self.root / "live" / f"{job.name}{SUFFIX}"
 
     def _report(self, job: Job | None) -> None:
         """Log a job's new state and tell `on_event`."""

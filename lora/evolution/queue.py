@@ -1,4 +1,4 @@
-"""The skill factory's jobs, history and versions: a SQLite file in which a change is a transaction.
+"""The skill factory's jobs, versions and history: a SQLite file in which a change is a transaction.
 
 A job runs at least once and takes effect once: its card is entered in the transaction that ends it.
 No clock is read here: `now` is passed in, as seconds since 1970.
@@ -9,29 +9,29 @@ Requirements: R19.
 import hashlib
 import json
 import sqlite3
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import date
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
 import pyarrow as pa
 
-from lora.checks import finite, integer
-from lora.errors import ArgumentError, StateError, StoreError, UnknownCardError, shown
+from lora.checks import finite, integer, version_order
+from lora.errors import ArgumentError, StateError, UnknownCardError, shown
+from lora.evolution.database import transaction
+from lora.federation.manifest import check_name
 from lora.files import PathLike, as_path
 
-VERSION = 2
+VERSION = 3
 """Version of the file's layout."""
-
-PATIENCE = 30.0
-"""Seconds to wait for another process's transaction."""
 
 LONGEST = 1e6
 """Seconds that an attempt may take at most; SQLite's waits have 32 bits of milliseconds."""
+
+MAX_NAME_BYTES = 200
+"""Bytes of a skill's name, which is a file's name, too."""
 
 NIGHT = 8 * 3600.0
 """Seconds that an attempt may take if the job does not say: there is always a limit."""
@@ -59,21 +59,18 @@ _TABLES = (
         data TEXT NOT NULL)""",
     "CREATE INDEX jobs_state ON jobs (state)",
     "CREATE TABLE events (event INTEGER PRIMARY KEY AUTOINCREMENT, data TEXT NOT NULL)",
-    """CREATE TABLE versions (
-        name TEXT NOT NULL, version INTEGER NOT NULL, data TEXT NOT NULL,
-        PRIMARY KEY (name, version))""",
     "CREATE TABLE nights (only INTEGER PRIMARY KEY CHECK (only = 1), data TEXT NOT NULL)",
     f"PRAGMA user_version = {VERSION}",
 )
-"""The tables; `data` is a `Job`, an event or a `Version` as JSON."""
+"""The tables; `data` is a `Job`, an event or a date as JSON."""
 
 _TYPES = {"count": pa.int64(), "flag": pa.bool_(), "time": pa.timestamp("us", tz="UTC")}
 _JOBS = (
     "id kind name base priority:count state attempts:count failures:count max_failures:count "
-    "created:time started:time ended:time digest error"
+    "created:time started:time ended:time digest version error"
 )
 _EVENTS = "event:count at:time what name job kind attempt:count state note"
-_VERSIONS = "name version:count digest job accepted:time live:flag refused"
+_VERSIONS = "name version digest id kind ended:time live:flag"
 """The columns of the tables that are shown; text where there is no type."""
 
 
@@ -87,6 +84,9 @@ class Job:
         base: The base model that it is for; jobs of two base models never run at once.
         seconds, memory: Limits of one attempt; memory in bytes.
         attempts: Begun so far; only the last one may end the job.
+        digest: Of the card that it made.
+        version: Of that card, while it is kept.
+        live: Whether that card is the one that is served.
         error: Why the last attempt failed or was rejected.
     """
 
@@ -107,6 +107,8 @@ class Job:
     started: float | None = None
     ended: float | None = None
     digest: str | None = None
+    version: str | None = None
+    live: bool = False
     error: str | None = None
 
     @classmethod
@@ -121,8 +123,9 @@ class Job:
         text = json.dumps([list(arguments), dict(inputs)], sort_keys=True)
         sha = hashlib.sha256(text.encode()).hexdigest()
         job = cls(sha, arguments[0], name, tuple(arguments), dict(inputs), **limits)
-        if not name or not name.isprintable():
-            raise ArgumentError("job: name", "the name of the skill to make", shown(name))
+        check_name(name)
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise ArgumentError("job: name", f"at most {MAX_NAME_BYTES} bytes", shown(name))
         if not -(2**31) <= integer(job.priority, "job: priority") < 2**31:
             raise ArgumentError("job: priority", "an integer of 32 bits", job.priority)
         integer(job.max_failures, "job: max_failures", 1)
@@ -133,76 +136,49 @@ class Job:
         return job
 
 
-@dataclass(frozen=True)
-class Version:
-    """An accepted card: the n-th of its name; `refused` tells why the engine refused it."""
-
-    name: str
-    version: int
-    digest: str
-    job: str
-    accepted: float
-    live: bool
-    refused: str | None
-
-
 class JobQueue:
     """A queue in a file, for any number of threads and processes; one coordinator at a time claims.
 
     Examples:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder, JobQueue(f"{folder}/q.sqlite") as queue:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     queue = JobQueue(f"{folder}/q.sqlite")
         ...     _ = queue.add(Job.of(["merge"], "both"), now=0.0)
         ...     job = queue.claim(now=1.0)
-        ...     ended = queue.accept(job, "0" * 64, now=2.0)
-        ...     again = queue.accept(job, "1" * 64, now=3.0)
+        ...     ended = queue.accept(job, "0" * 64, "0.1.0", now=2.0)
+        ...     again = queue.accept(job, "1" * 64, "0.2.0", now=3.0)
         >>> ended.state, again
         ('done', None)
     """
 
     def __init__(self, path: PathLike) -> None:
         self.path = as_path(path)
-        self._write = threading.RLock()
-        with _sql_errors(self.path), ExitStack() as after_error:
-            self._db = sqlite3.connect(
-                self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
-            )
-            after_error.callback(self._db.close)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            with self._transaction() as db:
-                (version,) = db.execute("PRAGMA user_version").fetchone()
-                for statement in _TABLES if version == 0 else ():
-                    db.execute(statement)
-            if version not in (0, VERSION):
-                expected, present = f"a queue of version {VERSION}", f"version {version}"
-                raise StateError(str(self.path), expected, present)
-            after_error.pop_all()
+        with self.transaction() as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            for statement in _TABLES if version == 0 else ():
+                db.execute(statement)
+        if version not in (0, VERSION):
+            expected, present = f"a queue of version {VERSION}", f"version {version}"
+            raise StateError(str(self.path), expected, present, "begin in another folder")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._write:
-            self._db.close()
+    def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Open the file for one change, which nobody else's can come between."""
+        return transaction(self.path, "a job queue that can be read and written")
 
     def job(self, job_id: str) -> Job | None:
         """Return the job of an id."""
-        return next((_job(row) for row in self._rows("jobs WHERE id = ?", job_id)), None)
+        with self.transaction() as db:
+            return _job(db, job_id)
 
     def jobs(self, state: str | None = None) -> list[Job]:
         """List jobs in the order in which they run or ran: by priority, then by age."""
-        rows = self._rows("jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY age", state)
-        return sorted(map(_job, rows), key=lambda job: -job.priority)
+        with self.transaction() as db:
+            return _jobs(db, state)
 
-    def versions(self, name: str | None = None) -> list[Version]:
-        """List the versions that are kept, by name and number."""
-        rows = self._rows("versions ORDER BY name, version")
-        return [Version(**row) for row in rows if name in (None, row["name"])]
+    def versions(self, name: str | None = None) -> list[Job]:
+        """List the jobs whose cards are kept, by name and version."""
+        with self.transaction() as db:
+            return versions(db, name)
 
     def status(self) -> pa.Table:
         """Return every job, in the order of `jobs`."""
@@ -210,8 +186,9 @@ class JobQueue:
 
     def history(self) -> pa.Table:
         """Return every event, the oldest first."""
-        rows = enumerate(self._rows("events ORDER BY event"), 1)
-        return _table([{"event": number, **row} for number, row in rows], _EVENTS)
+        with self.transaction() as db:
+            rows = enumerate(_rows(db, "events ORDER BY event"), 1)
+            return _table([{"event": number, **row} for number, row in rows], _EVENTS)
 
     def skills(self) -> pa.Table:
         """Return every version that is kept."""
@@ -219,189 +196,193 @@ class JobQueue:
 
     def add(self, job: Job, now: float) -> Job:
         """Put a job at the end of the queue; a job that is there already stays as it is."""
-        with self._transaction():
-            return self.job(job.id) or self._store("add", replace(job, created=now), now)
+        with self.transaction() as db:
+            return _job(db, job.id) or _store(db, "add", replace(job, created=now), now)
 
     def claim(self, now: float) -> Job | None:
         """Take the oldest job of the highest priority, unless a job of another base model runs.
 
         A job that waits for its base model holds back the others.
         """
-        with self._transaction():
-            job = next(iter(self.jobs("queued")), None)
-            bases = {other.base for other in self.jobs("running")}
+        with self.transaction() as db:
+            job = next(iter(_jobs(db, "queued")), None)
+            bases = {other.base for other in _jobs(db, "running")}
             if job is None or bases - {job.base}:
                 return None
             started = replace(job, attempts=job.attempts + 1, started=now, ended=None, error=None)
-            return self._store("claim", replace(started, state="running"), now)
+            return _store(db, "claim", replace(started, state="running"), now)
 
     def accept(
-        self, job: Job, digest: str, now: float, keep: int = 3, note: str | None = None
+        self,
+        job: Job,
+        digest: str,
+        version: str,
+        now: float,
+        *,
+        keep: int = 3,
+        note: str | None = None,
     ) -> Job | None:
         """End a job with its card, which becomes the live version of its name.
 
-        Keeps the last `keep` good versions and the one that was live. Returns None if this attempt
-        no longer holds the job.
+        Keeps the last `keep` versions and the one that was live. Returns None if this attempt no
+        longer holds the job.
         """
-        with self._transaction():
-            ended = self._move("accept", job, now, note, ended=now, digest=digest)
+        with self.transaction() as db:
+            made = {"ended": now, "digest": digest, "version": version, "live": True}
+            ended = _move(db, "accept", job, now, note, **made)
             if ended is not None:
-                kept = self.versions(job.name)
-                number = 1 + max((version.version for version in kept), default=0)
-                kept.append(Version(job.name, number, digest, job.id, now, False, None))
-                good = [version for version in kept if version.refused is None][-keep:]
-                self._put_live([v for v in kept if v.live or v in good or v is kept[-1]], number)
+                earlier = [each for each in versions(db, job.name) if each.id != job.id]
+                kept = earlier[max(0, len(earlier) + 1 - keep) :]
+                for each in earlier:
+                    is_kept = each.live or each in kept
+                    number = each.version if is_kept else None
+                    _write(db, replace(each, live=False, version=number))
             return ended
 
     def reject(
         self, job: Job, now: float, reason: str | None = None, note: str | None = None
     ) -> Job | None:
         """End a job that made nothing worth serving; returns None as `accept`."""
-        return self._move("reject", job, now, note, ended=now, error=reason)
+        return self._moved("reject", job, now, note, ended=now, error=reason)
 
     def fail(self, job: Job, error: str, now: float, *, final: bool = False) -> Job | None:
         """Queue a failed job again, or bury it after its last or a `final` failure; as `accept`."""
-        failures = job.failures + 1
-        what = "bury" if final or failures >= job.max_failures else "fail"
-        return self._move(what, job, now, error, ended=now, error=error, failures=failures)
+        with self.transaction() as db:
+            return _fail(db, job, error, now, final=final)
 
     def release(self, job: Job, now: float) -> Job | None:
         """Queue a job again that was stopped, not failed; returns None as `accept`."""
-        return self._move("release", job, now)
+        return self._moved("release", job, now)
 
     def recover(self, now: float) -> list[Job]:
         """Fail the jobs that a dead coordinator left running; only the coordinator calls it."""
-        with self._transaction():
-            left = [self.fail(job, "the coordinator died", now) for job in self.jobs("running")]
+        with self.transaction() as db:
+            left = [_fail(db, job, "the coordinator died", now) for job in _jobs(db, "running")]
             return [job for job in left if job is not None]
 
     def retry(self, job_id: str, now: float) -> Job:
         """Queue a dead job again, in its old place, with no failures counted."""
-        with self._transaction():
-            job = self.job(job_id)
-            again = job and self._move("retry", job, now, failures=0)
+        with self.transaction() as db:
+            job = _job(db, job_id)
+            again = job and _move(db, "retry", job, now, failures=0)
             if again is None:
                 state = f"one {job.state}" if job else "none"
                 raise StateError(f"retry {shown(job_id)}", "a dead job", state)
             return again
 
-    def roll_back(self, name: str, version: int | None, now: float) -> Version:
-        """Make an earlier version live; by default the one before the live one."""
-        where = f"roll back {shown(name)}"
-        with self._transaction():
-            kept = {each.version: each for each in self.versions(name)}
-            if not kept:
-                raise UnknownCardError(where, "a skill that was accepted", "none of that name")
-            number = _previous(kept.values()) if version is None else version
-            if number is None:
+    def earlier(self, name: str, version: str | None = None) -> Job:
+        """Return what made a version that is kept; by default the one before the live one."""
+        where, kept = f"roll back {shown(name)}", self.versions(name)
+        if not kept:
+            raise UnknownCardError(where, "a skill that was accepted", "none of that name")
+        if version is None:
+            live = next(place for place, each in enumerate(kept) if each.live)
+            if not live:
                 raise StateError(where, "a version before the live one", "none that is kept")
-            if number not in kept:
-                expected = f"one of {list(kept)}"
-                raise UnknownCardError(f"{where}: version", expected, shown(version))
-            kept[number] = replace(kept[number], refused=None, live=True)
-            self._put_live(kept.values(), number)
-            self._log("roll back", self.job(kept[number].job), now, f"version {number}")
-            return kept[number]
+            return kept[live - 1]
+        for each in kept:
+            if each.version == version:
+                return each
+        expected = f"one of {[each.version for each in kept]}"
+        raise UnknownCardError(f"{where}: version", expected, shown(version))
 
-    def refuse(self, version: Version, reason: str, now: float) -> None:
-        """Note that the engine refused a version; the one before a live one becomes live."""
-        number = version.version
-        with self._transaction():
-            kept = self.versions(version.name)
-            live = next((each.version for each in kept if each.live), None)
-            if live == number:
-                live = _previous(kept)
-            kept = [replace(v, refused=reason) if v.version == number else v for v in kept]
-            self._put_live(kept, live)
-            self._log("refuse", self.job(version.job), now, f"version {number}: {reason}")
+    def put_live(self, job: Job, now: float) -> Job:
+        """Make the card that a job made, and that is kept, the live one of its name."""
+        with self.transaction() as db:
+            kept = versions(db, job.name)
+            if job.id not in [each.id for each in kept]:
+                where = f"roll back {shown(job.name)}"
+                raise StateError(where, f"version {job.version}", "one that is no longer kept")
+            for each in kept:
+                _write(db, replace(each, live=each.id == job.id))
+            _log(db, "roll back", job, now, f"version {job.version}")
+            return replace(job, live=True)
 
     def night(self) -> date | None:
         """Return the last night that was run, or when nights began."""
-        return next((date.fromisoformat(night) for night in self._rows("nights")), None)
+        with self.transaction() as db:
+            return next((date.fromisoformat(night) for night in _rows(db, "nights")), None)
 
     def set_night(self, night: date) -> None:
         """Note the last night that was run."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             row = (json.dumps(night.isoformat()),)
             db.execute("INSERT OR REPLACE INTO nights VALUES (1, ?)", row)
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Run the block as one transaction; a block inside another is part of it."""
-        with self._write, _sql_errors(self.path):
-            if self._db.in_transaction:
-                yield self._db
-                return
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-
-    def _rows(self, where: str, *values: Any) -> list[Any]:
-        """Read the `data` of a table's rows."""
-        with self._write, _sql_errors(self.path):
-            rows = self._db.execute(f"SELECT data FROM {where}", values)  # noqa: S608 - own text
-            return [json.loads(data) for (data,) in rows]
-
-    def _move(
-        self, what: str, job: Job, now: float, note: str | None = None, **changes: Any
-    ) -> Job | None:
-        """Move a job that this attempt holds."""
-        before, after = MOVES[what]
-        with self._transaction():
-            stored = self.job(job.id)
-            if stored is None or (stored.state, stored.attempts) != (before, job.attempts):
-                return None
-            return self._store(what, replace(stored, state=after, **changes), now, note)
-
-    def _store(self, what: str, job: Job, now: float, note: str | None = None) -> Job:
-        """Write a job and an event about it."""
-        self._db.execute(
-            "INSERT INTO jobs (id, state, data) VALUES (?, ?, ?) "
-            "ON CONFLICT (id) DO UPDATE SET state = excluded.state, data = excluded.data",
-            (job.id, job.state, json.dumps(vars(job))),
-        )
-        self._log(what, job, now, note)
-        return job
-
-    def _put_live(self, versions: Iterable[Version], live: int | None) -> None:
-        """Replace the versions of a name, of which one is live."""
-        versions = list(versions)
-        self._db.execute("DELETE FROM versions WHERE name = ?", (versions[0].name,))
-        for version in versions:
-            data = json.dumps(vars(replace(version, live=version.version == live)))
-            row = (version.name, version.version, data)
-            self._db.execute("INSERT INTO versions VALUES (?, ?, ?)", row)
-
-    def _log(self, what: str, job: Any, now: float, note: str | None) -> None:
-        """Write an event about a job."""
-        event = {key: getattr(job, key) for key in ("name", "kind", "state")}
-        event |= {"at": now, "what": what, "job": job.id, "attempt": job.attempts, "note": note}
-        self._db.execute("INSERT INTO events (data) VALUES (?)", (json.dumps(event),))
+    def _moved(self, *move: Any, **changes: Any) -> Job | None:
+        with self.transaction() as db:
+            return _move(db, *move, **changes)
 
 
-@contextmanager
-def _sql_errors(path: Path) -> Iterator[None]:
-    """Re-raise SQLite's errors as a `StoreError`."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StoreError(str(path), "a job queue that can be read and written", error) from error
+def versions(db: sqlite3.Connection, name: str | None = None) -> list[Job]:
+    """List the jobs whose cards are kept, by name and version."""
+    kept = [job for job in _jobs(db, "done") if job.version and name in (None, job.name)]
+    return sorted(kept, key=lambda job: (job.name, version_order(job.version or "")))
 
 
-def _previous(versions: Iterable[Version]) -> int | None:
-    """Find the newest version before the live one that no engine refused."""
-    versions = list(versions)
-    live = next((version.version for version in versions if version.live), 0)
-    good = (version.version for version in versions if version.refused is None)
-    return max((number for number in good if number < live), default=None)
+def _rows(db: sqlite3.Connection, where: str, *values: Any) -> list[Any]:
+    """Read the `data` of a table's rows."""
+    rows = db.execute(f"SELECT data FROM {where}", values)  # noqa: S608 - own text
+    return [json.loads(data) for (data,) in rows]
 
 
-def _job(row: dict[str, Any]) -> Job:
+def _job(db: sqlite3.Connection, job_id: str) -> Job | None:
+    return next(map(_read, _rows(db, "jobs WHERE id = ?", job_id)), None)
+
+
+def _jobs(db: sqlite3.Connection, state: str | None) -> list[Job]:
+    rows = _rows(db, "jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY age", state)
+    return sorted(map(_read, rows), key=lambda job: -job.priority)
+
+
+def _read(row: dict[str, Any]) -> Job:
     return Job(**{**row, "arguments": tuple(row["arguments"])})
+
+
+def _fail(
+    db: sqlite3.Connection, job: Job, error: str, now: float, *, final: bool = False
+) -> Job | None:
+    failures = job.failures + 1
+    what = "bury" if final or failures >= job.max_failures else "fail"
+    return _move(db, what, job, now, error, ended=now, error=error, failures=failures)
+
+
+def _move(
+    db: sqlite3.Connection,
+    what: str,
+    job: Job,
+    now: float,
+    note: str | None = None,
+    **changes: Any,
+) -> Job | None:
+    """Move a job that this attempt holds."""
+    before, after = MOVES[what]
+    stored = _job(db, job.id)
+    if stored is None or (stored.state, stored.attempts) != (before, job.attempts):
+        return None
+    return _store(db, what, replace(stored, state=after, **changes), now, note)
+
+
+def _store(db: sqlite3.Connection, what: str, job: Job, now: float, note: str | None = None) -> Job:
+    """Write a job and an event about it."""
+    _write(db, job)
+    _log(db, what, job, now, note)
+    return job
+
+
+def _write(db: sqlite3.Connection, job: Job) -> None:
+    db.execute(
+        "INSERT INTO jobs (id, state, data) VALUES (?, ?, ?) "
+        "ON CONFLICT (id) DO UPDATE SET state = excluded.state, data = excluded.data",
+        (job.id, job.state, json.dumps(vars(job))),
+    )
+
+
+def _log(db: sqlite3.Connection, what: str, job: Job, now: float, note: str | None) -> None:
+    """Write an event about a job."""
+    event = {key: getattr(job, key) for key in ("name", "kind", "state")}
+    event |= {"at": now, "what": what, "job": job.id, "attempt": job.attempts, "note": note}
+    db.execute("INSERT INTO events (data) VALUES (?)", (json.dumps(event),))
 
 
 def _table(rows: Iterable[Mapping[str, Any]], columns: str) -> pa.Table:

@@ -15,8 +15,8 @@ import sqlite3
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -30,9 +30,9 @@ from lora.errors import (
     MissingPackageError,
     PeerError,
     StateError,
-    StoreError,
     shown,
 )
+from lora.evolution.database import transaction
 from lora.files import PathLike, as_path, replacing
 from lora.training.data import Pairs
 
@@ -240,17 +240,8 @@ class Ledger:
         columns = [[row[i] for row in rows] for i in range(len(cursor.description))]
         return pa.table(columns, names=[name for name, *_ in cursor.description])
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with (
-                closing(sqlite3.connect(self.path, timeout=30.0, isolation_level=None)) as db,
-                db,  # commits, or rolls back after an error
-            ):
-                db.execute("BEGIN IMMEDIATE")
-                yield db
-        except sqlite3.Error as error:
-            raise StoreError(str(self.path), "a ledger that can be written", error) from error
+    def _transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        return transaction(self.path, "a ledger that can be written")
 
 
 class OpenAITeacher:

@@ -1,7 +1,8 @@
 """The catalog of served card files: the cards by digest and by name, as an immutable value.
 
-Only regular files count, no links. A file is hashed again only when its
-stamp has changed. Names and digests from outside are looked up, and never made into a path.
+`Followed` hands an engine what changes in a folder. Only regular files count, no links. A file is
+hashed again only when its stamp has changed. Names and digests from outside are looked up, and
+never made into a path.
 
 Requirements: R11.
 """
@@ -10,7 +11,9 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
@@ -19,16 +22,21 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
+from lora.card import LoRACard
 from lora.checks import version_order
-from lora.errors import LoRAError, StoreError
+from lora.errors import ConflictError, LoRAError, StoreError
 from lora.federation.keys import read_signed, signature_path
 from lora.federation.manifest import Manifest, manifest_of
-from lora.files import SUFFIX, digest, inspect, os_errors
+from lora.files import SUFFIX, PathLike, as_path, digest, inspect, load, os_errors
 
 log = logging.getLogger(__name__)
 
 Stamp: TypeAlias = tuple[int, int, int]
 """Inode, size and modification time of a file."""
+
+
+TICK = 10**9
+"""Nanoseconds after which a folder that changes again has another time of change."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,75 @@ def scan(paths: Iterable[Path], old: Catalog) -> Catalog:
     )
     names = {card.manifest.name: card.manifest.digest for card in cards}
     return Catalog(files, {card.manifest.digest: card for card in cards}, names)
+
+
+class Followed:
+    """The cards of a folder: of each name the highest version, as it is at each `refresh`.
+
+    Args:
+        folder: A folder of card files, which are replaced by renames.
+        take: Called with a card that is new or has changed; an error leaves what was there.
+        forget: Called with the name of a card that is gone.
+    """
+
+    def __init__(
+        self, folder: PathLike, take: Callable[[LoRACard], None], forget: Callable[[str], None]
+    ) -> None:
+        self._folder, self._take, self._forget = as_path(folder).absolute(), take, forget
+        self._catalog, self._time = Catalog(), 0
+        self._seen = dict[str, Served]()
+        self._lock = threading.Lock()
+        card_files(self._folder)  # a folder that is not there is refused
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Hand over what has changed since the last look. The reasons of what fails are logged."""
+        with self._lock:
+            try:
+                changed = self._folder.stat().st_mtime_ns
+                if changed == self._time:
+                    return
+                # A folder's clock may tick slower than two changes follow each other.
+                self._time = changed if time.time_ns() - changed > TICK else 0
+                self._catalog = scan(card_files(self._folder), self._catalog)
+            except OSError as error:
+                log.warning("not followed: %s", error)
+                return
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        names = dict[str, list[Served]]()
+        for card in self._catalog.cards.values():
+            names.setdefault(card.manifest.name, []).append(card)
+        for name, cards in names.items():
+            try:
+                card = newest(cards)
+                if name not in self._seen or self._seen[name].manifest != card.manifest:
+                    self._seen[name] = card
+                    self._take(load(card.path, verify=card.manifest.digest))
+            except LoRAError as error:
+                log.warning("card %r stays as it was: %s", name, error)
+        present = {path for path, *_ in self._catalog.files}
+        for name in [name for name, card in self._seen.items() if card.path not in present]:
+            if name not in names:
+                del self._seen[name]
+                self._forget(name)
+
+
+def newest(cards: Iterable[Served]) -> Served:
+    """Return the card of the highest version, among those of one name.
+
+    Raises:
+        ConflictError: Another one has that version, too.
+    """
+    *others, card = sorted(cards, key=lambda card: version_order(card.manifest.version))
+    version = card.manifest.version
+    for other in others:
+        if version_order(other.manifest.version) == version_order(version):
+            where = f"{card.path}: {card.manifest.name!r} {version}"
+            problem = f"other content in {other.path.name!r}"
+            raise ConflictError(where, "one card per name and version", problem, "remove one")
+    return card
 
 
 @contextmanager

@@ -211,7 +211,7 @@ class LoRAManager(Uncopied, Generic[M]):
             _log_layers("removed", before, [name])
 
     def replace_card(
-        self, card: LoRACard, *, strict: bool = False, check_base: bool = True
+        self, card: LoRACard, *, strict: bool = False, check_base: bool = True, **also: Any
     ) -> Injection:
         """Put a card in the place, and with the weight, of the active one of its name."""
         check_card(card)
@@ -220,7 +220,7 @@ class LoRAManager(Uncopied, Generic[M]):
             entries = {**self.active, name: (card, self._active_entry("replace_card", name)[1])}
             result = self._planned(entries, [name], strict=strict, check_base=check_base)
             loaded = self.state.loaded_with(card) if name in loaded else loaded
-            self.reference.replace(active=result, loaded=loaded)
+            self.reference.replace(active=result, loaded=loaded, **also)
         _log_layers("replaced", result, [name])
         return _reports(result)[name]
 

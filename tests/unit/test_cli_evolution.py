@@ -52,16 +52,22 @@ def test_jobs_are_queued_run_shown_and_rolled_back(shop):
     add = ["add", "--priority", 1, "--seconds", 60, "--memory", 2**31, "--max-failures", 1]
     first = told(*add, "--", "merge", "a.lora.arrow", "--name", "both")
     assert (first["kind"], first["name"], first["state"]) == ("merge", "both", "queued")
-    with JobQueue(shop / "factory" / "queue.sqlite") as queue:
-        (job,) = queue.jobs()
+    queue = JobQueue(shop / "factory" / "queue.sqlite")
+    (job,) = queue.jobs()
     assert (job.priority, job.seconds, job.memory, job.max_failures) == (1, 60.0, 2**31, 1)
-    assert [row["state"] for row in told("run")] == ["done"]
+    assert [row["state"] for row in told("run", "--keep", 1)] == ["done"]
     told("add", "merge", "b.lora.arrow", "--name", "both")
     told("run")
     skills = told("status", "--skills")
-    assert [(row["version"], row["live"]) for row in skills] == [(1, False), (2, True)]
-    assert told("rollback", "both")["version"] == 1
+    versions = [(row["version"], row["live"]) for row in skills]
+    assert versions == [("0.1.0", False), ("0.2.0", True)]
+    assert told("rollback", "both")["version"] == "0.1.0"
     assert [row["live"] for row in told("status", "--skills")] == [True, False]
+    assert told("rollback", "both", "--version", "0.2.0")["version"] == "0.2.0"
+    told("add", "merge", "a.lora.arrow", "b.lora.arrow", "--name", "both")
+    told("run", "--keep", 1)
+    kept = [row["version"] for row in told("status", "--skills")]
+    assert kept == ["0.2.0", "0.3.0"]  # the last one, and what was live before it
     assert {"add", "claim"} <= {row["what"] for row in told("status", "--history")}
     assert "both" in ran("factory", "status")
 

@@ -12,6 +12,7 @@ from urllib.request import urlopen
 import pytest
 
 import lora
+from lora.evolution import SkillFactory
 from lora.testing.plugin import requirement
 from tests.unit.hostile import Authority, Liar, announced, made, saved
 from tests.unit.test_cli import shell
@@ -128,6 +129,34 @@ def test_a_server_says_as_json_where_it_and_its_metrics_are(cards):
         shutil.rmtree(cards)
         with pytest.raises(HTTPError, match="503"):
             urlopen(healthz)  # noqa: S310 - as above
+
+
+@requirement("R19.5", "R11.9", "R25.2")
+def test_a_running_server_shows_what_is_live_in_a_factory_and_a_roll_back(cards, tmp_path):
+    factory, job = SkillFactory(tmp_path / "factory"), ["merge", cards / "docs.lora.arrow"]
+
+    def made():
+        factory.add([*map(str, job), "--name", "docs"])
+        factory.run()
+
+    def listed(server):
+        return [
+            (row["name"], row["version"], row["digest"] == lora.digest(factory.live()["docs"]))
+            for row in json.loads(ran("list", "--peer", server.uri, "--json"))
+        ]
+
+    made()
+    with Serving("--live", factory.root, *LOCAL) as server:
+        assert listed(server) == [("docs", "0.1.0", True)]
+        job.append(str(cards / "docs.lora.arrow"))
+        made()
+        assert listed(server) == [("docs", "0.2.0", True)]
+        ran("factory", "rollback", "docs", "--root", factory.root)
+        assert listed(server) == [("docs", "0.1.0", True)]
+    both = ["serve", cards, "--live", factory.root]
+    assert "expected a folder or --live, found both" in ran(*both, code=1)
+    assert "expected a folder or --live, found neither" in ran("serve", code=1)
+    assert "nowhere" in ran("serve", "--live", "nowhere", code=1)
 
 
 @requirement("R25.2", "R11.1", "R12.1")

@@ -2,12 +2,13 @@
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, date, datetime
 
 import pyarrow as pa
 import pytest
 
-from lora.errors import ArgumentError, StateError, StoreError, UnknownCardError
+from lora.errors import ArgumentError, BadNameError, StateError, StoreError, UnknownCardError
 from lora.evolution.nights import due, parse_at
 from lora.evolution.queue import MOVES, NIGHT, STATES, Job, JobQueue
 from lora.testing.plugin import requirement
@@ -15,8 +16,7 @@ from lora.testing.plugin import requirement
 
 @pytest.fixture
 def queue(tmp_path):
-    with JobQueue(tmp_path / "queue.sqlite") as opened:
-        yield opened
+    return JobQueue(tmp_path / "queue.sqlite")
 
 
 def order(number=0, name="docs", **options):
@@ -27,15 +27,19 @@ def accepted(queue, *numbers, keep=3, name="docs"):
     """Versions of a skill, made by jobs one after another."""
     for number in numbers:
         queue.add(order(number, name), float(number))
-        queue.accept(queue.claim(float(number)), f"{number:064x}", float(number), keep)
+        sha, version = f"{number:064x}", f"0.{number}.0"
+        queue.accept(queue.claim(float(number)), sha, version, float(number), keep=keep)
 
 
-def numbers(queue):
-    return [(version.version, version.live) for version in queue.versions()]
+def kept(queue):
+    """The minor version of each card that is kept, and the live ones."""
+    numbers = [int(version.version.split(".")[1]) for version in queue.versions()]
+    versions = zip(numbers, queue.versions(), strict=True)
+    return numbers, [number for number, version in versions if version.live]
 
 
-def live(queue):
-    return {version.name: version.version for version in queue.versions() if version.live}
+def roll_back(queue, name="docs", version=None):
+    return queue.put_live(queue.earlier(name, version), 9.0).version
 
 
 @requirement("R19.2")
@@ -53,8 +57,11 @@ def test_the_moves_are_a_table_that_leads_every_job_to_an_end():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("", {}, "name: expected the name of the skill to make, found ''"),
+        ("", {}, "card name: expected 1 to 128 printable characters, no slash"),
         ("a\nb", {}, "name"),
+        ("a/b", {}, "no slash"),
+        (".a", {}, "no dot in front"),
+        ("\U0001f600" * 51, {}, "job: name: expected at most 200 bytes"),
         ("\ud800", {}, "name"),
         ("a", {"priority": 1.5}, "priority"),
         ("a", {"priority": 2**31}, "priority"),
@@ -66,7 +73,7 @@ def test_the_moves_are_a_table_that_leads_every_job_to_an_end():
     ],
 )
 def test_a_job_that_means_nothing_is_refused_by_name(name, options, message):
-    with pytest.raises(ArgumentError, match=message):
+    with pytest.raises((ArgumentError, BadNameError), match=message):
         Job.of(["merge"], name, **options)
 
 
@@ -83,7 +90,7 @@ def test_what_is_asked_for_twice_is_there_once_and_stays_as_it_is(queue):
     running = queue.claim(2.0)
     assert running.id == first.id
     assert queue.add(order(), 3.0) == running
-    assert queue.accept(running, "0" * 64, 4.0).state == "done"
+    assert queue.accept(running, "0" * 64, "0.1.0", 4.0).state == "done"
     assert queue.add(order(), 5.0).state == "done"
     assert queue.claim(6.0) is None
 
@@ -125,13 +132,13 @@ def test_the_result_of_an_attempt_that_lost_its_job_is_not_taken(queue):
     queue.add(order(), 0.0)
     lost = queue.claim(0.0)
     assert [job.state for job in queue.recover(1.0)] == ["queued"]
-    assert queue.accept(lost, "1" * 64, 2.0) is None
+    assert queue.accept(lost, "1" * 64, "0.1.0", 2.0) is None
     held = queue.claim(3.0)
-    assert queue.accept(lost, "1" * 64, 4.0) is None
+    assert queue.accept(lost, "1" * 64, "0.1.0", 4.0) is None
     assert queue.fail(lost, "late", 4.0) is None
     assert queue.reject(lost, 4.0) is None
     assert queue.release(lost, 4.0) is None
-    assert queue.accept(held, "2" * 64, 5.0).digest == "2" * 64
+    assert queue.accept(held, "2" * 64, "0.1.0", 5.0).digest == "2" * 64
     assert [version.digest for version in queue.versions()] == ["2" * 64]
 
 
@@ -164,12 +171,12 @@ def test_many_open_add_and_claim_at_once_and_each_job_is_claimed_once(tmp_path):
     path = tmp_path / "queue.sqlite"
 
     def add(worker):
-        with JobQueue(path) as own:
-            return [own.add(order(number), 0.0).id for number in range(worker, worker + 4)]
+        own = JobQueue(path)
+        return [own.add(order(number), 0.0).id for number in range(worker, worker + 4)]
 
     def claim(_):
-        with JobQueue(path) as own:
-            return [job.id for _ in range(3) if (job := own.claim(1.0)) is not None]
+        own = JobQueue(path)
+        return [job.id for _ in range(3) if (job := own.claim(1.0)) is not None]
 
     with ThreadPoolExecutor(8) as threads:
         added = {job for jobs in threads.map(add, range(8)) for job in jobs}
@@ -181,77 +188,44 @@ def test_many_open_add_and_claim_at_once_and_each_job_is_claimed_once(tmp_path):
 @requirement("R19.5")
 def test_the_last_versions_are_kept_and_the_live_one_whatever_its_age(queue):
     accepted(queue, 1, 2, 3, 4, keep=2)
-    assert [version.version for version in queue.versions("docs")] == [3, 4]
-    assert queue.roll_back("docs", None, 5.0).version == 3
-    assert live(queue) == {"docs": 3}
-    accepted(queue, 5, 6, 7, keep=2)
-    assert [version.version for version in queue.versions()] == [6, 7]
-    queue.roll_back("docs", 6, 8.0)
-    queue.add(order(8), 8.0)
-    queue.accept(queue.claim(8.0), "8" * 64, 8.0, 1)
-    assert numbers(queue) == [(6, False), (8, True)]
-
-
-@requirement("R19.5")
-def test_versions_that_the_engine_refuses_never_push_out_the_last_good_one(queue):
-    accepted(queue, 1, keep=1)
-    for number in (2, 3, 4):
-        accepted(queue, number, keep=1)
-        queue.refuse(queue.versions()[-1], "does not fit", 5.0)
-        assert live(queue) == {"docs": 1}
-        assert len(queue.versions()) == 2
+    assert kept(queue) == ([3, 4], [4])
+    assert roll_back(queue) == "0.3.0"
+    assert kept(queue) == ([3, 4], [3])
     accepted(queue, 5, keep=1)
-    assert numbers(queue) == [(1, False), (5, True)]
-    accepted(queue, 6, keep=3)
-    queue.refuse(queue.versions()[-1], "does not fit", 7.0)
-    accepted(queue, 7, keep=3)
-    kept = [number for number, _ in numbers(queue)]
-    assert kept == [1, 5, 7]  # the last three that were not refused
+    assert kept(queue) == ([3, 5], [5])
+    accepted(queue, 6, 7, keep=2)
+    assert kept(queue) == ([6, 7], [7])
 
 
 @requirement("R19.5")
-def test_a_refused_version_is_passed_over_on_the_way_back(queue):
-    accepted(queue, 1, 2, 3)
-    queue.refuse(queue.versions()[1], "does not fit", 4.0)
-    assert live(queue) == {"docs": 3}
-    assert queue.roll_back("docs", None, 5.0).version == 1
+def test_versions_are_ordered_as_versions_not_as_text(queue):
+    accepted(queue, 9, 10, 11, keep=2)
+    assert kept(queue) == ([10, 11], [11])
+    accepted(queue, 12, 100, keep=3)
+    assert kept(queue) == ([11, 12, 100], [100])
 
 
 @requirement("R19.5")
 def test_rolling_back_takes_the_version_before_or_the_one_that_is_named(queue):
     accepted(queue, 1, 2, 3)
     accepted(queue, 4, name="law")
-    assert queue.roll_back("docs", None, 5.0).version == 2
-    assert queue.roll_back("docs", None, 5.0).version == 1
+    assert [roll_back(queue), roll_back(queue)] == ["0.2.0", "0.1.0"]
     with pytest.raises(
         StateError, match="roll back 'docs': expected a version before the live one"
     ):
-        queue.roll_back("docs", None, 5.0)
-    assert queue.roll_back("docs", 3, 5.0).version == 3
-    assert live(queue) == {"docs": 3, "law": 1}
-    with pytest.raises(UnknownCardError, match=r"one of \[1, 2, 3\], found 9"):
-        queue.roll_back("docs", 9, 5.0)
+        queue.earlier("docs")
+    last = queue.earlier("docs", "0.3.0")
+    assert queue.put_live(last, 5.0).live
+    assert kept(queue) == ([1, 2, 3, 4], [3, 4])
+    assert queue.history()["what"].to_pylist()[-1] == "roll back"
+    with pytest.raises(UnknownCardError, match=r"one of \['0.1.0', '0.2.0', '0.3.0'\], found '9'"):
+        queue.earlier("docs", "9")
     with pytest.raises(UnknownCardError, match="none of that name"):
-        queue.roll_back("nothing", None, 5.0)
-
-
-@requirement("R19.5")
-def test_a_version_that_the_engine_refuses_gives_way_to_the_one_before(queue):
-    accepted(queue, 1, 2, 3)
-    second, third = queue.versions()[1:]
-    queue.refuse(third, "does not fit", 4.0)
-    assert live(queue) == {"docs": 2}
-    queue.refuse(third, "does not fit", 4.0)  # it is not the live one now
-    assert live(queue) == {"docs": 2}
-    queue.refuse(queue.versions()[1], "nor does this", 4.0)
-    assert live(queue) == {"docs": 1}
-    reasons = [version.refused for version in queue.versions()]
-    assert reasons == [None, "nor does this", "does not fit"]
-    queue.refuse(queue.versions()[0], "nothing fits", 4.0)
-    assert live(queue) == {}
-    assert queue.roll_back("docs", 2, 5.0) is not None
-    assert queue.versions()[1].refused is None  # it is tried again
-    assert second.version == 2
+        queue.earlier("nothing")
+    accepted(queue, 5, keep=1)
+    gone = replace(last, id=queue.jobs("done")[0].id, version="0.1.0")
+    with pytest.raises(StateError, match=r"version 0\.1\.0, found one that is no longer kept"):
+        queue.put_live(gone, 6.0)
 
 
 @requirement("R19.7")
@@ -269,7 +243,7 @@ def test_status_history_and_skills_are_arrow_tables(queue):
     assert queue.history()["what"].to_pylist() == ["add", "claim", "accept", "add", "claim", "fail"]
     assert queue.history()["note"].to_pylist()[-1] == "no luck"
     (version,) = queue.skills().to_pylist()
-    assert version | {"name": "docs", "version": 1, "live": True, "refused": None} == version
+    assert version | {"name": "docs", "version": "0.1.0", "live": True, "kind": "toy"} == version
 
 
 @requirement("R19.7")
@@ -294,7 +268,7 @@ def test_what_is_no_queue_or_one_of_another_version_is_refused_and_left_alone(tm
     db = sqlite3.connect(newer, isolation_level=None)
     db.execute("PRAGMA user_version = 7")
     db.close()
-    with pytest.raises(StateError, match="a queue of version 2, found version 7"):
+    with pytest.raises(StateError, match="a queue of version 3, found version 7"):
         JobQueue(newer)
 
 
@@ -302,11 +276,11 @@ def test_what_is_no_queue_or_one_of_another_version_is_refused_and_left_alone(tm
 def test_an_error_of_the_file_is_named_and_changes_nothing(queue):
     queue.add(order(), 0.0)
     job = queue.claim(0.0)
-    queue._db.execute(
-        "CREATE TRIGGER full BEFORE INSERT ON versions BEGIN SELECT RAISE(FAIL, 'disk full'); END"
-    )
+    with queue.transaction() as db:
+        full = "BEFORE INSERT ON events BEGIN SELECT RAISE(FAIL, 'disk full'); END"
+        db.execute(f"CREATE TRIGGER full {full}")
     with pytest.raises(StoreError, match="disk full"):
-        queue.accept(job, "0" * 64, 1.0)
+        queue.accept(job, "0" * 64, "0.1.0", 1.0)
     assert [one.state for one in queue.jobs()] == ["running"]
     assert queue.versions() == []
 
@@ -316,8 +290,8 @@ def test_nights_are_remembered(queue):
     assert queue.night() is None
     queue.set_night(date(2026, 3, 1))
     queue.set_night(date(2026, 3, 2))
-    with JobQueue(queue.path) as other:
-        assert other.night() == date(2026, 3, 2)
+    other = JobQueue(queue.path)
+    assert other.night() == date(2026, 3, 2)
 
 
 @requirement("R19.4")
