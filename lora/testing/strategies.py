@@ -15,7 +15,7 @@ _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 dtypes = st.sampled_from(list(DTYPES.values()))
 """The dtypes of a card."""
 
-ranks = st.integers(1, 5)
+ranks = st.sampled_from([1, 2, 3, 4, 5, 9])
 features = st.integers(1, 7)
 
 _words = st.sampled_from(
@@ -35,14 +35,17 @@ _words = st.sampled_from(
         "注意",
     ]
 )
-_text = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=6).filter(
-    str.isprintable
+_characters = st.characters(exclude_categories=("C", "Z"), include_characters=" ")
+_text = st.one_of(
+    st.text(_characters, min_size=1, max_size=6).filter(str.isprintable),
+    # NFC and NFKC change these, strip() shortens these.
+    st.sampled_from(["e\u0301", "\u212b", "\ufb01", " lead", "trail ", "two  blanks", " "]),
 )
 
 names = st.one_of(
     st.lists(_words, min_size=1, max_size=4).map(".".join), _text, st.just("a, b"), st.just("-1")
 )
-"""Names with dots, digits, commas, other scripts."""
+"""Names with dots, digits, commas, blanks, combining marks, other scripts."""
 
 module_names = st.one_of(names, st.just(""))
 """Names of modules: the root's is empty."""
@@ -68,19 +71,31 @@ _FIELDS = ("name", "rank", "alpha", "lora.name", "lora.rank", "description", "ve
 metadata = st.dictionaries(_text | st.sampled_from(_FIELDS), json_values, max_size=4)
 """JSON objects, keys that look like a card's own fields among them."""
 
-extras = st.dictionaries(_text.map("x-".__add__), _text, max_size=2)
+extras = st.dictionaries(_text.map("x-".__add__), st.just("") | _text, max_size=2)
 
 scalings = st.floats(-8, 8, width=32) | st.sampled_from([0.0, 1.0, -0.0, 5e-324, 1e30])
 
 
+def laid_out(array: Array, order: str) -> Array:
+    """Return an equal array in row-major ("C") or column-major ("F") order, or a view ("A")."""
+    if order == "A":
+        return np.repeat(array, 2, axis=-1)[..., ::2]
+    return np.array(array, order=order)  # type: ignore[call-overload, no-any-return]
+
+
+orders = st.sampled_from("CFA")
+"""Orders of an array's elements in memory; see `laid_out`."""
+
+
 @st.composite
 def bits(draw: st.DrawFn, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    """An array of any bit patterns: NaN payloads, infinities, signed zeros, subnormals."""
+    """An array, in any memory order, of any bits: NaN payloads, infinities, signed zeros."""
     width = dtype.itemsize * 8
     sign = 1 << (width - 1)
     edges = [0, 1, sign, (1 << width) - 1, sign - 1, sign + 1]
     elements = st.one_of(st.integers(0, (1 << width) - 1), st.sampled_from(edges))
-    return draw(hnp.arrays(_BITS[dtype.itemsize], shape, elements=elements)).view(dtype)
+    array = draw(hnp.arrays(_BITS[dtype.itemsize], shape, elements=elements))
+    return laid_out(array.view(dtype), draw(orders))
 
 
 def numbers(

@@ -33,8 +33,10 @@ from lora.testing.strategies import (
     extras,
     features,
     json_values,
+    laid_out,
     metadata,
     names,
+    orders,
     plain_cards,
     ranks,
     scalings,
@@ -248,6 +250,56 @@ def test_what_is_read_is_written_as_it_was_read(impl, card):
         assert twice.weights[module].scaling == pair.scaling
         assert same_bits(twice.weights[module].A, pair.A)
         assert same_bits(twice.weights[module].B, pair.B)
+
+
+alike = st.sampled_from(
+    ["e\u0301", "\u00e9", "\u212b", "\u00c5", "\ufb01", "fi", " fi", "fi ", "f i", "Fi", "fi.", "-"]
+)
+"""Texts that NFC, NFKC, strip() or lower() would change or take for another."""
+
+
+@requirement("R1.16")
+@given(
+    name=alike,
+    targets=st.lists(alike, unique=True).map(tuple),
+    modules=st.lists(alike, max_size=4, unique=True),
+    said=st.dictionaries(alike | st.just(""), alike | st.just("") | st.lists(alike)),
+    extra=st.dictionaries(alike.map("x-".__add__), alike | st.just("")),
+)
+def test_text_comes_back_as_it_was_given_and_what_looks_alike_stays_apart(
+    impl, name, targets, modules, said, extra
+):
+    pairs = {
+        module: PlainPair(np.full((1, 1), index, np.float32), np.ones((1, 1), np.float32), 1.0)
+        for index, module in enumerate(modules)
+    }
+    card = PlainCard(name, 1, 1.0, targets, pairs, said, extra)
+    loaded = impl.read_card(impl.write_card(card))
+    assert (loaded.name, tuple(loaded.target_modules)) == (name, targets)
+    assert {module: pair.A[0, 0] for module, pair in loaded.weights.items()} == {
+        module: index for index, module in enumerate(modules)
+    }
+    assert (loaded.metadata, loaded.extra) == (said, extra)
+
+
+@requirement("R1.16")
+@given(data=st.data(), dtype=dtypes, shape=st.tuples(features, ranks, features))
+def test_factors_in_any_memory_order_are_written_by_their_elements(impl, data, dtype, shape):
+    rows, rank, columns = shape
+    a, b = data.draw(bits(dtype, (rows, rank))), data.draw(bits(dtype, (rank, columns)))
+    pair = PlainPair(laid_out(a, data.draw(orders)), laid_out(b, data.draw(orders)))
+    written = impl.write_card(PlainCard("docs", rank, 1.0, (), {"m": pair}, {}, {}))
+    batch = the_arrow_file(written)
+    for column, factor in (("A", a), ("B", b)):
+        tensor = batch.column(column)
+        tensor = getattr(tensor, "storage", tensor)
+        assert tensor.field("shape").to_pylist() == [list(factor.shape)]
+        elements = [factor[i, j] for i in range(len(factor)) for j in range(factor.shape[1])]
+        stored = tensor.field("data").values.to_numpy(zero_copy_only=False)
+        assert same_bits(stored.view(dtype), np.array(elements, dtype))
+    loaded = impl.read_card(written).weights["m"]
+    assert same_bits(loaded.A, a)
+    assert same_bits(loaded.B, b)
 
 
 # From here on: this implementation.

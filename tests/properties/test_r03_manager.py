@@ -41,7 +41,9 @@ WIDTH = 3
 
 # ---- through the binding: which modules a card reaches
 
-words = st.sampled_from(["1", "11", "query", "xquery", "value", "layer", "attention", "lm_head"])
+words = st.sampled_from(
+    ["1", "11", "query", "xquery", "1-query", "q|y", "que*", "value", "layer", "Query", "lm_head"]
+)
 dotted = st.lists(words, min_size=1, max_size=3).map(".".join)
 module_lists = st.lists(dotted, min_size=1, max_size=6, unique=True)
 
