@@ -316,8 +316,13 @@ class ArrowEngine(Uncopied):
         log_safely(log.info, "card %r is forgotten; %d are known", name, len(self.state.cards))
 
     def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
-        """Know a card by name and let the router choose it, without making it active."""
+        """Know a card by name and let the router choose it, without making it active.
+
+        Raises:
+            TargetError, ShapeError, BaseModelError: The card does not fit the encoder.
+        """
         candidate = self.router.candidate(card, description)
+        bindings(self.base, [AdapterSet(card)], check_base=self.check_base)
         with self.reference.lock:
             self.manager.add_card(card, index=self.state.index.with_candidate(candidate))
 

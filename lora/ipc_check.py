@@ -83,6 +83,8 @@ def _batch_message(data: Bytes) -> tuple[Bytes, int]:
     size = len(data)
     if size < _HEAD + _TAIL or bytes(data[:6]) != MAGIC or bytes(data[-6:]) != MAGIC:
         unknown = (f"{size} bytes that are not one", "")
+        if bytes(data[8:9]) == b"{":
+            unknown = ("a safetensors file", "lora convert makes a card of it")
         contents, hint = _OTHER_FORMATS.get(bytes(data[:4]), unknown)
         raise CardFileError("card file", "an Arrow IPC file", contents, hint)
     footer_size = _read("<i", data, size - _TAIL)

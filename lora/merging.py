@@ -508,7 +508,9 @@ def _base(
             other, expected = prints.setdefault(covered, (card.name, digest))
             if digest != expected:
                 where, text = f"card {card.name!r}: base_fingerprint", f"{expected} as in card"
-                raise BaseModelError(where, f"{text} {other!r}", digest, SAME_BASE)
+                hint = f"{SAME_BASE}; of its weights in another dtype the fingerprint differs: "
+                hint += "drop it by dataclasses.replace(card, base_fingerprint=None)"
+                raise BaseModelError(where, f"{text} {other!r}", digest, hint)
     names = {card.base_model for card in cards} - {None}
     settings = (card.metadata.get("peft") for card in cards)
     revisions = {peft.get("revision") for peft in settings if isinstance(peft, dict)} - {None, ""}

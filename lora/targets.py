@@ -2,26 +2,22 @@
 
 A target or weight key matches a module whose dotted name equals it or ends with ``"." + key``:
 ``1.query`` matches ``layer.1.query`` but not ``layer.11.query``. `plan` reports what a card binds
-to; `require_bound` is the rule for whoever applies it: nothing is an error, a part is a warning.
+to.
 
 Requirements: R3, R7.
 """
 
 import hashlib
-import inspect
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from lora.card import LoRACard, LowRank, check_card
-from lora.errors import ShapeError, TargetError, UnboundWarning
+from lora.errors import ShapeError, TargetError
 
 ALL_LINEAR = "all-linear"
 """The target that matches every Linear except an output head."""
-
-_PACKAGES = ("lora", "torch", "transformers", "sentence_transformers", "safetensors")
 
 OUTPUT_HEADS = frozenset(
     {
@@ -176,51 +172,6 @@ def check_shape(linear: Any, pair: LowRank, where: str) -> None:
     expected, actual = (f"{one.in_features} -> {one.out_features}" for one in (linear, pair))
     if actual != expected:
         raise ShapeError(where, f"in -> out of {expected}", actual)
-
-
-def require_bound(sites: Mapping[str, Site], plans: Collection[tuple[LoRACard, Injection]]) -> None:
-    """Refuse cards that bind nothing; then give one warning for each that binds in part.
-
-    Args:
-        sites: The Linears of the model, under each of their names.
-        plans: The cards with what `plan` found for them.
-
-    Raises:
-        TargetError: A card binds to no module.
-    """
-    for card, injection in plans:
-        if not injection.bound:
-            keys, targets = listed(card.weights, 3), listed(card.target_modules, 3)
-            raise TargetError(
-                f"card {card.name!r}",
-                "a Linear of the model for at least one of the card's modules",
-                f"none (factors for {keys}; targets {targets})",
-                f"the Linears of the model are {listed(sites, 3)}",
-            )
-    for card, injection in plans:
-        parts = [injection.unbound] if injection.unbound else []
-        if bypassed := [module for module in injection.bypassed if not sites[module].unused]:
-            what = "layers that may never be called (lora.uncalled tells, fold helps)"
-            parts.append(f"{what}: {listed(bypassed)}")
-        if parts:
-            warn_unbound(f"card {card.name!r} takes effect in part: {'; '.join(parts)}")
-
-
-def warn_unbound(text: str) -> None:
-    """Give an `UnboundWarning` at the line outside this package and those around it."""
-    level = 0
-    for module, _ in callers():
-        level += 1
-        if module.partition(".")[0] not in _PACKAGES:
-            break
-    warnings.warn(text, UnboundWarning, stacklevel=level)
-
-
-def callers() -> Iterator[tuple[str, str]]:
-    """Yield the module and the name of each function that is running, from the caller outwards."""
-    frame = inspect.currentframe()
-    while frame := frame and frame.f_back:
-        yield str(frame.f_globals.get("__name__")), frame.f_code.co_name
 
 
 def listed(names: Iterable[str], limit: int = 10) -> str:

@@ -111,9 +111,7 @@ def command(
             try:
                 result = function(**options)
             except LoRAError as error:
-                for field in ("expected", "found", "hint"):
-                    text = _in_options(getattr(error, field), [p.name for p in parameters])
-                    setattr(error, field, text)
+                error.expected, error.hint = map(in_options, (error.expected, error.hint))
                 raise
             return 0 if result is None else show(result, as_json=as_json)
 
@@ -134,19 +132,30 @@ def command(
 _IN_COMMANDS = {
     "rename by dataclasses.replace(card, weights=...)": "leave one of the cards out",
     "by dataclasses.replace(card, name=...)": "by lora convert CARD -o FILE --name NAME",
+    "drop it by dataclasses.replace(card, base_fingerprint=None)": "set it to None in Python",
     "pass description=": "lora convert CARD -o FILE --description TEXT sets one",
+    "to load_safetensors or lora convert:": "by lora convert",
     "check_base=False waives this": "if the base is another one, name it by --model",
     "check_base=False adapts": "in Python the check can be left out, which adapts",
 }
 """What a hint says for Python -> what it says on the command line."""
 
 
-def _in_options(text: str, names: Sequence[str]) -> str:
-    """Put options in the place of the keywords in an error: `base_model=...` is --base-model."""
+def in_options(text: str) -> str:
+    """Put options in the place of the keywords that stand in backticks in an error.
+
+    Examples:
+        >>> in_options("name it: `base_model=...`"), in_options("or `allow_older` waives this")
+        ('name it: --base-model', 'or --allow older waives this')
+    """
     for python, command_line in _IN_COMMANDS.items():
         text = text.replace(python, command_line)
-    keyword = f"`?\\b({'|'.join(names)})=(True|\\.\\.\\.)?`?(?![\\w.])"
-    return re.sub(keyword, lambda match: f"--{match[1].replace('_', '-')}", text)
+
+    def option(keyword: re.Match[str]) -> str:
+        dashed = keyword[2].replace("_", "-")
+        return f"--allow {keyword[2]}" if keyword[1] else f"--{dashed}"
+
+    return re.sub(r"`(allow_)?(\w+)(=True|=\.\.\.)?`", option, text)
 
 
 _COMMON = {

@@ -3,7 +3,6 @@
 Requirements: R5, R11, R12, R13, R14, R25.
 """
 
-import re
 import signal
 import sys
 import threading
@@ -14,7 +13,16 @@ from typing import Annotated, Any
 
 import typer
 
-from lora.cli.app import Json, Result, command, printable, progress_bar, show, table_of
+from lora.cli.app import (
+    Json,
+    Result,
+    command,
+    in_options,
+    printable,
+    progress_bar,
+    show,
+    table_of,
+)
 from lora.errors import ArgumentError, LoRAError, PeerError
 
 Peer = Annotated[
@@ -101,7 +109,6 @@ def serve(
         signal.signal(number, lambda *_: ended.set())
     where: dict[str, Any] = {"host": host, "port": port, "interfaces": None if announce else ()}
     with ExitStack() as stack:
-        stack.enter_context(_in_options())
         node = stack.enter_context(Node(None, root, credentials=credentials, **where))
         server: Any = node.server
         count = len(server.catalog.cards)
@@ -226,30 +233,8 @@ def sign(card: Path, *, key: Path) -> Result:
     return Result(facts, f"{file}: {manifest.name} {manifest.digest}")
 
 
-@contextmanager
-def _in_options() -> Iterator[None]:
-    """Tell errors in the words of the command line."""
-    try:
-        yield
-    except LoRAError as error:
-        for note in getattr(error, "__notes__", ()):  # what other peers answered
-            _print(note)
-        error.hint = _with_options(error.hint)
-        raise
-
-
-def _with_options(text: str) -> str:
-    """Put options in the place of keywords: --min-rate for `min_rate`."""
-
-    def option(keyword: re.Match[str]) -> str:
-        dashed = keyword[2].replace("_", "-")
-        return f"--allow {keyword[2]}" if keyword[1] else f"--{dashed}"
-
-    return re.sub("`(allow_)?(\\w+)(=True)?`", option, text)
-
-
 def _print(problem: object) -> None:
-    print(printable(f"no answer: {_with_options(str(problem))}"), file=sys.stderr)
+    print(printable(f"no answer: {in_options(str(problem))}"), file=sys.stderr)
 
 
 @contextmanager
@@ -261,16 +246,18 @@ def _visitor(
 
     named = list(dict.fromkeys(uri_of(peer) for peer in peers or []))
     interfaces = () if named else None
-    with (
-        _in_options(),
-        Node(cache, peers=named, interfaces=interfaces, **options) as node,
-    ):
+    with Node(cache, peers=named, interfaces=interfaces, **options) as node:
         node.discovery.wait(wait, len(named) or None)
         errors = node.discovery.errors()
         for uri in set(named) - {peer.uri for peer in node.peers()} - set(errors):
             errors[uri] = PeerError(uri, f"an answer in {wait:g} s", "none yet", "`wait` longer")
         _tell(errors, none_works=bool(named) and not node.peers())
-        yield node
+        try:
+            yield node
+        except LoRAError as error:
+            for note in getattr(error, "__notes__", ()):  # what other peers answered
+                _print(note)
+            raise
 
 
 def _offers(node: Any) -> Any:

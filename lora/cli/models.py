@@ -141,7 +141,6 @@ def route(
         top_k: How many at most.
         threshold: Least score, in [-1, 1].
     """
-    from lora.models.adapt import bindings
     from lora.routing import check_threshold
 
     check_threshold(threshold)
@@ -151,8 +150,7 @@ def route(
         if candidate.name in engine.router.candidates:
             where = f"--card {path}: {candidate.name!r}"
             raise ConflictError(where, "one card of a name", "another one", "rename one")
-        bindings(engine.base, [lora.AdapterSet(candidate)])
-        engine.router.register_card(candidate)
+        engine.register_lora(candidate)
     ranked = engine.router.select(query, top_k)
     routes = [route for route in ranked if threshold is None or route.score >= threshold]
     if not routes and not as_json:

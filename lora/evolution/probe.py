@@ -330,7 +330,7 @@ def _blocks(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
     blocks = tuple(dict.fromkeys(names))
     unknown = [block for block in blocks if block not in modules]
     if unknown or not blocks:
-        expected, hint = "names of modules of the model", "name them in `blocks`"
+        expected, hint = "names of modules of the model", "name them in blocks"
         raise TargetError("probe: blocks", expected, unknown or "none", hint)
     return blocks
 

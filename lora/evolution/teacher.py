@@ -629,6 +629,6 @@ def _host(url: str, *, insecure: bool) -> str:
     plain = scheme == "http" and (insecure or host in ("localhost", "127.0.0.1", "::1"))
     if not host or not (scheme == "https" or plain):
         expected = "https://…, or http://… on this machine"
-        hint = "insecure_http=True (--insecure-http) allows http:// to another host"
+        hint = "`insecure_http=True` allows http:// to another host"
         raise ArgumentError(where, expected, shown(f"{scheme}://{host}"), hint)
     return host

@@ -70,7 +70,7 @@ _FORMATS = {
     "head_config.json": _HUB,
     "pytorch_lora_weights.*": ("diffusers' form", "of a diffusion model there is no card"),
     "*.gguf": ("GGUF", "use the PEFT folder that it was converted from"),
-    _OLD[CONFIG]: ("an export that was killed", "export again, with overwrite=True or --overwrite"),
+    _OLD[CONFIG]: ("an export that was killed", "export again, with `overwrite=True`"),
     f"*/{CONFIG}": ("adapters in subfolders", "name one of the subfolders"),
 }
 """A key of a configuration, or the name of a file -> (what the folder holds, the way to go)."""
@@ -224,7 +224,7 @@ def export_peft(
         files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         ours = CONFIG in files or all(name == WEIGHTS for name in files)
         if (files and not (overwrite and ours)) or (folder.exists() and not folder.is_dir()):
-            expected = f"a new or empty folder, or with overwrite=True one that holds {CONFIG}"
+            expected = f"a new or empty folder, or with `overwrite=True` one that holds {CONFIG}"
             contents = "a folder with files" if files else "a file"
             raise ArgumentError(str(folder), expected, contents)
         folder.mkdir(exist_ok=True)

@@ -34,6 +34,7 @@ from lora.models.layers import (
     TrainableLinear,
     check_linear,
     folded,
+    warn_unbound,
 )
 from lora.models.twins import Twins
 from lora.targets import (
@@ -42,9 +43,7 @@ from lora.targets import (
     fingerprint_of,
     listed,
     plan,
-    require_bound,
     targeted_modules,
-    warn_unbound,
 )
 
 M = TypeVar("M", bound=nn.Module)
@@ -116,8 +115,29 @@ def bindings(
 
     plans: dict[int, tuple[LoRACard, Injection]] = {}
     results = [{name: bind(*entry) for name, entry in adapters.items()} for adapters in sets]
-    require_bound(sites, plans.values())  # only now, so that a call which fails warns not
+    for card, injection in plans.values():
+        _require_bound(sites, card, injection)
+    for card, injection in plans.values():  # only now, so that a call which fails warns not
+        parts = [injection.unbound] if injection.unbound else []
+        if bypassed := [module for module in injection.bypassed if not sites[module].unused]:
+            what = "layers that may never be called (lora.uncalled tells, fold helps)"
+            parts.append(f"{what}: {listed(bypassed)}")
+        if parts:
+            warn_unbound(f"card {card.name!r} takes effect in part: {'; '.join(parts)}")
     return results
+
+
+def _require_bound(sites: Mapping[str, Site], card: LoRACard, injection: Injection) -> None:
+    """Refuse a card that binds to no module."""
+    if injection.bound:
+        return
+    keys, targets = listed(card.weights, 3), listed(card.target_modules, 3)
+    raise TargetError(
+        f"card {card.name!r}",
+        "a Linear of the model for at least one of the card's modules",
+        f"none (factors for {keys}; targets {targets})",
+        f"the Linears of the model are {listed(sites, 3)}",
+    )
 
 
 def _check_fingerprint(
@@ -129,15 +149,21 @@ def _check_fingerprint(
         return
     where = f"card {card.name!r}"
     if missing := injection.weights_not_used:
-        expected = (
-            f"a targeted Linear for each of its {len(card.weights)} modules, because its base "
-            "fingerprint is made from all of them"
-        )
         hint = f"check_base=False adapts the other {len(injection.bound)}, with the base unchecked"
-        raise TargetError(where, expected, f"none for {len(missing)}: {listed(missing)}", hint)
+        raise _not_all_bound(card, missing, hint)
     where = f"{where}: base model {card.base_model or ''}".rstrip()
     expected = f"weights with fingerprint {card.base_fingerprint}"
     raise BaseModelError(where, expected, fingerprint, "check_base=False waives this")
+
+
+def _not_all_bound(card: LoRACard, missing: Sequence[str], hint: str = "") -> TargetError:
+    return TargetError(
+        f"card {card.name!r}",
+        f"a targeted Linear for each of its {len(card.weights)} modules, because its base "
+        "fingerprint is made from all of them",
+        f"none for {len(missing)}: {listed(missing)}",
+        hint,
+    )
 
 
 def build(
@@ -290,12 +316,20 @@ def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Linear]]:
 
 
 def fingerprint(model: nn.Module, card: LoRACard) -> str:
-    """Return the SHA-256 of the base weights that a card binds to.
+    """Return the SHA-256 of the base weights that a card adapts.
 
     The keys in it are the card's, so that a base has one fingerprint whatever it is wrapped in.
+
+    Raises:
+        TargetError: Not every module of the card binds: the rest would have the fingerprint of
+            another base.
     """
     sites, modules = _survey(model)
-    return _fingerprint(modules, plan(sites, card).bound)
+    injection = plan(sites, card)
+    _require_bound(sites, card, injection)
+    if missing := injection.weights_not_used:
+        raise _not_all_bound(card, missing)
+    return _fingerprint(modules, injection.bound)
 
 
 def _fingerprint(modules: Mapping[str, nn.Linear], bound: Mapping[str, str]) -> str:

@@ -5,8 +5,10 @@ A base is never changed: a layer is a twin of it, over the same weight.
 Requirements: R2, R3, R5, R7, R8.
 """
 
+import inspect
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,16 +20,18 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lora.card import LowRank
 from lora.checks import finite, share
-from lora.errors import ArgumentError, UnsupportedModelError, shown
+from lora.errors import ArgumentError, UnboundWarning, UnsupportedModelError, shown
 from lora.factors import concat
 from lora.models.twins import Twins, check_own
-from lora.targets import callers, check_shape, warn_unbound
+from lora.targets import check_shape
 
 Terms = dict[str, tuple[LowRank, float]]
 """Card name -> (pair, weight)."""
 
 WIDE = (torch.float32, torch.float64)
 """Dtypes in which ``W + ΔW`` keeps a small ΔW."""
+
+_PACKAGES = ("lora", "torch", "transformers", "sentence_transformers", "safetensors")
 
 Segments = tuple[tuple[int, int, int], ...]
 """Runs of rows of one batch: (start, stop, index of the adapter set)."""
@@ -228,7 +232,7 @@ def _is_asked_by_user() -> bool:
     What torch, accelerate, a trainer and this package do with one is their own affair.
     """
     libraries, saves = 0, False
-    for module, function in islice(callers(), 3, None):  # the first are those of this file
+    for module, function in islice(_callers(), 3, None):  # the first are those of this file
         package, _, rest = module.partition(".")
         if module == "torch.nn.modules.module" or function == "state_dict":
             continue
@@ -238,6 +242,23 @@ def _is_asked_by_user() -> bool:
             return saves or not libraries
         libraries, saves = libraries + 1, saves or function.startswith("save")
     return False
+
+
+def warn_unbound(text: str) -> None:
+    """Give an `UnboundWarning` at the line outside this package and those around it."""
+    level = 0
+    for module, _ in _callers():
+        level += 1
+        if module.partition(".")[0] not in _PACKAGES:
+            break
+    warnings.warn(text, UnboundWarning, stacklevel=level)
+
+
+def _callers() -> Iterator[tuple[str, str]]:
+    """Yield the module and the name of each function that is running, from the caller outwards."""
+    frame = inspect.currentframe()
+    while frame := frame and frame.f_back:
+        yield str(frame.f_globals.get("__name__")), frame.f_code.co_name
 
 
 def check_linear(module: nn.Module, where: str) -> None:

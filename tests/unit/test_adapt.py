@@ -730,8 +730,8 @@ def test_a_card_that_binds_in_part_gives_one_warning_that_names_what_is_left(mod
 @requirement("R1.13")
 def test_a_fingerprint_of_modules_that_the_model_lacks_names_these_and_not_the_base(model):
     whole = nn.ModuleDict({"net": model, "expert": nn.Linear(4, 4)})
-    mine = card("out", "expert")
-    marked = card("out", "expert", base_fingerprint=fingerprint(whole, mine))
+    made_for = fingerprint(whole, card("out", "expert"))
+    marked = card("out", "expert", base_fingerprint=made_for)
     adapt(whole, marked)
     with pytest.raises(TargetError, match=r"none for 1: 'expert'; check_base=False") as caught:
         adapt(model, marked)
@@ -745,8 +745,8 @@ def test_a_fingerprint_of_modules_that_the_model_lacks_names_these_and_not_the_b
 
 @requirement("R1.13")
 def test_a_card_for_other_weights_is_refused_unless_that_is_waived(model):
-    mine = card("out")
-    marked = card("out", base_model="net", base_fingerprint=fingerprint(model, mine))
+    made_for = fingerprint(model, card("out"))
+    marked = card("out", base_model="net", base_fingerprint=made_for)
     assert isinstance(adapt(model, marked).out, LoRALinear)
     model.out.weight.data[0, 0] += 1
     with pytest.raises(
@@ -759,10 +759,10 @@ def test_a_card_for_other_weights_is_refused_unless_that_is_waived(model):
 
 @requirement("R1.13")
 def test_an_adapted_model_has_the_fingerprint_of_its_base_and_a_folded_one_has_not(model, adapted):
-    mine = card("out")
-    assert (
-        fingerprint(adapted, mine) == fingerprint(model, mine) != fingerprint(fold(adapted), mine)
-    )
+    out = card("out")
+    assert fingerprint(adapted, out) == fingerprint(model, out) != fingerprint(fold(adapted), out)
+    with pytest.raises(TargetError, match="none for 1: 'elsewhere'"):
+        fingerprint(model, card("out", "elsewhere"))
 
 
 @requirement("R2.10")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora
 from lora.card import LoRACard, LowRank
-from lora.cli.app import _in_options, app
+from lora.cli.app import app, in_options
 from lora.factors import delta
 from lora.interop.peft import import_peft
 from lora.testing.plugin import requirement
@@ -320,6 +320,9 @@ def test_long_work_shows_how_far_it_is(shell, command, title, steps):
         "encode --parquet none.parquet --out x.parquet": "none.parquet",
         "convert docs.lora.arrow -o base.safetensors/x.lora.arrow": "x.lora.arrow: not a directory",
         "merge docs.lora.arrow -o x.lora.arrow --rank 0": "--rank: expected an integer >= 1",
+        "merge x.safetensors -o y.lora.arrow": "none; say it by lora convert --alpha\n",
+        "inspect x.safetensors": "found a safetensors file; lora convert makes a card of it\n",
+        "merge docs.lora.arrow other.lora.arrow -o y.lora.arrow": "set it to None in Python\n",
     }.items(),
 )
 def test_an_error_says_what_to_do_in_the_words_of_the_command_line(shell, folder, command, message):
@@ -328,6 +331,8 @@ def test_an_error_says_what_to_do_in_the_words_of_the_command_line(shell, folder
     card = LoRACard("docs", 1, 1.0, ["query"], {module: pair}, base_fingerprint="0" * 64)
     lora.save(card, folder / "docs.lora.arrow")
     lora.save(replace(card, base_fingerprint=None), folder / "plain.lora.arrow")
+    lora.save(replace(card, name="other", base_fingerprint="1" * 64), folder / "other.lora.arrow")
+    save_file({"q.lora_a": pair.A.T, "q.lora_b": pair.B.T}, folder / "x.safetensors")
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("")
     done = shell(*command.split())
@@ -341,17 +346,22 @@ def test_every_advice_in_python_has_words_of_the_command_line():
     """Of every text in the package that sets a keyword, some command has it as an option."""
     commands = typer.main.get_command(app).commands
     commands = [*commands.values(), *commands["factory"].commands.values()]
-    flags = {option.name for command in commands for option in command.params}
-    elsewhere = {"safe_serialization", "max_cards", "max_bytes", "narrow", "recurse"}
+    options = [option for command in commands for option in command.params]
+    flags = {"--help", *(flag for option in options for flag in option.opts)}
+    elsewhere = {"safe_serialization", "max_cards", "max_bytes", "narrow", "recurse", "share"}
     for path in sorted(Path(lora.__file__).parent.rglob("*.py")):
-        if path.parent.name in ("testing", "federation"):
-            continue  # the federation's commands translate their own
-        for error in ast.walk(ast.parse(path.read_text())):
-            if isinstance(error, ast.Constant) and isinstance(error.value, str):
-                text = _in_options(error.value, sorted(flags))
+        if path.parent.name == "testing":
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if is_text and id(node) not in docstrings:
+                text = in_options(node.value)
                 keywords = re.findall(r"\b([a-z_]+)=(?:True|False|\.\.\.)(?!\w)", text)
-                docstring = "\n" in error.value
-                assert docstring or set(keywords) <= elsewhere, (path, text)
+                assert set(keywords) <= elsewhere, (path, text)
+                named = re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text)
+                assert set(named) <= flags, (path, text)
 
 
 @requirement("R25.3")

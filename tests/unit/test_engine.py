@@ -920,7 +920,8 @@ def lost_card(name="lost", modules=("elsewhere",), **metadata):
 @requirement("R3.12", "R5.1", "R5.11", "R5.3")
 def test_a_card_that_binds_nothing_is_refused_wherever_it_is_asked_for(tmp_path):
     engine, lost = ArrowEngine(Words()), lost_card(description="words")
-    engine.register_lora(lost)
+    engine.manager.add_card(lost)
+    engine.router.register_card(lost)
     engine.register_lora(words_card("w"), "x")
     save(lost, tmp_path / "lost.lora.arrow")
     state = engine.state
@@ -931,6 +932,8 @@ def test_a_card_that_binds_nothing_is_refused_wherever_it_is_asked_for(tmp_path)
         lambda: engine.encode_with_lora(["a"], ["lost"]),
         lambda: engine.encode_with_lora(["a"], intent_query="words"),
         lambda: engine.load_lora(tmp_path / "lost.lora.arrow"),
+        lambda: engine.register_lora(lost),
+        lambda: fingerprint(engine.base, lost),
     ):
         with pytest.raises(TargetError, match=r"card 'lost': .* the Linears of the model are"):
             call()
