@@ -110,7 +110,11 @@ _INJECTIONS = re.compile(
     r"(?:are|be|act|answer|respond|reply|obey|pretend|behave|ignore)\b"
     r"|\bdo anything now\b"
     r"|<\|[^|>\s]{1,40}\|>|\[/?inst\]|<</?sys>>"
-    r"|^\s*(?:system|assistant|developer)\s*:",
+    r"|^\s*(?:system|assistant|developer)\s*:\W*"
+    r"(?:(?:you (?:are now|must|shall|will|should|have to)|please|now|only|do not|never|always|"
+    r"from now on)\b\W*){0,3}(?:obey|ignore|disregard|forget|override|reveal|answer|reply|respond|"
+    r"pretend|behave|comply|repeat|say|act as|new (?:instructions?|rules|orders|task|role)|"
+    r"you are (?:an?|no longer|free|unrestricted))\b",
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
 
