@@ -69,6 +69,19 @@ def test_silence_removes_anyone_in_a_bounded_number_of_questions(events, key):
     assert key not in book.peers or book.peers[key].static
 
 
+@requirement("R13.2", "R13.4")
+@given(st.integers(1, 5))
+def test_peers_that_answer_now_and_then_stay_and_leave_no_room_for_others(cap):
+    book = PeerBook("me", cap)
+    for peer in map(str, range(cap)):
+        book = book.announced(peer, now=0).asked(peer, f"grpc://{peer}:1", peer, now=0)
+    for now in range(10):
+        for peer in map(str, range(cap)):
+            book = book.asked(peer, f"grpc://{peer}:1" if now % 2 else "", peer, now=now)
+        book = book.announced("late", now=now)
+        assert len(book.live()) == len(book.peers) == cap
+
+
 @requirement("R13.2")
 @given(EVENTS)
 def test_everyone_in_the_book_is_asked_again_in_time(events):
@@ -77,12 +90,12 @@ def test_everyone_in_the_book_is_asked_again_in_time(events):
     assert set(book.due(now=end + 2.0**MISSES + 10.0)) == set(book.peers)
 
 
-@requirement("R13.4")
-@given(st.integers(0, 30))
-def test_announcements_in_a_row_do_not_ask_more_than_once_a_second(count):
+@requirement("R13.2", "R13.4")
+@given(st.integers(0, 30), st.booleans())
+def test_announcements_or_goodbyes_in_a_row_ask_once_a_second(count, goodbye):
     book = PeerBook("me").announced("a", now=0).asked("a", "grpc://x:1", "n", now=0)
     for step in range(count):
-        book = book.announced("a", now=step / 31)
+        book = book.announced("a", goodbye=goodbye, now=step / 31)
     assert book.due(now=0.99) == ()
     assert book.due(now=1.0) == (("a",) if count else ())
 

@@ -15,7 +15,7 @@ import lora
 from lora.evolution import SkillFactory
 from lora.testing.plugin import requirement
 from tests.unit.hostile import Authority, Liar, announced, made, saved
-from tests.unit.test_cli import shell
+from tests.unit.test_cli import shell, watched
 
 
 def ran(*argv, code=0, **options):
@@ -69,7 +69,7 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
         metrics = server.process.stdout.readline().removeprefix("metrics at ").strip()
         (row,) = json.loads(ran("list", "--peer", server.uri, "--json"))
         assert (row["name"], row["digest"], row["signer"]) == ("docs", sha, public)
-        assert "docs" in ran("list", "--peer", server.uri)
+        assert "docs" in ran("list", "--peer", "127.0.0.1:1", "--peer", server.uri)
         with urlopen(metrics) as answer:  # noqa: S310 - on loopback
             assert b"lora_requests_do_action_total" in answer.read()
         (peer,) = json.loads(ran("list", "--peers", "--peer", server.uri, "--json"))
@@ -84,7 +84,7 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
         facts = json.loads(ran(*fetch, "--trust", f"{key}.pub", "-o", out, "--json"))
         assert facts == {"name": "docs", "digest": sha, "file": str(out)}
         assert lora.digest(out) == sha
-        assert sha in ran(*fetch, "--pin", sha)
+        assert ran(*fetch, "--pin", sha).startswith(f"{cache / sha}.lora.arrow: card docs")
         assert "one of 1" in ran("fetch", "law", "--peer", server.uri, "--cache", cache, code=1)
     assert server.process.returncode == 0
     assert server.output[1] == ""
@@ -112,6 +112,9 @@ def test_token_certificates_and_metrics_are_options(cards, tmp_path):
         assert refused.line == ""
     assert "TLS beyond loopback" in refused.output[1]
     assert "secret" not in refused.output[1]
+    insecure = ("--port", 0, "--no-announce", *options[-2:], "--insecure-token")
+    with Serving(cards, *insecure) as insisted:
+        assert insisted.line.startswith("serving 1 card at grpc://0.0.0.0:")
 
 
 @requirement("R25.2", "R11.1", "R5.16")
@@ -159,7 +162,7 @@ def test_a_running_server_shows_what_is_live_in_a_factory_and_a_roll_back(cards,
     assert "nowhere" in ran("serve", "--live", "nowhere", code=1)
 
 
-@requirement("R25.2", "R11.1", "R12.1")
+@requirement("R25.2", "R11.1", "R12.1", "R13.5")
 def test_serving_and_listing_need_no_home(cards, tmp_path, monkeypatch):
     """As in a container with a file system that is read-only."""
     (tmp_path / "home").touch()
@@ -194,8 +197,21 @@ def test_a_slow_line_is_given_the_time_that_the_options_say(tmp_path):
         assert "docs" in ran(*fetch, "--timeout", "0.3", "--min-rate", 1e5)
         liar.data = stalling
         (tmp_path / f"{manifest.digest}.lora.arrow").unlink()
-        assert "--stall says" in ran(*fetch, "--stall", "0.5", code=1)
+        stalled = ran(*fetch, "--stall", "0.5", code=1)
+        assert "some bytes in 0.5 s" in stalled
+        assert "--stall says" in stalled
         ended.set()
+
+
+@requirement("R13.1", "R25.2")
+@pytest.mark.parametrize(("option", "interfaces"), [((), None), (("--no-announce",), ())])
+def test_a_server_announces_itself_unless_told_not_to(here, cards, monkeypatch, option, interfaces):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    calls = watched(monkeypatch, "lora.federation.node.Node")
+    here("serve", cards, "--port", 8816, "--host", "192.0.2.7", *option)
+    (((cache, folder), options),) = calls
+    assert (cache, folder, options["interfaces"]) == (None, cards, interfaces)
+    assert (options["host"], options["port"]) == ("192.0.2.7", 8816)
 
 
 @requirement("R25.3", "R7.1")

@@ -163,6 +163,7 @@ def test_a_second_call_does_no_network_io_and_progress_is_reported(folder, serve
     size = client.cache.path(sha).stat().st_size
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert (len(seen) > 2, seen[-1]) == (True, (size, size))
+    assert {total for _, total in seen} == {size}
     counts = client.metrics.snapshot()
     assert (counts["fetched_bytes"], counts["cache_hits"]) == (size, 1)
     assert contents(client.cache) == [f"{sha}.lora.arrow"]
@@ -371,7 +372,10 @@ def test_a_stream_that_breaks_off_is_an_error_in_the_calling_thread(liar, cache,
     liar.data = broken
     thread = Thread(target=fetching)
     thread.start()
-    thread.join(20)
+    try:
+        thread.join(20)
+    except KeyboardInterrupt:
+        pytest.fail("the main thread was interrupted")
     assert kinds == [errors.PeerError if error else errors.MismatchError]
     assert contents(cache) == []
 
@@ -647,14 +651,17 @@ from lora.federation.cache import CardCache
 from lora.federation.client import LoRAFlightClient
 from lora.federation.trust import Policy
 uri, root = sys.argv[1:]
+children = []
 for line in sys.stdin:
     child = os.fork()
     if child:
+        children.append(child)
         print(child, flush=True)
         continue
     with LoRAFlightClient(uri, root, Policy(allow_unsigned=True), timeout=60) as client:
         client.fetch_skill("docs")
     os._exit(0)
+print({os.waitpid(child, 0)[1] for child in children}, flush=True)
 """
 
 
@@ -672,7 +679,7 @@ def zygote(folder, server, tmp_path):
             process.stdin.flush()
             return int(process.stdout.readline())
 
-        start.sha = sha
+        start.sha, start.process = sha, process
         yield start
         process.kill()
 
@@ -713,3 +720,5 @@ def test_thirty_two_processes_that_fetch_one_digest_end_with_one_entry(zygote, c
     until(ended, 120)
     assert whole(cache, zygote.sha)
     assert contents(cache) == [f"{zygote.sha}.lora.arrow"]
+    zygote.process.stdin.close()
+    assert zygote.process.stdout.readline() == "{0}\n"  # all have fetched it

@@ -18,6 +18,7 @@ from lora.engine import ArrowEngine
 from lora.federation.client import LoRAFlightClient
 from lora.federation.node import Node, ranked
 from lora.federation.server import LoRAFlightServer
+from lora.federation.stream_limits import Limits
 from lora.federation.trust import Policy, norm_of, sign
 from lora.models.adapt import fingerprint
 from lora.testing.plugin import requirement
@@ -64,6 +65,24 @@ def test_two_nodes_see_each_others_cards(tmp_path):
             b.fetch("law")
         with pytest.raises(errors.UnknownCardError):
             b.fetch("docs", digest="0" * 64)
+
+
+@requirement("R13.1", "R13.6")
+def test_a_node_that_serves_announces_itself_where_it_was_told_to(tmp_path):
+    loopback, cards = ["127.0.0.1"], folder_of(tmp_path, "cards", made("docs"))
+    with Node(None, cards, interfaces=loopback) as a, Node(None, interfaces=loopback) as b:
+        until(lambda: a.server.uri in [peer.uri for peer in b.peers()])
+
+
+@requirement("R11.8")
+def test_the_limits_of_a_node_are_those_of_its_server(tmp_path):
+    cards = folder_of(tmp_path, "cards", made("docs"))
+    with (
+        Node(None, cards, interfaces=(), limits=Limits(streams=0)) as node,
+        LoRAFlightClient(node.server.uri) as client,
+        pytest.raises(errors.PeerError, match="busy"),
+    ):
+        client.list_remote_skills()
 
 
 @requirement("R12.4")
@@ -207,7 +226,7 @@ with LoRAFlightServer(sys.argv[1]) as server:
 """
 
 
-@requirement("R12.4", "R13.2")
+@requirement("R12.4", "R12.9", "R13.2")
 def test_a_server_killed_in_mid_stream_is_replaced_by_another_with_the_same_digest(tmp_path):
     card = made("docs", size=800_000, rank=4)
     command = [sys.executable, "-c", SERVER, folder_of(tmp_path, "cards", card)]
