@@ -52,7 +52,9 @@ KINDS = {
 FEDERATION = "server client node discovery peer_table trust manifest credentials keys cache catalog"
 MODELS = "twins layers adapt manager registry encoder encoder_folder"
 TRAINING = "data retrieval synthetic losses schedules ewc train online_adapter"
-EVOLUTION = "probe novelty acceptance distill teacher queue nights worker factory"
+EVOLUTION = (
+    "probe documents novelty acceptance exam distill teacher queue database nights worker factory"
+)
 TESTING = "bench binding reference plugin tolerance strategies report requirements"
 REFERENCE = {
     "Cards": ["card", "arrow_format", "files", "ipc_check", "checks", "errors"],

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lora.card import AdapterSet, Array, LoRACard
-from lora.checks import base_name, finite, integer
+from lora.checks import base_name, integer
 from lora.errors import (
     ArgumentError,
     CardFileError,
@@ -45,13 +45,22 @@ from lora.models.adapt import adapt, adapt_rows, bindings, build
 from lora.models.encoder import InferenceCore
 from lora.models.manager import LoRAManager, State, log_loaded
 from lora.router import Description, LoRARouter, RouterState
-from lora.routing import Index, Route, select, texts_of, unit
+from lora.routing import (
+    Decision,
+    Index,
+    Route,
+    check_threshold,
+    decide,
+    explained,
+    nearest,
+    texts_of,
+    unit,
+)
 from lora.state import StateReference, Uncopied, log_safely
 from lora.targets import Injection
 
 if TYPE_CHECKING:
     from lora.evolution.distill import SkillDistiller
-    from lora.training.data import Pairs
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +99,8 @@ class Encoding:
         adapters: The adapter set of each text.
         unbound: Name -> what a card that binds in part names and the model does not have.
         routes: With ``intent_query``: the chosen cards, best first; empty if the router abstained.
-        best: With ``intent_query``: the best candidate, chosen or not; None if there is none.
-        threshold: With ``intent_query``: the score that a card needed to be chosen.
+        decision: With ``intent_query``: what was decided about the best candidate, chosen or not,
+            with its score and thresholds; None if there is no candidate.
         failures: With ``intent_query``: remote cards that no peer could give, and why.
     """
 
@@ -99,9 +108,18 @@ class Encoding:
     adapters: tuple[AdapterSet, ...]
     unbound: Mapping[str, str] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
-    best: Route | None = None
-    threshold: float | None = None
+    decision: Decision | None = None
     failures: Mapping[str, LoRAError] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Route | None:
+        """With ``intent_query``: the best candidate, chosen or not."""
+        return self.decision.best if self.decision else None
+
+    @property
+    def threshold(self) -> float | None:
+        """With ``intent_query``: the score that the best candidate needed to be chosen."""
+        return self.decision.routes if self.decision else None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:  # noqa: FBT001 - NumPy's protocol
         return np.array(self.embeddings, dtype=dtype, copy=copy)
@@ -120,7 +138,7 @@ class EngineState(State[nn.Module], RouterState):
             of the state before it whose cards it still knows.
     """
 
-    threshold: float
+    threshold: float | None
     node: Node | None = None
     evolution: "SkillDistiller | None" = None
     files: Mapping[str, tuple[LoRACard, Path]] = field(default_factory=dict)
@@ -147,7 +165,8 @@ class ArrowEngine(Uncopied):
         device: ``"auto"`` (CUDA if present) or a torch device; None leaves the encoder where it is.
         fold: Run active cards as ``W + ΔW``: no overhead, at the memory of the touched weights.
             ``"auto"``: while these are within `FOLD_BUDGET`.
-        threshold: The score that a card needs to be chosen by ``intent_query``.
+        threshold: The score that every card needs to be chosen by ``intent_query``. None: each
+            card's own; see `lora.routing.decide`.
         check_base: Refuse cards that were made for another base model.
         base_model: The encoder's name, or its folder. A peer's card that names another is refused,
             unless its fingerprint is the encoder's.
@@ -168,7 +187,7 @@ class ArrowEngine(Uncopied):
         *,
         device: str | torch.device | None = None,
         fold: bool | Literal["auto"] = "auto",
-        threshold: float = 0.3,
+        threshold: float | None = None,
         check_base: bool = True,
         base_model: str | None = None,
     ) -> None:
@@ -177,7 +196,7 @@ class ArrowEngine(Uncopied):
             raise ArgumentError("encoder", expected, type(encoder).__name__)
         if fold not in (True, False, "auto"):
             raise ArgumentError("fold", "True, False or 'auto'", shown(fold))
-        threshold = finite(threshold, "threshold", ArgumentError)
+        threshold = check_threshold(threshold)
         self.base, self.check_base = _placed(encoder, device), check_base
         self.base_model = base_model
         budget, state = (
@@ -205,13 +224,13 @@ class ArrowEngine(Uncopied):
         return self.reference.value
 
     @property
-    def threshold(self) -> float:
-        """The score that a card needs to be chosen by ``intent_query``."""
+    def threshold(self) -> float | None:
+        """The score that every card needs to be chosen by ``intent_query``; None: each its own."""
         return self.state.threshold
 
     @threshold.setter
-    def threshold(self, threshold: float) -> None:
-        self.reference.replace(threshold=finite(threshold, "threshold", ArgumentError))
+    def threshold(self, threshold: float | None) -> None:
+        self.reference.replace(threshold=check_threshold(threshold))
 
     @property
     def node(self) -> Node | None:
@@ -348,16 +367,15 @@ class ArrowEngine(Uncopied):
             else:
                 self.manager.add_card(card, index=index)
 
-    def enable_evolution(self, guard: "Pairs", **options: Any) -> "SkillDistiller":
+    def enable_evolution(self, **options: Any) -> "SkillDistiller":
         """Observe every `intent_query` from now on, to learn what is not known.
 
         Args:
-            guard: What is known, and may not get worse.
             options: As for `lora.evolution.distill.SkillDistiller`.
         """
         from lora.evolution.distill import SkillDistiller  # noqa: PLC0415 - for engines that learn
 
-        distiller = SkillDistiller(self, guard, **options)
+        distiller = SkillDistiller(self, **options)
         self.reference.replace(evolution=distiller)
         return distiller
 
@@ -468,11 +486,14 @@ class ArrowEngine(Uncopied):
             if state.evolution is not None:
                 state.evolution.observe(query)
             (vector,) = unit(_encoded(self.base, [query]))
-            candidates = select(vector, state.index, top_k=ranked, tags=tags)
+            index = state.index.tagged(tags)
+            decisions = [
+                decide(route, index, state.threshold) for route in nearest(vector, index, ranked)
+            ]
             cards, failures, routes = state.cards, dict[str, LoRAError](), list[Route]()
-            for route in candidates:
-                name = route.name
-                if route.score < state.threshold or len(routes) == top_k:
+            for each in decisions:
+                route, name = each.best, each.best.name
+                if each.kind != "routes" or len(routes) == top_k:
                     break
                 if name not in cards and len(failures) <= top_k + SPARE:
                     if state.node is None or not route.virtual:
@@ -489,11 +510,10 @@ class ArrowEngine(Uncopied):
                         failures[name] = error
                 if name in cards:
                     routes.append(route)
-        best = candidates[0] if candidates else None
+        decision = decisions[0] if decisions else None
         if not routes:
             self.metrics.add("abstentions")
-            nearest = f"{best.name!r} scores {best.score:.6f}" if best else "there is none"
-            log_safely(log.info, "no card of %g or better: %s", state.threshold, nearest)
+            log_safely(log.info, "no card answers: %s", explained(decision))
         requested = AdapterSet([cards[route.name] for route in routes])
         model, unbound = self._adapted(state, requested)
         return Encoding(
@@ -501,8 +521,7 @@ class ArrowEngine(Uncopied):
             (requested,) * len(texts),
             unbound,
             tuple(routes),
-            best,
-            state.threshold,
+            decision,
             failures,
         )
 

@@ -1,67 +1,178 @@
-"""One cycle of evolution over a folder of documents: notice, learn, keep what helps.
-
-Without cards, the documentation of Python's standard library counts as known: one half is the
-router's example of a known topic, the other half is the guard set.
+"""One cycle of learning: from documents or a log to a skill in a folder of live cards.
 
 Requirements: R5, R18.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lora.card import LoRACard
 from lora.engine import ArrowEngine
 from lora.errors import DataError
-from lora.evolution.distill import Outcome, SkillDistiller, Source
-from lora.files import PathLike, as_path
-from lora.training.data import docstring_pairs
+from lora.evolution.distill import asked, keep
+from lora.evolution.documents import Source, keywords, standard_library
+from lora.evolution.exam import Base, Lesson, Live, Terms, guards, learn, refusal, sample_path
+from lora.evolution.teacher import CloudDistiller
+from lora.files import SUFFIX, PathLike, as_path, digest, save
+from lora.training.data import Pairs, is_text, json_lines
 from lora.training.train import Progress
 
-EXAMPLES = 1500
-"""Sentences that stand for Python in the router."""
 
-QUERIES = 150
-"""Number of queries taken from the documents where the user gives none."""
+@dataclass(frozen=True)
+class Evolved:
+    """What a cycle left in its folder, and what there is to say about it."""
+
+    lesson: Lesson
+    facts: Mapping[str, Any]
+    text: str
 
 
-def watching(
+def evolve(
     engine: ArrowEngine,
     documents: PathLike,
+    out: PathLike,
     *,
-    cards: Sequence[LoRACard] = (),
-    queries: Sequence[str] = (),
-    seed: int = 0,
-    **options: Any,
-) -> SkillDistiller:
-    """Return a distiller of the engine that has seen queries about the documents.
+    name: str | None = None,
+    cards: PathLike | None = None,
+    questions: PathLike | None = None,
+    answers: PathLike | None = None,
+    teacher: CloudDistiller | None = None,
+    terms: Terms | None = None,
+    progress: Progress | None = None,
+) -> Evolved:
+    """Make one skill of a folder of documents, or of a file of logged pairs.
 
     Args:
-        documents: A folder, see `lora.evolution.distill.Source.read`.
-        cards: Skills with descriptions to register; without any, Python's documentation is known.
-        queries: What users asked; by default, some of the documents' own queries.
-        options: Of `SkillDistiller`.
-
-    Raises:
-        DataError: If there is nothing to learn from.
+        out: Folder of live cards, where the skill is written if it passes.
+        name: Of the skill; by default the folder's, and the word that tells its texts best.
+        cards: Folder of the skills that are live; by default `out`.
+        questions: A file of routing checks: on each line a JSON object with ``query`` and, if it is
+            for another, ``skill``, which may be null.
+        answers: A file of what users asked and were answered; see `Pairs.load`.
     """
-    folder = as_path(documents)
-    source = Source.read(folder)
-    if not len(source.pairs) and not queries:
-        raise DataError(str(folder), "text that queries can be made of", "none")
-    known, guard = docstring_pairs().split(0.5, seed=seed)
-    for card in cards:
-        engine.register_lora(card)
-    if not cards:
-        examples = known.sample(EXAMPLES, seed).queries
-        engine.router.register_virtual_candidate("python", examples)
-    name = folder.resolve().name or "documents"
-    distiller = engine.enable_evolution(guard, sources={name: source}, seed=seed, **options)
-    for query in queries or source.pairs.sample(QUERIES, seed).queries:
-        distiller.observe(query)
-    return distiller
+    root, live = as_path(out), Live.read(out if cards is None else cards)
+    source, title = material(documents), as_path(documents).resolve().stem
+    name = name or _name(title, source.pairs.queries)
+    checks = [] if questions is None else routing_checks(questions, name)
+    taught = asked(teacher, title, source.texts, [row["query"] for row in checks])
+    lesson = learn(
+        engine,
+        name,
+        source,
+        live=live,
+        answers=None if answers is None else Pairs.load(answers),
+        taught=taught,
+        questions=checks,
+        terms=terms or Terms(),
+        about="" if source.private else title,
+        progress=progress,
+    )
+    path, candidate = root / f"{name}{SUFFIX}", None
+    if lesson.card is not None and lesson.live:
+        keep(lesson, root)
+    elif lesson.card is not None and lesson.verdict.kind == "skill":
+        root.mkdir(parents=True, exist_ok=True)
+        candidate = root / f"{name}.candidate.arrow"
+        save(lesson.card, candidate)
+    sample = sample_path(root, name)
+    facts = {
+        "name": name,
+        "verdict": lesson.verdict.kind,
+        "live": lesson.live,
+        "reason": lesson.reason or None,
+        "file": str(path) if lesson.live else None,
+        "exam": str(sample) if lesson.live and len(lesson.sample) else None,
+        "candidate": candidate and str(candidate),
+        "digest": digest(path) if lesson.live else None,
+        "version": lesson.card and lesson.card.metadata["version"],
+        "figures": dict(lesson.figures),
+    }
+    text = told(lesson)
+    return Evolved(lesson, {**facts, "text": text}, text)
 
 
-def outcomes(distiller: SkillDistiller, progress: Progress | None = None) -> Iterator[Outcome]:
-    """Work on every open task, the largest first, until none is open."""
-    while any(task.state == "open" for task in distiller.tasks):
-        yield distiller.work(progress=progress)
+@dataclass(frozen=True)
+class Guarded:
+    """Why a card may not take its place among the live ones ("" if it may), with figures."""
+
+    refused: str
+    figures: Mapping[str, Any]
+
+
+def guard(
+    engine: ArrowEngine, card: LoRACard, cards: PathLike, max_taken: float = Terms.max_taken
+) -> Guarded:
+    """Hold a card to the samples of the skills in a folder, wherever the card comes from."""
+    live = Live.read(cards)
+    changes = guards(Base(engine.base), card, live)
+    figures = {name: change.figures() for name, change in changes.items()}
+    unguarded = sorted(live.cards.keys() - live.samples.keys())
+    return Guarded(refusal(changes, max_taken), {"guards": figures, "unguarded": unguarded})
+
+
+def material(path: PathLike) -> Source:
+    """Read a folder of documents, or a file of pairs that users asked and were answered."""
+    if as_path(path).is_file():
+        return Source(Pairs.load(path).unique(), private=True)
+    return Source.read(path)
+
+
+def routing_checks(path: PathLike, name: str) -> list[dict[str, Any]]:
+    """Read questions with the skill that each is for; by default `name`."""
+    checks = []
+    for where, row in json_lines(as_path(path)):
+        check = {"skill": name, **row} if isinstance(row, Mapping) else {}
+        if not is_text(check.get("query")) or not isinstance(check["skill"], str | None):
+            expected = "an object with a query and, if it is for another, a skill or null"
+            raise DataError(where, expected, json.dumps(row)[:80])
+        checks.append(check)
+    return checks
+
+
+def told(lesson: Lesson) -> str:
+    """Say in a paragraph what was learned, and what was not shown."""
+    figures, changes = lesson.figures, lesson.verdict.changes
+    outcome = "live" if lesson.live else f"not live: {lesson.reason}"
+    if not changes:
+        return f"{lesson.name}: {outcome}."
+    base = changes["base"]
+    gain = f"MRR {base.before:.3f} -> {base.after:.3f}"
+    count = figures["pairs"]["held_out"]
+    parts = [f"{lesson.name}: {outcome}.", f"{gain} on {count} questions of files it did not see."]
+    for key, change in changes.items():
+        kind, _, other = key.partition(" ")
+        gain = f"{change.mean:+.3f} [{change.lower:+.3f}, {change.upper:+.3f}]"
+        if kind == "placebo":
+            parts.append(
+                f"A card trained as long on Python's own documentation ({other}) reaches"
+                f" {change.before:.3f}, so {gain} comes from these documents."
+            )
+        elif kind == "skill":
+            parts.append(f"The live skill {other!r} reaches {change.before:.3f}: {gain}.")
+    guarded = figures["guards"]
+    takes = max((guard["taken"] for guard in guarded.values()), default=0.0)
+    parts.append(
+        f"It answers {figures['answered']:.0%} of such questions and takes {takes:.1%} of others'."
+    )
+    weak = [key for key, guard in guarded.items() if guard["weak"]] + figures["unguarded"]
+    if weak:
+        parts.append(f"Weakly guarded, for lack of held-out pairs: {', '.join(weak)}.")
+    checks, real = figures["questions"], figures["answers"]
+    if checks["own"]:
+        parts.append(f"Of {checks['own']} real questions it answers {checks['answered']}.")
+    if real:
+        mrr = f"MRR {real['before']:.3f} -> {real['after']:.3f}"
+        parts.append(f"On {real['queries']} questions that users asked, {mrr}.")
+    else:
+        parts.append("Not tested on real users' questions: log answers to do so.")
+    return " ".join(parts)
+
+
+def _name(title: str, queries: Sequence[str]) -> str:
+    """Name a skill by its folder and the word that tells its texts best."""
+    words = keywords(queries, standard_library("names").queries, 4)
+    word = next((word for word in words if word not in title.lower()), "")
+    return re.sub(r"[^a-z0-9]+", "-", f"{title} {word}".lower()).strip("-") or "skill"

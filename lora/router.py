@@ -89,16 +89,21 @@ class LoRARouter(Uncopied):
 
         Args:
             card: The card.
-            description: Default: the metadata's ``description`` and ``examples``.
+            description: Default: the metadata's ``description`` and ``examples``, whose sources
+                are its ``example_groups``; these give the card thresholds of its own.
             tags: Default: the metadata's ``tags`` and ``task_type``.
         """
         check_card(card)
-        meta = dict(card.metadata)
+        meta, groups = dict(card.metadata), list[str]()
         if description is None:
-            description = [*_items(meta.get("description")), *_items(meta.get("examples"))]
+            about, examples = _items(meta.get("description")), _items(meta.get("examples"))
+            sources = _items(meta.get("example_groups"))
+            if len(sources) == len(examples):
+                groups = [*([""] * len(about)), *map(str, sources)]
+            description = [*about, *examples]
         if tags is None:
             tags = [*_items(meta.get("task_type")), *_items(meta.get("tags"))]
-        return self.described(card.name, description, tags=tags)
+        return self.described(card.name, description, tags=tags, groups=groups)
 
     def register(self, candidate: Candidate) -> None:
         """Register a candidate, in place of an earlier one of its name."""
@@ -148,6 +153,7 @@ class LoRARouter(Uncopied):
         *,
         virtual: bool = False,
         tags: Collection[str] = (),
+        groups: Sequence[str] = (),
     ) -> Candidate:
         """Return a candidate with the embeddings of its description."""
         if not isinstance(name, str) or not name:
@@ -155,7 +161,8 @@ class LoRARouter(Uncopied):
         texts = [description] if isinstance(description, str) else texts_of(description)
         if not texts:
             raise ArgumentError(f"candidate {name!r}", "a description", "none", "pass description=")
-        return candidate_of(name, self._embedded(texts), virtual=virtual, tags=tags)
+        rows = self._embedded(texts)
+        return candidate_of(name, rows, virtual=virtual, tags=tags, groups=groups)
 
     def _embedded(self, texts: Sequence[str]) -> Any:
         texts = texts_of(texts)

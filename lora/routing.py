@@ -1,10 +1,12 @@
-"""Routing: find the cards that fit a query by cosine similarity, and calibrate the threshold.
+"""Routing: find the cards that fit a query by cosine similarity, and decide whether one answers.
 
-A card is described by one or several example sentences; its score is that of the nearest one.
-Scores are rounded to 1e-6 before they are compared, and ties are ordered by name, so neither the
-order of registration nor that of summation decides.
+A card is described by one or several example sentences. `select` scores it by the nearest one.
+`decide` scores it by the mean of its three nearest, and compares this with what the card's own
+examples score without those of their own source. Scores are rounded to 1e-6 before they are
+compared, and ties are ordered by name, so neither the order of registration nor that of summation
+decides.
 
-Requirements: R4, R7.
+Requirements: R4, R7, R18.
 """
 
 import math
@@ -13,7 +15,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +26,23 @@ from lora.errors import ArgumentError, ShapeError, shown
 DECIMALS = 6
 """Scores are rounded to this many decimals."""
 
+NEAREST = 3
+"""A decision's score is the mean cosine to this many examples."""
+
+UNKNOWN, ROUTES = 0.05, 0.2
+"""Shares of a skill's own examples below its two points: a query below the first is unknown, from
+the second on it routes."""
+
+LEAST_GROUPS = 5
+"""Groups from which on an example is scored without its group; below, without itself alone. Others
+of its source then stay, scores and points are higher, and the card answers less."""
+
+LEAST_EXAMPLES = 10
+"""Examples that give a card points; below, the threshold is `UNCALIBRATED`."""
+
+UNCALIBRATED = 0.3
+"""The score that a card without points needs, where no threshold is stated."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -32,12 +51,37 @@ class Candidate:
     Args:
         exemplars: Unit embeddings of its example sentences, ``(n, d)``, float64.
         virtual: Whether its weights are elsewhere.
+        groups: The source of each example; empty if that is not known.
     """
 
     name: str
     exemplars: Array
     virtual: bool = False
     tags: frozenset[str] = frozenset()
+    groups: tuple[Any, ...] = ()
+
+    @cached_property
+    def left_out(self) -> Array:
+        """The score of each example by those of the other groups, shape ``(n,)``; or empty."""
+        if len(self.groups) < LEAST_EXAMPLES:
+            return np.empty(0)
+        several = len(set(self.groups)) >= LEAST_GROUPS
+        groups = (
+            np.unique(self.groups, return_inverse=True)[1]
+            if several
+            else np.arange(len(self.groups))
+        )
+        cosines = np.einsum("nd,md->nm", self.exemplars, self.exemplars)
+        return _mean_of_nearest(np.where(groups[:, None] == groups, -1.0, cosines))
+
+    @cached_property
+    def points(self) -> tuple[float, float] | None:
+        """The scores below which a query is unknown, and from which on it routes."""
+        scores = np.sort(self.left_out)
+        if not len(scores):
+            return None
+        low, high = (float(scores[math.floor(share * len(scores))]) for share in (UNKNOWN, ROUTES))
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -101,6 +145,22 @@ class Route:
     name: str
     score: float
     virtual: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the nearest card answers a query.
+
+    Args:
+        kind: ``"routes"``; ``"unknown"``: no card knows it; or ``"unsure"``, between the two.
+        best: The nearest card, with its score.
+        unknown, routes: The card's thresholds.
+    """
+
+    kind: Literal["routes", "unsure", "unknown"]
+    best: Route
+    unknown: float
+    routes: float
 
 
 @dataclass(frozen=True)
@@ -198,12 +258,77 @@ def shortlist(query: Array, index: Index, top_k: int, threshold: float | None) -
     near = index.narrow @ query.astype(np.float32)
     if len(near) > len(index.listed):
         near = np.maximum.reduceat(near, index.starts)
-    margin = np.float32(1.01 * ((len(query) + 3) * 2.0**-24 + 10.0**-DECIMALS))
+    margin = _float32_error(len(query))
     least = -np.inf if threshold is None else threshold - margin
     if len(near) > top_k:
         least = max(least, np.partition(near, -top_k)[-top_k] - 2 * margin)
     positions: list[int] = np.flatnonzero(near >= least).tolist()
     return positions
+
+
+def _float32_error(width: int) -> Any:
+    """Return what a float32 product and the rounding of a score can be off by; see `shortlist`."""
+    return np.float32(1.01 * ((width + 3) * 2.0**-24 + 10.0**-DECIMALS))
+
+
+def nearest(query: Array, index: Index, top_k: int = 1) -> list[Route]:
+    """Return the candidates by the mean cosine to their three nearest exemplars, best first.
+
+    Args:
+        query: A unit embedding, shape ``(d,)``.
+    """
+    if not index.candidates:
+        return []
+    if query.shape != (width := index.rows.shape[1:]):
+        raise ShapeError("query embedding", f"shape {width}", f"shape {query.shape}")
+    bounds = np.maximum.reduceat(index.narrow @ query.astype(np.float32), index.starts)
+    error, routes = _float32_error(len(query)), list[Route]()
+    for place in np.argsort(-bounds, kind="stable").tolist():
+        if len(routes) >= top_k and bounds[place] + error < routes[top_k - 1].score:
+            break  # no mean is above its largest cosine
+        candidate = index.listed[place]
+        cosines = np.einsum("nd,d->n", candidate.exemplars, query)
+        score = float(_mean_of_nearest(cosines[None])[0])
+        routes.append(Route(candidate.name, score, candidate.virtual))
+        routes.sort(key=lambda route: (-route.score, route.name))
+    return routes[:top_k]
+
+
+def decide(route: Route, index: Index, threshold: float | None = None) -> Decision:
+    """Decide whether a candidate answers the query that it was found for by `nearest`.
+
+    Args:
+        threshold: A stated score in place of the candidate's own points.
+
+    Examples:
+        >>> import numpy as np
+        >>> index = EMPTY.with_candidate(candidate_of("docs", np.eye(2)[:1]))
+        >>> (route,) = nearest(np.array([0.6, 0.8]), index)
+        >>> decide(route, index).kind, decide(route, index, 0.7).kind
+        ('routes', 'unknown')
+    """
+    points = index.candidates[route.name].points
+    if threshold is not None or points is None:
+        points = (UNCALIBRATED if threshold is None else threshold,) * 2
+    unknown, routes = points
+    kind: Any = "routes" if route.score >= routes else "unsure"
+    return Decision("unknown" if route.score < unknown else kind, route, unknown, routes)
+
+
+def explained(decision: Decision | None) -> str:
+    """Say what was decided, with the score and both thresholds."""
+    if decision is None:
+        return "there is no candidate"
+    best, points = decision.best, (decision.unknown, decision.routes)
+    thresholds = "unknown below {:.6f}, routes from {:.6f}".format(*points)
+    return f"{decision.kind}: {best.name!r} scores {best.score:.6f} ({thresholds})"
+
+
+def _mean_of_nearest(cosines: Array) -> Array:
+    """Return the mean of the largest cosines of each row, added in their order."""
+    largest = np.sort(cosines.clip(-1, 1), axis=1)[:, -NEAREST:]
+    result: Array = np.round(largest.mean(axis=1), DECIMALS) + 0.0
+    return result
 
 
 def calibrate(
@@ -277,10 +402,23 @@ def _beta_point(k: int, n: int, probability: float) -> float:
 
 
 def candidate_of(
-    name: str, embeddings: Any, *, virtual: bool = False, tags: Collection[str] = ()
+    name: str,
+    embeddings: Any,
+    *,
+    virtual: bool = False,
+    tags: Collection[str] = (),
+    groups: Sequence[Any] = (),
 ) -> Candidate:
-    """Return a candidate whose exemplars are these embeddings, normalised."""
+    """Return a candidate whose exemplars are these embeddings, normalised.
+
+    Args:
+        groups: The source of each embedding, if that is known.
+    """
     exemplars = unit(embeddings)
     if not len(exemplars):
         raise ArgumentError(f"candidate {name!r}", "at least one example", "none")
-    return Candidate(name, exemplars, virtual, frozenset(texts_of(tags, "tags", ordered=False)))
+    if len(groups) not in (0, len(exemplars)):
+        expected = f"none or one for each of {len(exemplars)} examples"
+        raise ArgumentError(f"candidate {name!r}: groups", expected, len(groups))
+    labels = frozenset(texts_of(tags, "tags", ordered=False))
+    return Candidate(name, exemplars, virtual, labels, tuple(groups))

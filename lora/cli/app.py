@@ -163,8 +163,6 @@ _COMMON = {
     "name": "Name of the card.",
     "seed": "Seed of every random choice.",
     "card": "A card file; may be repeated.",
-    "documents": "Folder of Python files and prose to learn.",
-    "queries": "What users asked, a line each; the documents' own if omitted.",
     "target": "Target module; may be repeated.",
 }
 """The help of options that have none in their command's docstring."""

@@ -6,7 +6,6 @@ Requirements: R5, R18, R19, R25.
 import signal
 import threading
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +18,9 @@ from lora.cli.app import (
     Model,
     Result,
     app,
-    check_output,
     checks_done,
     command,
     progress_bar,
-    read_lines,
     table_of,
 )
 from lora.errors import ArgumentError
@@ -32,17 +29,28 @@ SHOWN = ["id", "kind", "name", "state", "attempt", "error", "at", "what", "note"
 SHOWN += ["version", "live", "digest"]
 """Columns of a factory's tables that are shown on a terminal."""
 
-Steps = Annotated[int | None, typer.Option(help="Training steps at most, for each task.", min=1)]
 
-
-@command("evolve --documents ./handbook --out skills --steps 60")
+@command(
+    "evolve ./handbook --name handbook --out skills --documents-only",
+    inputs=["documents", "questions", "answers", "model"],
+)
 def evolve(
-    *,
     documents: Path,
+    *,
     out: Path = Path("skills"),
-    queries: Path | None = None,
-    card: list[Path] | None = None,
-    steps: Steps = None,
+    name: str | None = None,
+    cards: Path | None = None,
+    questions: Path | None = None,
+    answers: Path | None = None,
+    documents_only: bool = False,
+    share_exam: bool = False,
+    share_questions: bool = False,
+    max_taken: float = 0.05,
+    steps: Annotated[int, typer.Option(min=1)] = 40,
+    rank: int = 8,
+    alpha: float = 16.0,
+    seed: int = 0,
+    placebos: Path | None = None,
     ask: str | None = None,
     teacher_model: str | None = None,
     teacher_url: str = "https://api.openai.com/v1",
@@ -53,10 +61,23 @@ def evolve(
     dry_run: bool = False,
     model: Model = None,
 ) -> Result:
-    """Learn what the engine does not know of some documents. What measurably helps is kept.
+    """Make one skill of documents. It goes live if it beats every alternative; exit 3 if not.
 
     Args:
-        out: Folder for accepted cards.
+        documents: Folder of Python files and prose; or a file of logged pairs.
+        out: Folder of live cards.
+        name: Name of the skill; if omitted, the folder's and the word that tells it best.
+        cards: Folder of the skills that it must not harm; --out if omitted.
+        questions: Routing checks, JSONL: a query and, if it is for another, its skill or null.
+        answers: What users asked and were answered, JSONL: half is learned, half may veto.
+        documents_only: Let it go live though no users' questions spoke for it.
+        share_exam: Put held-out pairs of the documents into the card.
+        share_questions: Let users' questions be examples in the card.
+        max_taken: Share of another skill's questions that it may take over.
+        steps: Training steps.
+        rank: Rank of the card.
+        alpha: Alpha of the card.
+        placebos: Folder for the cards that it is compared with; the user's cache if omitted.
         ask: HOST:documents or HOST:queries: what may be sent to the teacher at that host.
         teacher_model: The teacher's name there.
         teacher_url: An OpenAI-compatible server.
@@ -64,121 +85,62 @@ def evolve(
         budget: Tokens that the teacher may cost in all.
         max_tokens: Tokens of one answer; a model that reasons first needs more.
         insecure_http: Allow http:// to another machine; the key can be read on the way.
-        dry_run: Say what would be learned; send, train and keep nothing.
+        dry_run: Say what there is to learn from; send, train and keep nothing.
     """
+    from lora import learning
+    from lora.evolution.exam import Terms, divided
     from lora.files import os_errors
-    from lora.learning import outcomes, watching
-
-    asked, cards = read_lines(queries) if queries else [], [lora.load(path) for path in card or []]
-    if ask is not None and None in (teacher_model, key_file):
-        raise ArgumentError("--ask", "--teacher-model and --key-file beside it", "not both")
-    teacher = None
-    if not dry_run:
-        with os_errors(out):
-            out.mkdir(exist_ok=True)
-        if ask is not None:
-            teacher = _teacher(
-                ask,
-                key_file,
-                out,
-                budget,
-                model=teacher_model,
-                base_url=teacher_url,
-                max_tokens=max_tokens,
-                insecure_http=insecure_http,
-            )
-    distiller = watching(
-        lora.ArrowEngine.from_pretrained(model),
-        documents,
-        cards=cards,
-        queries=asked,
-        max_steps=steps,
-        teacher=teacher,
-        store=None if dry_run else out,
-    )
-    if dry_run:
-        rows = [
-            {"task": task.name, "queries": len(task.queries)}
-            | distiller.gather(task.name).figures["pairs"]
-            for task in distiller.tasks
-        ]
-        return Result(rows, table_of(rows or [{"task": "nothing is unknown"}]))
-    with progress_bar(f"learning {documents.name}") as progress:
-        results = list(outcomes(distiller, progress=progress))
-    facts = [_facts(result) for result in results]
-    return Result(facts, "\n".join(map(_line, results)) or "nothing is unknown")
-
-
-@command(
-    "distil ./handbook --name handbook -o handbook.lora.arrow",
-    inputs=["documents", "queries", "model"],
-)
-def distil(
-    documents: Path,
-    *,
-    name: str,
-    out: Path,
-    queries: Path | None = None,
-    steps: Steps = None,
-    rank: int = 8,
-    alpha: float = 16.0,
-    seed: int = 0,
-    model: Model = None,
-) -> Result:
-    """Learn one card from documents. It is written if it measurably helps; exit 3 if nothing does.
-
-    Args:
-        rank: Rank of the card.
-        alpha: Alpha of the card.
-    """
-    from lora.checks import integer
-    from lora.learning import outcomes, watching
     from lora.presets import LoRAConfig
 
-    check_output("--out", out)
-    config = LoRAConfig(rank, alpha)
-    integer(seed, "seed", 0)
-    checks_done()
-    distiller = watching(
-        lora.ArrowEngine.from_pretrained(model),
-        documents,
-        queries=read_lines(queries) if queries else [],
+    terms = Terms(
+        steps=steps,
+        rank=rank,
+        alpha=alpha,
         seed=seed,
-        max_steps=steps,
-        rank=config.rank,
-        alpha=config.alpha,
+        max_taken=max_taken,
+        documents_only=documents_only,
+        share_exam=share_exam,
+        share_questions=share_questions,
+        placebos=placebos,
     )
-    results, card = [], None
+    LoRAConfig(rank, alpha)
+    if ask is not None and None in (teacher_model, key_file):
+        raise ArgumentError("--ask", "--teacher-model and --key-file beside it", "not both")
+    checks_done()
+    if dry_run:
+        source = learning.material(documents)
+        training, held_out = divided(source.pairs, seed)
+        row = source.pairs.statistics() | {"training": len(training), "held_out": len(held_out)}
+        return Result(row, table_of([row]))
+    teacher = None
+    if ask is not None:
+        with os_errors(out):
+            out.mkdir(exist_ok=True)
+        teacher = _teacher(
+            ask,
+            key_file,
+            out,
+            budget,
+            model=teacher_model,
+            base_url=teacher_url,
+            max_tokens=max_tokens,
+            insecure_http=insecure_http,
+        )
     with progress_bar(f"learning {documents.name}") as progress:
-        for result in outcomes(distiller, progress=progress):
-            results.append(result)
-            card = result.card
-            if card is not None:
-                break
-    facts = {"tasks": [_facts(result) for result in results]}
-    text = "\n".join(map(_line, results)) or "nothing is unknown"
-    if card is None:
-        return Result({**facts, "reason": text}, text, NOTHING_TO_SERVE)
-    digest = lora.save(replace(card, name=name), out)
-    return Result({"file": str(out), "digest": digest, **facts}, f"{out}: {text}")
-
-
-def _facts(outcome: Any) -> dict[str, Any]:
-    return {
-        "task": outcome.task,
-        "accepted": outcome.accepted,
-        "figures": dict(outcome.figures),
-    }
-
-
-def _line(outcome: Any) -> str:
-    """A line about a task that was worked on, and one about each failure of a teacher."""
-    verdict, reason = outcome.verdict, outcome.figures.get("reason")
-    if verdict is not None:
-        reason = f"MRR {verdict.gain.before:.3f} -> {verdict.gain.after:.3f}"
-    line = f"{'accepted' if outcome.accepted else 'discarded'}: {outcome.task}: {reason}"
-    failures = outcome.figures.get("failures", ())
-    return "\n".join([line, *(f"  the teacher: {failure}" for failure in failures)])
+        evolved = learning.evolve(
+            lora.ArrowEngine.from_pretrained(model),
+            documents,
+            out,
+            name=name,
+            cards=cards,
+            questions=questions,
+            answers=answers,
+            teacher=teacher,
+            terms=terms,
+            progress=progress,
+        )
+    status = 0 if evolved.lesson.live else NOTHING_TO_SERVE
+    return Result(dict(evolved.facts), evolved.text, status)
 
 
 def _teacher(ask: str, key_file: Any, folder: Path, budget: int, **options: Any) -> Any:
@@ -219,7 +181,7 @@ def factory_add(
     again: bool = False,
     root: Root = Path("factory"),
 ) -> Result:
-    """Queue a job: after --, a command line of train, extract, merge or distil without outputs.
+    """Queue a job: after --, a command line of train, extract, merge or evolve without outputs.
 
     Args:
         arguments: The command line, with --name; what it reads must be there.

@@ -25,6 +25,9 @@ OUTPUTS: dict[str, Any] = {
 }
 """Parameters that the factory sets."""
 
+REFUSED = (*OUTPUTS, "plot", "ask", "key_file", "dry_run")
+"""Parameters that a job may not have: other outputs, and what needs a secret."""
+
 
 def job_of(arguments: Sequence[str], **limits: Any) -> Job:
     """Check a command line and make a job of it; `limits` are those of `Job.of`."""
@@ -37,9 +40,10 @@ def job_of(arguments: Sequence[str], **limits: Any) -> Job:
     parser = group.commands[command]
     values = _checked(parser, command, words)
     for parameter in parser.params:
-        is_output = parameter.name in (*OUTPUTS, "plot")
-        if is_output and values[parameter.name] not in (None, False, Path(OUTPUTS["out"])):
-            raise ArgumentError(f"job: {command}", "no output", parameter.opts[0], "leave it out")
+        is_refused = parameter.name in REFUSED
+        if is_refused and values[parameter.name] not in (None, False, Path(OUTPUTS["out"])):
+            expected = "no secret" if parameter.name in ("ask", "key_file") else "no output"
+            raise ArgumentError(f"job: {command}", expected, parameter.opts[0], "leave it out")
     values |= OUTPUTS
     if values["name"] is None:
         raise ArgumentError(f"job: {command}", "--name, the name of the skill", "none")
@@ -59,7 +63,7 @@ def job_of(arguments: Sequence[str], **limits: Any) -> Job:
 def _base(values: Mapping[str, Any]) -> str:
     """Tell the base model of a job, or the one that a merge's cards are for."""
     path: Path | None = values.get("model") or values.get("base") or values.get("tuned")
-    if "cards" in values:
+    if isinstance(values.get("cards"), list | tuple):
         path = values["cards"][0]
         if path.is_file() and path.suffix.lower() != ".safetensors":
             card = load(path)

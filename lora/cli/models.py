@@ -5,7 +5,8 @@ Requirements: R5, R15, R17, R21, R25.
 
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -127,38 +128,55 @@ def _encode_parquet(source: Path, out: Path, **options: Any) -> Result:
 def route(
     query: str,
     *,
-    card: list[Path],
+    card: list[Path] | None = None,
+    cards: Path | None = None,
     top_k: int = 3,
     threshold: float | None = None,
     model: Model = None,
     as_json: Json = False,
 ) -> Result:
-    """Rank cards for a query by their descriptions. Print nothing if none reaches the threshold.
+    """Find the cards for a query by what they say of themselves. Print nothing if none fits.
 
     Args:
         query: What to find a card for.
-        card: A candidate card file with a description; may be repeated.
+        card: A candidate card file with a description; may be repeated. The largest cosine counts.
+        cards: Folder of live cards, of which the nearest answers if it knows such queries.
         top_k: How many at most.
-        threshold: Least score, in [-1, 1].
+        threshold: Least score, in [-1, 1]; with --cards, each card has its own.
     """
-    from lora.routing import check_threshold
+    from lora.routing import Index, check_threshold, decide, explained, nearest, unit
 
     check_threshold(threshold)
+    if (card is None) == (cards is None):
+        raise ArgumentError("lora route", "--card or --cards", "both" if card else "none of them")
     engine = lora.ArrowEngine.from_pretrained(model)
-    for path in card:
+    if cards is not None:
+        engine.follow(cards)
+    for path in card or ():
         candidate = lora.load(path)
         if candidate.name in engine.router.candidates:
             where = f"--card {path}: {candidate.name!r}"
             raise ConflictError(where, "one card of a name", "another one", "rename one")
         engine.register_lora(candidate)
-    ranked = engine.router.select(query, top_k)
-    routes = [route for route in ranked if threshold is None or route.score >= threshold]
-    if not routes and not as_json:
+    if cards is None:
+        ranked = engine.router.select(query, top_k)
+        routes = [route for route in ranked if threshold is None or route.score >= threshold]
+        facts = [{"name": route.name, "score": route.score} for route in routes]
         best = ranked[0]
-        nearest = f"{best.name!r} scores {best.score:.6f}, below the threshold {threshold:g}"
-        Console(stderr=True, soft_wrap=True).print(f"no card fits: {nearest}", markup=False)
+        why = f"{best.name!r} scores {best.score:.6f}, below the threshold {threshold}"
+    else:
+        index = Index(engine.router.candidates)
+        (vector,) = unit(engine.encode([query]))
+        decisions = [
+            decide(route, index, threshold) for route in nearest(vector, index, max(top_k, 1))
+        ]
+        facts = [asdict(each) for each in decisions]
+        routes = [each.best for each in takewhile(lambda each: each.kind == "routes", decisions)]
+        why = explained(decisions[0] if decisions else None)
+    if not routes and not as_json:
+        Console(stderr=True, soft_wrap=True).print(f"no card fits: {why}", markup=False)
     text = "\n".join(f"{route.score:.6f}  {route.name}" for route in routes)
-    return Result([{"name": route.name, "score": route.score} for route in routes], text or None)
+    return Result(facts, text or None)
 
 
 @command("probe sentences.txt, or lora probe --base base/ --tuned tuned/ --rank 8")

@@ -1,196 +1,61 @@
-"""Tells queries that an engine knows from novel ones, and groups novel queries into topics.
+"""Tells topics that an engine does not know, where a single query can't be told.
 
-Two signals may be low: the cosine to the nearest exemplar of any known skill, and the margin to the
-second skill. Each is measured in steps from the known queries' median to their 5 % point; the lower
-one is the score. Split conformal prediction, grouped by source, sets two thresholds on the score:
-below the first a query is *novel*, from the second on *known*, between them *unsure*.
+A query that no skill knows (`lora.routing.decide`) may be a stray one. Ten of one topic are
+compared with what the known skills' own groups of examples score without themselves.
 
 Requirements: R18.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from lora.card import Array
-from lora.checks import finite, integer
-from lora.errors import ArgumentError, ShapeError, StateError, shown
-from lora.routing import DECIMALS, Calibration, Index, calibrate, unit
-
-Kind: TypeAlias = Literal["known", "unsure", "novel"]
-
-TAIL = 0.05
-"""Share of known queries that lies at least one step below the median."""
-
-SHARE = 0.4
-"""Share of the sources that give centres and steps; the others give the thresholds."""
+from lora.checks import finite
+from lora.errors import ArgumentError, ShapeError
+from lora.routing import DECIMALS, Index, nearest, unit
 
 LINK = 0.35
 """Cosine from which two texts count as one topic; with MiniLM, different topics stay below it."""
 
+TOPIC = 10
+"""Queries of one topic that can be told."""
 
-@dataclass(frozen=True)
-class Signals:
-    """The two signals of a query.
+GROUPS = 20
+"""Known groups that a topic can be compared with."""
 
-    Args:
-        similarity: Cosine to the nearest exemplar of any skill.
-        margin: Best score minus second-best score. With a single skill, -1 stands for the second.
-        nearest: Name of the best skill.
-    """
-
-    similarity: float
-    margin: float
-    nearest: str = ""
-
-    def __post_init__(self) -> None:
-        finite(self.similarity, "signals: similarity", ArgumentError)
-        finite(self.margin, "signals: margin", ArgumentError)
+NOVEL = 0.05
+"""Share of the known groups that may score as low as a novel topic."""
 
 
-@dataclass(frozen=True)
-class Novelty:
-    """The judgement of a query: a known one routes, a novel one counts towards learning."""
+def novelty(queries: Any, index: Index) -> float | None:
+    """Return the share of known groups that score as low as these queries do on average.
 
-    kind: Kind
-    score: float
-    signals: Signals
-
-
-@dataclass(frozen=True)
-class Detector:
-    """Tells known queries from novel ones.
+    A score is the share of the nearest skill's examples, each left out with its group, that score
+    no higher. Up to `NOVEL` the topic counts as novel. None: that can't be told, since there are
+    fewer than `TOPIC` queries or fewer than `GROUPS` groups.
 
     Args:
-        centre, step: Medians of similarity and margin, and distances to their 5 % points.
-        novel, known: A query is novel below the first threshold, known from the second on.
+        queries: Embeddings, shape ``(n, d)``.
     """
-
-    centre: tuple[float, float]
-    step: tuple[float, float]
-    novel: Calibration
-    known: Calibration
-
-    def __post_init__(self) -> None:
-        if not all(step > 0 for step in self.step):  # NaN is not either
-            raise ArgumentError("detector: step", "numbers > 0", shown(self.step))
-        if self.novel.threshold > self.known.threshold:
-            thresholds = f"{self.novel.threshold} > {self.known.threshold}"
-            raise ArgumentError("detector", "novel's threshold at most known's", thresholds)
-
-    def score(self, signals: Signals) -> float:
-        """Return the lower of the two signals, each in its own steps from its centre."""
-        similarity = (signals.similarity - self.centre[0]) / self.step[0]
-        return min(similarity, (signals.margin - self.centre[1]) / self.step[1])
-
-    def judge(self, signals: Signals) -> Novelty:
-        """Judge a query as known, unsure or novel."""
-        score = self.score(signals)
-        kind: Kind = "known" if score >= self.known.threshold else "unsure"
-        return Novelty("novel" if score < self.novel.threshold else kind, score, signals)
+    rows = unit(queries)
+    skills = {name: skill for name, skill in index.candidates.items() if len(skill.left_out)}
+    groups = [mean for skill in skills.values() for mean in _group_means(skill)]
+    if len(rows) < TOPIC or len(groups) < GROUPS:
+        return None
+    known = Index(skills)
+    routes = [nearest(row, known)[0] for row in rows]
+    level = np.mean([(skills[route.name].left_out <= route.score).mean() for route in routes])
+    return float(1 + (np.array(groups) <= level).sum()) / (1 + len(groups))
 
 
-def signals_of(queries: Any, index: Index) -> list[Signals]:
-    """Return the two signals of each query, from embeddings of shape ``(n, d)``.
-
-    Examples:
-        >>> import numpy as np
-        >>> from lora.routing import EMPTY, candidate_of
-        >>> docs, law = candidate_of("docs", np.eye(2)[:1]), candidate_of("law", np.eye(2)[1:])
-        >>> index = EMPTY.with_candidate(docs).with_candidate(law)
-        >>> signals_of([[4.0, 3.0]], index)
-        [Signals(similarity=0.8, margin=0.2, nearest='docs')]
-    """
-    if not index.candidates:
-        hint = "register a card with its examples"
-        raise StateError("novelty", "at least one known skill", "none", hint)
-    scores = np.maximum.reduceat(similarities(queries, index.rows), index.starts, axis=1)
-    ordered = np.sort(np.pad(scores, ((0, 0), (1, 0)), constant_values=-1.0), axis=1)
-    margins = np.round(ordered[:, -1] - ordered[:, -2], DECIMALS)
-    # The names are sorted: of equal skills, the first is the best.
-    nearest = np.array(list(index.candidates))[scores.argmax(axis=1)]
-    return list(map(Signals, ordered[:, -1].tolist(), margins.tolist(), nearest.tolist()))
-
-
-def fit(
-    known: Mapping[str, Sequence[Signals]], *, rate: float = 0.05, doubt: float = 0.2, seed: int = 0
-) -> Detector:
-    """Return a detector that calls few known queries of new sources novel or unsure.
-
-    One part of the sources gives centres and steps, the other the thresholds, so that the guarantee
-    of `lora.routing.calibrate` holds for the joint score.
-
-    Args:
-        known: Source group -> signals of known queries from it, none of them exemplars.
-        rate, doubt: Largest shares that are novel, and not known.
-    """
-    if not 0 < finite(rate, "rate", ArgumentError) <= finite(doubt, "doubt", ArgumentError) < 1:
-        raise ArgumentError("rate, doubt", "shares in (0, 1), rate <= doubt", f"{rate}, {doubt}")
-    named = isinstance(known, Mapping) and all(isinstance(source, str) for source in known)
-    if not named or not all(map(_are_signals, known.values())):
-        expected = "signals by the name of their source group, at least one in each"
-        raise ArgumentError("known", expected, shown(known))
-    rng, names = np.random.default_rng([integer(seed, "seed", least=0), len(known)]), sorted(known)
-    order = [names[place] for place in rng.permutation(len(names))]
-    size = round(SHARE * len(order))
-    rows = np.array([(s.similarity, s.margin) for group in order[:size] for s in known[group]])
-    if not len(rows):
-        raise ArgumentError("known", "several source groups", f"{len(order)} groups")
-    centre = np.median(rows, axis=0)
-    # The signals may all be equal.
-    step = np.maximum(centre - np.quantile(rows, TAIL, axis=0), 10.0**-DECIMALS)
-    free = Calibration(-math.inf, 0, 0.0, (0.0, 1.0))
-    detector = Detector(tuple(centre.tolist()), tuple(step.tolist()), free, free)
-    scores = {group: list(map(detector.score, known[group])) for group in order[size:]}
-    novel, unsure = (calibrate(scores, share, seed=seed) for share in (rate, doubt))
-    return replace(detector, novel=novel, known=unsure)
-
-
-def _are_signals(group: object) -> bool:
-    """Tell whether a group is a sequence of at least one query's signals."""
-    return isinstance(group, Sequence) and {type(signals) for signals in group} == {Signals}
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """An alarm that rings when k of the last n queries were novel, until at most `release` are.
-
-    Args:
-        recent: Whether each of the last queries was novel, oldest first.
-
-    Examples:
-        >>> alarm = Alarm(k=2, n=3, release=0)
-        >>> for kind in ("novel", "novel", "known", "known", "known"):
-        ...     alarm = alarm.after(kind)
-        ...     print(kind, alarm.ringing)
-        novel False
-        novel True
-        known True
-        known True
-        known False
-    """
-
-    k: int = 5
-    n: int = 20
-    release: int = 1
-    recent: tuple[bool, ...] = ()
-    ringing: bool = False
-
-    def __post_init__(self) -> None:
-        numbers = (self.release, self.k, self.n)
-        if {type(x) for x in numbers} != {int} or not 0 <= self.release < self.k <= self.n:
-            raise ArgumentError("alarm", "integers 0 <= release < k <= n", shown(numbers))
-
-    def after(self, kind: Kind) -> "Alarm":
-        """Return the alarm after one more query; an unsure one changes nothing."""
-        if kind == "unsure":
-            return self
-        recent = (*self.recent, kind == "novel")[-self.n :]
-        ringing = sum(recent) >= self.k or (self.ringing and sum(recent) > self.release)
-        return replace(self, recent=recent, ringing=ringing)
+def _group_means(skill: Any) -> list[float]:
+    """Return the mean over each group of what its examples score, as shares of all."""
+    scores = skill.left_out
+    shares = np.searchsorted(np.sort(scores), scores, side="right") / len(scores)
+    groups = np.unique(skill.groups, return_inverse=True)[1]
+    means: list[float] = (np.bincount(groups, shares) / np.bincount(groups)).tolist()
+    return means
 
 
 def topics(embeddings: Any, threshold: float = LINK) -> tuple[tuple[int, ...], ...]:

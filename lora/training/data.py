@@ -48,10 +48,12 @@ AnyPairs: TypeAlias = "Pairs | pa.Table | PathLike | Iterable[Row]"
 """What `Pairs.of` takes."""
 
 _HIDDEN = re.compile(
-    r"(^|/)((tests?|site-packages|dist-packages|idlelib|lib2to3|config|config-[^/]*|_[^/]*)/"
-    r"|(_(?!_init__\.py$)|test_)[^/]*$)"
+    r"(^|/)((tests?|site-packages|dist-packages|idlelib|lib2to3|config|config-[^/]*)/|test_[^/]*$)"
 )
-"""Finds what is not public in a source tree: tests, installed packages, names that start with _."""
+"""Finds what is not documentation in a source tree: tests and installed packages."""
+
+_PRIVATE = re.compile(r"(^|/)_(?!_init__\.py$)")
+"""Finds the files and folders whose names start with _."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Pairs:
         """Read a Parquet file, a JSONL file, or an Arrow file, by the path's ending."""
         path = _existing(path)
         if path.suffix in (".jsonl", ".json"):
-            return _pairs(_json_lines(path))
+            return _pairs(json_lines(path))
         try:
             if path.suffix == ".parquet":
                 table = pq.read_table(path)
@@ -115,7 +117,7 @@ class Pairs:
         A user's message and the assistant's right after it are a pair; a chat is a group.
         """
         rows = []
-        for index, (where, chat) in enumerate(_json_lines(_existing(path))):
+        for index, (where, chat) in enumerate(json_lines(_existing(path))):
             try:
                 turns = [(turn["role"], turn["content"] or "") for turn in chat["messages"]]
                 texts = [str.strip(content) for _, content in turns]
@@ -208,31 +210,42 @@ class Pairs:
         return int(self.table.num_rows)
 
 
-def docstring_pairs(source: PathLike | None = None, *, answer: str = "name") -> Pairs:
+def docstring_pairs(
+    source: PathLike | None = None, *, answer: str = "name", private: bool = False
+) -> Pairs:
     """Pair the first docstring sentence of every public function and class with its name or code.
 
-    The code is parsed, never imported. A group is a top-level module. A sentence that occurs twice
-    is left out.
+    The code is parsed, never imported. A sentence that occurs twice is left out.
 
     Args:
         source: A folder of Python files; None for the standard library.
-        answer: ``"name"``: the dotted name; ``"code"``: the source without its docstring.
+        answer: ``"name"``: the dotted name; ``"code"``: the source without its docstring;
+            ``"rest"``: the rest of the docstring.
+        private: Read files that start with _ as well. A group is then a file; else a top-level
+            module.
     """
-    if answer not in ("name", "code"):
-        raise ArgumentError("answer", "'name' or 'code'", repr(answer))
+    if answer not in ("name", "code", "rest"):
+        raise ArgumentError("answer", "'name', 'code' or 'rest'", repr(answer))
     root = as_path(source or sysconfig.get_paths()["stdlib"])
     rows = []
     for path in sorted(root.rglob("*.py")):
         inner = path.relative_to(root)
-        if path.is_file() and not _HIDDEN.search(inner.as_posix()):
+        where = inner.as_posix()
+        is_hidden = _HIDDEN.search(where) or (_PRIVATE.search(where) and not private)
+        if path.is_file() and not is_hidden:
             parts = inner.with_suffix("").parts
             module = ".".join(part for part in parts if part != "__init__")
             for name, node in _definitions(_parsed(path), module):
+                text = " ".join((ast.get_docstring(node) or "").split())
                 sentence = first_sentence(ast.get_docstring(node) or "")
                 if len(sentence.split()) >= 3 and is_text(sentence):
                     node.body = node.body[1:] or [ast.Pass()]
-                    positive = name if answer == "name" else ast.unparse(node)
-                    rows.append({"query": sentence, "positive": positive, "group": parts[0]})
+                    positive = name
+                    if answer != "name":
+                        positive = text[len(sentence) :] if answer == "rest" else ast.unparse(node)
+                    if is_text(positive):
+                        group = where if private else parts[0]
+                        rows.append({"query": sentence, "positive": positive, "group": group})
     if not rows:
         raise DataError(str(root), "Python modules with docstrings", "none")
     count = Counter(row["query"] for row in rows)
@@ -326,7 +339,7 @@ def _existing(path: PathLike) -> Path:
     return Path(path)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the JSON value on each line that is not blank, after the place that an error names."""
     with os_errors(path):
         lines = path.read_bytes().split(b"\n")

@@ -158,6 +158,7 @@ TRAIN = "train pairs.jsonl --name a -o a.lora.arrow"
         "encode a --out nowhere/a.npy": "nowhere",
         "route a --card docs.lora.arrow --threshold nan": "threshold",
         "route a --card docs.lora.arrow --top-k 0": "top_k",
+        "route a": "expected --card or --cards",
         "route a --card odd[1].lora.arrow": "expected a description",
         "train pairs.jsonl --name a -o nowhere/a.lora.arrow": "existing folder",
         "train pairs.jsonl --name a -o .": "a file in an existing folder",
@@ -191,7 +192,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_1(here, folder, monkeypatch, li
         "train a --name b --out c --steps many": "--steps",
         "encode a --out": "--out",
         "demo --steps 0": "--steps",
-        "route a": "--card",
+        "route": "query",
     }.items(),
 )
 def test_wrong_usage_is_one_line_on_stderr_and_exit_2(here, line, said):
@@ -555,15 +556,3 @@ def test_the_time_of_factory_run_reaches_the_factory(here, tmp_path, monkeypatch
     here("factory", "run", "--root", tmp_path / "factory", *options)
     ((_, told),) = calls
     assert told["at"] == at
-
-
-@requirement("R18.6", "R25.2")
-def test_a_dry_run_of_evolve_has_no_teacher_and_keeps_nothing(here, tmp_path, monkeypatch):
-    calls = watched(monkeypatch, "lora.learning.watching")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "key").write_text("secret\n")
-    ask = "--ask 127.0.0.1:documents --teacher-model small --key-file key"
-    here("evolve", "--documents", ".", "--dry-run", *ask.split())
-    ((_, options),) = calls
-    assert (options["teacher"], options["store"]) == (None, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]

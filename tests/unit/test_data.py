@@ -239,7 +239,7 @@ def test_a_tree_without_docstrings_and_an_unknown_answer_are_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match="Python modules with docstrings"):
             docstring_pairs(folder)
-    with pytest.raises(ArgumentError, match="'name' or 'code', found 'both'"):
+    with pytest.raises(ArgumentError, match="'name', 'code' or 'rest', found 'both'"):
         docstring_pairs(tmp_path, answer="both")
 
 

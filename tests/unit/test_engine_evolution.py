@@ -1,28 +1,30 @@
 """The engine that evolves: what it is asked is observed, what is answered is remembered."""
 
+import numpy as np
 import pytest
 
-from lora.engine import ArrowEngine
 from lora.errors import StateError
 from lora.testing.plugin import requirement
-from lora.training.data import docstring_pairs
+from tests.unit.letters import combined, engine
 
 
 @requirement("R5.14")
 def test_an_engine_that_evolves_observes_what_it_is_asked_and_remembers_what_is_answered():
-    engine = ArrowEngine.from_pretrained()
+    one = engine()
     with pytest.raises(StateError, match="enable_evolution"):
-        engine.log_qa("a", "b")
-    known, guard = docstring_pairs().split(0.5, seed=0)
-    engine.router.register_virtual_candidate("python", known.queries[:200])
-    distiller = engine.enable_evolution(guard)
-    assert engine.evolution is distiller
-    engine.log_qa("how hot is a kiln", "about 1200 degrees", quality=0.9)
-    assert [row["query"] for row in distiller.memory.logged] == ["how hot is a kiln"]
-    engine.router.unregister("python")
-    engine.router.register_virtual_candidate("python", known.queries[:200])
-    before = distiller.memory
-    engine.encode_with_lora(["kilns"], {})
-    assert distiller.memory is before
+        one.log_qa("a", "b")
+    distiller = one.enable_evolution()
+    assert one.evolution is distiller
+    one.log_qa("how hot is a kiln", "about 1200 degrees", quality=0.9)
+    assert [row["query"] for row in distiller.logged] == ["how hot is a kiln"]
+    queries = combined("efgh").queries[:12]
+    for query in queries:
+        one.encode_with_lora([query], {})
+    assert distiller.tasks == ()
+    for query in queries:  # without a card, the base answers
+        answer = one.encode_with_lora([query], intent_query=query)
+        assert (answer.routes, answer.decision) == ((), None)
+        assert np.array_equal(answer.embeddings, one.encode([query]))
+    assert set(distiller.tasks[0].queries) <= set(queries)
     with pytest.raises(StateError):
-        engine.evolution.work("nothing")
+        one.evolution.work("nothing")

@@ -268,7 +268,7 @@ def test_no_two_jobs_of_any_kind_for_two_base_models_run_at_once(bench, model_fo
     first, second, third = (str(bench.card(number=number)) for number in range(3))
     save(replace(load(third), base_model="their base"), third)
     lines = {
-        "embedded": ["distil", str(bench.folder), "--name", "a"],
+        "embedded": ["evolve", str(bench.folder), "--name", "a"],
         str(model_folder.resolve()): ["train", data, "--name", "a", "--model", str(model_folder)],
         first: ["extract", second, "--base", first, "--name", "a"],
         second: ["extract", second, "--name", "a"],
@@ -529,8 +529,11 @@ def test_an_input_that_changed_since_the_job_was_added_is_not_worked_on(bench):
         "train CARD --name x --preset fast": "--preset: .*'fast'",
         "train CARD --name x --loss none": "loss: expected one of",
         "train CARD --name x --warmup 1": "warmup",
-        "distil CARD --name x --seed -1": "seed: expected an integer >= 0",
-        "distil CARD --name x --steps 0": "lora distil: .*--steps",
+        "evolve CARD --name x --seed -1": "seed: expected an integer >= 0",
+        "evolve CARD --name x --steps 0": "lora evolve: .*--steps",
+        "evolve CARD --name x --ask h:documents --teacher-model m --key-file CARD": (
+            "expected no secret, found --ask"
+        ),
     }.items(),
 )
 def test_what_can_not_be_a_job_is_refused_when_it_is_added(bench, line, message):
@@ -570,14 +573,21 @@ def test_a_job_is_known_by_what_its_command_line_means(bench, monkeypatch):
 
 @requirement("R19.2")
 def test_no_secret_is_part_of_a_job(bench):
-    """A teacher's key is no argument of a command that may be a job."""
+    """A teacher's key is no argument of a job."""
     from typer.main import get_command
 
     from lora.cli.app import INPUTS, app
+    from lora.cli.jobs import REFUSED
 
-    assert set(INPUTS) == {"train", "extract", "merge", "distil"}
+    assert set(INPUTS) == {"train", "extract", "merge", "evolve"}
     commands = get_command(app).commands
-    options = {opt for name in INPUTS for param in commands[name].params for opt in param.opts}
+    options = {
+        opt
+        for name in INPUTS
+        for param in commands[name].params
+        for opt in param.opts
+        if param.name not in REFUSED
+    } - {"--max-tokens"}
     assert not [option for option in options if "key" in option or "token" in option]
 
 

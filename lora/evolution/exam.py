@@ -1,0 +1,453 @@
+"""Trains a card on one part of some material and examines it on another, against all alternatives.
+
+Alternatives are the base model, every live skill, and placebos: cards that were trained as long on
+pairs of the same form from the standard library. They answer in the new card's place, where the
+router would choose it; the base model answers where it abstains.
+
+Requirements: R18.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+import lora
+from lora.card import Array, LoRACard
+from lora.checks import integer, risen_version, share, version_order
+from lora.errors import ArgumentError, BaseModelError, TargetError
+from lora.evolution.acceptance import (
+    FEWEST,
+    MAX_FALL,
+    MAX_TAKEN,
+    MOST,
+    Guard,
+    Verdict,
+    change,
+    judge,
+)
+from lora.evolution.documents import Source, medoids, standard_library
+from lora.evolution.novelty import novelty
+from lora.evolution.teacher import Distilled
+from lora.federation.cache import default_cache
+from lora.federation.catalog import card_files
+from lora.files import SUFFIX, PathLike, as_path, load, save
+from lora.models.adapt import adapt
+from lora.router import LoRARouter
+from lora.routing import decide, nearest, unit
+from lora.training.data import Pairs
+from lora.training.train import LoRATrainer, Progress, Settings, ranks
+
+SHARE = 0.4
+"""Share of the pairs that is held out, where that is no more than an exam needs."""
+
+EXAMPLES = 256
+"""Sentences of its documents that a learned card is routed by."""
+
+SAMPLE = FEWEST
+"""Held-out pairs that are kept beside a skill, to hold later learning to it."""
+
+LEARNING = Settings(share=0.9, validation_size=64)
+"""How cards and placebos are trained."""
+
+
+class Engine(Protocol):
+    """What an exam needs of an engine."""
+
+    base: Any  # an `InferenceCore`
+    base_model: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a learned skill has to satisfy, and how it is trained.
+
+    Args:
+        max_taken: Share of another live skill's sample that it may take over.
+        documents_only: It may go live though it was not shown on real questions.
+        share_exam: Its sample travels in the card.
+        share_questions: Logged questions may be among its examples.
+        placebos: Folder of placebos; the user's cache by default.
+    """
+
+    steps: int = 40
+    rank: int = 8
+    alpha: float = 16.0
+    seed: int = 0
+    max_taken: float = MAX_TAKEN
+    documents_only: bool = False
+    share_exam: bool = False
+    share_questions: bool = False
+    placebos: PathLike | None = None
+
+    def __post_init__(self) -> None:
+        integer(self.steps, "steps", 1)
+        integer(self.seed, "seed", 0)
+        share(self.max_taken, "max_taken", "[0, 1]")
+
+    def trainer(self, engine: Engine) -> LoRATrainer:
+        """Return what trains the card, and its placebos alike."""
+        settings = replace(LEARNING, epochs=self.steps)
+        options: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "seed": self.seed}
+        name = getattr(engine, "base_model", None)
+        return LoRATrainer(engine, settings=settings, base_model=name, **options)
+
+
+@dataclass(frozen=True)
+class Live:
+    """The skills that are live in a folder, with the samples of their exams."""
+
+    cards: Mapping[str, LoRACard] = field(default_factory=dict)
+    samples: Mapping[str, Pairs] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: PathLike) -> Self:
+        """Read a folder of cards: of each name the highest version. None if there is no folder."""
+        root = as_path(folder)
+        files = card_files(root) if root.is_dir() else []
+        cards = sorted(map(load, files), key=lambda card: version_order(_version(card)))
+        live = {card.name: card for card in cards}
+        paths = {name: sample_path(root, name) for name in live}
+        return cls(live, {name: Pairs.load(p) for name, p in paths.items() if p.is_file()})
+
+    def replaced(self, card: LoRACard, sample: Pairs | None = None) -> "Live":
+        """Return the skills with this card in place of one of its name, and with its sample."""
+        samples = {**self.samples, card.name: sample} if sample else self.samples
+        return Live({**self.cards, card.name: card}, samples)
+
+    def next_version(self, name: str) -> str:
+        """Return the version after the live one of this name."""
+        return risen_version(None, _version(self.cards[name]) if name in self.cards else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What came of learning a skill.
+
+    Args:
+        card: The card; None if none was trained.
+        verdict: What the exam found.
+        reason: Why the card may not go live; "" if it may.
+        figures: JSON values, which the card's provenance holds.
+        sample: Held-out pairs from documents, to hold later versions to.
+    """
+
+    name: str
+    card: LoRACard | None
+    verdict: Verdict
+    reason: str
+    figures: Mapping[str, Any]
+    sample: Pairs
+
+    @property
+    def live(self) -> bool:
+        """Whether the card may go live."""
+        return not self.reason
+
+
+class Base:
+    """A base model that embeds each text once."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self._rows = model, dict[str, Array]()
+
+    def encode(self, texts: Sequence[str]) -> Array:
+        """Return the embeddings of texts, shape ``(n, d)``."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        self._rows.update(zip(new, self.model.encode(new) if new else (), strict=True))
+        return np.array([self._rows[text] for text in texts])
+
+
+class Service:
+    """Cards over a base model as they are served: who answers a query, with what rank."""
+
+    def __init__(self, base: Base, cards: Mapping[str, LoRACard]) -> None:
+        self.base, self.left_out = base, dict[str, str]()
+        router = LoRARouter(base.encode)
+        self._models: dict[str, Any] = {"": base}
+        for name, card in cards.items():
+            try:
+                self._models[name] = adapt(base.model, card)
+                router.register_card(card)
+            except (BaseModelError, TargetError, ArgumentError) as error:
+                self.left_out[name] = str(error)
+        self.index = router.reference.value.index
+        self._ranks: dict[tuple[str, int], tuple[Pairs, Array]] = {}
+
+    def answering(self, queries: Sequence[str]) -> list[str]:
+        """Return the card that answers each query; "" for the base model."""
+        if not queries or not self.index.candidates:
+            return [""] * len(queries)
+        routes = [nearest(row, self.index)[0] for row in unit(self.base.encode(queries))]
+        decisions = [decide(route, self.index) for route in routes]
+        return [each.best.name if each.kind == "routes" else "" for each in decisions]
+
+    def ranks_by(self, name: str, pairs: Pairs) -> Array:
+        """Return the reciprocal ranks of the pairs by one card; "" is the base model."""
+        key = name, id(pairs)
+        if key not in self._ranks:
+            self._ranks[key] = pairs, ranks(self._models[name], pairs)
+        return self._ranks[key][1]
+
+    def ranks(self, pairs: Pairs) -> tuple[list[str], Array]:
+        """Return who answers each query, and its reciprocal rank then."""
+        names = self.answering(pairs.queries)
+        by_name = {name: self.ranks_by(name, pairs) for name in sorted(set(names))}
+        return names, np.array([by_name[name][row] for row, name in enumerate(names)])
+
+
+def guards(base: Base, card: LoRACard, live: Live) -> dict[str, Guard]:
+    """Return what a card does to the sample of each live skill, in place of one of its name."""
+    before, after = Service(base, live.cards), Service(base, live.replaced(card).cards)
+    result = {}
+    for name, sample in sorted(live.samples.items()):
+        (_, old), (answering, new) = before.ranks(sample), after.ranks(sample)
+        taken = 0.0 if name == card.name else float(np.mean([n == card.name for n in answering]))
+        result[name] = Guard(float(old.mean()), float(new.mean()), taken, len(sample))
+    return result
+
+
+def refusal(changes: Mapping[str, Guard], max_taken: float = MAX_TAKEN) -> str:
+    """Say which live skill a card harms, and how; "" if it harms none."""
+    reasons = (guard.refusal(name, max_taken) for name, guard in changes.items())
+    return next(filter(None, reasons), "")
+
+
+def divided(pairs: Pairs, seed: int, sample: Pairs | None = None) -> tuple[Pairs, Pairs]:
+    """Return pairs to train on and pairs to examine on, with no group and no text in common.
+
+    Whether a file is held out depends on its name and the seed, and less on the other files.
+
+    Args:
+        sample: Pairs that an earlier version was held to: they are not trained on either.
+    """
+    sizes = Counter(pairs.table["group"].to_pylist())
+    order = sorted(sizes, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    groups: list[str] = []
+    count, wanted = 0, min(MOST, SHARE * len(pairs))
+    for group in order:
+        if count < wanted and count + sizes[group] <= 1.5 * SHARE * len(pairs):
+            groups.append(group)
+            count += sizes[group]
+    is_held_out = pc.is_in(pairs.table["group"], pa.array(groups, pa.string()))
+    held_out = Pairs(pairs.table.filter(is_held_out)).unique().sample(MOST, seed)
+    return without(Pairs(pairs.table.filter(pc.invert(is_held_out))), held_out, sample), held_out
+
+
+def without(pairs: Pairs, *judged: Pairs | None) -> Pairs:
+    """Leave out the pairs that have a text in common with others."""
+    texts = {t for part in judged if part is not None for t in (*part.queries, *part.positives)}
+    rows = enumerate(zip(pairs.queries, pairs.positives, strict=True))
+    return pairs.take([row for row, both in rows if texts.isdisjoint(both)]).unique()
+
+
+def placebo(engine: Engine, form: str, terms: Terms, progress: Progress | None = None) -> LoRACard:
+    """Return a card that was trained on the standard library, from the folder of placebos."""
+    folder = placebo_folder(terms)
+    trainer = replace(terms, seed=0).trainer(engine)
+    identity = [trainer.initial.base_fingerprint, form, terms.steps, terms.rank, terms.alpha]
+    key = hashlib.sha256(json.dumps([*identity, str(LEARNING)]).encode()).hexdigest()[:16]
+    path = folder / f"{form}-{key}{SUFFIX}"
+    if path.is_file():
+        return load(path)
+    card = trainer.train(
+        standard_library(form), name=f"placebo-{form}", max_steps=terms.steps, progress=progress
+    ).card
+    folder.mkdir(parents=True, exist_ok=True)
+    save(card, path)
+    return card
+
+
+def placebo_folder(terms: Terms) -> Path:
+    """Return the folder where placebos are kept, by base model, form, steps and shape."""
+    return default_cache() / "placebos" if terms.placebos is None else as_path(terms.placebos)
+
+
+def sample_path(folder: Path, name: str) -> Path:
+    """Return the file of a skill's sample in a folder of cards. It is not served."""
+    return folder / f"{name}.exam.jsonl"
+
+
+def learn(
+    engine: Engine,
+    name: str,
+    source: Source,
+    *,
+    live: Live = Live(),
+    answers: Pairs | None = None,
+    taught: Distilled | None = None,
+    questions: Sequence[Mapping[str, Any]] = (),
+    terms: Terms = Terms(),
+    about: str = "",
+    progress: Progress | None = None,
+) -> Lesson:
+    """Train a card on some material and examine it.
+
+    Args:
+        answers: Questions that users asked, with answers: one half is trained on, the other may
+            veto.
+        taught: A teacher's pairs, which are only trained on.
+        questions: Routing checks: ``query``, and the ``skill`` that it is for, or None.
+        about: What the description begins with.
+    """
+    base, none = Base(engine.base), Pairs.of([])
+    answers, taught = answers or none, taught or Distilled(none)
+    if source.private and not terms.share_questions:
+        expected = "share_questions=True: a card is routed to by its examples, which are questions"
+        raise ArgumentError("a log alone", expected, "False")
+    training, held_out = divided(source.pairs, terms.seed, live.samples.get(name))
+    learned, asked = answers.split(0.5, seed=terms.seed) if len(answers) > 1 else (answers, none)
+    everything = without(training.add(learned).add(taught.pairs), held_out, asked)
+    files = held_out.table["group"].to_pylist()
+    figures: dict[str, Any] = {
+        "seed": terms.seed,
+        "steps": terms.steps,
+        "pairs": {
+            "documents": len(source.pairs),
+            "answers": len(answers),
+            "taught": len(taught.pairs),
+            "training": len(everything),
+            "held_out": len(held_out),
+        },
+        "files": {"training": _groups(training), "held_out": _groups(held_out)},
+        "dropped": dict(taught.dropped),
+        "failures": list(taught.failures),
+        "sha256": {"training": digest(everything), "held_out": digest(held_out)},
+        "versions": {"lora": lora.__version__, "torch": torch.__version__},
+    }
+    sample = none if source.private else held_out.sample(SAMPLE, terms.seed)
+    untold = partial(Lesson, name, None, Verdict("can't tell", {}))
+    if len(held_out) < FEWEST or _groups(held_out) < 2 or not len(training):
+        needed = (
+            f"at least {FEWEST} pairs of 2 files that are not trained on, and others to train on"
+        )
+        counts = f"{len(held_out)} of {_groups(held_out)} and {len(training)}"
+        return untold(f"can't tell: it takes {needed}; there are {counts}", figures, sample)
+    trainer = terms.trainer(engine)
+    trained = trainer.train(everything, name=name, max_steps=terms.steps, progress=progress).card
+    examples = training.sample(EXAMPLES, terms.seed)
+    described = _metadata(base, examples, about) | {"version": live.next_version(name)}
+    if terms.share_questions and len(learned):
+        described["examples"] += learned.queries
+        described["example_groups"] += [f"question {row}" for row in range(len(learned))]
+    card = replace(trained, metadata=described)
+    others = {key: each for key, each in live.cards.items() if key != name}
+    service = Service(base, {**others, name: card})
+    figures["left_out"] = service.left_out
+    stand_ins = {f"placebo {form}": placebo(engine, form, terms, progress) for form in source.forms}
+    alternatives = {
+        key: ranks(adapt(engine.base, each), held_out) for key, each in stand_ins.items()
+    }
+    for key in others.keys() - service.left_out.keys():
+        alternatives[f"skill {key}"] = service.ranks_by(key, held_out)
+    plain, own = service.ranks_by("", held_out), service.ranks_by(name, held_out)
+    answers_it = np.array(service.answering(held_out.queries)) == name
+    served = np.where(answers_it, own, plain)
+    changes = {"base": change(plain, served, files, seed=terms.seed)} | {
+        key: change(np.where(answers_it, other, plain), served, files, seed=terms.seed)
+        for key, other in sorted(alternatives.items())
+    }
+    verdict = judge(changes)
+    held_to = guards(base, card, live)
+    figures |= {
+        "verdict": verdict.kind,
+        "changes": {key: vars(each) for key, each in changes.items()},
+        "answered": float(answers_it.mean()),
+        "guards": {key: guard.figures() for key, guard in held_to.items()},
+        "unguarded": sorted(live.cards.keys() - live.samples.keys()),
+        "novelty": _novelty(base, others, held_out),
+        "questions": _checked(service, name, questions),
+        "answers": _asked(service, name, asked, held_out, terms.seed),
+    }
+    reason = (
+        _unshown(verdict)
+        or refusal(held_to, terms.max_taken)
+        or vetoed(figures, terms, is_log=source.private)
+    )
+    metadata = {**described, "provenance": figures}
+    if terms.share_exam and len(sample):
+        metadata["exam"] = [[row["query"], row["positive"]] for row in sample.table.to_pylist()]
+    return Lesson(name, replace(card, metadata=metadata), verdict, reason, figures, sample)
+
+
+def _metadata(base: Base, examples: Pairs, about: str) -> dict[str, Any]:
+    """Describe a card by its documents."""
+    queries, groups = examples.queries, examples.table["group"].to_pylist()
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    typical = [queries[row] for row in medoids(base.encode(queries))]
+    return {
+        "description": " / ".join([about, *typical] if about else typical),
+        "examples": queries,
+        "example_groups": [str(numbers[group]) for group in groups],
+        "tags": ["learned"],
+    }
+
+
+def _novelty(base: Base, others: Mapping[str, LoRACard], held_out: Pairs) -> dict[str, Any]:
+    """Say how well the live skills know the queries; it decides nothing."""
+    service, queries = Service(base, others), held_out.queries
+    answered = sum(map(bool, service.answering(queries)))
+    share_of_groups = novelty(base.encode(queries), service.index)
+    return {"answered_by_others": answered / len(queries), "groups_as_low": share_of_groups}
+
+
+def _checked(service: Service, name: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Count the routing checks that the card meets."""
+    answering = service.answering([row["query"] for row in questions])
+    rows = list(zip(answering, questions, strict=True))
+    own = [got == name for got, row in rows if row["skill"] == name]
+    others = [got == name for got, row in rows if row["skill"] != name]
+    return {"own": len(own), "answered": sum(own), "others": len(others), "taken": sum(others)}
+
+
+def _asked(service: Service, name: str, asked: Pairs, among: Pairs, seed: int) -> Any:
+    """Compare the card with the base model, as served, on questions that users asked."""
+    if len(asked) < 10:
+        return None
+    pairs = asked.add(among)  # an answer is to be found among those of the documents
+    plain, own = (service.ranks_by(key, pairs)[: len(asked)] for key in ("", name))
+    answers_it = np.array(service.answering(asked.queries)) == name
+    return vars(change(plain, np.where(answers_it, own, plain), seed=seed))
+
+
+def _unshown(verdict: Verdict) -> str:
+    """Say what the skill does not beat; "" if there is nothing."""
+    if verdict.kind == "skill":
+        return ""
+    if verdict.kind == "format":
+        return "it learned the format of the task only: a placebo does as well"
+    return f"it does not surely beat {', '.join(verdict.unbeaten)}"
+
+
+def vetoed(figures: Mapping[str, Any], terms: Terms, *, is_log: bool) -> str:
+    """Say what real questions hold against the skill, or that none spoke for it."""
+    asked, checks = figures["answers"], figures["questions"]
+    if checks["taken"] > terms.max_taken * checks["others"]:
+        return f"it answers {checks['taken']} of {checks['others']} questions that are for others"
+    if asked and asked["mean"] < -MAX_FALL:
+        return f"on users' questions the MRR falls: {asked['before']:.3f} -> {asked['after']:.3f}"
+    if is_log or terms.documents_only or (asked and asked["lower"] > 0):
+        return ""
+    return "it was not shown on real questions"
+
+
+def digest(pairs: Pairs) -> str:
+    """Return the SHA-256 of the pairs' values."""
+    return hashlib.sha256(json.dumps(pairs.table.to_pydict(), sort_keys=True).encode()).hexdigest()
+
+
+def _groups(pairs: Pairs) -> int:
+    return len(pairs.table["group"].unique())
+
+
+def _version(card: LoRACard) -> str:
+    return str(card.metadata.get("version", ""))

@@ -1,0 +1,90 @@
+"""Documents as pairs: what is read of them, what groups they have, which words tell them."""
+
+import pytest
+
+from lora.errors import CardNotFoundError, DataError
+from lora.evolution.documents import LENGTH, Source, standard_library
+from lora.testing.plugin import requirement
+
+GUIDE = """# Title
+
+A card is a value. It never changes once it was made.
+
+Short.
+
+## Use
+
+- See [the page](http://example.org) for how `cards` are *used* here. There is more.
+
+```
+A block of code is no sentence. It would be seen here as one.
+```
+
+| a table | has no sentences. It has cells, which are left out of all. |
+
+Topic
+=====
+
+Below a title that is underlined, text counts :class:`as such`. So it does here.
+
+.. note:: A directive is left out. It is no sentence of the text at all.
+"""
+
+
+def rows(source):
+    return {row["query"]: (row["positive"], row["group"]) for row in source.pairs.table.to_pylist()}
+
+
+@requirement("R18.3")
+def test_prose_gives_sentences_with_their_rest_and_headings_with_their_paragraphs(tmp_path):
+    (tmp_path / "guide.md").write_text(GUIDE)
+    first = "A card is a value.", "It never changes once it was made."
+    use = "See the page for how cards are used here.", "There is more."
+    under = "Below a title that is underlined, text counts as such.", "So it does here."
+    assert rows(Source.read(tmp_path)) == {
+        first[0]: (first[1], "guide.md > Title"),
+        "Title": (" ".join(first), "guide.md > Title"),
+        use[0]: (use[1], "guide.md > Title > Use"),
+        "Title: Use": (" ".join(use), "guide.md > Title > Use"),
+        under[0]: (under[1], "guide.md > Topic"),
+        "Topic": (" ".join(under), "guide.md > Topic"),
+    }
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("Some words about it all. They are long enough.")
+    groups = Source.read(tmp_path).pairs.table["group"].to_pylist()
+    assert set(groups) == {"guide.md", "a.txt"}  # of equal texts the first counts
+
+
+@requirement("R18.3")
+def test_a_folder_is_read_by_file_with_private_files_and_without_binaries(tmp_path):
+    with pytest.raises(DataError, match="Python files with docstrings"):
+        Source.read(tmp_path)
+    with pytest.raises(CardNotFoundError, match="a folder of documents"):
+        Source.read(tmp_path / "none")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "note.txt").write_bytes(b"Bytes that are \xff not text. Read them anyway.")
+    (tmp_path / "sub" / "_tool.py").write_text(
+        'def run():\n    """Run the whole tool once. Then end."""\n'
+        'def _hidden():\n    """Do what nobody sees at all."""\n'
+    )
+    (tmp_path / "tool.py").write_text('def run():\n    """Run the other tool once."""\n')
+    (tmp_path / "image.md").write_bytes(bytes(range(256)) * 9)
+    (tmp_path / "long.txt").write_text(f"A {'very ' * 99}long text begins here. It ends, too.")
+    source = Source.read(tmp_path)
+    assert sorted(source.texts) == ["long.txt", "sub/note.txt"]
+    assert source.forms == ("names", "prose")
+    assert rows(source) == {
+        "Run the whole tool once.": ("sub._tool.run", "sub/_tool.py"),
+        "Run the other tool once.": ("tool.run", "tool.py"),
+        "Bytes that are \ufffd not text.": ("Read them anyway.", "sub/note.txt"),
+        ("A " + "very " * 99)[:LENGTH]: ("It ends, too.", "long.txt"),
+    }
+
+
+@requirement("R18.3", "R21.6")
+def test_the_standard_library_has_pairs_of_both_forms():
+    names, prose = (standard_library(form) for form in ("names", "prose"))
+    assert min(len(names), len(prose)) > 1000
+    assert all(" " not in text for text in names.positives)
+    assert sum(" " in text for text in prose.positives) > 0.9 * len(prose)
+    assert max(map(len, prose.positives)) <= LENGTH

@@ -1,0 +1,394 @@
+"""Learning by example: what is accepted, refused, kept beside a card, and never in it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora
+from lora.cli.app import NOTHING_TO_SERVE
+from lora.errors import ArgumentError, DataError
+from lora.evolution import exam
+from lora.evolution.acceptance import FEWEST
+from lora.evolution.documents import Source
+from lora.evolution.exam import Live, Terms, digest, divided, learn, placebo
+from lora.federation import LoRAFlightClient, LoRAFlightServer
+from lora.federation.catalog import card_files
+from lora.learning import evolve, guard, routing_checks
+from lora.testing.plugin import requirement
+from lora.training.data import Pairs
+from lora.training.train import LoRATrainer, ranks
+from tests.unit.letters import SETTINGS, combined, core, engine, subject, write_documents
+
+
+@pytest.fixture(scope="module")
+def placebos(tmp_path_factory):
+    return tmp_path_factory.mktemp("placebos")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Train fast, and let the letters a to d stand for the standard library."""
+    monkeypatch.setattr(exam, "LEARNING", SETTINGS)
+    monkeypatch.setattr(exam, "standard_library", lambda form: combined("abcd"))
+
+
+@pytest.fixture
+def terms(placebos):
+    return Terms(rank=4, placebos=placebos, documents_only=True)
+
+
+def learned(terms, source, name="skill", **options):
+    return learn(engine(), name, source, terms=terms, **options)
+
+
+@requirement("R18.3")
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        (subject("efgh"), "skill"),
+        (subject("efgh", shuffled=3), "nothing"),
+        (subject("abcd"), "format"),  # what the placebo was trained on
+        (subject("efgh", size=6), "can't tell"),
+        (Source(combined("efgh").take(range(10))), "can't tell"),
+        (
+            Source(
+                Pairs.of(
+                    [{**row, "group": "one file"} for row in combined("efgh").table.to_pylist()]
+                )
+            ),
+            "can't tell",
+        ),
+    ],
+    ids=["real", "shuffled", "placebo again", "few", "ten pairs", "one file"],
+)
+def test_only_what_beats_base_and_placebo_on_files_that_it_did_not_see_is_a_skill(
+    terms, source, kind
+):
+    lesson = learned(terms, source)
+    assert (lesson.verdict.kind, lesson.live) == (kind, kind == "skill")
+    assert bool(lesson.reason) == (kind != "skill")
+    json.dumps(dict(lesson.figures))
+    if kind != "can't tell":
+        assert set(lesson.verdict.changes) == {"base", "placebo prose"}
+        assert lesson.figures["changes"]["base"] == vars(lesson.verdict.changes["base"])
+        assert lesson.figures["pairs"]["held_out"] == 160 >= FEWEST
+    else:
+        assert lesson.card is None
+        assert lesson.reason.startswith("can't tell")
+
+
+@requirement("R18.3")
+def test_the_exam_is_on_other_files_served_and_with_the_base_where_it_abstains(terms, monkeypatch):
+    trained, train = [], LoRATrainer.train
+
+    def watched(trainer, pairs, **options):
+        trained.append(pairs)
+        return train(trainer, pairs, **options)
+
+    monkeypatch.setattr(LoRATrainer, "train", watched)
+    lesson = learned(terms, subject("efgh"))
+    training, held_out = divided(combined("efgh"), 0)
+    assert digest(trained[0]) == lesson.figures["sha256"]["training"] == digest(training)
+    assert lesson.figures["sha256"]["held_out"] == digest(held_out)
+    for column in ("group", "query", "positive"):
+        sides = (set(part.table[column].to_pylist()) for part in (training, held_out))
+        assert not set.intersection(*sides)
+    base = core()
+    server = lora.ArrowEngine(base)
+    server.register_lora(lesson.card)
+    routed = [
+        bool(server.encode_with_lora([query], intent_query=query).routes)
+        for query in held_out.queries
+    ]
+    assert np.mean(routed) == lesson.figures["answered"]
+    assert 0.5 < np.mean(routed) < 1
+    own, plain = ranks(lora.adapt(base, lesson.card), held_out), ranks(base, held_out)
+    served = np.where(routed, own, plain)
+    change = lesson.verdict.changes["base"]
+    assert (change.before, change.after) == pytest.approx((plain.mean(), served.mean()), rel=1e-9)
+
+
+@requirement("R18.3")
+def test_texts_that_a_document_repeats_are_not_trained_on():
+    pairs = combined("efgh")
+    _, held_out = divided(pairs, 0)
+    copied = Pairs.of({**row, "group": "copy"} for row in held_out.table.to_pylist())
+    training, again = divided(pairs.add(copied), 0)
+    assert not {*training.queries, *training.positives} & {*again.queries, *again.positives}
+    assert len(again) >= FEWEST
+
+
+@requirement("R18.3")
+def test_every_live_skill_is_an_alternative(terms, tmp_path):
+    """Another name for the same subject is no gain over the first."""
+    first = learned(terms, subject("efgh"), "first")
+    live = Live({"first": first.card}, {"first": first.sample})
+    second = learned(replace(terms, seed=1), subject("efgh"), "second", live=live)
+    assert (second.verdict.kind, second.live) == ("nothing", False)
+    assert "skill first" in second.verdict.unbeaten
+    assert "skill first" in second.reason
+    assert not second.live
+
+
+@requirement("R18.3", "R17.3")
+def test_placebos_are_kept_by_base_form_and_steps(terms, tmp_path, monkeypatch):
+    terms, one = replace(terms, placebos=tmp_path, steps=1), engine()
+    first = placebo(one, "prose", terms)
+    monkeypatch.setattr(exam, "standard_library", lambda form: pytest.fail("trained again"))
+    assert placebo(one, "prose", terms) == first
+    monkeypatch.undo()
+    monkeypatch.setattr(exam, "standard_library", lambda form: combined("abcd"))
+    placebo(one, "names", terms)
+    placebo(one, "prose", replace(terms, steps=2))
+    assert len(card_files(tmp_path)) == 3
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory, placebos):
+    """A folder of live cards with one skill, made from a folder of documents."""
+    root = tmp_path_factory.mktemp("evolved")
+    write_documents(root / "book", "efgh")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exam, "LEARNING", SETTINGS)
+        patch.setattr(exam, "standard_library", lambda form: combined("abcd"))
+        terms = Terms(rank=4, placebos=placebos, documents_only=True)
+        evolved = evolve(engine(), root / "book", root / "cards", name="book", terms=terms)
+    return root, evolved
+
+
+@requirement("R18.4", "R18.8")
+def test_an_accepted_skill_is_a_card_to_serve_that_tells_where_it_comes_from(shelf):
+    root, evolved = shelf
+    facts = evolved.facts
+    assert (facts["verdict"], facts["live"], facts["reason"]) == ("skill", True, None)
+    (path,) = card_files(root / "cards")
+    assert facts["file"] == str(path)
+    card = lora.load(path, verify=facts["digest"])
+    meta = card.metadata
+    assert (card.name, meta["version"]) == ("book", "0.1.0")
+    assert card.base_fingerprint is not None
+    assert meta["provenance"] == json.loads(json.dumps(dict(evolved.lesson.figures)))
+    assert meta["description"].startswith("book / ")
+    assert len(meta["examples"]) == len(meta["example_groups"]) <= 256
+    texts = {file.read_text() for file in (root / "book").iterdir()}
+    assert all(any(example in text for text in texts) for example in meta["examples"])
+    assert "MRR 0." in facts["text"]
+    assert "comes from these documents" in facts["text"]
+    assert "Not tested on real users' questions" in facts["text"]
+
+
+@requirement("R18.4", "R18.8")
+def test_a_peer_sees_the_skill_and_its_sample_is_not_served(shelf, tmp_path):
+    root, evolved = shelf
+    with (
+        LoRAFlightServer(root / "cards") as server,
+        LoRAFlightClient(server.uri, tmp_path) as client,
+    ):
+        (offer,) = client.list_remote_skills()
+        assert (offer.name, offer.version) == ("book", "0.1.0")
+        assert offer.description == lora.load(evolved.facts["file"]).metadata["description"]
+        assert client.fetch_skill("book", digest=evolved.facts["digest"]).name == "book"
+
+
+@requirement("R18.8")
+def test_a_bounded_sample_is_kept_beside_the_card_and_only_there(shelf):
+    _, evolved = shelf
+    sample = Pairs.load(evolved.facts["exam"])
+    assert len(sample) == FEWEST
+    card = lora.load(evolved.facts["file"])
+    assert not set(sample.queries) & set(card.metadata["examples"])
+    assert "exam" not in card.metadata
+    assert sample.queries[0] not in json.dumps(dict(card.metadata))
+
+
+@requirement("R18.8", "R18.3", "R18.4")
+def test_a_worse_version_is_refused_and_an_equal_one_rises(shelf, terms, tmp_path):
+    root, evolved = shelf
+    before = {path.name: path.read_bytes() for path in (root / "cards").iterdir()}
+    card = lora.load(evolved.facts["file"])
+    worse = replace(
+        card,
+        weights={key: replace(pair, B=np.zeros_like(pair.B)) for key, pair in card.weights.items()},
+    )
+    refused = guard(engine(), worse, root / "cards")
+    assert "on the sample of 'book' the MRR falls by" in refused.refused
+    assert refused.figures["guards"]["book"]["weak"] is False
+    assert guard(engine(), card, root / "cards").refused == ""
+    shuffled = write_documents(tmp_path / "noise", "efgh", shuffled=3)
+    failed = evolve(engine(), shuffled, root / "cards", name="book", terms=terms)
+    assert (failed.facts["live"], failed.facts["file"]) == (False, None)
+    assert {path.name: path.read_bytes() for path in (root / "cards").iterdir()} == before
+    out = tmp_path / "next"
+    again = evolve(
+        engine(),
+        root / "book",
+        out,
+        name="book",
+        cards=root / "cards",
+        terms=replace(terms, seed=1),
+    )
+    assert (again.facts["live"], again.facts["version"]) == (True, "0.2.0")
+    assert set(again.facts["figures"]["guards"]) == {"book"}
+    assert set(again.facts["figures"]["changes"]) == {"base", "placebo prose"}
+
+
+@requirement("R18.8")
+def test_a_card_that_takes_anothers_questions_is_refused_by_the_share(shelf):
+    root, _ = shelf
+    own = lora.load(root / "cards" / "book.lora.arrow")
+    thief = replace(
+        own,
+        name="thief",
+        metadata={
+            "examples": Pairs.load(root / "cards" / "book.exam.jsonl").queries,
+        },
+    )
+    refused = guard(engine(), thief, root / "cards")
+    assert "of the sample of 'book', more than 5.0%" in refused.refused
+    assert refused.figures["guards"]["book"]["taken"] > 0.5
+    assert guard(engine(), thief, root / "cards", max_taken=1.0).refused == ""
+
+
+@requirement("R18.8")
+def test_few_pairs_guard_weakly_and_none_are_named(shelf, terms, tmp_path):
+    _, evolved = shelf
+    card = lora.load(evolved.facts["file"])
+    lora.save(card, tmp_path / "book.lora.arrow")
+    assert guard(engine(), card, tmp_path).figures == {"guards": {}, "unguarded": ["book"]}
+    Pairs.load(evolved.facts["exam"]).take(range(20)).save(tmp_path / "book.exam.jsonl")
+    assert guard(engine(), card, tmp_path).figures["guards"]["book"]["weak"] is True
+
+
+def answers(count):
+    """Logged questions: what the documents say, in another order."""
+    rows = combined("efgh").sample(count, 5).table.to_pylist()
+    ends = {"query": " then .", "positive": " then now"}
+    return Pairs.of(
+        tuple(" ".join(row[key].split()[::-1]) + end for key, end in ends.items()) for row in rows
+    )
+
+
+@requirement("R18.8", "R5.14")
+def test_without_real_questions_a_skill_is_not_live_unless_documents_are_said_to_do(
+    terms, tmp_path
+):
+    book, careful = write_documents(tmp_path / "book", "efgh"), replace(terms, documents_only=False)
+    out = tmp_path / "cards"
+    alone = evolve(engine(), book, out, name="book", terms=careful)
+    assert (alone.facts["verdict"], alone.facts["live"]) == ("skill", False)
+    assert alone.facts["reason"] == "it was not shown on real questions"
+    assert [path.name for path in out.iterdir()] == ["book.candidate.arrow"]
+    assert card_files(out) == []
+    log = tmp_path / "log.jsonl"
+    answers(100).save(log)
+    asked = evolve(engine(), book, out, name="book", answers=log, terms=careful)
+    assert (asked.facts["live"], asked.facts["reason"]) == (True, None)
+    assert asked.facts["figures"]["answers"]["queries"] == 50
+    metadata = json.dumps(dict(lora.load(asked.facts["file"]).metadata))
+    kept = metadata + Path(asked.facts["exam"]).read_text()
+    assert not [t for t in (*answers(100).queries, *answers(100).positives) if t in kept]
+
+
+@requirement("R18.8")
+@pytest.mark.parametrize(
+    ("mean", "lower", "taken", "documents_only", "reason"),
+    [
+        (0.1, 0.01, 0, False, ""),
+        (0.1, 0.0, 0, False, "not shown on real questions"),
+        (-0.019, -0.1, 0, True, ""),
+        (-0.021, -0.1, 0, True, "on users' questions the MRR falls: 0.500 -> 0.479"),
+        (0.1, 0.01, 1, True, ""),
+        (0.1, 0.01, 2, True, "it answers 2 of 20 questions that are for others"),
+    ],
+)
+def test_real_questions_speak_for_a_skill_or_veto_it(mean, lower, taken, documents_only, reason):
+    asked = {"before": 0.5, "after": 0.5 + mean, "mean": mean, "lower": lower}
+    figures = {"answers": asked, "questions": {"taken": taken, "others": 20}}
+    terms = Terms(documents_only=documents_only)
+    assert reason in (got := exam.vetoed(figures, terms, is_log=False))
+    assert bool(got) == bool(reason)
+
+
+@requirement("R18.8")
+def test_questions_are_in_a_card_only_by_their_owners_word(terms, tmp_path):
+    log = tmp_path / "log.jsonl"
+    combined("efgh").save(log)
+    with pytest.raises(ArgumentError, match="share_questions"):
+        evolve(engine(), log, tmp_path / "cards", name="log", terms=terms)
+    shared = evolve(
+        engine(),
+        log,
+        tmp_path / "cards",
+        name="log",
+        terms=replace(terms, share_questions=True, documents_only=False),
+    )
+    assert shared.facts["live"]
+    assert shared.facts["exam"] is None  # users' questions are not kept in a folder that is served
+    both = learned(
+        replace(terms, share_questions=True), subject("efgh"), answers=answers(50)
+    ).card.metadata["examples"]
+    assert len(set(both) & set(answers(50).queries)) == 25
+    exam_pairs = learned(replace(terms, share_exam=True), subject("efgh")).card.metadata["exam"]
+    assert len(exam_pairs) == FEWEST
+
+
+@requirement("R18.3", "R25.2")
+def test_evolve_is_a_command_that_says_what_came_of_it(here, tmp_path, monkeypatch, placebos):
+    monkeypatch.setattr("lora.ArrowEngine.from_pretrained", lambda _: engine())
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "book", "efgh")
+    write_documents(tmp_path / "noise", "efgh", shuffled=3)
+    (tmp_path / "checks.jsonl").write_text(
+        '{"query": "eb gd then ."}\n{"query": "ia kb", "skill": null}\n'
+    )
+    options = ["--rank", 4, "--placebos", placebos, "--out", "cards", "--json", "--name", "book"]
+    code, out, _ = here("evolve", "noise", *options, "--documents-only")
+    facts = json.loads(out)
+    assert (code, facts["file"], facts["verdict"]) == (NOTHING_TO_SERVE, None, "nothing")
+    assert facts["reason"]
+    code, out, _ = here("evolve", "book", *options)
+    assert (code, json.loads(out)["candidate"]) == (NOTHING_TO_SERVE, "cards/book.candidate.arrow")
+    options += ["--documents-only", "--questions", "checks.jsonl"]
+    code, out, _ = here("evolve", "book", *options)
+    facts = json.loads(out)
+    assert (code, facts["file"], facts["exam"]) == (
+        0,
+        "cards/book.lora.arrow",
+        "cards/book.exam.jsonl",
+    )
+    checks = facts["figures"]["questions"]
+    assert (checks["own"], checks["others"]) == (1, 1)
+    code, out, err = here("route", "eb gd then .", "--cards", "cards")
+    assert (code, out.split()[1:], err) == (0, ["book"], "")
+    code, out, err = here("route", "ia kb ic", "--cards", "cards")
+    assert (code, out) == (0, "")
+    assert "'book' scores" in err
+    assert "routes from" in err
+
+
+@requirement("R18.3")
+def test_bad_input_is_refused_by_its_place(terms, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "image.md").write_bytes(bytes(range(256)) * 40)
+    (empty / "data.bin").write_bytes(b"\0" * 99)
+    with pytest.raises(DataError, match="expected Python files with docstrings"):
+        evolve(engine(), empty, tmp_path / "cards", terms=terms)
+    log = tmp_path / "log.jsonl"
+    for line in ("nonsense", "[]", '{"question": "a"}', '{"query": "a", "skill": 3}'):
+        log.write_text(f'{{"query": "fine"}}\n{line}\n')
+        with pytest.raises(DataError, match="line 2"):
+            routing_checks(log, "book")
+    assert [
+        check["skill"]
+        for check in routing_checks_of(log, '{"query": "a"}', '{"query": "b", "skill": null}')
+    ] == ["book", None]
+    assert not (tmp_path / "cards").exists()
+
+
+def routing_checks_of(path, *lines):
+    path.write_text("\n".join(lines))
+    return routing_checks(path, "book")
