@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import (
     BertModel,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     T5Config,
     T5Model,
     Trainer,
@@ -28,7 +31,7 @@ from transformers import (
 )
 
 from lora.card import LoRACard, LowRank
-from lora.errors import UnboundWarning, UnsupportedModelError
+from lora.errors import TargetError, UnboundWarning, UnsupportedModelError
 from lora.interop.peft import export_peft
 from lora.models.adapt import adapt, fold, init_card
 from lora.models.encoder import InferenceCore
@@ -294,3 +297,57 @@ def test_a_narrow_model_that_is_folded_and_saved_computes_what_pefts_merge_does(
         own = loaded.get_parameter(name)
         assert ((own - parameter).abs() <= digits * parameter.abs() + 1e-4 * digits).all(), name
     assert not torch.equal(tokens(loaded), tokens(model))
+
+
+def with_delta(model, card, prefix=""):
+    """The model with ΔW added to its own weights, by dense arithmetic."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for key, pair in card.weights.items():
+            change = pair.scaling * (pair.A.astype(np.float64) @ pair.B.astype(np.float64)).T
+            weight = model.get_submodule(prefix + key).weight
+            weight += torch.from_numpy(change).to(weight.dtype)
+    return model
+
+
+def card_on(names, linear):
+    rng = np.random.default_rng(0)
+    shapes = (linear.in_features, 2), (2, linear.out_features)
+    pairs = {name: LowRank(*(rng.normal(0, 0.3, shape) for shape in shapes)) for name in names}
+    return LoRACard("docs", 2, 4.0, ["q_proj"], pairs)
+
+
+@requirement("R3.12", "R3.11")
+def test_a_text_models_card_is_refused_on_its_multimodal_wrapper_and_binds_by_the_wrappers_names():
+    text = llama().double()
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    config = LlavaConfig(
+        text_config=text.config, vision_config=CLIPVisionConfig(**vision), image_token_id=90
+    )
+    wrapper = LlavaForConditionalGeneration(config).double().eval()
+    names = [f"layers.{index}.self_attn.q_proj" for index in range(2)]
+    linear = text.model.layers[0].self_attn.q_proj
+    with pytest.raises(TargetError, match=r"card 'docs': .* found none .factors for .model"):
+        adapt(wrapper, card_on([f"model.{name}" for name in names], linear))
+    with pytest.raises(TargetError, match=r"vision_tower.encoder.layers.0"):
+        adapt(wrapper, card_on(names, linear))
+    card = card_on([f"language_model.{name}" for name in names], linear)
+    expected = with_delta(wrapper, card, "model.")(input_ids=IDS).logits
+    assert (wrapper(input_ids=IDS).logits - expected).abs().max() > 1e-3
+    adapted = adapt(wrapper, card, strict=True)
+    assert torch.allclose(adapted(input_ids=IDS).logits, expected, rtol=0, atol=1e-12)
+
+
+@requirement("R2.12", "R3.9")
+def test_an_adapted_model_generates_and_runs_in_a_parallel_wrapper_as_the_weights_plus_delta_do():
+    model = llama().double()
+    linear = model.model.layers[0].self_attn.q_proj
+    card = card_on([f"model.layers.{index}.self_attn.q_proj" for index in range(2)], linear)
+    expected, adapted = with_delta(model, card), adapt(model, card)
+    for options in ({}, {"num_beams": 3}):
+        options |= {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(adapted.generate(IDS, **options), expected.generate(IDS, **options))
+    logits = expected(input_ids=IDS).logits
+    for wrapped in (nn.DataParallel(adapted), adapt(nn.DataParallel(model), card)):
+        assert torch.allclose(wrapped(input_ids=IDS).logits, logits, rtol=0, atol=1e-12)
