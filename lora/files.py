@@ -74,14 +74,15 @@ def replacing(path: PathLike, temporary_name: str | None = None) -> Iterator[Bin
     """Open a new file that replaces `path` when the block ends, and is removed when it raises.
 
     The file is flushed before it is renamed and the folder afterwards, so that a crash leaves the
-    old file or the new one. A killed process leaves the file under its temporary name.
+    old file or the new one. A killed process leaves the file under its temporary name, and the
+    next one that states this name takes it over.
     """
     path = as_path(path)
     with os_errors(path):
         temporary = path.with_name(temporary_name or f".{secrets.token_hex(8)}.tmp")
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            with temporary.open("xb") as file:
+            with temporary.open("wb" if temporary_name else "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -12,7 +12,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,8 +33,8 @@ from lora.interop.safetensors import (
 from lora.targets import ALL_LINEAR, match_targets, matches
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-_NEW_CONFIG, _NEW_WEIGHTS = f".{CONFIG}.tmp", f".{WEIGHTS}.tmp"
-_OLD = {name: f".{name}.old" for name in (CONFIG, WEIGHTS, PICKLE)}
+_UNFINISHED = f".{CONFIG}.tmp"
+"""The configuration, while an export writes; one that is killed leaves it."""
 
 Config: TypeAlias = Mapping[str, Any]
 
@@ -70,7 +69,7 @@ _FORMATS = {
     "head_config.json": _HUB,
     "pytorch_lora_weights.*": ("diffusers' form", "of a diffusion model there is no card"),
     "*.gguf": ("GGUF", "use the PEFT folder that it was converted from"),
-    _OLD[CONFIG]: ("an export that was killed", "export again, with `overwrite=True`"),
+    _UNFINISHED: ("an export that was killed", "export again, with `overwrite=True`"),
     f"*/{CONFIG}": ("adapters in subfolders", "name one of the subfolders"),
 }
 """A key of a configuration, or the name of a file -> (what the folder holds, the way to go)."""
@@ -188,8 +187,7 @@ def export_peft(
     B's dtype.
 
     A folder without a configuration is no adapter to any reader, and an overwritten folder has none
-    until the new weights are in place. If replacing fails, the old adapter is put back; if the
-    process is killed, the next export with ``overwrite=True`` does so first.
+    while the new files take their places. After a kill, export again with ``overwrite=True``.
 
     Args:
         card: Has weights, all of them targeted.
@@ -219,45 +217,20 @@ def export_peft(
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.T
     folder = as_path(folder)
     with os_errors(folder):
-        if overwrite and folder.is_dir():
-            _recover(folder)
-        files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        ours = CONFIG in files or all(name == WEIGHTS for name in files)
+        files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        ours = not files.isdisjoint((CONFIG, _UNFINISHED)) or files <= {WEIGHTS}
         if (files and not (overwrite and ours)) or (folder.exists() and not folder.is_dir()):
             expected = f"a new or empty folder, or with `overwrite=True` one that holds {CONFIG}"
             contents = "a folder with files" if files else "a file"
             raise ArgumentError(str(folder), expected, contents)
         folder.mkdir(exist_ok=True)
-        try:
-            with replacing(folder / CONFIG, _NEW_CONFIG) as file:
-                file.write(json.dumps(config, indent=2, sort_keys=True).encode())
-                with replacing(folder / WEIGHTS, _NEW_WEIGHTS) as weights_file:
-                    write_tensors(weights_file, tensors, {"format": "pt", **header_of(card)})
-                    for name in reversed(_OLD):
-                        if (folder / name).exists():
-                            (folder / name).rename(folder / _OLD[name])
-        finally:
-            _recover(folder, fresh=not files)
-
-
-def _recover(folder: Path, *, fresh: bool = False) -> None:
-    """Finish an export, or if it did not get so far, put the old adapter back.
-
-    The old weights are moved aside first and the old configuration last, the new configuration
-    takes its place last. Killed anywhere, here too, the next call goes on.
-    """
-    config, weights = folder / CONFIG, folder / WEIGHTS
-    old = {name: folder / aside for name, aside in _OLD.items()}
-    unfinished = [folder / _NEW_CONFIG, folder / _NEW_WEIGHTS]
-    if config.exists() and weights.exists():
-        unfinished += old.values()
-    elif not config.exists() and (fresh or old[CONFIG].exists()):
-        unfinished.append(weights)  # the new ones, without a configuration
-    for path in unfinished:
-        path.unlink(missing_ok=True)
-    for name, path in old.items():
-        if path.exists():
-            path.rename(folder / name)
+        with replacing(folder / CONFIG, _UNFINISHED) as file:
+            file.write(json.dumps(config, indent=2, sort_keys=True).encode())
+            with replacing(folder / WEIGHTS, f".{WEIGHTS}.tmp") as weights_file:
+                write_tensors(weights_file, tensors, {"format": "pt", **header_of(card)})
+                weights_file.flush()
+                for name in (CONFIG, PICKLE):
+                    (folder / name).unlink(missing_ok=True)
 
 
 def _check_plain(config: Config) -> None:
