@@ -414,6 +414,14 @@ def test_the_bar_is_on_stderr_and_its_title_is_plain_text(capsys):
 
 
 @requirement("R25.3")
+def test_many_texts_are_encoded_under_a_bar(here, monkeypatch):
+    monkeypatch.setattr("lora.cli.models.TEXTS", 1)
+    code, _, err = here("encode", "a", "b")
+    assert code == 0
+    assert re.search("encoding .* 2/2", err)
+
+
+@requirement("R25.3")
 def test_a_bar_that_an_error_ends_leaves_nothing_behind(capsys):
     def fail():
         with progress_bar("training") as progress:

@@ -67,6 +67,22 @@ def change(card, module="layer.0.query"):
     return delta(card.weights[module], dtype=np.float64)
 
 
+@requirement("R25.3")
+@pytest.mark.parametrize(
+    ("line", "bar"),
+    {
+        "merge docs.lora.arrow law.lora.arrow -o both.lora.arrow": "merging .* 2/2",
+        "convert docs.lora.arrow -o docs.safetensors": "converting docs.lora.arrow .* 2/2",
+        f"{EXTRACT} --base base.safetensors": "extracting tuned.safetensors .* 2/2",
+        "probe --base base.safetensors --tuned tuned.safetensors": "comparing .* 2/2",
+    }.items(),
+)
+def test_long_work_shows_how_far_it_is_on_stderr(shell, line, bar):
+    done = shell(*line.split())
+    assert re.search(bar, done.stderr)
+    assert not re.search(bar, done.stdout)
+
+
 def near(a, b):
     """Equal up to the arithmetic of products and decompositions of 4 x 4 float64 matrices."""
     return np.abs(a - b).max() <= 200 * np.finfo(np.float64).eps * np.abs(b).max()

@@ -81,7 +81,10 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
         assert "other" in ran(*fetch, "--trust", f"{key}.pub", "--base-model", "other", code=1)
         assert not list(cache.glob("*.arrow"))
         out = tmp_path / "out.lora.arrow"
-        facts = json.loads(ran(*fetch, "--trust", f"{key}.pub", "-o", out, "--json"))
+        other = tmp_path / "other.pem"
+        ran("keygen", other)
+        trusted = ("--trust", f"{other}.pub", "--trust", f"{key}.pub")
+        facts = json.loads(ran(*fetch, *trusted, "-o", out, "--json"))
         assert facts == {"name": "docs", "digest": sha, "file": str(out)}
         assert lora.digest(out) == sha
         assert ran(*fetch, "--pin", sha).startswith(f"{cache / sha}.lora.arrow: card docs")

@@ -55,7 +55,6 @@ def rooms():
             yield room, path
 
 
-@requirement("R9.7")
 def test_imports_point_one_way():
     for room, path in rooms():
         for name in imports(path):

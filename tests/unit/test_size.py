@@ -4,7 +4,6 @@ import sys
 
 import pytest
 
-from lora.testing.plugin import requirement
 from tests.size import Size, lines_of_tests, size_of, total
 
 LIMIT = Size(lines=17_550, tokens=113_600, words=24_200)
@@ -26,7 +25,6 @@ def test_a_file_is_counted_by_hand():
     assert size_of(SOURCE) == Size(lines=8, tokens=13, words=8)
 
 
-@requirement("R9.7")
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="3.12 splits f-strings into tokens")
 def test_the_package_is_no_larger_than_its_limit():
     size = total()
