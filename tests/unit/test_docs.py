@@ -369,7 +369,7 @@ GUIDES = [
     ("index.md", "Home", "Where to look", "Install", "A card in ten lines"),
     ("tutorial.md", "Tutorial", "1. An engine and data", "2. Train a card", "3. Save it, map it"),
     ("federation.md", "Federation, the guide", "Two machines, nothing configured", "From Python"),
-    ("evolution.md", "Evolution, the guide", "One command", "How it decides", "In an engine"),
+    ("evolution.md", "Evolution, the guide", "One command", "How it decides"),
 ]
 """Page, title in the navigation, and the sections that it begins with."""
 
