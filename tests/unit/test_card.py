@@ -149,6 +149,13 @@ def test_frozen_json_prints_its_text_and_has_no_other_key():
         frozen["c"]
 
 
+@requirement("R1.3", "R7.8")
+@pytest.mark.parametrize("metadata", [{"a": "\ud800"}, {"\udfff": 1}, {"a": [{"b": "x\ud83d"}]}])
+def test_metadata_that_unicode_does_not_have_are_refused(metadata):
+    with pytest.raises(CardError, match=r"metadata: expected a JSON object, found .* surrogates"):
+        card(metadata=metadata)
+
+
 SETS = {
     "key 'law': expected the card's own name, found 'docs'": {"law": card()},
     "weight of 'docs': expected a finite number, found nan": {"docs": (card(), float("nan"))},

@@ -181,6 +181,14 @@ def test_an_error_is_one_line_on_stderr_and_exit_1(here, folder, monkeypatch, li
 
 
 @requirement("R25.3")
+def test_an_error_about_a_name_with_line_breaks_is_one_line(here):
+    code, out, err = here("inspect", "one\ntwo\r\nthree.lora.arrow")
+    assert (code, out) == (1, "")
+    assert one_line(err)
+    assert "one two three" in err
+
+
+@requirement("R25.3")
 @pytest.mark.parametrize(
     ("line", "said"),
     {

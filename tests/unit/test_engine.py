@@ -16,6 +16,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import lora
@@ -47,6 +49,7 @@ from lora.models.twins import Twins
 from lora.router import LoRARouter
 from lora.routing import Route
 from lora.testing.plugin import requirement
+from lora.testing.strategies import names
 from lora.testing.tolerance import gamma
 
 TEXTS = ["open a file for reading", "", "the quick brown fox", "sort a list of numbers in place"]
@@ -1125,13 +1128,24 @@ def test_two_thousand_requests_pass_through_a_registry_of_four(tmp_path):
     through_a_registry_of_four(tmp_path, 2_000)
 
 
+@pytest.fixture(scope="module")
+def routing_engine(core):
+    engine = ArrowEngine(core)
+    for name in ("reading files", "sorting numbers", "foxes in the forest"):
+        engine.router.register_virtual_candidate(name, name)
+    return engine
+
+
+sentences = st.lists(
+    st.sampled_from("open read sort a the list file fox forest numbers tea é 注意".split()) | names,
+    max_size=30,
+).map(" ".join)
+
+
 @requirement("R4.10")
-def test_the_engines_router_scores_a_query_in_a_batch_as_alone(engine, cards):
-    for card in cards.values():
-        engine.register_lora(card)
-    words = "open read sort a the list file fox forest numbers write disk tea".split()
-    rng = np.random.default_rng(0)
-    queries = [" ".join(rng.choice(words, rng.integers(1, 30))) for _ in range(60)]
-    for query, together in zip(queries, engine.router.select_many(queries, 3), strict=True):
-        alone = {route.name: route.score for route in engine.router.select(query, 3)}
+@given(queries=st.lists(sentences, min_size=2, max_size=5))
+def test_the_engines_router_scores_a_query_in_a_batch_as_alone(routing_engine, queries):
+    router = routing_engine.router
+    for query, together in zip(queries, router.select_many(queries, 3), strict=True):
+        alone = {route.name: route.score for route in router.select(query, 3)}
         assert alone == pytest.approx({r.name: r.score for r in together}, rel=0, abs=1.01e-6)
