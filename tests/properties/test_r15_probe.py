@@ -229,7 +229,7 @@ def test_where_sums_are_exact_a_batch_split_changes_nothing(data, dtype, width, 
     assert split.count == count
 
 
-@requirement("R15.3")
+@requirement("R15.3", "R15.1")
 @given(planted(), texts, st.data())
 def test_padding_order_and_repetition_of_texts_change_nothing(model_and_hot, some, data):
     model, probe = model_and_hot[0], WeightMapProbe(model_and_hot[0])

@@ -9,6 +9,7 @@ from lora.card import LoRACard
 from lora.evolution.queue import JobQueue
 from lora.evolution.teacher import Ledger
 from lora.testing.plugin import requirement
+from lora.training import train as training
 from lora.training.data import Pairs
 from tests.unit.hostile import made
 from tests.unit.letters import engine
@@ -160,12 +161,19 @@ def test_evolve_sends_a_teacher_what_is_allowed_and_nothing_else(
 
 
 @requirement("R17.1", "R17.2", "R21.1", "R25.2")
-def test_a_task_is_a_preset_of_training_that_options_can_override(shop, here):
+def test_a_task_is_a_preset_of_training_that_options_can_override(shop, here, monkeypatch):
+    trainers, trainer = [], training.LoRATrainer
+    monkeypatch.setattr(
+        training, "LoRATrainer", lambda *a, **k: trainers.append(trainer(*a, **k)) or trainers[0]
+    )
     rows = [{"query": f"number {i}", "positive": f"n{i}", "group": str(i % 4)} for i in range(16)]
     Pairs.of(rows).save(shop / "pairs.jsonl")
     options = "--preset reviewer --loss triplet --schedule linear --warmup 0.1 --steps 1".split()
     line = "train pairs.jsonl --name x -o x.lora.arrow --rank 4"
     assert here(*line.split(), *options)[0] in (0, 3)
+    settings = trainers[0].settings
+    assert (settings.loss, settings.schedule, settings.warmup) == ("triplet", "linear", 0.1)
+    assert settings.dropout == 0.1
     card = lora.load(shop / "x.lora.arrow")
     assert (card.rank, card.alpha, card.target_modules) == (4, 16.0, ("query", "value"))
     assert card.metadata["task_type"] == "reviewer"

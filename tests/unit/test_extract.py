@@ -184,6 +184,7 @@ def test_progress_is_told_after_each_module():
     assert calls == [(f"layer.{index}.query", index + 1, 3) for index in range(3)]
 
 
+@requirement("R16.2")
 def test_the_cards_dtype_is_that_of_the_widest_weights():
     double = weights(1, dtype=np.float64, part="key")
     mixed = {**weights(1), **double, **weights(1, dtype=np.float16, part="value")}

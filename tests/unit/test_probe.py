@@ -100,7 +100,11 @@ def test_on_real_text_the_report_holds_all_scores_and_their_rank_correlations(mo
     assert all(getattr(row, score) > 0 for row in result.blocks for score in SCORES)
     # On this model only influence tells how much is lost without a block; means of weights mislead.
     correlations = result.correlations
-    assert correlations.keys() == {"magnitude", "wanda", "influence"}
+    lost = [row.ablation for row in result.blocks]
+    assert correlations == {
+        score: rank_correlation([getattr(row, score) for row in result.blocks], lost)
+        for score in ("magnitude", "wanda", "influence")
+    }
     assert correlations["influence"] > 0.5
     assert max(correlations["magnitude"], correlations["wanda"]) < -0.5
     assert hot_zones(scores_of(result.blocks, "influence"), 0.3) == ("encoder.layer.5",)

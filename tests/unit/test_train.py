@@ -187,6 +187,12 @@ def test_the_learning_rate_is_constant_or_falls_along_a_cosine():
     assert cosine == pytest.approx(expected, rel=gamma(50, F64), abs=0)
 
 
+@requirement("R17.2")
+def test_the_learning_rate_rises_first_and_falls_over_the_steps_that_are_left():
+    rates = train(steps=4, schedule="linear", warmup=0.5, lr=0.3).history["lr"].to_pylist()
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.15], rel=gamma(50, F64), abs=0)
+
+
 @requirement("R17.3")
 def test_an_epoch_takes_each_pair_at_most_once_and_the_next_one_in_another_order():
     history = train(steps=None, epochs=2, batch_size=10).history

@@ -49,6 +49,20 @@ def test_every_loss_falls_and_teaches_with_and_without_negatives(loss, negatives
 
 
 @requirement("R17.1")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_hands_qualities_and_negatives_to_the_loss_that_is_named(loss, monkeypatch):
+    calls = []
+    noting = lambda *columns: calls.append(columns) or LOSSES["cosine"](*columns)  # noqa: E731
+    monkeypatch.setattr("lora.training.train.LOSSES", {**dict.fromkeys(LOSSES), loss: noting})
+    rows = with_negatives(pairs()).table.to_pylist()
+    train(Pairs.of({**row, "quality": 0.25} for row in rows), loss=loss, steps=1)
+    (queries, positives, negatives, qualities), *_ = calls
+    assert queries.shape == positives.shape == negatives.shape
+    assert not torch.equal(positives, negatives)
+    assert qualities.tolist() == [0.25] * len(queries)
+
+
+@requirement("R17.1")
 @pytest.mark.parametrize("loss", ["contrastive", "triplet"])
 def test_a_quality_of_zero_teaches_nothing_by_contrast(loss):
     rows = [{**row, "quality": 0.0} for row in pairs().table.to_pylist()]
