@@ -49,6 +49,7 @@ def evolve(
     steps: Annotated[int, typer.Option(min=1)] = 40,
     rank: int = 8,
     alpha: float = 16.0,
+    weight: float = 1.0,
     seed: int = 0,
     placebos: Path | None = None,
     ask: str | None = None,
@@ -77,6 +78,7 @@ def evolve(
         steps: Training steps.
         rank: Rank of the card.
         alpha: Alpha of the card.
+        weight: Multiplies what the card changes; less is safer where no real questions are logged.
         placebos: Folder for the cards that it is compared with; the user's cache if omitted.
         ask: HOST:documents or HOST:queries: what may be sent to the teacher at that host.
         teacher_model: The teacher's name there.
@@ -96,6 +98,7 @@ def evolve(
         steps=steps,
         rank=rank,
         alpha=alpha,
+        weight=weight,
         seed=seed,
         max_taken=max_taken,
         documents_only=documents_only,

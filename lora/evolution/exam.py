@@ -76,6 +76,7 @@ class Terms:
         documents_only: It may go live though it was not shown on real questions.
         share_exam: Its sample travels in the card.
         share_questions: Logged questions may be among its examples.
+        weight: What the card's change of the model is multiplied by, and that of placebos.
         placebos: Folder of placebos; the user's cache by default.
     """
 
@@ -87,12 +88,14 @@ class Terms:
     documents_only: bool = False
     share_exam: bool = False
     share_questions: bool = False
+    weight: float = 1.0
     placebos: PathLike | None = None
 
     def __post_init__(self) -> None:
         integer(self.steps, "steps", 1)
         integer(self.seed, "seed", 0)
         share(self.max_taken, "max_taken", "[0, 1]")
+        share(self.weight, "weight", "(0, 1]")
 
     def trainer(self, engine: Engine) -> LoRATrainer:
         """Return what trains the card, and its placebos alike."""
@@ -267,6 +270,15 @@ def placebo(engine: Engine, form: str, terms: Terms, progress: Progress | None =
     return card
 
 
+def weighted(card: LoRACard, weight: float) -> LoRACard:
+    """Return a card whose change of the model is a multiple of this one's."""
+    factors = {
+        key: replace(pair, scaling=weight * pair.scaling)  # type: ignore[operator] # of a card's
+        for key, pair in card.weights.items()
+    }
+    return replace(card, weights=factors)
+
+
 def placebo_folder(terms: Terms) -> Path:
     """Return the folder where placebos are kept, by base model, form, steps and shape."""
     return default_cache() / "placebos" if terms.placebos is None else as_path(terms.placebos)
@@ -311,6 +323,7 @@ def learn(
     figures: dict[str, Any] = {
         "seed": terms.seed,
         "steps": terms.steps,
+        "weight": terms.weight,
         "pairs": {
             "documents": len(source.pairs),
             "answers": len(answers),
@@ -339,11 +352,14 @@ def learn(
     if terms.share_questions and len(learned):
         described["examples"] += learned.queries
         described["example_groups"] += [f"question {row}" for row in range(len(learned))]
-    card = replace(trained, metadata=described)
+    card = replace(weighted(trained, terms.weight), metadata=described)
     others = {key: each for key, each in live.cards.items() if key != name}
     service = Service(base, {**others, name: card})
     figures["left_out"] = service.left_out
-    stand_ins = {f"placebo {form}": placebo(engine, form, terms, progress) for form in source.forms}
+    stand_ins = {
+        f"placebo {form}": weighted(placebo(engine, form, terms, progress), terms.weight)
+        for form in source.forms
+    }
     alternatives = {
         key: ranks(adapt(engine.base, each), held_out) for key, each in stand_ins.items()
     }

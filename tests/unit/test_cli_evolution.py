@@ -154,6 +154,9 @@ def test_evolve_sends_a_teacher_what_is_allowed_and_nothing_else(
     ledger = Ledger(shop / "taught" / "ledger.sqlite", 0).table()
     assert [json.loads(body) for body in ledger["body"].to_pylist()] == server.bodies
     sent = len(server.bodies)
+    code, out, _ = here(*evolve, *asked, "--ask", "127.0.0.1:queries", "--out", "other")
+    assert "nothing was sent" in json.loads(out)["figures"]["failures"][0]
+    assert len(server.bodies) == sent
     code, out, _ = here(*evolve, *asked, *allowed, "--budget", 1, "--out", "poor")
     failures = json.loads(out)["figures"]["failures"]
     assert "at most 1 tokens" in failures[0]

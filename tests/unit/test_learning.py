@@ -53,6 +53,7 @@ def learned(terms, source, name="skill", **options):
         (subject("abcd"), "format"),  # what the placebo was trained on
         (subject("efgh", size=6), "can't tell"),
         (Source(combined("efgh").take(range(10))), "can't tell"),
+        (Source(combined("efgh").take([0, 50, 90] * 200)), "can't tell"),
         (
             Source(
                 Pairs.of(
@@ -62,7 +63,7 @@ def learned(terms, source, name="skill", **options):
             "can't tell",
         ),
     ],
-    ids=["real", "shuffled", "placebo again", "few", "ten pairs", "one file"],
+    ids=["real", "shuffled", "placebo again", "few", "ten pairs", "duplicates", "one file"],
 )
 def test_only_what_beats_base_and_placebo_on_files_that_it_did_not_see_is_a_skill(
     terms, source, kind
@@ -131,6 +132,28 @@ def test_every_live_skill_is_an_alternative(terms, tmp_path):
     assert "skill first" in second.verdict.unbeaten
     assert "skill first" in second.reason
     assert not second.live
+
+
+@requirement("R18.3")
+def test_a_live_card_for_another_base_is_left_out_by_name(terms):
+    card = learned(terms, subject("efgh"), "other").card
+    other = replace(card, base_fingerprint="0" * 64)
+    lesson = learned(terms, subject("efgh"), live=Live({"other": other}))
+    assert lesson.live
+    assert "fingerprint" in lesson.figures["left_out"]["other"]
+
+
+@requirement("R18.3")
+def test_a_weight_scales_the_card_and_its_placebos_alike(terms):
+    whole, quarter = (
+        learned(replace(terms, weight=weight), subject("efgh")) for weight in (1.0, 0.25)
+    )
+    for key, pair in whole.card.weights.items():
+        assert quarter.card.weights[key].scaling == 0.25 * pair.scaling
+        assert np.array_equal(quarter.card.weights[key].A, pair.A)
+    sides = [lesson.verdict.changes["placebo prose"] for lesson in (whole, quarter)]
+    assert sides[0].before != sides[1].before
+    assert sides[0].mean > sides[1].mean
 
 
 @requirement("R18.3", "R17.3")
