@@ -194,6 +194,7 @@ FOLDERS |= {
     )
     for mode in [*MODES, ("mean", "cls")]
 }
+FOLDERS["truncated after a normalisation"] = saved(truncate_dim=8, extra=lambda: [Normalize()])
 FOLDERS |= {f"truncated to {size}": saved(truncate_dim=size) for size in (1, 8, 16, 99)}
 FOLDERS |= {
     f"{name} {value}": plain(
@@ -241,6 +242,14 @@ FOLDERS |= {
     ]
 }
 FOLDERS["old layout"] = old_layout
+
+
+def old_name(folder):
+    inner = old_layout(folder) / "0_Transformer"
+    (inner / "sentence_bert_config.json").rename(inner / "sentence_xlnet_config.json")
+
+
+FOLDERS["old layout, settings under an old name"] = old_name
 FOLDERS |= {
     f"old flags {' '.join(modes)}": old_flags(*modes)
     for modes in [

@@ -297,6 +297,16 @@ def test_a_wrapped_layer_keeps_the_bases_storage_and_names(layer, training):
     assert state_of(base) == before
 
 
+@requirement("R2.9")
+@given(layer=layers())
+def test_with_b_zero_an_adapted_layer_is_its_base(layer):
+    x, weight, bias, terms = layer
+    base = linear_of(weight, bias)
+    zeros = {name: term._replace(B=np.zeros_like(term.B)) for name, term in terms.items()}
+    adapted = LoRALinear(base, pairs_of(zeros))
+    assert torch.equal(adapted(tensor_of(x)), base(tensor_of(x)))
+
+
 @requirement("R2.3")
 @given(layer=layers(max_terms=1), data=st.data())
 def test_factors_given_at_construction_or_loaded_later_compute_the_same(layer, data):

@@ -136,13 +136,16 @@ def cards_of(terms):
     }
 
 
-@requirement("R8.8")
+@requirement("R8.8", "R8.5", "R8.7")
 @given(layer=several(), data=st.data())
 def test_the_order_of_cards_changes_not_one_bit(layer, data):
     x, weight, bias, terms = layer
     shuffled = dict(data.draw(st.permutations(list(terms.items()))))
     model, x = model_of(weight, bias), tensor_of(x)
     one, other = adapt(model, cards_of(terms)).m, adapt(model, cards_of(shuffled)).m
+    assert {name: weight for name, (_, weight) in one.terms.items()} == {
+        name: term.weight for name, term in terms.items()
+    }
     assert torch.equal(one.lora_A, other.lora_A)
     assert torch.equal(one(x), other(x))
     pairs = {name: (LowRank(t.A, t.B, t.scaling), t.weight) for name, t in shuffled.items()}

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 import lora
-from lora.arrow_format import FORMAT_VERSION, one_batch, read_header
+from lora import arrow_format
+from lora.arrow_format import FORMAT_VERSION, offsets_of, one_batch, read_header, table_to_card
 from lora.errors import CardError, CardFileError
 from lora.testing.plugin import requirement
 
@@ -130,7 +131,7 @@ def falsified():
     return dict(fuzz.false_files())
 
 
-@requirement("R7.9", "R7.8", "R1.10", "R1.2")
+@requirement("R7.2", "R7.9", "R7.8", "R1.10", "R1.2")
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_refusal_names_the_file_the_place_and_the_rule(falsified, tmp_path, name):
     path = tmp_path / "false.lora.arrow"
@@ -139,6 +140,34 @@ def test_a_refusal_names_the_file_the_place_and_the_rule(falsified, tmp_path, na
         with pytest.raises(CardFileError, match=REFUSALS[name]) as caught:
             read(path)
         assert caught.value.where.startswith(f"{path}: ")
+
+
+@requirement("R7.9")
+@pytest.mark.parametrize("place", [0, 31, 63])
+def test_a_digest_that_differs_in_one_place_is_another(tmp_path, place):
+    digest = lora.save(fuzz.real_card("float32"), tmp_path / "docs.lora.arrow")
+    other = "1" if digest[place] == "0" else "0"
+    with pytest.raises(CardFileError, match="SHA-256"):
+        lora.load(tmp_path / "docs.lora.arrow", f"{digest[:place]}{other}{digest[place + 1 :]}")
+
+
+@requirement("R7.9")
+def test_a_file_that_changes_after_the_check_of_its_offsets_gives_the_card_that_was_checked(
+    monkeypatch,
+):
+    card, make, check, stored = fuzz.real_card("float32"), offsets_of, np.diff, []
+    monkeypatch.setattr(
+        arrow_format, "offsets_of", lambda *sizes: stored.append(make(*sizes)) or stored[-1]
+    )
+    (batch,) = lora.card_to_table(card).to_batches()
+
+    def checked(offsets):
+        result = check(offsets)
+        stored[0].fill(0)
+        return result
+
+    monkeypatch.setattr(np, "diff", checked)
+    assert table_to_card(batch).weights["layer.0.query"] == card.weights["layer.0.query"]
 
 
 @requirement("R1.12")

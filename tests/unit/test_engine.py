@@ -158,6 +158,19 @@ def test_without_adapters_the_engine_answers_as_the_encoder_bit_for_bit(core, en
     assert np.array_equal(engine.encode_with_lora(TEXTS, intent_query="anything"), expected)
 
 
+@requirement("R5.5")
+@pytest.mark.parametrize("fold", [False, True])
+def test_with_an_active_card_the_engine_answers_as_the_weights_plus_delta_do(core, cards, fold):
+    engine, written = ArrowEngine(core, fold=fold), copy.deepcopy(core)
+    engine.manager.apply_card(cards["files"], weight=0.5)
+    for name, pair in cards["files"].weights.items():
+        linear = written.get_submodule(name)
+        delta = 0.5 * pair.scaling * (pair.A.astype(np.float64) @ pair.B).T
+        linear.weight.data = (linear.weight.double() + torch.tensor(delta)).float()
+    assert np.abs(engine.encode(TEXTS) - written.encode(TEXTS)).max() <= TOLERANCE
+    assert np.abs(engine.encode(TEXTS) - core.encode(TEXTS)).max() > 100 * TOLERANCE
+
+
 @requirement("R5.1", "R5.4")
 def test_an_encoding_is_usable_wherever_an_array_is(core, engine, cards):
     engine.register_lora(cards["files"])
@@ -1053,7 +1066,7 @@ def test_a_card_of_another_base_by_name_is_loaded_with_a_warning(core, cards, tm
     assert list(engine.manager.active) == ["c"]
 
 
-@requirement("R5.13")
+@requirement("R5.13", "R5.16")
 def test_two_engines_share_the_card_files_that_one_has_loaded(words_file, tmp_path, caplog):
     caplog.set_level(logging.INFO, "lora.engine")
     with socket.create_server(("127.0.0.1", 0)) as free:

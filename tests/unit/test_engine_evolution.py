@@ -16,7 +16,8 @@ def test_an_engine_that_evolves_observes_what_it_is_asked_and_remembers_what_is_
     distiller = one.enable_evolution()
     assert one.evolution is distiller
     one.log_qa("how hot is a kiln", "about 1200 degrees", quality=0.9)
-    assert [row["query"] for row in distiller.logged] == ["how hot is a kiln"]
+    (row,) = distiller.logged
+    assert (row["query"], row["quality"]) == ("how hot is a kiln", 0.9)
     queries = combined("efgh").queries[:12]
     for query in queries:
         one.encode_with_lora([query], {})

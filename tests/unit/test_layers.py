@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from lora.card import LowRank
+from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError
 from lora.models import layers as layer_module
+from lora.models.adapt import trainable
 from lora.models.layers import LoRALinear, SegmentedLinear, TrainableLinear
 from lora.testing.plugin import requirement
 
@@ -41,7 +42,8 @@ def base():
 
 @requirement("R2.4")
 def test_dropout_acts_in_training_only(base):
-    layer, x = TrainableLinear(base, PAIR, dropout=0.5), torch.ones(64, 4)
+    card, x = LoRACard("docs", 2, 1.0, ["0"], {"0": PAIR}), torch.ones(64, 4)
+    layer = trainable(nn.Sequential(base), card, dropout=0.5)[0]
     plain = TrainableLinear(base, PAIR)
     layer.eval()
     assert torch.equal(layer(x), plain(x))
@@ -105,13 +107,13 @@ def products(monkeypatch):
 
 @requirement("R2.13")
 def test_large_inputs_use_the_weight_in_inference_and_all_others_the_factors(base, products):
+    """Large: a row has 4 + 3 elements of input and output, and twice the weight has 24."""
     layer = LoRALinear(base, {"docs": (PAIR, 1.0)})
-    rows = int(layer.weight_side_threshold) // 4
     with torch.inference_mode():
-        layer(torch.ones(rows, 4))
-        layer(torch.ones(rows + 1, 4))
+        layer(torch.ones(3, 4))
+        layer(torch.ones(4, 4))
     assert len(products) == 1
-    layer(torch.ones(rows + 1, 4))
+    layer(torch.ones(4, 4))
     assert len(products) == 2
 
 

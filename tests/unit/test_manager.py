@@ -12,6 +12,7 @@ from torch import nn
 from lora.card import LoRACard, LowRank
 from lora.errors import (
     BaseModelError,
+    CardFileError,
     CardNotFoundError,
     ConflictError,
     TargetError,
@@ -63,12 +64,24 @@ def test_the_cards_of_a_module_are_sorted_in_whatever_order_they_were_applied(ma
     assert manager.injected == {"0": ("docs", "law")}
 
 
+@requirement("R3.3", "R8.3", "R8.7")
+def test_a_card_is_listed_at_its_module_and_has_the_weight_that_was_set(model):
+    manager = LoRAManager(nn.Sequential(model))
+    manager.apply_card(card(modules=("2",)))
+    manager.set_weight("docs", -0.5)
+    manager.replace_card(card(modules=("2",), value=2.0))
+    assert manager.injected == {"0.2": ("docs",)}
+    assert manager.model[0][2].terms["docs"][1] == -0.5
+
+
 @requirement("R3.1", "R3.8")
 def test_a_card_is_loaded_from_disk_and_known_but_not_applied(manager, model, tmp_path, messages):
     save(card(), tmp_path / "docs.lora.arrow")
     loaded = manager.load_card(
         tmp_path / "docs.lora.arrow", verify=digest(tmp_path / "docs.lora.arrow")
     )
+    with pytest.raises(CardFileError, match="SHA-256"):
+        manager.load_card(tmp_path / "docs.lora.arrow", verify="0" * 64)
     assert loaded == card()
     assert dict(manager.list_cards()) == {"docs": card()}
     assert manager.model is model
@@ -104,7 +117,7 @@ def test_applications_and_removals_are_logged_with_their_layers(manager, message
     assert messages() == [("INFO", "removed card 'docs': 1 layers")]
 
 
-@requirement("R3.8", "R22.1")
+@requirement("R3.8", "R22.1", "R22.2")
 def test_swaps_and_rollbacks_are_logged(manager, messages):
     manager.prepare(card())
     manager.swap()
