@@ -11,7 +11,7 @@ from typing import Any
 
 from lora.card import LoRACard
 from lora.engine import ArrowEngine
-from lora.errors import DataError
+from lora.errors import CardNotFoundError, DataError
 from lora.evolution.distill import asked, keep
 from lora.evolution.documents import Source, keywords, standard_library
 from lora.evolution.exam import Base, Lesson, Live, Terms, guards, learn, refusal, sample_path
@@ -53,6 +53,8 @@ def evolve(
             for another, ``skill``, which may be null.
         answers: A file of what users asked and were answered; see `Pairs.load`.
     """
+    if cards is not None and not as_path(cards).is_dir():
+        raise CardNotFoundError(str(cards), "a folder of live cards", "none")
     root, live = as_path(out), Live.read(out if cards is None else cards)
     source, title = material(documents), as_path(documents).resolve().stem
     name = name or _name(title, source.pairs.queries)

@@ -114,7 +114,7 @@ class Live:
 
     @classmethod
     def read(cls, folder: PathLike) -> Self:
-        """Read a folder of cards: of each name the highest version. None if there is no folder."""
+        """Read a folder of cards: of each name the highest version. No folder has none."""
         root = as_path(folder)
         files = card_files(root) if root.is_dir() else []
         cards = sorted(map(load, files), key=lambda card: version_order(_version(card)))

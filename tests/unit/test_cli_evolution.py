@@ -97,6 +97,7 @@ KEYED = "--teacher-model m --key-file key"
         "factory run --at 25:00": "25:00",
         "evolve nowhere": "nowhere",
         "evolve . --rank 0": "rank",
+        "evolve . --cards nowhere": "nowhere: expected a folder of live cards",
         "evolve . --max-taken 2": "max_taken: expected a number in [0, 1]",
         "evolve . --ask localhost:documents": "--teacher-model",
         f"evolve . --ask x {KEYED}": "--ask: expected HOST:documents or HOST:queries",
