@@ -211,6 +211,13 @@ def test_wrong_usage_is_one_line_on_stderr_and_exit_2(here, line, said):
 
 
 @requirement("R25.3")
+def test_an_error_about_a_name_of_two_lines_is_one_line(here):
+    code, out, err = here("inspect", "no\nsuch.lora.arrow")
+    assert (code, out) == (1, "")
+    assert one_line(err)
+
+
+@requirement("R25.3")
 def test_a_process_ends_with_the_status_and_its_line(folder):
     for line, status in {"inspect nothing": 1, "inspect": 2}.items():
         done = shell(*line.split(), cwd=folder)
