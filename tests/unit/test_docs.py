@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 import os
 import pkgutil
 import re
@@ -196,6 +197,21 @@ def test_the_figures_of_the_readme_and_of_the_site_are_those_that_were_measured(
     assert '--8<-- "docs/generated/summary.md"' in read("docs/performance.md")
     lines = [line for line in pages.figures.page(report).splitlines() if line.startswith("| ")]
     assert len(lines) == sum(len(part["rows"]) + 1 for part in report.values())
+
+
+@requirement("R10.6")
+def test_what_the_site_says_of_questions_is_what_was_measured_on_these_questions(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("questions")
+    results = json.loads(script.RESULTS.read_text("utf-8"))
+    assert script.page(results, read("docs/evolution.md")) == read("docs/evolution.md")
+    assert set(results["ranks"]) == {"base", *script.RECIPES}
+    for name, source in results["sources"].items():
+        assert source["questions"] == script.digest(name)
+    before, after = [[1, 2], [4, 4, 4]], [[1, 1], [2, 2, 4]]  # gains of 1/2, twice 1/4, twice 0
+    mean, low, high = script.gain(before, after)
+    assert (mean, script.gain(before, before)) == (0.2, [0.0, 0.0, 0.0])
+    assert 0 <= low < mean < high <= 0.35
 
 
 @requirement("R10.6")
