@@ -453,6 +453,7 @@ def test_each_step_has_a_row_in_the_history_and_reports_progress():
     assert history["step"].to_pylist() == list(range(1, 8))
     assert all(history[name].null_count == 0 for name in ("step", "epoch", "loss", "lr"))
     assert all(math.isfinite(loss) for loss in losses)
+    assert history["lr"].to_pylist() == [1e-2] * 7
 
 
 @requirement("R17.10")

@@ -26,7 +26,7 @@ from lora.training.data import Pairs
 from lora.training.ewc import Anchor, fisher_of, online
 from lora.training.losses import LOSSES
 from lora.training.online_adapter import Adaptation, LearningEvent, OnlineAdapter
-from lora.training.train import LoRATrainer, Settings, evaluate
+from lora.training.train import AUTOCAST, LoRATrainer, Settings, evaluate
 from tests.properties.test_r17_training import core
 from tests.unit.test_train import DEFAULTS, StopError, bits, engine, pairs, shuffled, stop_at, train
 
@@ -110,6 +110,7 @@ def test_blocks_that_are_computed_again_give_the_same_bits():
 @requirement("R17.4")
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_autocast_computes_narrow_and_comes_near(kind):
+    assert AUTOCAST == {"bf16": torch.bfloat16, "fp16": torch.float16}
     exact, near = train(steps=10), train(steps=10, autocast=kind)
     losses = exact.history["loss"].to_pylist()
     assert near.history["loss"].to_pylist() != losses
