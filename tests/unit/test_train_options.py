@@ -110,7 +110,7 @@ def test_blocks_that_are_computed_again_give_the_same_bits():
 @requirement("R17.4")
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_autocast_computes_narrow_and_comes_near(kind):
-    assert AUTOCAST == {"bf16": torch.bfloat16, "fp16": torch.float16}
+    assert {"bf16": torch.bfloat16, "fp16": torch.float16} == AUTOCAST
     exact, near = train(steps=10), train(steps=10, autocast=kind)
     losses = exact.history["loss"].to_pylist()
     assert near.history["loss"].to_pylist() != losses
