@@ -1,6 +1,7 @@
 """A job of the skill factory is a command line of `lora`: it is checked here when it is added.
 
-Its inputs become absolute paths, and its outputs are names in the job's folder, where it will run.
+Its paths become absolute, and its outputs are names in the job's folder, where it will run. What it
+makes is judged here by the samples of the live skills, unless the command does so itself.
 
 Requirements: R19.
 """
@@ -13,7 +14,7 @@ from typing import Any
 import typer
 
 from lora.cli.app import INPUTS, ChecksPassed, app, checking
-from lora.errors import ArgumentError, shown
+from lora.errors import ArgumentError, LoRAError, shown
 from lora.evolution.queue import Job
 from lora.evolution.worker import content_id
 from lora.files import load
@@ -23,14 +24,19 @@ OUTPUTS: dict[str, Any] = {
     "checkpoint": "checkpoint.safetensors",
     "as_json": True,
 }
-"""Parameters that the factory sets."""
+"""Parameters that the factory sets; of evolve also the folder of the live skills."""
 
-REFUSED = (*OUTPUTS, "plot", "ask", "key_file", "dry_run")
+REFUSED = ("plot", "ask", "key_file", "dry_run")
 """Parameters that a job may not have: other outputs, and what needs a secret."""
 
 
-def job_of(arguments: Sequence[str], **limits: Any) -> Job:
-    """Check a command line and make a job of it; `limits` are those of `Job.of`."""
+def job_of(arguments: Sequence[str], live: Path, **limits: Any) -> Job:
+    """Check a command line and make a job of it.
+
+    Args:
+        live: Folder of the live skills.
+        limits: Those of `Job.of`.
+    """
     if not isinstance(arguments, list | tuple) or {*map(type, arguments)} - {str}:
         raise ArgumentError("job", "a list of the words of a command line", shown(arguments))
     command, *words = arguments or [""]
@@ -38,25 +44,27 @@ def job_of(arguments: Sequence[str], **limits: Any) -> Job:
         raise ArgumentError("job", f"one of the commands {', '.join(INPUTS)}", shown(command))
     group: Any = typer.main.get_command(app)
     parser = group.commands[command]
-    values = _checked(parser, command, words)
+    outputs = {**OUTPUTS, "out": ".", "cards": str(live)} if command == "evolve" else OUTPUTS
+    values = _checked(parser, command, ["--out", outputs["out"], *words])
     for parameter in parser.params:
-        is_refused = parameter.name in REFUSED
-        if is_refused and values[parameter.name] not in (None, False, Path(OUTPUTS["out"])):
+        is_refused = parameter.name in (*outputs, *REFUSED)
+        if is_refused and values[parameter.name] not in (None, False, Path(outputs["out"])):
             expected = "no secret" if parameter.name in ("ask", "key_file") else "no output"
             raise ArgumentError(f"job: {command}", expected, parameter.opts[0], "leave it out")
-    values |= OUTPUTS
+    values |= outputs
     if values["name"] is None:
         raise ArgumentError(f"job: {command}", "--name, the name of the skill", "none")
-    line, inputs = [command], {}
+    read, line, inputs = {*INPUTS[command]} - outputs.keys(), [command], {}
     for parameter in parser.params:
-        value = values.get(parameter.name)
+        value: Any = values.get(parameter.name)
         for item in value if isinstance(value, list | tuple) else [value]:
-            if parameter.name in INPUTS[command] and item not in (None, "stdlib"):
-                path = str(Path(item).absolute())
-                inputs[path] = content_id(path)
-                line += _words(parameter, path)
-            elif item != parameter.default:
-                line += _words(parameter, item)
+            is_input = parameter.name in read and item not in (None, "stdlib")
+            is_path = is_input or isinstance(item, Path)
+            word = str(Path(item).absolute()) if is_path else item
+            if is_input:
+                inputs[word] = content_id(word)
+            if word != parameter.default:
+                line += _words(parameter, word)
     return Job.of(line, values["name"], inputs, base=_base(values), **limits)
 
 
@@ -75,9 +83,7 @@ def _checked(parser: Any, command: str, words: list[str]) -> dict[str, Any]:
     """Run a command up to its `checks_done`; returns the values of its parameters."""
     checking.set(True)
     try:
-        context = parser.make_context(
-            command, ["--out", OUTPUTS["out"], *words], help_option_names=[]
-        )
+        context = parser.make_context(command, words, help_option_names=[])
         with suppress(ChecksPassed):
             parser.invoke(context)
         return dict(context.params)
@@ -88,6 +94,28 @@ def _checked(parser: Any, command: str, words: list[str]) -> dict[str, Any]:
         raise ArgumentError(f"lora {command}", "arguments that it takes", message) from error
     finally:
         checking.set(False)
+
+
+def harm(arguments: Sequence[str], file: Path, live: Path) -> tuple[str, dict[str, Any]]:
+    """Judge a card by the samples of the live skills, as `evolve` itself does.
+
+    Returns:
+        Why it may not go live, or "", and the figures.
+    """
+    name = load(file).name
+    if arguments[0] == "evolve" or not list(live.glob("*.exam.jsonl")):
+        return "", {}
+    from lora.engine import ArrowEngine
+    from lora.evolution.exam import sample_path
+    from lora.learning import guard
+
+    model = arguments[arguments.index("--model") + 1] if "--model" in arguments else None
+    try:
+        judged = guard(ArrowEngine.from_pretrained(model), load(file), live)
+    except LoRAError as error:  # of another base model, which no option names
+        reason = f"not examined: {error}"
+        return reason if sample_path(live, name).exists() else "", {"guard": reason}
+    return judged.refused, {"guard": judged.figures}
 
 
 def _words(parameter: Any, value: Any) -> list[str]:

@@ -24,24 +24,24 @@ from typing import Any
 
 import pyarrow as pa
 
-from lora.checks import integer, risen_version
+from lora.checks import integer, is_digest, risen_version
 from lora.errors import LoRAError, MismatchError, MissingPackageError, PeerError, StateError
 from lora.evolution.nights import due, night_of, parse_at
 from lora.evolution.queue import Job, JobQueue, versions
-from lora.evolution.worker import OUTCOME, finished, halt, locked, supervise
+from lora.evolution.worker import JOBS, OUTCOME, finished, halt, locked, supervise
 from lora.federation.cache import CardCache
-from lora.files import SUFFIX, PathLike, as_path, load, os_errors, save
+from lora.files import SUFFIX, PathLike, as_path, load, os_errors, replacing, save
 
 log = logging.getLogger(__name__)
 
 TICK = 1.0
 """Seconds between looks at the queue while jobs run."""
 
+EXAM = ".exam.jsonl"
+"""Suffix of the file beside a card with the sample by which later cards are judged."""
+
 WATCH = 30.0
 """Seconds between looks at the clock while it waits for the night."""
-
-JOBS = "lora.cli.jobs"
-"""The module that checks command lines; it stands above this one, so it is imported by name."""
 
 
 class SkillFactory:
@@ -91,7 +91,7 @@ class SkillFactory:
         Args:
             limits: `priority` (higher first), `max_failures`, `seconds` and `memory` (bytes).
         """
-        job: Job = import_module(JOBS).job_of(arguments, **limits)
+        job: Job = import_module(JOBS).job_of(arguments, self.root / "live", **limits)
         return self.queue.add(job, self._clock())
 
     def retry(self, job_id: str) -> Job:
@@ -121,7 +121,7 @@ class SkillFactory:
             The job that made it.
         """
         job = self.queue.earlier(name, version)
-        load(self._card(job), verify=job.digest)  # a damaged one never goes live
+        load(self._kept(job.digest), verify=job.digest)  # a damaged one never goes live
         job = self.queue.put_live(job, self._clock())
         self.sync()
         return job
@@ -130,13 +130,16 @@ class SkillFactory:
         """Put what is live into the folder `live`: a reader sees the old file or the new one."""
         with self.queue.transaction() as db, os_errors(self.root / "live"):
             for job in versions(db):
-                card, file = self._card(job), self._live(job)
-                if job.live and not (file.exists() and file.samefile(card)):
-                    arriving = file.with_name(f".{job.digest}.part")
-                    arriving.unlink(missing_ok=True)  # a killed process left it
-                    os.link(card, arriving)
-                    arriving.replace(file)
-                    log.info("skill %r: version %s is live", job.name, job.version)
+                for suffix in (EXAM, SUFFIX) if job.live else ():
+                    kept, file = self._kept(job.digest, suffix), self._live(job, suffix)
+                    if suffix == EXAM and not kept.exists():
+                        file.unlink(missing_ok=True)
+                    elif not (file.exists() and file.samefile(kept)):
+                        arriving = file.with_name(f".{job.digest}.part")
+                        arriving.unlink(missing_ok=True)  # a killed process left it
+                        os.link(kept, arriving)
+                        arriving.replace(file)
+                        log.info("live: version %s of %s", job.version, file.name)
 
     def run(self, *, at: str | None = None, stop: threading.Event | None = None) -> pa.Table:
         """Run jobs until none is queued, or every night for ever; returns `status`.
@@ -201,6 +204,7 @@ class SkillFactory:
             "folder": str(self._folder(job)),
             "seconds": job.seconds,
             "memory": job.memory,
+            "live": str(self.root / "live"),
             "threads": max(1, (os.cpu_count() or 1) // self.workers),
         }
         try:
@@ -225,7 +229,7 @@ class SkillFactory:
         made = None
         try:
             if outcome.get("card"):
-                made = self._keep(job, Path(outcome["card"]))
+                made = self._keep(job, outcome)
         except Exception as error:  # noqa: BLE001 - of a card that is no use
             (folder / OUTCOME).unlink(missing_ok=True)
             outcome = {"error": _text(error), "final": False}
@@ -242,13 +246,16 @@ class SkillFactory:
         self._report(ended)
         self._sweep()
 
-    def _keep(self, job: Job, path: Path) -> tuple[str, str]:
+    def _keep(self, job: Job, outcome: dict[str, Any]) -> tuple[str, str]:
         """Put a card in its place by digest, under a version that is above the last of its name.
+
+        Its sample is kept with it; if it brings none, that of the version that it replaces.
 
         Returns:
             Its digest and its version.
         """
-        card, kept = load(path), self.queue.versions(job.name)
+        card, kept = load(outcome["card"]), self.queue.versions(job.name)
+        exam = Path(outcome["exam"]) if outcome.get("exam") else self._live(job, EXAM)
         if card.name != job.name:
             raise MismatchError(f"{job.kind}: card", f"one named {job.name!r}", repr(card.name))
         last = kept[-1].version if kept else None
@@ -256,6 +263,9 @@ class SkillFactory:
         with self.cards.arriving() as (arrived, _):
             metadata = {**card.metadata, "version": version}
             sha = save(replace(card, metadata=metadata), arrived)
+            if exam.is_file():
+                with replacing(self._kept(sha, EXAM)) as copy:
+                    copy.write(exam.read_bytes())
             self.cards.admit(arrived, sha)
         return sha, version
 
@@ -264,8 +274,10 @@ class SkillFactory:
         kept = {job.digest for job in self.queue.versions()}
         states = {job.id: job.state for job in self.queue.jobs()}
         with os_errors(self.root):
-            for sha in set(self.cards.digests()) - kept:
-                self.cards.path(sha).unlink(missing_ok=True)
+            for file in self.cards.root.iterdir():
+                sha = file.name.partition(".")[0]
+                if is_digest(sha) and sha not in kept:
+                    file.unlink(missing_ok=True)
             for folder in (self.root / "work").iterdir():
                 if states.get(folder.name) not in ("queued", "running", "dead"):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -273,11 +285,11 @@ class SkillFactory:
     def _folder(self, job: Job) -> Path:
         return self.root / "work" / job.id
 
-    def _card(self, job: Job) -> Path:
-        return self.cards.path(str(job.digest))
+    def _kept(self, digest: str | None, suffix: str = SUFFIX) -> Path:
+        return self.cards.root / f"{digest}{suffix}"
 
-    def _live(self, job: Job) -> Path:
-        return self.root / "live" / f"{job.name}{SUFFIX}"
+    def _live(self, job: Job, suffix: str = SUFFIX) -> Path:
+        return self.root / "live" / f"{job.name}{suffix}"
 
     def _report(self, job: Job | None) -> None:
         """Log a job's new state and tell `on_event`."""

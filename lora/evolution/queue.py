@@ -67,7 +67,7 @@ _TABLES = (
 _TYPES = {"count": pa.int64(), "flag": pa.bool_(), "time": pa.timestamp("us", tz="UTC")}
 _JOBS = (
     "id kind name base priority:count state attempts:count failures:count max_failures:count "
-    "created:time started:time ended:time digest version error"
+    "created:time started:time ended:time digest version live:flag error"
 )
 _EVENTS = "event:count at:time what name job kind attempt:count state note"
 _VERSIONS = "name version digest id kind ended:time live:flag"

@@ -24,8 +24,8 @@ from typing import Any
 from lora.errors import CardNotFoundError, StateError, StoreError
 from lora.files import replacing
 
-COMMAND_LINE = "lora.cli.app"
-"""The program that a job runs; it stands above this module, so it is imported by name."""
+COMMAND_LINE, JOBS = "lora.cli.app", "lora.cli.jobs"
+"""What runs a job's command line, and checks it; they stand above, so are imported by name."""
 
 ORDER, OUTCOME, LOG, PRINTED = "order.json", "outcome.json", "log", "printed.json"
 """Files in a job's folder: what is to be done, what came of it, its stderr, its stdout."""
@@ -54,7 +54,8 @@ def content_id(path: str) -> str:
 def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
     """Run a job in a fresh process and return its outcome; all of it is JSON, for any executor.
 
-    It is `{"card": path or None, "printed": facts}` or `{"error": text, "final": bool}`.
+    It is `{"card": path or None, "exam": path or None, "printed": facts}` or
+    `{"error": text, "final": bool}`.
     """
     folder = Path(order["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,12 +148,18 @@ def _attempt(order: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         program.main()
     except SystemExit as ended:
         status = ended.code
-    with suppress(OSError, LookupError, TypeError, ValueError):
-        printed = json.loads(Path(PRINTED).read_text("utf-8"))
-        if status == program.NOTHING_TO_SERVE:
-            return {"card": None, "printed": printed}
-        if status == 0 and (folder / printed["file"]).is_file():
-            return {"card": str(folder / printed["file"]), "printed": printed}
+    printed: dict[str, Any] = {}
+    with suppress(OSError, TypeError, ValueError):
+        printed = dict(json.loads(Path(PRINTED).read_text("utf-8")))
+    card, exam = folder / str(printed.get("file")), printed.get("exam")
+    if status == 0 and card.is_file():
+        refused, guard = import_module(JOBS).harm(order["arguments"], card, Path(order["live"]))
+        printed |= guard
+        if not refused:
+            return {"card": str(card), "exam": exam and str(folder / exam), "printed": printed}
+        status, printed["reason"] = program.NOTHING_TO_SERVE, refused
+    if status == program.NOTHING_TO_SERVE:
+        return {"card": None, "printed": printed}
     sys.exit(status)
 
 

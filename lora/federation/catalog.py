@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
@@ -105,8 +105,8 @@ class Followed:
         self._catalog, self._time = Catalog(), 0
         self._seen = dict[str, Served]()
         self._lock = threading.Lock()
-        card_files(self._folder)  # a folder that is not there is refused
-        self.refresh()
+        self._catalog = scan(card_files(self._folder), self._catalog)
+        self._hand_over(refused=ConflictError)
 
     def refresh(self) -> None:
         """Hand over what has changed since the last look. The reasons of what fails are logged."""
@@ -123,7 +123,7 @@ class Followed:
                 return
             self._hand_over()
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, refused: type[LoRAError] | tuple[()] = ()) -> None:
         names = dict[str, list[Served]]()
         for card in self._catalog.cards.values():
             names.setdefault(card.manifest.name, []).append(card)
@@ -133,6 +133,8 @@ class Followed:
                 if name not in self._seen or self._seen[name].manifest != card.manifest:
                     self._seen[name] = card
                     self._take(load(card.path, verify=card.manifest.digest))
+            except refused:
+                raise
             except LoRAError as error:
                 log.warning("card %r stays as it was: %s", name, error)
         present = {path for path, *_ in self._catalog.files}
@@ -142,15 +144,15 @@ class Followed:
                 self._forget(name)
 
 
-def newest(cards: Iterable[Served]) -> Served:
-    """Return the card of the highest version, among those of one name.
+def newest(cards: Sequence[Served]) -> Served:
+    """Return the last card of one name, of which the lowest version comes first.
 
     Raises:
-        ConflictError: Another one has that version, too.
+        ConflictError: Another one has the highest version, too.
     """
-    *others, card = sorted(cards, key=lambda card: version_order(card.manifest.version))
+    *others, card = cards
     version = card.manifest.version
-    for other in others:
+    for other in others[-1:]:
         if version_order(other.manifest.version) == version_order(version):
             where = f"{card.path}: {card.manifest.name!r} {version}"
             problem = f"other content in {other.path.name!r}"

@@ -6,7 +6,8 @@ import pytest
 
 import lora
 from lora.card import LoRACard
-from lora.evolution.queue import JobQueue
+from lora.evolution.factory import SkillFactory
+from lora.evolution.queue import Job, JobQueue
 from lora.evolution.teacher import Ledger
 from lora.testing.plugin import requirement
 from lora.training import train as training
@@ -81,6 +82,16 @@ def test_a_dead_job_is_named_and_can_be_queued_again(shop):
     assert "Traceback" not in done.stderr
     assert told("add", *bad)["state"] == "dead"
     assert told("add", "--again", *bad)["state"] == "queued"
+
+
+@requirement("R19.7")
+def test_a_terminal_shows_why_a_job_was_rejected_with_its_figures(shop):
+    queue = SkillFactory("factory").queue
+    queue.add(Job.of(["merge"], "both"), 0.0)
+    queue.reject(queue.claim(1.0), 2.0, "no better", '{"mrr": 0.5}')
+    wide = {"COLUMNS": "300"}
+    assert "no better" in ran("factory", "status", env=wide)
+    assert '{"mrr": 0.5}' in ran("factory", "status", "--history", env=wide)
 
 
 KEYED = "--teacher-model m --key-file key"

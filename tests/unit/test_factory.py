@@ -34,8 +34,10 @@ from lora.errors import (
 )
 from lora.evolution.factory import WATCH, SkillFactory, cluster
 from lora.evolution.worker import supervise
+from lora.models.encoder import InferenceCore
 from lora.testing.plugin import requirement
 from lora.training.data import Pairs
+from tests.unit.test_engine import strong
 
 TOYS = '''
 """Loaded by every interpreter: in a job, `merge` first does what its first card asks for."""
@@ -226,7 +228,7 @@ def test_jobs_run_by_priority_then_age_each_in_a_process_of_its_own(bench):
     assert all(gone(pid) for pid in processes)
 
 
-@requirement("R19.3")
+@requirement("R19.3", "R19.7")
 @pytest.mark.parametrize("kind", ["inline", "threads", "spawned processes"])
 def test_any_executor_carries_the_jobs_to_the_same_end(bench, kind):
     executor = {
@@ -242,6 +244,8 @@ def test_any_executor_carries_the_jobs_to_the_same_end(bench, kind):
     assert [job.state for job in found] == ["done", "rejected", "dead", "done"]
     assert found[2].error == "pairs: expected at least two, found 0"
     assert (found[1].error, found[2].attempts) == ("no better", 3)
+    (note,) = [row["note"] for row in factory.history().to_pylist() if row["what"] == "reject"]
+    assert json.loads(note) == {"reason": "no better", "mrr": 0.5}
     assert sorted(set(bench.done())) == [1, 2, 3, 4]
 
 
@@ -254,7 +258,7 @@ def test_two_workers_work_at_once_and_never_for_two_base_models(bench):
         tuple(job.base[-1:] for job in factory.queue.jobs("running"))
     )
     for base in ("a", "a", "b", "b"):
-        factory.queue.add(replace(job_of(bench.line(sleep=0.5)), base=base), 0.0)
+        factory.queue.add(replace(job_of(bench.line(sleep=0.5), bench.root), base=base), 0.0)
     factory.run()
     assert factory.status()["state"].to_pylist() == ["done"] * 4
     assert {("a", "a"), ("b", "b")} <= at_once
@@ -804,6 +808,44 @@ def test_a_version_whose_file_is_damaged_does_not_go_live(bench, damage):
         factory.rollback("docs")
     assert served(factory)["docs"] == (2, "0.2.0")
     assert [version.live for version in factory.queue.versions()] == [False, True]
+
+
+@requirement("R19.1", "R18.8", "R19.7")
+@pytest.mark.slow
+def test_a_card_that_harms_a_live_skill_is_rejected_whatever_made_it(bench, model_folder):
+    """By the sample beside the live card, which goes live with the next version, too."""
+    core = InferenceCore.from_pretrained(model_folder)
+    factory = bench.factory()
+
+    def made(number, size):
+        path = bench.card("docs", number)
+        toy = dict(load(path).metadata)
+        save(replace(strong(core, "docs", number, size), metadata=toy), path)
+        job = factory.add(["merge", str(path), "--name", "docs"])
+        factory.run()
+        return factory.queue.job(job.id)
+
+    first = made(1, 1e-3)
+    assert first.state == "done"
+    sample = [{"query": f"number {i}", "positive": f"the number {i}"} for i in range(128)]
+    Pairs.of(sample).save(factory.cards.root / f"{first.digest}.exam.jsonl")
+    harmful = made(2, 0.3)
+    assert harmful.state == "rejected"
+    assert "on the sample of 'docs' the MRR falls by" in harmful.error
+    assert served(factory)["docs"][1] == "0.1.0"
+    second = made(3, 1e-3)
+    assert (second.state, second.version) == ("done", "0.2.0")
+    note = json.loads(factory.history().to_pylist()[-1]["note"])
+    assert note["guard"]["guards"]["docs"]["pairs"] == 128
+    live = factory.root / "live" / "docs.exam.jsonl"
+    assert live.samefile(factory.cards.root / f"{second.digest}.exam.jsonl")
+    assert live.read_text().count("\n") == 128
+    live.unlink()  # another tool's mistake is repaired, and a version without a sample has none
+    factory.cards.root.joinpath(f"{first.digest}.exam.jsonl").unlink()
+    factory.sync()
+    assert live.exists()
+    factory.rollback("docs")
+    assert not live.exists()
 
 
 # R19.4: nights

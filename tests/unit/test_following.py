@@ -11,7 +11,7 @@ import pytest
 
 import lora
 from lora.engine import ArrowEngine
-from lora.errors import CardNotFoundError
+from lora.errors import CardNotFoundError, ConflictError
 from lora.federation import catalog
 from lora.testing.plugin import requirement
 from tests.unit.test_engine import Words, words_card
@@ -71,6 +71,24 @@ def test_the_next_request_has_the_version_that_is_live_and_after_a_roll_back_the
 
 
 @requirement("R19.5")
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda engine: engine.encode("ab"),
+        lambda engine: engine.encode_with_lora(["ab"], "law"),
+        lambda engine: engine.encode_with_lora(["ab"], intent_query="open a file"),
+        lambda engine: engine.router.select("open a file"),
+        lambda engine: engine.router.candidates,
+    ],
+)
+def test_every_kind_of_request_looks_first(folder, ask):
+    engine = following(folder)
+    put(folder, name="law")
+    ask(engine)
+    assert set(engine.reference.value.cards) == {"docs", "law"}
+
+
+@requirement("R19.5")
 def test_an_active_card_is_replaced_where_it_is_active(folder):
     engine = following(folder)
     engine.load_lora(folder / "docs.lora.arrow", weight=0.5)
@@ -112,6 +130,15 @@ def test_a_card_that_is_bad_on_arrival_leaves_the_last_good_one(folder, caplog, 
     (folder / "other.lora.arrow").unlink(missing_ok=True)
     put(folder, 3.0, "0.3.0")
     assert answers(engine) == 3 * first
+
+
+@requirement("R19.1")
+def test_a_folder_with_two_contents_of_one_version_is_refused_at_the_start(folder):
+    put(folder, 2.0, file="other")
+    with pytest.raises(ConflictError, match=r"0\.1\.0: expected one card per name and version"):
+        following(folder)
+    put(folder, 1.0, file="other")  # the same content is no conflict
+    assert answers(following(folder)) == 1.0
 
 
 @requirement("R19.1")
