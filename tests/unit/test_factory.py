@@ -816,9 +816,20 @@ def test_a_card_that_harms_a_live_skill_is_rejected_whatever_made_it(bench, mode
     """By the sample beside the live card, which goes live with the next version, too."""
     core = InferenceCore.from_pretrained(model_folder)
     factory = bench.factory()
+    tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    units = "one two three four five six seven eight nine".split()
+    sample = [
+        {"query": f"{ten} {unit}", "positive": f"{10 * i + j}"}
+        for i, ten in enumerate(tens, 2)
+        for j, unit in enumerate(units, 1)
+    ]
+    about = {
+        "examples": [row["query"] for row in sample],
+        "example_groups": [row["positive"][0] for row in sample],
+    }
 
     def made(number, size):
-        path = bench.card("docs", number)
+        path = bench.card("docs", number, metadata=about)
         toy = dict(load(path).metadata)
         save(replace(strong(core, "docs", number, size), metadata=toy), path)
         job = factory.add(["merge", str(path), "--name", "docs"])
@@ -827,19 +838,18 @@ def test_a_card_that_harms_a_live_skill_is_rejected_whatever_made_it(bench, mode
 
     first = made(1, 1e-3)
     assert first.state == "done"
-    sample = [{"query": f"number {i}", "positive": f"the number {i}"} for i in range(128)]
     Pairs.of(sample).save(factory.cards.root / f"{first.digest}.exam.jsonl")
     harmful = made(2, 0.3)
     assert harmful.state == "rejected"
     assert "on the sample of 'docs' the MRR falls by" in harmful.error
-    assert served(factory)["docs"][1] == "0.1.0"
+    assert load(factory.live()["docs"]).metadata["version"] == "0.1.0"
     second = made(3, 1e-3)
     assert (second.state, second.version) == ("done", "0.2.0")
     note = json.loads(factory.history().to_pylist()[-1]["note"])
-    assert note["guard"]["guards"]["docs"]["pairs"] == 128
+    assert note["guard"]["guards"]["docs"]["pairs"] == 72
     live = factory.root / "live" / "docs.exam.jsonl"
     assert live.samefile(factory.cards.root / f"{second.digest}.exam.jsonl")
-    assert live.read_text().count("\n") == 128
+    assert live.read_text().count("\n") == 72
     live.unlink()  # another tool's mistake is repaired, and a version without a sample has none
     factory.cards.root.joinpath(f"{first.digest}.exam.jsonl").unlink()
     factory.sync()
