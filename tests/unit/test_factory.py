@@ -731,6 +731,7 @@ def test_a_folder_is_worked_in_by_one_process_at_a_time(bench):
     assert held.id == job.id
     order = {"arguments": held.arguments, "inputs": held.inputs, "attempt": 1, "seconds": 60.0}
     order |= {"folder": str(bench.root / "work" / job.id), "memory": None, "threads": 1}
+    order["live"] = str(bench.root / "live")
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(supervise, [order, order | {"attempt": 2}])
     assert first == second
