@@ -32,7 +32,7 @@ def encode_batches(
     adapter: str | None = None,
     adapter_column: str | None = None,
     route: bool = False,
-    threshold: float = 0.3,
+    threshold: float | None = None,
     column: str = "text",
     model: PathLike | None = None,
     fixed_size: bool = True,
@@ -48,8 +48,8 @@ def encode_batches(
         cards: Card files that rows may get, by one of the next three options.
         adapter: The name of one of them, for every row.
         adapter_column: The column that names each row's card; null for the base model.
-        route: Choose each row's card by its text; none if none reaches `threshold`.
-        threshold: As for `lora.routing.select`.
+        route: Choose each row's card by its text; see `lora.routing.decide`.
+        threshold: The score that every card needs; None: each card's own.
         column: The column of texts.
         model: A Hugging Face folder; None for the embedded default model.
         fixed_size: Make ``embedding`` a list of fixed size; else a list of any size.
@@ -86,8 +86,10 @@ def encode_batches(
         texts = {row: text for row, text in enumerate(_texts(batch, column)) if text is not None}
         names: list[str | None] = [adapter] * len(texts)
         if route:
-            routed = engine.router.select_many(list(texts.values()), 1, threshold)
-            names = [routes[0].name if routes else None for routes in routed]
+            decisions = engine.router.decide_many(list(texts.values()), threshold)
+            names = [
+                each.best.name if each and each.kind == "routes" else None for each in decisions
+            ]
         elif adapter_column is not None:
             named = _texts(batch, adapter_column)
             names = [named[row] for row in texts]

@@ -13,7 +13,19 @@ import numpy as np
 
 from lora.card import LoRACard, check_card
 from lora.errors import ArgumentError, ShapeError, shown
-from lora.routing import EMPTY, Candidate, Index, Route, candidate_of, select, texts_of, unit
+from lora.routing import (
+    EMPTY,
+    Candidate,
+    Decision,
+    Index,
+    Route,
+    candidate_of,
+    decide,
+    nearest,
+    select,
+    texts_of,
+    unit,
+)
 from lora.state import StateReference, Uncopied
 
 Description: TypeAlias = str | Sequence[str]
@@ -145,6 +157,15 @@ class LoRARouter(Uncopied):
         self.refresh()
         index, embedded = self.reference.value.index.tagged(tags), unit(self._embedded(queries))
         return [select(row, index, top_k=top_k, threshold=threshold) for row in embedded]
+
+    def decide_many(
+        self, queries: Sequence[str], threshold: float | None = None
+    ) -> list[Decision | None]:
+        """Decide for each query whether the nearest card answers; see `lora.routing.decide`."""
+        self.refresh()
+        index, rows = self.reference.value.index, self._embedded(queries)
+        ranked = [nearest(row, index) for row in unit(rows)]
+        return [decide(routes[0], index, threshold) if routes else None for routes in ranked]
 
     def described(
         self,

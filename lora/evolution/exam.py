@@ -43,7 +43,7 @@ from lora.federation.catalog import card_files
 from lora.files import SUFFIX, PathLike, as_path, load, save
 from lora.models.adapt import adapt
 from lora.router import LoRARouter
-from lora.routing import decide, nearest, unit
+from lora.routing import Index
 from lora.training.data import Pairs
 from lora.training.train import LoRATrainer, Progress, Settings, ranks
 
@@ -175,24 +175,20 @@ class Service:
 
     def __init__(self, base: Base, cards: Mapping[str, LoRACard]) -> None:
         self.base, self.left_out = base, dict[str, str]()
-        router = LoRARouter(base.encode)
+        self.router = LoRARouter(base.encode)
         self._models: dict[str, Any] = {"": base}
         for name, card in cards.items():
             try:
                 self._models[name] = adapt(base.model, card)
-                router.register_card(card)
+                self.router.register_card(card)
             except (BaseModelError, TargetError, ArgumentError) as error:
                 self.left_out[name] = str(error)
-        self.index = router.reference.value.index
         self._ranks: dict[tuple[str, int], tuple[Pairs, Array]] = {}
 
     def answering(self, queries: Sequence[str]) -> list[str]:
         """Return the card that answers each query; "" for the base model."""
-        if not queries or not self.index.candidates:
-            return [""] * len(queries)
-        routes = [nearest(row, self.index)[0] for row in unit(self.base.encode(queries))]
-        decisions = [decide(route, self.index) for route in routes]
-        return [each.best.name if each.kind == "routes" else "" for each in decisions]
+        decisions = self.router.decide_many(queries)
+        return [each.best.name if each and each.kind == "routes" else "" for each in decisions]
 
     def ranks_by(self, name: str, pairs: Pairs) -> Array:
         """Return the reciprocal ranks of the pairs by one card; "" is the base model."""
@@ -412,7 +408,7 @@ def _novelty(base: Base, others: Mapping[str, LoRACard], held_out: Pairs) -> dic
     """Say how well the live skills know the queries; it decides nothing."""
     service, queries = Service(base, others), held_out.queries
     answered = sum(map(bool, service.answering(queries)))
-    share_of_groups = novelty(base.encode(queries), service.index)
+    share_of_groups = novelty(base.encode(queries), Index(service.router.candidates))
     return {"answered_by_others": answered / len(queries), "groups_as_low": share_of_groups}
 
 
