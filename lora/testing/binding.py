@@ -1,7 +1,7 @@
 """What an implementation must offer to be tested: a handful of functions over plain values.
 
-Only NumPy arrays, bytes, strings, numbers and mappings of them are passed, so that an
-implementation may be written in any language.
+Only NumPy arrays (in any memory order), bytes, strings, numbers and mappings of them are passed, so
+that an implementation may be written in any language.
 
 Requirements: R24.
 """
