@@ -383,6 +383,7 @@ def test_the_merge_of_one_card_is_that_card(impl, cards, data):
 
 
 @requirement("R20.3")
+@settings(max_examples=200)  # few cards tell float64 from float32
 @given(cards=several(most=1, dtype=None), count=st.integers(2, 5), seed=st.integers(0, 2**32))
 def test_the_average_of_equal_cards_is_that_card(impl, cards, count, seed):
     rng = np.random.default_rng(seed)
