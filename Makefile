@@ -17,7 +17,7 @@ test: $(VENV)/.test
 
 # What takes long; the limit of coverage holds for these tests and those of make test together.
 test-slow: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 -m slow --junit-xml junit-slow.xml sharp.json
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 -m slow --junit-xml junit-slow.xml
 	$(BIN)/coverage combine --quiet --append
 	$(BIN)/coverage report --skip-covered --fail-under=90
 
