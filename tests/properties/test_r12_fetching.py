@@ -107,7 +107,7 @@ ERRORS = {
 }
 
 
-FAULTS = [set(pair) for count in (0, 1, 2) for pair in itertools.combinations(ERRORS, count)]
+FAULTS = [pair for count in (0, 1, 2) for pair in itertools.combinations(ERRORS, count)]
 
 
 @requirement("R12.3", "R14.2")
@@ -122,7 +122,7 @@ def test_of_several_faults_the_first_stages_is_named_and_the_cache_stays_as_it_w
         manifest = replace(manifest, digest=hashlib.sha256(data).hexdigest())
     changes = {"announcement": {"rank": 7}, "size": {"size": POLICY.max_bytes + 1}}
     changes["digest"] = {"digest": "0" * 64}
-    for fault in faults & changes.keys():
+    for fault in changes.keys() & set(faults):
         manifest = replace(manifest, **changes[fault])
     manifest = sign(manifest, KEY)
     if "signature" in faults:
