@@ -811,7 +811,7 @@ def test_a_version_whose_file_is_damaged_does_not_go_live(bench, damage):
     assert [version.live for version in factory.queue.versions()] == [False, True]
 
 
-@requirement("R19.1", "R18.8", "R19.7")
+@requirement("R19.1", "R18.8", "R19.5", "R19.7")
 @pytest.mark.slow
 def test_a_card_that_harms_a_live_skill_is_rejected_whatever_made_it(bench, model_folder):
     """By the sample beside the live card, which goes live with the next version, too."""
