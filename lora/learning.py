@@ -92,7 +92,7 @@ def evolve(
         "version": lesson.card and lesson.card.metadata["version"],
         "figures": dict(lesson.figures),
     }
-    text = told(lesson)
+    text = summary(lesson)
     return Evolved(lesson, {**facts, "text": text}, text)
 
 
@@ -134,7 +134,7 @@ def routing_checks(path: PathLike, name: str) -> list[dict[str, Any]]:
     return checks
 
 
-def told(lesson: Lesson) -> str:
+def summary(lesson: Lesson) -> str:
     """Say in a paragraph what was learned, and what was not shown."""
     figures, changes = lesson.figures, lesson.verdict.changes
     outcome = "live" if lesson.live else f"not live: {lesson.reason}"

@@ -121,13 +121,13 @@ def medoids(embeddings: object, count: int = 3) -> list[int]:
     """
     rows = unit(embeddings)  # type: ignore[arg-type]
     cosines = np.einsum("nd,md->nm", rows, rows)
-    chosen: list[int] = []
+    rows_taken: list[int] = []
     nearest = np.full(len(rows), -1.0)
     for _ in range(min(count, len(rows))):
         best = int(np.round(np.maximum(cosines, nearest).sum(axis=1), 6).argmax())
-        chosen.append(best)
+        rows_taken.append(best)
         nearest = np.maximum(nearest, cosines[best])
-    return chosen
+    return rows_taken
 
 
 def _texts(root: Path) -> dict[str, str]:
@@ -162,7 +162,7 @@ def _paragraphs(text: str) -> list[tuple[tuple[str, ...], str]]:
 
     Code, tables, directives and paragraphs of fewer than eight words are left out.
     """
-    found: list[tuple[tuple[str, ...], str]] = []
+    paragraphs: list[tuple[tuple[str, ...], str]] = []
     headings: list[tuple[int, str]] = []
     marks: list[str] = []
     lines: list[str] = []
@@ -185,13 +185,13 @@ def _paragraphs(text: str) -> list[tuple[tuple[str, ...], str]]:
         paragraph = _plain(" ".join(lines))
         letters = sum(letter.isalpha() or letter == " " for letter in paragraph)
         if len(paragraph.split()) >= 8 and letters > 0.7 * len(paragraph):
-            found.append((tuple(heading for _, heading in headings), paragraph))
+            paragraphs.append((tuple(heading for _, heading in headings), paragraph))
         lines = []
         if level:
             heading = _plain(title[2] if title else line)
             headings = [entry for entry in headings if entry[0] < level]
             headings += [(level, heading)] if heading else []
-    return found
+    return paragraphs
 
 
 def _plain(text: str) -> str:

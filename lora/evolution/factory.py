@@ -226,19 +226,19 @@ class SkillFactory:
         except Exception as error:  # noqa: BLE001 - of a killed worker or a broken pool
             # The job itself may have ended before its executor failed.
             outcome = finished(folder) or {"error": _text(error), "final": False}
-        made = None
+        accepted = None
         try:
             if outcome.get("card"):
-                made = self._keep(job, outcome)
+                accepted = self._keep(job, outcome)
         except Exception as error:  # noqa: BLE001 - of a card that is no use
             (folder / OUTCOME).unlink(missing_ok=True)
             outcome = {"error": _text(error), "final": False}
         now, printed = self._clock(), outcome.get("printed", {})
         if "error" in outcome:
             ended = self.queue.fail(job, outcome["error"], now, final=outcome["final"])
-        elif made is not None:
+        elif accepted is not None:
             note = json.dumps(printed)
-            ended = self.queue.accept(job, *made, now, keep=self.keep, note=note)
+            ended = self.queue.accept(job, *accepted, now, keep=self.keep, note=note)
             self.sync()
         else:
             reason = printed.get("reason", "made nothing worth serving")

@@ -228,8 +228,8 @@ class JobQueue:
         longer holds the job.
         """
         with self.transaction() as db:
-            made = {"ended": now, "digest": digest, "version": version, "live": True}
-            ended = _move(db, "accept", job, now, note, **made)
+            changes = {"ended": now, "digest": digest, "version": version, "live": True}
+            ended = _move(db, "accept", job, now, note, **changes)
             if ended is not None:
                 earlier = [each for each in versions(db, job.name) if each.id != job.id]
                 kept = earlier[max(0, len(earlier) + 1 - keep) :]
