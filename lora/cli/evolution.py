@@ -31,7 +31,7 @@ SHOWN += ["version", "live", "digest"]
 
 
 @command(
-    "evolve ./handbook --name handbook --out skills --documents-only",
+    "evolve ./handbook --out skills --documents-only",
     inputs=["documents", "questions", "answers", "model"],
 )
 def evolve(

@@ -19,7 +19,7 @@ from typing import Self
 import numpy as np
 
 from lora.errors import CardNotFoundError, DataError
-from lora.files import PathLike, as_path
+from lora.files import PathLike, as_path, os_errors
 from lora.routing import unit
 from lora.training.data import Pairs, docstring_pairs, first_sentence
 
@@ -39,7 +39,7 @@ COMMON_FORM = 0.2
 """Share of the pairs from which on a form counts: a placebo of it takes part in the exam."""
 
 _RULE = re.compile(r"([=\-~^\"'#*+`:.])\1{2,}\s*")
-_MARKUP = re.compile(r":[\w:]+:(?=`)|\s*<[^>]*>|\]\([^)]*\)|\]\[[^\]]*\]|[`*\\\[\]]|^\s*[-+]\s+")
+_MARKUP = re.compile(r":[\w:]+:(?=`)|<[^<>]*>|\]\([^)\]]*\)|\]\[[^\]\[]*\]|[`*\\\[\]]|^\s*[-+]\s+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Source:
             for group, query, answer in _prose_pairs(name, text, by_heading=len(texts) < FEW_FILES)
         ).unique()
         try:
-            names = docstring_pairs(root, private=True)
+            names = _cut(docstring_pairs(root, private=True))
         except DataError:
             names = Pairs.of([])
         pairs = names.add(prose)
@@ -85,12 +85,7 @@ class Source:
 
 def standard_library(form: str) -> Pairs:
     """Return pairs of a form from the standard library, which placebos are trained on."""
-    pairs = docstring_pairs(answer="name" if form == "names" else "rest")
-    cut = [
-        {**row, "query": row["query"][:LENGTH], "positive": row["positive"][:LENGTH]}
-        for row in pairs.table.to_pylist()
-    ]
-    return Pairs.of(cut)
+    return _cut(docstring_pairs(answer="name" if form == "names" else "rest"))
 
 
 def keywords(texts: Sequence[str], others: Sequence[str], count: int = 3) -> list[str]:
@@ -131,15 +126,25 @@ def medoids(embeddings: object, count: int = 3) -> list[int]:
 
 
 def _texts(root: Path) -> dict[str, str]:
-    """Read the prose below a folder, by relative path."""
+    """Read the prose below a folder, by relative path, without what links or hidden names hold."""
     texts = {}
     for path in sorted(root.rglob("*")):
-        if path.suffix in TEXT_FILES and path.is_file():
-            with path.open("rb") as file:
+        inner = path.relative_to(root)
+        is_hidden = any(part.startswith(".") for part in inner.parts)
+        if path.suffix in TEXT_FILES and path.is_file() and not (path.is_symlink() or is_hidden):
+            with os_errors(path), path.open("rb") as file:
                 text = file.read(FILE_LIMIT).decode("utf-8", "replace")
             if "\0" not in text and text.count("\ufffd") <= len(text) / 10:
-                texts[str(path.relative_to(root))] = text
+                texts[str(inner)] = text
     return texts
+
+
+def _cut(pairs: Pairs) -> Pairs:
+    """Cut the texts of pairs to `LENGTH` characters."""
+    return Pairs.of(
+        {**row, "query": row["query"][:LENGTH], "positive": row["positive"][:LENGTH]}
+        for row in pairs.table.to_pylist()
+    )
 
 
 def _prose_pairs(name: str, text: str, *, by_heading: bool) -> list[tuple[str, str, str]]:
@@ -166,12 +171,15 @@ def _paragraphs(text: str) -> list[tuple[tuple[str, ...], str]]:
     headings: list[tuple[int, str]] = []
     marks: list[str] = []
     lines: list[str] = []
-    is_code = False
+    is_code = is_rule = False
     for line, below in pairwise([*text.split("\n"), "", ""]):
-        fence = re.match(r"\s*(```|~~~)", line)
+        fence = None if is_rule else re.match(r"\s*(```|~~~)", line)
         is_code ^= bool(fence)
         title = re.match(r"(#{1,6})\s+(.+)", line)
         underlined = re.match(r"\S", line) and not _RULE.fullmatch(line) and _RULE.fullmatch(below)
+        if underlined and below[0] in "`~":  # a shorter one opens code
+            underlined = len(below.strip()) >= len(line.strip())
+        is_rule = bool(underlined and not is_code)
         level = 0
         if not is_code and (title or underlined):
             if underlined and below[0] not in marks:

@@ -9,6 +9,7 @@ Requirements: R18.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -243,10 +244,17 @@ def divided(pairs: Pairs, seed: int, sample: Pairs | None = None) -> tuple[Pairs
 
 
 def without(pairs: Pairs, *judged: Pairs | None) -> Pairs:
-    """Leave out the pairs that have a text in common with others."""
+    """Leave out the pairs that have a text in common with others, but for case and punctuation."""
     texts = {t for part in judged if part is not None for t in (*part.queries, *part.positives)}
+    judged_words = set(map(_words, texts))
     rows = enumerate(zip(pairs.queries, pairs.positives, strict=True))
-    return pairs.take([row for row, both in rows if texts.isdisjoint(both)]).unique()
+    return pairs.take(
+        [row for row, both in rows if judged_words.isdisjoint(map(_words, both))]
+    ).unique()
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def placebo(engine: Engine, form: str, terms: Terms, progress: Progress | None = None) -> LoRACard:
@@ -310,7 +318,7 @@ def learn(
     base, none = Base(engine.base), Pairs.of([])
     answers, taught = answers or none, taught or Distilled(none)
     if source.private and not terms.share_questions:
-        expected = "share_questions=True: a card is routed to by its examples, which are questions"
+        expected = "`share_questions=True`: a card is routed to by questions, its examples"
         raise ArgumentError("a log alone", expected, "False")
     training, held_out = divided(source.pairs, terms.seed, live.samples.get(name))
     learned, asked = answers.split(0.5, seed=terms.seed) if len(answers) > 1 else (answers, none)

@@ -385,8 +385,10 @@ def _common_scaling(card: LoRACard) -> tuple[dict[str, Any], Pairs] | None:
                 product = b.astype(np.float64) * factor
                 b = product.astype(pair.dtype)
                 error = np.abs(b.astype(np.float64) - product).max()
-                bound = float(np.spacing(np.ones((), pair.dtype))) * np.abs(product).max()
-            if not error <= bound or factor * common != pair.scaling:
+                largest = np.abs(product).max()
+                bound = float(np.spacing(np.ones((), pair.dtype))) * largest
+            is_lost = factor != 0 and pair.B.any() and largest < np.finfo(np.float64).tiny
+            if is_lost or not error <= bound or factor * common != pair.scaling:
                 return None
         zeros = (0, card.rank - pair.rank)
         weights[module] = np.pad(pair.A, ((0, 0), zeros)), np.pad(b, (zeros, (0, 0)))

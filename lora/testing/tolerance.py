@@ -79,8 +79,8 @@ def layer_bound(x: Array, weight: Array, bias: Array | None, terms: Iterable[Ter
     """Return the largest admissible |output - exact| of an adapted layer, element by element.
 
     It allows the larger error of two ways to compute the layer. Stacked: ``[A₁ …]``,
-    ``[w₁s₁B₁; …]`` and one product, added to the base's output before rounding. Plain: term by
-    term, with each of ``x @ A``, ``· @ B``, ``· scaling`` and the sum rounded.
+    ``[w₁s₁B₁; …]`` and one product, whose sums start from the base's output. Plain: term by term,
+    with each of ``x @ A``, ``· @ B``, ``· scaling`` and the sum rounded.
     """
     arithmetic, terms = _Arithmetic(x.dtype), list(terms)
     rows, columns = _exact_input(x), _exact_input(weight.T)
@@ -95,7 +95,9 @@ def layer_bound(x: Array, weight: Array, bias: Array | None, terms: Iterable[Ter
         ]
         b = _Bounded(*(np.concatenate(field) for field in zip(*parts, strict=True)))
         low = arithmetic.product(arithmetic.rounded(arithmetic.product(rows, a)), b)
-        stacked = arithmetic.rounded(arithmetic.sum(base, low))
+        running = gamma(a.size.shape[1], arithmetic.wide) * (base.size + base.error)
+        start = _Bounded(base.size, base.error + running)
+        stacked = arithmetic.rounded(arithmetic.sum(start, low))
     for term in terms:
         hidden = arithmetic.rounded(arithmetic.product(rows, _exact_input(term.A)))
         low = arithmetic.rounded(arithmetic.product(hidden, _exact_input(term.B)))

@@ -32,7 +32,7 @@ def with_pairs(card, change):
         )
 
 
-class TargetsJoinedByCommas(Fault, breaks="R1.1", also="R1.10 R7.6"):
+class TargetsJoinedByCommas(Fault, breaks="R1.1", also="R1.10 R1.16 R7.6"):
     """No targets come back as one empty target, and a comma in a name splits it."""
 
     def read_card(self, data):
@@ -49,7 +49,7 @@ class AlphaOfTheFileIgnored(Fault, breaks="R1.1", also="R1.10 R7.6"):
         return super().read_card(data)._replace(alpha=32.0)
 
 
-class FactorsOfOneModuleForAll(Fault, breaks="R1.2", also="R20.9"):
+class FactorsOfOneModuleForAll(Fault, breaks="R1.2", also="R1.16 R20.9"):
     """Every module gets the widest module's factors."""
 
     def read_card(self, data):
@@ -71,7 +71,7 @@ class MetadataOverwriteFields(Fault, breaks="R1.3", also="R1.1"):
         return card._replace(target_modules=(ascii(over[0]),)) if over else card
 
 
-class MetadataAsText(Fault, breaks="R1.3", also="R1.1"):
+class MetadataAsText(Fault, breaks="R1.3", also="R1.1 R1.16"):
     """Metadata values come back as strings."""
 
     def read_card(self, data):
@@ -79,7 +79,19 @@ class MetadataAsText(Fault, breaks="R1.3", also="R1.1"):
         return card._replace(metadata={key: str(value) for key, value in card.metadata.items()})
 
 
-class StreamInsteadOfFile(Fault, breaks="R1.4", also="R1.8 R1.10 R7.6"):
+class FactorsInTheOrderOfMemory(Fault, breaks="R1.16", also="R1.2 R1.7"):
+    """A factor is written as it lies in memory, whatever its strides say."""
+
+    def write_card(self, card):
+        def as_it_lies(array):
+            return np.ravel(array, order="K").reshape(array.shape)
+
+        return super().write_card(
+            with_pairs(card, lambda pair: pair._replace(A=as_it_lies(pair.A), B=as_it_lies(pair.B)))
+        )
+
+
+class StreamInsteadOfFile(Fault, breaks="R1.4", also="R1.8 R1.10 R1.16 R7.6"):
     """Writes the Arrow stream format."""
 
     def write_card(self, card):
@@ -93,7 +105,7 @@ class StreamInsteadOfFile(Fault, breaks="R1.4", also="R1.8 R1.10 R7.6"):
         return super().read_card(sink.getvalue())
 
 
-class HalfPrecisionWidened(Fault, breaks="R1.7", also="R1.2"):
+class HalfPrecisionWidened(Fault, breaks="R1.7", also="R1.2 R1.16"):
     """Factors of two bytes a number come back as float32: the same numbers, of another dtype."""
 
     def read_card(self, data):
@@ -104,7 +116,7 @@ class HalfPrecisionWidened(Fault, breaks="R1.7", also="R1.2"):
         return with_pairs(super().read_card(data), widened)
 
 
-class ZerosLoseTheirSign(Fault, breaks="R1.7", also="R1.2"):
+class ZerosLoseTheirSign(Fault, breaks="R1.7", also="R1.2 R1.16"):
     """Factors pass through an addition: -0 becomes +0, and a signalling NaN quiet."""
 
     def read_card(self, data):
@@ -151,7 +163,7 @@ class AnyVersionIsRead(Fault, breaks="R1.10"):
         return super().read_card(rewritten(data, lambda keys: {**keys, b"lora.format": b"1.0"}))
 
 
-class UnknownKeysAreDropped(Fault, breaks="R1.10"):
+class UnknownKeysAreDropped(Fault, breaks="R1.10", also="R1.16"):
     """Schema metadata of later versions get lost."""
 
     def read_card(self, data):

@@ -88,3 +88,31 @@ def test_the_standard_library_has_pairs_of_both_forms():
     assert all(" " not in text for text in names.positives)
     assert sum(" " in text for text in prose.positives) > 0.9 * len(prose)
     assert max(map(len, prose.positives)) <= LENGTH
+
+
+@requirement("R18.3")
+def test_a_short_rule_of_tildes_is_a_heading_and_a_line_above_a_fence_is_none(tmp_path):
+    sentence = "These are the words of paragraph number {}. There are a few more."
+    parts = ["Title\n=====", sentence.format(1), "Sub\n~~~", sentence.format(2)]
+    parts += ["Some text line\n```\ncode that nobody reads as a sentence\n```", sentence.format(3)]
+    (tmp_path / "guide.rst").write_text("\n\n".join(parts))
+    groups = Source.read(tmp_path).pairs.table["group"].to_pylist()
+    assert set(groups) == {"guide.rst > Title", "guide.rst > Title > Sub"}
+    queries = Source.read(tmp_path).pairs.queries
+    assert {f"These are the words of paragraph number {n}." for n in (1, 2, 3)} <= {*queries}
+
+
+@requirement("R18.3")
+def test_what_links_and_hidden_folders_hold_is_not_read(tmp_path):
+    outside, root = tmp_path / "outside.md", tmp_path / "root"
+    outside.write_text("A sentence from outside it. Nobody named this file.")
+    (root / ".hidden").mkdir(parents=True)
+    (root / ".hidden" / "page.md").write_text("A sentence that is hidden. Nobody sees this file.")
+    (root / "link.md").symlink_to(outside)
+    (root / "page.md").write_text("A sentence that may be read. It is long enough.")
+    assert list(Source.read(root).texts) == ["page.md"]
+
+
+def test_text_without_an_end_of_its_markup_is_read_at_once(tmp_path):
+    (tmp_path / "page.md").write_text("< " * 200_000 + "\n\nA sentence comes after it. It is read.")
+    assert "A sentence comes after it." in Source.read(tmp_path).pairs.queries

@@ -562,3 +562,13 @@ export_peft(import_peft({str(folder)!r}), {str(tmp_path / "back")!r})
 assert not {{"torch", "peft", "transformers"}} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", script], check=True)
     assert import_peft(tmp_path / "back").weights == import_peft(folder).weights
+
+
+@requirement("R23.4")
+def test_a_scaling_that_would_lose_the_last_bit_of_another_module_is_a_pattern(tmp_path):
+    """1 / 8.5e307 times the smallest float32 is 0 in float64, too."""
+    least = np.full((1, 1), 1e-45, np.float32)
+    large = LowRank(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32), 8.5e307)
+    weights = {"a": LowRank(least, least, 1.0), "b": large}
+    export_peft(LoRACard("docs", 2, 1.7e308, ["a", "b"], weights), tmp_path / "x")
+    assert import_peft(tmp_path / "x").weights["a"].B == least

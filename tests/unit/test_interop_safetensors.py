@@ -92,10 +92,8 @@ def test_square_factors_are_never_guessed(path, here, sizes):
         assert read.tobytes() == np.ascontiguousarray(factor).tobytes()
         line = ("convert", path, "-o", path.with_name("x.arrow"), "--alpha", 8)
         status, _, problem = here(*line)
-        assert (status, "lora convert: --layout, one of ('linear', 'matrix')" in problem) == (
-            1,
-            True,
-        )
+        assert status == 1
+        assert "lora convert --layout, one of ('linear', 'matrix')" in problem
         assert here(*line, "--layout", layout)[0] == 0
         assert load(path.with_name("x.arrow")).weights["q"].A.tobytes() == read.tobytes()
 
@@ -321,7 +319,7 @@ def test_mlx_lm_whose_scale_is_not_known_is_refused(tmp_path, config):
         ("head_config.json", "AdapterHub"),
         ("lora-f16.gguf", "GGUF"),
         ("law/adapter_config.json", "subfolders"),
-        (".adapter_config.json.old", "killed"),
+        (".adapter_config.json.tmp", "killed"),
     ],
 )
 def test_a_folder_without_a_peft_configuration_is_named_by_its_files(tmp_path, name, form):
