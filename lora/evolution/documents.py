@@ -176,10 +176,11 @@ def _paragraphs(text: str) -> list[tuple[tuple[str, ...], str]]:
         fence = None if is_rule else re.match(r"\s*(```|~~~)", line)
         is_code ^= bool(fence)
         title = re.match(r"(#{1,6})\s+(.+)", line)
-        underlined = re.match(r"\S", line) and not _RULE.fullmatch(line) and _RULE.fullmatch(below)
+        is_text = re.match(r"\S", line) and not _RULE.fullmatch(line)
+        underlined = bool(is_text and _RULE.fullmatch(below))
         if underlined and below[0] in "`~":  # a shorter one opens code
             underlined = len(below.strip()) >= len(line.strip())
-        is_rule = bool(underlined and not is_code)
+        is_rule = underlined and not is_code
         level = 0
         if not is_code and (title or underlined):
             if underlined and below[0] not in marks:
