@@ -138,12 +138,14 @@ def version_order(version: str) -> tuple[Any, ...]:
 def risen_version(version: object, last: str) -> str:
     """Return a semantic version above the last one: the given one, or the next minor version.
 
+    A last one that is no semantic version counts as none.
+
     Examples:
-        >>> [risen_version("0.1.0", last) for last in ("", "0.0.9", "0.1.0", "1.9.2")]
-        ['0.1.0', '0.1.0', '0.2.0', '1.10.0']
+        >>> [risen_version("0.1.0", last) for last in ("", "v2", "0.0.9", "0.1.0", "1.9.2")]
+        ['0.1.0', '0.1.0', '0.1.0', '0.2.0', '1.10.0']
     """
     own = str(version) if is_semantic_version(version) else "0.1.0"
-    if version_order(own) > version_order(last):
+    if not is_semantic_version(last) or version_order(own) > version_order(last):
         return own
     major, minor, _ = last.split(".", 2)
     return f"{major}.{int(minor) + 1}.0"

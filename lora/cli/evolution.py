@@ -200,7 +200,7 @@ def factory_add(
     limits = {"seconds": seconds, "memory": memory, "max_failures": max_failures}
     job = shop.add(arguments, priority=priority, **limits)
     if again and job.state == "dead":
-        job = shop.retry(job.id)
+        job = shop.retry(job.id, priority=priority, **limits)
     facts = {"id": job.id, "kind": job.kind, "name": job.name, "state": job.state}
     return Result(facts, f"{job.state}: {job.kind} {job.name} ({job.id[:12]})")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from lora.card import AdapterSet
 from lora.cli.app import INPUTS, ChecksPassed, app, checking
 from lora.errors import ArgumentError, LoRAError, shown
 from lora.evolution.queue import Job
@@ -102,19 +103,22 @@ def harm(arguments: Sequence[str], file: Path, live: Path) -> tuple[str, dict[st
     Returns:
         Why it may not go live, or "", and the figures.
     """
-    name = load(file).name
+    card = load(file)
     if arguments[0] == "evolve" or not list(live.glob("*.exam.jsonl")):
         return "", {}
     from lora.engine import ArrowEngine
     from lora.evolution.exam import sample_path
     from lora.learning import guard
+    from lora.models.adapt import bindings
 
     model = arguments[arguments.index("--model") + 1] if "--model" in arguments else None
     try:
-        judged = guard(ArrowEngine.from_pretrained(model), load(file), live)
+        engine = ArrowEngine.from_pretrained(model)
+        bindings(engine.base, [AdapterSet(card)])
     except LoRAError as error:  # of another base model, which no option names
         reason = f"not examined: {error}"
-        return reason if sample_path(live, name).exists() else "", {"guard": reason}
+        return reason if sample_path(live, card.name).exists() else "", {"guard": reason}
+    judged = guard(engine, card, live)
     return judged.refused, {"guard": judged.figures}
 
 

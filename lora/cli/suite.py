@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lora.cli.app import Json, Result, check_output, command, progress_bar
+from lora.cli.app import Json, Result, check_output, command, printable, progress_bar
 
 
 @command("conformance --binding my_package.binding:BINDING --only R4 --json-file verdicts.json")
@@ -41,7 +41,7 @@ def conformance(
         write_report(report, json_file)
     total, failed = len(report["requirements"]), red(report)
     failure = f"{len(failed)} of {total} requirements failed: {', '.join(failed)}"
-    return Result(report, "\n".join(lines_of(report)), failure=failure if failed else "")
+    return Result(report, printable("\n".join(lines_of(report))), failure=failure if failed else "")
 
 
 @command("bench --quick --only routing")

@@ -25,7 +25,7 @@ import torch
 import lora
 from lora.card import Array, LoRACard
 from lora.checks import integer, risen_version, share, version_order
-from lora.errors import ArgumentError, BaseModelError, TargetError
+from lora.errors import ArgumentError, BaseModelError, ShapeError, TargetError
 from lora.evolution.acceptance import (
     FEWEST,
     MAX_FALL,
@@ -182,7 +182,7 @@ class Service:
             try:
                 self._models[name] = adapt(base.model, card)
                 self.router.register_card(card)
-            except (BaseModelError, TargetError, ArgumentError) as error:
+            except (BaseModelError, TargetError, ShapeError, ArgumentError) as error:
                 self.left_out[name] = str(error)
         self._ranks: dict[tuple[str, int], tuple[Pairs, Array]] = {}
 

@@ -94,9 +94,9 @@ class SkillFactory:
         job: Job = import_module(JOBS).job_of(arguments, self.root / "live", **limits)
         return self.queue.add(job, self._clock())
 
-    def retry(self, job_id: str) -> Job:
-        """Queue a dead job again; a `StateError` if it is not dead."""
-        return self.queue.retry(job_id, self._clock())
+    def retry(self, job_id: str, **limits: Any) -> Job:
+        """Queue a dead job again, with other limits if any; a `StateError` if it is not dead."""
+        return self.queue.retry(job_id, self._clock(), **limits)
 
     def status(self) -> pa.Table:
         """Return every job: its state, attempts, times, and what it made or why it failed."""
@@ -134,6 +134,8 @@ class SkillFactory:
                     kept, file = self._kept(job.digest, suffix), self._live(job, suffix)
                     if suffix == EXAM and not kept.exists():
                         file.unlink(missing_ok=True)
+                    elif not kept.exists():
+                        log.error("version %s of %s is lost: %s", job.version, job.name, kept)
                     elif not (file.exists() and file.samefile(kept)):
                         arriving = file.with_name(f".{job.digest}.part")
                         arriving.unlink(missing_ok=True)  # a killed process left it
@@ -151,6 +153,9 @@ class SkillFactory:
         begin = None if at is None else parse_at(at)
         stop = stop or threading.Event()
         with locked(self.root / "coordinator.lock", 0, "one coordinator at a time"):
+            for job in self.queue.jobs("running"):
+                if finished(self._folder(job)):  # its next attempt enters what it made
+                    self._report(self.queue.release(job, self._clock()))
             for job in self.queue.recover(self._clock()):
                 self._report(job)
             self._sweep()

@@ -260,11 +260,11 @@ class JobQueue:
             left = [_fail(db, job, "the coordinator died", now) for job in _jobs(db, "running")]
             return [job for job in left if job is not None]
 
-    def retry(self, job_id: str, now: float) -> Job:
+    def retry(self, job_id: str, now: float, **limits: Any) -> Job:
         """Queue a dead job again, in its old place, with no failures counted."""
         with self.transaction() as db:
             job = _job(db, job_id)
-            again = job and _move(db, "retry", job, now, failures=0)
+            again = job and _move(db, "retry", job, now, failures=0, **limits)
             if again is None:
                 state = f"one {job.state}" if job else "none"
                 raise StateError(f"retry {shown(job_id)}", "a dead job", state)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -175,15 +175,16 @@ def finished(folder: Path) -> dict[str, Any]:
 @contextmanager
 def locked(path: Path, seconds: float, expected: str) -> Iterator[None]:
     """Hold a lock, which the system releases however this process ends; wait for it so long."""
-    lock = sqlite3.connect(path, timeout=seconds, isolation_level=None)
-    try:
+    with ExitStack() as stack:
         try:
+            lock = sqlite3.connect(path, timeout=seconds, isolation_level=None)
+            stack.callback(lock.close)
             lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            raise StateError(str(path), expected, "another that runs") from error
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                raise StateError(str(path), expected, "another that runs") from error
+            raise StoreError(str(path), "a file that can be locked", error) from error
         yield
-    finally:
-        lock.close()
 
 
 def _end_with_supervisor() -> None:

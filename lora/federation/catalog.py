@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 Stamp: TypeAlias = tuple[int, int, int]
 """Inode, size and modification time of a file."""
 
+UNREAD: Stamp = (0, 0, 0)
+"""Stands for the stamp of a file that the system did not let be read: no file has it."""
 
 TICK = 10**9
 """Nanoseconds after which a folder that changes again has another time of change."""
@@ -78,7 +80,11 @@ def scan(paths: Iterable[Path], old: Catalog) -> Catalog:
         with os_errors(path):
             if stamp := _stamp(path):
                 key = path, stamp, _stamp(signature_path(path))
-                files[key] = old.files[key] if key in old.files else _served(*key)
+                try:
+                    files[key] = old.files[key] if key in old.files else _served(*key)
+                except OSError as error:  # it may work at the next look
+                    log.warning("not served: %s", error)
+                    files[path, UNREAD, None] = None
     if files == old.files:
         return old
     cards = sorted(
@@ -103,7 +109,7 @@ class Followed:
     ) -> None:
         self._folder, self._take, self._forget = as_path(folder).absolute(), take, forget
         self._catalog, self._time = Catalog(), 0
-        self._seen = dict[str, Served]()
+        self._seen, self._again = dict[str, Served](), set[str]()
         self._lock = threading.Lock()
         self._catalog = scan(card_files(self._folder), self._catalog)
         self._hand_over(refused=ConflictError)
@@ -116,32 +122,40 @@ class Followed:
                 if changed == self._time:
                     return
                 # A folder's clock may tick slower than two changes follow each other.
-                self._time = changed if time.time_ns() - changed > TICK else 0
+                is_settled = time.time_ns() - changed > TICK
+                self._time = 0  # until all is handed over
                 self._catalog = scan(card_files(self._folder), self._catalog)
             except OSError as error:
                 log.warning("not followed: %s", error)
                 return
-            self._hand_over()
+            if self._hand_over() and is_settled:
+                self._time = changed
 
-    def _hand_over(self, refused: type[LoRAError] | tuple[()] = ()) -> None:
+    def _hand_over(self, refused: type[LoRAError] | tuple[()] = ()) -> bool:
+        """Return whether no file and no card is to be tried again at the next look."""
         names = dict[str, list[Served]]()
         for card in self._catalog.cards.values():
             names.setdefault(card.manifest.name, []).append(card)
         for name, cards in names.items():
             try:
                 card = newest(cards)
-                if name not in self._seen or self._seen[name].manifest != card.manifest:
-                    self._seen[name] = card
+                old, self._seen[name] = self._seen.get(name), card
+                if old is None or old.manifest != card.manifest or name in self._again:
+                    self._again.discard(name)
                     self._take(load(card.path, verify=card.manifest.digest))
             except refused:
                 raise
-            except LoRAError as error:
+            except Exception as error:  # noqa: BLE001 - of an encoder, or a warning made an error
                 log.warning("card %r stays as it was: %s", name, error)
-        present = {path for path, *_ in self._catalog.files}
-        for name in [name for name, card in self._seen.items() if card.path not in present]:
-            if name not in names:
+                if isinstance(error, OSError) or not isinstance(error, LoRAError):
+                    self._again.add(name)  # it is not the card's own fault
+        unread = {path for (path, *_), card in self._catalog.files.items() if card is None}
+        for name in self._seen.keys() - names.keys():
+            if self._seen[name].path not in unread:
                 del self._seen[name]
+                self._again.discard(name)
                 self._forget(name)
+        return not self._again and all(stamp != UNREAD for _, stamp, _ in self._catalog.files)
 
 
 def newest(cards: Sequence[Served]) -> Served:
@@ -187,7 +201,9 @@ def _served(path: Path, stamp: Stamp, signature: Stamp | None) -> Served | None:
         manifest = manifest_of(inspect(path), digest(path), stamp[1])
         with pa.ipc.open_file(path) as file:
             schema = file.schema
-    except (LoRAError, OSError, pa.ArrowException) as error:
+    except OSError:
+        raise
+    except (LoRAError, pa.ArrowException) as error:
         log.warning("not served: %s", error)
         return None
     if signature:

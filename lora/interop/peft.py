@@ -10,6 +10,7 @@ Requirements: R23, R26.
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -228,7 +229,9 @@ def export_peft(
             file.write(json.dumps(config, indent=2, sort_keys=True).encode())
             with replacing(folder / WEIGHTS, f".{WEIGHTS}.tmp") as weights_file:
                 write_tensors(weights_file, tensors, {"format": "pt", **header_of(card)})
-                weights_file.flush()
+                for each in (file, weights_file):  # what can fail, before the old ones go
+                    each.flush()
+                    os.fsync(each.fileno())
                 for name in (CONFIG, PICKLE):
                     (folder / name).unlink(missing_ok=True)
 

@@ -183,12 +183,13 @@ def pytest_runtest_makereport(
 
     The notes stand in `user_properties`, which travel between the processes of xdist.
     """
-    if call.when == "call" and _uses_binding(item):
+    broken = call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception)
+    if _uses_binding(item) and (call.when == "call" or broken):  # a fixture may fail, too
         counts = _EXAMPLES.findall(getattr(item, "hypothesis_statistics", ""))
         item.user_properties.append(("property", _name(item)))
         item.user_properties.append(("requirements", list(_ids(item))))
         item.user_properties.append(("examples", sum(int(n) for pair in counts for n in pair)))
-        if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
+        if call.excinfo is not None and broken:
             item.user_properties.append(("falsified", _falsified(call.excinfo.value)))
     report: Any = yield
     subject = getattr(item, "funcargs", {}).get("impl")
@@ -208,7 +209,7 @@ class Collector:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the outcome of a property through the binding."""
         notes: dict[str, Any] = dict(report.user_properties)
-        if report.when != "call" or "requirements" not in notes:
+        if "requirements" not in notes or not (report.when == "call" or report.failed):
             return
         verdict = "failed" if hasattr(report, "wasxfail") else report.outcome
         reason = str(notes.get("falsified", ""))
@@ -247,9 +248,12 @@ def _name(item: pytest.Item) -> str:
 
 def _falsified(error: BaseException) -> str:
     """Return the error, and what to paste above the test so that it fails like this again."""
+    if isinstance(error, BaseExceptionGroup):  # Hypothesis found several
+        return "\n".join(map(_falsified, error.exceptions))[:8000]
     text = "\n".join(getattr(error, "__notes__", ()))
     text = re.sub(
         r"^ +(#|impl=).*\n|  # or any other generated value", "", text, flags=re.MULTILINE
     )
     text = re.sub(r"(Failing test case|Falsifying example): \w+\(", "@example(", text)
-    return f"{type(error).__name__}: {error}"[:1000] + f"\n{text}"[:3000].rstrip()
+    text = f"{type(error).__name__}: {error}"[:1000] + f"\n{text}"[:3000].rstrip()
+    return text.encode("utf-8", "backslashreplace").decode()  # an error may hold lone surrogates

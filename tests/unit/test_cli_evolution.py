@@ -81,7 +81,11 @@ def test_a_dead_job_is_named_and_can_be_queued_again(shop):
     assert done.stderr.splitlines()[-1].startswith("lora: dead jobs: ")
     assert "Traceback" not in done.stderr
     assert told("add", *bad)["state"] == "dead"
-    assert told("add", "--again", *bad)["state"] == "queued"
+    limits = ["--seconds", 5, "--priority", 2, "--max-failures", 1, "--memory", 1 << 30]
+    assert told("add", "--again", *limits, *bad)["state"] == "queued"
+    (again,) = SkillFactory("factory").queue.jobs()
+    assert (again.seconds, again.priority) == (5.0, 2)
+    assert (again.max_failures, again.memory) == (1, 1 << 30)
 
 
 @requirement("R19.7")

@@ -21,15 +21,18 @@ import pytest
 
 from lora import load, save
 from lora.card import LoRACard, LowRank
-from lora.cli.jobs import job_of
+from lora.cli.jobs import harm, job_of
+from lora.engine import ArrowEngine
 from lora.errors import (
     ArgumentError,
     CardFileError,
     CardNotFoundError,
+    DataError,
     LoRAError,
     MissingPackageError,
     PeerError,
     StateError,
+    StoreError,
     UnknownCardError,
 )
 from lora.evolution.factory import WATCH, SkillFactory, cluster
@@ -37,7 +40,7 @@ from lora.evolution.worker import supervise
 from lora.models.encoder import InferenceCore
 from lora.testing.plugin import requirement
 from lora.training.data import Pairs
-from tests.unit.test_engine import strong
+from tests.unit.test_engine import Words, strong, words_card
 
 TOYS = '''
 """Loaded by every interpreter: in a job, `merge` first does what its first card asks for."""
@@ -623,7 +626,8 @@ def test_a_coordinator_killed_at_any_boundary_loses_no_job_and_none_takes_effect
     bench, moment
 ):
     factory = bench.factory()
-    job = bench.add(factory, "patricide" if moment == "during the job" else "copy")
+    do, failures = ("patricide", 2) if moment == "during the job" else ("copy", 1)
+    job = bench.add(factory, do, max_failures=failures + (moment == "after a claim"))
     second = bench.add(factory)
     killed = subprocess.run(
         [sys.executable, "-c", CHILD, bench.root, moment], check=False, timeout=120
@@ -695,6 +699,14 @@ def test_two_coordinators_never_run_at_once_and_others_may_add_and_look_meanwhil
 
 
 @requirement("R19.2")
+def test_a_lock_that_is_no_file_to_lock_is_named(bench):
+    factory = bench.factory()
+    (bench.root / "coordinator.lock").write_text("no database " * 100)
+    with pytest.raises(StoreError, match=r"coordinator\.lock: expected a file that can be locked"):
+        factory.run()
+
+
+@requirement("R19.2")
 def test_an_interrupted_run_kills_its_jobs_and_holds_nothing_against_them(bench):
     class Interrupt:
         def is_set(self):
@@ -750,7 +762,7 @@ def served(factory):
 
 
 @requirement("R19.5")
-def test_an_accepted_version_is_swapped_in_and_an_earlier_one_comes_back_by_name(bench):
+def test_an_accepted_version_is_swapped_in_and_an_earlier_one_comes_back_by_name(bench, caplog):
     factory = bench.factory(keep=2)
     for name in ("docs", "law", "docs", "docs"):
         bench.add(factory, name=name)
@@ -775,6 +787,12 @@ def test_an_accepted_version_is_swapped_in_and_an_earlier_one_comes_back_by_name
         "docs.lora.arrow",
         "law.lora.arrow",
     }
+    docs, law = factory.live().values()
+    for path in (docs, law, factory.cards.path(factory.queue.versions("docs")[-1].digest)):
+        path.unlink()
+    factory.sync()  # one card that is lost stops no other
+    assert served(factory) == {"law": (2, "0.1.0")}
+    assert "version 0.3.0 of docs is lost" in caplog.text
 
 
 @requirement("R19.1", "R19.5")
@@ -857,6 +875,30 @@ def test_a_card_that_harms_a_live_skill_is_rejected_whatever_made_it(bench, mode
     assert live.exists()
     factory.rollback("docs")
     assert not live.exists()
+
+
+@requirement("R19.1", "R18.8")
+def test_a_card_is_examined_whatever_else_lies_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(ArrowEngine, "from_pretrained", lambda _: ArrowEngine(Words()))
+    live, file = tmp_path / "live", tmp_path / "new.lora.arrow"
+    live.mkdir()
+    Pairs.of([("open a file", "how"), ("read it", "so")]).save(live / "docs.exam.jsonl")
+    card = words_card("docs", description="open a file")
+    wide = LowRank(np.ones((5, 1)), np.ones((1, 3)))
+    save(card, live / "docs.lora.arrow")
+    save(replace(card, name="wide", weights={"dense": wide}), live / "wide.lora.arrow")
+    save(replace(card, name="law"), file)
+    assert list(harm(["merge"], file, live)[1]["guard"]["guards"]) == ["docs"]
+    other = replace(card, base_fingerprint="0" * 64)
+    for name, is_refused in (("law", False), ("docs", True)):
+        save(replace(other, name=name), file)
+        refusal, figures = harm(["merge"], file, live)
+        assert figures["guard"].startswith("not examined: ")
+        assert refusal == (figures["guard"] if is_refused else "")
+    save(card, file)
+    (live / "docs.exam.jsonl").write_text("{no JSON\n")
+    with pytest.raises(DataError, match=r"docs\.exam\.jsonl"):
+        harm(["merge"], file, live)
 
 
 # R19.4: nights

@@ -11,7 +11,7 @@ import pytest
 
 import lora
 from lora.engine import ArrowEngine
-from lora.errors import CardNotFoundError, ConflictError
+from lora.errors import CardNotFoundError, ConflictError, StoreError
 from lora.federation import catalog
 from lora.testing.plugin import requirement
 from tests.unit.test_engine import Words, words_card
@@ -171,6 +171,33 @@ def test_a_folder_that_has_not_changed_is_not_read(folder, monkeypatch):
     monkeypatch.setattr(catalog, "card_files", looks.append)
     answers(engine)
     assert looks == []
+
+
+@requirement("R19.5")
+@pytest.mark.parametrize("place", ["card_files", "inspect", "load", "encoder"])
+def test_what_failed_for_a_while_is_tried_again(folder, monkeypatch, caplog, place):
+    engine = following(folder)
+    first = answers(engine)
+    put(folder, 2.0, "0.2.0")
+    os.utime(folder, (1e9, 1e9))
+
+    def fail(*_, **__):
+        raise (RuntimeError if place == "encoder" else StoreError)("a", "file", "too many")
+
+    with monkeypatch.context() as patch:
+        owner, name = (engine.router, "candidate") if place == "encoder" else (catalog, place)
+        patch.setattr(owner, name, fail)
+        engine.encode("ab")
+    assert "too many" in caplog.text
+    assert answers(engine) == 2 * first
+
+
+@requirement("R19.5")
+def test_a_name_whose_file_now_holds_another_is_forgotten(folder):
+    engine = following(folder)
+    put(folder, name="law", file="docs")
+    assert set(engine.router.candidates) == {"law"}
+    assert list(engine.manager.list_cards()) == ["law"]
 
 
 @requirement("R19.5")

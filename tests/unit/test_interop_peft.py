@@ -19,7 +19,6 @@ from lora.card import DTYPES, LoRACard, LowRank
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, StoreError
 from lora.extract import MinEnergy, extract_delta
 from lora.files import save
-from lora.interop import peft
 from lora.interop.peft import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft
 from lora.interop.safetensors import MAX_CONFIG_BYTES
 from lora.merging import merge
@@ -442,11 +441,12 @@ def replace_but_for(name):
 
 
 @requirement("R23.2")
-def test_a_failure_to_write_leaves_the_old_files_or_a_new_folder_empty(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["lora.interop.peft.write_tensors", "os.fsync"])
+def test_a_failure_to_write_leaves_the_old_files_or_a_new_folder_empty(tmp_path, monkeypatch, step):
     folder = tmp_path / "docs"
     export_peft(card(), folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(peft, "write_tensors", fail)
+    monkeypatch.setattr(step, fail)
     for place in (folder, tmp_path / "new"):
         with pytest.raises(StoreError, match="disk full"):
             export_peft(card(scaling=7.0), place, overwrite=True)

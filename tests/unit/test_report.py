@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lora.cli.suite import conformance
 from lora.errors import ArgumentError
 from lora.testing.plugin import Subject, load_binding, requirement
 from lora.testing.report import (
@@ -84,6 +85,26 @@ def test_in_pytest_a_failure_is_excused_if_it_is_declared_for_all_that_it_names(
     command += ["--binding", "own_binding:BINDING", "-c", os.devnull, "--rootdir", ".", file]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
+
+
+@requirement("R24.1", "R24.5")
+def test_all_errors_of_a_fixture_are_told_and_none_is_obeyed(tmp_path, monkeypatch, capsys):
+    errors = '[ValueError("zero"), TypeError("\\ud800 \\x1b[2J")]'
+    lines = ["import pytest", "@pytest.fixture", "def own(impl):"]
+    lines += [f"    raise ExceptionGroup('two', {errors})", '@pytest.mark.requirement("R4.4")']
+    lines += ["def test_it(impl, own):", "    pass"]
+    (tmp_path / "test_own.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "pytest", "-p", "lora.testing.plugin", "-c", os.devnull]
+    command += ["--rootdir", ".", "--conformance-json", "report.json", "test_own.py"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert red(report) == ["R4.4"]
+    (test,) = report["requirements"]["R4.4"]["tests"]
+    assert test["falsified"] == "ValueError: zero\nTypeError: \\ud800 \x1b[2J"
+    monkeypatch.setattr("lora.testing.report.run_suite", lambda *_, **__: report)
+    with pytest.raises(SystemExit, match="1"):
+        conformance(as_json=False)
+    assert "TypeError: \\ud800 \ufffd[2J" in capsys.readouterr().out
 
 
 @requirement("R24.1", "R24.5")
@@ -232,6 +253,7 @@ def test_a_binding_that_is_not_there_or_expects_unknown_ids_is_refused(monkeypat
         ({"R99.1": {}}, "R99.1"),
         ({"R4.4": "it is another"}, "it is another"),
         ({"R4.4": {"test_r04_router.py::test_nothing": ("why", "where")}}, "test_nothing"),
+        ({"R4.4": {"test_r04_router.py::made": ("no test", "where")}}, "no test"),
         ({"R4.4": {COSINE: ("why", " ")}}, "why"),
         ({"R4.4": {COSINE: "why"}}, "why"),
     ):
