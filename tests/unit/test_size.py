@@ -6,8 +6,8 @@ import pytest
 
 from tests.size import Size, lines_of_tests, size_of, total
 
-LIMIT = Size(lines=18_500, tokens=120_200, words=25_700)
-TEST_LINES = 34_300
+LIMIT = Size(lines=18_600, tokens=121_000, words=25_850)
+TEST_LINES = 34_500
 
 SOURCE = '''"""Two words."""
 
