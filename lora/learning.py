@@ -3,6 +3,7 @@
 Requirements: R5, R18.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,15 +11,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora.card import LoRACard
+from lora.checks import version_order
 from lora.engine import ArrowEngine
-from lora.errors import CardNotFoundError, DataError
+from lora.errors import ArgumentError, CardNotFoundError, ConflictError, DataError, StoreError
 from lora.evolution.distill import asked, keep
 from lora.evolution.documents import Source, keywords, standard_library
-from lora.evolution.exam import Base, Lesson, Live, Terms, guards, learn, refusal, sample_path
+from lora.evolution.exam import (
+    Base,
+    Lesson,
+    Live,
+    Terms,
+    guards,
+    learn,
+    refusal,
+    sample_path,
+    version,
+)
 from lora.evolution.teacher import CloudDistiller
-from lora.files import SUFFIX, PathLike, as_path, digest, save
+from lora.federation.manifest import check_name
+from lora.files import SUFFIX, PathLike, as_path, digest, os_errors, save
 from lora.training.data import Pairs, is_text, json_lines
 from lora.training.train import Progress
+
+MAX_NAME_BYTES = 200
+"""Bytes of a skill's name, which its files are named by."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +72,20 @@ def evolve(
     if cards is not None and not as_path(cards).is_dir():
         raise CardNotFoundError(str(cards), "a folder of live cards", "none")
     root, live = as_path(out), Live.read(out if cards is None else cards)
+    if root.exists() and not root.is_dir():
+        raise StoreError(str(root), "a folder", "a file")
     source, title = material(documents), as_path(documents).resolve().stem
     name = name or _name(title, source.pairs.queries)
+    check_name(name)
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ArgumentError("name", f"at most {MAX_NAME_BYTES} bytes in UTF-8", len(name.encode()))
+    there = live if cards is None else Live.read(root)
+    replaced, next_version = there.cards.get(name), live.next_version(name)
+    if replaced and version_order(version(replaced)) > version_order(next_version):
+        hint = "learn it with this folder as --cards"
+        raise ConflictError(
+            f"{name!r} in {root}", f"no version above {next_version}", version(replaced), hint
+        )
     checks = [] if questions is None else routing_checks(questions, name)
     taught = asked(teacher, title, source.texts, [row["query"] for row in checks])
     lesson = learn(
@@ -76,7 +104,8 @@ def evolve(
     if lesson.card is not None and lesson.live:
         keep(lesson, root)
     elif lesson.card is not None and lesson.verdict.kind == "skill":
-        root.mkdir(parents=True, exist_ok=True)
+        with os_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
         candidate = root / f"{name}.candidate.arrow"
         save(lesson.card, candidate)
     sample = sample_path(root, name)
@@ -92,7 +121,7 @@ def evolve(
         "version": lesson.card and lesson.card.metadata["version"],
         "figures": dict(lesson.figures),
     }
-    text = summary(lesson)
+    text = summary(lesson, is_log=source.private)
     return Evolved(lesson, {**facts, "text": text}, text)
 
 
@@ -134,7 +163,7 @@ def routing_checks(path: PathLike, name: str) -> list[dict[str, Any]]:
     return checks
 
 
-def summary(lesson: Lesson) -> str:
+def summary(lesson: Lesson, *, is_log: bool = False) -> str:
     """Say in a paragraph what was learned, and what was not shown."""
     figures, changes = lesson.figures, lesson.verdict.changes
     outcome = "live" if lesson.live else f"not live: {lesson.reason}"
@@ -143,14 +172,15 @@ def summary(lesson: Lesson) -> str:
     base = changes["base"]
     gain = f"MRR {base.before:.3f} -> {base.after:.3f}"
     count = figures["pairs"]["held_out"]
-    parts = [f"{lesson.name}: {outcome}.", f"{gain} on {count} questions of files it did not see."]
+    parts = [f"{lesson.name}: {outcome}.", f"{gain} on {count} questions not seen in training."]
     for key, change in changes.items():
         kind, _, other = key.partition(" ")
         gain = f"{change.mean:+.3f} [{change.lower:+.3f}, {change.upper:+.3f}]"
         if kind == "placebo":
+            origin = "comes from these documents" if change.lower > 0 else "is not sure"
             parts.append(
                 f"A card trained as long on Python's own documentation ({other}) reaches"
-                f" {change.before:.3f}, so {gain} comes from these documents."
+                f" {change.before:.3f}, so {gain} {origin}."
             )
         elif kind == "skill":
             parts.append(f"The live skill {other!r} reaches {change.before:.3f}: {gain}.")
@@ -168,7 +198,9 @@ def summary(lesson: Lesson) -> str:
     if real:
         mrr = f"MRR {real['before']:.3f} -> {real['after']:.3f}"
         parts.append(f"On {real['queries']} questions that users asked, {mrr}.")
-    else:
+    elif figures["pairs"]["answers"]:
+        parts.append("There are too few logged answers to test: it takes 20.")
+    elif not is_log:
         parts.append("Not tested on real users' questions: log answers to do so.")
     return " ".join(parts)
 
@@ -177,4 +209,5 @@ def _name(title: str, queries: Sequence[str]) -> str:
     """Name a skill by its folder and the word that tells its texts best."""
     words = keywords(queries, standard_library("names").queries, 4)
     word = next((word for word in words if word not in title.lower()), "")
-    return re.sub(r"[^a-z0-9]+", "-", f"{title} {word}".lower()).strip("-") or "skill"
+    name = re.sub(r"[\W_]+", "-", f"{title} {word}".lower()).strip("-")
+    return name or f"skill-{hashlib.sha256(title.encode()).hexdigest()[:8]}"

@@ -117,12 +117,15 @@ def evolve(
         return Result(row, table_of([row]))
     teacher = None
     if ask is not None:
+        # What was sent and answered is not kept in the folder that is served.
         with os_errors(out):
-            out.mkdir(exist_ok=True)
+            folder = out.resolve()
+            folder = folder.with_name(f"{folder.name}.teacher")
+            folder.mkdir(0o700, parents=True, exist_ok=True)
         teacher = _teacher(
             ask,
             key_file,
-            out,
+            folder,
             budget,
             model=teacher_model,
             base_url=teacher_url,

@@ -167,7 +167,7 @@ class SkillDistiller:
         vectors, index = task.vectors, Index(self.engine.router.candidates)
         known = similarities(vectors, index.rows).max(axis=1).mean() if index.candidates else -1.0
         counts, pairs = dict[str, int](), Pairs.of([])
-        texts, forms = dict[str, str](), dict[str, None]()
+        texts, forms, private = dict[str, str](), dict[str, None](), False
         for source_name, source in sorted(self.sources.items()):
             good = Pairs(
                 source.pairs.table.filter(pc.greater_equal(source.pairs.table["quality"], QUALITY))
@@ -179,12 +179,13 @@ class SkillDistiller:
                     counts[f"source {source_name}"] = len(good)
                     pairs, texts = pairs.add(good), {**texts, **source.texts}
                     forms |= dict.fromkeys(source.forms)
+                    private |= source.private
         rows = [{**row, "group": f"logged {i}"} for i, row in enumerate(list(self.logged))]
         if rows:
             questions = self._embedded([row["query"] for row in rows])
             near = similarities(questions, vectors).max(axis=1) >= LINK
             rows = [rows[place] for place in np.flatnonzero(near)]
-        gathered = Source(pairs.unique(), texts, tuple(forms) or ("prose",))
+        gathered = Source(pairs.unique(), texts, tuple(forms) or ("prose",), private)
         taught = asked(self._teacher if send else None, name, texts, task.queries)
         counts |= {"logged": len(rows), "taught": len(taught.pairs)}
         return Material(gathered, Pairs.of(rows), taught, counts)
@@ -287,12 +288,12 @@ def keep(lesson: Lesson, folder: PathLike) -> str:
     root = as_path(folder)
     with os_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-    path = sample_path(root, lesson.name)
+    # The card comes first: it was trained on no pair of the old sample, but the old card may know
+    # the new one.
+    checksum = save(lesson.card, root / f"{lesson.name}{SUFFIX}")  # type: ignore[arg-type]
     if len(lesson.sample):
-        lesson.sample.save(path)
-    else:
-        path.unlink(missing_ok=True)
-    return save(lesson.card, root / f"{lesson.name}{SUFFIX}")  # type: ignore[arg-type]
+        lesson.sample.save(sample_path(root, lesson.name))
+    return checksum
 
 
 def _latest(texts: Mapping[str, Array]) -> dict[str, Array]:

@@ -24,8 +24,15 @@ import torch
 
 import lora
 from lora.card import Array, LoRACard
-from lora.checks import integer, risen_version, share, version_order
-from lora.errors import ArgumentError, BaseModelError, ShapeError, TargetError
+from lora.checks import integer, is_semantic_version, risen_version, share, version_order
+from lora.errors import (
+    ArgumentError,
+    BaseModelError,
+    ConflictError,
+    DataError,
+    ShapeError,
+    TargetError,
+)
 from lora.evolution.acceptance import (
     FEWEST,
     MAX_FALL,
@@ -41,7 +48,7 @@ from lora.evolution.novelty import novelty
 from lora.evolution.teacher import Distilled
 from lora.federation.cache import default_cache
 from lora.federation.catalog import card_files
-from lora.files import SUFFIX, PathLike, as_path, load, save
+from lora.files import SUFFIX, PathLike, as_path, load, os_errors, save
 from lora.models.adapt import adapt
 from lora.router import LoRARouter
 from lora.routing import Index
@@ -50,6 +57,9 @@ from lora.training.train import LoRATrainer, Progress, Settings, ranks
 
 SHARE = 0.4
 """Share of the pairs that is held out, where that is no more than an exam needs."""
+
+FEWEST_GROUPS = 5
+"""Held-out groups of an exam: the bounds over fewer are not those of 95 %."""
 
 EXAMPLES = 256
 """Sentences of its documents that a learned card is routed by."""
@@ -118,10 +128,20 @@ class Live:
         """Read a folder of cards: of each name the highest version. No folder has none."""
         root = as_path(folder)
         files = card_files(root) if root.is_dir() else []
-        cards = sorted(map(load, files), key=lambda card: version_order(_version(card)))
-        live = {card.name: card for card in cards}
+        cards = sorted(map(load, files), key=lambda card: version_order(version(card)))
+        live: dict[str, LoRACard] = {}
+        for card in cards:
+            last = live.setdefault(card.name, card)
+            if version(last) == version(card) and last != card:
+                expected = f"one card {card.name!r} of version {version(card)!r}"
+                raise ConflictError(str(root), expected, "two that differ", "remove one")
+            live[card.name] = card
         paths = {name: sample_path(root, name) for name in live}
-        return cls(live, {name: Pairs.load(p) for name, p in paths.items() if p.is_file()})
+        samples = {name: Pairs.load(path) for name, path in paths.items() if path.is_file()}
+        for name, sample in samples.items():
+            if not len(sample):
+                raise DataError(str(paths[name]), "pairs", "none", "restore or remove the file")
+        return cls(live, samples)
 
     def replaced(self, card: LoRACard, sample: Pairs | None = None) -> "Live":
         """Return the skills with this card in place of one of its name, and with its sample."""
@@ -130,7 +150,7 @@ class Live:
 
     def next_version(self, name: str) -> str:
         """Return the version after the live one of this name."""
-        return risen_version(None, _version(self.cards[name]) if name in self.cards else "")
+        return risen_version(None, version(self.cards[name]) if name in self.cards else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +227,7 @@ class Service:
 
 def guards(base: Base, card: LoRACard, live: Live) -> dict[str, Guard]:
     """Return what a card does to the sample of each live skill, in place of one of its name."""
+    adapt(base.model, card)  # a card for another base is refused, not left out
     before, after = Service(base, live.cards), Service(base, live.replaced(card).cards)
     result = {}
     for name, sample in sorted(live.samples.items()):
@@ -235,7 +256,8 @@ def divided(pairs: Pairs, seed: int, sample: Pairs | None = None) -> tuple[Pairs
     groups: list[str] = []
     count, wanted = 0, min(MOST, SHARE * len(pairs))
     for group in order:
-        if count < wanted and count + sizes[group] <= 1.5 * SHARE * len(pairs):
+        is_wanted = count < wanted or len(groups) < FEWEST_GROUPS
+        if is_wanted and count + sizes[group] <= 1.5 * SHARE * len(pairs):
             groups.append(group)
             count += sizes[group]
     is_held_out = pc.is_in(pairs.table["group"], pa.array(groups, pa.string()))
@@ -269,7 +291,8 @@ def placebo(engine: Engine, form: str, terms: Terms, progress: Progress | None =
     card = trainer.train(
         standard_library(form), name=f"placebo-{form}", max_steps=terms.steps, progress=progress
     ).card
-    folder.mkdir(parents=True, exist_ok=True)
+    with os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     save(card, path)
     return card
 
@@ -319,10 +342,15 @@ def learn(
     answers, taught = answers or none, taught or Distilled(none)
     if source.private and not terms.share_questions:
         expected = "`share_questions=True`: a card is routed to by questions, its examples"
-        raise ArgumentError("a log alone", expected, "False")
-    training, held_out = divided(source.pairs, terms.seed, live.samples.get(name))
-    learned, asked = answers.split(0.5, seed=terms.seed) if len(answers) > 1 else (answers, none)
-    everything = without(training.add(learned).add(taught.pairs), held_out, asked)
+        raise ArgumentError("a log", expected, "False")
+    # A question counts once, with its last answer.
+    answers = answers.take(sorted({text: row for row, text in enumerate(answers.queries)}.values()))
+    learned, asked = answers, none
+    if _groups(answers) > 1:
+        learned, asked = answers.split(0.5, seed=terms.seed)
+    held_to = live.samples.get(name)
+    training, held_out = divided(source.pairs, terms.seed, held_to)
+    everything = without(training.add(learned).add(taught.pairs), held_out, asked, held_to)
     files = held_out.table["group"].to_pylist()
     figures: dict[str, Any] = {
         "seed": terms.seed,
@@ -343,9 +371,10 @@ def learn(
     }
     sample = none if source.private else held_out.sample(SAMPLE, terms.seed)
     untold = partial(Lesson, name, None, Verdict("can't tell", {}))
-    if len(held_out) < FEWEST or _groups(held_out) < 2 or not len(training):
+    if len(held_out) < FEWEST or _groups(held_out) < FEWEST_GROUPS or not len(training):
         needed = (
-            f"at least {FEWEST} pairs of 2 files that are not trained on, and others to train on"
+            f"at least {FEWEST} pairs of {FEWEST_GROUPS} files that are not trained on,"
+            " and others to train on"
         )
         counts = f"{len(held_out)} of {_groups(held_out)} and {len(training)}"
         return untold(f"can't tell: it takes {needed}; there are {counts}", figures, sample)
@@ -377,12 +406,12 @@ def learn(
         for key, other in sorted(alternatives.items())
     }
     verdict = judge(changes)
-    held_to = guards(base, card, live)
+    guarded = guards(base, card, live)
     figures |= {
         "verdict": verdict.kind,
         "changes": {key: vars(each) for key, each in changes.items()},
         "answered": float(answers_it.mean()),
-        "guards": {key: guard.figures() for key, guard in held_to.items()},
+        "guards": {key: guard.figures() for key, guard in guarded.items()},
         "unguarded": sorted(live.cards.keys() - live.samples.keys()),
         "novelty": _novelty(base, others, held_out),
         "questions": _checked(service, name, questions),
@@ -390,7 +419,7 @@ def learn(
     }
     reason = (
         _unshown(verdict)
-        or refusal(held_to, terms.max_taken)
+        or refusal(guarded, terms.max_taken)
         or vetoed(figures, terms, is_log=source.private)
     )
     metadata = {**described, "provenance": figures}
@@ -469,5 +498,7 @@ def _groups(pairs: Pairs) -> int:
     return len(pairs.table["group"].unique())
 
 
-def _version(card: LoRACard) -> str:
-    return str(card.metadata.get("version", ""))
+def version(card: LoRACard) -> str:
+    """Return a card's semantic version; "" if it has none."""
+    text = card.metadata.get("version")
+    return str(text) if is_semantic_version(text) else ""

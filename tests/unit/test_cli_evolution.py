@@ -167,7 +167,10 @@ def test_evolve_sends_a_teacher_what_is_allowed_and_nothing_else(
     assert {material["kind"] for material in materials} == {"documents"}
     assert {material["title"] for material in materials} <= {p.name for p in documents.iterdir()}
     assert {body["max_tokens"] for body in server.bodies} == {99}
-    ledger = Ledger(shop / "taught" / "ledger.sqlite", 0).table()
+    kept = shop / "taught.teacher"
+    assert kept.stat().st_mode & 0o777 == 0o700
+    assert not (shop / "taught").exists()  # nothing that was sent or answered is served
+    ledger = Ledger(kept / "ledger.sqlite", 0).table()
     assert [json.loads(body) for body in ledger["body"].to_pylist()] == server.bodies
     sent = len(server.bodies)
     code, out, _ = here(*evolve, *asked, "--ask", "127.0.0.1:queries", "--out", "other")

@@ -3,15 +3,19 @@
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import lora
-from lora.errors import DataError, StateError
+from lora.card import LoRACard
+from lora.errors import ArgumentError, DataError, StateError
 from lora.evolution import distill, exam
-from lora.evolution.distill import SkillDistiller
+from lora.evolution.acceptance import Verdict
+from lora.evolution.distill import SkillDistiller, keep
 from lora.evolution.documents import Source
+from lora.evolution.exam import Lesson
 from lora.evolution.novelty import TOPIC
 from lora.evolution.teacher import CloudDistiller, Consent, MockTeacher
 from lora.federation.catalog import card_files
@@ -236,6 +240,34 @@ def test_without_answers_of_users_a_skill_is_not_registered(learning):
     one, distiller = learning(subject("efgh"), documents_only=False)
     assert distiller.work().reason == "it was not shown on real questions"
     assert one.manager.list_cards() == {}
+
+
+@requirement("R18.8")
+def test_questions_of_a_private_source_are_learned_only_by_their_owners_word(learning, tmp_path):
+    source = replace(subject("efgh"), private=True)
+    _, distiller = learning(source, store=tmp_path / "cards")
+    with pytest.raises(ArgumentError, match="share_questions"):
+        distiller.work()
+    assert not (tmp_path / "cards").exists()
+
+
+@requirement("R18.8")
+def test_a_sample_is_never_beside_a_card_that_was_trained_on_it(tmp_path, monkeypatch):
+    """A kill between two writes leaves the old sample; a card without one does not delete it."""
+    card, old, new = LoRACard("a", 1, 1.0, [], {}), combined("abcd"), combined("efgh")
+    lesson = Lesson("a", card, Verdict("skill", {}), "", {}, old)
+    keep(lesson, tmp_path)
+    keep(replace(lesson, sample=Pairs.of([])), tmp_path)
+    sample = tmp_path / "a.exam.jsonl"
+    assert Pairs.load(sample).queries == old.queries
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keep(replace(lesson, sample=new), tmp_path)
+    assert Pairs.load(sample).queries == old.queries
 
 
 @requirement("R18.3")

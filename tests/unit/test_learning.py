@@ -9,14 +9,15 @@ import pytest
 
 import lora
 from lora.cli.app import NOTHING_TO_SERVE
-from lora.errors import ArgumentError, DataError
+from lora.errors import ArgumentError, BaseModelError, ConflictError, DataError, LoRAError
 from lora.evolution import exam
 from lora.evolution.acceptance import FEWEST
 from lora.evolution.documents import Source
 from lora.evolution.exam import Live, Terms, digest, divided, learn, placebo
+from lora.evolution.teacher import Distilled
 from lora.federation import LoRAFlightClient, LoRAFlightServer
 from lora.federation.catalog import card_files
-from lora.learning import evolve, guard, routing_checks
+from lora.learning import _name, evolve, guard, routing_checks, summary
 from lora.testing.plugin import requirement
 from lora.training.data import Pairs
 from lora.training.train import LoRATrainer, ranks
@@ -62,8 +63,17 @@ def learned(terms, source, name="skill", **options):
             ),
             "can't tell",
         ),
+        (
+            Source(
+                Pairs.of(
+                    {**row, "group": str(i % 8)}
+                    for i, row in enumerate(combined("efgh").table.to_pylist())
+                )
+            ),
+            "can't tell",
+        ),
     ],
-    ids=["real", "shuffled", "placebo again", "few", "ten pairs", "duplicates", "one file"],
+    ids=["real", "shuffled", "placebo again", "few", "ten pairs", "copies", "one file", "8 files"],
 )
 def test_only_what_beats_base_and_placebo_on_files_that_it_did_not_see_is_a_skill(
     terms, source, kind
@@ -71,6 +81,7 @@ def test_only_what_beats_base_and_placebo_on_files_that_it_did_not_see_is_a_skil
     lesson = learned(terms, source)
     assert (lesson.verdict.kind, lesson.live) == (kind, kind == "skill")
     assert bool(lesson.reason) == (kind != "skill")
+    assert ("comes from these documents" in summary(lesson)) == lesson.live
     json.dumps(dict(lesson.figures))
     if kind != "can't tell":
         assert set(lesson.verdict.changes) == {"base", "placebo prose"}
@@ -79,6 +90,15 @@ def test_only_what_beats_base_and_placebo_on_files_that_it_did_not_see_is_a_skil
     else:
         assert lesson.card is None
         assert lesson.reason.startswith("can't tell")
+
+
+@requirement("R18.3")
+@pytest.mark.parametrize(("files", "held_out"), [(8, 4), (9, 5), (20, 5)])
+def test_five_files_are_held_out_where_two_would_have_enough_pairs(files, held_out):
+    rows = [{"query": f"q{i}", "positive": f"a{i}", "group": str(i % files)} for i in range(3600)]
+    training, examined = divided(Pairs.of(rows), 0)
+    assert len(set(examined.table["group"].to_pylist())) == held_out
+    assert len(set(training.table["group"].to_pylist())) == files - held_out
 
 
 @requirement("R18.3")
@@ -110,6 +130,36 @@ def test_the_exam_is_on_other_files_served_and_with_the_base_where_it_abstains(t
     served = np.where(routed, own, plain)
     change = lesson.verdict.changes["base"]
     assert (change.before, change.after) == pytest.approx((plain.mean(), served.mean()), rel=1e-9)
+
+
+@requirement("R18.8")
+def test_a_version_is_not_trained_on_the_sample_that_guards_it(terms, monkeypatch):
+    trained, train = [], LoRATrainer.train
+
+    def watched(trainer, pairs, **options):
+        trained.append(pairs)
+        return train(trainer, pairs, **options)
+
+    monkeypatch.setattr(LoRATrainer, "train", watched)
+    first = learned(terms, subject("efgh"))
+    live = Live({"skill": first.card}, {"skill": first.sample})
+    texts = {*first.sample.queries, *first.sample.positives}
+    for options in ({"answers": first.sample}, {"taught": Distilled(first.sample)}):
+        trained.clear()
+        learned(replace(terms, steps=1, seed=1), subject("efgh"), live=live, **options)
+        assert not texts & {*trained[0].queries, *trained[0].positives}
+
+
+@requirement("R18.8")
+def test_a_question_that_is_logged_often_counts_once(terms):
+    careful = replace(terms, documents_only=False, steps=1)
+    for count, logged in ((1, answers(1).take([0] * 40)), (40, answers(40))):
+        rows = logged.table.to_pylist()
+        groups = [{**row, "group": "faq" if count > 1 else str(i)} for i, row in enumerate(rows)]
+        lesson = learned(careful, subject("efgh"), answers=Pairs.of(groups))
+        assert lesson.figures["pairs"]["answers"] == count
+        assert (lesson.figures["answers"], lesson.live) == (None, False)
+        assert "too few logged answers to test: it takes 20" in summary(lesson)
 
 
 @requirement("R18.3")
@@ -276,6 +326,79 @@ def test_a_card_that_takes_anothers_questions_is_refused_by_the_share(shelf):
 
 
 @requirement("R18.8")
+def test_a_card_for_another_base_is_refused_by_the_guard(shelf):
+    root, evolved = shelf
+    card = lora.load(evolved.facts["file"])
+    alien = replace(card, name="alien", base_fingerprint="0" * 64)
+    with pytest.raises(BaseModelError, match="fingerprint"):
+        guard(engine(), alien, root / "cards")
+
+
+@requirement("R18.4")
+@pytest.mark.parametrize("version", ["1.0", "v2", 3, None])
+def test_a_version_that_is_none_comes_before_all(shelf, tmp_path, version):
+    card = lora.load(shelf[1].facts["file"])
+    lora.save(replace(card, metadata={"version": version}), tmp_path / "a.lora.arrow")
+    assert Live.read(tmp_path).next_version("book") == "0.1.0"
+    lora.save(card, tmp_path / "b.lora.arrow")
+    lora.save(card, tmp_path / "c.lora.arrow")  # a copy is no other card
+    assert Live.read(tmp_path).next_version("book") == "0.2.0"
+    lora.save(replace(card, alpha=card.alpha + 1), tmp_path / "d.lora.arrow")
+    with pytest.raises(ConflictError, match=r"'book' of version '0\.1\.0'.*two that differ"):
+        Live.read(tmp_path)
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    monkeypatch.setattr(LoRATrainer, "train", lambda *_, **__: pytest.fail("trained"))
+
+
+@requirement("R18.4")
+@pytest.mark.parametrize(("live", "refused"), [("0.1.0", False), ("0.1.1", True), ("1.0.0", True)])
+def test_a_higher_version_in_the_folder_is_not_replaced(shelf, tmp_path, untrained, live, refused):
+    card, out = lora.load(shelf[1].facts["file"]), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "none").mkdir()
+    lora.save(replace(card, metadata={"version": live}), out / "book.lora.arrow")
+    expected = (ConflictError, "no version above 0.1.0") if refused else (ArgumentError, "a log")
+    log = tmp_path / "log.jsonl"
+    answers(9).save(log)
+    with pytest.raises(expected[0], match=expected[1]):
+        evolve(engine(), log, out, name="book", cards=tmp_path / "none")
+
+
+@requirement("R18.4", "R7.8")
+@pytest.mark.parametrize("name", ["../x", "a/b", ".x", "x" * 300, "\U0001f600" * 60, "a\nb"])
+def test_a_name_that_is_no_file_name_is_refused_before_training(tmp_path, untrained, name):
+    write_documents(tmp_path / "book", "efgh")
+    with pytest.raises(LoRAError, match="name"):
+        evolve(engine(), tmp_path / "book", tmp_path / "cards", name=name)
+    assert [path.name for path in tmp_path.iterdir()] == ["book"]
+
+
+@requirement("R18.4")
+def test_folders_of_every_script_have_names_of_their_own(monkeypatch):
+    monkeypatch.setattr("lora.learning.standard_library", lambda form: combined("abcd"))
+    titles = ["Руководство", "手册", "Mon_guide é", "!!", "??"]
+    names = [_name(title, ["a b"]) for title in titles]
+    assert names[:3] == ["руководство", "手册", "mon-guide-é"]
+    assert len(set(names)) == 5
+    assert names[3].startswith("skill-")
+
+
+@requirement("R18.8", "R7.8")
+def test_a_file_in_place_of_the_folder_and_an_empty_sample_are_named(shelf, tmp_path, untrained):
+    root, evolved = shelf
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LoRAError, match="file: expected a folder"):
+        evolve(engine(), root / "book", tmp_path / "file", name="book")
+    lora.save(lora.load(evolved.facts["file"]), tmp_path / "book.lora.arrow")
+    (tmp_path / "book.exam.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"book\.exam\.jsonl"):
+        Live.read(tmp_path)
+
+
+@requirement("R18.8")
 def test_few_pairs_guard_weakly_and_none_are_named(shelf, terms, tmp_path):
     _, evolved = shelf
     card = lora.load(evolved.facts["file"])
@@ -349,6 +472,7 @@ def test_questions_are_in_a_card_only_by_their_owners_word(terms, tmp_path):
         terms=replace(terms, share_questions=True, documents_only=False),
     )
     assert shared.facts["live"]
+    assert "Not tested on real" not in shared.text
     assert shared.facts["exam"] is None  # users' questions are not kept in a folder that is served
     both = learned(
         replace(terms, share_questions=True), subject("efgh"), answers=answers(50)
