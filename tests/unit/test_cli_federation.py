@@ -179,6 +179,15 @@ def test_serving_and_listing_need_no_home(cards, tmp_path, monkeypatch):
         assert str(tmp_path / "home") in ran(*fetch, env=env, code=1)
 
 
+@requirement("R12.1")
+def test_every_version_of_a_card_is_listed(tmp_path):
+    for version in ("0.1.0", "0.2.0"):
+        lora.save(made("docs", version=version), tmp_path / f"{version}.lora.arrow")
+    with Serving(tmp_path, *LOCAL) as server:
+        rows = json.loads(ran("list", "--peer", server.uri, "--json"))
+    assert sorted(row["version"] for row in rows) == ["0.1.0", "0.2.0"]
+
+
 @requirement("R25.2", "R12.5", "R7.8")
 def test_a_slow_line_is_given_the_time_that_the_options_say(tmp_path):
     manifest = announced(made("docs", size=20_000), tmp_path / "a")

@@ -64,7 +64,7 @@ def test_no_failure_of_a_test_is_overlooked():
     assert (options["xfail_strict"], options["filterwarnings"]) == (True, ["error"])
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "set -euo pipefail" in lines
-    assert {"make test", "make test-slow", "make sharp-sample"} <= set(lines)
+    assert {"make test", "make test-slow"} <= set(lines)
     recipes = (ROOT / "Makefile").read_text()
     assert "$(BIN)/coverage run -m pytest -n 2 --conformance-json" in recipes
     assert "$(BIN)/coverage run -m pytest -n 2 -m slow --junit-xml" in recipes
