@@ -7,7 +7,8 @@ questions in ``questions/``, with the passages that answer them as a regular exp
 written before any card was trained. What is measured is the rank of the first passage that answers
 a question, among all that answer some question and others up to `PASSAGES`, with the card on both
 sides. Where logged answers are trained on, five folds see to it that no question is tested by a
-card that has seen it. The encoder computes in bfloat16, which changes no cosine by more than 1e-4.
+card that has seen it. The encoder computes in bfloat16: of 200 texts, the mean cosine with their
+float32 embeddings was 0.99999.
 
 Ranks go to ``questions/results.json``, recipe by recipe; the table of ``docs/evolution.md`` is made
 from them. On one idle core a recipe without logged answers takes about two minutes, one with them
@@ -21,7 +22,7 @@ import random
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from document_sets import SETS, Passage, passages, source
 import lora
 from lora.card import LoRACard
 from lora.evolution import LoRATrainer
+from lora.evolution.exam import weighted
 from lora.models.adapt import adapt
 from lora.training.data import first_sentence
 from lora.training.train import Settings
@@ -121,7 +123,6 @@ def pairs_of(part: Passage, kind: str, rng: random.Random) -> tuple[str, str] | 
     """Make a pair of a passage, if it has what it takes.
 
     ``opening``: first sentence and the rest, or a docstring's first sentence and the name.
-    ``heading``: the heading, in a question's words, and the passage.
     ``crop``: some words of the passage, and the others (Lee et al. 2019, inverse cloze).
     """
     is_code = part.text.startswith(f"{part.where}: ")
@@ -130,14 +131,6 @@ def pairs_of(part: Passage, kind: str, rng: random.Random) -> tuple[str, str] | 
         opening = first_sentence(body)
         rest = part.where if is_code else body[len(opening) :].strip()
         return (opening, rest) if is_code or len(rest.split()) >= 3 else None
-    if kind == "heading":
-        if is_code:
-            heading = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", part.where.split(".")[-1])
-        else:
-            generic = part.where in ("What it does", "Why is this bad?")
-            heading = part.group.removesuffix(".md").replace("-", " ") if generic else part.where
-        forms = ("how do I {}", "what is {}", "{}?", "when should I use {}", "{} in python")
-        return rng.choice(forms).format(re.sub(r'[_"*]', " ", heading).strip().lower()), part.text
     words, size = body.split(), rng.randint(3, 8)
     if len(words) < size + 6:
         return None
@@ -162,14 +155,6 @@ def trained(
     return trainer.train(rows, name="questions", max_steps=steps, start=start).card
 
 
-def weighted(card: LoRACard, weight: float) -> LoRACard:
-    """Scale the weight change of a card."""
-    scaled = {
-        key: replace(pair, scaling=pair.scaling * weight) for key, pair in card.weights.items()
-    }
-    return replace(card, weights=scaled)
-
-
 def measured(
     core: Any, asked: Questions, every: Sequence[Questions], recipe: Recipe
 ) -> dict[str, list[int]]:
@@ -185,10 +170,10 @@ def measured(
         card = trained(core, rows, recipe.steps, recipe.lr)
     elif recipe.pairs:
         rng = random.Random(0)  # noqa: S311 - a choice of words, not a secret
-        made = ((part, pairs_of(part, recipe.pairs, rng)) for part in asked.documents)
+        candidates = ((part, pairs_of(part, recipe.pairs, rng)) for part in asked.documents)
         rows = [
             {"query": pair[0], "positive": pair[1], "group": part.group}
-            for part, pair in made
+            for part, pair in candidates
             if pair and all(text.strip() for text in pair)
         ]
         card = trained(core, rows, recipe.steps, recipe.lr)

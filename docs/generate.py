@@ -49,7 +49,9 @@ KINDS = {
     "D": "documentation",
 }
 
-FEDERATION = "server client node discovery peer_table trust manifest credentials keys cache catalog"
+FEDERATION = (
+    "server client node discovery peer_table trust manifest credentials keys cache catalog follow"
+)
 MODELS = "twins layers adapt manager registry encoder encoder_folder"
 TRAINING = "data retrieval synthetic losses schedules ewc train online_adapter"
 EVOLUTION = (

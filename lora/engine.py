@@ -37,7 +37,8 @@ from lora.errors import (
     shown,
 )
 from lora.federation.cache import CardCache, default_cache
-from lora.federation.catalog import Followed, card_files
+from lora.federation.catalog import card_files
+from lora.federation.follow import Followed
 from lora.federation.node import Node, acceptable, uri_of
 from lora.federation.trust import Policy
 from lora.files import PathLike, as_path, load

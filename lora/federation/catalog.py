@@ -1,8 +1,7 @@
 """The catalog of served card files: the cards by digest and by name, as an immutable value.
 
-`Followed` hands an engine what changes in a folder. Only regular files count, no links. A file is
-hashed again only when its stamp has changed. Names and digests from outside are looked up, and
-never made into a path.
+Only regular files count, no links. A file is hashed again only when its stamp has changed. Names
+and digests from outside are looked up, and never made into a path.
 
 Requirements: R11.
 """
@@ -11,9 +10,7 @@ import errno
 import logging
 import os
 import stat
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
@@ -22,12 +19,11 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from lora.card import LoRACard
 from lora.checks import version_order
-from lora.errors import ConflictError, LoRAError, StoreError
+from lora.errors import LoRAError, StoreError
 from lora.federation.keys import read_signed, signature_path
 from lora.federation.manifest import Manifest, manifest_of
-from lora.files import SUFFIX, PathLike, as_path, digest, inspect, load, os_errors
+from lora.files import SUFFIX, digest, inspect, os_errors
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +32,6 @@ Stamp: TypeAlias = tuple[int, int, int]
 
 UNREAD: Stamp = (0, 0, 0)
 """Stands for the stamp of a file that the system did not let be read: no file has it."""
-
-TICK = 10**9
-"""Nanoseconds after which a folder that changes again has another time of change."""
 
 
 @dataclass(frozen=True)
@@ -93,85 +86,6 @@ def scan(paths: Iterable[Path], old: Catalog) -> Catalog:
     )
     names = {card.manifest.name: card.manifest.digest for card in cards}
     return Catalog(files, {card.manifest.digest: card for card in cards}, names)
-
-
-class Followed:
-    """The cards of a folder: of each name the highest version, as it is at each `refresh`.
-
-    Args:
-        folder: A folder of card files, which are replaced by renames.
-        take: Called with a card that is new or has changed; an error leaves what was there.
-        forget: Called with the name of a card that is gone.
-    """
-
-    def __init__(
-        self, folder: PathLike, take: Callable[[LoRACard], None], forget: Callable[[str], None]
-    ) -> None:
-        self._folder, self._take, self._forget = as_path(folder).absolute(), take, forget
-        self._catalog, self._time = Catalog(), 0
-        self._seen, self._again = dict[str, Served](), set[str]()
-        self._lock = threading.Lock()
-        self._catalog = scan(card_files(self._folder), self._catalog)
-        self._hand_over(refused=ConflictError)
-
-    def refresh(self) -> None:
-        """Hand over what has changed since the last look. The reasons of what fails are logged."""
-        with self._lock:
-            try:
-                changed = self._folder.stat().st_mtime_ns
-                if changed == self._time:
-                    return
-                # A folder's clock may tick slower than two changes follow each other.
-                is_settled = time.time_ns() - changed > TICK
-                self._time = 0  # until all is handed over
-                self._catalog = scan(card_files(self._folder), self._catalog)
-            except OSError as error:
-                log.warning("not followed: %s", error)
-                return
-            if self._hand_over() and is_settled:
-                self._time = changed
-
-    def _hand_over(self, refused: type[LoRAError] | tuple[()] = ()) -> bool:
-        """Return whether no file and no card is to be tried again at the next look."""
-        names = dict[str, list[Served]]()
-        for card in self._catalog.cards.values():
-            names.setdefault(card.manifest.name, []).append(card)
-        for name, cards in names.items():
-            try:
-                card = newest(cards)
-                old, self._seen[name] = self._seen.get(name), card
-                if old is None or old.manifest != card.manifest or name in self._again:
-                    self._again.discard(name)
-                    self._take(load(card.path, verify=card.manifest.digest))
-            except refused:
-                raise
-            except Exception as error:  # noqa: BLE001 - of an encoder, or a warning made an error
-                log.warning("card %r stays as it was: %s", name, error)
-                if isinstance(error, OSError) or not isinstance(error, LoRAError):
-                    self._again.add(name)  # it is not the card's own fault
-        unread = {path for (path, *_), card in self._catalog.files.items() if card is None}
-        for name in self._seen.keys() - names.keys():
-            if self._seen[name].path not in unread:
-                del self._seen[name]
-                self._again.discard(name)
-                self._forget(name)
-        return not self._again and all(stamp != UNREAD for _, stamp, _ in self._catalog.files)
-
-
-def newest(cards: Sequence[Served]) -> Served:
-    """Return the last card of one name, of which the lowest version comes first.
-
-    Raises:
-        ConflictError: Another one has the highest version, too.
-    """
-    *others, card = cards
-    version = card.manifest.version
-    for other in others[-1:]:
-        if version_order(other.manifest.version) == version_order(version):
-            where = f"{card.path}: {card.manifest.name!r} {version}"
-            problem = f"other content in {other.path.name!r}"
-            raise ConflictError(where, "one card per name and version", problem, "remove one")
-    return card
 
 
 @contextmanager

@@ -243,10 +243,10 @@ def test_any_executor_carries_the_jobs_to_the_same_end(bench, kind):
         factory = bench.factory(executor=executor, workers=2)
         jobs = [bench.add(factory, do) for do in ("copy", "nothing", "wrong", "copy")]
         factory.run()
-        found = [factory.queue.job(job.id) for job in jobs]
-    assert [job.state for job in found] == ["done", "rejected", "dead", "done"]
-    assert found[2].error == "pairs: expected at least two, found 0"
-    assert (found[1].error, found[2].attempts) == ("no better", 3)
+        ended = [factory.queue.job(job.id) for job in jobs]
+    assert [job.state for job in ended] == ["done", "rejected", "dead", "done"]
+    assert ended[2].error == "pairs: expected at least two, found 0"
+    assert (ended[1].error, ended[2].attempts) == ("no better", 3)
     (note,) = [row["note"] for row in factory.history().to_pylist() if row["what"] == "reject"]
     assert json.loads(note) == {"reason": "no better", "mrr": 0.5}
     assert sorted(set(bench.done())) == [1, 2, 3, 4]
@@ -325,10 +325,10 @@ def test_what_a_job_had_made_when_its_executor_failed_is_taken_and_else_the_reas
     rejected = bench.add(factory, "nothing")
     failed = bench.add(factory, "leave", max_failures=1)
     factory.run()
-    found = [factory.queue.job(job.id) for job in (done, rejected, failed)]
-    assert [job.state for job in found] == ["done", "rejected", "dead"]
-    assert [job.attempts for job in found] == [1, 1, 1]
-    assert [job.error for job in found] == [None, "no better", "OSError: the executor is gone"]
+    ended = [factory.queue.job(job.id) for job in (done, rejected, failed)]
+    assert [job.state for job in ended] == ["done", "rejected", "dead"]
+    assert [job.attempts for job in ended] == [1, 1, 1]
+    assert [job.error for job in ended] == [None, "no better", "OSError: the executor is gone"]
 
 
 @requirement("R19.2", "R19.3")
@@ -343,11 +343,11 @@ def test_a_dask_cluster_carries_the_jobs_and_a_worker_that_is_killed_costs_none(
             killed = bench.add(factory, "patricide")
             others = [bench.add(factory, do, "law") for do in ("copy", "wrong", "copy")]
             factory.run()
-            found = [factory.queue.job(job.id) for job in (killed, *others)]
+            ended = [factory.queue.job(job.id) for job in (killed, *others)]
             live = factory.live()
             equal = [executor.submit(time.time_ns) for _ in range(2)]
             assert len({future.result(timeout=60) for future in equal}) == 2
-    assert [job.state for job in found] == ["done", "done", "dead", "done"]
+    assert [job.state for job in ended] == ["done", "done", "dead", "done"]
     assert [number for word, number, *_ in bench.told() if word == "patricide"] == [1, 1]
     workers = {parent for *_, parent in bench.told()}
     assert os.getpid() not in workers
@@ -739,9 +739,14 @@ def test_a_folder_is_worked_in_by_one_process_at_a_time(bench):
     """What a cluster still runs for a dead coordinator is waited for, and what it made is taken."""
     factory = bench.factory()
     job = bench.add(factory, toy={"sleep": 1.0})
-    held = factory.queue.claim(0.0)
-    assert held.id == job.id
-    order = {"arguments": held.arguments, "inputs": held.inputs, "attempt": 1, "seconds": 60.0}
+    attempt = factory.queue.claim(0.0)
+    assert attempt.id == job.id
+    order = {
+        "arguments": attempt.arguments,
+        "inputs": attempt.inputs,
+        "attempt": 1,
+        "seconds": 60.0,
+    }
     order |= {"folder": str(bench.root / "work" / job.id), "memory": None, "threads": 1}
     order["live"] = str(bench.root / "live")
     with ThreadPoolExecutor(2) as threads:

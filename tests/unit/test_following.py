@@ -12,7 +12,7 @@ import pytest
 import lora
 from lora.engine import ArrowEngine
 from lora.errors import CardNotFoundError, ConflictError, StoreError
-from lora.federation import catalog
+from lora.federation import catalog, follow
 from lora.testing.plugin import requirement
 from tests.unit.test_engine import Words, words_card
 
@@ -168,7 +168,7 @@ def test_a_folder_that_has_not_changed_is_not_read(folder, monkeypatch):
     engine, looks = following(folder), []
     os.utime(folder, (1e9, 1e9))
     answers(engine)
-    monkeypatch.setattr(catalog, "card_files", looks.append)
+    monkeypatch.setattr(follow, "card_files", looks.append)
     answers(engine)
     assert looks == []
 
@@ -185,8 +185,8 @@ def test_what_failed_for_a_while_is_tried_again(folder, monkeypatch, caplog, pla
         raise (RuntimeError if place == "encoder" else StoreError)("a", "file", "too many")
 
     with monkeypatch.context() as patch:
-        owner, name = (engine.router, "candidate") if place == "encoder" else (catalog, place)
-        patch.setattr(owner, name, fail)
+        owner = {"encoder": engine.router, "inspect": catalog}.get(place, follow)
+        patch.setattr(owner, "candidate" if place == "encoder" else place, fail)
         engine.encode("ab")
     assert "too many" in caplog.text
     assert answers(engine) == 2 * first

@@ -26,8 +26,8 @@ def write(folder, seed, shift=0):
         paragraphs = []
         for _ in range(24):
             asked = rng.sample(range(WORDS), 4)
-            told = [*((word + shift) % WORDS for word in asked[:3]), rng.randrange(WORDS)]
-            sides = [names[word] for word in asked], [names[WORDS + word] for word in told]
+            answer = [*((word + shift) % WORDS for word in asked[:3]), rng.randrange(WORDS)]
+            sides = [names[word] for word in asked], [names[WORDS + word] for word in answer]
             paragraphs.append(" ".join(f"{' '.join(words).capitalize()}." for words in sides))
         (folder / f"part {file}.md").write_text("\n\n".join(paragraphs), encoding="utf-8")
     return " ".join(names[:4])
