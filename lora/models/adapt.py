@@ -29,13 +29,13 @@ from lora.models.layers import (
     WIDE,
     LoRALinear,
     NeverCalled,
-    SegmentedLinear,
     Terms,
     TrainableLinear,
     check_linear,
     folded,
     warn_unbound,
 )
+from lora.models.rows import SegmentedLinear
 from lora.models.twins import Twins
 from lora.targets import (
     Injection,

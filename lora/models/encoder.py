@@ -28,7 +28,8 @@ from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
 from lora.files import PathLike, as_path
 from lora.interop.weights import open_safetensors
 from lora.models.encoder_folder import POOLINGS, EncoderConfig, read_folder, refusal
-from lora.models.layers import NeverCalled, SegmentedLinear, Segments
+from lora.models.layers import NeverCalled
+from lora.models.rows import SegmentedLinear, Segments
 from lora.routing import texts_of
 
 TOKEN_BUDGET = 2048

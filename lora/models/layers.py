@@ -8,7 +8,7 @@ Requirements: R2, R3, R5, R7, R8.
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -32,9 +32,6 @@ WIDE = (torch.float32, torch.float64)
 """Dtypes in which ``W + ΔW`` keeps a small ΔW."""
 
 _PACKAGES = ("lora", "torch", "transformers", "sentence_transformers", "safetensors")
-
-Segments = tuple[tuple[int, int, int], ...]
-"""Runs of rows of one batch: (start, stop, index of the adapter set)."""
 
 
 class NeverCalled(nn.Module):
@@ -117,25 +114,6 @@ class LoRALinear(_Adapted):
         self.weight_side_threshold = threshold if a.numel() else math.inf
         self.register_buffer("lora_A", a, persistent=False)
         self.register_buffer("lora_B", b, persistent=False)
-
-
-class SegmentedLinear(_Adapted):
-    """A Linear in which each run of rows of a batch has the terms of one of several sets."""
-
-    def __init__(self, base: nn.Linear, sets: Sequence[Terms], memo: Twins | None = None) -> None:
-        super().__init__(base, memo)
-        for index, terms in enumerate(sets):
-            for name, factor in zip("AB", stacked(terms, self.weight), strict=True):
-                self.register_buffer(f"lora_{name}{index}", factor, persistent=False)
-
-    def forward(self, x: Tensor, segments: Segments = ()) -> Tensor:
-        """Apply each segment's terms to its rows, counted in the first dimension of `x`."""
-        out = F.linear(x, self.weight, self.bias)
-        for start, stop, index in segments:
-            a, b = getattr(self, f"lora_A{index}"), getattr(self, f"lora_B{index}")
-            if a.numel():
-                out[start:stop] = add_low_rank(out[start:stop], x[start:stop], a, b)
-        return out
 
 
 class TrainableLinear(_Adapted):

@@ -17,7 +17,8 @@ from lora.errors import ArgumentError
 from lora.factors import apply as apply_pairs
 from lora.factors import concat, delta, initial, spectrum, thin_qr
 from lora.models.adapt import adapt, fold
-from lora.models.layers import LoRALinear, SegmentedLinear, TrainableLinear, add_low_rank
+from lora.models.layers import LoRALinear, TrainableLinear, add_low_rank
+from lora.models.rows import SegmentedLinear
 from lora.testing.binding import PlainCard, PlainPair, Term
 from lora.testing.plugin import requirement
 from lora.testing.reference import array_of, linear_of, tensor_of

@@ -13,7 +13,8 @@ from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError
 from lora.models import layers as layer_module
 from lora.models.adapt import trainable
-from lora.models.layers import LoRALinear, SegmentedLinear, TrainableLinear
+from lora.models.layers import LoRALinear, TrainableLinear
+from lora.models.rows import SegmentedLinear
 from lora.testing.plugin import requirement
 
 PAIR = LowRank(np.ones((4, 2), np.float32), np.ones((2, 3), np.float32), 0.5)
