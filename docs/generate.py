@@ -39,6 +39,7 @@ import diagrams  # noqa: E402 - beside this file, in no package
 import figures  # noqa: E402 - as above
 
 from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, in no package
+from tests.sharp.__main__ import LAST  # noqa: E402 - as above
 from tests.trace import read_code, read_tests  # noqa: E402 - as above
 
 KINDS = {
@@ -141,6 +142,7 @@ def traceability() -> str:
         "(P), and tests (U). Then how many examples the properties",
         "drew in the last run, and the faults, seeded on purpose, that they found.",
         "",
+        *violations(),
     ]
     chapter = ""
     starred = {
@@ -182,6 +184,19 @@ def traceability() -> str:
         )
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
+
+
+def violations() -> list[str]:
+    """What the last whole run of `make sharp` found, if there was one."""
+    if not LAST.exists():
+        return []
+    last = json.loads(LAST.read_text(encoding="utf-8"))
+    return [
+        "Each requirement was broken on purpose:",
+        f"{last['red']} of {last['all']} violations turned a test of their requirement red",
+        f"(`make sharp` at {last['commit']}, {last['date']}, {last['seconds'] / 60:.0f} minutes).",
+        "",
+    ]
 
 
 def presets() -> str:

@@ -10,8 +10,9 @@ name the requirement. They must fail: a violation that they let pass shows a hol
     python -m tests.sharp --seconds 180    a sample, drawn anew on each day, for three minutes
     python -m tests.sharp --count          note in ``counts.json`` how many each requirement has
 
-Verdicts are kept in ``sharp.json``, so that a run that was stopped goes on where it was. The counts
-never fall: a violation follows the code that it changes, and is not dropped.
+Verdicts are kept in ``sharp.json``, so that a run that was stopped goes on where it was. A run of
+all is noted in ``last.json``, for the page on traceability. The counts never fall: a violation
+follows the code that it changes, and is not dropped.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from lora.testing.requirements import read_spec
 ROOT = Path(__file__).parents[2]
 VERDICTS = ROOT / "sharp.json"
 COUNTS = Path(__file__).parent / "counts.json"
+LAST = Path(__file__).parent / "last.json"
 LIMIT = 900
 """Seconds that the tests of one violation may take."""
 
@@ -130,6 +132,20 @@ def write_counts(violations: list[Violation]) -> None:
     COUNTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def last_run(red: int, total: int, seconds: float) -> str:
+    """Return what is noted of a run of all violations, as JSON."""
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    record = {
+        "commit": commit.stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "red": red,
+        "all": total,
+        "seconds": round(seconds),
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
 def run(violation: Violation, root: Path = ROOT, limit: float = LIMIT) -> str:
     """Return "red", "green" or why the tests gave no verdict, from a copy that is changed."""
     with tempfile.TemporaryDirectory() as name:
@@ -159,6 +175,14 @@ def run(violation: Violation, root: Path = ROOT, limit: float = LIMIT) -> str:
             return f"{NO_TIME} {limit:.0f} s"
     verdicts = {PASSED: "green", FAILED: "red"}
     return verdicts.get(done.returncode, f"no verdict: {done.stdout[-500:]}{done.stderr[-500:]}")
+
+
+def tell(results: list[tuple[Violation, str]]) -> int:
+    """Print the violations that turned no test red; return how many did."""
+    for violation, verdict in results:
+        if verdict != "red":
+            print(f"{violation.id}: {verdict}: {violation.breaks} ({violation.file})")
+    return sum(verdict == "red" for _, verdict in results)
 
 
 def main() -> int:
@@ -203,11 +227,10 @@ def main() -> int:
 
     with ThreadPoolExecutor(arguments.workers) as pool:
         results = [result for result in pool.map(verdict_of, violations) if result]
-    for violation, verdict in results:
-        if verdict != "red":
-            print(f"{violation.id}: {verdict}: {violation.breaks} ({violation.file})")
-    red = sum(verdict == "red" for _, verdict in results)
+    red = tell(results)
     seconds = time.monotonic() - started
+    if not arguments.only and arguments.seconds is None:
+        LAST.write_text(last_run(red, len(results), seconds), encoding="utf-8")
     print(f"{red} of {len(results)} violations turn a test red ({seconds:.0f} s)")
     return int(bool(wrong) or red < len(results))
 

@@ -35,6 +35,7 @@ from lora.testing.plugin import requirement
 from lora.testing.report import Outcome, report_of, write_report
 from lora.testing.requirements import read_spec
 from lora.training.data import Pairs
+from tests.sharp.__main__ import last_run
 from tests.unit.test_cli_federation import Serving, ran
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +175,17 @@ def test_the_traceability_page_has_for_each_requirement_its_tests_examples_and_f
     assert "test_r04_router.py::" in rows["R4.4"]
     assert "<br>50 examples<br>found: " in rows["R4.4"]
     assert "`OneTooMany`" in rows["R4.4"]
+
+
+@requirement("R24.10")
+def test_the_traceability_page_tells_the_last_run_of_all_violations(pages, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "LAST", tmp_path / "last")
+    assert "`make sharp` at" not in pages.traceability()
+    (tmp_path / "last").write_text(last_run(7, 9, 3605))
+    last = json.loads((tmp_path / "last").read_text())
+    text = " ".join(pages.traceability().split())
+    assert "7 of 9 violations turned a test of their requirement red" in text
+    assert f"(`make sharp` at {last['commit']}, {last['date']}, 60 minutes)" in text
 
 
 @requirement("R24.5")

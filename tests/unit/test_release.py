@@ -53,8 +53,14 @@ def page():
 # workflows
 
 
-def test_there_is_a_workflow_for_tests_one_for_the_site_and_one_for_a_release():
-    assert [path.stem for path in WORKFLOWS] == ["docs", "release", "tests"]
+def test_there_is_a_workflow_for_tests_for_each_night_for_the_site_and_for_a_release():
+    assert [path.stem for path in WORKFLOWS] == ["docs", "nightly", "release", "tests"]
+
+
+def test_all_violations_are_made_at_night():
+    nightly = read(ROOT / ".github" / "workflows" / "nightly.yml")
+    assert "cron" in nightly["on"]["schedule"][0]
+    assert "make sharp" in [step.get("run") for step in steps(nightly)]
 
 
 def test_a_job_may_do_no_more_than_it_needs(path):
@@ -62,7 +68,7 @@ def test_a_job_may_do_no_more_than_it_needs(path):
     assert workflow["permissions"] == {"contents": "read"}
     for name, job in workflow["jobs"].items():
         assert job.get("permissions") == GRANTED.get((path.stem, name))
-        assert job["timeout-minutes"] <= 90
+        assert job["timeout-minutes"] <= (180 if path.stem == "nightly" else 90)
 
 
 def test_a_job_that_may_write_runs_no_code_of_this_repository():

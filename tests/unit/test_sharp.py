@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+import tests.sharp.__main__ as runner
 from lora.testing.plugin import requirement
 from tests.sharp.__main__ import COUNTS, Violation, faults, key_of, open_ids, read_violations, run
 
@@ -29,12 +30,33 @@ def test_every_violation_on_record_can_still_be_made():
     assert len(set(violations)) == len(violations)
 
 
-@requirement("R9.8")
+@requirement("R9.8", "R24.10")
 def test_every_built_requirement_has_a_violation_and_no_fewer_than_before():
     """Those that have none yet are listed; `python -m tests.sharp --count` writes the record."""
     violations, record = read_violations(), json.loads(COUNTS.read_text())
     assert set(open_ids(violations)) <= set(record["open"])
     assert not Counter(record["counts"]) - Counter(violation.id for violation in violations)
+
+
+@requirement("R24.10")
+def test_a_whole_run_is_noted_with_its_commit_and_a_part_of_one_is_not(tmp_path, monkeypatch):
+    note = tmp_path / "last.json"
+    monkeypatch.setattr(runner, "LAST", note)
+    monkeypatch.setattr(runner, "VERDICTS", tmp_path / "sharp.json")
+    monkeypatch.setattr(runner, "read_violations", lambda: [VIOLATION, VIOLATION])
+    monkeypatch.setattr(runner, "faults", lambda _: [])
+    monkeypatch.setattr(runner, "key_of", lambda _: "key")
+    monkeypatch.setattr(runner, "run", lambda *_, **__: "green")
+    for options in (["--only", "R1"], ["--seconds", "9"]):
+        monkeypatch.setattr("sys.argv", ["sharp", *options])
+        assert runner.main() == 1
+        assert not note.exists()
+    monkeypatch.setattr("sys.argv", ["sharp"])
+    assert runner.main() == 1
+    last = json.loads(note.read_text())
+    assert (last["red"], last["all"]) == (0, 2)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert head.stdout.startswith(last["commit"])
 
 
 @pytest.fixture
@@ -52,6 +74,7 @@ def project(tmp_path):
     return build
 
 
+@requirement("R24.10")
 @pytest.mark.parametrize(("numbers", "verdict"), [("2, 1", "red"), ("2, 0", "green")])
 def test_a_violation_is_red_where_a_test_of_its_requirement_fails(project, numbers, verdict):
     root = project(numbers)
