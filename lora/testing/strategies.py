@@ -140,13 +140,19 @@ def plain_cards(
 
 @st.composite
 def leading_shapes(draw: st.DrawFn) -> tuple[int, ...]:
-    """Leading dimensions of an input: none, several, of size zero."""
-    return tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+    """Leading dimensions of an input: none, several, seldom one of size zero."""
+    sizes = st.sampled_from([1, 2, 3, 1, 2, 3, 1, 2, 3, 0])
+    return tuple(draw(st.lists(sizes, max_size=3)))
 
 
 @st.composite
 def layers(
-    draw: st.DrawFn, *, max_terms: int = 3, whole: bool = False, dtype: np.dtype[Any] | None = None
+    draw: st.DrawFn,
+    *,
+    min_terms: int = 0,
+    max_terms: int = 3,
+    whole: bool = False,
+    dtype: np.dtype[Any] | None = None,
 ) -> tuple[Array, Array, Array | None, Mapping[str, Term]]:
     """Input, weight, bias and named terms of one layer, of one dtype; small integers if `whole`."""
     dtype = draw(dtypes) if dtype is None else dtype
@@ -156,7 +162,7 @@ def layers(
     weight = draw(elements(dtype, (columns, rows)))
     bias = draw(st.none() | elements(dtype, (columns,)))
     terms: dict[str, Term] = {}
-    for name in draw(st.lists(names, max_size=max_terms, unique=True)):
+    for name in draw(st.lists(names, min_size=min_terms, max_size=max_terms, unique=True)):
         rank = draw(st.one_of(ranks, st.just(min(rows, columns))))
         scale = draw(
             st.sampled_from([1.0, 2.0, -1.0, 3.0]) if whole else st.floats(-4, 4, width=16)

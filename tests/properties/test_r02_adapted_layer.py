@@ -547,7 +547,7 @@ def test_the_algebra_of_pairs_agrees_with_the_layer(layer, mixed):
 
 
 @requirement("R2.2", "R2.6")
-@given(layer=layers(max_terms=1), inference=st.booleans())
+@given(layer=layers(min_terms=1, max_terms=1), inference=st.booleans())
 def test_the_low_rank_term_is_added_within_the_bound(layer, inference):
     x, weight, bias, terms = layer
     for term in terms.values():
