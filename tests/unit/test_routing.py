@@ -149,15 +149,24 @@ def test_the_rate_holds_for_new_sources_with_a_group_a_source_and_not_with_a_gro
     assert by_query > likely(DRAWS, 0.1)[-1]
 
 
-def router_scores(groups, known):
-    """Source -> the scores of its queries, as a router gives them that knows some examples."""
+def routed_by(known, groups):
+    """A router that knows some examples, and by source the names of queries that it embeds."""
     rows = [*known.reshape(-1, 8), *groups.reshape(-1, 8)]
     vectors = {f"{position}": row for position, row in enumerate(rows)}
     texts, (count, each, _), start = [*vectors], groups.shape, known[..., 0].size
     router = LoRARouter(lambda texts: np.array([vectors[text] for text in texts]))
     router.register_virtual_candidate("known", texts[:start])
-    scores = [routes[0].score for routes in router.select_many(texts[start:])]
-    return {f"{i}": scores[i * each : (i + 1) * each] for i in range(count)}
+    queries = texts[start:]
+    return router, {f"{i}": queries[i * each : (i + 1) * each] for i in range(count)}
+
+
+def router_scores(groups, known):
+    """Source -> the scores of its queries, as a router gives them that knows some examples."""
+    router, sources = routed_by(known, groups)
+    return {
+        source: [routes[0].score for routes in router.select_many(queries)]
+        for source, queries in sources.items()
+    }
 
 
 @requirement("R4.11")
@@ -174,6 +183,28 @@ def test_a_split_by_source_keeps_the_rate_of_a_router_and_a_random_split_does_no
         at_random += router_scores(new[None, :1], first)["0"][0] < mixed
     assert by_source in likely(draws, 0.1)
     assert at_random > likely(draws, 0.1)[-1]
+
+
+@requirement("R4.11")
+def test_a_threshold_keeps_its_rate_under_the_rule_that_its_scores_are_of():
+    """Of 39 sources it is the fourth lowest score: three are missed, by another rule's more."""
+    rng = np.random.default_rng(0)
+    centre = np.array([4.0, *[0] * 7])
+    known, rest = (centre + rng.normal(size=(count, 1, 8)) for count in (20, 39))
+    router, sources = routed_by(known, rest)
+    queries = [query for (query,) in sources.values()]
+    best = {
+        "select": [routes[0].score for routes in router.select_many(queries)],
+        "decide": [decision.best.score for decision in router.decide_many(queries)],
+    }
+    for rule, scores in best.items():
+        threshold = calibrate({q: [s] for q, s in zip(queries, scores, strict=True)}, 0.1).threshold
+        missed = {
+            "select": sum(not routes for routes in router.select_many(queries, 1, threshold)),
+            "decide": sum(d.kind != "routes" for d in router.decide_many(queries, threshold)),
+        }
+        assert missed[rule] == 3  # the fourth score is the threshold, and routes
+        assert missed["decide"] > 3 or rule == "decide"
 
 
 @requirement("R4.11")
