@@ -76,7 +76,7 @@ class Source:
             names = Pairs.of([])
         pairs = names.add(prose)
         if not len(pairs):
-            expected = f"Python files with docstrings or {TEXT_FILES} with paragraphs"
+            expected = f"Python files with docstrings, or paragraphs of 8 words in {TEXT_FILES}"
             raise DataError(str(root), expected, "none")
         by_form = {"names": names, "prose": prose}
         forms = (form for form in by_form if len(by_form[form]) >= COMMON_FORM * len(pairs))

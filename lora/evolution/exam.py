@@ -24,11 +24,10 @@ import torch
 
 import lora
 from lora.card import Array, LoRACard
-from lora.checks import integer, is_semantic_version, risen_version, share, version_order
+from lora.checks import integer, is_semantic_version, risen_version, share
 from lora.errors import (
     ArgumentError,
     BaseModelError,
-    ConflictError,
     DataError,
     ShapeError,
     TargetError,
@@ -47,7 +46,8 @@ from lora.evolution.documents import Source, medoids, standard_library
 from lora.evolution.novelty import novelty
 from lora.evolution.teacher import Distilled
 from lora.federation.cache import default_cache
-from lora.federation.catalog import card_files
+from lora.federation.catalog import Catalog, card_files, scan
+from lora.federation.follow import by_name, newest
 from lora.files import SUFFIX, PathLike, as_path, load, os_errors, save
 from lora.models.adapt import adapt
 from lora.router import LoRARouter
@@ -127,15 +127,11 @@ class Live:
     def read(cls, folder: PathLike) -> Self:
         """Read a folder of cards: of each name the highest version. No folder has none."""
         root = as_path(folder)
-        files = card_files(root) if root.is_dir() else []
-        cards = sorted(map(load, files), key=lambda card: version_order(version(card)))
-        live: dict[str, LoRACard] = {}
-        for card in cards:
-            last = live.setdefault(card.name, card)
-            if version(last) == version(card) and last != card:
-                expected = f"one card {card.name!r} of version {version(card)!r}"
-                raise ConflictError(str(root), expected, "two that differ", "remove one")
-            live[card.name] = card
+        catalog = scan(card_files(root) if root.is_dir() else (), Catalog())
+        for (path, *_), served in catalog.files.items():
+            if served is None:
+                load(path)  # says why it can't be served
+        live = {name: load(newest(cards).path) for name, cards in by_name(catalog).items()}
         paths = {name: sample_path(root, name) for name in live}
         samples = {name: Pairs.load(path) for name, path in paths.items() if path.is_file()}
         for name, sample in samples.items():
@@ -179,10 +175,13 @@ class Lesson:
 
 
 class Base:
-    """A base model that embeds each text once."""
+    """A base model that embeds each text, adapts each card and ranks each pairs once."""
 
     def __init__(self, model: Any) -> None:
         self.model, self._rows = model, dict[str, Array]()
+        # By identity; what it belongs to is kept with it.
+        self._adapted: dict[int, tuple[LoRACard, Any]] = {}
+        self._ranks: dict[tuple[int, int], tuple[Any, Pairs, Array]] = {}
 
     def encode(self, texts: Sequence[str]) -> Array:
         """Return the embeddings of texts, shape ``(n, d)``."""
@@ -190,44 +189,79 @@ class Base:
         self._rows.update(zip(new, self.model.encode(new) if new else (), strict=True))
         return np.array([self._rows[text] for text in texts])
 
+    def adapted(self, card: LoRACard) -> Any:
+        """Return the model with a card."""
+        if id(card) not in self._adapted:
+            self._adapted[id(card)] = card, adapt(self.model, card)
+        return self._adapted[id(card)][1]
+
+    def ranks(self, card: LoRACard | None, pairs: Pairs) -> Array:
+        """Return the reciprocal ranks of the pairs with a card, or without any."""
+        key = id(card), id(pairs)
+        if key not in self._ranks:
+            model = self if card is None else self.adapted(card)
+            self._ranks[key] = card, pairs, ranks(model, pairs)
+        return self._ranks[key][2]
+
 
 class Service:
     """Cards over a base model as they are served: who answers a query, with what rank."""
 
     def __init__(self, base: Base, cards: Mapping[str, LoRACard]) -> None:
-        self.base, self.left_out = base, dict[str, str]()
+        self.base, self.cards, self.left_out = base, dict[str, LoRACard](), dict[str, str]()
         self.router = LoRARouter(base.encode)
-        self._models: dict[str, Any] = {"": base}
-        for name, card in cards.items():
+        for card in cards.values():
             try:
-                self._models[name] = adapt(base.model, card)
-                self.router.register_card(card)
+                self.add(card)
             except (BaseModelError, TargetError, ShapeError, ArgumentError) as error:
-                self.left_out[name] = str(error)
-        self._ranks: dict[tuple[str, int], tuple[Pairs, Array]] = {}
+                self.left_out[card.name] = str(error)
+
+    def add(self, card: LoRACard) -> None:
+        """Serve a card as well."""
+        self.base.adapted(card)
+        self.router.register_card(card)
+        self.cards[card.name] = card
 
     def answering(self, queries: Sequence[str]) -> list[str]:
         """Return the card that answers each query; "" for the base model."""
         decisions = self.router.decide_many(queries)
         return [each.best.name if each and each.kind == "routes" else "" for each in decisions]
 
-    def ranks_by(self, name: str, pairs: Pairs) -> Array:
-        """Return the reciprocal ranks of the pairs by one card; "" is the base model."""
-        key = name, id(pairs)
-        if key not in self._ranks:
-            self._ranks[key] = pairs, ranks(self._models[name], pairs)
-        return self._ranks[key][1]
-
     def ranks(self, pairs: Pairs) -> tuple[list[str], Array]:
         """Return who answers each query, and its reciprocal rank then."""
         names = self.answering(pairs.queries)
-        by_name = {name: self.ranks_by(name, pairs) for name in sorted(set(names))}
+        by_name = {name: self.base.ranks(self.cards.get(name), pairs) for name in set(names)}
         return names, np.array([by_name[name][row] for row, name in enumerate(names)])
+
+
+def examined(
+    service: Service, name: str, placebos: Mapping[str, LoRACard], held_out: Pairs, seed: int = 0
+) -> tuple[Verdict, float]:
+    """Examine a card that is served against the base model, the other cards, and placebos.
+
+    Args:
+        placebos: By the form of the pairs that they were trained on.
+
+    Returns:
+        What was found, and the share of the queries that the card answers.
+    """
+    alternatives = {f"placebo {form}": card for form, card in placebos.items()}
+    for key in service.cards.keys() - {name}:
+        alternatives[f"skill {key}"] = service.cards[key]
+    plain, own = (service.base.ranks(card, held_out) for card in (None, service.cards[name]))
+    answers_it = np.array(service.answering(held_out.queries)) == name
+    served = np.where(answers_it, own, plain)
+    files = held_out.table["group"].to_pylist()
+    changes = {"base": change(plain, served, files, seed=seed)}
+    for key, card in sorted(alternatives.items()):
+        other = np.where(answers_it, service.base.ranks(card, held_out), plain)
+        changes[key] = change(other, served, files, seed=seed)
+    return judge(changes), float(answers_it.mean())
 
 
 def guards(base: Base, card: LoRACard, live: Live) -> dict[str, Guard]:
     """Return what a card does to the sample of each live skill, in place of one of its name."""
-    adapt(base.model, card)  # a card for another base is refused, not left out
+    base.adapted(card)  # a card for another base is refused, not left out
     before, after = Service(base, live.cards), Service(base, live.replaced(card).cards)
     result = {}
     for name, sample in sorted(live.samples.items()):
@@ -351,7 +385,6 @@ def learn(
     held_to = live.samples.get(name)
     training, held_out = divided(source.pairs, terms.seed, held_to)
     everything = without(training.add(learned).add(taught.pairs), held_out, asked, held_to)
-    files = held_out.table["group"].to_pylist()
     figures: dict[str, Any] = {
         "seed": terms.seed,
         "steps": terms.steps,
@@ -381,36 +414,25 @@ def learn(
     trainer = terms.trainer(engine)
     trained = trainer.train(everything, name=name, max_steps=terms.steps, progress=progress).card
     examples = training.sample(EXAMPLES, terms.seed)
-    described = _metadata(base, examples, about) | {"version": live.next_version(name)}
+    described = description(base, examples, about) | {"version": live.next_version(name)}
     if terms.share_questions and len(learned):
         described["examples"] += learned.queries
         described["example_groups"] += [f"question {row}" for row in range(len(learned))]
     card = replace(weighted(trained, terms.weight), metadata=described)
     others = {key: each for key, each in live.cards.items() if key != name}
-    service = Service(base, {**others, name: card})
-    figures["left_out"] = service.left_out
-    stand_ins = {
-        f"placebo {form}": weighted(placebo(engine, form, terms, progress), terms.weight)
+    service = Service(base, others)
+    service.add(card)
+    placebos = {
+        form: weighted(placebo(engine, form, terms, progress), terms.weight)
         for form in source.forms
     }
-    alternatives = {
-        key: ranks(adapt(engine.base, each), held_out) for key, each in stand_ins.items()
-    }
-    for key in others.keys() - service.left_out.keys():
-        alternatives[f"skill {key}"] = service.ranks_by(key, held_out)
-    plain, own = service.ranks_by("", held_out), service.ranks_by(name, held_out)
-    answers_it = np.array(service.answering(held_out.queries)) == name
-    served = np.where(answers_it, own, plain)
-    changes = {"base": change(plain, served, files, seed=terms.seed)} | {
-        key: change(np.where(answers_it, other, plain), served, files, seed=terms.seed)
-        for key, other in sorted(alternatives.items())
-    }
-    verdict = judge(changes)
+    verdict, answered = examined(service, name, placebos, held_out, terms.seed)
     guarded = guards(base, card, live)
     figures |= {
         "verdict": verdict.kind,
-        "changes": {key: vars(each) for key, each in changes.items()},
-        "answered": float(answers_it.mean()),
+        "changes": {key: vars(each) for key, each in verdict.changes.items()},
+        "answered": answered,
+        "left_out": service.left_out,
         "guards": {key: guard.figures() for key, guard in guarded.items()},
         "unguarded": sorted(live.cards.keys() - live.samples.keys()),
         "novelty": _novelty(base, others, held_out),
@@ -428,8 +450,8 @@ def learn(
     return Lesson(name, replace(card, metadata=metadata), verdict, reason, figures, sample)
 
 
-def _metadata(base: Base, examples: Pairs, about: str) -> dict[str, Any]:
-    """Describe a card by its documents."""
+def description(base: Base, examples: Pairs, about: str = "") -> dict[str, Any]:
+    """Return the metadata that describe a card by its documents."""
     queries, groups = examples.queries, examples.table["group"].to_pylist()
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     typical = [queries[row] for row in medoids(base.encode(queries))]
@@ -463,7 +485,8 @@ def _asked(service: Service, name: str, asked: Pairs, among: Pairs, seed: int) -
     if len(asked) < 10:
         return None
     pairs = asked.add(among)  # an answer is to be found among those of the documents
-    plain, own = (service.ranks_by(key, pairs)[: len(asked)] for key in ("", name))
+    cards = None, service.cards[name]
+    plain, own = (service.base.ranks(card, pairs)[: len(asked)] for card in cards)
     answers_it = np.array(service.answering(asked.queries)) == name
     return vars(change(plain, np.where(answers_it, own, plain), seed=seed))
 
@@ -486,7 +509,7 @@ def vetoed(figures: Mapping[str, Any], terms: Terms, *, is_log: bool) -> str:
         return f"on users' questions the MRR falls: {asked['before']:.3f} -> {asked['after']:.3f}"
     if is_log or terms.documents_only or (asked and asked["lower"] > 0):
         return ""
-    return "it was not shown on real questions"
+    return "it was not shown on real questions: log answers, or say that documents suffice"
 
 
 def digest(pairs: Pairs) -> str:

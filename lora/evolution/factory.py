@@ -247,6 +247,7 @@ class SkillFactory:
             self.sync()
         else:
             reason = printed.get("reason", "made nothing worth serving")
+            printed.pop("candidate", None)  # it is swept with the job's folder
             ended = self.queue.reject(job, now, reason, json.dumps(printed))
         self._report(ended)
         self._sweep()

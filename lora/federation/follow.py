@@ -58,9 +58,7 @@ class Followed:
 
     def _hand_over(self, refused: type[LoRAError] | tuple[()] = ()) -> bool:
         """Return whether no file and no card is to be tried again at the next look."""
-        names = dict[str, list[Served]]()
-        for card in self._catalog.cards.values():
-            names.setdefault(card.manifest.name, []).append(card)
+        names = by_name(self._catalog)
         for name, cards in names.items():
             try:
                 card = newest(cards)
@@ -81,6 +79,14 @@ class Followed:
                 self._again.discard(name)
                 self._forget(name)
         return not self._again and all(stamp != UNREAD for _, stamp, _ in self._catalog.files)
+
+
+def by_name(catalog: Catalog) -> dict[str, list[Served]]:
+    """Return the cards of each name, the lowest version first."""
+    names = dict[str, list[Served]]()
+    for card in catalog.cards.values():
+        names.setdefault(card.manifest.name, []).append(card)
+    return names
 
 
 def newest(cards: Sequence[Served]) -> Served:

@@ -238,7 +238,7 @@ def test_what_can_not_be_learned_is_discarded_with_its_figures_and_tried_again_o
 @requirement("R18.3", "R18.8")
 def test_without_answers_of_users_a_skill_is_not_registered(learning):
     one, distiller = learning(subject("efgh"), documents_only=False)
-    assert distiller.work().reason == "it was not shown on real questions"
+    assert distiller.work().reason.startswith("it was not shown on real questions")
     assert one.manager.list_cards() == {}
 
 

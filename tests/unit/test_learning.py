@@ -1,6 +1,7 @@
 """Learning by example: what is accepted, refused, kept beside a card, and never in it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from lora.learning import _name, evolve, guard, routing_checks, summary
 from lora.testing.plugin import requirement
 from lora.training.data import Pairs
 from lora.training.train import LoRATrainer, ranks
-from tests.unit.letters import SETTINGS, combined, core, engine, subject, write_documents
+from tests.unit.letters import LETTERS, SETTINGS, combined, core, engine, subject, write_documents
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +164,17 @@ def test_a_question_that_is_logged_often_counts_once(terms):
 
 
 @requirement("R18.3")
-def test_texts_that_a_document_repeats_are_not_trained_on():
+@pytest.mark.parametrize("ending", ["", " ?!"])
+def test_texts_that_a_document_repeats_are_not_trained_on(ending):
     pairs = combined("efgh")
     _, held_out = divided(pairs, 0)
-    copied = Pairs.of({**row, "group": "copy"} for row in held_out.table.to_pylist())
+    copied = Pairs.of(
+        (query.upper() + ending, f"{answer}{ending}")
+        for query, answer in zip(held_out.queries, held_out.positives, strict=True)
+    )
     training, again = divided(pairs.add(copied), 0)
-    assert not {*training.queries, *training.positives} & {*again.queries, *again.positives}
+    texts = [{*part.queries, *part.positives} for part in (training, again)]
+    assert not set.intersection(*({t.strip(" ?!").lower() for t in part} for part in texts))
     assert len(again) >= FEWEST
 
 
@@ -344,8 +350,32 @@ def test_a_version_that_is_none_comes_before_all(shelf, tmp_path, version):
     lora.save(card, tmp_path / "c.lora.arrow")  # a copy is no other card
     assert Live.read(tmp_path).next_version("book") == "0.2.0"
     lora.save(replace(card, alpha=card.alpha + 1), tmp_path / "d.lora.arrow")
-    with pytest.raises(ConflictError, match=r"'book' of version '0\.1\.0'.*two that differ"):
+    with pytest.raises(ConflictError, match=r"'book' 0\.1\.0: expected one card per name"):
         Live.read(tmp_path)
+
+
+@requirement("R18.3")
+def test_an_exam_adapts_each_card_once_and_ranks_each_pairs_once(terms, monkeypatch):
+    lessons = {name: learned(terms, subject(name), name) for name in ("efgh", "ijkl")}
+    calls = {"adapt": [], "ranks": []}
+
+    def counted(name):
+        function = getattr(exam, name)
+
+        def count(model, subject):
+            calls[name].append((model, subject))
+            return function(model, subject)
+
+        monkeypatch.setattr(exam, name, count)
+
+    counted("adapt")
+    counted("ranks")
+    live = Live(*({n: getattr(each, a) for n, each in lessons.items()} for a in ("card", "sample")))
+    learned(replace(terms, steps=1), subject("efgh"), "third", live=live)
+    names = sorted(card.name for _, card in calls["adapt"])
+    assert names == ["efgh", "ijkl", "placebo-prose", "third"]
+    ranked = [(id(model), id(pairs)) for model, pairs in calls["ranks"]]
+    assert len(ranked) == len(set(ranked)) >= 5
 
 
 @pytest.fixture
@@ -425,7 +455,7 @@ def test_without_real_questions_a_skill_is_not_live_unless_documents_are_said_to
     out = tmp_path / "cards"
     alone = evolve(engine(), book, out, name="book", terms=careful)
     assert (alone.facts["verdict"], alone.facts["live"]) == ("skill", False)
-    assert alone.facts["reason"] == "it was not shown on real questions"
+    assert alone.facts["reason"].startswith("it was not shown on real questions: log answers, or")
     assert [path.name for path in out.iterdir()] == ["book.candidate.arrow"]
     assert card_files(out) == []
     log = tmp_path / "log.jsonl"
@@ -516,14 +546,97 @@ def test_evolve_is_a_command_that_says_what_came_of_it(here, tmp_path, monkeypat
     assert "routes from" in err
 
 
+RUSSIAN = "Гончар {0} сушит. Сосуд {0} стоит во влажной ткани."
+
+
+def said(letters, count=400, **options):
+    """What documents about four letters say, paragraph by paragraph."""
+    rows = combined(letters, **options).take(range(count)).table.to_pylist()
+    return [f"{row['query']} then . {row['positive']} then now" for row in rows]
+
+
+def paragraphs(texts, files=20):
+    """Return texts as paragraphs, in turn of so many files."""
+    return {f"{i}.md": "\n\n".join(texts[i::files]) for i in range(files)}
+
+
+BAD = {
+    "Russian": (
+        paragraphs([RUSSIAN.format(i) for i in range(400)]),
+        ("nothing", "it does not surely beat base"),
+    ),
+    "Chinese": (
+        paragraphs(["陶工让黏土慢慢变干。他把器皿裹在湿布里。"] * 40),
+        (None, "'.txt'), found none"),
+    ),
+    "binaries": (
+        {"image.md": bytes(range(256)) * 40, "data.bin": b"\0" * 99},
+        (None, "expected Python files with docstrings"),
+    ),
+    "a document that repeats the exam": (
+        paragraphs(said("efgh", shuffled=3))
+        | {
+            f"zz{i}.md": "\n\n".join(said("efgh", shuffled=3)).replace("then", f"then{'!' * i}")
+            for i in range(1, 5)
+        },
+        ("nothing", "it does not surely beat"),
+    ),
+    "duplicates": (paragraphs(said("efgh", 30) * 20, 19), ("can't tell", "at least 128 pairs")),
+    "one file": (paragraphs(said("efgh"), 1), ("can't tell", "can't tell: it takes at least 128")),
+    "ten pairs": (paragraphs(said("efgh", 10)), ("can't tell", "there are 5 of 5 and 5")),
+    "a model that can't hold its description": (
+        paragraphs([text.replace("then .", "then then .") for text in said("efgh")]),
+        (None, "expected at most 16 tokens each"),
+    ),
+    "a log that is no JSON": ('{"query": "a", "positive": "b"}\nnonsense', (None, "line 2")),
+    "a log of nonsense": (
+        "\n".join(
+            json.dumps({"query": f"{LETTERS[i % 9]}a x{i}", "positive": f"y{i * 7 % 400} aa"})
+            for i in range(400)
+        ),
+        ("nothing", "it does not surely beat"),
+    ),
+}
+
+
+@pytest.fixture
+def beside_a_skill(shelf, tmp_path, monkeypatch):
+    """A folder, which commands run in, with a folder of cards that has a skill."""
+    monkeypatch.setattr("lora.ArrowEngine.from_pretrained", lambda _: engine())
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shelf[0] / "cards", "cards")
+
+
+@requirement("R18.3", "R18.8", "R25.3")
+@pytest.mark.parametrize(("content", "expected"), BAD.values(), ids=BAD)
+def test_bad_input_has_a_clear_end_and_the_last_good_skill_serves_on(
+    here, beside_a_skill, placebos, content, expected
+):
+    if isinstance(content, str):
+        Path("input.jsonl").write_text(content)
+        line = ["input.jsonl", "--share-questions"]
+    else:
+        Path("input").mkdir()
+        for name, text in content.items():
+            Path("input", name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        line = ["input", "--documents-only"]
+    before = {path.name: path.read_bytes() for path in Path("cards").iterdir()}
+    options = ["--out", "cards", "--name", "book", "--rank", 4, "--placebos", placebos, "--json"]
+    code, out, err = here("evolve", *line, *options)
+    verdict, message = expected
+    if verdict is None:
+        assert (code, out, err.count("lora: "), err.count("\n")) == (1, "", 1, 1)
+        assert message in err
+    else:
+        facts = json.loads(out)
+        assert (code, facts["verdict"], facts["file"]) == (NOTHING_TO_SERVE, verdict, None)
+        assert message in facts["reason"]
+    assert {path.name: path.read_bytes() for path in Path("cards").iterdir()} == before
+    assert here("route", "eb gd then .", "--cards", "cards")[1].split()[1:] == ["book"]
+
+
 @requirement("R18.3")
-def test_bad_input_is_refused_by_its_place(terms, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "image.md").write_bytes(bytes(range(256)) * 40)
-    (empty / "data.bin").write_bytes(b"\0" * 99)
-    with pytest.raises(DataError, match="expected Python files with docstrings"):
-        evolve(engine(), empty, tmp_path / "cards", terms=terms)
+def test_a_wrong_line_of_routing_checks_is_refused_by_its_place(tmp_path):
     log = tmp_path / "log.jsonl"
     for line in ("nonsense", "[]", '{"question": "a"}', '{"query": "a", "skill": 3}'):
         log.write_text(f'{{"query": "fine"}}\n{line}\n')
@@ -533,7 +646,6 @@ def test_bad_input_is_refused_by_its_place(terms, tmp_path):
         check["skill"]
         for check in routing_checks_of(log, '{"query": "a"}', '{"query": "b", "skill": null}')
     ] == ["book", None]
-    assert not (tmp_path / "cards").exists()
 
 
 def routing_checks_of(path, *lines):
