@@ -1,7 +1,7 @@
 """A folder of cards by digest: written once, read by any number of processes, without a lock.
 
-A card is written to a hidden temporary file, checked, and then linked to its name: what is visible
-is complete, whenever a process dies.
+A card is written to a hidden file, checked, and then linked to its name. So what is visible is
+complete, whenever a process dies.
 
 Requirements: R12, R14.
 """
@@ -59,7 +59,7 @@ class CardCache:
 
     @contextmanager
     def arriving(self) -> Iterator[tuple[Path, BinaryIO]]:
-        """Open a hidden file for a card; it is removed at the end. Flush it before it is read."""
+        """Open a hidden file for a card; it is removed at the end."""
         path = self.root / f".{secrets.token_hex(8)}.part"
         with os_errors(self.root):
             try:
@@ -69,11 +69,7 @@ class CardCache:
                 path.unlink(missing_ok=True)
 
     def admit(self, arrived: Path, sha: str) -> bool:
-        """Make a complete, checked file visible, read-only.
-
-        Returns:
-            False if another process was first.
-        """
+        """Make a checked file visible, read-only; return False if another process was first."""
         target = self.path(sha)
         with os_errors(target):
             arrived.chmod(0o444)  # not flushed: damage by a power failure shows in the digest
@@ -83,19 +79,13 @@ class CardCache:
         return False
 
     def load(self, sha: str) -> LoRACard | None:
-        """Return the card of a digest, or None if it is not there.
-
-        A file that is damaged, or is no card, goes to the folder ``quarantine``.
-        """
-        path, folder = self.path(sha), self.root / "quarantine"
+        """Return the card of a digest, or None if it is not there; a damaged file is deleted."""
+        path = self.path(sha)
         try:
             return load(path, verify=sha)
-        except CardNotFoundError:
-            return None
-        except CardError:
-            with os_errors(folder), suppress(FileNotFoundError):
-                folder.mkdir(exist_ok=True)
-                path.rename(folder / f"{sha}.{secrets.token_hex(4)}")
+        except (CardError, CardNotFoundError):
+            with os_errors(path):
+                path.unlink(missing_ok=True)
             return None
 
     def highest_version(self, name: str, signer: str) -> str:
@@ -110,16 +100,15 @@ class CardCache:
         """Remember a version as an empty file, so that no process can lower it."""
         folder = self._versions(name, signer)
         with os_errors(folder):
-            if not version or (folder / version).exists():
-                return
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / version).touch()
-            except OSError:
-                with suppress(OSError):  # they hold other versions, or were not created
-                    folder.rmdir()
-                    folder.parent.rmdir()
-                raise
+            if version and not (folder / version).exists():
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / version).touch()
+                except OSError:
+                    with suppress(OSError):  # they hold other versions, or were not created
+                        folder.rmdir()
+                        folder.parent.rmdir()
+                    raise
 
     def _versions(self, name: str, signer: str) -> Path:
         key = hashlib.sha256(f"{signer}\n{name}".encode(errors="surrogatepass")).hexdigest()

@@ -49,7 +49,7 @@ class Catalog:
     """What a server offers.
 
     Args:
-        files: By path, stamp and stamp of the signature file; None for a file that is no card.
+        files: By path, stamp and stamp of the signature; None for a file that is no card.
         cards: By digest, the lowest version first.
         names: The digest of each name's highest version.
     """
@@ -123,9 +123,11 @@ def _served(path: Path, stamp: Stamp, signature: Stamp | None) -> Served | None:
     if signature:
         try:
             signed = read_signed(signature_path(path))
-            if signed.signed_bytes() == manifest.signed_bytes():
-                return Served(path, stamp, signed, schema)
-            log.warning("served unsigned: the signature beside %s is of another card", path)
         except LoRAError as error:
             log.warning("served unsigned: %s", error)
+        else:
+            if signed.signed_bytes() == manifest.signed_bytes():
+                manifest = signed
+            else:
+                log.warning("served unsigned: the signature beside %s is of another card", path)
     return Served(path, stamp, manifest, schema)

@@ -2,8 +2,6 @@
 
 Each card passes the checks of `lora.federation.trust` before it becomes visible in the cache.
 
-Thread safety: any number of threads.
-
 Requirements: R12.
 """
 
@@ -65,7 +63,7 @@ class Fetched(NamedTuple):
 
 
 class LoRAFlightClient:
-    """Lists and fetches the cards of one peer.
+    """Lists and fetches the cards of one peer, from any number of threads.
 
     Args:
         uri: ``grpc://host:port`` or ``grpc+tls://host:port``.
@@ -73,8 +71,8 @@ class LoRAFlightClient:
         timeout: Seconds for a call; a download has more, for its bytes at `min_rate`.
         min_rate: Bytes per second.
         stall: Seconds after which a download that receives nothing is cut.
-        check: Called with a card before it is admitted; raises to refuse it, and returns whether
-            base models are compared, so that the name of the card's does not matter.
+        check: Called with a card before it is admitted. Raises to refuse it; True says that the
+            base models were compared, so that their names do not matter.
 
     Examples:
         >>> import tempfile
@@ -149,7 +147,7 @@ class LoRAFlightClient:
         """Return a card from the cache or the peer; a second call does no network I/O.
 
         Args:
-            name: A name or a digest that the peer knows.
+            name: A name or a digest.
             digest: Accept this digest, and no other.
             refresh: Ask the peer again which card the name stands for.
 
@@ -231,7 +229,7 @@ class LoRAFlightClient:
     def _download(
         self, manifest: Manifest, policy: Policy, file: BinaryIO, progress: Progress | None
     ) -> str:
-        """Receive a card's file on another thread, hash and write it; return its digest."""
+        """Receive a card's file, hash and write it; return its digest."""
         size, sha, where = 0, hashlib.sha256(), f"card {manifest.name!r}"
         limit = policy.max_bytes if policy.allow_mismatch else manifest.size
         for piece in self._pieces(where, manifest):
@@ -250,8 +248,7 @@ class LoRAFlightClient:
     def _pieces(self, where: str, manifest: Manifest) -> Iterator[pa.Buffer]:
         """Yield the pieces of a card's file, which a thread receives.
 
-        gRPC gives no way out of a read. If it takes too long, the thread is left alone with it,
-        until the call's deadline.
+        gRPC gives no way out of a read: one that stalls is left to the thread.
         """
         pieces: Queue[pa.Buffer | Exception | None] = Queue(MAX_PENDING)
         left, timeout = threading.Event(), self.timeout + manifest.size / self.min_rate

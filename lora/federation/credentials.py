@@ -1,4 +1,4 @@
-"""Credentials: the token, certificate and authority that a node shows and asks for.
+"""The token, certificates and addresses of a node's connections.
 
 Requirements: R11.
 """

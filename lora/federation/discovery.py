@@ -2,8 +2,6 @@
 
 mDNS trusts everyone on the link: it gives hints of whom to ask, and never proof of who answers.
 
-Thread safety: any number of threads.
-
 Requirements: R13.
 """
 
@@ -37,7 +35,7 @@ RESOLVE_MS = 1000  # milliseconds that resolving an announcement may take
 
 
 class Discovery:
-    """Finds the peers of a node, from its construction until `close`.
+    """Finds the peers of a node, from its construction until `close`, for any number of threads.
 
     Args:
         node_id: This node's id: up to 63 letters, digits and hyphens.
@@ -47,7 +45,7 @@ class Discovery:
         interfaces: Their addresses; None for all, ``()`` for none.
         static: URIs of peers that multicast does not reach.
         cap: Largest number of peers, static ones not counted.
-        interval: Seconds until a peer is asked again; twice as long after its death it is gone.
+        interval: Seconds until a peer is asked again.
     """
 
     def __init__(

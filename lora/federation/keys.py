@@ -36,18 +36,18 @@ def generate_key(path: PathLike) -> str:
 
 def load_private_key(path: PathLike) -> Ed25519PrivateKey:
     """Read the private key in a PEM file."""
-    key: Ed25519PrivateKey = _loaded(path, Ed25519PrivateKey)
+    key: Ed25519PrivateKey = _load_key(path, Ed25519PrivateKey)
     return key
 
 
 def load_public_key(path: PathLike) -> str:
     """Return the public key in a PEM file, public or private, in hex."""
-    key = _loaded(path, Ed25519PublicKey, Ed25519PrivateKey)
+    key = _load_key(path, Ed25519PublicKey | Ed25519PrivateKey)
     return key.public_bytes_raw().hex() if isinstance(key, Ed25519PublicKey) else public_key(key)
 
 
 def sign_file(card: PathLike, key: PathLike) -> Manifest:
-    """Sign a card file: write its signed manifest beside it, and return that."""
+    """Sign a card file: write its signed manifest beside it, and return the manifest."""
     path = as_path(card)
     manifest = manifest_of(inspect(path), digest(path), path.stat().st_size)
     signed = sign(manifest, load_private_key(key))
@@ -76,12 +76,12 @@ def read_small(path: PathLike, limit: int = MAX_KEY_BYTES) -> bytes:
     return data
 
 
-def _loaded(path: PathLike, *kinds: type) -> Any:
+def _load_key(path: PathLike, kind: Any) -> Any:
     data, key = read_small(path), None
     with suppress(ValueError, TypeError, UnsupportedAlgorithm):  # which could quote the key
         private = b"PRIVATE" in data
         key = pem.load_pem_private_key(data, None) if private else pem.load_pem_public_key(data)
-    if not isinstance(key, kinds):
-        expected = f"an {kinds[0].__name__} in PEM, without a passphrase"
+    if not isinstance(key, kind):
+        expected = "an Ed25519 key in PEM, without a passphrase; private to sign with"
         raise ArgumentError(str(path), expected, "another content")
     return key

@@ -28,6 +28,10 @@ class Signature:
     public_key: str
     value: str
 
+    def __post_init__(self) -> None:
+        if not is_digest(self.public_key) or not re.fullmatch("[0-9a-f]{128}", self.value):
+            raise ManifestError("manifest: signature", "64 and 128 hex digits", shown(vars(self)))
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -101,7 +105,7 @@ def manifest_of(
 
 
 def manifest_from_json(data: bytes) -> Manifest:
-    """Parse a manifest from outside; keys that this version does not know are ignored.
+    """Parse a manifest from outside; unknown keys are ignored.
 
     Examples:
         >>> manifest = Manifest("docs", "0" * 64, 4096, targets=("query",))
@@ -134,22 +138,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-def _is_text_or_none(value: object) -> bool:
-    return value is None or _is_text(value)
-
-
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
 def _is_version(value: object) -> bool:
     return is_semantic_version(value) and len(str(value)) <= MAX_NAME
-
-
-def _is_signature(value: object) -> bool:
-    if not isinstance(value, Signature) or not is_digest(value.public_key):
-        return False
-    return isinstance(value.value, str) and bool(re.fullmatch("[0-9a-f]{128}", value.value))
 
 
 _RULES: dict[str, Callable[[Any], bool]] = {
@@ -162,7 +156,7 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "targets": lambda value: isinstance(value, list | tuple) and all(map(_is_text, value)),
     "modules": _is_count,
     "description": _is_text,
-    "base_model": _is_text_or_none,
-    "base_fingerprint": _is_text_or_none,
-    "signature": lambda value: value is None or _is_signature(value),
+    "base_model": lambda value: value is None or _is_text(value),
+    "base_fingerprint": lambda value: value is None or _is_text(value),
+    "signature": lambda value: isinstance(value, Signature | None),
 }

@@ -1,7 +1,5 @@
 """Node: a server, discovery, a cache, and clients of the peers that answer.
 
-Thread safety: any number of threads. `sync` replaces the mappings of offers and failures.
-
 Requirements: R5, R12, R13, R14.
 """
 
@@ -47,7 +45,7 @@ class Offer(NamedTuple):
 
 
 class Node:
-    """A member of a federation.
+    """A member of a federation, for any number of threads.
 
     Args:
         cache: As in `LoRAFlightClient`.

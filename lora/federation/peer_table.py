@@ -1,7 +1,7 @@
 """The table of peers: which were announced, which have answered, and which to ask next.
 
-Anyone on the network can announce a peer or say goodbye for it, so these are only hints. A peer is
-listed once it has answered. While it answers, no hint moves or removes it. Times are in seconds.
+Anyone can announce a peer or say goodbye for it, so these are only hints. A peer is listed once it
+has answered. While it answers, no hint moves or removes it. Times are in seconds.
 
 Requirements: R13.
 """
@@ -57,9 +57,9 @@ class PeerBook:
     peers: Mapping[str, Peer] = field(default_factory=dict)
 
     def announced(self, key: str, *, goodbye: bool = False, now: float) -> "PeerBook":
-        """Note an announcement or a goodbye: ask a known peer soon, or add a new one.
+        """Note an announcement, or a goodbye, which adds nobody: ask a known peer soon.
 
-        In a full table it replaces one that has never answered. A goodbye adds nobody.
+        In a full table a new peer replaces one that has never answered.
         """
         peer = self.peers.get(key)
         if peer is not None:
@@ -72,9 +72,9 @@ class PeerBook:
         return book._with(Peer(key, due=now))  # noqa: SLF001 - another value of this class
 
     def asked(self, key: str, uri: str = "", node_id: str = "", *, now: float) -> "PeerBook":
-        """Note that a peer was asked, and where it answered, or "" for no answer.
+        """Note that a peer was asked, and where it answered; "" for no answer.
 
-        It is no longer listed after `MISSES` without an answer, or if it is this node itself.
+        It is no longer listed after `MISSES`, or if it is this node itself.
         """
         peer = self.peers.get(key)
         if peer is None:

@@ -4,8 +4,6 @@ A flight is a card. Its descriptor is a path, the name, or a command, the digest
 digest for the card's table, or the digest and ``/file`` for its file. The action ``card`` sends the
 file without Arrow's encoding: nobody should decode what is not verified yet.
 
-Thread safety: any number of clients.
-
 Requirements: R11.
 """
 
@@ -27,15 +25,7 @@ from pyarrow import flight
 
 from lora.arrow_format import FORMAT_VERSION
 from lora.checks import parse_json
-from lora.errors import (
-    ArgumentError,
-    LoRAError,
-    ManifestError,
-    StateError,
-    StoreError,
-    UnknownCardError,
-    shown,
-)
+from lora.errors import ArgumentError, LoRAError, ManifestError, StoreError
 from lora.federation.catalog import Catalog, Served, card_files, opened, scan
 from lora.federation.credentials import Credentials, check_location, flight_uri
 from lora.federation.fork import guard_fork, was_forked
@@ -61,7 +51,7 @@ ACTIONS = {
 
 
 class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
-    """Serves card files, from its construction until `shutdown`.
+    """Serves card files to any number of clients, from its construction until `shutdown`.
 
     Args:
         root: Folder whose ``*.lora.arrow`` files are served, or a function that returns the card
@@ -106,15 +96,14 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
                 middleware={"token": _Token(credentials.token)} if credentials.token else None,
             )
         except (pa.ArrowException, OSError) as error:
-            problem = _bind_problem(host, port) or error
-            expected = "an address that is free and this machine's"
-            raise StoreError(f"server: {location}", expected, problem) from error
+            expected, problem = "a free address of this machine", _bind_problem(host, port)
+            raise StoreError(f"server: {location}", expected, problem or error) from error
         self._streams = Streams(self.port, limits, self.metrics)
         self.uri = flight_uri(host, self.port, tls=tls)
 
     @property
     def catalog(self) -> Catalog:
-        """What there is now."""
+        """The cards that there are now."""
         with self._scanning:
             self._catalog = scan(self._files(), self._catalog)
             return self._catalog
@@ -136,8 +125,8 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def health(self) -> dict[str, Any]:
         """Return what the action ``health`` says; raise if the card files can't be read."""
-        cards, streams = len(self.catalog.cards), len(self._streams.open)
-        return {"status": "ok", "cards": cards, "streams": streams}
+        cards = len(self.catalog.cards)
+        return {"status": "ok", "cards": cards, "streams": len(self._streams.open)}
 
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:  # noqa: ARG002 - Flight
         """Return a FlightInfo for each card that the criteria ask for."""
@@ -180,7 +169,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
                 case "version":
                     answer = {"server": "lora", "format": FORMAT_VERSION, "node_id": self.node_id}
                 case _:
-                    raise ManifestError("action", f"one of {', '.join(ACTIONS)}", "another")
+                    raise flight.FlightServerError("bad request")
             return iter([json.dumps(answer).encode()])
 
     def list_actions(self, context: Any) -> list[Any]:  # noqa: ARG002 - Flight's protocol
@@ -198,7 +187,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         criteria = parse_json(text or "{}", "criteria", dict, ManifestError)
         prefix, base = criteria.pop("name_prefix", ""), criteria.pop("base_model", None)
         if criteria or not isinstance(prefix, str) or not isinstance(base, str | None):
-            raise ManifestError("criteria", "texts for name_prefix or base_model", shown(text))
+            raise flight.FlightServerError("bad request")
         return [
             card
             for card in self.catalog.cards.values()
@@ -214,7 +203,7 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         catalog = self.catalog
         card = catalog.cards.get(catalog.names.get(text, "") if by_name else text)
         if card is None:
-            raise UnknownCardError("card", "one that is served", shown(text, 80))
+            raise flight.FlightServerError("no such card")
         return card
 
     def _sent(self, context: Any, pieces: Iterable[Any]) -> Iterator[Any]:
@@ -233,17 +222,13 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
             yield
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a fixed text
             self.metrics.add("requests_refused")
-            match error:
-                case StateError():
-                    answer = flight.FlightUnavailableError("busy")
-                case UnknownCardError():
-                    answer = flight.FlightServerError("no such card")
-                case ManifestError() | UnicodeDecodeError():
-                    answer = flight.FlightServerError("bad request")
-                case _:
-                    level = logging.WARNING if isinstance(error, LoRAError) else logging.ERROR
-                    log.log(level, "request failed: %r", error)
-                    answer = flight.FlightInternalError("internal error")
+            answer = error
+            if isinstance(error, ManifestError | UnicodeDecodeError):
+                answer = flight.FlightServerError("bad request")
+            elif not isinstance(error, flight.FlightError):
+                level = logging.WARNING if isinstance(error, LoRAError) else logging.ERROR
+                log.log(level, "request failed: %r", error)
+                answer = flight.FlightInternalError("internal error")
             raise answer from None
 
 
@@ -267,16 +252,14 @@ def table_pieces(card: Served) -> Iterator[pa.RecordBatch]:
     yield batch.slice(start)
 
 
-def _bind_problem(host: str, port: int) -> str:
-    """Return why an address can't be served, which gRPC does not tell; "" if it can."""
+def _bind_problem(host: str, port: int) -> OSError | None:
+    """Return why an address can't be served, which gRPC does not tell."""
     try:
-        options = (socket.AF_UNSPEC, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
-        family, kind, _, _, address = socket.getaddrinfo(host, port, *options)[0]
-        with socket.socket(family, kind) as probe:
-            probe.bind(address)
+        family = socket.getaddrinfo(host, port)[0][0]
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
-        return error.strerror or str(error)
-    return ""
+        return error
+    return None
 
 
 def _info(card: Served) -> Any:
@@ -292,7 +275,7 @@ def _info(card: Served) -> Any:
 
 def _text(request: Any) -> str:
     if len(request) > MAX_REQUEST:
-        raise ManifestError("request", f"at most {MAX_REQUEST} bytes", len(request))
+        raise flight.FlightServerError("bad request")
     return str(request, "utf-8")
 
 

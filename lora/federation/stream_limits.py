@@ -1,4 +1,4 @@
-"""The open streams of a server, their limits, and a watchdog that cuts off those that stall.
+"""The open streams of a server, and a watchdog that cuts off those that stall.
 
 gRPC gives a handler no way out of a write that the client does not take. So the watchdog finds the
 connection among this process's sockets, by the client's address, and shuts it down.
@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora.errors import StateError
+from pyarrow import flight
+
 from lora.metrics import Metrics
 
 TICK = 0.2  # seconds between two looks of the watchdog
@@ -38,19 +39,17 @@ class Limits:
     duration: float = 900.0
 
 
+@dataclass(eq=False)
 class Stream:
     """The client of a stream, when it began, and when the client last took a message."""
 
-    def __init__(self, peer: str) -> None:
-        self.peer, self.start = peer, time.monotonic()
-        self.last = self.start
+    peer: str
+    start: float
+    last: float
 
 
 class Streams:
-    """The open streams of the server at a port.
-
-    Thread safety: any number of threads.
-    """
+    """The open streams of the server at a port, from any thread."""
 
     def __init__(self, port: int, limits: Limits, metrics: Metrics) -> None:
         self.port, self.limits, self.metrics = port, limits, metrics
@@ -61,10 +60,11 @@ class Streams:
     @contextmanager
     def opened(self, peer: str) -> Iterator[Stream]:
         """Register a stream to a client, within the limits."""
-        stream = Stream(peer)
+        now = time.monotonic()
+        stream = Stream(peer, now, now)
         with self._lock:
             if len(self.open) >= self.limits.streams or self._closing.is_set():
-                raise StateError("server", f"at most {self.limits.streams} streams", "one more")
+                raise flight.FlightUnavailableError("busy")
             self.open |= {stream}
         try:
             yield stream

@@ -1,7 +1,5 @@
 """Trust: a policy says what to accept from peers, and each stage of a card's arrival has a check.
 
-Every refusal has its own error, and its own option that waives it.
-
 Requirements: R12, R14.
 """
 
@@ -13,7 +11,7 @@ import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from lora.card import Array, LoRACard, LowRank
+from lora.card import LoRACard, LowRank
 from lora.checks import base_name, is_digest, version_order
 from lora.errors import (
     AbsurdNormError,
@@ -33,6 +31,8 @@ from lora.federation.manifest import Manifest, Signature, check_name, manifest_o
 @dataclass(frozen=True)
 class Policy:
     """What to accept from a peer. By default: what a trusted key has signed, or what is pinned.
+
+    Each reason to refuse a card has an error and an option of its own.
 
     Args:
         trusted: Public keys, 64 hex digits each.
@@ -179,14 +179,9 @@ def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
 def norm_of(pair: LowRank) -> float:
     """Return the Frobenius norm of ΔW; infinity if a factor or the norm is not finite."""
     scaling = 1.0 if pair.scaling is None else abs(pair.scaling)
-    wide = pair.rank > min(pair.in_features, pair.out_features)
-    for dtype in (np.float32, np.float64):  # float64 takes twice as long: if float32 overflows
-        a: Array = pair.A.astype(dtype, copy=False)
-        b: Array = pair.B.astype(dtype, copy=False)
-        with np.errstate(all="ignore"):
-            # The Gram matrices of the factors give the norm, or ΔW if that is smaller.
-            terms = (a @ b) ** 2 if wide else (a.T @ a) * (b @ b.T)
-            squared = float(np.sum(terms, dtype=np.float64))
-        if math.isfinite(squared):
-            return math.sqrt(max(squared, 0.0)) * scaling
-    return math.inf
+    a, b = (factor.astype(np.float64, copy=False) for factor in (pair.A, pair.B))
+    with np.errstate(all="ignore"):
+        # The Gram matrices of the factors give the norm, or ΔW if that is smaller.
+        wide = pair.rank > min(pair.in_features, pair.out_features)
+        squared = float(np.sum((a @ b) ** 2 if wide else (a.T @ a) * (b @ b.T)))
+    return math.sqrt(max(squared, 0.0)) * scaling if math.isfinite(squared) else math.inf
