@@ -150,11 +150,3 @@ def test_a_norm_is_refused_exactly_when_it_is_beyond_the_policys(wire, value, li
         assert exact <= limit * 1.0001
         return
     assert exact >= limit * 0.9999
-
-
-@requirement("R14.2", "R12.3")
-@given(st.booleans())
-def test_unsigned_is_refused_by_default(wire, again):
-    for _ in range(1 + again):
-        assert isinstance(wire(GOOD, DATA), errors.UnsignedError)
-        assert wire.left == []

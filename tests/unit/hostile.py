@@ -3,6 +3,8 @@
 import contextlib
 import datetime as dt
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -63,6 +65,24 @@ def until(holds, seconds=30):
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+SERVER = """
+import sys, threading
+from lora.federation.server import LoRAFlightServer
+with LoRAFlightServer(sys.argv[1]) as server:
+    print(server.uri, flush=True)
+    threading.Event().wait()
+"""
+
+
+@contextlib.contextmanager
+def serving_process(folder):
+    """A process that serves a folder, and its URI."""
+    command = [sys.executable, "-c", SERVER, folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process, process.stdout.readline().strip()
+        process.kill()
 
 
 class Liar(flight.FlightServerBase):

@@ -531,22 +531,24 @@ def test_a_proxy_of_the_environment_sees_neither_the_token_nor_anything(folder, 
             assert len(proxy.pairs) == 1  # the other client's
 
 
+def shown(authority, **options):
+    """Credentials of a client or a server, with a token."""
+    return authority.credentials(**{"token": "secret", **options})
+
+
 AUTHORITY, OTHER = Authority(), Authority()
-TLS = AUTHORITY.credentials(token="secret")
+TLS = shown(AUTHORITY)
 # What a server has, what a client has -> what the client's error and its hint name.
 CAUSES = {
-    "no token": (TLS, AUTHORITY.credentials(), "nauthenticated", "token"),
-    "another token": (TLS, AUTHORITY.credentials(token="x"), "nauthenticated", "token"),
+    "no token": (TLS, shown(AUTHORITY, token=None), "nauthenticated", "token"),
+    "another token": (TLS, shown(AUTHORITY, token="x"), "nauthenticated", "token"),
     "another authority": (TLS, replace(TLS, ca=OTHER.pem), "certificate", "authority in `ca`"),
-    "expired": (AUTHORITY.credentials(days=(-9, -1)), TLS, "certificate has expired", "valid"),
-    "another name": (
-        AUTHORITY.credentials(hosts=["x"]),
-        TLS,
-        "not in peer certificate",
-        "must name",
-    ),
+    "expired": (shown(AUTHORITY, days=(-9, -1)), TLS, "certificate has expired", "valid"),
+    "another name": (shown(AUTHORITY, hosts=["x"]), TLS, "not in peer certificate", "must name"),
     "no certificate": (TLS, Credentials("secret", ca=AUTHORITY.pem), "closed", "certificate"),
-    "not the authority's": (TLS, OTHER.credentials(ca=AUTHORITY.pem), "closed", "certificate"),
+    "not the authority's": (TLS, shown(OTHER, ca=AUTHORITY.pem), "closed", "certificate"),
+    "expired here": (TLS, shown(AUTHORITY, days=(-9, -1)), "closed", "certificate"),
+    "not yet valid here": (TLS, shown(AUTHORITY, days=(1, 9)), "closed", "certificate"),
     "no TLS here": (TLS, Credentials("secret"), "closed", r"grpc\+tls"),
     "no TLS there": (Credentials(), TLS, "wrong version number", "without TLS"),
 }
@@ -554,17 +556,24 @@ CAUSES = {
 
 @requirement("R7.8", "R11.6")
 @pytest.mark.parametrize("cause", CAUSES)
-def test_why_a_peer_does_not_answer_is_told(folder, cache, cause, capfd):
-    shown, own, text, hint = CAUSES[cause]
-    scheme = "grpc+tls" if shown.certificate else "grpc"
-    with LoRAFlightServer(folder, f"{scheme}://localhost:0", credentials=shown) as server:
+def test_why_a_peer_does_not_answer_is_told_and_one_with_both_credentials_does(
+    folder, cache, cause, capfd
+):
+    theirs, own, text, hint = CAUSES[cause]
+    scheme = "grpc+tls" if theirs.certificate else "grpc"
+    with LoRAFlightServer(folder, f"{scheme}://localhost:0", credentials=theirs) as server:
         scheme = "grpc" if cause == "no TLS here" else "grpc+tls"
         uri = f"{scheme}://localhost:{server.port}"
         with LoRAFlightClient(uri, cache, credentials=own, timeout=5) as client:
             with pytest.raises(errors.PeerError, match=text) as caught:
                 client.health()
+        if theirs is TLS:
+            with LoRAFlightClient(server.uri, cache, credentials=TLS) as client:
+                assert client.list_remote_skills() == []
     assert re.search(hint, caught.value.hint)
     assert "secret" not in str(caught.value)
+    with pytest.raises(errors.ArgumentError, match="TLS beyond loopback"):
+        LoRAFlightClient("grpc://192.0.2.1:5", credentials=TLS)
     capfd.readouterr()  # gRPC says so too
 
 
@@ -620,26 +629,6 @@ def test_a_fork_of_a_process_that_uses_flight_is_told_so_and_harms_the_parent_in
     command = [sys.executable, "-c", FORKED, folder, tmp_path / "cache"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     assert ended.stdout == "0 ['docs']\n"
-
-
-@requirement("R11.6", "R12.1")
-def test_tokens_and_certificates_reach_through_the_client(folder, cache):
-    saved(made(), folder)
-    authority = Authority()
-    both = authority.credentials(token="secret")
-    wrong = [authority.credentials(), authority.credentials(token="other")]
-    wrong.append(Authority().credentials(token="secret"))
-    with LoRAFlightServer(folder, "grpc+tls://localhost:0", credentials=both) as server:
-        with LoRAFlightClient(server.uri, cache, ANY, credentials=both) as client:
-            assert client.fetch_skill("docs") == made()
-        for credentials in wrong:
-            options = {"credentials": credentials, "timeout": 3}
-            with LoRAFlightClient(server.uri, cache, ANY, **options) as client:
-                with pytest.raises(errors.PeerError) as caught:
-                    client.list_remote_skills()
-                assert "secret" not in str(caught.value)
-    with pytest.raises(errors.ArgumentError, match="TLS beyond loopback"):
-        LoRAFlightClient("grpc://192.0.2.1:5", cache, credentials=Credentials("secret"))
 
 
 # A process that has never used gRPC itself: for each line of its input it forks a client.
@@ -700,12 +689,7 @@ def test_killed_at_any_moment_a_client_leaves_no_partial_card_visible(zygote, ca
         os.kill(child, signal.SIGKILL)
         whole(cache, zygote.sha)
         emptied(cache)
-    parts = list(cache.root.glob("*.part"))
-    assert parts  # some were killed while they wrote
-    for path in parts:
-        os.utime(path, (0, 0))
-    CardCache(cache.root)
-    assert not list(cache.root.glob("*.part"))
+    assert list(cache.root.glob("*.part"))  # some were killed while they wrote
 
 
 @requirement("R12.8")

@@ -1,9 +1,5 @@
 """Nodes together: alternatives, failover, partitions, an engine that fetches what a query needs."""
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -33,6 +29,7 @@ from tests.unit.hostile import (
     emptied,
     made,
     saved,
+    serving_process,
     until,
 )
 
@@ -217,41 +214,25 @@ def test_what_is_vouched_for_comes_first_then_the_higher_version(tmp_path):
     )
 
 
-SERVER = """
-import sys, threading
-from lora.federation.server import LoRAFlightServer
-with LoRAFlightServer(sys.argv[1]) as server:
-    print(server.uri, flush=True)
-    threading.Event().wait()
-"""
-
-
 @requirement("R12.4", "R12.9", "R13.2")
 def test_a_server_killed_in_mid_stream_is_replaced_by_another_with_the_same_digest(tmp_path):
-    card = made("docs", size=800_000, rank=4)
-    command = [sys.executable, "-c", SERVER, folder_of(tmp_path, "cards", card)]
-    servers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
-        by_uri = {server.stdout.readline().strip(): server for server in servers}
-        first, second = sorted(by_uri)
-        with joined(tmp_path, [first, second]) as node:
+    card, killed = made("docs", size=800_000, rank=4), []
+    cards = folder_of(tmp_path, "cards", card)
+    with serving_process(cards) as one, serving_process(cards) as other:
+        (first, first_uri), (_, second_uri) = sorted([one, other], key=lambda server: server[1])
+        with joined(tmp_path, [first_uri, second_uri]) as node:
             (offer,) = node.sync()["docs"]
-            assert offer.uris == (first, second)
-            killed = []
+            assert offer.uris == (first_uri, second_uri)
 
             def progress(done, total):
                 if done > total / 4 and not killed:
                     killed.append(done)
-                    os.kill(by_uri[first].pid, signal.SIGKILL)
+                    first.kill()
 
             assert node.fetch("docs", progress=progress) == (card, offer.manifest.digest)
             assert killed
             assert node.cache.digests() == [offer.manifest.digest]
-            until(lambda: [peer.uri for peer in node.peers()] == [second])
-    finally:
-        for server in servers:
-            server.kill()
-            server.communicate()
+            until(lambda: [peer.uri for peer in node.peers()] == [second_uri])
 
 
 @pytest.mark.slow
