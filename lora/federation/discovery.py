@@ -128,11 +128,9 @@ class Discovery:
 
     def _heard(self, *, name: str, state_change: zeroconf.ServiceStateChange, **_: Any) -> None:
         goodbye = state_change is zeroconf.ServiceStateChange.Removed
-        self._change(PeerBook.announced, name.removesuffix(f".{SERVICE}"), goodbye=goodbye)
-
-    def _change(self, event: Callable[..., PeerBook], *args: str, **options: Any) -> None:
+        key, now = name.removesuffix(f".{SERVICE}"), time.monotonic()
         with self._lock:
-            self._book = event(self._book, *args, now=time.monotonic(), **options)
+            self._book = self._book.announced(key, goodbye=goodbye, now=now)
 
     def _run(self) -> None:
         with ThreadPoolExecutor(ASKERS, "lora-asking") as pool:
@@ -161,7 +159,7 @@ class Discovery:
                 self._errors[key] = error
             if len(self._errors) > self._book.cap:
                 del self._errors[next(iter(self._errors))]  # the oldest
-        self._change(PeerBook.asked, key, *answer)
+            self._book = self._book.asked(key, *answer, now=time.monotonic())
         self._asked.discard(key)
 
     def _first_answer(self, uris: Sequence[str]) -> tuple[str, ...]:
@@ -199,11 +197,10 @@ class Discovery:
 
 def reachable(addresses: Sequence[str], interfaces: Sequence[str] = ()) -> list[str]:
     """Return the addresses to announce; a wildcard, or none, stands for the interfaces."""
-    plain = [ipaddress.ip_address(address.partition("%")[0]) for address in addresses]
-    if plain and not any(address.is_unspecified for address in plain):
-        return [str(address) for address in plain]
-    if interfaces:
-        return reachable(interfaces)
+    for candidates in (addresses, interfaces):
+        plain = [ipaddress.ip_address(address.partition("%")[0]) for address in candidates]
+        if plain and not any(address.is_unspecified for address in plain):
+            return [str(address) for address in plain]
     ips = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips]
     own = [ip if isinstance(ip, str) else ip[0] for ip in ips]
     return [ip for ip in own if not is_loopback(ip)] or own
