@@ -107,9 +107,9 @@ def serve(
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    where: dict[str, Any] = {"host": host, "port": port, "interfaces": None if announce else ()}
-    with ExitStack() as stack:
-        node = stack.enter_context(Node(None, root, credentials=credentials, **where))
+    interfaces = None if announce else ()
+    node = Node(None, root, host=host, port=port, credentials=credentials, interfaces=interfaces)
+    with node, ExitStack() as stack:
         server: Any = node.server
         count = len(server.catalog.cards)
         facts = {"cards": count, "uri": server.uri}
@@ -194,13 +194,12 @@ def fetch(
         progress_bar(f"fetching {name}") as progress,
     ):
         _offers(node)
-        fetched = node.fetch(name, digest=pin, progress=progress)
-        file = node.cache.path(fetched.digest)
+        card, digest = node.fetch(name, digest=pin, progress=progress)
+        file = node.cache.path(digest)
         if out is not None:
             with replacing(out) as copy:
                 copy.write(file.read_bytes())
             file = out
-    card, digest = fetched.card, fetched.digest
     facts = {"name": card.name, "digest": digest, "file": str(file)}
     return Result(facts, f"{file}: card {card.name}, {digest}")
 

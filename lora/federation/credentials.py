@@ -20,9 +20,9 @@ class Credentials:
     """Who a node is, and whom it talks to. No repr, so that none of it is logged.
 
     Args:
-        token: A bearer token: a server asks for it, a client sends it.
+        token: A server asks for it, a client sends it.
         certificate, key: PEM of this node. A server needs them for TLS, a client for mutual TLS.
-        ca: PEM of the authority for the other side. With it, a server asks for certificates.
+        ca: PEM of the other side's authority. With it, a server asks for certificates.
         insecure_token: Let the token travel in clear beyond loopback.
     """
 

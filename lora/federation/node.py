@@ -57,7 +57,7 @@ class Node:
 
     Attributes:
         offers: What peers offered when `sync` last asked them, by name, the best first.
-        failures: Why those did not tell that it asked in vain, by URI.
+        failures: Why peers did not tell it, by URI.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ def ranked(
 ) -> dict[str, tuple[Offer, ...]]:
     """Group what peers list by name: acceptable cards first, then the highest versions.
 
-    Peers with the same manifest share an offer. The order of the peers changes nothing.
+    Peers with the same manifest share an offer, whatever their order.
 
     Examples:
         >>> manifest = Manifest("docs", "0" * 64, 4096)

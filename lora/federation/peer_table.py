@@ -19,8 +19,8 @@ class Peer:
 
     Args:
         key: Its instance name, or the URI of a static peer.
-        uri, node_id: Where it answered last, and what it called itself; "" before.
-        misses: How many questions in a row it did not answer.
+        uri, node_id: Where it answered last, and what it called itself.
+        misses: Questions in a row that it did not answer.
         asked, due: When it was asked last, and when to ask it next.
     """
 

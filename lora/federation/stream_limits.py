@@ -1,7 +1,7 @@
 """The open streams of a server, and a watchdog that cuts off those that stall.
 
-gRPC gives a handler no way out of a write that the client does not take. So the watchdog finds the
-connection among this process's sockets, by the client's address, and shuts it down.
+gRPC gives a handler no way out of a write that the client does not take. So the watchdog shuts down
+the connection, which it finds among this process's sockets by the client's address.
 
 Requirements: R11.
 """
