@@ -140,11 +140,11 @@ def list_cards(
     Args:
         peers: List the peers instead of their cards.
     """
-    with _visitor(None, peer, wait, credentials=credentials, **deadlines) as node:
+    with _visiting_node(None, peer, wait, credentials=credentials, **deadlines) as node:
         if peers:
             rows = [{"peer": known.uri, "node": known.node_id} for known in node.peers()]
         else:
-            offers = _offers(node)
+            offers = _ask_offers(node)
             rows = [_row(offer) for name in sorted(offers) for offer in offers[name]]
     if not rows and not as_json:
         print("nothing found", file=sys.stderr)
@@ -190,10 +190,10 @@ def fetch(
     policy = waived(Policy(keys, base_model=base_model), allow or [])
     options = {"policy": policy, "credentials": credentials, **deadlines}
     with (
-        _visitor(cache or default_cache(), peer, wait, **options) as node,
+        _visiting_node(cache or default_cache(), peer, wait, **options) as node,
         progress_bar(f"fetching {name}") as progress,
     ):
-        _offers(node)
+        _ask_offers(node)
         card, digest = node.fetch(name, digest=pin, progress=progress)
         file = node.cache.path(digest)
         if out is not None:
@@ -237,10 +237,10 @@ def _print(problem: object) -> None:
 
 
 @contextmanager
-def _visitor(
+def _visiting_node(
     cache: Path | None, peers: list[str] | None, wait: float, **options: Any
 ) -> Iterator[Any]:
-    """Open a node that serves nothing and has looked for its peers."""
+    """Open a node that serves nothing, once its peers have answered or `wait` seconds are over."""
     from lora.federation.node import Node, uri_of
 
     named = list(dict.fromkeys(uri_of(peer) for peer in peers or []))
@@ -250,7 +250,7 @@ def _visitor(
         errors = node.discovery.errors()
         for uri in set(named) - {peer.uri for peer in node.peers()} - set(errors):
             errors[uri] = PeerError(uri, f"an answer in {wait:g} s", "none yet", "`wait` longer")
-        _tell(errors, none_works=bool(named) and not node.peers())
+        _report(errors, none_works=bool(named) and not node.peers())
         try:
             yield node
         except LoRAError as error:
@@ -259,14 +259,14 @@ def _visitor(
             raise
 
 
-def _offers(node: Any) -> Any:
+def _ask_offers(node: Any) -> Any:
     """Ask the peers what they offer."""
     offers = node.sync()
-    _tell(dict(node.failures), none_works=not offers)
+    _report(dict(node.failures), none_works=not offers)
     return offers
 
 
-def _tell(errors: dict[str, LoRAError], *, none_works: bool) -> None:
+def _report(errors: dict[str, LoRAError], *, none_works: bool) -> None:
     """Print why peers do not answer; raise the last reason if no peer works."""
     last = errors.popitem()[1] if errors and none_works else None
     for error in errors.values():

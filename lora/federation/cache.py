@@ -83,7 +83,9 @@ class CardCache:
         path = self.path(sha)
         try:
             return load(path, verify=sha)
-        except (CardError, CardNotFoundError):
+        except CardNotFoundError:  # another process may just be adding it
+            return None
+        except CardError:
             with os_errors(path):
                 path.unlink(missing_ok=True)
             return None

@@ -108,7 +108,7 @@ class LoRAFlightClient:
         self._check, token = check, credentials.token
         self._headers = [(b"authorization", f"Bearer {token}".encode())] if token else []
         self._known: dict[tuple[str, str | None], Manifest] = {}
-        with self._talking("connecting"):
+        with self._peer_errors("connecting"):
             self._flight = flight.connect(
                 uri,
                 tls_root_certs=credentials.ca,
@@ -158,7 +158,7 @@ class LoRAFlightClient:
         policy = self.policy if digest is None else self.policy.pinned(digest)
         manifest = self._known.get((name, digest))
         if manifest is None or refresh:
-            manifest = self._announced(name, digest or name)
+            manifest = self._ask_manifest(name, digest or name)
         card = self.fetch(manifest, policy, progress).card
         self._known[name, digest] = manifest
         return card
@@ -211,11 +211,11 @@ class LoRAFlightClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _announced(self, name: str, requested: str) -> Manifest:
+    def _ask_manifest(self, name: str, requested: str) -> Manifest:
         """Ask the peer for the manifest of a name or a digest; it must be of that name, too."""
         kinds = flight.FlightDescriptor
         describe = kinds.for_command if is_digest(requested) else kinds.for_path
-        with self._talking(f"card {shown(requested, 80)}"):
+        with self._peer_errors(f"card {shown(requested, 80)}"):
             descriptor = describe(requested.encode(errors="surrogatepass"))
             options = flight.FlightCallOptions(timeout=self.timeout, headers=self._headers)
             info = self._flight.get_flight_info(descriptor, options)
@@ -285,13 +285,13 @@ class LoRAFlightClient:
     ) -> Iterator[pa.Buffer]:
         """Call an action under a deadline, and yield its results, which Arrow does not decode."""
         timeout = timeout or self.timeout
-        with self._talking(what):
+        with self._peer_errors(what):
             options = flight.FlightCallOptions(timeout=timeout, headers=self._headers)
             for result in self._flight.do_action(flight.Action(action, body.encode()), options):
                 yield result.body
 
     @contextmanager
-    def _talking(self, what: str) -> Iterator[None]:
+    def _peer_errors(self, what: str) -> Iterator[None]:
         guard_fork(self)
         where = f"{self.uri}: {what}"
         try:

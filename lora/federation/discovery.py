@@ -92,8 +92,12 @@ class Discovery:
                 )
                 # Node ids are unique, so there is no need to probe for conflicts.
                 self._zeroconf.register_service(record, cooperating_responders=True)
-            self._browser = zeroconf.ServiceBrowser(self._zeroconf, SERVICE, handlers=[self._heard])
-        self._asking = threading.Thread(target=self._run, name="lora-discovery", daemon=True)
+            self._browser = zeroconf.ServiceBrowser(
+                self._zeroconf, SERVICE, handlers=[self._on_announcement]
+            )
+        self._asking = threading.Thread(
+            target=self._ask_due_peers, name="lora-discovery", daemon=True
+        )
         self._asking.start()
 
     def peers(self) -> tuple[Peer, ...]:
@@ -126,29 +130,32 @@ class Discovery:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _heard(self, *, name: str, state_change: zeroconf.ServiceStateChange, **_: Any) -> None:
+    def _on_announcement(
+        self, *, name: str, state_change: zeroconf.ServiceStateChange, **_: Any
+    ) -> None:
         goodbye = state_change is zeroconf.ServiceStateChange.Removed
         key, now = name.removesuffix(f".{SERVICE}"), time.monotonic()
         with self._lock:
             self._book = self._book.announced(key, goodbye=goodbye, now=now)
 
-    def _run(self) -> None:
+    def _ask_due_peers(self) -> None:
         with ThreadPoolExecutor(ASKERS, "lora-asking") as pool:
             while not self._closing.wait(TICK):
                 for key in self._book.due(now=time.monotonic()):
                     if key not in self._asked and len(self._asked) < ASKERS:
                         self._asked.add(key)
-                        pool.submit(self._look, key)
+                        pool.submit(self._ask_peer, key)
 
-    def _look(self, key: str) -> None:
+    def _ask_peer(self, key: str) -> None:
         """Ask a peer where it answered last, then at all addresses that it announces."""
-        answer, error = tuple[str, ...](), None
+        answer: tuple[str, ...] = ()
+        error = None
         peer = self._book.peers.get(key, Peer(key))
         try:
             with suppress(LoRAError):
                 answer = self._first_answer([peer.uri] if peer.uri else [])
             if not answer:
-                answer = self._first_answer([key] if peer.static else self._announced(key))
+                answer = self._first_answer([key] if peer.static else self._resolve(key))
         except LoRAError as problem:
             error = problem
         except Exception:  # a peer must not end the thread
@@ -177,8 +184,8 @@ class Discovery:
             pool.shutdown(wait=False, cancel_futures=True)
         raise error
 
-    def _announced(self, key: str) -> list[str]:
-        """Return the URIs that a peer announces."""
+    def _resolve(self, key: str) -> list[str]:
+        """Return the URIs that a peer announces, by asking the network for its record."""
         info = None
         with suppress(zeroconf.Error, OSError, ValueError):
             if self._zeroconf is not None:

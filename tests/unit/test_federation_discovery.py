@@ -117,7 +117,9 @@ def test_a_flood_of_fake_peers_neither_fills_the_book_nor_displaces_who_answers(
     with nodes.join(5021, cap=12) as a, nodes.join(5022):
         see(a, at(5022))
         for number in range(2000):
-            a._heard(name=f"fake{number}.{SERVICE}", state_change=zeroconf.ServiceStateChange.Added)
+            a._on_announcement(
+                name=f"fake{number}.{SERVICE}", state_change=zeroconf.ServiceStateChange.Added
+            )
         assert len(a._book.peers) == 12
         keep_seeing(a, at(5022), 0.5)
         with nodes.join(5023):
@@ -189,7 +191,7 @@ def test_a_goodbye_of_someone_unknown_adds_nobody(nodes):
     with nodes.join(5061) as a:
         for number in range(20):
             name = f"unknown{number}.{SERVICE}"
-            a._heard(name=name, state_change=zeroconf.ServiceStateChange.Removed)
+            a._on_announcement(name=name, state_change=zeroconf.ServiceStateChange.Removed)
         assert dict(a._book.peers) == {}
 
 

@@ -50,10 +50,10 @@ def folder_of(tmp_path, name, *cards):
     return path
 
 
-@requirement("R5.13", "R13.5", "R12.1")
-def test_two_nodes_see_each_others_cards(tmp_path):
+@requirement("R5.13", "R13.5", "R12.1", "R11.1", "R12.2")
+def test_two_nodes_see_each_others_cards_and_one_without_a_cache_says_so(tmp_path):
     cards = folder_of(tmp_path, "a", made("docs"))
-    with Node(tmp_path / "c1", cards, interfaces=()) as a, joined(tmp_path, [a.server.uri]) as b:
+    with Node(None, cards, interfaces=()) as a, joined(tmp_path, [a.server.uri]) as b:
         assert [peer.node_id for peer in b.peers()] == [a.node_id]
         assert list(b.sync()) == ["docs"]
         assert b.offers["docs"][0].uris == (a.server.uri,)
@@ -62,6 +62,9 @@ def test_two_nodes_see_each_others_cards(tmp_path):
             b.fetch("law")
         with pytest.raises(errors.UnknownCardError):
             b.fetch("docs", digest="0" * 64)
+        with LoRAFlightClient(a.server.uri, policy=ANY) as client:
+            with pytest.raises(errors.StateError, match="a client with a cache"):
+                client.fetch_skill("docs")
 
 
 @requirement("R13.1", "R13.6")
@@ -171,17 +174,6 @@ def test_a_node_that_closes_serves_nobody_while_it_says_goodbye(tmp_path, monkey
     monkeypatch.setattr(node.discovery, "close", close)
     node.close()
     assert served == [errors.PeerError]
-
-
-@requirement("R11.1", "R12.2")
-def test_a_node_without_a_cache_serves_and_lists_and_says_why_it_fetches_nothing(tmp_path):
-    cards = folder_of(tmp_path, "cards", made("docs"))
-    with Node(None, cards, interfaces=()) as a:
-        with Node(None, peers=[a.server.uri], interfaces=(), policy=ANY) as b:
-            b.discovery.wait(10, 1)
-            assert list(b.sync()) == ["docs"]
-            with pytest.raises(errors.StateError, match="a client with a cache"):
-                b.fetch("docs")
 
 
 @requirement("R12.4", "R14.2")
