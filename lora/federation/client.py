@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from lora.card import LoRACard
-from lora.checks import is_digest, parse_json
+from lora.checks import is_digest, parse_json, version_order
 from lora.errors import LoRAError, MismatchError, PeerError, StateError, UnknownCardError, shown
 from lora.federation.cache import CardCache
 from lora.federation.credentials import Credentials, check_location
@@ -158,7 +158,7 @@ class LoRAFlightClient:
         policy = self.policy if digest is None else self.policy.pinned(digest)
         manifest = self._known.get((name, digest))
         if manifest is None or refresh:
-            manifest = self._ask_manifest(name, digest or name)
+            manifest = self._ask_manifest(name, digest)
         card = self.fetch(manifest, policy, progress).card
         self._known[name, digest] = manifest
         return card
@@ -211,20 +211,17 @@ class LoRAFlightClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask_manifest(self, name: str, requested: str) -> Manifest:
-        """Ask the peer for the manifest of a name or a digest; it must be of that name, too."""
-        kinds = flight.FlightDescriptor
-        describe = kinds.for_command if is_digest(requested) else kinds.for_path
-        with self._peer_errors(f"card {shown(requested, 80)}"):
-            descriptor = describe(requested.encode(errors="surrogatepass"))
-            options = flight.FlightCallOptions(timeout=self.timeout, headers=self._headers)
-            info = self._flight.get_flight_info(descriptor, options)
-        manifest = manifest_from_json(info.app_metadata)
-        for wanted in (requested, name):
-            announced = manifest.digest if is_digest(wanted) else manifest.name
-            if announced != wanted:
-                raise MismatchError(f"{self.uri}: card", shown(wanted, 80), shown(announced, 80))
-        return manifest
+    def _ask_manifest(self, name: str, digest: str | None) -> Manifest:
+        """Ask the peer for the manifest of a name's highest version, or of a digest."""
+        offered = [
+            manifest
+            for manifest in self.list_remote_skills("" if is_digest(name) else name)
+            if name in (manifest.name, manifest.digest) and digest in (None, manifest.digest)
+        ]
+        if not offered:
+            where = f"{self.uri}: card {shown(name, 80)}"
+            raise UnknownCardError(where, "a card that is served there", "none")
+        return max(offered, key=lambda each: (version_order(each.version), each.digest))
 
     def _download(
         self, manifest: Manifest, policy: Policy, file: BinaryIO, progress: Progress | None
@@ -284,8 +281,8 @@ class LoRAFlightClient:
         self, what: str, action: str, body: str = "", timeout: float | None = None
     ) -> Iterator[pa.Buffer]:
         """Call an action under a deadline, and yield its results, which Arrow does not decode."""
-        timeout = timeout or self.timeout
         with self._peer_errors(what):
+            timeout = timeout or self.timeout
             options = flight.FlightCallOptions(timeout=timeout, headers=self._headers)
             for result in self._flight.do_action(flight.Action(action, body.encode()), options):
                 yield result.body

@@ -93,17 +93,6 @@ class Liar(flight.FlightServerBase):
         self.manifests, self.data, self.uri = list(manifests), data, f"grpc://127.0.0.1:{self.port}"
         self.version = [b"{}"]
 
-    def _info(self, manifest):
-        text = manifest if isinstance(manifest, bytes) else manifest.to_json()
-        schema, path = lora.arrow_format.schema_of("float32"), flight.FlightDescriptor.for_path("x")
-        return flight.FlightInfo(schema, path, [], -1, -1, app_metadata=text)
-
-    def list_flights(self, context, criteria):
-        return iter(map(self._info, self.manifests))
-
-    def get_flight_info(self, context, descriptor):
-        return self._info(self.manifests[0])
-
     def do_action(self, context, action):
         if action.type == "list":
             return (item if isinstance(item, bytes) else item.to_json() for item in self.manifests)
