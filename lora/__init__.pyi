@@ -35,6 +35,7 @@ from .models.adapt import (
     fold as fold,
     uncalled as uncalled,
 )
+from .models.checkpoint import fold_checkpoint as fold_checkpoint
 from .routing import Calibration as Calibration, Route as Route, calibrate as calibrate
 from .files import digest as digest, inspect as inspect, load as load, save as save
 from .arrow_format import (

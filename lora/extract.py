@@ -35,7 +35,8 @@ CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 """Names of modules that are transformers' Conv1D in some models and Linears in others."""
 
 _BLOCK = 1 << 20  # elements that are compared at a time
-_EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?|embed_.*|wte|wpe|shared|relative_attention_bias")
+EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?|embed_.*|wte|wpe|shared|relative_attention_bias")
+"""Names of modules whose weight is looked up by rows, and multiplies nothing."""
 
 
 def __getattr__(name: str) -> Any:
@@ -265,11 +266,11 @@ def _tensors(source: Weights, role: str) -> Mapping[str, Any]:
 
 def _stored(
     model: Mapping[str, Any], modules: Iterable[str]
-) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
+) -> Iterator[tuple[str, str, tuple[int, ...], list[memoryview]]]:
     """Yield what a fingerprint covers of each weight, as it is stored, a Conv1D's too."""
     for module in modules:
         array = _array(model, module)
-        yield module, array.dtype.name, array.shape, array.view(np.uint8).data
+        yield module, array.dtype.name, array.shape, [array.view(np.uint8).data]
 
 
 def _conv1d(sources: Iterable[Any], modules: Iterable[str]) -> Collection[str]:
@@ -348,7 +349,7 @@ def _targeted(models: Mapping[str, Mapping[str, Any]], targets: tuple[str, ...])
     modules = {
         name: name in named
         for name in names
-        if name in named or not _EMBEDDING.fullmatch(name.rpartition(".")[2])
+        if name in named or not EMBEDDING.fullmatch(name.rpartition(".")[2])
     }
     if not modules:
         hint = "weights are looked for under '<module>.weight'"

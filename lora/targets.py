@@ -8,13 +8,13 @@ Requirements: R3, R7.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from lora.card import LoRACard, LowRank, check_card
-from lora.errors import ShapeError, TargetError
+from lora.errors import BaseModelError, ShapeError, TargetError
 
 ALL_LINEAR = "all-linear"
 """The target that matches every Linear except an output head."""
@@ -186,17 +186,57 @@ def listed(names: Iterable[str], limit: int = 10) -> str:
     return ", ".join(map(repr, names[:limit])) + more or "none"
 
 
-def fingerprint_of(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:
+def require_bound(sites: Mapping[str, Site], card: LoRACard, injection: Injection) -> None:
+    """Refuse a card that binds to no module."""
+    if injection.bound:
+        return
+    keys, targets = listed(card.weights, 3), listed(card.target_modules, 3)
+    raise TargetError(
+        f"card {card.name!r}",
+        "a Linear of the model for at least one of the card's modules",
+        f"none (factors for {keys}; targets {targets})",
+        f"the Linears of the model are {listed(sites, 3)}",
+    )
+
+
+def check_fingerprint(card: LoRACard, injection: Injection, fingerprint: str) -> None:
+    """Refuse a card that was made for other weights, or whose weights can't all be compared."""
+    if fingerprint == card.base_fingerprint:
+        return
+    where = f"card {card.name!r}"
+    if missing := injection.weights_not_used:
+        hint = f"check_base=False adapts the other {len(injection.bound)}, with the base unchecked"
+        raise not_all_bound(card, missing, hint)
+    where = f"{where}: base model {card.base_model or ''}".rstrip()
+    expected = f"weights with fingerprint {card.base_fingerprint}"
+    raise BaseModelError(where, expected, fingerprint, "check_base=False waives this")
+
+
+def not_all_bound(card: LoRACard, missing: Sequence[str], hint: str = "") -> TargetError:
+    """Return the error of a card of which some modules have no weights to compare."""
+    return TargetError(
+        f"card {card.name!r}",
+        f"a targeted Linear for each of its {len(card.weights)} modules, because its base "
+        "fingerprint is made from all of them",
+        f"none for {len(missing)}: {listed(missing)}",
+        hint,
+    )
+
+
+def fingerprint_of(
+    weights: Iterable[tuple[str, str, tuple[int, ...], Iterable[Any]]],
+) -> str:
     """Return the SHA-256 of a base model's weights, over sorted key, dtype, shape and bytes.
 
     Args:
-        weights: (key, name of the dtype, shape, buffer with the bytes) of each weight, sorted by
-            key. Only one at a time needs to be in memory.
+        weights: (key, name of the dtype, shape, buffers with the bytes) of each weight, sorted by
+            key. Only one buffer at a time needs to be in memory.
     """
     sha = hashlib.sha256()
-    for key, dtype, shape, data in weights:
+    for key, dtype, shape, buffers in weights:
         sha.update(f"{key}\0{dtype}\0{shape}\0".encode(errors="surrogatepass"))
-        sha.update(data)
+        for data in buffers:
+            sha.update(data)
     return sha.hexdigest()
 
 

@@ -1,6 +1,6 @@
-"""Commands on card files: inspect, convert, merge, extract.
+"""Commands on card files: inspect, convert, merge, extract, fold.
 
-Requirements: R1, R16, R20, R23, R25.
+Requirements: R1, R16, R20, R23, R25, R26.
 """
 
 import json
@@ -278,6 +278,37 @@ def extract(
         for key, figures in sorted(left_out.items(), key=lambda item: -item[1]["norm"]):
             text += f"\n  {key}: norm {figures['norm']:.3g}, {figures['share']:.1%}"
     return Result(facts, text)
+
+
+@command("fold model/ docs.lora.arrow law.lora.arrow --weight 1 --weight 0.5 -o merged/")
+def fold(
+    base: Path,
+    cards: list[Path],
+    *,
+    out: Path,
+    weight: list[float] | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+) -> Result:
+    """Write a merged checkpoint: a model's folder with cards in its weights.
+
+    Args:
+        base: A model's folder, with safetensors files.
+        cards: Card files, PEFT folders, or what else convert reads.
+        weight: Of a card; once for each, in their order.
+        strict: Refuse a card that names anything the base does not have.
+        overwrite: Replace a checkpoint that is there.
+    """
+    adapters = [_read_card(path) for path in cards]
+    options = {"strict": strict, "overwrite": overwrite}
+    with progress_bar(f"folding into {base}") as progress:
+        folded = lora.fold_checkpoint(base, adapters, out, weight, progress=progress, **options)
+    bound = {name: len(injection.bound) for name, injection in folded.injections.items()}
+    facts = {"folder": str(out), "tensors": len(folded.tensors), "cards": bound}
+    text = f"{out}: {len(folded.tensors)} tensors changed"
+    if folded.left_out:
+        text += f"\nleft out: {', '.join(folded.left_out)}"
+    return Result({**facts, "left_out": folded.left_out}, text)
 
 
 def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACard":

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from lora.card import LoRACard, check_card
 from lora.checks import JSON_NAMES, finite, naming, require
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, shown
+from lora.experts import by_expert
 from lora.files import PathLike, as_path, os_errors, replacing
 from lora.interop.safetensors import (
     CONFIG,
@@ -88,7 +90,8 @@ _KINDS: Mapping[str, tuple[Any, ...]] = {
     "task_type": (None, *_TASKS),
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
-    "modules_to_save target_parameters layer_replication": (None, []),
+    "modules_to_save layer_replication": (None, []),
+    "target_parameters": (None, (list, str)),
     "trainable_token_indices": (None, {}),
     # variants of LoRA
     "velora_config monteclora_config use_bdlora arrow_config kasa_config": (None,),
@@ -156,10 +159,22 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
     pairs, header = read_pairs(folder / WEIGHTS, _KEY, _ADVICE)
     with naming(folder):
         require(bool(pairs), WEIGHTS, "at least one pair of factors", pairs)
-        weights = {
-            m: pair_of(m, a.T, b.T, _scaling(config, m, len(a))) for m, (a, b) in pairs.items()
-        }
         targets: Any = config.get("target_modules")
+        targets = set(targets) if isinstance(targets, list) else None
+        weights = {}
+        parameters = _parameters(config, pairs)
+        for module, (a, b) in pairs.items():
+            parameter = parameters.get(module)
+            if parameter is None:
+                weights[module] = pair_of(module, a.T, b.T, _scaling(config, module, len(a)))
+                continue
+            with _reading_patterns():
+                rank = _by_pattern(config, "rank_pattern", parameter, "r")
+            scaling = _scaling(config, parameter, rank)
+            for key, factors in by_expert(parameter, rank, a, b).items():
+                weights[key] = pair_of(key, *factors, scaling)
+                if targets is not None:
+                    targets.add(key.rpartition(".")[2])
         fields = fields_of(header)
         fields["metadata"]["peft"] = {
             key: value
@@ -170,7 +185,7 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
             name=name or header.get("lora.name") or folder.name,
             rank=max(pair.rank for pair in weights.values()),
             alpha=config["lora_alpha"],
-            target_modules=tuple(sorted(set(targets)) if isinstance(targets, list) else weights),
+            target_modules=tuple(weights if targets is None else sorted(targets)),
             weights=weights,
             base_model=config.get("base_model_name_or_path"),
             **fields,
@@ -273,16 +288,23 @@ def _called(alternative: Any) -> str:
 def _scaling(config: Config, module: str, rank: int) -> float:
     """Return a module's scaling; the configuration must target it and give it its rank."""
     expected = "no weights, as the configuration targets other modules"
-    try:
+    with _reading_patterns():
         if _targeted(config, module):
             expected = f"rank {_by_pattern(config, 'rank_pattern', module, 'r')!r}"
         alpha = _by_pattern(config, "alpha_pattern", module, "lora_alpha")
-    except Exception as error:  # a pattern from outside may fail in many ways
-        raise CardFileError(f"{CONFIG}: a target or pattern", "as PEFT has it", error) from error
     if expected != f"rank {rank}":
         hint = "PEFT would ignore or refuse it: correct r, rank_pattern or the targets"
         raise CardFileError(f"module {shown(module)}", expected, f"rank {rank}", hint)
     return finite(alpha, "alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+@contextmanager
+def _reading_patterns() -> Iterator[None]:
+    """Re-raise whatever a pattern from outside fails with."""
+    try:
+        yield
+    except Exception as error:
+        raise CardFileError(f"{CONFIG}: a target or pattern", "as PEFT has it", error) from error
 
 
 def _by_pattern(config: Config, patterns: str, module: str, default: str) -> Any:
@@ -293,7 +315,35 @@ def _by_pattern(config: Config, patterns: str, module: str, default: str) -> Any
     return config[default]
 
 
+def _parameters(config: Config, modules: Iterable[str]) -> dict[str, str]:
+    """Return the parameter of `target_parameters` that the factors of some modules are for.
+
+    PEFT wraps a module once for each of its parameters, the first one innermost, and names what is
+    wrapped ``base_layer``.
+    """
+    targets = set(config.get("target_parameters") or ())
+    if not targets:
+        return {}
+    nested: dict[str, list[str]] = {}
+    for module in sorted(modules):  # the outermost first
+        nested.setdefault(re.sub(r"(\.base_layer)+$", "", module), []).append(module)
+    parameters, matched = dict[str, str](), set[str]()
+    for owner, wrapped in nested.items():
+        own = {t for t in targets if matches(owner, t.rpartition(".")[0] or "experts")}
+        leaves = sorted({target.rpartition(".")[2] for target in own})
+        is_known = len(leaves) < 2 or leaves == ["down_proj", "gate_up_proj"]
+        where = f"module {shown(owner)}"
+        expected = f"the factors of each of {leaves}"
+        require(not own or (is_known and len(leaves) == len(wrapped)), where, expected, wrapped)
+        parameters |= {m: f"{owner}.{leaf}" for m, leaf in zip(wrapped, leaves, strict=False)}
+        matched |= own
+    require(matched == targets, "target_parameters", "factors of each", sorted(targets - matched))
+    return parameters
+
+
 def _targeted(config: Config, module: str) -> bool:
+    if _named(config.get("target_parameters") or [], module):
+        return True
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if excluded and _named(excluded, module):
         return False

@@ -31,6 +31,8 @@ class SafetensorsWeights(Mapping[str, Array]):
             ``model.safetensors`` or such an index.
 
     Attributes:
+        files: The file of each tensor.
+        configs: The folder's ``config.json`` and each object in it; empty without one.
         conv1d: Names of the modules that the folder's ``config.json`` makes a Conv1D, whose weights
             are ``(in, out)``; None without a ``config.json``.
 
@@ -52,13 +54,14 @@ class SafetensorsWeights(Mapping[str, Array]):
             if file.is_dir():
                 file = file / (INDEX if (file / INDEX).is_file() else SINGLE)
         if file.name.endswith(".json"):
-            self._files = _read_index(file)
+            self.files = _read_index(file)
         else:
-            self._files = dict.fromkeys(_names(file), file)
-        self.conv1d = _conv1d(file.parent / "config.json", self._files)
+            self.files = dict.fromkeys(_names(file), file)
+        self.configs = _configs(file.parent / "config.json")
+        self.conv1d = _conv1d(self.configs, self.files)
 
     def __getitem__(self, name: str) -> Array:
-        path = self._files[name]
+        path = self.files[name]
         with open_safetensors(path) as file:
             try:
                 array: Array = file.get_tensor(name)
@@ -68,10 +71,10 @@ class SafetensorsWeights(Mapping[str, Array]):
         return array
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self.files)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
 
 @contextmanager
@@ -112,15 +115,22 @@ def _read_index(path: Path) -> dict[str, Path]:
     return files
 
 
-def _conv1d(config: Path, names: Iterable[str]) -> frozenset[str] | None:
+def _configs(path: Path) -> list[dict[str, Any]]:
+    """Return a model's configuration and, as of a model of several parts, those of its parts."""
+    if not path.is_file():
+        return []
+    with os_errors(path):
+        configs = [parse_json(path.read_bytes(), str(path), dict, UnsupportedModelError)]
+    for config in configs:
+        configs += [part for part in config.values() if isinstance(part, dict)]
+    return configs
+
+
+def _conv1d(configs: Iterable[dict[str, Any]], names: Iterable[str]) -> frozenset[str] | None:
     """Return the modules that are a Conv1D by a model's configuration; None if there is none."""
-    if not config.is_file():
+    if not configs:
         return None
-    with os_errors(config):
-        kinds = [parse_json(config.read_bytes(), str(config), dict, UnsupportedModelError)]
-    for kind in kinds:  # a model of several parts has the configuration of each inside
-        kinds += [part for part in kind.values() if isinstance(part, dict)]
-    if CONV1D_MODELS.isdisjoint(str(kind.get("model_type")) for kind in kinds):
+    if CONV1D_MODELS.isdisjoint(str(config.get("model_type")) for config in configs):
         return frozenset()
     modules = (name.removesuffix(".weight") for name in names)
     return frozenset(module for module in modules if module.rpartition(".")[2] in CONV1D)

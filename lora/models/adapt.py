@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lora.card import Adapters, AdapterSet, LoRACard, LowRank
 from lora.errors import (
-    BaseModelError,
     ConflictError,
     StateError,
     TargetError,
@@ -40,9 +39,12 @@ from lora.models.twins import Twins
 from lora.targets import (
     Injection,
     Site,
+    check_fingerprint,
     fingerprint_of,
     listed,
+    not_all_bound,
     plan,
+    require_bound,
     targeted_modules,
 )
 
@@ -100,7 +102,7 @@ def bindings(
         for name in bound:
             check_linear(modules[name], name)
         if check_base and bound and card.base_fingerprint is not None:
-            _check_fingerprint(modules, card, injection)
+            check_fingerprint(card, injection, _fingerprint(modules, bound))
         terms = {name: (card.weights[key], weight) for name, key in bound.items()}
         existing = {
             name: layer.terms[card.name]
@@ -116,7 +118,7 @@ def bindings(
     plans: dict[int, tuple[LoRACard, Injection]] = {}
     results = [{name: bind(*entry) for name, entry in adapters.items()} for adapters in sets]
     for card, injection in plans.values():
-        _require_bound(sites, card, injection)
+        require_bound(sites, card, injection)
     for card, injection in plans.values():  # only now, so that a call which fails warns not
         parts = [injection.unbound] if injection.unbound else []
         if bypassed := [module for module in injection.bypassed if not sites[module].unused]:
@@ -125,45 +127,6 @@ def bindings(
         if parts:
             warn_unbound(f"card {card.name!r} takes effect in part: {'; '.join(parts)}")
     return results
-
-
-def _require_bound(sites: Mapping[str, Site], card: LoRACard, injection: Injection) -> None:
-    """Refuse a card that binds to no module."""
-    if injection.bound:
-        return
-    keys, targets = listed(card.weights, 3), listed(card.target_modules, 3)
-    raise TargetError(
-        f"card {card.name!r}",
-        "a Linear of the model for at least one of the card's modules",
-        f"none (factors for {keys}; targets {targets})",
-        f"the Linears of the model are {listed(sites, 3)}",
-    )
-
-
-def _check_fingerprint(
-    modules: Mapping[str, nn.Linear], card: LoRACard, injection: Injection
-) -> None:
-    """Refuse a card that was made for other weights, or whose weights can't all be compared."""
-    fingerprint = _fingerprint(modules, injection.bound)
-    if fingerprint == card.base_fingerprint:
-        return
-    where = f"card {card.name!r}"
-    if missing := injection.weights_not_used:
-        hint = f"check_base=False adapts the other {len(injection.bound)}, with the base unchecked"
-        raise _not_all_bound(card, missing, hint)
-    where = f"{where}: base model {card.base_model or ''}".rstrip()
-    expected = f"weights with fingerprint {card.base_fingerprint}"
-    raise BaseModelError(where, expected, fingerprint, "check_base=False waives this")
-
-
-def _not_all_bound(card: LoRACard, missing: Sequence[str], hint: str = "") -> TargetError:
-    return TargetError(
-        f"card {card.name!r}",
-        f"a targeted Linear for each of its {len(card.weights)} modules, because its base "
-        "fingerprint is made from all of them",
-        f"none for {len(missing)}: {listed(missing)}",
-        hint,
-    )
 
 
 def build(
@@ -326,9 +289,9 @@ def fingerprint(model: nn.Module, card: LoRACard) -> str:
     """
     sites, modules = _survey(model)
     injection = plan(sites, card)
-    _require_bound(sites, card, injection)
+    require_bound(sites, card, injection)
     if missing := injection.weights_not_used:
-        raise _not_all_bound(card, missing)
+        raise not_all_bound(card, missing)
     return _fingerprint(modules, injection.bound)
 
 
@@ -336,7 +299,7 @@ def _fingerprint(modules: Mapping[str, nn.Linear], bound: Mapping[str, str]) -> 
     def entry(key: str, module: nn.Linear) -> tuple[str, str, tuple[int, ...], Any]:
         weight = module.weight.detach().cpu().contiguous()
         dtype = str(weight.dtype).removeprefix("torch.")
-        return key, dtype, tuple(weight.shape), weight.view(torch.uint8).numpy()
+        return key, dtype, tuple(weight.shape), [weight.view(torch.uint8).numpy()]
 
     keys = sorted((key, name) for name, key in bound.items())
     return fingerprint_of(entry(key, modules[name]) for key, name in keys)

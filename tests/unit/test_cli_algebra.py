@@ -40,6 +40,9 @@ def folder(tmp_path):
     rng = np.random.default_rng(3)
     base = {f"layer.{i}.query.weight": rng.normal(size=(4, 4)) for i in range(2)}
     save_file(base, tmp_path / "base.safetensors")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    save_file(base, tmp_path / "base/model.safetensors")
     tuned = {
         key: w + delta(card_of("docs", 1).weights[key.removesuffix(".weight")])
         for key, w in base.items()
@@ -74,6 +77,7 @@ def change(card, module="layer.0.query"):
         "merge docs.lora.arrow law.lora.arrow -o both.lora.arrow": "merging .* 2/2",
         "convert docs.lora.arrow -o docs.safetensors": "converting docs.lora.arrow .* 2/2",
         f"{EXTRACT} --base base.safetensors": "extracting tuned.safetensors .* 2/2",
+        "fold base docs.lora.arrow -o merged": "folding into base .* 0/0",
         "probe --base base.safetensors --tuned tuned.safetensors": "comparing .* 2/2",
     }.items(),
 )
@@ -118,6 +122,26 @@ def test_a_merge_that_can_not_be_is_one_line_and_writes_nothing(shell, folder, o
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
     assert not (folder / "both.lora.arrow").exists()
+
+
+@requirement("R25.2", "R26.6")
+def test_fold_writes_the_merged_checkpoint_and_says_what_it_left_out(shell, folder):
+    (folder / "base/pytorch_model.bin").write_bytes(b"x")
+    line = "fold base docs.lora.arrow law.lora.arrow --weight 2 --weight -1 -o merged"
+    done = shell(*line.split(), "--json")
+    assert done.returncode == 0, done.stderr
+    facts = {"folder": "merged", "tensors": 2, "cards": {"docs": 2, "law": 2}}
+    assert json.loads(done.stdout) == {**facts, "left_out": ["pytorch_model.bin"]}
+    base = load_file(folder / "base.safetensors")
+    merged = load_file(folder / "merged/model.safetensors")
+    for module in card_of("docs", 1).weights:
+        changes = 2 * change(card_of("docs", 1), module) - change(card_of("law", 2), module)
+        key = f"{module}.weight"
+        assert near(merged[key] - base[key], changes)
+    again = shell(*line.split())
+    assert (again.returncode, again.stdout) == (1, "")
+    assert "--overwrite" in again.stderr
+    assert "2 tensors changed\nleft out: pytorch" in shell(*line.split(), "--overwrite").stdout
 
 
 @requirement("R25.2", "R16.5", "R16.6")

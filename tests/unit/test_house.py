@@ -16,7 +16,7 @@ metrics checks state
 card
 factors ipc_check
 arrow_format targets routing
-presets merging extract
+presets merging extract experts
 files router
 drawing interop federation
 models

@@ -1,0 +1,532 @@
+"""Write a merged checkpoint: a model's folder with the ΔW of cards in its weights.
+
+The safetensors files are written in their own order. What no card touches is copied as bytes; a
+weight that one touches goes through memory in blocks: the sum is formed in float32 (float64 for
+float64) and rounded once. The folder appears under its name when all of it is on the disk.
+
+Requirements: R26.
+"""
+
+import errno
+import fcntl
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from io import FileIO
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora.card import AdapterSet, LoRACard, LowRank
+from lora.checks import parse_json
+from lora.errors import (
+    ArgumentError,
+    CardNotFoundError,
+    ConflictError,
+    StateError,
+    TargetError,
+    UnsupportedModelError,
+)
+from lora.experts import TRANSPOSED, Part, Place, expert_places, named
+from lora.extract import EMBEDDING
+from lora.factors import concat
+from lora.files import PathLike, as_path, os_errors
+from lora.interop.weights import INDEX, SINGLE, SafetensorsWeights, open_safetensors
+from lora.models.layers import warn_unbound
+from lora.targets import (
+    Injection,
+    Site,
+    check_fingerprint,
+    fingerprint_of,
+    listed,
+    plan,
+    require_bound,
+)
+
+BLOCK = 4 << 20
+"""Bytes of a tensor that are in memory at a time."""
+
+_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
+    *(".onnx_data", ".ot", ".npz", ".pb", ".tflite", ".index.json"),
+)
+"""Endings of files that hold weights, or say where weights are."""
+
+_QUANTISED = ("quantization_config", "compression_config")
+_TIED_HEADS = ("lm_head", "embed_out")
+
+_NO_RANGE_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+"""What a file system answers that can't copy from file to file by itself."""
+
+
+class FoldedCheckpoint(NamedTuple):
+    """What `fold_checkpoint` did.
+
+    Args:
+        injections: What each card bound to, by its name.
+        tensors: The tensors that changed.
+        left_out: Files of the base that hold its weights in another form, and hidden folders.
+    """
+
+    injections: Mapping[str, Injection]
+    tensors: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def fold_checkpoint(
+    base_folder: PathLike,
+    cards: LoRACard | Iterable[LoRACard],
+    out_folder: PathLike,
+    weights: Sequence[float] | None = None,
+    *,
+    check_base: bool = True,
+    strict: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> FoldedCheckpoint:
+    """Write a copy of a model's folder, with cards merged into its weights.
+
+    The model is never in memory: besides the cards, a few blocks of 4 MiB are. Configuration,
+    tokenizer and other files are copied.
+
+    Args:
+        base_folder: A folder of transformers or sentence-transformers with ``config.json`` and
+            ``model.safetensors``, or shards and their index.
+        cards: One or several, of different names.
+        out_folder: New or empty; not in the base folder.
+        weights: A number for each card, default 1.
+        check_base: Refuse a card whose base fingerprint is another model's.
+        strict: Refuse a card that names anything the checkpoint does not have.
+        overwrite: Replace an earlier checkpoint in `out_folder`.
+        progress: Called with the MiB written and their number.
+
+    Warns:
+        UnboundWarning: A card takes effect in part; one warning a card names what is left.
+
+    Raises:
+        UnsupportedModelError: The weights are malformed, quantised, or in another form.
+        TargetError, ShapeError, BaseModelError: A card does not fit the base.
+
+    Examples:
+        >>> import tempfile, numpy as np
+        >>> from safetensors.numpy import load_file, save_file
+        >>> from lora.card import LowRank
+        >>> pair = LowRank(np.ones((2, 1)), np.ones((1, 2)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     os.mkdir(f"{folder}/base")
+        ...     written = Path(f"{folder}/base/config.json").write_text("{}")
+        ...     save_file({"q.weight": np.eye(2)}, f"{folder}/base/model.safetensors")
+        ...     card = LoRACard("docs", 1, 1.0, ["q"], {"q": pair})
+        ...     folded = fold_checkpoint(f"{folder}/base", card, f"{folder}/merged")
+        ...     load_file(f"{folder}/merged/model.safetensors")["q.weight"].tolist()
+        [[2.0, 1.0], [1.0, 2.0]]
+    """
+    base, out = as_path(base_folder), as_path(out_folder)
+    adapters = _adapters(cards, weights)
+    with os_errors(base):
+        source = _Checkpoint(base)
+        files, left_out = _other_files(base, source)
+        injections = source.bind(adapters, check_base=check_base, strict=strict)
+        updates = _updates(source, adapters, injections)
+        shards = sorted(source.shards)
+        total = sum(path.stat().st_size for path in (*shards, *files)) >> 20
+    written = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal written
+        written += count
+        if progress:
+            progress(min(written >> 20, total), total)
+
+    with os_errors(out), _new_folder(base, out, overwrite=overwrite) as folder:
+        for path in (*shards, *files):
+            target = folder / path.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb", 0) as original, target.open("xb", 0) as copy:
+                tensors = source.shards.get(path, {})
+                touched = {name: tensors[name] for name in updates if name in tensors}
+                for name, tensor in sorted(touched.items(), key=lambda item: item[1].start):
+                    _copy(original, copy, tensor.start, on_bytes)
+                    _fold(original, copy, tensor, updates[name], on_bytes)
+                _copy(original, copy, os.fstat(original.fileno()).st_size, on_bytes)
+                os.fsync(copy.fileno())
+    return FoldedCheckpoint(injections, tuple(sorted(updates)), tuple(left_out))
+
+
+def _adapters(cards: LoRACard | Iterable[LoRACard], weights: Sequence[float] | None) -> AdapterSet:
+    """Return the cards with their weights."""
+    cards = [cards] if isinstance(cards, LoRACard) else list(cards)
+    weights = [1.0] * len(cards) if weights is None else list(weights)
+    if not cards or len(weights) != len(cards):
+        expected = f"one for each of {len(cards)} cards"
+        raise ArgumentError("weights" if cards else "cards", expected, len(weights))
+    adapters = AdapterSet()
+    for card, weight in zip(cards, weights, strict=True):
+        entry = AdapterSet({getattr(card, "name", ""): (card, weight)})
+        if not adapters.keys().isdisjoint(entry):
+            raise ConflictError(f"card {card.name!r}", "one card of a name", "two", "rename one")
+        adapters |= entry
+    return adapters
+
+
+class _Tensor(NamedTuple):
+    """A tensor of a safetensors file: what it is, and where in the file its bytes are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class _Update(NamedTuple):
+    """What is added to rows of a tensor: rows, from `first`, of the ΔW of one module."""
+
+    start: int
+    stop: int
+    first: int
+    terms: list[tuple[LowRank, float]]
+    transposed: bool
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return two matrices whose product is added: (rows, r) and (r, columns)."""
+        pair = concat(self.terms, dtype=np.float64 if dtype is torch.float64 else None)
+        left, right = (pair.A, pair.B) if self.transposed else (pair.B.T, pair.A.T)
+        left = left[self.first : self.first + self.stop - self.start]
+        return torch.tensor(left).to(dtype), torch.tensor(right).to(dtype)
+
+
+class _Checkpoint:
+    """The tensors of a folder, and the modules whose weights they are."""
+
+    def __init__(self, base: Path) -> None:
+        self.module_folders = _module_folders(base)
+        self.root = _weights_folder(base, self.module_folders)
+        weights = SafetensorsWeights(self.root)
+        if not weights.configs:
+            raise CardNotFoundError(str(self.root / "config.json"), "a configuration", "none")
+        for config in weights.configs:
+            for key in _QUANTISED:
+                if config.get(key):
+                    hint = "fold the card into the model before it is quantised"
+                    where, expected = f"{self.root / 'config.json'}", "weights as they were trained"
+                    raise UnsupportedModelError(where, expected, key, hint)
+        self.is_tied = any(config.get("tie_word_embeddings") is True for config in weights.configs)
+        headers = {path: _header(path) for path in set(weights.files.values())}
+        self.shards = {path: tensors for path, (tensors, _) in headers.items()}
+        self.files = weights.files
+        self.sites: dict[str, Site] = {}
+        self.places: dict[str, Place] = {}
+        self._survey(weights)
+        for _, metadata in headers.values():
+            for tied, kept in metadata.items():  # as safetensors.torch.save_model writes it
+                owner = kept.removesuffix(".weight")
+                if owner in self.sites:
+                    self.sites.setdefault(tied.removesuffix(".weight"), self.sites[owner])
+
+    def _survey(self, weights: SafetensorsWeights) -> None:
+        """Find the modules whose weights the tensors are."""
+        shapes = {name: self.tensor(name).shape for name in self.files}
+        kinds = {str(config.get("model_type")) for config in weights.configs}
+        for tensor, shape in shapes.items():
+            module = tensor.removesuffix(".weight")
+            is_embedding = EMBEDDING.fullmatch(module.rpartition(".")[2])
+            if module != tensor and len(shape) == 2 and not is_embedding:
+                place = Place((Part(tensor, 0, shape[0]),), module in (weights.conv1d or ()))
+                rows, columns = shape
+                features = (rows, columns) if place.transposed else (columns, rows)
+                self._add(module, place, Site(*features, owner=module))
+        transposed = () if TRANSPOSED.isdisjoint(kinds) else shapes
+        for name, place, site in expert_places(shapes, transposed):
+            self._add(name, place, site)
+
+    def tensor(self, name: str) -> _Tensor:
+        """Return a tensor of the file that the index names."""
+        return self.shards[self.files[name]][name]
+
+    def _add(self, module: str, place: Place, site: Site) -> None:
+        self.places[module] = place
+        for name in named(module):
+            self.sites.setdefault(name, site)
+
+    def bind(self, adapters: AdapterSet, *, check_base: bool, strict: bool) -> dict[str, Injection]:
+        """Decide what each card binds to; raise and warn as `lora.adapt` does."""
+        injections = {}
+        for name, (card, _) in adapters.items():
+            injection = injections[name] = plan(self.sites, card, strict=strict)
+            for key in card.weights:
+                is_bound = key in injection.bound.values()
+                if key.rpartition(".")[2] in _TIED_HEADS and (self.is_tied or not is_bound):
+                    expected, problem = "a head with a weight of its own", "one that is tied"
+                    hint = "untie it in the base first: the embedding would change, too"
+                    raise TargetError(f"card {name!r}: {key!r}", expected, problem, hint)
+            require_bound(self.sites, card, injection)
+            if check_base and card.base_fingerprint is not None:
+                check_fingerprint(card, injection, self._fingerprint(injection.bound))
+        for name, injection in injections.items():
+            if injection.unbound:
+                warn_unbound(f"card {name!r} takes effect in part: {injection.unbound}")
+        return injections
+
+    def _fingerprint(self, bound: Mapping[str, str]) -> str:
+        def entry(key: str, module: str) -> tuple[str, str, tuple[int, ...], Iterator[bytes]]:
+            parts = self.places[module].parts
+            tensor, *_ = (self.tensor(part.tensor) for part in parts)
+            shape = sum(part.stop - part.start for part in parts), tensor.shape[-1]
+            dtype = str(_DTYPES.get(tensor.dtype)).removeprefix("torch.")
+            return key, dtype, shape, chain.from_iterable(map(self._bytes, parts))
+
+        keys = sorted((key, name) for name, key in bound.items())
+        return fingerprint_of(entry(key, name) for key, name in keys)
+
+    def _bytes(self, part: Part) -> Iterator[bytes]:
+        tensor = self.tensor(part.tensor)
+        width = (tensor.stop - tensor.start) // math.prod(tensor.shape[:-1])
+        start, stop = (tensor.start + row * width for row in (part.start, part.stop))
+        with self.files[part.tensor].open("rb") as file:
+            file.seek(start)
+            for place in range(start, stop, BLOCK):
+                yield file.read(min(BLOCK, stop - place))
+
+
+def _updates(
+    source: _Checkpoint, adapters: AdapterSet, injections: Mapping[str, Injection]
+) -> dict[str, list[_Update]]:
+    """Return what is added to each tensor that changes."""
+    terms: dict[str, list[tuple[LowRank, float]]] = {}
+    for name, (card, weight) in adapters.items():
+        for module, key in injections[name].bound.items() if weight else ():
+            terms.setdefault(module, []).append((card.weights[key], weight))
+    updates: dict[str, list[_Update]] = {}
+    for module, pairs in terms.items():
+        place, first = source.places[module], 0
+        for tensor, start, stop in place.parts:
+            where = f"{source.files[tensor]}: {tensor!r}"
+            if (dtype := source.tensor(tensor).dtype) not in _DTYPES:
+                expected = f"a weight of {', '.join(_DTYPES)}"
+                raise UnsupportedModelError(where, expected, dtype, "dequantise the base first")
+            if (
+                len(holders := [f.name for f, names in source.shards.items() if tensor in names])
+                > 1
+            ):
+                raise UnsupportedModelError(where, "a tensor of one shard", sorted(holders))
+            update = _Update(start, stop, first, pairs, place.transposed)
+            updates.setdefault(tensor, []).append(update)
+            first += stop - start
+    return updates
+
+
+def _header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, and its metadata."""
+    with open_safetensors(path), path.open("rb") as file:  # which checks the offsets and sizes
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(min(size, os.fstat(file.fileno()).st_size))
+        header = parse_json(text, str(path), dict, UnsupportedModelError)
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = (8 + size + offset for offset in entry["data_offsets"])
+        tensors[name] = _Tensor(entry["dtype"], tuple(entry["shape"]), start, stop)
+    return tensors, metadata
+
+
+def _copy(original: FileIO, copy: FileIO, stop: int, on_bytes: Callable[[int], None]) -> None:
+    """Copy bytes up to a place in the original, from where the copy ends."""
+    by_range = hasattr(os, "copy_file_range")
+    while (start := copy.tell()) < stop:
+        count = 0
+        if by_range:
+            try:
+                span = min(16 * BLOCK, stop - start)
+                count = os.copy_file_range(original.fileno(), copy.fileno(), span, start)
+            except OSError as error:
+                if error.errno not in _NO_RANGE_COPY:
+                    raise
+                by_range = False
+        if not count:
+            count = _write(copy, _read(original, start, min(BLOCK, stop - start)))
+        on_bytes(count)
+
+
+def _fold(
+    original: FileIO,
+    copy: FileIO,
+    tensor: _Tensor,
+    updates: Sequence[_Update],
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Write a tensor with what is added to it, a block of rows at a time."""
+    dtype = _DTYPES[tensor.dtype]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    products = [(update.start, update.stop, *update.factors(wide)) for update in updates]
+    columns = tensor.shape[-1]
+    width = columns * dtype.itemsize
+    for place in range(tensor.start, tensor.stop, step := max(1, BLOCK // width) * width):
+        data = _read(original, place, min(step, tensor.stop - place))
+        stored = torch.frombuffer(data, dtype=dtype).view(-1, columns)
+        total = stored.to(wide)
+        low = (place - tensor.start) // width
+        high = low + len(total)
+        for start, stop, left, right in products:
+            top, bottom = max(low, start), min(high, stop)
+            if top < bottom:
+                total[top - low : bottom - low].addmm_(left[top - start : bottom - start], right)
+        result = total.to(dtype)
+        if dtype is torch.float16 and bool((result.isinf() & total.isfinite()).any()):
+            expected = f"sums that float16 holds in rows {low} to {high}"
+            hint = "give the card less weight, or save the base as bfloat16"
+            raise UnsupportedModelError(f"{original.name}", expected, "larger ones", hint)
+        on_bytes(_write(copy, result.view(torch.uint8).numpy().data))
+
+
+def _read(file: FileIO, start: int, count: int) -> bytearray:
+    """Read bytes at a place; a file that ends before them has changed since it was opened."""
+    data = bytearray(count)
+    view = memoryview(data)
+    done = 0
+    while done < count:
+        if not (length := os.preadv(file.fileno(), [view[done:]], start + done)):
+            raise UnsupportedModelError(str(file.name), f"{start + count} bytes", start + done)
+        done += length
+    return data
+
+
+def _write(file: FileIO, data: Any) -> int:
+    """Write all of the data, of which one call may take a part."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
+    return done
+
+
+def _module_folders(base: Path) -> list[Path]:
+    """Return the folders of sentence-transformers' modules, in their order."""
+    path = base / "modules.json"
+    if not path.is_file():
+        return []
+    modules = parse_json(path.read_bytes(), str(path), list, UnsupportedModelError)
+    names = [module.get("path") for module in modules if isinstance(module, dict)]
+    folders = [base / name for name in names if isinstance(name, str)]
+    return [folder for folder in folders if folder.resolve().is_relative_to(base.resolve())]
+
+
+def _weights_folder(base: Path, module_folders: Sequence[Path]) -> Path:
+    """Return the folder that holds the model's safetensors files: the base or its first module."""
+    if not base.is_dir():
+        raise CardNotFoundError(str(base), "a model's folder", "none")
+    for folder in (base, *module_folders[:1]):
+        forms = [name for name in (SINGLE, INDEX) if (folder / name).is_file()]
+        if len(forms) > 1:
+            raise UnsupportedModelError(str(folder), f"either {SINGLE} or {INDEX}", "both")
+        if forms:
+            return folder
+    others = sorted(path.name for path in base.iterdir() if path.name.endswith(_WEIGHTS))
+    hint = "transformers' save_pretrained writes them"
+    raise UnsupportedModelError(str(base), f"{SINGLE} or {INDEX}", listed(others), hint)
+
+
+def _other_files(base: Path, source: _Checkpoint) -> tuple[list[Path], list[str]]:
+    """Return the files to copy as they are, and the names of what is left out."""
+    files, left_out = [], []
+    whole = [folder for folder in source.module_folders if folder not in (base, source.root)]
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(base, onerror=refuse):
+        for name in sorted(subfolders):
+            path = Path(folder, name)
+            if name.startswith("."):
+                subfolders.remove(name)
+                left_out.append(f"{path.relative_to(base)}/")
+            elif path.is_symlink():
+                raise UnsupportedModelError(str(path), "a folder or a file", "a link to a folder")
+        for name in sorted(names):
+            path = Path(folder, name)
+            _check_file(path, base)
+            is_index = path == source.root / INDEX
+            if name.endswith(_WEIGHTS) and not (is_index or path.parent in whole):
+                if path not in source.shards:
+                    left_out.append(str(path.relative_to(base)))
+            else:
+                files.append(path)
+    return files, left_out
+
+
+def _check_file(path: Path, base: Path) -> None:
+    """Refuse what is no regular file, and a link that leads out of the folder.
+
+    A link in a snapshot of huggingface_hub's cache may lead to the cache's own files.
+    """
+    target, home = path.resolve(strict=True), base.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(home) for home in homes):
+        raise UnsupportedModelError(str(path), "a file of the folder", f"a link to {target}")
+    if not target.is_file():
+        raise UnsupportedModelError(str(path), "a regular file", "something else")
+
+
+@contextmanager
+def _new_folder(base: Path, out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Make a folder that gets the name `out` when the block ends, and is removed when it raises.
+
+    A killed process leaves it, as ``.<name>.tmp``, to the next one, which takes it over; a lock
+    keeps two that run at once apart.
+    """
+    inner, outer = out.resolve(), base.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise ArgumentError(str(out), f"a folder apart from {base}", inner)
+    is_checkpoint = any((out / name).is_file() for name in (SINGLE, INDEX))
+    is_new = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
+    if not is_new and not (overwrite and is_checkpoint and not out.is_symlink()):
+        expected = "a new or empty folder, or with `overwrite=True` one that holds a checkpoint"
+        raise ArgumentError(str(out), expected, "a folder with files" if out.is_dir() else "a file")
+    temporary, old = (out.with_name(f".{out.name}.{end}") for end in ("tmp", "old"))
+    temporary.mkdir(exist_ok=True)
+    lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        is_ours = False
+        with suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(lock), temporary.stat())
+        if not is_ours:
+            raise StateError(str(out), "one run that writes it", "another one")
+        try:
+            for path in temporary.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield temporary
+            for path in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
+                _sync(path)
+            if is_new:
+                temporary.rename(out)
+            else:
+                shutil.rmtree(old, ignore_errors=True)
+                out.rename(old)
+                temporary.rename(out)
+                shutil.rmtree(old)
+            _sync(out.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
