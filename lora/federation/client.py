@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from queue import Empty, Queue
 from typing import Any, BinaryIO, NamedTuple, Self
 
@@ -48,6 +48,7 @@ HINTS = {
     "socket closed": "the peer may serve grpc+tls:// alone, or ask for a certificate",
     "connection refused": "nothing serves at that port",
     "domain name not found": "no machine has that name",
+    "no such card": "the peer serves others now: list them again",
     "deadline exceeded": "`timeout` and `min_rate` say how long it may take",
 }
 """Part of what gRPC says, in lower case -> what is likely wrong."""
@@ -108,18 +109,18 @@ class LoRAFlightClient:
         self._check, token = check, credentials.token
         self._headers = [(b"authorization", f"Bearer {token}".encode())] if token else []
         self._known: dict[tuple[str, str | None], Manifest] = {}
-        with self._peer_errors("connecting"):
-            self._flight = flight.connect(
-                uri,
-                tls_root_certs=credentials.ca,
-                cert_chain=credentials.certificate,
-                private_key=credentials.key,
-                generic_options=[
-                    ("grpc.max_receive_message_length", MAX_MESSAGE),
-                    ("grpc.enable_retries", 0),
-                    ("grpc.enable_http_proxy", 0),  # it would read the token
-                ],
-            )
+        guard_fork(self)
+        self._flight = flight.connect(
+            uri,
+            tls_root_certs=credentials.ca,
+            cert_chain=credentials.certificate,
+            private_key=credentials.key,
+            generic_options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE),
+                ("grpc.enable_retries", 0),
+                ("grpc.enable_http_proxy", 0),  # it would read the token
+            ],
+        )
 
     def list_remote_skills(
         self, name_prefix: str = "", base_model: str | None = None
@@ -281,23 +282,15 @@ class LoRAFlightClient:
         self, what: str, action: str, body: str = "", timeout: float | None = None
     ) -> Iterator[pa.Buffer]:
         """Call an action under a deadline, and yield its results, which Arrow does not decode."""
-        with self._peer_errors(what):
-            timeout = timeout or self.timeout
-            options = flight.FlightCallOptions(timeout=timeout, headers=self._headers)
+        guard_fork(self)
+        timeout = timeout or self.timeout
+        options = flight.FlightCallOptions(timeout=timeout, headers=self._headers)
+        try:
             for result in self._flight.do_action(flight.Action(action, body.encode()), options):
                 yield result.body
-
-    @contextmanager
-    def _peer_errors(self, what: str) -> Iterator[None]:
-        guard_fork(self)
-        where = f"{self.uri}: {what}"
-        try:
-            yield
         except (flight.FlightError, pa.ArrowException, UnicodeDecodeError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
-            if "no such card" in text:
-                raise UnknownCardError(where, "a card that is served there", "none") from error
             noise = r".*(last error: [A-Z]+: |with message: |routines:[^:]*:)|\. Detail: .*"
             text = re.sub(noise, "", text)[:200]
             hint = next((hint for part, hint in HINTS.items() if part in text.lower()), "")
-            raise PeerError(where, "an answer", text, hint) from error
+            raise PeerError(f"{self.uri}: {what}", "an answer", text, hint) from error
