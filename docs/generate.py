@@ -99,7 +99,10 @@ def matrix() -> str:
     lines = [
         "# Conformance",
         "",
-        "The properties of `lora conformance`, held against each binding of this repository.",
+        "The properties of `lora conformance`, held against each binding of this repository. Each",
+        "is a *law*, which mathematics demands of anyone, a *convention*, which is a choice of",
+        "this specification, a *refusal* of what is wrong, or a rule of the file *format*; where",
+        "they differ in a requirement, each class has its mark.",
         "",
     ]
     lines += [", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items()) + ".", ""]
@@ -108,7 +111,7 @@ def matrix() -> str:
     for requirement in spec.values():
         entries = [report["requirements"].get(requirement.id) for report in columns]
         if any(entries):
-            cells = [MARKS[entry["verdict"]] if entry else "" for entry in entries]
+            cells = [marked(entry) if entry else "" for entry in entries]
             anchor = f"[{requirement.id}](traceability.md#{requirement.id})"
             lines.append(f"| {anchor} | {escaped(requirement.sentence)} | {' | '.join(cells)} |")
         for name, entry in zip(names, entries, strict=True):
@@ -126,6 +129,14 @@ def matrix() -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def marked(entry: dict[str, Any]) -> str:
+    """Return the mark of a verdict, or one for each class where they differ."""
+    classes = entry["classes"]
+    if len(set(classes.values())) < 2:
+        return MARKS[entry["verdict"]]
+    return ", ".join(f"{MARKS[verdict]} {kind}" for kind, verdict in classes.items())
 
 
 def escaped(text: str) -> str:

@@ -131,9 +131,13 @@ def load_binding(path: str | None) -> Any:
     return binding() if isinstance(binding, type) else binding
 
 
-def requirement(*ids: str) -> pytest.MarkDecorator:
-    """Mark a test as evidence for requirements, by their ids; ``"R1.4@2"`` for revision 2 alone."""
-    return pytest.mark.requirement(*ids)
+def requirement(*ids: str, kind: str = "") -> pytest.MarkDecorator:
+    """Mark a test as evidence for requirements, by their ids; ``"R1.4@2"`` for revision 2 alone.
+
+    Args:
+        kind: The class of a property through a binding, one of `lora.testing.report.CLASSES`.
+    """
+    return pytest.mark.requirement(*ids, kind=kind)
 
 
 @pytest.fixture(scope="session")
@@ -188,6 +192,8 @@ def pytest_runtest_makereport(
         counts = _EXAMPLES.findall(getattr(item, "hypothesis_statistics", ""))
         item.user_properties.append(("property", _name(item)))
         item.user_properties.append(("requirements", list(_ids(item))))
+        kinds = [mark.kwargs.get("kind", "") for mark in item.iter_markers("requirement")]
+        item.user_properties.append(("class", max(kinds, default="")))
         item.user_properties.append(("examples", sum(int(n) for pair in counts for n in pair)))
         if call.excinfo is not None and broken:
             item.user_properties.append(("falsified", _falsified(call.excinfo.value)))
@@ -216,7 +222,8 @@ class Collector:
         if not reason and isinstance(report.longrepr, tuple):
             reason = report.longrepr[2].removeprefix("Skipped: ")
         test, ids = str(notes["property"]), tuple(notes["requirements"])
-        self.outcomes.append(Outcome(test, ids, verdict, notes.get("examples", 0), reason))
+        examples, kind = notes.get("examples", 0), str(notes["class"])
+        self.outcomes.append(Outcome(test, ids, verdict, examples, reason, kind))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

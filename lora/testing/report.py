@@ -34,6 +34,12 @@ VERDICTS = ("failed", "unexpected pass", "expected failure", "passed", "skipped"
 """What a requirement or a property may be; a requirement is the first that one of its tests is."""
 
 
+CLASSES = ("law", "convention", "refusal", "format")
+"""What a property may be: a law, which mathematics demands of anyone; a convention, which is a
+choice of the specification; a refusal of what is wrong; a rule of the file format.
+"""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one property went.
@@ -41,6 +47,7 @@ class Outcome:
     Args:
         verdict: "passed", "failed" or "skipped".
         falsified: The failing example, or the reason of a skip.
+        kind: One of `CLASSES`.
     """
 
     test: str
@@ -48,6 +55,7 @@ class Outcome:
     verdict: str
     examples: int
     falsified: str = ""
+    kind: str = ""
 
 
 @lru_cache(1)
@@ -86,7 +94,7 @@ def check_declared(binding: Any, where: str) -> None:
 def report_of(
     binding: Any, outcomes: Sequence[Outcome], *, profile: str, seed: str = "random"
 ) -> dict[str, Any]:
-    """Return the report on a binding: for each requirement a verdict and its tests."""
+    """Return the report on a binding: for each requirement and class a verdict, and its tests."""
     expected = getattr(binding, "expected_failures", {})
     requirements = {}
     for name, statement in read_statements().items():
@@ -104,6 +112,11 @@ def report_of(
                 "revision": statement.revision,
                 "verdict": verdict,
                 "reason": "; ".join(dict.fromkeys(filter(None, reasons))),
+                "classes": {
+                    kind: verdict_of([test["verdict"] for test in tests if test["class"] == kind])
+                    for kind in CLASSES
+                    if any(test["class"] == kind for test in tests)
+                },
                 "tests": tests,
             }
     return {
@@ -123,6 +136,7 @@ def _judged(outcome: Outcome, reason: str = "", place: str = "") -> dict[str, An
         verdict = "unexpected pass" if verdict == "passed" else "expected failure"
     return {
         "test": outcome.test,
+        "class": outcome.kind,
         "verdict": verdict,
         "examples": outcome.examples,
         "falsified": outcome.falsified,
@@ -143,32 +157,46 @@ def red(report: Mapping[str, Any]) -> list[str]:
 
 def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
     """Yield a report as text, failures first, each with what to paste to see it again."""
-    entries, folder, seen = report["requirements"], folder_of("tests/properties"), set()
+    entries, seen = report["requirements"], set[str]()
     for verdict in VERDICTS[:3]:
         for name, entry in entries.items():
-            if entry["verdict"] != verdict:
-                continue
-            yield f"{name} {verdict}: {entry['statement']}"
-            for test in entry["tests"]:
-                if test["verdict"] == verdict:
-                    why = f"{test['reason']} ({test['place']})"
-                    if verdict == "failed":
-                        why = "as above" if test["test"] in seen else test["falsified"]
-                    yield f"  {folder / test['test']}\n{indent(why, '    ')}"
-                    seen.add(test["test"])
+            if entry["verdict"] == verdict:
+                yield f"{name} {verdict}: {entry['statement']}"
+                yield from _evidence(entry, seen)
     reasons: dict[str, list[str]] = {}
     for name, entry in entries.items():
         if entry["verdict"] in VERDICTS[3:]:
             reasons.setdefault(f"{entry['verdict']} {entry['reason']}".strip(), []).append(name)
     for reason, names in sorted(reasons.items()):
         yield f"{reason}: {', '.join(names)}"
-    counts = Counter(entry["verdict"] for entry in entries.values())
+    for kind in CLASSES:
+        verdicts = [e["classes"][kind] for e in entries.values() if kind in e["classes"]]
+        if verdicts:
+            yield f"{kind}: {_counted(verdicts)}"
     tests = {test["test"]: test["examples"] for e in entries.values() for test in e["tests"]}
-    numbers = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    numbers = _counted([entry["verdict"] for entry in entries.values()])
     yield (
         f"{len(entries)} requirements: {numbers}; {sum(tests.values())} examples, "
         f"profile {report['profile']}, seed {report['seed']}"
     )
+
+
+def _evidence(entry: Mapping[str, Any], seen: set[str]) -> Iterator[str]:
+    """Yield the tests that gave a requirement its verdict; an example is told once."""
+    for test in entry["tests"]:
+        if test["verdict"] == entry["verdict"]:
+            why = f"{test['reason']} ({test['place']})"
+            if test["verdict"] == "failed":
+                why = "as above" if test["test"] in seen else test["falsified"]
+            kind = f" ({test['class']})" if test["class"] else ""
+            path = folder_of("tests/properties") / test["test"]
+            yield f"  {path}{kind}\n{indent(why, '    ')}"
+            seen.add(test["test"])
+
+
+def _counted(verdicts: Sequence[str]) -> str:
+    counts = Counter(verdicts)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> None:

@@ -1,6 +1,7 @@
 """Faults in writing and reading cards."""
 
 import io
+import json
 import math
 
 import numpy as np
@@ -49,7 +50,7 @@ class AlphaOfTheFileIgnored(Fault, breaks="R1.1", also="R1.10 R7.6"):
         return super().read_card(data)._replace(alpha=32.0)
 
 
-class FactorsOfOneModuleForAll(Fault, breaks="R1.2", also="R1.16 R20.9"):
+class FactorsOfOneModuleForAll(Fault, breaks="R1.2", also="R1.16"):
     """Every module gets the widest module's factors."""
 
     def read_card(self, data):
@@ -58,7 +59,7 @@ class FactorsOfOneModuleForAll(Fault, breaks="R1.2", also="R1.16 R20.9"):
         return with_pairs(card, lambda pair: widest._replace(scaling=pair.scaling))
 
 
-class MetadataOverwriteFields(Fault, breaks="R1.3", also="R1.1"):
+class MetadataOverwriteFields(Fault, breaks="R1.3"):
     """The author's metadata are merged over the card's own fields."""
 
     def read_card(self, data):
@@ -71,12 +72,28 @@ class MetadataOverwriteFields(Fault, breaks="R1.3", also="R1.1"):
         return card._replace(target_modules=(ascii(over[0]),)) if over else card
 
 
-class MetadataAsText(Fault, breaks="R1.3", also="R1.1 R1.16"):
+class MetadataAsText(Fault, breaks="R1.3", also="R1.16"):
     """Metadata values come back as strings."""
 
     def read_card(self, data):
         card = super().read_card(data)
         return card._replace(metadata={key: str(value) for key, value in card.metadata.items()})
+
+
+class WhateverPythonTakesForJSON(Fault, breaks="R1.3"):
+    """Metadata are what ``json.dumps`` and ``json.loads`` take: NaN, keys that are numbers, any
+    depth.
+    """
+
+    def write_card(self, card):
+        text = json.dumps(dict(card.metadata), ensure_ascii=False).encode()
+        bare = super().write_card(card._replace(metadata={}))
+        return rewritten(bare, lambda keys: {**keys, b"lora.metadata": text})
+
+    def read_card(self, data):
+        keys = pa.ipc.open_file(data).schema.metadata
+        bare = rewritten(data, lambda keys: {**keys, b"lora.metadata": b"{}"})
+        return super().read_card(bare)._replace(metadata=json.loads(keys[b"lora.metadata"]))
 
 
 class FactorsInTheOrderOfMemory(Fault, breaks="R1.16", also="R1.2 R1.7"):
@@ -91,7 +108,7 @@ class FactorsInTheOrderOfMemory(Fault, breaks="R1.16", also="R1.2 R1.7"):
         )
 
 
-class StreamInsteadOfFile(Fault, breaks="R1.4", also="R1.8 R1.10 R1.16 R7.6"):
+class StreamInsteadOfFile(Fault, breaks="R1.4", also="R1.3 R1.8 R1.10 R1.16 R7.6"):
     """Writes the Arrow stream format."""
 
     def write_card(self, card):
@@ -138,7 +155,22 @@ class MixedDtypesPromoted(Fault, breaks="R1.7"):
         return super().write_card(card)
 
 
-class ScalingAlwaysAlphaOverRank(Fault, breaks="R1.8", also="R20.9"):
+class AnyRankIsRead(Fault, breaks="R1.8"):
+    """The rank that a file states is not compared with those of its modules."""
+
+    def read_card(self, data):
+        batch = pa.ipc.open_file(data).get_batch(0)
+        column = getattr(batch.column("A"), "storage", batch.column("A"))
+        ranks = [rank for _, rank in column.field("shape").to_pylist()]
+        stated = batch.schema.metadata[b"lora.rank"]
+        if not ranks or not stated.isdigit() or int(stated) < 1:
+            return super().read_card(data)
+        largest = str(max(ranks)).encode()
+        card = super().read_card(rewritten(data, lambda keys: {**keys, b"lora.rank": largest}))
+        return card._replace(rank=int(stated))
+
+
+class ScalingAlwaysAlphaOverRank(Fault, breaks="R1.8"):
     """A module's own scaling is ignored."""
 
     def read_card(self, data):
@@ -146,7 +178,7 @@ class ScalingAlwaysAlphaOverRank(Fault, breaks="R1.8", also="R20.9"):
         return with_pairs(card, lambda pair: pair._replace(scaling=card.alpha / card.rank))
 
 
-class AlphaInsteadOfAlphaOverRank(Fault, breaks="R1.8", also="R2.2 R9.5"):
+class AlphaInsteadOfAlphaOverRank(Fault, breaks="R1.8"):
     """Where a module has no scaling of its own, alpha is not divided by the rank."""
 
     def write_card(self, card):
@@ -190,7 +222,7 @@ class BadFieldsAreWritten(Fault, breaks="R7.6"):
         return super().write_card(card._replace(rank=rank, alpha=alpha))
 
 
-class BadFieldsAreRead(Fault, breaks="R7.6"):
+class BadFieldsAreRead(Fault, breaks="R7.6", also="R1.8"):
     """A bad rank or alpha is replaced on reading."""
 
     def read_card(self, data):

@@ -45,13 +45,15 @@ class Settled(BaseException):
 
 @dataclass(frozen=True)
 class Property:
-    """A property through the binding, the requirements that it names, and the members of a binding
-    that it may use.
+    """A property through the binding, the requirements that it names, its classes, the members of
+    a binding that it may use, and the arguments that pytest gives it.
     """
 
     test: object
     ids: frozenset[str]
+    kinds: tuple[str, ...]
     members: frozenset[str]
+    arguments: dict[str, object]
 
 
 def suite():
@@ -69,12 +71,26 @@ def suite():
             spec.loader.exec_module(module)
             for name, test in inspect.getmembers(module, inspect.isfunction):
                 if name.startswith("test") and "impl" in inspect.signature(test).parameters:
-                    marks = [mark.args for mark in test.pytestmark if mark.name == "requirement"]
+                    marks = [mark for mark in test.pytestmark if mark.name == "requirement"]
+                    ids = frozenset().union(*(mark.args for mark in marks))
+                    kinds = tuple(mark.kwargs["kind"] for mark in marks)
                     members = MEMBERS & names_in(test.hypothesis.inner_test)
-                    properties.append(Property(test, frozenset().union(*marks), members))
+                    properties += [
+                        Property(test, ids, kinds, members, arguments)
+                        for arguments in arguments_of(test)
+                    ]
     finally:
         settings.load_profile(before)
     return sorted(properties, key=lambda each: -len(each.ids))
+
+
+def arguments_of(test):
+    """What pytest gives a test, each time: nothing, or what it is parametrised by."""
+    (parametrised,) = [m for m in test.pytestmark if m.name == "parametrize"] or [None]
+    if parametrised is None:
+        return [{}]
+    name, values = parametrised.args
+    return [{name: value} for value in values]
 
 
 def names_in(function, seen=frozenset()):
@@ -128,7 +144,7 @@ def examine(each, red):
         each.test.hypothesis.inner_test = on_all
         try:
             with suppress(Settled):
-                each.test(impl=Subject(Reference()))
+                each.test(impl=Subject(Reference()), **each.arguments)
         finally:
             each.test.hypothesis.inner_test = inner
 

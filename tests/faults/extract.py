@@ -90,6 +90,14 @@ class SubspaceOfOneLook(ExtractionFault, breaks="R16.1", also="R16.3"):
         return PlainPair((basis.T @ matrix).T, basis.T.copy(), 1.0)
 
 
+class CloseIsEqual(Fault, breaks="R16.2", also="R16.1 R16.3 R16.5"):
+    """Weights that ``numpy.allclose`` takes for equal count as equal."""
+
+    def extract(self, base, tuned, *rule):
+        close = {key for key in base if np.allclose(*(m[key].astype("f8") for m in (base, tuned)))}
+        return super().extract(base, {k: (base if k in close else tuned)[k] for k in base}, *rule)
+
+
 class RankAboveTheMatrix(ExtractionFault, breaks="R16.5"):
     """A fixed rank is kept where min(in, out) is less, the rest filled with zeros."""
 

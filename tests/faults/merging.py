@@ -49,7 +49,7 @@ def times(card, factor):
     return card._replace(weights=rows)
 
 
-class NormalizeIgnored(Fault, breaks="R20.1", also="R20.3 R20.4"):
+class NormalizeIgnored(Fault, breaks="R20.1", also="R20.3 R20.4 R20.9"):
     """Weights are never divided by their sum."""
 
     def merge(self, cards, strategy, options, weights, rank):
@@ -212,7 +212,7 @@ class SlerpOfTheLengthsAsTheyAre(Fault, breaks="R20.5"):
         return super().merge(cards, "weighted", {}, shares, rank)
 
 
-class SlerpFromTheWrongEnd(Fault, breaks="R20.5", also="R20.9"):
+class SlerpFromTheWrongEnd(Fault, breaks="R20.5"):
     """At t = 0 stands the second card."""
 
     def merge(self, cards, strategy, options, weights, rank):
@@ -322,7 +322,7 @@ class LastOfEqualsKept(_Ties, breaks="R20.6"):
         return super().largest(part[::-1], density)[::-1]
 
 
-class CountRoundedDown(_Ties, breaks="R20.6", also="R20.7"):
+class CountRoundedDown(_Ties, breaks="R20.6"):
     """The share is cut to a whole number of entries, which may be none."""
 
     def largest(self, part, density):
@@ -357,7 +357,7 @@ class DareMasksByPosition(Fault, breaks="R20.7", also="R20.3"):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class DareMasksAllModulesAlike(Fault, breaks="R20.7"):
+class DareMasksAllModulesAlike(Fault, breaks="R20.7", also="R20.9"):
     """One mask serves every module of a shape."""
 
     def merge(self, cards, strategy, options, weights, rank):
@@ -379,6 +379,20 @@ class DareMasksAllModulesAlike(Fault, breaks="R20.7"):
         return with_rows(merged, rows)
 
 
+class DareNamesRunTogether(Fault, breaks="R20.7"):
+    """A mask is keyed by the names of module and card with nothing between them."""
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if strategy != "dare" or len(cards) != 1:
+            return super().merge(cards, strategy, options, weights, rank)
+        (card,) = cards
+        rows = {f"{module}{card.name}": pair for module, pair in card.weights.items()}
+        joined = card._replace(name="joined", weights=rows)
+        merged = super().merge([joined], strategy, options, weights, rank)
+        parts = {m.removesuffix(card.name): pair for m, pair in merged.weights.items()}
+        return merged._replace(weights=parts)
+
+
 class NegativeWeightsClipped(Fault, breaks="R20.8"):
     """A weight below 0 counts as 0."""
 
@@ -388,7 +402,7 @@ class NegativeWeightsClipped(Fault, breaks="R20.8"):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class TaskArithmeticNormalised(Fault, breaks="R20.8", also="R20.3 R20.4"):
+class TaskArithmeticNormalised(Fault, breaks="R20.8", also="R20.3 R20.4 R20.9"):
     """Weights are divided by their sum, which for 1 and -1 is 0."""
 
     def merge(self, cards, strategy, options, weights, rank):
@@ -428,6 +442,21 @@ class DtypeOfTheFirstCard(Fault, breaks="R20.9", also="R20.3"):
         dtype = next((pair.A.dtype for card in cards for pair in card.weights.values()), None)
         rows = {
             module: PlainPair(pair.A.astype(dtype), pair.B.astype(dtype), pair.scaling)
+            for module, pair in merged.weights.items()
+        }
+        return merged._replace(weights=rows)
+
+
+class HalfHoldsBfloat16(Fault, breaks="R20.9"):
+    """float16 and bfloat16 are promoted to float16."""
+
+    def merge(self, cards, *how):
+        merged = super().merge(cards, *how)
+        names = {pair.A.dtype.name for card in cards for pair in card.weights.values()}
+        if names != {"float16", "bfloat16"}:
+            return merged
+        rows = {
+            module: pair._replace(A=pair.A.astype("f2"), B=pair.B.astype("f2"))
             for module, pair in merged.weights.items()
         }
         return merged._replace(weights=rows)

@@ -37,6 +37,17 @@ class OutputHeadAdapted(Fault, breaks="R3.11"):
         return super().bind(card._replace(target_modules=tuple(targets)), shapes)
 
 
+class HeadOnlyAtTheEnd(Fault, breaks="R3.11"):
+    """An output head is known by the last part of its name, so what lies in one is adapted."""
+
+    def match_targets(self, names, targets):
+        plain = {name: name.rpartition(".")[2] for name in names}
+        ends = super().match_targets(sorted(set(plain.values())), ["all-linear"])
+        taken = ends if "all-linear" in targets else []
+        named = super().match_targets(names, targets)
+        return [name for name in names if name in named or plain[name] in taken]
+
+
 class NoTargetsMeansAll(Fault, breaks="R3.11"):
     """Empty targets match everything."""
 
@@ -62,7 +73,7 @@ class KeysBindAnywhere(Fault, breaks="R3.11"):
         return super().bind(card._replace(weights=pairs), shapes)
 
 
-class KeysEndInWeight(Fault, breaks="R3.11", also="R7.2 R16.3"):
+class KeysEndInWeight(Fault, breaks="R3.11", also="R7.2"):
     """Keys are taken for names of parameters, so that none is a module's and nothing is bound."""
 
     def bind(self, card, shapes):

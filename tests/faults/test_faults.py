@@ -8,7 +8,7 @@ import pytest
 
 from lora.testing.plugin import MEMBERS, requirement
 from lora.testing.reference import Reference
-from lora.testing.report import read_statements, run_suite
+from lora.testing.report import CLASSES, read_statements, run_suite
 from tests.faults.card import CARD_FAULTS
 from tests.faults.examine import red_on, remembered, suite
 from tests.faults.extract import EXTRACT_FAULTS
@@ -31,6 +31,19 @@ FAMILIES = {
 @pytest.fixture(scope="session")
 def properties():
     return suite()
+
+
+@requirement("R24.2")
+def test_a_property_is_of_one_class_proves_one_requirement_and_uses_one_capability(properties):
+    """So that a verdict says what failed, and a declared failure excuses no more than it names."""
+    capabilities = [{member} for member in MEMBERS - {"read_card", "write_card"}]
+    for each in properties:
+        (kind,) = each.kinds
+        assert kind in CLASSES
+        assert len(each.ids) == 1, each
+        used = each.members - {"name", "version"}
+        assert used <= {"read_card", "write_card"} or used in capabilities, each
+    assert {kind for each in properties for kind in each.kinds} == set(CLASSES)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from lora.factors import concat, delta, initial, spectrum, thin_qr
 from lora.models.adapt import adapt, fold
 from lora.models.layers import LoRALinear, TrainableLinear, add_low_rank
 from lora.models.rows import SegmentedLinear
-from lora.testing.binding import PlainCard, PlainPair, Term
+from lora.testing.binding import Term
 from lora.testing.plugin import requirement
 from lora.testing.reference import array_of, linear_of, tensor_of
 from lora.testing.strategies import dtypes, features, integers, layers, numbers, ranks
@@ -94,14 +94,14 @@ def state_of(module):
 # ---- through the binding
 
 
-@requirement("R2.2", "R2.6", "R9.5")
+@requirement("R2.2", kind="law")
 @given(layer=layers())
 def test_the_output_equals_the_formula_within_the_bound_of_its_arithmetic(impl, layer):
     x, weight, bias, terms = layer
     check(impl.forward(x, weight, bias, terms), x, weight, bias, terms.values())
 
 
-@requirement("R2.2", "R2.6", "R9.5")
+@requirement("R9.5", kind="law")
 @given(layer=layers(whole=True))
 def test_the_output_is_exact_on_small_whole_numbers(impl, layer):
     x, weight, bias, terms = layer
@@ -110,7 +110,7 @@ def test_the_output_is_exact_on_small_whole_numbers(impl, layer):
     assert np.array_equal(out[where], want[where])
 
 
-@requirement("R2.2")
+@requirement("R2.2", kind="convention")
 @given(data=st.data(), dtype=NARROW, ones=st.integers(2, 60))
 def test_sums_are_accumulated_in_float32_or_better(impl, data, dtype, ones):
     """Ones between a large number and its negative vanish from a sum in a narrow type, whatever the
@@ -124,24 +124,7 @@ def test_sums_are_accumulated_in_float32_or_better(impl, data, dtype, ones):
     assert (impl.forward(x, np.zeros_like(weight), None, terms) == ones).all()
 
 
-@requirement("R2.2", "R9.5")
-@given(
-    data=st.data(),
-    dtype=dtypes,
-    rank=ranks,
-    alpha=st.floats(0.25, 64) | st.sampled_from([1.0, 16.0]),
-)
-def test_a_card_without_scalings_scales_by_alpha_over_rank(impl, data, dtype, rank, alpha):
-    rows, columns = data.draw(features), data.draw(features)
-    a, b = data.draw(numbers(dtype, (rows, rank))), data.draw(numbers(dtype, (rank, columns)))
-    x, weight = data.draw(numbers(dtype, (2, rows))), data.draw(numbers(dtype, (columns, rows)))
-    card = PlainCard("docs", rank, alpha, ("m",), {"m": PlainPair(a, b)}, {}, {})
-    pair = impl.read_card(impl.write_card(card)).weights["m"]
-    out = impl.forward(x, weight, None, {"docs": Term(pair.A, pair.B, pair.scaling, 1.0)})
-    check(out, x, weight, None, [Term(a, b, alpha / rank, 1.0)])
-
-
-@requirement("R2.5")
+@requirement("R2.5", kind="law")
 @given(data=st.data(), layer=layers(whole=True), lead=st.lists(st.integers(0, 3), max_size=4))
 def test_any_leading_dimensions_are_those_of_the_rows_laid_out(impl, data, layer, lead):
     x, weight, bias, terms = layer
@@ -154,7 +137,7 @@ def test_any_leading_dimensions_are_those_of_the_rows_laid_out(impl, data, layer
     assert np.array_equal(out.reshape(flat.shape)[where], flat[where])
 
 
-@requirement("R2.5", "R2.2")
+@requirement("R2.2", kind="law")
 @given(data=st.data(), dtype=dtypes, lead=st.sampled_from([(), (1,), (3,), (2, 1, 2)]))
 def test_a_rank_as_large_as_the_layer_is_a_rank_like_any_other(impl, data, dtype, lead):
     rows, columns = data.draw(features), data.draw(features)
@@ -165,7 +148,7 @@ def test_a_rank_as_large_as_the_layer_is_a_rank_like_any_other(impl, data, dtype
     check(impl.forward(x, weight, None, terms), x, weight, None, terms.values())
 
 
-@requirement("R2.6")
+@requirement("R2.6", kind="law")
 @given(layer=layers(whole=True))
 def test_the_term_is_added_to_what_the_base_computes(impl, layer):
     x, weight, bias, terms = layer
@@ -205,7 +188,7 @@ def zero_terms(draw):
     )
 
 
-@requirement("R2.9")
+@requirement("R2.9", kind="law")
 @given(drawn=zero_terms(), scale=st.sampled_from([1.0, 0.5, -3.0]), twice=st.booleans())
 def test_with_b_zero_the_output_is_the_bases_wherever_x_a_is_finite(impl, drawn, scale, twice):
     x, weight, bias, a = drawn
@@ -233,7 +216,7 @@ def unimodular(draw, rank):
     return m, inverse
 
 
-@requirement("R2.11")
+@requirement("R2.11", kind="law")
 @given(data=st.data(), dtype=WIDE, rank=ranks)
 def test_a_unimodular_change_of_gauge_changes_nothing_at_all(impl, data, dtype, rank):
     rows, columns = data.draw(features), data.draw(features)
@@ -247,7 +230,7 @@ def test_a_unimodular_change_of_gauge_changes_nothing_at_all(impl, data, dtype, 
     assert np.array_equal(out, impl.forward(x, weight, None, {"a": Term(a, b, 2.0, 1.0)}))
 
 
-@requirement("R2.11")
+@requirement("R2.11", kind="law")
 @given(data=st.data(), dtype=dtypes, rank=ranks, scale=st.sampled_from([0.5, 1.0, -2.0]))
 def test_any_change_of_gauge_changes_no_more_than_its_condition_allows(
     impl, data, dtype, rank, scale

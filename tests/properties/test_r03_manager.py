@@ -73,7 +73,7 @@ def names_and_keys(draw, extra=()):
     )
 
 
-@requirement("R3.11")
+@requirement("R3.11", kind="convention")
 @given(drawn=names_and_keys(extra=["all-linear", "uery", ""]))
 def test_a_target_matches_the_names_that_end_with_it_at_a_dot(impl, drawn):
     names, targets = drawn
@@ -81,7 +81,30 @@ def test_a_target_matches_the_names_that_end_with_it_at_a_dot(impl, drawn):
     assert impl.match_targets(names, []) == []
 
 
-@requirement("R3.11")
+HEADS = "lm_head embed_out output_projection cls classifier score qa_outputs logits head".split()
+"""Output heads, as the specification's note on R3.11 lists them."""
+
+
+@requirement("R3.11", kind="convention")
+@given(
+    names=st.lists(
+        st.lists(
+            st.sampled_from([*HEADS, "0", "query", "heads", "xhead", "Score", "lm_head2"]),
+            min_size=1,
+            max_size=3,
+        ).map(".".join),
+        min_size=1,
+        max_size=8,
+        unique=True,
+    )
+)
+def test_all_linear_leaves_out_what_has_an_output_head_anywhere_in_its_name(impl, names):
+    plain = [name for name in names if not set(name.split(".")) & set(HEADS)]
+    assert impl.match_targets(names, ["all-linear"]) == plain
+    assert impl.match_targets(names, [*names, "all-linear"]) == names
+
+
+@requirement("R3.11", kind="law")
 @given(drawn=names_and_keys(extra=["all-linear"]), data=st.data())
 def test_the_order_of_names_and_targets_changes_no_match(impl, drawn, data):
     names, targets = drawn
@@ -93,7 +116,7 @@ def test_the_order_of_names_and_targets_changes_no_match(impl, drawn, data):
     assert apart == set(shuffled)
 
 
-@requirement("R3.11")
+@requirement("R3.11", kind="convention")
 @given(
     number=st.integers(0, 9),
     digit=st.integers(1, 9),
@@ -108,9 +131,11 @@ def test_layer_1_is_never_layer_11(impl, number, digit, leaf, deep):
 
 @st.composite
 def bindings(draw):
-    """Linears with their shapes, and a card some of whose keys fit some of them."""
+    """Linears, a card some of whose keys fit some of them, and the pairs of module and key that
+    do; whether none of them is in two pairs.
+    """
     names, targets = draw(names_and_keys(extra=["all-linear"]))
-    shapes = {name: (2, draw(st.sampled_from([2, 2, 2, 3]))) for name in names}
+    shapes = dict.fromkeys(names, (2, 2))
     suffixes = [
         ".".join(name.split(".")[start:]) for name in names for start in range(name.count(".") + 1)
     ]
@@ -120,24 +145,29 @@ def bindings(draw):
         )
     )
     pair = PlainPair(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32), 1.0)
-    return PlainCard("docs", 1, 1.0, tuple(targets), dict.fromkeys(keys, pair), {}, {}), shapes
-
-
-@requirement("R3.11")
-@given(drawn=bindings(), data=st.data())
-def test_a_weight_binds_to_the_one_targeted_module_that_it_fits_or_the_card_is_refused(
-    impl, drawn, data
-):
-    card, shapes = drawn
-    reached = [name for name in shapes if targeted(name, card.target_modules)]
-    pairs = [(name, key) for name in reached for key in card.weights if fits(name, key)]
+    card = PlainCard("docs", 1, 1.0, tuple(targets), dict.fromkeys(keys, pair), {}, {})
+    reached = [name for name in names if targeted(name, targets)]
+    pairs = [(name, key) for name in reached for key in keys if fits(name, key)]
     unique = all(len({pair[side] for pair in pairs}) == len(pairs) for side in (0, 1))
-    if unique and all(shapes[name] == (2, 2) for name, _ in pairs):
-        shuffled = dict(data.draw(st.permutations(list(shapes.items()))))
-        assert impl.bind(card, shapes) == impl.bind(card, shuffled) == dict(pairs)
-    else:
-        with pytest.raises(Exception, match=r".+"):
-            impl.bind(card, shapes)
+    return card, shapes, dict(pairs), unique
+
+
+@requirement("R3.11", kind="convention")
+@given(drawn=bindings(), data=st.data())
+def test_a_weight_binds_to_the_one_targeted_module_that_it_fits(impl, drawn, data):
+    card, shapes, pairs, unique = drawn
+    assume(unique)
+    shuffled = dict(data.draw(st.permutations(list(shapes.items()))))
+    assert impl.bind(card, shapes) == impl.bind(card, shuffled) == pairs
+
+
+@requirement("R3.11", kind="refusal")
+@given(drawn=bindings())
+def test_a_weight_that_fits_two_targeted_modules_or_a_module_that_two_fit_is_refused(impl, drawn):
+    card, shapes, _, unique = drawn
+    assume(not unique)
+    with pytest.raises(Exception, match=r".+"):
+        impl.bind(card, shapes)
 
 
 # ---- the same rule where modules are known by several names, and in the plan

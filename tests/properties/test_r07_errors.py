@@ -52,7 +52,7 @@ def plain_pair(shape, rank=1):
 # Any implementation.
 
 
-@requirement("R7.2")
+@requirement("R7.2", kind="refusal")
 @given(
     sizes=st.dictionaries(
         st.integers(0, 20), st.tuples(shapes, shapes, st.booleans()), min_size=1, max_size=4
@@ -73,7 +73,7 @@ def test_a_card_binds_exactly_when_every_pair_fits_its_module(impl, sizes, rank)
             impl.bind(card, modules)
 
 
-@requirement("R7.2")
+@requirement("R7.2", kind="refusal")
 @given(shape=shapes, rank=ranks, other=ranks)
 def test_factors_that_disagree_in_rank_are_refused(impl, shape, rank, other):
     pair = PlainPair(np.ones((shape[0], rank)), np.ones((other, shape[1])), 1.0)
@@ -97,7 +97,7 @@ bad_alphas = st.one_of(
 )
 
 
-@requirement("R7.6")
+@requirement("R7.6", kind="refusal")
 @given(card=plain_cards(max_modules=0), rank=bad_ranks, alpha=bad_alphas)
 def test_a_bad_rank_or_alpha_makes_no_card(impl, card, rank, alpha):
     for wrong in (
@@ -120,7 +120,7 @@ def with_fields(data, **fields):
     return sink.getvalue()
 
 
-@requirement("R7.6")
+@requirement("R7.6", kind="refusal")
 @given(
     card=plain_cards(),
     rank=st.integers(max_value=0)

@@ -160,9 +160,12 @@ def pages(tmp_path, monkeypatch, generate):
     good = SimpleNamespace(name="lora-cards", version="1")
     expected = {"R4.5": {"test_r04.py::b": ("it has no threshold", "router.py")}}
     bad = SimpleNamespace(name="faulty", version="2", expected_failures=expected)
+    kinds = {"passed": [("law", "passed")]}
+    kinds["failed"] = [*kinds["passed"], ("refusal", "failed")]
     for binding, verdict in ((good, "passed"), (bad, "failed")):
         tests = {"a": ("R4.4", 50), "b": ("R4.5", 30)}
         outcomes = [Outcome(f"test_r04.py::{t}", (i,), verdict, n) for t, (i, n) in tests.items()]
+        outcomes += [Outcome("c", ("R4.6",), kind[1], 1, "", kind[0]) for kind in kinds[verdict]]
         write_report(report_of(binding, outcomes, profile="dev"), tmp_path / f"{binding.name}.json")
     return generate
 
@@ -193,7 +196,8 @@ def test_the_matrix_has_a_column_for_each_binding_and_can_be_red(pages):
     page = pages.matrix()
     assert "| id | requirement | lora-cards 1 | faulty 2 |" in page
     rows = [row for row in page.splitlines() if row.startswith("| [R4")]
-    assert [row.split(" | ")[2:] for row in rows] == [["✓", "✗ |"], ["✓", "(✗) |"]]
+    marks = [["✓", "✗ |"], ["✓", "(✗) |"], ["✓", "✓ law, ✗ refusal |"]]
+    assert [row.split(" | ")[2:] for row in rows] == marks
     assert "- **faulty 2**: it has no threshold (R4.5)" in page
 
 

@@ -121,6 +121,7 @@ def test_a_run_says_what_failed_and_on_which_example():
     assert "@reproduce_failure(" in digits["falsified"]
     good = run_suite("tests.bindings.numpy_only:BINDING", only="R4.4")["requirements"]["R4.4"]
     assert (good["verdict"], good["reason"]) == ("passed", "")
+    assert entry["classes"] == {"law": "passed", "convention": "failed", "refusal": "passed"}
 
 
 @requirement("R24.2", "R24.5")
@@ -132,9 +133,10 @@ def test_a_report_shows_failures_first_with_their_evidence_and_folds_the_rest():
     ]
     outcomes = [
         *skips,
-        Outcome("test_x.py::test_good", ("R2.2",), "passed", 7),
-        Outcome(COSINE, BOTH, "failed", 3, "AssertionError: no\n@example(x=1)"),
-        Outcome(ZERO, ("R4.8", "R4.9"), "failed", 5, "AssertionError: nil"),
+        Outcome("test_x.py::test_good", ("R2.2",), "passed", 7, kind="law"),
+        Outcome(COSINE, BOTH, "failed", 3, "AssertionError: no\n@example(x=1)", "law"),
+        Outcome(ZERO, ("R4.8", "R4.9"), "failed", 5, "AssertionError: nil", "convention"),
+        Outcome("test_x.py::test_order", ("R4.9",), "passed", 2, kind="law"),
         Outcome("test_x.py::test_good", ("R4.5",), "passed", 7),
     ]
     binding = declaring("R4.9", test=ZERO)
@@ -143,27 +145,33 @@ def test_a_report_shows_failures_first_with_their_evidence_and_folds_the_rest():
     folder = Path(__file__).parents[1] / "properties"
     assert "\n".join(lines_of(report)).splitlines() == [
         f"R4.4 failed: {spec['R4.4'].sentence}",
-        f"  {folder}/{COSINE}",
+        f"  {folder}/{COSINE} (law)",
         "    AssertionError: no",
         "    @example(x=1)",
         f"R4.8 failed: {spec['R4.8'].sentence}",
-        f"  {folder}/{COSINE}",
+        f"  {folder}/{COSINE} (law)",
         "    as above",
-        f"  {folder}/{ZERO}",
+        f"  {folder}/{ZERO} (convention)",
         "    AssertionError: nil",
         f"R4.5 unexpected pass: {spec['R4.5'].sentence}",
         f"  {folder}/test_x.py::test_good",
         "    not yet (x.py: f)",
         f"R4.9 expected failure: {spec['R4.9'].sentence}",
-        f"  {folder}/{ZERO}",
+        f"  {folder}/{ZERO} (convention)",
         "    it turns queries round (router.py: select)",
         "passed: R2.2",
         "skipped mine lacks bind: none: R1.1, R1.2",
+        "law: 2 failed, 2 passed",
+        "convention: 1 failed, 1 expected failure",
         (
             "7 requirements: 2 failed, 1 unexpected pass, 1 expected failure, 1 passed, 2 skipped; "
-            "15 examples, profile dev, seed 3"
+            "17 examples, profile dev, seed 3"
         ),
     ]
+    classes = {i: entry["classes"] for i, entry in report["requirements"].items()}
+    assert classes["R4.8"] == {"law": "failed", "convention": "failed"}
+    assert classes["R4.9"] == {"law": "passed", "convention": "expected failure"}
+    assert classes["R1.1"] == {}
 
 
 @requirement("R24.1", "R24.5")
