@@ -125,7 +125,8 @@ def matrix() -> str:
         "",
         (
             f"Profile `{columns[0]['profile']}`, seed "
-            f"{columns[0]['seed']}, suite {columns[0]['suite']}."
+            f"{columns[0]['seed']}, suite {columns[0]['suite']}, "
+            f"specification {columns[0]['specification']}."
         ),
     ]
     return "\n".join(lines) + "\n"

@@ -36,7 +36,8 @@ def conformance(
 
     if json_file is not None:
         check_output("--json-file", json_file)
-    report = run_suite(binding, only=only, junit=junit, timeout=timeout)
+    with progress_bar("checking") as progress:
+        report = run_suite(binding, only=only, junit=junit, timeout=timeout, progress=progress)
     if json_file is not None:
         write_report(report, json_file)
     total, failed = len(report["requirements"]), red(report)

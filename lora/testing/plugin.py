@@ -85,7 +85,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("lora conformance").addoption
     add("--binding", help="implementation under test, package.module:NAME")
     add("--only", help="run the tests of one chapter (R4) or requirement (R4.9)")
-    add("--neutral", action="store_true", help="only what any implementation can be held to")
+    add(
+        "--neutral",
+        action="store_true",
+        help="only properties through a binding, as --binding does",
+    )
     add("--conformance-json", help="write verdicts here")
     seconds = "seconds that one property may take"
     add("--conformance-timeout", type=float, default=300.0, help=seconds)
@@ -147,8 +151,9 @@ def impl(request: pytest.FixtureRequest) -> Subject:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests that ``--only`` and ``--neutral`` ask for."""
-    only, neutral = config.getoption("--only"), config.getoption("--neutral")
+    """Keep the tests that ``--only``, ``--neutral`` and ``--binding`` ask for."""
+    only = config.getoption("--only")
+    neutral = config.getoption("--neutral") or config.getoption("--binding")
     kept = [
         item
         for item in items

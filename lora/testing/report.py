@@ -3,6 +3,7 @@
 Requirements: R24.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -33,6 +34,8 @@ NO_TESTS = 5
 VERDICTS = ("failed", "unexpected pass", "expected failure", "passed", "skipped")
 """What a requirement or a property may be; a requirement is the first that one of its tests is."""
 
+
+_COUNT = re.compile(r"\[ *(\d+)/(\d+)\]$")
 
 CLASSES = ("law", "convention", "refusal", "format")
 """What a property may be: a law, which mathematics demands of anyone; a convention, which is a
@@ -62,6 +65,11 @@ class Outcome:
 def read_statements() -> Mapping[str, Requirement]:
     """Return the specification by id."""
     return read_spec(folder_of("spec"))
+
+
+def lock_digest() -> str:
+    """Return 12 digits of the SHA-256 of ``spec/lock.toml``: which sentences were held."""
+    return hashlib.sha256((folder_of("spec") / "lock.toml").read_bytes()).hexdigest()[:12]
 
 
 @lru_cache(1)
@@ -122,6 +130,7 @@ def report_of(
     return {
         "schema_version": SCHEMA_VERSION,
         "suite": lora.__version__,
+        "specification": lock_digest(),
         "binding": {"name": binding.name, "version": binding.version},
         "profile": profile,
         "seed": seed,
@@ -177,7 +186,8 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
     numbers = _counted([entry["verdict"] for entry in entries.values()])
     yield (
         f"{len(entries)} requirements: {numbers}; {sum(tests.values())} examples, "
-        f"profile {report['profile']}, seed {report['seed']}"
+        f"profile {report['profile']}, seed {report['seed']}, suite {report['suite']}, "
+        f"specification {report['specification']}"
     )
 
 
@@ -212,14 +222,16 @@ def run_suite(
     only: str | None = None,
     junit: Path | None = None,
     timeout: float = 300.0,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> dict[str, Any]:
-    """Run the suite against a binding in a process of its own; pytest's output goes to stderr.
+    """Run the suite against a binding in a process of its own.
 
     Args:
         binding: ``package.module:NAME``; None for this library.
         only: A chapter or a requirement.
         junit: Where to write JUnit XML.
         timeout: Seconds that one property may take.
+        progress: Called after each property with the number of those done, and of all.
 
     Raises:
         MissingPackageError: pytest or Hypothesis is not installed.
@@ -232,25 +244,27 @@ def run_suite(
         raise MissingPackageError("conformance suite", "pytest, hypothesis", "not installed", hint)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
-        options = ["-c", os.devnull, "--rootdir", folder, "-q", "--tb=no", "-W", "error"]
+        options = ["-c", os.devnull, "--rootdir", folder, "-v", "--tb=no", "-W", "error"]
+        options += ["-o", "console_output_style=count"]
         options += ["-p", "lora.testing.plugin", "-p", "no:cacheprovider", "--neutral"]
         options += [f"--conformance-json={path}", f"--conformance-timeout={timeout}"]
         options += [f"--binding={binding}"] if binding else []
         options += [f"--only={only}"] if only else []
         options += [f"--junit-xml={junit.absolute()}"] if junit else []
-        run = subprocess.run(  # noqa: S603 - this interpreter
-            [sys.executable, "-m", "pytest", *options, str(folder_of("tests/properties"))],
-            stdout=sys.stderr,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-m", "pytest", *options, str(folder_of("tests/properties"))]
+        pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
+        with (Path(folder) / "errors").open("w+", encoding="utf-8") as errors:
+            with subprocess.Popen(command, stderr=errors, **pipe) as run:  # noqa: S603 - this interpreter
+                for line in run.stdout or ():
+                    if count := _COUNT.search(line):
+                        progress(int(count[1]), int(count[2]))
+            errors.seek(0)
+            last_line = errors.read().strip().rpartition("\n")[2]
         if run.returncode == NO_TESTS:
             expected = "a requirement that any implementation can be held to (P*)"
             raise ArgumentError("--only", expected, f"{only!r}, of this library alone")
         if run.returncode not in (0, 1) or not path.is_file():
             status = f"pytest's exit status {run.returncode}"
-            last_line = run.stderr.strip().rpartition("\n")[2] or status
-            raise ArgumentError("conformance suite", "a run with verdicts", last_line)
+            raise ArgumentError("conformance suite", "a run with verdicts", last_line or status)
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return report

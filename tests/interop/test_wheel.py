@@ -1,6 +1,7 @@
 """What is released holds all that its users need, and is the same bytes wherever it is built."""
 
 import email
+import json
 import os
 import re
 import site
@@ -20,6 +21,7 @@ from trove_classifiers import classifiers
 
 import lora
 from lora.testing.plugin import requirement
+from lora.testing.report import lock_digest
 
 ROOT = Path(__file__).parents[2]
 EPOCH = "1577836800"  # any fixed moment will do
@@ -153,6 +155,38 @@ def test_the_command_and_the_suite_run_from_an_installed_wheel_elsewhere(install
     card = package.parent / "testing/spec/vectors/1/R1.4/valid/basic.lora.arrow"
     run(installed, "lora", "inspect", card, cwd=tmp_path)
     assert "passed" in run(installed, "lora", "conformance", "--only", "R3.11", cwd=tmp_path)
+
+
+BINDING = """
+class Mine:
+    name, version = "mine", "1"
+    lacks = "write_card read_card forward bind extract make_router merge"
+    missing = dict.fromkeys(lacks.split(), "it has none")
+
+    def match_targets(self, names, targets):
+        heads = "lm_head embed_out output_projection cls classifier score qa_outputs logits head"
+        named = [n for n in names if any(n == t or n.endswith("." + t) for t in targets)]
+        rest = [n for n in names if not set(n.split(".")) & set(heads.split())]
+        return [n for n in names if n in named or ("all-linear" in targets and n in rest)]
+
+BINDING = Mine()
+"""
+
+
+@requirement("R24.9")
+def test_pytest_holds_a_binding_in_the_folder_where_it_runs_to_the_suite_of_a_wheel(
+    installed, tmp_path
+):
+    (tmp_path / "own_binding.py").write_text(BINDING)
+    options = ["--pyargs", "lora.testing.properties", "--binding", "own_binding:BINDING", "-q"]
+    options += ["--conformance-json", "verdicts.json", "-p", "no:randomly"]
+    pytest_alone = ["python", "-P", "-m", "pytest", "-p", "lora.testing.plugin"]
+    run(installed, *pytest_alone, *options, cwd=tmp_path)
+    verdicts = json.loads((tmp_path / "verdicts.json").read_text())
+    entries = verdicts["requirements"].items()
+    assert [i for i, entry in entries if entry["verdict"] == "passed"] == ["R3.11"]
+    assert {entry["verdict"] for _, entry in entries} == {"passed", "skipped"}
+    assert verdicts["specification"] == lock_digest()
 
 
 @pytest.mark.foreign

@@ -14,7 +14,7 @@ import lora
 from lora.arrow_format import FORMAT_VERSION
 from lora.evolution import queue
 from lora.testing.plugin import requirement
-from lora.testing.report import SCHEMA_VERSION
+from lora.testing.report import SCHEMA_VERSION, read_statements
 from tests.trace import read_lock
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +137,16 @@ def test_the_pythons_that_are_tested_are_those_that_are_promised():
 
 
 # versions
+
+
+@requirement("R24.9")
+def test_the_changelog_names_each_revision_by_which_a_verdict_may_change():
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    sections = re.findall(r"^### Verdicts\n(.*?)(?=^##)", text, re.MULTILINE | re.DOTALL)
+    spec = read_statements().values()
+    revised = {f"{r.id}@{r.revision}" for r in spec if r.evidence == "P*" and r.revision > 1}
+    assert revised
+    assert revised <= set(re.findall(r"R\d+\.\d+@\d+", "".join(sections)))
 
 
 def test_the_versions_stated_are_those_in_the_code():

@@ -1,5 +1,6 @@
 """Verdicts of the conformance suite: one for each requirement, whatever a binding does."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import lora
 from lora.cli.suite import conformance
 from lora.errors import ArgumentError
 from lora.testing.plugin import Subject, load_binding, requirement
@@ -24,6 +26,8 @@ from lora.testing.report import (
 )
 
 FAILED = "failed"
+SPEC = Path(__file__).parents[2] / "spec"
+LOCK = hashlib.sha256((SPEC / "lock.toml").read_bytes()).hexdigest()[:12]
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +81,8 @@ def test_in_pytest_a_failure_is_excused_if_it_is_declared_for_all_that_it_names(
 ):
     file, _, name = COSINE.partition("::")
     test = f"@pytest.mark.requirement(*{BOTH})\ndef {name}(impl):\n    assert False\n"
-    (tmp_path / file).write_text(f"import pytest\n\n\n{test}")
+    alone = "def test_of_this_library_alone():\n    assert False\n"
+    (tmp_path / file).write_text(f"import pytest\n\n\n{test}\n\n{alone}")
     binding = "class BINDING:\n    name, version = 'mine', '1'\n    expected_failures = "
     binding += repr(declaring(*declared).expected_failures)
     (tmp_path / "own_binding.py").write_text(binding)
@@ -124,7 +129,15 @@ def test_a_run_says_what_failed_and_on_which_example():
     assert entry["classes"] == {"law": "passed", "convention": "failed", "refusal": "passed"}
 
 
-@requirement("R24.2", "R24.5")
+@requirement("R25.3")
+def test_a_run_tells_how_many_properties_are_done():
+    told = []
+    run_suite("tests.faults.targets:Substring", only="R3.11", progress=lambda *n: told.append(n))
+    assert told == [(n, len(told)) for n in range(1, len(told) + 1)]
+    assert len(told) == 6
+
+
+@requirement("R24.2", "R24.5", "R24.9")
 def test_a_report_shows_failures_first_with_their_evidence_and_folds_the_rest():
     spec = read_statements()
     skips = [
@@ -165,7 +178,7 @@ def test_a_report_shows_failures_first_with_their_evidence_and_folds_the_rest():
         "convention: 1 failed, 1 expected failure",
         (
             "7 requirements: 2 failed, 1 unexpected pass, 1 expected failure, 1 passed, 2 skipped; "
-            "17 examples, profile dev, seed 3"
+            f"17 examples, profile dev, seed 3, suite {lora.__version__}, specification {LOCK}"
         ),
     ]
     classes = {i: entry["classes"] for i, entry in report["requirements"].items()}

@@ -1,0 +1,1 @@
+"""The properties; a package, so that ``pytest --pyargs`` finds them in a wheel."""
