@@ -17,7 +17,6 @@ from lora.federation.trust import public_key, sign
 from lora.files import PathLike, as_path, digest, inspect, os_errors, replacing
 
 SUFFIX = ".sig.json"  # after the name of a card file: its signed manifest
-MAX_KEY_BYTES = 16384
 
 
 def generate_key(path: PathLike) -> str:
@@ -63,16 +62,16 @@ def signature_path(card: Path) -> Path:
 
 def read_signed(path: Path) -> Manifest:
     """Read a signed manifest from its file."""
-    return manifest_from_json(read_small(path, MAX_MANIFEST_BYTES))
+    return manifest_from_json(read_small(path))
 
 
-def read_small(path: PathLike, limit: int = MAX_KEY_BYTES) -> bytes:
-    """Read a file of at most `limit` bytes, such as a key or a manifest."""
+def read_small(path: PathLike) -> bytes:
+    """Read a key, a certificate or a manifest, of at most `MAX_MANIFEST_BYTES`."""
     path = as_path(path)
     with os_errors(path), path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise StoreError(str(path), f"at most {limit} bytes", "more")
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise StoreError(str(path), f"at most {MAX_MANIFEST_BYTES} bytes", "more")
     return data
 
 

@@ -166,7 +166,7 @@ def test_what_is_no_key_is_named_without_being_quoted(tmp_path):
             with pytest.raises(ArgumentError, match="Ed25519") as caught:
                 load(path)
             assert "SECRET" not in str(caught.value)
-    path.write_bytes(b"x" * 20_000)
+    path.write_bytes(b"x" * 70_000)
     with pytest.raises(StoreError, match="at most"):
         load_private_key(path)
     path.write_bytes(b"[1]")
