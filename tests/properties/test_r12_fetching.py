@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import flight
 
 import lora
 from lora import errors
@@ -24,29 +22,20 @@ from lora.federation.client import LoRAFlightClient
 from lora.federation.manifest import Signature, manifest_of
 from lora.federation.trust import Policy, check_contents, norm_of, public_key, sign
 from lora.testing.plugin import requirement
+from tests.unit.hostile import AUTHOR, TRUSTING, Liar
 
-KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-POLICY = Policy(frozenset({public_key(KEY)}), max_bytes=100_000)
-
-
-class Sender(flight.FlightServerBase):
-    """Sends what it was last given."""
-
-    data = b""
-
-    def do_action(self, context, action):
-        return (self.data[at : at + 1000] for at in range(0, len(self.data), 1000))
+POLICY = Policy(TRUSTING.trusted, max_bytes=100_000)
 
 
 @pytest.fixture(scope="module")
 def wire():
     """A function that fetches a manifest's card, and says what it left in the cache."""
-    with tempfile.TemporaryDirectory() as folder, Sender("grpc://127.0.0.1:0") as server:
+    with tempfile.TemporaryDirectory() as folder, Liar() as server:
         cache = CardCache(folder)
-        with LoRAFlightClient(f"grpc://127.0.0.1:{server.port}", cache, POLICY) as client:
+        with LoRAFlightClient(server.uri, cache, POLICY) as client:
 
             def fetch(manifest, data):
-                server.data = data
+                server.data = lambda: (data[at : at + 1000] for at in range(0, len(data), 1000))
                 try:
                     return client.fetch(manifest).card
                 except errors.LoRAError as error:
@@ -74,7 +63,7 @@ def holding(value=0.5, name="docs"):
 
 
 DATA, GOOD = file_of(holding())
-SIGNED = sign(GOOD, KEY)
+SIGNED = sign(GOOD, AUTHOR)
 
 
 @requirement("R12.3")
@@ -124,9 +113,9 @@ def test_of_several_faults_the_first_stages_is_named_and_the_cache_stays_as_it_w
     changes["digest"] = {"digest": "0" * 64}
     for fault in changes.keys() & set(faults):
         manifest = replace(manifest, **changes[fault])
-    manifest = sign(manifest, KEY)
+    manifest = sign(manifest, AUTHOR)
     if "signature" in faults:
-        manifest = replace(manifest, signature=Signature(public_key(KEY), "0" * 128))
+        manifest = replace(manifest, signature=Signature(public_key(AUTHOR), "0" * 128))
     outcome = wire(manifest, data[:-1] if "bytes" in faults else data)
     first = next((stage for stage in ERRORS if stage in faults), None)
     if first is None:

@@ -81,8 +81,10 @@ def serving_process(folder):
     """A process that serves a folder, and its URI."""
     command = [sys.executable, "-c", SERVER, folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        yield process, process.stdout.readline().strip()
-        process.kill()
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
 
 
 class Liar(flight.FlightServerBase):
