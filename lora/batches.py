@@ -51,7 +51,7 @@ def encode_batches(
         route: Choose each row's card by its text; see `lora.routing.decide`.
         threshold: The score that every card needs; None: each card's own.
         column: The column of texts.
-        model: A Hugging Face folder; None for the embedded default model.
+        model: An encoder's folder; None for the embedded default model.
         fixed_size: Make ``embedding`` a list of fixed size; else a list of any size.
 
     Raises:
@@ -94,7 +94,8 @@ def encode_batches(
             named = _texts(batch, adapter_column)
             names = [named[row] for row in texts]
         choices: list[Choice] = [{} if name is None else name for name in names]
-        encoding = engine.encode_with_lora(list(texts.values()), choices)
+        # Without a text, another one tells the width of an embedding.
+        encoding = engine.encode_with_lora(list(texts.values()) or ["-"], choices or None)
         yield _with_columns(batch, list(texts), encoding.embeddings, names, fixed_size)
 
 

@@ -43,6 +43,7 @@ from lora.federation.node import Node, acceptable, uri_of
 from lora.federation.trust import Policy
 from lora.files import PathLike, as_path, load
 from lora.models.adapt import adapt, adapt_rows, bindings, build
+from lora.models.any_encoder import open_encoder
 from lora.models.encoder import InferenceCore
 from lora.models.manager import LoRAManager, State, log_loaded
 from lora.router import Description, LoRARouter, RouterState
@@ -214,10 +215,13 @@ class ArrowEngine(Uncopied):
     def from_pretrained(
         cls, path: PathLike | None = None, *, device: str = "auto", **options: Any
     ) -> "ArrowEngine":
-        """Return an engine over a Hugging Face folder; None for the embedded all-MiniLM-L6-v2."""
-        core = InferenceCore.from_pretrained(path or default_model())
+        """Return an engine over an encoder's folder; None for the embedded all-MiniLM-L6-v2.
+
+        What `InferenceCore` does not compute is opened through sentence-transformers.
+        """
+        encoder = open_encoder(path or default_model())
         options.setdefault("base_model", str(path or "sentence-transformers/all-MiniLM-L6-v2"))
-        return cls(core, device=device, **options)
+        return cls(encoder, device=device, **options)
 
     @property
     def state(self) -> EngineState:
@@ -644,8 +648,8 @@ def _encoded(
     if isinstance(rows, torch.Tensor):
         rows = rows.float().cpu().numpy()
     embeddings: Array = np.asarray(rows, np.float32)
-    if embeddings.ndim != 2 and not texts:
-        return np.empty((0, 0), np.float32)
+    if embeddings.ndim != 2 and not texts:  # some encoders then leave the width out
+        return _encoded(model, ["-"], options)[:0]
     if embeddings.ndim != 2 or len(embeddings) != len(texts):
         raise ShapeError("encoder", f"embeddings ({len(texts)}, d)", f"shape {embeddings.shape}")
     return embeddings

@@ -17,20 +17,34 @@ from typing import Any, Self
 from lora.card import DTYPES, LoRACard
 from lora.checks import choice, integer, is_semantic_version, share
 from lora.errors import ArgumentError, TargetError, shown
-from lora.targets import matches, suffixes
+from lora.targets import ALL_LINEAR, matches, suffixes
 
 ROLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "query": ("attention.self.query", "self_attn.q_proj"),
-        "key": ("attention.self.key", "self_attn.k_proj"),
-        "value": ("attention.self.value", "self_attn.v_proj"),
-        "output": ("attention.output.dense", "self_attn.o_proj"),
+        "query": (
+            *("attention.self.query", "self_attn.q_proj", "attention.attn.q", "attention.q_lin"),
+            *("attention.self.query_proj", "attention.query", "SelfAttention.q", "attn.Wqkv"),
+        ),
+        "key": (
+            *("attention.self.key", "self_attn.k_proj", "attention.attn.k", "attention.k_lin"),
+            *("attention.self.key_proj", "attention.key", "SelfAttention.k"),
+        ),
+        "value": (
+            *("attention.self.value", "self_attn.v_proj", "attention.attn.v", "attention.v_lin"),
+            *("attention.self.value_proj", "attention.value", "SelfAttention.v"),
+        ),
+        "output": (
+            *("attention.output.dense", "self_attn.o_proj", "attention.attn.o"),
+            *("attention.out_lin", "SelfAttention.o", "attn.Wo"),
+        ),
         "gate": ("mlp.gate_proj",),
-        "up": ("intermediate.dense", "mlp.up_proj"),
-        "down": ("output.dense", "mlp.down_proj"),
+        "up": ("intermediate.dense", "mlp.up_proj", "ffn.lin1", "mlp.Wi"),
+        "down": ("output.dense", "mlp.down_proj", "ffn.lin2", "mlp.Wo"),
     }
 )
-"""Role -> suffixes of the modules that have it, in BERT and Llama; the first role that matches."""
+"""Role -> suffixes of the modules that have it, in BERT, Llama, MPNet, DistilBERT, DeBERTa, ALBERT,
+T5 and ModernBERT (whose fused projection is the query's); the first role that matches.
+"""
 
 
 def _json_values(value: Any) -> dict[str, Any]:
@@ -219,6 +233,18 @@ def role_of(module: str) -> str | None:
     """
     name = module.replace("crossattention.", "attention.")
     return next((role for role, keys in ROLES.items() if any(matches(name, k) for k in keys)), None)
+
+
+def default_targets(names: Iterable[str]) -> tuple[str, ...]:
+    """Return targets that match the queries and values among the Linears; else all of them.
+
+    Examples:
+        >>> default_targets(["0.attention.q_lin", "0.attention.k_lin"]), default_targets(["0"])
+        (('q_lin',), ('all-linear',))
+    """
+    names = set(names)
+    chosen = sorted(name for name in names if role_of(name) in ("query", "value"))
+    return _targets(chosen, names - set(chosen)) if chosen else (ALL_LINEAR,)
 
 
 _TIME = re.compile(

@@ -260,7 +260,7 @@ def train(
         steps: Steps at most.
         rank: Rank; the preset's or 8.
         alpha: Alpha; the preset's or 16.
-        target: Target module; may be repeated. The preset's, or query and value.
+        target: Target module; may be repeated. The preset's, or queries and values.
         checkpoint: Go on from this file after an interrupt.
         plot: Draw the history as .svg or .png.
     """
@@ -292,7 +292,7 @@ def train(
         engine,
         rank=config.rank,
         alpha=config.alpha,
-        target_modules=config.target_modules,
+        target_modules=target or (config.target_modules if preset in PRESETS else None),
         seed=seed,
         settings=settings,
     )
@@ -322,3 +322,41 @@ def train(
         return Result(facts, f"{out}: {gain}")
     reason = f"no better than the base model: {gain}"
     return Result({**facts, "reason": reason}, f"{out}: {reason}", NOTHING_TO_SERVE)
+
+
+@command("eval docs.lora.arrow law.lora.arrow --pairs pairs.jsonl", name="eval")
+def evaluate(cards: list[Path], *, pairs: Path, model: Model = None) -> Result:
+    """Measure how well queries find their answers: by the base model, and by each card.
+
+    Each card's difference to the base stands between bounds, each of 95 %.
+
+    Args:
+        cards: Card files, of which each is applied alone.
+        pairs: Held-out pairs as .jsonl, .parquet or .arrow.
+    """
+    from lora.evolution.acceptance import change
+    from lora.training.data import Pairs
+    from lora.training.train import ranks
+
+    data, loaded = Pairs.load(pairs), [lora.load(path) for path in cards]
+    groups = data.table["group"].to_pylist()
+    base = lora.ArrowEngine.from_pretrained(model).base
+    rows: list[dict[str, Any]] = []
+    with progress_bar("evaluating") as progress:
+        plain = ranks(base, data)
+        for path, card in zip(cards, loaded, strict=True):
+            progress(len(rows) + 1, len(loaded) + 1)
+            shares = ranks(lora.adapt(base, card), data)
+            gain = change(plain, shares, groups, where=f"--pairs {pairs}")
+            rows.append({"file": str(path), "name": card.name, **_figures(shares)})
+            rows[-1] |= {"gain": gain.mean, "lower": gain.lower, "upper": gain.upper}
+    facts = {"queries": len(data), "base": _figures(plain), "cards": rows}
+    empty = dict.fromkeys(("gain", "lower", "upper"), "")
+    shown = [{"name": "(base)", **_figures(plain), **empty}]
+    shown += [{key: row[key] for key in shown[0]} for row in rows]
+    return Result(facts, table_of(shown))
+
+
+def _figures(shares: Any) -> dict[str, float]:
+    """Return MRR and recall at 1 of reciprocal ranks."""
+    return {"mrr": float(shares.mean()), "recall_at_1": float((shares >= 1).mean())}

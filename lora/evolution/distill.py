@@ -47,7 +47,7 @@ QUALITY = 0.5
 class Engine(Protocol):
     """What distillation needs of an engine."""
 
-    base: Any  # an `InferenceCore`
+    base: Any  # an encoder that can be trained
     base_model: str | None
     router: LoRARouter
     metrics: Metrics
@@ -104,7 +104,7 @@ class SkillDistiller:
     `observe` and `log_qa` may be called from any thread, `work` from several on different tasks.
 
     Args:
-        engine: Over an `InferenceCore`.
+        engine: Over an encoder that can be trained.
         sources: Material by name; see `lora.evolution.documents.Source.read`.
         teacher: Is asked about the documents that fit a topic, or about the topic without any.
         store: Folder of the live cards, to which accepted ones are added.

@@ -74,7 +74,7 @@ LEARNING = Settings(share=0.9, validation_size=64)
 class Engine(Protocol):
     """What an exam needs of an engine."""
 
-    base: Any  # an `InferenceCore`
+    base: Any  # an encoder that can be trained
     base_model: str | None
 
 

@@ -20,7 +20,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from lora.card import Array
 from lora.checks import integer
@@ -130,7 +129,6 @@ class InferenceCore(nn.Module):
         self.embeddings = nn.ModuleDict({**tables, "LayerNorm": norm})
         layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
-        self.encoder.checkpointing = False  # True: compute each layer again on the way back
         self.dense = nn.ModuleList(
             nn.Linear(layer.in_features, layer.out_features, bias=layer.bias)
             for layer in config.dense
@@ -200,10 +198,7 @@ class InferenceCore(nn.Module):
         token_type = embeddings.token_type_embeddings.weight[0]
         x = embeddings.LayerNorm(embeddings.word_embeddings(ids) + token_type + positions)
         for layer in self.encoder.layer:
-            if self.encoder.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, seen, segments, use_reentrant=False)
-            else:
-                x = layer(x, seen, segments)
+            x = layer(x, seen, segments)
         pooled = pool(x, mask, self.pooling, skipped)
         for linear, layer in zip(self.dense, self.config.dense, strict=True):
             pooled = getattr(nn, layer.activation)()(_project(linear, pooled, segments))

@@ -20,9 +20,10 @@ from lora.errors import UnsupportedModelError, shown
 from lora.files import os_errors
 
 HINT = (
-    "open the folder with sentence_transformers.SentenceTransformer (pip install "
-    "sentence-transformers) and pass that model to ArrowEngine"
+    "ArrowEngine.from_pretrained opens the folder through sentence-transformers "
+    "(pip install 'lora-cards[st]')"
 )
+"""The hint of every refusal of what is whole, and may be computed by others."""
 
 POOLINGS = {
     "pooling_mode_cls_token": "cls",

@@ -14,6 +14,7 @@ from lora.card import LoRACard
 from lora.checks import positive, share
 from lora.errors import ArgumentError, DataError, shown
 from lora.models.adapt import trainable, trained_card
+from lora.models.any_encoder import embed
 from lora.training.data import AnyPairs, Pairs, is_text
 from lora.training.train import LoRATrainer, evaluate
 
@@ -83,7 +84,7 @@ class OnlineAdapter:
         name: str = "online",
         rank: int = 4,
         alpha: float = 8.0,
-        target_modules: tuple[str, ...] = ("query", "value"),
+        target_modules: tuple[str, ...] | None = None,
         step_size: float = 0.05,
         tolerance: float = 0.01,
         seed: int = 0,
@@ -108,7 +109,7 @@ class OnlineAdapter:
         model = trainable(self.core, state.card).eval()
         factors = [factor for factor in model.parameters() if factor.requires_grad]
         with torch.enable_grad():
-            query, answer = model.embed([event.query]), model.embed([event.answer])
+            query, answer = embed(model, [event.query]), embed(model, [event.answer])
             similarity = F.cosine_similarity(query, answer)
             gradients = torch.autograd.grad(similarity, factors, materialize_grads=True)
         length = math.hypot(*(gradient.double().norm().item() for gradient in gradients))

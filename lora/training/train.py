@@ -1,4 +1,4 @@
-"""LoRATrainer learns a card from pairs of texts, with the real encoder.
+"""LoRATrainer learns a card from pairs of texts, with the real encoder, of any kind.
 
 Each random choice is a function of seed, epoch and step. So a run is reproducible bit for bit, and
 a run that was killed continues from its checkpoint to the same result.
@@ -35,12 +35,20 @@ from lora.errors import (
     DataError,
     ShapeError,
     StateError,
-    UnsupportedModelError,
     shown,
 )
 from lora.files import PathLike, as_path, replacing
-from lora.models.adapt import fingerprint, init_card, trainable, trained_card
-from lora.models.encoder import InferenceCore, batches
+from lora.models.adapt import fingerprint, init_card, linears, trainable, trained_card
+from lora.models.any_encoder import (
+    checkpoint_blocks,
+    embed,
+    embedder,
+    name_inside,
+    token_counts,
+)
+from lora.models.encoder import batches
+from lora.models.layers import TrainableLinear
+from lora.presets import default_targets
 from lora.progress import progress_bar
 from lora.training.data import AnyPairs, Pairs
 from lora.training.ewc import EWC, Anchor, checked_anchor, fisher_of, normalized, penalty
@@ -70,6 +78,7 @@ class Settings:
         checkpointing: Compute each block again on the way back: less memory.
         lora_plus: Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024).
         rslora: Scale by alpha / √rank (Kalajdzievski 2023).
+        dropout: On the low-rank path. The encoder's own dropout stays off.
         patience: Validations without a better MRR after which training stops.
     """
 
@@ -154,7 +163,11 @@ class LoRATrainer:
     """Trains cards for an engine's base model, which is not changed.
 
     Args:
-        engine: An engine over an `InferenceCore`.
+        engine: An engine, or an encoder: an `InferenceCore`, a ``SentenceTransformer``, a
+            `PooledEncoder`, or a torch module with ``encode(texts)`` and, with gradients,
+            ``embed(texts)``.
+        target_modules: By default queries and values, where the encoder's names tell them; else
+            all Linears.
         settings: `Settings`, or the name of one of `PRESETS`.
 
     Examples:
@@ -171,16 +184,13 @@ class LoRATrainer:
         *,
         rank: int = 8,
         alpha: float = 16.0,
-        target_modules: Sequence[str] | str = ("query", "value"),
+        target_modules: Sequence[str] | str | None = None,
         seed: int = 0,
         settings: Settings | str | None = None,
         base_model: str | None = None,
     ) -> None:
-        core = getattr(engine, "base", engine)
-        if not isinstance(core, InferenceCore):
-            kind = type(core).__name__
-            raise UnsupportedModelError("training", "an engine over an InferenceCore", kind)
-        self.core = core
+        self.core: Any = getattr(engine, "base", engine)
+        embedder(self.core)  # refuses what can't be trained
         if isinstance(settings, str) and settings in PRESETS:
             settings = PRESETS[settings]
         if not isinstance(settings, Settings | None):
@@ -188,16 +198,18 @@ class LoRATrainer:
             raise ArgumentError("settings", expected, shown(settings))
         self.settings = settings or Settings()
         self.seed = integer(seed, "seed", 0)
+        if target_modules is None:
+            target_modules = default_targets(linears(self.core))
         card = init_card(
             self.core, "untrained", rank=rank, alpha=alpha, target_modules=target_modules, seed=seed
         )
         scaling = card.alpha / (math.sqrt(card.rank) if self.settings.rslora else card.rank)
-        self.initial = replace(
-            card,
-            weights={key: replace(pair, scaling=scaling) for key, pair in card.weights.items()},
-            base_model=base_model,
-            base_fingerprint=fingerprint(self.core, card),
-        )
+        weights = {
+            name_inside(self.core, key): replace(pair, scaling=scaling)
+            for key, pair in card.weights.items()
+        }
+        card = replace(card, weights=weights, base_model=base_model)
+        self.initial = replace(card, base_fingerprint=fingerprint(self.core, card))
 
     def train(
         self,
@@ -313,7 +325,8 @@ class _Run:
         settings = trainer.settings
         self.card, self.settings, self.seed = card, settings, trainer.seed
         self.model = trainable(trainer.core, card, dropout=settings.dropout).eval()
-        self.model.encoder.checkpointing = settings.checkpointing
+        if settings.checkpointing:
+            checkpoint_blocks(self.model)
         self.factors: dict[str, Tensor] = {
             name: factor for name, factor in self.model.named_parameters() if factor.requires_grad
         }
@@ -328,14 +341,16 @@ class _Run:
             self.optimizer, settings.schedule, steps, warmup=settings.warmup
         )
         is_fp16 = settings.autocast == "fp16"
-        self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=is_fp16)
+        self.device = factors[0].device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
 
     def step(self, batch: Pairs) -> tuple[float, float]:
         """Update the factors once; return the loss of the batch and the learning rate."""
         self.optimizer.zero_grad()
-        self.model.train()
+        for module in self.model.modules():  # the encoder's own dropout stays off
+            module.training = isinstance(module, TrainableLinear)
         loss = self._backward(batch)
         self.model.eval()  # a validation has no dropout
         if not math.isfinite(loss):
@@ -383,8 +398,7 @@ class _Run:
 
         On a CPU, groups of similar length save the time that padding costs.
         """
-        device = self.model.device.type
-        lengths = [len(row) or 1 for row in self.model.tokenize(texts)]
+        device, lengths = self.device.type, token_counts(self.model, texts)
         groups = list(batches(lengths, GROUP if device == "cpu" else len(texts) * max(lengths)))
         dtype = AUTOCAST.get(self.settings.autocast or "")
         seed = np.random.SeedSequence((self.seed, len(self.history), part)).generate_state(1)[0]
@@ -393,7 +407,7 @@ class _Run:
             torch.autocast(device, dtype, enabled=dtype is not None),
         ):
             torch.manual_seed(int(seed))
-            rows = torch.cat([self.model.embed([texts[row] for row in group]) for group in groups])
+            rows = torch.cat([embed(self.model, [texts[row] for row in group]) for group in groups])
         return rows[np.argsort(np.concatenate(groups))]
 
     def copied(self) -> dict[str, Tensor]:
@@ -426,7 +440,7 @@ class _Run:
         if path is None or not as_path(path).is_file():
             return
         try:
-            with safe_open(path, framework="pt", device=str(self.model.device)) as file:
+            with safe_open(path, framework="pt", device=str(self.device)) as file:
                 self.history, scaler = json.loads(file.metadata()[identity])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:

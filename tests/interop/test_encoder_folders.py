@@ -387,7 +387,7 @@ def test_what_is_not_computed_is_refused_by_name_with_the_way_out(
     change(folder / file, **values)
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         InferenceCore.from_pretrained(folder)
-    assert "pip install sentence-transformers" in str(caught.value)
+    assert "pip install 'lora-cards[st]'" in str(caught.value)
 
 
 @requirement("R5.7")

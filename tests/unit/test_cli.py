@@ -519,8 +519,8 @@ def watched(monkeypatch, place):
 
 @requirement("R25.2")
 def test_the_subcommands_are_those_that_are_promised():
-    promised = """inspect convert merge extract encode route probe train serve list fetch keygen
-    sign
+    promised = """inspect convert merge extract encode route probe train eval serve list fetch
+    keygen sign
     evolve factory conformance bench demo"""
     assert set(promised.split()) <= set(COMMANDS)
     assert {"factory add", "factory run", "factory status", "factory rollback"} <= set(EVERY)

@@ -34,7 +34,6 @@ from lora.errors import (
     TargetError,
     UnboundWarning,
     UnknownCardError,
-    UnsupportedModelError,
 )
 from lora.federation import Policy
 from lora.files import save
@@ -672,16 +671,6 @@ def test_what_can_not_encode_is_refused(encoder):
         ArgumentError, match=r"encoder: expected a torch module with encode\(texts\)"
     ):
         ArrowEngine(encoder)
-
-
-@requirement("R5.7")
-def test_a_folder_of_another_kind_of_model_says_how_to_pass_ones_own(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
-    with pytest.raises(
-        UnsupportedModelError,
-        match=r"roberta.*SentenceTransformer .* and pass that model to ArrowEngine",
-    ):
-        ArrowEngine.from_pretrained(tmp_path)
 
 
 @requirement("R5.15")
