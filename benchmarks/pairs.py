@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -25,7 +26,8 @@ import torch
 from torch import nn
 
 from lora.models.layers import WIDE, LoRALinear
-from lora.testing.bench import shown
+from lora.testing import CHECKOUT
+from lora.testing.bench import digests, shown
 
 Row = dict[str, Any]
 Work = Callable[[], Any]
@@ -188,6 +190,13 @@ def settled() -> int:
     return resident()
 
 
+def sources() -> list[str]:
+    """The files that the figures are of: the script and the library's modules that it loaded."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("lora.")]
+    files = [Path(file).resolve() for file in (sys.argv[0], *(m.__file__ for m in modules))]
+    return sorted(file.relative_to(CHECKOUT).as_posix() for file in files)
+
+
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     lines = (
@@ -242,5 +251,6 @@ def run(groups: Callable[[bool], Iterable[Iterable[Row]]], summary: str) -> None
         for row in rows:
             print(*shown(row), sep=" | ", flush=True)
             found["rows"].append(row)
+    found["machine"]["sources"] = digests(sources())
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

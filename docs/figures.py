@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora.testing.bench import shown
+from lora.testing.bench import digests, shown
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -136,6 +136,15 @@ def machine(report: Report) -> str:
     )
 
 
+def changed_since(sources: Mapping[str, str]) -> str:
+    """Which of the sources that were measured are others today."""
+    now = digests(sources)
+    changed = ", ".join(f"`{name}`" for name, digest in sources.items() if digest != now[name])
+    if changed:
+        return f"Changed since: {changed}."
+    return "Unchanged since." if sources else "Which sources were measured was not noted."
+
+
 def page(report: Report) -> str:
     """Every figure, by script."""
     lines = [
@@ -162,6 +171,7 @@ def page(report: Report) -> str:
                 f"minutes: {load}. Targets met: {sum(met)} of {len(met)}."
             )
         ]
+        lines += ["", changed_since(part["machine"].get("sources", {}))]
         lines += ["", "| what | figure | 95 % interval | target | met |", "|---|---|---|---|---|"]
         lines += ["| " + " | ".join(shown(row)) + " |" for row in part["rows"]]
         lines += [

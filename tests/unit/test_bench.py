@@ -29,6 +29,10 @@ def test_a_quick_bench_reports_figures_with_their_interval_and_the_machine(tmp_p
     (part,) = report.values()
     assert part["machine"]["threads"] == 1
     assert {"torch", "numpy", "lora-cards"} <= part["machine"]["versions"].keys()
+    measured = {"benchmarks/routing.py", "lora/routing.py", "lora/router.py"}
+    sources = part["machine"]["sources"]
+    assert measured <= set(sources)
+    assert sources == bench.digests(sources)
     for row in part["rows"]:
         low, high = row["interval"]
         assert low <= row["value"] <= high

@@ -30,7 +30,7 @@ from lora.cli.app import app, main
 from lora.errors import ManifestError, RefusedError
 from lora.federation.trust import Policy
 from lora.interop.peft import export_peft
-from lora.testing.bench import SCRIPTS, shown
+from lora.testing.bench import SCRIPTS, digests, shown
 from lora.testing.plugin import requirement
 from lora.testing.report import Outcome, report_of, write_report
 from lora.testing.requirements import read_spec
@@ -239,7 +239,11 @@ def test_a_page_of_figures_says_what_was_found_and_whether_it_met_its_target(pag
     machine = {"cpu": "a core", "cores": 2, "threads": 1, "load": [0.5, 1.0, 1.5]}
     machine |= {"versions": {"torch": "2"}}
     rows = [row | {"target": 0.05, "met": False}, row | {"target": None, "met": None}]
+    now = digests(["lora/routing.py"])
+    machine["sources"] = {**now, "lora/router.py": "0" * 12, "lora/gone.py": "1" * 12}
     page = pages.figures.page({"routing": {"machine": machine, "rows": rows}})
+    assert "Changed since: `lora/router.py`, `lora/gone.py`." in page
+    assert pages.figures.changed_since(now) == "Unchanged since."
     assert "Measured on a core, 2 cores, 1 threads, with torch 2." in page
     assert "over 1, 5 and 15 minutes: 0.5, 1, 1.5. Targets met: 0 of 1." in page
     assert "| swap: ours / theirs | 0.5 × | 0.25 … 2 | <= 0.05 × | no |" in page
