@@ -2,7 +2,8 @@
 
 A target or weight key matches a module whose dotted name equals it or ends with ``"." + key``:
 ``1.query`` matches ``layer.1.query`` but not ``layer.11.query``. `plan` reports what a card binds
-to.
+to. A card whose keys begin otherwise than the model's names, because it was made for a model with
+a head, or without a wrapper, binds with one other leading part for all its keys.
 
 Requirements: R3, R7.
 """
@@ -65,6 +66,8 @@ class Injection:
         without_factors: Modules that a target matches and for which the card has no factors.
         bypassed: Bound modules that a forward may never call, which leaves the adapter without
             effect: `lora.uncalled` decides.
+        leading: The leading part of all weight keys, and the one that the modules' names have in
+            its place, such as ``("model.", "language_model.")``; None if keys bind as they are.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Injection:
     weights_not_used: tuple[str, ...] = ()
     without_factors: tuple[str, ...] = ()
     bypassed: tuple[str, ...] = ()
+    leading: tuple[str, str] | None = None
 
     @property
     def unbound(self) -> str:
@@ -119,7 +123,8 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
 
     Raises:
         ShapeError: A pair does not fit its module.
-        TargetError: A weight fits two modules, or two weights fit one.
+        TargetError: A weight fits two modules, two weights fit one, or several leading parts bind
+            all weights.
 
     Examples:
         >>> import numpy as np
@@ -132,7 +137,8 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     """
     check_card(card)
     where = f"card {card.name!r}"
-    targeted, owners = targeted_modules(sites, card.target_modules), dict[str, set[str]]()
+    targets = {target: target for target in card.target_modules}
+    targeted, owners = targeted_modules(sites, targets), dict[str, set[str]]()
     for name, site in sites.items():
         for key in suffixes(name):
             owners.setdefault(key, set()).add(site.owner)
@@ -146,6 +152,11 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
                 keys = [bound[module], key]
                 raise TargetError(f"{where}: module {module!r}", "one weight that fits it", keys)
             bound[module] = key
+    leading = None
+    if owners.keys().isdisjoint(card.weights) and (change := _change(sites, card)):
+        leading, bound = change
+        targets = {target: _changed(target, leading) for target in targets}
+        targeted = targeted_modules(sites, targets.values())
     bound = dict(sorted(bound.items()))
     for module, key in bound.items():
         check_shape(sites[module], card.weights[key], f"{where}: module {module!r}")
@@ -154,12 +165,13 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
         bound=bound,
         targets_not_found=tuple(
             target
-            for target in card.target_modules
-            if target not in owners and not targeted_modules(sites, [target])
+            for target, name in targets.items()
+            if name not in owners and not targeted_modules(sites, [name])
         ),
         weights_not_used=tuple(key for key in card.weights if key not in bound.values()),
         without_factors=tuple(sorted(targeted - bound.keys())),
         bypassed=tuple(module for module in bound if sites[module].bypassed),
+        leading=leading,
     )
     if strict and injection.unbound:
         expected = "every target to be found and every weight to bind (strict)"
@@ -167,11 +179,74 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
     return injection
 
 
+def _change(
+    sites: Mapping[str, Site], card: LoRACard
+) -> tuple[tuple[str, str], dict[str, str]] | None:
+    """Find the one other leading part with which all weight keys are names of targeted modules.
+
+    Of the leading parts that all keys share, the shortest counts with which there is one. Where the
+    shapes fit with some of the new leading parts only, these count.
+
+    Returns:
+        The leading parts before and after, and the weight key of each module; None without one.
+    """
+    first = next(iter(card.weights), "")
+    for rest in suffixes(first)[1:]:
+        old = first.removesuffix(rest)
+        if not all(key.startswith(old) for key in card.weights):
+            break
+        changes: dict[tuple[tuple[str, str], ...], tuple[str, str]] = {}
+        for name in sites:
+            leading = old, name.removesuffix(rest)
+            if matches(name, rest) and (bound := _bound_with(leading, sites, card)):
+                changes.setdefault(tuple(bound.items()), leading)
+        fitting = {
+            bound: leading
+            for bound, leading in changes.items()
+            if all(_shape(sites[module]) == _shape(card.weights[key]) for module, key in bound)
+        }
+        changes = fitting or changes
+        if len(changes) > 1:
+            where = f"card {card.name!r}: weights {old}*"
+            expected = f"one leading part in place of {old!r} with which all bind"
+            raise TargetError(where, expected, listed(new for _, new in changes.values()))
+        for bound, leading in changes.items():
+            return leading, dict(bound)
+    return None
+
+
+def _bound_with(
+    leading: tuple[str, str], sites: Mapping[str, Site], card: LoRACard
+) -> dict[str, str]:
+    """Return the weight key of each module if all keys bind with another leading part, else none.
+
+    No number takes the place of another one, because numbers tell layers apart.
+    """
+    old, new = ([part for part in text.split(".") if part.isdecimal()] for text in leading)
+    names = {_changed(key, leading): key for key in card.weights}
+    if (old and new and old != new) or not names.keys() <= sites.keys():
+        return {}
+    bound = {sites[name].owner: key for name, key in names.items()}
+    targets = [_changed(target, leading) for target in card.target_modules]
+    is_bound = len(bound) == len(names) and bound.keys() <= targeted_modules(sites, targets)
+    return bound if is_bound else {}
+
+
+def _changed(name: str, leading: tuple[str, str]) -> str:
+    """Return the name with the one leading part in place of the other, if it begins with that."""
+    old, new = leading
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
 def check_shape(linear: Any, pair: LowRank, where: str) -> None:
     """Refuse a pair whose features are not those of a Linear, or of its `Site`."""
-    expected, actual = (f"{one.in_features} -> {one.out_features}" for one in (linear, pair))
+    expected, actual = _shape(linear), _shape(pair)
     if actual != expected:
         raise ShapeError(where, f"in -> out of {expected}", actual)
+
+
+def _shape(linear: Any) -> str:
+    return f"{linear.in_features} -> {linear.out_features}"
 
 
 def listed(names: Iterable[str], limit: int = 10) -> str:

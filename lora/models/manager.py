@@ -309,5 +309,8 @@ def _log_layers(event: str, active: Active[Any], names: Collection[str]) -> None
     for name in names:
         injection = active.injections[name]
         log_safely(log.info, "%s card %r: %d layers", event, name, len(injection.bound))
+        if injection.leading:
+            text = "card %r: its keys begin with %r, the names of their layers with %r"
+            log_safely(log.info, text, name, *injection.leading)
         if injection.unbound:
             log_safely(log.warning, "card %r: %s", name, injection.unbound)

@@ -2,6 +2,7 @@
 state at any time.
 """
 
+import contextlib
 import itertools
 import warnings
 from collections import OrderedDict, deque
@@ -129,6 +130,34 @@ def test_layer_1_is_never_layer_11(impl, number, digit, leaf, deep):
     assert impl.match_targets(names, [f"{number}.{leaf}"]) == names[:1]
 
 
+def moved(name, old, new):
+    """The name with `new` in place of the components `old`, if it begins with these."""
+    parts = name.split(".")
+    begins = parts[: len(old)] == old and len(parts) > len(old)
+    return ".".join(new + parts[len(old) :]) if begins else name
+
+
+def ways(names, card):
+    """Every binding of all keys that a change of their first components gives, with the change; of
+    those changes that replace the fewest components.
+    """
+    keys = [key.split(".") for key in card.weights]
+    starts = [name.split(".")[:count] for name in names for count in range(name.count(".") + 1)]
+    for count in range(1, min(map(len, keys), default=0)):
+        old, changes = keys[0][:count], {}
+        for new in starts if all(key[:count] == old for key in keys) else []:
+            targets = [moved(target, old, new) for target in card.target_modules]
+            bound = tuple((moved(key, old, new), key) for key in card.weights)
+            numbers = [[part for part in parts if part.isdigit()] for parts in (old, new)]
+            if all(name in names and targeted(name, targets) for name, _ in bound) and (
+                not numbers[0] or not numbers[1] or numbers[0] == numbers[1]
+            ):
+                changes[bound] = f"{'.'.join(old)}.", ".".join([*new, ""])
+        if changes:
+            return changes
+    return {}
+
+
 @st.composite
 def bindings(draw):
     """Linears, a card some of whose keys fit some of them, and the pairs of module and key that
@@ -148,6 +177,7 @@ def bindings(draw):
     card = PlainCard("docs", 1, 1.0, tuple(targets), dict.fromkeys(keys, pair), {}, {})
     reached = [name for name in names if targeted(name, targets)]
     pairs = [(name, key) for name in reached for key in keys if fits(name, key)]
+    assume(any(fits(name, key) for name in shapes for key in keys) or not ways(shapes, card))
     unique = all(len({pair[side] for pair in pairs}) == len(pairs) for side in (0, 1))
     return card, shapes, dict(pairs), unique
 
@@ -168,6 +198,61 @@ def test_a_weight_that_fits_two_targeted_modules_or_a_module_that_two_fit_is_ref
     assume(not unique)
     with pytest.raises(Exception, match=r".+"):
         impl.bind(card, shapes)
+
+
+# ---- keys that begin otherwise than the names of the modules
+
+STARTS = ["", "model.", "bert.", "model.language_model.", "vision.", "0.", "0.model.", "1.", "a.b."]
+ENDS = ["layer.0.query", "layer.1.query", "layer.1.value", "pooler.query", "query", "lm_head"]
+
+
+@st.composite
+def led_otherwise(draw):
+    """Linears under some leading parts, and a card whose keys are names under one of its own."""
+    ends = draw(st.lists(st.sampled_from(ENDS), min_size=1, max_size=4, unique=True))
+    starts = draw(st.lists(st.sampled_from(STARTS), min_size=1, max_size=3, unique=True))
+    names = [start + end for start in starts for end in ends]
+    sizes = st.sampled_from([2, 2, 3])
+    sites = {name: Site(2, draw(sizes), name) for name in draw(st.permutations(names))}
+    start, ends = draw(st.sampled_from(STARTS)), st.sampled_from([*ends, *ends, *ends, *ENDS])
+    keys = [start + end for end in draw(st.lists(ends, max_size=3, unique=True))]
+    targets = draw(
+        st.sampled_from([[], ["all-linear"], keys, ["query", "value", "lm_head"]])
+        | st.lists(st.sampled_from([*names, *keys, "1.query", "nowhere"]), unique=True)
+    )
+    pair = LowRank(np.ones((2, 1)), np.ones((1, 2)), 1.0)
+    return sites, LoRACard("docs", 1, 1.0, targets, dict.fromkeys(keys, pair))
+
+
+@requirement("R3.15")
+@given(drawn=led_otherwise())
+def test_keys_that_fit_nothing_bind_with_the_one_leading_part_with_which_all_do(drawn):
+    sites, card = drawn
+    if any(fits(name, key) for name in sites for key in card.weights):
+        with contextlib.suppress(TargetError, ShapeError):
+            assert plan(sites, card).leading is None
+        return
+    every = ways(sites, card)
+    fitting = [bound for bound in every if {sites[name].out_features for name, _ in bound} == {2}]
+    if len(fitting or every) > 1:
+        with pytest.raises(TargetError, match="one leading part") as caught:
+            plan(sites, card)
+        assert all(repr(every[bound][1]) in str(caught.value) for bound in fitting or every)
+    elif every and not fitting:
+        with pytest.raises(ShapeError, match="in -> out of 2 -> 3"):
+            plan(sites, card)
+    else:
+        (bound,) = fitting or [()]
+        old, new = change = every.get(bound, ("", ""))
+        report = plan(sites, card)
+        assert list(report.bound.items()) == sorted(bound)
+        assert report.leading == (change if bound else None)
+        parts = old.split(".")[:-1], new.split(".")[:-1]
+        assert report.targets_not_found == tuple(
+            target
+            for target in card.target_modules
+            if not any(targeted(name, [moved(target, *parts)]) for name in sites)
+        )
 
 
 # ---- the same rule where modules are known by several names, and in the plan

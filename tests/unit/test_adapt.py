@@ -683,8 +683,8 @@ def test_layers_that_are_called_are_not_reported(model, adapted):
 def test_a_card_that_binds_nothing_is_refused_by_name_and_nothing_is_adapted(
     model, unchanged, apply, strict
 ):
-    with pytest.raises(TargetError, match=r"card 'lost': .*'model\.out'") as caught:
-        apply(model, card("model.out", name="lost"), strict=strict)
+    with pytest.raises(TargetError, match=r"card 'lost': .*'model\.query'") as caught:
+        apply(model, card("model.query", name="lost"), strict=strict)
     assert strict or "the Linears of the model are 'inner.linear', 'out'" in str(caught.value)
     unchanged()
 
@@ -694,7 +694,7 @@ PRESENT = card("out")
 
 @requirement("R3.12")
 def test_what_can_not_be_applied_can_not_be_trained_or_run_for_rows_but_be_reported(model):
-    for lost in (card("model.out"), LoRACard("docs", 1, 1.0, [], {"out": PAIR})):
+    for lost in (card("model.query"), LoRACard("docs", 1, 1.0, [], {"out": PAIR})):
         for use in (lambda lost: trainable(model, lost), lambda lost: rows_of(model, lost)):
             with pytest.raises(TargetError, match="card 'docs': expected a Linear of the model"):
                 use(lost)
@@ -721,7 +721,7 @@ def test_a_card_that_binds_in_part_gives_one_warning_that_names_what_is_left(mod
     with pytest.raises(TargetError, match=r"'half'.*'value'.*'elsewhere'"):
         adapt(model, half, strict=True)
     with pytest.raises(TargetError, match="'lost'"):  # and no warning, which would be an error here
-        adapt(model, [half, card("model.out", name="lost")])
+        adapt(model, [half, card("model.query", name="lost")])
     with pytest.warns(UnboundWarning) as caught:
         rows_of(model, half, half, PRESENT)
     assert len(caught) == 1

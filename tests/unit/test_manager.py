@@ -117,6 +117,14 @@ def test_applications_and_removals_are_logged_with_their_layers(manager, message
     assert messages() == [("INFO", "removed card 'docs': 1 layers")]
 
 
+@requirement("R3.15")
+def test_another_leading_part_is_reported_and_logged(manager, messages):
+    report = manager.apply_card(card(modules=("base.0", "base.2")))
+    assert (report.leading, dict(report.bound)) == (("base.", ""), {"0": "base.0", "2": "base.2"})
+    change = "card 'docs': its keys begin with 'base.', the names of their layers with ''"
+    assert messages() == [("INFO", "applied card 'docs': 2 layers"), ("INFO", change)]
+
+
 @requirement("R3.8", "R22.1", "R22.2")
 def test_swaps_and_rollbacks_are_logged(manager, messages):
     manager.prepare(card())

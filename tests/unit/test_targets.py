@@ -131,3 +131,29 @@ def test_a_module_with_two_names_binds_by_either_and_once():
     both = {"a.query": Site(4, 4, "a.query"), "b.query": Site(4, 4, "a.query")}
     for targets, key in ((["a.query"], "b.query"), (["b.query"], "a.query"), (["query"], "query")):
         assert dict(plan(both, card(targets, key)).bound) == {"a.query": key}
+
+
+@requirement("R3.15")
+@pytest.mark.parametrize(
+    ("names", "targets", "key", "expected"),
+    [
+        (["layers.1.query"], ["query"], "model.layers.1.query", ("model.", "")),
+        (["layers.1.query"], ["model.layers.1.query"], "model.layers.1.query", ("model.", "")),
+        (["a.layers.1.query"], ["query"], "model.layers.1.query", ("model.", "a.")),
+        (["0.a.query"], ["query"], "model.query", ("model.", "0.a.")),
+        (["query"], ["query"], "0.a.query", ("0.a.", "")),
+        # the fewest components are replaced: the other one would take two
+        (["layers.1.query", "h.1.query"], ["query"], "model.layers.1.query", ("model.", "")),
+        # another layer is none of the card's; a module that no target matches is none, either
+        (["layers.0.query"], ["query"], "model.layers.1.query", None),
+        (["a.query", "b.query"], ["b.query"], "a.query", None),
+        (["b.query"], ["value"], "a.query", None),
+        (["a.value"], ["query", "value"], "model.query", None),
+    ],
+)
+def test_a_key_that_fits_nothing_binds_with_another_leading_part(names, targets, key, expected):
+    report = plan(sites(*names), card(targets, key))
+    bound = {names[0]: key} if expected else {}
+    assert (report.leading, dict(report.bound)) == (expected, bound)
+    if expected:
+        assert not report.unbound
