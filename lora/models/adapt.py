@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora.card import Adapters, AdapterSet, LoRACard, LowRank
+from lora.card import Adapters, AdapterSet, LoRACard
 from lora.errors import (
     ConflictError,
     StateError,
@@ -31,7 +31,11 @@ from lora.models.layers import (
     Terms,
     TrainableLinear,
     check_linear,
+    dense_weight,
+    features,
     folded,
+    is_linear,
+    is_plain,
     warn_unbound,
 )
 from lora.models.rows import SegmentedLinear
@@ -101,6 +105,7 @@ def bindings(
         bound = injection.bound
         for name in bound:
             check_linear(modules[name], name)
+            _check_loaded(modules[name], name)
         if check_base and bound and card.base_fingerprint is not None:
             check_fingerprint(card, injection, _fingerprint(modules, bound))
         terms = {name: (card.weights[key], weight) for name, key in bound.items()}
@@ -129,6 +134,15 @@ def bindings(
     return results
 
 
+def _check_loaded(linear: nn.Module, name: str) -> None:
+    """Refuse a Linear whose weight is not there, so that factors could not be put beside it."""
+    if any(weight is not None and weight.is_meta for weight in linear._parameters.values()):
+        hook = vars(linear).get("_hf_hook")
+        actual = f"a meta tensor (offloaded by {type(hook).__name__})" if hook else "a meta tensor"
+        hint = "load the model with its weights, without offloading, and adapt it then"
+        raise UnsupportedModelError(f"module {name!r}", "a weight in memory", actual, hint)
+
+
 def build(
     model: M, adapters: AdapterSet, bound: Mapping[str, Injection], *, fold_up_to: float = -1
 ) -> M:
@@ -137,16 +151,20 @@ def build(
     Float32 and float64 layers are folded if their weights have at most `fold_up_to` bytes.
     """
     layers = _layers(model, [adapters], [bound])
-    weights = [linear.weight for linear in layers]
+    weights = [layer.get_parameter("weight") for layer in layers if is_plain(layer)]
     folds = sum(weight.nbytes for weight in weights if weight.dtype in WIDE) <= fold_up_to
-    make = folded if folds else LoRALinear
+
+    def make(linear: nn.Module, terms: Terms, *, memo: Twins) -> nn.Module:
+        return (folded if folds and is_plain(linear) else LoRALinear)(linear, terms, memo=memo)
+
     return _rewrite(model, make, {layer: terms for layer, (terms,) in layers.items()})
 
 
 def fold(model: M, *, narrow: bool = False) -> M:
-    """Return a model whose adapted layers are plain Linears of ``W + ΔW``.
+    """Return a model whose adapted layers are Linears of ``W + ΔW``.
 
-    It has no overhead and costs the memory of the touched weights.
+    It has no overhead and costs the memory of the touched weights; those of quantised layers are
+    dequantised.
 
     Args:
         model: A model that `adapt` returned.
@@ -156,13 +174,17 @@ def fold(model: M, *, narrow: bool = False) -> M:
 
     Warns:
         UnboundWarning: Layers stayed factored; a model that is saved so lacks their adapters.
+
+    Raises:
+        UnsupportedModelError: A layer does not compute ``x Wᵀ + b``, or its weight is quantised
+            and can't be dequantised.
     """
     layers = _adapted(model)
-    kept = 0 if narrow else sum(layer.weight.dtype not in WIDE for layer in layers)
-    if kept:
+    result = _rewrite(model, partial(folded, narrow=narrow), layers)
+    if kept := len(_adapted(result)):
         what = "layers of float16 or bfloat16 stay factored; fold(model, narrow=True) folds them"
         warn_unbound(f"fold: {kept} of {len(layers)} adapted {what}")
-    return _rewrite(model, partial(folded, narrow=narrow), layers)
+    return result
 
 
 def adapt_rows(
@@ -210,10 +232,7 @@ def init_card(
 def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
     """Return a model whose only trainable parameters are copies of the card's factors."""
     bound = bindings(model, [AdapterSet(card)])[0][card.name].bound
-    layers: dict[nn.Linear, LowRank] = {
-        model.get_submodule(name): card.weights[key]  # type: ignore[misc]
-        for name, key in bound.items()
-    }
+    layers = {model.get_submodule(name): card.weights[key] for name, key in bound.items()}
     if any(isinstance(layer, LoRALinear) for layer in layers):
         expected = "plain Linears to train on"
         raise UnsupportedModelError(f"card {card.name!r}", expected, "adapted ones", "fold it")
@@ -248,15 +267,16 @@ def check_module(model: object) -> None:
 
 
 def linears(model: nn.Module) -> dict[str, Site]:
-    """Return every name of every Linear in a model, with its shape."""
+    """Return every name of every Linear and Conv1D in a model, with its shape."""
     return _survey(model)[0]
 
 
-def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Linear]]:
+def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Module]]:
     """Describe every Linear of a model under each of its names; return it by the first one too."""
     check_module(model)
     walk = list(model.named_modules(remove_duplicate=False))
-    owners = {module: name for name, module in reversed(walk) if isinstance(module, nn.Linear)}
+    linear = [(name, module) for name, module in walk if is_linear(module)]
+    owners = {module: name for name, module in reversed(linear)}
     embeddings = {id(module.weight) for _, module in walk if isinstance(module, nn.Embedding)}
     # Modules below the first may have their weights used without being called.
     fused, unused = (
@@ -265,15 +285,13 @@ def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Linear]]:
     )
     sites = {
         name: Site(
-            module.in_features,
-            module.out_features,
+            *features(module),
             owner=owners[module],
             head=id(module._parameters.get("weight")) in embeddings,
             bypassed=name.startswith(fused + unused),
             unused=name.startswith(unused),
         )
-        for name, module in walk
-        if isinstance(module, nn.Linear)
+        for name, module in linear
     }
     return sites, {name: module for module, name in owners.items()}
 
@@ -295,14 +313,14 @@ def fingerprint(model: nn.Module, card: LoRACard) -> str:
     return _fingerprint(modules, injection.bound)
 
 
-def _fingerprint(modules: Mapping[str, nn.Linear], bound: Mapping[str, str]) -> str:
-    def entry(key: str, module: nn.Linear) -> tuple[str, str, tuple[int, ...], Any]:
-        weight = module.weight.detach().cpu().contiguous()
+def _fingerprint(modules: Mapping[str, nn.Module], bound: Mapping[str, str]) -> str:
+    def entry(key: str, name: str) -> tuple[str, str, tuple[int, ...], Any]:
+        weight = dense_weight(modules[name], f"module {name!r}").cpu().contiguous()
         dtype = str(weight.dtype).removeprefix("torch.")
         return key, dtype, tuple(weight.shape), [weight.view(torch.uint8).numpy()]
 
     keys = sorted((key, name) for name, key in bound.items())
-    return fingerprint_of(entry(key, modules[name]) for key, name in keys)
+    return fingerprint_of(entry(key, name) for key, name in keys)
 
 
 def uncalled(model: nn.Module, *inputs: Any, **options: Any) -> tuple[str, ...]:
@@ -323,32 +341,32 @@ class _Witness(LoRALinear):
 
     called = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         self.called = True
-        return super().forward(x)
+        return super().forward(x, *arguments, **options)
 
 
-def _adapted(model: nn.Module) -> dict[nn.Linear, Terms]:
+def _adapted(model: nn.Module) -> dict[nn.Module, Terms]:
     check_module(model)
     return {layer: layer.terms for layer in model.modules() if isinstance(layer, LoRALinear)}
 
 
 def _layers(
     model: nn.Module, sets: Sequence[AdapterSet], bound: Sequence[Mapping[str, Injection]]
-) -> dict[nn.Linear, list[Terms]]:
+) -> dict[nn.Module, list[Terms]]:
     """Return the Linears that any of the sets binds to, with their terms in each set."""
-    layers: dict[nn.Linear, list[Terms]] = {}
+    layers: dict[nn.Module, list[Terms]] = {}
     for index, adapters in enumerate(sets):
         for name, (card, weight) in adapters.items():
             for path, key in bound[index][name].bound.items():
-                linear: nn.Linear = model.get_submodule(path)  # type: ignore[assignment]
+                linear = model.get_submodule(path)
                 known = linear.terms if isinstance(linear, LoRALinear) else {}
                 terms = layers.setdefault(linear, [dict(known) for _ in sets])
                 terms[index][name] = card.weights[key], weight
     return layers
 
 
-def _rewrite(model: M, make: Callable[..., nn.Module], arguments: Mapping[nn.Linear, object]) -> M:
+def _rewrite(model: M, make: Callable[..., nn.Module], arguments: Mapping[nn.Module, object]) -> M:
     """Copy a model; `make`, from a Linear and its argument, makes what takes the Linear's place."""
     replacements: dict[nn.Module, Callable[..., nn.Module]] = {
         layer: partial(make, layer, argument) for layer, argument in arguments.items()

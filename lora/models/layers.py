@@ -1,15 +1,19 @@
-"""Linears with low-rank terms, made from plain ones.
+"""Linears with low-rank terms, made from those of a model.
 
-A base is never changed: a layer is a twin of it, over the same weight.
+A base is never changed: a layer is a twin of it, over the same weight. The twin has a class made
+for the base's, so that it stays what it was to those who ask, and calls the base's own forward:
+quantised Linears, transformers' Conv1D and subclasses are adapted as ``nn.Linear`` is. What needs
+the weight itself, as `folded` does, has it dequantised or refuses the layer by name.
 
-Requirements: R2, R3, R5, R7, R8.
+Requirements: R2, R3, R5, R7, R8, R26.
 """
 
 import inspect
 import math
 import warnings
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache
+from importlib import import_module
 from itertools import islice
 from typing import Any
 
@@ -22,8 +26,8 @@ from lora.card import LowRank
 from lora.checks import finite, share
 from lora.errors import ArgumentError, UnboundWarning, UnsupportedModelError, shown
 from lora.factors import concat
-from lora.models.twins import Twins, check_own
-from lora.targets import check_shape
+from lora.models.twins import FLOATS, Twins
+from lora.targets import Site, check_shape
 
 Terms = dict[str, tuple[LowRank, float]]
 """Card name -> (pair, weight)."""
@@ -38,19 +42,142 @@ class NeverCalled(nn.Module):
     """A module that a model loads and saves but never calls: adapters have no effect in it."""
 
 
-class _Adapted(nn.Linear):
-    """A twin of a Linear; a state dict leaves factors in buffers out, which it warns of once."""
+_PLAIN_FORWARDS = frozenset(
+    {
+        ("torch.nn.modules.linear", "Linear.forward"),
+        ("transformers.pytorch_utils", "Conv1D.forward"),
+    }
+)
+"""Forwards that compute ``x Wᵀ + b`` or ``x W + b`` into new memory, by module and name."""
 
-    def __init__(self, base: nn.Linear, memo: Twins | None = None) -> None:
+
+class _Adapted(nn.Module):
+    """A twin of a Linear, of a class that derives from this one and from the Linear's own.
+
+    A state dict leaves factors in buffers out, which it warns of once.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __new__(cls, base: nn.Module | None = None, *_: Any, **__: Any) -> Any:
+        if base is None:  # a copy is being made
+            return object.__new__(cls)
         check_linear(base, "base")
+        return _empty(cls, class_of(base))
+
+    def __init__(self, base: nn.Module, memo: Twins | None = None) -> None:
         memo = memo or Twins(base)
         memo.fill(self, base)
         self.notices = memo.notices
+
+    def base_output(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """Return what the base computes, in memory of its own."""
+        out = super().forward(x, *arguments, **options)
+        if not isinstance(out, Tensor):
+            where = f"a layer of class {type(self).__name__}"
+            raise UnsupportedModelError(where, "a forward that gives a tensor", shown(out))
+        return out.clone()
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         if any(name.startswith("lora_A") and a.numel() for name, a in self.named_buffers()):
             _warn_of_saving(self.notices)
         super()._save_to_state_dict(*arguments)
+
+
+@lru_cache(256)
+def _around(layer: Any, kind: Any) -> Any:
+    """Make the class of a layer for Linears of a class."""
+
+    def reduce(self: _Adapted) -> tuple[Any, ...]:
+        return _empty, (layer, kind), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    members = {"__module__": layer.__module__, "__reduce__": reduce}
+    if _has_plain_forward(kind):  # without the price of another call
+        members["base_output"] = kind.forward
+    return type(layer.__name__.replace("Linear", kind.__name__), (layer, kind), members)
+
+
+def _empty(layer: Any, kind: Any) -> Any:
+    """Return a layer that is yet to be filled, as pickle and copy need it."""
+    return object.__new__(_around(layer, kind))
+
+
+def class_of(linear: nn.Module) -> Any:
+    """Return the class of a Linear; of an adapted one, that of its base."""
+    kind = type(linear)
+    return kind.__bases__[-1] if isinstance(linear, _Adapted) else kind
+
+
+def _has_plain_forward(kind: Any) -> bool:
+    return (kind.forward.__module__, kind.forward.__qualname__) in _PLAIN_FORWARDS
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a Linear: of ``nn.Linear``'s class or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is a Conv1D of transformers, whose weight is ``(in, out)``."""
+    kind: Any = type(module)
+    return _is_conv1d(kind)
+
+
+@lru_cache(256)
+def _is_conv1d(kind: type) -> bool:
+    names = [(base.__module__, base.__qualname__) for base in kind.__mro__]
+    return ("transformers.pytorch_utils", "Conv1D") in names
+
+
+def features(linear: Any) -> tuple[int, int]:
+    """Return the sizes of a Linear's input and output."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    return linear.nx, linear.nf
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Tell whether a Linear computes ``x Wᵀ + b`` with a weight that is stored as it is."""
+    weight = linear._parameters.get("weight")
+    is_stored = type(weight) is nn.Parameter and weight.dtype in FLOATS
+    return is_stored and _has_plain_forward(class_of(linear))
+
+
+def dense_weight(linear: nn.Module, where: str) -> Tensor:
+    """Return the weight of a Linear as it is stored; a quantised one, dequantised.
+
+    Raises:
+        UnsupportedModelError: It can't be dequantised, or something else computes it.
+    """
+    weight: Any = linear._parameters.get("weight")
+    rows = features(linear) if is_conv1d(linear) else features(linear)[::-1]
+    dense = weight
+    if type(weight).__module__.startswith("bitsandbytes"):
+        dense = _dequantised(linear, weight)
+    elif isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
+        dense = weight.dequantize()
+    if isinstance(dense, Tensor) and dense.dtype in FLOATS and tuple(dense.shape) == rows:
+        return dense.detach()
+    kind = type(weight)
+    expected = "a weight that is stored in floating point or that its own library dequantises"
+    actual = f"a {kind.__module__}.{kind.__qualname__}" if weight is not None else "a computed one"
+    hint = "do this with the model before it is quantised or parametrised"
+    raise UnsupportedModelError(where, expected, actual, hint)
+
+
+def _dequantised(linear: Any, weight: Any) -> Tensor | None:
+    """Return a weight of bitsandbytes as numbers; None if it can't be told what they are."""
+    functional = import_module("bitsandbytes.functional")
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        is_packed = getattr(state, "packing_format_for_cpu", False)  # by its first forward
+        return None if is_packed else functional.dequantize_4bit(weight.data, state)
+    scales = getattr(weight, "SCB", None)
+    if scales is None and hasattr(linear, "state"):  # after its first forward
+        scales = linear.state.SCB
+    if scales is None:
+        return None if weight.dtype == torch.int8 else weight.data
+    return functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
 
 
 class LoRALinear(_Adapted):
@@ -59,7 +186,8 @@ class LoRALinear(_Adapted):
     The terms are stacked into two buffers that the state dict leaves out.
 
     Args:
-        base: A Linear with the forward of ``nn.Linear``.
+        base: Any Linear. What it computes is taken as it is; where it is an ``nn.Linear`` or a
+            Conv1D with a plain weight, inputs may be large enough for another order of products.
         terms: Name -> (pair, weight).
         memo: Shared by all copies of one model.
 
@@ -80,7 +208,7 @@ class LoRALinear(_Adapted):
     terms: Terms
 
     def __init__(
-        self, base: nn.Linear, terms: Terms | None = None, memo: Twins | None = None
+        self, base: nn.Module, terms: Terms | None = None, memo: Twins | None = None
     ) -> None:
         super().__init__(base, memo)
         self._set(terms or {})
@@ -89,15 +217,16 @@ class LoRALinear(_Adapted):
         """Set the term called `name`, in place of an earlier one of that name."""
         self._set({**self.terms, name: (pair, weight)})
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:  # noqa: D102
         if x.numel() > self.weight_side_threshold and self.weight.dtype in WIDE:
             # Autocast would round W + ΔW, and training would form it again in the backward pass.
             autocast = torch.is_autocast_enabled(x.device.type)
-            if torch.is_inference_mode_enabled() and not autocast:
-                weight = torch.addmm(self.weight, self.lora_B.T, self.lora_A.T)
+            if torch.is_inference_mode_enabled() and not autocast and is_plain(self):
+                weight = torch.addmm(_by_output(self), self.lora_B.T, self.lora_A.T)
                 return F.linear(x, weight, self.bias)
-        out = F.linear(x, self.weight, self.bias)
-        return add_low_rank(out, x, self.lora_A, self.lora_B) if self.lora_A.numel() else out
+        out = self.base_output(x, *arguments, **options)
+        a = self.lora_A
+        return add_low_rank(out, x, a, self.lora_B) if a.numel() else out
 
     def _set(self, terms: Terms) -> None:
         for name, term in terms.items():
@@ -105,12 +234,12 @@ class LoRALinear(_Adapted):
                 where = f"term {name!r} of a layer"
                 raise ArgumentError(where, "a LowRank and its weight", shown(term))
             finite(term[1], f"weight of term {name!r} of a layer", ArgumentError)
-            check_shape(self, term[0], f"factors {name!r} of a layer")
-        a, b = stacked(terms, self.weight)
+            check_shape(_site(self), term[0], f"factors {name!r} of a layer")
+        a, b = stacked(terms, self)
         self.terms = dict(sorted(terms.items()))
         # Measured: forming W + ΔW is cheaper once x and y have about twice as many elements as W.
-        rows, columns = self.weight.shape
-        threshold = 2 * rows * columns**2 / (rows + columns)
+        columns, rows = features(self)
+        threshold = 2 * rows * columns**2 / (rows + columns) if is_plain(self) else math.inf
         self.weight_side_threshold = threshold if a.numel() else math.inf
         self.register_buffer("lora_A", a, persistent=False)
         self.register_buffer("lora_B", b, persistent=False)
@@ -119,7 +248,8 @@ class LoRALinear(_Adapted):
 class TrainableLinear(_Adapted):
     """A Linear with one pair of trainable float32 factors; gradients reach only these.
 
-    The factors are cast to the input's dtype, so that a narrow base and autocast both work.
+    The factors are cast to the input's dtype, so that a narrow base and autocast both work; the
+    base's own forward has to be differentiable in its input.
     `dropout` is the probability of zeroing an input of the low-rank path in training mode.
     """
 
@@ -127,20 +257,26 @@ class TrainableLinear(_Adapted):
     lora_B: nn.Parameter
 
     def __init__(
-        self, base: nn.Linear, pair: LowRank, *, dropout: float = 0.0, memo: Twins | None = None
+        self, base: nn.Module, pair: LowRank, *, dropout: float = 0.0, memo: Twins | None = None
     ) -> None:
         super().__init__(base, memo)
-        check_shape(base, pair, "factors of a layer")
+        check_shape(_site(base), pair, "factors of a layer")
         self.scaling = 1.0 if pair.scaling is None else pair.scaling
         self.dropout = share(dropout, "dropout", "[0, 1)")
         for name, factor in (("lora_A", pair.A), ("lora_B", pair.B)):
             values = torch.tensor(factor.astype(np.float32), device=self.weight.device)
             setattr(self, name, nn.Parameter(values))
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        out = F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:  # noqa: D102
+        out = self.base_output(x, *arguments, **options)
+        if x.requires_grad and torch.is_grad_enabled() and not out.requires_grad:
+            where = f"a layer of class {type(self).__name__}"
+            expected = "a forward that passes gradients on to its input"
+            hint = "train on the model before it is quantised, or with weight-only quantisation"
+            raise UnsupportedModelError(where, expected, "one that does not", hint)
         dropped = F.dropout(x, self.dropout, training=self.training)
-        return out + (dropped @ self.lora_A.to(x.dtype) @ self.lora_B.to(x.dtype)) * self.scaling
+        term = (dropped @ self.lora_A.to(x.dtype) @ self.lora_B.to(x.dtype)) * self.scaling
+        return out + term.to(out.dtype)
 
     def learned(self) -> LowRank:
         """Return a copy of the factors as they are now."""
@@ -151,47 +287,101 @@ class TrainableLinear(_Adapted):
 def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return ``out + x @ A @ B``, by one addmm; in inference mode it may overwrite `out`.
 
-    Shapes: `out` ``(..., out)``, `x` ``(..., in)``, `a` ``(in, r)``, `b` ``(r, out)``.
+    Shapes: `out` ``(..., out)``, `x` ``(..., in)``, `a` ``(in, r)``, `b` ``(r, out)``. An input of
+    another dtype than the factors' is cast to theirs, and the product to that of `out`.
     """
+    if x.dtype != a.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(a.dtype)
     inner, flat = x.reshape(-1, x.shape[-1]) @ a, out.reshape(-1, out.shape[-1])
+    if inner.dtype != out.dtype:
+        return out + (inner @ b).to(out.dtype).reshape(out.shape)
     if torch.is_inference_mode_enabled():
         # Autocast does not convert the arguments of an operation in place.
         return flat.addmm_(inner, b.to(inner.dtype)).reshape(out.shape)
     return torch.addmm(flat, inner, b).reshape(out.shape)
 
 
-def stacked(terms: Terms, weight: Tensor) -> tuple[Tensor, Tensor]:
+def stacked(
+    terms: Terms, linear: nn.Module, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Return ``[A₁ … Aₙ]`` (in, R) and ``[w₁s₁B₁; …; wₙsₙBₙ]`` (R, out), sorted by name.
 
-    They have the weight's dtype and device. Terms of weight 0 are left out.
+    They have the weight's device, and its dtype if that is one of `FLOATS`, else float32. Terms of
+    weight 0 are left out.
     """
+    weight: Any = linear.weight
+    if dtype is None:
+        dtype = weight.dtype if weight.dtype in FLOATS else torch.float32
+    inner, outer = features(linear)
     live = [terms[name] for name in sorted(terms) if terms[name][1] != 0]
     if not live:
-        return weight.new_empty((weight.shape[1], 0)), weight.new_empty((0, weight.shape[0]))
-    pair = concat(live, dtype=np.float64 if weight.dtype == torch.float64 else None)
-    return torch.tensor(pair.A).to(weight), torch.tensor(pair.B).to(weight)
+        nothing = torch.empty(0, dtype=dtype, device=weight.device)
+        return nothing.reshape(inner, 0), nothing.reshape(0, outer)
+    pair = concat(live, dtype=np.float64 if dtype == torch.float64 else None)
+    a, b = (torch.tensor(factor).to(weight.device, dtype) for factor in (pair.A, pair.B))
+    return a, b
 
 
 def folded(
-    linear: nn.Linear, terms: Terms, *, narrow: bool = False, memo: Twins | None = None
-) -> nn.Linear:
-    """Return a plain Linear of ``W + ΔW``.
+    linear: nn.Module, terms: Terms, *, narrow: bool = False, memo: Twins | None = None
+) -> nn.Module:
+    """Return a Linear of ``W + ΔW``, without terms; a quantised one becomes a plain ``nn.Linear``.
 
     A dtype narrower than float32 gives a `LoRALinear`, since rounding could lose ΔW. With `narrow`
     the sum is formed in float32 and rounded once.
+
+    Raises:
+        UnsupportedModelError: The weight can't be had, or the forward does not use it as Linears
+            do.
     """
-    weight = linear.weight
-    if weight.dtype not in WIDE:
-        if not narrow:
-            return LoRALinear(linear, terms, memo)
-        weight = weight.float()
-    result = (memo or Twins(linear)).fill(object.__new__(nn.Linear), linear)
+    memo, kind = memo or Twins(linear), class_of(linear)
+    where = memo.name_of(linear)
+    weight = dense_weight(linear, where)
+    own = linear.weight
+    dtype = weight.dtype if own.dtype in FLOATS else memo.dtype
+    if dtype not in WIDE and not narrow:
+        return LoRALinear(linear, terms, memo)
+    becomes_plain = kind.__module__.startswith("bitsandbytes") or (
+        _has_plain_forward(kind) and not is_conv1d(linear)
+    )
+    result: Any = memo.fill(object.__new__(nn.Linear if becomes_plain else kind), linear)
     if isinstance(linear, LoRALinear):
         del result.terms, result.weight_side_threshold, result.lora_A, result.lora_B, result.notices
-    a, b = stacked(terms, weight)
-    total = torch.addmm(weight, b.T, a.T).to(linear.weight.dtype)
-    result.weight = nn.Parameter(total, requires_grad=False)
-    return result
+    if kind.__module__.startswith("bitsandbytes"):  # what holds the quantised weight
+        vars(result).pop("state", None)
+        vars(result).pop("quant_state", None)
+    wide = weight.to(torch.promote_types(dtype, torch.float32))
+    a, b = stacked(terms, linear, wide.dtype)
+    total = torch.addmm(wide, *((a, b) if is_conv1d(linear) else (b.T, a.T)))
+    result.weight = nn.Parameter(total.to(dtype), requires_grad=False)
+    if not _has_plain_forward(type(result)):
+        _check_folded(result, linear, terms, where)
+    return result  # type: ignore[no-any-return]
+
+
+def _check_folded(result: nn.Module, linear: nn.Module, terms: Terms, where: str) -> None:
+    """Refuse a folded layer whose forward gives other values than the factors do."""
+    weight: Any = result.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, features(linear)[0], generator=generator).to(weight)
+    with torch.inference_mode():
+        base, whole = LoRALinear(linear, {})(x), LoRALinear(linear, terms)(x)
+        rounding = 16 * torch.finfo(weight.dtype).eps * base.abs().amax()
+        error, allowed = result(x) - whole, 1e-3 * (whole - base).abs().amax() + rounding
+    if not bool((error.abs() <= allowed).all()):
+        expected = "a forward that computes x Wᵀ + b, which takes W + ΔW for W"
+        hint = "keep the adapted model as it is, without fold"
+        raise UnsupportedModelError(where, expected, "another one", hint)
+
+
+def _by_output(linear: nn.Module) -> Tensor:
+    """Return a plain weight as ``(out, in)``."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight.T if is_conv1d(linear) else weight
+
+
+def _site(linear: nn.Module) -> Site:
+    return Site(*features(linear), owner="")
 
 
 def _warn_of_saving(notices: set[str]) -> None:
@@ -240,19 +430,19 @@ def _callers() -> Iterator[tuple[str, str]]:
 
 
 def check_linear(module: nn.Module, where: str) -> None:
-    """Refuse a module that does not compute what ``nn.Linear`` does from a weight of its own."""
-    where = f"module {where!r}"
-    if isinstance(module, nn.Module):
-        check_own(module, partial(UnsupportedModelError, where))
-    kind: Any = type(module)
-    is_plain = isinstance(module, nn.Linear) and "bias" in module._parameters
-    if is_plain and kind.forward in (nn.Linear.forward, LoRALinear.forward):
-        kind = type(module._parameters.get("weight"))
-    if kind is not nn.Parameter:
-        expected = "a Linear with nn.Linear's own forward, weight and bias"
+    """Refuse a module that is no Linear, or a Linear with factors to train or for rows."""
+    kind = type(module)
+    is_other = isinstance(module, _Adapted) and not isinstance(module, LoRALinear)
+    if (
+        not isinstance(module, nn.Module)
+        or not is_linear(module)
+        or is_other
+        or issubclass(class_of(module), _Adapted)
+    ):
+        expected = "a Linear (nn.Linear, a subclass of it, or transformers' Conv1D)"
         actual = f"{kind.__module__}.{kind.__qualname__}"
-        hint = "adapt and fold the model first, then quantise or wrap its layers"
-        raise UnsupportedModelError(where, expected, actual, hint)
+        hint = "adapt the model that this one was made from" if is_other else ""
+        raise UnsupportedModelError(f"module {where!r}", expected, actual, hint)
 
 
 Uncalled = NeverCalled  # its earlier name

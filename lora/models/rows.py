@@ -9,7 +9,6 @@ Requirements: R5.
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lora.models.layers import Terms, _Adapted, add_low_rank, stacked
 from lora.models.twins import Twins
@@ -21,15 +20,15 @@ Segments = tuple[tuple[int, int, int], ...]
 class SegmentedLinear(_Adapted):
     """A Linear in which each run of rows of a batch has the terms of one of several sets."""
 
-    def __init__(self, base: nn.Linear, sets: Sequence[Terms], memo: Twins | None = None) -> None:
+    def __init__(self, base: nn.Module, sets: Sequence[Terms], memo: Twins | None = None) -> None:
         super().__init__(base, memo)
         for index, terms in enumerate(sets):
-            for name, factor in zip("AB", stacked(terms, self.weight), strict=True):
+            for name, factor in zip("AB", stacked(terms, self), strict=True):
                 self.register_buffer(f"lora_{name}{index}", factor, persistent=False)
 
     def forward(self, x: Tensor, segments: Segments = ()) -> Tensor:
         """Apply each segment's terms to its rows, counted in the first dimension of `x`."""
-        out = F.linear(x, self.weight, self.bias)
+        out = self.base_output(x)
         for start, stop, index in segments:
             a, b = getattr(self, f"lora_A{index}"), getattr(self, f"lora_B{index}")
             if a.numel():

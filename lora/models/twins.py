@@ -3,10 +3,11 @@
 `Twins` walks the objects that `copy.deepcopy` would, with other rules for some kinds. A module is
 copied by its dictionaries, whatever ``__deepcopy__`` it has. A parameter is wrapped again over the
 same storage, detached and frozen. References between the parts lead to the twins: bound methods,
-closures, handles of hooks, modules in lists. What is shared on purpose is listed in
-`docs/idea.md`; what can be neither copied nor shared is refused by the name of its module.
+closures, handles of hooks, modules in lists, and so what accelerate and `torch.compile` set on
+instances. What is shared on purpose is listed in `docs/idea.md`; what can be neither copied nor
+shared is refused by the name of its module.
 
-Requirements: R2, R3, R7.
+Requirements: R2, R3, R7, R26.
 """
 
 import copyreg
@@ -30,6 +31,9 @@ from lora.card import AdapterSet, LoRACard, LowRank
 from lora.errors import UnsupportedModelError
 
 M = TypeVar("M", bound=nn.Module)
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""Dtypes of numbers that are stored as they are."""
 
 _ATOMS = frozenset(
     {
@@ -73,6 +77,17 @@ class Twins:
         self._classes: set[type] = {object, nn.Module}
         self.notices: set[str] = set()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's: that of its first parameter which is stored as numbers."""
+        dtypes = (parameter.dtype for parameter in self._root.parameters())
+        return next((dtype for dtype in dtypes if dtype in FLOATS), torch.float32)
+
+    def name_of(self, module: nn.Module) -> str:
+        """Return what errors call a module; empty, if only another one's attribute leads to it."""
+        names = [name for name, other in self._root.named_modules() if other is module]
+        return f"module {names[0]!r} ({type(module).__name__})" if names else ""
+
     def __call__(self, value: Any) -> Any:
         """Return the twin of a value."""
         kind = type(value)
@@ -96,20 +111,23 @@ class Twins:
         place = ""
         try:
             self._check_class(type(module))
-            check_own(module, _UnsoundError)
+            if hook := module.__dict__.get("_hf_hook"):
+                _check_offload(hook)
             for place, value in module.__dict__.items():
                 kind = type(value)
                 if kind in _EMPTY and not value and place in _TORCHS_OWN:
                     twin.__dict__[place] = kind()
                 else:
                     twin.__dict__[place] = value if kind in _ATOMS else self(value)
+            if type(twin) is not type(module) and "forward" in twin.__dict__:
+                place = "forward"
+                _check_forward(twin)
         except _UnsoundError as fault:
-            names = [name for name, other in self._root.named_modules() if other is module]
-            if not names:  # it is held by one that has a name
+            where = self.name_of(module)
+            if not where:  # it is held by one that has a name
                 raise
             attribute = f": attribute {place!r}" if place else ""
-            where = f"module {names[0]!r} ({type(module).__name__}){attribute}"
-            raise UnsupportedModelError(where, *fault.args) from None
+            raise UnsupportedModelError(where + attribute, *fault.args) from None
         hooks: dict[int, Any] = twin._load_state_dict_pre_hooks
         if all(hook.hook is not _unshare for hook in hooks.values()):
             twin.register_load_state_dict_pre_hook(_unshare)  # type: ignore[no-untyped-call]
@@ -144,15 +162,23 @@ class Twins:
         if is_lazy(value):
             raise _UnsoundError("parameters with values", f"an {kind.__name__}", "run it once")
         if not isinstance(value, nn.Parameter):
+            if value.dtype == torch.int8 and self._is_weight(value):
+                return self._put(value, value.detach())  # type: ignore[no-any-return]
             return self._put(value, value.detach().clone())  # type: ignore[no-any-return]
         if issubclass(kind, nn.Parameter):  # detach loses the class
             twin = Tensor._make_subclass(kind, value.detach(), False)
         else:
             twin = nn.Parameter(value.detach(), requires_grad=False)
         self._put(value, twin)
-        if value.__dict__:
-            twin.__dict__.update(self(value.__dict__))
+        if attributes := value.__dict__:  # a tensor of tensors, as torchao's, has its own already
+            missing = {key: item for key, item in attributes.items() if key not in twin.__dict__}
+            twin.__dict__.update(self(missing))
         return twin
+
+    def _is_weight(self, value: Tensor) -> bool:
+        """Tell whether a tensor is a parameter too, as bitsandbytes keeps it in two places."""
+        pointers = {p.data_ptr() for p in self._root.parameters() if p.dtype == value.dtype}
+        return value.data_ptr() in pointers
 
     def _module(self, module: nn.Module) -> nn.Module:
         if make := self._replacements.get(module):
@@ -167,6 +193,9 @@ class Twins:
                 raise _UnsoundError("a function that is given its modules", f"the global {name!r}")
         if not leads_to_module(value):
             return self._put(value, value)
+        if original := value.__dict__.get("_torchdynamo_orig_callable"):  # it was compiled
+            compiler = inspect.getclosurevars(value).nonlocals["self"]
+            return self._put(value, compiler(self(original)))
         closure = value.__closure__ or ()
         new = [cell for cell in closure if id(cell) not in self._memo]
         cells = tuple([self._memo.get(id(cell)) or self._put(cell, CellType()) for cell in closure])
@@ -185,7 +214,7 @@ class Twins:
     def _method(self, value: MethodType) -> Any:
         """Return the method of the twin; where this has another class, by its name there."""
         owner, function = self(value.__self__), value.__func__
-        name = function.__name__
+        name = getattr(function, "__name__", "")
         if getattr(type(value.__self__), name, None) is function:
             function = getattr(type(owner), name)
         return self._put(value, MethodType(self(function), owner))
@@ -205,6 +234,8 @@ class Twins:
 
     def _object(self, value: Any) -> Any:
         kind = type(value)
+        if kind.__module__.startswith("torch._dynamo"):
+            return self._put(value, value)
         self._check_class(kind)
         if isinstance(value, _SHARED) or kind.__module__.partition(".")[0] in _SHARED_MODULES:
             return self._share(value)
@@ -289,60 +320,70 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 def leads_to_module(value: Any) -> bool:
     """Tell whether a module is reached from a value, by strong references."""
+    return any(isinstance(item, nn.Module) for item in _reachable(value))
+
+
+def _reachable(value: Any) -> Iterator[Any]:
+    """Yield what is reached from a value by strong references that do not lead through a module."""
     waiting, seen = [value], dict[int, Any]()  # keeps objects, so that no id is taken again
     while waiting:
         item = waiting.pop()
-        if isinstance(item, nn.Module):
-            return True
         kind = type(item)
         if kind in _ATOMS or isinstance(item, type | Tensor) or id(item) in seen:
             continue
         if kind.__module__ == "logging":  # a logger leads to all others
             continue
         seen[id(item)] = item
+        yield item
         if isinstance(item, FunctionType):  # not its globals
             waiting += [item.__closure__, item.__defaults__, item.__kwdefaults__, item.__dict__]
-        else:
+        elif not isinstance(item, nn.Module):
             waiting += gc.get_referents(item)
-    return False
 
 
 _WRAPPERS = {
     "torch.jit._script.ScriptModule": ("a ScriptModule", "adapt what it was made from"),
     "torch.fx.graph_module.GraphModule": ("a GraphModule", "adapt what it was made from"),
-    "torch._dynamo.eval_frame.OptimizedModule": (
-        "the wrapper of torch.compile",
-        "adapt its _orig_mod, then compile the result",
-    ),
 }
 """Classes of modules that can't be copied -> what they are, and the way out."""
 
-_MARKS = {
-    "_compiled_call_impl": ("one after .compile()", "adapt it first, then compile the result"),
-    "_hf_hook": (
-        "the hook {}",
-        "accelerate.hooks.remove_hook_from_module(model, recurse=True) takes it off",
-    ),
-    "_original_forward": (
-        "the forward of Accelerator.prepare",
-        "adapt accelerator.unwrap_model(model, keep_fp32_wrapper=False), then prepare the result",
-    ),
-    "forward": ("a forward set on the instance: {}", "delete it, or put it into a subclass"),
-}
-"""Attributes of modules that can't be copied -> who set them, and the way out."""
+
+def _check_offload(hook: Any) -> None:
+    """Refuse a module whose weights accelerate brings only while it runs."""
+    if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+        hint = "load the model without offloading, with a device_map that names no disk or cpu"
+        actual = "accelerate's AlignDevicesHook, which keeps them elsewhere"
+        raise _UnsoundError("weights that are in memory", actual, hint)
 
 
-def check_own(module: nn.Module, error: Callable[[str, str, str], Exception]) -> None:
-    """Raise an error if a module's forward was set from outside, by the name of what set it."""
-    for mark, (what, hint) in _MARKS.items():
-        if (value := module.__dict__.get(mark)) is not None:
-            value = value if mark == "_hf_hook" else inspect.unwrap(value)
-            name = getattr(value, "__qualname__", type(value).__qualname__)
-            actual = what.format(f"{value.__module__}.{name}")
-            raise error("a module with its class's forward", actual, hint)
+def _check_forward(twin: nn.Module) -> None:
+    """Refuse a layer with factors whose own forward, as it was set, does not call the class's."""
+    forward = type(twin).forward
+    for item in _reachable([twin.__dict__["forward"], twin.__dict__.get("_old_forward")]):
+        if isinstance(item, MethodType) and item.__self__ is twin and item.__func__ is forward:
+            return
+    function = inspect.unwrap(twin.__dict__["forward"])
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    expected = "a forward set on the instance that calls the bound method of its class"
+    hint = "delete it and adapt, then set it; or put it into a subclass"
+    raise _UnsoundError(expected, f"{function.__module__}.{name}", hint)
+
+
+def is_quantised(parameter: Tensor) -> bool:
+    """Tell whether a parameter's stored numbers are not those that it stands for."""
+    kind = type(parameter)
+    stands_for_others = kind.dequantize is not Tensor.dequantize or parameter.dtype not in FLOATS
+    return kind not in (Tensor, nn.Parameter) and stands_for_others
 
 
 def _unshare(module: nn.Module, *_: object) -> None:
     """Give a module's tensors storage of their own; tensors that are tied stay tied."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if is_quantised(parameter):
+            where = f"{name!r} of a {type(module).__name__}"
+            hint = "load the state dict into the model before it is adapted"
+            raise UnsupportedModelError(
+                where, "a parameter that is no copy", "a quantised one", hint
+            )
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         tensor.data = tensor.detach().clone()

@@ -220,17 +220,123 @@ def test_no_setter_of_the_result_reaches_the_original_or_what_it_saves(original,
     assert picture(tmp_path / "after") == picture(tmp_path / "before")
 
 
-@requirement("R3.14")
-def test_accelerates_hooks_are_refused_by_their_name_with_the_way_out():
-    card = any_card(llama())
-    hooked = accelerate.cpu_offload(llama(), execution_device="cpu")
-    with pytest.raises(UnsupportedModelError, match=r"AlignDevicesHook; .*remove_hook_from_module"):
-        adapt(hooked, card)
-    accelerate.hooks.remove_hook_from_module(hooked, recurse=True)
+class Counting(accelerate.hooks.ModelHook):
+    """Counts the forwards of its module, by id."""
+
+    def __init__(self):
+        self.calls = []
+
+    def pre_forward(self, module, *arguments, **options):
+        self.calls.append(id(module))
+        return arguments, options
+
+
+def dispatched():
+    places = ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")
+    places = {**{f"model.{place}": "cpu" for place in places}, "lm_head": "cpu"}
+    return accelerate.dispatch_model(llama(), places, force_hooks=True)
+
+
+def hooked():
+    model = llama()
+    for module in model.modules():
+        accelerate.hooks.add_hook_to_module(module, Counting())
+        accelerate.hooks.add_hook_to_module(module, Counting(), append=True)
+    return model
+
+
+def unhooked(model):
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    return model
+
+
+def prepared(**options):
     AcceleratorState._reset_state(reset_partial_state=True)
-    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(llama())
-    with pytest.raises(UnsupportedModelError, match=r"Accelerator\.prepare; adapt accelerator\."):
-        adapt(prepared, card)
+    return accelerate.Accelerator(cpu=True, **options).prepare(llama())
+
+
+def unwrapped(model):
+    return accelerate.Accelerator(cpu=True).unwrap_model(model, keep_fp32_wrapper=False)
+
+
+SET_ON_INSTANCES = {
+    "accelerate.dispatch_model": (dispatched, unhooked),
+    "add_hook_to_module": (hooked, unhooked),
+    "Accelerator.prepare": (prepared, unwrapped),
+    "Accelerator.prepare, bf16": (lambda: prepared(mixed_precision="bf16"), unwrapped),
+}
+
+
+@requirement("R26.3", "R3.9")
+@pytest.mark.parametrize(("make", "undo"), SET_ON_INSTANCES.values(), ids=SET_ON_INSTANCES)
+def test_what_others_set_on_instances_is_carried_over_to_the_copy(make, undo):
+    """The oracle is the same model without it, adapted; in bf16, under torch's own autocast."""
+    card, plain = any_card(llama()), llama()
+    model = make().requires_grad_(requires_grad=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=hasattr(model, "_original_forward")):
+        before, expected = tokens(plain).float(), tokens(adapt(plain, card)).float()
+    adapted = adapt(model, card, strict=True)
+    assert torch.equal(tokens(adapted), expected)
+    assert torch.equal(tokens(model), before)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    calls = []
+    for one in (adapted, model):
+        linear = one.model.layers[0].self_attn.q_proj
+        linear.register_forward_hook(lambda *_, one=one: calls.append(one))
+    tokens(adapted)
+    assert calls == [adapted]
+    assert torch.equal(tokens(undo(adapted)), tokens(adapt(plain, card)))
+    assert torch.equal(tokens(model), before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@requirement("R26.3", "R3.9")
+def test_accelerates_hooks_on_the_copy_count_its_own_forwards():
+    model = hooked()
+    adapted = adapt(model, any_card(model))
+    tokens(adapted)
+    for module, other in zip(adapted.modules(), model.modules(), strict=True):
+        for hook, original in zip(module._hf_hook.hooks, other._hf_hook.hooks, strict=True):
+            assert set(hook.calls) <= {id(module)}
+            assert original.calls == []
+    assert adapted.lm_head._hf_hook.hooks[1].calls == [id(adapted.lm_head)]
+
+
+def set_on(linear):
+    linear.forward = lambda x: x
+    return linear
+
+
+NOT_CARRIED = {
+    "offloaded": (
+        lambda: accelerate.cpu_offload(llama(), execution_device="cpu"),
+        r"'model\.layers\.0\..*in memory, found a meta tensor \(offloaded by AlignDevicesHook\)",
+    ),
+    "offloaded elsewhere": (
+        lambda: accelerate.cpu_offload(llama(), execution_device="cpu").model.embed_tokens,
+        r"module '' .*accelerate's AlignDevicesHook.*; load the model without offloading",
+    ),
+    "a prepared Linear": (
+        lambda: accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(nn.Linear(32, 32)),
+        r"'forward': expected a forward set .* class, found torch\.nn\.\S*Linear\.forward; ",
+    ),
+    "a function": (
+        lambda: set_on(nn.Linear(32, 32)),
+        r"found test_twins\.set_on\.<locals>\.<lambda>; delete it",
+    ),
+}
+
+
+@requirement("R26.3", "R3.14")
+@pytest.mark.parametrize(("make", "found"), NOT_CARRIED.values(), ids=NOT_CARRIED)
+def test_what_can_not_be_carried_over_is_refused_by_the_name_of_what_set_it(make, found):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = make()
+    card = () if isinstance(model, nn.Embedding) else any_card(model)
+    state = {key: id(value) for key, value in vars(model).items()}
+    with pytest.raises(UnsupportedModelError, match=found):
+        adapt(model, card)
+    assert {key: id(value) for key, value in vars(model).items()} == state
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
