@@ -783,7 +783,7 @@ def test_a_narrow_layer_folds_on_request_with_one_rounding(dtype, bits):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-@requirement("R2.8")
+@requirement("R2.8", "R3.14")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_factors_follow_the_device_and_the_dtype_of_their_layer(dtype):
     base, terms = nn.Linear(4, 4, device="meta", dtype=dtype), {"docs": (PAIR, 1.0)}
