@@ -198,8 +198,8 @@ def _change(
         changes: dict[tuple[tuple[str, str], ...], tuple[str, str]] = {}
         for name in sites:
             leading = old, name.removesuffix(rest)
-            if matches(name, rest) and (bound := _bound_with(leading, sites, card)):
-                changes.setdefault(tuple(bound.items()), leading)
+            if matches(name, rest) and (keys := _bound_with(leading, sites, card)):
+                changes.setdefault(tuple(keys.items()), leading)
         fitting = {
             bound: leading
             for bound, leading in changes.items()

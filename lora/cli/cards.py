@@ -4,7 +4,9 @@ Requirements: R1, R16, R20, R23, R25, R26.
 """
 
 import json
+import os
 from dataclasses import fields, replace
+from errno import ENOENT
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from rich.text import Text
 
 import lora
 from lora.cli.app import Result, check_output, checks_done, command, present, progress_bar
-from lora.errors import ArgumentError
+from lora.errors import ArgumentError, CardNotFoundError
 
 if TYPE_CHECKING:
     from lora.card import LoRACard
@@ -100,7 +102,7 @@ def convert(
     """Convert between a card, a PEFT folder and a safetensors file. The endings say which.
 
     Args:
-        source: A card file, a PEFT folder, or a .safetensors file.
+        source: A card file, a .safetensors file, a folder of PEFT or mlx-lm, or hf:org/name.
         out: *.arrow: a card; *.safetensors; else a PEFT folder.
         name: Name of the card; the source's if omitted.
         alpha: Of a .safetensors file that does not say it.
@@ -312,15 +314,29 @@ def fold(
 
 
 def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACard":
-    """Read a card file, a PEFT folder or a safetensors file."""
+    """Read a card file, a folder of PEFT or mlx-lm, on disk or of the Hub, or a safetensors file.
+
+    Only a source that begins with ``hf:`` is asked for on the Hub.
+    """
+    from lora.interop import hub
     from lora.interop.peft import import_peft
     from lora.interop.safetensors import load_safetensors
 
+    origin, default_name = source, source.absolute().name
+    if str(source).startswith(hub.PREFIX) and not source.exists():
+        default_name = Path(str(source).partition("@")[0]).name
+        source = hub.download(str(source))
+    elif not source.exists() and len(source.parts) == 2 and not source.suffix:
+        missing = FileNotFoundError(ENOENT, os.strerror(ENOENT))
+        hint = f"an adapter on the Hub is {hub.PREFIX}{source}"
+        raise CardNotFoundError(str(source), "a card file or a folder", missing, hint)
+    if source.is_dir() and (source / "adapters.safetensors").is_file():
+        source, name = source / "adapters.safetensors", name or default_name
     if source.suffix.lower() == ".safetensors" and not source.is_dir():
         return load_safetensors(source, name=name, **options)
     for option in options:
-        raise ArgumentError(f"--{option}", "a .safetensors file as the source", str(source))
-    if source.is_dir():
-        return import_peft(source, name=name)
-    card = lora.load(source)
+        raise ArgumentError(f"--{option}", "a .safetensors file as the source", str(origin))
+    card = import_peft(source, name=name) if source.is_dir() else lora.load(source)
+    if name is None and source != origin and card.name == source.name:
+        name = default_name  # in the cache, the folder's name is a commit
     return card if name is None else replace(card, name=name)

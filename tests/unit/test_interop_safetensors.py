@@ -285,7 +285,7 @@ def test_mlx_lm_states_a_scale_and_no_alpha(tmp_path, here, sizes):
     for source, options, says in (
         (file, (), ""),
         (file, ("--alpha", "20"), "40.0"),
-        (tmp_path, (), "mlx-lm"),
+        (tmp_path, (), ""),
     ):
         status, _, problem = here("convert", source, "-o", tmp_path / "x.arrow", *options)
         assert (status, says in problem) == (bool(says), True)
