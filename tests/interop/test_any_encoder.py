@@ -303,7 +303,8 @@ def trained_by_peers(folder, trainer, pairs, steps, lr):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_is_that_of_sentence_transformers_and_peft(folders, tmp_path, kind):
     plain = folders[kind].with_name("plain")
-    folder = sentence_folder(plain, tmp_path / "mean", prompts={"query": "the "})
+    prompts = {"prompts": {"query": "the "}, "default_prompt_name": "query"}
+    folder = sentence_folder(plain, tmp_path / "mean", **prompts)
     settings = Settings(epochs=4, lr=1e-3, batch_size=7, share=0.8)
     trainer = LoRATrainer(ArrowEngine.from_pretrained(folder), rank=2, settings=settings)
     pairs, _ = Pairs.of(PAIRS).split(0.8)
