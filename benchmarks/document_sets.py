@@ -14,9 +14,12 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from pydoc_data.topics import topics
+from tempfile import TemporaryDirectory
+
+from lora.evolution.documents import Source
 
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 LIMIT = 300
@@ -114,3 +117,31 @@ def source(name: str, parts: list[Passage]) -> dict[str, str]:
     digest = hashlib.sha256("\n".join(part.line for part in parts).encode()).hexdigest()
     of = sys.version.split()[0] if package == "python" else version(package)
     return {"package": package, "version": of, "sha256": digest}
+
+
+def readmes() -> dict[str, str]:
+    """Return the READMEs of the other installed packages, as their metadata hold them."""
+    about = [part.metadata for part in distributions() if part.metadata["Name"] != "lora-cards"]
+    texts = {f"{each['Name'].lower()}.md": str(each.json.get("description", "")) for each in about}
+    return dict(sorted(texts.items()))
+
+
+FOLDERS: dict[str, Callable[[], dict[str, str]] | None] = {
+    "networkx": None,
+    "sklearn": None,
+    "ruff": linter,
+    "manual": manual,
+    "readmes": readmes,
+}
+"""Sets as folders of documents: installed packages, or texts that are written out."""
+
+
+def material(name: str) -> Source:
+    """Read a set as ``lora evolve`` reads a folder."""
+    read = FOLDERS[name]
+    if read is None:
+        return Source.read(PACKAGES / name)
+    with TemporaryDirectory() as folder:
+        for file, text in read().items():
+            Path(folder, file).write_text(text, encoding="utf-8")
+        return Source.read(folder)

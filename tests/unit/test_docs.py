@@ -99,6 +99,14 @@ def test_the_interval_that_so_many_groups_allow_is_the_one_stated():
         assert shares == [float(text) for text in stated]
 
 
+@requirement("R18.3", "R18.8")
+@pytest.mark.parametrize("script", ["questions", "exam_table"])
+def test_a_table_about_learning_is_made_of_its_results(script, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module, text = importlib.import_module(script), read("docs/evolution.md")
+    assert module.page(json.loads(module.RESULTS.read_text("utf-8")), text) == text
+
+
 @requirement("R2.12")
 def test_the_memory_that_folding_costs_is_stated():
     """MiniLM has six layers of four Linears of 384 x 384 and two of 384 x 1536, in float32."""
