@@ -330,6 +330,7 @@ def test_many_queries_are_routed_as_each_alone(impl, drawn, asked, top_k, thresh
     queries = [f"query {index}" for index in range(len(asked))]
     meanings |= dict(zip(queries, asked, strict=True))
     router = made(impl, candidates, meanings)
+    queries += queries[:1]  # one of them twice
     alone = [router.select(query, top_k, threshold) for query in queries]
     assert router.select_many(queries, top_k, threshold) == alone
 

@@ -74,7 +74,7 @@ def test_a_declared_failure_excuses_itself_and_no_other(declared, verdicts, expe
     ]
 
 
-@requirement("R24.1", "R24.2")
+@requirement("R24.1", "R24.2", "R24.9")
 @pytest.mark.parametrize(("declared", "status"), [((), 1), (("R4.8",), 1), (BOTH, 0)])
 def test_in_pytest_a_failure_is_excused_if_it_is_declared_for_all_that_it_names(
     tmp_path, declared, status
@@ -112,7 +112,7 @@ def test_all_errors_of_a_fixture_are_told_and_none_is_obeyed(tmp_path, monkeypat
     assert "TypeError: \\ud800 \ufffd[2J" in capsys.readouterr().out
 
 
-@requirement("R24.1", "R24.5")
+@requirement("R24.1", "R24.2", "R24.5")
 def test_a_run_says_what_failed_and_on_which_example():
     report = run_suite("tests.faults.targets:Substring", only="R3.11")
     assert list(report["requirements"]) == ["R3.11"]
