@@ -113,7 +113,7 @@ def term(card, x):
     return x.double() @ a @ b * pair.scaling, x.double().abs() @ a.abs() @ b.abs() * pair.scaling
 
 
-@requirement("R26.2", "R2.1")
+@requirement("R26.2", "R26.1", "R2.1")
 @pytest.mark.parametrize("make", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [2, 256])  # more than 100: the weight side, where there is one
