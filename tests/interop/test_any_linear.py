@@ -12,6 +12,8 @@ import peft
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
@@ -282,6 +284,32 @@ def test_a_gpt2_adapter_of_peft_computes_what_peft_does(targets, tmp_path):
     exact = extract_delta(model, folded, 4)
     assert set(exact.weights) == set(card.weights)
     torch.testing.assert_close(logits(adapt(model, exact)), logits(theirs), rtol=0, atol=1e-4)
+
+
+SIZES = st.integers(1, 9)
+
+
+@requirement("R26.1")
+@given(SIZES, SIZES, SIZES, st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_a_conv1d_does_what_a_linear_of_the_transposed_weight_does(inner, outer, rank, rows, seed):
+    """In float64, of which each side rounds each of its few sums otherwise."""
+    rng = np.random.default_rng(seed)
+    pair = LowRank(rng.normal(size=(inner, rank)), rng.normal(size=(rank, outer)), 0.5)
+    card = LoRACard("docs", rank, 1.0, ["0"], {"0": pair})
+    conv1d, linear = Conv1D(outer, inner).double(), nn.Linear(inner, outer).double()
+    linear.load_state_dict({"weight": conv1d.weight.T, "bias": conv1d.bias})
+    adapted = adapt(nn.Sequential(conv1d), card)
+    folded = fold(adapted)
+    update = torch.tensor(pair.A @ pair.B * 0.5)
+    torch.testing.assert_close(folded[0].weight, conv1d.weight + update, rtol=0, atol=1e-12)
+    x = torch.tensor(rng.normal(size=(rows, inner)))
+    want = linear(x) + x @ update
+    with torch.inference_mode():
+        for model in (adapted, folded):
+            torch.testing.assert_close(model(x), want, rtol=0, atol=1e-11)
+    assert [(site.in_features, site.out_features) for site in linears(adapted).values()] == [
+        (inner, outer)
+    ]
 
 
 @requirement("R26.1")
