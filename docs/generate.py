@@ -53,7 +53,9 @@ KINDS = {
 FEDERATION = (
     "server client node discovery peer_table trust manifest credentials keys cache catalog follow"
 )
-MODELS = "twins layers rows adapt checkpoint manager registry encoder encoder_folder any_encoder"
+MODELS = (
+    "twins layers rows folding adapt checkpoint manager registry encoder encoder_folder any_encoder"
+)
 TRAINING = "data retrieval synthetic losses schedules ewc train online_adapter"
 EVOLUTION = (
     "probe documents novelty acceptance exam distill teacher queue database nights worker factory"

@@ -68,6 +68,8 @@ class Injection:
             effect: `lora.uncalled` decides.
         leading: The leading part of all weight keys, and the one that the modules' names have in
             its place, such as ``("model.", "language_model.")``; None if keys bind as they are.
+        folded_bytes: Bytes of the fused experts among them, which can only be adapted by folding:
+            so much more memory does the adapted model take.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Injection:
     without_factors: tuple[str, ...] = ()
     bypassed: tuple[str, ...] = ()
     leading: tuple[str, str] | None = None
+    folded_bytes: int = 0
 
     @property
     def unbound(self) -> str:

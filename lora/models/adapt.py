@@ -7,7 +7,7 @@ model is copied (`lora.models.twins`). Copying only the changed path is not enou
 Requirements: R1, R2, R3, R5, R7, R8, R17.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from lora.errors import (
     UnsupportedModelError,
 )
 from lora.factors import initial
+from lora.models.folding import FusedExperts, Update, fold_experts, updates_of
 from lora.models.layers import (
     WIDE,
     LoRALinear,
@@ -60,7 +61,9 @@ _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool = False) -> M:
     """Return a model that computes what `model` does plus the adapters' low-rank terms.
 
-    The result shares the storage of every parameter and no mutable object with `model`.
+    The result shares the storage of every parameter and no mutable object with `model`. Experts
+    that are fused in one parameter are folded: their parameters are copied, which takes the bytes
+    that `lora.models.adapt.injections` tells before.
 
     Args:
         model: Any module tree. ``adapt(adapt(m, a), b)`` equals ``adapt(m, a | b)``.
@@ -96,19 +99,26 @@ def bindings(
     *,
     check_base: bool = True,
     strict: bool = False,
+    with_experts: bool = True,
 ) -> list[dict[str, Injection]]:
     """Decide what each card of each set binds to in a model; raise and warn as `adapt` does."""
     sites, modules = _survey(model)
+    experts = FusedExperts(model if with_experts else nn.Module())
+    sites = {**experts.sites, **sites}
 
     def bind(card: LoRACard, weight: float) -> Injection:
-        injection = plan(sites, card, strict=strict)
+        injection = _plan(sites, experts, card, strict=strict)
         bound = injection.bound
         for name in bound:
-            check_linear(modules[name], name)
-            _check_loaded(modules[name], name)
+            if name in modules:
+                check_linear(modules[name], name)
+                _check_loaded(modules[name], name)
+            else:
+                experts.check(model, name)
         if check_base and bound and card.base_fingerprint is not None:
-            check_fingerprint(card, injection, _fingerprint(modules, bound))
-        terms = {name: (card.weights[key], weight) for name, key in bound.items()}
+            check_fingerprint(card, injection, _fingerprint(modules, experts, bound))
+        linear = {name: key for name, key in bound.items() if name in modules}
+        terms = {name: (card.weights[key], weight) for name, key in linear.items()}
         existing = {
             name: layer.terms[card.name]
             for name, layer in modules.items()
@@ -148,16 +158,25 @@ def build(
 ) -> M:
     """Return the model that `adapt` describes, from what its cards are bound to already.
 
-    Float32 and float64 layers are folded if their weights have at most `fold_up_to` bytes.
+    Float32 and float64 layers are folded if their weights have at most `fold_up_to` bytes; fused
+    experts always are.
     """
-    layers = _layers(model, [adapters], [bound])
+    is_fused = any(injection.folded_bytes for injection in bound.values())
+    places = FusedExperts(model).places if is_fused else {}
+    experts: dict[nn.Module, dict[str, list[Update]]] = {}
+    for tensor, updates in updates_of(places, adapters, bound).items():
+        owner, _, leaf = tensor.rpartition(".")
+        experts.setdefault(model.get_submodule(owner), {})[leaf] = updates
+    layers = _layers(model, [adapters], [bound], without=places)
     weights = [layer.get_parameter("weight") for layer in layers if is_plain(layer)]
     folds = sum(weight.nbytes for weight in weights if weight.dtype in WIDE) <= fold_up_to
 
-    def make(linear: nn.Module, terms: Terms, *, memo: Twins) -> nn.Module:
-        return (folded if folds and is_plain(linear) else LoRALinear)(linear, terms, memo=memo)
+    def make(module: nn.Module, argument: Any, *, memo: Twins) -> nn.Module:
+        if module in experts:
+            return fold_experts(module, argument, memo)
+        return (folded if folds and is_plain(module) else LoRALinear)(module, argument, memo=memo)
 
-    return _rewrite(model, make, {layer: terms for layer, (terms,) in layers.items()})
+    return _rewrite(model, make, experts | {layer: terms for layer, (terms,) in layers.items()})
 
 
 def fold(model: M, *, narrow: bool = False) -> M:
@@ -198,7 +217,7 @@ def adapt_rows(
     Args:
         bound: What `bindings` said of these sets, if it was asked already.
     """
-    bound = bindings(model, sets) if bound is None else bound
+    bound = bindings(model, sets, with_experts=False) if bound is None else bound
     return _rewrite(model, SegmentedLinear, _layers(model, sets, bound))
 
 
@@ -231,7 +250,7 @@ def init_card(
 
 def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
     """Return a model whose only trainable parameters are copies of the card's factors."""
-    bound = bindings(model, [AdapterSet(card)])[0][card.name].bound
+    bound = bindings(model, [AdapterSet(card)], with_experts=False)[0][card.name].bound
     layers = {model.get_submodule(name): card.weights[key] for name, key in bound.items()}
     if any(isinstance(layer, LoRALinear) for layer in layers):
         expected = "plain Linears to train on"
@@ -256,8 +275,21 @@ def injections(
 ) -> dict[str, Injection]:
     """Report what each card would bind to, by its name; nothing is not an error here."""
     sites = linears(model)
+    experts = FusedExperts(model)
+    sites = {**experts.sites, **sites}
     cards = (card for card, _ in AdapterSet(adapters).values())
-    return {card.name: plan(sites, card, strict=strict) for card in cards}
+    return {card.name: _plan(sites, experts, card, strict=strict) for card in cards}
+
+
+def _plan(
+    sites: Mapping[str, Site], experts: FusedExperts, card: LoRACard, *, strict: bool = False
+) -> Injection:
+    """Decide what a card binds to in a model with these fused experts."""
+    injection = plan(sites, card, strict=strict)
+    if not experts.places:
+        return injection
+    folded_bytes = experts.nbytes(name for name in injection.bound if name in experts.places)
+    return replace(injection, folded_bytes=folded_bytes)
 
 
 def check_module(model: object) -> None:
@@ -306,16 +338,23 @@ def fingerprint(model: nn.Module, card: LoRACard) -> str:
             another base.
     """
     sites, modules = _survey(model)
-    injection = plan(sites, card)
+    experts = FusedExperts(model)
+    injection = plan({**experts.sites, **sites}, card)
     require_bound(sites, card, injection)
     if missing := injection.weights_not_used:
         raise not_all_bound(card, missing)
-    return _fingerprint(modules, injection.bound)
+    return _fingerprint(modules, experts, injection.bound)
 
 
-def _fingerprint(modules: Mapping[str, nn.Module], bound: Mapping[str, str]) -> str:
+def _fingerprint(
+    modules: Mapping[str, nn.Module], experts: FusedExperts, bound: Mapping[str, str]
+) -> str:
     def entry(key: str, name: str) -> tuple[str, str, tuple[int, ...], Any]:
-        weight = dense_weight(modules[name], f"module {name!r}").cpu().contiguous()
+        if name in modules:
+            weight = dense_weight(modules[name], f"module {name!r}")
+        else:
+            weight = experts.weight(name)
+        weight = weight.cpu().contiguous()
         dtype = str(weight.dtype).removeprefix("torch.")
         return key, dtype, tuple(weight.shape), [weight.view(torch.uint8).numpy()]
 
@@ -352,13 +391,18 @@ def _adapted(model: nn.Module) -> dict[nn.Module, Terms]:
 
 
 def _layers(
-    model: nn.Module, sets: Sequence[AdapterSet], bound: Sequence[Mapping[str, Injection]]
+    model: nn.Module,
+    sets: Sequence[AdapterSet],
+    bound: Sequence[Mapping[str, Injection]],
+    without: Collection[str] = (),
 ) -> dict[nn.Module, list[Terms]]:
     """Return the Linears that any of the sets binds to, with their terms in each set."""
     layers: dict[nn.Module, list[Terms]] = {}
     for index, adapters in enumerate(sets):
         for name, (card, weight) in adapters.items():
             for path, key in bound[index][name].bound.items():
+                if path in without:
+                    continue
                 linear = model.get_submodule(path)
                 known = linear.terms if isinstance(linear, LoRALinear) else {}
                 terms = layers.setdefault(linear, [dict(known) for _ in sets])
@@ -366,8 +410,8 @@ def _layers(
     return layers
 
 
-def _rewrite(model: M, make: Callable[..., nn.Module], arguments: Mapping[nn.Module, object]) -> M:
-    """Copy a model; `make`, from a Linear and its argument, makes what takes the Linear's place."""
+def _rewrite(model: M, make: Callable[..., nn.Module], arguments: Mapping[Any, object]) -> M:
+    """Copy a model; `make`, from a module and its argument, makes what takes its place."""
     replacements: dict[nn.Module, Callable[..., nn.Module]] = {
         layer: partial(make, layer, argument) for layer, argument in arguments.items()
     }

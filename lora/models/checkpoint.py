@@ -17,13 +17,11 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from lora.card import AdapterSet, LoRACard, LowRank
+from lora.card import AdapterSet, LoRACard
 from lora.checks import parse_json
 from lora.errors import (
     ArgumentError,
@@ -35,9 +33,9 @@ from lora.errors import (
 )
 from lora.experts import TRANSPOSED, Part, Place, expert_places, named
 from lora.extract import EMBEDDING
-from lora.factors import concat
 from lora.files import PathLike, as_path, os_errors
 from lora.interop.weights import INDEX, SINGLE, SafetensorsWeights, open_safetensors
+from lora.models.folding import Update, add_products, updates_of
 from lora.models.layers import warn_unbound
 from lora.targets import (
     Injection,
@@ -140,9 +138,13 @@ def fold_checkpoint(
         source = _Checkpoint(base)
         files, left_out = _other_files(base, source)
         injections = source.bind(adapters, check_base=check_base, strict=strict)
-        updates = _updates(source, adapters, injections)
+        updates = updates_of(source.places, adapters, injections)
+        _check_tensors(source, updates)
         shards = sorted(source.shards)
         total = sum(path.stat().st_size for path in (*shards, *files)) >> 20
+    rows = (source.tensor(name) for name in updates)
+    widest = max((_DTYPES[row.dtype].itemsize * row.shape[-1] for row in rows), default=0)
+    room = bytearray(3 * max(BLOCK, -(-widest // 8) * 8))
     written = 0
 
     def on_bytes(count: int) -> None:
@@ -151,7 +153,7 @@ def fold_checkpoint(
         if progress:
             progress(min(written >> 20, total), total)
 
-    with os_errors(out), _new_folder(base, out, overwrite=overwrite) as folder:
+    with os_errors(out), _one_thread(), _new_folder(base, out, overwrite=overwrite) as folder:
         for path in (*shards, *files):
             target = folder / path.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +162,7 @@ def fold_checkpoint(
                 touched = {name: tensors[name] for name in updates if name in tensors}
                 for name, tensor in sorted(touched.items(), key=lambda item: item[1].start):
                     _copy(original, copy, tensor.start, on_bytes)
-                    _fold(original, copy, tensor, updates[name], on_bytes)
+                    _fold(original, copy, tensor, updates[name], room=room, on_bytes=on_bytes)
                 _copy(original, copy, os.fstat(original.fileno()).st_size, on_bytes)
                 os.fsync(copy.fileno())
     return FoldedCheckpoint(injections, tuple(sorted(updates)), tuple(left_out))
@@ -189,23 +191,6 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
-
-
-class _Update(NamedTuple):
-    """What is added to rows of a tensor: rows, from `first`, of the ΔW of one module."""
-
-    start: int
-    stop: int
-    first: int
-    terms: list[tuple[LowRank, float]]
-    transposed: bool
-
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return two matrices whose product is added: (rows, r) and (r, columns)."""
-        pair = concat(self.terms, dtype=np.float64 if dtype is torch.float64 else None)
-        left, right = (pair.A, pair.B) if self.transposed else (pair.B.T, pair.A.T)
-        left = left[self.first : self.first + self.stop - self.start]
-        return torch.tensor(left).to(dtype), torch.tensor(right).to(dtype)
 
 
 class _Checkpoint:
@@ -301,31 +286,16 @@ class _Checkpoint:
                 yield file.read(min(BLOCK, stop - place))
 
 
-def _updates(
-    source: _Checkpoint, adapters: AdapterSet, injections: Mapping[str, Injection]
-) -> dict[str, list[_Update]]:
-    """Return what is added to each tensor that changes."""
-    terms: dict[str, list[tuple[LowRank, float]]] = {}
-    for name, (card, weight) in adapters.items():
-        for module, key in injections[name].bound.items() if weight else ():
-            terms.setdefault(module, []).append((card.weights[key], weight))
-    updates: dict[str, list[_Update]] = {}
-    for module, pairs in terms.items():
-        place, first = source.places[module], 0
-        for tensor, start, stop in place.parts:
-            where = f"{source.files[tensor]}: {tensor!r}"
-            if (dtype := source.tensor(tensor).dtype) not in _DTYPES:
-                expected = f"a weight of {', '.join(_DTYPES)}"
-                raise UnsupportedModelError(where, expected, dtype, "dequantise the base first")
-            if (
-                len(holders := [f.name for f, names in source.shards.items() if tensor in names])
-                > 1
-            ):
-                raise UnsupportedModelError(where, "a tensor of one shard", sorted(holders))
-            update = _Update(start, stop, first, pairs, place.transposed)
-            updates.setdefault(tensor, []).append(update)
-            first += stop - start
-    return updates
+def _check_tensors(source: _Checkpoint, names: Iterable[str]) -> None:
+    """Refuse to change a tensor of another dtype, or one that two shards hold."""
+    for name in names:
+        where, dtype = f"{source.files[name]}: {name!r}", source.tensor(name).dtype
+        if dtype not in _DTYPES:
+            expected = f"a weight of {', '.join(_DTYPES)}"
+            raise UnsupportedModelError(where, expected, dtype, "dequantise the base first")
+        holders = sorted(file.name for file, held in source.shards.items() if name in held)
+        if len(holders) > 1:
+            raise UnsupportedModelError(where, "a tensor of one shard", listed(holders))
 
 
 def _header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
@@ -356,7 +326,8 @@ def _copy(original: FileIO, copy: FileIO, stop: int, on_bytes: Callable[[int], N
                     raise
                 by_range = False
         if not count:
-            count = _write(copy, _read(original, start, min(BLOCK, stop - start)))
+            room = memoryview(bytearray(min(BLOCK, stop - start)))
+            count = _write(copy, _read(original, start, room))
         on_bytes(count)
 
 
@@ -364,51 +335,66 @@ def _fold(
     original: FileIO,
     copy: FileIO,
     tensor: _Tensor,
-    updates: Sequence[_Update],
+    updates: Sequence[Update],
+    *,
+    room: bytearray,
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Write a tensor with what is added to it, a block of rows at a time."""
-    dtype = _DTYPES[tensor.dtype]
+    """Write a tensor with what is added to it, as many rows at a time as there is room for."""
+    dtype, columns = _DTYPES[tensor.dtype], tensor.shape[-1]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    products = [(update.start, update.stop, *update.factors(wide)) for update in updates]
-    columns = tensor.shape[-1]
+    products = [update.factors(wide) for update in updates]
     width = columns * dtype.itemsize
-    for place in range(tensor.start, tensor.stop, step := max(1, BLOCK // width) * width):
-        data = _read(original, place, min(step, tensor.stop - place))
-        stored = torch.frombuffer(data, dtype=dtype).view(-1, columns)
-        total = stored.to(wide)
-        low = (place - tensor.start) // width
-        high = low + len(total)
-        for start, stop, left, right in products:
-            top, bottom = max(low, start), min(high, stop)
-            if top < bottom:
-                total[top - low : bottom - low].addmm_(left[top - start : bottom - start], right)
-        result = total.to(dtype)
-        if dtype is torch.float16 and bool((result.isinf() & total.isfinite()).any()):
+    # The first third holds rows as they are stored, the rest their sums.
+    step = max(1, len(room) // 3 // width)
+    rows = torch.frombuffer(room, dtype=dtype, count=step * columns).view(step, columns)
+    sums = rows
+    if dtype is not wide:
+        sums = torch.frombuffer(room, dtype=wide, count=step * columns, offset=len(room) // 3)
+        sums = sums.view(step, columns)
+    height = math.prod(tensor.shape[:-1])
+    for low in range(0, height, step):
+        high = min(low + step, height)
+        data = memoryview(room)[: (high - low) * width]
+        _read(original, tensor.start + low * width, data)
+        stored, total = rows[: high - low], sums[: high - low]
+        total.copy_(stored)
+        add_products(total, low, products)
+        stored.copy_(total)
+        if dtype is torch.float16 and bool((stored.isinf() & total.isfinite()).any()):
             expected = f"sums that float16 holds in rows {low} to {high}"
             hint = "give the card less weight, or save the base as bfloat16"
             raise UnsupportedModelError(f"{original.name}", expected, "larger ones", hint)
-        on_bytes(_write(copy, result.view(torch.uint8).numpy().data))
+        on_bytes(_write(copy, data))
 
 
-def _read(file: FileIO, start: int, count: int) -> bytearray:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread: a block is too little work for several to wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _read(file: FileIO, start: int, view: memoryview) -> memoryview:
     """Read bytes at a place; a file that ends before them has changed since it was opened."""
-    data = bytearray(count)
-    view = memoryview(data)
-    done = 0
-    while done < count:
-        if not (length := os.preadv(file.fileno(), [view[done:]], start + done)):
-            raise UnsupportedModelError(str(file.name), f"{start + count} bytes", start + done)
-        done += length
-    return data
-
-
-def _write(file: FileIO, data: Any) -> int:
-    """Write all of the data, of which one call may take a part."""
-    view = memoryview(data).cast("B")
     done = 0
     while done < len(view):
-        done += file.write(view[done:])
+        if not (length := os.preadv(file.fileno(), [view[done:]], start + done)):
+            expected = f"{start + len(view)} bytes"
+            raise UnsupportedModelError(str(file.name), expected, start + done)
+        done += length
+    return view
+
+
+def _write(file: FileIO, data: memoryview) -> int:
+    """Write all of the data, of which one call may take a part."""
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:])
     return done
 
 

@@ -1,5 +1,6 @@
 """A merged checkpoint is what PEFT's merge_and_unload makes, and transformers loads it."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -22,10 +23,10 @@ from transformers import (
 )
 
 import lora
-from lora.card import LowRank
-from lora.errors import CardFileError
+from lora.card import AdapterSet, LowRank
+from lora.errors import CardFileError, TargetError, UnsupportedModelError
 from lora.interop.peft import import_peft
-from lora.models.adapt import init_card
+from lora.models.adapt import adapt_rows, init_card, trainable
 from lora.testing.plugin import requirement
 
 pytestmark = [  # what PEFT reads and leaves open
@@ -141,23 +142,65 @@ def test_a_merged_checkpoint_is_pefts_merge_within_one_rounding(case, tmp_path):
         assert same or file.suffix == ".safetensors", file
 
 
-@requirement("R26.5")
-@pytest.mark.parametrize("saved", [True, False], ids=["single", "fused"])
-@pytest.mark.parametrize("kind", NAMES)
-def test_an_adapter_of_single_experts_merges_as_peft_merges_it(kind, saved, tmp_path):
-    model = made(kind, tmp_path / "base", save_original_format=saved)
-    base = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    old_adapter(kind, tmp_path / "adapter")
-    wrapped = PeftModel.from_pretrained(model, tmp_path / "adapter")
-    card = import_peft(tmp_path / "adapter")
-    lora.fold_checkpoint(tmp_path / "base", card, tmp_path / "merged", strict=True)
-    expected = wrapped.merge_and_unload().state_dict()
-    merged = type(model).from_pretrained(tmp_path / "merged").state_dict()
-    assert not torch.equal(base[FUSED_KEY], expected[FUSED_KEY])
-    assert gap(merged, expected, base) <= 1
-
-
 FUSED_KEY = "model.layers.1.mlp.experts.down_proj"
+
+
+def kept(model):
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+@requirement("R26.5")
+@pytest.mark.parametrize("source", ["single experts", "target_parameters"])
+@pytest.mark.parametrize("kind", NAMES)
+def test_experts_are_merged_as_peft_merges_them_in_files_and_in_memory(kind, source, tmp_path):
+    model = made(kind, tmp_path / "fused", save_original_format=False)
+    base = kept(model)
+    model.save_pretrained(tmp_path / "single")
+    if source == "single experts":
+        old_adapter(kind, tmp_path / "adapter")
+        wrapped = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+    else:
+        options = {**EXPERTS, "target_parameters": FUSED[:2]}
+        wrapped = adapter(copy.deepcopy(model), tmp_path / "adapter", **options)
+    card = import_peft(tmp_path / "adapter")
+    expected = wrapped.merge_and_unload().eval()
+    weights = expected.state_dict()
+    assert not torch.equal(base[FUSED_KEY], weights[FUSED_KEY])
+    for form in ("fused", "single"):
+        lora.fold_checkpoint(tmp_path / form, card, tmp_path / f"{form}-merged", strict=True)
+        merged = type(model).from_pretrained(tmp_path / f"{form}-merged").state_dict()
+        assert gap(merged, weights, base) <= 2
+    adapted = lora.adapt(model, card, strict=True)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        difference = (adapted(ids).logits - expected(ids).logits).abs().max()
+        assert difference <= 1e-4 * expected(ids).logits.abs().max()
+    assert gap(lora.fold(adapted).state_dict(), weights, base) <= 2
+    assert all(torch.equal(base[key], tensor) for key, tensor in model.state_dict().items())
+    experts = [key for key in base if "experts" in key]
+    injection = lora.models.adapt.injections(model, card)[card.name]
+    assert injection.folded_bytes == sum(base[key].nbytes for key in experts)
+    fingerprinted = replace(card, base_fingerprint=lora.fingerprint(model, card))
+    for form in ("fused", "single"):
+        lora.fold_checkpoint(tmp_path / form, fingerprinted, tmp_path / f"{form}-again")
+    with pytest.raises(UnsupportedModelError, match="all cards at once"):
+        lora.adapt(adapted, replace(card, name="second"))
+
+
+@requirement("R26.5")
+def test_a_manager_swaps_experts_and_rows_and_training_refuse_them(tmp_path):
+    model = made("mixtral", tmp_path / "base", torch.bfloat16)
+    base = kept(model)
+    wrapped = adapter(copy.deepcopy(model), tmp_path / "adapter", target_parameters=FUSED[:2])
+    card = import_peft(tmp_path / "adapter")
+    manager = lora.LoRAManager(model)
+    manager.apply_card(card)
+    assert gap(manager.model.state_dict(), wrapped.merge_and_unload().state_dict(), base) <= 1
+    manager.remove_card(card.name)
+    assert all(torch.equal(base[key], each) for key, each in manager.model.state_dict().items())
+    for refused in (lambda: trainable(model, card), lambda: adapt_rows(model, [AdapterSet(card)])):
+        with pytest.raises(TargetError):
+            refused()
 
 
 @requirement("R26.5")
