@@ -58,7 +58,7 @@ def cards(tmp_path):
     return path
 
 
-@requirement("R25.2", "R11.1", "R12.1", "R12.2", "R14.1", "R14.2", "R5.16")
+@requirement("R25.2", "R11.1", "R12.1", "R12.2", "R12.9", "R14.1", "R14.2", "R5.16")
 def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
     key, cache = tmp_path / "me.pem", tmp_path / "cache"
     public = json.loads(ran("keygen", key, "--json"))["public_key"]
@@ -83,8 +83,12 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
         other = tmp_path / "other.pem"
         ran("keygen", other)
         trusted = ("--trust", f"{other}.pub", "--trust", f"{key}.pub")
-        facts = json.loads(ran(*fetch, *trusted, "-o", out, "--json"))
-        assert facts == {"name": "docs", "digest": sha, "file": str(out)}
+        done, size = (
+            shell(*fetch, *trusted, "-o", out, "--json"),
+            (cards / "docs.lora.arrow").stat().st_size,
+        )
+        assert json.loads(done.stdout) == {"name": "docs", "digest": sha, "file": str(out)}
+        assert f"{size}/{size}" in done.stderr  # the bar of progress
         assert lora.digest(out) == sha
         assert ran(*fetch, "--pin", sha).startswith(f"{cache / sha}.lora.arrow: card docs")
         assert "one of 1" in ran("fetch", "law", "--peer", server.uri, "--cache", cache, code=1)
