@@ -10,7 +10,7 @@ with its own base. On a GPU a call ends when that has, and the model is bfloat16
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ from transformers import BertModel
 from transformers.utils import logging
 
 import lora
-from lora.card import AdapterSet, LoRACard
-from lora.models.adapt import adapt_rows, init_card
+from lora.card import LoRACard
+from lora.models.adapt import init_card
 from lora.models.encoder import InferenceCore
 from lora.models.layers import LoRALinear
 
@@ -86,11 +86,13 @@ def tokens(rows: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def calling(module: Any, *inputs: Any, **options: Any) -> Callable[[], Any]:
-    """A forward without gradients, to the end of it on a GPU."""
+def calling(
+    module: Any, *inputs: Any, own: Sequence[int] = (), **options: Any
+) -> Callable[[], Any]:
+    """A forward without gradients, to the end of it on a GPU; `own` is the set of each row."""
 
     def call() -> Any:
-        with torch.inference_mode():
+        with torch.inference_mode(), lora.rows(own):
             result = module(*inputs, **options)
         if CUDA:
             torch.cuda.synchronize()
@@ -217,13 +219,13 @@ def adapters_of_rows(*, quick: bool) -> Iterator[Row]:
         for adapters, rows, length in (
             ((8, 8, 16),) if quick else ((8, 32, 64), (32, 32, 64), (8, 8, 16))
         ):
-            ours = adapt_rows(core, [AdapterSet(one) for one in cards[:adapters]])
+            ours = lora.adapt_rows(core, cards[:adapters], probe=False)
             x, each = tokens(rows, length), rows // adapters
-            segments = tuple((i * each, (i + 1) * each, i) for i in range(adapters))
+            own = [row // each for row in range(rows)]
             names = [cards[i // each].name for i in range(rows)]
             sides = {
                 "our base": calling(core, x["input_ids"]),
-                "ours": calling(ours, x["input_ids"], segments=segments),
+                "ours": calling(ours, x["input_ids"], own=own),
                 "its base": calling(base, **x),
                 "PEFT": calling(theirs, **x, adapter_names=names),
             }

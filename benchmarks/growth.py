@@ -9,7 +9,7 @@ slope is that of log cost over log size between the last two points: 1 is linear
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import nn
 
 import lora
 from lora.card import AdapterSet, LoRACard, LowRank
-from lora.models.adapt import adapt_rows, init_card
+from lora.models.adapt import init_card
 from lora.models.encoder import EncoderConfig, InferenceCore
 
 TOKENS = 512
@@ -72,12 +72,12 @@ def line(
     )
 
 
-def encoding(model: Any, ids: torch.Tensor, *args: Any) -> Callable[[], Any]:
-    """A forward without gradients."""
+def encoding(model: Any, ids: torch.Tensor, own: Sequence[int] = ()) -> Callable[[], Any]:
+    """A forward without gradients; `own` is the adapter set of each row."""
 
     def call() -> Any:
-        with torch.inference_mode():
-            return model(ids, None, *args)
+        with torch.inference_mode(), lora.rows(own):
+            return model(ids)
 
     return call
 
@@ -100,8 +100,8 @@ def forwards(*, quick: bool) -> Iterator[Row]:
     for number in (1, 8) if quick else (1, 4, 8, 16, 32):
         sets = [AdapterSet(card(model, 8, f"skill-{i}")) for i in range(number)]
         each = 32 // number
-        segments = tuple((i * each, (i + 1) * each, i) for i in range(number))
-        works[number] = encoding(adapt_rows(model, sets), rows, segments)
+        own = [row // each for row in range(32)]
+        works[number] = encoding(lora.adapt_rows(model, sets, probe=False), rows, own)
     yield from line(
         "32 rows of 16 tokens", "adapters", works, count, "a fixed cost per adapter and layer"
     )
@@ -175,7 +175,9 @@ def memory(*, quick: bool) -> Iterator[Row]:
         },
         ("factors", "adapters"): {
             number: held(
-                adapt_rows(model, [AdapterSet(card(model, 8, f"skill-{i}")) for i in range(number)])
+                lora.adapt_rows(
+                    model, [card(model, 8, f"skill-{i}") for i in range(number)], probe=False
+                )
             )
             for number in (1, 4, 16, 32)
         },

@@ -31,11 +31,13 @@ from .merging import merge as merge
 from .presets import LoRAConfig as LoRAConfig
 from .models.adapt import (
     adapt as adapt,
+    adapt_rows as adapt_rows,
     fingerprint as fingerprint,
     fold as fold,
     uncalled as uncalled,
 )
 from .models.checkpoint import fold_checkpoint as fold_checkpoint
+from .models.rows import rows as rows
 from .routing import Calibration as Calibration, Route as Route, calibrate as calibrate
 from .files import digest as digest, inspect as inspect, load as load, save as save
 from .arrow_format import (

@@ -34,6 +34,7 @@ from lora.errors import (
     ShapeError,
     StateError,
     UnknownCardError,
+    UnsupportedModelError,
     shown,
 )
 from lora.federation.cache import CardCache, default_cache
@@ -42,10 +43,11 @@ from lora.federation.follow import Followed
 from lora.federation.node import Node, acceptable, uri_of
 from lora.federation.trust import Policy
 from lora.files import PathLike, as_path, load
-from lora.models.adapt import adapt, adapt_rows, bindings, build
+from lora.models.adapt import adapt, bindings, build, build_rows
 from lora.models.any_encoder import open_encoder
 from lora.models.encoder import InferenceCore
 from lora.models.manager import LoRAManager, State, log_loaded
+from lora.models.rows import rows
 from lora.router import Description, LoRARouter, RouterState
 from lora.routing import (
     Decision,
@@ -88,8 +90,8 @@ Choice: TypeAlias = str | Collection[str] | Mapping[str, float] | AdapterSet | L
 Sets: TypeAlias = tuple[AdapterSet, ...]
 """The distinct adapter sets of a request."""
 
-Adapted: TypeAlias = tuple[nn.Module, Mapping[str, str]]
-"""A model, and what its cards name that it does not have; see `Encoding.unbound`."""
+Adapted: TypeAlias = tuple[tuple[nn.Module, ...], Mapping[str, str]]
+"""A model for all sets of a request, or one for each, and what the cards name that it lacks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +212,7 @@ class ArrowEngine(Uncopied):
         self.router = LoRARouter(partial(_encoded, self.base), reference=self.reference)
         self.metrics = self.manager.metrics
         self._keeping = threading.Lock()
+        self._runs_rows, self._probed = True, set[frozenset[str]]()
 
     @classmethod
     def from_pretrained(
@@ -297,7 +300,7 @@ class ArrowEngine(Uncopied):
         if isinstance(adapters, list):
             return self._encode_rows(state, texts, adapters)
         requested = _resolve(adapters, state)
-        model, unbound = self._adapted(state, requested)
+        (model,), unbound = self._adapted(state, requested)
         return Encoding(_encoded(model, texts), (requested,) * len(texts), unbound)
 
     def load_lora(self, path: PathLike, *, weight: float = 1.0, strict: bool = False) -> str:
@@ -520,7 +523,7 @@ class ArrowEngine(Uncopied):
             self.metrics.add("abstentions")
             log_safely(log.info, "no card answers: %s", explained(decision))
         requested = AdapterSet([cards[route.name] for route in routes])
-        model, unbound = self._adapted(state, requested)
+        (model,), unbound = self._adapted(state, requested)
         return Encoding(
             _encoded(model, texts),
             (requested,) * len(texts),
@@ -538,24 +541,35 @@ class ArrowEngine(Uncopied):
             return Encoding(np.empty((0, 0), np.float32), ())
         requested = tuple(_resolve(choice, state) for choice in choices)
         sets = tuple(dict.fromkeys(requested)) or (AdapterSet(),)
-        if isinstance(self.base, InferenceCore) or len(sets) == 1:
-            options = {"sets": [sets.index(own) for own in requested]} if len(sets) > 1 else {}
-            model, unbound = self._adapted(state, *sets)
-            return Encoding(_encoded(model, texts, options), requested, unbound)
-        parts, unbound = {}, dict[str, str]()
-        for adapters in sets:
-            batch = [text for text, own in zip(texts, requested, strict=True) if own == adapters]
-            model, left = self._adapted(state, adapters)
-            parts[adapters], unbound = iter(_encoded(model, batch)), {**unbound, **left}
-        rows = [next(parts[adapters]) for adapters in requested]
-        return Encoding(np.stack(rows), requested, unbound)
+        indices = [sets.index(own) for own in requested]
+        models, unbound = self._adapted(state, *sets)
+        if len(models) == 1:
+            try:
+                with rows(indices):
+                    return Encoding(_encoded(models[0], texts), requested, unbound)
+            except (ShapeError, StateError) as error:
+                if len(sets) == 1:
+                    raise
+                self._run_sets_apart(error)
+            state.models.pop(sets, None)
+            models, _ = self._adapted(state, *sets)
+        parts = []
+        for index, model in enumerate(models):
+            own = [text for text, each in zip(texts, indices, strict=True) if each == index]
+            parts.append(iter(_encoded(model, own)))
+        return Encoding(np.stack([next(parts[index]) for index in indices]), requested, unbound)
+
+    def _run_sets_apart(self, error: LoRAError) -> None:
+        """Note and log that one forward of the encoder can't have several adapter sets."""
+        self._runs_rows, name = False, type(self.base).__name__
+        log_safely(log.warning, "%s runs once for each adapter set of a call: %s", name, error)
 
     def _adapted(self, state: EngineState, *sets: AdapterSet) -> Adapted:
-        """Return the model for a request's sets; keep it while the state knows all their cards."""
+        """Return the models for a request's sets; keep them while the state knows all the cards."""
         if sets == (state.active.adapters,):
-            return state.active.model, _unbound([state.active.injections])
+            return (state.active.model,), _unbound([state.active.injections])
         if not any(sets):
-            return self.base, {}
+            return (self.base,), {}
         result = state.models.get(sets)
         if result is None:
             # Active cards bind as they did: their check may have been waived.
@@ -572,17 +586,31 @@ class ArrowEngine(Uncopied):
             bound = [
                 {n: {**known, **own}[n] for n in each} for each, own in zip(sets, new, strict=True)
             ]
-            if len(sets) == 1:
-                model = build(self.base, *sets, *bound)
-            else:
-                model = adapt_rows(self.base, sets, bound)
-            result = model, _unbound(bound)
+            result = self._models(sets, bound), _unbound(bound)
             if state.knows(sets):
                 with self._keeping:
                     while len(state.models) >= CACHED_MODELS:
                         del state.models[next(iter(state.models))]
                     state.models[sets] = result
         return result
+
+    def _models(
+        self, sets: Sets, bound: Sequence[Mapping[str, Injection]]
+    ) -> tuple[nn.Module, ...]:
+        """Return one model for the rows of all sets, if the encoder keeps rows apart."""
+        if len(sets) > 1 and self._runs_rows:
+            layers = frozenset(
+                name for own in bound for injection in own.values() for name in injection.bound
+            )
+            known = isinstance(self.base, InferenceCore) or layers in self._probed
+            try:
+                model = build_rows(self.base, sets, bound, probe=False if known else None)
+            except UnsupportedModelError as error:
+                self._run_sets_apart(error)
+            else:
+                self._probed.add(layers)
+                return (model,)
+        return tuple(build(self.base, own, each) for own, each in zip(sets, bound, strict=True))
 
 
 def describes_itself(card: LoRACard) -> bool:

@@ -39,7 +39,7 @@ from lora.models.layers import (
     is_plain,
     warn_unbound,
 )
-from lora.models.rows import SegmentedLinear
+from lora.models.rows import Probe, RowLinear, carrying, check_rows, probe_terms
 from lora.models.twins import Twins
 from lora.targets import (
     Injection,
@@ -207,18 +207,57 @@ def fold(model: M, *, narrow: bool = False) -> M:
 
 
 def adapt_rows(
-    model: M, sets: Sequence[AdapterSet], bound: Sequence[Mapping[str, Injection]] | None = None
+    model: M,
+    sets: Sequence[Adapters],
+    *,
+    probe: Probe = None,
+    check_base: bool = True,
+    strict: bool = False,
 ) -> M:
-    """Return a model in which each segment of rows of a batch has one of several adapter sets.
+    """Return a model in which each row of a batch has one of several adapter sets.
 
-    The model's forward passes `Segments` on to its Linears, as that of `InferenceCore` does.
-    Segments name the sets by position.
+    `lora.rows` names the set of each row, by position, around a forward, ``generate`` or
+    ``encode``; outside of it the model raises `StateError`.
 
     Args:
-        bound: What `bindings` said of these sets, if it was asked already.
+        model: Any module whose Linears see rows in their first dimension, or k times the rows,
+            each k times in its place: beams, and tokens that were flattened.
+        probe: Keywords of a forward over rows of unequal length, by which a copy is tried first.
+            Default: texts for an ``encode``, or the ``dummy_inputs`` of transformers. False: a
+            model that mixes rows is not found.
+        check_base: As for `adapt`.
+        strict: As for `adapt`.
+
+    Raises:
+        UnsupportedModelError: The model mixes rows, as time-major and routed layouts do.
+        ArgumentError: There is nothing to probe the model with.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> rowwise = adapt_rows(model, [{}, {}], probe=False)  # then: with lora.rows([0, 1, 1]):
     """
-    bound = bindings(model, sets, with_experts=False) if bound is None else bound
-    return _rewrite(model, SegmentedLinear, _layers(model, sets, bound))
+    adapter_sets = [AdapterSet(adapters) for adapters in sets]
+    bound = bindings(model, adapter_sets, check_base=check_base, strict=strict, with_experts=False)
+    return build_rows(model, adapter_sets, bound, probe=probe)
+
+
+def build_rows(
+    model: M,
+    sets: Sequence[AdapterSet],
+    bound: Sequence[Mapping[str, Injection]],
+    *,
+    probe: Probe = None,
+) -> M:
+    """Return the model that `adapt_rows` describes, from what its cards are bound to already."""
+    try:
+        layers = _layers(model, sets, bound)
+    except AttributeError as error:  # no module of that name
+        expected = "cards for Linears"
+        raise UnsupportedModelError("rows", expected, "one for fused experts") from error
+    if layers and probe is not False:
+        copy = _rewrite(model, RowLinear, {layer: probe_terms(layer) for layer in layers})
+        check_rows(carrying(copy).eval(), probe)
+    return carrying(_rewrite(model, RowLinear, layers))
 
 
 def init_card(

@@ -7,10 +7,9 @@ Architecture: Devlin et al. 2018; names: ``BertModel``.
 Requirements: R5, R17.
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,12 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora.card import Array
 from lora.checks import integer
-from lora.errors import ArgumentError, ShapeError, UnsupportedModelError, shown
+from lora.errors import ArgumentError, UnsupportedModelError, shown
 from lora.files import PathLike, as_path
 from lora.interop.weights import open_safetensors
 from lora.models.encoder_folder import POOLINGS, EncoderConfig, read_folder, refusal
 from lora.models.layers import NeverCalled
-from lora.models.rows import SegmentedLinear, Segments
+from lora.models.rows import carried_sets, rows
 from lora.routing import texts_of
 
 TOKEN_BUDGET = 2048
@@ -48,6 +47,7 @@ class Layer(nn.Module):
     """A transformer block: self-attention, then a feed-forward of two Linears."""
 
     attention: Any
+    intermediate: Any
     output: Any
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -61,17 +61,17 @@ class Layer(nn.Module):
         self.output = _output(inner, config)
         self.heads, self.activation = config.num_attention_heads, config.hidden_act
 
-    def forward(self, x: Tensor, mask: Tensor | None, segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """``(rows, tokens, hidden)`` to the same; `mask` is ``(rows, 1, 1, tokens)``."""
         q, k, v = (
-            _project(linear, x, segments).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear in self.attention["self"].values()
         )
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         output = self.attention.output
-        x = output.LayerNorm(_project(output.dense, mixed, segments) + x)
-        inner = ACTIVATIONS[self.activation](_project(self.intermediate.dense, x, segments))
-        normed: Tensor = self.output.LayerNorm(_project(self.output.dense, inner, segments) + x)
+        x = output.LayerNorm(output.dense(mixed) + x)
+        inner = ACTIVATIONS[self.activation](self.intermediate.dense(x))
+        normed: Tensor = self.output.LayerNorm(self.output.dense(inner) + x)
         return normed
 
 
@@ -85,11 +85,6 @@ def _output(width: int, config: EncoderConfig) -> nn.ModuleDict:
     """Make a projection that is added to its block's input and normalised."""
     norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
     return nn.ModuleDict({"dense": nn.Linear(width, config.hidden_size), "LayerNorm": norm})
-
-
-def _project(linear: Any, x: Tensor, segments: Segments) -> Any:
-    """Call a Linear; it gets the segments if it has adapters of its own for each."""
-    return linear(x, segments) if isinstance(linear, SegmentedLinear) else linear(x)
 
 
 class InferenceCore(nn.Module):
@@ -178,19 +173,12 @@ class InferenceCore(nn.Module):
         width = dense[-1].out_features if dense else self.config.hidden_size * len(self.pooling)
         return min(width, limit or width)
 
-    def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor | None = None,
-        segments: Segments = (),
-        skipped: int = 0,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, skipped: int = 0) -> Tensor:
         """Embed rows of token ids; the result has the shape ``(rows, width)``.
 
         Args:
             ids: Shape ``(rows, tokens)``.
             mask: Shape ``(rows, tokens)``, True at tokens, False at padding; None without padding.
-            segments: The adapter set of each run of rows, for a model of `adapt_rows`.
             skipped: Tokens at the start, those of a prompt, that the pooling leaves out.
         """
         embeddings, seen = self.embeddings, None if mask is None else mask[:, None, None, :]
@@ -198,10 +186,10 @@ class InferenceCore(nn.Module):
         token_type = embeddings.token_type_embeddings.weight[0]
         x = embeddings.LayerNorm(embeddings.word_embeddings(ids) + token_type + positions)
         for layer in self.encoder.layer:
-            x = layer(x, seen, segments)
+            x = layer(x, seen)
         pooled = pool(x, mask, self.pooling, skipped)
         for linear, layer in zip(self.dense, self.config.dense, strict=True):
-            pooled = getattr(nn, layer.activation)()(_project(linear, pooled, segments))
+            pooled = getattr(nn, layer.activation)()(linear(pooled))
         pooled = F.normalize(pooled, dim=-1) if self.config.normalize else pooled
         return pooled[:, : self.config.truncate_dim]
 
@@ -238,7 +226,6 @@ class InferenceCore(nn.Module):
         self,
         texts: str | Sequence[str],
         *,
-        sets: Sequence[int] | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
         normalize_embeddings: bool = False,
@@ -248,7 +235,6 @@ class InferenceCore(nn.Module):
 
         Args:
             texts: Any number, empty ones included; a text without a token gets the zero vector.
-            sets: Index of each text's adapter set, for a model of `lora.models.adapt.adapt_rows`.
             prompt: What stands before each text; it counts more than `prompt_name`.
             prompt_name: A prompt of the model's folder; default: the one that the folder names.
             normalize_embeddings: Divide each vector by its length.
@@ -258,15 +244,16 @@ class InferenceCore(nn.Module):
             integer(batch_size, "batch_size", least=1)
         before = self._prompt(prompt, prompt_name)
         single = isinstance(texts, str)
-        ids = self.tokenize([texts] if isinstance(texts, str) else texts, before)
-        if sets is not None and len(sets) != len(ids):
-            raise ShapeError("sets", f"one index for each of {len(ids)} texts", len(sets))
+        several = [texts] if isinstance(texts, str) else texts
+        ids, sets = self.tokenize(several, before), carried_sets(several)
         skipped = self._skipped(before)
         result = np.zeros((len(ids), self.width), np.float32)
         for batch in batches([len(row) for row in ids], rows=batch_size):
-            rows, segments = by_set(batch, sets)
-            padded, mask = pad([ids[row] for row in rows], self.device)
-            result[rows] = self(padded, mask, segments, skipped).float().cpu().numpy()
+            if sets:  # rows of one set become neighbours
+                batch.sort(key=sets.__getitem__)
+            padded, mask = pad([ids[row] for row in batch], self.device)
+            with rows([sets[row] for row in batch]) if sets else nullcontext():
+                result[batch] = self(padded, mask, skipped).float().cpu().numpy()
         if normalize_embeddings:
             result = F.normalize(torch.from_numpy(result), dim=-1).numpy()
         return result[0] if single else result
@@ -339,21 +326,6 @@ def batches(
         batch.append(row)
     if batch:
         yield batch
-
-
-def by_set(rows: list[int], sets: Sequence[int] | None) -> tuple[list[int], Segments]:
-    """Order rows so that those of an adapter set are neighbours; return each run of them, too.
-
-    Examples:
-        >>> by_set([4, 5, 6], [0, 0, 0, 0, 1, 0, 1])
-        ([5, 4, 6], ((0, 1, 0), (1, 3, 1)))
-    """
-    if sets is None:
-        return rows, ()
-    rows = sorted(rows, key=lambda row: sets[row])
-    counts = Counter(sets[row] for row in rows)
-    stops = list(accumulate(counts.values()))
-    return rows, tuple(zip([0, *stops[:-1]], stops, counts, strict=True))
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

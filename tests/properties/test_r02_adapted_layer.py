@@ -18,7 +18,7 @@ from lora.factors import apply as apply_pairs
 from lora.factors import concat, delta, initial, spectrum, thin_qr
 from lora.models.adapt import adapt, fold
 from lora.models.layers import LoRALinear, TrainableLinear, add_low_rank
-from lora.models.rows import SegmentedLinear
+from lora.models.rows import RowLinear, rows
 from lora.testing.binding import Term
 from lora.testing.plugin import requirement
 from lora.testing.reference import array_of, linear_of, tensor_of
@@ -561,13 +561,13 @@ def test_the_order_that_forms_the_weight_equals_the_factored_one(layer, many):
 
 @requirement("R5.8", "R2.2")
 @given(data=st.data(), layer=layers(max_terms=0), whole=st.booleans())
-def test_a_row_of_a_segmented_layer_gets_what_it_would_get_alone(data, layer, whole):
+def test_a_row_of_a_batch_gets_what_it_would_get_alone(data, layer, whole):
     x, weight, bias, _ = layer
     elements = integers if whole else numbers
     if whole:
         weight, bias = data.draw(integers(x.dtype, weight.shape)), None
-    rows = data.draw(st.integers(1, 4))
-    x = data.draw(elements(x.dtype, (rows, 2, weight.shape[1])))
+    count, times = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    x = data.draw(elements(x.dtype, (count * times, 2, weight.shape[1])))
     sets = []
     for _ in range(data.draw(st.integers(1, 3))):
         names = data.draw(st.lists(st.sampled_from("abc"), unique=True, max_size=2))
@@ -578,20 +578,14 @@ def test_a_row_of_a_segmented_layer_gets_what_it_would_get_alone(data, layer, wh
                 for n in names
             }
         )
-    cuts = [0, *sorted(data.draw(st.sets(st.integers(1, rows), max_size=2))), rows]
-    segments = [
-        (start, stop, data.draw(st.integers(0, len(sets) - 1)))
-        for start, stop in itertools.pairwise(cuts)
-        if start < stop and data.draw(st.booleans())
-    ]
+    own = data.draw(st.lists(st.integers(0, len(sets) - 1), min_size=count, max_size=count))
     base = linear_of(weight, bias)
-    out = array_of(
-        SegmentedLinear(base, [pairs_of(terms) for terms in sets])(tensor_of(x), tuple(segments))
-    )
+    layer = RowLinear(base, [pairs_of(terms) for terms in sets])
+    with rows(own), torch.inference_mode(data.draw(st.booleans())):
+        out = array_of(layer(tensor_of(x)))
     plain = array_of(base(tensor_of(x)))
-    for row in range(rows):
-        index = next((i for start, stop, i in segments if start <= row < stop), None)
-        terms = {} if index is None else sets[index]
+    for row in range(count * times):
+        terms = sets[own[row // times]]
         if not terms:
             assert np.array_equal(out[row], plain[row])
         check(out[row], x[row], weight, bias, terms.values())

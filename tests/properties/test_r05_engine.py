@@ -17,6 +17,7 @@ from lora.engine import ArrowEngine
 from lora.models.adapt import adapt, adapt_rows
 from lora.models.encoder import ACTIVATIONS, EncoderConfig, InferenceCore
 from lora.models.manager import LoRAManager
+from lora.models.rows import rows as rows_of_sets
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma, roundoff
 
@@ -193,8 +194,9 @@ def test_embeddings_with_active_cards_are_those_of_the_weights_plus_delta(data, 
             manager.apply_card(adapters[name][0], weight=adapters.weight(name))
         assert manager.active == adapters
         assert ((manager.model(ids, mask) - expected).abs() <= tolerance).all()
-    segmented = adapt_rows(core, [AdapterSet(), adapters])(ids, mask, ((0, len(rows), 1),))
-    assert ((segmented - expected).abs() <= tolerance).all()
+    with rows_of_sets([1] * len(rows)):
+        rowwise = adapt_rows(core, [{}, adapters], probe=False)(ids, mask)
+    assert ((rowwise - expected).abs() <= tolerance).all()
 
 
 @requirement("R5.5", "R5.8")
@@ -204,9 +206,9 @@ def test_each_row_of_a_batch_gets_what_its_own_set_would_give_it_alone(data, row
     before = data.draw(adapter_sets(base, "xy"))
     core = adapt(base, before)
     sets = [data.draw(adapter_sets(base, "ab")) for _ in range(3)]
-    which = sorted(data.draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows))))
-    runs = tuple((which.index(i), which.index(i) + which.count(i), i) for i in sorted(set(which)))
-    together = adapt_rows(core, sets)(*padded(rows), runs)
+    which = data.draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows)))
+    with rows_of_sets(which):
+        together = adapt_rows(core, sets, probe=False)(*padded(rows))
     for row, index, found in zip(rows, which, together, strict=True):
         ids = torch.tensor([row])
         alone = adapt(core, sets[index])(ids)[0]

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora.card import AdapterSet, LoRACard, LowRank
+import lora
+from lora.card import LoRACard, LowRank
 from lora.errors import (
     BaseModelError,
     StateError,
@@ -24,7 +25,6 @@ from lora.errors import (
 )
 from lora.models.adapt import (
     adapt,
-    adapt_rows,
     fingerprint,
     fold,
     init_card,
@@ -35,7 +35,7 @@ from lora.models.adapt import (
     uncalled,
 )
 from lora.models.layers import LoRALinear, TrainableLinear
-from lora.models.rows import SegmentedLinear
+from lora.models.rows import RowLinear
 from lora.testing.plugin import requirement
 
 # Reading the state dict of an adapted model warns, which is tested on its own.
@@ -689,7 +689,7 @@ def test_what_can_not_be_applied_can_not_be_trained_or_run_for_rows_but_be_repor
 
 
 def rows_of(model, *adapters):
-    return adapt_rows(model, [AdapterSet(cards) for cards in adapters])
+    return lora.adapt_rows(model, adapters, probe=False)
 
 
 @requirement("R3.12", "R7.3")
@@ -787,7 +787,7 @@ def test_a_narrow_layer_folds_on_request_with_one_rounding(dtype, bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_factors_follow_the_device_and_the_dtype_of_their_layer(dtype):
     base, terms = nn.Linear(4, 4, device="meta", dtype=dtype), {"docs": (PAIR, 1.0)}
-    trained, rowwise = TrainableLinear(base, PAIR), SegmentedLinear(base, [terms, {}])
+    trained, rowwise = TrainableLinear(base, PAIR), RowLinear(base, [terms, {}])
     inference = [*LoRALinear(base, terms).buffers(), *rowwise.buffers()]
     assert {(t.device.type, t.dtype) for t in inference} == {("meta", dtype)}
     factors = trained.lora_A, trained.lora_B

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+import lora
 from lora.errors import ArgumentError, CardNotFoundError, ShapeError, UnsupportedModelError
 from lora.models import encoder
-from lora.models.adapt import adapt_rows, linears
-from lora.models.encoder import EncoderConfig, InferenceCore, batches, by_set, pad
+from lora.models.adapt import linears
+from lora.models.encoder import EncoderConfig, InferenceCore, batches, pad
 from lora.models.encoder_folder import SIZES, read_folder
 from lora.testing.plugin import requirement
 from lora.testing.tolerance import gamma
@@ -270,8 +271,11 @@ def test_the_pooler_is_reported_as_never_called():
 
 @requirement("R5.8")
 def test_as_many_sets_as_texts_are_asked_for():
-    with pytest.raises(ShapeError, match="sets: expected one index for each of 2 texts, found 1"):
-        adapt_rows(core_of(), [{}]).encode(["a", "b"], sets=[0])
+    with (
+        pytest.raises(ShapeError, match=r"encode: expected 1 texts, as named by lora\.rows"),
+        lora.rows([0]),
+    ):
+        lora.adapt_rows(core_of(), [{}]).encode(["a", "b"])
 
 
 @requirement("R5.7")
@@ -309,20 +313,6 @@ def test_batches_hold_every_text_once_and_are_as_large_as_the_budget_allows(draw
         assert len(batch) == 1 or len(batch) * drawn[batch[0]] <= budget
     for batch in groups[:-1]:
         assert (len(batch) + 1) * drawn[batch[0]] > budget
-
-
-@requirement("R5.8")
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.data())
-def test_rows_of_one_set_become_one_run(sets, data):
-    rows = data.draw(st.permutations(range(len(sets))))[: data.draw(st.integers(1, len(sets)))]
-    assert by_set(rows, None) == (rows, ())
-    ordered, segments = by_set(list(rows), sets)
-    assert sorted(ordered) == sorted(rows)
-    assert [index for _, _, index in segments] == sorted({sets[row] for row in rows})
-    places = [place for start, stop, _ in segments for place in range(start, stop)]
-    assert places == list(range(len(rows)))
-    for start, stop, index in segments:  # in the order in which they came
-        assert ordered[start:stop] == [row for row in rows if sets[row] == index]
 
 
 rows_of_ids = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=6), min_size=1, max_size=6)

@@ -44,6 +44,7 @@ from lora.models.encoder import InferenceCore
 from lora.models.layers import LoRALinear
 from lora.models.manager import LoRAManager
 from lora.models.registry import AdapterRegistry
+from lora.models.rows import Rows
 from lora.models.twins import Twins
 from lora.router import LoRARouter
 from lora.routing import Route
@@ -243,14 +244,17 @@ def test_each_text_of_a_call_gets_its_own_adapters(core, engine, cards):
 
 
 @requirement("R5.8", "R5.10")
-def test_another_encoder_runs_once_for_each_distinct_set():
+def test_an_encoder_without_rows_runs_once_for_each_distinct_set(caplog):
     words = Words()
     engine = ArrowEngine(words)
     engine.register_lora(words_card("w", description="words"))
     words.calls.clear()
     texts = ["a", "bb c", "ccc", "a", "eeeee f"]
     found = engine.encode_with_lora(texts, ["w", {}, {"w": 1.0}, None, {"w": 2.0}])
-    assert words.calls == [["a", "ccc"], ["bb c", "a"], ["eeeee f"]]
+    assert words.calls[-3:] == [["a", "ccc"], ["bb c", "a"], ["eeeee f"]]
+    assert "Words runs once for each adapter set" in caplog.text
+    tried, _ = len(words.calls), engine.encode_with_lora(texts, [{"w": 3.0}, *"www", {}])
+    assert len(words.calls) == tried + 3  # and is tried once
     for row, choice in enumerate(["w", {}, "w", {}, {"w": 2.0}]):
         assert np.allclose(
             found.embeddings[row],
@@ -721,15 +725,16 @@ def test_a_request_by_intent_takes_description_and_card_from_one_state():
 
 @requirement("R5.8")
 def test_rows_with_adapters_of_their_own_run_in_one_forward(core, engine, cards, monkeypatch):
-    forward, runs = InferenceCore.forward, []
-
-    def counted(model, ids, mask, segments, *others):
-        runs.append(len(segments))
-        return forward(model, ids, mask, segments, *others)
-
-    monkeypatch.setattr(InferenceCore, "forward", counted)
+    forward, segments, runs = InferenceCore.forward, Rows.segments, []
+    monkeypatch.setattr(
+        InferenceCore, "forward", lambda *args: (runs.append("forward"), forward(*args))[1]
+    )
+    monkeypatch.setattr(Rows, "segments", lambda *args: (runs.append(segments(*args)), runs[-1])[1])
     engine.encode_with_lora([*"abcd"], [cards["files"], {}, cards["foxes"], cards["files"]])
-    assert runs == [3]
+    (first, groups), others = runs[:2], runs[2:]
+    assert (first, len(groups)) == ("forward", 3)
+    assert others
+    assert all(other is groups for other in others)  # found once, used by every layer
 
 
 def tensors(module):
@@ -951,9 +956,11 @@ def test_a_card_that_binds_in_part_warns_once_and_each_result_says_so(core, card
     left = "targets not found: 'elsewhere'; weights not used: 'elsewhere'"
     engine = ArrowEngine(Words())
     engine.manager.add_card(half)
-    with pytest.warns(UnboundWarning, match=left) as caught:
-        results = [engine.encode_with_lora(["a", "b"], choice) for choice in ("half", ["half", {}])]
-    assert len(caught) == 1
+    results = []
+    for choice in ("half", ["half", {}]):  # each has a model of its own
+        with pytest.warns(UnboundWarning, match=left) as caught:
+            results += [engine.encode_with_lora(["a", "b"], choice) for _ in range(2)]
+        assert len(caught) == 1
     save(half, tmp_path / "half.lora.arrow")
     with pytest.raises(TargetError, match=left):
         engine.load_lora(tmp_path / "half.lora.arrow", strict=True)
@@ -963,7 +970,7 @@ def test_a_card_that_binds_in_part_warns_once_and_each_result_says_so(core, card
     with pytest.raises(TargetError, match=left):  # it is active by now
         engine.load_lora(tmp_path / "half.lora.arrow", strict=True)
     results.append(engine.encode_with_lora(["a", "b"]))
-    assert [dict(result.unbound) for result in results] == [{"half": left}] * 3
+    assert [dict(result.unbound) for result in results] == [{"half": left}] * 5
     assert engine.encode_with_lora(["a"], {}).unbound == {}
     key = "encoder.layer.0.attention.self.query"
     pair = cards["files"].weights[key]

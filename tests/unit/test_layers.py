@@ -1,4 +1,4 @@
-"""Adapted, segmented and trainable layers: dropout, refusals, what each keeps and drops."""
+"""Adapted, rowwise and trainable layers: dropout, refusals, what each keeps and drops."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from lora.errors import ArgumentError, ShapeError, UnsupportedModelError
 from lora.models import layers as layer_module
 from lora.models.adapt import trainable
 from lora.models.layers import LoRALinear, TrainableLinear
-from lora.models.rows import SegmentedLinear
+from lora.models.rows import RowLinear, rows
 from lora.testing.plugin import requirement
 
 PAIR = LowRank(np.ones((4, 2), np.float32), np.ones((2, 3), np.float32), 0.5)
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:a state dict")
 
 MAKERS = {
     "adapted": lambda base: LoRALinear(base, {"docs": (PAIR, 1.0)}),
-    "segmented": lambda base: SegmentedLinear(base, [{"docs": (PAIR, 1.0)}]),
+    "rowwise": lambda base: RowLinear(base, [{"docs": (PAIR, 1.0)}]),
     "trainable": lambda base: TrainableLinear(base, PAIR),
 }
 makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -32,6 +32,12 @@ makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 def pickled(layer):
     return pickle.loads(pickle.dumps(layer))  # noqa: S301 - our own bytes
+
+
+@pytest.fixture(autouse=True)
+def one_row():
+    with rows([0]):
+        yield
 
 
 @pytest.fixture
@@ -161,7 +167,7 @@ def test_factors_that_do_not_fit_are_refused_and_change_nothing(base):
 UNSUITABLE = {
     "a bilinear layer": lambda: nn.Bilinear(4, 4, 3),
     "a trainable layer": lambda: TrainableLinear(nn.Linear(4, 3), PAIR),
-    "a layer for rows": lambda: SegmentedLinear(nn.Linear(4, 3), []),
+    "a layer for rows": lambda: RowLinear(nn.Linear(4, 3), []),
     "no module": lambda: "linear",
 }
 
@@ -214,12 +220,3 @@ def test_training_a_layer_moves_its_factors_and_leaves_the_base_alone(base):
     assert torch.equal(base.weight, before)
     layer.lora_A.data.zero_()
     assert learned.A.any()
-
-
-@requirement("R5.8")
-def test_rows_outside_every_segment_and_empty_sets_are_the_bases(base):
-    layer, x = SegmentedLinear(base, [{}, {"docs": (PAIR, 1.0)}]), torch.arange(16.0).reshape(4, 4)
-    out = layer(x, ((0, 1, 0), (1, 2, 1)))
-    assert torch.equal(out[[0, 2, 3]], base(x)[[0, 2, 3]])
-    assert not torch.equal(out[1], base(x)[1])
-    assert torch.equal(layer(x), base(x))

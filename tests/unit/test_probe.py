@@ -113,7 +113,7 @@ def test_on_real_text_the_report_holds_all_scores_and_their_rank_correlations(mo
 @requirement("R15.4")
 def test_ablation_is_what_the_embeddings_lose_when_a_block_is_replaced_by_identity(model_folder):
     class Identity(nn.Module):
-        def forward(self, x, mask, segments):
+        def forward(self, x, mask):
             return x
 
     engine, result, _ = real(model_folder)
