@@ -13,7 +13,7 @@ from typing import Any
 from lora.card import LoRACard
 from lora.checks import version_order
 from lora.engine import ArrowEngine
-from lora.errors import ArgumentError, CardNotFoundError, ConflictError, DataError, StoreError
+from lora.errors import CardNotFoundError, ConflictError, DataError, StoreError
 from lora.evolution.distill import asked, keep
 from lora.evolution.documents import Source, keywords, standard_library
 from lora.evolution.exam import (
@@ -27,23 +27,19 @@ from lora.evolution.exam import (
     sample_path,
     version,
 )
+from lora.evolution.queue import check_skill_name
 from lora.evolution.teacher import CloudDistiller
-from lora.federation.manifest import check_name
 from lora.files import SUFFIX, PathLike, as_path, digest, os_errors, save
 from lora.training.data import Pairs, is_text, json_lines
 from lora.training.train import Progress
 
-MAX_NAME_BYTES = 200
-"""Bytes of a skill's name, which its files are named by."""
-
 
 @dataclass(frozen=True)
 class Evolved:
-    """What a cycle left in its folder, and what there is to say about it."""
+    """What a cycle left in its folder; ``facts["text"]`` tells it in a paragraph."""
 
     lesson: Lesson
     facts: Mapping[str, Any]
-    text: str
 
 
 def evolve(
@@ -76,9 +72,7 @@ def evolve(
         raise StoreError(str(root), "a folder", "a file")
     source, title = material(documents), as_path(documents).resolve().stem
     name = name or _name(title, source.pairs.queries)
-    check_name(name)
-    if len(name.encode()) > MAX_NAME_BYTES:
-        raise ArgumentError("name", f"at most {MAX_NAME_BYTES} bytes in UTF-8", len(name.encode()))
+    check_skill_name(name)
     there = live if cards is None else Live.read(root)
     replaced, next_version = there.cards.get(name), live.next_version(name)
     if replaced and version_order(version(replaced)) > version_order(next_version):
@@ -101,13 +95,13 @@ def evolve(
         progress=progress,
     )
     path, candidate = root / f"{name}{SUFFIX}", None
-    if lesson.card is not None and lesson.live:
-        keep(lesson, root)
-    elif lesson.card is not None and lesson.verdict.kind == "skill":
-        with os_errors(root):
+    with os_errors(root):
+        if lesson.live:
+            keep(lesson, root)
+        elif lesson.card is not None and lesson.verdict.kind == "skill":
             root.mkdir(parents=True, exist_ok=True)
-        candidate = root / f"{name}.candidate.arrow"
-        save(lesson.card, candidate)
+            candidate = str(root / f"{name}.candidate.arrow")
+            save(lesson.card, candidate)
     sample = sample_path(root, name)
     facts = {
         "name": name,
@@ -116,13 +110,13 @@ def evolve(
         "reason": lesson.reason or None,
         "file": str(path) if lesson.live else None,
         "exam": str(sample) if lesson.live and len(lesson.sample) else None,
-        "candidate": candidate and str(candidate),
+        "candidate": candidate,
         "digest": digest(path) if lesson.live else None,
         "version": lesson.card and lesson.card.metadata["version"],
         "figures": dict(lesson.figures),
+        "text": summary(lesson, is_log=source.private),
     }
-    text = summary(lesson, is_log=source.private)
-    return Evolved(lesson, {**facts, "text": text}, text)
+    return Evolved(lesson, facts)
 
 
 @dataclass(frozen=True)

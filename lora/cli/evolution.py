@@ -146,7 +146,7 @@ def evolve(
             progress=progress,
         )
     status = 0 if evolved.lesson.live else NOTHING_TO_SERVE
-    return Result(dict(evolved.facts), evolved.text, status)
+    return Result(dict(evolved.facts), evolved.facts["text"], status)
 
 
 def _teacher(ask: str, key_file: Any, folder: Path, budget: int, **options: Any) -> Any:

@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -111,9 +110,14 @@ class Terms:
     def trainer(self, engine: Engine) -> LoRATrainer:
         """Return what trains the card, and its placebos alike."""
         settings = replace(LEARNING, epochs=self.steps)
-        options: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "seed": self.seed}
-        name = getattr(engine, "base_model", None)
-        return LoRATrainer(engine, settings=settings, base_model=name, **options)
+        return LoRATrainer(
+            engine,
+            rank=self.rank,
+            alpha=self.alpha,
+            seed=self.seed,
+            settings=settings,
+            base_model=engine.base_model,
+        )
 
 
 @dataclass(frozen=True)
@@ -230,8 +234,8 @@ class Service:
     def ranks(self, pairs: Pairs) -> tuple[list[str], Array]:
         """Return who answers each query, and its reciprocal rank then."""
         names = self.answering(pairs.queries)
-        by_name = {name: self.base.ranks(self.cards.get(name), pairs) for name in set(names)}
-        return names, np.array([by_name[name][row] for row, name in enumerate(names)])
+        ranked = {name: self.base.ranks(self.cards.get(name), pairs) for name in set(names)}
+        return names, np.array([ranked[name][row] for row, name in enumerate(names)])
 
 
 def examined(
@@ -315,7 +319,7 @@ def _words(text: str) -> str:
 
 def placebo(engine: Engine, form: str, terms: Terms, progress: Progress | None = None) -> LoRACard:
     """Return a card that was trained on the standard library, from the folder of placebos."""
-    folder = placebo_folder(terms)
+    folder = default_cache() / "placebos" if terms.placebos is None else as_path(terms.placebos)
     trainer = replace(terms, seed=0).trainer(engine)
     identity = [trainer.initial.base_fingerprint, form, terms.steps, terms.rank, terms.alpha]
     key = hashlib.sha256(json.dumps([*identity, str(LEARNING)]).encode()).hexdigest()[:16]
@@ -338,11 +342,6 @@ def weighted(card: LoRACard, weight: float) -> LoRACard:
         for key, pair in card.weights.items()
     }
     return replace(card, weights=factors)
-
-
-def placebo_folder(terms: Terms) -> Path:
-    """Return the folder where placebos are kept, by base model, form, steps and shape."""
-    return default_cache() / "placebos" if terms.placebos is None else as_path(terms.placebos)
 
 
 def sample_path(folder: Path, name: str) -> Path:
@@ -403,14 +402,14 @@ def learn(
         "versions": {"lora": lora.__version__, "torch": torch.__version__},
     }
     sample = none if source.private else held_out.sample(SAMPLE, terms.seed)
-    untold = partial(Lesson, name, None, Verdict("can't tell", {}))
     if len(held_out) < FEWEST or _groups(held_out) < FEWEST_GROUPS or not len(training):
         needed = (
             f"at least {FEWEST} pairs of {FEWEST_GROUPS} files that are not trained on,"
             " and others to train on"
         )
         counts = f"{len(held_out)} of {_groups(held_out)} and {len(training)}"
-        return untold(f"can't tell: it takes {needed}; there are {counts}", figures, sample)
+        reason = f"can't tell: it takes {needed}; there are {counts}"
+        return Lesson(name, None, Verdict("can't tell", {}), reason, figures, sample)
     trainer = terms.trainer(engine)
     trained = trainer.train(everything, name=name, max_steps=terms.steps, progress=progress).card
     examples = training.sample(EXAMPLES, terms.seed)
@@ -419,8 +418,8 @@ def learn(
         described["examples"] += learned.queries
         described["example_groups"] += [f"question {row}" for row in range(len(learned))]
     card = replace(weighted(trained, terms.weight), metadata=described)
-    others = {key: each for key, each in live.cards.items() if key != name}
-    service = Service(base, others)
+    service = Service(base, {key: each for key, each in live.cards.items() if key != name})
+    figures["novelty"] = _novelty(service, held_out)
     service.add(card)
     placebos = {
         form: weighted(placebo(engine, form, terms, progress), terms.weight)
@@ -435,7 +434,6 @@ def learn(
         "left_out": service.left_out,
         "guards": {key: guard.figures() for key, guard in guarded.items()},
         "unguarded": sorted(live.cards.keys() - live.samples.keys()),
-        "novelty": _novelty(base, others, held_out),
         "questions": _checked(service, name, questions),
         "answers": _asked(service, name, asked, held_out, terms.seed),
     }
@@ -463,11 +461,11 @@ def description(base: Base, examples: Pairs, about: str = "") -> dict[str, Any]:
     }
 
 
-def _novelty(base: Base, others: Mapping[str, LoRACard], held_out: Pairs) -> dict[str, Any]:
+def _novelty(service: Service, held_out: Pairs) -> dict[str, Any]:
     """Say how well the live skills know the queries; it decides nothing."""
-    service, queries = Service(base, others), held_out.queries
+    queries = held_out.queries
     answered = sum(map(bool, service.answering(queries)))
-    share_of_groups = novelty(base.encode(queries), Index(service.router.candidates))
+    share_of_groups = novelty(service.base.encode(queries), Index(service.router.candidates))
     return {"answered_by_others": answered / len(queries), "groups_as_low": share_of_groups}
 
 

@@ -248,7 +248,7 @@ class WeightMapProbe:
 
     encoder: nn.Module
     blocks: Sequence[str] | None = None
-    on_step: OnStep | None = None
+    on_step: OnStep = lambda *_: None
 
     def probe(self, texts: Sequence[str], *, ablation: bool = True) -> WeightMap:
         """Score on texts, each run by itself, so that no padding is measured.
@@ -283,7 +283,7 @@ class WeightMapProbe:
             lost = None
             if whole is not None:
                 lost = _lost(model, texts, block, whole)
-                self._report(block, position, len(blocks))
+                self.on_step(block, position, len(blocks))
             rows.append(LayerScores(block, magnitude, weighted, float(turned[block].mean), lost))
         return WeightMap(tuple(layers), tuple(rows))
 
@@ -308,12 +308,8 @@ class WeightMapProbe:
             _on_forward(model.get_submodule(name), partial(add, name))
         for position, text in enumerate(texts, 1):
             _encoded(model, [text])
-            self._report("text", position, len(texts))
+            self.on_step("text", position, len(texts))
         return {name: tally for name, tally in inputs.items() if tally.count}, turned
-
-    def _report(self, name: str, position: int, number: int) -> None:
-        if self.on_step is not None:
-            self.on_step(name, position, number)
 
 
 def _blocks(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:

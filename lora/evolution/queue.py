@@ -48,10 +48,10 @@ MOVES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "retry": ("dead", "queued"),
     }
 )
-"""Everything that can happen to a job: the state before and the state after, by name."""
+"""Everything that can happen to a job: the state before and the state after, by name.
 
-STATES = tuple(dict.fromkeys(state for move in MOVES.values() for state in move))
-"""Every state; `done`, `rejected` and `dead` are ends."""
+`done`, `rejected` and `dead` are ends.
+"""
 
 _TABLES = (
     """CREATE TABLE jobs (
@@ -123,9 +123,7 @@ class Job:
         text = json.dumps([list(arguments), dict(inputs)], sort_keys=True)
         sha = hashlib.sha256(text.encode()).hexdigest()
         job = cls(sha, arguments[0], name, tuple(arguments), dict(inputs), **limits)
-        check_name(name)
-        if len(name.encode()) > MAX_NAME_BYTES:
-            raise ArgumentError("job: name", f"at most {MAX_NAME_BYTES} bytes", shown(name))
+        check_skill_name(name)
         if not -(2**31) <= integer(job.priority, "job: priority") < 2**31:
             raise ArgumentError("job: priority", "an integer of 32 bits", job.priority)
         integer(job.max_failures, "job: max_failures", 1)
@@ -312,6 +310,13 @@ class JobQueue:
     def _moved(self, *move: Any, **changes: Any) -> Job | None:
         with self.transaction() as db:
             return _move(db, *move, **changes)
+
+
+def check_skill_name(name: str) -> None:
+    """Refuse a name that is no name of a card, or too long for a file."""
+    check_name(name)
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ArgumentError("skill name", f"at most {MAX_NAME_BYTES} bytes", shown(name))
 
 
 def versions(db: sqlite3.Connection, name: str | None = None) -> list[Job]:

@@ -25,13 +25,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from lora.checks import finite, integer
-from lora.errors import (
-    ArgumentError,
-    MissingPackageError,
-    PeerError,
-    StateError,
-    shown,
-)
+from lora.errors import ArgumentError, MissingPackageError, PeerError, StateError, shown
 from lora.evolution.database import transaction
 from lora.files import PathLike, as_path, replacing
 from lora.training.data import Pairs

@@ -97,9 +97,8 @@ def newest(cards: Sequence[Served]) -> Served:
     """
     *others, card = cards
     version = card.manifest.version
-    for other in others[-1:]:
-        if version_order(other.manifest.version) == version_order(version):
-            where = f"{card.path}: {card.manifest.name!r} {version}"
-            problem = f"other content in {other.path.name!r}"
-            raise ConflictError(where, "one card per name and version", problem, "remove one")
+    if others and version_order(others[-1].manifest.version) == version_order(version):
+        where = f"{card.path}: {card.manifest.name!r} {version}"
+        problem = f"other content in {others[-1].path.name!r}"
+        raise ConflictError(where, "one card per name and version", problem, "remove one")
     return card

@@ -19,7 +19,7 @@ def test_networkx_is_learned_within_forty_steps_and_routed_to(tmp_path):
     engine, cards = ArrowEngine.from_pretrained(None), tmp_path / "cards"
     terms = Terms(documents_only=True, placebos=tmp_path / "placebos")
     evolved = evolve(engine, Path(nx.__file__).parent, cards, terms=terms)
-    assert evolved.facts["live"], evolved.text
+    assert evolved.facts["live"], evolved.facts["text"]
     assert evolved.facts["name"] == "networkx-graph"
     changes = evolved.lesson.verdict.changes
     assert set(changes) == {"base", "placebo names"}

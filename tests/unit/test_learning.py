@@ -502,7 +502,7 @@ def test_questions_are_in_a_card_only_by_their_owners_word(terms, tmp_path):
         terms=replace(terms, share_questions=True, documents_only=False),
     )
     assert shared.facts["live"]
-    assert "Not tested on real" not in shared.text
+    assert "Not tested on real" not in shared.facts["text"]
     assert shared.facts["exam"] is None  # users' questions are not kept in a folder that is served
     both = learned(
         replace(terms, share_questions=True), subject("efgh"), answers=answers(50)
