@@ -9,11 +9,19 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import lora
 from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError, ShapeError, StateError, UnsupportedModelError
+from lora.models.adapt import linears
 from lora.testing.plugin import requirement
 
 SIZES = {"vocab_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -23,6 +31,12 @@ MODELS = {
             LlamaConfig(**SIZES, hidden_size=32, intermediate_size=64, num_key_value_heads=2)
         ),
         ["q_proj", "v_proj", "down_proj"],
+    ),
+    "gpt2": (
+        lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=100, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+        ),
+        ["c_attn", "c_proj"],
     ),
     "t5": (
         lambda: T5ForConditionalGeneration(
@@ -45,12 +59,12 @@ def card(model, name, targets, size=0.3):
     rng = np.random.default_rng(sum(map(ord, name)))
     weights = {
         key: LowRank(
-            rng.normal(0, size, (module.in_features, 4)).astype(np.float32),
-            rng.normal(0, size, (4, module.out_features)).astype(np.float32),
+            rng.normal(0, size, (site.in_features, 4)).astype(np.float32),
+            rng.normal(0, size, (4, site.out_features)).astype(np.float32),
             1.0,
         )
-        for key, module in model.named_modules()
-        if isinstance(module, nn.Linear) and key.rpartition(".")[2] in targets
+        for key, site in linears(model).items()
+        if key.rpartition(".")[2] in targets
     }
     return LoRACard(name, 4, 4.0, targets, weights)
 
