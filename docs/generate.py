@@ -72,7 +72,10 @@ REFERENCE = {
         "presets",
         "drawing",
     ],
-    "Interop": ["interop.peft", "interop.safetensors", "interop.weights"],
+    "Interop": [
+        *("interop.peft", "interop.safetensors", "interop.foreign_names", "interop.hub"),
+        "interop.weights",
+    ],
     "Models": [f"models.{name}" for name in MODELS.split()],
     "Routing": ["routing", "router"],
     "Engine": ["engine", "state", "batches", "metrics"],

@@ -96,17 +96,20 @@ def convert(
     about: dict[str, Any],
     alpha: float | None = None,
     layout: str | None = None,
+    part: str | None = None,
     overwrite: bool = False,
     exact: bool = False,
 ) -> Result:
     """Convert between a card, a PEFT folder and a safetensors file. The endings say which.
 
     Args:
-        source: A card file, a .safetensors file, a folder of PEFT or mlx-lm, or hf:org/name.
+        source: A card file, a .safetensors file, hf:org/name, or a folder of PEFT, mlx-lm or
+            diffusers.
         out: *.arrow: a card; *.safetensors; else a PEFT folder.
         name: Name of the card; the source's if omitted.
         alpha: Of a .safetensors file that does not say it.
         layout: Of a .safetensors file that fits both: linear or matrix.
+        part: Of a file of kohya or diffusers for several models: the one to read.
         overwrite: Replace a PEFT folder that is there.
         exact: Of a PEFT folder: write alpha_pattern and rank_pattern, and round nothing.
     """
@@ -115,7 +118,8 @@ def convert(
 
     ending = out.suffix.lower()
     with progress_bar(f"converting {source}") as progress:
-        card = _saying(_read_card(source, name, **present(alpha=alpha, layout=layout)), about)
+        options = present(alpha=alpha, layout=layout, part=part)
+        card = _saying(_read_card(source, name, **options), about)
         progress(1, 2)
         if ending == ".arrow":
             lora.save(card, out)
@@ -314,7 +318,7 @@ def fold(
 
 
 def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACard":
-    """Read a card file, a folder of PEFT or mlx-lm, on disk or of the Hub, or a safetensors file.
+    """Read a card file, a safetensors file, or a folder that holds one, on disk or of the Hub.
 
     Only a source that begins with ``hf:`` is asked for on the Hub.
     """
@@ -330,8 +334,9 @@ def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACa
         missing = FileNotFoundError(ENOENT, os.strerror(ENOENT))
         hint = f"an adapter on the Hub is {hub.PREFIX}{source}"
         raise CardNotFoundError(str(source), "a card file or a folder", missing, hint)
-    if source.is_dir() and (source / "adapters.safetensors").is_file():
-        source, name = source / "adapters.safetensors", name or default_name
+    for single in hub.SINGLES:
+        if (source / single).is_file():
+            source, name = source / single, name or default_name
     if source.suffix.lower() == ".safetensors" and not source.is_dir():
         return load_safetensors(source, name=name, **options)
     for option in options:

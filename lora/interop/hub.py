@@ -13,8 +13,11 @@ from lora.errors import CardNotFoundError, MissingPackageError, PeerError
 
 PREFIX = "hf:"
 
-FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
-"""What the folders of PEFT and of mlx-lm hold that is read."""
+SINGLES = ("adapters.safetensors", "pytorch_lora_weights.safetensors")
+"""The file that the folders of mlx-lm and of diffusers hold."""
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", *SINGLES)
+"""What the folders of PEFT, mlx-lm and diffusers hold that is read."""
 
 
 def download(source: str) -> Path:

@@ -70,7 +70,7 @@ _FORMATS = {
     "model_class": _HUB,
     "pytorch_adapter.bin": _HUB,
     "head_config.json": _HUB,
-    "pytorch_lora_weights.*": ("diffusers' form", "of a diffusion model there is no card"),
+    "pytorch_lora_weights.*": ("diffusers' form", "convert its .safetensors file instead"),
     "*.gguf": ("GGUF", "use the PEFT folder that it was converted from"),
     _UNFINISHED: ("an export that was killed", "export again, with `overwrite=True`"),
     f"*/{CONFIG}": ("adapters in subfolders", "name one of the subfolders"),
@@ -152,7 +152,7 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
         contents, hint = next(map(_FORMATS.__getitem__, files), (contents, ""))
         raise kind(str(folder / CONFIG), "a PEFT configuration", contents, hint)
     with naming(folder / CONFIG):
-        _check_plain(config)
+        check_plain(config)
     if is_pickle:
         hint = "reading a pickle runs code: load it with PEFT, save it with safe_serialization=True"
         raise CardFileError(str(folder), WEIGHTS, PICKLE, hint)
@@ -166,11 +166,11 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
         for module, (a, b) in pairs.items():
             parameter = parameters.get(module)
             if parameter is None:
-                weights[module] = pair_of(module, a.T, b.T, _scaling(config, module, len(a)))
+                weights[module] = pair_of(module, a.T, b.T, scaling_of(config, module, len(a)))
                 continue
             with _reading_patterns():
                 rank = _by_pattern(config, "rank_pattern", parameter, "r")
-            scaling = _scaling(config, parameter, rank)
+            scaling = scaling_of(config, parameter, rank)
             for key, factors in by_expert(parameter, rank, a, b).items():
                 weights[key] = pair_of(key, *factors, scaling)
                 if targets is not None:
@@ -251,7 +251,7 @@ def export_peft(
                     (folder / name).unlink(missing_ok=True)
 
 
-def _check_plain(config: Config) -> None:
+def check_plain(config: Config) -> None:
     """Refuse what is not plain LoRA, and fields of another kind than PEFT's."""
     for key, value in {"peft_type": None, "r": None, "lora_alpha": None, **config}.items():
         allowed = _FIELDS.get(key, (None, False))
@@ -285,7 +285,7 @@ def _called(alternative: Any) -> str:
     return JSON_NAMES[alternative] if isinstance(alternative, type) else json.dumps(alternative)
 
 
-def _scaling(config: Config, module: str, rank: int) -> float:
+def scaling_of(config: Config, module: str, rank: int) -> float:
     """Return a module's scaling; the configuration must target it and give it its rank."""
     expected = "no weights, as the configuration targets other modules"
     with _reading_patterns():
@@ -402,7 +402,7 @@ def _config(card: LoRACard, exact: bool) -> tuple[dict[str, Any], Pairs]:  # noq
         **settings,
     }
     with naming(f"{where}: metadata: peft"):
-        _check_plain(config)
+        check_plain(config)
     return config, weights
 
 

@@ -4,12 +4,12 @@ A tensor is called ``<module>.lora_a`` (or ``.lora_a.weight``) and its partner `
 layouts are in use, and the tensors do not say which: ``"linear"`` holds the weights of two Linears,
 like candle and PEFT; ``"matrix"`` holds the factors as a card does.
 
-Requirements: R7, R23.
+Requirements: R7, R23, R26.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -35,14 +35,24 @@ LAYOUTS = ("linear", "matrix")
 Pairs = dict[str, tuple[Array, Array]]
 Header = Mapping[str, str]
 
-_SAY = "say it to load_safetensors or lora convert:"
-_CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
-_KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[ab])(?:\.weight)?")
+SAY = "say it to load_safetensors or lora convert:"
+"""Before what an error asks for."""
+
+CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
+"""What safetensors calls the dtypes of factors."""
+
+KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[ab])(?:\.weight)?")
+"""Matches a tensor of the form."""
+
+_EMBEDDINGS = re.compile(r"(.+\.)?(embed_tokens|embed_in|w[tp]e|(\w*_)?embeddings?)")
+"""Matches modules of mlx-lm that are an embedding, whose factors look like those of a Linear."""
+
 
 _FOREIGN = {
     r"lora_magnitude_vector|dora_scale|\.m$": "DoRA",
     r"\.hada_w": "LoHa",
     r"\.lokr_w": "LoKr",
+    r"\.lora_mid\.": "LoCon",
     r"\bvera_": "VeRA",
     r"\.ia3_l": "IA³",
     r"^prompt_embeddings": "prompt tuning",
@@ -97,11 +107,12 @@ def load_safetensors(
     name: str | None = None,
     alpha: float | None = None,
     layout: str | None = None,
+    part: str | None = None,
 ) -> LoRACard:
-    """Read a card from a safetensors file of ``lora_a`` and ``lora_b``.
+    """Read a card from a safetensors file of ``lora_a`` and ``lora_b``, or of kohya or diffusers.
 
     Targets are those of the header, else the modules in the file. A configuration of mlx-lm beside
-    the file gives its alpha and layout.
+    the file gives its alpha and layout. The names of kohya and diffusers say the rest themselves.
 
     Args:
         path: A safetensors file.
@@ -110,22 +121,28 @@ def load_safetensors(
         layout: One of `LAYOUTS`. Default: the header's, else the only one in which A and B agree in
             rank, with the largest rank of the header. If both fit, the one in which no rank exceeds
             a dimension.
+        part: Of a file of kohya or diffusers for several models: what the names of the tensors of
+            one begin with, such as ``"lora_te1"`` or ``"text_encoder"``. The others are left out.
 
     Raises:
-        CardFileError: The file is malformed, contradicts itself or alpha, or fits both layouts.
+        CardFileError: The file is malformed, contradicts itself or alpha, or fits both layouts; or
+            it is kohya's, with a name that may stand for several modules.
     """
     path = as_path(path)
     if alpha is not None:
         finite(alpha, "alpha", ArgumentError)
     if layout is not None:
         choice(layout, "layout", LAYOUTS)
-    pairs, header = read_pairs(path, _KEY, {"lora_": "of PEFT? import its folder instead"})
+    from lora.interop.foreign_names import read_foreign  # noqa: PLC0415 - it builds on this module
+
+    advice = {"lora_": "of PEFT? import its folder instead"}
+    pairs, header = read_foreign(path, part) or read_pairs(path, KEY, advice)
     with naming(path):
         if "lora.alpha" not in header:
-            header = {**_beside(path.parent), **header}
+            header = {**_beside(path.parent, pairs), **header}
         alpha = _stated(header, "alpha", float, alpha)
         if alpha is None:
-            raise CardFileError("alpha", "a number in the header", "none", f"{_SAY} `alpha=...`")
+            raise CardFileError("alpha", "a number in the header", "none", f"{SAY} `alpha=...`")
         rank = _stated(header, "rank", int)
         stated = header.get("lora.layout")
         if layout and stated:
@@ -146,7 +163,10 @@ def load_safetensors(
 
 
 def read_pairs(
-    path: Path, key: re.Pattern[str], advice: Header = MappingProxyType({})
+    path: Path,
+    key: re.Pattern[str],
+    advice: Header = MappingProxyType({}),
+    renamed: Mapping[str, str | None] = MappingProxyType({}),
 ) -> tuple[Pairs, Header]:
     """Read the factors in a file, paired by module, and the header's metadata.
 
@@ -154,34 +174,44 @@ def read_pairs(
         path: A safetensors file.
         key: Matches a whole tensor name, with the groups ``module`` and ``factor``.
         advice: What to do about a name that does not match, by a part of the name.
+        renamed: Tensors to read under another name, or not at all.
     """
     names: dict[str, dict[str, str]] = {}
     adapters: set[str | None] = set()
     with open_safetensors(path, CardFileError) as file, naming(path):
         for name in sorted(file.keys()):
-            where = f"tensor {shown(name)}"
-            if (match := key.fullmatch(name)) is None:
-                form = next((form for part, form in _FOREIGN.items() if re.search(part, name)), "")
-                hint = next((text for part, text in advice.items() if part in name), "")
-                if form:
-                    hint = f"{form} can't be a card: use lora extract on a model it is merged into"
-                expected = "a factor A or B of a Linear"
-                raise CardFileError(where, expected, form or "something else", hint)
+            if (read_as := renamed.get(name, name)) is None:
+                continue
+            if (match := key.fullmatch(read_as)) is None:
+                raise foreign_tensor(name, "a factor A or B of a Linear", advice)
             adapters.add(match.groupdict().get("adapter"))
             module, factor = match["module"] or "", match["factor"].upper()
             if names.setdefault(module, {}).setdefault(factor, name) != name:
                 raise CardFileError(f"module {shown(module)}", f"one factor {factor}", "two")
             tensor = file.get_slice(name)
             dtype, shape = tensor.get_dtype(), tensor.get_shape()
-            if dtype not in _CODES.values() or len(shape) != 2:
-                expected = f"two dimensions and a dtype of {', '.join(_CODES)}"
-                raise CardFileError(where, expected, f"shape {shape} of {dtype}")
+            if dtype not in CODES.values() or len(shape) != 2:
+                expected = f"two dimensions and a dtype of {', '.join(CODES)}"
+                hint = "a Conv2d (LoCon) can't be adapted by a card" if len(shape) == 4 else ""
+                where = f"tensor {shown(name)}"
+                raise CardFileError(where, expected, f"shape {shape} of {dtype}", hint)
         require(len(adapters - {None}) < 2, "tensors", "the factors of one adapter", adapters)
         pairs: Pairs = {}
         for module, factors in names.items():
             require(len(factors) == 2, f"module {shown(module)}", "factors A and B", [*factors])
             pairs[module] = file.get_tensor(factors["A"]), file.get_tensor(factors["B"])
         return pairs, file.metadata() or {}
+
+
+def foreign_tensor(
+    name: str, expected: str, advice: Header = MappingProxyType({})
+) -> CardFileError:
+    """Return the error of a tensor that is no factor of a card; it names the form, if known."""
+    form = next((form for part, form in _FOREIGN.items() if re.search(part, name)), "")
+    hint = next((text for part, text in advice.items() if part in name), "")
+    if form:
+        hint = "it can't be a card: use lora extract on a model it is merged into"
+    return CardFileError(f"tensor {shown(name)}", expected, form or "something else", hint)
 
 
 def pair_of(module: str, a: Array, b: Array, scaling: float | None) -> LowRank:
@@ -196,7 +226,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Array], metadata: Header
     end = 0
     for name, array in tensors.items():
         start, end = end, end + array.nbytes
-        dtype = _CODES[array.dtype.name]
+        dtype = CODES[array.dtype.name]
         header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (start, end)}
     text = json.dumps(header, ensure_ascii=False, sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
@@ -230,7 +260,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         return parse_json(text, "configuration", dict)
 
 
-def _beside(folder: Path) -> dict[str, str]:
+def _beside(folder: Path, modules: Iterable[str]) -> dict[str, str]:
     """Return what mlx-lm's configuration in a file's folder says, as fields of a header.
 
     mlx-lm computes ``scale · (x @ lora_a) @ lora_b``, so alpha is ``scale · rank``.
@@ -244,6 +274,9 @@ def _beside(folder: Path) -> dict[str, str]:
     if type(rank) is not int or config.get("fine_tune_type", "lora") != "lora":
         expected = "fine_tune_type lora with an integer rank"
         raise CardFileError(f"{CONFIG} of mlx-lm", expected, shown(config))
+    for module in filter(_EMBEDDINGS.fullmatch, modules):
+        expected, hint = "factors of a Linear", "an embedding can't be a card: train on Linears"
+        raise CardFileError(f"module {shown(module)}", expected, "mlx-lm's embedding", hint)
     fields = {"lora.layout": "matrix", "rank": str(rank), "alpha": repr(scale * rank)}
     if "alpha" in numbers:
         del fields["alpha"]  # releases of early 2024 also multiplied by alpha / rank
@@ -282,7 +315,7 @@ def _oriented(pairs: Pairs, layout: str | None, rank: int | None) -> Pairs:
         shapes = shown({module: (a.shape, b.shape) for module, (a, b) in pairs.items()})
         expected = f"shapes of one layout ({layout or 'either'}), largest rank {rank or 'r'}"
         problem = f"{shapes}, which fit {'both' if best else 'none'}"
-        raise CardFileError("factors", expected, problem, f"{_SAY} `layout=...`, one of {LAYOUTS}")
+        raise CardFileError("factors", expected, problem, f"{SAY} `layout=...`, one of {LAYOUTS}")
     return readings[best[0]]
 
 

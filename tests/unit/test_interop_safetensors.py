@@ -239,7 +239,7 @@ def test_saving_refuses_what_it_cannot_write(tmp_path):
 
 FOREIGN = {
     "kohya": ["lora_unet_down_blocks_0_to_q.lora_down.weight", "lora_te1_q.alpha"],
-    "diffusers": ["unet.down.0.to_q.lora.down.weight", "text_encoder.q.lora_A.weight"],
+    "diffusers": ["unet.down.0.to_q_lora.down.weight", "text_encoder.q.lora_A.bias"],
     "LoHa": ["lora_unet_q.hada_w1_a", "base_model.model.q.hada_w2_b"],
     "LoKr": ["lycoris_q.lokr_w1", "base_model.model.q.lokr_w2_a"],
     "DoRA": ["q.lora_magnitude_vector", "lora_unet_q.dora_scale", "model.q_proj.m"],
@@ -308,6 +308,18 @@ def test_mlx_lm_states_a_scale_and_no_alpha(tmp_path, here, sizes):
 def test_mlx_lm_whose_scale_is_not_known_is_refused(tmp_path, config):
     mlx(tmp_path, **config)
     assert "adapters.safetensors" in refused(tmp_path / "adapters.safetensors")
+
+
+@requirement("R26.8")
+@pytest.mark.parametrize("name", ["model.embed_tokens", "wte", "model.word_embeddings"])
+def test_an_embedding_of_mlx_lm_is_not_taken_for_a_linear(tmp_path, name):
+    pairs, file = mlx(tmp_path), tmp_path / "adapters.safetensors"
+    for extra, is_refused in ((name, True), ("model.embed_out", False)):
+        save_file(tensors({**pairs, extra: pair()}, "matrix"), file)
+        if is_refused:
+            assert f"module '{name}': expected factors of a Linear" in refused(file)
+        else:
+            assert extra in load_safetensors(file).weights
 
 
 @requirement("R23.1")
