@@ -102,8 +102,8 @@ def bindings(
     with_experts: bool = True,
 ) -> list[dict[str, Injection]]:
     """Decide what each card of each set binds to in a model; raise and warn as `adapt` does."""
-    sites, modules = _survey(model)
-    experts = FusedExperts(model if with_experts else nn.Module())
+    sites, modules, experts = _survey(model)
+    experts = experts if with_experts else FusedExperts([])
     sites = {**experts.sites, **sites}
 
     def bind(card: LoRACard, weight: float) -> Injection:
@@ -162,7 +162,7 @@ def build(
     experts always are.
     """
     is_fused = any(injection.folded_bytes for injection in bound.values())
-    places = FusedExperts(model).places if is_fused else {}
+    places = FusedExperts(model.named_modules()).places if is_fused else {}
     experts: dict[nn.Module, dict[str, list[Update]]] = {}
     for tensor, updates in updates_of(places, adapters, bound).items():
         owner, _, leaf = tensor.rpartition(".")
@@ -299,7 +299,7 @@ def trainable(model: M, card: LoRACard, *, dropout: float = 0.0) -> M:
 
 def trained_card(model: nn.Module, card: LoRACard) -> LoRACard:
     """Return the card with the factors that `model`, made by `trainable` from it, has now."""
-    (sites, modules), weights = _survey(model), dict(card.weights)
+    (sites, modules, _), weights = _survey(model), dict(card.weights)
     for name, key in plan(sites, card).bound.items():
         layer = modules[name]
         if not isinstance(layer, TrainableLinear):
@@ -313,8 +313,7 @@ def injections(
     model: nn.Module, adapters: Adapters, *, strict: bool = False
 ) -> dict[str, Injection]:
     """Report what each card would bind to, by its name; nothing is not an error here."""
-    sites = linears(model)
-    experts = FusedExperts(model)
+    sites, _, experts = _survey(model)
     sites = {**experts.sites, **sites}
     cards = (card for card, _ in AdapterSet(adapters).values())
     return {card.name: _plan(sites, experts, card, strict=strict) for card in cards}
@@ -342,12 +341,17 @@ def linears(model: nn.Module) -> dict[str, Site]:
     return _survey(model)[0]
 
 
-def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Module]]:
-    """Describe every Linear of a model under each of its names; return it by the first one too."""
+def _survey(
+    model: nn.Module,
+) -> tuple[dict[str, Site], dict[str, nn.Module], FusedExperts]:
+    """Describe every Linear of a model under each of its names; return it by the first one too.
+
+    The third value are the model's fused experts.
+    """
     check_module(model)
     walk = list(model.named_modules(remove_duplicate=False))
     linear = [(name, module) for name, module in walk if is_linear(module)]
-    owners = {module: name for name, module in reversed(linear)}
+    first_names = {module: name for name, module in reversed(walk)}
     embeddings = {id(module.weight) for _, module in walk if isinstance(module, nn.Embedding)}
     # Modules below the first may have their weights used without being called.
     fused, unused = (
@@ -357,14 +361,15 @@ def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Module]]:
     sites = {
         name: Site(
             *features(module),
-            owner=owners[module],
+            owner=first_names[module],
             head=id(module._parameters.get("weight")) in embeddings,
             bypassed=name.startswith(fused + unused),
             unused=name.startswith(unused),
         )
         for name, module in linear
     }
-    return sites, {name: module for module, name in owners.items()}
+    experts = FusedExperts((name, module) for module, name in first_names.items())
+    return sites, {first_names[module]: module for _, module in linear}, experts
 
 
 def fingerprint(model: nn.Module, card: LoRACard) -> str:
@@ -376,8 +381,7 @@ def fingerprint(model: nn.Module, card: LoRACard) -> str:
         TargetError: Not every module of the card binds: the rest would have the fingerprint of
             another base.
     """
-    sites, modules = _survey(model)
-    experts = FusedExperts(model)
+    sites, modules, experts = _survey(model)
     injection = plan({**experts.sites, **sites}, card)
     require_bound(sites, card, injection)
     if missing := injection.weights_not_used:
@@ -390,7 +394,7 @@ def _fingerprint(
 ) -> str:
     def entry(key: str, name: str) -> tuple[str, str, tuple[int, ...], Any]:
         if name in modules:
-            weight = dense_weight(modules[name], f"module {name!r}")
+            weight = dense_weight(modules[name], lambda: f"module {name!r}")
         else:
             weight = experts.weight(name)
         weight = weight.cpu().contiguous()

@@ -71,8 +71,8 @@ def _check_code(folder: Path) -> None:
         if code := read_json(path, dict).get("auto_map"):
             expected = "a model that installed code computes"
             hint = (
-                "if you trust its code, open it by SentenceTransformer(..., trust_remote_code=True)"
-                " and pass that to ArrowEngine"
+                "if you trust its code, open it in Python by sentence-transformers, which has a"
+                " keyword for that, and pass the result to ArrowEngine"
             )
             raise UnsupportedModelError(f"{path}: auto_map", expected, shown(code), hint)
 

@@ -72,12 +72,12 @@ def add_products(
 class FusedExperts:
     """The fused experts of a model: their sites under each name, their places by the first."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
         self.sites: dict[str, Site] = {}
         self.places: dict[str, Place] = {}
         transposed = []
-        for name, module in model.named_modules():
+        for name, module in modules:
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and not is_lazy(parameter) and parameter.dim() == 3:
                     self.parameters[f"{name}.{leaf}"] = parameter

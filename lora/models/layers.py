@@ -11,8 +11,8 @@ Requirements: R2, R3, R5, R7, R8, R26.
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from importlib import import_module
 from itertools import islice
 from typing import Any
@@ -144,8 +144,11 @@ def is_plain(linear: nn.Module) -> bool:
     return is_stored and _has_plain_forward(class_of(linear))
 
 
-def dense_weight(linear: nn.Module, where: str) -> Tensor:
+def dense_weight(linear: nn.Module, where: Callable[[], str]) -> Tensor:
     """Return the weight of a Linear as it is stored; a quantised one, dequantised.
+
+    Args:
+        where: Names the layer in an error.
 
     Raises:
         UnsupportedModelError: It can't be dequantised, or something else computes it.
@@ -163,7 +166,7 @@ def dense_weight(linear: nn.Module, where: str) -> Tensor:
     expected = "a weight that is stored in floating point or that its own library dequantises"
     actual = f"a {kind.__module__}.{kind.__qualname__}" if weight is not None else "a computed one"
     hint = "do this with the model before it is quantised or parametrised"
-    raise UnsupportedModelError(where, expected, actual, hint)
+    raise UnsupportedModelError(where(), expected, actual, hint)
 
 
 def _dequantised(linear: Any, weight: Any) -> Tensor | None:
@@ -335,7 +338,7 @@ def folded(
             do.
     """
     memo, kind = memo or Twins(linear), class_of(linear)
-    where = memo.name_of(linear)
+    where = partial(memo.name_of, linear)
     weight = dense_weight(linear, where)
     own = linear.weight
     dtype = weight.dtype if own.dtype in FLOATS else memo.dtype
@@ -359,7 +362,9 @@ def folded(
     return result  # type: ignore[no-any-return]
 
 
-def _check_folded(result: nn.Module, linear: nn.Module, terms: Terms, where: str) -> None:
+def _check_folded(
+    result: nn.Module, linear: nn.Module, terms: Terms, where: Callable[[], str]
+) -> None:
     """Refuse a folded layer whose forward gives other values than the factors do."""
     weight: Any = result.weight
     generator = torch.Generator().manual_seed(0)
@@ -371,7 +376,7 @@ def _check_folded(result: nn.Module, linear: nn.Module, terms: Terms, where: str
     if not bool((error.abs() <= allowed).all()):
         expected = "a forward that computes x Wᵀ + b, which takes W + ΔW for W"
         hint = "keep the adapted model as it is, without fold"
-        raise UnsupportedModelError(where, expected, "another one", hint)
+        raise UnsupportedModelError(where(), expected, "another one", hint)
 
 
 def _by_output(linear: nn.Module) -> Tensor:

@@ -229,7 +229,7 @@ def as_pickle(folder):
     [
         (without_weights("1.attention.self.query.bias"), "none of 'encoder.layer.1.attention.self"),
         (with_code("config.json"), "auto_map: expected a model that installed code computes"),
-        (with_code("tokenizer_config.json"), "auto_map.*trust_remote_code=True"),
+        (with_code("tokenizer_config.json"), "auto_map.*if you trust its code"),
         (with_foreign_module, "trust_remote_code"),
         (as_pickle, "weights as safetensors"),
         (lambda folder: change(folder / "config.json", model_type="unheard-of"), "unheard-of"),

@@ -418,7 +418,8 @@ def test_every_advice_in_python_has_words_of_the_command_line():
     commands = [*commands.values(), *commands["factory"].commands.values()]
     options = [option for command in commands for option in command.params]
     flags = {"--help", *(flag for option in options for flag in option.opts)}
-    elsewhere = {"safe_serialization", "max_cards", "max_bytes", "narrow", "recurse", "share"}
+    elsewhere = {"safe_serialization", "max_cards", "max_bytes", "narrow", "probe", "recurse"}
+    elsewhere |= {"share"}
     for path in sorted(Path(lora.__file__).parent.rglob("*.py")):
         if path.parent.name == "testing":
             continue
@@ -442,7 +443,8 @@ def test_conformance_prints_json_or_writes_it_and_takes_the_old_option(
     shell, folder, monkeypatch, words
 ):
     entry = {"verdict": "passed", "reason": "", "statement": "It holds.", "tests": []}
-    report = {"requirements": {"R16.2": entry}, "profile": "dev", "seed": "1"}
+    report = {"requirements": {"R16.2": {**entry, "classes": {"law": "passed"}}}}
+    report |= {"profile": "dev", "seed": "1", "suite": "0.1.0", "specification": "f16fe6128cc3"}
     monkeypatch.setattr("lora.testing.report.run_suite", lambda *_, **__: report)
     done = shell("conformance", "--only", "R16.2", *words.split())
     assert done.returncode == 0, done.stderr

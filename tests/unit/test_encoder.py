@@ -179,7 +179,9 @@ def test_a_missing_file_is_named(folder, name):
 )
 def test_another_kind_of_model_is_refused_with_what_to_do_instead(folder, change):
     write_config(folder, **change)
-    error = refused(folder, f"expected {next(iter(change))} '.*pass that model to ArrowEngine")
+    error = refused(
+        folder, f"expected {next(iter(change))} '.*opens the folder through sentence-transformers"
+    )
     assert str(next(iter(change.values()))) in str(error)
     assert isinstance(error, TypeError)
 

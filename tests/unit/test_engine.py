@@ -703,7 +703,8 @@ def test_a_set_over_the_budget_is_not_folded(core, cards, monkeypatch, budget, k
     engine = ArrowEngine(core)
     engine.manager.apply_card(cards["files"])
     layers = [engine.manager.model.get_submodule(name) for name in engine.manager.injected]
-    assert {type(layer) for layer in layers} == {kind}
+    assert all(isinstance(layer, kind) for layer in layers)
+    assert any(isinstance(layer, LoRALinear) for layer in layers) == (kind is LoRALinear)
 
 
 @requirement("R5.9", "R5.11")
@@ -746,7 +747,8 @@ def tensors(module):
 @pytest.mark.parametrize(
     "device", ["cpu", "meta"]
 )  # meta: a device that every machine has, and that computes nothing
-def test_all_tensors_of_a_snapshot_live_on_one_device(core, cards, device, fold):
+def test_all_tensors_of_a_snapshot_live_on_one_device(core, cards, monkeypatch, device, fold):
+    monkeypatch.setattr(adapt_module, "_check_loaded", lambda *_: None)  # it refuses meta tensors
     engine = ArrowEngine(core, device=device, fold=fold)
     assert (engine.base is core) == (device == "cpu")
     engine.manager.apply_card(cards["files"])
