@@ -102,10 +102,10 @@ def read_foreign(path: Path, part: str | None) -> tuple[Pairs, Header] | None:
         prefix = f"{part or parts[0]}."
         config = {key.removeprefix(prefix): config[key] for key in config if key.startswith(prefix)}
         scalings = {module: alphas.get(module, len(a)) / len(a) for module, (a, _) in pairs.items()}
-        if config:
+        if METADATA in header:
             require(not alphas, f"header: {METADATA}", "alphas there or in tensors", "both")
             with naming(METADATA):
-                check_plain(config)
+                check_plain({"peft_type": "LORA", **config})
                 scalings = {key: scaling_of(config, key, len(a)) for key, (a, _) in pairs.items()}
     largest = max(scalings.values(), default=1) * max(
         (len(a) for a, _ in pairs.values()), default=1

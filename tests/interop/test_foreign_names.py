@@ -88,12 +88,10 @@ def test_a_text_encoder_computes_what_it_does_with_peft(path, form, scale):
             tensors[f"{key}.alpha"] = np.array(alpha, ml_dtypes.bfloat16)
     metadata = {"format": "pt"}
     if scale == "configuration":
-        fields = {
-            key: sorted(value) if isinstance(value, set) else value
-            for key, value in config.to_dict().items()
-        }
-        fields = {f"text_encoder.{key}": value for key, value in fields.items()}
-        metadata["lora_adapter_metadata"] = json.dumps(fields)
+        fields = config.to_dict()
+        keys = fields if form == "peft" else ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+        fields = {f"text_encoder.{key}": fields[key] for key in keys}
+        metadata["lora_adapter_metadata"] = json.dumps(fields, default=sorted)
     save_file(tensors, path, metadata)
     card = load_safetensors(path)
     assert (card.name, card.rank, len(card.weights)) == ("style", 4, 8)
@@ -183,15 +181,17 @@ def test_what_is_not_one_model_of_linears_is_refused_by_its_name(path, tensors, 
         ({"r": 3}, "rank 2"),
         ({"target_modules": ["k_proj"]}, "targets other modules"),
         ({"lora_alpha": None}, "lora_alpha"),
+        (None, "r: expected"),
     ],
 )
 def test_a_configuration_of_diffusers_that_contradicts_the_file_is_refused(path, fields, says):
-    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA"}
+    plain = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    part = "text_encoder" if fields else "unet"
     for settings, problem, others in (
-        ({**config, **fields}, says, {}),
-        (config, "both", {"alpha": 1}),
+        ({**plain, **(fields or {})}, says, {}),
+        (plain, "both", {"alpha": 1}),
     ):
-        header = {f"text_encoder.{key}": value for key, value in settings.items()}
+        header = {f"{part}.{key}": value for key, value in settings.items()}
         tensors = factors(DIRECT, "lora_A", "lora_B", **others)
         assert problem in refused(path, tensors, {"lora_adapter_metadata": json.dumps(header)})
 
