@@ -60,9 +60,10 @@ class _Adapted(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __new__(cls, base: nn.Module | None = None, *_: Any, **__: Any) -> Any:
-        if base is None:  # a copy is being made
+    def __new__(cls, *arguments: Any, **options: Any) -> Any:
+        if not arguments and not options:  # a copy is being made
             return object.__new__(cls)
+        base = arguments[0] if arguments else options.get("base")
         check_linear(base, "base")
         return _empty(cls, class_of(base))
 
