@@ -63,7 +63,7 @@ class _Adapted(nn.Module):
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
         if not arguments and not options:  # a copy is being made
             return object.__new__(cls)
-        base = arguments[0] if arguments else options.get("base")
+        base: Any = arguments[0] if arguments else options.get("base")
         check_linear(base, "base")
         return _empty(cls, class_of(base))
 
