@@ -68,6 +68,8 @@ RECIPES: Mapping[str, Recipe] = {
     "documents, 40 steps": Recipe("opening", 40, weights=(1.0, 0.25)),
     "cropped spans": Recipe("crop", 10),
     "other sets' questions": Recipe("others", 10),
+    "10 logged": Recipe(logged=10, logged_steps=10),
+    "25 logged": Recipe(logged=25, logged_steps=10),
     "50 logged": Recipe(logged=50, logged_steps=10),
     "documents, then 50 logged": Recipe("opening", 15, 50, 6, weights=(1.0, 0.5, 0.25)),
 }
