@@ -100,7 +100,7 @@ class OnlyTheFirstCard(TermFault, breaks="R8.1", also="R2.2 R8.2 R8.5 R8.8 R9.5"
         return dict(list(terms.items())[:1])
 
 
-class CrossTerms(TermFault, breaks="R8.5", also="R2.2 R2.6 R8.1 R8.2 R8.7 R9.5"):
+class CrossTerms(TermFault, breaks="R8.5", also="R2.2 R8.1 R8.2 R8.7 R9.5"):
     """Several cards are summed factor by factor: Σ A @ Σ B, which has products of one card's A with
     another's B.
     """
