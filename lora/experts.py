@@ -52,6 +52,8 @@ def named(module: str) -> list[str]:
     if "experts" not in module and not module.endswith(".gate"):
         return [module]
     parts = [[part, _RENAMED[part]] if part in _RENAMED else [part] for part in module.split(".")]
+    if sum(map(len, parts)) > len(parts) + 4:  # no model's name, and it would stand for very many
+        return [module]
     return [".".join(name) for name in product(*parts)]
 
 
@@ -73,7 +75,7 @@ def expert_places(
         return name, place, Site(*features, owner=name)
 
     for tensor, shape in shapes.items():
-        if len(shape) == 3 and (match := _FUSED.fullmatch(tensor)):
+        if len(shape) == 3 and all(shape) and (match := _FUSED.fullmatch(tensor)):
             module, leaf = match.groups()
             count, rows, columns = shape
             down = shapes.get(f"{module}.down_proj", ())

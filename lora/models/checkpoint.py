@@ -361,9 +361,10 @@ def _fold(
         total.copy_(stored)
         add_products(total, low, products)
         stored.copy_(total)
-        if dtype is torch.float16 and bool((stored.isinf() & total.isfinite()).any()):
-            expected = f"sums that float16 holds in rows {low} to {high}"
-            hint = "give the card less weight, or save the base as bfloat16"
+        if not all(extreme.isfinite() for extreme in stored.aminmax()):
+            name = str(dtype).removeprefix("torch.")
+            expected = f"sums that {name} holds in rows {low} to {high}"
+            hint = "give the card less weight, or save the base in a dtype of a wider range"
             raise UnsupportedModelError(f"{original.name}", expected, "larger ones", hint)
         on_bytes(_write(copy, data))
 
@@ -383,7 +384,8 @@ def _read(file: FileIO, start: int, view: memoryview) -> memoryview:
     """Read bytes at a place; a file that ends before them has changed since it was opened."""
     done = 0
     while done < len(view):
-        if not (length := os.preadv(file.fileno(), [view[done:]], start + done)):
+        length = os.preadv(file.fileno(), [view[done:]], start + done)
+        if length == 0:
             expected = f"{start + len(view)} bytes"
             raise UnsupportedModelError(str(file.name), expected, start + done)
         done += length
@@ -443,10 +445,11 @@ def _other_files(base: Path, source: _Checkpoint) -> tuple[list[Path], list[str]
         for name in sorted(names):
             path = Path(folder, name)
             _check_file(path, base)
-            is_index = path == source.root / INDEX
-            if name.endswith(_WEIGHTS) and not (is_index or path.parent in whole):
-                if path not in source.shards:
-                    left_out.append(str(path.relative_to(base)))
+            is_kept = path == source.root / INDEX or path.parent in whole
+            if path in source.shards:  # which is written with the sums
+                continue
+            if name.endswith(_WEIGHTS) and not is_kept:
+                left_out.append(str(path.relative_to(base)))
             else:
                 files.append(path)
     return files, left_out
@@ -496,13 +499,11 @@ def _new_folder(base: Path, out: Path, *, overwrite: bool) -> Iterator[Path]:
             yield temporary
             for path in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
                 _sync(path)
-            if is_new:
-                temporary.rename(out)
-            else:
+            if not is_new:
                 shutil.rmtree(old, ignore_errors=True)
                 out.rename(old)
-                temporary.rename(out)
-                shutil.rmtree(old)
+            temporary.rename(out)
+            shutil.rmtree(old, ignore_errors=True)  # or what a kill between the renames left
             _sync(out.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

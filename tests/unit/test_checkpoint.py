@@ -168,6 +168,23 @@ def _large(base):
     save_file({name: np.full_like(t, 65504, "f2") for name, t in TENSORS.items()}, base / SINGLE)
 
 
+def _wide(base):
+    _only(base, "other.txt")
+    save_file({name: np.full_like(t, 3e38) for name, t in TENSORS.items()}, base / SINGLE)
+
+
+def _empty_experts(base):
+    """One parameter without entries: of a trillion experts."""
+    _only(base, "other.txt")
+    save_file({"experts.gate_up_proj": np.zeros((10**12, 0, 4), "f4")}, base / SINGLE)
+
+
+def _renamable(base):
+    """A name of 30 parts that each have another name in another release."""
+    _only(base, "other.txt")
+    save_file({f"{'mlp.' * 30}experts.1.w1.weight": np.zeros((6, 4), "f4")}, base / SINGLE)
+
+
 BAD = {
     "no folder": (lambda b: b.rename(b.with_name("x")), CardNotFoundError, "a model's folder"),
     "a missing shard": (lambda b: (b / "model-1.safetensors").unlink(), LoRAError, "model-1"),
@@ -190,6 +207,9 @@ BAD = {
     ),
     "integers": (_integers, UnsupportedModelError, "I32"),
     "sums that float16 has not": (_large, UnsupportedModelError, "float16"),
+    "sums that float32 has not": (_wide, UnsupportedModelError, "float32"),
+    "experts without entries": (_empty_experts, TargetError, "a Linear of the model"),
+    "a name of a billion names": (_renamable, TargetError, "a Linear of the model"),
     "no configuration": (lambda b: (b / "config.json").unlink(), CardNotFoundError, "config.json"),
     "a link out": (
         lambda b: (b / "notes.txt").symlink_to("/etc/hostname"),
@@ -214,8 +234,9 @@ def test_a_base_that_can_not_be_merged_is_refused_by_name_and_nothing_is_written
     spoil(base)
     before = state(tmp_path)
     card = card_of()
-    if case == "sums that float16 has not":
-        pairs = {m: LowRank(np.ones((4, 2)), np.full((2, 6), 1e5), 1.0) for m in card.weights}
+    if case.startswith("sums"):
+        large = np.full((2, 6), 1e5 if "float16" in case else 1e38)
+        pairs = {m: LowRank(np.ones((4, 2)), large, 1.0) for m in card.weights}
         card = replace(card, weights=pairs)
     with pytest.raises(error, match=name):
         fold_checkpoint(base, card, tmp_path / "out")
@@ -406,9 +427,20 @@ def test_a_kill_leaves_no_folder_and_the_next_run_takes_over(base, tmp_path):
     assert state(base) == before
     assert not (tmp_path / "out").exists()
     (tmp_path / ".out.tmp/stale").mkdir()
+    (tmp_path / ".out.old").mkdir()
     fold_checkpoint(base, card_of(), tmp_path / "out")
     assert state(tmp_path / "out").keys() == before.keys()
-    assert not (tmp_path / ".out.tmp").exists()
+    assert not [*tmp_path.glob(".out.*")]
+
+
+@requirement("R26.6")
+@pytest.mark.parametrize("name", ["weights", "weights.dat"])
+def test_a_shard_may_have_any_name(base, tmp_path, name):
+    (base / "model-0.safetensors").rename(base / name)
+    index = (base / INDEX).read_text().replace("model-0.safetensors", name)
+    (base / INDEX).write_text(index)
+    fold_checkpoint(base, card_of(), tmp_path / "out")
+    assert state(tmp_path / "out").keys() == state(base).keys()
 
 
 @requirement("R26.6")
