@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from copy import copy
@@ -233,6 +234,7 @@ def fail(message: str, status: int = 1) -> None:
 
 def main() -> None:
     """Run the command line; the entry point of the `lora` script."""
+    warnings.formatwarning = lambda message, *_, **__: f"lora: {in_options(str(message))}\n"
     try:
         status = app(_as_renamed(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()

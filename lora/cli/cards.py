@@ -16,7 +16,7 @@ from rich.text import Text
 
 import lora
 from lora.cli.app import Result, check_output, checks_done, command, present, progress_bar
-from lora.errors import ArgumentError, CardNotFoundError
+from lora.errors import ArgumentError, CardFileError, CardNotFoundError
 
 if TYPE_CHECKING:
     from lora.card import LoRACard
@@ -328,15 +328,18 @@ def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACa
 
     origin, default_name = source, source.absolute().name
     if str(source).startswith(hub.PREFIX) and not source.exists():
-        default_name = Path(str(source).partition("@")[0]).name
+        default_name = Path(str(source).removeprefix(hub.PREFIX).partition("@")[0]).name
         source = hub.download(str(source))
     elif not source.exists() and len(source.parts) == 2 and not source.suffix:
         missing = FileNotFoundError(ENOENT, os.strerror(ENOENT))
         hint = f"an adapter on the Hub is {hub.PREFIX}{source}"
         raise CardNotFoundError(str(source), "a card file or a folder", missing, hint)
-    for single in hub.SINGLES:
-        if (source / single).is_file():
-            source, name = source / single, name or default_name
+    adapters = [file for file in hub.FILES[1:] if (source / file).is_file()]
+    if len(adapters) > 1:
+        hint = "name the file"
+        raise CardFileError(str(source), "a folder with one adapter", ", ".join(adapters), hint)
+    if adapters and adapters[0] in hub.SINGLES:
+        source, name = source / adapters[0], name or default_name
     if source.suffix.lower() == ".safetensors" and not source.is_dir():
         return load_safetensors(source, name=name, **options)
     for option in options:

@@ -48,6 +48,13 @@ def check(card: PlainCard) -> None:
         dtypes |= {a.dtype, b.dtype}
     need(not ranks or max(ranks) == card.rank, "rank", f"the largest one, {max(ranks, default=0)}")
     need(len(dtypes) <= 1 and dtypes <= {*DTYPES.values()}, "dtype", f"one of {', '.join(DTYPES)}")
+    need(levels(card.metadata) <= 64, "metadata", "at most 64 levels")
+
+
+def levels(value: object) -> int:
+    """How deep lists and objects are nested in each other."""
+    items = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(levels, items), default=0) if isinstance(value, dict | list) else 0
 
 
 def checked(card: PlainCard) -> PlainCard:
@@ -64,7 +71,7 @@ def checked(card: PlainCard) -> PlainCard:
 def write(card: PlainCard) -> bytes:
     """The card's file: modules and keys in sorted order, so that equal cards give equal bytes."""
     card = checked(card)
-    metadata = json.dumps(card.metadata, sort_keys=True, allow_nan=False)
+    metadata = json.dumps(card.metadata, sort_keys=True, allow_nan=False, ensure_ascii=False)
     need(json.loads(metadata) == card.metadata, "metadata", "a JSON object")
     pairs = card.weights.values()
     dtype = next((pair.A.dtype.name for pair in pairs), "float32")

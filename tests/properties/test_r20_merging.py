@@ -38,11 +38,11 @@ CHANCE = 1e-9
 """How often an honest implementation may fail an example by chance."""
 
 
-def each(*strategies):
-    """A property of each of these strategies, with its share of the examples."""
+def each(*strategies, examples=10):
+    """A property of each of these strategies, with its share of the examples, or so many."""
 
     def decorated(test):
-        fewer = settings(max_examples=max(10, settings.default.max_examples // 3))
+        fewer = settings(max_examples=max(examples, settings.default.max_examples // 3))
         return pytest.mark.parametrize("strategy", strategies)(fewer(test))
 
     return decorated
@@ -406,7 +406,7 @@ def test_any_change_of_factors_moves_the_merge_by_what_it_rounds(impl, strategy,
 
 
 @requirement("R20.3", kind="law")
-@each(*ANY)
+@each(*ANY, examples=100)  # few cards tell float64 from float32
 @given(cards=several(most=1, dtype=None, whole=False), data=st.data())
 def test_the_merge_of_one_card_is_that_card(impl, strategy, cards, data):
     options, *_ = choose(data, cards, strategy)

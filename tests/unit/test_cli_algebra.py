@@ -5,6 +5,8 @@ inspect.
 import ast
 import json
 import re
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +124,33 @@ def test_a_merge_that_can_not_be_is_one_line_and_writes_nothing(shell, folder, o
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
     assert not (folder / "both.lora.arrow").exists()
+
+
+@requirement("R25.3", "R3.12")
+def test_a_card_that_binds_in_part_is_one_line_of_warning(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    save_file({"q.weight": np.eye(2, dtype=np.float32)}, tmp_path / "base" / "model.safetensors")
+    pair = LowRank(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32), 1.0)
+    card = lora.LoRACard("docs", 1, 1.0, ["q", "v"], {"q": pair, "v": pair})
+    lora.save(card, tmp_path / "docs.lora.arrow")
+    command = [sys.executable, "-m", "lora.cli", "fold", "base", "docs.lora.arrow", "-o", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    warned = [line for line in done.stderr.splitlines() if line.startswith("lora: ")]
+    assert len(warned) == 1
+    assert "takes effect in part" in warned[0]
+    assert "callback" not in done.stderr
+
+
+@requirement("R26.8")
+def test_a_folder_with_two_adapters_is_refused(shell, folder):
+    (folder / "two").mkdir()
+    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        (folder / "two" / name).write_bytes(b"")
+    done = shell("convert", "two", "-o", "x.lora.arrow")
+    assert done.returncode == 1
+    assert "expected a folder with one adapter" in done.stderr
+    assert "name the file" in done.stderr
 
 
 @requirement("R25.2", "R26.6")
