@@ -59,6 +59,7 @@ class _Adapted(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    notices: set[str]
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
         if not arguments and not options:  # a copy is being made
@@ -69,6 +70,7 @@ class _Adapted(nn.Module):
 
     def __init__(self, base: nn.Module, memo: Twins | None = None) -> None:
         memo = memo or Twins(base)
+        _check_names(type(self), base, memo)
         memo.fill(self, base)
         self.notices = memo.notices
 
@@ -84,6 +86,25 @@ class _Adapted(nn.Module):
         if any(name.startswith("lora_A") and a.numel() for name, a in self.named_buffers()):
             _warn_of_saving(self.notices)
         super()._save_to_state_dict(*arguments)
+
+
+def _check_names(made: Any, base: nn.Module, memo: Twins) -> None:
+    """Refuse a Linear with something of its own where the layer around it keeps its own."""
+    own = _own_names(made.__bases__[0])
+    if isinstance(base, _Adapted):
+        own -= _own_names(type(base).__bases__[0])
+    if taken := sorted(name for name in own if hasattr(base, name)):
+        expected = f"a Linear with no attribute {taken[0]!r}, which its layer needs"
+        hint = f"rename it in {type(base).__name__}"
+        raise UnsupportedModelError(memo.name_of(base), expected, "one that has it", hint)
+
+
+@lru_cache
+def _own_names(layer: Any) -> frozenset[str]:
+    """Return the attributes that a class of layers adds to those of an ``nn.Linear``."""
+    kinds = [kind for kind in layer.__mro__ if issubclass(kind, _Adapted)]
+    names = {name for kind in kinds for name in (*vars(kind), *kind.__annotations__)}
+    return frozenset(names - {"weight", "bias"}.union(dir(nn.Linear)))
 
 
 @lru_cache(256)
@@ -210,6 +231,7 @@ class LoRALinear(_Adapted):
     lora_A: Tensor
     lora_B: Tensor
     terms: Terms
+    weight_side_threshold: float
 
     def __init__(
         self, base: nn.Module, terms: Terms | None = None, memo: Twins | None = None
@@ -259,6 +281,8 @@ class TrainableLinear(_Adapted):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    scaling: float
+    dropout: float
 
     def __init__(
         self, base: nn.Module, pair: LowRank, *, dropout: float = 0.0, memo: Twins | None = None

@@ -125,6 +125,8 @@ def _named(named: Rows) -> Iterator[None]:
 class RowLinear(_Adapted):
     """A Linear in which each row of a batch has the terms of one of several sets; see `rows`."""
 
+    number: int
+
     def __init__(self, base: nn.Module, sets: Sequence[Terms], memo: Twins | None = None) -> None:
         super().__init__(base, memo)
         self.number = len(sets)
@@ -191,16 +193,17 @@ def _encode(method: Any, *arguments: Any, **options: Any) -> Any:
         return method(*call.args, **call.kwargs)
 
 
-def _tokenise(method: Any, texts: Any, *arguments: Any, **options: Any) -> Any:
+def _tokenise(method: Any, *arguments: Any, **options: Any) -> Any:
     """Take the rows of the forward that follows from the texts that it will be for."""
     named = _rows.get()
     if named is not None and named.texts:
-        sets = carried_sets(texts)
+        call = inspect.signature(method).bind(*arguments, **options)
+        sets = carried_sets(next(iter(call.arguments.values())))
         if named.batch and not named.is_used:
             expected = "a forward for each batch that is tokenised"
             raise StateError("encode", expected, "another batch before it")
         _rows.set(Rows(sets, texts=True, batch=True) if sets else None)
-    return method(texts, *arguments, **options)
+    return method(*arguments, **options)
 
 
 # ---- the probe

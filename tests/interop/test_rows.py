@@ -146,6 +146,8 @@ def test_texts_keep_their_set_in_a_sentence_transformer(peer, sides, texts, opti
     assert np.abs(np.asarray(peer.encode(texts, **options)) - expected).max() > 0.05
     with lora.rows([2]):
         assert np.abs(rowwise.encode(texts[0]) - alone[2].encode(texts[0])).max() < 1e-6
+        batch = rowwise(rowwise.tokenize(texts[:1]))["sentence_embedding"].detach().numpy()
+    assert np.abs(batch[0] - alone[2].encode(texts[0])).max() < 1e-6
 
 
 @requirement("R5.8", "R5.10")

@@ -180,6 +180,39 @@ def test_what_is_no_linear_or_has_factors_of_another_kind_is_refused(make, unsui
         make(unsuitable())
 
 
+class Named(nn.Linear):
+    """A Linear with attributes of names that a layer might take for its own."""
+
+    def __init__(self, name):
+        super().__init__(4, 3)
+        self.own = name
+        setattr(self, name, 3.0)
+
+    def forward(self, x):
+        return super().forward(x) * getattr(self, self.own)
+
+
+@requirement("R3.14")
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        ("adapted", "terms"),
+        ("adapted", "lora_A"),
+        ("adapted", "load_weights"),
+        ("adapted", "base_output"),
+        ("rowwise", "number"),
+        ("trainable", "scaling"),
+        ("trainable", "dropout"),
+    ],
+)
+def test_a_name_that_a_layer_needs_is_not_taken_from_its_base(make, name):
+    message = rf"expected a Linear with no attribute '{name}'.*; rename it in Named"
+    with pytest.raises(UnsupportedModelError, match=message):
+        MAKERS[make](Named(name))
+    layer = MAKERS[make](Named("its_own"))
+    assert layer.its_own == 3.0
+
+
 @requirement("R2.1", "R2.12")
 @makers
 def test_loading_a_state_dict_gives_the_layer_storage_of_its_own(base, make):
