@@ -377,6 +377,11 @@ def texts_of(texts: Any, where: str = "texts", *, ordered: bool = True) -> list[
         raise ArgumentError(
             where, f"a {'sequence' if ordered else 'collection'} of str", shown(texts)
         )
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        expected = "text that UTF-8 can hold, without half of a surrogate pair"
+        raise ArgumentError(where, expected, shown(texts)) from error
     return list(texts)
 
 

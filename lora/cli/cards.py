@@ -296,7 +296,7 @@ def fold(
     strict: bool = False,
     overwrite: bool = False,
 ) -> Result:
-    """Write a merged checkpoint: a model's folder with cards in its weights.
+    """Write a model's folder with cards merged into its weights.
 
     Args:
         base: A model's folder, with safetensors files.

@@ -326,7 +326,7 @@ def train(
 
 @command("eval docs.lora.arrow law.lora.arrow --pairs pairs.jsonl", name="eval")
 def evaluate(cards: list[Path], *, pairs: Path, model: Model = None) -> Result:
-    """Measure how well queries find their answers: by the base model, and by each card.
+    """Measure how well queries find their answers, with each card.
 
     Each card's difference to the base stands between bounds, each of 95 %.
 

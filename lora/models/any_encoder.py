@@ -47,7 +47,7 @@ def open_encoder(folder: PathLike) -> nn.Module:
     except ImportError as error:
         hint = "pip install 'lora-cards[st]' opens it through sentence-transformers"
         raise MissingPackageError(refused.where, refused.expected, refused.found, hint) from error
-    _check_code(folder)
+    _check_files(folder)
     options: dict[str, Any] = {
         "local_files_only": True,
         "trust_remote_code": False,
@@ -61,20 +61,38 @@ def open_encoder(folder: PathLike) -> nn.Module:
         except Exception as error:  # it raises whatever the folder's modules raise
             expected = "a folder that sentence-transformers opens, with weights as safetensors"
             raise UnsupportedModelError(str(folder), expected, shown(str(error), 400)) from error
+    _check_vocabulary(folder, model)
     _check_weights(folder, model.eval())
     return model.requires_grad_(requires_grad=False)
 
 
-def _check_code(folder: Path) -> None:
-    """Refuse a folder whose model or tokenizer is computed by code in the folder."""
+def _check_files(folder: Path) -> None:
+    """Refuse code that is not installed, or not torch's after a Dense; and pickled weights."""
+    for path in sorted(folder.rglob("pytorch_model*.bin")):
+        if not any(path.parent.glob("*.safetensors")):
+            raise UnsupportedModelError(str(path.parent), "weights as safetensors", path.name)
     for path in sorted(folder.rglob("*config.json")):
-        if code := read_json(path, dict).get("auto_map"):
+        config, key = read_json(path, dict), "auto_map"
+        if "in_features" in config:  # of a Dense, in which any other gives way to Tanh
+            key = "activation_function"
+            if str(config.get(key, "torch.")).startswith("torch."):
+                continue
+        if code := config.get(key):
             expected = "a model that installed code computes"
             hint = (
                 "if you trust its code, open it in Python by sentence-transformers, which has a"
                 " keyword for that, and pass the result to ArrowEngine"
             )
-            raise UnsupportedModelError(f"{path}: auto_map", expected, shown(code), hint)
+            raise UnsupportedModelError(f"{path}: {key}", expected, shown(code), hint)
+
+
+def _check_vocabulary(folder: Path, model: Any) -> None:
+    """Refuse a model for which transformers made a tokenizer that knows no word."""
+    tokenizer = getattr(model, "tokenizer", None)
+    names = sorted(set(getattr(tokenizer, "vocab_files_names", {}).values()))
+    if names and not any(path for name in [*names, "*.model"] for path in folder.rglob(name)):
+        expected = f"the vocabulary of its tokenizer, in {listed(names, 3)}"
+        raise UnsupportedModelError(str(folder), expected, "none")
 
 
 def _check_weights(folder: Path, model: Any) -> None:

@@ -195,14 +195,10 @@ class InferenceCore(nn.Module):
 
     def tokenize(self, texts: Sequence[str], prompt: str | None = None) -> list[list[int]]:
         """Return the token ids of texts after a prompt; default: the one that the folder names."""
-        texts, before = texts_of(texts), self._prompt(prompt)
+        texts, (before,) = texts_of(texts), texts_of([self._prompt(prompt)], "prompt")
         if self.tokenizer is None:
             raise UnsupportedModelError("encoder", "a tokenizer", "none")
-        try:
-            encodings = self.tokenizer.encode_batch_fast([before + text for text in texts])
-        except (TypeError, UnicodeError) as error:
-            expected = "text that UTF-8 can hold, without half of a surrogate pair"
-            raise ArgumentError("texts", expected, shown(texts)) from error
+        encodings = self.tokenizer.encode_batch_fast([before + text for text in texts])
         positions = self.config.max_position_embeddings
         if any(len(encoding.ids) > positions for encoding in encodings):
             hint = "shorten them, or lower max_seq_length in sentence_bert_config.json"

@@ -141,6 +141,8 @@ def test_any_folder_gives_what_sentence_transformers_gives(folders, offline, kin
     assert np.abs(expected[1:] - expected[0]).max(axis=1).min() > 100 * AGREEMENT
     assert np.array_equal(engine.encode(TEXTS[0], prompt="a "), peer.encode(TEXTS[0], prompt="a "))
     assert engine.encode([]).shape == (0, expected.shape[1])
+    with pytest.raises(LoRAError, match="half of a surrogate pair"):
+        engine.encode("\ud800")
     assert not any(parameter.requires_grad for parameter in engine.base.parameters())
 
 
@@ -218,6 +220,15 @@ def with_foreign_module(folder):
     (folder / "modules.json").write_text(json.dumps(modules))
 
 
+def with_foreign_activation(folder):
+    change(folder / "2_Dense/config.json", activation_function="own.Gelu")
+
+
+def without_vocabulary(folder):
+    change(folder / "tokenizer_config.json", tokenizer_class="DistilBertTokenizer")
+    (folder / "tokenizer.json").unlink()
+
+
 def as_pickle(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -227,11 +238,14 @@ def as_pickle(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_weights("1.attention.self.query.bias"), "none of 'encoder.layer.1.attention.self"),
+        (without_weights("1.attention.q_lin.bias"), "none of 'transformer.layer.1.attention"),
         (with_code("config.json"), "auto_map: expected a model that installed code computes"),
         (with_code("tokenizer_config.json"), "auto_map.*if you trust its code"),
         (with_foreign_module, "trust_remote_code"),
+        (with_foreign_activation, "2_Dense.*activation_function.*'own.Gelu'"),
         (as_pickle, "weights as safetensors"),
+        (lambda folder: as_pickle(folder / "2_Dense"), "2_Dense: expected weights as safetensors"),
+        (without_vocabulary, "expected the vocabulary of its tokenizer.*'tokenizer.json'"),
         (lambda folder: change(folder / "config.json", model_type="unheard-of"), "unheard-of"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "sentence-transformers"),
     ],
@@ -239,7 +253,7 @@ def as_pickle(folder):
 def test_what_cannot_be_opened_soundly_is_refused_by_name(
     folders, tmp_path, offline, damage, message
 ):
-    folder = shutil.copytree(folders["XLMRoberta"], tmp_path / "folder")
+    folder = shutil.copytree(folders["DistilBert"], tmp_path / "folder")
     damage(folder)
     with pytest.raises(UnsupportedModelError, match=message):
         open_encoder(folder)
