@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from lora.card import Adapters, AdapterSet, LoRACard
 from lora.errors import (
+    ArgumentError,
     ConflictError,
     StateError,
     TargetError,
     UnsupportedModelError,
+    shown,
 )
 from lora.factors import initial
 from lora.models.folding import FusedExperts, Update, fold_experts, updates_of
@@ -236,6 +238,8 @@ def adapt_rows(
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> rowwise = adapt_rows(model, [{}, {}], probe=False)  # then: with lora.rows([0, 1, 1]):
     """
+    if not isinstance(sets, Sequence) or not sets:
+        raise ArgumentError("adapt_rows: sets", "a list of adapter sets", shown(sets))
     adapter_sets = [AdapterSet(adapters) for adapters in sets]
     bound = bindings(model, adapter_sets, check_base=check_base, strict=strict, with_experts=False)
     return build_rows(model, adapter_sets, bound, probe=probe)
@@ -429,7 +433,11 @@ class _Witness(LoRALinear):
 
 
 def _adapted(model: nn.Module) -> dict[nn.Module, Terms]:
+    """Return the layers that have terms, with these; those of rows have no terms for all rows."""
     check_module(model)
+    if any(isinstance(layer, RowLinear) for layer in model.modules()):
+        expected, hint = "one set of adapters for all rows", "adapt the base with one of the sets"
+        raise UnsupportedModelError("model", expected, "a model of adapt_rows", hint)
     return {layer: layer.terms for layer in model.modules() if isinstance(layer, LoRALinear)}
 
 

@@ -10,7 +10,7 @@ Requirements: R5, R26.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
@@ -48,6 +48,8 @@ class Rows:
     """
 
     def __init__(self, sets: Sequence[int], *, texts: bool = False, batch: bool = False) -> None:
+        if not isinstance(sets, Iterable):
+            raise ArgumentError("rows", "the index of a set for each row", shown(sets))
         self.sets = [integer(index, "rows: a set", least=0) for index in sets]
         self.texts, self.batch = texts, batch
         self._largest = max(self.sets, default=-1)

@@ -344,6 +344,7 @@ def test_a_model_that_mixes_rows_is_refused(kind, tokens):
         ([0, 1, 2], ArgumentError, "expected sets from 0 to 1, found 2"),
         ([0, 1, -1], ArgumentError, "expected an integer >= 0, found -1"),
         ([0, 1, 0.5], ArgumentError, "expected an integer"),
+        (1, ArgumentError, "the index of a set for each row, found 1"),
         (None, StateError, r"found none; call the model within `with lora.rows"),
     ],
 )
@@ -363,5 +364,9 @@ def test_rows_that_do_not_fit_are_refused(own, error, message):
             assert torch.equal(rowwise(x)[0], model(x)[0])
         with ThreadPoolExecutor(1) as thread, pytest.raises(StateError):
             thread.submit(rowwise, x).result()
-    with pytest.raises(UnsupportedModelError):
-        lora.adapt(rowwise, card(model, "law", ["0"]))
+    for sets in ([], card(model, "docs", ["0"])):
+        with pytest.raises(ArgumentError, match="a list of adapter sets"):
+            lora.adapt_rows(model, sets)
+    for use in (lambda m: lora.adapt(m, card(model, "law", ["0"])), lora.fold, lora.uncalled):
+        with pytest.raises(UnsupportedModelError):
+            use(rowwise)
