@@ -81,7 +81,7 @@ class Peft:
             ),
         },
         "R20.3": {
-            **of("the_merge_of_one_card_is_that_card", ["average", "task_arithmetic"], FLOAT32),
+            **of("the_merge_of_one_card_is_that_card", LINEAR, FLOAT32),
             **of("the_merge_of_one_card_is_that_card", ["ties", "dare"], ALONE),
             **of("the_order_in_which_cards_are_given_changes_nothing", ["dare"], MASKS),
             **of("weights_scaled_alike_scale_a_sum_and_leave_a_mean_as_it_is", ["ties"], BY_COUNT),
