@@ -27,6 +27,9 @@ from lora.models.encoder_folder import HINT, POOLINGS, read_json
 from lora.routing import texts_of
 from lora.targets import listed
 
+_KIND = "SentenceTransformer"
+"""The kind of model that gives a vector a text, as a folder's configuration names it."""
+
 
 def open_encoder(folder: PathLike) -> nn.Module:
     """Open an encoder's folder: a frozen module with ``encode(texts)``.
@@ -67,7 +70,14 @@ def open_encoder(folder: PathLike) -> nn.Module:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse code that is not installed, or not torch's after a Dense; and pickled weights."""
+    """Refuse a model of another kind, such as a sparse one, and pickled weights.
+
+    Code that is not installed, or is not torch's after a Dense, is refused as well.
+    """
+    path = folder / "config_sentence_transformers.json"
+    kind = read_json(path, dict).get("model_type") if path.is_file() else None
+    if kind not in (None, _KIND):
+        raise UnsupportedModelError(f"{path}: model_type", _KIND, shown(kind))
     for path in sorted(folder.rglob("pytorch_model*.bin")):
         if not any(path.parent.glob("*.safetensors")):
             raise UnsupportedModelError(str(path.parent), "weights as safetensors", path.name)

@@ -245,6 +245,12 @@ def as_pickle(folder):
         (with_foreign_activation, "2_Dense.*activation_function.*'own.Gelu'"),
         (as_pickle, "weights as safetensors"),
         (lambda folder: as_pickle(folder / "2_Dense"), "2_Dense: expected weights as safetensors"),
+        (
+            lambda folder: change(
+                folder / "config_sentence_transformers.json", model_type="SparseEncoder"
+            ),
+            "model_type: expected SentenceTransformer, found 'SparseEncoder'",
+        ),
         (without_vocabulary, "expected the vocabulary of its tokenizer.*'tokenizer.json'"),
         (lambda folder: change(folder / "config.json", model_type="unheard-of"), "unheard-of"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "sentence-transformers"),
