@@ -94,8 +94,7 @@ def encode_batches(
             named = _texts(batch, adapter_column)
             names = [named[row] for row in texts]
         choices: list[Choice] = [{} if name is None else name for name in names]
-        # Without a text, another one tells the width of an embedding.
-        encoding = engine.encode_with_lora(list(texts.values()) or ["-"], choices or None)
+        encoding = engine.encode_with_lora(list(texts.values()), choices)
         yield _with_columns(batch, list(texts), encoding.embeddings, names, fixed_size)
 
 

@@ -537,10 +537,10 @@ class ArrowEngine(Uncopied):
         """Encode each text with its own adapters: in one pass where the encoder can."""
         if len(choices) != len(texts):
             raise ShapeError("adapters", f"one choice for each of {len(texts)} texts", len(choices))
-        if not texts and not isinstance(self.base, InferenceCore):
-            return Encoding(np.empty((0, 0), np.float32), ())
+        if not texts:
+            return Encoding(_encoded(self.base, texts), ())
         requested = tuple(_resolve(choice, state) for choice in choices)
-        sets = tuple(dict.fromkeys(requested)) or (AdapterSet(),)
+        sets = tuple(dict.fromkeys(requested))
         indices = [sets.index(own) for own in requested]
         models, unbound = self._adapted(state, *sets)
         if len(models) == 1:
@@ -672,15 +672,13 @@ def _encoded(
             expected = f"keywords of {type(model).__name__}.encode"
             raise ArgumentError("encode", expected, error) from error
     with torch.inference_mode():
-        rows = encode(texts, **options)
+        rows = encode(texts or ["-"], **options)  # without a text, one tells the width
     if isinstance(rows, torch.Tensor):
         rows = rows.float().cpu().numpy()
     embeddings: Array = np.asarray(rows, np.float32)
-    if embeddings.ndim != 2 and not texts:  # some encoders then leave the width out
-        return _encoded(model, ["-"], options)[:0]
-    if embeddings.ndim != 2 or len(embeddings) != len(texts):
+    if embeddings.ndim != 2 or len(embeddings) != max(1, len(texts)):
         raise ShapeError("encoder", f"embeddings ({len(texts)}, d)", f"shape {embeddings.shape}")
-    return embeddings
+    return embeddings[: len(texts)]
 
 
 def _placed(encoder: nn.Module, device: str | torch.device | None) -> nn.Module:

@@ -243,8 +243,8 @@ def default_targets(names: Iterable[str]) -> tuple[str, ...]:
         (('q_lin',), ('all-linear',))
     """
     names = set(names)
-    chosen = sorted(name for name in names if role_of(name) in ("query", "value"))
-    return _targets(chosen, names - set(chosen)) if chosen else (ALL_LINEAR,)
+    targeted = sorted(name for name in names if role_of(name) in ("query", "value"))
+    return _targets(targeted, names - set(targeted)) if targeted else (ALL_LINEAR,)
 
 
 _TIME = re.compile(

@@ -47,7 +47,6 @@ KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[ab])(?:\.weight)?")
 _EMBEDDINGS = re.compile(r"(.+\.)?(embed_tokens|embed_in|w[tp]e|(\w*_)?embeddings?)")
 """Matches modules of mlx-lm that are an embedding, whose factors look like those of a Linear."""
 
-
 _FOREIGN = {
     r"lora_magnitude_vector|dora_scale|\.m$": "DoRA",
     r"\.hada_w": "LoHa",

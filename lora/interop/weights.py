@@ -3,7 +3,7 @@
 Requirements: R16.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def _configs(path: Path) -> list[dict[str, Any]]:
     return configs
 
 
-def _conv1d(configs: Iterable[dict[str, Any]], names: Iterable[str]) -> frozenset[str] | None:
+def _conv1d(configs: Sequence[dict[str, Any]], names: Iterable[str]) -> frozenset[str] | None:
     """Return the modules that are a Conv1D by a model's configuration; None if there is none."""
     if not configs:
         return None

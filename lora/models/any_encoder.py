@@ -51,15 +51,14 @@ def open_encoder(folder: PathLike) -> nn.Module:
         hint = "pip install 'lora-cards[st]' opens it through sentence-transformers"
         raise MissingPackageError(refused.where, refused.expected, refused.found, hint) from error
     _check_files(folder)
-    options: dict[str, Any] = {
-        "local_files_only": True,
-        "trust_remote_code": False,
-        "device": "cpu",
-    }
     with _silent_loading():
         try:
             model = SentenceTransformer(
-                str(folder), model_kwargs={"use_safetensors": True}, **options
+                str(folder),
+                device="cpu",
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
             )
         except Exception as error:  # it raises whatever the folder's modules raise
             expected = "a folder that sentence-transformers opens, with weights as safetensors"
@@ -129,7 +128,6 @@ def _silent_loading() -> Iterator[None]:
     from transformers.utils import logging as module  # noqa: PLC0415 - an optional package
 
     logging: Any = module
-
     shows_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

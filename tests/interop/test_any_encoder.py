@@ -167,9 +167,9 @@ def test_a_card_does_what_it_does_in_peft(folders, tmp_path, kind):
     rows = engine.encode_with_lora(TEXTS, choices).embeddings
     for start, expected in enumerate((docs_expected, food_expected, base)):
         assert np.abs(rows - expected)[start::3].max() <= bound
-    chosen = engine.encode_with_lora(TEXTS, intent_query="food of a file")
-    assert [route.name for route in chosen.routes] == ["food"]
-    assert np.abs(chosen.embeddings - food_expected).max() <= bound
+    encoding = engine.encode_with_lora(TEXTS, intent_query="food of a file")
+    assert [route.name for route in encoding.routes] == ["food"]
+    assert np.abs(encoding.embeddings - food_expected).max() <= bound
 
 
 @requirement("R26.10", "R5.12")

@@ -132,9 +132,9 @@ def test_the_best_come_first(impl, drawn):
 @requirement("R4.9", kind="convention")
 @given(registers())
 def test_scores_have_six_decimals_and_equal_ones_are_ordered_by_name(impl, drawn):
-    found = routed(impl, *drawn)
-    assert found == sorted(found, key=lambda route: (-route[1], route[0]))
-    assert all(score == round(score, 6) for _, score in found)
+    routes = routed(impl, *drawn)
+    assert routes == sorted(routes, key=lambda route: (-route[1], route[0]))
+    assert all(score == round(score, 6) for _, score in routes)
 
 
 @requirement("R4.9", kind="convention")
@@ -203,9 +203,10 @@ def test_a_cosine_that_is_a_short_decimal_is_scored_as_that_decimal(impl, a, b, 
 @given(st.sampled_from(WHOLE), st.sampled_from(WHOLE))
 def test_a_threshold_is_compared_with_the_score_that_is_told(impl, a, b):
     router = made(impl, {"card": ["text"]}, Meanings({"text": a, QUERY: b}))
-    told = router.select(QUERY, 1, None)
-    assert router.select(QUERY, 1, told[0][1]) == told
-    assert router.select(QUERY, 1, math.nextafter(told[0][1], 2)) == []
+    routes = router.select(QUERY, 1, None)
+    score = routes[0][1]
+    assert router.select(QUERY, 1, score) == routes
+    assert router.select(QUERY, 1, math.nextafter(score, 2)) == []
 
 
 @requirement("R4.8", kind="law")

@@ -131,10 +131,10 @@ def test_a_run_says_what_failed_and_on_which_example():
 
 @requirement("R25.3")
 def test_a_run_tells_how_many_properties_are_done():
-    told = []
-    run_suite("tests.faults.targets:Substring", only="R3.11", progress=lambda *n: told.append(n))
-    assert told == [(n, len(told)) for n in range(1, len(told) + 1)]
-    assert len(told) == 6
+    steps = []
+    run_suite("tests.faults.targets:Substring", only="R3.11", progress=lambda *n: steps.append(n))
+    assert steps == [(n, len(steps)) for n in range(1, len(steps) + 1)]
+    assert len(steps) == 6
 
 
 @requirement("R24.2", "R24.5", "R24.9")
