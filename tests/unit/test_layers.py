@@ -133,7 +133,15 @@ def test_three_terms_cost_the_products_of_one(base, products):
 def test_a_layer_lists_its_terms_by_name(base):
     layer = LoRALinear(base, {"law": (OTHER, 2.0), "docs": (PAIR, 1.0)})
     assert list(layer.terms.items()) == [("docs", (PAIR, 1.0)), ("law", (OTHER, 2.0))]
-    assert layer.lora_A.shape == (4, 3)
+    assert np.array_equal(layer.lora_A.numpy(), np.hstack([PAIR.A, OTHER.A]))
+
+
+@requirement("R2.9")
+def test_with_b_zero_the_rounding_is_that_of_the_base():
+    torch.manual_seed(0)
+    base, x = nn.Linear(256, 64).requires_grad_(False), torch.randn(8, 256)
+    zero = LowRank(np.ones((256, 2), np.float32), np.zeros((2, 64), np.float32), 1.0)
+    assert torch.equal(LoRALinear(base, {"docs": (zero, 1.0)})(x), base(x))
 
 
 @requirement("R2.3")
