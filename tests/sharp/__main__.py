@@ -11,8 +11,8 @@ name the requirement. They must fail: a violation that they let pass shows a hol
     python -m tests.sharp --count          note in ``counts.json`` how many each requirement has
 
 Verdicts are kept in ``sharp.json``, so that a run that was stopped goes on where it was. A run of
-all is noted in ``last.json``, for the page on traceability. The counts never fall: a violation
-follows the code that it changes, and is not dropped.
+all is noted in ``last.json``, with the time of its parts, for the page on traceability. The counts
+never fall: a violation follows the code that it changes, and is not dropped.
 """
 
 import argparse
@@ -220,7 +220,7 @@ def main() -> int:
     for line in wrong:
         print(line)
     verdicts = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
-    started = time.monotonic()
+    before, started = verdicts.pop("seconds", 0), time.monotonic()
     if arguments.seconds is not None:
         day = datetime.now(UTC).date().isoformat()
         random.Random(arguments.seed or day).shuffle(violations)
@@ -235,13 +235,14 @@ def main() -> int:
             if left < LIMIT and verdict.startswith(NO_TIME):
                 return None  # the sample ends here
             verdicts[key] = verdict
-            VERDICTS.write_text(json.dumps(verdicts, indent=1))
+            spent = before + time.monotonic() - started
+            VERDICTS.write_text(json.dumps({"seconds": spent, **verdicts}, indent=1))
         return violation, verdicts[key]
 
     with ThreadPoolExecutor(arguments.workers) as pool:
         results = [result for result in pool.map(note_verdict, violations) if result]
     red = tell(results)
-    seconds = time.monotonic() - started
+    seconds = before + time.monotonic() - started
     if not arguments.only and arguments.seconds is None:
         LAST.write_text(last_run(red, len(results), seconds), encoding="utf-8")
     print(f"{red} of {len(results)} violations turn a test red ({seconds:.0f} s)")

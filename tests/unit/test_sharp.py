@@ -51,10 +51,11 @@ def test_a_whole_run_is_noted_with_its_commit_and_a_part_of_one_is_not(tmp_path,
         monkeypatch.setattr("sys.argv", ["sharp", *options])
         assert runner.main() == 1
         assert not note.exists()
+    (tmp_path / "sharp.json").write_text('{"seconds": 100}')
     monkeypatch.setattr("sys.argv", ["sharp"])
     assert runner.main() == 1
     last = json.loads(note.read_text())
-    assert (last["red"], last["all"]) == (0, 2)
+    assert (last["red"], last["all"], last["seconds"]) == (0, 2, 100)
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert head.stdout.startswith(last["commit"])
 
