@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-all size sharp sharp-sample bench mutants lint types docs serve clean
+.PHONY: demo test test-slow test-all outputs size sharp sharp-sample bench mutants lint types docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
@@ -24,6 +24,10 @@ test-slow: $(VENV)/.test
 # Everything, with peers and foreign readers: needs node and npm.
 test-all: $(VENV)/.all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""
+
+# What the documentation's examples print, written below them.
+outputs: $(VENV)/.test
+	LORA_OUTPUTS=write OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:randomly README.md docs tests/unit/test_docs.py -k "CodeFence or tutorial or commands_of_a_page"
 
 # Lines, code tokens and words of docstring, by area.
 size: $(VENV)/bin/python

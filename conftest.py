@@ -1,9 +1,31 @@
-"""The documentation's examples run in a folder of their own."""
+"""The documentation's examples run in folders of their own and print what stands below them."""
+
+import io
+from contextlib import redirect_stdout
 
 import pytest
+from pytest_markdown_docs._runners import DefaultRunner, register_runner
+
+
+@register_runner(default=True)
+class Compared(DefaultRunner):
+    """Runs a block and holds what it printed against its page."""
+
+    def runtest(self, test, args, **options):
+        with redirect_stdout(io.StringIO()) as printed:
+            super().runtest(test, args, **options)
+        if test.source_path.suffix == ".md":
+            from docs import outputs  # mutants have no docs
+
+            outputs.compare(test.source_path, test.source, printed.getvalue())
 
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(request, monkeypatch, tmp_path):
     if request.path.suffix == ".md":
         monkeypatch.chdir(tmp_path)
+    if request.path.name == "README.md":
+        from lora.interop.peft import export_peft
+        from tests.unit.test_docs import skill
+
+        export_peft(skill("docs", 1), "peft-adapter")

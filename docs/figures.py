@@ -104,24 +104,23 @@ def rows_of(report: Report, script: str, **wanted: Any) -> Iterator[Row]:
 
 
 def summary(report: Report) -> str:
-    """The table of the README."""
-    lines = ["| what | beside | figure (95 % interval) |", "|---|---|---|"]
+    """The table of the README and of the page on performance: one figure for each comparison."""
+    lines = ["| what | measured |", "|---|---|"]
     for script, what, side, peer, name in COMPARED:
         rows = [
             row for row in rows_of(report, script, what=what, side=side) if row["beside"] == peer
         ]
         if rows:
-            _, figure, interval, _, _ = shown(rows[0])
-            share = figure if rows[0]["kind"] == "times faster" else f"{figure} its time"
-            lines.append(f"| {name} | {peer} | {share} ({interval}) |")
+            figure, faster = shown(rows[0])[1], rows[0]["kind"] == "times faster"
+            lines.append(
+                f"| {name} | {figure} {f'as {peer}' if faster else f'the time of {peer}'} |"
+            )
         else:  # an overhead, and that of the peer
             (ours,), (theirs,) = (
                 list(rows_of(report, script, what=what, side=one)) for one in (side, peer)
             )
-            _, figure, interval, _, _ = shown(ours)
             lines.append(
-                f"| {name} | {peer} | {figure} ({interval}) over "
-                f"its base; {peer} {shown(theirs)[1]} over its |"
+                f"| {name} | {shown(ours)[1]} over the base model; {peer} {shown(theirs)[1]} |"
             )
     return "\n".join([*lines, "", f"{machine(report)}\n"])
 

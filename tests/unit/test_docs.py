@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import pkgutil
@@ -13,6 +14,7 @@ import struct
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -26,6 +28,7 @@ from pyarrow import parquet
 from safetensors.numpy import save_file
 
 import lora
+from docs import outputs
 from lora.cli.app import app, main
 from lora.errors import ManifestError, RefusedError
 from lora.federation.trust import Policy
@@ -57,10 +60,8 @@ class Block(NamedTuple):
 
 
 def blocks_of(path):
-    blocks = re.findall(
-        r"^```(\S[^\n]*)\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
-    return [Block(path.relative_to(ROOT).as_posix(), info.strip(), text) for info, text in blocks]
+    examples = outputs.examples(path.read_text("utf-8"))
+    return [Block(path.relative_to(ROOT).as_posix(), one.info, one.code) for one in examples]
 
 
 BLOCKS = [block for path in [*PAGES, ROOT / "README.md"] for block in blocks_of(path)]
@@ -450,19 +451,69 @@ def test_the_page_on_routing_routes_a_query_and_abstains_on_another():
     assert [route.name for route in routes] == ["python-docs"]
 
 
-@requirement("R10.10", "R10.2", "R10.3", "R10.4")
+@requirement("R10.10", "R10.11", "R10.2", "R10.3", "R10.4")
 def test_the_tutorial_runs_from_nothing_to_a_shared_skill(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     left = {}
     for block in [block for block in BLOCKS if block.info == "{.python .step}"]:
-        execute(block, left)
+        with redirect_stdout(io.StringIO()) as printed:
+            execute(block, left)
+        outputs.compare(ROOT / block.page, block.text, printed.getvalue())
     assert lora.digest("architect.lora.arrow") == left["digest"]
     assert [path.name for path in Path("cache").glob("*.arrow")]
     assert left["training"].metrics["after"].mrr > left["training"].metrics["before"].mrr
 
 
+SILENT = {"docs/how-to/conformance.md"}  # what it writes is run by the command below it
+
+
+@requirement("R10.11")
+def test_every_example_fits_and_what_it_prints_stands_below_it():
+    for path in [*PAGES, ROOT / "README.md"]:
+        page = path.relative_to(ROOT).as_posix()
+        for one in outputs.examples(path.read_text("utf-8")):
+            lines = [*one.code.splitlines(), *one.output.splitlines()]
+            assert max(map(len, lines)) <= outputs.WIDTH, (page, max(lines, key=len))
+            if one.info in ("python", "{.python .step}") and page not in SILENT:
+                assert one.output, (page, one.code)
+
+
+@requirement("R10.11")
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [
+        ("rank 4, error 0.187", "rank 4, error 0.186"),
+        (f"a card, {'5' * 64}\n", "a card, 3b7e…"),
+        (
+            "served at grpc://127.0.0.1:41234 after 12.3 ms",
+            "served at grpc://127.0.0.1:8815 after 0.1 ms",
+        ),
+        ("rank 5, error 0.187", None),
+        ("rank 4, error 0.197", None),
+        ("rank 4, error 0.187\nand more", None),
+        ("", None),
+    ],
+)
+def test_what_an_example_prints_is_held_against_its_page(tmp_path, monkeypatch, printed, shown):
+    page = tmp_path / "page.md"
+    text = "A\n\n```python\nprint(1)\n```\n\n```text\n{}\n```\n\nB\n"
+    page.write_text(text.format(shown or "rank 4, error 0.187"), "utf-8")
+    monkeypatch.delenv("LORA_OUTPUTS", raising=False)
+    if shown:
+        outputs.compare(page, "print(1)", printed)
+        return
+    with pytest.raises(AssertionError, match=r"`make outputs` changes page\.md"):
+        outputs.compare(page, "print(1)", printed)
+    monkeypatch.setenv("LORA_OUTPUTS", "write")
+    outputs.compare(page, "print(1)", printed)
+    monkeypatch.delenv("LORA_OUTPUTS")
+    outputs.compare(page, "print(1)", printed)
+    kept = text.format(printed) if printed else "A\n\n```python\nprint(1)\n```\n\nB\n"
+    assert page.read_text("utf-8") == kept
+
+
 GUIDES = [
-    ("index.md", "Home", "Where to look", "Install", "A card in ten lines"),
+    ("index.md", "Home", "Install", "A card in ten lines"),
     ("tutorial.md", "Tutorial", "1. An engine and data", "2. Train a card", "3. Save it, map it"),
     ("federation.md", "Federation, the guide", "Two machines, nothing configured", "From Python"),
     ("evolution.md", "Evolution, the guide", "One command", "How it decides"),
@@ -612,13 +663,13 @@ def prepared(folder):
 
 
 def shells():
-    """The commands of each page, in order; and the examples in the commands' own help."""
+    """The commands of each page, in order, by block; and the examples in the commands' own help."""
     lines = {}
     for block in BLOCKS:
-        if block.info == "sh":
-            lines.setdefault(block.page, []).extend(lines_of(block.text))
-    lines["--help"] = [words for command in every(COMMANDS) for words in lines_of(example(command))]
-    return {page: commands for page, commands in lines.items() if commands}
+        if block.info == "sh" and lines_of(block.text):
+            lines.setdefault(block.page, {})[block.text] = lines_of(block.text)
+    examples = map(example, every(COMMANDS))
+    return {**lines, "--help": {text: lines_of(text) for text in examples}}
 
 
 def every(command):
@@ -646,31 +697,44 @@ def parsed(words):
     command.make_context(name, list(rest))
 
 
-@requirement("R10.7", "R25.4")
+@requirement("R10.7", "R10.11", "R25.4")
 @pytest.mark.parametrize("page", shells())
-def test_the_commands_of_a_page_run_or_at_least_exist_with_these_options(
+def test_the_commands_of_a_page_run_and_print_what_it_says_or_at_least_exist_with_these_options(
     page, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_PROFILE", "quick")
+    monkeypatch.setenv("COLUMNS", f"{outputs.WIDTH}")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:randomly")  # for the suite's report
     prepared(tmp_path)
-    for words in shells()[page]:
-        parsed(words)
-        if reason_to_leave_out(words):
-            continue
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        # So few pairs may teach nothing: status 3.
-        expected = (0, 3) if words[1] == "train" else (0,)
-        assert ended.value.code in expected, (words, capfd.readouterr().err)
+    for text, commands in shells()[page].items():
+        answers = []
+        for words in commands:
+            parsed(words)
+            if not reason_to_leave_out(words):
+                answers.append(answer(words, monkeypatch, capfd))
+        if page != "--help" and answers:
+            outputs.compare(ROOT / page, text, "\n".join(filter(None, answers)))
+
+
+def answer(words, monkeypatch, capfd):
+    """What a command prints, without bars of progress and without figures of this machine."""
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capfd.readouterr()
+    # So few pairs may teach nothing: status 3.
+    assert ended.value.code in ((0, 3) if words[1] == "train" else (0,)), (words, printed.err)
+    notes = [line for line in printed.err.splitlines(keepends=True) if "━" not in line]
+    return "" if words[1] == "bench" else printed.out + "".join(notes)
 
 
 @requirement("R10.7")
 def test_a_renamed_option_would_be_noticed_and_every_reason_is_needed():
     with pytest.raises(Exception, match="--strategi"):
         parsed(["lora", "merge", "a", "-o", "b", "--strategi", "ties"])
-    lines = [" ".join(words) for page in shells().values() for words in page]
+    commands = [block for page in shells().values() for block in page.values()]
+    lines = [" ".join(words) for block in commands for words in block]
     assert all(any(line.startswith(start) for line in lines) for start in LEFT_OUT)
 
 
