@@ -63,13 +63,18 @@ def peft_model(cards: list[LoRACard]) -> Any:
     wrapped = peft.get_peft_model(model(), config(first), adapter_name=first.name)
     for other in others:
         wrapped.add_adapter(other.name, config(other))
+    copy_factors(wrapped, cards)
+    wrapped.base_model.set_adapter([one.name for one in cards])
+    return wrapped.eval().to(DEVICE, DTYPE)
+
+
+def copy_factors(wrapped: Any, cards: list[LoRACard]) -> None:
+    """Put the cards' factors into PEFT's adapters of their names."""
     for name, layer in wrapped.base_model.model.named_modules():
         for one in cards:
             if name in one.weights:
                 layer.lora_A[one.name].weight.data.copy_(torch.tensor(one.weights[name].A.T))
                 layer.lora_B[one.name].weight.data.copy_(torch.tensor(one.weights[name].B.T))
-    wrapped.base_model.set_adapter([one.name for one in cards])
-    return wrapped.eval().to(DEVICE, DTYPE)
 
 
 def config(one: LoRACard) -> peft.LoraConfig:

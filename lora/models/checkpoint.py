@@ -2,7 +2,8 @@
 
 The safetensors files are written in their own order. What no card touches is copied as bytes; a
 weight that one touches goes through memory in blocks: the sum is formed in float32 (float64 for
-float64) and rounded once. The folder appears under its name when all of it is on the disk.
+float64) and rounded once. A thread writes a block while the next is computed. The folder appears
+under its name when all of it is on the disk.
 
 Requirements: R26.
 """
@@ -13,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
 from itertools import chain
@@ -144,7 +146,7 @@ def fold_checkpoint(
         total = sum(path.stat().st_size for path in (*shards, *files)) >> 20
     rows = (source.tensor(name) for name in updates)
     widest = max((_DTYPES[row.dtype].itemsize * row.shape[-1] for row in rows), default=0)
-    room = bytearray(3 * max(BLOCK, -(-widest // 8) * 8))
+    room = bytearray(4 * -(-max(BLOCK, widest) // 8) * 8)
     written = 0
 
     def on_bytes(count: int) -> None:
@@ -157,12 +159,14 @@ def fold_checkpoint(
         for path in (*shards, *files):
             target = folder / path.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb", 0) as original, target.open("xb", 0) as copy:
+            opened = path.open("rb", 0), target.open("xb", 0)
+            with opened[0] as original, opened[1] as copy, ThreadPoolExecutor(1) as writer:
                 tensors = source.shards.get(path, {})
                 touched = {name: tensors[name] for name in updates if name in tensors}
                 for name, tensor in sorted(touched.items(), key=lambda item: item[1].start):
                     _copy(original, copy, tensor.start, on_bytes)
-                    _fold(original, copy, tensor, updates[name], room=room, on_bytes=on_bytes)
+                    sums = _sums(original, tensor, updates[name], room)
+                    _write_behind(copy, sums, writer, on_bytes)
                 _copy(original, copy, os.fstat(original.fileno()).st_size, on_bytes)
                 os.fsync(copy.fileno())
     return FoldedCheckpoint(injections, tuple(sorted(updates)), tuple(left_out))
@@ -331,42 +335,52 @@ def _copy(original: FileIO, copy: FileIO, stop: int, on_bytes: Callable[[int], N
         on_bytes(count)
 
 
-def _fold(
-    original: FileIO,
-    copy: FileIO,
-    tensor: _Tensor,
-    updates: Sequence[Update],
-    *,
-    room: bytearray,
-    on_bytes: Callable[[int], None],
-) -> None:
-    """Write a tensor with what is added to it, as many rows at a time as there is room for."""
+def _sums(
+    original: FileIO, tensor: _Tensor, updates: Sequence[Update], room: bytearray
+) -> Iterator[memoryview]:
+    """Yield a tensor with what is added to it, as many rows at a time as there is room for.
+
+    What is yielded is overwritten when the second block after it is asked for.
+    """
     dtype, columns = _DTYPES[tensor.dtype], tensor.shape[-1]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     products = [update.factors(wide) for update in updates]
-    width = columns * dtype.itemsize
-    # The first third holds rows as they are stored, the rest their sums.
-    step = max(1, len(room) // 3 // width)
-    rows = torch.frombuffer(room, dtype=dtype, count=step * columns).view(step, columns)
-    sums = rows
-    if dtype is not wide:
-        sums = torch.frombuffer(room, dtype=wide, count=step * columns, offset=len(room) // 3)
-        sums = sums.view(step, columns)
+    width, quarter = columns * dtype.itemsize, len(room) // 4
+    step = max(1, quarter // width)
     height = math.prod(tensor.shape[:-1])
-    for low in range(0, height, step):
-        high = min(low + step, height)
-        data = memoryview(room)[: (high - low) * width]
+    # The first two quarters hold rows as they are stored, by turns; the others their sums.
+    sums = torch.frombuffer(room, dtype=wide, count=step * columns, offset=2 * quarter)
+    for number, low in enumerate(range(0, height, step)):
+        count, start = min(step, height - low), number % 2 * quarter
+        data = memoryview(room)[start : start + count * width]
         _read(original, tensor.start + low * width, data)
-        stored, total = rows[: high - low], sums[: high - low]
+        stored = torch.frombuffer(data, dtype=dtype).view(count, columns)
+        total = sums[: count * columns].view(count, columns)
         total.copy_(stored)
         add_products(total, low, products)
         stored.copy_(total)
         if not all(extreme.isfinite() for extreme in stored.aminmax()):
             name = str(dtype).removeprefix("torch.")
-            expected = f"sums that {name} holds in rows {low} to {high}"
+            expected = f"sums that {name} holds in rows {low} to {low + count}"
             hint = "give the card less weight, or save the base in a dtype of a wider range"
             raise UnsupportedModelError(f"{original.name}", expected, "larger ones", hint)
-        on_bytes(_write(copy, data))
+        yield data
+
+
+def _write_behind(
+    copy: FileIO,
+    blocks: Iterable[memoryview],
+    writer: ThreadPoolExecutor,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Write blocks in a thread, one while the next is made."""
+    pending: Future[int] | None = None
+    for block in blocks:
+        if pending:
+            on_bytes(pending.result())
+        pending = writer.submit(_write, copy, block)
+    if pending:
+        on_bytes(pending.result())
 
 
 @contextmanager

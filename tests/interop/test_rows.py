@@ -28,7 +28,13 @@ SIZES = {"vocab_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
     "llama": (
         lambda: LlamaForCausalLM(
-            LlamaConfig(**SIZES, hidden_size=32, intermediate_size=64, num_key_value_heads=2)
+            LlamaConfig(
+                **SIZES,
+                hidden_size=32,
+                intermediate_size=64,
+                num_key_value_heads=2,
+                pad_token_id=0,  # whose embedding is zero, as the model is made
+            )
         ),
         ["q_proj", "v_proj", "down_proj"],
     ),

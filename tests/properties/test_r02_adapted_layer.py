@@ -567,7 +567,8 @@ def test_a_row_of_a_batch_gets_what_it_would_get_alone(data, layer, whole):
     if whole:
         weight, bias = data.draw(integers(x.dtype, weight.shape)), None
     count, times = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    x = data.draw(elements(x.dtype, (count * times, 2, weight.shape[1])))
+    tokens = data.draw(st.sampled_from([(), (1,), (2,), (2, 3)]))
+    x = data.draw(elements(x.dtype, (count * times, *tokens, weight.shape[1])))
     sets = []
     for _ in range(data.draw(st.integers(1, 3))):
         names = data.draw(st.lists(st.sampled_from("abc"), unique=True, max_size=2))
