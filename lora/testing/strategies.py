@@ -1,5 +1,6 @@
 """Hypothesis strategies for cards, factors, names and module trees, drawn towards their edges."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,14 @@ _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 dtypes = st.sampled_from(list(DTYPES.values()))
 """The dtypes of a card."""
 
-ranks = st.integers(1, 5) | st.just(9)
+ranks = st.integers(1, 5) | st.sampled_from([9, 17])
 features = st.integers(1, 7)
+_sizes = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 17])
+
+wide_integers = st.sampled_from(
+    [2**width + near for width in (8, 16, 31, 32, 53, 63, 64) for near in (-1, 0, 1)]
+)
+"""Integers about the widths at which machine numbers wrap and floats skip."""
 
 _words = st.sampled_from(
     [
@@ -42,6 +49,10 @@ _text = st.one_of(
     st.sampled_from(["e\u0301", "\u212b", "\ufb01", " lead", "trail ", "two  blanks", " "]),
 )
 
+ALIKE = ["e\u0301", "\u00e9", "\u212b", "\u00c5", "\ufb01", "fi"]
+ALIKE += [" fi", "fi ", "f i", "Fi", "fi.", "fi.x", "fix", "x.fi", "-"]
+"""Names that NFC, NFKC, strip() or lower() take for another, or that begin or end one."""
+
 names = st.one_of(
     st.lists(_words, min_size=1, max_size=4).map(".".join), _text, st.just("a, b"), st.just("-1")
 )
@@ -55,12 +66,29 @@ targets = st.lists(st.one_of(module_names, st.just("all-linear")), max_size=4, u
 )
 """Target modules, none included."""
 
+free_text = st.text(max_size=6) | st.sampled_from(
+    [
+        "a\r\nb\rc\n",
+        "\ufeffa",
+        "a\x00b",
+        "\u2028",
+        "\\u0041",
+        "null",
+        "1e3",
+        "x" * 300,
+        "é" * 70_000,
+    ]
+)
+"""Any text: ends of lines, control characters, what reads like JSON, and long ones."""
+
 json_values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(2**60), 2**60)
+    | wide_integers
+    | wide_integers.map(operator.neg)
     | st.floats(allow_nan=False, allow_infinity=False)
-    | _text,
+    | free_text,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_text, inner, max_size=3),
     max_leaves=8,
 )
@@ -71,7 +99,7 @@ _FIELDS = ("name", "rank", "alpha", "lora.name", "lora.rank", "description", "ve
 metadata = st.dictionaries(_text | st.sampled_from(_FIELDS), json_values, max_size=4)
 """JSON objects, keys that look like a card's own fields among them."""
 
-extras = st.dictionaries(_text.map("x-".__add__), st.just("") | _text, max_size=2)
+extras = st.dictionaries(_text.map("x-".__add__), st.just("") | free_text, max_size=2)
 
 scalings = st.floats(-8, 8, width=32) | st.sampled_from([0.0, 1.0, -0.0, 5e-324, 1e30])
 
@@ -156,7 +184,7 @@ def layers(
 ) -> tuple[Array, Array, Array | None, Mapping[str, Term]]:
     """Input, weight, bias and named terms of one layer, of one dtype; small integers if `whole`."""
     dtype = draw(dtypes) if dtype is None else dtype
-    rows, columns = draw(features), draw(features)
+    rows, columns = draw(_sizes), draw(_sizes)
     elements = integers if whole else numbers
     x = draw(elements(dtype, (*draw(leading_shapes()), rows)))
     weight = draw(elements(dtype, (columns, rows)))

@@ -88,7 +88,7 @@ class Peft:
             f"{MERGING}test_the_average_of_equal_cards_is_that_card": FLOAT32,
         },
         "R20.4": {
-            **of("a_linear_merge_is_exact_at_the_sum_of_ranks", ["weighted"], FLOAT32),
+            **of("a_linear_merge_is_exact_at_the_sum_of_ranks", ["average", "weighted"], FLOAT32),
             **of("a_linear_merge_is_exact_at_the_sum_of_ranks", ["cat"], ONE_RANK),
             **of(
                 "a_truncated_linear_merge_is_the_best_approximation_of_its_rank",
@@ -112,6 +112,7 @@ class Peft:
             ),
             f"{MERGING}test_ties_is_the_weighted_mean_of_what_agrees_after_trimming": BY_COUNT,
             f"{MERGING}test_ties_keeps_exactly_the_stated_count_of_entries": ALONE,
+            f"{MERGING}test_a_density_half_way_between_two_counts_keeps_the_nearer_one": ALONE,
             f"{MERGING}test_where_signs_balance_ties_elects_nothing": (
                 "a sum of 0 elects plus",
                 "utils/merge_utils.py: calculate_majority_sign_mask",
@@ -125,6 +126,7 @@ class Peft:
             f"{MERGING}test_names_that_read_alike_when_put_together_have_masks_of_their_own": ALONE,
             f"{MERGING}test_over_seeds_each_entry_is_kept_as_often_as_density_says_so_that_its_mean"
             "_is_unbiased": ALONE,
+            f"{MERGING}test_seeds_of_any_width_have_masks_of_their_own": ALONE,
             f"{MERGING}test_the_share_kept_is_density": ALONE,
             f"{MERGING}test_what_dare_makes_of_several_cards_is_the_sum_of_what_it_makes_of_each": (
                 MASKS
@@ -132,10 +134,9 @@ class Peft:
         },
         "R20.8": {
             f"{MERGING}test_task_arithmetic_takes_skills_away_by_negative_weights": FLOAT32,
-            f"{MERGING}test_what_was_added_can_be_taken_away_again": FLOAT32,
         },
         "R20.9": {
-            **of("a_module_that_a_card_lacks_counts_as_zero", ["cat"], FLOAT32),
+            **of("a_module_that_a_card_lacks_counts_as_zero", ["weighted"], FLOAT32),
             **of("a_module_that_a_card_lacks_counts_as_zero", ["dare"], MASKS),
             **of("a_module_that_a_card_lacks_counts_as_zero", ["ties"], BY_COUNT),
         },

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -94,6 +95,51 @@ class WhateverPythonTakesForJSON(Fault, breaks="R1.3"):
         keys = pa.ipc.open_file(data).schema.metadata
         bare = rewritten(data, lambda keys: {**keys, b"lora.metadata": b"{}"})
         return super().read_card(bare)._replace(metadata=json.loads(keys[b"lora.metadata"]))
+
+
+class MetadataFault(Fault):
+    """Values of the metadata change on reading."""
+
+    def read_card(self, data):
+        card = super().read_card(data)
+        return card._replace(metadata=self.everywhere(card.metadata))
+
+    def everywhere(self, value):
+        if isinstance(value, Mapping):
+            return {key: self.everywhere(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.everywhere(inner) for inner in value]
+        return self.changed(value)
+
+
+class IntegersAreDoubles(MetadataFault, breaks="R1.3"):
+    """Integers pass through float64, as in JavaScript, and are even beyond 2**53."""
+
+    def changed(self, value):
+        return int(float(value)) if type(value) is int and abs(value) < 2**100 else value
+
+
+class IntegersOf64Bits(MetadataFault, breaks="R1.3"):
+    """Integers wrap at 2**63."""
+
+    def changed(self, value):
+        return (value + 2**63) % 2**64 - 2**63 if type(value) is int else value
+
+
+class TextsOf16Bits(MetadataFault, breaks="R1.3", also="R1.16"):
+    """The length of a text has 16 bits, so that long ones are cut."""
+
+    def changed(self, value):
+        return value[: len(value) % 2**16] if isinstance(value, str) else value
+
+
+class LinesEndAlike(MetadataFault, breaks="R1.16", also="R1.3"):
+    """Texts are read in text mode: whatever ends a line becomes a line feed."""
+
+    def changed(self, value):
+        if not isinstance(value, str):
+            return value
+        return value.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class FactorsInTheOrderOfMemory(Fault, breaks="R1.16", also="R1.2 R1.7"):

@@ -104,7 +104,7 @@ class RankAboveTheMatrix(ExtractionFault, breaks="R16.5"):
     rules = (0,)
 
     def spoilt(self, matrix, pair, rule, _):
-        more = max(0, rule[0] - pair.A.shape[1])
+        more = max(0, min(rule[0], 40) - pair.A.shape[1])
         a, b = np.pad(pair.A, ((0, 0), (0, more))), np.pad(pair.B, ((0, more), (0, 0)))
         return pair._replace(A=a, B=b)
 
@@ -128,6 +128,35 @@ class ErrorOfSquares(ExtractionFault, breaks="R16.5"):
         lost = np.cumsum((np.linalg.svd(matrix, compute_uv=False) ** 2)[::-1])[::-1]
         fits = (k for k in range(1, len(lost)) if lost[k] <= lost[0] * rule[2])
         return pair_of(matrix, next(fits, len(lost)))
+
+
+class ShareOffByAHair(ExtractionFault, breaks="R16.5"):
+    """0.05 % less than the share will do."""
+
+    rules = (1,)
+
+    def spoilt(self, matrix, pair, rule, _):
+        sums = np.cumsum(np.linalg.svd(matrix, compute_uv=False) ** 2)
+        return pair_of(matrix, int(np.searchsorted(sums, rule[1] * 0.9995 * sums[-1])) + 1)
+
+
+class ErrorOfTheLargestValueLost(ExtractionFault, breaks="R16.5"):
+    """The bound is held against the largest singular value of the rest, not against their norm."""
+
+    rules = (2,)
+
+    def spoilt(self, matrix, pair, rule, _):
+        values = np.linalg.svd(matrix, compute_uv=False)
+        fits = values <= np.linalg.norm(values) * rule[2]
+        return pair_of(matrix, max(1, int(fits.argmax()) if fits.any() else len(values)))
+
+
+class RankOf16Bits(Fault, breaks="R16.1"):
+    """A rank is taken modulo 2**16."""
+
+    def extract(self, base, tuned, rank, energy, error):
+        rank = rank if rank is None else rank % 2**16 or 1
+        return super().extract(base, tuned, rank, energy, error)
 
 
 class OneRankForAllModules(ExtractionFault, breaks="R16.5"):

@@ -184,6 +184,22 @@ class FirstColumnsKept(Fault, breaks="R20.4", also="R20.1"):
         return with_rows(whole, rows)
 
 
+class SmallDirectionsDropped(
+    Fault, breaks="R20.4", also="R20.1 R20.2 R20.3 R20.5 R20.6 R20.7 R20.8 R20.9"
+):
+    """Directions below a thousandth of the largest are taken for noise."""
+
+    def merge(self, cards, *how):
+        merged = super().merge(cards, *how)
+        rows = {}
+        for module, pair in merged.weights.items():
+            values = np.linalg.svd(change(pair), compute_uv=False)
+            kept = max(1, int((values > values[0] / 1000).sum()))
+            cut = kept < pair.A.shape[1]
+            rows[module] = factors(change(pair), kept, pair.A.dtype) if cut else pair
+        return with_rows(merged, rows)
+
+
 class SlerpIsLinear(Fault, breaks="R20.5"):
     """SLERP is plain interpolation."""
 
@@ -210,6 +226,21 @@ class SlerpOfTheLengthsAsTheyAre(Fault, breaks="R20.5"):
         t = options.get("t", 0.5)
         shares = [np.sin(p * angle) / np.sin(angle) for p in (1 - t, t)]
         return super().merge(cards, "weighted", {}, shares, rank)
+
+
+class SlerpOfSmallAnglesIsLinear(Fault, breaks="R20.5"):
+    """Cards within 10° of each other are interpolated linearly."""
+
+    def merge(self, cards, strategy, options, weights, rank):
+        merged = super().merge(cards, strategy, options, weights, rank)
+        if strategy != "slerp":
+            return merged
+        parts = [changes(cards, module) for module in modules(cards)]
+        x, y = (np.concatenate([part[side].ravel() for part in parts]) for side in (0, 1))
+        if x @ y < np.cos(np.pi / 18) * np.linalg.norm(x) * np.linalg.norm(y):
+            return merged
+        t = options.get("t", 0.5)
+        return super().merge(cards, "weighted", {}, [1 - t, t], rank)
 
 
 class SlerpFromTheWrongEnd(Fault, breaks="R20.5"):
@@ -369,14 +400,43 @@ class DareMasksAllModulesAlike(Fault, breaks="R20.7", also="R20.9"):
             alike, used = [], None if weights is None else []
             for place, card in enumerate(cards):
                 if pair := card.weights.get(module):
-                    alike.append(card._replace(weights={"m": pair}, rank=pair.A.shape[1]))
+                    weights_alone = {self.known_as(module): pair}
+                    alike.append(card._replace(weights=weights_alone, rank=pair.A.shape[1]))
                     if weights is not None:
                         used.append(weights[place])
             alone = super().merge(alike, strategy, options, used, rank)
             dtype = merged.weights[module].A.dtype
-            pair = alone.weights.get("m", merged.weights[module])
+            pair = alone.weights.get(self.known_as(module), merged.weights[module])
             rows[module] = PlainPair(pair.A.astype(dtype), pair.B.astype(dtype), pair.scaling)
         return with_rows(merged, rows)
+
+    def known_as(self, module):
+        return "m"
+
+
+class DareMasksByLastComponent(DareMasksAllModulesAlike, breaks="R20.7", also="R20.9"):
+    """Modules whose names end alike share a mask."""
+
+    def known_as(self, module):
+        return module.rpartition(".")[2]
+
+
+class DareSeedOf16Bits(Fault, breaks="R20.7"):
+    """The seed is taken modulo 2**16."""
+
+    def merge(self, cards, strategy, options, weights, rank):
+        seed = {"seed": self.narrowed(options["seed"])} if "seed" in options else {}
+        return super().merge(cards, strategy, {**options, **seed}, weights, rank)
+
+    def narrowed(self, seed):
+        return seed % 2**16
+
+
+class DareSeedOfADouble(DareSeedOf16Bits, breaks="R20.7"):
+    """The seed passes through float64, which has no odd integers beyond 2**53."""
+
+    def narrowed(self, seed):
+        return int(float(seed))
 
 
 class DareNamesRunTogether(Fault, breaks="R20.7"):

@@ -86,6 +86,13 @@ class CentroidOfExamples(RouterFault, breaks="R4.1", also="R4.4"):
         return (self.unit(np.mean(vectors, axis=0)) * query).sum()
 
 
+class EightExamplesAtMost(RouterFault, breaks="R4.1"):
+    """The ninth example of a card is not looked at, nor any after it."""
+
+    def similarity(self, vectors, query):
+        return super().similarity(vectors[:8], query)
+
+
 class DescriptionsEmbeddedWhenAsked(RouterFault, breaks="R4.2"):
     """Candidates keep their texts, and embed them anew for each query."""
 
@@ -153,6 +160,28 @@ class FirstQueryForAll(RouterFault, breaks="R4.10"):
 
     def select_many(self, queries, top_k, threshold):
         return [self.select(queries[0], top_k, threshold) for _ in queries]
+
+
+class BatchOf64(RouterFault, breaks="R4.10"):
+    """Queries beyond a batch get no routes."""
+
+    def select_many(self, queries, top_k, threshold):
+        routes = super().select_many(queries[:64], top_k, threshold)
+        return [*routes, *([] for _ in queries[64:])]
+
+
+class UnregisteredByPrefix(RouterFault, breaks="R4.12"):
+    """What begins with the name is unregistered too."""
+
+    def unregister(self, name):
+        for other in [known for known in self.vectors if known.startswith(name)]:
+            super().unregister(other)
+
+    def register(self, name, texts, *, virtual=False):
+        RouterFault.unregister(self, name)
+        self.vectors[name] = [self.unit(row) for row in self.embedded(texts)]
+        if virtual:
+            self.virtual.add(name)
 
 
 class RegisteredTwice(RouterFault, breaks="R4.12"):

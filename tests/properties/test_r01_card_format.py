@@ -28,10 +28,12 @@ from lora.testing.binding import PlainCard, PlainPair
 from lora.testing.plugin import requirement
 from lora.testing.reference import card_of
 from lora.testing.strategies import (
+    ALIKE,
     bits,
     dtypes,
     extras,
     features,
+    free_text,
     json_values,
     laid_out,
     metadata,
@@ -95,6 +97,11 @@ def test_every_module_has_its_own_pair_and_no_other_module_has_one(impl, card):
     card=plain_cards(),
     shadows=st.dictionaries(st.sampled_from(OWN), json_values, min_size=1),
     more=metadata,
+)
+@example(
+    card=PlainCard("docs", 1, 1.0, (), {}, {}, {}),
+    shadows={"name": "a\r\nb\rc\x00d", "rank": "x" * 70_000},
+    more={"wide": [sign * 2**width + 1 for sign in (1, -1) for width in (31, 32, 53, 63, 64)]},
 )
 def test_metadata_comes_back(impl, card, shadows, more):
     asked = {**more, **shadows}
@@ -240,7 +247,10 @@ def test_modules_differ_in_rank_only_with_a_scaling_and_the_card_has_the_largest
             impl.write_card(card)
 
 
-versions = st.tuples(st.integers(0, 99_999), st.integers(0, 99_999))
+versions = st.tuples(
+    st.integers(0, 99_999) | st.sampled_from([2**8 + 1, 2**16 + 1, 2**32 + 1]),
+    st.integers(0, 99_999),
+)
 
 
 @requirement("R1.10", kind="refusal")
@@ -293,7 +303,7 @@ def test_a_scaling_is_fixed_once_and_read_from_a_second_file_as_from_the_first(i
 
 
 @requirement("R1.8", kind="refusal")
-@given(card=plain_cards(), more=st.integers(-3, 3))
+@given(card=plain_cards(), more=st.integers(-3, 3) | st.sampled_from([2**16, 2**32, 2**64]))
 def test_a_file_that_does_not_state_the_largest_rank_of_its_modules_is_refused(impl, card, more):
     assume(card.weights and more and card.rank + more > 0)
     batch = the_arrow_file(impl.write_card(card))
@@ -307,10 +317,7 @@ def pair_of(number):
     return PlainPair(np.full((1, 1), number, np.float32), np.ones((1, 1), np.float32), 1.0)
 
 
-alike = st.sampled_from(
-    ["e\u0301", "\u00e9", "\u212b", "\u00c5", "\ufb01", "fi", " fi", "fi ", "f i", "Fi", "fi.", "-"]
-)
-"""Texts that NFC, NFKC, strip() or lower() would change or take for another."""
+alike = st.sampled_from(ALIKE)
 
 
 @requirement("R1.16", kind="format")
@@ -322,10 +329,16 @@ alike = st.sampled_from(
         alpha=st.just(1.0),
         target_modules=st.lists(alike, unique=True).map(tuple),
         weights=st.dictionaries(alike, st.integers(-9, 9).map(pair_of), max_size=4),
-        metadata=st.dictionaries(alike | st.just(""), alike | st.just("") | st.lists(alike)),
-        extra=st.dictionaries(alike.map("x-".__add__), alike | st.just("")),
+        metadata=st.dictionaries(
+            alike | st.just(""), alike | st.just("") | free_text | st.lists(alike)
+        ),
+        extra=st.dictionaries(alike.map("x-".__add__), alike | st.just("") | free_text),
     )
 )
+@example(
+    PlainCard("fi", 1, 1.0, (), {}, {"fi": "a\r\nb\rc\x00d"}, {"x-fi": "e\u0301\r\n" * 70_000})
+)
+@example(PlainCard("fi", 1, 1.0, (), {}, {"fi": "e\u0301" * 70_000}, {"x-fi": "\r\x00d"}))
 def test_text_comes_back_as_it_was_given_and_what_looks_alike_stays_apart(impl, card):
     loaded = impl.read_card(impl.write_card(card))
     assert (loaded.name, tuple(loaded.target_modules)) == (card.name, card.target_modules)

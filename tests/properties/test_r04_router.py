@@ -17,7 +17,7 @@ from lora.errors import ArgumentError, ShapeError
 from lora.router import LoRARouter
 from lora.routing import EMPTY, Candidate, calibrate, candidate_of, rank, select, shortlist, unit
 from lora.testing.plugin import requirement
-from lora.testing.strategies import names
+from lora.testing.strategies import ALIKE, names
 from lora.testing.tolerance import gamma
 
 WIDTH = 8
@@ -47,6 +47,9 @@ vectors = st.one_of(
     st.sampled_from(HALFWAY),
     st.just((0.0,) * WIDTH),
 )
+COUNTS = st.integers(1, 9) | st.sampled_from([17, 65, 129, 257])
+"""How many of a kind: about the sizes of batches and blocks."""
+
 pools = st.lists(vectors, min_size=1, max_size=4)
 """Few vectors for many texts, so that candidates tie."""
 
@@ -122,6 +125,26 @@ def test_a_candidate_scores_as_the_nearest_of_its_examples_does_alone(impl, draw
         assert abs(score - max(alone[text] for text in candidates[name])) < 1.5e-6
 
 
+@requirement("R4.1", kind="convention")
+@given(COUNTS, st.booleans())
+def test_the_nearest_of_any_number_of_examples_counts_wherever_it_stands(impl, count, last):
+    texts = [str(place) for place in range(count)]
+    nearest = texts[-1 if last else count // 2]
+    meanings = Meanings({**dict.fromkeys(texts, WHOLE[0]), nearest: WHOLE[1], QUERY: WHOLE[1]})
+    alone = [routed(impl, {"docs": [text]}, meanings) for text in {texts[0], nearest}]
+    assert routed(impl, {"docs": texts}, meanings) == max(alone, key=lambda routes: routes[0][1])
+
+
+@requirement("R4.4", kind="convention")
+@given(COUNTS, st.booleans())
+def test_each_of_any_number_of_candidates_has_its_score(impl, count, last):
+    known = [f"{place:03}" for place in range(count)]
+    nearest = known[-1 if last else count // 2]
+    meanings = Meanings({**dict.fromkeys(known, WHOLE[0]), nearest: WHOLE[1], QUERY: WHOLE[1]})
+    routes = routed(impl, {name: [name] for name in known}, meanings)
+    assert sorted(routes) == [(name, 1.0 if name == nearest else 0.96) for name in known]
+
+
 @requirement("R4.6", kind="convention")
 @given(registers())
 def test_the_best_come_first(impl, drawn):
@@ -160,7 +183,7 @@ def test_fewer_are_the_first_of_more(impl, drawn, threshold):
     candidates, meanings = drawn
     router = made(impl, candidates, meanings)
     everything = router.select(QUERY, len(candidates), threshold)
-    for k in range(1, len(candidates) + 3):
+    for k in [*range(1, len(candidates) + 3), 2**16, 2**31, 2**32 + 1]:
         assert router.select(QUERY, k, threshold) == everything[:k]
 
 
@@ -178,6 +201,7 @@ def test_a_threshold_keeps_exactly_the_scores_at_or_above_it(impl, drawn, data):
 
 @requirement("R4.5", kind="convention")
 @given(registers(min_size=1), st.floats(-1, 1) | st.sampled_from([-1.0, 0.0, 1.0, 1.5]))
+@example(({"docs": ["text"]}, Meanings({"text": WHOLE[5], QUERY: WHOLE[0]})), 0.0)
 def test_a_threshold_drops_what_scores_less_wherever_it_lies(impl, drawn, threshold):
     candidates, meanings = drawn
     router = made(impl, candidates, meanings)
@@ -200,7 +224,9 @@ def test_a_cosine_that_is_a_short_decimal_is_scored_as_that_decimal(impl, a, b, 
 
 
 @requirement("R4.5", kind="convention")
-@given(st.sampled_from(WHOLE), st.sampled_from(WHOLE))
+@given(st.sampled_from(WHOLE + HALFWAY), st.sampled_from(WHOLE + HALFWAY))
+@example(ODD, ASKED)
+@example(ASKED, HALFWAY[3])
 def test_a_threshold_is_compared_with_the_score_that_is_told(impl, a, b):
     router = made(impl, {"card": ["text"]}, Meanings({"text": a, QUERY: b}))
     routes = router.select(QUERY, 1, None)
@@ -315,6 +341,20 @@ def test_a_name_that_is_registered_again_has_the_new_description_alone(impl, nam
     assert router.select("new", 2, None) == []
 
 
+@requirement("R4.12", kind="convention")
+@given(st.permutations(ALIKE), st.booleans())
+def test_a_name_stands_for_itself_and_for_none_that_looks_alike(impl, drawn, virtual):
+    router = impl.make_router(Meanings(old=WHOLE[0], new=WHOLE[2]))
+    for name in drawn:
+        router.register(name, ["old"], virtual=virtual)
+    router.register(drawn[0], ["new"])
+    for gone, name in enumerate(drawn, 1):
+        scores = dict(router.select("old", len(drawn), None))
+        assert set(scores) == set(drawn[gone - 1 :])
+        assert {name for name, score in scores.items() if score == 0} == set(drawn[:1][gone - 1 :])
+        router.unregister(name)
+
+
 @requirement("R4.7", kind="convention")
 @given(registers(min_size=1), st.data(), st.none() | st.floats(-1, 1))
 def test_virtual_candidates_are_ranked_as_any_other(impl, drawn, data, threshold):
@@ -331,9 +371,9 @@ def test_many_queries_are_routed_as_each_alone(impl, drawn, asked, top_k, thresh
     queries = [f"query {index}" for index in range(len(asked))]
     meanings |= dict(zip(queries, asked, strict=True))
     router = made(impl, candidates, meanings)
-    queries += queries[:1]  # one of them twice
     alone = [router.select(query, top_k, threshold) for query in queries]
-    assert router.select_many(queries, top_k, threshold) == alone
+    many, first = [*queries * 26, *queries[:1]], alone[:1]  # more than a batch, each of them again
+    assert router.select_many(many, top_k, threshold) == [*alone * 26, *first]
 
 
 @requirement("R4.2", kind="convention")

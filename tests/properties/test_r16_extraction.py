@@ -19,6 +19,7 @@ MODULES = [f"encoder.layer.{layer}.{part}" for layer in (0, 1, 11) for part in P
 shares = st.floats(0.01, 0.999) | st.sampled_from([0.5, 0.9, 0.99, 1.0])
 SHAPES = st.tuples(features, features)
 bounds = st.floats(0.0, 0.99) | st.sampled_from([0.0, 1e-12, 1e-6, 0.05])
+WIDE_RANKS = st.sampled_from([2**8 + 1, 2**16 + 1, 2**32 + 1])
 
 
 @st.composite
@@ -87,6 +88,27 @@ def large_models(draw, *, rank=None):
     return base, tuned
 
 
+@st.composite
+def known_spectra(draw):
+    """A base and a tuned model, and for each module its singular values, which are whole numbers:
+    ties, steps and heavy tails among them.
+    """
+    base, tuned, spectra = {}, {}, {}
+    for module in draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=2, unique=True)):
+        rank, signs = draw(st.sampled_from([2, 4, 8])), np.ones((1, 1))
+        while len(signs) < rank:  # of orthogonal columns
+            signs = np.block([[signs, signs], [signs, -signs]])
+        tails = [[1] * rank, [9] * (rank - 1) + [1], [round(60 / i) for i in range(1, rank + 1)]]
+        free = st.lists(st.sampled_from([1, 1, 2, 3, 9, 60]), min_size=rank, max_size=rank)
+        values = np.array(sorted(draw(st.sampled_from(tails) | free), reverse=True), F64)
+        square = (signs[draw(st.permutations(range(rank)))] * values) @ signs.T
+        change = np.pad(square, ((0, draw(st.integers(0, 2))), (0, draw(st.integers(0, 2)))))
+        base[f"{module}.weight"] = draw(integers(F64, change.shape))
+        tuned[f"{module}.weight"] = base[f"{module}.weight"] + change
+        spectra[f"{module}.weight"] = values * rank
+    return base, tuned, spectra
+
+
 def delta(base, tuned, key):
     """ΔW in float64."""
     return tuned[key].astype(np.float64) - base[key].astype(np.float64)
@@ -148,7 +170,7 @@ def slack(base, tuned, key, card):
 
 
 @requirement("R16.1", kind="law")
-@given(models=models(), rank=ranks)
+@given(models=models(), rank=ranks | WIDE_RANKS)
 def test_the_error_is_that_of_the_tail_singular_values(impl, models, rank):
     base, tuned = models
     card = impl.extract(base, tuned, rank, None, None)
@@ -238,7 +260,7 @@ def rank_of(card, key):
 
 
 @requirement("R16.5", kind="convention")
-@given(models=models(), rank=st.integers(1, 40))
+@given(models=models(), rank=st.integers(1, 40) | WIDE_RANKS)
 def test_a_fixed_rank_is_never_exceeded_nor_is_that_of_the_matrix(impl, models, rank):
     base, tuned = models
     card = impl.extract(base, tuned, rank, None, None)
@@ -275,6 +297,24 @@ def test_each_module_has_the_smallest_rank_within_the_error_bound(impl, models, 
         assert tail(values, rank) <= allowed + off
         if rank > 1:
             assert tail(values, rank - 1) >= allowed - off
+
+
+@requirement("R16.5", kind="convention")
+@given(models=known_spectra(), data=st.data(), hair=st.sampled_from([1e-6, 1e-9]))
+def test_a_rule_that_is_met_by_a_hair_takes_the_rank_and_one_missed_by_a_hair_the_next(
+    impl, models, data, hair
+):
+    """At each rank of each module, from singular values that are known without computing them."""
+    base, tuned, spectra = models
+    key = data.draw(st.sampled_from(sorted(spectra)))
+    values = spectra[key]
+    rank = data.draw(st.integers(1, len(values) - 1))
+    squares = values**2
+    share, rest = squares[:rank].sum() / squares.sum(), squares[rank:].sum() / squares.sum()
+    for met, factor in ((0, 1 - hair), (1, 1 + hair)):
+        by_energy = impl.extract(base, tuned, None, float(share * factor), None)
+        by_error = impl.extract(base, tuned, None, None, float(np.sqrt(rest)) * (2 - factor))
+        assert rank_of(by_energy, key) == rank_of(by_error, key) == rank + met
 
 
 @requirement("R16.5", kind="convention")
