@@ -414,7 +414,7 @@ class DareMasksAllModulesAlike(Fault, breaks="R20.7", also="R20.9"):
         return "m"
 
 
-class DareMasksByLastComponent(DareMasksAllModulesAlike, breaks="R20.7", also="R20.9"):
+class DareMasksByLastComponent(DareMasksAllModulesAlike, breaks="R20.7"):
     """Modules whose names end alike share a mask."""
 
     def known_as(self, module):
