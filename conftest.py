@@ -6,14 +6,21 @@ from contextlib import redirect_stdout
 import pytest
 from pytest_markdown_docs._runners import DefaultRunner, register_runner
 
+from lora.errors import LoRAError
+
 
 @register_runner(default=True)
 class Compared(DefaultRunner):
-    """Runs a block and holds what it printed against its page."""
+    """Runs a block and holds what it printed, and what it raised, against its page."""
 
     def runtest(self, test, args, **options):
         with redirect_stdout(io.StringIO()) as printed:
-            super().runtest(test, args, **options)
+            try:
+                super().runtest(test, args, **options)
+            except LoRAError as error:  # as Python shows it, without the traceback
+                if test.source_path.name != "troubleshooting.md":
+                    raise
+                printed.write(f"{type(error).__module__}.{type(error).__name__}: {error}")
         if test.source_path.suffix == ".md":
             from docs import outputs  # mutants have no docs
 
