@@ -21,6 +21,7 @@ import json
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from lora.evolution import LoRATrainer
 from lora.evolution.exam import weighted
 from lora.models.adapt import adapt
 from lora.training.data import first_sentence
+from lora.training.ewc import Anchor
 from lora.training.train import Settings
 
 FOLDER = Path(__file__).with_name("questions")
@@ -52,7 +54,8 @@ DRAWS = 10_000
 class Recipe:
     """What a card is trained on: first pairs of a kind, then logged questions with their answers.
 
-    The trained card is measured at each of the weights.
+    The trained card is measured at each of the weights. `held` is λ of a penalty on the distance to
+    the base: λ/2 of the sum of the factors' squared changes.
     """
 
     pairs: str = ""
@@ -60,12 +63,18 @@ class Recipe:
     logged: int = 0
     logged_steps: int = 0
     lr: float = 2e-3
+    held: float = 0.0
     weights: Sequence[float] = (1.0, 0.5)
 
 
 RECIPES: Mapping[str, Recipe] = {
     "documents": Recipe("opening", 15, weights=(1.0, 0.5, 0.25)),
     "documents, 40 steps": Recipe("opening", 40, weights=(1.0, 0.25)),
+    "documents, 5 steps": Recipe("opening", 5),
+    "documents, 40 steps at a quarter of the rate": Recipe("opening", 40, lr=5e-4),
+    "documents, 40 steps, held with λ = 0.1": Recipe("opening", 40, held=0.1),
+    "documents, 40 steps, held with λ = 1": Recipe("opening", 40, held=1.0),
+    "headings as questions": Recipe("question", 15, weights=(1.0, 0.5, 0.25)),
     "cropped spans": Recipe("crop", 10),
     "other sets' questions": Recipe("others", 10),
     "10 logged": Recipe(logged=10, logged_steps=10),
@@ -142,19 +151,51 @@ def pairs_of(part: Passage, kind: str, rng: random.Random) -> tuple[str, str] | 
     return span, f"{part.where}: {rest}" if is_code else rest
 
 
+def heading_questions(parts: Sequence[Passage]) -> list[dict[str, str]]:
+    """Turn headings into questions about the first paragraph below, and docstrings about names.
+
+    A heading that several pages have, such as "References", asks about its page.
+    """
+    pages = Counter(heading for _, heading in {(part.group, part.where) for part in parts})
+    forms = "What is {}?", "How does {} work?", "How do I use {}?"
+    questions = dict[str, dict[str, str]]()
+    for part in parts:
+        topic = re.sub(r"[\"`*]", "", part.where)
+        if part.text.startswith(f"{part.where}: "):
+            sentence = first_sentence(part.text[len(part.where) + 2 :]).rstrip(".")
+            is_class = part.where.rpartition(".")[2][0].isupper()
+            start = "What is" if is_class else "How do I"
+            question, answer = f"{start} {sentence[:1].lower()}{sentence[1:]}?", part.where
+        elif pages[part.where] > 1:
+            page = Path(part.group).stem.replace("-", " ")
+            question, answer = f"{page}: {topic}", part.text
+        else:
+            question, answer = forms[len(questions) % len(forms)].format(topic), part.text
+        row = {"query": question, "positive": answer, "group": part.group}
+        if len(question.split()) > 3:
+            questions.setdefault(f"{part.group} {part.where}", row)
+    return list(questions.values())
+
+
 def trained(
     core: Any,
     rows: Sequence[Mapping[str, str]],
     steps: int,
     lr: float,
+    *,
     start: LoRACard | None = None,
+    held: float = 0.0,
 ) -> LoRACard:
     """Train on all of the rows but one, which the trainer's validation needs."""
     settings = Settings(
         epochs=9999, lr=lr, validate_every=steps + 1, validation_size=1, share=0.99, autocast="bf16"
     )
     trainer = LoRATrainer(core, settings=settings)
-    return trainer.train(rows, name="questions", max_steps=steps, start=start).card
+    ewc = None
+    if held:
+        params = trainer.anchor(trainer.initial, rows, examples=1).params
+        ewc = Anchor(params, {key: torch.ones_like(value) for key, value in params.items()}), held
+    return trainer.train(rows, name="questions", max_steps=steps, start=start, ewc=ewc).card
 
 
 def measured(
@@ -170,6 +211,8 @@ def measured(
             for row in other.logged(range(len(other.questions)))
         ]
         card = trained(core, rows, recipe.steps, recipe.lr)
+    elif recipe.pairs == "question":
+        card = trained(core, heading_questions(asked.documents), recipe.steps, recipe.lr)
     elif recipe.pairs:
         rng = random.Random(0)  # noqa: S311 - a choice of words, not a secret
         candidates = ((part, pairs_of(part, recipe.pairs, rng)) for part in asked.documents)
@@ -178,7 +221,7 @@ def measured(
             for part, pair in candidates
             if pair and all(text.strip() for text in pair)
         ]
-        card = trained(core, rows, recipe.steps, recipe.lr)
+        card = trained(core, rows, recipe.steps, recipe.lr, held=recipe.held)
     ranks = {str(weight): [0] * len(asked.questions) for weight in recipe.weights}
     tested = asked.folds if recipe.logged else [list(range(len(asked.questions)))]
     for fold, rows_tested in enumerate(tested):

@@ -114,7 +114,8 @@ def evolve(
         source = learning.material(documents)
         training, held_out = divided(source.pairs, seed)
         row = source.pairs.statistics() | {"training": len(training), "held_out": len(held_out)}
-        return Result(row, table_of([row]))
+        shown = ("rows", "groups", "training", "held_out")
+        return Result(row, table_of([{key: row[key] for key in shown}]))
     teacher = None
     if ask is not None:
         # What was sent and answered is not kept in the folder that is served.

@@ -2,15 +2,16 @@
 
 Python files give the first sentence of a docstring and the name that it is about. Prose gives the
 first sentence of a paragraph and its rest, and the headings above a paragraph and the paragraph. A
-pair's group is its file. Prose of fewer than four files is grouped by the two highest headings as
-well.
+query that has several answers, such as a heading of many pages, is asked with the name of its file;
+if that does not tell them, it is left out. A pair's group is its file. Prose of fewer than four
+files is grouped by the two highest headings as well.
 
 Requirements: R18.
 """
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -65,11 +66,11 @@ class Source:
         if not root.is_dir():
             raise CardNotFoundError(str(root), "a folder of documents", "none")
         texts = _texts(root)
-        prose = Pairs.of(
+        prose = _told_apart(
             {"query": query[:LENGTH], "positive": answer[:LENGTH], "group": group}
             for name, text in texts.items()
             for group, query, answer in _prose_pairs(name, text, by_heading=len(texts) < FEW_FILES)
-        ).unique()
+        )
         try:
             names = _cut(docstring_pairs(root, private=True))
         except DataError:
@@ -147,17 +148,31 @@ def _cut(pairs: Pairs) -> Pairs:
     )
 
 
+def _told_apart(rows: Iterable[Mapping[str, str]]) -> Pairs:
+    """Make pairs whose queries have one answer each, with the help of the files' names."""
+    pairs = Pairs.of(rows).unique()
+    answers = Counter(pairs.queries)
+    named = []
+    for row in pairs.table.to_pylist():
+        if answers[row["query"]] > 1:
+            file = Path(row["group"].split(" > ")[0]).with_suffix("").as_posix()
+            row["query"] = f"{file}: {row['query']}"[:LENGTH]
+        named.append(row)
+    answers = Counter(row["query"] for row in named)
+    return Pairs.of(row for row in named if answers[row["query"]] == 1)
+
+
 def _prose_pairs(name: str, text: str, *, by_heading: bool) -> list[tuple[str, str, str]]:
     """Return group, query and answer of each pair of a document."""
-    pairs, paragraphs = [], Counter[tuple[str, ...]]()
+    pairs, asked = [], set[tuple[str, ...]]()
     for headings, paragraph in _paragraphs(text):
         group = " > ".join([name, *headings[:2]]) if by_heading else name
         head = first_sentence(paragraph)
         rest = paragraph[len(head) :].strip()
         if min(len(head.split()), len(rest.split())) >= 3:
             pairs.append((group, head, rest))
-        paragraphs[headings] += 1
-        if headings and paragraphs[headings] <= 2:
+        if headings and headings not in asked:
+            asked.add(headings)
             pairs.append((group, ": ".join(headings[-2:]), paragraph))
     return pairs
 

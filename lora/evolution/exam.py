@@ -60,6 +60,12 @@ SHARE = 0.4
 FEWEST_GROUPS = 5
 """Held-out groups of an exam: the bounds over fewer are not those of 95 %."""
 
+MANY_GROUPS = 32
+"""Held-out groups from which on more do not make the bounds much narrower."""
+
+LARGE = 32
+"""Pairs of a group from which on it would sway an exam: it is held out if others do not suffice."""
+
 EXAMPLES = 256
 """Sentences of its documents that a learned card is routed by."""
 
@@ -290,12 +296,14 @@ def divided(pairs: Pairs, seed: int, sample: Pairs | None = None) -> tuple[Pairs
         sample: Pairs that an earlier version was held to: they are not trained on either.
     """
     sizes = Counter(pairs.table["group"].to_pylist())
-    order = sorted(sizes, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    digests = {name: hashlib.sha256(f"{seed} {name}".encode()).digest() for name in sizes}
+    order = sorted(sizes, key=lambda name: (sizes[name] >= LARGE, digests[name]))
     groups: list[str] = []
     count, wanted = 0, min(MOST, SHARE * len(pairs))
     for group in order:
-        is_wanted = count < wanted or len(groups) < FEWEST_GROUPS
-        if is_wanted and count + sizes[group] <= 1.5 * SHARE * len(pairs):
+        is_needed = count < wanted or len(groups) < FEWEST_GROUPS
+        limit = (1.5 if is_needed else 1) * SHARE * len(pairs)
+        if (is_needed or len(groups) < MANY_GROUPS) and count + sizes[group] <= limit:
             groups.append(group)
             count += sizes[group]
     is_held_out = pc.is_in(pairs.table["group"], pa.array(groups, pa.string()))

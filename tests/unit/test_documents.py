@@ -56,6 +56,24 @@ def test_prose_gives_sentences_with_their_rest_and_headings_with_their_paragraph
 
 
 @requirement("R18.3")
+def test_a_query_has_one_answer_or_is_asked_with_the_name_of_its_file(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("one", "two", "three", "sub/one"):
+        (tmp_path / f"{name}.md").write_text(
+            f"# Why is this bad?\n\nIt is bad for part {name} of it. Nobody reads {name}, too.\n\n"
+            f"This sentence is here twice. The first time it is {name}.\n\n"
+            f"This sentence is here twice. The second time it is {name}.\n"
+        )
+    read = rows(Source.read(tmp_path))
+    assert {query: group for query, (_, group) in read.items() if query.endswith("bad?")} == {
+        f"{name}: Why is this bad?": f"{name}.md" for name in ("one", "two", "three", "sub/one")
+    }
+    assert not [query for query in read if "twice" in query]
+    assert "It is bad for part one of it." in read
+    assert len(read) == 8
+
+
+@requirement("R18.3")
 def test_a_folder_is_read_by_file_with_private_files_and_without_binaries(tmp_path):
     with pytest.raises(DataError, match="Python files with docstrings"):
         Source.read(tmp_path)

@@ -12,7 +12,7 @@ import lora
 from lora.cli.app import NOTHING_TO_SERVE
 from lora.errors import ArgumentError, BaseModelError, ConflictError, DataError, LoRAError
 from lora.evolution import exam
-from lora.evolution.acceptance import FEWEST
+from lora.evolution.acceptance import FEWEST, MOST
 from lora.evolution.documents import Source
 from lora.evolution.exam import Live, Terms, digest, divided, learn, placebo
 from lora.evolution.teacher import Distilled
@@ -94,12 +94,24 @@ def test_only_what_beats_base_and_placebo_on_files_that_it_did_not_see_is_a_skil
 
 
 @requirement("R18.3")
-@pytest.mark.parametrize(("files", "held_out"), [(8, 4), (9, 5), (20, 5)])
-def test_five_files_are_held_out_where_two_would_have_enough_pairs(files, held_out):
+@pytest.mark.parametrize(("files", "held_out"), [(8, 4), (9, 5), (20, 8), (200, 32)])
+def test_many_files_are_held_out_where_two_would_have_enough_pairs(files, held_out):
     rows = [{"query": f"q{i}", "positive": f"a{i}", "group": str(i % files)} for i in range(3600)]
     training, examined = divided(Pairs.of(rows), 0)
     assert len(set(examined.table["group"].to_pylist())) == held_out
     assert len(set(training.table["group"].to_pylist())) == files - held_out
+
+
+@requirement("R18.3")
+@pytest.mark.parametrize(("small", "held_out"), [(60, {"small"}), (10, {"small", "large"})])
+def test_a_large_file_is_examined_only_where_the_small_ones_do_not_suffice(small, held_out):
+    sizes = {f"small {i}": 12 for i in range(small)} | {f"large {i}": 90 for i in range(8)}
+    groups = [group for group, size in sizes.items() for _ in range(size)]
+    rows = [{"query": f"q{i}", "positive": f"a{i}", "group": g} for i, g in enumerate(groups)]
+    for seed in range(9):
+        _, examined = divided(Pairs.of(rows), seed)
+        assert {name.split()[0] for name in examined.table["group"].to_pylist()} == held_out
+        assert len(examined) == MOST
 
 
 @requirement("R18.3")
