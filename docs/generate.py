@@ -60,7 +60,7 @@ TRAINING = "data retrieval synthetic losses schedules ewc train online_adapter"
 EVOLUTION = (
     "probe documents novelty acceptance exam distill teacher queue database nights worker factory"
 )
-TESTING = "bench binding reference plugin tolerance strategies report requirements"
+TESTING = "bench binding remote serve reference plugin tolerance strategies report requirements"
 REFERENCE = {
     "Cards": ["card", "arrow_format", "files", "ipc_check", "checks", "errors"],
     "Algebra and targets": [

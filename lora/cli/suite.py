@@ -18,6 +18,7 @@ from lora.cli.app import Json, Result, check_output, command, printable, progres
 def conformance(
     *,
     binding: str | None = None,
+    command: str | None = None,
     only: str | None = None,
     json_file: Path | None = None,
     junit: Path | None = None,
@@ -27,6 +28,7 @@ def conformance(
 
     Args:
         binding: package.module:NAME; this library itself if omitted.
+        command: Program that serves an implementation in any language, such as "node binding.mjs".
         only: One chapter (R4) or requirement (R4.9).
         json_file: Write the verdicts to this file.
         junit: Write JUnit XML to this file.
@@ -37,7 +39,9 @@ def conformance(
     if json_file is not None:
         check_output("--json-file", json_file)
     with progress_bar("checking") as progress:
-        report = run_suite(binding, only=only, junit=junit, timeout=timeout, progress=progress)
+        report = run_suite(
+            binding, command=command, only=only, junit=junit, timeout=timeout, progress=progress
+        )
     if json_file is not None:
         write_report(report, json_file)
     total, failed = len(report["requirements"]), red(report)

@@ -7,40 +7,11 @@ Requirements: R24.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Protocol
 
-import numpy.typing as npt
+from lora.testing.serve import Array, Lacks, PlainCard, PlainPair, Term
 
-Array: TypeAlias = npt.NDArray[Any]
-
-
-class PlainPair(NamedTuple):
-    """Factors ``(in, r)`` and ``(r, out)``; a scaling of None means alpha / rank of the card."""
-
-    A: Array
-    B: Array
-    scaling: float | None = None
-
-
-class PlainCard(NamedTuple):
-    """A card as plain values."""
-
-    name: str
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-    weights: Mapping[str, PlainPair]
-    metadata: Mapping[str, Any]
-    extra: Mapping[str, str]
-
-
-class Term(NamedTuple):
-    """One adapter's part in a layer: its factors, resolved scaling, and weight."""
-
-    A: Array
-    B: Array
-    scaling: float
-    weight: float
+__all__ = ["Array", "Binding", "Lacks", "PlainCard", "PlainPair", "Router", "Term"]
 
 
 class Router(Protocol):

@@ -1,7 +1,8 @@
 """The pytest plugin: the ``requirement`` mark, the implementation under test, and the report.
 
 Load it with ``-p lora.testing.plugin``. The implementation under test is this library, unless
-``--binding package.module:NAME`` or the variable ``LORA_BINDING`` names another.
+``--binding package.module:NAME`` or the variable ``LORA_BINDING`` names another, or
+``--binding-command "node binding.mjs"`` starts one in a process of its own.
 
 Requirements: R9, R24.
 """
@@ -14,17 +15,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import re
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.errors import InvalidArgument
+from hypothesis import HealthCheck, Phase, reject, settings
+from hypothesis.errors import FailedHealthCheck, InvalidArgument, Unsatisfiable
 
 from lora.errors import ArgumentError
-from lora.testing.binding import Binding
+from lora.testing.binding import Binding, Lacks
+from lora.testing.remote import NoAnswer, RemoteBinding
 from lora.testing.report import Outcome, check_declared, report_of, write_report
 
 REFERENCE = "lora.testing.reference:BINDING"
@@ -49,6 +52,8 @@ settings.register_profile("nightly", _ALL, max_examples=5000, phases=tuple(Phase
 
 MEMBERS = frozenset(name for name in vars(Binding) if not name.startswith("_"))
 """What a test may use of a binding."""
+
+_BINDING = pytest.StashKey[Any]()
 
 _EXAMPLES = re.compile(r"- (\d+) passing, (\d+) failing")
 
@@ -76,7 +81,7 @@ class Subject:
             pytest.skip(f"{self.binding.name} lacks {member}: {self.missing[member]}")
         if not hasattr(self.binding, member):
             message = f"binding {self.binding.name!r} has no {member!r} and does not declare it"
-            raise NotImplementedError(message)
+            raise NoAnswer(message)  # no Exception, which a test for a refusal would accept
         return getattr(self.binding, member)
 
 
@@ -84,6 +89,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the suite's options."""
     add = parser.getgroup("lora conformance").addoption
     add("--binding", help="implementation under test, package.module:NAME")
+    add("--binding-command", help="program that serves an implementation, and its arguments")
     add("--only", help="run the tests of one chapter (R4) or requirement (R4.9)")
     add(
         "--neutral",
@@ -106,12 +112,50 @@ def pytest_configure(config: pytest.Config) -> None:
         problem = ArgumentError("LORA_PROFILE", "ci, dev, nightly or quick", repr(profile()))
         raise pytest.UsageError(str(problem)) from error
     config.pluginmanager.register(Collector(), "lora-conformance-collector")
-    if binding := config.getoption("--binding"):
+    if _is_foreign(config):
         sys.path.insert(0, str(config.invocation_params.dir))
         try:
-            load_binding(binding)
+            binding_of(config)
         except ArgumentError as error:
             raise pytest.UsageError(str(error)) from error
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the process of a binding."""
+    if isinstance(binding := config.stash.get(_BINDING, None), RemoteBinding):
+        binding.close()
+
+
+def _is_foreign(config: pytest.Config) -> bool:
+    return bool(config.getoption("--binding") or config.getoption("--binding-command"))
+
+
+def binding_of(config: pytest.Config) -> Any:
+    """Return the implementation under test, which is loaded or started once a run."""
+    if _BINDING not in config.stash:
+        path, command = config.getoption("--binding"), config.getoption("--binding-command")
+        if path and command:
+            raise ArgumentError("binding", "either --binding or --binding-command", "both")
+        seconds = config.getoption("--conformance-timeout")
+        binding = started(command, seconds) if command else load_binding(path)
+        config.stash[_BINDING] = binding
+    return config.stash[_BINDING]
+
+
+def started(command: str, seconds: float) -> RemoteBinding:
+    """Return the binding that a command serves.
+
+    Raises:
+        ArgumentError: It does not start, or declares failures of unknown properties.
+    """
+    where = f"binding {command!r}"
+    try:
+        binding = RemoteBinding(command, call_seconds=min(60.0, seconds))
+    except (NoAnswer, ValueError) as error:
+        expected, found = "a process that says hello", " ".join(str(error).split())
+        raise ArgumentError(where, expected, found) from error
+    check_declared(binding, where)
+    return binding
 
 
 def profile() -> str:
@@ -147,13 +191,13 @@ def requirement(*ids: str, kind: str = "") -> pytest.MarkDecorator:
 @pytest.fixture(scope="session")
 def impl(request: pytest.FixtureRequest) -> Subject:
     """The implementation under test."""
-    return Subject(load_binding(request.config.getoption("--binding")))
+    return Subject(binding_of(request.config))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests that ``--only``, ``--neutral`` and ``--binding`` ask for."""
     only = config.getoption("--only")
-    neutral = config.getoption("--neutral") or config.getoption("--binding")
+    neutral = config.getoption("--neutral") or _is_foreign(config)
     kept = [
         item
         for item in items
@@ -167,9 +211,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Stop a property through a binding that runs for too long."""
+    """Stop a property that runs for too long; skip one that the implementation does not reach."""
     if not _uses_binding(item):
         return (yield)
+    lacks: list[str] = []
+    test = getattr(getattr(item, "obj", None), "hypothesis", None)
+    inner_test: Any = getattr(test, "inner_test", None)
+    if test is not None:
+        test.inner_test = _reached(inner_test, lacks)
     seconds = item.config.getoption("--conformance-timeout")
 
     def stop(_signal: int, _frame: Any) -> None:
@@ -179,9 +228,31 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         return (yield)
+    except Lacks as error:
+        pytest.skip(str(error))
+    except (FailedHealthCheck, Unsatisfiable):  # no example is left, or hardly any
+        if lacks:
+            pytest.skip(lacks[0])
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if test is not None:
+            test.inner_test = inner_test
+
+
+def _reached(test: Callable[..., Any], lacks: list[str]) -> Callable[..., Any]:
+    """Return a test that rejects the examples that the implementation does not reach."""
+
+    @wraps(test)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return test(*args, **kwargs)
+        except Lacks as error:
+            lacks.append(str(error))
+        return reject()
+
+    return run
 
 
 @pytest.hookimpl(wrapper=True)
@@ -241,7 +312,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     seed = str(config.getoption("--hypothesis-seed", None) or "random")
     if settings.get_profile(profile()).derandomize:
         seed = "derandomized"
-    binding = load_binding(config.getoption("--binding"))
+    binding = binding_of(config)
     write_report(report_of(binding, collector.outcomes, profile=profile(), seed=seed), Path(path))
 
 

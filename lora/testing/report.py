@@ -219,6 +219,7 @@ def write_report(report: Mapping[str, Any], path: Path) -> None:
 def run_suite(
     binding: str | None,
     *,
+    command: str | None = None,
     only: str | None = None,
     junit: Path | None = None,
     timeout: float = 300.0,
@@ -228,6 +229,7 @@ def run_suite(
 
     Args:
         binding: ``package.module:NAME``; None for this library.
+        command: Program and arguments that serve a binding, in place of that.
         only: A chapter or a requirement.
         junit: Where to write JUnit XML.
         timeout: Seconds that one property may take.
@@ -249,12 +251,14 @@ def run_suite(
         options += ["-p", "lora.testing.plugin", "-p", "no:cacheprovider", "--neutral"]
         options += [f"--conformance-json={path}", f"--conformance-timeout={timeout}"]
         options += [f"--binding={binding}"] if binding else []
+        options += [f"--binding-command={command}"] if command else []
         options += [f"--only={only}"] if only else []
         options += [f"--junit-xml={junit.absolute()}"] if junit else []
-        command = [sys.executable, "-m", "pytest", *options, str(folder_of("tests/properties"))]
+        options += [str(folder_of("tests/properties"))]
         pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
         with (Path(folder) / "errors").open("w+", encoding="utf-8") as errors:
-            with subprocess.Popen(command, stderr=errors, **pipe) as run:  # noqa: S603 - this interpreter
+            pytest = [sys.executable, "-m", "pytest", *options]
+            with subprocess.Popen(pytest, stderr=errors, **pipe) as run:  # noqa: S603 - this interpreter
                 for line in run.stdout or ():
                     if count := _COUNT.search(line):
                         progress(int(count[1]), int(count[2]))

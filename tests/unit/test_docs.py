@@ -464,7 +464,8 @@ def test_the_tutorial_runs_from_nothing_to_a_shared_skill(tmp_path, monkeypatch)
     assert left["training"].metrics["after"].mrr > left["training"].metrics["before"].mrr
 
 
-SILENT = {"docs/how-to/conformance.md"}  # what it writes is run by the command below it
+# What they write is run by the command below it, and by tests/unit/test_remote.py.
+SILENT = {"docs/how-to/conformance.md", "docs/how-to/foreign-binding.md"}
 
 
 @requirement("R10.11")
@@ -618,6 +619,7 @@ LEFT_OUT = {
     "lora list": "needs a peer: tests/unit/test_cli_federation.py",
     "lora fetch": "needs a peer: below, and tests/unit/test_cli_federation.py",
     "lora conformance --binding my_package": "names a package of somebody else",
+    "lora conformance --command": "needs node: tests/interop/test_bindings.py",
     "lora conformance --binding my_binding:BINDING --only R3 ": "takes long: another one is run",
     "lora evolve": "trains for minutes: tests/unit/test_learning.py",
     "lora route how do I ask for leave": "needs learned cards: tests/unit/test_learning.py",
