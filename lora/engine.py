@@ -90,8 +90,9 @@ Choice: TypeAlias = str | Collection[str] | Mapping[str, float] | AdapterSet | L
 Sets: TypeAlias = tuple[AdapterSet, ...]
 """The distinct adapter sets of a request."""
 
-Adapted: TypeAlias = tuple[tuple[nn.Module, ...], Mapping[str, str]]
-"""A model for all sets of a request, or one for each, and what the cards name that it lacks."""
+Adapted: TypeAlias = tuple[tuple[nn.Module, ...], Mapping[str, str], frozenset[str]]
+"""A model for all sets of a request, or one for each, what the cards name that it lacks, and the
+layers that they adapt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +141,8 @@ class EngineState(State[nn.Module], RouterState):
         files: Name -> a card that was loaded from a file, and the file.
         models: Models with the adapter sets of requests, by these sets. A state begins with those
             of the state before it whose cards it still knows.
+        keeps_rows: Layers that requests have adapted -> whether one forward of the encoder can
+            have several adapter sets in them, as far as it was tried. All states share it.
     """
 
     threshold: float | None
@@ -147,6 +150,7 @@ class EngineState(State[nn.Module], RouterState):
     evolution: "SkillDistiller | None" = None
     files: Mapping[str, tuple[LoRACard, Path]] = field(default_factory=dict)
     models: dict[Sets, Adapted] = field(default_factory=dict, repr=False)
+    keeps_rows: dict[frozenset[str], bool] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         files = {n: file for n, file in self.files.items() if self.cards.get(n) is file[0]}
@@ -212,7 +216,6 @@ class ArrowEngine(Uncopied):
         self.router = LoRARouter(partial(_encoded, self.base), reference=self.reference)
         self.metrics = self.manager.metrics
         self._keeping = threading.Lock()
-        self._runs_rows, self._probed = True, set[frozenset[str]]()
 
     @classmethod
     def from_pretrained(
@@ -300,7 +303,7 @@ class ArrowEngine(Uncopied):
         if isinstance(adapters, list):
             return self._encode_rows(state, texts, adapters)
         requested = _resolve(adapters, state)
-        (model,), unbound = self._adapted(state, requested)
+        (model,), unbound, _ = self._adapted(state, requested)
         return Encoding(_encoded(model, texts), (requested,) * len(texts), unbound)
 
     def load_lora(self, path: PathLike, *, weight: float = 1.0, strict: bool = False) -> str:
@@ -523,7 +526,7 @@ class ArrowEngine(Uncopied):
             self.metrics.add("abstentions")
             log_safely(log.info, "no card answers: %s", explained(decision))
         requested = AdapterSet([cards[route.name] for route in routes])
-        (model,), unbound = self._adapted(state, requested)
+        (model,), unbound, _ = self._adapted(state, requested)
         return Encoding(
             _encoded(model, texts),
             (requested,) * len(texts),
@@ -542,7 +545,7 @@ class ArrowEngine(Uncopied):
         requested = tuple(_resolve(choice, state) for choice in choices)
         sets = tuple(dict.fromkeys(requested))
         indices = [sets.index(own) for own in requested]
-        models, unbound = self._adapted(state, *sets)
+        models, unbound, layers = self._adapted(state, *sets)
         if len(models) == 1:
             try:
                 with rows(indices):
@@ -550,26 +553,26 @@ class ArrowEngine(Uncopied):
             except (ShapeError, StateError) as error:
                 if len(sets) == 1:
                     raise
-                self._run_sets_apart(error)
+                self._run_sets_apart(state, layers, error)
             state.models.pop(sets, None)
-            models, _ = self._adapted(state, *sets)
+            return self._encode_rows(state, texts, choices)
         parts = []
         for index, model in enumerate(models):
             own = [text for text, each in zip(texts, indices, strict=True) if each == index]
             parts.append(iter(_encoded(model, own)))
         return Encoding(np.stack([next(parts[index]) for index in indices]), requested, unbound)
 
-    def _run_sets_apart(self, error: LoRAError) -> None:
-        """Note and log that one forward of the encoder can't have several adapter sets."""
-        self._runs_rows, name = False, type(self.base).__name__
+    def _run_sets_apart(self, state: EngineState, layers: frozenset[str], error: LoRAError) -> None:
+        """Note and log that one forward can't have several adapter sets in these layers."""
+        state.keeps_rows[layers], name = False, type(self.base).__name__
         log_safely(log.warning, "%s runs once for each adapter set of a call: %s", name, error)
 
     def _adapted(self, state: EngineState, *sets: AdapterSet) -> Adapted:
         """Return the models for a request's sets; keep them while the state knows all the cards."""
         if sets == (state.active.adapters,):
-            return (state.active.model,), _unbound([state.active.injections])
+            return (state.active.model,), _unbound([state.active.injections]), frozenset()
         if not any(sets):
-            return (self.base,), {}
+            return (self.base,), {}, frozenset()
         result = state.models.get(sets)
         if result is None:
             # Active cards bind as they did: their check may have been waived.
@@ -586,7 +589,10 @@ class ArrowEngine(Uncopied):
             bound = [
                 {n: {**known, **own}[n] for n in each} for each, own in zip(sets, new, strict=True)
             ]
-            result = self._models(sets, bound), _unbound(bound)
+            layers = frozenset(
+                name for own in bound for injection in own.values() for name in injection.bound
+            )
+            result = self._models(state, sets, bound, layers), _unbound(bound), layers
             if state.knows(sets):
                 with self._keeping:
                     while len(state.models) >= CACHED_MODELS:
@@ -595,20 +601,21 @@ class ArrowEngine(Uncopied):
         return result
 
     def _models(
-        self, sets: Sets, bound: Sequence[Mapping[str, Injection]]
+        self,
+        state: EngineState,
+        sets: Sets,
+        bound: Sequence[Mapping[str, Injection]],
+        layers: frozenset[str],
     ) -> tuple[nn.Module, ...]:
         """Return one model for the rows of all sets, if the encoder keeps rows apart."""
-        if len(sets) > 1 and self._runs_rows:
-            layers = frozenset(
-                name for own in bound for injection in own.values() for name in injection.bound
-            )
-            known = isinstance(self.base, InferenceCore) or layers in self._probed
+        known = state.keeps_rows.get(layers, isinstance(self.base, InferenceCore) or None)
+        if len(sets) > 1 and known is not False:
             try:
                 model = build_rows(self.base, sets, bound, probe=False if known else None)
             except UnsupportedModelError as error:
-                self._run_sets_apart(error)
+                self._run_sets_apart(state, layers, error)
             else:
-                self._probed.add(layers)
+                state.keeps_rows.setdefault(layers, True)
                 return (model,)
         return tuple(build(self.base, own, each) for own, each in zip(sets, bound, strict=True))
 
@@ -676,8 +683,11 @@ def _encoded(
     if isinstance(rows, torch.Tensor):
         rows = rows.float().cpu().numpy()
     embeddings: Array = np.asarray(rows, np.float32)
-    if embeddings.ndim != 2 or len(embeddings) != max(1, len(texts)):
+    if embeddings.ndim != 2 or len(embeddings) != max(1, len(texts)) or not embeddings.size:
         raise ShapeError("encoder", f"embeddings ({len(texts)}, d)", f"shape {embeddings.shape}")
+    if not np.isfinite(embeddings).all():
+        expected, hint = "finite embeddings", "a weight of the model or of a card may be so"
+        raise UnsupportedModelError("encoder", expected, "NaN or an infinity", hint)
     return embeddings[: len(texts)]
 
 

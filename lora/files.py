@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import mmap
 import os
+import re
 import secrets
 import stat
 import sys
@@ -136,6 +137,20 @@ def as_path(path: PathLike) -> Path:
         raise ArgumentError("path", "a str or os.PathLike", shown(path)) from error
 
 
+def hub_advice(path: Path) -> str:
+    """Return what to do with a path that is not there, if it names something on the Hub.
+
+    Examples:
+        >>> hub_advice(Path("HF:org/minilm/config.json")).partition("; ")[2]
+        'a model is downloaded first: hf download org/minilm prints its folder'
+    """
+    named = re.search(r"(?:^|/)hf:([^/@]+/[^/@]+)", str(path), re.IGNORECASE)
+    if not named:
+        return ""
+    adapters = f"an adapter is hf:{named[1]} for lora convert, merge and the cards of lora fold"
+    return f"{adapters}; a model is downloaded first: hf download {named[1]} prints its folder"
+
+
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
     """Re-raise an error of the operating system as `CardNotFoundError` or `StoreError`."""
@@ -144,8 +159,9 @@ def os_errors(path: Path) -> Iterator[None]:
     except LoRAError:
         raise
     except FileNotFoundError as error:
-        missing = path if path.parent.is_dir() else path.parent
-        raise CardNotFoundError(str(path), "an existing path", f"nothing at {missing}") from error
+        missing, hint = path if path.parent.is_dir() else path.parent, hub_advice(path)
+        problem = f"nothing at {missing}"
+        raise CardNotFoundError(str(path), "an existing path", problem, hint) from error
     except (OSError, ValueError) as error:
         raise StoreError(str(path), "a file that can be read or written", error) from error
 

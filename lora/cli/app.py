@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from copy import copy
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -24,7 +24,14 @@ from rich.table import Table
 from rich.text import Text
 
 import lora
-from lora.errors import ArgumentError, DataError, LoRAError
+from lora.errors import (
+    ArgumentError,
+    BaseModelError,
+    DataError,
+    LoRAError,
+    ShapeError,
+    TargetError,
+)
 from lora.progress import progress_bar as progress_bar  # noqa: PLC0414 - for the commands
 
 NOTHING_TO_SERVE = 3
@@ -112,7 +119,12 @@ def command(
             try:
                 result = function(**options)
             except LoRAError as error:
-                error.expected, error.hint = map(in_options, (error.expected, error.hint))
+                words = partial(in_options, allows="allow" in options)
+                error.expected, error.hint = map(words, (error.expected, error.hint))
+                is_of_base = isinstance(error, BaseModelError | ShapeError | TargetError)
+                if is_of_base and options.get("model", "") is None and "--model" not in error.hint:
+                    hints = error.hint, "if the card is for another encoder, name it by --model"
+                    error.hint = "; ".join(filter(None, hints))
                 raise
             return 0 if result is None else show(result, as_json=as_json)
 
@@ -141,15 +153,21 @@ _IN_COMMANDS = {
 }
 """What a hint says for Python -> what it says on the command line."""
 
+_WITH_ALLOW = {
+    "check_base=False waives this": "--allow other_base waives this",
+    "check_base=False adapts": "--allow other_base adapts",
+}
+"""The same, for commands with --allow."""
 
-def in_options(text: str) -> str:
+
+def in_options(text: str, *, allows: bool = False) -> str:
     """Put options in the place of the keywords that stand in backticks in an error.
 
     Examples:
         >>> in_options("name it: `base_model=...`"), in_options("or `allow_older` waives this")
         ('name it: --base-model', 'or --allow older waives this')
     """
-    for python, command_line in _IN_COMMANDS.items():
+    for python, command_line in (_IN_COMMANDS | (_WITH_ALLOW if allows else {})).items():
         text = text.replace(python, command_line)
 
     def option(keyword: re.Match[str]) -> str:

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import lora
+from lora.checks import choice
 from lora.cli.app import Result, check_output, checks_done, command, present, progress_bar
 from lora.errors import ArgumentError, CardFileError, CardNotFoundError
 
@@ -117,6 +118,9 @@ def convert(
     from lora.interop.safetensors import save_safetensors
 
     ending = out.suffix.lower()
+    if (overwrite or exact) and ending in (".arrow", ".safetensors"):
+        option, hint = "--exact" if exact else "--overwrite", "leave it out: a file is replaced"
+        raise ArgumentError(option, "a PEFT folder as --out", str(out), hint)
     with progress_bar(f"converting {source}") as progress:
         options = present(alpha=alpha, layout=layout, part=part)
         card = _saying(_read_card(source, name, **options), about)
@@ -169,7 +173,7 @@ def merge(
         t: Of slerp: how far from the first card to the second.
         normalize: Of weighted: divide the weights by their sum.
     """
-    from lora.checks import choice, integer
+    from lora.checks import integer
     from lora.merging import STRATEGIES
 
     check_output("--out", out)
@@ -295,6 +299,7 @@ def fold(
     weight: list[float] | None = None,
     strict: bool = False,
     overwrite: bool = False,
+    allow: list[str] | None = None,
 ) -> Result:
     """Write a model's folder with cards merged into its weights.
 
@@ -304,9 +309,12 @@ def fold(
         weight: Of a card; once for each, in their order.
         strict: Refuse a card that names anything the base does not have.
         overwrite: Replace a checkpoint that is there.
+        allow: Waive a refusal: other_base, of a card whose fingerprint is another base's.
     """
+    for refusal in allow or ():
+        choice(refusal, "--allow", ["other_base"])
     adapters = [_read_card(path) for path in cards]
-    options = {"strict": strict, "overwrite": overwrite}
+    options = {"strict": strict, "overwrite": overwrite, "check_base": not allow}
     with progress_bar(f"folding into {base}") as progress:
         folded = lora.fold_checkpoint(base, adapters, out, weight, progress=progress, **options)
     bound = {name: len(injection.bound) for name, injection in folded.injections.items()}
@@ -322,6 +330,7 @@ def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACa
 
     Only a source that begins with ``hf:`` is asked for on the Hub.
     """
+    from lora.files import hub_advice
     from lora.interop import hub
     from lora.interop.peft import import_peft
     from lora.interop.safetensors import load_safetensors
@@ -332,7 +341,7 @@ def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACa
         source = hub.download(str(source))
     elif not source.exists() and len(source.parts) == 2 and not source.suffix:
         missing = FileNotFoundError(ENOENT, os.strerror(ENOENT))
-        hint = f"an adapter on the Hub is {hub.PREFIX}{source}"
+        hint = hub_advice(source) or f"an adapter on the Hub is {hub.PREFIX}{source}"
         raise CardNotFoundError(str(source), "a card file or a folder", missing, hint)
     adapters = [file for file in hub.FILES[1:] if (source / file).is_file()]
     if len(adapters) > 1:

@@ -100,12 +100,15 @@ def read_foreign(path: Path, part: str | None) -> tuple[Pairs, Header] | None:
         require(not unused, "alphas", "factors for each", unused)
         config = parse_json(header.get(METADATA, "{}"), f"header: {METADATA}", dict)
         prefix = f"{part or parts[0]}."
+        stated = sorted(config)
         config = {key.removeprefix(prefix): config[key] for key in config if key.startswith(prefix)}
         scalings = {module: alphas.get(module, len(a)) / len(a) for module, (a, _) in pairs.items()}
         if METADATA in header:
-            require(not alphas, f"header: {METADATA}", "alphas there or in tensors", "both")
+            where = f"header: {METADATA}"
+            require(not alphas, where, "alphas there or in tensors", "both")
+            require(bool(config), where, f"fields that begin with {prefix}", stated)
             with naming(METADATA):
-                check_plain({"peft_type": "LORA", **config})
+                check_plain({**config, "peft_type": config.get("peft_type") or "LORA"})
                 scalings = {key: scaling_of(config, key, len(a)) for key, (a, _) in pairs.items()}
     largest = max(scalings.values(), default=1) * max(
         (len(a) for a, _ in pairs.values()), default=1

@@ -9,7 +9,7 @@ Requirements: R26.
 
 from pathlib import Path
 
-from lora.errors import CardNotFoundError, MissingPackageError, PeerError
+from lora.errors import ArgumentError, CardNotFoundError, MissingPackageError, PeerError, shown
 
 PREFIX = "hf:"
 
@@ -27,6 +27,7 @@ def download(source: str) -> Path:
         source: ``hf:org/name`` or ``hf:org/name@revision``, a branch, tag or commit.
 
     Raises:
+        ArgumentError: It is no such name.
         CardNotFoundError: There is no such name or revision, or it needs a login.
         PeerError: The Hub can't be reached, and the cache lacks the adapter.
     """
@@ -36,10 +37,14 @@ def download(source: str) -> Path:
         hint = "pip install 'lora-cards[hub]'"
         raise MissingPackageError(source, "huggingface_hub", "not installed", hint) from error
     name, _, revision = source.removeprefix(PREFIX).partition("@")
-    absent = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError
+    absent = errors.RepositoryNotFoundError, errors.RevisionNotFoundError
     try:
         files = list(FILES)
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
+    except errors.HFValidationError as error:
+        expected = f"{PREFIX}org/name or {PREFIX}org/name@revision"
+        hint = "of a folder in it: hf download org/name prints the folder around it"
+        raise ArgumentError(source, expected, shown(name), hint) from error
     except absent as error:
         expected = "an adapter's name on the Hub, and a revision of it"
         hint = "if it is private or gated, log in with huggingface_hub"

@@ -109,6 +109,7 @@ _FIELDS = {field: kinds for fields, kinds in _KINDS.items() for field in fields.
 
 _HINTS = {
     "peft_type": "no other method can be a card: if it can be merged, " + _MERGE,
+    **dict.fromkeys(["r", "lora_alpha"], "PEFT writes this number into every configuration"),
     "bias": "trained biases can't be a card",
     "init_lora_weights": "it changed the base: to get plain LoRA, save with "
     "path_initial_model_for_weight_conversion",

@@ -14,7 +14,7 @@ from lora.card import DTYPES, Array
 from lora.checks import parse_json
 from lora.errors import CardNotFoundError, LoRAError, UnsupportedModelError, shown
 from lora.extract import CONV1D
-from lora.files import PathLike, as_path, os_errors
+from lora.files import PathLike, as_path, hub_advice, os_errors
 
 CONV1D_MODELS = frozenset({"gpt2", "imagegpt", "decision_transformer", "openai-gpt", "clvp"})
 """Model types of a config.json whose modules of `lora.extract.CONV1D` are a Conv1D."""
@@ -85,7 +85,7 @@ def open_safetensors(
     try:
         with os_errors(path):
             if not path.is_file():
-                raise CardNotFoundError(str(path), "a safetensors file", "none")
+                raise CardNotFoundError(str(path), "a safetensors file", "none", hub_advice(path))
             with safe_open(path, framework=framework) as file:
                 yield file
     except SafetensorError as problem:

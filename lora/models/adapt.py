@@ -241,7 +241,7 @@ def adapt_rows(
     if not isinstance(sets, Sequence) or not sets:
         raise ArgumentError("adapt_rows: sets", "a list of adapter sets", shown(sets))
     adapter_sets = [AdapterSet(adapters) for adapters in sets]
-    bound = bindings(model, adapter_sets, check_base=check_base, strict=strict, with_experts=False)
+    bound = bindings(model, adapter_sets, check_base=check_base, strict=strict)
     return build_rows(model, adapter_sets, bound, probe=probe)
 
 
@@ -256,8 +256,9 @@ def build_rows(
     try:
         layers = _layers(model, sets, bound)
     except AttributeError as error:  # no module of that name
-        expected = "cards for Linears"
-        raise UnsupportedModelError("rows", expected, "one for fused experts") from error
+        expected, problem = "cards for Linears", "one for fused experts"
+        hint = "adapt a model with this card, which folds its experts"
+        raise UnsupportedModelError("rows", expected, problem, hint) from error
     if layers and probe is not False:
         copy = _rewrite(model, RowLinear, {layer: probe_terms(layer) for layer in layers})
         check_rows(carrying(copy).eval(), probe)

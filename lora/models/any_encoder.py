@@ -59,12 +59,18 @@ def open_encoder(folder: PathLike) -> nn.Module:
                 local_files_only=True,
                 trust_remote_code=False,
                 model_kwargs={"use_safetensors": True},
-            )
+            ).eval()
+            width = len(model.encode(["a"])[0])
+            _check_vocabulary(folder, model)
+            _check_weights(folder, model)
+        except UnsupportedModelError:
+            raise
         except Exception as error:  # it raises whatever the folder's modules raise
             expected = "a folder that sentence-transformers opens, with weights as safetensors"
-            raise UnsupportedModelError(str(folder), expected, shown(str(error), 400)) from error
-    _check_vocabulary(folder, model)
-    _check_weights(folder, model.eval())
+            problem = shown(f"{type(error).__name__}: {error}", 400)
+            raise UnsupportedModelError(str(folder), expected, problem) from error
+    if not width:
+        raise UnsupportedModelError(str(folder), "a truncate_dim of at least 1", model.truncate_dim)
     return model.requires_grad_(requires_grad=False)
 
 
@@ -81,7 +87,9 @@ def _check_files(folder: Path) -> None:
         if not any(path.parent.glob("*.safetensors")):
             raise UnsupportedModelError(str(path.parent), "weights as safetensors", path.name)
     for path in sorted(folder.rglob("*config.json")):
-        config, key = read_json(path, dict), "auto_map"
+        config, key = read_json(path, object), "auto_map"
+        if not isinstance(config, dict):  # which none of them is that is read
+            continue
         if "in_features" in config:  # of a Dense, in which any other gives way to Tanh
             key = "activation_function"
             if str(config.get(key, "torch.")).startswith("torch."):

@@ -13,7 +13,7 @@ import fcntl
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -35,10 +35,10 @@ from lora.errors import (
 )
 from lora.experts import TRANSPOSED, Part, Place, expert_places, named
 from lora.extract import EMBEDDING
-from lora.files import PathLike, as_path, os_errors
+from lora.files import PathLike, as_path, hub_advice, os_errors
 from lora.interop.weights import INDEX, SINGLE, SafetensorsWeights, open_safetensors
 from lora.models.folding import Update, add_products, updates_of
-from lora.models.layers import warn_unbound
+from lora.models.layers import check_sums, warn_unbound
 from lora.targets import (
     Injection,
     Site,
@@ -110,7 +110,7 @@ def fold_checkpoint(
         weights: A number for each card, default 1.
         check_base: Refuse a card whose base fingerprint is another model's.
         strict: Refuse a card that names anything the checkpoint does not have.
-        overwrite: Replace an earlier checkpoint in `out_folder`.
+        overwrite: Replace an earlier checkpoint in `out_folder`, if there is nothing else in it.
         progress: Called with the MiB written and their number.
 
     Warns:
@@ -155,7 +155,9 @@ def fold_checkpoint(
         if progress:
             progress(min(written >> 20, total), total)
 
-    with os_errors(out), _one_thread(), _new_folder(base, out, overwrite=overwrite) as folder:
+    names = {path.relative_to(base) for path in (*shards, *files)}
+    new = _new_folder(base, out, names, overwrite=overwrite)
+    with os_errors(out), _one_thread(), new as folder:
         for path in (*shards, *files):
             target = folder / path.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -359,11 +361,7 @@ def _sums(
         total.copy_(stored)
         add_products(total, low, products)
         stored.copy_(total)
-        if not all(extreme.isfinite() for extreme in stored.aminmax()):
-            name = str(dtype).removeprefix("torch.")
-            expected = f"sums that {name} holds in rows {low} to {low + count}"
-            hint = "give the card less weight, or save the base in a dtype of a wider range"
-            raise UnsupportedModelError(f"{original.name}", expected, "larger ones", hint)
+        check_sums(stored, lambda: f"{original.name}: from row {low}")  # noqa: B023 - called here
         yield data
 
 
@@ -428,7 +426,11 @@ def _module_folders(base: Path) -> list[Path]:
 def _weights_folder(base: Path, module_folders: Sequence[Path]) -> Path:
     """Return the folder that holds the model's safetensors files: the base or its first module."""
     if not base.is_dir():
-        raise CardNotFoundError(str(base), "a model's folder", "none")
+        hint = (
+            hub_advice(base)
+            or "a model on the Hub is downloaded first: hf download prints its folder"
+        )
+        raise CardNotFoundError(str(base), "a model's folder", "none", hint)
     for folder in (base, *module_folders[:1]):
         forms = [name for name in (SINGLE, INDEX) if (folder / name).is_file()]
         if len(forms) > 1:
@@ -483,7 +485,9 @@ def _check_file(path: Path, base: Path) -> None:
 
 
 @contextmanager
-def _new_folder(base: Path, out: Path, *, overwrite: bool) -> Iterator[Path]:
+def _new_folder(
+    base: Path, out: Path, names: Collection[Path], *, overwrite: bool
+) -> Iterator[Path]:
     """Make a folder that gets the name `out` when the block ends, and is removed when it raises.
 
     A killed process leaves it, as ``.<name>.tmp``, to the next one, which takes it over; a lock
@@ -497,6 +501,19 @@ def _new_folder(base: Path, out: Path, *, overwrite: bool) -> Iterator[Path]:
     if not is_new and not (overwrite and is_checkpoint and not out.is_symlink()):
         expected = "a new or empty folder, or with `overwrite=True` one that holds a checkpoint"
         raise ArgumentError(str(out), expected, "a folder with files" if out.is_dir() else "a file")
+    lost = [
+        str(path.relative_to(out))
+        for path in (() if is_new else out.rglob("*"))
+        if not path.name.endswith((".safetensors", ".index.json"))
+        and path.relative_to(out) not in names
+        and (path.is_symlink() or not path.is_dir())
+    ]
+    if lost:
+        expected, hint = (
+            "a checkpoint alone in the folder to replace",
+            "move what is not to be lost",
+        )
+        raise ArgumentError(str(out), expected, f"also {listed(sorted(lost))}", hint)
     temporary, old = (out.with_name(f".{out.name}.{end}") for end in ("tmp", "old"))
     temporary.mkdir(exist_ok=True)
     lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

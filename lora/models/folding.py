@@ -15,6 +15,7 @@ from lora.card import AdapterSet, LowRank
 from lora.errors import UnsupportedModelError
 from lora.experts import Place, expert_places, named
 from lora.factors import concat
+from lora.models.layers import check_sums
 from lora.models.twins import Twins
 from lora.targets import Injection, Site
 
@@ -129,6 +130,7 @@ def fold_experts(module: nn.Module, updates: Mapping[str, list[Update]], memo: T
             total = expert.to(wide)
             add_products(total, index * height, products)
             expert.copy_(total)
+        check_sums(result, lambda: f"{memo.name_of(module)}: {leaf!r}")  # noqa: B023 - called here
         setattr(twin, leaf, nn.Parameter(result, requires_grad=False))
     setattr(twin, _MARK, True)
     return twin

@@ -61,6 +61,9 @@ class _Adapted(nn.Module):
     bias: Tensor | None
     notices: set[str]
 
+    def __init_subclass__(cls) -> None:
+        """Leave the base's class, which may want arguments, out of what is derived from both."""
+
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
         if not arguments and not options:  # a copy is being made
             return object.__new__(cls)
@@ -117,7 +120,11 @@ def _around(layer: Any, kind: Any) -> Any:
     members = {"__module__": layer.__module__, "__reduce__": reduce}
     if _has_plain_forward(kind):  # without the price of another call
         members["base_output"] = kind.forward
-    return type(layer.__name__.replace("Linear", kind.__name__), (layer, kind), members)
+    try:
+        return type(layer.__name__.replace("Linear", kind.__name__), (layer, kind), members)
+    except Exception as error:  # a metaclass raises what it likes
+        where, expected = f"{kind.__module__}.{kind.__qualname__}", "a class to derive another from"
+        raise UnsupportedModelError(where, expected, f"{type(error).__name__}: {error}") from error
 
 
 def _empty(layer: Any, kind: Any) -> Any:
@@ -380,11 +387,21 @@ def folded(
         vars(result).pop("quant_state", None)
     wide = weight.to(torch.promote_types(dtype, torch.float32))
     a, b = stacked(terms, linear, wide.dtype)
-    total = torch.addmm(wide, *((a, b) if is_conv1d(linear) else (b.T, a.T)))
-    result.weight = nn.Parameter(total.to(dtype), requires_grad=False)
+    total = torch.addmm(wide, *((a, b) if is_conv1d(linear) else (b.T, a.T))).to(dtype)
+    check_sums(total, where)
+    result.weight = nn.Parameter(total, requires_grad=False)
     if not _has_plain_forward(type(result)):
         _check_folded(result, linear, terms, where)
     return result  # type: ignore[no-any-return]
+
+
+def check_sums(sums: Tensor, where: Callable[[], str]) -> None:
+    """Refuse sums of W and ΔW that are not finite in the dtype that they were rounded to."""
+    has_values = sums.numel() and not sums.is_meta
+    if has_values and not all(extreme.isfinite() for extreme in sums.aminmax()):
+        name = str(sums.dtype).removeprefix("torch.")
+        hint = "give the cards less weight or the base a wider dtype; or a weight was NaN before"
+        raise UnsupportedModelError(where(), f"sums that {name} holds", "others", hint)
 
 
 def _check_folded(

@@ -242,6 +242,9 @@ def check_rows(model: nn.Module, probe: Mapping[str, Any] | None = None) -> None
         probe: Keywords of its forward; default: texts for its ``encode``, or its ``dummy_inputs``.
     """
     where = f"rows of {type(model).__name__}"
+    if not isinstance(probe, Mapping | None):
+        expected = "keywords of the model's forward, False or None"
+        raise ArgumentError(f"{where}: probe", expected, shown(probe), "such as {'input_ids': ids}")
     hint = "give probe=, keywords of a forward over rows of unequal length; probe=False waives this"
     encode = getattr(model, "encode", None) if probe is None else None
     inputs = _dummy_inputs(model) if probe is None else probe

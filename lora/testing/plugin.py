@@ -167,7 +167,8 @@ def load_binding(path: str | None) -> Any:
     """Return the object that ``package.module:NAME`` names; by default this library's binding.
 
     Raises:
-        ArgumentError: There is no such object, or it declares failures of unknown properties.
+        ArgumentError: There is no such object, it has no member of a `Binding`, or it declares
+            failures of unknown properties.
     """
     path = path or os.environ.get("LORA_BINDING") or REFERENCE
     module, _, name = path.partition(":")
@@ -176,7 +177,14 @@ def load_binding(path: str | None) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise ArgumentError(f"binding {path!r}", "package.module:NAME", error) from error
     check_declared(binding, f"binding {path!r}")
-    return binding() if isinstance(binding, type) else binding
+    binding = binding() if isinstance(binding, type) else binding
+    if not any(hasattr(binding, member) for member in (*MEMBERS, "expected_failures")):
+        expected, hint = (
+            f"a member such as {', '.join(sorted(MEMBERS)[:3])}",
+            "see lora.testing.binding",
+        )
+        raise ArgumentError(f"binding {path!r}", expected, "none", hint)
+    return binding
 
 
 def requirement(*ids: str, kind: str = "") -> pytest.MarkDecorator:

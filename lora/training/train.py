@@ -482,7 +482,7 @@ def ranks(model: Any, pairs: AnyPairs) -> Array:
     try:
         return reciprocal_ranks(*embeddings, [place[text] for text in pairs.positives])
     except ArgumentError as error:
-        hint = "lower the learning rate"
+        hint = "lower the learning rate; if the base's are so too, look at its weights"
         raise DataError("evaluate", "finite embeddings", "NaN or infinity", hint) from error
 
 

@@ -210,6 +210,10 @@ def without_weights(*names):
     return damage
 
 
+def sentence(**values):
+    return lambda folder: change(folder / "config_sentence_transformers.json", **values)
+
+
 def with_code(file):
     return lambda folder: change(folder / file, auto_map={"AutoModel": "own.Model"})
 
@@ -246,10 +250,18 @@ def as_pickle(folder):
         (as_pickle, "weights as safetensors"),
         (lambda folder: as_pickle(folder / "2_Dense"), "2_Dense: expected weights as safetensors"),
         (
-            lambda folder: change(
-                folder / "config_sentence_transformers.json", model_type="SparseEncoder"
-            ),
+            sentence(model_type="SparseEncoder"),
             "model_type: expected SentenceTransformer, found 'SparseEncoder'",
+        ),
+        (sentence(truncate_dim=0), "expected a truncate_dim of at least 1, found 0"),
+        (sentence(truncate_dim="9"), "sentence-transformers opens.*TypeError: slice indices"),
+        pytest.param(
+            lambda folder: change(
+                folder / "config.json",
+                quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True},
+            ),
+            "sentence-transformers opens.*AttributeError",
+            marks=pytest.mark.slow,
         ),
         (without_vocabulary, "expected the vocabulary of its tokenizer.*'tokenizer.json'"),
         (lambda folder: change(folder / "config.json", model_type="unheard-of"), "unheard-of"),
@@ -269,6 +281,7 @@ def test_what_cannot_be_opened_soundly_is_refused_by_name(
 def test_weights_that_no_embedding_needs_may_be_missing(folders, tmp_path):
     folder = shutil.copytree(folders["XLMRoberta"], tmp_path / "folder")
     without_weights("pooler.dense.weight", "pooler.dense.bias")(folder)
+    (folder / "labels_config.json").write_text("[]")  # which nothing reads
     expected = ArrowEngine.from_pretrained(folders["XLMRoberta"]).encode(TEXTS)
     assert np.array_equal(ArrowEngine.from_pretrained(folder).encode(TEXTS), expected)
 

@@ -6,6 +6,7 @@ The oracle is what the base itself computes, plus the term in float64.
 import copy
 import hashlib
 import pickle
+from typing import ClassVar
 
 import numpy as np
 import peft
@@ -56,6 +57,19 @@ class Cached(nn.Linear):
         return self.last
 
 
+class Registered(nn.Linear):
+    """A Linear whose subclasses say a key."""
+
+    keys: ClassVar = []
+
+    def __init_subclass__(cls, *, key):
+        cls.keys.append(key)
+
+
+class Keyed(Registered, key="keyed"):
+    """A Linear of that family."""
+
+
 def weight_normed():
     return parametrizations.weight_norm(nn.Linear(IN, OUT))
 
@@ -93,6 +107,7 @@ PLAIN = {
     "nn.Linear": lambda dtype: nn.Linear(IN, OUT).to(dtype),
     "FalconLinear": lambda dtype: FalconLinear(IN, OUT).to(dtype),
     "Conv1D": lambda dtype: Conv1D(OUT, IN).to(dtype),
+    "Keyed": lambda dtype: Keyed(IN, OUT).to(dtype),
     "weight norm": lambda dtype: weight_normed().to(dtype),
     "Doubled": lambda dtype: Doubled(IN, OUT).to(dtype),
     "Cached": lambda dtype: Cached(IN, OUT).to(dtype),
@@ -146,6 +161,7 @@ def test_a_layer_adds_its_term_to_what_its_base_computes(make, dtype, rows):
         again = pickle.loads(pickle.dumps(adapted))  # noqa: S301 - our own bytes
         assert type(again[0]) is type(adapted[0])
         assert torch.equal(again(x), adapted(x))
+    assert Registered.keys == ["keyed"]
 
 
 TRAINED = [param for param in ALL if param.id != "Cached"]

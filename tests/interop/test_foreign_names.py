@@ -181,7 +181,8 @@ def test_what_is_not_one_model_of_linears_is_refused_by_its_name(path, tensors, 
         ({"r": 3}, "rank 2"),
         ({"target_modules": ["k_proj"]}, "targets other modules"),
         ({"lora_alpha": None}, "lora_alpha"),
-        (None, "r: expected"),
+        ({"r": None}, "PEFT writes this number into every configuration"),
+        (None, "fields that begin with text_encoder., found ['unet.lora_alpha'"),
     ],
 )
 def test_a_configuration_of_diffusers_that_contradicts_the_file_is_refused(path, fields, says):

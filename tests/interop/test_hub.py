@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 from lora.card import LoRACard, LowRank
+from lora.errors import CardNotFoundError
 from lora.files import load
 from lora.interop.peft import export_peft
+from lora.interop.weights import SafetensorsWeights
+from lora.models.any_encoder import open_encoder
+from lora.models.checkpoint import fold_checkpoint
 from lora.testing.plugin import requirement
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -112,7 +116,8 @@ def test_an_adapter_of_the_hub_is_converted_from_the_files_that_are_read_and_fro
     [
         ("hf:org/other", "0", "RepositoryNotFoundError"),
         ("hf:org/law@v9", "0", "RevisionNotFoundError"),
-        ("hf:a/b/c", "0", "HFValidationError"),
+        ("hf:a/b/c", "0", "expected hf:org/name or hf:org/name@revision, found 'a/b/c'"),
+        ("hf:hf:org/law", "0", "found 'hf:org/law'; of a folder in it: hf download org/name"),
         ("hf:org/law", "1", "LocalEntryNotFoundError"),
     ],
 )
@@ -125,9 +130,26 @@ def test_what_the_hub_does_not_give_is_one_line(hub, source, offline, says):
 
 
 @requirement("R26.8")
-@pytest.mark.parametrize("source", ["org/law", "law.lora.arrow", "org/law.safetensors", "nowhere"])
+@pytest.mark.parametrize(
+    "source", ["org/law", "HF:org/law", "law.lora.arrow", "org/law.safetensors", "nowhere"]
+)
 def test_a_path_that_does_not_exist_is_never_a_request(hub, source):
     status, problem, requests = hub(source)
     assert (status, requests) == (1, [])
     assert source in problem
-    assert ("hf:org/law" in problem) is (source == "org/law")
+    assert ("hf:org/law" in problem) is source.endswith("org/law")
+    assert "hf:HF:" not in problem
+
+
+@requirement("R26.8", "R7.8")
+@pytest.mark.parametrize(
+    "read",
+    [
+        open_encoder,
+        SafetensorsWeights,
+        lambda folder: fold_checkpoint(folder, CARD, "merged"),
+    ],
+)
+def test_a_model_on_the_hub_is_to_be_downloaded_first(read):
+    with pytest.raises(CardNotFoundError, match="hf download org/law prints its folder"):
+        read("hf:org/law")

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -285,6 +286,43 @@ def test_an_encoder_that_loses_the_set_of_a_text_runs_once_for_each_set(kind, ca
     assert ("runs once for each adapter set" in caplog.text) == (kind is not Letters)
 
 
+class Experts(Letters):
+    """It adds what one of its fused experts computes."""
+
+    batches: ClassVar = []
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.down_proj = nn.Parameter(torch.randn(2, 5, 26))
+
+    def run(self, features):
+        self.batches.append(len(features))
+        return super().run(features) + features @ self.experts.down_proj[0].T
+
+
+@requirement("R5.8", "R5.10")
+def test_a_card_for_experts_leaves_the_others_their_one_forward():
+    model, rng, texts = Experts(), np.random.default_rng(0), ["abc", "b", "dd", "eee"]
+    pair = LowRank(rng.normal(0, 1, (26, 1)), rng.normal(0, 1, (1, 5)), 1.0)
+    expert = LoRACard("expert", 1, 1.0, ["down_proj"], {"experts.0.down_proj": pair})
+    cards = [card(model, name, ["dense"]) for name in ("docs", "law")]
+    with pytest.raises(UnsupportedModelError, match="for fused experts; adapt a model with this"):
+        lora.adapt_rows(model, [{}, expert])
+    engine = lora.ArrowEngine(model)
+    apart, at_once = ([expert, {}] * 2, [2, 2]), (cards * 2, [4])
+    for choices, batches in (apart, at_once, apart):
+        engine.encode_with_lora(texts, choices)  # and tries the model
+        Experts.batches.clear()
+        together = engine.encode_with_lora(texts, choices).embeddings
+        assert Experts.batches == batches
+        alone = [
+            lora.adapt(Experts(), each or ()).encode([t])[0]
+            for t, each in zip(texts, choices, strict=True)
+        ]
+        assert np.abs(together - np.stack(alone)).max() < 1e-5
+
+
 # ---- models that mix rows, and bad input
 
 
@@ -358,6 +396,9 @@ def test_rows_that_do_not_fit_are_refused(own, error, message):
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ArgumentError, match="inputs to try the model with"):
         lora.adapt_rows(model, [{}, card(model, "docs", ["0"])])
+    for probe in (torch.ones(3, 2), True, [torch.ones(3, 2)]):
+        with pytest.raises(ArgumentError, match="probe: expected keywords of the model's forward"):
+            lora.adapt_rows(model, [{}, card(model, "docs", ["0"])], probe=probe)
     rowwise = lora.adapt_rows(model, [{}, card(model, "docs", ["0"])], probe=False)
     x = torch.ones(3, 2)
     named = nullcontext if own is None else lora.rows

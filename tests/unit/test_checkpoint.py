@@ -392,9 +392,17 @@ def test_only_a_checkpoint_is_overwritten_and_only_when_asked(base, tmp_path):
     out.mkdir()
     fold_checkpoint(base, card_of(), out)
     first = state(out)
-    (out / "note.txt").write_text("mine")
     with pytest.raises(ArgumentError, match="`overwrite=True`"):
         fold_checkpoint(base, card_of(), out, weights=[2])
+    for name in ("note.txt", "photos/.hidden", "config"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).symlink_to(base) if name == "config" else (out / name).write_text("mine")
+        before = state(tmp_path)
+        with pytest.raises(ArgumentError, match=f"also '{name}'; move what is not to be lost"):
+            fold_checkpoint(base, card_of(), out, weights=[2], overwrite=True)
+        assert state(tmp_path) == before
+        (out / name).unlink()
+    (out / "model-9.safetensors").write_bytes(b"of more shards")
     fold_checkpoint(base, card_of(), out, weights=[2], overwrite=True)
     assert state(out).keys() == first.keys()
     assert state(out) != first

@@ -170,7 +170,9 @@ def test_fold_writes_the_merged_checkpoint_and_says_what_it_left_out(shell, fold
     again = shell(*line.split())
     assert (again.returncode, again.stdout) == (1, "")
     assert "--overwrite" in again.stderr
-    assert "2 tensors changed\nleft out: pytorch" in shell(*line.split(), "--overwrite").stdout
+    lora.save(replace(card_of("law", 2), base_fingerprint="0" * 64), folder / "law.lora.arrow")
+    again = shell(*line.split(), "--overwrite", "--allow", "other_base")
+    assert "2 tensors changed\nleft out: pytorch" in again.stdout
 
 
 @requirement("R25.2", "R16.5", "R16.6")
@@ -415,6 +417,13 @@ def test_long_work_shows_how_far_it_is(shell, command, title, steps):
         "merge docs.lora.arrow docs.lora.arrow -o x.lora.arrow --strategy dare": "rename one by "
         "lora convert CARD -o FILE --name NAME",
         "convert docs.lora.arrow -o full": "or with --overwrite one that holds",
+        "convert docs.lora.arrow -o x.lora.arrow --overwrite": "--overwrite: expected a PEFT",
+        "convert docs.lora.arrow -o x.safetensors --exact": "--exact: expected a PEFT folder",
+        "fold base law.lora.arrow -o x": "--allow other_base waives this\n",
+        "fold base docs.lora.arrow -o x --allow all": "--allow: expected one of other_base",
+        "encode a --card shape.lora.arrow": "for another encoder, name it by --model\n",
+        "encode a --card target.lora.arrow": "for another encoder, name it by --model\n",
+        "eval target.lora.arrow --pairs pairs.jsonl": "encoder, name it by --model\n",
         "probe none.txt": "lora: none.txt: no such file or directory (",
         "encode --parquet none.parquet --out x.parquet": "none.parquet",
         "convert docs.lora.arrow -o base.safetensors/x.lora.arrow": "x.lora.arrow: not a directory",
@@ -432,6 +441,12 @@ def test_an_error_says_what_to_do_in_the_words_of_the_command_line(shell, folder
     lora.save(replace(card, base_fingerprint=None), folder / "plain.lora.arrow")
     lora.save(replace(card, name="other", base_fingerprint="1" * 64), folder / "other.lora.arrow")
     save_file({"q.lora_a": pair.A.T, "q.lora_b": pair.B.T}, folder / "x.safetensors")
+    fingerprint = {"base_fingerprint": "0" * 64}
+    lora.save(replace(card_of("law", 2), **fingerprint), folder / "law.lora.arrow")
+    narrow = {module: LowRank(np.ones((3, 1)), np.ones((1, 384)))}
+    lora.save(replace(card, weights=narrow), folder / "shape.lora.arrow")
+    lora.save(replace(card, target_modules=["q"]), folder / "target.lora.arrow")
+    (folder / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n' * 2)
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("")
     done = shell(*command.split())

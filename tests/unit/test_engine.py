@@ -34,6 +34,7 @@ from lora.errors import (
     TargetError,
     UnboundWarning,
     UnknownCardError,
+    UnsupportedModelError,
 )
 from lora.federation import Policy
 from lora.files import save
@@ -143,10 +144,12 @@ def assert_unchanged(engine, before):
 
 
 @requirement("R5.2")
-def test_the_engine_owns_a_manager_and_a_router_over_the_callers_encoder(core, engine):
-    assert isinstance(engine.manager, LoRAManager)
-    assert isinstance(engine.router, LoRARouter)
-    assert engine.base is engine.manager.base is engine.manager.model is core
+def test_the_engine_owns_a_manager_and_a_router_over_any_encoder(core):
+    for encoder in (core, Words()):
+        engine = ArrowEngine(encoder)
+        assert isinstance(engine.manager, LoRAManager)
+        assert isinstance(engine.router, LoRARouter)
+        assert engine.base is engine.manager.base is engine.manager.model is encoder
 
 
 @requirement("R5.4", "R5.6")
@@ -662,10 +665,18 @@ def test_embeddings_of_any_kind_come_out_as_float32_arrays(rows):
 
 
 @requirement("R5.10")
-@pytest.mark.parametrize("rows", [np.zeros(3), np.zeros((2, 3)), 0.0, torch.zeros(1, 1, 2)])
-def test_an_encoder_that_gives_no_row_for_each_text_is_refused(rows):
+@pytest.mark.parametrize("make", [np.zeros, np.ones, torch.zeros])
+@pytest.mark.parametrize("shape", [3, (2, 3), (), (1, 1, 2), (1, 0)])
+def test_an_encoder_that_gives_no_row_for_each_text_is_refused(make, shape):
     with pytest.raises(ShapeError, match=r"encoder: expected embeddings \(1, d\), found shape"):
-        ArrowEngine(Returning(rows)).encode(["a"])
+        ArrowEngine(Returning(make(shape))).encode(["a"])
+
+
+@requirement("R5.10", "R7.8")
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+def test_embeddings_that_are_no_numbers_are_refused(number):
+    with pytest.raises(UnsupportedModelError, match=r"encoder: expected finite .*of a card may be"):
+        ArrowEngine(Returning(np.array([[1.0, number]]))).encode(["a"])
 
 
 @requirement("R5.10")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lora.card import LoRACard, LowRank
+from lora.card import AdapterSet, LoRACard, LowRank
 from lora.errors import ArgumentError, ShapeError, UnsupportedModelError
 from lora.models import layers as layer_module
-from lora.models.adapt import trainable
+from lora.models.adapt import adapt, fold, trainable
 from lora.models.layers import LoRALinear, TrainableLinear
 from lora.models.rows import RowLinear, rows
 from lora.testing.plugin import requirement
@@ -219,6 +219,43 @@ def test_a_name_that_a_layer_needs_is_not_taken_from_its_base(make, name):
         MAKERS[make](Named(name))
     layer = MAKERS[make](Named("its_own"))
     assert layer.its_own == 3.0
+
+
+class Sealed(type):
+    """A class of classes that none is derived from without its consent."""
+
+    def __new__(cls, name, bases, members, *, consent):
+        return super().__new__(cls, name, bases, members)
+
+    def __init__(cls, *arguments, **_):
+        super().__init__(*arguments)
+
+
+class Own(nn.Linear, metaclass=Sealed, consent=True):
+    """A Linear of such a class."""
+
+
+@requirement("R3.14", "R7.8")
+@makers
+def test_a_class_that_none_can_be_derived_from_is_refused(make):
+    with pytest.raises(UnsupportedModelError, match=r"Own: expected a class to derive .*consent"):
+        make(Own(4, 3))
+
+
+@requirement("R2.12", "R26.5", "R7.8")
+@pytest.mark.parametrize("name", ["dense", "experts.1.down_proj"])
+def test_sums_that_their_dtype_does_not_hold_are_refused(name):
+    model = nn.ModuleDict({"dense": nn.Linear(2, 2), "experts": nn.Module()})
+    model.experts.down_proj = nn.Parameter(torch.zeros(2, 2, 2))
+    for parameter in model.parameters():
+        parameter.data.fill_(5e4)
+    model.half()
+    pair = LowRank(np.ones((2, 1), np.float16), np.ones((1, 2), np.float16), 1.5e4)
+    card = LoRACard("docs", 1, 1.5e4, [name.rpartition(".")[2]], {name: pair})
+    leaf = name.replace(".1.", ".*")
+    assert fold(adapt(model, AdapterSet(card)), narrow=True)  # 65,000 is in its range
+    with pytest.raises(UnsupportedModelError, match=f"{leaf}.*expected sums that float16 holds"):
+        fold(adapt(model, 2 * AdapterSet(card)), narrow=True)
 
 
 @requirement("R2.1", "R2.12")

@@ -269,7 +269,7 @@ def test_what_a_binding_declares_missing_skips_and_what_it_lacks_fails_when_used
 
 @requirement("R24.2")
 def test_a_binding_that_is_not_there_or_expects_unknown_ids_is_refused(monkeypatch):
-    for path in ("nowhere:BINDING", "lora.testing.reference:NOTHING"):
+    for path in ("nowhere:BINDING", "lora.testing.reference:NOTHING", "os:path"):
         with pytest.raises(ArgumentError, match="binding"):
             load_binding(path)
     name = "lora.testing.reference.Reference.expected_failures"
