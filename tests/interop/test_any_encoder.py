@@ -238,6 +238,15 @@ def as_pickle(folder):
     (folder / "model.safetensors").unlink()
 
 
+def without_a_shard(folder):
+    names = load_file(folder / "model.safetensors")
+    index = {name: f"model-{1 + number % 2}.safetensors" for number, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+
+
 @requirement("R5.7", "R26.10")
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -263,6 +272,7 @@ def as_pickle(folder):
             "sentence-transformers opens.*AttributeError",
             marks=pytest.mark.slow,
         ),
+        (without_a_shard, "sentence-transformers opens.*model-2.safetensors"),
         (without_vocabulary, "expected the vocabulary of its tokenizer.*'tokenizer.json'"),
         (lambda folder: change(folder / "config.json", model_type="unheard-of"), "unheard-of"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "sentence-transformers"),

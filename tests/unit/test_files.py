@@ -4,6 +4,7 @@ import errno
 import json
 import mmap
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -455,6 +456,22 @@ print(json.dumps(said))
     finally:
         tmp_path.chmod(0o755)
     assert [result.name for result in tmp_path.iterdir()] == [path.name]
+
+
+@requirement("R1.11", "R7.8")
+@pytest.mark.parametrize("write", [lora.save, save_safetensors, export_peft])
+def test_a_disk_that_fills_is_a_store_error_and_leaves_what_was_there(write, tmp_path):
+    write(a_card(), tmp_path / "file")
+    before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = {"overwrite": True} if write is export_peft else {}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="too large"):
+            write(a_card(rank=5), tmp_path / "file", **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()} == before
 
 
 @requirement("R1.3", "R1.10")
