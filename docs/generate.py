@@ -74,7 +74,7 @@ REFERENCE = {
     ],
     "Interop": [
         *("interop.peft", "interop.safetensors", "interop.foreign_names", "interop.hub"),
-        "interop.weights",
+        *("interop.factor_files", "interop.weights"),
     ],
     "Models": [f"models.{name}" for name in MODELS.split()],
     "Routing": ["routing", "router"],

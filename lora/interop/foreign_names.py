@@ -15,8 +15,8 @@ from pathlib import Path
 from lora.card import Array
 from lora.checks import finite, naming, parse_json, require
 from lora.errors import CardFileError, shown
+from lora.interop.factor_files import CODES, KEY, SAY, Header, Pairs, foreign_tensor, read_pairs
 from lora.interop.peft import check_plain, scaling_of
-from lora.interop.safetensors import CODES, KEY, SAY, Header, Pairs, foreign_tensor, read_pairs
 from lora.interop.weights import open_safetensors
 
 METADATA = "lora_adapter_metadata"

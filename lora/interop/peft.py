@@ -23,7 +23,7 @@ from lora.checks import JSON_NAMES, finite, naming, require
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, shown
 from lora.experts import by_expert
 from lora.files import PathLike, as_path, os_errors, replacing
-from lora.interop.safetensors import (
+from lora.interop.factor_files import (
     CONFIG,
     Pairs,
     fields_of,

@@ -19,8 +19,8 @@ from lora.card import DTYPES, LoRACard, LowRank
 from lora.errors import ArgumentError, CardError, CardFileError, CardNotFoundError, StoreError
 from lora.extract import MinEnergy, extract_delta
 from lora.files import save
+from lora.interop.factor_files import MAX_CONFIG_BYTES
 from lora.interop.peft import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft
-from lora.interop.safetensors import MAX_CONFIG_BYTES
 from lora.merging import merge
 from lora.testing.plugin import requirement
 

@@ -14,8 +14,9 @@ from lora.card import LoRACard, LowRank
 from lora.errors import ArgumentError, CardFileError, CardNotFoundError, StoreError
 from lora.files import load
 from lora.interop import weights
+from lora.interop.factor_files import CONFIG
 from lora.interop.peft import import_peft
-from lora.interop.safetensors import CONFIG, load_safetensors, save_safetensors
+from lora.interop.safetensors import load_safetensors, save_safetensors
 from lora.testing.plugin import requirement
 
 RNG = np.random.default_rng(0)
