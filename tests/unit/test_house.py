@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import lora
@@ -62,6 +63,14 @@ def test_imports_point_one_way():
             if parts[0] != "lora" or len(parts) == 1 or parts[1] in (room[0], "testing"):
                 continue
             assert RANK[parts[1]] < RANK[room[0]], f"{'/'.join(room)} imports {name}"
+
+
+def test_no_module_imports_one_that_imports_it():
+    graph = {
+        ".".join(("lora", *room)): {name for name in imports(path) if name.startswith("lora.")}
+        for room, path in rooms()
+    }
+    TopologicalSorter(graph).prepare()  # which raises a CycleError
 
 
 def test_evolution_does_not_know_the_engine_and_only_the_command_line_knows_testing():
