@@ -3,6 +3,8 @@ loss and optimiser.
 
     OMP_NUM_THREADS=2 [SEEDS=3 STEPS=30] python benchmarks/training.py [--quick] [--json FILE]
 
+With ENCODER=SentenceTransformer ours trains one of these, too, in place of an `InferenceCore`.
+
 What is learned is docstring sentence → qualified name, of Python's standard library, split by
 module. Both sides train side by side, a step of one right after the same step of the other, in
 shuffled order, and in the end each finds held-out names. A step is all that a user waits for:
@@ -30,7 +32,7 @@ from transformers.utils import logging
 
 import lora
 from lora.evolution import LoRATrainer, Pairs
-from lora.models.adapt import init_card
+from lora.models.any_encoder import token_counts
 from lora.training.data import docstring_pairs
 from lora.training.train import Settings, batches_of, evaluate
 
@@ -84,7 +86,7 @@ def side_by_side(
         EPOCHS, size, RATE, share=SHARE, validate_every=steps + 1, validation_size=1
     )
     trainer = LoRATrainer(engine, **SHAPE, seed=seed, settings=settings)
-    peer = Peer(init_card(engine.base, "untrained", **SHAPE, seed=seed))
+    peer = Peer(trainer.initial)
     training, _ = pairs.split(SHARE, seed=seed)
     batches = [rows for epoch in range(EPOCHS) for rows in batches_of(training, size, seed, epoch)][
         :steps
@@ -141,6 +143,8 @@ def trainings(seeds: int, steps: int, *, quick: bool) -> Iterator[Row]:
         lora.ArrowEngine.from_pretrained(get_model_path(), device="cpu"),
         docstring_pairs().unique(),
     )
+    if os.environ.get("ENCODER") == "SentenceTransformer":
+        engine = lora.ArrowEngine(SentenceTransformer(str(get_model_path()), device="cpu"))
     size, judges = (16, 50) if quick else (64, 400)
     times: Times = {OURS: [], THEIRS: []}
     found: dict[str, list[list[float]]] = {"mrr": [], "recall_at_1": []}
@@ -177,10 +181,7 @@ def trainings(seeds: int, steps: int, *, quick: bool) -> Iterator[Row]:
 
 def alike(engine: lora.ArrowEngine, pairs: Pairs) -> Pairs:
     """The pairs whose texts are nearly equally long, so that no side can save on padding."""
-    lengths = [
-        [len(row) for row in engine.base.tokenize(texts)]
-        for texts in (pairs.queries, pairs.positives)
-    ]
+    lengths = [token_counts(engine.base, texts) for texts in (pairs.queries, pairs.positives)]
     return pairs.take(
         [
             i
