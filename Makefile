@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-all outputs size sharp sharp-sample bench mutants lint types docs serve clean
+.PHONY: demo test test-slow test-all outputs size sharp sharp-sample bench release-check mutants lint types docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
@@ -47,11 +47,14 @@ bench: $(VENV)/.test
 	$(BIN)/lora bench --out benchmarks/results.json
 	$(BIN)/python docs/figures.py
 
-# Mutants of the pure core that tests/properties lets live; hours on one core.
+# Before a release: an error where results are of other sources than these, or a page tells other figures.
+release-check: $(VENV)/.test
+	$(BIN)/python docs/release_check.py
+
+# Mutants of the pure core that tests/properties lets live, or of one module: make mutants MODULE=lora/factors.py.
+# Hours on one core; what was run is kept in mutants/, where a run that was stopped goes on.
 mutants: $(VENV)/.mutants
-	rm -rf mutants
-	OMP_NUM_THREADS=1 LORA_PROFILE=quick $(BIN)/mutmut run --max-children 1
-	$(BIN)/mutmut results
+	OMP_NUM_THREADS=1 LORA_PROFILE=quick $(BIN)/python -m tests.mutants $(MODULE)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

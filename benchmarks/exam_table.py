@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pairs
 import torch
 from document_sets import FOLDERS, material
 from scipy.stats import beta
@@ -47,6 +48,7 @@ from lora.evolution.exam import (
     examined,
 )
 from lora.federation.cache import default_cache
+from lora.testing.bench import digests
 from lora.training.data import Pairs
 
 RESULTS = Path(__file__).with_name("questions") / "exams.json"
@@ -223,6 +225,7 @@ def main() -> None:
     cards = Cards(lora.ArrowEngine.from_pretrained(None), options.cards)
     sources = {name: material(name) for name in options.only}
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"exams": {}}
+    others, before = bool(results["exams"]), results.pop("measured", None)
     results.setdefault("sources", {}).update(
         {
             name: {"pairs": len(each.pairs), "forms": each.forms, "sha256": digest(each.pairs)}
@@ -240,6 +243,10 @@ def main() -> None:
         results["exams"][key] = exams(cards, sources, name, seed, kind, equally_long=alone)
         RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
         print(f"{kind} {name} {seed}: {time.process_time() - started:.0f} s", flush=True)
+    measured = digests(pairs.sources())
+    if not others or before == measured:  # else some are of other sources
+        results["measured"] = measured
+        RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
     PAGE.write_text(page(results, PAGE.read_text("utf-8")), encoding="utf-8")
 
 

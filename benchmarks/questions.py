@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pairs
 import torch
 from document_sets import SETS, Passage, passages, source
 
@@ -37,6 +38,7 @@ from lora.card import LoRACard
 from lora.evolution import LoRATrainer
 from lora.evolution.exam import weighted
 from lora.models.adapt import adapt
+from lora.testing.bench import digests
 from lora.training.data import first_sentence
 from lora.training.ewc import Anchor
 from lora.training.train import Settings
@@ -303,6 +305,7 @@ def main() -> None:
     every = [Questions(name) for name in SETS]
     core = lora.ArrowEngine.from_pretrained(None).base
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"ranks": {}}
+    others, before = bool(results["ranks"]), results.pop("measured", None)
     results["sources"] = {
         asked.name: source(asked.name, asked.documents) | {"questions": digest(asked.name)}
         for asked in every
@@ -326,6 +329,10 @@ def main() -> None:
                 of_recipe.setdefault(weight, {})[asked.name] = ranks
             RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
             print(f"{name}, {asked.name}: {time.perf_counter() - started:.0f} s", flush=True)
+    now = digests(pairs.sources())
+    if not others or before == now:  # else some are of other sources
+        results["measured"] = now
+        RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
     PAGE.write_text(page(results, PAGE.read_text("utf-8")), encoding="utf-8")
 
 

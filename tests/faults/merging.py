@@ -388,7 +388,7 @@ class DareMasksByPosition(Fault, breaks="R20.7", also="R20.3"):
         return super().merge(cards, strategy, options, weights, rank)
 
 
-class DareMasksAllModulesAlike(Fault, breaks="R20.7", also="R20.9"):
+class DareMasksAllModulesAlike(Fault, breaks="R20.7"):
     """One mask serves every module of a shape."""
 
     def merge(self, cards, strategy, options, weights, rank):

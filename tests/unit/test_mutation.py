@@ -3,6 +3,7 @@ with a reason.
 """
 
 import hashlib
+import json
 import operator
 import re
 import tomllib
@@ -11,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from lora.testing.plugin import requirement
+from tests.mutants import shares
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/mutation.md").read_text("utf-8")
@@ -44,3 +46,18 @@ def test_nine_mutants_in_ten_are_noticed_in_every_pure_module_and_each_of_the_ot
         assert killed >= 0.9 * mutants
         digest = hashlib.sha256((ROOT / f"lora/{module}.py").read_bytes()).hexdigest()
         assert state == ("unchanged" if digest.startswith(measured) else "changed since")
+
+
+@requirement("R24.6")
+def test_the_share_of_a_module_counts_what_was_run_and_names_what_lives(tmp_path):
+    """A time-out (36) and a mutant that no test reaches (33) live; None was not run yet."""
+    (tmp_path / "lora").mkdir()
+    codes = {"lora.sums.x_add__mutmut_1": 1, "lora.sums.x_add__mutmut_2": 0}
+    codes |= {"lora.sums.x_add__mutmut_3": 33, "lora.sums.x_add__mutmut_4": 36}
+    codes |= {"lora.sums.x_add__mutmut_5": None, "lora.sums.x_add__mutmut_6": 3}
+    meta = {"sums": codes, "other": {"lora.other.x_add__mutmut_1": None}}
+    for module, verdicts in meta.items():
+        text = json.dumps({"exit_code_by_key": verdicts})
+        (tmp_path / "lora" / f"{module}.py.meta").write_text(text)
+    alive = [f"    alive: lora.sums.x_add__mutmut_{number}" for number in (2, 3, 4)]
+    assert shares(tmp_path) == ["lora/sums.py: 2 of 5 killed, 40.0 %; 1 not run", *alive]

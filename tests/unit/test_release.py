@@ -1,7 +1,10 @@
 """What is said of versions, and what may publish one, is so."""
 
+import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,6 +16,7 @@ import yaml
 import lora
 from lora.arrow_format import FORMAT_VERSION
 from lora.evolution import queue
+from lora.testing import bench
 from lora.testing.plugin import requirement
 from lora.testing.report import SCHEMA_VERSION, read_statements
 from tests.trace import read_lock
@@ -44,6 +48,10 @@ def read(path):
 
 def steps(workflow):
     return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+def read_text(name):
+    return (ROOT / name).read_text("utf-8")
 
 
 def page():
@@ -221,3 +229,118 @@ def test_inspecting_a_card_costs_no_torch_and_no_model():
     assert not outside & set(heavy.split())
     packages = ("lora.evolution", "lora.federation", "lora.models", "lora.training")
     assert not [name for name in ours if name.startswith(packages)]
+
+
+# results of other sources
+
+
+@pytest.fixture
+def check():
+    """The script of ``make release-check``."""
+    path = ROOT / "docs" / "release_check.py"
+    spec = importlib.util.spec_from_file_location("release_check", path)
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A project whose results are all of its sources, under version control."""
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
+    files = {"lora/sums.py": "a + b\n", "tests/test_sums.py": "", "spec/R01.md": ""}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    sources = bench.digests(["lora/sums.py"])
+    results = {
+        "benchmarks/results.json": {"forward": {"machine": {"sources": sources}, "rows": []}},
+        "benchmarks/questions/exams.json": {"exams": {}, "measured": sources},
+    }
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for *command, last in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "one"]):
+        subprocess.run([*git, *command, last], cwd=tmp_path, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    results["tests/sharp/last.json"] = {"commit": commit, "red": 9, "all": 9}
+    for name, content in results.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    score = f"| `sums` | 20 | 19 | 1 | 95.0 % | `{sources['lora/sums.py']}` | unchanged |\n"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/mutation.md").write_text(score)
+    for page in ("README.md", "docs/evolution.md"):
+        shutil.copyfile(ROOT / page, tmp_path / page)
+    return tmp_path
+
+
+AGED = [
+    "benchmarks/questions/exams.json: all: Changed since: `lora/sums.py`.",
+    "benchmarks/results.json: forward: Changed since: `lora/sums.py`.",
+    "docs/mutation.md: sums: changed since; make mutants MODULE=lora/sums.py",
+]
+
+
+def edited(path, old, new):
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), "utf-8")
+
+
+@requirement("R10.6", "R24.6", "R24.10")
+def test_the_release_check_fails_where_results_are_of_other_sources_and_nowhere_else(
+    check, checkout, capsys
+):
+    assert check.main(checkout) == 0
+    assert capsys.readouterr().out.startswith("Every result is of these sources")
+    edited(checkout / "lora/sums.py", "a + b", "a - b")
+    assert check.main(checkout) == 1
+    *aged, violations = capsys.readouterr().out.splitlines()
+    assert aged == AGED
+    assert re.fullmatch(
+        "tests/sharp/last.json: changed since [0-9a-f]{40}: lora/sums.py", violations
+    )
+    edited(checkout / "lora/sums.py", "a - b", "a + b")
+    edited(checkout / "README.md", "; PEFT +", "; PEFT -")
+    edited(checkout / "docs/evolution.md", "| real | 6 of 15", "| real | 7 of 15")
+    assert check.main(checkout) == 1
+    tables = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in tables] == ["README.md", "docs/evolution.md"]
+
+
+@requirement("R10.6", "R24.10")
+@pytest.mark.parametrize(
+    "aged",
+    [
+        ("benchmarks/results.json", ("sources", "other"), "was not noted."),
+        ("benchmarks/questions/exams.json", ("measured", "other"), "was not noted."),
+        ("tests/sharp/last.json", ('"red": 9', '"red": 8'), "8 of 9 turned a test red"),
+        ("tests/sharp/last.json", ('"commit": "', '"commit": "0'), "fatal"),
+        ("tests/test_sums.py", ("", "pass"), ": tests/test_sums.py"),
+    ],
+)
+def test_what_does_not_say_of_which_sources_it_is_fails_the_release_check(
+    check, checkout, capsys, aged
+):
+    file, change, line = aged
+    edited(checkout / file, *change)
+    assert check.main(checkout) == 1
+    assert line in capsys.readouterr().out
+
+
+def test_without_a_whole_run_of_violations_the_release_check_fails(check, checkout, capsys):
+    (checkout / "tests/sharp/last.json").unlink()
+    assert check.main(checkout) == 1
+    assert capsys.readouterr().out == "tests/sharp/last.json: no whole run is noted; make sharp\n"
+
+
+def test_no_other_target_and_no_step_before_a_landing_runs_the_release_check():
+    rules = re.findall(
+        r"^([^\s#:.][^:=]*):(?!=)(.*(?:\n\t.*)*)", read_text("Makefile"), re.MULTILINE
+    )
+    runs = [name for name, rule in rules if "release-check" in rule or "release_check" in rule]
+    assert runs == ["release-check"]
+    assert "release" not in read_text(".ci/run")
