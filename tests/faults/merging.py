@@ -141,7 +141,7 @@ class AddedToAFreshOne(Fault, breaks="R20.3", also="R20.1 R20.4 R20.6 R20.7 R20.
         return times(merged, 2.0) if len(cards) == 1 else merged
 
 
-class ScalingIgnored(Fault, breaks="R20.3", also="R20.1 R20.4 R20.5 R20.6 R20.7 R20.8 R20.9"):
+class ScalingIgnored(Fault, breaks="R20.3", also="R20.1 R20.2 R20.4 R20.5 R20.6 R20.7 R20.8 R20.9"):
     """The product A @ B is merged without its scaling."""
 
     def merge(self, cards, strategy, options, weights, rank):
@@ -184,9 +184,7 @@ class FirstColumnsKept(Fault, breaks="R20.4", also="R20.1"):
         return with_rows(whole, rows)
 
 
-class SmallDirectionsDropped(
-    Fault, breaks="R20.4", also="R20.1 R20.2 R20.3 R20.5 R20.6 R20.7 R20.8 R20.9"
-):
+class SmallDirectionsDropped(Fault, breaks="R20.4", also="R20.1 R20.6 R20.7"):
     """Directions below a thousandth of the largest are taken for noise."""
 
     def merge(self, cards, *how):
@@ -319,7 +317,7 @@ class SignsElectedBeforeWeights(_Ties, breaks="R20.6", also="R20.1"):
         return np.sign(np.sum(trimmed, axis=0))
 
 
-class ZeroSumElectsPlus(_Ties, breaks="R20.6"):
+class ZeroSumElectsPlus(_Ties, breaks="R20.6", also="R20.1"):
     """Where signs balance, the positive ones win."""
 
     def elect(self, votes, trimmed):
