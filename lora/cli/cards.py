@@ -15,7 +15,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import lora
-from lora.checks import choice
 from lora.cli.app import Result, check_output, checks_done, command, present, progress_bar
 from lora.errors import ArgumentError, CardFileError, CardNotFoundError
 
@@ -173,7 +172,7 @@ def merge(
         t: Of slerp: how far from the first card to the second.
         normalize: Of weighted: divide the weights by their sum.
     """
-    from lora.checks import integer
+    from lora.checks import choice, integer
     from lora.merging import STRATEGIES
 
     check_output("--out", out)
@@ -311,6 +310,8 @@ def fold(
         overwrite: Replace a checkpoint that is there.
         allow: Waive a refusal: other_base, of a card whose fingerprint is another base's.
     """
+    from lora.checks import choice
+
     for refusal in allow or ():
         choice(refusal, "--allow", ["other_base"])
     adapters = [_read_card(path) for path in cards]

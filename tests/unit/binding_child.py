@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-FAULT, NOTES = sys.argv[1], Path(sys.argv[2])
+call = {}
+"""The one that is being answered."""
+
 HELLO = {"protocol": 1, "name": "child", "version": "1", "members": ["match_targets", "forward"]}
 HELLO["missing"] = {"bind": "it has no cards"}
 HELLOS = {
@@ -77,30 +79,41 @@ FAULTS = {
     "an unknown callback": lambda: say('{"callback": 7, "args": []}\n'),
 }
 
-with NOTES.open("a") as notes:
-    notes.write("started\n")
-if FAULT == "dies at start":
-    die()
-elif FAULT == "is silent at start":
-    time.sleep(60)
-elif FAULT == "does not read":
-    say(json.dumps({"hello": HELLO}) + "\n")
-    if NOTES.read_text() == "started\n":
-        time.sleep(60)
-elif FAULT == "prints at start":
-    say("Loading weights …\n")
-if FAULT != "does not read":
-    say(json.dumps({"hello": HELLOS.get(FAULT, HELLO)}) + "\n")
-is_first = NOTES.read_text() == "started\n"
-for line in sys.stdin:
-    call = json.loads(line)
-    if FAULT in FAULTS and is_first:
-        FAULTS[FAULT]()
-    elif FAULT == "dies at heads" and "all-linear" in call["args"]["targets"]:
+
+def start(fault, notes_file):
+    with notes_file.open("a") as notes:
+        notes.write("started\n")
+    if fault == "dies at start":
         die()
-    else:
-        names, targets = call["args"]["names"], call["args"]["targets"]
-        outcome(ok=[n for n in names if any(f".{n}".endswith(f".{t}") for t in targets)])
-        if FAULT == "says more" and is_first:
-            say("done\n")
-NOTES.write_text(NOTES.read_text() + "closed\n")
+    elif fault == "is silent at start":
+        time.sleep(60)
+    elif fault == "does not read":
+        say(json.dumps({"hello": HELLO}) + "\n")
+        if notes_file.read_text() == "started\n":
+            time.sleep(60)
+    elif fault == "prints at start":
+        say("Loading weights …\n")
+    if fault != "does not read":
+        say(json.dumps({"hello": HELLOS.get(fault, HELLO)}) + "\n")
+
+
+def main(fault, notes_file):
+    start(fault, notes_file)
+    is_first = notes_file.read_text() == "started\n"
+    for line in sys.stdin:
+        call.clear()
+        call.update(json.loads(line))
+        if fault in FAULTS and is_first:
+            FAULTS[fault]()
+        elif fault == "dies at heads" and "all-linear" in call["args"]["targets"]:
+            die()
+        else:
+            names, targets = call["args"]["names"], call["args"]["targets"]
+            outcome(ok=[n for n in names if any(f".{n}".endswith(f".{t}") for t in targets)])
+            if fault == "says more" and is_first:
+                say("done\n")
+    notes_file.write_text(notes_file.read_text() + "closed\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
