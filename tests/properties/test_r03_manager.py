@@ -31,7 +31,7 @@ from lora.models import manager as manager_module
 from lora.models.adapt import adapt, fold
 from lora.models.layers import LoRALinear
 from lora.models.manager import HISTORY, LoRAManager
-from lora.targets import OUTPUT_HEADS, Site, match_targets, matches, plan, targeted_modules
+from lora.targets import Site, match_targets, matches, plan, targeted_modules
 from lora.testing.binding import PlainCard, PlainPair
 from lora.testing.plugin import requirement
 
@@ -272,9 +272,7 @@ def linears(draw):
     """Names of Linears, some of them names of one module, with output heads at any place among
     their components.
     """
-    heads = st.sampled_from(sorted(OUTPUT_HEADS)) | st.sampled_from(
-        ["head_0", "xhead", "lm_head2", "Score"]
-    )
+    heads = st.sampled_from(HEADS) | st.sampled_from(["head_0", "xhead", "lm_head2", "Score"])
     parts = st.lists(words.filter("lm_head".__ne__) | heads, min_size=1, max_size=3).map(".".join)
     sites = {}
     for name in draw(st.lists(parts, min_size=1, max_size=6, unique=True)):
@@ -296,7 +294,7 @@ def test_all_linear_is_every_module_but_those_whose_name_has_an_output_heads_as_
     targets = data.draw(
         st.lists(st.sampled_from([*suffixes, "uery", "", "nowhere"]), max_size=2, unique=True)
     )
-    plain = [name for name in names if not set(name.split(".")) & OUTPUT_HEADS]
+    plain = [name for name in names if not set(name.split(".")) & set(HEADS)]
     named = [name for name in names if any(fits(name, target) for target in targets)]
     assert [(name, key) for name in names for key in suffixes if matches(name, key)] == [
         (name, key) for name in names for key in suffixes if fits(name, key)
