@@ -306,7 +306,7 @@ REQUIRED = {
         "route over 1,000 exemplars of 1,000 cards: select / rows @ query",
         "encode 32 sentences with the card that fits: by intent_query / named",
         "fetch a card of 50 MB",
-        "lora evolve on networkx",
+        *(f"lora evolve on networkx, a {which} cycle" for which in ("first", "later")),
     ],
     "R8.6": [f"three cards, {kind}, 128 tokens: overhead, of one's" for kind in KINDS],
 }
