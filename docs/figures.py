@@ -1,11 +1,12 @@
 """Tell and draw what ``benchmarks/results.json`` holds: the page of all figures, charts, and the
-table of the README.
+table of the README; and tell what ``benchmarks/model_matrix.json`` holds, as a table.
 
 Run by itself, it writes that table into ``README.md`` anew.
 """
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 from diagrams import Colours, Draw, picture, write  # noqa: E402 - beside this file, in no package
 
 RESULTS = ROOT / "benchmarks" / "results.json"
+MODELS = ROOT / "benchmarks" / "model_matrix.json"
 START, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 
 Row = Mapping[str, Any]
@@ -142,6 +144,37 @@ def changed_since(sources: Mapping[str, str]) -> str:
     if changed:
         return f"Changed since: {changed}."
     return "Unchanged since." if sources else "Which sources were measured was not noted."
+
+
+def models(results: Report) -> str:
+    """What each operation gave for each architecture: short cells, and their reasons as notes."""
+    table, notes = results["architectures"], dict[str, int]()
+    operations = list(next(iter(table.values())))
+    lines = [f"| model | {' | '.join(operations)} |", "|---|" + "---|" * len(operations)]
+    for name, cells in table.items():
+        row = [_model_cell(cells[operation], notes) for operation in operations]
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
+    about = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines += ["", f"Made on {about['date']} with {versions}. {changed_since(about['sources'])}"]
+    return "\n".join(lines) + "\n"
+
+
+def _model_cell(cell: Row, notes: dict[str, int]) -> str:
+    """Return a cell, with the number of its note; a new note is added to the others."""
+    kind, note = cell["kind"], cell.get("reason", cell.get("warning", ""))
+    if kind == "ran":
+        zeros = re.compile("(?<=e-)0")
+        text = zeros.sub("", f"{cell['difference']:.0e}") if "difference" in cell else "equal"
+    elif kind == "not applicable":
+        text, note = "n/a", f"not applicable: {note}"
+    else:
+        text = f'<span class="refused">{kind}</span>'
+    if note:
+        note = re.sub(r"([|\[\]<*_`])", r"\\\1", note)
+        text += f" <sup>{notes.setdefault(note, len(notes) + 1)}</sup>"
+    return text
 
 
 def page(report: Report) -> str:

@@ -515,6 +515,7 @@ def main() -> None:
         "architecture": architecture,
         "benchmarks": lambda: figures.page(figures.read()),
         "summary": lambda: figures.summary(figures.read()),
+        "models": lambda: figures.models(json.loads(figures.MODELS.read_text(encoding="utf-8"))),
     }
     for name, page in pages.items():
         (OUT / f"{name}.md").write_text(page(), encoding="utf-8")

@@ -385,8 +385,11 @@ def _read(model: Mapping[str, Any], key: str) -> Array:
             weight = tensor.float().numpy().astype(DTYPES["bfloat16"]) if narrow else tensor.numpy()
         except (AttributeError, TypeError, RuntimeError) as error:
             expected = "a NumPy array or a tensor of a dtype that NumPy has"
-            actual = getattr(weight, "dtype", type(weight).__name__)
-            raise ArgumentError(f"extract: {key!r}", expected, actual) from error
+            kind, dtype = type(weight).__name__, getattr(weight, "dtype", None)
+            actual, hint = (
+                (f"{kind} of {dtype}", "dequantise the model first") if dtype else (kind, "")
+            )
+            raise ArgumentError(f"extract: {key!r}", expected, actual, hint) from error
     return np.asarray(weight)
 
 

@@ -45,6 +45,9 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
 
+_FUSED_EXPERT = re.compile(r"(^|\.)experts\.\d+\.gate_up_proj$")
+"""A name that only a fused parameter gives: PEFT would leave these factors out without a word."""
+
 _MERGE = "merge it into the base with PEFT's merge_and_unload and use lora extract on the result"
 _WHOLE = "what was trained whole can't be a card: train without it, or " + _MERGE
 
@@ -387,6 +390,9 @@ def _config(card: LoRACard, exact: bool) -> tuple[dict[str, Any], Pairs]:  # noq
         raise CardError(f"{where}: target_modules", expected, card.target_modules, hint)
     carried = card.metadata.get("peft")
     carried = carried if isinstance(carried, dict) else {}
+    if any(map(_FUSED_EXPERT.search, card.weights)) or carried.get("target_parameters"):
+        expected, hint = "modules that PEFT has", "merge the card into a checkpoint with lora fold"
+        raise CardError(f"{where}: weights", expected, "single experts of fused parameters", hint)
     settings, weights = (None if exact else _common_scaling(card)) or _patterns(card, where)
     config = {
         **{key: carried[key] for key in _CARRIED if key in carried},

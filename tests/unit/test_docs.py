@@ -242,6 +242,34 @@ def test_what_the_site_says_of_questions_is_what_was_measured_on_these_questions
 
 
 @requirement("R10.6")
+def test_the_table_of_models_is_what_was_measured_and_says_in_words_what_is_red(pages):
+    results = json.loads(read("benchmarks/model_matrix.json"))
+    table, notes = pages.figures.models(results).split("\n\n")[:2]
+    reasons = dict(line.split(". ", 1) for line in notes.splitlines())
+    head, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert [row[0] for row in rows] == list(results["architectures"])
+    for name, *shown_cells in rows:
+        cells = results["architectures"][name]
+        assert head[1:] == list(cells)
+        for text, cell in zip(shown_cells, cells.values(), strict=True):
+            kind, figure = cell["kind"], cell.get("difference")
+            if kind in ("refused", "warned"):
+                assert text.startswith(f'<span class="refused">{kind}</span> <sup>')
+            elif figure is not None:
+                assert float(text.partition(" ")[0]) == pytest.approx(figure, rel=0.5)
+            else:
+                assert text.partition(" ")[0] == {"ran": "equal"}.get(kind, "n/a")
+            if said := cell.get("reason", cell.get("warning")):
+                number = re.search("<sup>(.+)</sup>", text)[1]
+                assert reasons[number].replace("\\", "").endswith(said)
+    assert '--8<-- "docs/generated/models.md"' in read("docs/models.md")
+    assert pages.figures.models(results).count(results["machine"]["date"]) == 1
+    styles = read("docs/site.css")
+    assert styles.count(".refused { color:") == 2  # on light and on dark
+    assert "extra_css: [site.css]" in read("mkdocs.yml")
+
+
+@requirement("R10.6")
 def test_a_page_of_figures_says_what_was_found_and_whether_it_met_its_target(pages):
     row = {"what": "swap", "side": "ours", "beside": "theirs", "kind": "ratio", "value": 0.5}
     row |= {"interval": [0.25, 2.0]}
