@@ -1,6 +1,6 @@
 """Which models work: every operation on some thirty architectures, each beside PEFT.
 
-    OMP_NUM_THREADS=1 python benchmarks/model_matrix.py [--only NAME…] [--json benchmarks/model_matrix.json]
+    OMP_NUM_THREADS=1 python benchmarks/model_matrix.py [--only NAME…] [--json FILE]
 
 The models are tiny, made in place with random weights. A cell is the largest absolute difference
 from what PEFT computes with the same factors or, where PEFT can't, from dense arithmetic. It must
