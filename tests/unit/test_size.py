@@ -6,8 +6,8 @@ import pytest
 
 from tests.size import Size, lines_of_tests, size_of, total
 
-LIMIT = Size(lines=20_850, tokens=137_000, words=29_050)
-TEST_LINES = 37_750
+LIMIT = Size(lines=21_700, tokens=143_200, words=29_950)
+TEST_LINES = 39_200
 
 SOURCE = '''"""Two words."""
 
