@@ -242,9 +242,9 @@ def main() -> int:
     with ThreadPoolExecutor(arguments.workers) as pool:
         results = [result for result in pool.map(note_verdict, violations) if result]
     red = tell(results)
-    seconds = before + time.monotonic() - started
+    seconds = time.monotonic() - started
     if not arguments.only and arguments.seconds is None:
-        LAST.write_text(last_run(red, len(results), seconds), encoding="utf-8")
+        LAST.write_text(last_run(red, len(results), before + seconds), encoding="utf-8")
     print(f"{red} of {len(results)} violations turn a test red ({seconds:.0f} s)")
     return int(bool(wrong) or red < len(results))
 
