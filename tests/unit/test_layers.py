@@ -136,6 +136,25 @@ def test_a_layer_lists_its_terms_by_name(base):
     assert np.array_equal(layer.lora_A.numpy(), np.hstack([PAIR.A, OTHER.A]))
 
 
+class Float32Linear(nn.Linear):
+    """Its output is float32 under autocast, too."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+@requirement("R2.2", "R26.2", "R26.4")
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("kind", [nn.Linear, Float32Linear])
+@makers
+def test_under_autocast_a_layer_has_the_dtype_of_its_base(make, kind, inference):
+    base, x = kind(4, 3).requires_grad_(False), torch.ones(1, 4)  # the product, 4, is exact
+    with torch.inference_mode(inference), torch.autocast("cpu", torch.bfloat16):
+        out = base(x)
+        assert torch.equal(make(base)(x), (out.double() + 4).to(out.dtype))
+
+
 @requirement("R2.9")
 def test_with_b_zero_the_rounding_is_that_of_the_base():
     torch.manual_seed(0)
