@@ -2,8 +2,7 @@
 
 The safetensors files are written in their own order. What no card touches is copied as bytes; a
 weight that one touches goes through memory in blocks: the sum is formed in float32 (float64 for
-float64) and rounded once. A thread writes a block while the next is computed. The folder appears
-under its name when all of it is on the disk.
+float64) and rounded once. The folder appears under its name when all of it is on the disk.
 
 Requirements: R26.
 """
@@ -14,7 +13,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
 from itertools import chain
@@ -146,7 +144,7 @@ def fold_checkpoint(
         total = sum(path.stat().st_size for path in (*shards, *files)) >> 20
     rows = (source.tensor(name) for name in updates)
     widest = max((_DTYPES[row.dtype].itemsize * row.shape[-1] for row in rows), default=0)
-    room = bytearray(4 * -(-max(BLOCK, widest) // 8) * 8)
+    room = bytearray(3 * max(BLOCK, -(-widest // 8) * 8))
     written = 0
 
     def on_bytes(count: int) -> None:
@@ -161,14 +159,12 @@ def fold_checkpoint(
         for path in (*shards, *files):
             target = folder / path.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
-            opened = path.open("rb", 0), target.open("xb", 0)
-            with opened[0] as original, opened[1] as copy, ThreadPoolExecutor(1) as writer:
+            with path.open("rb", 0) as original, target.open("xb", 0) as copy:
                 tensors = source.shards.get(path, {})
                 touched = {name: tensors[name] for name in updates if name in tensors}
                 for name, tensor in sorted(touched.items(), key=lambda item: item[1].start):
                     _copy(original, copy, tensor.start, on_bytes)
-                    sums = _sums(original, tensor, updates[name], room)
-                    _write_behind(copy, sums, writer, on_bytes)
+                    _fold(original, copy, tensor, updates[name], room=room, on_bytes=on_bytes)
                 _copy(original, copy, os.fstat(original.fileno()).st_size, on_bytes)
                 os.fsync(copy.fileno())
     return FoldedCheckpoint(injections, tuple(sorted(updates)), tuple(left_out))
@@ -337,48 +333,38 @@ def _copy(original: FileIO, copy: FileIO, stop: int, on_bytes: Callable[[int], N
         on_bytes(count)
 
 
-def _sums(
-    original: FileIO, tensor: _Tensor, updates: Sequence[Update], room: bytearray
-) -> Iterator[memoryview]:
-    """Yield a tensor with what is added to it, as many rows at a time as there is room for.
-
-    What is yielded is overwritten when the second block after it is asked for.
-    """
+def _fold(
+    original: FileIO,
+    copy: FileIO,
+    tensor: _Tensor,
+    updates: Sequence[Update],
+    *,
+    room: bytearray,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Write a tensor with what is added to it, as many rows at a time as there is room for."""
     dtype, columns = _DTYPES[tensor.dtype], tensor.shape[-1]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     products = [update.factors(wide) for update in updates]
-    width, quarter = columns * dtype.itemsize, len(room) // 4
-    step = max(1, quarter // width)
+    width = columns * dtype.itemsize
+    # The first third holds rows as they are stored, the rest their sums.
+    step = max(1, len(room) // 3 // width)
+    rows = torch.frombuffer(room, dtype=dtype, count=step * columns).view(step, columns)
+    sums = rows
+    if dtype is not wide:
+        sums = torch.frombuffer(room, dtype=wide, count=step * columns, offset=len(room) // 3)
+        sums = sums.view(step, columns)
     height = math.prod(tensor.shape[:-1])
-    # The first two quarters hold rows as they are stored, by turns; the others their sums.
-    sums = torch.frombuffer(room, dtype=wide, count=step * columns, offset=2 * quarter)
-    for number, low in enumerate(range(0, height, step)):
-        count, start = min(step, height - low), number % 2 * quarter
-        data = memoryview(room)[start : start + count * width]
+    for low in range(0, height, step):
+        high = min(low + step, height)
+        data = memoryview(room)[: (high - low) * width]
         _read(original, tensor.start + low * width, data)
-        stored = torch.frombuffer(data, dtype=dtype).view(count, columns)
-        total = sums[: count * columns].view(count, columns)
+        stored, total = rows[: high - low], sums[: high - low]
         total.copy_(stored)
         add_products(total, low, products)
         stored.copy_(total)
         check_sums(stored, lambda: f"{original.name}: from row {low}")  # noqa: B023 - called here
-        yield data
-
-
-def _write_behind(
-    copy: FileIO,
-    blocks: Iterable[memoryview],
-    writer: ThreadPoolExecutor,
-    on_bytes: Callable[[int], None],
-) -> None:
-    """Write blocks in a thread, one while the next is made."""
-    pending: Future[int] | None = None
-    for block in blocks:
-        if pending:
-            on_bytes(pending.result())
-        pending = writer.submit(_write, copy, block)
-    if pending:
-        on_bytes(pending.result())
+        on_bytes(_write(copy, data))
 
 
 @contextmanager
