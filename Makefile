@@ -42,7 +42,7 @@ sharp: $(VENV)/.test
 sharp-sample: $(VENV)/.test
 	$(BIN)/python -m tests.sharp --seconds 180
 
-# This library beside its peers, ten minutes on two cores, and the README's table of it.
+# This library beside its peers, twenty minutes on two cores, and the README's table of it.
 bench: $(VENV)/.test
 	$(BIN)/lora bench --out benchmarks/results.json
 	$(BIN)/python docs/figures.py

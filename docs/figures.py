@@ -88,6 +88,27 @@ COMPARED: Sequence[tuple[str, str, str, str, str]] = (
         "PEFT in a loop",
         "training step of 64 pairs of texts",
     ),
+    (
+        "models",
+        "32 sentences with 8 adapters, encode, rows",
+        "ours",
+        "PEFT",
+        "encode 32 sentences with 8 adapters",
+    ),
+    (
+        "models",
+        "generate for 32 rows with 8 adapters, greedy, shuffled",
+        "ours",
+        "PEFT",
+        "generate for 32 prompts with 8 adapters",
+    ),
+    (
+        "models",
+        "a merged checkpoint of 2.0 GB, r16 all Linears",
+        "fold_checkpoint",
+        "copytree",
+        "merge a card into a checkpoint of 2 GB",
+    ),
 )
 """What the README tells: script, figure, side, peer, and its name there."""
 

@@ -61,7 +61,7 @@ def bench(
 
     Args:
         only: forward, lifecycle, routing, throughput, merge_extract, training, fetching, growth,
-            commands; repeatable.
+            commands, models; repeatable.
         quick: Fewer rounds and smaller sizes: it works, no more.
         threads: Threads of each measured process.
     """

@@ -28,6 +28,7 @@ SCRIPTS = (
     "fetching",
     "growth",
     "commands",
+    "models",
 )
 """The scripts in the order in which they run."""
 

@@ -115,6 +115,7 @@ def test_an_interrupt_while_it_works_is_one_line_and_exit_130(argv):
 import os, signal, sys, threading
 from lora.cli import main
 sys.argv = ["lora", *{argv}]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is begun without it
 import lora.engine, lora.federation.node  # as if the command were well under way
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 main()
