@@ -90,7 +90,9 @@ HEADS = "lm_head embed_out output_projection cls classifier score qa_outputs log
 @given(
     names=st.lists(
         st.lists(
-            st.sampled_from([*HEADS, "0", "query", "heads", "xhead", "Score", "lm_head2"]),
+            st.sampled_from(
+                [*HEADS, "0", "query", "heads", "xhead", "q_head", "Score", "lm_head2"]
+            ),
             min_size=1,
             max_size=3,
         ).map(".".join),

@@ -328,13 +328,15 @@ def test_a_register_holds_what_was_last_registered_and_not_unregistered_since(im
 
 
 @requirement("R4.12", kind="convention")
-@given(names, st.permutations(WHOLE), st.booleans())
-def test_a_name_that_is_registered_again_has_the_new_description_alone(impl, name, drawn, virtual):
+@given(names, st.permutations(WHOLE), st.booleans(), st.booleans())
+def test_a_name_that_is_registered_again_has_the_new_description_alone(
+    impl, name, drawn, virtual, virtual_again
+):
     old, new, *_ = drawn
     router, fresh = (impl.make_router(Meanings(old=old, new=new)) for _ in range(2))
     router.register(name, ["old"], virtual=virtual)
-    router.register(name, ["new"])
-    fresh.register(name, ["new"])
+    for each in (router, fresh):
+        each.register(name, ["new"], virtual=virtual_again)
     for query in ("old", "new"):
         assert router.select(query, 2, None) == fresh.select(query, 2, None)
     router.unregister(name)
