@@ -38,7 +38,6 @@ MASKS = (
     "DARE draws all masks from one generator, in the order of cards and modules",
     "utils/merge_utils.py: random_pruning",
 )
-ONE_RANK = ("of cards of several ranks the product has more columns than the card's rank", ADD)
 HEADS = (
     "all-linear leaves out a Hugging Face model's output embedding, whatever its name",
     "tuners/tuners_utils.py: _maybe_include_all_linear_layers",
@@ -89,7 +88,6 @@ class Peft:
         },
         "R20.4": {
             **of("a_linear_merge_is_exact_at_the_sum_of_ranks", ["average", "weighted"], FLOAT32),
-            **of("a_linear_merge_is_exact_at_the_sum_of_ranks", ["cat"], ONE_RANK),
             **of(
                 "a_truncated_linear_merge_is_the_best_approximation_of_its_rank",
                 ["average", "weighted", "task_arithmetic"],
@@ -139,6 +137,7 @@ class Peft:
             **of("a_module_that_a_card_lacks_counts_as_zero", ["weighted"], FLOAT32),
             **of("a_module_that_a_card_lacks_counts_as_zero", ["dare"], MASKS),
             **of("a_module_that_a_card_lacks_counts_as_zero", ["ties"], BY_COUNT),
+            **of("cards_of_two_dtypes_merge_into_the_one_that_holds_both", ["weighted"], FLOAT32),
         },
     }
 

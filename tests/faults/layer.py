@@ -139,7 +139,7 @@ class WeightsClipped(TermFault, breaks="R8.7", also="R2.2 R8.2 R9.5"):
         return term._replace(weight=min(max(term.weight, 0.0), 1.0))
 
 
-class LowRanksBroadcast(TermFault, breaks="R8.2", also="R2.2 R2.11 R8.5 R9.5"):
+class LowRanksBroadcast(TermFault, breaks="R8.2", also="R2.2 R2.11 R9.5"):
     """A pair of low rank is repeated until it fills a layer that has room for five."""
 
     def changed_term(self, term):

@@ -317,7 +317,7 @@ class SignsElectedBeforeWeights(_Ties, breaks="R20.6", also="R20.1"):
         return np.sign(np.sum(trimmed, axis=0))
 
 
-class ZeroSumElectsPlus(_Ties, breaks="R20.6", also="R20.1"):
+class ZeroSumElectsPlus(_Ties, breaks="R20.6"):
     """Where signs balance, the positive ones win."""
 
     def elect(self, votes, trimmed):
