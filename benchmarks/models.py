@@ -102,8 +102,8 @@ def llama(**sizes: int) -> Any:
     """A Llama with random weights."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
-    made = LlamaForCausalLM(LlamaConfig(**heads, **sizes, eos_token_id=None, pad_token_id=0))
-    return made.eval().requires_grad_(requires_grad=False)
+    decoder = LlamaForCausalLM(LlamaConfig(**heads, **sizes, eos_token_id=None, pad_token_id=0))
+    return decoder.eval().requires_grad_(requires_grad=False)
 
 
 def decoders(layers: int) -> tuple[Any, Any, list[LoRACard]]:
@@ -161,21 +161,21 @@ def checkpoint(folder: Path, *, quick: bool) -> LoRACard:
     """Save a Llama in bfloat16; return a card of rank 16 for all its Linears."""
     width, layers = (128, 2) if quick else (2048, 19)
     with torch.device("meta"):
-        made = llama(
+        decoder = llama(
             hidden_size=width,
             intermediate_size=11 * width // 4,
             num_hidden_layers=layers,
             vocab_size=VOCABULARY,
         )
-    made = made.to(torch.bfloat16).to_empty(device="cpu")
+    decoder = decoder.to(torch.bfloat16).to_empty(device="cpu")
     noise = torch.randn(1 << 20).mul_(0.02).to(torch.bfloat16)
-    for parameter in made.parameters():
+    for parameter in decoder.parameters():
         flat = parameter.data.view(-1)
         for start in range(0, len(flat), len(noise)):
             part = flat[start : start + len(noise)]
             part.copy_(noise[: len(part)])
-    made.save_pretrained(folder)
-    return card(made, "docs", 16, ["all-linear"])
+    decoder.save_pretrained(folder)
+    return card(decoder, "docs", 16, ["all-linear"])
 
 
 def folding(*, quick: bool) -> Iterator[Row]:

@@ -108,7 +108,8 @@ def fold_checkpoint(
         weights: A number for each card, default 1.
         check_base: Refuse a card whose base fingerprint is another model's.
         strict: Refuse a card that names anything the checkpoint does not have.
-        overwrite: Replace an earlier checkpoint in `out_folder`, if there is nothing else in it.
+        overwrite: Replace an earlier checkpoint in `out_folder`, with every safetensors file and
+            index there; any other file that the base does not have is an error.
         progress: Called with the MiB written and their number.
 
     Warns:
@@ -412,10 +413,8 @@ def _module_folders(base: Path) -> list[Path]:
 def _weights_folder(base: Path, module_folders: Sequence[Path]) -> Path:
     """Return the folder that holds the model's safetensors files: the base or its first module."""
     if not base.is_dir():
-        hint = (
-            hub_advice(base)
-            or "a model on the Hub is downloaded first: hf download prints its folder"
-        )
+        advice = "a model on the Hub is downloaded first: hf download prints its folder"
+        hint = hub_advice(base) or advice
         raise CardNotFoundError(str(base), "a model's folder", "none", hint)
     for folder in (base, *module_folders[:1]):
         forms = [name for name in (SINGLE, INDEX) if (folder / name).is_file()]
@@ -495,10 +494,8 @@ def _new_folder(
         and (path.is_symlink() or not path.is_dir())
     ]
     if lost:
-        expected, hint = (
-            "a checkpoint alone in the folder to replace",
-            "move what is not to be lost",
-        )
+        expected = "a checkpoint alone in the folder to replace"
+        hint = "move what is not to be lost"
         raise ArgumentError(str(out), expected, f"also {listed(sorted(lost))}", hint)
     temporary, old = (out.with_name(f".{out.name}.{end}") for end in ("tmp", "old"))
     temporary.mkdir(exist_ok=True)

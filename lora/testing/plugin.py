@@ -152,8 +152,8 @@ def started(command: str, seconds: float) -> RemoteBinding:
     try:
         binding = RemoteBinding(command, call_seconds=min(60.0, seconds))
     except (NoAnswer, ValueError) as error:
-        expected, found = "a process that says hello", " ".join(str(error).split())
-        raise ArgumentError(where, expected, found) from error
+        problem = " ".join(str(error).split())
+        raise ArgumentError(where, "a process that says hello", problem) from error
     check_declared(binding, where)
     return binding
 
@@ -179,11 +179,8 @@ def load_binding(path: str | None) -> Any:
     check_declared(binding, f"binding {path!r}")
     binding = binding() if isinstance(binding, type) else binding
     if not any(hasattr(binding, member) for member in (*MEMBERS, "expected_failures")):
-        expected, hint = (
-            f"a member such as {', '.join(sorted(MEMBERS)[:3])}",
-            "see lora.testing.binding",
-        )
-        raise ArgumentError(f"binding {path!r}", expected, "none", hint)
+        expected = f"a member such as {', '.join(sorted(MEMBERS)[:3])}"
+        raise ArgumentError(f"binding {path!r}", expected, "none", "see lora.testing.binding")
     return binding
 
 
