@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lora.card import Array, LowRank
-from lora.errors import ArgumentError, ShapeError
+from lora.card import Array, LoRACard, LowRank
+from lora.errors import ArgumentError, CardError, ShapeError
 
 
 def delta(pair: LowRank, *, dtype: np.dtype[Any] | type | None = None) -> Array:
@@ -72,6 +72,15 @@ def concat(
         scaled = [_scaled_b(pair, weight, wide) for pair, weight in terms]
     a = np.concatenate([pair.A.astype(wide) for pair, _ in terms], axis=1)
     return LowRank(a, np.concatenate(scaled), 1.0)
+
+
+def check_finite(card: LoRACard, module: str) -> None:
+    """Refuse a card whose factors of a module hold NaN or an infinity."""
+    pair = card.weights[module]
+    if not (np.isfinite(pair.A).all() and np.isfinite(pair.B).all()):
+        where = f"card {card.name!r}: module {module!r}"
+        hint = "leave the card out, or train it again"
+        raise CardError(where, "finite factors", "NaN or an infinity", hint)
 
 
 def spectrum(pair: LowRank) -> Array:

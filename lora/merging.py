@@ -26,13 +26,12 @@ from lora.checks import choice, finite, integer, share
 from lora.errors import (
     ArgumentError,
     BaseModelError,
-    CardError,
     ConflictError,
     ShapeError,
     TargetError,
     shown,
 )
-from lora.factors import delta, spectrum, thin_qr
+from lora.factors import check_finite, delta, spectrum, thin_qr
 from lora.targets import suffixes
 
 EPSILON = float(np.finfo(np.float64).eps)
@@ -438,14 +437,12 @@ def _checked_cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
     for card in cards:
         check_card(card)
         for module, pair in card.weights.items():
-            where = f"card {card.name!r}: module {module!r}"
-            if not (np.isfinite(pair.A).all() and np.isfinite(pair.B).all()):
-                hint = "leave the card out, or train it again"
-                raise CardError(where, "finite factors", "NaN or an infinity", hint)
+            check_finite(card, module)
             shape = (pair.in_features, pair.out_features)
             other, expected = shapes.setdefault(module, (card.name, shape))
             if shape != expected:
                 text = f"in, out = {expected} as in card {other!r}"
+                where = f"card {card.name!r}: module {module!r}"
                 raise ShapeError(where, text, shape, SAME_BASE)
     owners = {module: card for card in cards for module in card.weights}
     for module, card in owners.items():

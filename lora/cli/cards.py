@@ -307,7 +307,7 @@ def fold(
         cards: Card files, PEFT folders, or what else convert reads.
         weight: Of a card; once for each, in their order.
         strict: Refuse a card that names anything the base does not have.
-        overwrite: Replace a checkpoint that is there.
+        overwrite: Replace a checkpoint that is there; any other file in its folder is an error.
         allow: Waive a refusal: other_base, of a card whose fingerprint is another base's.
     """
     from lora.checks import choice

@@ -54,7 +54,11 @@ class SafetensorsWeights(Mapping[str, Array]):
             if file.is_dir():
                 file = file / (INDEX if (file / INDEX).is_file() else SINGLE)
         if file.name.endswith(".json"):
-            self.files = _read_index(file)
+            self.files = read_index(file)
+            names = {shard: set(_names(shard)) for shard in set(self.files.values())}
+            if absent := [name for name, shard in self.files.items() if name not in names[shard]]:
+                expected = "tensors that are in their shards"
+                raise UnsupportedModelError(str(file), expected, f"none of {absent[:5]}")
         else:
             self.files = dict.fromkeys(_names(file), file)
         self.configs = _configs(file.parent / "config.json")
@@ -97,7 +101,7 @@ def _names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def _read_index(path: Path) -> dict[str, Path]:
+def read_index(path: Path) -> dict[str, Path]:
     """Return the file of each tensor that an index of shards names; shards lie beside the index."""
     with os_errors(path):
         index = parse_json(path.read_bytes(), str(path), dict, UnsupportedModelError)
@@ -107,12 +111,7 @@ def _read_index(path: Path) -> dict[str, Path]:
     ):
         expected = "an index whose weight_map names files beside it"
         raise UnsupportedModelError(str(path), expected, shown(shards))
-    files = {name: path.parent / shard for name, shard in shards.items()}
-    names = {file: set(_names(file)) for file in set(files.values())}
-    if missing := [name for name, file in files.items() if name not in names[file]]:
-        expected = "tensors that are in their shards"
-        raise UnsupportedModelError(str(path), expected, f"none of {missing[:5]}")
-    return files
+    return {name: path.parent / shard for name, shard in shards.items()}
 
 
 def _configs(path: Path) -> list[dict[str, Any]]:

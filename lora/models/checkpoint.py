@@ -33,8 +33,9 @@ from lora.errors import (
 )
 from lora.experts import TRANSPOSED, Part, Place, expert_places, named
 from lora.extract import EMBEDDING
+from lora.factors import check_finite
 from lora.files import PathLike, as_path, hub_advice, os_errors
-from lora.interop.weights import INDEX, SINGLE, SafetensorsWeights, open_safetensors
+from lora.interop.weights import INDEX, SINGLE, SafetensorsWeights, open_safetensors, read_index
 from lora.models.folding import Update, add_products, updates_of
 from lora.models.layers import check_sums, warn_unbound
 from lora.targets import (
@@ -108,12 +109,14 @@ def fold_checkpoint(
         weights: A number for each card, default 1.
         check_base: Refuse a card whose base fingerprint is another model's.
         strict: Refuse a card that names anything the checkpoint does not have.
-        overwrite: Replace an earlier checkpoint in `out_folder`, with every safetensors file and
-            index there; any other file that the base does not have is an error.
+        overwrite: Replace an earlier checkpoint in `out_folder`: its ``model.safetensors``, or its
+            index with the shards that this names, and the files that the base has as well. Any
+            other file there is an error.
         progress: Called with the MiB written and their number.
 
     Warns:
-        UnboundWarning: A card takes effect in part; one warning a card names what is left.
+        UnboundWarning: A card takes effect in part; one warning a card names what is left. Or all
+            weights are 0.
 
     Raises:
         UnsupportedModelError: The weights are malformed, quantised, or in another form.
@@ -142,7 +145,7 @@ def fold_checkpoint(
         updates = updates_of(source.places, adapters, injections)
         _check_tensors(source, updates)
         shards = sorted(source.shards)
-        total = sum(path.stat().st_size for path in (*shards, *files)) >> 20
+        total = -(-sum(path.stat().st_size for path in (*shards, *files)) >> 20)
     rows = (source.tensor(name) for name in updates)
     widest = max((_DTYPES[row.dtype].itemsize * row.shape[-1] for row in rows), default=0)
     room = bytearray(3 * max(BLOCK, -(-widest // 8) * 8))
@@ -152,9 +155,9 @@ def fold_checkpoint(
         nonlocal written
         written += count
         if progress:
-            progress(min(written >> 20, total), total)
+            progress(min(-(-written >> 20), total), total)
 
-    names = {path.relative_to(base) for path in (*shards, *files)}
+    names = {path.relative_to(base) for path in files}
     new = _new_folder(base, out, names, overwrite=overwrite)
     with os_errors(out), _one_thread(), new as folder:
         for path in (*shards, *files):
@@ -184,6 +187,8 @@ def _adapters(cards: LoRACard | Iterable[LoRACard], weights: Sequence[float] | N
         if not adapters.keys().isdisjoint(entry):
             raise ConflictError(f"card {card.name!r}", "one card of a name", "two", "rename one")
         adapters |= entry
+    if not any(weights):
+        warn_unbound(f"cards {listed(list(adapters))}: all weights are 0, so that nothing changes")
     return adapters
 
 
@@ -256,6 +261,8 @@ class _Checkpoint:
             injection = injections[name] = plan(self.sites, card, strict=strict)
             for key in card.weights:
                 is_bound = key in injection.bound.values()
+                if is_bound:
+                    check_finite(card, key)
                 if key.rpartition(".")[2] in _TIED_HEADS and (self.is_tied or not is_bound):
                     expected, problem = "a head with a weight of its own", "one that is tied"
                     hint = "untie it in the base first: the embedding would change, too"
@@ -427,6 +434,17 @@ def _weights_folder(base: Path, module_folders: Sequence[Path]) -> Path:
     raise UnsupportedModelError(str(base), f"{SINGLE} or {INDEX}", listed(others), hint)
 
 
+def _weights_of(out: Path) -> set[Path]:
+    """Return the files of an earlier checkpoint's weights, in its folder or its first module's."""
+    for folder in (out, *_module_folders(out)[:1]):
+        files = {folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()}
+        if folder / INDEX in files:
+            files |= set(read_index(folder / INDEX).values())
+        if files:
+            return files
+    return set()
+
+
 def _other_files(base: Path, source: _Checkpoint) -> tuple[list[Path], list[str]]:
     """Return the files to copy as they are, and the names of what is left out."""
     files, left_out = [], []
@@ -478,18 +496,23 @@ def _new_folder(
     A killed process leaves it, as ``.<name>.tmp``, to the next one, which takes it over; a lock
     keeps two that run at once apart.
     """
+    if out.is_symlink():
+        raise ArgumentError(str(out), "a folder itself", "a link", f"name {os.path.realpath(out)}")
+    if out.is_mount():
+        hint = "name a new folder in it"
+        raise ArgumentError(str(out), "a folder that can be renamed", "a mount point", hint)
     inner, outer = out.resolve(), base.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise ArgumentError(str(out), f"a folder apart from {base}", inner)
-    is_checkpoint = any((out / name).is_file() for name in (SINGLE, INDEX))
+    weights = _weights_of(out) if overwrite else set[Path]()
     is_new = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
-    if not is_new and not (overwrite and is_checkpoint and not out.is_symlink()):
+    if not is_new and not weights:
         expected = "a new or empty folder, or with `overwrite=True` one that holds a checkpoint"
         raise ArgumentError(str(out), expected, "a folder with files" if out.is_dir() else "a file")
     lost = [
         str(path.relative_to(out))
         for path in (() if is_new else out.rglob("*"))
-        if not path.name.endswith((".safetensors", ".index.json"))
+        if path not in weights
         and path.relative_to(out) not in names
         and (path.is_symlink() or not path.is_dir())
     ]

@@ -79,10 +79,10 @@ class Rows:
             starts = [
                 row for row, own in enumerate(self.sets) if not row or own != self.sets[row - 1]
             ]
-            stops = [*starts[1:], len(self.sets)]
+            stops = [*starts[1:], len(self.sets)]  # one too many for an empty batch
             segments = tuple(
                 (start * times, stop * times, self.sets[start])
-                for start, stop in zip(starts, stops, strict=True)
+                for start, stop in zip(starts, stops, strict=False)
             )
             self._segments[size] = segments
         if self._largest >= number:
@@ -142,9 +142,12 @@ class RowLinear(_Adapted):
             where, expected = "a layer with adapters for each row", "the set of each row"
             hint = "call the model within `with lora.rows([...]):`, in the same thread"
             raise StateError(where, expected, "none", hint)
+        if x.ndim < 2:
+            expected, hint = "rows, as named by lora.rows", "add the row's dimension: x[None]"
+            raise ShapeError("a layer's input", expected, f"a vector of {x.numel()}", hint)
         out = self.base_output(x, *arguments, **options)
         factors: Mapping[str, Any] = self._buffers
-        size = len(x) if x.ndim > 1 else 0  # one vector is no batch
+        size = len(x)
         segments = named.segments(size, self.number)
         inputs, flat = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
         tokens = len(flat) // max(1, size)

@@ -378,6 +378,21 @@ def test_a_model_that_mixes_rows_is_refused(kind, tokens):
     assert torch.allclose(result - model(**probe), change * torch.tensor([1, 0, 1])[:, None, None])
 
 
+@requirement("R26.4")
+@pytest.mark.parametrize("shape", [(0, 2), (0, 3, 2), (0, 2, 5, 2), (2, 0, 2)])
+def test_a_batch_without_rows_or_tokens_gives_what_the_base_gives(shape):
+    model = nn.Sequential(nn.Linear(2, 3))
+    rowwise = lora.adapt_rows(model, [{}, card(model, "docs", ["0"])], probe=False)
+    x, own = torch.ones(shape), [1, 0][: shape[0]]
+    for mode in (torch.inference_mode, nullcontext):
+        with lora.rows(own), mode():
+            result = rowwise(x)
+        assert result.shape == (*shape[:-1], 3)
+        assert torch.equal(result, model(x))
+    with lora.rows([]), pytest.raises(ShapeError, match="a vector"):
+        rowwise(torch.ones(2))
+
+
 @requirement("R26.4", "R7.8")
 @pytest.mark.parametrize(
     ("own", "error", "message"),
@@ -405,8 +420,9 @@ def test_rows_that_do_not_fit_are_refused(own, error, message):
     with pytest.raises(error, match=message), named(own):
         rowwise(x)
     with lora.rows([0]):
-        with pytest.raises(ShapeError):
-            rowwise(x[0])  # a vector is no batch
+        for vector in (x[0], x[:0, 0]):
+            with pytest.raises(ShapeError, match=r"expected rows, .* found a vector .*; add .*row"):
+                rowwise(vector)
         with lora.rows([0, 1, 0]):
             assert torch.equal(rowwise(x)[0], model(x)[0])
         with ThreadPoolExecutor(1) as thread, pytest.raises(StateError):

@@ -18,6 +18,7 @@ from lora.card import LoRACard, LowRank
 from lora.errors import (
     ArgumentError,
     BaseModelError,
+    CardError,
     CardNotFoundError,
     ConflictError,
     LoRAError,
@@ -389,11 +390,121 @@ def test_only_a_checkpoint_is_overwritten_and_only_when_asked(base, tmp_path):
             fold_checkpoint(base, card_of(), out, weights=[2], overwrite=True)
         assert state(tmp_path) == before
         (out / name).unlink()
-    (out / "model-9.safetensors").write_bytes(b"of more shards")
     fold_checkpoint(base, card_of(), out, weights=[2], overwrite=True)
     assert state(out).keys() == first.keys()
     assert state(out) != first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+@requirement("R26.6")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_model.safetensors",
+        "model-0.safetensors",
+        "other.safetensors.index.json",
+        "sub/model.safetensors",
+        f"sub/{INDEX}",
+        "deep/er/model-0.safetensors",
+    ],
+)
+def test_weights_that_are_not_of_the_checkpoint_to_replace_are_named_and_kept(base, tmp_path, name):
+    """`model-0.safetensors` is a shard of the base; the checkpoint to replace is one file."""
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    save_file(TENSORS, out / SINGLE)
+    (out / "config.json").write_text("{}")
+    (out / name).write_bytes(b"mine")
+    before = state(tmp_path)
+    with pytest.raises(ArgumentError, match=f"also '{name}'; move what is not to be lost"):
+        fold_checkpoint(base, card_of(), out, overwrite=True)
+    assert state(tmp_path) == before
+
+
+@requirement("R26.6")
+def test_the_shards_that_the_old_index_names_are_replaced_wherever_the_weights_lie(base, tmp_path):
+    out = tmp_path / "out"
+    (base / "0_Transformer").mkdir()
+    for name in ("model-0.safetensors", "model-1.safetensors", INDEX, "config.json"):
+        (base / name).rename(base / "0_Transformer" / name)
+    (base / "modules.json").write_text(json.dumps([{"path": "0_Transformer"}]))
+    fold_checkpoint(base, card_of(), out)
+    first = state(out)
+    index = json.loads((out / "0_Transformer" / INDEX).read_text())
+    index["weight_map"] |= {"old": "weights-of-old.dat", "lost": "gone.safetensors"}
+    (out / "0_Transformer" / INDEX).write_text(json.dumps(index))
+    (out / "0_Transformer" / "weights-of-old.dat").write_bytes(b"old")
+    fold_checkpoint(base, card_of(), out, weights=[2], overwrite=True)
+    assert state(out).keys() == first.keys()
+    assert state(out) != first
+    (out / "model-0.safetensors").write_bytes(b"mine")  # where the index names nothing
+    with pytest.raises(ArgumentError, match="also 'model-0"):
+        fold_checkpoint(base, card_of(), out, overwrite=True)
+
+
+@requirement("R26.6")
+@pytest.mark.parametrize(
+    "index", ["[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": "../base/config.json"}}']
+)
+def test_an_old_index_that_names_no_file_beside_it_gives_nothing_away(base, tmp_path, index):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / INDEX).write_text(index)
+    (out / "model-9.safetensors").write_bytes(b"mine")
+    before = state(tmp_path)
+    with pytest.raises(LoRAError, match=f"{INDEX}|'model-9.safetensors'"):
+        fold_checkpoint(base, card_of(), out, overwrite=True)
+    assert state(tmp_path) == before
+
+
+@requirement("R26.6", "R7.8")
+@pytest.mark.parametrize("target", ["empty", "checkpoint", "nothing"])
+def test_a_link_as_the_output_is_refused_as_one_before_anything_is_written(base, tmp_path, target):
+    (tmp_path / "empty").mkdir()
+    fold_checkpoint(base, card_of(), tmp_path / "checkpoint")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / target)
+    before, steps = state(tmp_path), []
+    refusal = f"link: expected a folder itself, found a link; name {tmp_path / target}"
+    for overwrite in (False, True):
+        options = {"overwrite": overwrite, "progress": lambda *step: steps.append(step)}
+        with pytest.raises(ArgumentError, match=refusal):
+            fold_checkpoint(base, card_of(), link, **options)
+    assert (state(tmp_path), steps) == (before, [])
+    assert link.is_symlink()
+
+
+@requirement("R26.6", "R7.8")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_card_that_is_not_finite_is_named_and_not_the_base(base, tmp_path, value):
+    pairs = dict(card_of().weights)
+    pairs["layer.1.query"] = LowRank(np.full((4, 2), value), np.ones((2, 6)), 0.5)
+    card = replace(card_of(), weights=pairs)
+    with pytest.raises(CardError, match="finite factors, found NaN or an infinity") as error:
+        fold_checkpoint(base, [card_of("law"), card], tmp_path / "out")
+    assert str(error.value).startswith("card 'docs': module 'layer.1.query': ")
+    assert not (tmp_path / "out").exists()
+    unused = replace(card_of(), weights=card_of().weights | {"k": pairs["layer.1.query"]})
+    with pytest.warns(UnboundWarning, match="'k'"):
+        fold_checkpoint(base, unused, tmp_path / "out")
+
+
+@requirement("R26.6")
+def test_weights_that_are_all_zero_warn_by_the_names_of_the_cards(base, tmp_path):
+    cards = [card_of("docs"), card_of("law")]
+    with pytest.warns(UnboundWarning, match="'docs', 'law': all weights are 0") as warned:
+        folded = fold_checkpoint(base, cards, tmp_path / "out", [0, -0.0])
+    assert (len(warned), warned[0].filename, folded.tensors) == (1, __file__, ())
+    assert state(tmp_path / "out") == state(base)
+    assert fold_checkpoint(base, cards, tmp_path / "one", [0, 1]).tensors
+
+
+@requirement("R25.3")
+def test_progress_counts_whole_mebibytes_of_which_there_is_at_least_one(base, tmp_path):
+    steps = []
+    fold_checkpoint(base, card_of(), tmp_path / "out", progress=lambda *step: steps.append(step))
+    assert {total for _, total in steps} == {1}
+    assert steps[-1] == (1, 1)
 
 
 def _in_child(code, *arguments):

@@ -79,7 +79,7 @@ def change(card, module="layer.0.query"):
         "merge docs.lora.arrow law.lora.arrow -o both.lora.arrow": "merging .* 2/2",
         "convert docs.lora.arrow -o docs.safetensors": "converting docs.lora.arrow .* 2/2",
         f"{EXTRACT} --base base.safetensors": "extracting tuned.safetensors .* 2/2",
-        "fold base docs.lora.arrow -o merged": "folding into base .* 0/0",
+        "fold base docs.lora.arrow -o merged": "folding into base .* 1/1",
         "probe --base base.safetensors --tuned tuned.safetensors": "comparing .* 2/2",
     }.items(),
 )
