@@ -5,7 +5,13 @@ Torch is imported only by commands that run a model; help and completion import 
 Requirements: R25.
 """
 
-from lora.cli import cards, evolution, federation, models, suite  # noqa: F401 - adds the commands
-from lora.cli.app import main
+import sys
+
+try:
+    from lora.cli import cards, evolution, federation, models, suite  # noqa: F401 - adds commands
+    from lora.cli.app import main
+except KeyboardInterrupt:
+    print("lora: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 __all__ = ["main"]

@@ -181,11 +181,18 @@ def fetch(
         base_model: Refuse cards that do not name this base model, in any spelling.
         cache: Folder for fetched cards.
     """
+    from lora.checks import is_digest
     from lora.federation.cache import default_cache
     from lora.federation.keys import load_public_key
     from lora.federation.trust import Policy, waived
     from lora.files import replacing
 
+    if pin is not None and not is_digest(pin):
+        expected, hint = (
+            "a SHA-256 as 64 lower-case hex digits",
+            "lora list --json shows the digests",
+        )
+        raise ArgumentError("--pin", expected, repr(pin), hint)
     keys = frozenset(map(load_public_key, trust or []))
     policy = waived(Policy(keys, base_model=base_model), allow or [])
     options = {"policy": policy, "credentials": credentials, **deadlines}

@@ -19,7 +19,7 @@ def conformance(
     *,
     binding: str | None = None,
     command: str | None = None,
-    only: str | None = None,
+    only: list[str] | None = None,
     json_file: Path | None = None,
     junit: Path | None = None,
     timeout: Annotated[float, typer.Option(min=1)] = 300.0,
@@ -29,18 +29,29 @@ def conformance(
     Args:
         binding: package.module:NAME; this library itself if omitted.
         command: Program that serves an implementation in any language, such as "node binding.mjs".
-        only: One chapter (R4) or requirement (R4.9).
+        only: A chapter (R4) or a requirement (R4.9); repeatable.
         json_file: Write the verdicts to this file.
         junit: Write JUnit XML to this file.
         timeout: Seconds that one property may take.
     """
     from lora.testing.report import lines_of, red, run_suite, write_report
 
+    texts = [("--binding", binding), ("--command", command)]
+    for option, text in texts + [("--only", name) for name in only or ()]:
+        if text is not None and not text.strip():
+            raise typer.BadParameter("it is empty", param_hint=option)
+    if binding is not None and command is not None:
+        raise typer.BadParameter("it can't go with --command", param_hint="--binding")
     if json_file is not None:
         check_output("--json-file", json_file)
     with progress_bar("checking") as progress:
         report = run_suite(
-            binding, command=command, only=only, junit=junit, timeout=timeout, progress=progress
+            binding,
+            command=command,
+            only=only or (),
+            junit=junit,
+            timeout=timeout,
+            progress=progress,
         )
     if json_file is not None:
         write_report(report, json_file)

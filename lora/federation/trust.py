@@ -63,9 +63,10 @@ class Policy:
 
     def __post_init__(self) -> None:
         for name, items in (("trusted", self.trusted), ("pins", self.pins)):
-            if isinstance(items, str) or not all(map(is_digest, items)):
+            wrong = [items] if isinstance(items, str) else [i for i in items if not is_digest(i)]
+            if wrong:
                 expected = "a set of texts of 64 lower-case hex digits"
-                raise ArgumentError(f"policy: {name}", expected, shown(items))
+                raise ArgumentError(f"policy: {name}", expected, shown(wrong[0]))
             vars(self)[name] = frozenset(items)
 
     def pinned(self, digest: str) -> "Policy":

@@ -496,12 +496,12 @@ def _new_folder(
     A killed process leaves it, as ``.<name>.tmp``, to the next one, which takes it over; a lock
     keeps two that run at once apart.
     """
+    inner, outer = (Path(os.path.realpath(path)) for path in (out, base))
     if out.is_symlink():
-        raise ArgumentError(str(out), "a folder itself", "a link", f"name {os.path.realpath(out)}")
-    if out.is_mount():
+        raise ArgumentError(str(out), "a folder itself", "a link", f"name {inner}")
+    if inner.is_mount():
         hint = "name a new folder in it"
         raise ArgumentError(str(out), "a folder that can be renamed", "a mount point", hint)
-    inner, outer = out.resolve(), base.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise ArgumentError(str(out), f"a folder apart from {base}", inner)
     weights = _weights_of(out) if overwrite else set[Path]()
@@ -520,6 +520,7 @@ def _new_folder(
         expected = "a checkpoint alone in the folder to replace"
         hint = "move what is not to be lost"
         raise ArgumentError(str(out), expected, f"also {listed(sorted(lost))}", hint)
+    out = inner  # where "." has no name
     temporary, old = (out.with_name(f".{out.name}.{end}") for end in ("tmp", "old"))
     temporary.mkdir(exist_ok=True)
     lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

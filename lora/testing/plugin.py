@@ -90,7 +90,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("lora conformance").addoption
     add("--binding", help="implementation under test, package.module:NAME")
     add("--binding-command", help="program that serves an implementation, and its arguments")
-    add("--only", help="run the tests of one chapter (R4) or requirement (R4.9)")
+    tests = "run the tests of a chapter (R4) or requirement (R4.9); repeatable"
+    add("--only", action="append", help=tests)
     add(
         "--neutral",
         action="store_true",
@@ -127,17 +128,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def _is_foreign(config: pytest.Config) -> bool:
-    return bool(config.getoption("--binding") or config.getoption("--binding-command"))
+    options = config.getoption("--binding"), config.getoption("--binding-command")
+    return options != (None, None)
 
 
 def binding_of(config: pytest.Config) -> Any:
     """Return the implementation under test, which is loaded or started once a run."""
     if _BINDING not in config.stash:
         path, command = config.getoption("--binding"), config.getoption("--binding-command")
-        if path and command:
+        if None not in (path, command):
             raise ArgumentError("binding", "either --binding or --binding-command", "both")
         seconds = config.getoption("--conformance-timeout")
-        binding = started(command, seconds) if command else load_binding(path)
+        binding = load_binding(path) if command is None else started(command, seconds)
         config.stash[_BINDING] = binding
     return config.stash[_BINDING]
 
@@ -152,7 +154,7 @@ def started(command: str, seconds: float) -> RemoteBinding:
     try:
         binding = RemoteBinding(command, call_seconds=min(60.0, seconds))
     except (NoAnswer, ValueError) as error:
-        problem = " ".join(str(error).split())
+        problem = f"one that did not start: {' '.join(str(error).split())}"
         raise ArgumentError(where, "a process that says hello", problem) from error
     check_declared(binding, where)
     return binding
@@ -170,7 +172,7 @@ def load_binding(path: str | None) -> Any:
         ArgumentError: There is no such object, it has no member of a `Binding`, or it declares
             failures of unknown properties.
     """
-    path = path or os.environ.get("LORA_BINDING") or REFERENCE
+    path = os.environ.get("LORA_BINDING") or REFERENCE if path is None else path
     module, _, name = path.partition(":")
     try:
         binding = getattr(import_module(module), name)
@@ -206,7 +208,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [
         item
         for item in items
-        if (only is None or any(i == only or i.startswith(f"{only}.") for i in _ids(item)))
+        if (
+            only is None or any(f"{i}.".startswith(f"{name}.") for i in _ids(item) for name in only)
+        )
         and (not neutral or _uses_binding(item))
     ]
     if len(kept) < len(items):

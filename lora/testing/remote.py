@@ -149,13 +149,15 @@ class RemoteBinding:
         call_seconds: How long it may take to answer.
 
     Raises:
-        NoAnswer: It can't be started, or does not say hello in this protocol.
+        NoAnswer: It names no program, can't be started, or does not say hello in this protocol.
     """
 
     def __init__(
         self, command: str, *, start_seconds: float = 120.0, call_seconds: float = 60.0
     ) -> None:
         self._command = shlex.split(command)
+        if not any(self._command[:1]):
+            raise NoAnswer("it names no program")
         self._start_seconds, self._call_seconds = start_seconds, call_seconds
         self._number = self._failed_starts = 0
         self._callbacks = weakref.WeakValueDictionary[int, Callable[..., Any]]()

@@ -28,9 +28,6 @@ from lora.testing.requirements import Requirement, read_spec
 SCHEMA_VERSION = 1
 """Version of the JSON that `write_report` writes."""
 
-NO_TESTS = 5
-"""pytest's exit status where no test is selected."""
-
 VERDICTS = ("failed", "unexpected pass", "expected failure", "passed", "skipped")
 """What a requirement or a property may be; a requirement is the first that one of its tests is."""
 
@@ -220,7 +217,7 @@ def run_suite(
     binding: str | None,
     *,
     command: str | None = None,
-    only: str | None = None,
+    only: Sequence[str] = (),
     junit: Path | None = None,
     timeout: float = 300.0,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
@@ -230,7 +227,7 @@ def run_suite(
     Args:
         binding: ``package.module:NAME``; None for this library.
         command: Program and arguments that serve a binding, in place of that.
-        only: A chapter or a requirement.
+        only: Chapters and requirements; default: all.
         junit: Where to write JUnit XML.
         timeout: Seconds that one property may take.
         progress: Called after each property with the number of those done, and of all.
@@ -239,8 +236,13 @@ def run_suite(
         MissingPackageError: pytest or Hypothesis is not installed.
         ArgumentError: No property is selected, or the suite can't run.
     """
-    if only and not any(only in (name, name.partition(".")[0]) for name in read_statements()):
-        raise ArgumentError("--only", "a known chapter or requirement", repr(only))
+    for name in only:
+        named = [s for s in read_statements().values() if name in (s.id, s.id.partition(".")[0])]
+        if not named:
+            raise ArgumentError("--only", "a known chapter or requirement", repr(name))
+        if all(statement.evidence != "P*" for statement in named):
+            expected = "a requirement that any implementation can be held to (P*)"
+            raise ArgumentError("--only", expected, f"{name!r}, of this library alone")
     if find_spec("pytest") is None or find_spec("hypothesis") is None:
         hint = "pip install 'lora-cards[test]'"
         raise MissingPackageError("conformance suite", "pytest, hypothesis", "not installed", hint)
@@ -250,9 +252,9 @@ def run_suite(
         options += ["-o", "console_output_style=count"]
         options += ["-p", "lora.testing.plugin", "-p", "no:cacheprovider", "--neutral"]
         options += [f"--conformance-json={path}", f"--conformance-timeout={timeout}"]
-        options += [f"--binding={binding}"] if binding else []
-        options += [f"--binding-command={command}"] if command else []
-        options += [f"--only={only}"] if only else []
+        options += [f"--binding={binding}"] if binding is not None else []
+        options += [f"--binding-command={command}"] if command is not None else []
+        options += [f"--only={name}" for name in only]
         options += [f"--junit-xml={junit.absolute()}"] if junit else []
         options += [str(folder_of("tests/properties"))]
         pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
@@ -264,9 +266,8 @@ def run_suite(
                         progress(int(count[1]), int(count[2]))
             errors.seek(0)
             last_line = errors.read().strip().rpartition("\n")[2]
-        if run.returncode == NO_TESTS:
-            expected = "a requirement that any implementation can be held to (P*)"
-            raise ArgumentError("--only", expected, f"{only!r}, of this library alone")
+        if refusal := re.fullmatch("ERROR: (.*?): expected (.*?), found (.*)", last_line):
+            raise ArgumentError(*refusal.groups())
         if run.returncode not in (0, 1) or not path.is_file():
             status = f"pytest's exit status {run.returncode}"
             raise ArgumentError("conformance suite", "a run with verdicts", last_line or status)

@@ -25,8 +25,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+try:
+    import numpy as np
+    import numpy.typing as npt
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"serve.py: {error}; install NumPy for {sys.executable}")
 
 with contextlib.suppress(ImportError):
     import ml_dtypes  # noqa: F401 - makes the name bfloat16 known to NumPy
@@ -186,8 +191,8 @@ class Server:
         self._objects: dict[int, Any] = {0: binding}
         """The binding, and the routers that it made."""
 
-    def run(self) -> None:
-        """Say hello, and answer."""
+    def say_hello(self) -> None:
+        """Say what the binding is, and what it has."""
         binding = self._objects[0]
         names = [name for name in dir(binding) if not name.startswith("_")]
         about = {"protocol": PROTOCOL, "name": binding.name, "version": str(binding.version)}
@@ -195,6 +200,9 @@ class Server:
         for name in ("missing", "domains", "expected_failures"):
             about[name] = getattr(binding, name, {})
         self._say({"hello": about})
+
+    def run(self) -> None:
+        """Answer."""
         for line in self._lines:
             call = json.loads(line)
             for handle in call["free"]:
@@ -248,9 +256,28 @@ def main(file: str, name: str = "BINDING") -> None:
     for own_name in ("serve", "lora.testing.serve"):  # one Lacks, however a binding imports it
         sys.modules[own_name] = sys.modules[__name__]
     sys.path.insert(0, str(path.parent))
-    binding = getattr(importlib.import_module(path.stem), name)
-    Server(binding() if isinstance(binding, type) else binding, lines, out).run()
+    if not path.is_file() or path.suffixes != [".py"]:
+        sys.exit(f"{path}: expected a file NAME.py; give the path of a binding's file")
+    try:
+        binding = getattr(importlib.import_module(path.stem), name)
+        server = Server(binding() if isinstance(binding, type) else binding, lines, out)
+        server.say_hello()
+    except (Exception, Lacks) as error:
+        if os.environ.get("LORA_DEBUG"):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [frame.lineno for frame in frames if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            places = [error.lineno]
+        is_missing = isinstance(error, ModuleNotFoundError)
+        hint = f"install it for {sys.executable}" if is_missing else "LORA_DEBUG=1 shows where"
+        place = ":".join(map(str, (path.name, *places[-1:])))
+        text = str(error.msg if isinstance(error, SyntaxError) else error)[:1000]
+        sys.exit(" ".join(f"{place}: {type(error).__name__}: {text}; {hint}".split()))
+    server.run()
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: serve.py FILE_OF_A_BINDING [NAME]")
     main(*sys.argv[1:])

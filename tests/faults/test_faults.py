@@ -71,7 +71,7 @@ def test_every_neutral_requirement_has_a_fault_that_was_made_for_it():
 @requirement("R24.3", "R24.1")
 def test_the_report_on_a_fault_says_what_it_declares(monkeypatch):
     monkeypatch.setenv("LORA_PROFILE", "dev")
-    report = run_suite("tests.faults.routing:ThresholdExclusive", only="R4")["requirements"]
+    report = run_suite("tests.faults.routing:ThresholdExclusive", only=["R4"])["requirements"]
     verdicts = {name: requirement["verdict"] for name, requirement in report.items()}
     failed = {name for name, verdict in verdicts.items() if verdict == "failed"}
     assert failed == ThresholdExclusive.turns_red

@@ -475,6 +475,16 @@ def test_a_link_as_the_output_is_refused_as_one_before_anything_is_written(base,
 
 
 @requirement("R26.6", "R7.8")
+def test_the_output_may_be_the_working_folder_but_no_mount_point(base, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fold_checkpoint(base, card_of(), ".")
+    assert state(tmp_path / "here").keys() == state(base).keys()
+    with pytest.raises(ArgumentError, match=r"/proc: .*a mount point; name a new folder"):
+        fold_checkpoint(base, card_of(), "/proc")
+
+
+@requirement("R26.6", "R7.8")
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_card_that_is_not_finite_is_named_and_not_the_base(base, tmp_path, value):
     pairs = dict(card_of().weights)

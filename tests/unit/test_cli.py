@@ -84,6 +84,28 @@ def one_line(text):
     return re.fullmatch(r"lora: [^\n]+\n", text) is not None and "Traceback" not in text
 
 
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+runpy.run_module("lora.cli", run_name="__main__")
+"""
+
+
+@requirement("R25.3")
+@pytest.mark.parametrize("module", ["typer", "rich.console", "lora.cli.suite", "json.decoder"])
+def test_an_interrupt_of_the_first_imports_is_one_line(module):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "lora: interrupted\n")
+
+
 # inspect
 
 

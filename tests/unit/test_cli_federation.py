@@ -50,6 +50,15 @@ class Serving:
 LOCAL = ("--host", "127.0.0.1", "--port", 0, "--no-announce", "--metrics-port", 0)
 
 
+@requirement("R25.3")
+@pytest.mark.parametrize("pin", ["3b7e", "", "A" * 64])
+def test_a_pin_that_is_no_digest_is_refused_by_name_before_a_peer_is_asked(here, pin):
+    code, out, err = here("fetch", "docs", "--peer", "127.0.0.1:1", "--pin", pin)
+    expected = "expected a SHA-256 as 64 lower-case hex digits"
+    hint = "lora list --json shows the digests"
+    assert (code, out, err) == (1, "", f"lora: --pin: {expected}, found {pin!r}; {hint}\n")
+
+
 @pytest.fixture
 def cards(tmp_path):
     path = tmp_path / "cards"

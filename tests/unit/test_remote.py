@@ -99,6 +99,72 @@ def test_a_process_that_does_not_start_is_told_in_one_line(fault, cause, tmp_pat
         assert "\n" not in str(error.value)
 
 
+FAULTS = {
+    "no file": (None, r"b\.py: expected a file NAME\.py; give the path"),
+    "no package": (
+        "import os\nimport no_such_package",
+        r"b\.py:2: ModuleNotFoundError: No module named 'no_such_package'; install it for /",
+    ),
+    "no syntax": ("x = (\n", r"b\.py:1: SyntaxError: '\(' was never closed; LORA_DEBUG=1 shows"),
+    "an error": ("\n\nint('x')", r"b\.py:3: ValueError: invalid literal .*; LORA_DEBUG=1 shows"),
+    "an error within": ("import json\njson.loads('{')", r"b\.py:2: JSONDecodeError: Expecting"),
+    "no object": ("BINDUNG = 1", r"b\.py: AttributeError: module 'b' has no attribute 'BINDING'"),
+    "no version": (
+        "class BINDING:\n    name = 'b'",
+        r"b\.py: AttributeError: 'BINDING' object has no attribute 'version'",
+    ),
+    "a constructor": (
+        "class BINDING:\n    def __init__(self):\n        1 / 0",
+        r"b\.py:3: ZeroDivisionError: division by zero",
+    ),
+    "no JSON": (
+        "class BINDING:\n    name, version, missing = 'b', 1, {'bind': {1}}",
+        r"b\.py: TypeError: Object of type set is not JSON",
+    ),
+    "a long text": ("raise ValueError('x' * 9999)", r"b\.py:1: ValueError: x{1000}; LORA"),
+    "two lines": ("raise ValueError('one\\n two')", r"b\.py:1: ValueError: one two; LORA"),
+}
+
+
+@requirement("R24.7")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_binding_that_can_not_be_served_is_told_with_its_place_and_no_traceback(fault, tmp_path):
+    source, cause = FAULTS[fault]
+    if source is not None:
+        (tmp_path / "b.py").write_text(source)
+    command = shlex.join([sys.executable, serve.__file__, str(tmp_path / "b.py")])
+    with pytest.raises(ArgumentError, match=cause) as error:
+        started(command, 60.0)
+    assert "one that did not start: the process ended with status 1; it wrote: " in str(error.value)
+    assert "Traceback" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@requirement("R24.7")
+def test_the_file_that_serves_says_how_it_is_called_and_that_numpy_is_missing(tmp_path):
+    command = [sys.executable, serve.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "usage: serve.py FILE_OF_A_BINDING [NAME]\n")
+    (tmp_path / "numpy.py").write_text("raise ImportError('no numpy here')")
+    shutil.copy(serve.__file__, tmp_path / "serve.py")
+    command = [sys.executable, str(tmp_path / "serve.py"), "b.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "no numpy here; install NumPy for /" in done.stderr
+
+
+@requirement("R24.7")
+def test_the_suite_says_directly_that_a_command_did_not_start(tmp_path):
+    for command, cause in (
+        ("gone", "one that did not start: gone can't be started: No such file"),
+        ("'' -x", "one that did not start: it names no program"),
+        ("'x", "one that did not start: No closing quotation"),
+    ):
+        with pytest.raises(ArgumentError, match=cause) as error:
+            run_suite(None, command=command, only=["R3.11"])
+        assert str(error.value).startswith(f"binding {command!r}: expected a process that says")
+
+
 @requirement("R24.7")
 def test_a_process_that_starts_no_more_is_given_up(tmp_path):
     binding = RemoteBinding(child("dies", tmp_path / "notes"))
@@ -112,7 +178,7 @@ def test_a_process_that_starts_no_more_is_given_up(tmp_path):
 
 @requirement("R24.7")
 def test_a_process_that_dies_fails_that_property_and_the_others_have_their_verdicts(tmp_path):
-    report = run_suite(None, command=child("dies at heads", tmp_path / "notes"), only="R3.11")
+    report = run_suite(None, command=child("dies at heads", tmp_path / "notes"), only=["R3.11"])
     tests = report["requirements"]["R3.11"]["tests"]
     failed = [test["falsified"] for test in tests if test["verdict"] == "failed"]
     assert len(failed) >= 2

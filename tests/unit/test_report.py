@@ -115,7 +115,7 @@ def test_all_errors_of_a_fixture_are_told_and_none_is_obeyed(tmp_path, monkeypat
 
 @requirement("R24.1", "R24.2", "R24.5")
 def test_a_run_says_what_failed_and_on_which_example():
-    report = run_suite("tests.faults.targets:Substring", only="R3.11")
+    report = run_suite("tests.faults.targets:Substring", only=["R3.11"])
     assert list(report["requirements"]) == ["R3.11"]
     entry = report["requirements"]["R3.11"]
     assert entry["verdict"] == "failed"
@@ -125,7 +125,7 @@ def test_a_run_says_what_failed_and_on_which_example():
         digits["falsified"], "    "
     )
     assert "@reproduce_failure(" in digits["falsified"]
-    good = run_suite("tests.bindings.numpy_only:BINDING", only="R4.4")["requirements"]["R4.4"]
+    good = run_suite("tests.bindings.numpy_only:BINDING", only=["R4.4"])["requirements"]["R4.4"]
     assert (good["verdict"], good["reason"]) == ("passed", "")
     # Whether the law's search meets a name that holds another is left to chance.
     assert (entry["classes"]["convention"], entry["classes"]["refusal"]) == ("failed", "passed")
@@ -135,7 +135,8 @@ def test_a_run_says_what_failed_and_on_which_example():
 @requirement("R25.3")
 def test_a_run_tells_how_many_properties_are_done():
     steps = []
-    run_suite("tests.faults.targets:Substring", only="R3.11", progress=lambda *n: steps.append(n))
+    options = {"only": ["R3.11"], "progress": lambda *step: steps.append(step)}
+    run_suite("tests.faults.targets:Substring", **options)
     assert steps == [(n, len(steps)) for n in range(1, len(steps) + 1)]
     assert len(steps) == 6
 
@@ -201,7 +202,7 @@ def test_a_report_shows_failures_first_with_their_evidence_and_folds_the_rest():
 )
 def test_a_binding_that_does_not_answer_has_its_verdict_and_the_rest_runs(kind, said, tmp_path):
     junit = tmp_path / "junit.xml"
-    report = run_suite(f"tests.bindings.broken:{kind}", only="R4", timeout=20, junit=junit)
+    report = run_suite(f"tests.bindings.broken:{kind}", only=["R4"], timeout=20, junit=junit)
     entries = report["requirements"]
     assert entries["R4.10"]["verdict"] == "failed"
     assert "R4.10" in red(report)
@@ -230,6 +231,47 @@ def test_the_command_prints_every_verdict_and_fails_with_an_undeclared_one(tmp_p
     assert conformance("--only", "R99")[0] == 1
 
 
+@requirement("R24.1", "R25.3")
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--command", ""], "--command: it is empty"),
+        (["--command", "  "], "--command: it is empty"),
+        (["--binding", ""], "--binding: it is empty"),
+        (["--only", ""], "--only: it is empty"),
+        (["--only", "R4", "--only", " "], "--only: it is empty"),
+        (["--binding", "a:B", "--command", "b"], "--binding: it can't go with --command"),
+    ],
+)
+def test_an_empty_option_or_two_bindings_are_an_error_of_usage(here, monkeypatch, line, said):
+    monkeypatch.setattr("lora.testing.report.run_suite", lambda *_, **__: pytest.fail("it ran"))
+    code, out, err = here("conformance", *line)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+    assert "--binding-command" not in err
+
+
+@requirement("R24.1")
+def test_several_only_are_all_run_and_one_that_nobody_can_be_held_to_is_refused():
+    report = run_suite("tests.bindings.numpy_only:BINDING", only=["R4.4", "R4.8"])
+    assert list(report["requirements"]) == ["R4.4", "R4.8"]
+    with pytest.raises(ArgumentError, match=r"held to .*, found 'R25.1', of this library alone"):
+        run_suite("tests.bindings.numpy_only:BINDING", only=["R4.4", "R25.1"])
+    with pytest.raises(ArgumentError, match="known chapter or requirement, found 'R99'"):
+        run_suite("tests.bindings.numpy_only:BINDING", only=["R4.4", "R99"])
+
+
+@requirement("R24.1")
+@pytest.mark.parametrize("option", ["--binding=", "--binding-command=", "--binding-command= "])
+def test_an_empty_binding_is_not_this_library_in_pytest(tmp_path, option):
+    (tmp_path / "test_own.py").write_text("def test_it(impl):\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-p", "lora.testing.plugin", "-c", os.devnull]
+    command += ["--rootdir", ".", option, "test_own.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stdout
+    assert "ERROR: binding '" in done.stderr
+
+
 @requirement("R24.1", "R24.5")
 @pytest.mark.parametrize(
     ("binding", "only", "profile", "message"),
@@ -250,8 +292,9 @@ def test_a_suite_that_can_not_run_says_why_in_one_line(
 ):
     monkeypatch.setenv("LORA_PROFILE", profile)
     with pytest.raises(ArgumentError) as error:
-        run_suite(binding, only=only)
+        run_suite(binding, only=[only])
     assert message in str(error.value)
+    assert "a run with verdicts" not in str(error.value)
     assert "\n" not in str(error.value)
 
 
