@@ -30,6 +30,7 @@ REPORTS = ROOT / "conformance"
 MARKS = {
     "passed": "✓",
     "failed": "✗",
+    "broken": "!",
     "expected failure": "(✗)",
     "skipped": "–",
     "unexpected pass": "?",
@@ -60,7 +61,7 @@ TRAINING = "data retrieval synthetic losses schedules ewc train online_adapter"
 EVOLUTION = (
     "probe documents novelty acceptance exam distill teacher queue database nights worker factory"
 )
-TESTING = "bench binding remote serve reference plugin tolerance strategies report requirements"
+TESTING = "bench binding domains remote serve reference plugin tolerance strategies report"
 REFERENCE = {
     "Cards": ["card", "arrow_format", "files", "ipc_check", "checks", "errors"],
     "Algebra and targets": [
@@ -82,7 +83,7 @@ REFERENCE = {
     "Federation": [f"federation.{name}" for name in f"{FEDERATION} stream_limits fork".split()],
     "Training": [*(f"training.{name}" for name in TRAINING.split()), "progress"],
     "Evolution": [*(f"evolution.{name}" for name in EVOLUTION.split()), "learning"],
-    "Testing": [f"testing.{name}" for name in TESTING.split()],
+    "Testing": [f"testing.{name}" for name in f"{TESTING} requirements".split()],
 }
 
 

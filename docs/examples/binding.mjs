@@ -103,6 +103,7 @@ await serve(
   {
     name: "plain JavaScript",
     version: "1",
+    domains: { forward: { dtypes: ["float32", "float64"] } },
     missing: {
       write_card: noCards,
       read_card: noCards,

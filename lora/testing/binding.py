@@ -39,11 +39,12 @@ class Router(Protocol):
 class Binding(Protocol):
     """An implementation under test. Any exception counts as a refusal.
 
-    Two attributes may say what it does not do. ``missing`` maps members that it lacks to the
-    reason. ``expected_failures`` maps a requirement to the properties of it that fail, each with a
-    reason and the place in the source: ``{"R3.11": {"test_r03_manager.py::test_…": ("it knows no
-    all-linear", "targets.py: match")}}``. A failure that is declared for one requirement is still
-    one of any other that the property names.
+    Three attributes may say what it does not do. ``missing`` maps members that it lacks to the
+    reason. ``domains`` maps members to the limits of what they offer, in the words of
+    `lora.testing.domains`. ``expected_failures`` maps a requirement to the properties of it that
+    fail, each with a reason and the place in the source: ``{"R3.11":
+    {"test_r03_manager.py::test_…": ("it knows no all-linear", "targets.py: match")}}``. A failure
+    that is declared for one requirement is still one of any other that the property names.
     """
 
     name: str

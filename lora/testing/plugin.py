@@ -27,8 +27,9 @@ from hypothesis.errors import FailedHealthCheck, InvalidArgument, Unsatisfiable
 
 from lora.errors import ArgumentError
 from lora.testing.binding import Binding, Lacks
+from lora.testing.domains import DECLARED, smoke, within
 from lora.testing.remote import NoAnswer, RemoteBinding
-from lora.testing.report import Outcome, check_declared, report_of, write_report
+from lora.testing.report import BROKEN, Outcome, check_declared, report_of, write_report
 
 REFERENCE = "lora.testing.reference:BINDING"
 
@@ -62,17 +63,24 @@ class Hang(BaseException):
     """A test ran for too long. Not an Exception, so that no handler takes it for a refusal."""
 
 
+class BrokenBinding(NoAnswer):
+    """A member does not take the simplest legal input, so that no property of it says anything."""
+
+
 class Subject:
     """The binding under test as tests see it.
 
     A member that the binding declares missing skips the test; one that is missing without a
-    declaration fails where it is used.
+    declaration fails where it is used. Before its first use a member is tried once.
     """
 
     def __init__(self, binding: Any) -> None:
         self.binding = binding
         self.missing: dict[str, str] = dict(getattr(binding, "missing", {}))
         self.expected = getattr(binding, "expected_failures", {})
+        self.domains = getattr(binding, "domains", {})
+        self._broken: dict[str, str] = {}
+        """Each member that was tried, and what is wrong with it, if anything."""
 
     def __getattr__(self, member: str) -> Any:
         if member not in MEMBERS:
@@ -82,7 +90,22 @@ class Subject:
         if not hasattr(self.binding, member):
             message = f"binding {self.binding.name!r} has no {member!r} and does not declare it"
             raise NoAnswer(message)  # no Exception, which a test for a refusal would accept
-        return getattr(self.binding, member)
+        function, limits = getattr(self.binding, member), self.domains.get(member, {})
+        if limits:
+            function = within(member, function, limits)
+        if member not in self._broken:
+            self._broken[member] = ""
+            try:
+                smoke(self.binding, member, function)
+            except Lacks:
+                pass
+            except (Exception, NoAnswer, Hang) as error:  # noqa: BLE001 - however it fails
+                cause = "refuses" if isinstance(error, Exception) else "gives no answer to"
+                told = f"{cause} the simplest legal input: {_falsified(error)}"
+                self._broken[member] = f"{BROKEN}member {member} {told}"
+        if self._broken[member]:
+            raise BrokenBinding(self._broken[member])
+        return function
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -141,6 +164,7 @@ def binding_of(config: pytest.Config) -> Any:
         seconds = config.getoption("--conformance-timeout")
         binding = load_binding(path) if command is None else started(command, seconds)
         config.stash[_BINDING] = binding
+        DECLARED.update(getattr(binding, "domains", {}))
     return config.stash[_BINDING]
 
 
@@ -281,12 +305,15 @@ def pytest_runtest_makereport(
         item.user_properties.append(("class", max(kinds, default="")))
         item.user_properties.append(("examples", sum(int(n) for pair in counts for n in pair)))
         if call.excinfo is not None and broken:
-            item.user_properties.append(("falsified", _falsified(call.excinfo.value)))
+            error = call.excinfo.value
+            text = str(error) if isinstance(error, BrokenBinding) else _falsified(error)
+            item.user_properties.append(("falsified", text))
     report: Any = yield
     subject = getattr(item, "funcargs", {}).get("impl")
     if call.when == "call" and report.failed and isinstance(subject, Subject):
         declared = [subject.expected.get(i, {}).get(_name(item)) for i in _ids(item)]
-        if all(declared):  # for each requirement that the test names
+        is_broken = call.excinfo is not None and call.excinfo.errisinstance(BrokenBinding)
+        if all(declared) and not is_broken:  # for each requirement that the test names
             report.outcome, report.wasxfail = "skipped", declared[0][0]
     return report
 
@@ -302,10 +329,12 @@ class Collector:
         notes: dict[str, Any] = dict(report.user_properties)
         if "requirements" not in notes or not (report.when == "call" or report.failed):
             return
-        verdict = "failed" if hasattr(report, "wasxfail") else report.outcome
+        verdict: str = "failed" if hasattr(report, "wasxfail") else report.outcome
         reason = str(notes.get("falsified", ""))
         if not reason and isinstance(report.longrepr, tuple):
             reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason.startswith(BROKEN):
+            verdict = "broken"
         test, ids = str(notes["property"]), tuple(notes["requirements"])
         examples, kind = notes.get("examples", 0), str(notes["class"])
         self.outcomes.append(Outcome(test, ids, verdict, examples, reason, kind))

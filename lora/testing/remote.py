@@ -162,6 +162,8 @@ class RemoteBinding:
         self._number = self._failed_starts = 0
         self._callbacks = weakref.WeakValueDictionary[int, Callable[..., Any]]()
         self._process: _Process | None = None
+        self._outside: Lacks | None = None
+        """What a function of the suite says to the call in place of any answer."""
         self._is_busy = False
         """Whether its last call was not answered; nobody knows then what it will say next."""
         self._ready()
@@ -243,6 +245,8 @@ class RemoteBinding:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             process.give_up(f"answered {member} wrongly: {error!r}"[:300])
         self._is_busy = False
+        if self._outside is not None:
+            outcome, self._outside = self._outside, None
         if isinstance(outcome, Lacks | RefusalError):
             raise outcome
         return outcome
@@ -253,7 +257,8 @@ class RemoteBinding:
         arguments = decode(answer["args"], dict[int, Any]().__getitem__)
         try:
             return {"ok": encode(function(*arguments), dict[int, Any]().__getitem__)}
-        except Exception as error:  # noqa: BLE001 - whatever it raises, the process has to know
+        except (Exception, Lacks) as error:  # noqa: BLE001 - the process has to know, whatever it is
+            self._outside = error if isinstance(error, Lacks) else None
             return {"refused": f"{type(error).__name__}: {error}"}
 
 

@@ -23,14 +23,17 @@ import lora
 from lora.errors import ArgumentError, MissingPackageError, shown
 from lora.files import replacing
 from lora.testing import folder_of
+from lora.testing.domains import check_domains
 from lora.testing.requirements import Requirement, read_spec
 
 SCHEMA_VERSION = 1
 """Version of the JSON that `write_report` writes."""
 
-VERDICTS = ("failed", "unexpected pass", "expected failure", "passed", "skipped")
+VERDICTS = ("failed", "broken", "unexpected pass", "expected failure", "passed", "skipped")
 """What a requirement or a property may be; a requirement is the first that one of its tests is."""
 
+BROKEN = "binding broken: "
+"""How the cause begins where the binding does not take the simplest legal input."""
 
 _COUNT = re.compile(r"\[ *(\d+)/(\d+)\]$")
 
@@ -45,7 +48,7 @@ class Outcome:
     """How one property went.
 
     Args:
-        verdict: "passed", "failed" or "skipped".
+        verdict: "passed", "failed", "broken" or "skipped".
         falsified: The failing example, or the reason of a skip.
         kind: One of `CLASSES`.
     """
@@ -80,11 +83,12 @@ def read_properties() -> frozenset[str]:
 
 
 def check_declared(binding: Any, where: str) -> None:
-    """Refuse a binding that declares failures of what the suite does not have, or without a reason.
+    """Refuse a binding that declares unknown domains, or failures of unknown properties.
 
     ``expected_failures`` maps a requirement to the properties of it that fail, and each of them to
     a reason and its place in the binding's source.
     """
+    check_domains(getattr(binding, "domains", {}), f"{where}: domains")
     for name, failures in getattr(binding, "expected_failures", {}).items():
         expected = "a known requirement, and its properties with (reason, place)"
         if name not in read_statements() or not isinstance(failures, Mapping):
@@ -138,7 +142,7 @@ def report_of(
 def _judged(outcome: Outcome, reason: str = "", place: str = "") -> dict[str, Any]:
     """Return a test's entry; with a reason, its failure was declared for this requirement."""
     verdict = outcome.verdict
-    if reason and verdict != "skipped":
+    if reason and verdict in ("passed", "failed"):
         verdict = "unexpected pass" if verdict == "passed" else "expected failure"
     return {
         "test": outcome.test,
@@ -146,7 +150,7 @@ def _judged(outcome: Outcome, reason: str = "", place: str = "") -> dict[str, An
         "verdict": verdict,
         "examples": outcome.examples,
         "falsified": outcome.falsified,
-        "reason": outcome.falsified if verdict == "skipped" else reason,
+        "reason": outcome.falsified if verdict in ("skipped", "broken") else reason,
         "place": place,
     }
 
@@ -157,21 +161,31 @@ def verdict_of(verdicts: Collection[str]) -> str:
 
 
 def red(report: Mapping[str, Any]) -> list[str]:
-    """Return the requirements that failed without being declared to."""
-    return [name for name, entry in report["requirements"].items() if entry["verdict"] == "failed"]
+    """Return the requirements that failed without being declared to, or could not be tested."""
+    entries = report["requirements"].items()
+    return [name for name, entry in entries if entry["verdict"] in VERDICTS[:2]]
 
 
 def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
     """Yield a report as text, failures first, each with what to paste to see it again."""
     entries, seen = report["requirements"], set[str]()
-    for verdict in VERDICTS[:3]:
+    broken = [
+        (test["reason"], name)
+        for name, entry in entries.items()
+        for test in entry["tests"]
+        if test["verdict"] == "broken"
+    ]
+    for reason in dict.fromkeys(reason for reason, _ in broken):
+        ids = dict.fromkeys(name for cause, name in broken if cause == reason)
+        yield f"{reason}\n  not tested: {', '.join(ids)}"
+    for verdict in ("failed", *VERDICTS[2:4]):
         for name, entry in entries.items():
             if entry["verdict"] == verdict:
                 yield f"{name} {verdict}: {entry['statement']}"
                 yield from _evidence(entry, seen)
     reasons: dict[str, list[str]] = {}
     for name, entry in entries.items():
-        if entry["verdict"] in VERDICTS[3:]:
+        if entry["verdict"] in VERDICTS[4:]:
             reasons.setdefault(f"{entry['verdict']} {entry['reason']}".strip(), []).append(name)
     for reason, names in sorted(reasons.items()):
         yield f"{reason}: {', '.join(names)}"

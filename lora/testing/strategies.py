@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lora.card import DTYPES, Array
 from lora.testing.binding import PlainCard, PlainPair, Term
+from lora.testing.domains import limit
 
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -167,10 +168,17 @@ def plain_cards(
 
 
 @st.composite
+def layer_dtypes(draw: st.DrawFn) -> np.dtype[Any]:
+    """A dtype of the layers that the binding under test has."""
+    return draw(st.sampled_from([DTYPES[name] for name in limit("forward", "dtypes", DTYPES)]))
+
+
+@st.composite
 def leading_shapes(draw: st.DrawFn) -> tuple[int, ...]:
     """Leading dimensions of an input: none, several, seldom one of size zero."""
     sizes = st.sampled_from([1, 2, 3, 1, 2, 3, 1, 2, 3, 0])
-    return tuple(draw(st.lists(sizes, max_size=3)))
+    least = limit("forward", "dimensions", 1) - 1
+    return tuple(draw(st.lists(sizes, min_size=least, max_size=max(least, 3))))
 
 
 @st.composite
@@ -182,8 +190,15 @@ def layers(
     whole: bool = False,
     dtype: np.dtype[Any] | None = None,
 ) -> tuple[Array, Array, Array | None, Mapping[str, Term]]:
-    """Input, weight, bias and named terms of one layer, of one dtype; small integers if `whole`."""
-    dtype = draw(dtypes) if dtype is None else dtype
+    """Input, weight, bias and named terms of one layer, of one dtype; small integers if `whole`.
+
+    Within the domains of the binding under test, but for at least `min_terms` terms.
+    """
+    dtype = draw(layer_dtypes()) if dtype is None else dtype
+    max_terms = max(min_terms, min(max_terms, limit("forward", "terms", max_terms)))
+    scales = st.sampled_from([1.0, 2.0, -1.0, 3.0]) if whole else st.floats(-4, 4, width=16)
+    if limit("forward", "scaling", None):
+        scales = scales.filter(bool)
     rows, columns = draw(_sizes), draw(_sizes)
     elements = integers if whole else numbers
     x = draw(elements(dtype, (*draw(leading_shapes()), rows)))
@@ -192,9 +207,7 @@ def layers(
     terms: dict[str, Term] = {}
     for name in draw(st.lists(names, min_size=min_terms, max_size=max_terms, unique=True)):
         rank = draw(st.one_of(ranks, st.just(min(rows, columns))))
-        scale = draw(
-            st.sampled_from([1.0, 2.0, -1.0, 3.0]) if whole else st.floats(-4, 4, width=16)
-        )
+        scale = draw(scales)
         weighted = draw(
             st.sampled_from([1.0, 0.0, 2.0, -1.0]) if whole else st.floats(-2, 2, width=16)
         )

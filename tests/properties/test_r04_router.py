@@ -16,6 +16,7 @@ from lora.card import LoRACard
 from lora.errors import ArgumentError, ShapeError
 from lora.router import LoRARouter
 from lora.routing import EMPTY, Candidate, calibrate, candidate_of, rank, select, shortlist, unit
+from lora.testing.domains import has_length, limit
 from lora.testing.plugin import requirement
 from lora.testing.strategies import ALIKE, names
 from lora.testing.tolerance import gamma
@@ -46,7 +47,7 @@ vectors = st.one_of(
     st.sampled_from(WHOLE),
     st.sampled_from(HALFWAY),
     st.just((0.0,) * WIDTH),
-)
+).filter(lambda vector: has_length(vector, *limit("make_router", "lengths", (0.0, math.inf))))
 COUNTS = st.integers(1, 9) | st.sampled_from([17, 65, 129, 257])
 """How many of a kind: about the sizes of batches and blocks."""
 

@@ -16,9 +16,10 @@ from lora.models.adapt import adapt
 from lora.models.layers import LoRALinear
 from lora.models.manager import LoRAManager
 from lora.testing.binding import Term
+from lora.testing.domains import limit
 from lora.testing.plugin import requirement
 from lora.testing.reference import linear_of, tensor_of
-from lora.testing.strategies import dtypes, features, integers, layers, numbers, ranks
+from lora.testing.strategies import features, integers, layer_dtypes, layers, numbers, ranks
 from lora.testing.tolerance import exact, layer_bound, magnitude, roundoff
 
 F64 = np.dtype(np.float64)
@@ -29,13 +30,13 @@ FINE_WEIGHTS = WHOLE_WEIGHTS | st.sampled_from([2.0**-10, 1 - 2.0**-20, -0.125, 
 @st.composite
 def several(draw, *, whole=False, dtype=None, least=2):
     """Input, weight, bias and two or more terms, which may differ in rank."""
-    dtype = draw(dtypes) if dtype is None else dtype
+    dtype = draw(layer_dtypes()) if dtype is None else dtype
     rows, columns = draw(features), draw(features)
     elements = integers if whole else numbers
     x, weight = draw(elements(dtype, (2, rows))), draw(elements(dtype, (columns, rows)))
     bias = draw(st.none() | elements(dtype, (columns,)))
     terms = {}
-    count = draw(st.sampled_from([least, 2, 3, 4, 9]))
+    count = min(draw(st.sampled_from([least, 2, 3, 4, 9])), max(2, limit("forward", "terms", 9)))
     for name in draw(st.permutations("abcdefghi"))[:count]:
         rank = draw(ranks)
         a, b = draw(elements(dtype, (rows, rank))), draw(elements(dtype, (rank, columns)))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lora.merging import STRATEGIES, content_digest, merge
 from lora.testing.binding import PlainCard, PlainPair
+from lora.testing.domains import limit
 from lora.testing.plugin import requirement
 from lora.testing.reference import card_of, plain_of
 from lora.testing.strategies import ALIKE, dtypes, features, integers, numbers, ranks
@@ -36,6 +37,7 @@ DENSITIES = st.sampled_from([0.1, 0.25, 0.5, 0.6, 0.9, 1.0]) | st.floats(0.001, 
 WIDTHS = [8, 16, 31, 32, 53, 63]
 SEEDS = st.integers(0, 2**31) | st.sampled_from([2**width + 1 for width in WIDTHS])
 WIDE_RANKS = st.sampled_from([2**8 + 1, 2**16 + 1])
+SCALINGS = st.sampled_from([1.0, 2.0, -0.5, 0.25] * 2 + [2.0**-16])
 CHANCE = 1e-9
 """How often an honest implementation may fail an example by chance."""
 
@@ -65,32 +67,35 @@ def elements(dtype, shape, *, whole):
 
 
 @st.composite
-def one(draw, name, shapes, *, dtype=F64, whole=True, inner=ranks):
+def one(draw, name, shapes, *, dtype=F64, whole=True, inner=ranks, scalings=SCALINGS):
     """A card with these modules ``(in, out)``."""
     weights = {}
     for module, (rows, columns) in shapes.items():
         rank = draw(inner)
         a = draw(elements(dtype, (rows, rank), whole=whole))
         b = draw(elements(dtype, (rank, columns), whole=whole))
-        scaling = st.sampled_from([1.0, 2.0, -0.5, 0.25] * 2 + [2.0**-16])
-        weights[module] = PlainPair(a, b, draw(scaling))
+        weights[module] = PlainPair(a, b, draw(scalings))
     return card_with(name, weights)
 
 
 @st.composite
 def several(draw, *, least=1, most=4, dtype=F64, whole=True, everywhere=True):
     """Cards of different or of one rank, unless `everywhere` of different modules; of one dtype
-    unless that is None.
+    unless that is None. They are alike where the binding under test merges no others.
     """
     modules = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=2, unique=True))
     shapes, cards = {module: (draw(features), draw(features)) for module in modules}, []
-    inner = draw(st.just(ranks) | ranks.map(st.just))
+    inner, kinds, scalings = draw(st.just(ranks) | ranks.map(st.just)), dtypes, SCALINGS
+    if limit("merge", "cards", None) == "alike":
+        inner, kinds, scalings = (st.just(draw(each)) for each in (ranks, dtypes, SCALINGS))
+        everywhere = True
     known = st.lists(st.sampled_from("abcdef"), min_size=least, max_size=most, unique=True)
     for name in draw(known):
         held = modules if everywhere else draw(st.lists(st.sampled_from(modules), unique=True))
-        own = dtype or draw(dtypes)
+        own = dtype or draw(kinds)
         own_shapes = {module: shapes[module] for module in held}
-        cards.append(draw(one(name, own_shapes, dtype=own, whole=whole, inner=inner)))
+        options = {"dtype": own, "whole": whole, "inner": inner, "scalings": scalings}
+        cards.append(draw(one(name, own_shapes, **options)))
     return cards
 
 
@@ -137,7 +142,9 @@ def weights_for(draw, strategy, cards, choice=POSITIVE):
 
 def choose(data, cards, strategy):
     """Options, weights where the strategy takes them, and a rank at which nothing is lost."""
-    options = data.draw(st.sampled_from(OPTIONS[strategy]))
+    allowed = limit("merge", "strategies", {}).get(strategy, {})
+    known = [o for o in OPTIONS[strategy] if all(o.get(k) in allowed.get(k, [o.get(k)]) for k in o)]
+    options = data.draw(st.sampled_from(known or OPTIONS[strategy]))
     rank = FULL if strategy in DENSE else None
     return options, weights_for(data.draw, strategy, cards), rank
 

@@ -19,6 +19,7 @@ HELLOS = {
     "another protocol": {**HELLO, "protocol": 2},
     "no name": {key: value for key, value in HELLO.items() if key != "name"},
     "members are a number": {**HELLO, "members": 3},
+    "domains are a number": {**HELLO, "domains": 3},
     "failures without reasons": {**HELLO, "expected_failures": {"R3.11": "it differs"}},
 }
 

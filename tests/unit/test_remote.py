@@ -88,6 +88,7 @@ def test_what_is_no_answer_is_told_with_its_cause_and_the_next_call_is_answered(
         ("no name", "no hello of protocol 1: KeyError.'name'"),
         ("members are a number", "no hello of protocol 1: TypeError"),
         ("failures without reasons", "no hello of protocol 1: AttributeError"),
+        ("domains are a number", "no hello of protocol 1: TypeError"),
     ],
 )
 def test_a_process_that_does_not_start_is_told_in_one_line(fault, cause, tmp_path):
@@ -299,6 +300,21 @@ def test_routers_stay_in_the_process_and_call_back(odd):
     with pytest.raises(NoAnswer, match="that had this router has ended"):
         second.select("x", 1, None)
     assert odd.write_card(odd.read_card(b"c")) == b"c"
+
+
+@requirement("R24.11")
+def test_a_vector_that_a_router_in_a_process_does_not_take_is_no_refusal_and_ends_nothing(odd):
+    def embed(texts):
+        if texts == ["too long"]:
+            raise Lacks("a vector of length 9")
+        return np.ones((len(texts), 2))
+
+    router, process = odd.make_router(embed), odd._process
+    with pytest.raises(Lacks, match="of length 9"):
+        router.register("a", ["too long"])
+    router.register("b", ["short"])
+    assert router.select("x", 1, None) == [("b", 2.0)]
+    assert odd._process is process
 
 
 @requirement("R24.7")
