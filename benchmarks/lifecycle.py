@@ -27,6 +27,7 @@ from lora.card import LoRACard, LowRank
 from lora.models.manager import LoRAManager
 
 MILLISECONDS = {"R6.1": 100, "R6.2": 500, "R6.6": 100}
+PRESENT = (1, 10, 100, 1000)  # cards that a manager knows
 
 
 def loading(*, quick: bool) -> Iterator[Row]:
@@ -175,7 +176,7 @@ def present(*, quick: bool) -> Iterator[Row]:
     manager = LoRAManager(base)
     first: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for count in (1, 10) if quick else (1, 10, 100, 1000):
+        for count in PRESENT[:2] if quick else PRESENT:
             before, paths = settled(), []
             for i in range(len(manager.list_cards()), count):
                 paths.append(f"{folder}/{i}.lora.arrow")

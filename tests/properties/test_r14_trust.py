@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora import errors
@@ -45,13 +45,14 @@ FIELDS = sorted(set(Manifest.__dataclass_fields__) - {"signature"})
 
 
 @requirement("R14.1")
-@given(MANIFESTS, KEYS, MANIFESTS, st.sampled_from(FIELDS))
-def test_a_signature_holds_for_what_was_signed_and_for_nothing_else(manifest, key, other, field):
+@given(MANIFESTS, KEYS, MANIFESTS)
+def test_a_signature_holds_for_what_was_signed_and_for_nothing_else(manifest, key, other):
     signed, policy = sign(manifest, key), Policy(frozenset({public_key(key)}))
     check_signature(signed, policy)
-    assume(getattr(other, field) != getattr(manifest, field))
-    with pytest.raises(errors.SignatureError):
-        check_signature(replace(signed, **{field: getattr(other, field)}), policy)
+    for field in FIELDS:
+        if (value := getattr(other, field)) != getattr(manifest, field):
+            with pytest.raises(errors.SignatureError):
+                check_signature(replace(signed, **{field: value}), policy)
 
 
 def verdict(check, *args):

@@ -1,6 +1,7 @@
 """adapt and its kin: one test for each way in which a copy could reach back to its original."""
 
 import copy
+import hashlib
 import pickle
 import threading
 import weakref
@@ -741,6 +742,17 @@ def test_a_card_for_other_weights_is_refused_unless_that_is_waived(model):
     ):
         adapt(model, marked)
     assert isinstance(adapt(model, marked, check_base=False).out, LoRALinear)
+
+
+@requirement("R1.13")
+def test_a_fingerprint_goes_through_the_weights_by_the_names_that_the_card_has_for_them():
+    first, second = nn.Linear(2, 3), nn.Linear(2, 3)
+    model = nn.ModuleDict({"a": nn.ModuleDict({"z": first}), "b": nn.ModuleDict({"y": second})})
+    pair = LowRank(np.ones((2, 1), np.float32), np.ones((1, 3), np.float32), 1.0)
+    sha = hashlib.sha256()
+    for key, linear in (("y", second), ("z", first)):
+        sha.update(f"{key}\0float32\0(3, 2)\0".encode() + linear.weight.detach().numpy().tobytes())
+    assert fingerprint(model, card("z", "y", pair=pair)) == sha.hexdigest()
 
 
 @requirement("R1.13")

@@ -809,6 +809,10 @@ def test_the_page_on_the_format_states_each_byte_column_and_key_without_python()
     page = read("docs/format.md")
     rows = re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", page, re.MULTILINE)
     assert FORMAT.items() <= dict(rows).items()
+    order = ["6 + 2", "4 + 4 + n", "4 + 4 + m", "body", "4 + 4", "f", "4", "6"]
+    order += ["column", "`module`", "`scaling`", "`A`", "`B`"]
+    start = [cell for cell, _ in rows].index(order[0])
+    assert [cell for cell, _ in rows[start : start + len(order)]] == order
     for words in (
         "Integers are little-endian",
         "padded with zeros to a multiple of 8 bytes",

@@ -193,6 +193,14 @@ def test_the_cards_dtype_is_that_of_the_widest_weights():
     assert extract_direct(mixed, 1, dtype="bfloat16").dtype == ml_dtypes.bfloat16
 
 
+@requirement("R16.2")
+def test_a_direction_a_billion_times_smaller_than_the_largest_is_extracted_too():
+    change = np.array([[1.0, 0.0], [0.0, 1e-9], [0.0, 0.0]])
+    card = extract_delta({"q.weight": np.zeros((3, 2))}, {"q.weight": change}, 2)
+    pair = card.weights["q"]
+    assert np.allclose((pair.A @ pair.B).T * pair.scaling, change, rtol=1e-6, atol=1e-15)
+
+
 @pytest.mark.parametrize("method", ["full", "randomized"])
 def test_models_that_are_given_stay_as_they_are(method):
     base, tuned = weights(2), weights(2, seed=1)

@@ -1,5 +1,7 @@
 """The server through plain pyarrow.flight: what any client sees, and what none can do."""
 
+import ast
+import inspect
 import itertools
 import json
 import os
@@ -8,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pyarrow as pa
@@ -181,6 +184,14 @@ def test_serving_is_read_only(plain, folder):
     with pytest.raises(flight.FlightServerError, match=r"^bad request"):
         action(plain, "delete", b"docs")
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@requirement("R11.5")
+def test_a_server_has_the_actions_that_it_names_and_no_others():
+    (function,) = ast.parse(dedent(inspect.getsource(LoRAFlightServer.do_action))).body
+    patterns = [node for node in ast.walk(function) if isinstance(node, ast.match_case)]
+    *actions, last = [ast.unparse(case.pattern).strip("'") for case in patterns]
+    assert (sorted(actions), last) == (["card", "health", "list", "version"], "_")
 
 
 @requirement("R11.1", "R5.16")

@@ -303,6 +303,16 @@ def test_a_layer_can_be_copied_and_the_copy_loaded(base, make, way):
     assert not twin.weight.any()
 
 
+@requirement("R2.5")
+@pytest.mark.parametrize("lead", [(), (2,), (0,), (1, 2, 3), (2, 0, 1)])
+@pytest.mark.parametrize("kind", ["adapted", "trainable"])
+def test_a_layer_takes_any_leading_dimensions_in_training_too(base, kind, lead):
+    x = torch.ones(*lead, 4)
+    out = MAKERS[kind](base)(x)
+    assert out.shape == (*lead, 3)
+    assert torch.allclose(out, base(x) + 4)  # 0.5 · (1 1 1 1) A B
+
+
 @requirement("R2.7", "R2.8")
 def test_training_a_layer_moves_its_factors_and_leaves_the_base_alone(base):
     before, layer = base.weight.detach().clone(), TrainableLinear(base, PAIR)

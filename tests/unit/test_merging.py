@@ -202,6 +202,13 @@ def test_what_comes_from_one_card_keeps_that_cards_factors(dtype):
     assert merge([one, replace(one, name="twin")]).weights == one.weights
 
 
+@requirement("R20.3")
+@pytest.mark.parametrize("strategy", ["average", "cat", "ties"])
+def test_the_order_of_cards_of_one_name_changes_no_bit(strategy):
+    versions = [card("docs", seed=seed, rank=seed + 1) for seed in range(4)]
+    assert merge(versions, strategy) == merge(versions[::-1], strategy)
+
+
 @requirement("R20.8")
 @pytest.mark.parametrize("strategy", ["task_arithmetic", "weighted", "cat", "ties"])
 def test_where_nothing_is_left_there_is_no_row(strategy):

@@ -78,6 +78,14 @@ def test_the_published_page_states_parameters_and_bytes_on_both_models(monkeypat
     assert sum(line.startswith("| ") for line in page.splitlines()) == 1 + 2 * len(PRESETS)
 
 
+@requirement("R21.2")
+@pytest.mark.parametrize(("dtype", "nbytes"), [("float16", "147,456"), ("float64", "589,824")])
+def test_a_table_has_the_bytes_of_the_dtype_that_it_names(dtype, nbytes):
+    head, _, *rows = cost_table({"MiniLM": MINILM}, dtype=dtype).splitlines()
+    assert head.endswith(f"| parameters | bytes ({dtype}) |")
+    assert rows[-1] == f"| MiniLM | reviewer | 8 | 16 | 12 | 73,728 | {nbytes} |"
+
+
 @requirement("R21.1", "R21.2")
 @pytest.mark.parametrize("task", list(PRESETS))
 def test_a_preset_is_what_a_fresh_card_of_the_real_encoder_has(task):

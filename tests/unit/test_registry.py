@@ -140,6 +140,19 @@ def test_an_active_card_is_in_use_and_a_cycle_of_garbage_is_not(registry_of):
 
 
 @requirement("R22.3")
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_card_of_which_one_factor_is_held_is_in_use(registry_of, factor):
+    registry = registry_of(["docs", "law"], max_cards=1)
+    (pair,) = registry.get("docs").weights.values()
+    held = getattr(pair, factor)
+    del pair
+    with pytest.raises(RegistryFull):
+        registry.get("law")
+    del held
+    assert registry.get("law").name == "law"
+
+
+@requirement("R22.3")
 def test_a_snapshot_never_changes_and_keeps_nothing_mapped(registry_of, written, tmp_path):
     registry = registry_of(["docs"])
     registry.get("docs")

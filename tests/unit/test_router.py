@@ -26,6 +26,7 @@ def card(name="docs", **metadata):
         {"description": "b"},
         {"examples": ["a", "b"]},
         {"description": "a", "examples": "b"},
+        {"description": "b", "examples": ["a", "c"]},
         {"examples": [None, "b"]},
     ],
 )

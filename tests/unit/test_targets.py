@@ -124,6 +124,8 @@ def test_strict_names_everything_that_is_not_there():
 def test_a_targets_matches_without_factors_are_in_the_report_and_no_fault():
     report = plan(sites("a.q", "b.q", "c.v"), card(["q"], "a.q"), strict=True)
     assert (dict(report.bound), report.without_factors) == ({"a.q": "a.q"}, ("b.q",))
+    others = tuple(sorted(f"{layer}.q" for layer in range(30)))
+    assert plan(sites("a.q", *others), card(["q"], "a.q")).without_factors == others
 
 
 @requirement("R3.11")

@@ -55,7 +55,7 @@ def _of(entries, tests):
             yield replace(evidence, ids=ids)
 
 
-@requirement("R9.7")
+@requirement("R9.1", "R9.2", "R9.3", "R9.6", "R9.7")
 def test_no_failure_of_a_test_is_overlooked():
     """All tests run before a change lands; a warning or an unexpected pass is a failure."""
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
