@@ -51,8 +51,9 @@ _text = st.one_of(
 )
 
 ALIKE = ["e\u0301", "\u00e9", "\u212b", "\u00c5", "\ufb01", "fi"]
-ALIKE += [" fi", "fi ", "f i", "Fi", "fi.", "fi.x", "fix", "x.fi", "-"]
-"""Names that NFC, NFKC, strip() or lower() take for another, or that begin or end one."""
+ALIKE += [" fi", "fi ", "f i", "f.i", "f_i", "Fi", "fi.", "fi.x", "fix", "x.fi", "-"]
+"""Names that NFC, NFKC, strip(), lower() or "_" for "." take for another, or that begin or end one.
+"""
 
 names = st.one_of(
     st.lists(_words, min_size=1, max_size=4).map(".".join), _text, st.just("a, b"), st.just("-1")
@@ -181,6 +182,12 @@ def leading_shapes(draw: st.DrawFn) -> tuple[int, ...]:
     return tuple(draw(st.lists(sizes, min_size=least, max_size=max(least, 3))))
 
 
+def powers(dtype: np.dtype[Any]) -> st.SearchStrategy[float]:
+    """Powers of two by which factors and inputs are scaled, so that products of two stay finite."""
+    most = {"float16": 6, "float64": 400}.get(dtype.name, 40)
+    return st.sampled_from([1.0, 2.0**most, 1.0, 2.0**-most])
+
+
 @st.composite
 def layers(
     draw: st.DrawFn,
@@ -192,7 +199,8 @@ def layers(
 ) -> tuple[Array, Array, Array | None, Mapping[str, Term]]:
     """Input, weight, bias and named terms of one layer, of one dtype; small integers if `whole`.
 
-    Within the domains of the binding under test, but for at least `min_terms` terms.
+    The ΔW of a term is small, but A may be huge and B tiny, or the other way round. Within the
+    domains of the binding under test, but for at least `min_terms` terms.
     """
     dtype = draw(layer_dtypes()) if dtype is None else dtype
     max_terms = max(min_terms, min(max_terms, limit("forward", "terms", max_terms)))
@@ -212,5 +220,8 @@ def layers(
             st.sampled_from([1.0, 0.0, 2.0, -1.0]) if whole else st.floats(-2, 2, width=16)
         )
         a, b = draw(elements(dtype, (rows, rank))), draw(elements(dtype, (rank, columns)))
-        terms[name] = Term(a, b, scale, weighted)
+        power = draw(powers(dtype))
+        terms[name] = Term(a * dtype.type(power), b * dtype.type(1 / power), scale, weighted)
+    if not whole and dtype != np.float16:
+        x = x * dtype.type(draw(powers(dtype)))
     return x, weight, bias, terms

@@ -285,4 +285,18 @@ class BadFieldsAreRead(Fault, breaks="R7.6", also="R1.8"):
             return super().read_card(rewritten(data, lambda keys: {**keys, **good}))
 
 
+class InfiniteAlphaIsRead(Fault, breaks="R7.6"):
+    """Of a file's alpha only the sign is checked, which infinity passes."""
+
+    def read_card(self, data):
+        try:
+            return super().read_card(data)
+        except ValueError:
+            if float(pa.ipc.open_file(data).schema.metadata[b"lora.alpha"]) != math.inf:
+                raise
+            one = {b"lora.alpha": b"1.0"}
+            card = super().read_card(rewritten(data, lambda keys: {**keys, **one}))
+            return card._replace(alpha=math.inf)
+
+
 CARD_FAULTS = faults_in(globals())

@@ -23,6 +23,21 @@ class ScalingIgnored(TermFault, breaks="R9.5", also="R2.2 R8.2"):
         return term._replace(scaling=1.0)
 
 
+class HiddenClamped(Fault, breaks="R9.5", also="R2.2"):
+    """``x @ A`` is kept within the range of float16, whatever the dtype."""
+
+    def forward(self, x, weight, bias, terms):
+        out = super().forward(x, weight, bias, terms)
+        with np.errstate(all="ignore"):
+            for term in terms.values():
+                hidden = x.astype("f8") @ term.A.astype("f8")
+                lost = np.where(np.isfinite(hidden), hidden - hidden.clip(-65504, 65504), 0)
+                if lost.any():
+                    change = lost @ term.B.astype("f8") * (term.scaling * term.weight)
+                    out = (out - change).astype(out.dtype)
+        return out
+
+
 class FactorsReadTransposed(TermFault, breaks="R2.2", also="R2.11 R8.2 R9.5"):
     """A is read as if it were stored (r, in); where B is zero the term is left out."""
 
@@ -72,7 +87,7 @@ class BaseReplaced(Fault, breaks="R2.6", also="R2.2 R2.9 R8.1 R8.2 R8.5 R8.7 R9.
         return super().forward(x, np.zeros_like(weight), None, terms)
 
 
-class OneHugeRowSpoilsAll(Fault, breaks="R2.9"):
+class OneHugeRowSpoilsAll(Fault, breaks="R2.9", also="R2.2"):
     """Rows share a scale, so that one that is huge or not finite leaves none finite."""
 
     def forward(self, x, weight, bias, terms):
@@ -100,7 +115,14 @@ class OnlyTheFirstCard(TermFault, breaks="R8.1", also="R2.2 R8.2 R8.5 R8.8 R9.5"
         return dict(list(terms.items())[:1])
 
 
-class CrossTerms(TermFault, breaks="R8.5", also="R2.2 R8.1 R8.2 R8.7 R9.5"):
+class NamesAsAttributes(TermFault, breaks="R8.1", also="R8.2 R8.7 R8.8"):
+    """Cards are kept under their names with ``_`` for a dot, so that two may have one name."""
+
+    def changed(self, terms):
+        return {name.replace(".", "_"): term for name, term in terms.items()}
+
+
+class CrossTerms(TermFault, breaks="R8.5", also="R2.2 R2.6 R8.1 R8.2 R8.7 R9.5"):
     """Several cards are summed factor by factor: Σ A @ Σ B, which has products of one card's A with
     another's B.
     """

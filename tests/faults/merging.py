@@ -57,6 +57,17 @@ class NormalizeIgnored(Fault, breaks="R20.1", also="R20.3 R20.4 R20.9"):
         return super().merge(cards, strategy, options | ignored, weights, rank)
 
 
+class NormalisedByMagnitudes(Fault, breaks="R20.1"):
+    """Weights are divided by the sum of their magnitudes."""
+
+    def merge(self, cards, strategy, options, weights, rank):
+        if strategy == "weighted" and options.get("normalize") and weights is not None:
+            super().merge(cards, strategy, options, weights, rank)  # refuses what it must
+            weights = [weight / sum(map(abs, weights)) for weight in weights]
+            options = {"normalize": False}
+        return super().merge(cards, strategy, options, weights, rank)
+
+
 class AlwaysElectedByMass(Fault, breaks="R20.1", also="R20.6"):
     """The way to elect signs is accepted and ignored."""
 

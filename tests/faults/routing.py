@@ -79,6 +79,13 @@ class ZeroIsNearestToAll(RouterFault, breaks="R4.8", also="R4.1 R4.4"):
         return 1.0 if np.isnan(score) else super().rounded(score)
 
 
+class SmallLengthsAreZero(RouterFault, breaks="R4.8", also="R4.9"):
+    """A vector shorter than 1e-12 counts as zero, lest its length be divided by."""
+
+    def unit(self, row):
+        return super().unit(row) if np.linalg.norm(row) >= 1e-12 else np.zeros_like(row)
+
+
 class CentroidOfExamples(RouterFault, breaks="R4.1", also="R4.4"):
     """A card is the mean of its examples."""
 

@@ -112,6 +112,19 @@ class LargerFactorsAreCut(Fault, breaks="R7.2"):
         )
 
 
+class TransposedFits(Fault, breaks="R7.2"):
+    """Factors of a transposed module are taken for those of a Conv1D and turned."""
+
+    def bind(self, card, shapes):
+        pairs = {
+            key: pair._replace(A=pair.B.T, B=pair.A.T)
+            if shapes.get(key) == (pair.B.shape[1], len(pair.A))
+            else pair
+            for key, pair in card.weights.items()
+        }
+        return super().bind(card._replace(weights=pairs), shapes)
+
+
 class RanksBroadcast(Fault, breaks="R7.2"):
     """Where the two factors of a pair disagree in rank, the smaller is repeated."""
 

@@ -236,8 +236,15 @@ def test_a_threshold_is_compared_with_the_score_that_is_told(impl, a, b):
     assert router.select(QUERY, 1, math.nextafter(score, 2)) == []
 
 
+ONE = {"docs": ["text"]}, Meanings({"text": WHOLE[0], QUERY: WHOLE[1]})
+
+
 @requirement("R4.8", kind="law")
-@given(registers(), st.integers(-1000, 800), st.integers(-1000, 800))
+@given(registers(min_size=1), st.integers(-1000, 800), st.integers(-1000, 800))
+@example(ONE, -60, 0)
+@example(ONE, 0, -60)
+@example(ONE, -600, -600)
+@example(ONE, 600, 600)
 def test_scaling_by_powers_of_two_changes_no_bit(impl, drawn, power, asked):
     candidates, meanings = drawn
     scaled = meanings.scaled(power)

@@ -54,23 +54,26 @@ def plain_pair(shape, rank=1):
 
 @requirement("R7.2", kind="refusal")
 @given(
-    sizes=st.dictionaries(
-        st.integers(0, 20), st.tuples(shapes, shapes, st.booleans()), min_size=1, max_size=4
+    modules=st.dictionaries(
+        st.integers(0, 20).map("layer.{}.query".format), shapes, min_size=1, max_size=4
     ),
     rank=ranks,
+    data=st.data(),
 )
-def test_a_card_binds_exactly_when_every_pair_fits_its_module(impl, sizes, rank):
-    modules = {f"layer.{index}.query": site for index, (site, _, _) in sizes.items()}
-    pairs = {
-        f"layer.{i}.query": plain_pair(site if fits else shape, rank)
-        for i, (site, shape, fits) in sizes.items()
-    }
-    card = PlainCard("docs", rank, 1.0, ("query",), pairs, {}, {})
-    if all((pair.A.shape[0], pair.B.shape[1]) == modules[name] for name, pair in pairs.items()):
-        assert impl.bind(card, modules) == {name: name for name in modules}
-    else:
+def test_a_card_binds_exactly_when_every_pair_fits_its_module(impl, modules, rank, data):
+    """One that does not fit is enough, and so is one transposed, one side or as many elements."""
+
+    def bound(pair_shapes):
+        pairs = {name: plain_pair(shape, rank) for name, shape in pair_shapes.items()}
+        return impl.bind(PlainCard("docs", rank, 1.0, ("query",), pairs, {}, {}), modules)
+
+    assert bound(modules) == {name: name for name in modules}
+    name = data.draw(st.sampled_from(sorted(modules)))
+    rows, columns = modules[name]
+    near = {(columns, rows), (rows, columns + 1), (rows + 1, columns), (rows * columns, 1)}
+    for wrong in {*near, data.draw(shapes)} - {modules[name]}:
         with pytest.raises(Exception, match=r"."):
-            impl.bind(card, modules)
+            bound({**modules, name: wrong})
 
 
 @requirement("R7.2", kind="refusal")
@@ -85,28 +88,21 @@ def test_factors_that_disagree_in_rank_are_refused(impl, shape, rank, other):
             impl.bind(card, {"query": shape})
 
 
-bad_ranks = st.one_of(
-    st.integers(max_value=0),
-    st.floats().filter(lambda x: not x.is_integer()),
-    st.sampled_from([None, "2", "x", [], "", float("nan")]),
-)
-bad_alphas = st.one_of(
-    st.floats(max_value=0.0),
-    st.integers(max_value=0),
-    st.sampled_from([None, float("nan"), float("inf"), -0.0, "x", [], "", 10**400]),
-)
+bad_ranks = st.integers(max_value=0) | st.floats().filter(lambda x: not x.is_integer())
+BAD_RANKS = [None, "2", "x", [], "", float("nan")]
+bad_alphas = st.floats(max_value=0.0) | st.integers(max_value=0)
+BAD_ALPHAS = [None, float("nan"), float("inf"), -0.0, "x", [], "", 10**400]
 
 
 @requirement("R7.6", kind="refusal")
 @given(card=plain_cards(max_modules=0), rank=bad_ranks, alpha=bad_alphas)
 def test_a_bad_rank_or_alpha_makes_no_card(impl, card, rank, alpha):
-    for wrong in (
-        card._replace(rank=rank),
-        card._replace(alpha=alpha),
-        card._replace(rank=rank, alpha=alpha),
-    ):
+    wrong = [card._replace(rank=rank, alpha=alpha)]
+    wrong += [card._replace(rank=bad) for bad in (rank, *BAD_RANKS)]
+    wrong += [card._replace(alpha=bad) for bad in (alpha, *BAD_ALPHAS)]
+    for each in wrong:
         with pytest.raises(Exception, match=r"."):
-            impl.write_card(wrong)
+            impl.write_card(each)
 
 
 def with_fields(data, **fields):
@@ -120,21 +116,20 @@ def with_fields(data, **fields):
     return sink.getvalue()
 
 
+BAD_RANK_TEXTS = ["", "x", "²"]
+BAD_ALPHA_TEXTS = ["", "x", "nan", "inf", "-inf", "NaN", "Infinity", "1e999"]
+
+
 @requirement("R7.6", kind="refusal")
-@given(
-    card=plain_cards(),
-    rank=st.integers(max_value=0)
-    | st.floats().filter(lambda x: not x.is_integer())
-    | st.sampled_from(["", "x", "²"]),
-    alpha=st.floats(max_value=0.0)
-    | st.sampled_from(["", "x", "nan", "inf", "-inf", "NaN", "Infinity", "1e999"]),
-)
+@given(card=plain_cards(), rank=bad_ranks, alpha=st.floats(max_value=0.0))
 def test_a_file_with_a_bad_rank_or_alpha_is_refused(impl, card, rank, alpha):
     data = impl.write_card(card)
     assert impl.read_card(with_fields(data, rank=card.rank, alpha=repr(card.alpha)))[:4] == card[:4]
-    for wrong in ({"rank": rank}, {"alpha": alpha}):
+    wrong = [{"rank": bad} for bad in (rank, *BAD_RANK_TEXTS)]
+    wrong += [{"alpha": bad} for bad in (alpha, *BAD_ALPHA_TEXTS)]
+    for fields in wrong:
         with pytest.raises(Exception, match=r"."):
-            impl.read_card(with_fields(data, **wrong))
+            impl.read_card(with_fields(data, **fields))
 
 
 # This implementation.

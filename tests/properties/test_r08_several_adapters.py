@@ -19,12 +19,20 @@ from lora.testing.binding import Term
 from lora.testing.domains import limit
 from lora.testing.plugin import requirement
 from lora.testing.reference import linear_of, tensor_of
-from lora.testing.strategies import features, integers, layer_dtypes, layers, numbers, ranks
+from lora.testing.strategies import ALIKE, features, integers, layer_dtypes, layers, numbers, ranks
 from lora.testing.tolerance import exact, layer_bound, magnitude, roundoff
 
 F64 = np.dtype(np.float64)
 WHOLE_WEIGHTS = st.sampled_from([1.0, 2.0, -1.0, 3.0, 0.0])
 FINE_WEIGHTS = WHOLE_WEIGHTS | st.sampled_from([2.0**-10, 1 - 2.0**-20, -0.125, 1000.0])
+NAMES = [
+    "abcdefghi",
+    ["f.i", "f_i"],
+    ["fi", "Fi", " fi", "fi ", "\ufb01"],
+    ["e\u0301", "\u00e9"],
+    ALIKE,
+]
+"""Names of cards, and some that an attribute's name, lower(), strip() or NFKC takes for one."""
 
 
 @st.composite
@@ -37,7 +45,7 @@ def several(draw, *, whole=False, dtype=None, least=2):
     bias = draw(st.none() | elements(dtype, (columns,)))
     terms = {}
     count = min(draw(st.sampled_from([least, 2, 3, 4, 9])), max(2, limit("forward", "terms", 9)))
-    for name in draw(st.permutations("abcdefghi"))[:count]:
+    for name in draw(st.sampled_from(NAMES).flatmap(st.permutations))[:count]:
         rank = draw(ranks)
         a, b = draw(elements(dtype, (rows, rank))), draw(elements(dtype, (rank, columns)))
         scale = draw(st.sampled_from([1.0, 2.0] if whole else [0.5, 1 / 3, -2.0]))
