@@ -33,14 +33,11 @@ DIGESTS = ("3b7e…", "c902…", "f41d…", "90ab…")
 """What stands for the first digest of an output, the second …"""
 
 VARIES = (
-    (r"│ [0-9a-f]{57} │\n│( +)│ [0-9a-f]{7} +│\n", f"│ {'3b7e…':57} │\n"),
     (r"\b[0-9a-f]{12}\b", "3b7e51c09a2f"),  # the beginning of one
-    (r"(?<=│ )[0-9a-f]{6}…", "3b7e51…"),
-    (r"(?<=│ )[0-9a-f]{5}…", "3b7e5…"),
     (r"/\S*/_CodeFence\w+/", ""),
     (r"/\S*/(?=test_\w+\.py)", "…/"),
     (r"\b\d{4}-\d\d-\d\d\b", "2026-11-29"),
-    (r"\b\d\d:\d\d:\d\d\.\d{6}\b", "02:00:00.000000"),
+    (r"\b\d\d:\d\d:\d\d\b", "02:00:00"),
     (r"(grpc(\+tls)?://[\w.]+):\d+", r"\1:8815"),
     (r"\b\d+(\.\d+)? (ms|s|seconds)\b", r"0.1 \2"),
 )

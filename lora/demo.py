@@ -36,11 +36,13 @@ def run(
 
     console.rule("1  a base model and real data")
     engine = lora.ArrowEngine.from_pretrained()
-    pairs = docstring_pairs()
-    known, held_out = pairs.split(0.8, seed=0)
-    pairs.save(out / "pairs.arrow")
+    waiting = Console(stderr=True).status
+    with waiting("reading and measuring"):
+        pairs = docstring_pairs()
+        known, held_out = pairs.split(0.8, seed=0)
+        pairs.save(out / "pairs.arrow")
+        base = evaluate(engine, held_out)
     console.print(f"{len(pairs)} docstring sentences, of which {len(held_out)} are held out")
-    base = evaluate(engine, held_out)
 
     console.rule("2  train a card")
     base_model = "sentence-transformers/all-MiniLM-L6-v2"
@@ -57,30 +59,35 @@ def run(
     console.rule("3  save it, look at it, map it")
     path = out / "python-docs.lora.arrow"
     digest = lora.save(training.card, path)
-    console.print(lora.inspect(path).num_params, "parameters in", path, "with SHA-256", digest)
+    console.print(f"{path}: {lora.inspect(path).num_params:,} parameters, SHA-256")
+    console.print(digest)
     card = lora.load(path, verify=digest)
 
     console.rule("4  apply it")
     before = engine.encode(QUERIES)
     name = engine.load_lora(path)
-    tuned = evaluate(engine, held_out)
+    with waiting("measuring"):
+        tuned = evaluate(engine, held_out)
     console.print(f"MRR {base.mrr:.3f} of the base model, {tuned.mrr:.3f} with the card")
 
     console.rule("5  route to it, or abstain")
     routes = {query: engine.router.select(query, 1, 0.3) for query in QUERIES}
-    console.print(routes)
+    for query, best in routes.items():
+        choice = f"{best[0].score:.3f}  {best[0].name}" if best else f"{'abstains':18}"
+        console.print(f"{choice}  {query}")
 
     console.rule("6  a batch in which each text has its own adapters")
     choices: list[Any] = [name, {name: 0.5}, {}, name]
     mixed = engine.encode_with_lora(QUERIES, choices).embeddings
-    console.print("moved by", np.abs(mixed - before).max(1), "with", choices)
+    for moved, choice in zip(np.abs(mixed - before).max(1), choices, strict=True):
+        console.print(f"moved by {moved:.3f} with {choice}")
 
     console.rule("7  remove it")
     engine.remove_lora(name)
     restored = np.array_equal(engine.encode(QUERIES), before)
     console.print(f"the base model answers bit for bit as before: {restored}")
     files = sorted(map(str, out.iterdir()))
-    console.print("files:", *files)
+    console.print(*files, sep="\n")
     return {
         "base": vars(base),
         "card": vars(tuned),

@@ -61,7 +61,7 @@ from lora.routing import (
     unit,
 )
 from lora.state import StateReference, Uncopied, log_safely
-from lora.targets import Injection
+from lora.targets import Injection, listed
 
 if TYPE_CHECKING:
     from lora.evolution.distill import SkillDistiller
@@ -228,6 +228,12 @@ class ArrowEngine(Uncopied):
         encoder = open_encoder(path or default_model())
         options.setdefault("base_model", str(path or "sentence-transformers/all-MiniLM-L6-v2"))
         return cls(encoder, device=device, **options)
+
+    def __repr__(self) -> str:
+        state = self.state
+        about = f"active={state.active.adapters!r}, known=[{listed(state.cards)}]"
+        base = self.base_model or type(self.base).__name__
+        return f"ArrowEngine(base={base!r}, {about}, threshold={state.threshold})"
 
     @property
     def state(self) -> EngineState:

@@ -27,6 +27,7 @@ from lora.routing import (
     unit,
 )
 from lora.state import StateReference, Uncopied
+from lora.targets import listed
 
 Description: TypeAlias = str | Sequence[str]
 """One example sentence or several."""
@@ -73,6 +74,10 @@ class LoRARouter(Uncopied):
         self._embed = embed
         self.refresh: Callable[[], None] = lambda: None
         self.reference = reference or StateReference(RouterState())
+
+    def __repr__(self) -> str:
+        index = self.reference.value.index
+        return f"LoRARouter([{listed(index.candidates)}])"
 
     @property
     def candidates(self) -> Mapping[str, Candidate]:

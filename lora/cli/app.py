@@ -1,6 +1,8 @@
 """What all commands share: the application, common options, output, errors and progress.
 
-Errors are one line on stderr and exit status 1 (2 for usage). An interrupt exits with 130.
+Errors are one line on stderr and exit status 1. A command line that is wrong whatever the files
+hold exits with 2: what typer refuses, and an `ArgumentError` before the command's `checks_done`.
+An interrupt exits with 130.
 
 Requirements: R25.
 """
@@ -19,17 +21,21 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich import box
+from rich.console import Console, Group
+from rich.status import Status
+from rich.table import Column, Table
 from rich.text import Text
 
 import lora
 from lora.errors import (
     ArgumentError,
     BaseModelError,
+    CardNotFoundError,
     DataError,
     LoRAError,
     ShapeError,
+    StoreError,
     TargetError,
 )
 from lora.progress import progress_bar as progress_bar  # noqa: PLC0414 - for the commands
@@ -80,11 +86,15 @@ class ChecksPassed(Exception):  # noqa: N818 - not an error
 checking: ContextVar[bool] = ContextVar("checking", default=False)
 """Whether the command line is only checked."""
 
+working: ContextVar[bool] = ContextVar("working", default=False)
+"""Whether the command line is checked and the work has begun."""
+
 
 def checks_done() -> None:
     """Mark the point of a command where its arguments are checked and its work begins."""
     if checking.get():
         raise ChecksPassed
+    working.set(True)
 
 
 def command(
@@ -113,6 +123,7 @@ def command(
 
         @wraps(function)
         def run(**options: Any) -> int:
+            working.set(False)
             as_json = options.pop("as_json") if shared else options["as_json"]
             for key, part in composed.items():
                 options[key] = part(**{p.name: options.pop(p.name) for p in _parameters(part)})
@@ -224,19 +235,74 @@ def show(result: Result, *, as_json: bool) -> int:
     elif isinstance(result.text, str):
         print(result.text)
     elif result.text is not None:
-        Console().print(result.text)
+        console = Console()
+        with console.capture() as drawn:
+            console.print(result.text)
+        print("\n".join(map(str.rstrip, drawn.get().splitlines())))
     if result.failure:
         fail(result.failure)
     return result.status
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Draw rows as a table whose columns are those of the first row."""
-    table = Table(*rows[0])
-    for row in rows:
-        cells = (f"{cell:.4g}" if isinstance(cell, float) else f"{cell}" for cell in row.values())
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+    """Draw rows as a table, without the columns in which nothing stands.
+
+    Examples:
+        >>> rows = [{"name": "docs", "live": True, "error": None}, {"name": "law", "live": False}]
+        >>> _ = show(Result(rows, table_of(rows)), as_json=False)
+        name   live
+        ───────────
+        docs   yes
+        law
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    columns = {key: [row.get(key) for row in rows] for row in rows for key in row}
+    columns = {key: cells for key, cells in columns.items() if any(map(_cell, cells))}
+    for key, cells in columns.items():
+        is_number = isinstance(cells[0], int | float) and not isinstance(cells[0], bool)
+        table.add_column(key, justify="right" if is_number else "left", overflow="fold")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(_cell(cell)) for cell in row))
     return table
+
+
+def details(facts: Mapping[str, Any], indent: int = 0) -> Table:
+    """Draw facts as lines of a name and a value, without those that have none."""
+    name = Column(no_wrap=True)
+    table = Table(name, Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
+    table.padding = (0, 2, 0, 0)
+    for key, value in facts.items():
+        if _cell(value):
+            table.add_row(Text(" " * indent + printable(key)), Text(_cell(value)))
+    return table
+
+
+def blocks(rows: Sequence[Mapping[str, Any]], *heading: str) -> Group:
+    """Draw each row as a heading of some of its values with the other ones below."""
+    parts: list[Any] = []
+    for row in rows:
+        title = " ".join(filter(None, (_cell(row[key]) for key in heading)))
+        others = {key: value for key, value in row.items() if key not in heading}
+        parts += [Text(), Text(title, "bold"), details(others, indent=2)]
+    return Group(*parts[1:])
+
+
+def _cell(value: Any) -> str:
+    """Write a value in a line, as a person reads it."""
+    if isinstance(value, bool) or value is None:
+        return "yes" if value else ""
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return printable(", ".join(value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    is_text = isinstance(value, str) and "\n" not in value
+    return printable(value if is_text else json.dumps(value, ensure_ascii=False, default=str))
+
+
+def shortened(value: Any, limit: int = 240) -> str:
+    """Write a value in a line of at most so many characters."""
+    text = _cell(value)
+    return text if len(text) <= limit else f"{text[:limit]}… (whole with --json)"
 
 
 def printable(text: str) -> str:
@@ -257,7 +323,7 @@ def main() -> None:
         status = app(_as_renamed(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()
     except LoRAError as error:
-        fail(str(error))
+        fail(str(error), 2 if isinstance(error, ArgumentError) and not working.get() else 1)
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", 130)
     except OSError as error:  # standard output is closed or cannot be written: drop the rest of it
@@ -307,11 +373,27 @@ def options(
     """Accept the options that come before a command."""
 
 
-def check_output(option: str, path: Path) -> None:
+def waiting(what: str) -> Status:
+    """Show on a terminal what is waited for; nothing is left of it."""
+    return Console(stderr=True).status(what)
+
+
+def check_input(path: Path | None, expected: str) -> None:
+    """Refuse a file or folder that is not there, before the work begins."""
+    if path is not None and not (path.is_dir() if "folder" in expected else path.exists()):
+        raise CardNotFoundError(str(path), expected, "none")
+
+
+def check_output(option: str, path: Path | None, endings: Sequence[str] = ()) -> None:
     """Refuse a file that could not be written once the work is done."""
+    if path is None:
+        return
+    if endings and path.suffix.lower() not in endings:
+        expected = f"a file that ends in one of {', '.join(endings)}"
+        raise ArgumentError(f"{option} {path}", expected, path.suffix or "no ending")
     if path.is_dir() or not path.parent.is_dir():
         problem = "a folder" if path.is_dir() else f"no folder {path.parent}"
-        raise ArgumentError(f"{option} {path}", "a file in an existing folder", problem)
+        raise StoreError(f"{option} {path}", "a file in an existing folder", problem)
     if path.suffix.lower() == ".safetensors":
         hint = "lora convert makes such a file of a card"
         raise ArgumentError(f"{option} {path}", "another ending", ".safetensors", hint)

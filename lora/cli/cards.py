@@ -3,19 +3,29 @@
 Requirements: R1, R16, R20, R23, R25, R26.
 """
 
-import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from errno import ENOENT
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
-from rich.table import Column, Table
 from rich.text import Text
 
 import lora
-from lora.cli.app import Result, check_output, checks_done, command, present, progress_bar
+from lora.cli.app import (
+    Result,
+    check_output,
+    checks_done,
+    command,
+    details,
+    present,
+    progress_bar,
+    shortened,
+    table_of,
+    waiting,
+)
 from lora.errors import ArgumentError, CardFileError, CardNotFoundError
 
 if TYPE_CHECKING:
@@ -31,14 +41,16 @@ def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) 
         verify: SHA-256 that the file must have.
         plot: Draw ΔW's norms, effective ranks and singular values here.
     """
-    digest = lora.digest(file)
+    from lora.drawing import FORMATS, draw_card
+
+    check_output("--plot", plot, FORMATS)
     if verify is not None:
         lora.load(file, verify=verify)
-    header = lora.inspect(file)
+    checks_done()
+    digest, header = lora.digest(file), lora.inspect(file)
     if plot is not None:
-        from lora.drawing import draw_card
-
-        draw_card(lora.load(file), plot)
+        with waiting(f"drawing {plot}"):
+            draw_card(lora.load(file), plot)
     about = ("rank", "alpha", "dtype", "base_model", "base_fingerprint")
     facts = {
         "name": header.name,
@@ -54,15 +66,49 @@ def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) 
         name: [module.in_features, module.rank, module.out_features, module.scaling]
         for name, module in header.modules.items()
     }
-    value = Column("value", overflow="fold")
-    table = Table("field", value, title=Text(str(file)), title_justify="left")
-    for key, fact in facts.items():
-        text = fact if isinstance(fact, str) else json.dumps(fact, ensure_ascii=False)
-        table.add_row(key, Text(text))
-    shapes = Table("module", "in", "rank", "out", "scaling")
-    for name, shape in modules.items():
-        shapes.add_row(Text(name), *(f"{number:g}" for number in shape))
-    return Result({**facts, "modules": modules, "extra": dict(header.extra)}, Group(table, shapes))
+    targets = [row["module"] for row in _grouped(dict.fromkeys(header.target_modules, ()))]
+    said = {_LABELS.get(key, key): fact for key, fact in facts.items() if key != "metadata"}
+    said["targets"] = targets
+    metadata = {key: shortened(value) for key, value in header.metadata.items()}
+    drawn: list[Any] = [details({"file": str(file), **said})]
+    if metadata:
+        drawn += [Text("metadata"), details(metadata, indent=2)]
+    drawn += [Text(), table_of(_grouped(modules) or [{"module": "none"}])]
+    if plot is not None:
+        drawn.append(Text(f"drawn: {plot}"))
+    text = Group(*drawn)
+    return Result({**facts, "modules": modules, "extra": dict(header.extra)}, text)
+
+
+_LABELS = {"base_model": "base", "base_fingerprint": "fingerprint", "target_modules": "targets"}
+"""Fields of a card whose names leave no room for a whole digest."""
+
+
+def _grouped(shapes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Make one row of the modules that differ in the numbers of their names alone."""
+    groups: dict[Any, list[list[str]]] = {}
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        kind = (*shape, *(None if part.isdecimal() else part for part in parts))
+        groups.setdefault(kind, []).append(parts)
+    rows = []
+    for kind, names in groups.items():
+        name = ".".join(map(_span, zip(*names, strict=True)))
+        columns = zip(("in", "rank", "out", "scaling"), kind, strict=False)
+        rows.append({"module": name, "count": len(names), **dict(columns)})
+    return rows
+
+
+def _span(parts: Sequence[str]) -> str:
+    """Write the parts of names that stand in one place.
+
+    Examples:
+        >>> _span(["query", "query"]), _span([*map(str, range(12))]), _span(["1", "5", "5"])
+        ('query', '0…11', '1,5')
+    """
+    numbers = sorted(set(parts), key=lambda part: (len(part), part))
+    is_run = numbers == [str(i) for i in range(len(numbers))]
+    return f"0…{numbers[-1]}" if is_run and len(numbers) > 2 else ",".join(numbers)
 
 
 def _about(
@@ -120,6 +166,7 @@ def convert(
     if (overwrite or exact) and ending in (".arrow", ".safetensors"):
         option, hint = "--exact" if exact else "--overwrite", "leave it out: a file is replaced"
         raise ArgumentError(option, "a PEFT folder as --out", str(out), hint)
+    checks_done()
     with progress_bar(f"converting {source}") as progress:
         options = present(alpha=alpha, layout=layout, part=part)
         card = _saying(_read_card(source, name, **options), about)
@@ -184,6 +231,8 @@ def merge(
             expected = f"an option of {strategy}: {known or 'it has none'}"
             raise ArgumentError(f"--{option}", expected, option)
     rule = STRATEGIES[strategy](**options)
+    if weight is not None and len(weight) != len(cards):
+        raise ArgumentError("--weight", f"one for each of {len(cards)} cards", str(len(weight)))
     if rank is not None:
         integer(rank, "--rank", 1)
     checks_done()
@@ -314,6 +363,7 @@ def fold(
 
     for refusal in allow or ():
         choice(refusal, "--allow", ["other_base"])
+    checks_done()
     adapters = [_read_card(path) for path in cards]
     options = {"strict": strict, "overwrite": overwrite, "check_base": not allow}
     with progress_bar(f"folding into {base}") as progress:

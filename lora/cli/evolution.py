@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 
 import lora
 from lora.cli.app import (
@@ -18,16 +18,20 @@ from lora.cli.app import (
     Model,
     Result,
     app,
+    blocks,
+    check_input,
     checks_done,
     command,
+    details,
     progress_bar,
+    shortened,
     table_of,
+    waiting,
 )
 from lora.errors import ArgumentError
 
-SHOWN = ["id", "kind", "name", "state", "attempt", "error", "at", "what", "note"]
-SHOWN += ["version", "live", "digest"]
-"""Columns of a factory's tables that are shown on a terminal."""
+SHOWN = ("at", "what", "id", "kind", "name", "state", "attempt", "version", "live")
+"""Columns of a factory's tables that are shown to a person."""
 
 
 @command(
@@ -47,7 +51,7 @@ def evolve(
     share_questions: bool = False,
     max_taken: float = 0.05,
     steps: Annotated[int, typer.Option(min=1)] = 40,
-    rank: int = 8,
+    rank: Annotated[int, typer.Option(min=1)] = 8,
     alpha: float = 16.0,
     weight: float = 1.0,
     seed: int = 0,
@@ -107,11 +111,21 @@ def evolve(
         placebos=placebos,
     )
     LoRAConfig(rank, alpha)
-    if ask is not None and None in (teacher_model, key_file):
-        raise ArgumentError("--ask", "--teacher-model and --key-file beside it", "not both")
+    if ask is not None:
+        if None in (teacher_model, key_file):
+            raise ArgumentError("--ask", "--teacher-model and --key-file beside it", "not both")
+        _allowed(ask)
     checks_done()
+    for path, expected in (
+        (documents, "a folder of documents, or a file of logged pairs"),
+        (cards, "a folder of live cards"),
+        (questions, "a file of routing checks"),
+        (answers, "a file of answers"),
+    ):
+        check_input(path, expected)
     if dry_run:
-        source = learning.material(documents)
+        with waiting(f"reading {documents}"):
+            source = learning.material(documents)
         training, held_out = divided(source.pairs, seed)
         row = source.pairs.statistics() | {"training": len(training), "held_out": len(held_out)}
         shown = ("rows", "groups", "training", "held_out")
@@ -150,14 +164,22 @@ def evolve(
     return Result(dict(evolved.facts), evolved.facts["text"], status)
 
 
-def _teacher(ask: str, key_file: Any, folder: Path, budget: int, **options: Any) -> Any:
-    """The teacher behind a server, and what may be sent to it."""
-    from lora.evolution.teacher import KINDS, CloudDistiller, Consent, Ledger, OpenAITeacher
-    from lora.federation.keys import read_small
+def _allowed(ask: str) -> tuple[str, str]:
+    """Read a host, and what may be sent to it."""
+    from lora.evolution.teacher import KINDS
 
     host, _, data = ask.rpartition(":")
     if not host or data not in KINDS:
         raise ArgumentError("--ask", " or ".join(f"HOST:{kind}" for kind in KINDS), ask)
+    return host, data
+
+
+def _teacher(ask: str, key_file: Any, folder: Path, budget: int, **options: Any) -> Any:
+    """The teacher behind a server, and what may be sent to it."""
+    from lora.evolution.teacher import CloudDistiller, Consent, Ledger, OpenAITeacher
+    from lora.federation.keys import read_small
+
+    host, data = _allowed(ask)
     key = read_small(key_file).decode("ascii", "replace").strip()
     ledger = Ledger(folder / "ledger.sqlite", budget)
     teacher = OpenAITeacher(ledger=ledger, api_key=key, cache=folder / "asked", **options)
@@ -227,7 +249,11 @@ def factory_run(
         keep: Versions of each skill to keep, beside the one that was live.
     """
     from lora.evolution.factory import SkillFactory, cluster
+    from lora.evolution.nights import parse_at
 
+    if at is not None:
+        parse_at(at)
+    checks_done()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     console = Console(stderr=True, markup=False)
@@ -255,11 +281,17 @@ def factory_status(
         history: What happened, instead of the jobs.
         skills: The versions of each skill, instead of the jobs.
     """
+    if not (root / "queue.sqlite").is_file():
+        return Result([], f"no factory in {root}: `lora factory add` makes one")
     from lora.evolution.factory import SkillFactory
 
     shop = SkillFactory(root)
     table = shop.history() if history else shop.skills() if skills else shop.status()
-    return _jobs(table.to_pylist())
+    rows = table.to_pylist()
+    if skills and not history and rows:
+        shown = ("name", "version", "live", "digest", "id")
+        return Result(rows, blocks([{key: row[key] for key in shown} for row in rows], *shown[:2]))
+    return _jobs(rows, "history" if history else "skills" if skills else "jobs")
 
 
 @command("factory rollback docs --version 0.2.0", group=factory, name="rollback")
@@ -279,9 +311,17 @@ def factory_rollback(
     return Result(facts, f"live: {name} version {live.version}, {live.digest}")
 
 
-def _jobs(rows: list[dict[str, Any]]) -> Result:
-    """Rows of a factory's table; some columns on a terminal."""
-    short = [{key: row[key] for key in SHOWN if key in row} for row in rows]
-    for row in short:
-        row |= {key: row[key][:12] for key in ("id", "digest") if row.get(key)}
-    return Result(rows, table_of(short or [{"state": "nothing"}]))
+def _jobs(rows: list[dict[str, Any]], what: str = "jobs") -> Result:
+    """Draw some columns of a factory's table, and below it what was said of a row."""
+    if not rows:
+        return Result(rows, f"no {what} yet")
+    short, notes = [], []
+    for row in rows:
+        short.append({key: row[key] for key in SHOWN if key in row})
+        if "at" in row:
+            short[-1]["at"] = f"{row['at']:%Y-%m-%d %H:%M:%S}"
+        else:
+            short[-1]["id"] = row["id"][:12]
+        if note := row.get("error") or shortened(row.get("note")):
+            notes.append({next(iter(short[-1].values())): note})
+    return Result(rows, Group(table_of(short), *map(details, notes)))

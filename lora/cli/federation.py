@@ -16,12 +16,16 @@ import typer
 from lora.cli.app import (
     Json,
     Result,
+    blocks,
+    check_output,
+    checks_done,
     command,
     in_options,
     printable,
     progress_bar,
     show,
     table_of,
+    waiting,
 )
 from lora.errors import ArgumentError, LoRAError, PeerError
 
@@ -148,7 +152,9 @@ def list_cards(
             rows = [_row(offer) for name in sorted(offers) for offer in offers[name]]
     if not rows and not as_json:
         print("nothing found", file=sys.stderr)
-    return Result(rows, table_of(rows) if rows else None)
+    if peers or not rows:
+        return Result(rows, table_of(rows) if rows else None)
+    return Result(rows, blocks(rows, "name", "version"))
 
 
 @command(
@@ -188,20 +194,16 @@ def fetch(
     from lora.files import replacing
 
     if pin is not None and not is_digest(pin):
-        expected, hint = (
-            "a SHA-256 as 64 lower-case hex digits",
-            "lora list --json shows the digests",
-        )
-        raise ArgumentError("--pin", expected, repr(pin), hint)
+        expected = "a SHA-256 as 64 lower-case hex digits"
+        raise ArgumentError("--pin", expected, repr(pin), "lora list shows the digests")
     keys = frozenset(map(load_public_key, trust or []))
     policy = waived(Policy(keys, base_model=base_model), allow or [])
+    check_output("--out", out)
     options = {"policy": policy, "credentials": credentials, **deadlines}
-    with (
-        _visiting_node(cache or default_cache(), peer, wait, **options) as node,
-        progress_bar(f"fetching {name}") as progress,
-    ):
+    with _visiting_node(cache or default_cache(), peer, wait, **options) as node:
         _ask_offers(node)
-        card, digest = node.fetch(name, digest=pin, progress=progress)
+        with progress_bar(f"fetching {name}") as progress:
+            card, digest = node.fetch(name, digest=pin, progress=progress)
         file = node.cache.path(digest)
         if out is not None:
             with replacing(out) as copy:
@@ -253,7 +255,9 @@ def _visiting_node(
     named = list(dict.fromkeys(uri_of(peer) for peer in peers or []))
     interfaces = () if named else None
     with Node(cache, peers=named, interfaces=interfaces, **options) as node:
-        node.discovery.wait(wait, len(named) or None)
+        checks_done()
+        with waiting("looking for peers"):
+            node.discovery.wait(wait, len(named) or None)
         errors = node.discovery.errors()
         for uri in set(named) - {peer.uri for peer in node.peers()} - set(errors):
             errors[uri] = PeerError(uri, f"an answer in {wait:g} s", "none yet", "`wait` longer")

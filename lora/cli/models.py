@@ -4,12 +4,14 @@ Requirements: R5, R15, R17, R21, R25.
 """
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console, Group
 from rich.text import Text
 
@@ -19,6 +21,7 @@ from lora.cli.app import (
     Json,
     Model,
     Result,
+    check_input,
     check_output,
     checks_done,
     command,
@@ -26,6 +29,7 @@ from lora.cli.app import (
     progress_bar,
     read_lines,
     table_of,
+    waiting,
 )
 from lora.errors import ArgumentError, ConflictError, DataError, LoRAError
 
@@ -66,16 +70,18 @@ def encode(
             if len(cards) > 1:
                 raise ArgumentError("several --card", "--adapter NAME or --route", "neither")
             adapter = lora.inspect(cards[0]).name
+        check_output("--out", out)
+        checks_done()
         options = {"column": column, "adapter": adapter, "route": route}
         return _encode_parquet(parquet, out, cards=cards, model=model, **options)
     if adapter is not None or route:
         raise ArgumentError("--adapter, --route", "--parquet", "none")
+    check_output("--out", out)
+    checks_done()
     import numpy as np
 
-    engine = lora.ArrowEngine.from_pretrained(model)
-    for path in card or []:
-        engine.load_lora(path)
     texts = texts or [line.rstrip("\n") for line in sys.stdin]
+    engine = _engine(model, card or [])
     parts = []
     with progress_bar("encoding") if len(texts) > TEXTS else nullcontext() as progress:
         for start in range(0, max(1, len(texts)), TEXTS):
@@ -94,6 +100,17 @@ def encode(
     return Result(facts, f"{out}: {rows.shape[0]} × {rows.shape[1]}")
 
 
+def _engine(model: Path | None, cards: Sequence[Path] = ()) -> "lora.ArrowEngine":
+    """Load a model and apply cards, which are looked at first: a model takes seconds."""
+    for path in cards:
+        lora.load(path)
+    with waiting("loading the model"):
+        engine = lora.ArrowEngine.from_pretrained(model)
+    for path in cards:
+        engine.load_lora(path)
+    return engine
+
+
 def _encode_parquet(source: Path, out: Path, **options: Any) -> Result:
     """Stream a Parquet file through `encode_batches` into another."""
     import pyarrow as pa
@@ -102,6 +119,8 @@ def _encode_parquet(source: Path, out: Path, **options: Any) -> Result:
     from lora.batches import encode_batches
     from lora.files import replacing
 
+    for path in options["cards"]:
+        lora.load(path)
     rows, writer = 0, None
     try:
         with (
@@ -144,19 +163,26 @@ def route(
         top_k: How many at most.
         threshold: Least score, in [-1, 1]; with --cards, each card has its own.
     """
+    from lora.checks import integer
     from lora.routing import Index, check_threshold, decide, explained, nearest, unit
 
     check_threshold(threshold)
+    integer(top_k, "top_k", 1)
     if (card is None) == (cards is None):
         raise ArgumentError("lora route", "--card or --cards", "both" if card else "none of them")
-    engine = lora.ArrowEngine.from_pretrained(model)
-    if cards is not None:
-        engine.follow(cards)
+    checks_done()
+    check_input(cards, "a folder of live cards")
+    candidates: dict[str, Any] = {}
     for path in card or ():
         candidate = lora.load(path)
-        if candidate.name in engine.router.candidates:
+        if candidate.name in candidates:
             where = f"--card {path}: {candidate.name!r}"
             raise ConflictError(where, "one card of a name", "another one", "rename one")
+        candidates[candidate.name] = candidate
+    engine = _engine(model)
+    if cards is not None:
+        engine.follow(cards)
+    for candidate in candidates.values():
         engine.register_lora(candidate)
     if cards is None:
         ranked = engine.router.select(query, top_k)
@@ -167,9 +193,7 @@ def route(
     else:
         index = Index(engine.router.candidates)
         (vector,) = unit(engine.encode([query]))
-        decisions = [
-            decide(route, index, threshold) for route in nearest(vector, index, max(top_k, 1))
-        ]
+        decisions = [decide(route, index, threshold) for route in nearest(vector, index, top_k)]
         facts = [asdict(each) for each in decisions]
         routes = [each.best for each in takewhile(lambda each: each.kind == "routes", decisions)]
         why = explained(decisions[0] if decisions else None)
@@ -198,6 +222,7 @@ def probe(
         rank: With --base: the rank that a card would have.
         share: The share of block influence that makes a block hot.
     """
+    from lora.checks import integer
     from lora.evolution.probe import SCORES, WeightMapProbe, changes, hot_zones, scores_of
     from lora.interop.weights import SafetensorsWeights
 
@@ -206,12 +231,15 @@ def probe(
     if base is not None and tuned is not None:
         if texts is not None or model is not None:
             raise ArgumentError("lora probe", "either two models' weights or texts", "both")
+        integer(rank, "--rank", 1)
+        checks_done()
         weights = SafetensorsWeights(base), SafetensorsWeights(tuned)
         with progress_bar("comparing") as progress:
             moved = changes(*weights, rank, on_step=lambda _, *count: progress(*count))
         rows = [{k: getattr(layer, k) for k in ("name", "change", "held")} for layer in moved]
         return Result(rows, table_of(rows))
-    hot_zones({}, share)  # refuses a wrong share before the work
+    hot_zones({}, share)  # refuses a wrong share
+    checks_done()
     lines = read_lines(texts)
     with progress_bar("probing") as progress:
         core = lora.ArrowEngine.from_pretrained(model).base
@@ -239,7 +267,7 @@ def train(
     schedule: str | None = None,
     warmup: float | None = None,
     steps: int | None = None,
-    rank: int | None = None,
+    rank: Annotated[int | None, typer.Option(min=1)] = None,
     alpha: float | None = None,
     target: list[str] | None = None,
     seed: int = 0,
@@ -265,12 +293,15 @@ def train(
         plot: Draw the history as .svg or .png.
     """
     from lora.checks import integer
+    from lora.drawing import FORMATS
     from lora.models.adapt import linears
     from lora.presets import PRESETS, LoRAConfig, fit
     from lora.training import train as training
     from lora.training.data import Pairs, docstring_pairs
 
     check_output("--out", out)
+    check_output("--checkpoint", checkpoint)
+    check_output("--plot", plot, FORMATS)
     known = (*training.PRESETS, *PRESETS)
     if preset not in (None, *known):
         raise ArgumentError("--preset", f"one of {', '.join(known)}", repr(preset))
@@ -282,8 +313,9 @@ def train(
     settings = training.PRESETS.get(preset or "", training.Settings())
     settings = replace(settings, **present(loss=loss, schedule=schedule, warmup=warmup))
     checks_done()
-    pairs = docstring_pairs() if data == "stdlib" else Pairs.load(data)
-    engine = lora.ArrowEngine.from_pretrained(model)
+    with waiting(f"reading {data}"):
+        pairs = docstring_pairs() if data == "stdlib" else Pairs.load(data)
+    engine = _engine(model)
     if preset in PRESETS:
         shapes = {key: (m.in_features, m.out_features) for key, m in linears(engine.base).items()}
         config = replace(fit(str(preset), shapes).config, **shape)
@@ -316,12 +348,13 @@ def train(
     before, after = result.metrics["before"], result.metrics["after"]
     taken = len(result.history)
     gain = f"validation MRR {before.mrr:.3f} -> {after.mrr:.3f} in {taken} steps"
+    drawn = "" if plot is None else f"\ndrawn: {plot}"
     facts: dict[str, Any] = {"file": str(out), "digest": digest, "steps": taken}
     facts |= {"before": vars(before), "after": vars(after)}
     if after.mrr > before.mrr:
-        return Result(facts, f"{out}: {gain}")
+        return Result(facts, f"{out}: {gain}{drawn}")
     reason = f"no better than the base model: {gain}"
-    return Result({**facts, "reason": reason}, f"{out}: {reason}", NOTHING_TO_SERVE)
+    return Result({**facts, "reason": reason}, f"{out}: {reason}{drawn}", NOTHING_TO_SERVE)
 
 
 @command("eval docs.lora.arrow law.lora.arrow --pairs pairs.jsonl", name="eval")
@@ -334,15 +367,18 @@ def evaluate(cards: list[Path], *, pairs: Path, model: Model = None) -> Result:
         cards: Card files, of which each is applied alone.
         pairs: Held-out pairs as .jsonl, .parquet or .arrow.
     """
-    from lora.evolution.acceptance import change
+    from lora.evolution.acceptance import LEAST, change
     from lora.training.data import Pairs
     from lora.training.train import ranks
 
+    checks_done()
     data, loaded = Pairs.load(pairs), [lora.load(path) for path in cards]
     groups = data.table["group"].to_pylist()
-    base = lora.ArrowEngine.from_pretrained(model).base
+    if len(data) < LEAST:
+        raise DataError(str(pairs), f"at least {LEAST} pairs", len(data))
     rows: list[dict[str, Any]] = []
     with progress_bar("evaluating") as progress:
+        base = lora.ArrowEngine.from_pretrained(model).base
         plain = ranks(base, data)
         for path, card in zip(cards, loaded, strict=True):
             progress(len(rows) + 1, len(loaded) + 1)
@@ -350,10 +386,16 @@ def evaluate(cards: list[Path], *, pairs: Path, model: Model = None) -> Result:
             gain = change(plain, shares, groups, where=f"--pairs {pairs}")
             rows.append({"file": str(path), "name": card.name, **_figures(shares)})
             rows[-1] |= {"gain": gain.mean, "lower": gain.lower, "upper": gain.upper}
+        progress(len(loaded) + 1, len(loaded) + 1)
     facts = {"queries": len(data), "base": _figures(plain), "cards": rows}
-    empty = dict.fromkeys(("gain", "lower", "upper"), "")
-    shown = [{"name": "(base)", **_figures(plain), **empty}]
-    shown += [{key: row[key] for key in shown[0]} for row in rows]
+    signs = {"mrr": "", "recall_at_1": "", "gain": "+", "lower": "+", "upper": "+"}
+    lines = [{"name": "(base)", **_figures(plain)}, *rows]
+    shown = [
+        {key: f"{v:{signs[key]}.3f}" if key in signs else v for key, v in line.items()}
+        for line in lines
+    ]
+    for line in shown:
+        line.pop("file", None)
     return Result(facts, table_of(shown))
 
 

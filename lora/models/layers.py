@@ -77,6 +77,10 @@ class _Adapted(nn.Module):
         memo.fill(self, base)
         self.notices = memo.notices
 
+    def __repr__(self) -> str:
+        columns, rows = features(self)
+        return f"{type(self).__name__}({columns} -> {rows}, {self.extra_repr()})"
+
     def base_output(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """Return what the base computes, in memory of its own."""
         out = super().forward(x, *arguments, **options)
@@ -261,6 +265,11 @@ class LoRALinear(_Adapted):
         a = self.lora_A
         return add_low_rank(out, x, a, self.lora_B) if a.numel() else out
 
+    def extra_repr(self) -> str:
+        """Name the terms with their ranks and weights."""
+        terms = (f"{name!r}: rank {pair.rank} x {w:g}" for name, (pair, w) in self.terms.items())
+        return ", ".join(terms) or "no adapters"
+
     def _set(self, terms: Terms) -> None:
         for name, term in terms.items():
             if not isinstance(term, tuple) or len(term) != 2 or not isinstance(term[0], LowRank):
@@ -312,6 +321,10 @@ class TrainableLinear(_Adapted):
         dropped = F.dropout(x, self.dropout, training=self.training)
         term = (dropped @ self.lora_A.to(x.dtype) @ self.lora_B.to(x.dtype)) * self.scaling
         return out + term.to(out.dtype)
+
+    def extra_repr(self) -> str:
+        """Name the rank."""
+        return f"rank {self.lora_A.shape[1]}, in training"
 
     def learned(self) -> LowRank:
         """Return a copy of the factors as they are now."""

@@ -21,7 +21,7 @@ from lora.files import PathLike, load
 from lora.metrics import Metrics
 from lora.models.adapt import bindings, build, check_module
 from lora.state import StateReference, Uncopied, log_safely
-from lora.targets import Injection
+from lora.targets import Injection, listed
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,11 @@ class LoRAManager(Uncopied, Generic[M]):
         self._idle = Active(model, AdapterSet(), MappingProxyType({}))
         first = state(active=self._idle, loaded=MappingProxyType({}))
         self.reference = StateReference(first)
+
+    def __repr__(self) -> str:
+        state = self.state
+        about = f"active={state.active.adapters!r}, known=[{listed(state.cards)}]"
+        return f"LoRAManager(base={type(self.base).__name__!r}, {about})"
 
     @property
     def state(self) -> State[M]:

@@ -195,6 +195,10 @@ class RowLinear(_Adapted):
         """Return the A or the B of a set."""
         return self._buffers[f"lora_{name}{index}"]
 
+    def extra_repr(self) -> str:
+        """Tell how many sets there are."""
+        return f"{len(self.ranks)} sets of adapters"
+
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:  # noqa: D102
         named = _rows.get()
         if named is None:

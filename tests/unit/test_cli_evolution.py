@@ -126,7 +126,8 @@ KEYED = "--teacher-model m --key-file key"
 )
 def test_errors_are_one_line(shop, here, line, message):
     code, out, err = here(*line.split())
-    assert (code, out, err.count("lora: "), message in err) == (1, "", 1, True)
+    status = 1 if "nowhere" in line or line.endswith(("back x", "//x/")) else 2
+    assert (code, out, err.count("lora: "), message in err) == (status, "", 1, True)
 
 
 @requirement("R18.3", "R18.6", "R25.2")
