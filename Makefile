@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-all outputs size sharp sharp-sample bench release-check mutants lint types docs serve clean
+.PHONY: demo test test-slow test-all outputs size field sharp sharp-sample bench release-check mutants lint types docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
@@ -33,6 +33,10 @@ outputs: $(VENV)/.test
 # Lines, code tokens and words of docstring, by area.
 size: $(VENV)/bin/python
 	$(BIN)/python -m tests.size
+
+# The suite against libraries that others wrote, each in a folder of its own, or some: make field ROWS="litgpt peft".
+field: $(VENV)/.test
+	$(BIN)/python -m tests.field $(ROWS)
 
 # Breaks the sentence of each requirement on purpose and sees that a test of it fails.
 sharp: $(VENV)/.test
@@ -106,4 +110,4 @@ $(VENV)/.dev: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) site docs/generated conformance conformance.json junit.xml junit-slow.xml sharp.json
+	rm -rf $(VENV) .field site docs/generated conformance conformance.json junit.xml junit-slow.xml sharp.json

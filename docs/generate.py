@@ -37,6 +37,7 @@ MARKS = {
 }
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import diagrams  # noqa: E402 - beside this file, in no package
+import field_table  # noqa: E402 - as above
 import figures  # noqa: E402 - as above
 
 from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, in no package
@@ -516,6 +517,7 @@ def main() -> None:
         "architecture": architecture,
         "benchmarks": lambda: figures.page(figures.read()),
         "summary": lambda: figures.summary(figures.read()),
+        "field": lambda: field_table.page(field_table.read()),
         "models": lambda: figures.models(json.loads(figures.MODELS.read_text(encoding="utf-8"))),
     }
     for name, page in pages.items():

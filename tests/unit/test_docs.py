@@ -576,7 +576,7 @@ def test_a_quickstart_and_the_guides_are_in_the_navigation():
 
 
 KINDS = {"python", "sh", "text", "{.js .card}"}
-KINDS |= {"{.python .step}", "{.python .foreign}", "{.python .spark}"}
+KINDS |= {"{.python .step}", "{.python .foreign}", "{.python .spark}", "{.python .field}"}
 
 
 @requirement("R10.7")
@@ -590,6 +590,9 @@ def test_every_block_is_of_a_kind_that_some_test_runs():
         assert block.info in KINDS, named(block)
         if "python" in block.info:
             ast.parse(block.text)
+    assert "run: make field\n" in read(".github/workflows/nightly.yml")
+    fields = {block.page for block in BLOCKS if block.info == "{.python .field}"}
+    assert fields == {path.relative_to(ROOT).as_posix() for path in PAGES if "field" in path.parts}
     steps = {block.page for block in BLOCKS if block.info == "{.python .step}"}
     assert steps == {"docs/tutorial.md"}
 

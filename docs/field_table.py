@@ -1,0 +1,122 @@
+"""The tables of the page on the field, of what ``make field`` wrote to ``tests/field/results``."""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FIELD = ROOT / "tests" / "field"
+
+MARKS = {
+    "law": ("✓", '<span class="broken">✗</span>'),
+    "convention": ("✓", '<span class="different">≠</span>'),
+    "refusal": ("✓", '<span class="accepted">○</span>'),
+    "format": ("✓", '<span class="broken">✗</span>'),
+}
+"""For each class of properties: as specified, and otherwise."""
+
+WORDS = {
+    "law": ("hold", "broken", "broken"),
+    "convention": ("alike", "different", "different"),
+    "refusal": ("refused", "accepted", "accepted"),
+    "format": ("kept", "broken", "broken"),
+}
+"""What the overview says of so many, and the colour of the second."""
+
+CHAPTERS = {
+    "Layers": ("R2.", "R8.", "R9."),
+    "Targets": ("R3.", "R7.2"),
+    "Merging": ("R20.",),
+    "Extraction": ("R16.",),
+    "Routing": ("R4.",),
+    "Cards": ("R1.", "R7.6", "R24."),
+}
+"""Headings, and the requirements below each."""
+
+Result = Mapping[str, Any]
+
+
+def read() -> list[Result]:
+    """Return the results of all rows in the order of ``rows.toml``; one without is not run."""
+    rows = tomllib.loads((FIELD / "rows.toml").read_text(encoding="utf-8"))
+    missing = {"state": "not run", "reason": "it was never measured"}
+    paths = {name: FIELD / "results" / f"{name}.json" for name in rows}
+    return [
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"row": name, **missing}
+        for name, path in paths.items()
+    ]
+
+
+def page(results: Sequence[Result]) -> str:
+    """Return the overview, a table for each chapter, and why rows differ or were not run."""
+    measured = [result for result in results if result["state"] != "not run"]
+    lines = ["| library | version | laws | conventions | refusals | format |"]
+    lines += ["|---" * 6 + "|", *map(overview, measured), ""]
+    idle = [result for result in results if result["state"] == "not run"]
+    lines += [f"- *{result['row']}* was not run: {escaped(result['reason'])}" for result in idle]
+    limits = [(result["row"], result["outside"]) for result in measured if result.get("outside")]
+    lines += [f"- Outside of *{name}*: {escaped(outside)}." for name, outside in limits]
+    for heading, prefixes in CHAPTERS.items():
+        lines += chapter(measured, heading, prefixes)
+    about = [f"profile {r['profile']}, suite {r['suite']}" for r in measured]
+    about += [f"specification {r['specification']}" for r in measured]
+    dates = sorted({result["date"] for result in measured})
+    lines += ["", f"Measured on {', '.join(dates)}; {', '.join(dict.fromkeys(about))}."]
+    return "\n".join(lines) + "\n"
+
+
+def overview(result: Result) -> str:
+    """Return a row's numbers of ids, class by class, as specified and otherwise."""
+    cells = []
+    for kind, (well, otherwise, colour) in WORDS.items():
+        verdicts = [classes.get(kind) for classes in result["verdicts"].values()]
+        passed = sum(verdict == "passed" for verdict in verdicts)
+        others = sum(verdict not in (None, "passed") for verdict in verdicts)
+        parts = [f"{passed} {well}"] if passed else []
+        parts += [f'<span class="{colour}">{others} {otherwise}</span>'] if others else []
+        cells.append(", ".join(parts) or "–")
+    return "| " + " | ".join([result["row"], result["version"], *cells]) + " |"
+
+
+def chapter(measured: Sequence[Result], heading: str, prefixes: tuple[str, ...]) -> Iterator[str]:
+    """Yield a heading, a table of requirements and the rows that reach them, and its notes."""
+    known = {
+        name for result in measured for name in result["verdicts"] if name.startswith(prefixes)
+    }
+    names = sorted(known, key=lambda name: [int(part) for part in name[1:].split(".")])
+    if not names:
+        return
+    yield from ("", f"## {heading}", "")
+    columns = [result for result in measured if known & result["verdicts"].keys()]
+    notes: dict[str, int] = {}
+    heads = [f'<span class="column">{result["row"]}</span>' for result in columns]
+    yield f"| id | {' | '.join(heads)} |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for name in names:
+        cells = [cell(result, name, notes) for result in columns]
+        yield f"| [{name}](generated/traceability.md#{name}) | {' | '.join(cells)} |"
+    yield ""
+    yield from (f"{number}. {note}" for note, number in notes.items())
+
+
+def cell(result: Result, name: str, notes: dict[str, int]) -> str:
+    """Return a mark for each class, and the numbers of the notes that say why."""
+    classes = result["verdicts"].get(name, {})
+    marks = [MARKS[kind][verdict != "passed"] for kind, verdict in classes.items()]
+    numbers = []
+    for deviation in result["deviations"]:
+        if deviation["requirement"] == name:
+            place = f" ({deviation['place']})" if deviation["place"] else ""
+            note = f"**{result['row']}**: {escaped(deviation['reason'] + place)}"
+            numbers.append(notes.setdefault(note, len(notes) + 1))
+    text = " ".join(dict.fromkeys(marks)) or "–"
+    told = ", ".join(str(number) for number in dict.fromkeys(numbers))
+    return f"{text} <sup>{told}</sup>" if told else text
+
+
+def escaped(text: str) -> str:
+    """Text in a table or list of Markdown."""
+    return re.sub(r"([|\[\]<*_`])", r"\\\1", text)

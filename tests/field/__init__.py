@@ -1,0 +1,1 @@
+"""The field: the conformance suite held against libraries that people use, `make field`."""
