@@ -2,8 +2,8 @@
 
 A violation is a small change of the source that makes the sentence of one requirement false. The
 files beside this one list them: requirement, file, the old text and the new one, and what the
-change breaks. For each, this program copies the project, makes the change, and runs the tests that
-name the requirement. They must fail: a violation that they let pass shows a hole in the tests.
+change breaks. For each, this program makes the change in a copy of the project, and runs the tests
+that name the requirement. They must fail: a violation that they let pass shows a hole in the tests.
 
     python -m tests.sharp                  all that were not run since their files last changed
     python -m tests.sharp --only R1 R4.9   those of a chapter and of one requirement
@@ -18,23 +18,24 @@ never fall: a violation follows the code that it changes, and is not dropped.
 import argparse
 import hashlib
 import json
-import os
 import random
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
 
 from lora.testing.requirements import read_spec
+from tests.sharp.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 VERDICTS = ROOT / "sharp.json"
@@ -97,12 +98,17 @@ def tests_of(violation: Violation, root: Path) -> list[str]:
     """Return the test files that name the requirement of a violation, or those that it states."""
     if violation.tests:
         return list(violation.tests)
-    name = re.compile(rf"\b{re.escape(violation.id)}\b")
     return [
         path.relative_to(root).as_posix()
         for path in sorted((root / "tests").rglob("test_*.py"))
-        if name.search(path.read_text(encoding="utf-8"))
+        if violation.id in ids_named(path, path.stat().st_mtime_ns)
     ]
+
+
+@cache
+def ids_named(path: Path, _time: int) -> frozenset[str]:
+    """Return the requirements that a file names, which is read once until its time changes."""
+    return frozenset(re.findall(r"\bR\d+\.\d+\b", path.read_text(encoding="utf-8")))
 
 
 def key_of(violation: Violation, root: Path = ROOT) -> str:
@@ -146,47 +152,31 @@ def last_run(red: int, total: int, seconds: float) -> str:
     return json.dumps(record, indent=1) + "\n"
 
 
-def run(violation: Violation, root: Path = ROOT, limit: float = LIMIT) -> str:
-    """Return "red", "green" or why the tests gave no verdict, from a copy that is changed."""
-    with tempfile.TemporaryDirectory() as name:
-        copy = Path(name) / "copy"
-        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-        files = subprocess.run(listed, cwd=root, check=True, capture_output=True, text=True)
-        for file in files.stdout.splitlines():
-            if (root / file).is_file():
-                (copy / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(root / file, copy / file)
-        path = copy / violation.file
-        path.write_text(path.read_text(encoding="utf-8").replace(violation.old, violation.new))
-        files = tests_of(violation, root)
-        return verdict_of_tests(copy, violation.id, files, limit)
+def run(violation: Violation, workspace: Workspace, limit: float = LIMIT) -> str:
+    """Return "red", "green" or why the tests gave no verdict on a violation."""
+    files = tests_of(violation, workspace.folder)
+    workspace.change(violation.file, violation.old, violation.new)
+    try:
+        return verdict_of_tests(workspace, violation.id, files, limit)
+    finally:
+        workspace.restore()
 
 
-def verdict_of_tests(copy: Path, name: str, files: list[str], limit: float) -> str:
+def verdict_of_tests(workspace: Workspace, name: str, files: list[str], limit: float) -> str:
     """Run the tests of a requirement: more examples and slow tests only where all others passed."""
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", "--only", name]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     end = time.monotonic() + limit
     passed = False
     for profile, marked in (("quick", "not slow"), ("ci", "not slow"), ("quick", "slow")):
-        command = [sys.executable, "-m", "pytest", *options, "-m", f"{marked} and not foreign"]
-        try:
-            done = subprocess.run(
-                [*command, *files],
-                cwd=copy,
-                env={**environment, "LORA_PROFILE": profile},
-                timeout=max(end - time.monotonic(), 0),
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
+        arguments = [*options, "-m", f"{marked} and not foreign", *files]
+        status, output = workspace.run_tests(arguments, profile, end - time.monotonic())
+        if status is None:
             return f"{NO_TIME} {limit:.0f} s"
-        if done.returncode == FAILED:
+        if status == FAILED:
             return "red"
-        if done.returncode not in (PASSED, NO_TESTS):
-            return f"no verdict: {done.stdout[-500:]}{done.stderr[-500:]}"
-        passed = passed or done.returncode == PASSED
+        if status not in (PASSED, NO_TESTS):
+            return f"no verdict: {output[-1000:]}"
+        passed = passed or status == PASSED
     return "green" if passed else f"no verdict: no test of {name} was run"
 
 
@@ -226,20 +216,27 @@ def main() -> int:
         random.Random(arguments.seed or day).shuffle(violations)
 
     def note_verdict(violation: Violation) -> tuple[Violation, str] | None:
-        key = key_of(violation)
-        if verdicts.get(key) != "red":
-            left = LIMIT
-            if arguments.seconds is not None:
-                left = min(LIMIT, arguments.seconds - (time.monotonic() - started))
-            verdict = run(violation, limit=left) if left > 0 else NO_TIME
-            if left < LIMIT and verdict.startswith(NO_TIME):
-                return None  # the sample ends here
-            verdicts[key] = verdict
-            spent = before + time.monotonic() - started
-            VERDICTS.write_text(json.dumps({"seconds": spent, **verdicts}, indent=1))
-        return violation, verdicts[key]
+        workspace = free.get()
+        try:
+            key = key_of(violation, workspace.folder)
+            if verdicts.get(key) != "red":
+                left = LIMIT
+                if arguments.seconds is not None:
+                    left = min(LIMIT, arguments.seconds - (time.monotonic() - started))
+                verdict = run(violation, workspace, limit=left) if left > 0 else NO_TIME
+                if left < LIMIT and verdict.startswith(NO_TIME):
+                    return None  # the sample ends here
+                verdicts[key] = verdict
+                spent = before + time.monotonic() - started
+                VERDICTS.write_text(json.dumps({"seconds": spent, **verdicts}, indent=1))
+            return violation, verdicts[key]
+        finally:
+            free.put(workspace)
 
-    with ThreadPoolExecutor(arguments.workers) as pool:
+    free: SimpleQueue[Workspace] = SimpleQueue()
+    with ExitStack() as stack, ThreadPoolExecutor(arguments.workers) as pool:
+        for _ in range(arguments.workers):
+            free.put(stack.enter_context(Workspace(ROOT)))
         results = [result for result in pool.map(note_verdict, violations) if result]
     red = tell(results)
     seconds = time.monotonic() - started

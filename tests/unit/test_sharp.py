@@ -3,15 +3,22 @@
 import json
 import subprocess
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import tests.sharp.__main__ as runner
 from lora.testing.plugin import requirement
 from tests.sharp.__main__ import COUNTS, Violation, faults, key_of, open_ids, read_violations, run
+from tests.sharp.workspace import Workspace
 
 VIOLATION = Violation("R1.1", "sums.py", "a + b", "a - b", "Sums are differences.")
+
+PLUGIN = ("hypothesis",)
+"""What the plugin alone imports."""
 
 TEST = """
 import pytest
@@ -45,8 +52,9 @@ def test_a_whole_run_is_noted_with_its_commit_and_a_part_of_one_is_not(tmp_path,
     monkeypatch.setattr(runner, "VERDICTS", tmp_path / "sharp.json")
     monkeypatch.setattr(runner, "read_violations", lambda: [VIOLATION, VIOLATION])
     monkeypatch.setattr(runner, "faults", lambda _: [])
-    monkeypatch.setattr(runner, "key_of", lambda _: "key")
+    monkeypatch.setattr(runner, "key_of", lambda *_: "key")
     monkeypatch.setattr(runner, "run", lambda *_, **__: "green")
+    monkeypatch.setattr(runner, "Workspace", lambda root: nullcontext(SimpleNamespace(folder=root)))
     for options in (["--only", "R1"], ["--seconds", "9"]):
         monkeypatch.setattr("sys.argv", ["sharp", *options])
         assert runner.main() == 1
@@ -80,19 +88,45 @@ def project(tmp_path):
 def test_a_violation_is_red_where_a_test_of_its_requirement_fails(project, numbers, verdict):
     root = project(numbers)
     assert list(faults([VIOLATION], root)) == []
-    assert run(VIOLATION, root) == verdict
+    with Workspace(root, PLUGIN) as workspace:
+        assert run(VIOLATION, workspace) == verdict
     assert "a + b" in (root / "sums.py").read_text()
 
 
+@requirement("R24.10")
+def test_nothing_of_one_violation_is_there_for_the_next(project):
+    """Both texts have the same length and are written in one second; what was compiled of the
+    first would pass for the second. The copy is the project again, whatever the tests did to it.
+    """
+    root = project("2, 1")
+    mess = "\nfrom pathlib import Path\n"
+    mess += 'for name in ("new/file.py", "sums.py", "tests/test_sums.py"):\n'
+    mess += "    Path(name).parent.mkdir(exist_ok=True)\n    Path(name).write_text('')\n"
+    mess += "Path('pyproject.toml').unlink()\n"
+    red, green = replace(VIOLATION, new="a - b"), replace(VIOLATION, new="b + a")
+    untidy = replace(VIOLATION, old="a + b\n", new="a + b\n" + mess)
+    with Workspace(root, PLUGIN) as workspace:
+        verdicts = [run(each, workspace) for each in (red, green, untidy, red)]
+        copied = {
+            path.relative_to(workspace.folder): path.read_bytes()
+            for path in workspace.folder.rglob("*")
+            if path.is_file() and path.parent.name != "__pycache__"
+        }
+        assert not (workspace.folder / "new").exists()
+    assert [*verdicts[:2], verdicts[3]] == ["red", "green", "red"]
+    names = ("sums.py", "tests/test_sums.py", "pyproject.toml")
+    assert copied == {Path(name): (root / name).read_bytes() for name in names}
+
+
 def test_tests_that_take_longer_than_the_limit_give_no_verdict(project):
-    assert run(VIOLATION, project("2, 1"), limit=0.01) == "no verdict within 0 s"
+    with Workspace(project("2, 1"), PLUGIN) as workspace:
+        assert run(VIOLATION, workspace, limit=0.01) == "no verdict within 0 s"
 
 
 def test_a_run_without_a_test_is_no_verdict(project):
-    root = project("2, 1")
-    assert run(replace(VIOLATION, id="R1.2", tests=("tests/test_sums.py",)), root).startswith(
-        "no verdict"
-    )
+    other = replace(VIOLATION, id="R1.2", tests=("tests/test_sums.py",))
+    with Workspace(project("2, 1"), PLUGIN) as workspace:
+        assert run(other, workspace) == "no verdict: no test of R1.2 was run"
 
 
 def test_a_violation_that_can_not_be_made_is_told(project):
