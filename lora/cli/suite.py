@@ -19,6 +19,7 @@ def conformance(
     *,
     binding: str | None = None,
     command: str | None = None,
+    writer: str | None = None,
     only: list[str] | None = None,
     json_file: Path | None = None,
     junit: Path | None = None,
@@ -29,6 +30,7 @@ def conformance(
     Args:
         binding: package.module:NAME; this library itself if omitted.
         command: Program that serves an implementation in any language, such as "node binding.mjs".
+        writer: A binding or a program that writes the cards which the other reads.
         only: A chapter (R4) or a requirement (R4.9); repeatable.
         json_file: Write the verdicts to this file.
         junit: Write JUnit XML to this file.
@@ -36,7 +38,7 @@ def conformance(
     """
     from lora.testing.report import lines_of, red, run_suite, write_report
 
-    texts = [("--binding", binding), ("--command", command)]
+    texts = [("--binding", binding), ("--command", command), ("--writer", writer)]
     for option, text in texts + [("--only", name) for name in only or ()]:
         if text is not None and not text.strip():
             raise typer.BadParameter("it is empty", param_hint=option)
@@ -48,6 +50,7 @@ def conformance(
         report = run_suite(
             binding,
             command=command,
+            writer=writer,
             only=only or (),
             junit=junit,
             timeout=timeout,

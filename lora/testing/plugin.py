@@ -108,11 +108,34 @@ class Subject:
         return function
 
 
+class Pair:
+    """A binding that reads the cards that another writes; all else is missing.
+
+    Raises:
+        ArgumentError: The one writes no cards, or the other reads none.
+    """
+
+    def __init__(self, writer: Any, reader: Any) -> None:
+        self.parts = {"write_card": writer, "read_card": reader}
+        self.name = f"{writer.name} writes, {reader.name} reads"
+        self.version = f"{writer.version} and {reader.version}"
+        alone = "a pair writes and reads cards, and no more"
+        self.missing = dict.fromkeys(MEMBERS - self.parts.keys(), alone)
+        self.expected_failures: dict[str, dict[str, Any]] = {}
+        for member, part in self.parts.items():
+            if member in getattr(part, "missing", {}) or not hasattr(part, member):
+                raise ArgumentError(f"binding {part.name!r} of a pair", member, "none")
+            setattr(self, member, getattr(part, member))
+            for name, failures in getattr(part, "expected_failures", {}).items():
+                self.expected_failures.setdefault(name, {}).update(failures)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the suite's options."""
     add = parser.getgroup("lora conformance").addoption
     add("--binding", help="implementation under test, package.module:NAME")
     add("--binding-command", help="program that serves an implementation, and its arguments")
+    add("--binding-writer", help="binding or program that writes the cards that the other reads")
     tests = "run the tests of a chapter (R4) or requirement (R4.9); repeatable"
     add("--only", action="append", help=tests)
     add(
@@ -145,14 +168,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the process of a binding."""
-    if isinstance(binding := config.stash.get(_BINDING, None), RemoteBinding):
-        binding.close()
+    """End the processes of bindings."""
+    binding = config.stash.get(_BINDING, None)
+    for part in binding.parts.values() if isinstance(binding, Pair) else [binding]:
+        if isinstance(part, RemoteBinding):
+            part.close()
 
 
 def _is_foreign(config: pytest.Config) -> bool:
-    options = config.getoption("--binding"), config.getoption("--binding-command")
-    return options != (None, None)
+    names = ("--binding", "--binding-command", "--binding-writer")
+    return any(config.getoption(name) is not None for name in names)
 
 
 def binding_of(config: pytest.Config) -> Any:
@@ -163,6 +188,9 @@ def binding_of(config: pytest.Config) -> Any:
             raise ArgumentError("binding", "either --binding or --binding-command", "both")
         seconds = config.getoption("--conformance-timeout")
         binding = load_binding(path) if command is None else started(command, seconds)
+        if (writer := config.getoption("--binding-writer")) is not None:
+            is_path = re.fullmatch(r"[\w.]+:\w+", writer)
+            binding = Pair(load_binding(writer) if is_path else started(writer, seconds), binding)
         config.stash[_BINDING] = binding
         DECLARED.update(getattr(binding, "domains", {}))
     return config.stash[_BINDING]

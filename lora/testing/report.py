@@ -231,6 +231,7 @@ def run_suite(
     binding: str | None,
     *,
     command: str | None = None,
+    writer: str | None = None,
     only: Sequence[str] = (),
     junit: Path | None = None,
     timeout: float = 300.0,
@@ -241,6 +242,7 @@ def run_suite(
     Args:
         binding: ``package.module:NAME``; None for this library.
         command: Program and arguments that serve a binding, in place of that.
+        writer: Such a name or program, which writes the cards that the binding reads.
         only: Chapters and requirements; default: all.
         junit: Where to write JUnit XML.
         timeout: Seconds that one property may take.
@@ -268,6 +270,7 @@ def run_suite(
         options += [f"--conformance-json={path}", f"--conformance-timeout={timeout}"]
         options += [f"--binding={binding}"] if binding is not None else []
         options += [f"--binding-command={command}"] if command is not None else []
+        options += [f"--binding-writer={writer}"] if writer is not None else []
         options += [f"--only={name}" for name in only]
         options += [f"--junit-xml={junit.absolute()}"] if junit else []
         options += [str(folder_of("tests/properties"))]

@@ -87,10 +87,12 @@ def write(card: PlainCard) -> bytes:
         "A": tensors("A", [pair.A for pair in pairs], STORED[dtype]),
         "B": tensors("B", [pair.B for pair in pairs], STORED[dtype]),
     }
-    extension = {"ARROW:extension:name": TENSOR, "ARROW:extension:metadata": "{}"}
+    dims = {"A": '["in","rank"]', "B": '["rank","out"]'}
     fields = []
     for name, column in columns.items():
-        metadata = extension if name in {"A", "B"} else None
+        metadata = {"ARROW:extension:name": TENSOR} if name in dims else {}
+        if metadata:
+            metadata["ARROW:extension:metadata"] = f'{{"dim_names":{dims[name]}}}'
         fields.append(pa.field(name, column.type, nullable=False, metadata=metadata))
     schema, out = pa.schema(fields, metadata=header), io.BytesIO()
     with pa.ipc.new_file(out, schema) as writer:

@@ -53,7 +53,13 @@ def closed():
     time.sleep(60)
 
 
+def flood():
+    while True:
+        say("Loading weights …\n" * 2**16)
+
+
 FAULTS = {
+    "prints without end": flood,
     "prints": lambda: say("Loading weights …\n"),
     "dies": die,
     "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -106,6 +112,8 @@ def main(fault, notes_file):
         call.update(json.loads(line))
         if fault in FAULTS and is_first:
             FAULTS[fault]()
+        elif fault == "all" and call["args"]["names"][0] in FAULTS:
+            FAULTS[call["args"]["names"][0]]()
         elif fault == "dies at heads" and "all-linear" in call["args"]["targets"]:
             die()
         else:

@@ -190,6 +190,48 @@ def test_a_process_that_dies_fails_that_property_and_the_others_have_their_verdi
     assert report["binding"] == {"name": "child", "version": "1"}
 
 
+CAUSES = {
+    "prints": "said what is no JSON",
+    "prints without end": "said what is no JSON",
+    "dies": "ended with status 3; it wrote: Segfault in layer 3",
+    "is silent": "no (verdict after|answer in) 9",
+    "half a line": "ended with status 0, in the middle of the line",
+    "an endless line": "said a line of more than 64 MiB|no verdict after 9",
+    "no message": "no answer to call",
+    "another type": "answered match_targets wrongly: TypeError",
+}
+FAULTS = """
+import pytest
+
+
+@pytest.mark.requirement("R3.11")
+@pytest.mark.parametrize("fault", [f"{when}/{name}" for name in FAULTS for when in ("at", "after")])
+def test_it(impl, fault):
+    when, _, name = fault.partition("/")
+    if when == "at":
+        with pytest.raises(Exception):
+            impl.match_targets([name], [])
+    assert impl.match_targets(["a.b"], ["b"]) == ["a.b"]
+"""
+
+
+@requirement("R24.7", "R24.2")
+def test_each_fault_of_a_process_has_its_verdict_and_the_next_property_runs(tmp_path):
+    (tmp_path / "test_own.py").write_text(f"FAULTS = {list(CAUSES)}\n{FAULTS}")
+    command = [sys.executable, "-m", "pytest", "-p", "lora.testing.plugin", "-c", os.devnull]
+    command += ["--rootdir", ".", "--conformance-json", "report.json", "test_own.py"]
+    command += ["--conformance-timeout", "9", "--binding-command", child("all", tmp_path / "notes")]
+    subprocess.run(command, cwd=tmp_path, check=False, capture_output=True)
+    entry = json.loads((tmp_path / "report.json").read_text())["requirements"]["R3.11"]
+    tests = {test["test"]: test for test in entry["tests"]}
+    assert len(tests) == 2 * len(CAUSES)
+    for fault, cause in CAUSES.items():
+        test = tests[f"test_own.py::test_it[at/{fault}]"]
+        assert test["verdict"] == "failed"
+        assert re.search(cause, test["falsified"])
+        assert tests[f"test_own.py::test_it[after/{fault}]"]["verdict"] == "passed"
+
+
 BINDING = r"""
 import os
 
