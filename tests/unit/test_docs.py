@@ -652,6 +652,7 @@ LEFT_OUT = {
     "lora fetch": "needs a peer: below, and tests/unit/test_cli_federation.py",
     "lora conformance --binding my_package": "names a package of somebody else",
     "lora conformance --command": "needs node: tests/interop/test_bindings.py",
+    "lora conformance --writer": "needs node: tests/unit/test_pairs.py",
     "lora conformance --binding my_binding:BINDING --only R3 ": "takes long: another one is run",
     "lora evolve": "trains for minutes: tests/unit/test_learning.py",
     "lora route how do I ask for leave": "needs learned cards: tests/unit/test_learning.py",
