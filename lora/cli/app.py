@@ -378,9 +378,9 @@ def waiting(what: str) -> Status:
     return Console(stderr=True).status(what)
 
 
-def check_input(path: Path | None, expected: str) -> None:
+def check_input(path: Path | None, expected: str, *, folder: bool = False) -> None:
     """Refuse a file or folder that is not there, before the work begins."""
-    if path is not None and not (path.is_dir() if "folder" in expected else path.exists()):
+    if path is not None and not (path.is_dir() if folder else path.exists()):
         raise CardNotFoundError(str(path), expected, "none")
 
 
@@ -394,7 +394,7 @@ def check_output(option: str, path: Path | None, endings: Sequence[str] = ()) ->
     if path.is_dir() or not path.parent.is_dir():
         problem = "a folder" if path.is_dir() else f"no folder {path.parent}"
         raise StoreError(f"{option} {path}", "a file in an existing folder", problem)
-    if path.suffix.lower() == ".safetensors":
+    if option == "--out" and path.suffix.lower() == ".safetensors":
         hint = "lora convert makes such a file of a card"
         raise ArgumentError(f"{option} {path}", "another ending", ".safetensors", hint)
 

@@ -116,13 +116,10 @@ def evolve(
             raise ArgumentError("--ask", "--teacher-model and --key-file beside it", "not both")
         _allowed(ask)
     checks_done()
-    for path, expected in (
-        (documents, "a folder of documents, or a file of logged pairs"),
-        (cards, "a folder of live cards"),
-        (questions, "a file of routing checks"),
-        (answers, "a file of answers"),
-    ):
-        check_input(path, expected)
+    check_input(documents, "a folder of documents, or a file of logged pairs")
+    check_input(cards, "a folder of live cards", folder=True)
+    check_input(questions, "a file of routing checks")
+    check_input(answers, "a file of answers")
     if dry_run:
         with waiting(f"reading {documents}"):
             source = learning.material(documents)

@@ -171,7 +171,7 @@ def route(
     if (card is None) == (cards is None):
         raise ArgumentError("lora route", "--card or --cards", "both" if card else "none of them")
     checks_done()
-    check_input(cards, "a folder of live cards")
+    check_input(cards, "a folder of live cards", folder=True)
     candidates: dict[str, Any] = {}
     for path in card or ():
         candidate = lora.load(path)

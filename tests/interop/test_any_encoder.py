@@ -474,7 +474,7 @@ def test_every_command_that_runs_a_model_takes_the_folder(letter_folder, tmp_pat
     code, out, _ = here("eval", card, "--pairs", tmp_path / "held-out.jsonl", *model[:2])
     assert code == 0
     assert "(base)" in out
-    assert f"{gain['gain']:.4g}" in out
+    assert f"{gain['gain']:+.3f}" in out
 
 
 def reciprocal(model, pairs):

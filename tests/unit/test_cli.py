@@ -92,6 +92,7 @@ class Finder:
         if name == sys.argv[1]:
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 sys.meta_path.insert(0, Finder())
 runpy.run_module("lora.cli", run_name="__main__")
 """

@@ -227,7 +227,7 @@ class Named(nn.Linear):
         ("adapted", "lora_A"),
         ("adapted", "load_weights"),
         ("adapted", "base_output"),
-        ("rowwise", "number"),
+        ("rowwise", "ranks"),
         ("trainable", "scaling"),
         ("trainable", "dropout"),
     ],
