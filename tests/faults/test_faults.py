@@ -47,6 +47,7 @@ def test_a_property_is_of_one_class_proves_one_requirement_and_uses_one_capabili
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # forty faults meet a hundred properties
 @requirement("R24.3")
 @pytest.mark.parametrize("faults", FAMILIES.values(), ids=FAMILIES)
 def test_on_each_fault_exactly_what_it_declares_turns_red(faults, properties, monkeypatch):
