@@ -113,8 +113,8 @@ def cell(result: Result, name: str, notes: dict[str, int]) -> str:
             note = f"**{result['row']}**: {escaped(deviation['reason'] + place)}"
             numbers.append(notes.setdefault(note, len(notes) + 1))
     text = " ".join(dict.fromkeys(marks)) or "–"
-    told = ", ".join(str(number) for number in dict.fromkeys(numbers))
-    return f"{text} <sup>{told}</sup>" if told else text
+    references = ", ".join(str(number) for number in dict.fromkeys(numbers))
+    return f"{text} <sup>{references}</sup>" if references else text
 
 
 def escaped(text: str) -> str:

@@ -100,9 +100,9 @@ class Subject:
             except Lacks:
                 pass
             except (Exception, NoAnswer, Hang) as error:  # noqa: BLE001 - however it fails
-                cause = "refuses" if isinstance(error, Exception) else "gives no answer to"
-                told = f"{cause} the simplest legal input: {_falsified(error)}"
-                self._broken[member] = f"{BROKEN}member {member} {told}"
+                answer = "refuses" if isinstance(error, Exception) else "gives no answer to"
+                problem = f"{answer} the simplest legal input: {_falsified(error)}"
+                self._broken[member] = f"{BROKEN}member {member} {problem}"
         if self._broken[member]:
             raise BrokenBinding(self._broken[member])
         return function

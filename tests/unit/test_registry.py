@@ -144,11 +144,11 @@ def test_an_active_card_is_in_use_and_a_cycle_of_garbage_is_not(registry_of):
 def test_a_card_of_which_one_factor_is_held_is_in_use(registry_of, factor):
     registry = registry_of(["docs", "law"], max_cards=1)
     (pair,) = registry.get("docs").weights.values()
-    held = getattr(pair, factor)
+    array = getattr(pair, factor)
     del pair
     with pytest.raises(RegistryFull):
         registry.get("law")
-    del held
+    del array
     assert registry.get("law").name == "law"
 
 
