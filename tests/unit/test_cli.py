@@ -94,6 +94,9 @@ class Finder:
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 sys.meta_path.insert(0, Finder())
+package = sys.argv[1].split(".")[0]
+for name in [name for name in sys.modules if name.split(".")[0] == package]:
+    del sys.modules[name]  # what measures coverage has imported some
 runpy.run_module("lora.cli", run_name="__main__")
 """
 

@@ -200,7 +200,7 @@ CAUSES = {
     "no message": "no answer to call",
     "another type": "answered match_targets wrongly: TypeError",
 }
-FAULTS = """
+FAULTY_TEST = """
 import pytest
 
 
@@ -217,7 +217,7 @@ def test_it(impl, fault):
 
 @requirement("R24.7", "R24.2")
 def test_each_fault_of_a_process_has_its_verdict_and_the_next_property_runs(tmp_path):
-    (tmp_path / "test_own.py").write_text(f"FAULTS = {list(CAUSES)}\n{FAULTS}")
+    (tmp_path / "test_own.py").write_text(f"FAULTS = {list(CAUSES)}\n{FAULTY_TEST}")
     command = [sys.executable, "-m", "pytest", "-p", "lora.testing.plugin", "-c", os.devnull]
     command += ["--rootdir", ".", "--conformance-json", "report.json", "test_own.py"]
     command += ["--conformance-timeout", "9", "--binding-command", child("all", tmp_path / "notes")]
