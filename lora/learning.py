@@ -167,14 +167,16 @@ def summary(lesson: Lesson, *, is_log: bool = False) -> str:
     gain = f"MRR {base.before:.3f} -> {base.after:.3f}"
     count = figures["pairs"]["held_out"]
     parts = [f"{lesson.name}: {outcome}.", f"{gain} on {count} questions not seen in training."]
+    placebos = [key for key in changes if key.startswith("placebo")]
+    strongest = min(placebos, key=lambda key: changes[key].lower, default=None)
     for key, change in changes.items():
         kind, _, other = key.partition(" ")
         gain = f"{change.mean:+.3f} [{change.lower:+.3f}, {change.upper:+.3f}]"
-        if kind == "placebo":
+        if key == strongest:
             origin = "comes from these documents" if change.lower > 0 else "is not sure"
             parts.append(
-                f"A card trained as long on Python's own documentation ({other}) reaches"
-                f" {change.before:.3f}, so {gain} {origin}."
+                "The strongest card trained on Python's own documentation instead"
+                f" ({other}) reaches {change.before:.3f}, so {gain} {origin}."
             )
         elif kind == "skill":
             parts.append(f"The live skill {other!r} reaches {change.before:.3f}: {gain}.")

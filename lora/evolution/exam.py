@@ -1,8 +1,9 @@
 """Trains a card on one part of some material and examines it on another, against all alternatives.
 
 Alternatives are the base model, every live skill, and placebos: cards that were trained as long on
-pairs of the same form from the standard library. They answer in the new card's place, where the
-router would choose it; the base model answers where it abstains.
+pairs of the same form from the standard library, and a short one, which is often the strongest.
+They answer in the new card's place, where the router would choose it; the base model answers where
+it abstains.
 
 Requirements: R18.
 """
@@ -71,6 +72,9 @@ EXAMPLES = 256
 
 SAMPLE = FEWEST
 """Held-out pairs that are kept beside a skill, to hold later learning to it."""
+
+SHORT = 15
+"""Steps at most of the placebo that only learned to ask for names (benchmarks/exam_table.py)."""
 
 LEARNING = Settings(share=0.9, validation_size=64)
 """How cards and placebos are trained."""
@@ -250,7 +254,7 @@ def examined(
     """Examine a card that is served against the base model, the other cards, and placebos.
 
     Args:
-        placebos: By the form of the pairs that they were trained on.
+        placebos: By name, such as the form of the pairs that they were trained on.
 
     Returns:
         What was found, and the share of the queries that the card answers.
@@ -429,9 +433,10 @@ def learn(
     service = Service(base, {key: each for key, each in live.cards.items() if key != name})
     figures["novelty"] = _novelty(service, held_out)
     service.add(card)
+    forms = [(form, form, terms.steps) for form in source.forms]
     placebos = {
-        form: weighted(placebo(engine, form, terms, progress), terms.weight)
-        for form in source.forms
+        key: weighted(placebo(engine, form, replace(terms, steps=steps), progress), terms.weight)
+        for key, form, steps in (*forms, ("short", "names", min(SHORT, terms.steps)))
     }
     verdict, answered = examined(service, name, placebos, held_out, terms.seed)
     guarded = guards(base, card, live)

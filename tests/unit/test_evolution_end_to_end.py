@@ -22,7 +22,7 @@ def test_networkx_is_learned_within_forty_steps_and_routed_to(tmp_path):
     assert evolved.facts["live"], evolved.facts["text"]
     assert evolved.facts["name"] == "networkx-graph"
     changes = evolved.lesson.verdict.changes
-    assert set(changes) == {"base", "placebo names"}
+    assert set(changes) == {"base", "placebo names", "placebo short"}
     assert changes["placebo names"].queries == MOST
     assert changes["placebo names"].mean > 0.02
     engine.follow(cards)

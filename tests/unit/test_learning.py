@@ -85,7 +85,7 @@ def test_only_what_beats_base_and_placebo_on_files_that_it_did_not_see_is_a_skil
     assert ("comes from these documents" in summary(lesson)) == lesson.live
     json.dumps(dict(lesson.figures))
     if kind != "can't tell":
-        assert set(lesson.verdict.changes) == {"base", "placebo prose"}
+        assert set(lesson.verdict.changes) == {"base", "placebo prose", "placebo short"}
         assert lesson.figures["changes"]["base"] == vars(lesson.verdict.changes["base"])
         assert lesson.figures["pairs"]["held_out"] == 160 >= FEWEST
     else:
@@ -224,6 +224,26 @@ def test_a_weight_scales_the_card_and_its_placebos_alike(terms):
     assert sides[0].mean > sides[1].mean
 
 
+@requirement("R18.3")
+def test_what_a_short_placebo_of_names_knows_as_well_is_refused(tmp_path, monkeypatch):
+    letters = {"prose": "abcd", "names": "efgh"}  # the names tell all that the documents do
+    monkeypatch.setattr(exam, "standard_library", lambda form: combined(letters[form]))
+    terms = Terms(rank=4, placebos=tmp_path, documents_only=True)
+    asked = []
+
+    def count(engine, form, terms, progress):
+        asked.append((form, terms.steps))
+        return placebo(engine, form, terms, progress)
+
+    monkeypatch.setattr(exam, "placebo", count)
+    assert learned(terms, subject("efgh")).verdict.kind == "skill"
+    assert asked == [("prose", 40), ("names", 15)]
+    monkeypatch.setattr(exam, "SHORT", 40)  # so few letters are not learned in 15 steps
+    lesson = learned(terms, subject("efgh"))
+    assert lesson.verdict.changes["placebo prose"].lower > 0
+    assert (lesson.verdict.kind, lesson.verdict.unbeaten) == ("format", ("placebo short",))
+
+
 @requirement("R18.3", "R17.3")
 def test_placebos_are_kept_by_base_form_and_steps(terms, tmp_path, monkeypatch):
     terms, one = replace(terms, placebos=tmp_path, steps=1), engine()
@@ -323,7 +343,7 @@ def test_a_worse_version_is_refused_and_an_equal_one_rises(shelf, terms, tmp_pat
     )
     assert (again.facts["live"], again.facts["version"]) == (True, "0.2.0")
     assert set(again.facts["figures"]["guards"]) == {"book"}
-    assert set(again.facts["figures"]["changes"]) == {"base", "placebo prose"}
+    assert set(again.facts["figures"]["changes"]) == {"base", "placebo prose", "placebo short"}
 
 
 @requirement("R18.8")
@@ -385,7 +405,7 @@ def test_an_exam_adapts_each_card_once_and_ranks_each_pairs_once(terms, monkeypa
     live = Live(*({n: getattr(each, a) for n, each in lessons.items()} for a in ("card", "sample")))
     learned(replace(terms, steps=1), subject("efgh"), "third", live=live)
     names = sorted(card.name for _, card in calls["adapt"])
-    assert names == ["efgh", "ijkl", "placebo-prose", "third"]
+    assert names == ["efgh", "ijkl", "placebo-names", "placebo-prose", "third"]
     ranked = [(id(model), id(pairs)) for model, pairs in calls["ranks"]]
     assert len(ranked) == len(set(ranked)) >= 5
 
