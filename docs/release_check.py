@@ -26,7 +26,8 @@ def aged_results(root: Path) -> Iterator[str]:
     """Yield the parts of each file of results that other sources made, or unknown ones."""
     for path in sorted((root / "benchmarks").rglob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
-        parts = {name: part for name, part in results.items() if "machine" in part}
+        whole = {"all": results} if "machine" in results else results
+        parts = {name: part for name, part in whole.items() if "machine" in part}
         measured = {name: part["machine"].get("sources", {}) for name, part in parts.items()}
         for name, sources in (measured or {"all": results.get("measured", {})}).items():
             state = figures.changed_since(sources)

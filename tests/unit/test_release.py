@@ -258,6 +258,7 @@ def checkout(tmp_path, monkeypatch):
     results = {
         "benchmarks/results.json": {"forward": {"machine": {"sources": sources}, "rows": []}},
         "benchmarks/questions/exams.json": {"exams": {}, "measured": sources},
+        "benchmarks/table.json": {"machine": {"sources": sources}, "names": {}},
     }
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.example"]
     for *command, last in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "one"]):
@@ -280,6 +281,7 @@ def checkout(tmp_path, monkeypatch):
 AGED = [
     "benchmarks/questions/exams.json: all: Changed since: `lora/sums.py`.",
     "benchmarks/results.json: forward: Changed since: `lora/sums.py`.",
+    "benchmarks/table.json: all: Changed since: `lora/sums.py`.",
     "docs/mutation.md: sums: changed since; make mutants MODULE=lora/sums.py",
 ]
 
