@@ -493,7 +493,7 @@ def _new_folder(
 ) -> Iterator[Path]:
     """Make a folder that gets the name `out` when the block ends, and is removed when it raises.
 
-    A killed process leaves it, as ``.<name>.tmp``, to the next one, which takes it over; a lock
+    A killed process leaves it, as ``.<name>.lora-tmp``, to the next one, which takes it over; a lock
     keeps two that run at once apart.
     """
     inner, outer = (Path(os.path.realpath(path)) for path in (out, base))
@@ -521,7 +521,7 @@ def _new_folder(
         hint = "move what is not to be lost"
         raise ArgumentError(str(out), expected, f"also {listed(sorted(lost))}", hint)
     out = inner  # where "." has no name
-    temporary, old = (out.with_name(f".{out.name}.{end}") for end in ("tmp", "old"))
+    temporary, old = (out.with_name(f".{out.name}.{end}") for end in ("lora-tmp", "lora-old"))
     temporary.mkdir(exist_ok=True)
     lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

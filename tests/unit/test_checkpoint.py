@@ -243,7 +243,7 @@ def test_a_base_that_can_not_be_merged_is_refused_by_name_and_nothing_is_written
         fold_checkpoint(base, card, tmp_path / "out")
     assert state(tmp_path) == before
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.tmp").exists()
+    assert not (tmp_path / ".out.lora-tmp").exists()
 
 
 WRONG = {
@@ -555,11 +555,14 @@ def test_a_kill_leaves_no_folder_and_the_next_run_takes_over(base, tmp_path):
     assert _in_child(kill, base, tmp_path / "out").returncode == -signal.SIGKILL
     assert state(base) == before
     assert not (tmp_path / "out").exists()
-    (tmp_path / ".out.tmp/stale").mkdir()
-    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.lora-tmp/stale").mkdir()
+    (tmp_path / ".out.lora-old").mkdir()
+    for name in (".out.old", ".out.tmp"):  # a user's
+        (tmp_path / name).mkdir()
     fold_checkpoint(base, card_of(), tmp_path / "out")
     assert state(tmp_path / "out").keys() == before.keys()
-    assert not [*tmp_path.glob(".out.*")]
+    fold_checkpoint(base, card_of(), tmp_path / "out", overwrite=True)
+    assert sorted(path.name for path in tmp_path.glob(".out.*")) == [".out.old", ".out.tmp"]
 
 
 @requirement("R26.6")
