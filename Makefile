@@ -56,7 +56,7 @@ release-check: $(VENV)/.test
 	$(BIN)/python docs/release_check.py
 
 # Mutants of the pure core that tests/properties lets live, or of one module: make mutants MODULE=lora/factors.py.
-# Hours on one core; what was run is kept in mutants/, where a run that was stopped goes on.
+# About a second each on one core; what was run is kept in mutants/, where a run that was stopped goes on.
 mutants: $(VENV)/.mutants
 	OMP_NUM_THREADS=1 LORA_PROFILE=quick $(BIN)/python -m tests.mutants $(MODULE)
 

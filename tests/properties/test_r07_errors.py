@@ -37,6 +37,7 @@ from lora.errors import (
     UnboundWarning,
 )
 from lora.models.encoder import EncoderConfig
+from lora.targets import listed
 from lora.testing.binding import PlainCard, PlainPair
 from lora.testing.plugin import requirement
 from lora.testing.reference import card_of
@@ -1290,3 +1291,20 @@ def test_an_error_names_the_card_and_the_field_or_the_factor_that_is_wrong(
     with pytest.raises(lora.LoRAError) as caught:
         lora.AdapterSet({name: (docs(name=name), scaling)})
     assert caught.value.where == f"weight of {name!r}"
+
+
+@requirement("R7.3")
+@given(known=st.lists(names, max_size=14), limit=st.integers(1, 12))
+def test_the_first_of_many_names_are_listed_and_the_others_are_counted(known, limit):
+    first = ", ".join(map(repr, known[:limit])) or "none"
+    others = len(known[limit:])
+    assert listed(known, limit) == (f"{first} and {others} more" if others else first)
+
+
+@requirement("R7.8")
+@given(name=st.sampled_from(["q", "layer.0.q"]), half=st.integers(0xD800, 0xDFFF).map(chr))
+def test_weights_whose_name_holds_half_of_a_surrogate_pair_are_not_extracted(name, half):
+    base = {f"{name}{half}.weight": np.ones((2, 2), np.float32)}
+    tuned = {key: weight + 1 for key, weight in base.items()}
+    with pytest.raises(CardError, match="expected a printable name"):
+        lora.extract_delta(base, tuned, 1)
