@@ -54,6 +54,9 @@ settings.register_profile("nightly", _ALL, max_examples=5000, phases=tuple(Phase
 MEMBERS = frozenset(name for name in vars(Binding) if not name.startswith("_"))
 """What a test may use of a binding."""
 
+OUTSIDE_ENOUGH = 30
+"""A property is skipped when so many examples, and no others, lay outside of the domains."""
+
 _BINDING = pytest.StashKey[Any]()
 
 _EXAMPLES = re.compile(r"- (\d+) passing, (\d+) failing")
@@ -303,14 +306,24 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 def _reached(test: Callable[..., Any], lacks: list[str]) -> Callable[..., Any]:
-    """Return a test that rejects the examples that the implementation does not reach."""
+    """Return a test that rejects the examples that the implementation does not reach.
+
+    Where it reached none of the first `OUTSIDE_ENOUGH`, no more are drawn.
+    """
+    is_reached = False
 
     @wraps(test)
     def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_reached
         try:
-            return test(*args, **kwargs)
+            result = test(*args, **kwargs)
         except Lacks as error:
             lacks.append(str(error))
+        else:
+            is_reached = True
+            return result
+        if not is_reached and len(lacks) == OUTSIDE_ENOUGH:
+            pytest.skip(lacks[0])
         return reject()
 
     return run

@@ -11,12 +11,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import UnsatisfiedAssumption
 
 from lora.errors import ArgumentError
 from lora.testing import domains
 from lora.testing.binding import Lacks, PlainCard, PlainPair, Term
 from lora.testing.domains import VOCABULARY, within
-from lora.testing.plugin import MEMBERS, BrokenBinding, Subject, load_binding, requirement
+from lora.testing.plugin import (
+    MEMBERS,
+    OUTSIDE_ENOUGH,
+    BrokenBinding,
+    Subject,
+    _reached,
+    load_binding,
+    requirement,
+)
 from lora.testing.remote import NoAnswer
 from lora.testing.report import lines_of, red
 from lora.testing.strategies import layers
@@ -275,6 +284,33 @@ def test_refused(impl):
     with pytest.raises(Exception):
         impl.match_targets([], [])
 """
+
+
+def ends_of(examples):
+    """How each example ends, where a false one lies outside of the domains."""
+
+    def example(is_inside):
+        if not is_inside:
+            raise Lacks("forward is declared without float64")
+
+    run, ends = _reached(example, []), []
+    for is_inside in examples:
+        try:
+            run(is_inside)
+            ends.append("reached")
+        except UnsatisfiedAssumption:
+            ends.append("outside")
+        except pytest.skip.Exception as skipped:
+            ends.append(skipped.msg)
+    return ends
+
+
+@requirement("R24.11")
+@pytest.mark.filterwarnings("ignore:Using `reject` outside")
+def test_no_more_is_drawn_where_the_first_examples_all_lay_outside():
+    outside = ["outside"] * (OUTSIDE_ENOUGH - 1)
+    assert ends_of([False] * OUTSIDE_ENOUGH) == [*outside, "forward is declared without float64"]
+    assert ends_of([True] + [False] * 99) == ["reached"] + ["outside"] * 99
 
 
 @requirement("R24.11", "R24.12")
