@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tempfile
 from dataclasses import replace
 from fractions import Fraction
@@ -179,6 +180,18 @@ def test_the_schema_metadata_of_the_arrow_file_carries_the_fields(impl, card):
     assert json.loads(fields["lora.metadata"]) == card.metadata
     assert set(batch.column("module").to_pylist()) == set(card.weights)
     assert len(batch) == len(card.weights)
+
+
+@requirement("R1.9", kind="format")
+@given(card=plain_cards())
+def test_factors_are_declared_as_canonical_tensors_whose_dimensions_have_names(impl, card):
+    """Arrow tells them in the text of a type that it knows, and in metadata of one it does not."""
+    schema = the_arrow_file(impl.write_card(card)).schema
+    for name, dimensions in (("A", "in,rank"), ("B", "rank,out")):
+        field = schema.field(name)
+        told = re.sub(r'["\s]', "", f"{field.type} {field.metadata}")
+        assert "arrow.variable_shape_tensor" in told
+        assert re.search(rf"dim_names[=:]\[{dimensions}\]", told)
 
 
 @requirement("R1.4", kind="format")
