@@ -154,7 +154,7 @@ class FactorsInTheOrderOfMemory(Fault, breaks="R1.16", also="R1.2 R1.7"):
         )
 
 
-class StreamInsteadOfFile(Fault, breaks="R1.4", also="R1.3 R1.8 R1.10 R1.16 R7.6"):
+class StreamInsteadOfFile(Fault, breaks="R1.4", also="R1.3 R1.8 R1.9 R1.10 R1.16 R7.6"):
     """Writes the Arrow stream format."""
 
     def write_card(self, card):

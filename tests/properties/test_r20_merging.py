@@ -319,6 +319,8 @@ def test_what_is_no_strategy_no_option_or_no_weight_is_refused(impl, strategy, c
 @each(*ANY)
 @given(cards=several(most=3), bad=st.sampled_from([float("nan"), float("inf")]), data=st.data())
 def test_factors_that_are_not_finite_are_refused(impl, strategy, cards, bad, data):
+    simplest = card_with("a", {"m": PlainPair(np.ones((1, 1)), np.full((1, 1), bad), 1.0)})
+    assert refuses(impl, [simplest], strategy, {}, None, None)
     options, *_ = choose(data, cards, strategy)
     module, pair = next(iter(cards[0].weights.items()))
     spoilt = pair._replace(B=np.full_like(pair.B, bad))

@@ -44,10 +44,11 @@ class Router:
 
 
 class SemanticRouter:
-    """Scores and order as the library gives them."""
+    """Scores and order as the library gives them; without a length a score is NaN, linear.py:18."""
 
     name, version = "semantic-router", version("semantic-router")
     missing = all_but("make_router", "a router only")
+    domains = LENGTHS
 
     def make_router(self, embed):
         return Router(embed)
@@ -57,7 +58,6 @@ class WithConventions(SemanticRouter):
     """The same with the specification's decimals and ties."""
 
     name = "semantic-router, with conventions"
-    domains = LENGTHS
 
     def make_router(self, embed):
         return Conventional(Router(embed))
