@@ -1,7 +1,7 @@
 """What all commands share: the application, common options, output, errors and progress.
 
 Errors are one line on stderr and exit status 1. A command line that is wrong whatever the files
-hold exits with 2: what typer refuses, and an `ArgumentError` before the command's `checks_done`.
+hold exits with 2: what typer refuses, and one of `OF_USAGE` before the command's `checks_done`.
 An interrupt exits with 130.
 
 Requirements: R25.
@@ -30,7 +30,10 @@ from rich.text import Text
 import lora
 from lora.errors import (
     ArgumentError,
+    BadNameError,
     BaseModelError,
+    CardError,
+    CardFileError,
     CardNotFoundError,
     DataError,
     LoRAError,
@@ -42,6 +45,9 @@ from lora.progress import progress_bar as progress_bar  # noqa: PLC0414 - for th
 
 NOTHING_TO_SERVE = 3
 """Exit status of a command that worked but made nothing worth serving."""
+
+OF_USAGE = (ArgumentError, CardError, BadNameError)
+"""Errors of a command line, unless they name a file or come from the work itself."""
 
 INPUTS: dict[str, tuple[str, ...]] = {}
 """Commands that may be jobs of a skill factory -> the parameters that are paths they read."""
@@ -130,6 +136,7 @@ def command(
             try:
                 result = function(**options)
             except LoRAError as error:
+                error.where = _PLACES.get(error.where, error.where)
                 words = partial(in_options, allows="allow" in options)
                 error.expected, error.hint = map(words, (error.expected, error.hint))
                 is_of_base = isinstance(error, BaseModelError | ShapeError | TargetError)
@@ -163,6 +170,9 @@ _IN_COMMANDS = {
     "check_base=False adapts": "in Python the check can be left out, which adapts",
 }
 """What a hint says for Python -> what it says on the command line."""
+
+_PLACES = {"card 'config': alpha": "--alpha", "teacher: base_url": "--teacher-url"}
+"""Where something is wrong, in Python -> the option that says it."""
 
 _WITH_ALLOW = {
     "check_base=False waives this": "--allow other_base waives this",
@@ -323,7 +333,8 @@ def main() -> None:
         status = app(_as_renamed(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()
     except LoRAError as error:
-        fail(str(error), 2 if isinstance(error, ArgumentError) and not working.get() else 1)
+        of_usage = isinstance(error, OF_USAGE) and not isinstance(error, CardFileError)
+        fail(str(error), 2 if of_usage and not working.get() else 1)
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", 130)
     except OSError as error:  # standard output is closed or cannot be written: drop the rest of it
@@ -397,6 +408,16 @@ def check_output(option: str, path: Path | None, endings: Sequence[str] = ()) ->
     if option == "--out" and path.suffix.lower() == ".safetensors":
         hint = "lora convert makes such a file of a card"
         raise ArgumentError(f"{option} {path}", "another ending", ".safetensors", hint)
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> None:
+    """Refuse weights that are not one finite number for each card."""
+    if weights is not None and len(weights) != count:
+        raise ArgumentError("--weight", f"one for each of {count} cards", str(len(weights)))
+    from lora.checks import finite
+
+    for weight in weights or ():
+        finite(weight, "--weight", ArgumentError)
 
 
 def present(**options: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import lora
 from lora.cli.app import (
     Result,
     check_output,
+    check_weights,
     checks_done,
     command,
     details,
@@ -159,9 +160,14 @@ def convert(
         overwrite: Replace a PEFT folder that is there.
         exact: Of a PEFT folder: write alpha_pattern and rank_pattern, and round nothing.
     """
+    from lora.checks import choice, positive
     from lora.interop.peft import export_peft
-    from lora.interop.safetensors import save_safetensors
+    from lora.interop.safetensors import LAYOUTS, save_safetensors
 
+    if alpha is not None:
+        positive(alpha, "--alpha")
+    if layout is not None:
+        choice(layout, "--layout", LAYOUTS)
     ending = out.suffix.lower()
     if (overwrite or exact) and ending in (".arrow", ".safetensors"):
         option, hint = "--exact" if exact else "--overwrite", "leave it out: a file is replaced"
@@ -231,8 +237,11 @@ def merge(
             expected = f"an option of {strategy}: {known or 'it has none'}"
             raise ArgumentError(f"--{option}", expected, option)
     rule = STRATEGIES[strategy](**options)
-    if weight is not None and len(weight) != len(cards):
-        raise ArgumentError("--weight", f"one for each of {len(cards)} cards", str(len(weight)))
+    check_weights(weight, len(cards))
+    if weight and strategy in ("average", "slerp"):
+        raise ArgumentError("--weight", f"none for {strategy}", weight, "weighted takes them")
+    if strategy == "slerp" and len(cards) != 2:
+        raise ArgumentError("--strategy slerp", "two cards", len(cards))
     if rank is not None:
         integer(rank, "--rank", 1)
     checks_done()
@@ -292,10 +301,13 @@ def extract(
         method: 'full', or 'randomized' for large matrices.
         name: Name of the card; the output file's if omitted.
     """
-    from lora.checks import integer
+    from lora.checks import choice, integer
+    from lora.extract import METHODS
     from lora.interop.weights import SafetensorsWeights
 
     check_output("--out", out)
+    choice(method, "--method", METHODS)
+    integer(seed, "--seed", 0)
     if rank is not None:
         integer(rank, "--rank", 1)
     rules: list[Any] = [] if rank is None else [rank]
@@ -363,6 +375,7 @@ def fold(
 
     for refusal in allow or ():
         choice(refusal, "--allow", ["other_base"])
+    check_weights(weight, len(cards))
     checks_done()
     adapters = [_read_card(path) for path in cards]
     options = {"strict": strict, "overwrite": overwrite, "check_base": not allow}

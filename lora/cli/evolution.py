@@ -95,6 +95,8 @@ def evolve(
     """
     from lora import learning
     from lora.evolution.exam import Terms, divided
+    from lora.evolution.queue import check_skill_name
+    from lora.evolution.teacher import teacher_host
     from lora.files import os_errors
     from lora.presets import LoRAConfig
 
@@ -114,7 +116,11 @@ def evolve(
     if ask is not None:
         if None in (teacher_model, key_file):
             raise ArgumentError("--ask", "--teacher-model and --key-file beside it", "not both")
-        _allowed(ask)
+        host = teacher_host(teacher_url, insecure=insecure_http)
+        if _allowed(ask)[0] != host:
+            raise ArgumentError("--ask", f"the host of --teacher-url, {host}", ask)
+    if name is not None:
+        check_skill_name(name)
     checks_done()
     check_input(documents, "a folder of documents, or a file of logged pairs")
     check_input(cards, "a folder of live cards", folder=True)

@@ -87,7 +87,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8815,
     host: str = "0.0.0.0",  # noqa: S104 - the local network is served
     announce: bool = True,
-    metrics_port: int | None = None,
+    metrics_port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
     metrics_host: str = "127.0.0.1",
     as_json: Json = False,
 ) -> None:
@@ -189,13 +189,19 @@ def fetch(
     """
     from lora.checks import is_digest
     from lora.federation.cache import default_cache
+    from lora.federation.credentials import check_location
     from lora.federation.keys import load_public_key
+    from lora.federation.node import uri_of
     from lora.federation.trust import Policy, waived
     from lora.files import replacing
 
     if pin is not None and not is_digest(pin):
         expected = "a SHA-256 as 64 lower-case hex digits"
         raise ArgumentError("--pin", expected, repr(pin), "lora list shows the digests")
+    waived(Policy(), allow or [])  # refuses what is no refusal
+    for address in peer or ():
+        check_location(uri_of(address), credentials)
+    checks_done()
     keys = frozenset(map(load_public_key, trust or []))
     policy = waived(Policy(keys, base_model=base_model), allow or [])
     check_output("--out", out)
@@ -236,6 +242,7 @@ def sign(card: Path, *, key: Path) -> Result:
     """
     from lora.federation.keys import sign_file, signature_path
 
+    checks_done()
     manifest, file = sign_file(card, key), str(signature_path(card))
     facts = {"file": file, "name": manifest.name, "digest": manifest.digest}
     return Result(facts, f"{file}: {manifest.name} {manifest.digest}")

@@ -150,7 +150,7 @@ def route(
     card: list[Path] | None = None,
     cards: Path | None = None,
     top_k: int = 3,
-    threshold: float | None = None,
+    threshold: Annotated[float | None, typer.Option(min=-1, max=1)] = None,
     model: Model = None,
     as_json: Json = False,
 ) -> Result:
@@ -164,9 +164,8 @@ def route(
         threshold: Least score, in [-1, 1]; with --cards, each card has its own.
     """
     from lora.checks import integer
-    from lora.routing import Index, check_threshold, decide, explained, nearest, unit
+    from lora.routing import Index, decide, explained, nearest, unit
 
-    check_threshold(threshold)
     integer(top_k, "top_k", 1)
     if (card is None) == (cards is None):
         raise ArgumentError("lora route", "--card or --cards", "both" if card else "none of them")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora.cli.app import Json, Result, check_output, command, printable, progress_bar
+from lora.errors import StoreError
 
 
 @command("conformance --binding my_package.binding:BINDING --only R4 --json-file verdicts.json")
@@ -44,8 +45,8 @@ def conformance(
             raise typer.BadParameter("it is empty", param_hint=option)
     if binding is not None and command is not None:
         raise typer.BadParameter("it can't go with --command", param_hint="--binding")
-    if json_file is not None:
-        check_output("--json-file", json_file)
+    check_output("--json-file", json_file)
+    check_output("--junit", junit)
     with progress_bar("checking") as progress:
         report = run_suite(
             binding,
@@ -82,8 +83,7 @@ def bench(
     from lora.files import replacing
     from lora.testing.bench import SCRIPTS, run_bench, shown
 
-    if out is not None:
-        check_output("--out", out)
+    check_output("--out", out)
     names, parts = only or list(SCRIPTS), []
     with progress_bar("measuring") as progress:
         for done, part in enumerate(run_bench(names, quick=quick, threads=threads), 1):
@@ -116,5 +116,7 @@ def demo(
     """
     from lora.demo import run
 
+    if out.is_file():
+        raise StoreError(f"--out {out}", "a folder", "a file")
     console = Console(quiet=as_json, markup=False)
     return Result(run(out, steps=steps, console=console, progress_bar=progress_bar))

@@ -276,7 +276,7 @@ class OpenAITeacher:
             raise ArgumentError("teacher: model, api_key", "text", "an empty or another value")
         if finite(timeout, "teacher: timeout", ArgumentError) <= 0:
             raise ArgumentError("teacher: timeout", "seconds > 0", shown(timeout))
-        self.host = _host(base_url, insecure=insecure_http)
+        self.host = teacher_host(base_url, insecure=insecure_http)
         self.model, self.ledger, self.base_url = model, ledger, base_url
         self._cache = None if cache is None else as_path(cache)
         self.max_tokens = integer(max_tokens, "teacher: max_tokens", least=1)
@@ -614,8 +614,12 @@ def _completion(body: bytes) -> tuple[Answer | None, tuple[int, ...]]:
     return Answer(text, end), tokens
 
 
-def _host(url: str, *, insecure: bool) -> str:
-    """Return the host of a URL that data may be sent to."""
+def teacher_host(url: str, *, insecure: bool) -> str:
+    """Return the host of a URL that data may be sent to.
+
+    Raises:
+        ArgumentError: Data may not be sent there.
+    """
     where = "teacher: base_url"
     try:
         parts = urlsplit(str(url))
@@ -628,5 +632,5 @@ def _host(url: str, *, insecure: bool) -> str:
     if not host or not (scheme == "https" or plain):
         expected = "https://…, or http://… on this machine"
         hint = "`insecure_http=True` allows http:// to another host"
-        raise ArgumentError(where, expected, shown(f"{scheme}://{host}"), hint)
+        raise ArgumentError(where, expected, f"{scheme}://{host}" if host else "no host", hint)
     return host

@@ -14,6 +14,8 @@ from lora.cli.app import waiting
 from lora.testing.plugin import requirement
 from lora.training.data import Pairs
 
+ASK = "--ask x:queries --teacher-model m --key-file texts.txt"
+
 USAGE = {
     "inspect docs.lora.arrow --plot docs.exe": "--plot docs.exe: expected a file that ends in",
     "inspect docs.lora.arrow --verify abc": "a SHA-256",
@@ -46,6 +48,26 @@ USAGE = {
     "bench --only magic": "magic",
     "demo --steps 0": "--steps",
     "train pairs.jsonl --name a": "--out",
+    "train pairs.jsonl --name a -o a.lora.arrow --alpha 0": "--alpha: expected a finite number > 0",
+    "evolve . --alpha nan": "--alpha: expected a finite number, found nan",
+    "evolve . --name x/y": "x/y",
+    f"evolve . {ASK} --teacher-url http://x/": "--teacher-url: expected https://",
+    f"evolve . {ASK} --teacher-url x": "--teacher-url: expected https://…, or http://… on this "
+    "machine, found no host; --insecure-http allows",
+    f"evolve . {ASK} --teacher-url https://y": "--ask: expected the host of --teacher-url, y, "
+    "found x",
+    "merge docs.lora.arrow -o a.lora.arrow --strategy weighted --weight nan": "--weight",
+    "merge docs.lora.arrow -o a.lora.arrow --weight 1": "--weight: expected none for average",
+    "merge docs.lora.arrow -o a.lora.arrow --strategy slerp": "expected two cards, found 1",
+    "extract . -o a.lora.arrow --method fast": "--method: expected one of full, randomized",
+    "extract . -o a.lora.arrow --seed -1": "--seed",
+    "fold . docs.lora.arrow -o out --weight 1 --weight 2": "--weight: expected one for each of 1",
+    "fold . docs.lora.arrow -o out --weight inf": "--weight: expected a finite number",
+    "convert docs.lora.arrow -o b.lora.arrow --alpha 0": "--alpha: expected a number > 0",
+    "convert docs.lora.arrow -o b.lora.arrow --layout x": "--layout: expected one of linear",
+    "route a --card docs.lora.arrow --threshold 2": "--threshold",
+    "serve . --metrics-port 65536": "--metrics-port",
+    "fetch a --peer x": "grpc://host:port",
 }
 """What no file could put right -> words of the error."""
 
@@ -70,6 +92,11 @@ FILES = {
     "evolve . --answers none.jsonl": "none.jsonl: expected a file of answers",
     "evolve . --questions none.jsonl": "none.jsonl: expected a file of routing checks",
     "fetch a --peer 127.0.0.1:1 -o none/a.lora.arrow": "existing folder",
+    "fetch a --peer 127.0.0.1:1 --trust texts.txt": "texts.txt: expected an Ed25519 key",
+    "sign docs.lora.arrow --key texts.txt": "texts.txt: expected an Ed25519 key",
+    "extract . -o a.lora.arrow --target nowhere": "model.safetensors",
+    "conformance --junit none/a.xml": "--junit none/a.xml: expected a file in an existing folder",
+    "demo --out texts.txt": "--out texts.txt: expected a folder, found a file",
 }
 """What a file could put right -> words of the error."""
 
