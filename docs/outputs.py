@@ -4,27 +4,43 @@ An example is a block of Python or of commands; the block `text` right below it 
 tests that run the examples give what was printed to `compare`, so that nothing runs twice. Where
 ``LORA_OUTPUTS=write`` is in the environment, as `make outputs` sets it, the page is written anew.
 
-What takes minutes, or one process that serves another, runs in no test. Run by itself, this file
-records it: with a digest of the block and its output, which the tests compare.
+What takes minutes, or needs a process that serves another, is recorded by this file, run by itself:
+with a digest of the block and its output, which the tests compare. A slow test runs it again, but
+for what other tests run.
 """
 
 import difflib
 import hashlib
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, chdir
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora.evolution.queue import JobQueue
+
 ROOT = Path(__file__).parents[1]
 
-RECORDED = ("docs/index.md", "docs/how-to/share.md", "docs/federation.md")
+RECORDED = (
+    "docs/index.md",
+    "docs/how-to/share.md",
+    "docs/how-to/factory.md",
+    "docs/how-to/learn-and-serve.md",
+    "docs/how-to/merge.md",
+    "docs/federation.md",
+    "docs/evolution.md",
+)
 """Pages with commands that are only recorded."""
+
+LONG = ("index.md", "evolution.md")
+"""Pages that show what takes minutes; elsewhere it is only named."""
 
 WIDTH = 80
 """Columns of a listing."""
@@ -38,6 +54,7 @@ VARIES = (
     (r"/\S*/(?=test_\w+\.py)", "…/"),
     (r"\b\d{4}-\d\d-\d\d\b", "2026-11-29"),
     (r"\b\d\d:\d\d:\d\d\b", "02:00:00"),
+    (r"grpc://(?!127\.|0\.0)\d+(\.\d+){3}", "grpc://192.0.2.7"),
     (r"(grpc(\+tls)?://[\w.]+):\d+", r"\1:8815"),
     (r"\b\d+(\.\d+)? (ms|s|seconds)\b", r"0.1 \2"),
 )
@@ -124,39 +141,106 @@ def write(page: Path, example: Example, printed: str, note: str = "") -> None:
     page.write_text(f"{text[:start]}{block}{text[end:]}", encoding="utf-8")
 
 
-def record(page: Path) -> None:
-    """Run the commands of a page in order and record those that no test runs.
+class Session:
+    """Runs the commands of a page, each in a process, in the order in which they stand.
 
-    What serves runs until another does, or to the end of the page.
+    What serves runs until another does, or to the end. A port and addresses of this machine stand
+    in for those of the page, and the digest that was printed last for its beginning.
+
+    Args:
+        folder: Where the commands run; it has what the examples name.
+        lines: The commands, as lists of words.
     """
+
+    def __init__(self, folder: Path, lines: list[list[str]]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = f"{free.getsockname()[1]}"
+        self.folder, self.servers = folder, ExitStack()
+        self.digest = hashlib.sha256((folder / "docs.lora.arrow").read_bytes()).hexdigest()
+        self.environment = {**os.environ, "HOME": f"{folder}", "COLUMNS": f"{WIDTH}"}
+        self.environment |= {"PYTHONPATH": f"{ROOT}", "XDG_CACHE_HOME": ""}
+        names = [line[3] for line in lines if line[1:3] == ["factory", "rollback"]]
+        for name in dict.fromkeys(names):
+            for cards in (["docs"], ["docs", "law"]):  # two versions of it
+                words = [f"{card}.lora.arrow" for card in cards]
+                about = ["--name", name, "--description", "whom to ask for what"]
+                self.run(["lora", "factory", "add", "merge", *words, *about])
+                self.run(["lora", "factory", "run"])
+
+    def run(self, words: list[str]) -> str:
+        """Run a command; returns what it prints, or the first line of what goes on.
+
+        Raises:
+            RuntimeError: It fails.
+        """
+        here = [("192.0.2.7", "127.0.0.1"), ("8815", self.port), ("3b7e…", self.digest)]
+        for shown, own in here:
+            words = [word.replace(shown, own) for word in words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        if words[1] == "serve":
+            self.servers.close()
+        line = [sys.executable, "-m", "lora.cli", *words[1:]]
+        process = subprocess.Popen(line, env=self.environment, cwd=self.folder, **pipes)  # noqa: S603 - our own
+        if words[1] == "serve":
+            self.servers.callback(process.communicate)
+            self.servers.callback(process.terminate)
+            return process.stdout.readline()
+        if "--at" in words:  # it waits for the night
+            queue, until = JobQueue(self.folder / "factory/queue.sqlite"), time.monotonic() + 60
+            while queue.night() is None and time.monotonic() < until:
+                time.sleep(0.1)
+            process.terminate()
+        printed, notes = process.communicate()
+        if "--at" in words:
+            printed = ""  # a table of jobs, at its end
+        if process.returncode not in (0, 3):
+            raise RuntimeError(f"{' '.join(words)}: status {process.returncode}: {notes}")
+        (self.digest,) = re.findall(r"\b[0-9a-f]{64}\b", printed)[-1:] or [self.digest]
+        lines = [note for note in notes.splitlines(keepends=True) if "━" not in note]
+        return printed + "".join(lines)
+
+
+def session(
+    folder: Path, blocks: dict[str, list[list[str]]], is_run: Callable[[list[str]], bool]
+) -> Iterator[tuple[str, str]]:
+    """Run the blocks for a shell of one page in order.
+
+    Args:
+        folder: Has what the examples name.
+        blocks: Text of a block -> its commands of ours.
+        is_run: Whether a command is to be run.
+
+    Yields:
+        Each block of which every command was run, with what it printed.
+    """
+    lines = [line for commands in blocks.values() for line in commands]
+    shell = Session(folder, list(filter(is_run, lines)))
+    with shell.servers:
+        for code, commands in blocks.items():
+            if code.startswith(("openssl", "mkdir")):
+                first, quiet = code.partition("\nlora ")[0], {"capture_output": True}
+                command = ["/bin/bash", "-ec", first]
+                subprocess.run(command, cwd=folder, check=True, **quiet)  # noqa: S603 - our own
+            printed = list(map(shell.run, filter(is_run, commands)))
+            if len(printed) == len(commands) > 0:
+                output = "\n".join(filter(None, printed)).replace(f"{folder}", "~")
+                yield code, steady(output)
+
+
+def record(page: Path) -> None:
+    """Run the commands of a page in order and record those that no quick test runs."""
     from tests.unit import test_docs  # noqa: PLC0415 - it imports this module
 
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
-        os.chdir(folder)
+    def is_run(words: list[str]) -> bool:
+        is_long = page.name in LONG and "--scheduler" not in words
+        return is_long or not test_docs.named_in(test_docs.ELSEWHERE, words)
+
+    blocks = test_docs.commands_of(page.relative_to(ROOT).as_posix())
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
         test_docs.prepared(Path(folder))
-        environment = {**os.environ, "HOME": folder, "COLUMNS": f"{WIDTH}", "PYTHONPATH": f"{ROOT}"}
-
-        def answer(words: list[str]) -> str:
-            line = [sys.executable, "-m", "lora.cli", *words[1:]]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            if words[1] == "serve":
-                servers.close()
-            process = subprocess.Popen(line, env=environment, **pipes)  # noqa: S603 - our own
-            if words[1] == "serve":
-                servers.callback(process.communicate)
-                servers.callback(process.terminate)
-                return process.stdout.readline()
-            printed, notes = process.communicate()
-            lines = [note for note in notes.splitlines(keepends=True) if "━" not in note]
-            return printed + "".join(lines)
-
-        for code in [one.code for one in examples(page.read_text("utf-8")) if one.info == "sh"]:
-            commands = test_docs.lines_of(code)
-            if code.startswith("openssl"):
-                subprocess.run(["/bin/bash", "-ec", code], check=True, capture_output=True)  # noqa: S603
-            answers = [answer(words) for words in commands]
-            if commands and all(map(test_docs.reason_to_leave_out, commands)):
-                output = steady("\n".join(filter(None, answers)).replace(folder, "~"))
+        for code, output in session(Path(folder), blocks, is_run):
+            if all(map(test_docs.is_left_out, blocks[code])):
                 (example,) = [one for one in examples(page.read_text("utf-8")) if one.code == code]
                 write(page, example, output, f"\n<!-- recorded {digest(code, output)} -->\n")
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pkgutil
+import random
 import re
 import shlex
 import shutil
@@ -38,6 +39,7 @@ from lora.testing.plugin import requirement
 from lora.testing.report import Outcome, report_of, write_report
 from lora.testing.requirements import read_spec
 from lora.training.data import Pairs
+from lora.training.synthetic import synthetic_pairs
 from tests.sharp.__main__ import last_run
 from tests.unit.test_cli_federation import Serving, ran
 
@@ -505,7 +507,7 @@ def test_every_example_fits_and_what_it_prints_stands_below_it():
             assert max(map(len, lines)) <= outputs.WIDTH, (page, max(lines, key=len))
             if page not in SILENT and one.info not in ("sh", "text", "{.python .spark}"):
                 assert one.output or "import ray" in one.code, (page, one.code)
-            left_out = [reason_to_leave_out(words) for words in lines_of(one.code)]
+            left_out = [is_left_out(words) for words in lines_of(one.code)]
             if one.output and left_out and all(left_out):  # recorded by docs/outputs.py
                 assert one.digest == outputs.digest(one.code, one.output), (page, one.code)
 
@@ -645,22 +647,39 @@ def test_the_block_runs_where_its_language_or_package_is(block, tmp_path):
 
 COMMANDS = typer.main.get_command(app)
 
-LEFT_OUT = {
-    "lora demo": "takes minutes: tests/unit/test_demo.py",
-    "lora serve": "runs until it is stopped: below, and tests/unit/test_cli_federation.py",
-    "lora list": "needs a peer: tests/unit/test_cli_federation.py",
-    "lora fetch": "needs a peer: below, and tests/unit/test_cli_federation.py",
-    "lora conformance --binding my_package": "names a package of somebody else",
-    "lora conformance --command": "needs node: tests/interop/test_bindings.py",
-    "lora conformance --writer": "needs node: tests/unit/test_pairs.py",
-    "lora conformance --binding my_binding:BINDING --only R3 ": "takes long: another one is run",
-    "lora evolve": "trains for minutes: tests/unit/test_learning.py",
-    "lora route how do I ask for leave": "needs learned cards: tests/unit/test_learning.py",
-    "lora factory run --at": "runs until it is stopped: tests/unit/test_factory.py",
-    "lora factory run --scheduler": "needs a cluster: tests/unit/test_factory.py",
-    "lora factory rollback": "needs two versions: tests/unit/test_cli_evolution.py",
+LEARNED = "test_learned_and_served.py::"
+LEARNED += "test_a_folder_becomes_a_skill_that_is_served_routed_to_replaced_and_rolled_back"
+
+IN_SESSIONS = (
+    "lora serve",
+    "lora list",
+    "lora fetch",
+    "lora factory run --at",
+    "lora factory rollback",
+    "lora conformance --binding my_binding:BINDING --only R3 ",
+    *(f"lora {name} architect" for name in ("train", "merge", "eval")),
+    "lora train reviewer",
+)
+"""What a slow test runs, since it needs a process that serves, two versions, or a minute."""
+
+ELSEWHERE = {
+    "lora demo": "test_demo.py::test_the_demo_trains_saves_maps_routes_and_gives_the_base_back",
+    "lora conformance --binding my_package": "test_report.py::"
+    "test_the_command_prints_every_verdict_and_fails_with_an_undeclared_one",
+    "lora conformance --command /other": "../interop/test_bindings.py::"
+    "test_an_implementation_of_numpy_alone_passes_whatever_any_implementation_is_held_to",
+    "lora conformance --command node": "../interop/test_bindings.py::"
+    "test_an_implementation_in_javascript_passes_what_it_has",
+    "lora conformance --writer": "test_pairs.py::test_a_process_writes_what_this_library_reads",
+    "lora evolve ./handbook --ask": "test_cli_evolution.py::"
+    "test_evolve_sends_a_teacher_what_is_allowed_and_nothing_else",
+    "lora evolve ./handbook --name": LEARNED,
+    "lora evolve ./handbook --out": LEARNED,
+    "lora route how do": LEARNED,
+    "lora factory run --scheduler": "test_factory.py::"
+    "test_the_command_line_runs_jobs_on_the_cluster_that_it_is_given",
 }
-"""Commands of the pages that are parsed but not run, and why."""
+"""What takes minutes or a cluster, and the test that runs a line of its kind."""
 
 
 def lines_of(text):
@@ -677,6 +696,30 @@ def skill(name, seed, size=384):
         weights[f"encoder.layer.0.attention.self.{part}"] = lora.LowRank(*factors)
     about = "how to open and read files" if name == "docs" else "what a contract says"
     return lora.LoRACard(name, 2, 4.0, ("query", "value"), weights, {"description": about})
+
+
+def write_handbook(folder):
+    """Write 384 paragraphs that say whom to ask for what, and with which form, in 16 files."""
+    things = "leave,a laptop,a desk,a badge,a phone,a training,a bonus,a car,a visa,a raise"
+    things = f"{things},a key,a refund,an advance,a transfer,a sabbatical,parental leave".split(",")
+    towns = "Lisbon Oslo Turin Ghent Porto Basel Graz Cork Lyon Bergen Malmo Leeds Split Varna"
+    towns = f"{towns} Tartu Brno Delft Essen Nantes Pisa Riga Sofia Turku Zadar".split()
+    people = "Mara Tomas Ines Olaf Petra Yusuf Klara Dario Nadia Emil Rosa Viktor Hanna Luca Sonja"
+    people = f"{people} Jonas".split()
+    forms = "amber birch cedar delta ember flint grove heron indigo juniper kestrel lotus maple"
+    forms = (
+        f"{forms} nectar onyx pearl quartz raven sienna topaz umber violet willow zephyr".split()
+    )
+    asked = [(i, j) for i in range(len(things)) for j in range(len(towns))]
+    random.Random(0).shuffle(asked)
+    folder.mkdir()
+    for file in range(16):
+        text = "\n\n".join(
+            f"Here is how you ask for {things[i]} if you work in {towns[j]}. Write to {people[i]} "
+            f"in time, and do not forget to take the {forms[j]} form with you."
+            for i, j in asked[24 * file : 24 * (file + 1)]
+        )
+        (folder / f"part {file + 1}.md").write_text(text, encoding="utf-8")
 
 
 def prepared(folder):
@@ -700,8 +743,13 @@ def prepared(folder):
     save_file(whole, folder / "model/model.safetensors")
     rows = [{"query": f"number {i}", "positive": f"n{i}", "group": str(i % 4)} for i in range(16)]
     Pairs.of(rows).save(folder / "pairs.jsonl")
-    (folder / "handbook").mkdir()
-    (folder / "handbook/files.md").write_text("Open a file before you read it.", encoding="utf-8")
+    write_handbook(folder / "handbook")
+    held_out = []
+    for task in ("architect", "reviewer"):
+        rows = synthetic_pairs(task, 480).table.to_pylist()
+        Pairs.of(rows[:320]).save(folder / f"{task}.jsonl")
+        held_out += rows[320:]
+    Pairs.of(held_out).save(folder / "held-out.jsonl")
     texts = ["open a file", "boil pasta", "sign a contract"]
     (folder / "sentences.txt").write_text("\n".join(texts), encoding="utf-8")
     parquet.write_table(pa.table({"text": texts}), folder / "texts.parquet")
@@ -710,14 +758,21 @@ def prepared(folder):
             execute(block)  # it writes a binding
 
 
+def commands_of(page):
+    """The commands of a page, or of the examples in the help, by block and in order."""
+    texts = [block.text for block in BLOCKS if (block.page, block.info) == (page, "sh")]
+    if page == "--help":
+        texts = map(example, every(COMMANDS))
+    return {text: lines_of(text) for text in texts}
+
+
 def shells():
-    """The commands of each page, in order, by block; and the examples in the commands' own help."""
-    lines = {}
-    for block in BLOCKS:
-        if block.info == "sh" and lines_of(block.text):
-            lines.setdefault(block.page, {})[block.text] = lines_of(block.text)
-    examples = map(example, every(COMMANDS))
-    return {**lines, "--help": {text: lines_of(text) for text in examples}}
+    pages = dict.fromkeys(block.page for block in BLOCKS)
+    return [page for page in [*pages, "--help"] if any(commands_of(page).values())]
+
+
+def lines(page):
+    return [words for block in commands_of(page).values() for words in block]
 
 
 def every(command):
@@ -729,11 +784,13 @@ def example(command):
     return (command.epilog or "").removeprefix("Example: ").replace(", or lora", "\nlora")
 
 
-def reason_to_leave_out(words):
+def named_in(starts, words):
     line = " ".join(words)
-    if "…" in line:
-        return "holds a placeholder"
-    return next((reason for start, reason in LEFT_OUT.items() if line.startswith(start)), None)
+    return any(line.startswith(start) for start in starts)
+
+
+def is_left_out(words):
+    return named_in([*IN_SESSIONS, *ELSEWHERE], words)
 
 
 def parsed(words):
@@ -755,11 +812,11 @@ def test_the_commands_of_a_page_run_and_print_what_it_says_or_at_least_exist_wit
     monkeypatch.setenv("COLUMNS", f"{outputs.WIDTH}")
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:randomly")  # for the suite's report
     prepared(tmp_path)
-    for text, commands in shells()[page].items():
+    for text, commands in commands_of(page).items():
         answers = []
         for words in commands:
             parsed(words)
-            if not reason_to_leave_out(words):
+            if not is_left_out(words):
                 answers.append(answer(words, monkeypatch, capfd))
         if page != "--help" and answers:
             outputs.compare(ROOT / page, text, "\n".join(filter(None, answers)))
@@ -767,7 +824,8 @@ def test_the_commands_of_a_page_run_and_print_what_it_says_or_at_least_exist_wit
 
 def answer(words, monkeypatch, capfd):
     """What a command prints, without bars of progress and without figures of this machine."""
-    monkeypatch.setattr(sys, "argv", words)
+    known = lora.digest("docs.lora.arrow")
+    monkeypatch.setattr(sys, "argv", [word.replace("3b7e…", known) for word in words])
     with pytest.raises(SystemExit) as ended:
         main()
     printed = capfd.readouterr()
@@ -777,13 +835,41 @@ def answer(words, monkeypatch, capfd):
     return "" if words[1] == "bench" else printed.out + "".join(notes)
 
 
+@requirement("R10.7", "R10.11")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [page for page in shells() if any(named_in(IN_SESSIONS, w) for w in lines(page))],
+)
+def test_what_serves_waits_or_rolls_back_runs_and_prints_what_its_page_says(
+    page, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_PROFILE", "quick")
+    prepared(tmp_path)
+    blocks = commands_of(page)
+
+    def is_run(words):
+        return named_in(IN_SESSIONS, words) if page == "--help" else not named_in(ELSEWHERE, words)
+
+    for text, printed in outputs.session(tmp_path, blocks, is_run):
+        if page != "--help" and all(map(is_left_out, blocks[text])):
+            (one,) = [e for e in outputs.examples(read(page)) if e.code == text]
+            # Others on this network may be listed beside.
+            beside = set(one.output.splitlines()) <= set(printed.splitlines())
+            assert outputs.agree(one.output, printed) or beside, printed
+
+
 @requirement("R10.7")
 def test_a_renamed_option_would_be_noticed_and_every_reason_is_needed():
     with pytest.raises(Exception, match="--strategi"):
         parsed(["lora", "merge", "a", "-o", "b", "--strategi", "ties"])
-    commands = [block for page in shells().values() for block in page.values()]
-    lines = [" ".join(words) for block in commands for words in block]
-    assert all(any(line.startswith(start) for line in lines) for start in LEFT_OUT)
+    every_line = [words for page in shells() for words in lines(page)]
+    for start in (*IN_SESSIONS, *ELSEWHERE):
+        assert any(named_in([start], words) for words in every_line), start
+    for place in ELSEWHERE.values():
+        file, name = place.split("::")
+        assert f"\ndef {name}(" in read(f"tests/unit/{file}"), place
 
 
 @requirement("R10.10", "R11.6", "R14.1")
