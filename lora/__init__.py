@@ -10,7 +10,7 @@ import lazy_loader
 
 from lora import _renamed
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _renamed.install()
 
