@@ -522,6 +522,7 @@ def test_every_example_fits_and_what_it_prints_stands_below_it():
             "served at grpc://127.0.0.1:41234 after 12.3 ms",
             "served at grpc://127.0.0.1:8815 after 0.1 ms",
         ),
+        ("peers grpc://[fd00::2]:45941", "peers grpc://192.0.2.7:8815"),
         ("rank 5, error 0.187", None),
         ("rank 4, error 0.197", None),
         ("rank 4, error 0.187\nand more", None),
