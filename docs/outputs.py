@@ -57,6 +57,8 @@ VARIES = (
     (r"grpc://(?!127\.|0\.0)(\d+(\.\d+){3}|\[[\w:%.]+\])", "grpc://192.0.2.7"),
     (r"(grpc(\+tls)?://[\w.]+):\d+", r"\1:8815"),
     (r"\b\d+(\.\d+)? (ms|s|seconds)\b", r"0.1 \2"),
+    (r"(\.\d{6})\d{6,}", r"\1…"),  # the last digits of a float64
+    (r"\S*… \(whole", "… (whole"),  # which also move where a text is cut off
 )
 """What no two runs or machines have alike, and the text that stands for it."""
 
