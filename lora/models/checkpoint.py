@@ -493,8 +493,8 @@ def _new_folder(
 ) -> Iterator[Path]:
     """Make a folder that gets the name `out` when the block ends, and is removed when it raises.
 
-    A killed process leaves it, as ``.<name>.lora-tmp``, to the next one, which takes it over; a lock
-    keeps two that run at once apart.
+    A killed process leaves it, as ``.<name>.lora-tmp``, to the next one, which takes it over; a
+    lock keeps two that run at once apart.
     """
     inner, outer = (Path(os.path.realpath(path)) for path in (out, base))
     if out.is_symlink():
