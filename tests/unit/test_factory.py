@@ -538,7 +538,7 @@ def test_an_input_that_changed_since_the_job_was_added_is_not_worked_on(bench):
         "train CARD --name x --warmup 1": "warmup",
         "evolve CARD --name x --seed -1": "seed: expected an integer >= 0",
         "evolve CARD --name x --steps 0": "lora evolve: .*--steps",
-        "evolve CARD --name x --ask h:documents --teacher-model m --key-file CARD": (
+        "evolve CARD --name x --ask api.openai.com:documents --teacher-model m --key-file CARD": (
             "expected no secret, found --ask"
         ),
     }.items(),
