@@ -75,11 +75,11 @@ class Runner:
     """The pytest plugin that runs the mutants in place of the tests.
 
     Args:
-        made: For each module its mutants, with the digests of their functions.
+        mutants: For each module its mutants, with the digests of their functions.
     """
 
-    def __init__(self, made: dict[str, dict[str, str]]) -> None:
-        self.made = made
+    def __init__(self, mutants: dict[str, dict[str, str]]) -> None:
+        self.mutants = mutants
         self.kills: dict[str, Counter[str]] = defaultdict(Counter)
         self.pipe: int | None = None
         """Where a fork says which property failed."""
@@ -99,8 +99,8 @@ class Runner:
         self.digests = {name: _digest(source) for name, source in sources.items()}
         self.digests[""] = _digest(json.dumps(sources))
         self.run_unchanged()
-        for module in self.made:
-            self.run_module(TREE.parent / f"{module}.meta", self.made[module])
+        for module in self.mutants:
+            self.run_module(TREE.parent / f"{module}.meta", self.mutants[module])
         return True
 
     def run_unchanged(self) -> None:
@@ -108,7 +108,7 @@ class Runner:
         from mutmut.mutation import trampoline
 
         path = TREE.parent / "unchanged.json"
-        digest = _digest(json.dumps([self.digests, self.made]))
+        digest = _digest(json.dumps([self.digests, self.mutants]))
         noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         noted = noted if noted.get("digest") == digest else {"digest": digest, "tests": {}}
         self.noted: dict[str, tuple[float, list[str]]] = noted["tests"]
@@ -203,11 +203,11 @@ def main(modules: list[str]) -> None:
         shutil.copytree(folder, TREE / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("conftest.py", "pyproject.toml"):
         shutil.copyfile(file, TREE / file)
-    made = {module: make(module) for module in modules or settings["only_mutate"]}
+    mutants = {module: make(module) for module in modules or settings["only_mutate"]}
     os.chdir(TREE)
     sys.path[0] = str(TREE)
     tests = settings["pytest_add_cli_args_test_selection"]
-    pytest.main([*OPTIONS, *tests], plugins=[Runner(made)])
+    pytest.main([*OPTIONS, *tests], plugins=[Runner(mutants)])
     sys.stdout.write("\n".join(shares(TREE.parent)) + "\n")
 
 
