@@ -83,6 +83,8 @@ RECIPES: Mapping[str, Recipe] = {
     "25 logged": Recipe(logged=25, logged_steps=10),
     "50 logged": Recipe(logged=50, logged_steps=10),
     "documents, then 50 logged": Recipe("opening", 15, 50, 6, weights=(1.0, 0.5, 0.25)),
+    "50 logged, 40 steps at a quarter of the rate": Recipe(logged=50, logged_steps=40, lr=5e-4),
+    "documents, then 50 logged, at a quarter of the rate": Recipe("opening", 40, 50, 24, lr=5e-4),
 }
 
 

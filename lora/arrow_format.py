@@ -144,9 +144,9 @@ def one_batch(table: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
         batches = table.combine_chunks().to_batches() if isinstance(table, pa.Table) else [table]
     except pa.ArrowException as error:
         raise CardFileError("card table", "a valid Arrow batch", error) from error
-    if len(batches) > 1:
+    if rows and len(batches) != 1:
         raise CardFileError("card table", "rows that fit one batch", f"{len(batches)} batches")
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+    return batches[0] if rows else pa.RecordBatch.from_pylist([], schema=table.schema)
 
 
 def read_header(batch: pa.RecordBatch) -> Header:

@@ -201,7 +201,7 @@ def unit(vectors: Array) -> Array:
     largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
     scaled = np.ldexp(rows, -np.frexp(largest)[1])
     length = np.sqrt((scaled * scaled).sum(axis=1, keepdims=True))
-    result: Array = np.divide(scaled, length, out=np.zeros_like(scaled), where=length > 0)
+    result: Array = scaled / np.where(length > 0, length, 1)
     return result
 
 
