@@ -38,7 +38,7 @@ _REPRODUCIBLE: dict[str, Any] = {"derandomize": True, "database": None}
 _ALL = settings(deadline=None, print_blob=True)
 settings.register_profile("dev", _ALL, max_examples=50)
 settings.register_profile(
-    "ci", _ALL, max_examples=200, suppress_health_check=[HealthCheck.too_slow], **_REPRODUCIBLE
+    "ci", _ALL, max_examples=100, suppress_health_check=[HealthCheck.too_slow], **_REPRODUCIBLE
 )
 settings.register_profile(  # a verdict, without the smallest failing example
     "quick",

@@ -90,7 +90,8 @@ class Workspace:
     ) -> tuple[int | None, str]:
         """Return pytest's exit status, None where it took too long, and what it printed."""
         output = self.folder.with_name("output")
-        output.unlink(missing_ok=True)
+        output.unlink(missing_ok=True)  # what the last tests left behind may still write to it
+        output.touch()
         request = {"arguments": ["-W", TWICE, *arguments], "profile": profile, "seconds": seconds}
         assert self.process.stdin is not None
         assert self.process.stdout is not None

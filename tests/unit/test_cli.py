@@ -39,7 +39,7 @@ def shell(*argv, **options):
     command = [sys.executable, "-m", "lora.cli", *map(str, argv)]
     environment = {**QUIET, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.run(command, text=True, env=environment, check=False, timeout=300, **pipes)
+    return subprocess.run(command, text=True, env=environment, check=False, timeout=1200, **pipes)
 
 
 def pieces(terminal):

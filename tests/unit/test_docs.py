@@ -127,6 +127,8 @@ def test_there_is_a_test_strategy_page_and_a_coverage_floor():
     for word in ("Tolerances", "Properties", "Violations", "Profiles", "at least 90 %"):
         assert word in page
     assert "$(BIN)/coverage report --skip-covered --fail-under=90\n" in read("Makefile")
+    assert 'coverage run -m pytest -n 2 -m "not foreign"\n' in read("Makefile")
+    assert "run: make coverage\n" in read(".github/workflows/nightly.yml")
     settings = tomllib.loads(read("pyproject.toml"))["tool"]["coverage"]
     assert settings == {
         "run": {"source_pkgs": ["lora"], "parallel": True, "patch": ["subprocess"]},

@@ -66,8 +66,8 @@ def test_no_failure_of_a_test_is_overlooked():
     assert "set -euo pipefail" in lines
     assert {"make test", "make test-slow"} <= set(lines)
     recipes = (ROOT / "Makefile").read_text()
-    assert "$(BIN)/coverage run -m pytest -n 2 --conformance-json" in recipes
-    assert "$(BIN)/coverage run -m pytest -n 2 -m slow --junit-xml" in recipes
+    assert "$(BIN)/python -m pytest -n 2 --dist worksteal --conformance-json" in recipes
+    assert "$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --junit-xml" in recipes
     xfails = "mark." + "xfail"
     assert not [p for p in (ROOT / "tests").rglob("*.py") if xfails in p.read_text()]
 
