@@ -2,10 +2,8 @@
 code and a card say.
 """
 
-import importlib
 import inspect
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +37,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import diagrams  # noqa: E402 - beside this file, in no package
 import field_table  # noqa: E402 - as above
 import figures  # noqa: E402 - as above
+import reference  # noqa: E402 - as above
+from reference import escaped  # noqa: E402 - as above
 
 from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, in no package
 from tests.sharp.__main__ import LAST  # noqa: E402 - as above
@@ -50,41 +50,6 @@ KINDS = {
     "U": "test",
     "B": "benchmark",
     "D": "documentation",
-}
-
-FEDERATION = (
-    "server client node discovery peer_table trust manifest credentials keys cache catalog follow"
-)
-MODELS = (
-    "twins layers rows folding adapt checkpoint manager registry encoder encoder_folder any_encoder"
-)
-TRAINING = "data retrieval synthetic losses schedules ewc train online_adapter"
-EVOLUTION = (
-    "probe documents novelty acceptance exam distill teacher queue database nights worker factory"
-)
-TESTING = "bench binding domains remote serve reference plugin tolerance strategies report"
-REFERENCE = {
-    "Cards": ["card", "arrow_format", "files", "ipc_check", "checks", "errors"],
-    "Algebra and targets": [
-        "factors",
-        "targets",
-        "experts",
-        "merging",
-        "extract",
-        "presets",
-        "drawing",
-    ],
-    "Interop": [
-        *("interop.peft", "interop.safetensors", "interop.foreign_names", "interop.hub"),
-        *("interop.factor_files", "interop.weights"),
-    ],
-    "Models": [f"models.{name}" for name in MODELS.split()],
-    "Routing": ["routing", "router"],
-    "Engine": ["engine", "state", "batches", "metrics"],
-    "Federation": [f"federation.{name}" for name in f"{FEDERATION} stream_limits fork".split()],
-    "Training": [*(f"training.{name}" for name in TRAINING.split()), "progress"],
-    "Evolution": [*(f"evolution.{name}" for name in EVOLUTION.split()), "learning"],
-    "Testing": [f"testing.{name}" for name in f"{TESTING} requirements".split()],
 }
 
 
@@ -145,11 +110,6 @@ def marked(entry: dict[str, Any]) -> str:
     if len(set(classes.values())) < 2:
         return MARKS[entry["verdict"]]
     return ", ".join(f"{MARKS[verdict]} {kind}" for kind, verdict in classes.items())
-
-
-def escaped(text: str) -> str:
-    """Text for a cell of a table."""
-    return re.sub(r"([|\[\]<])", r"\\\1", text)
 
 
 def traceability() -> str:
@@ -246,13 +206,22 @@ def presets() -> str:
     return f"# Presets\n\n{source}\n\n{table}\n"
 
 
-def reference(modules: list[str], title: str) -> str:
-    """A page that mkdocstrings fills."""
-    lines = [f"# {title}", ""]
-    for name in modules:
-        module = importlib.import_module(f"lora.{name}")
-        lines += [f"## lora.{name}", "", (module.__doc__ or "").strip(), "", f"::: lora.{name}", ""]
-    return "\n".join(lines)
+def reference_pages() -> dict[str, str]:
+    """Every page of the reference by its file."""
+    names, code, spec = reference.names(), read_code(ROOT / "lora"), read_spec(ROOT / "spec")
+    titles = {entry.id.partition(".")[0]: entry.chapter for entry in spec.values()}
+    pages = {"reference.md": reference.overview(names)}
+    for title in reference.REFERENCE:
+        pages[reference.page_of(title)] = reference.modules(title, names)
+    for entry in names:
+        path = f"{entry.home.removeprefix('lora.').replace('.', '/')}.py"
+        chapters = [
+            f"[{title}](specification.md#{title.lower().replace(' ', '-').replace(':', '')})"
+            for number, title in titles.items()
+            if path in code.get(number, [])
+        ]
+        pages[f"{entry.path}.md"] = reference.page(entry, chapters)
+    return pages
 
 
 def specification() -> str:
@@ -522,9 +491,8 @@ def main() -> None:
     }
     for name, page in pages.items():
         (OUT / f"{name}.md").write_text(page(), encoding="utf-8")
-    for title, modules in REFERENCE.items():
-        path = OUT / f"reference-{title.lower().replace(' ', '-')}.md"
-        path.write_text(reference(modules, title), encoding="utf-8")
+    for name, text in reference_pages().items():
+        (OUT / name).write_text(text, encoding="utf-8")
     diagrams.draw_all(OUT)
     figures.draw_all(OUT, figures.read())
 

@@ -419,23 +419,53 @@ UNLISTED |= {
 
 
 @requirement("R10.1")
-def test_the_reference_has_every_module_and_every_public_name_with_its_docstring(generate):
-    documented = {name for names in generate.REFERENCE.values() for name in names}
+def test_the_reference_has_every_module_and_each_documented_name_once(generate):
+    reference = generate.reference
+    listed = {name for part in reference.REFERENCE.values() for name in part}
     packages = pkgutil.walk_packages(lora.__path__, "lora.")
     modules = {module.name for module in packages if not module.ispkg}
-    assert {f"lora.{name}" for name in documented | UNLISTED} == modules
-    for package in (lora, lora.federation, lora.evolution):
-        for name in package.__all__:
-            value = getattr(package, name)
-            assert value.__doc__
-            if not isinstance(value, ModuleType):
-                assert value.__module__.removeprefix("lora.") in documented, name
-    assert {f"interop.{name}" for name in lora.interop.__all__} <= documented
-    for title, names in generate.REFERENCE.items():
-        page = generate.reference(names, title)
-        assert re.findall(r"^::: lora\.(.*)$", page, re.MULTILINE) == names
-        file = f"generated/reference-{title.lower().replace(' ', '-')}.md"
-        assert file in read("mkdocs.yml")
+    assert {f"lora.{name}" for name in listed | UNLISTED} == modules
+    pages, navigation = generate.reference_pages(), read("mkdocs.yml")
+    assert all(f": generated/{file}\n" in navigation for file in pages)
+    apart = {entry.defined: entry for entry in reference.names()}
+    for title, part in reference.REFERENCE.items():
+        blocks = r"^::: lora\.(.*)\n    options:\n      members: (.*)$"
+        members = dict(re.findall(blocks, pages[reference.page_of(title)], re.MULTILINE))
+        assert list(members) == part
+        for module in part:
+            own = [e.path.rpartition(".")[2] for e in apart.values() if e.home == f"lora.{module}"]
+            named = [*ast.literal_eval(members[module]), *own]
+            assert sorted(named) == sorted(reference.documented(f"lora.{module}"))
+
+
+@requirement("R10.1")
+def test_each_name_that_users_import_has_a_page_and_a_sentence_in_the_table(generate):
+    entries = generate.reference.names()
+    pages = generate.reference_pages()
+    for entry in entries:
+        assert f"\n::: {entry.path}\n" in pages[f"{entry.path}.md"]
+        assert f"| [`{entry.path}`]({entry.path}.md) | " in pages["reference.md"]
+        assert entry.sentence.endswith("."), entry
+    adapt = pages["lora.adapt.md"]
+    assert "defined in [lora.models.adapt](reference-models.md#loramodelsadapt)" in adapt
+    assert "[R2 Adapted layer](" in adapt
+    named = {id(value_of(entry.path)) for entry in entries} | {
+        id(value) for value in vars(lora.errors).values()
+    }
+    for package in (lora, lora.training, lora.federation, lora.evolution):
+        offered = [getattr(package, name) for name in package.__all__]
+        assert {id(value) for value in offered if not isinstance(value, ModuleType)} <= named
+    for block in BLOCKS:
+        if "python" in block.info:
+            imports = [n for n in ast.walk(ast.parse(block.text)) if isinstance(n, ast.ImportFrom)]
+            for path in (f"{n.module}.{a.name}" for n in imports for a in n.names):
+                value = value_of(path) if path.startswith("lora.") else lora
+                assert isinstance(value, ModuleType) or id(value) in named, (named, path)
+
+
+def value_of(path):
+    package, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(package), name)
 
 
 @requirement("R10.1", "R25.4")
