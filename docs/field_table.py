@@ -97,7 +97,8 @@ def chapter(measured: Sequence[Result], heading: str, prefixes: tuple[str, ...])
     yield "|---" * (len(columns) + 1) + "|"
     for name in names:
         cells = [cell(result, name, notes) for result in columns]
-        yield f"| [{name}](generated/traceability.md#{name}) | {' | '.join(cells)} |"
+        place = f"generated/{name.partition('.')[0]}.md#{name}"
+        yield f"| [{name}]({place}) | {' | '.join(cells)} |"
     yield ""
     yield from (f"{number}. {note}" for note, number in notes.items())
 

@@ -20,170 +20,16 @@ import lora
 from lora.cli.app import app
 from lora.models.adapt import linears
 from lora.presets import cost_table
-from lora.testing.requirements import read_spec
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "generated"
-REPORTS = ROOT / "conformance"
-MARKS = {
-    "passed": "✓",
-    "failed": "✗",
-    "broken": "!",
-    "expected failure": "(✗)",
-    "skipped": "–",
-    "unexpected pass": "?",
-}
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
-import diagrams  # noqa: E402 - beside this file, in no package
+import chapters  # noqa: E402 - beside this file, in no package
+import diagrams  # noqa: E402 - as above
 import field_table  # noqa: E402 - as above
 import figures  # noqa: E402 - as above
 import reference  # noqa: E402 - as above
 from reference import escaped  # noqa: E402 - as above
-
-from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, in no package
-from tests.sharp.__main__ import LAST  # noqa: E402 - as above
-from tests.trace import read_code, read_tests  # noqa: E402 - as above
-
-KINDS = {
-    "P*": "property (any implementation)",
-    "P": "property",
-    "U": "test",
-    "B": "benchmark",
-    "D": "documentation",
-}
-
-
-def reports() -> list[dict[str, Any]]:
-    """What ``lora conformance`` found on each binding, the reference first."""
-    verdicts = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted(REPORTS.glob("*.json"))
-    ]
-    return sorted(
-        verdicts,
-        key=lambda report: (report["binding"]["name"] != "lora-cards", report["binding"]["name"]),
-    )
-
-
-def matrix() -> str:
-    """Return the matrix: a row for each neutral requirement, a column for each binding."""
-    columns, spec = reports(), read_spec(ROOT / "spec")
-    names = [f"{report['binding']['name']} {report['binding']['version']}" for report in columns]
-    lines = [
-        "# Conformance",
-        "",
-        "The properties of `lora conformance`, held against each binding of this repository. Each",
-        "is a *law*, which mathematics demands of anyone, a *convention*, which is a choice of",
-        "this specification, a *refusal* of what is wrong, or a rule of the file *format*; where",
-        "they differ in a requirement, each class has its mark.",
-        "",
-    ]
-    lines += [", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items()) + ".", ""]
-    lines += ["| id | requirement | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    reasons: dict[str, set[str]] = {}
-    for requirement in spec.values():
-        entries = [report["requirements"].get(requirement.id) for report in columns]
-        if any(entries):
-            cells = [marked(entry) if entry else "" for entry in entries]
-            anchor = f"[{requirement.id}](traceability.md#{requirement.id})"
-            lines.append(f"| {anchor} | {escaped(requirement.sentence)} | {' | '.join(cells)} |")
-        for name, entry in zip(names, entries, strict=True):
-            if entry and entry["reason"]:
-                reasons.setdefault(f"**{name}**: {escaped(entry['reason'])}", set()).add(
-                    requirement.id
-                )
-    lines += ["", "## What a binding does otherwise, or lacks, and why", ""]
-    lines += [f"- {reason} ({', '.join(sorted(ids))})" for reason, ids in reasons.items()]
-    lines += [
-        "",
-        (
-            f"Profile `{columns[0]['profile']}`, seed "
-            f"{columns[0]['seed']}, suite {columns[0]['suite']}, "
-            f"specification {columns[0]['specification']}."
-        ),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def marked(entry: dict[str, Any]) -> str:
-    """Return the mark of a verdict, or one for each class where they differ."""
-    classes = entry["classes"]
-    if len(set(classes.values())) < 2:
-        return MARKS[entry["verdict"]]
-    return ", ".join(f"{MARKS[verdict]} {kind}" for kind, verdict in classes.items())
-
-
-def traceability() -> str:
-    """Return a table a chapter: its code; id and kind; sentence, tests, examples and faults."""
-    spec, tests, code = (
-        read_spec(ROOT / "spec"),
-        read_tests(ROOT / "tests"),
-        read_code(ROOT / "lora"),
-    )
-    ran = reports()[0]["requirements"]
-    lines = [
-        "# Traceability",
-        "",
-        "Each chapter with the modules that implement it, each",
-        "requirement with the tests that hold it: properties that any",
-        "implementation can be held to (P\\*), those of this one",
-        "(P), and tests (U). Then how many examples the properties",
-        "drew in the last run, and the faults, seeded on purpose, that they found.",
-        "",
-        *violations(),
-    ]
-    chapter = ""
-    starred = {
-        kind: kind.replace("*", r"\*") for kind in KINDS
-    }  # or a page would read it as emphasis
-    for requirement in spec.values():
-        if requirement.chapter != chapter:
-            chapter, number = requirement.chapter, requirement.id.split(".")[0]
-            lines += [
-                "",
-                f"## {chapter}",
-                "",
-                "Code: " + ", ".join(f"`{module}`" for module in code.get(number, [])) + ".",
-                "",
-                "| id | requirement, and its tests, examples, faults found |",
-                "|---|---|",
-            ]
-        kind = KINDS[requirement.evidence] if requirement.status == "built" else "planned"
-        evidence = [
-            f"`{e.test.split('/')[-1]}` ({starred[e.kind]})"
-            for e in tests
-            if requirement.id in e.ids
-        ]
-        if examples := sum(
-            test["examples"] for test in ran.get(requirement.id, {"tests": []})["tests"]
-        ):
-            evidence.append(f"{examples:,} examples")
-        killed = [
-            fault.__name__
-            for family in FAMILIES.values()
-            for fault in family
-            if requirement.id in fault.turns_red
-        ]
-        if killed:
-            evidence.append("found: " + ", ".join(f"`{name}`" for name in killed))
-        row = (
-            f'<span id="{requirement.id}">{requirement.id}</span><br>{kind}',
-            "<br>".join([escaped(requirement.sentence), *evidence]),
-        )
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def violations() -> list[str]:
-    """What the last whole run of `make sharp` found, if there was one."""
-    if not LAST.exists():
-        return []
-    last = json.loads(LAST.read_text(encoding="utf-8"))
-    return [
-        "Each requirement was broken on purpose:",
-        f"{last['red']} of {last['all']} violations turned a test of their requirement red",
-        f"(`make sharp` at {last['commit']}, {last['date']}, {last['seconds'] / 60:.0f} minutes).",
-        "",
-    ]
 
 
 def presets() -> str:
@@ -206,38 +52,21 @@ def presets() -> str:
     return f"# Presets\n\n{source}\n\n{table}\n"
 
 
-def reference_pages() -> dict[str, str]:
+def reference_pages(trace: chapters.Trace) -> dict[str, str]:
     """Every page of the reference by its file."""
-    names, code, spec = reference.names(), read_code(ROOT / "lora"), read_spec(ROOT / "spec")
-    titles = {entry.id.partition(".")[0]: entry.chapter for entry in spec.values()}
+    names = reference.names()
     pages = {"reference.md": reference.overview(names)}
     for title in reference.REFERENCE:
         pages[reference.page_of(title)] = reference.modules(title, names)
     for entry in names:
         path = f"{entry.home.removeprefix('lora.').replace('.', '/')}.py"
-        chapters = [
-            f"[{title}](specification.md#{title.lower().replace(' ', '-').replace(':', '')})"
-            for number, title in titles.items()
-            if path in code.get(number, [])
+        held = [
+            f"[{chapter[0].chapter}]({number}.md)"
+            for number, chapter in trace.chapters().items()
+            if path in trace.code.get(number, [])
         ]
-        pages[f"{entry.path}.md"] = reference.page(entry, chapters)
+        pages[f"{entry.path}.md"] = reference.page(entry, held)
     return pages
-
-
-def specification() -> str:
-    """Every chapter with its requirements, as `spec/` has them."""
-    spec = read_spec(ROOT / "spec")
-    lines = ["# Requirements", "", f"{len(spec)} sentences, each with what shows that it holds."]
-    chapters = list(dict.fromkeys(requirement.chapter for requirement in spec.values()))
-    for chapter in chapters:
-        lines += ["", f"## {chapter}", "", "| id | evidence | requirement |", "|---|---|---|"]
-        for requirement in spec.values():
-            if requirement.chapter == chapter:
-                kind = KINDS[requirement.evidence] + (
-                    "" if requirement.status == "built" else ", planned"
-                )
-                lines.append(f"| {requirement.id} | {kind} | {escaped(requirement.sentence)} |")
-    return "\n".join(lines) + "\n"
 
 
 def commands(command: Any = None, name: str = "lora") -> Iterator[tuple[str, Any]]:
@@ -477,10 +306,7 @@ def main() -> None:
     """Write every page and every picture."""
     OUT.mkdir(exist_ok=True)
     pages = {
-        "traceability": traceability,
-        "specification": specification,
         "presets": presets,
-        "conformance": matrix,
         "reference-command-line": command_line,
         "hexdump": hexdump,
         "architecture": architecture,
@@ -491,7 +317,8 @@ def main() -> None:
     }
     for name, page in pages.items():
         (OUT / f"{name}.md").write_text(page(), encoding="utf-8")
-    for name, text in reference_pages().items():
+    trace = chapters.read()
+    for name, text in (reference_pages(trace) | chapters.pages(trace)).items():
         (OUT / name).write_text(text, encoding="utf-8")
     diagrams.draw_all(OUT)
     figures.draw_all(OUT, figures.read())

@@ -137,6 +137,12 @@ def page_of(title: str) -> str:
     return f"reference-{title.lower().replace(' ', '-')}.md"
 
 
+def page_of_module(module: str) -> str:
+    """The place of a module, such as `models.adapt`; empty where the reference has none."""
+    titles = [title for title, part in REFERENCE.items() if module in part]
+    return f"{page_of(titles[0])}#lora{module.replace('.', '')}" if titles else ""
+
+
 def modules(title: str, own: Sequence[Name]) -> str:
     """A page that mkdocstrings fills: a chapter's modules, without the names that have pages."""
     lines = [f"# {title}: modules", "", "For those who read or extend the library itself.", ""]
@@ -156,7 +162,7 @@ def modules(title: str, own: Sequence[Name]) -> str:
 def page(entry: Name, chapters: Sequence[str]) -> str:
     """The page of one name, which mkdocstrings fills; below it, where it is from and held to."""
     package, _, name = entry.path.rpartition(".")
-    module = f"{page_of(entry.chapter)}#{entry.home.replace('.', '')}"
+    module = page_of_module(entry.home.removeprefix("lora."))
     lines = ["---", "search:", "  boost: 4", "---", "", f"::: {entry.path}", "    options:"]
     lines += ["      heading_level: 1", "      show_root_heading: true", "      show_bases: false"]
     lines += ["      show_root_full_path: true", "", "---", ""]

@@ -169,7 +169,7 @@ def test_the_docs_say_what_a_signature_does_not_prove_and_name_every_refusal_wit
 @pytest.fixture
 def pages(tmp_path, monkeypatch, generate):
     """The page generator, over reports on a binding that passes and on one that does not."""
-    monkeypatch.setattr(generate, "REPORTS", tmp_path)
+    monkeypatch.setattr(generate.chapters, "REPORTS", tmp_path)
     good = SimpleNamespace(name="lora-cards", version="1")
     expected = {"R4.5": {"test_r04.py::b": ("it has no threshold", "router.py")}}
     bad = SimpleNamespace(name="faulty", version="2", expected_failures=expected)
@@ -184,34 +184,60 @@ def pages(tmp_path, monkeypatch, generate):
 
 
 @requirement("R10.8", "R24.5")
-def test_the_traceability_page_has_for_each_requirement_its_tests_examples_and_faults(pages):
-    lines = [row for row in pages.traceability().splitlines() if row.startswith('| <span id="R')]
-    rows = {row.split('"')[1]: row for row in lines}
-    assert list(rows) == list(read_spec(ROOT / "spec"))
-    assert "test_r04_router.py::" in rows["R4.4"]
-    assert "<br>50 examples<br>found: " in rows["R4.4"]
-    assert "`OneTooMany`" in rows["R4.4"]
+def test_the_page_of_a_chapter_has_each_requirements_tests_examples_and_faults(pages):
+    trace = pages.chapters.read()
+    texts, navigation = pages.chapters.pages(trace), read("mkdocs.yml")
+    rows = [row for row in texts["traceability.md"].splitlines() if row.startswith('| <span id="R')]
+    assert [row.split('"')[1] for row in rows] == list(trace.spec)
+    for number, chapter in trace.chapters().items():
+        assert f": generated/{number}.md\n" in navigation
+        parts = re.split(r"^## (\S+) \{#\1\}$", texts[f"{number}.md"], flags=re.MULTILINE)[1:]
+        assert parts[::2] == [entry.id for entry in chapter]
+        for entry, part in zip(chapter, parts[1::2], strict=True):
+            assert pages.escaped(entry.sentence) in part
+            tests = [evidence.test for evidence in trace.evidence(entry.id)]
+            assert re.findall(r"^- `(\S+)`", part, re.MULTILINE) == tests
+            (row,) = [row for row in rows if f'"{entry.id}"' in row]
+            assert f"[{entry.id}]({number}.md#{entry.id})</span> | " in row
+            assert row.split(" | ")[2] == f"{len(tests)}"
+    (part,) = re.findall(r"(?s)^## R4.4 .*?(?=^## )", texts["R4.md"], re.MULTILINE)
+    assert "; 50 examples; faults found: " in part
+    assert "`OneTooMany`" in part
+    assert "test_r04_router.py::" in part
+    assert "Code: [lora.engine](reference-engine.md#loraengine), " in texts["R4.md"]
 
 
 @requirement("R24.10")
 def test_the_traceability_page_tells_the_last_run_of_all_violations(pages, tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "LAST", tmp_path / "last")
-    assert "`make sharp` at" not in pages.traceability()
+    monkeypatch.setattr(pages.chapters, "LAST", tmp_path / "last")
+    trace = pages.chapters.read()
+    assert "`make sharp` at" not in pages.chapters.traceability(trace)
     (tmp_path / "last").write_text(last_run(7, 9, 3605))
     last = json.loads((tmp_path / "last").read_text())
-    text = " ".join(pages.traceability().split())
+    text = " ".join(pages.chapters.traceability(trace).split())
     assert "7 of 9 violations turned a test of their requirement red" in text
     assert f"(`make sharp` at {last['commit']}, {last['date']}, 60 minutes)" in text
 
 
 @requirement("R24.5")
 def test_the_matrix_has_a_column_for_each_binding_and_can_be_red(pages):
-    page = pages.matrix()
-    assert "| id | requirement | lora-cards 1 | faulty 2 |" in page
-    rows = [row for row in page.splitlines() if row.startswith("| [R4")]
-    marks = [["✓", "✗ |"], ["✓", "(✗) |"], ["✓", "✓ law, ✗ refusal |"]]
-    assert [row.split(" | ")[2:] for row in rows] == marks
-    assert "- **faulty 2**: it has no threshold (R4.5)" in page
+    trace = pages.chapters.read()
+    page = pages.chapters.matrix(trace)
+    heads = [f'<span class="column">{name}</span>' for name in ("lora-cards 1", "faulty 2")]
+    assert f"\n| id | {' | '.join(heads)} | " in page
+    rows = [re.sub(r"<[^>]*>", "", row) for row in page.splitlines() if row.startswith("| [R4")]
+    marks = [["✓", "✗"], ["✓", "(✗)"], ["✓", "✓ ✗"]]
+    assert [row.split(" | ")[1:-1] for row in rows] == marks
+    assert page.count('<span title="refusal: failed"><span class="broken">✗</span></span>') == 1
+    assert "- **faulty 2**: it has no threshold ([R4.5](R4.md#R4.5))" in page
+    told = [
+        re.sub(r"<[^>]*>", " ", row) for row in pages.chapters.pages(trace)["R4.md"].split("\n")
+    ]
+    assert [row for row in told if row.startswith("| faulty 2 |")] == [
+        "| faulty 2 |  ✗  failed |",
+        "| faulty 2 |  (✗)  expected failure it has no threshold |",
+        "| faulty 2 | ✓  ✗  law passed, refusal failed |",
+    ]
 
 
 @requirement("R10.6", "R6.7")
@@ -425,7 +451,11 @@ def test_the_reference_has_every_module_and_each_documented_name_once(generate):
     packages = pkgutil.walk_packages(lora.__path__, "lora.")
     modules = {module.name for module in packages if not module.ispkg}
     assert {f"lora.{name}" for name in listed | UNLISTED} == modules
-    pages, navigation = generate.reference_pages(), read("mkdocs.yml")
+    trace, navigation = (
+        generate.chapters.Trace(read_spec(ROOT / "spec"), [], {}, []),
+        read("mkdocs.yml"),
+    )
+    pages = generate.reference_pages(trace)
     assert all(f": generated/{file}\n" in navigation for file in pages)
     apart = {entry.defined: entry for entry in reference.names()}
     for title, part in reference.REFERENCE.items():
@@ -441,14 +471,17 @@ def test_the_reference_has_every_module_and_each_documented_name_once(generate):
 @requirement("R10.1")
 def test_each_name_that_users_import_has_a_page_and_a_sentence_in_the_table(generate):
     entries = generate.reference.names()
-    pages = generate.reference_pages()
+    code = generate.chapters.read_code(ROOT / "lora")
+    pages = generate.reference_pages(
+        generate.chapters.Trace(read_spec(ROOT / "spec"), [], code, [])
+    )
     for entry in entries:
         assert f"\n::: {entry.path}\n" in pages[f"{entry.path}.md"]
         assert f"| [`{entry.path}`]({entry.path}.md) | " in pages["reference.md"]
         assert entry.sentence.endswith("."), entry
     adapt = pages["lora.adapt.md"]
     assert "defined in [lora.models.adapt](reference-models.md#loramodelsadapt)" in adapt
-    assert "[R2 Adapted layer](" in adapt
+    assert "[R2 Adapted layer](R2.md)" in adapt
     named = {id(value_of(entry.path)) for entry in entries} | {
         id(value) for value in vars(lora.errors).values()
     }
@@ -483,10 +516,11 @@ def test_the_page_of_the_command_line_has_every_command_with_its_options_and_an_
 
 @requirement("R10.8")
 def test_the_page_of_requirements_has_every_sentence(generate):
-    page = generate.specification()
-    for entry in read_spec(ROOT / "spec").values():
-        assert f"| {entry.id} |" in page
-        assert generate.escaped(entry.sentence) in page
+    spec = read_spec(ROOT / "spec")
+    page = generate.chapters.specification(generate.chapters.Trace(spec, [], {}, []))
+    for entry in spec.values():
+        place = f"| {generate.chapters.link(entry.id)} | "
+        assert f"{place}{generate.escaped(entry.sentence)}<br>*" in page
 
 
 # ---- the examples

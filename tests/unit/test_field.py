@@ -85,7 +85,7 @@ def test_a_law_is_broken_a_convention_different_a_refusal_accepted_each_with_its
         'different</span> | <span class="accepted">1 accepted</span> | – |' in page
     )
     assert (
-        '| [R4.1](generated/traceability.md#R4.1) | <span class="broken">✗</span> ✓ <sup>1</sup>'
+        '| [R4.1](generated/R4.md#R4.1) | <span class="broken">✗</span> ✓ <sup>1</sup>'
         in page
     )
     assert '<span class="different">≠</span> <span class="accepted">○</span> |' in page

@@ -1,0 +1,285 @@
+"""Write the pages of the specification: a page a chapter with each requirement, its tests and what
+implementations make of it, and tables of them all.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora.testing.requirements import Requirement, read_spec
+
+ROOT = Path(__file__).parents[1]
+REPORTS = ROOT / "conformance"
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+from reference import escaped, page_of_module  # noqa: E402 - beside this file, in no package
+
+from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, in no package
+from tests.sharp.__main__ import LAST  # noqa: E402 - as above
+from tests.trace import Evidence, read_code, read_tests  # noqa: E402 - as above
+
+Report = Mapping[str, Any]
+
+MARKS = {
+    "passed": "✓",
+    "failed": '<span class="broken">✗</span>',
+    "broken": '<span class="broken">!</span>',
+    "expected failure": '<span class="accepted">(✗)</span>',
+    "skipped": "–",
+    "unexpected pass": "?",
+}
+KINDS = {
+    "P*": "property (any implementation)",
+    "P": "property",
+    "U": "test",
+    "B": "benchmark",
+    "D": "documentation",
+}
+FILTER = '<input class="filter" type="search" hidden placeholder="{}" aria-label="Filter the rows">'
+"""A box that filter.js shows, and that hides the rows of a page's tables."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All that is known of the requirements: of whom which test proves what, and who passes it."""
+
+    spec: Mapping[str, Requirement]
+    tests: Sequence[Evidence]
+    code: Mapping[str, Sequence[str]]
+    reports: Sequence[Report]
+
+    def chapters(self) -> dict[str, list[Requirement]]:
+        """The requirements of each chapter, by its number."""
+        chapters: dict[str, list[Requirement]] = {}
+        for requirement in self.spec.values():
+            chapters.setdefault(requirement.id.partition(".")[0], []).append(requirement)
+        return chapters
+
+    def evidence(self, id_: str) -> list[Evidence]:
+        """The tests that prove a requirement."""
+        return [evidence for evidence in self.tests if id_ in evidence.ids]
+
+    def entries(self, id_: str) -> list[Report]:
+        """What each implementation makes of a requirement; empty where it is not neutral."""
+        return [report["requirements"].get(id_) or {} for report in self.reports]
+
+    def examples(self, id_: str) -> int:
+        """How many examples the properties of the reference drew."""
+        ran = self.reports[0]["requirements"].get(id_, {"tests": []})
+        return sum(test["examples"] for test in ran["tests"])
+
+
+def read() -> Trace:
+    """Read the specification, the tests, the package and the reports."""
+    code = read_code(ROOT / "lora")
+    return Trace(read_spec(ROOT / "spec"), read_tests(ROOT / "tests"), code, reports())
+
+
+def reports() -> list[Report]:
+    """What ``lora conformance`` found on each binding, the reference first."""
+    verdicts = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(REPORTS.glob("*.json"))
+    ]
+    return sorted(
+        verdicts,
+        key=lambda report: (report["binding"]["name"] != "lora-cards", report["binding"]["name"]),
+    )
+
+
+def named(report: Report) -> str:
+    """An implementation and its version."""
+    return f"{report['binding']['name']} {report['binding']['version']}"
+
+
+def link(id_: str) -> str:
+    """A requirement's place on the page of its chapter."""
+    return f"[{id_}]({id_.partition('.')[0]}.md#{id_})"
+
+
+def killed(id_: str) -> list[str]:
+    """The faults, seeded on purpose, that a requirement's properties find."""
+    known = (fault for family in FAMILIES.values() for fault in family)
+    return [fault.__name__ for fault in known if id_ in fault.turns_red]
+
+
+def matrix(trace: Trace) -> str:
+    """Return the matrix: a row for each neutral requirement, a column for each binding."""
+    heads = [f'<span class="column">{named(report)}</span>' for report in trace.reports]
+    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
+    lines = [
+        "# Conformance",
+        "",
+        "What each implementation in this repository makes of the properties of",
+        "`lora conformance`. A requirement leads to its sentence, its tests, and the reasons.",
+        "Where a law, a convention, a refusal or the file format differ in one requirement, each",
+        "has its mark.",
+        "",
+        f"{marks}.",
+        "",
+        FILTER.format("Filter: R4, router, threshold …"),
+        "",
+        f'| id | {" | ".join(heads)} | <span class="sentence">requirement</span> |',
+        "|---" * (len(heads) + 2) + "|",
+    ]
+    reasons: dict[str, list[str]] = {}
+    for requirement in trace.spec.values():
+        entries = trace.entries(requirement.id)
+        if any(entries):
+            cells = [marked(entry) if entry else "" for entry in entries]
+            sentence = f'<span class="sentence">{escaped(requirement.sentence)}</span>'
+            lines.append(f"| {link(requirement.id)} | {' | '.join(cells)} | {sentence} |")
+            for report, entry in zip(trace.reports, entries, strict=True):
+                for reason in reasons_of(entry):
+                    told = f"**{named(report)}**: {escaped(reason)}"
+                    reasons.setdefault(told, []).append(link(requirement.id))
+    first = trace.reports[0]
+    lines += ["", "## What a binding does otherwise, or lacks, and why", ""]
+    lines += [f"- {reason} ({', '.join(ids)})" for reason, ids in reasons.items()]
+    lines += [
+        "",
+        f"Profile `{first['profile']}`, seed {first['seed']}, suite {first['suite']},",
+        f"specification {first['specification']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def marked(entry: Report) -> str:
+    """Return the mark of a verdict, or one for each class where they differ."""
+    classes = entry["classes"]
+    if len(set(classes.values())) < 2:
+        return MARKS[entry["verdict"]]
+    return " ".join(
+        f'<span title="{kind}: {verdict}">{MARKS[verdict]}</span>'
+        for kind, verdict in classes.items()
+    )
+
+
+def reasons_of(entry: Report) -> list[str]:
+    """Why a binding deviates, each reason once and without the example that shows it."""
+    told = [test["reason"].partition("\nFailing")[0] for test in entry.get("tests", [])]
+    return [reason for reason in dict.fromkeys(told) if reason]
+
+
+def traceability(trace: Trace) -> str:
+    """Return a table of chapters, and one of all requirements with the number of their tests."""
+    lines = [
+        "# Traceability",
+        "",
+        "Each requirement leads to its sentence and to the tests that hold it.",
+        "",
+        *violations(),
+        "| chapter | requirements | tests |",
+        "|---|---|---|",
+    ]
+    for number, chapter in trace.chapters().items():
+        ids = {requirement.id for requirement in chapter}
+        tests = sum(not ids.isdisjoint(evidence.ids) for evidence in trace.tests)
+        lines.append(f"| [{chapter[0].chapter}]({number}.md) | {len(chapter)} | {tests} |")
+    lines += [
+        "",
+        "## Every requirement",
+        "",
+        "What shows that it holds, how many tests do so, how many examples their properties drew",
+        "for this library, and how many faults, seeded on purpose, they found.",
+        "",
+        FILTER.format("Filter: R4, property, hot swap …"),
+        "",
+        '| id | shown by | tests | examples | faults | <span class="sentence">requirement</span> |',
+        "|---|---|---|---|---|---|",
+    ]
+    for requirement in trace.spec.values():
+        id_ = requirement.id
+        cells = (
+            f'<span id="{id_}">{link(id_)}</span>',
+            KINDS[requirement.evidence].partition(" (")[0],
+            f"{len(trace.evidence(id_))}",
+            f"{trace.examples(id_):,}" if trace.examples(id_) else "",
+            f"{len(killed(id_))}" if killed(id_) else "",
+            f'<span class="sentence">{escaped(requirement.sentence)}</span>',
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def violations() -> list[str]:
+    """What the last whole run of `make sharp` found, if there was one."""
+    if not LAST.exists():
+        return []
+    last = json.loads(LAST.read_text(encoding="utf-8"))
+    return [
+        "Each requirement was broken on purpose:",
+        f"{last['red']} of {last['all']} violations turned a test of their requirement red",
+        f"(`make sharp` at {last['commit']}, {last['date']}, {last['seconds'] / 60:.0f} minutes).",
+        "",
+    ]
+
+
+def specification(trace: Trace) -> str:
+    """Every chapter with its requirements, as `spec/` has them."""
+    lines = ["# Requirements", ""]
+    lines += [f"{len(trace.spec)} sentences, each with what shows that it holds.", ""]
+    lines += [FILTER.format("Filter: R4, merge, scaling …")]
+    for chapter in trace.chapters().values():
+        lines += ["", f"## {chapter[0].chapter}", "", "| id | requirement |", "|---|---|"]
+        for requirement in chapter:
+            sentence = escaped(requirement.sentence)
+            lines.append(f"| {link(requirement.id)} | {sentence}<br>*{kind_of(requirement)}* |")
+    return "\n".join(lines) + "\n"
+
+
+def kind_of(requirement: Requirement) -> str:
+    """What shows that it holds, and whether it is built."""
+    return KINDS[requirement.evidence] + ("" if requirement.status == "built" else ", planned")
+
+
+def pages(trace: Trace) -> dict[str, str]:
+    """Every page by its file."""
+    texts = {
+        "traceability.md": traceability(trace),
+        "conformance.md": matrix(trace),
+        "specification.md": specification(trace),
+    }
+    for number, chapter in trace.chapters().items():
+        texts[f"{number}.md"] = "\n".join(_chapter(trace, number, chapter)) + "\n"
+    return texts
+
+
+def _chapter(trace: Trace, number: str, chapter: Sequence[Requirement]) -> Iterator[str]:
+    """Yield the page of a chapter: its code, then a section for each requirement."""
+    modules = [path.removesuffix(".py").replace("/", ".") for path in trace.code.get(number, [])]
+    places = [page_of_module(module) for module in modules]
+    links = [
+        f"[lora.{module}]({place})" if place else f"`lora.{module}`"
+        for module, place in zip(modules, places, strict=True)
+    ]
+    yield from (f"# {chapter[0].chapter}", "", f"Code: {', '.join(links) or 'none'}.")
+    for requirement in chapter:
+        id_ = requirement.id
+        yield from ("", f"## {id_} {{#{id_}}}", "", escaped(requirement.sentence), "")
+        facts = [f"Shown by: {kind_of(requirement)}"]
+        facts += [f"{trace.examples(id_):,} examples"] if trace.examples(id_) else []
+        found = ", ".join(f"`{name}`" for name in killed(id_))
+        yield "; ".join([*facts, f"faults found: {found}"] if found else facts) + "."
+        if any(entries := trace.entries(id_)):
+            yield from ("", "| implementation | verdict |", "|---|---|")
+            for report, entry in zip(trace.reports, entries, strict=True):
+                yield f"| {named(report)} | {_verdict(entry)} |"
+        neutral = {"P*": " (any implementation)"}
+        tests = [f"- `{e.test}`{neutral.get(e.kind, '')}" for e in trace.evidence(id_)]
+        yield from ("", *tests)
+
+
+def _verdict(entry: Report) -> str:
+    """What an implementation makes of a requirement in words, and why."""
+    if not entry:
+        return ""
+    verdicts = list(dict.fromkeys(entry["classes"].values())) or [entry["verdict"]]
+    if len(verdicts) > 1:
+        told = ", ".join(f"{kind} {verdict}" for kind, verdict in entry["classes"].items())
+    else:
+        told = verdicts[0]
+    marks = " ".join(MARKS[verdict] for verdict in verdicts)
+    reasons = "".join(f"<br>{escaped(reason)}" for reason in reasons_of(entry))
+    return f"{marks} {told}{reasons}"
