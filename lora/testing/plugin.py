@@ -343,7 +343,7 @@ def pytest_runtest_makereport(
         item.user_properties.append(("property", _name(item)))
         item.user_properties.append(("requirements", list(_ids(item))))
         kinds = [mark.kwargs.get("kind", "") for mark in item.iter_markers("requirement")]
-        item.user_properties.append(("class", max(kinds, default="")))
+        item.user_properties.append(("class", min(kinds, default="")))
         item.user_properties.append(("examples", sum(int(n) for pair in counts for n in pair)))
         if call.excinfo is not None and broken:
             error = call.excinfo.value

@@ -90,7 +90,7 @@ def arguments_of(test):
     if parametrised is None:
         return [{}]
     name, values = parametrised.args
-    return [{name: value} for value in values]
+    return [{name: getattr(value, "values", [value])[0]} for value in values]  # or it has marks
 
 
 def names_in(function, seen=frozenset()):

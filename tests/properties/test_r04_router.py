@@ -267,7 +267,7 @@ def test_a_zero_vector_scores_zero_on_either_side(impl, drawn, data):
     assert asked == [(name, 0.0) for name in sorted(candidates)]
 
 
-@requirement("R4.1", kind="law")
+@requirement("R4.1", kind="convention")  # of ties and of last digits, as the next two
 @given(registers(min_size=1), st.data())
 def test_the_order_and_repetition_of_a_candidates_examples_change_nothing(impl, drawn, data):
     candidates, meanings = drawn
@@ -307,7 +307,7 @@ def test_ranking_the_short_list_is_ranking_all(sizes, spread, seed, data):
         assert len(short) < count
 
 
-@requirement("R4.9", kind="law")
+@requirement("R4.9", kind="convention")
 @given(registers(), st.data())
 def test_the_order_of_registration_changes_nothing(impl, drawn, data):
     candidates, meanings = drawn
@@ -374,7 +374,7 @@ def test_virtual_candidates_are_ranked_as_any_other(impl, drawn, data, threshold
     assert routed(impl, candidates, meanings, threshold, virtual) == plain
 
 
-@requirement("R4.10", kind="law")
+@requirement("R4.10", kind="convention")
 @given(registers(), st.lists(vectors, max_size=5), st.integers(1, 4), st.none() | st.floats(-1, 1))
 def test_many_queries_are_routed_as_each_alone(impl, drawn, asked, top_k, threshold):
     candidates, meanings = drawn

@@ -42,12 +42,16 @@ CHANCE = 1e-9
 """How often an honest implementation may fail an example by chance."""
 
 
-def each(*strategies, examples=10):
-    """A property of each of these strategies, with its share of the examples, or so many."""
+def each(*strategies, examples=10, convention=""):
+    """A property of each of these strategies, with its share of the examples, or so many; of one
+    it may be a convention of ours, where it is a law of the others.
+    """
+    marks = {convention: [requirement(kind="convention")]}
+    values = [pytest.param(name, marks=marks.get(name, [])) for name in strategies]
 
     def decorated(test):
         fewer = settings(max_examples=max(examples, settings.default.max_examples // 3))
-        return pytest.mark.parametrize("strategy", strategies)(fewer(test))
+        return pytest.mark.parametrize("strategy", values)(fewer(test))
 
     return decorated
 
@@ -449,7 +453,7 @@ def test_the_average_of_equal_cards_is_that_card(impl, cards, count, seed):
 
 
 @requirement("R20.3", kind="law")
-@each(*ANY)
+@each(*ANY, convention="dare")  # a mask is of the card's name, wherever the card stands
 @given(cards=several(least=2, dtype=None, everywhere=False), data=st.data())
 def test_the_order_in_which_cards_are_given_changes_nothing(impl, strategy, cards, data):
     options, weights, rank = choose(data, cards, strategy)
@@ -472,7 +476,7 @@ def test_cards_scaled_alike_give_a_merge_scaled_alike(impl, strategy, cards, fac
 
 
 @requirement("R20.3", kind="law")
-@each(*ANY[1:])
+@each(*ANY[1:], convention="ties")  # whose merge is a mean, so that weights are shares
 @given(cards=several(least=2), factor=st.sampled_from([0.25, 2.0, 8.0]), data=st.data())
 def test_weights_scaled_alike_scale_a_sum_and_leave_a_mean_as_it_is(
     impl, strategy, cards, factor, data
@@ -826,7 +830,7 @@ def test_seeds_of_any_width_have_masks_of_their_own(impl, density, seed):
     assert len({found.tobytes() for found in masks}) == len(set(seeds))
 
 
-@requirement("R20.7", kind="law")
+@requirement("R20.7", kind="convention")  # as a mask is of one card alone
 @given(cards=several(least=2, everywhere=False), density=DENSITIES, seed=SEEDS, data=st.data())
 def test_what_dare_makes_of_several_cards_is_the_sum_of_what_it_makes_of_each(
     impl, cards, density, seed, data

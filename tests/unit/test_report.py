@@ -97,8 +97,13 @@ def test_in_pytest_a_failure_is_excused_if_it_is_declared_for_all_that_it_names(
 def test_all_errors_of_a_fixture_are_told_and_none_is_obeyed(tmp_path, monkeypatch, capsys):
     errors = '[ValueError("zero"), TypeError("\\ud800 \\x1b[2J")]'
     lines = ["import pytest", "@pytest.fixture", "def own(impl):"]
-    lines += [f"    raise ExceptionGroup('two', {errors})", '@pytest.mark.requirement("R4.4")']
-    lines += ["def test_it(impl, own):", "    pass"]
+    own = "pytest.param(1, marks=pytest.mark.requirement(kind='convention'))"
+    lines += [f"    raise ExceptionGroup('two', {errors})"]
+    lines += [
+        "@pytest.mark.requirement('R4.4', kind='law')",
+        f"@pytest.mark.parametrize('x', [{own}])",
+    ]
+    lines += ["def test_it(impl, own, x):", "    pass"]
     (tmp_path / "test_own.py").write_text("\n".join(lines))
     command = [sys.executable, "-m", "pytest", "-p", "lora.testing.plugin", "-c", os.devnull]
     command += ["--rootdir", ".", "--conformance-json", "report.json", "test_own.py"]
@@ -107,6 +112,7 @@ def test_all_errors_of_a_fixture_are_told_and_none_is_obeyed(tmp_path, monkeypat
     assert red(report) == ["R4.4"]
     (test,) = report["requirements"]["R4.4"]["tests"]
     assert test["falsified"] == "ValueError: zero\nTypeError: \\ud800 \x1b[2J"
+    assert test["class"] == "convention"  # as its parameter says
     monkeypatch.setattr("lora.testing.report.run_suite", lambda *_, **__: report)
     with pytest.raises(SystemExit, match="1"):
         conformance(as_json=False)
