@@ -16,38 +16,101 @@ with warnings.catch_warnings():
 
 from lora.testing.binding import Array, PlainCard, PlainPair, Term
 from lora.testing.reference import array_of, tensor_of
+from tests.field.bindings.declared import failures
 
 COMBINATIONS = dict.fromkeys(["average", "weighted", "task_arithmetic"], "svd")
 COMBINATIONS |= {"cat": "cat", "ties": "ties_svd", "dare": "dare_linear_svd"}
 """PEFT's ways of merging ΔW; its "linear", "ties" and "dare_linear" merge A and B apart."""
 
 OWN_FORMAT = "PEFT stores adapters as a directory of safetensors and JSON"
-LINEAR = ["average", "weighted", "task_arithmetic", "cat"]
-MERGING = "test_r20_merging.py::"
-
-ADD = "tuners/lora/model.py: add_weighted_adapter"
-FLOAT32 = ("weights are float32, so a merge in float64 is exact to 1e-7 only", ADD)
-UNCHECKED = ("there is no SLERP; factors, weights and options are not checked", ADD)
-NO_SLERP = ("there is no SLERP", ADD)
-ALONE = ("one card alone is merged as 'linear', whatever the strategy and the density", ADD)
-BY_COUNT = (
-    "TIES elects signs before it applies weights, and divides by the number of cards",
-    "utils/merge_utils.py: disjoint_merge",
+FAILURES = failures(
+    "test_r03_manager.py",
+    (
+        "all-linear leaves out a Hugging Face model's output embedding, whatever its name",
+        "tuners/tuners_utils.py:2465",
+        """
+        R3.11 a_target_matches_the_names_that_end_with_it_at_a_dot
+        R3.11 all_linear_leaves_out_what_has_an_output_head_anywhere_in_its_name
+        """,
+    ),
 )
-MASKS = (
-    "DARE draws all masks from one generator, in the order of cards and modules",
-    "utils/merge_utils.py: random_pruning",
-)
-HEADS = (
-    "all-linear leaves out a Hugging Face model's output embedding, whatever its name",
-    "tuners/tuners_utils.py: _maybe_include_all_linear_layers",
+FAILURES |= failures(
+    "test_r20_merging.py",
+    (
+        "weights are float32, so a merge in float64 is exact to 1e-7 only",
+        "tuners/lora/model.py:965",
+        """
+        R20.1 normalised_weights_are_divided_by_their_sum
+        R20.3 the_average_of_equal_cards_is_that_card
+        R20.4 a_linear_merge_is_exact_at_the_sum_of_ranks average weighted
+        R20.4 a_truncated_linear_merge_is_the_best_approximation_of_its_rank average weighted
+        R20.9 cards_of_two_dtypes_merge_into_the_one_that_holds_both weighted
+        """,
+    ),
+    (
+        "neither factors nor the number of weights nor options of other methods are checked",
+        "tuners/lora/model.py:955",
+        """
+        R20.1 factors_that_are_not_finite_are_refused average weighted task_arithmetic cat ties dare
+        R20.1 what_is_no_strategy_no_option_or_no_weight_is_refused average weighted
+        """,
+    ),
+    (
+        "a density above 1 is taken for 1, and TIES takes 0",
+        "utils/merge_utils.py:90",
+        "R20.1 what_is_no_strategy_no_option_or_no_weight_is_refused ties dare",
+    ),
+    (
+        "one card alone is merged as 'linear', by float32 roots, whatever svd_rank and density",
+        "tuners/lora/model.py:740",
+        """
+        R20.3 the_merge_of_one_card_is_that_card average weighted task_arithmetic cat ties dare
+        R20.4 a_truncated_linear_merge_is_the_best_approximation_of_its_rank task_arithmetic
+        R20.7 an_entry_is_dropped_or_rescaled_by_one_over_density
+        R20.7 density_is_the_share_that_ties_keeps
+        R20.7 names_that_read_alike_when_put_together_have_masks_of_their_own
+        R20.7 over_seeds_each_entry_is_kept_as_often_as_density_says_so_that_its_mean_is_unbiased
+        R20.7 seeds_of_any_width_have_masks_of_their_own
+        R20.7 the_share_kept_is_density
+        R20.8 task_arithmetic_takes_skills_away_by_negative_weights
+        R20.9 a_module_that_a_card_lacks_counts_as_zero weighted ties
+        """,
+    ),
+    (
+        "TIES keeps int(density * n) entries of each of several cards, by topk",
+        "utils/merge_utils.py:50",
+        """
+        R20.6 ties_keeps_exactly_the_stated_count_of_entries
+        R20.6 a_density_half_way_between_two_counts_keeps_the_nearer_one
+        R20.6 among_entries_of_one_magnitude_ties_keeps_the_first
+        """,
+    ),
+    (
+        "TIES elects signs before it applies weights, and divides by the number that agrees",
+        "utils/merge_utils.py:140",
+        """
+        R20.3 weights_scaled_alike_scale_a_sum_and_leave_a_mean_as_it_is ties
+        R20.6 ties_is_the_weighted_mean_of_what_agrees_after_trimming
+        """,
+    ),
+    (
+        "a sum of 0 elects plus",
+        "utils/merge_utils.py:124",
+        "R20.6 where_signs_balance_ties_elects_nothing",
+    ),
+    (
+        "DARE draws masks one after the other from torch's generator, by 32 bits of a seed",
+        "utils/merge_utils.py:68",
+        """
+        R20.3 the_order_in_which_cards_are_given_changes_nothing dare
+        R20.7 a_mask_depends_on_seed_module_and_card_name_and_on_nothing_else
+        R20.7 dare_refuses_two_cards_of_one_name_as_they_would_share_a_mask
+        R20.7 what_dare_makes_of_several_cards_is_the_sum_of_what_it_makes_of_each
+        R20.9 a_module_that_a_card_lacks_counts_as_zero dare
+        """,
+    ),
 )
 """What PEFT does otherwise, and where in its source."""
-
-
-def of(name, strategies, why):
-    """A property of these strategies, each with this reason."""
-    return {f"{MERGING}test_{name}[{strategy}]": why for strategy in strategies}
 
 
 class Peft:
@@ -62,84 +125,8 @@ class Peft:
         "make_router": "PEFT has no router",
         "extract": "PEFT makes no adapter of two models' weights",
     }
-    expected_failures: ClassVar = {
-        "R3.11": {
-            f"test_r03_manager.py::test_{name}": HEADS
-            for name in (
-                "a_target_matches_the_names_that_end_with_it_at_a_dot",
-                "all_linear_leaves_out_what_has_an_output_head_anywhere_in_its_name",
-            )
-        },
-        "R20.1": {
-            f"{MERGING}test_normalised_weights_are_divided_by_their_sum": FLOAT32,
-            **of("factors_that_are_not_finite_are_refused", [*LINEAR, "ties", "dare"], UNCHECKED),
-            **of(
-                "what_is_no_strategy_no_option_or_no_weight_is_refused",
-                ["average", "weighted", "ties", "dare"],
-                UNCHECKED,
-            ),
-        },
-        "R20.3": {
-            **of("the_merge_of_one_card_is_that_card", LINEAR, FLOAT32),
-            **of("the_merge_of_one_card_is_that_card", ["ties", "dare"], ALONE),
-            **of("the_order_in_which_cards_are_given_changes_nothing", ["dare"], MASKS),
-            **of("weights_scaled_alike_scale_a_sum_and_leave_a_mean_as_it_is", ["ties"], BY_COUNT),
-            f"{MERGING}test_the_average_of_equal_cards_is_that_card": FLOAT32,
-        },
-        "R20.4": {
-            **of("a_linear_merge_is_exact_at_the_sum_of_ranks", ["average", "weighted"], FLOAT32),
-            **of(
-                "a_truncated_linear_merge_is_the_best_approximation_of_its_rank",
-                ["average", "weighted", "task_arithmetic"],
-                ALONE,
-            ),
-        },
-        "R20.5": {
-            f"{MERGING}test_slerp_{name}": NO_SLERP
-            for name in (
-                "from_the_other_end_is_the_same",
-                "of_nearly_parallel_cards_is_linear",
-                "reaches_its_end_points",
-                "turns_at_constant_angular_speed_while_the_length_goes_linearly",
-            )
-        },
-        "R20.6": {
-            f"{MERGING}test_among_entries_of_one_magnitude_ties_keeps_the_first": (
-                "which of equal entries are kept is not said",
-                "utils/merge_utils.py: magnitude_based_pruning",
-            ),
-            f"{MERGING}test_ties_is_the_weighted_mean_of_what_agrees_after_trimming": BY_COUNT,
-            f"{MERGING}test_ties_keeps_exactly_the_stated_count_of_entries": ALONE,
-            f"{MERGING}test_a_density_half_way_between_two_counts_keeps_the_nearer_one": ALONE,
-            f"{MERGING}test_where_signs_balance_ties_elects_nothing": (
-                "a sum of 0 elects plus",
-                "utils/merge_utils.py: calculate_majority_sign_mask",
-            ),
-        },
-        "R20.7": {
-            f"{MERGING}test_a_mask_depends_on_seed_module_and_card_name_and_on_nothing_else": MASKS,
-            f"{MERGING}test_an_entry_is_dropped_or_rescaled_by_one_over_density": ALONE,
-            f"{MERGING}test_dare_refuses_two_cards_of_one_name_as_they_would_share_a_mask": MASKS,
-            f"{MERGING}test_density_is_the_share_that_ties_keeps": ALONE,
-            f"{MERGING}test_names_that_read_alike_when_put_together_have_masks_of_their_own": ALONE,
-            f"{MERGING}test_over_seeds_each_entry_is_kept_as_often_as_density_says_so_that_its_mean"
-            "_is_unbiased": ALONE,
-            f"{MERGING}test_seeds_of_any_width_have_masks_of_their_own": ALONE,
-            f"{MERGING}test_the_share_kept_is_density": ALONE,
-            f"{MERGING}test_what_dare_makes_of_several_cards_is_the_sum_of_what_it_makes_of_each": (
-                MASKS
-            ),
-        },
-        "R20.8": {
-            f"{MERGING}test_task_arithmetic_takes_skills_away_by_negative_weights": FLOAT32,
-        },
-        "R20.9": {
-            **of("a_module_that_a_card_lacks_counts_as_zero", ["weighted"], FLOAT32),
-            **of("a_module_that_a_card_lacks_counts_as_zero", ["dare"], MASKS),
-            **of("a_module_that_a_card_lacks_counts_as_zero", ["ties"], BY_COUNT),
-            **of("cards_of_two_dtypes_merge_into_the_one_that_holds_both", ["weighted"], FLOAT32),
-        },
-    }
+    domains: ClassVar = {"merge": {"strategies": {strategy: {} for strategy in COMBINATIONS}}}
+    expected_failures: ClassVar = FAILURES
 
     def forward(self, x: Array, weight: Array, bias: Array | None, terms: Mapping[str, Term]):
         """One adapter for each term, all active; PEFT's scaling is set to weight · scaling."""
@@ -169,8 +156,8 @@ class Peft:
 
     def merge(self, cards: Sequence[PlainCard], strategy, options, weights, rank) -> PlainCard:
         """One adapter for each card, merged by ΔW at the rank that makes it exact."""
-        if strategy not in COMBINATIONS:
-            raise NotImplementedError(f"PEFT has no {strategy}")
+        if strategy not in COMBINATIONS or not cards:
+            raise ValueError(f"no {strategy!r} or no cards")  # as PEFT, model.py:764 and 768
         if strategy == "cat" and rank is not None:
             raise ValueError("PEFT's cat takes no rank")
         if strategy == "average":
@@ -201,7 +188,7 @@ class Peft:
             torch.manual_seed(options.get("seed", 0))
             peft_model.add_weighted_adapter(
                 list(adapters),
-                [weight for weight, card in zip(weights, cards, strict=True) if card.weights],
+                [weight for weight, card in zip(weights, cards, strict=False) if card.weights],
                 "merged",
                 combination_type=COMBINATIONS[strategy],
                 svd_rank=rank or (max(ranks) if strategy in {"ties", "dare"} else sum(ranks)),

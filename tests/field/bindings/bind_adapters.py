@@ -97,7 +97,7 @@ class Adapters(LayerBinding):
         return PlainCard("merged", largest, float(largest), targets, merged, {}, {})
 
     def merged(self, pairs, shares, rank):
-        """One module's pair; configurations that differ are refused at model_mixin.py:1747."""
+        """One module's pair; configurations that differ are refused at model_mixin.py:1746."""
         a, b, _ = pairs["a0"]
         shape = b.shape[1], a.shape[0]
         svd_rank = min(len(pairs) * a.shape[1] if rank is None else rank, *shape)

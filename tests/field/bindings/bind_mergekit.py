@@ -31,7 +31,7 @@ FAILURES = failures(
         """,
     ),
     (
-        "what DARE keeps is scaled to the L1 norm from before, not by 1 / density",
+        "what DARE keeps is scaled to the L1 norm from before, not by 1 / density, and in float32",
         "sparsify.py:41",
         "R20.7 an_entry_is_dropped_or_rescaled_by_one_over_density",
     ),
@@ -39,11 +39,15 @@ FAILURES = failures(
         "TIES keeps int(density * n) entries, by an argsort in float32 that is not stable",
         "sparsify.py:68",
         """
-        R20.6 ties_is_the_weighted_mean_of_what_agrees_after_trimming
         R20.6 ties_keeps_exactly_the_stated_count_of_entries
         R20.6 a_density_half_way_between_two_counts_keeps_the_nearer_one
         R20.6 among_entries_of_one_magnitude_ties_keeps_the_first
         """,
+    ),
+    (
+        "TIES divides by the sum of the weights with their signs",
+        "merge_methods/generalized_task_arithmetic.py:134",
+        "R20.6 ties_is_the_weighted_mean_of_what_agrees_after_trimming",
     ),
     (
         "a sum of 0 elects plus",
@@ -51,7 +55,7 @@ FAILURES = failures(
         "R20.6 where_signs_balance_ties_elects_nothing",
     ),
     (
-        "SLERP goes tensor by tensor, and is linear above a cosine of 0.9995, opposite ones too",
+        "SLERP goes tensor by tensor, keeps no length, and is linear above a cosine of 0.9995",
         "merge_methods/slerp.py:64",
         """
         R20.5 slerp_turns_at_constant_angular_speed_while_the_length_goes_linearly
@@ -59,12 +63,17 @@ FAILURES = failures(
         """,
     ),
     (
-        "neither tensors nor the values of options are looked at",
+        "of tensors and numbers no values are looked at",
         "merge_methods/batching.py:121",
         """
         R20.1 factors_that_are_not_finite_are_refused average weighted task_arithmetic ties dare
-        R20.1 what_is_no_strategy_no_option_or_no_weight_is_refused weighted ties dare slerp
+        R20.1 what_is_no_strategy_no_option_or_no_weight_is_refused weighted slerp
         """,
+    ),
+    (
+        "a density above 1 is taken for 1, and 0 is taken",
+        "sparsify.py:63",
+        "R20.1 what_is_no_strategy_no_option_or_no_weight_is_refused ties dare",
     ),
 )
 FAILURES |= failures(
