@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,21 +41,33 @@ Result = Mapping[str, Any]
 
 
 def read() -> list[Result]:
-    """Return the results of all rows in the order of ``rows.toml``; one without is not run."""
+    """Return the results of all rows in the order of ``rows.toml``; one without is not run.
+
+    Each deviation has, under ``"seen"``, what a second reading found at its place in that version.
+    """
     rows = tomllib.loads((FIELD / "rows.toml").read_text(encoding="utf-8"))
-    missing = {"state": "not run", "reason": "it was never measured"}
-    paths = {name: FIELD / "results" / f"{name}.json" for name in rows}
-    return [
-        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"row": name, **missing}
-        for name, path in paths.items()
-    ]
+    readings = tomllib.loads((FIELD / "readings.toml").read_text(encoding="utf-8"))
+    results = []
+    for name, row in rows.items():
+        path = FIELD / "results" / f"{name}.json"
+        result = {"row": name, "state": "not run", "reason": "it was never measured"}
+        if path.exists():
+            result = json.loads(path.read_text(encoding="utf-8"))
+        reading = readings.get(row.get("environment", name), {})
+        places = reading["places"] if reading.get("version") == result.get("version") else {}
+        for deviation in result.get("deviations", []):
+            deviation["seen"] = places.get(deviation["place"], {}).get("is", row.get("seen", ""))
+        for place, seen in places.items() if "outside" in result else ():
+            result["outside"] = result["outside"].replace(place, f"{place}; {seen['is']}")
+        results.append(result)
+    return results
 
 
 def page(results: Sequence[Result]) -> str:
     """Return the overview, a table for each chapter, and why rows differ or were not run."""
     measured = [result for result in results if result["state"] != "not run"]
-    lines = ["| library | version | laws | conventions | refusals | format |"]
-    lines += ["|---" * 6 + "|", *map(overview, measured), ""]
+    lines = ["| library | version | laws | conventions | refusals | format | read again |"]
+    lines += ["|---" * 7 + "|", *map(overview, measured), ""]
     idle = [result for result in results if result["state"] == "not run"]
     lines += [f"- *{result['row']}* was not run: {escaped(result['reason'])}" for result in idle]
     limits = [(result["row"], result["outside"]) for result in measured if result.get("outside")]
@@ -69,16 +82,40 @@ def page(results: Sequence[Result]) -> str:
 
 
 def overview(result: Result) -> str:
-    """Return a row's numbers of ids, class by class, as specified and otherwise."""
+    """Return a row's numbers of ids, class by class, and what a second reading found."""
     cells = []
-    for kind, (well, otherwise, colour) in WORDS.items():
-        verdicts = [classes.get(kind) for classes in result["verdicts"].values()]
-        passed = sum(verdict == "passed" for verdict in verdicts)
-        others = sum(verdict not in (None, "passed") for verdict in verdicts)
-        parts = [f"{passed} {well}"] if passed else []
-        parts += [f'<span class="{colour}">{others} {otherwise}</span>'] if others else []
-        cells.append(", ".join(parts) or "–")
+    for kind, (well, *_) in WORDS.items():
+        judged = [
+            (well, "") if classes[kind] == "passed" else WORDS[colour_of(result, name, kind)][1:]
+            for name, classes in result["verdicts"].items()
+            if kind in classes
+        ]
+        counts = Counter(sorted(judged, key=lambda word: word[1]))
+        cells.append(
+            ", ".join(coloured(f"{n} {word}", c) for (word, c), n in counts.items()) or "–"
+        )
+    seen = Counter(deviation.get("seen") or "not yet" for deviation in result["deviations"])
+    cells.append(", ".join(f"{n} {word}" for word, n in sorted(seen.items())) or "–")
     return "| " + " | ".join([result["row"], result["version"], *cells]) + " |"
+
+
+def coloured(text: str, colour: str) -> str:
+    """Return text in a colour of the site's style, if it has one."""
+    return f'<span class="{colour}">{text}</span>' if colour else text
+
+
+def colour_of(result: Result, name: str, kind: str) -> str:
+    """Return the class as which a deviation is shown.
+
+    A law is broken by a fault, and by what nobody has read again; what the library does on purpose
+    or in float32 is different, as a convention is.
+    """
+    seen = {
+        deviation.get("seen", "")
+        for deviation in result["deviations"]
+        if (deviation["requirement"], deviation["class"]) == (name, kind)
+    }
+    return "convention" if kind == "law" and seen and seen.isdisjoint({"", "fault"}) else kind
 
 
 def chapter(measured: Sequence[Result], heading: str, prefixes: tuple[str, ...]) -> Iterator[str]:
@@ -106,11 +143,15 @@ def chapter(measured: Sequence[Result], heading: str, prefixes: tuple[str, ...])
 def cell(result: Result, name: str, notes: dict[str, int]) -> str:
     """Return a mark for each class, and the numbers of the notes that say why."""
     classes = result["verdicts"].get(name, {})
-    marks = [MARKS[kind][verdict != "passed"] for kind, verdict in classes.items()]
+    marks = [
+        MARKS[kind][0] if verdict == "passed" else MARKS[colour_of(result, name, kind)][1]
+        for kind, verdict in classes.items()
+    ]
     numbers = []
     for deviation in result["deviations"]:
         if deviation["requirement"] == name:
-            place = f" ({deviation['place']})" if deviation["place"] else ""
+            places = [deviation["place"], deviation.get("seen", "")]
+            place = f" ({'; '.join(filter(None, places))})" if any(places) else ""
             note = f"**{result['row']}**: {escaped(deviation['reason'] + place)}"
             numbers.append(notes.setdefault(note, len(notes) + 1))
     text = " ".join(dict.fromkeys(marks)) or "–"

@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 ROWS = tomllib.loads((HERE / "rows.toml").read_text("utf-8"))
+READINGS = tomllib.loads((HERE / "readings.toml").read_text("utf-8"))
 INSTALL_SECONDS, RUN_SECONDS = 120, 60
 
 
@@ -98,7 +99,8 @@ def report_on(row, target, seconds, only):
         path = Path(folder) / "report.json"
         suite = [sys.executable, "-m", "lora.cli", "conformance", "--json-file", str(path)]
         command = [*suite, "--command", served(row, target), *(["--only", only] if only else [])]
-        run(command, seconds, writes=path, LORA_PROFILE="quick", OMP_NUM_THREADS="1")
+        variables = {"LORA_PROFILE": "quick", "OMP_NUM_THREADS": "1"}
+        run(command, seconds, writes=path, PYTEST_ADDOPTS="-n 2", **variables)
         return json.loads(path.read_text("utf-8"))
 
 
@@ -120,10 +122,10 @@ def result_of(report, row):
             "test": test["test"],
             "verdict": test["verdict"],
             "reason": reason_of(test, row),
-            "place": test["place"],
+            "place": test["place"] or row.get("place", ""),
         }
         for name, entry in requirements.items()
-        for test in entry["tests"]
+        for test in sorted(entry["tests"], key=lambda test: test["test"])
         if test["verdict"] not in ("passed", "skipped")
     ]
     undeclared = {deviation["verdict"] for deviation in deviations} - {"expected failure"}
@@ -154,6 +156,7 @@ def measure(name, row, folder, patience=1.0, only=None):
         start = time.monotonic()
         result |= result_of(report_on(row, target, patience * RUN_SECONDS, only), row)
         check_page(name, target, patience * RUN_SECONDS)
+        check_places(READINGS.get(target.name, {}).get("places", {}), target)
     except NotRunError as error:
         return result | {"state": "not run", "reason": str(error)}
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -170,6 +173,17 @@ def check_page(name, target, seconds):
         printed = run([sys.executable, "-P", "-c", script.code], seconds, PYTHONPATH=str(target))
         if printed != script.output:
             raise NotRunError(f"{page.relative_to(ROOT)} says otherwise than its script: {printed}")
+
+
+def check_places(places, target):
+    """Refuse a second reading of lines that do not stand in the installed library."""
+    for place, reading in places.items():
+        path, _, number = place.rpartition(":")
+        texts = [file.read_text("utf-8").splitlines() for file in target.glob(f"**/{path}")]
+        if not any(
+            reading["line"] in line for text in texts for line in text[int(number) - 1 :][:1]
+        ):
+            raise NotRunError(f"{place} does not say {reading['line']!r}")
 
 
 def main():

@@ -82,7 +82,7 @@ def test_a_law_is_broken_a_convention_different_a_refusal_accepted_each_with_its
     page = table.page([result_with("one", verdicts, [why]), idle])
     assert (
         '| one | 1 | <span class="broken">1 broken</span> | 1 alike, <span class="different">1 '
-        'different</span> | <span class="accepted">1 accepted</span> | – |' in page
+        'different</span> | <span class="accepted">1 accepted</span> | – | 1 not yet |' in page
     )
     assert (
         '| [R4.1](generated/R4.md#R4.1) | <span class="broken">✗</span> ✓ <sup>1</sup>'
@@ -92,6 +92,45 @@ def test_a_law_is_broken_a_convention_different_a_refusal_accepted_each_with_its
     assert "1. **one**: it\\_rounds (a.py:3)" in page
     assert "- *idle* was not run: no module" in page
     assert "## Layers" not in page
+    for seen, colour in (("choice", "different"), ("fault", "broken")):
+        again = table.page([result_with("one", verdicts, [{**why, "class": "law", "seen": seen}])])
+        assert f'| one | 1 | <span class="{colour}">1 {colour}</span> |' in again
+        assert f"1. **one**: it\\_rounds (a.py:3; {seen})" in again
+
+
+@requirement("R24.8")
+def test_each_deviation_was_read_again_in_the_library_and_each_fault_has_a_page():
+    pages = {path.stem for path in (ROOT / "docs" / "field").glob("*.md")}
+    for name in field.ROWS.keys() - OURS:
+        row, result = field.ROWS[name], RESULTS[name]
+        places = {deviation["place"] for deviation in result["deviations"]}
+        places |= set(re.findall(r"[\w/]+\.py:\d+", row.get("outside", "")))
+        reading = field.READINGS.get(environment_of(name), {"places": {}})
+        assert places <= reading["places"].keys(), name
+        assert not places or reading["version"] == result["version"], name
+        found = {reading["places"][place]["is"] for place in places}
+        assert found <= {"fault", "choice", "precision", "unchecked"}
+        assert "fault" not in found or environment_of(name) in pages, name
+    listed = re.findall(r"\(field/([\w-]+)\.md\)", (ROOT / "docs/field.md").read_text("utf-8"))
+    assert set(listed) == pages
+
+
+@requirement("R24.8")
+def test_a_reading_of_a_line_that_is_not_there_is_refused(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\ny = 2\n", "utf-8")
+    field.check_places({"a.py:2": {"line": "y = 2"}}, tmp_path)
+    for place, line in (("a.py:1", "y = 2"), ("a.py:3", "y = 2"), ("b.py:2", "y = 2")):
+        with pytest.raises(field.NotRunError, match=re.escape(place)):
+            field.check_places({place: {"line": line}}, tmp_path)
+
+
+@requirement("R24.8")
+@pytest.mark.foreign  # it installs
+@pytest.mark.parametrize("name", ["loralib", "lora-pytorch"])
+def test_two_small_rows_give_what_is_committed(name, tmp_path):
+    result = field.measure(name, field.ROWS[name], tmp_path, patience=5)
+    for key in ("state", "version", "verdicts", "deviations"):
+        assert result.get(key) == RESULTS[name][key], result
 
 
 @requirement("R24.8")
