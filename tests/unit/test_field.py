@@ -84,10 +84,7 @@ def test_a_law_is_broken_a_convention_different_a_refusal_accepted_each_with_its
         '| one | 1 | <span class="broken">1 broken</span> | 1 alike, <span class="different">1 '
         'different</span> | <span class="accepted">1 accepted</span> | – | 1 not yet |' in page
     )
-    assert (
-        '| [R4.1](generated/R4.md#R4.1) | <span class="broken">✗</span> ✓ <sup>1</sup>'
-        in page
-    )
+    assert '| [R4.1](generated/R4.md#R4.1) | <span class="broken">✗</span> ✓ <sup>1</sup>' in page
     assert '<span class="different">≠</span> <span class="accepted">○</span> |' in page
     assert "1. **one**: it\\_rounds (a.py:3)" in page
     assert "- *idle* was not run: no module" in page
