@@ -8,11 +8,9 @@ Requirements: R1, R7.
 """
 
 import hashlib
-import hmac
 import mmap
 import os
 import re
-import secrets
 import stat
 import sys
 from collections.abc import Iterator
@@ -80,7 +78,7 @@ def replacing(path: PathLike, temporary_name: str | None = None) -> Iterator[Bin
     """
     path = as_path(path)
     with os_errors(path):
-        temporary = path.with_name(temporary_name or f".{secrets.token_hex(8)}.tmp")
+        temporary = path.with_name(temporary_name or f".{os.urandom(8).hex()}.tmp")
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             with temporary.open("wb" if temporary_name else "xb") as file:
@@ -108,7 +106,7 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
         if verify is not None:
             with memoryview(data) as view:
                 actual = hashlib.sha256(view).hexdigest()
-            if not hmac.compare_digest(actual, verify):
+            if actual != verify:
                 raise CardFileError("card file: SHA-256", verify, actual)
         card = table_to_card(_batch(data))
     if isinstance(data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):

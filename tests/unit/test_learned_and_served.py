@@ -35,7 +35,7 @@ def write(folder, seed, shift=0):
 
 @requirement("R18.4", "R18.8", "R19.1", "R19.5", "R11.9", "R25.2")
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # five cycles of training, each in a process
+@pytest.mark.timeout(1800)  # three cycles of training, each in a process
 def test_a_folder_becomes_a_skill_that_is_served_routed_to_replaced_and_rolled_back(
     tmp_path, monkeypatch
 ):
