@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from lora.testing.bench import digests, shown
@@ -225,13 +226,12 @@ def page(report: Report) -> str:
             )
         ]
         lines += ["", changed_since(part["machine"].get("sources", {}))]
+        for name, title in CHARTS.get(script, {}).items():
+            lines += ["", picture(name, title)]
+        lines += ["", "<details markdown>", f"<summary>All {len(part['rows'])} figures</summary>"]
         lines += ["", "| what | figure | 95 % interval | target | met |", "|---|---|---|---|---|"]
         lines += ["| " + " | ".join(shown(row)) + " |" for row in part["rows"]]
-        lines += [
-            line
-            for name, title in CHARTS.get(script, {}).items()
-            for line in ("", picture(name, title))
-        ]
+        lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 
 
@@ -244,6 +244,18 @@ CHARTS = {
         "lifecycle": "Loading, applying, swapping and removing as a share of the peer's time",
         "present": "Loading, applying and swapping with "
         "1 to 1,000 cards present, and PEFT with up to 32",
+    },
+    **{
+        script: {f"{script}_times": f"{what}: time beside another way's, with its 95 % interval"}
+        for script, what in {
+            "routing": "Routing",
+            "throughput": "Encoding",
+            "merge_extract": "Merging, extracting and reading what PEFT wrote",
+            "training": "Training",
+            "fetching": "Fetching",
+            "commands": "Commands",
+            "models": "Any model",
+        }.items()
     },
     "growth": {
         "growth": "How time grows with rank, layers, adapters and rows",
@@ -370,6 +382,67 @@ def draw_present(report: Report) -> Draw:
     return draw
 
 
+def times(report: Report, script: str) -> dict[str, list[tuple[str, list[float], float | None]]]:
+    """For each thing measured: sides, low end, middle and high end of the share of the peer's
+    time, and its target.
+    """
+    panels: dict[str, list[tuple[str, list[float], float | None]]] = {}
+    share = {
+        "ratio": lambda value: value,
+        "times faster": lambda value: 1 / value,
+        "overhead": lambda value: 1 + value,
+    }
+    for row in report[script]["rows"]:
+        if row["kind"] in share and "interval" in row:
+            of = share[row["kind"]]
+            ends = sorted(map(of, row["interval"]))
+            target = None if row["target"] is None else of(row["target"])
+            points = [ends[0], of(row["value"]), ends[1]]
+            panels.setdefault(row["what"], []).append(
+                (f"{row['side']} / {row['beside']}", points, target)
+            )
+    return panels
+
+
+def height_of(panels: Mapping[str, Sequence[Any]]) -> float:
+    """The height in inches of a panel for each, with a line for each of its sides."""
+    return 0.6 + sum(0.5 + 0.3 * len(sides) for sides in panels.values())
+
+
+def draw_times(panels: Mapping[str, Sequence[tuple[str, list[float], float | None]]]) -> Draw:
+    """A panel for each thing measured: a point and its interval for each side, on one axis."""
+
+    def draw(figure: Any, colours: Colours) -> None:
+        heights = [len(sides) + 0.6 for sides in panels.values()]
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)
+        for axes, (what, sides) in zip(grid[:, 0], panels.items(), strict=True):
+            for i, (side, (low, middle, high), target) in enumerate(reversed(sides)):
+                colour = colours["second" if side.startswith("PEFT") else "first"]
+                axes.plot([low, high], [i, i], color=colour, linewidth=3)
+                axes.plot(middle, i, "o", color=colour)
+                if target is not None:
+                    axes.plot(target, i, "|", color=colours["ink"], markersize=12)
+            axes.axvline(1, color=colours["soft"], linewidth=0.8)
+            names = [
+                "\n".join(wrap(side, 24, break_long_words=False)) for side, _, _ in reversed(sides)
+            ]
+            axes.set_yticks(range(len(sides)), names, fontsize=8)
+            axes.set_ylim(-0.6, len(sides) - 0.4)
+            axes.set_title("\n".join(wrap(what, 38)), fontsize=9, loc="left")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_xscale("log")
+        ends = [end for sides in panels.values() for _, points, _ in sides for end in points]
+        ticks = [0.01, 0.1, 1, 10] if max(ends) > 10 * min(ends) else [0.2, 0.5, 1, 2, 5]
+        axes.set_xticks(
+            [tick for tick in ticks if min(*ends, 1) / 2 <= tick <= max(*ends, 1) * 1.5]
+        )
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter("{x:g} ×")
+        axes.set_xlabel("share of the other's time (tick: target)", fontsize=8)
+
+    return draw
+
+
 def draw_growth(report: Report, unit: str) -> Draw:
     """A panel for each line: cost beside its first point, and what linear would be."""
     measured = [row for row in rows_of(report, "growth", unit=unit) if "size" in row]
@@ -407,6 +480,11 @@ def draw_all(folder: Path, report: Report) -> None:
     write(folder, "overhead", (7.2, 3.6), draw_overhead(report))
     write(folder, "rows", (7.2, 4.2), draw_rows(report))
     write(folder, "lifecycle", (7.2, 5.4), draw_lifecycle(report))
+    for script, charts in CHARTS.items():
+        if f"{script}_times" in charts:
+            panels = times(report, script)
+            size = (5.0, height_of(panels))
+            write(folder, f"{script}_times", size, draw_times(panels))
     write(folder, "present", (7.2, 3.6), draw_present(report))
     write(folder, "growth", (7.2, 5.4), draw_growth(report, "ms"))
     write(folder, "memory", (7.2, 3.8), draw_growth(report, "MiB"))

@@ -22,7 +22,8 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 FLAGS += " --disable-component-update --disable-sync"
 WIDTHS = {"desk": (1280, 800), "phone": (390, 844)}
 PAGES = ["", "idea/", "format/", "versioning/", "performance/"]
-PAGES += ["generated/conformance/", "generated/traceability/"]
+PAGES += [f"generated/{name}/" for name in "conformance traceability R4 benchmarks".split()]
+PAGES += ["generated/reference/", "generated/lora.ArrowEngine/", "generated/reference-models/"]
 OUTSIDE: set[str] = set()
 """Hosts that pages ask for something that they can do without."""
 
@@ -107,13 +108,18 @@ def page(request, browser, address):
 
 
 def rows(page):
-    """The rows of a page's tables whose first cell begins with a requirement's id, by that id."""
-    cells = page.eval_on_selector_all(
-        "article table tbody tr",
-        "rows => rows.map(row => [...row.cells].map(cell => cell.innerText.trim()))",
+    """The rows of a page's tables whose first cell is a requirement's id: its link, and cells."""
+    read = (
+        "rows => rows.map(r => [r.querySelector('a')?.href, [...r.cells].map(c => c.textContent)])"
     )
-    named = [(row[0].partition("\n")[0], row) for row in cells]
-    return {name: row for name, row in named if re.fullmatch(r"R\d+\.\d+", name)}
+    found = page.eval_on_selector_all("article table tbody tr", read)
+    return {cells[0]: (link, cells) for link, cells in found if re.match(r"R\d+\.\d", cells[0])}
+
+
+def shown(page, selector):
+    """The texts of what is visible."""
+    read = "all => all.filter(e => e.checkVisibility()).map(e => e.innerText)"
+    return page.eval_on_selector_all(f"article {selector}", read)
 
 
 @requirement("R10.8", "R24.5")
@@ -123,32 +129,76 @@ def test_every_verdict_of_the_matrix_leads_to_the_requirement_and_to_its_tests(p
     paths = (ROOT / "conformance").glob("*.json")
     reports = [json.loads(path.read_text("utf-8")) for path in paths]
     assert set(matrix) == {name for report in reports for name in report["requirements"]}
-    if page.viewport_size["width"] > 1000:
-        page.get_by_role("link", name="Traceability").first.click()
-    else:
-        page.goto("generated/traceability/")
-    page.wait_for_selector("h1:has-text('Traceability')")
-    traced = rows(page)
-    assert set(matrix) <= set(traced)
-    for name, (_, sentence, *_) in matrix.items():
-        _, tests = traced[name]
-        assert tests.partition("\n")[0] == sentence
-        assert "::test_" in tests
+    page.goto("generated/traceability/")
+    assert {name: link for name, (link, _) in rows(page).items()}.items() >= {
+        (name, link) for name, (link, _) in matrix.items()
+    }
+    page.goto("generated/traceability/#R4.1")  # an address of before there was a page a chapter
+    page.locator("[id='R4.1'] a").click()
+    for name, (link, cells) in matrix.items():
+        assert link.endswith(f"generated/{name.partition('.')[0]}/#{name}")
+        if page.url.partition("#")[0] != link.partition("#")[0]:
+            page.goto(link)
+            parts = page.inner_text("article").split("\nR")
+        (part,) = [p for p in parts if re.match(rf"{re.escape(name[1:])}\D", p)]
+        assert cells[-1] in part
+        assert "::test_" in part
+        assert part.count("lora-cards ") == 1
 
 
-@requirement("R10.8")
-def test_a_reader_searches_for_a_word_and_arrives_where_it_is_explained(page):
+@requirement("R10.1", "R10.8", "R10.10")
+def test_a_reader_comes_from_home_by_tutorial_and_reference_to_a_requirement_and_its_tests(page):
+    page.goto("")
+    for link, heading in [
+        ("tutorial", "Tutorial: from nothing to a shared skill"),
+        ("save", "lora.save"),
+        ("R1 Card format", "R1 Card format"),
+    ]:
+        page.locator("article").get_by_role("link", name=link, exact=True).first.click()
+        page.wait_for_selector(f"h1:has-text('{heading}')")
+    assert "R1.1" in page.inner_text("article h2 >> nth=0")
+    assert "properties/test_r01_card_format.py::test_" in page.inner_text("article li >> nth=0")
+
+
+@pytest.mark.parametrize(
+    ("word", "place"),
+    [
+        ("pending publisher", "versioning"),
+        ("adapt", "lora.adapt"),
+        ("fold_checkpoint", "lora.fold_checkpoint"),
+        ("ArrowEngine", "lora.ArrowEngine"),
+    ],
+)
+@requirement("R10.1", "R10.8")
+def test_a_reader_searches_for_a_word_and_arrives_where_it_is_explained(page, word, place):
     page.goto("")
     if page.viewport_size["width"] < 1000:
         page.locator("label.md-header__button[for=__search]").click()
     field = page.get_by_role("textbox", name="Search")
     field.click()
-    field.press_sequentially("pending publisher", delay=20)
+    field.press_sequentially(word, delay=20)
     result = page.locator(".md-search-result__item a").first
     result.wait_for()
     result.click()
-    page.wait_for_url("**/versioning/**")
-    assert "pending publisher" in page.inner_text("article")
+    page.wait_for_url(f"**/{place}/**")
+    assert word in page.inner_text("article")
+
+
+@requirement("R10.8")
+def test_a_box_filters_the_rows_of_a_page_and_gives_them_back(page):
+    page.goto("generated/specification/")
+    everything, box = shown(page, "tbody tr"), page.get_by_role("searchbox", name="Filter the rows")
+    box.fill("rollback MANAGER")
+    assert [row.partition("\t")[0] for row in shown(page, "tbody tr")] == ["R22.2"]
+    assert [heading[:3] for heading in shown(page, "h2")] == ["R22"]
+    box.fill("no such word")
+    assert shown(page, "table") == shown(page, "h2") == []
+    box.fill("")
+    assert shown(page, "tbody tr") == everything
+    page.goto("generated/conformance/")
+    page.get_by_role("searchbox", name="Filter the rows").fill("R4. threshold")
+    names = [row.partition("\t")[0] for row in shown(page, "tbody tr")]
+    assert {name.partition(".")[0] for name in names} == {"R4"}
 
 
 @pytest.mark.parametrize("place", PAGES, ids=lambda place: Path(place).name or "home")
