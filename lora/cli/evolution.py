@@ -230,8 +230,10 @@ def factory_add(
     job = shop.add(arguments, priority=priority, **limits)
     if again and job.state == "dead":
         job = shop.retry(job.id, priority=priority, **limits)
-    facts = {"id": job.id, "kind": job.kind, "name": job.name, "state": job.state}
-    return Result(facts, f"{job.state}: {job.kind} {job.name} ({job.id[:12]})")
+    return Result(
+        {"id": job.id, "kind": job.kind, "name": job.name, "state": job.state},
+        f"{job.state}: {job.kind} {job.name} ({job.id[:12]})",
+    )
 
 
 @command("factory run --at 02:00", group=factory, name="run")
@@ -256,22 +258,26 @@ def factory_run(
 
     if at is not None:
         parse_at(at)
+    if scheduler and ":" not in scheduler:
+        raise ArgumentError("--scheduler", "tcp://HOST:PORT", scheduler)
     checks_done()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    console = Console(stderr=True, markup=False)
 
     def report(job: Any) -> None:
         reason = f": {job.error}" if job.error else ""
-        console.print(f"{job.state}: {job.kind} {job.name}{reason}", soft_wrap=True)
+        Console(stderr=True, markup=False).print(
+            f"{job.state}: {job.kind} {job.name}{reason}", soft_wrap=True
+        )
 
     with ExitStack() as stack:
         executor = stack.enter_context(cluster(scheduler)) if scheduler else None
         shop = SkillFactory(root, executor=executor, workers=workers, keep=keep, on_event=report)
         rows = shop.run(at=at, stop=stop).to_pylist()
     dead = ", ".join(row["id"][:12] for row in rows if row["state"] == "dead")
-    failure = f"dead jobs: {dead}; `lora factory status --history` says why" if dead else ""
-    return _jobs(rows)._replace(failure=failure)
+    return _jobs(rows)._replace(
+        failure=f"dead jobs: {dead}; `lora factory status --history` says why" if dead else ""
+    )
 
 
 @command("factory status --history --json", group=factory, name="status")

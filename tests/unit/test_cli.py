@@ -601,6 +601,13 @@ def test_the_scheduler_of_factory_run_carries_its_jobs(here, folder, tmp_path, m
     assert len(carried) == 2
 
 
+@requirement("R25.2")
+def test_a_scheduler_without_a_port_is_refused_as_usage_before_any_work(here, tmp_path):
+    code, _, err = here("factory", "run", "--scheduler", "x", "--root", tmp_path / "factory")
+    assert (code, "--scheduler: expected tcp://HOST:PORT, found x" in err) == (2, True), err
+    assert not (tmp_path / "factory").exists()
+
+
 @requirement("R19.4", "R25.2")
 @pytest.mark.parametrize(("options", "at"), [(["--at", "02:00"], "02:00"), ([], None)])
 def test_the_time_of_factory_run_reaches_the_factory(here, tmp_path, monkeypatch, options, at):
