@@ -265,9 +265,9 @@ def factory_run(
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
     def report(job: Any) -> None:
-        reason = f": {job.error}" if job.error else ""
         Console(stderr=True, markup=False).print(
-            f"{job.state}: {job.kind} {job.name}{reason}", soft_wrap=True
+            f"{job.state}: {job.kind} {job.name}{f': {job.error}' if job.error else ''}",
+            soft_wrap=True,
         )
 
     with ExitStack() as stack:
