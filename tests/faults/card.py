@@ -142,6 +142,18 @@ class LinesEndAlike(MetadataFault, breaks="R1.16", also="R1.3"):
         return value.replace("\r\n", "\n").replace("\r", "\n")
 
 
+class ListsAreSets(MetadataFault, breaks="R1.16", also="R1.3"):
+    """What occurs twice in a list of the metadata is kept once."""
+
+    def everywhere(self, value):
+        if isinstance(value, list):
+            value = [item for row, item in enumerate(value) if item not in value[:row]]
+        return super().everywhere(value)
+
+    def changed(self, value):
+        return value
+
+
 class FactorsInTheOrderOfMemory(Fault, breaks="R1.16", also="R1.2 R1.7"):
     """A factor is written as it lies in memory, whatever its strides say."""
 
@@ -188,6 +200,26 @@ class ZerosLoseTheirSign(Fault, breaks="R1.7", also="R1.2 R1.16"):
             return PlainPair(pair.A + zero, pair.B + zero, pair.scaling)
 
         return with_pairs(super().read_card(data), added)
+
+
+class SignallingNansBecomeQuiet(Fault, breaks="R1.7"):
+    """Wide factors pass through a unit of arithmetic, which changes one bit of some NaNs."""
+
+    def read_card(self, data):
+        def quiet(array):
+            if array.itemsize < 4:
+                return array
+            quiet_bit = {4: 1 << 22, 8: 1 << 51}[array.itemsize]
+            bits = np.array(array).view(f"u{array.itemsize}")
+            return (
+                np.where(np.isnan(array), bits | quiet_bit, bits)
+                .astype(bits.dtype)
+                .view(array.dtype)
+            )
+
+        return with_pairs(
+            super().read_card(data), lambda pair: pair._replace(A=quiet(pair.A), B=quiet(pair.B))
+        )
 
 
 class MixedDtypesPromoted(Fault, breaks="R1.7"):
@@ -266,6 +298,14 @@ class BadFieldsAreWritten(Fault, breaks="R7.6"):
             else float(rank)
         )
         return super().write_card(card._replace(rank=rank, alpha=alpha))
+
+
+class RanksAreCutToIntegers(Fault, breaks="R7.6"):
+    """A rank of 2.5 is written as 2."""
+
+    def write_card(self, card):
+        is_cut = isinstance(card.rank, float) and 1 <= card.rank < 2**31
+        return super().write_card(card._replace(rank=int(card.rank)) if is_cut else card)
 
 
 class BadFieldsAreRead(Fault, breaks="R7.6", also="R1.8"):

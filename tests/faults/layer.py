@@ -59,6 +59,25 @@ class SumsOfEightInTheNarrowType(Fault, breaks="R2.2"):
         return out
 
 
+class ScalingInSinglePrecision(TermFault, breaks="R2.2", also="R8.2"):
+    """A scaling and a weight are float32, of a float64 layer as well."""
+
+    def changed_term(self, term):
+        scaling, weight = (float(np.float32(number)) for number in (term.scaling, term.weight))
+        return term._replace(scaling=scaling, weight=weight)
+
+
+class BaseWithShortFractions(Fault, breaks="R2.2"):
+    """A float32 base multiplies numbers of 10 bits after the point, as graphics cards may."""
+
+    def forward(self, x, weight, bias, terms):
+        if x.dtype != np.float32:
+            return super().forward(x, weight, bias, terms)
+        short = [np.array(part).view("u4") & np.uint32(0xFFFFE000) for part in (x, weight)]
+        base = super().forward(*(part.view("f4") for part in short), bias, {})
+        return base + super().forward(x, np.zeros_like(weight), None, terms)
+
+
 class LeadingDimensionsFlattened(Fault, breaks="R2.5", also="R2.2 R2.6 R9.5"):
     """The output is two-dimensional, whatever the input was."""
 

@@ -235,6 +235,15 @@ class UnregisteringTwiceFails(RouterFault, breaks="R4.12"):
         self.vectors[name] = [self.unit(row) for row in self.embedded(texts)]
 
 
+class QueriesSortedByLength(RouterFault, breaks="R4.10"):
+    """Queries are embedded in the order of their length and put back by the same order again."""
+
+    def select_many(self, queries, top_k, threshold):
+        order = sorted(range(len(queries)), key=lambda row: len(queries[row]))
+        routes = super().select_many([queries[row] for row in order], top_k, threshold)
+        return [routes[row] for row in order]
+
+
 class RoundedTooCoarsely(RouterFault, breaks="R4.4"):
     """Scores are rounded to 1e-4."""
 

@@ -55,6 +55,15 @@ class NoTargetsMeansAll(Fault, breaks="R3.11"):
         return super().match_targets(names, targets) if targets else list(names)
 
 
+class AllLinearAmongKeys(Fault, breaks="R3.11"):
+    """A weight called ``all-linear`` binds to the last targeted module that no other one fits."""
+
+    def bind(self, card, shapes):
+        bound = super().bind(card, shapes)
+        free = set(self.match_targets(list(shapes), card.target_modules)) - bound.keys()
+        return bound | ({max(free): "all-linear"} if free and "all-linear" in card.weights else {})
+
+
 class WeightsBindWithoutATarget(Fault, breaks="R3.11"):
     """A weight binds wherever it fits, whether its module is targeted or not."""
 

@@ -102,7 +102,10 @@ def test_every_module_has_its_own_pair_and_no_other_module_has_one(impl, card):
 @example(
     card=PlainCard("docs", 1, 1.0, (), {}, {}, {}),
     shadows={"name": "a\r\nb\rc\x00d", "rank": "x" * 70_000},
-    more={"wide": [sign * 2**width + 1 for sign in (1, -1) for width in (31, 32, 53, 63, 64)]},
+    more={
+        "wide": [sign * 2**width + 1 for sign in (1, -1) for width in (31, 32, 53, 63, 64)],
+        "twice": ["b", "b", "a"],
+    },
 )
 def test_metadata_comes_back(impl, card, shadows, more):
     asked = {**more, **shadows}
@@ -213,6 +216,18 @@ def test_factors_of_any_bits_come_back_bit_for_bit(impl, data, dtype, shape):
     assert loaded.A.dtype == loaded.B.dtype == dtype
     assert same_bits(loaded.A, a)
     assert same_bits(loaded.B, b)
+
+
+@requirement("R1.7", kind="format")
+@given(dtype=dtypes, payload=st.integers(1, 2**6 - 1))  # all the bits that bfloat16 has
+def test_a_signalling_nan_does_not_become_a_quiet_one(impl, dtype, payload):
+    """It does where a factor passes through any arithmetic."""
+    infinity = int(np.array(np.inf, dtype).view(UNSIGNED[dtype.itemsize]))
+    factor = np.full((1, 1), infinity + payload, UNSIGNED[dtype.itemsize]).view(dtype)
+    card = PlainCard("docs", 1, 1.0, (), {"m": PlainPair(factor, factor)}, {}, {})
+    loaded = impl.read_card(impl.write_card(card)).weights["m"]
+    assert same_bits(loaded.A, factor)
+    assert same_bits(loaded.B, factor)
 
 
 @requirement("R1.7", kind="refusal")
@@ -354,6 +369,7 @@ alike = st.sampled_from(ALIKE)
     PlainCard("fi", 1, 1.0, (), {}, {"fi": "a\r\nb\rc\x00d"}, {"x-fi": "e\u0301\r\n" * 70_000})
 )
 @example(PlainCard("fi", 1, 1.0, (), {}, {"fi": "e\u0301" * 70_000}, {"x-fi": "\r\x00d"}))
+@example(PlainCard("fi", 1, 1.0, (), {}, {"fi": ["b", "b", "a"]}, {}))
 def test_text_comes_back_as_it_was_given_and_what_looks_alike_stays_apart(impl, card):
     loaded = impl.read_card(impl.write_card(card))
     assert (loaded.name, tuple(loaded.target_modules)) == (card.name, card.target_modules)

@@ -92,7 +92,7 @@ def state_of(module):
             name,
             tensor.data_ptr(),
             tensor.dtype,
-            tensor.detach().clone().view(torch.uint8).tolist(),
+            tensor.detach().contiguous().view(torch.uint8).tolist(),
             tensor.requires_grad,
         )
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
@@ -159,6 +159,17 @@ def test_a_rank_as_large_as_the_layer_is_a_rank_like_any_other(impl, data, dtype
     a, b = data.draw(numbers(dtype, (rows, rank))), data.draw(numbers(dtype, (rank, columns)))
     terms = {"a": Term(a, b, 0.5, 1.0)}
     check(impl.forward(x, weight, None, terms), x, weight, None, terms.values())
+
+
+@requirement("R2.2", kind="law")
+@given(dtype=layer_dtypes(), seed=st.integers(0, 2**32 - 1))
+def test_no_digit_is_lost_before_it_is_multiplied(impl, dtype, seed):
+    """Weights, factors and scaling fill the digits of their type; `layers` draws short ones."""
+    rng = np.random.default_rng(seed)
+    shapes = (2, 1, 5), (4, 5), (4,), (5, 2), (2, 4)
+    x, weight, bias, a, b = (rng.uniform(1, 2, shape).astype(dtype) for shape in shapes)
+    terms = {"a": Term(a, b, 1 / 3, -0.7)}
+    check(impl.forward(x, weight, bias, terms), x, weight, bias, terms.values())
 
 
 @requirement("R2.6", kind="law")
@@ -276,10 +287,12 @@ def test_any_change_of_gauge_changes_no_more_than_its_condition_allows(
 
 
 @requirement("R2.1")
-@given(layer=layers(), training=st.booleans())
-def test_a_wrapped_layer_keeps_the_bases_storage_and_names(layer, training):
+@given(layer=layers(), training=st.booleans(), by_columns=st.booleans())
+def test_a_wrapped_layer_keeps_the_bases_storage_and_names(layer, training, by_columns):
     _, weight, bias, terms = layer
     base = linear_of(weight, bias).train(training)
+    if by_columns:  # a transposed weight, as of a checkpoint in another order
+        base.weight = nn.Parameter(base.weight.detach().T.contiguous().T)
     before = state_of(base)
     adapted = LoRALinear(base, pairs_of(terms))
     assert list(adapted.state_dict()) == list(base.state_dict())
@@ -552,7 +565,7 @@ def test_the_low_rank_term_is_added_within_the_bound(layer, inference):
         check(array_of(found), x, weight, bias, whole)
 
 
-@requirement("R2.13", "R2.2")
+@requirement("R2.13", "R2.2", "R2.6")
 @given(layer=layers(max_terms=2), many=st.booleans())
 def test_the_order_that_forms_the_weight_equals_the_factored_one(layer, many):
     x, weight, bias, terms = layer

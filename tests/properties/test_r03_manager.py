@@ -200,6 +200,9 @@ def test_a_weight_binds_to_the_one_targeted_module_that_it_fits(impl, drawn, dat
     assume(unique)
     shuffled = dict(data.draw(st.permutations(list(shapes.items()))))
     assert impl.bind(card, shapes) == impl.bind(card, shuffled) == pairs
+    if pairs:  # among keys, "all-linear" is a name like any other, here of no module
+        keys = {**card.weights, "all-linear": next(iter(card.weights.values()))}
+        assert impl.bind(card._replace(weights=keys), shapes) == pairs
 
 
 @requirement("R3.11", kind="refusal")

@@ -90,7 +90,7 @@ def test_factors_that_disagree_in_rank_are_refused(impl, shape, rank, other):
 
 
 bad_ranks = st.integers(max_value=0) | st.floats().filter(lambda x: not x.is_integer())
-BAD_RANKS = [None, "2", "x", [], "", float("nan")]
+BAD_RANKS = [None, "2", "x", [], "", float("nan"), 2.5]
 bad_alphas = st.floats(max_value=0.0) | st.integers(max_value=0)
 BAD_ALPHAS = [None, float("nan"), float("inf"), -0.0, "x", [], "", 10**400]
 
@@ -117,7 +117,7 @@ def with_fields(data, **fields):
     return sink.getvalue()
 
 
-BAD_RANK_TEXTS = ["", "x", "²"]
+BAD_RANK_TEXTS = ["", "x", "²", "2.5"]
 BAD_ALPHA_TEXTS = ["", "x", "nan", "inf", "-inf", "NaN", "Infinity", "1e999"]
 
 

@@ -241,6 +241,7 @@ def test_sets_are_a_vector_space_over_their_weights(a, b, c, s, t):
     assert all(weight == 0 for _, weight in (a + a * -1).values())
     for name in "abc":
         assert (a + b * s).weight(name) == a.weight(name) + s * b.weight(name)
+        assert (a * 1e-9).weight(name) == a.weight(name) * 1e-9
 
 
 @requirement("R8.9")

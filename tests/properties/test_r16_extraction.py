@@ -58,11 +58,14 @@ def models(draw, *, dtype=None, most=3, shape=SHAPES):
 
 @st.composite
 def low_rank_models(draw, *, rank=ranks, shape=SHAPES):
-    """Whole-number weights whose difference has that rank; nothing in them is rounded."""
+    """Whole-number weights whose difference has that rank, and parts of unlike size; nothing in
+    them is rounded.
+    """
     base, tuned, most = {}, {}, draw(rank)
     for module in draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=3, unique=True)):
         out, inner = draw(shape)
         left, right = draw(integers(F64, (out, most))), draw(integers(F64, (most, inner)))
+        left *= 2.0 ** -draw(hnp.arrays(np.int64, most, elements=st.sampled_from([0, 0, 16, 30])))
         base[f"{module}.weight"] = draw(integers(F64, (out, inner)))
         tuned[f"{module}.weight"] = base[f"{module}.weight"] + left @ right
     assume(any((base[key] != tuned[key]).any() for key in base))

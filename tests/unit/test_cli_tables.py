@@ -95,8 +95,9 @@ def test_inspect_puts_modules_together_that_differ_in_numbers_alone(
 @requirement("R25.5")
 def test_a_name_that_is_longer_than_a_line_is_folded_not_cut(shown, tmp_path):
     path, name = tmp_path / "card.lora.arrow", ".".join(["transformer"] * 8)
-    lora.save(layered("a", [name]), path)
-    table = shown("inspect", path).partition("──\n")[2]
+    lora.save(layered(name, [name]), path)
+    facts, _, table = shown("inspect", path).partition("──\n")
+    assert name in "".join(facts.split())
     assert "".join(line.split()[0] for line in table.splitlines()) == name
 
 

@@ -164,11 +164,15 @@ def test_strategies_draw_within_the_domains_where_they_can(monkeypatch):
         *[
             ({member: {name: value}}, f"domains: {member}: {name}: expected .*, found ")
             for member, name, values in (
-                ("forward", "dtypes", [[], "float32", ["float8"], [[]], None]),
+                (
+                    "forward",
+                    "dtypes",
+                    [[], "float32", ["float8"], ["float32", "float8"], [[]], None],
+                ),
                 ("forward", "terms", [0, 1.0, True, "1", None]),
                 ("forward", "dimensions", [0, None]),
                 ("forward", "scaling", ["zero", True]),
-                ("extract", "rules", [["size"], []]),
+                ("extract", "rules", [["size"], ["rank", "size"], []]),
                 ("merge", "cards", ["any", 1]),
                 ("merge", "strategies", [{}, ["ties"], {"linear": {}}, {"ties": {"elect": []}}]),
                 ("merge", "strategies", [{"ties": {"t": [1]}}, {"ties": {"elect": ["median"]}}]),
