@@ -119,7 +119,9 @@ def test_autocast_computes_narrow_and_comes_near(kind):
 
 
 @requirement("R17.4")
-def test_a_clipped_gradient_is_no_longer_than_it_may_be(monkeypatch):
+@pytest.mark.parametrize("kind", [None, "fp16"])
+def test_a_clipped_gradient_is_no_longer_than_it_may_be(monkeypatch, kind):
+    """As AdamW sees it: with fp16 not the scaled one."""
     norms = []
     plain = torch.optim.AdamW.step
 
@@ -129,10 +131,10 @@ def test_a_clipped_gradient_is_no_longer_than_it_may_be(monkeypatch):
         return plain(self, *args, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    train(steps=3)
+    train(steps=3, autocast=kind)
     free, clip = list(norms), min(norms) / 3
     norms.clear()
-    train(steps=3, clip=clip)
+    train(steps=3, autocast=kind, clip=clip)
     assert norms == pytest.approx([clip] * 3, rel=1e-4)
     assert min(free) > 2 * clip
 
