@@ -64,12 +64,12 @@ class FirstColumnsInsteadOfTheBest(ExtractionFault, breaks="R16.2", also="R16.1 
         return PlainPair(np.eye(matrix.shape[1], rank), b, 1.0)
 
 
-class SmallDirectionsAreNoise(ExtractionFault, breaks="R16.2", also="R16.5"):
-    """Singular values below 1e-4 of the largest are left out."""
+class SmallDirectionsAreNoise(ExtractionFault, breaks="R16.2", also="R16.1 R16.3 R16.5"):
+    """Singular values below a twentieth of the largest are left out."""
 
     def spoilt(self, matrix, pair, *_):
         values = np.linalg.svd(matrix, compute_uv=False)
-        kept = int((values > 1e-4 * values[0]).sum())
+        kept = int((values > 0.05 * values[0]).sum())
         return pair if kept >= pair.A.shape[1] else pair_of(matrix, kept)
 
 
