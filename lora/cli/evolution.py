@@ -96,7 +96,7 @@ def evolve(
     from lora import learning
     from lora.evolution.exam import Terms, divided
     from lora.evolution.queue import check_skill_name
-    from lora.evolution.teacher import teacher_host
+    from lora.evolution.teacher import KINDS, Consent, teacher_host
     from lora.files import os_errors
     from lora.presets import LoRAConfig
 
@@ -117,7 +117,10 @@ def evolve(
         if None in (teacher_model, key_file):
             raise ArgumentError("--ask", "--teacher-model and --key-file beside it", "not both")
         host = teacher_host(teacher_url, insecure=insecure_http)
-        if _allowed(ask)[0] != host:
+        allowed, _, kind = ask.rpartition(":")
+        if kind not in KINDS:
+            raise ArgumentError("--ask", " or ".join(f"HOST:{kind}" for kind in KINDS), ask)
+        if allowed != host:
             raise ArgumentError("--ask", f"the host of --teacher-url, {host}", ask)
     if name is not None:
         check_skill_name(name)
@@ -141,7 +144,7 @@ def evolve(
             folder = folder.with_name(f"{folder.name}.teacher")
             folder.mkdir(0o700, parents=True, exist_ok=True)
         teacher = _teacher(
-            ask,
+            Consent(host, [kind]),
             key_file,
             folder,
             budget,
@@ -167,26 +170,15 @@ def evolve(
     return Result(dict(evolved.facts), evolved.facts["text"], status)
 
 
-def _allowed(ask: str) -> tuple[str, str]:
-    """Read a host, and what may be sent to it."""
-    from lora.evolution.teacher import KINDS
-
-    host, _, data = ask.rpartition(":")
-    if not host or data not in KINDS:
-        raise ArgumentError("--ask", " or ".join(f"HOST:{kind}" for kind in KINDS), ask)
-    return host, data
-
-
-def _teacher(ask: str, key_file: Any, folder: Path, budget: int, **options: Any) -> Any:
+def _teacher(consent: Any, key_file: Any, folder: Path, budget: int, **options: Any) -> Any:
     """The teacher behind a server, and what may be sent to it."""
-    from lora.evolution.teacher import CloudDistiller, Consent, Ledger, OpenAITeacher
+    from lora.evolution.teacher import CloudDistiller, Ledger, OpenAITeacher
     from lora.federation.keys import read_small
 
-    host, data = _allowed(ask)
     key = read_small(key_file).decode("ascii", "replace").strip()
     ledger = Ledger(folder / "ledger.sqlite", budget)
     teacher = OpenAITeacher(ledger=ledger, api_key=key, cache=folder / "asked", **options)
-    return CloudDistiller(teacher, consent=Consent(host, [data]))
+    return CloudDistiller(teacher, consent=consent)
 
 
 factory = typer.Typer(
@@ -230,10 +222,8 @@ def factory_add(
     job = shop.add(arguments, priority=priority, **limits)
     if again and job.state == "dead":
         job = shop.retry(job.id, priority=priority, **limits)
-    return Result(
-        {"id": job.id, "kind": job.kind, "name": job.name, "state": job.state},
-        f"{job.state}: {job.kind} {job.name} ({job.id[:12]})",
-    )
+    facts = {"id": job.id, "kind": job.kind, "name": job.name, "state": job.state}
+    return Result(facts, f"{job.state}: {job.kind} {job.name} ({job.id[:12]})")
 
 
 @command("factory run --at 02:00", group=factory, name="run")
@@ -264,20 +254,19 @@ def factory_run(
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
+    console = Console(stderr=True, markup=False)
+
     def report(job: Any) -> None:
-        Console(stderr=True, markup=False).print(
-            f"{job.state}: {job.kind} {job.name}{f': {job.error}' if job.error else ''}",
-            soft_wrap=True,
-        )
+        reason = f": {job.error}" if job.error else ""
+        console.print(f"{job.state}: {job.kind} {job.name}{reason}", soft_wrap=True)
 
     with ExitStack() as stack:
         executor = stack.enter_context(cluster(scheduler)) if scheduler else None
         shop = SkillFactory(root, executor=executor, workers=workers, keep=keep, on_event=report)
         rows = shop.run(at=at, stop=stop).to_pylist()
     dead = ", ".join(row["id"][:12] for row in rows if row["state"] == "dead")
-    return _jobs(rows)._replace(
-        failure=f"dead jobs: {dead}; `lora factory status --history` says why" if dead else ""
-    )
+    failure = f"dead jobs: {dead}; `lora factory status --history` says why" if dead else ""
+    return _jobs(rows)._replace(failure=failure)
 
 
 @command("factory status --history --json", group=factory, name="status")

@@ -197,6 +197,7 @@ def main():
     arguments = parser.parse_args()
     if unknown := sorted({*arguments.rows} - {*ROWS}):
         parser.error(f"no row {', '.join(unknown)}")
+    arguments.results.mkdir(parents=True, exist_ok=True)
     wrong = 0
     for name in arguments.rows or ROWS:
         row = ROWS[name]
