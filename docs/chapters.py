@@ -123,7 +123,7 @@ def matrix(trace: Trace) -> str:
         f'| id | {" | ".join(heads)} | <span class="sentence">requirement</span> |',
         "|---" * (len(heads) + 2) + "|",
     ]
-    reasons: dict[str, list[str]] = {}
+    ids_by_reason: dict[str, list[str]] = {}
     for requirement in trace.spec.values():
         entries = trace.entries(requirement.id)
         if any(entries):
@@ -132,11 +132,11 @@ def matrix(trace: Trace) -> str:
             lines.append(f"| {link(requirement.id)} | {' | '.join(cells)} | {sentence} |")
             for report, entry in zip(trace.reports, entries, strict=True):
                 for reason in reasons_of(entry):
-                    told = f"**{named(report)}**: {escaped(reason)}"
-                    reasons.setdefault(told, []).append(link(requirement.id))
+                    line = f"**{named(report)}**: {escaped(reason)}"
+                    ids_by_reason.setdefault(line, []).append(link(requirement.id))
     first = trace.reports[0]
     lines += ["", "## What a binding does otherwise, or lacks, and why", ""]
-    lines += [f"- {reason} ({', '.join(ids)})" for reason, ids in reasons.items()]
+    lines += [f"- {reason} ({', '.join(ids)})" for reason, ids in ids_by_reason.items()]
     lines += [
         "",
         f"Profile `{first['profile']}`, seed {first['seed']}, suite {first['suite']},",
@@ -158,8 +158,8 @@ def marked(entry: Report) -> str:
 
 def reasons_of(entry: Report) -> list[str]:
     """Why a binding deviates, each reason once and without the example that shows it."""
-    told = [test["reason"].partition("\nFailing")[0] for test in entry.get("tests", [])]
-    return [reason for reason in dict.fromkeys(told) if reason]
+    reasons = [test["reason"].partition("\nFailing")[0] for test in entry.get("tests", [])]
+    return [reason for reason in dict.fromkeys(reasons) if reason]
 
 
 def traceability(trace: Trace) -> str:
@@ -260,8 +260,9 @@ def _chapter(trace: Trace, number: str, chapter: Sequence[Requirement]) -> Itera
         yield from ("", f"## {id_} {{#{id_}}}", "", escaped(requirement.sentence), "")
         facts = [f"Shown by: {kind_of(requirement)}"]
         facts += [f"{trace.examples(id_):,} examples"] if trace.examples(id_) else []
-        found = ", ".join(f"`{name}`" for name in killed(id_))
-        yield "; ".join([*facts, f"faults found: {found}"] if found else facts) + "."
+        faults = ", ".join(f"`{name}`" for name in killed(id_))
+        facts += [f"faults found: {faults}"] if faults else []
+        yield "; ".join(facts) + "."
         if any(entries := trace.entries(id_)):
             yield from ("", "| implementation | verdict |", "|---|---|")
             for report, entry in zip(trace.reports, entries, strict=True):
@@ -277,9 +278,9 @@ def _verdict(entry: Report) -> str:
         return ""
     verdicts = list(dict.fromkeys(entry["classes"].values())) or [entry["verdict"]]
     if len(verdicts) > 1:
-        told = ", ".join(f"{kind} {verdict}" for kind, verdict in entry["classes"].items())
+        words = ", ".join(f"{kind} {verdict}" for kind, verdict in entry["classes"].items())
     else:
-        told = verdicts[0]
+        words = verdicts[0]
     marks = " ".join(MARKS[verdict] for verdict in verdicts)
     reasons = "".join(f"<br>{escaped(reason)}" for reason in reasons_of(entry))
-    return f"{marks} {told}{reasons}"
+    return f"{marks} {words}{reasons}"

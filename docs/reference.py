@@ -91,14 +91,14 @@ def names() -> list[Name]:
     chapters = {f"lora.{module}": title for title, part in REFERENCE.items() for module in part}
     offered = [f"{p}.{name}" for p in PACKAGES for name in importlib.import_module(p).__all__]
     also = [f"lora.{module}.{name}" for module, part in ALSO.items() for name in part.split()]
-    found: dict[str, Name] = {}
+    by_definition: dict[str, Name] = {}
     for path in [*offered, *also]:
         package, _, name = path.rpartition(".")
         value = getattr(importlib.import_module(package), name)
         if not inspect.ismodule(value):
             entry = Name(path, value.__module__, chapters[value.__module__], sentence_of(value))
-            found.setdefault(entry.defined, entry)
-    return sorted(found.values(), key=lambda entry: list(REFERENCE).index(entry.chapter))
+            by_definition.setdefault(entry.defined, entry)
+    return sorted(by_definition.values(), key=lambda entry: list(REFERENCE).index(entry.chapter))
 
 
 def sentence_of(value: Any) -> str:
@@ -114,15 +114,15 @@ def documented(module: str) -> list[str]:
     for node, after in pairwise([*body, ast.Pass()]):
         match node, after:
             case (ast.ClassDef(name=name) | ast.FunctionDef(name=name), _):
-                told = ast.get_docstring(node)
+                docstring = ast.get_docstring(node)
             case (
                 ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)),
                 ast.Expr(value=ast.Constant(value=str())),
             ):
-                told = "a string below it"
+                docstring = "a string below it"
             case _:
                 continue
-        if told and not name.startswith("_"):
+        if docstring and not name.startswith("_"):
             listed.append(name)
     return listed
 

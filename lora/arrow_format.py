@@ -282,7 +282,7 @@ def _factors(column: pa.StructArray, name: str, dtype: np.dtype[Any]) -> Iterato
     data, shape = column.field("data"), column.field("shape")
     # Copy first, then check the copy: the file could change between check and use.
     offsets = np.from_dlpack(data.offsets).astype(np.int64) if len(column) else np.zeros(1, int)
-    numbers = shape.values[2 * shape.offset :][: 2 * len(shape)]  # flatten() would import much
+    numbers = shape.values[2 * shape.offset :][: 2 * len(shape)]  # flatten() imports pa.compute
     shapes = np.from_dlpack(numbers).astype(np.int64).reshape(-1, 2)
     if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
         expected = "positive shapes, each as long as its data"

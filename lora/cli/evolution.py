@@ -119,7 +119,7 @@ def evolve(
         host = teacher_host(teacher_url, insecure=insecure_http)
         allowed, _, kind = ask.rpartition(":")
         if kind not in KINDS:
-            raise ArgumentError("--ask", " or ".join(f"HOST:{kind}" for kind in KINDS), ask)
+            raise ArgumentError("--ask", " or ".join(f"HOST:{each}" for each in KINDS), ask)
         if allowed != host:
             raise ArgumentError("--ask", f"the host of --teacher-url, {host}", ask)
     if name is not None:
