@@ -1,6 +1,7 @@
 """The documentation's examples run in folders of their own and print what stands below them."""
 
 import io
+import warnings
 from contextlib import redirect_stdout
 
 import pytest
@@ -14,6 +15,7 @@ class Compared(DefaultRunner):
     """Runs a block and holds what it printed, and what it raised, against its page."""
 
     def runtest(self, test, args, **options):
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT asks models for it
         with redirect_stdout(io.StringIO()) as printed:
             try:
                 super().runtest(test, args, **options)

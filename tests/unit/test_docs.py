@@ -560,6 +560,7 @@ def test_the_tutorial_runs_from_nothing_to_a_shared_skill(tmp_path, monkeypatch)
     assert left["training"].metrics["after"].mrr > left["training"].metrics["before"].mrr
 
 
+UNPRINTED = ("sh", "text", "{.python .app}", "{.python .spark}")
 # What they write is run by the command below it, and by tests/unit/test_remote.py.
 SILENT = {"docs/how-to/conformance.md", "docs/how-to/foreign-binding.md"}
 
@@ -571,7 +572,7 @@ def test_every_example_fits_and_what_it_prints_stands_below_it():
         for one in outputs.examples(path.read_text("utf-8")):
             lines = [*one.code.splitlines(), *one.output.splitlines()]
             assert max(map(len, lines)) <= outputs.WIDTH, (page, max(lines, key=len))
-            if page not in SILENT and one.info not in ("sh", "text", "{.python .spark}"):
+            if page not in SILENT and one.info not in UNPRINTED:
                 assert one.output or "import ray" in one.code, (page, one.code)
             left_out = [is_left_out(words) for words in lines_of(one.code)]
             if one.output and left_out and all(left_out):  # recorded by docs/outputs.py
@@ -645,7 +646,7 @@ def test_a_quickstart_and_the_guides_are_in_the_navigation():
 
 
 KINDS = {"python", "sh", "text", "{.js .card}"}
-KINDS |= {"{.python .step}", "{.python .foreign}", "{.python .spark}", "{.python .field}"}
+KINDS |= {f"{{.python .{kind}}}" for kind in "app client step foreign spark field".split()}
 
 
 @requirement("R10.7")
