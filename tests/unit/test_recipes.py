@@ -1,8 +1,9 @@
-"""What others build on an engine as the documentation tells it: an endpoint of OpenAI's form."""
+"""What others build on this library as the documentation tells it: an endpoint, a notebook."""
 
 import asyncio
 import importlib.util
 import io
+import json
 import re
 import subprocess
 import sys
@@ -132,3 +133,31 @@ def test_openais_client_is_given_what_peft_and_sentence_transformers_compute(
 def test_what_the_endpoint_has_not_is_refused_by_name(client, wrong, words):
     with pytest.raises(BadRequestError, match=words):
         client.embeddings.create(**{"model": "docs", "input": "a"} | wrong)
+
+
+@requirement("R10.7", "R10.10")
+def test_the_notebook_goes_from_peft_folders_to_a_card_that_is_merged_measured_and_routed_to(
+    tmp_path, monkeypatch
+):
+    text = (ROOT / "docs/examples/peft-to-routed.ipynb").read_text("utf-8")
+    assert not re.search(r"/(root|work|home|tmp)/", text)
+    assert "(examples/peft-to-routed.ipynb)" in (ROOT / "docs/tutorial.md").read_text("utf-8")
+    notebook = json.loads(text)
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)  # noqa: S102
+    mrr, (ours, theirs, neither) = names["mrr"], names["routes"].values()
+    for task in ("architect", "reviewer"):  # the merged card has both skills
+        assert mrr["both"][task] > mrr["base"][task] + 0.05
+    assert (ours, theirs, neither) == (["architect"], ["reviewer"], [])
+    assert names["merged"].rank == 16
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "both.lora.arrow",
+        "peft-architect",
+        "peft-reviewer",
+        "peft-both",
+    }
