@@ -9,8 +9,9 @@ Requirements: R1, R7.
 """
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -20,7 +21,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from lora.card import DTYPES, FIELD_KEYS, Array, FrozenJSON, LoRACard, LowRank, check_card
+from lora.card import (
+    DTYPES,
+    FIELD_KEYS,
+    Array,
+    FrozenJSON,
+    LoRACard,
+    LowRank,
+    check_card,
+    checked_pair,
+)
 from lora.checks import naming, parse_json, require
 from lora.errors import ArgumentError, CardError, CardFileError, shown
 
@@ -211,11 +221,12 @@ def _pairs_in(batch: pa.RecordBatch, dtype: str) -> dict[str, LowRank]:
     names, scalings, *columns = _columns(batch, dtype)
     factors = (_factors(*column, DTYPES[dtype]) for column in zip(columns, "AB", strict=True))
     weights: dict[str, LowRank] = {}
-    rows = zip(names.to_pylist(), scalings.to_pylist(), *factors, strict=True)
-    for name, scaling, a_factor, b_factor in rows:
+    rows = zip(names.to_pylist(), *factors, scalings.to_pylist(), strict=True)
+    for name, a_factor, b_factor, scaling in rows:
         require(name not in weights, "column 'module'", "each module once", name)
-        try:  # `naming` would take a tenth of the time
-            weights[name] = LowRank(a_factor, b_factor, scaling)
+        fit = a_factor.shape[1] == b_factor.shape[0] and math.isfinite(scaling)
+        try:  # the constructor names what is wrong
+            weights[name] = (checked_pair if fit else LowRank)(a_factor, b_factor, scaling)
         except CardError as error:
             where = f"module {shown(name)}: {error.where}"
             raise CardError(where, error.expected, error.found) from error
@@ -223,24 +234,26 @@ def _pairs_in(batch: pa.RecordBatch, dtype: str) -> dict[str, LowRank]:
 
 
 @lru_cache(len(DTYPES))
-def _known_schemas(dtype: str) -> tuple[pa.Schema, pa.Schema]:
-    """Return the schema of such a card, and the same as this pyarrow reads it from a file."""
+def _known_fields(dtype: str) -> tuple[list[pa.Field], list[pa.Field]]:
+    """Return the columns of such a card, and the same as this pyarrow reads them from a file."""
     schema = schema_of(dtype)
-    return schema, pa.ipc.read_schema(schema.serialize())
+    return list(schema), list(pa.ipc.read_schema(schema.serialize()))
 
 
 def _columns(batch: pa.RecordBatch, dtype: str) -> list[pa.Array]:
     """Return the columns' storage; refuse other columns, nulls, and bytes in two buffers."""
-    expected, read_back = _known_schemas(dtype)
-    names = batch.schema.names
-    require(names == expected.names, "columns", str(expected.names), names)
+    expected, read_back = _known_fields(dtype)
+    names, known = batch.schema.names, [field.name for field in expected]
+    require(names == known, "columns", str(known), names)
     columns, buffers = [], []
     for ours, read, field, column in zip(
         expected, read_back, batch.schema, batch.columns, strict=True
     ):
         where = f"column {ours.name!r}"
         storage = column.storage if isinstance(column, pa.ExtensionArray) else column
-        if not _declares(field, ours, read) or _plain(storage.type) != ours.type:
+        if not field.equals(read, check_metadata=True) and (
+            not _declares(field, ours, read) or _plain(storage.type) != ours.type
+        ):
             types = [f"{f.type}, {f.metadata or {}}" for f in (ours, field)]
             raise CardFileError(where, *types)
         lists = storage.flatten() if pa.types.is_struct(storage.type) else []
@@ -277,21 +290,23 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return pa.list_(kind.value_type) if pa.types.is_list(kind) else kind
 
 
-def _factors(column: pa.StructArray, name: str, dtype: np.dtype[Any]) -> Iterator[Array]:
-    """Yield each factor as a read-only view of the column; of a copy if that is not aligned."""
+def _factors(column: pa.StructArray, name: str, dtype: np.dtype[Any]) -> list[Array]:
+    """Return each factor as a read-only view of the column; of a copy if that is not aligned."""
     data, shape = column.field("data"), column.field("shape")
     # Copy first, then check the copy: the file could change between check and use.
-    offsets = np.from_dlpack(data.offsets).astype(np.int64) if len(column) else np.zeros(1, int)
+    offsets: Any = np.from_dlpack(data.offsets).tolist() if len(column) else [0]
     numbers = shape.values[2 * shape.offset :][: 2 * len(shape)]  # flatten() imports pa.compute
-    shapes = np.from_dlpack(numbers).astype(np.int64).reshape(-1, 2)
-    if (shapes < 1).any() or (np.diff(offsets) != shapes[:, 0] * shapes[:, 1]).any():
-        expected = "positive shapes, each as long as its data"
-        raise CardFileError(f"column {name!r}", expected, "others")
+    shapes: Any = np.from_dlpack(numbers).reshape(-1, 2).tolist()
     flat = np.from_dlpack(data.values).view(dtype)
     flat = flat if flat.flags.aligned else flat.copy()
     flat.flags.writeable = False
-    for (start, stop), shape in zip(pairwise(offsets.tolist()), shapes.tolist(), strict=True):
-        yield flat[start:stop].reshape(shape)
+    factors = []
+    for (start, stop), (rows, columns) in zip(pairwise(offsets), shapes, strict=True):
+        if rows < 1 or columns < 1 or stop - start != rows * columns:
+            expected = "positive shapes, each as long as its data"
+            raise CardFileError(f"column {name!r}", expected, "others")
+        factors.append(flat[start:stop].reshape(rows, columns))
+    return factors
 
 
 def offsets_of(sizes: list[int], where: str) -> Array:

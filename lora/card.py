@@ -80,7 +80,7 @@ class FrozenJSON(Mapping[str, Any]):
             require(isinstance(values, Mapping), where, "a JSON object", values)
             _check_nesting(values, where)
             try:
-                text = _encode(dict(values))
+                text = _encode(dict(values)) if values else "{}"
                 text.encode()
             except (TypeError, ValueError, RecursionError) as error:
                 raise CardError(where, "a JSON object", error) from error
@@ -373,6 +373,13 @@ def interpolate(a: AdapterSet, b: AdapterSet, t: float) -> AdapterSet:
     return AdapterSet(a) * (1 - t) + AdapterSet(b) * t
 
 
+def checked_pair(a: Array, b: Array, scaling: float) -> LowRank:
+    """Return a pair of what its constructor would take as it is, without asking again."""
+    pair = object.__new__(LowRank)
+    vars(pair).update(A=a, B=b, scaling=scaling + 0.0)  # as there: -0.0 becomes 0.0
+    return pair
+
+
 def check_card(card: object) -> None:
     """Raise `ArgumentError` unless `card` is a card."""
     if not isinstance(card, LoRACard):
@@ -430,9 +437,10 @@ def _scaled_pairs(
     require(isinstance(weights, Mapping), f"{where}: weights", expected, weights)
     pairs: dict[str, LowRank] = {}
     for module, pair in weights.items():
-        place, expected = f"{where}: module {shown(module)}", "a printable name and a LowRank"
-        require(_printable(module) and isinstance(pair, LowRank), place, expected, pair)
-        if pair.scaling is None and pair.rank != rank:
+        is_pair = _printable(module) and isinstance(pair, LowRank)
+        if not is_pair or (pair.scaling is None and pair.rank != rank):
+            place = f"{where}: module {shown(module)}"
+            require(is_pair, place, "a printable name and a LowRank", pair)
             expected = f"the card's rank {rank}, or an explicit scaling"
             raise CardError(place, expected, f"rank {pair.rank} without a scaling")
         pairs[module] = replace(pair, scaling=alpha / rank) if pair.scaling is None else pair

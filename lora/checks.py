@@ -173,8 +173,7 @@ def parse_json(
     A key that occurs twice, NaN and the infinities are refused, because readers differ about them.
     """
     try:
-        text = text if isinstance(text, str) else text.decode()
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        value = _decode(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError) as problem:
         raise error(where, "JSON", problem) from problem
     if not isinstance(value, kind):
@@ -191,3 +190,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         raise ValueError(f"a key occurs twice in {shown([key for key, _ in pairs])}")
     return value
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_keys).decode

@@ -15,7 +15,6 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -101,11 +100,11 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
     """
     if verify is not None and not is_digest(verify):
         raise ArgumentError("verify", "a SHA-256 as 64 lower-case hex digits", repr(verify))
-    with naming(as_path(path)):
+    path = as_path(path)
+    with naming(path):
         data = _map(path)
         if verify is not None:
-            with memoryview(data) as view:
-                actual = hashlib.sha256(view).hexdigest()
+            actual = hashlib.sha256(data).hexdigest()
             if actual != verify:
                 raise CardFileError("card file: SHA-256", verify, actual)
         card = table_to_card(_batch(data))
@@ -117,13 +116,17 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
 
 def inspect(path: PathLike) -> Header:
     """Return all that a card file says, without reading its factors."""
-    with naming(as_path(path)):
+    path = as_path(path)
+    with naming(path):
         return read_header(one_batch(_batch(_map(path))))
 
 
 def digest(path: PathLike) -> str:
     """Return the SHA-256 of a file in hex: a card file's identity."""
-    with _opened(path) as file:
+    with (
+        _opened(as_path(path)) as (descriptor, _),
+        open(descriptor, "rb", 0, closefd=False) as file,
+    ):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -165,29 +168,34 @@ def os_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: PathLike) -> Iterator[FileIO]:
-    """Open a regular file for reading; a pipe would block and a device has no end."""
-    path = as_path(path)
-    flags = os.O_RDONLY | os.O_NONBLOCK
-    with os_errors(path), open(path, "rb", 0, opener=lambda name, _: os.open(name, flags)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise StoreError(str(path), "a regular file", "something else")
-        yield file
+def _opened(path: Path) -> Iterator[tuple[int, int]]:
+    """Open a regular file for reading; yield its descriptor and its size.
+
+    A pipe would block, and a device has no end.
+    """
+    with os_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise StoreError(str(path), "a regular file", "something else")
+            yield descriptor, status.st_size
+        finally:
+            os.close(descriptor)
 
 
-def _map(path: PathLike) -> mmap.mmap | bytes:
-    with _opened(path) as file:
-        if os.fstat(file.fileno()).st_size == 0:
+def _map(path: Path) -> mmap.mmap | bytes:
+    with _opened(path) as (descriptor, size):
+        if size == 0:
             return b""  # an empty file can't be mapped
         # Python before 3.13 keeps a descriptor for each map.
         options = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **options)
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY, **options)
 
 
 def _batch(data: mmap.mmap | bytes) -> pa.RecordBatch:
     """Check the file's structure and that its two schemas agree; return its record batch."""
-    with memoryview(data) as view:
-        check_envelope(view, ROW_BYTES)
+    check_envelope(memoryview(data), ROW_BYTES)
     try:
         buffer = pa.py_buffer(data)
         reader = pa.ipc.open_file(buffer)

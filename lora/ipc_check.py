@@ -9,7 +9,7 @@ Requirements: R7.
 """
 
 import struct
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from lora.errors import CardFileError
 
@@ -30,38 +30,40 @@ _OTHER_FORMATS = {
 
 Bytes: TypeAlias = bytes | memoryview
 
+_read = struct.unpack_from
 
-class _Table(NamedTuple):
-    """A FlatBuffers table at `at` in `data`."""
 
-    data: Bytes
-    at: int
+class _Table:
+    """A FlatBuffers table at `at` in `data`; where its fields are is read once."""
+
+    def __init__(self, data: Bytes, at: int) -> None:
+        vtable = at - _read("<i", data, at)[0]
+        if vtable < 0:  # it would count from the end
+            raise struct.error(f"negative offset {vtable}")
+        self.data, self.at = data, at
+        self.slots = _read(f"<{_read('<H', data, vtable)[0] // 2}H", data, vtable)
 
     def field(self, number: int) -> int | None:
         """Return the position of a field, or None if the table does not have it."""
-        vtable = self.at - _read("<i", self.data, self.at)
-        slot = 4 + 2 * number
-        if slot >= _read("<H", self.data, vtable):
-            return None
-        offset = _read("<H", self.data, vtable + slot)
+        offset = self.slots[number + 2] if number + 2 < len(self.slots) else 0
         return self.at + offset if offset else None
 
     def number(self, form: str, number: int) -> int:
         """Return an integer field, 0 if the table does not have it."""
         position = self.field(number)
-        return 0 if position is None else int(_read(form, self.data, position))
+        return 0 if position is None else int(_read(form, self.data, position)[0])
 
     def follow(self, number: int) -> int | None:
         """Return the position that an offset field points to."""
         position = self.field(number)
-        return None if position is None else position + _read("<I", self.data, position)
+        return None if position is None else position + _read("<I", self.data, position)[0]
 
     def vector(self, number: int, size: int) -> range:
         """Return the positions of a vector field's elements, which have `size` bytes each."""
         position = self.follow(number)
         if position is None:
             return range(0)
-        first, count = position + 4, _read("<I", self.data, position)
+        first, count = position + 4, _read("<I", self.data, position)[0]
         return range(first, first + size * count, size)
 
 
@@ -87,7 +89,7 @@ def _batch_message(data: Bytes) -> tuple[Bytes, int]:
             unknown = ("a safetensors file", "lora convert makes a card of it")
         contents, hint = _OTHER_FORMATS.get(bytes(data[:4]), unknown)
         raise CardFileError("card file", "an Arrow IPC file", contents, hint)
-    footer_size = _read("<i", data, size - _TAIL)
+    footer_size = _read("<i", data, size - _TAIL)[0]
     if not 0 < footer_size <= size - _HEAD - _TAIL:
         raise CardFileError("card file: footer", "a length within the file", footer_size)
     footer_at = size - _TAIL - footer_size
@@ -95,7 +97,7 @@ def _batch_message(data: Bytes) -> tuple[Bytes, int]:
     blocks = footer.vector(_BATCHES, 24)  # a Block is 8 + 4 (+ 4) + 8 bytes
     if len(footer.vector(_DICTIONARIES, 24)) or len(blocks) != 1:
         raise CardFileError("card file", "one record batch and no dictionaries", "others")
-    offset, metadata, body = struct.unpack_from("<qi4xq", footer.data, blocks[0])
+    offset, metadata, body = _read("<qi4xq", footer.data, blocks[0])
     behind = footer_at - (offset + metadata + body)
     if offset < _HEAD or metadata < 8 or body < 0 or not 0 <= behind <= _SLACK:
         expected = "a block that ends at the footer"
@@ -106,7 +108,7 @@ def _batch_message(data: Bytes) -> tuple[Bytes, int]:
         raise CardFileError(where, "little-endian buffers", "big-endian ones", hint)
     keys, total = set(), 0
     for at in schema.vector(_METADATA, 4):
-        span = _Table(footer.data, at + _read("<I", footer.data, at)).vector(_KEY, 1)
+        span = _Table(footer.data, at + _read("<I", footer.data, at)[0]).vector(_KEY, 1)
         key, total = bytes(footer.data[span.start : span.stop]), total + len(span)
         if key in keys or total > footer_size:  # readers differ in which of two values they take
             raise CardFileError("card file: schema metadata", "each key once", "duplicates")
@@ -117,7 +119,7 @@ def _batch_message(data: Bytes) -> tuple[Bytes, int]:
 def _check_batch(message: Bytes, body: int, row_bytes: int) -> None:
     """Check the message of a record batch whose body has `body` bytes."""
     where = "card file: record batch"
-    start = 8 if _read("<I", message, 0) == 0xFFFFFFFF else 4  # Arrow before 0.15 had no marker
+    start = 8 if _read("<I", message, 0)[0] == 0xFFFFFFFF else 4  # Arrow before 0.15 had no marker
     root = _root(message[start:])
     header = root.follow(_HEADER)
     if header is None or root.number("<B", _HEADER_TYPE) != _RECORD_BATCH:
@@ -132,19 +134,13 @@ def _check_batch(message: Bytes, body: int, row_bytes: int) -> None:
     rows = batch.number("<q", _LENGTH)
     if rows < 0 or rows * row_bytes > body:
         raise CardFileError(where, f"rows that {body} bytes can hold", rows)
-    for at in batch.vector(_BUFFERS, 16):
-        offset, length = struct.unpack_from("<qq", batch.data, at)
+    spans = batch.vector(_BUFFERS, 16)
+    numbers = _read(f"<{2 * len(spans)}q", batch.data, spans.start)
+    for offset, length in zip(numbers[::2], numbers[1::2], strict=True):
         if offset < 0 or length < 0 or offset + length > body:
             expected = f"a span within {body} bytes"
             raise CardFileError("card file: buffer", expected, (offset, length))
 
 
 def _root(data: Bytes) -> _Table:
-    return _Table(data, _read("<I", data, 0))
-
-
-def _read(form: str, data: Bytes, at: int) -> Any:
-    """Return the integer at `at`."""
-    if at < 0:
-        raise struct.error(f"negative offset {at}")
-    return struct.unpack_from(form, data, at)[0]
+    return _Table(data, _read("<I", data, 0)[0])

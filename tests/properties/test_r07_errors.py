@@ -1031,6 +1031,26 @@ def test_a_module_without_a_printable_name_or_a_finite_scaling_is_named_before_a
         assert f"module {rewritten['module'][row]!r}" in caught.value.where
 
 
+@requirement("R7.9", "R1.8")
+@given(scaling=st.sampled_from([0.0, -0.0]) | st.floats(), rank=ranks, other=ranks)
+def test_a_pair_in_a_table_is_what_the_constructor_makes_of_it(scaling, rank, other):
+    a, b = np.ones((3, rank)), np.ones((other, 2))
+    batch, second = (
+        batch_of(card_for({"m": (np.ones((3, size)), np.ones((size, 2)), 1.0)}))
+        for size in (rank, other)
+    )
+    altered = with_columns(batch, {"B": second.column("B"), "scaling": pa.array([scaling])})
+    try:
+        expected = lora.LowRank(a, b, scaling)
+    except CardError as error:
+        with pytest.raises(CardFileError, match=re.escape(str(error)) + "$"):
+            lora.table_to_card(altered)
+    else:
+        pair = lora.table_to_card(altered).weights["m"]
+        assert pair == expected
+        assert str(pair.scaling) == str(expected.scaling)  # never -0.0
+
+
 @requirement("R7.9")
 @given(data=st.data(), rows=st.integers(1, 99), modules=st.integers(2, 4), rank=ranks)
 def test_a_table_holds_its_rows_and_its_offsets_lead_into_its_values(data, rows, modules, rank):
