@@ -22,6 +22,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections import Counter
@@ -215,6 +216,8 @@ def main() -> int:
         day = datetime.now(UTC).date().isoformat()
         random.Random(arguments.seed or day).shuffle(violations)
 
+    noting = threading.Lock()
+
     def note_verdict(violation: Violation) -> tuple[Violation, str] | None:
         workspace = free.get()
         try:
@@ -226,9 +229,10 @@ def main() -> int:
                 verdict = run(violation, workspace, limit=left) if left > 0 else NO_TIME
                 if left < LIMIT and verdict.startswith(NO_TIME):
                     return None  # the sample ends here
-                verdicts[key] = verdict
-                spent = before + time.monotonic() - started
-                VERDICTS.write_text(json.dumps({"seconds": spent, **verdicts}, indent=1))
+                with noting:
+                    verdicts[key] = verdict
+                    spent = before + time.monotonic() - started
+                    VERDICTS.write_text(json.dumps({"seconds": spent, **verdicts}, indent=1))
             return violation, verdicts[key]
         finally:
             free.put(workspace)
