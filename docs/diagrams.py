@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch import nn
 
 import lora
@@ -463,8 +463,29 @@ def _arrow(axes: Any, start: Any, end: Any, colour: str, bow: float) -> None:
     axes.add_patch(FancyArrowPatch(*places, connectionstyle=style, **ends, **line))
 
 
+def draw_card(path: Path) -> None:
+    """Write what is shown where a page is shared: the logo and what the library is for."""
+    figure = Figure(figsize=(12, 6.3), dpi=100, facecolor="#22376b")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 120), ylim=(0, 63))
+    axes.axis("off")
+    bars = [
+        ((8, 17), 5, 21, "#ffffff"),
+        ((15, 40), 21, 5, "#ffb070"),
+        ((15, 17), 21, 21, "#7a88ac"),
+    ]
+    for place, width, height, colour in bars:
+        box = FancyBboxPatch(place, width, height, "round,pad=0,rounding_size=0.8", lw=0, fc=colour)
+        axes.add_patch(box)
+    axes.text(46, 40, "lora", color="#ffffff", size=64, weight="bold", va="center")
+    about = "Load, merge, hot-swap and route", "LoRA adapters. Reads PEFT folders."
+    about = "\n".join([*about, "Never modifies the base model."])
+    axes.text(46, 24, about, color="#e0e6f8", size=27, va="center", linespacing=1.4)
+    figure.savefig(path, metadata={"Software": None})
+
+
 def draw_all(folder: Path) -> None:
     """Write every picture."""
+    draw_card(folder / "social.png")
     write(folder, "imports", (6.4, 8), draw_imports(imports(Path(lora.__file__).parent)))
     write(folder, "states", (6.4, 4.4), draw_states(transitions()))
     write(folder, "schema", (6, 4.5), draw_schema(schema_of("float32")))

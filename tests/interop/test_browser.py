@@ -21,7 +21,7 @@ SOURCES = "docs spec tests lora benchmarks conformance mkdocs.yml README.md CHAN
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync"
 WIDTHS = {"desk": (1280, 800), "phone": (390, 844)}
-PAGES = ["", "idea/", "format/", "versioning/", "performance/"]
+PAGES = ["404.html", "", "idea/", "format/", "versioning/", "performance/"]
 PAGES += [f"generated/{name}/" for name in "conformance traceability R4 benchmarks".split()]
 PAGES += ["generated/reference/", "generated/lora.ArrowEngine/", "generated/reference-models/"]
 OUTSIDE: set[str] = set()
@@ -182,6 +182,16 @@ def test_a_reader_searches_for_a_word_and_arrives_where_it_is_explained(page, wo
     result.click()
     page.wait_for_url(f"**/{place}/**")
     assert word in page.inner_text("article")
+
+
+@requirement("R10.10")
+def test_who_comes_to_no_page_is_shown_the_search_and_three_doors(page):
+    page.goto("404.html")
+    doors = ["Use it", "Look something up", "Read how it works"]
+    assert [text.partition("\n")[0] for text in shown(page, ".grid li")] == doors
+    page.locator("article").get_by_text("Search the site").click()
+    page.get_by_role("textbox", name="Search").press_sequentially("merge", delay=20)
+    page.locator(".md-search-result__item a").first.wait_for()
 
 
 @requirement("R10.8")

@@ -432,6 +432,18 @@ def test_no_text_names_this_machine():
         assert not re.search(r"(?<![\w.])/(root|work|home)/", text), path.name
 
 
+@pytest.mark.parametrize(("repository", "edited"), [("", False), ("https://example.org/r", True)])
+def test_pages_that_are_written_by_hand_have_links_to_edit_them(monkeypatch, repository, edited):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    hooks = importlib.import_module("hooks")
+    config = SimpleNamespace(repo_url=repository, edit_uri=None)
+    assert hooks.on_config(config).edit_uri == ("edit/main/docs/" if edited else None)
+    for source, kept in [("tutorial.md", "a link"), ("generated/R1.md", None)]:
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=source), edit_url="a link")
+        assert hooks.on_page_context({}, page) == {}
+        assert page.edit_url == kept
+
+
 # ---- the reference
 
 UNLISTED = {f"cli.{name}" for name in ("__main__", "app", "cards", "evolution", "federation")}
