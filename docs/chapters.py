@@ -14,7 +14,7 @@ from lora.testing.requirements import Requirement, read_spec
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "conformance"
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
-from reference import escaped, page_of_module  # noqa: E402 - beside this file, in no package
+from reference import FILTER, escaped, page_of_module  # noqa: E402 - beside this file, in no package
 
 from tests.faults.test_faults import FAMILIES  # noqa: E402 - beside the tests, in no package
 from tests.sharp.__main__ import LAST  # noqa: E402 - as above
@@ -37,8 +37,6 @@ KINDS = {
     "B": "benchmark",
     "D": "documentation",
 }
-FILTER = '<input class="filter" type="search" hidden placeholder="{}" aria-label="Filter the rows">'
-"""A box that filter.js shows, and that hides the rows of a page's tables."""
 
 
 @dataclass(frozen=True)

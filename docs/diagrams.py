@@ -86,25 +86,25 @@ def picture(name: str, caption: str, folder: str = "") -> str:
 
 
 WHOLE = {
-    "imports": ((0.13, 0.86), "PEFT adapters,\nfine-tunes"),
-    "nodes": ((0.13, 0.5), "other nodes"),
-    "documents": ((0.13, 0.12), "documents"),
-    "card": ((0.48, 0.5), "cards\nimmutable, mapped\nArrow IPC files"),
-    "trainer": ((0.48, 0.12), "trainer, gate"),
-    "texts": ((0.85, 0.86), "texts"),
-    "engine": ((0.85, 0.5), "engine\nrouter, encoder,\nbase never touched"),
+    "imports": (0.22, 0.93, "PEFT adapters,\nfine-tunes"),
+    "card": (0.22, 0.61, "cards\nimmutable, mapped\nArrow IPC files"),
+    "nodes": (0.22, 0.3, "other nodes"),
+    "documents": (0.22, 0.05, "documents"),
+    "texts": (0.78, 0.93, "texts"),
+    "engine": (0.78, 0.61, "engine\nrouter, encoder,\nbase never touched"),
+    "trainer": (0.78, 0.05, "trainer, gate"),
 }
-"""Place and name of each box."""
+"""Place and name of each box, in two columns, so that a phone shows them legibly."""
 
 FLOWS = [
-    ("imports", "card", 0.0, (0.42, 0.76), "import, extract, merge"),
-    ("nodes", "card", -0.3, (0.285, 0.55), "fetch, verify"),
-    ("card", "nodes", -0.3, (0.285, 0.45), "sign, serve"),
-    ("documents", "trainer", 0.0, (0.28, 0.17), "pairs"),
-    ("trainer", "card", 0.0, (0.385, 0.25), "if held-out\ndata say so"),
-    ("card", "engine", 0.0, (0.665, 0.55), "adapt, swap"),
-    ("texts", "engine", 0.0, (0.93, 0.72), "which card\nfits?"),
-    ("engine", "trainer", -0.25, (0.83, 0.17), "what it\ndoes not know"),
+    ("imports", "card", 0.0, (0.37, 0.78), "import,\nextract, merge"),
+    ("nodes", "card", -0.3, (0.07, 0.44), "fetch,\nverify"),
+    ("card", "nodes", -0.3, (0.35, 0.4), "sign,\nserve"),
+    ("documents", "trainer", 0.0, (0.48, 0.08), "pairs"),
+    ("trainer", "card", 0.0, (0.62, 0.33), "if held-out\ndata say so"),
+    ("card", "engine", 0.0, (0.5, 0.665), "adapt,\nswap"),
+    ("texts", "engine", 0.0, (0.9, 0.78), "which card\nfits?"),
+    ("engine", "trainer", -0.1, (0.93, 0.33), "what it\ndoes not\nknow"),
 ]
 """From where to where, how far the arrow bends, where its name stands, and its name."""
 
@@ -114,7 +114,7 @@ def draw_whole(figure: Any, colours: Colours) -> None:
     axes = figure.subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.axis("off")
-    boxes = {name: _box(axes, place, text, colours) for name, (place, text) in WHOLE.items()}
+    boxes = {name: _box(axes, place, text, colours) for name, (*place, text) in WHOLE.items()}
     for source, target, bow, place, label in FLOWS:
         _arrow(axes, boxes[source], boxes[target], colours["soft"], bow)
         axes.text(*place, label, ha="center", va="center", color=colours["second"], fontsize=8.5)
@@ -486,18 +486,18 @@ def draw_card(path: Path) -> None:
 def draw_all(folder: Path) -> None:
     """Write every picture."""
     draw_card(folder / "social.png")
-    write(folder, "imports", (6.4, 8), draw_imports(imports(Path(lora.__file__).parent)))
-    write(folder, "states", (6.4, 4.4), draw_states(transitions()))
-    write(folder, "schema", (6, 4.5), draw_schema(schema_of("float32")))
+    write(folder, "imports", (5.6, 8), draw_imports(imports(Path(lora.__file__).parent)))
+    write(folder, "states", (5.0, 4.2), draw_states(transitions()))
+    write(folder, "schema", (5.0, 4.5), draw_schema(schema_of("float32")))
     engine = lora.ArrowEngine.from_pretrained(None)
     training = trained(engine)
-    write(folder, "training", (7, 3.6), draw_training(training))
-    write(folder, "spectrum", (7, 3.6), draw_spectrum(training))
+    write(folder, "training", (5.0, 3.4), draw_training(training))
+    write(folder, "spectrum", (5.0, 3.6), draw_spectrum(training))
     known, unknown, calibration = routed(engine)
-    write(folder, "routing", (7, 3.8), draw_routing(known, unknown, calibration.threshold))
+    write(folder, "routing", (5.0, 4.0), draw_routing(known, unknown, calibration.threshold))
 
 
 if __name__ == "__main__":
     write(
-        Path(__file__).parent, "picture", (7.2, 3.8), draw_whole
+        Path(__file__).parent, "picture", (5.0, 4.6), draw_whole
     )  # the README's, which lies in the repository

@@ -18,6 +18,7 @@ from lora.testing.bench import digests, shown
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 from diagrams import Colours, Draw, picture, write  # noqa: E402 - beside this file, in no package
+from reference import FILTER  # noqa: E402 - as above
 
 RESULTS = ROOT / "benchmarks" / "results.json"
 MODELS = ROOT / "benchmarks" / "model_matrix.json"
@@ -214,6 +215,8 @@ def page(report: Report) -> str:
         "What the figures mean is told in [Performance](../performance.md).",
         "",
         machine(report),
+        "",
+        FILTER.format("Filter: PEFT, load, rank 16 …"),
     ]
     for script, part in report.items():
         met = [row["met"] for row in part["rows"] if row["met"] is not None]
@@ -262,7 +265,8 @@ CHARTS = {
         "memory": "How memory grows with rank, layers, adapters and rows",
     },
 }
-"""The charts of a script's figures, with what they show."""
+"""The charts of a script's figures, with what they show; each 5 inches wide, which a phone shows
+legibly."""
 
 
 def draw_overhead(report: Report) -> Draw:
@@ -273,7 +277,7 @@ def draw_overhead(report: Report) -> Draw:
             {row["adapter"] for row in rows_of(report, "forward", side="folded")}, reverse=True
         )
         for axes, kind in zip(
-            figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True
+            figure.subplots(len(kinds), 1, sharex=True, sharey=True), kinds, strict=True
         ):
             for side, colour, mark in (
                 ("PEFT", "second", "s-"),
@@ -296,13 +300,15 @@ def draw_overhead(report: Report) -> Draw:
                 ends = [[100 * row["interval"][end] for row in measured] for end in (0, 1)]
                 axes.fill_between(places, *ends, color=colours[colour], alpha=0.15, linewidth=0)
             axes.axhline(0, color=colours["soft"], linewidth=0.8)
-            axes.set(xscale="log", xlabel="tokens", title=kind)
+            axes.set(xscale="log", title=kind)
             axes.set_xticks(places, [f"{place:,}" for place in places], minor=False)
             axes.minorticks_off()
         highest = max(
             row["value"] for row in rows_of(report, "forward", side="PEFT", group="forward")
         )
-        figure.axes[0].set(ylabel="overhead over the base model, %", ylim=(-10, 120 * highest))
+        figure.axes[0].set(ylim=(-10, 120 * highest))
+        figure.axes[-1].set(xlabel="tokens")
+        figure.supylabel("overhead over the base model, %", fontsize=10)
         figure.axes[0].legend(frameon=False)
 
     return draw
@@ -315,7 +321,7 @@ def draw_rows(report: Report) -> Draw:
 
     def draw(figure: Any, colours: Colours) -> None:
         axes = figure.subplots()
-        for shift, side, colour in ((0.2, "ours", "first"), (-0.2, "PEFT", "second")):
+        for shift, side, colour in ((0.2, "ours", "first"), (-0.1, "PEFT", "second")):
             values = [
                 100 * row["value"]
                 for name in names
@@ -323,12 +329,12 @@ def draw_rows(report: Report) -> Draw:
                 if (row["what"], row["side"]) == (name, side)
             ]
             places = [len(names) - i + shift for i in range(len(names))]
-            bars = axes.barh(places, values, 0.38, color=colours[colour], label=side)
+            bars = axes.barh(places, values, 0.28, color=colours[colour], label=side)
             axes.bar_label(bars, fmt="%+.0f %%", padding=3, color=colours["ink"])
-        axes.set_yticks(
-            [len(names) - i for i in range(len(names))],
-            [name.replace(", ", ",\n") for name in names],
-        )
+        axes.set_yticks([])
+        axes.set_ylim(0.6, len(names) + 0.8)
+        for i, name in enumerate(names):
+            _above(axes, len(names) - i + 0.42, name)
         axes.set(xlabel="overhead over the base model, %")
         axes.margins(x=0.15)
         figure.legend(frameon=False, loc="outside upper right", ncols=2)
@@ -350,12 +356,19 @@ def draw_lifecycle(report: Report) -> Draw:
             axes.plot(
                 row["target"], i, "|", color=colours["second"], markersize=14, markeredgewidth=2
             )
-        names = [f"{row['what']}\nof {row['beside']}" for row in reversed(ratios)]
-        axes.set_yticks(range(len(ratios)), names, fontsize=8)
+            _above(axes, i + 0.25, f"{row['what']}, of {row['beside']}")
+        axes.set_yticks([])
+        axes.set_ylim(-0.5, len(ratios) - 0.3)
         axes.axvline(1, color=colours["soft"], linewidth=0.8)
-        axes.set(xscale="log", xlabel="time, of the peer's (bar: 95 % interval; tick: target)")
+        axes.set(xscale="log", xlabel="share of the peer's time (tick: target)")
+        axes.xaxis.set_major_formatter("{x:g} ×")
 
     return draw
+
+
+def _above(axes: Any, height: float, name: str) -> None:
+    """Write what a row of a chart is about above it, at the left, which leaves it the width."""
+    axes.text(0.01, height, name, transform=axes.get_yaxis_transform(), fontsize=9, va="bottom")
 
 
 def draw_present(report: Report) -> Draw:
@@ -377,7 +390,7 @@ def draw_present(report: Report) -> Draw:
         axes.set(xscale="log", yscale="log", xlabel="cards present", ylabel="milliseconds")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_major_formatter("{x:g}")
-        figure.legend(frameon=False, loc="outside upper right", ncols=4)
+        figure.legend(frameon=False, loc="outside upper right", ncols=2)
 
     return draw
 
@@ -424,11 +437,11 @@ def draw_times(panels: Mapping[str, Sequence[tuple[str, list[float], float | Non
                     axes.plot(target, i, "|", color=colours["ink"], markersize=12)
             axes.axvline(1, color=colours["soft"], linewidth=0.8)
             names = [
-                "\n".join(wrap(side, 24, break_long_words=False)) for side, _, _ in reversed(sides)
+                "\n".join(wrap(side, 22, break_long_words=False)) for side, _, _ in reversed(sides)
             ]
-            axes.set_yticks(range(len(sides)), names, fontsize=8)
+            axes.set_yticks(range(len(sides)), names, fontsize=9)
             axes.set_ylim(-0.6, len(sides) - 0.4)
-            axes.set_title("\n".join(wrap(what, 38)), fontsize=9, loc="left")
+            axes.set_title("\n".join(wrap(what, 36)), fontsize=10, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_xscale("log")
         ends = [end for sides in panels.values() for _, points, _ in sides for end in points]
@@ -438,7 +451,7 @@ def draw_times(panels: Mapping[str, Sequence[tuple[str, list[float], float | Non
         )
         axes.minorticks_off()
         axes.xaxis.set_major_formatter("{x:g} ×")
-        axes.set_xlabel("share of the other's time (tick: target)", fontsize=8)
+        axes.set_xlabel("share of the other's time (tick: target)", fontsize=9)
 
     return draw
 
@@ -449,7 +462,7 @@ def draw_growth(report: Report, unit: str) -> Draw:
     lines = list(dict.fromkeys((row["line"], row["against"]) for row in measured))
 
     def draw(figure: Any, colours: Colours) -> None:
-        columns = 3
+        columns = 2
         panels = figure.subplots(math.ceil(len(lines) / columns), columns, squeeze=False).ravel()
         for axes in panels[len(lines) :]:
             axes.axis("off")
@@ -468,7 +481,7 @@ def draw_growth(report: Report, unit: str) -> Draw:
             for axis, most in ((axes.xaxis, sizes[-1]), (axes.yaxis, sizes[-1] / sizes[0])):
                 axis.set_ticks([4.0**power for power in range(5) if 4**power <= most])
                 axis.set_major_formatter("{x:,.0f}")
-            axes.set_title(name, fontsize=9)
+            axes.set_title("\n".join(wrap(name, 24)), fontsize=9)
         what = {"ms": "time", "MiB": "memory"}[unit]
         figure.supylabel(f"{what}, of the first point's (dotted: linear)", fontsize=10)
 
@@ -477,17 +490,17 @@ def draw_growth(report: Report, unit: str) -> Draw:
 
 def draw_all(folder: Path, report: Report) -> None:
     """Write every chart."""
-    write(folder, "overhead", (7.2, 3.6), draw_overhead(report))
-    write(folder, "rows", (7.2, 4.2), draw_rows(report))
-    write(folder, "lifecycle", (7.2, 5.4), draw_lifecycle(report))
+    write(folder, "overhead", (5.0, 5.4), draw_overhead(report))
+    write(folder, "rows", (5.0, 5.2), draw_rows(report))
+    write(folder, "lifecycle", (5.0, 6.0), draw_lifecycle(report))
     for script, charts in CHARTS.items():
         if f"{script}_times" in charts:
             panels = times(report, script)
             size = (5.0, height_of(panels))
             write(folder, f"{script}_times", size, draw_times(panels))
-    write(folder, "present", (7.2, 3.6), draw_present(report))
-    write(folder, "growth", (7.2, 5.4), draw_growth(report, "ms"))
-    write(folder, "memory", (7.2, 3.8), draw_growth(report, "MiB"))
+    write(folder, "present", (5.0, 4.0), draw_present(report))
+    write(folder, "growth", (5.0, 7.2), draw_growth(report, "ms"))
+    write(folder, "memory", (5.0, 5.6), draw_growth(report, "MiB"))
 
 
 def main() -> None:

@@ -22,6 +22,9 @@ EVOLUTION = (
     "probe documents novelty acceptance exam distill teacher queue database nights worker factory"
 )
 TESTING = "bench binding domains remote serve reference plugin tolerance strategies report"
+FILTER = '<input class="filter" type="search" hidden placeholder="{}" aria-label="Filter the rows">'
+"""A box that filter.js shows, and that hides the rows of a page's tables."""
+
 REFERENCE = {
     "Cards": ["card", "arrow_format", "files", "ipc_check", "checks", "errors"],
     "Algebra and targets": [
@@ -175,6 +178,7 @@ def page(entry: Name, chapters: Sequence[str]) -> str:
 def overview(entries: Sequence[Name]) -> str:
     """The table of all names, by chapter, and the way to the modules."""
     lines = ["# Names", "", "Every name that you import, with what it is.", ""]
+    lines += [FILTER.format("Filter: merge, rank, PEFT …"), ""]
     for title in REFERENCE:
         own = [entry for entry in entries if entry.chapter == title]
         lines += [f"## {title}", ""]

@@ -209,6 +209,18 @@ def test_a_box_filters_the_rows_of_a_page_and_gives_them_back(page):
     page.get_by_role("searchbox", name="Filter the rows").fill("R4. threshold")
     names = [row.partition("\t")[0] for row in shown(page, "tbody tr")]
     assert {name.partition(".")[0] for name in names} == {"R4"}
+    page.goto("generated/reference/")
+    page.get_by_role("searchbox", name="Filter the rows").fill("import_PEFT")
+    (row,) = shown(page, "tbody tr")
+    assert "lora.interop.peft.import_peft" in row
+    page.goto("generated/benchmarks/")
+    box = page.get_by_role("searchbox", name="Filter the rows")
+    box.fill("224 modules safetensors")
+    assert all("224 modules" in row for row in shown(page, "tbody tr"))
+    assert len(shown(page, "tbody tr")) == len(shown(page, "details")) == 1
+    box.fill("")
+    assert shown(page, "tbody tr") == []
+    assert len(shown(page, "details")) == 10
 
 
 @pytest.mark.parametrize("place", PAGES, ids=lambda place: Path(place).name or "home")
