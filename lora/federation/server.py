@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH = 4 * 2**20  # bytes of rows in one batch, unless a single row is larger
 CHUNK = MAX_BATCH - 8  # bytes of a file in one batch; its two offsets take the other 8
-PIECE = 2**18  # bytes of a file in one result of the action "card": less memory for each client
+PIECE = 2**20  # bytes of a file in one result of the action "card"; gRPC is slower with others
 MAX_REQUEST = 4096  # bytes of a ticket, descriptor, criteria or action
 SHUTDOWN = 4.0  # seconds that a shutdown waits for clients that it has cut off
 FILE_SCHEMA = pa.schema([pa.field("bytes", pa.binary(), nullable=False)])

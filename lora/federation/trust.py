@@ -167,6 +167,8 @@ def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
         if value != announced and not policy.allow_mismatch:
             raise MismatchError(f"{where}: {name}", shown(announced), shown(value), hint)
     for module, pair in card.weights.items():
+        if norm_bound(pair) <= policy.max_norm:  # and so all is finite
+            continue
         norm, place = norm_of(pair), f"{where}: module {module!r}"
         if math.isinf(norm) and not (np.isfinite(pair.A).all() and np.isfinite(pair.B).all()):
             if not policy.allow_nonfinite:
@@ -175,6 +177,21 @@ def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
         elif norm > policy.max_norm and not policy.allow_any_norm:
             expected, hint = f"norm of ΔW <= {policy.max_norm:g}", "`allow_any_norm` waives this"
             raise AbsurdNormError(place, expected, f"{norm:g}", hint)
+
+
+def norm_bound(pair: LowRank) -> float:
+    """Return a number that `norm_of` does not exceed, in a fifth of its time: |A| |B| scaling.
+
+    It is NaN or infinity if a value is not finite, or if there are so many that their sum in
+    float32 could be below half of the true one. What squares lose to underflow is added.
+    """
+    scaling, energy = 1.0 if pair.scaling is None else abs(pair.scaling), 1.0
+    for factor in (pair.A, pair.B):
+        wide = factor.astype(np.promote_types(factor.dtype, np.float32), copy=False)
+        with np.errstate(all="ignore"):
+            squares = float(np.vdot(wide, wide))
+        energy *= 2 * squares + factor.size * 2.0**-125 if factor.size <= 2**22 else math.inf
+    return math.sqrt(energy) * scaling
 
 
 def norm_of(pair: LowRank) -> float:

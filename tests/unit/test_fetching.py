@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import shutil
 import tempfile
 from contextlib import suppress
@@ -15,12 +16,19 @@ from hypothesis import strategies as st
 
 import lora
 from lora import errors
-from lora.card import LoRACard, LowRank
+from lora.card import DTYPES, LoRACard, LowRank
 from lora.factors import delta
 from lora.federation.cache import CardCache
 from lora.federation.client import LoRAFlightClient
 from lora.federation.manifest import Signature, manifest_of
-from lora.federation.trust import Policy, check_contents, norm_of, public_key, sign
+from lora.federation.trust import (
+    Policy,
+    check_contents,
+    norm_bound,
+    norm_of,
+    public_key,
+    sign,
+)
 from lora.testing.plugin import requirement
 from tests.unit.hostile import AUTHOR, TRUSTING, Liar
 
@@ -125,6 +133,31 @@ def test_of_several_faults_the_first_stages_is_named_and_the_cache_stays_as_it_w
     assert isinstance(outcome, kind)
     assert text in str(outcome)
     assert wire.left == []
+
+
+@requirement("R14.2")
+@given(
+    dtype=st.sampled_from(sorted(DTYPES)),
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 9)),
+    exponents=st.tuples(st.integers(-45, 38), st.integers(-45, 38)),
+    special=st.none() | st.sampled_from([math.nan, math.inf, 1e308, 1e-320, 0.0]),
+    scaling=st.floats(-1e9, 1e9),
+)
+def test_a_bound_on_a_norm_is_never_below_it(dtype, sizes, exponents, special, scaling):
+    rows, rank, columns = sizes
+    with np.errstate(all="ignore"):
+        a, b = (
+            (np.random.default_rng(seed).normal(size=shape) * 10.0**exponent).astype(DTYPES[dtype])
+            for seed, (shape, exponent) in enumerate(
+                zip(((rows, rank), (rank, columns)), exponents, strict=True)
+            )
+        )
+        a[0, 0] = a[0, 0] if special is None else special
+        exact = np.linalg.norm(a.astype(float) @ b.astype(float)) * abs(scaling)
+    bound = norm_bound(LowRank(a, b, scaling))
+    assert not bound < exact * (1 - 1e-9)
+    if not (np.isfinite(a.astype(float)).all() and np.isfinite(b.astype(float)).all()):
+        assert not math.isfinite(bound)
 
 
 @requirement("R14.2")
