@@ -19,7 +19,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +36,11 @@ RECORDED = (
     "docs/how-to/merge.md",
     "docs/federation.md",
     "docs/evolution.md",
+    "docs/performance.md",
 )
 """Pages with commands that are only recorded."""
 
-LONG = ("index.md", "evolution.md")
+LONG = ("index.md", "evolution.md", "performance.md")
 """Pages that show what takes minutes; elsewhere it is only named."""
 
 WIDTH = 80
@@ -93,12 +94,12 @@ def digest(code: str, output: str) -> str:
     return hashlib.sha256(f"{code}\n{output}".encode()).hexdigest()[:12]
 
 
-def steady(printed: str) -> str:
+def steady(printed: str, varies: Iterable[tuple[str, str]] = VARIES) -> str:
     """The text without what varies, in lines that fit."""
     digests = list(dict.fromkeys(re.findall(r"\b[0-9a-f]{64}\b", printed)))
     for value, fixed in zip(digests, DIGESTS, strict=False):
         printed = printed.replace(value, fixed)
-    for pattern, fixed in VARIES:
+    for pattern, fixed in varies:
         printed = re.sub(pattern, fixed, printed)
     lines = []
     for line in map(str.rstrip, printed.strip("\n").splitlines()):
@@ -227,7 +228,7 @@ def session(
             printed = list(map(shell.run, filter(is_run, commands)))
             if len(printed) == len(commands) > 0:
                 output = "\n".join(filter(None, printed)).replace(f"{folder}", "~")
-                yield code, steady(output)
+                yield code, steady(output, () if code.startswith("lora bench") else VARIES)
 
 
 def record(page: Path) -> None:

@@ -178,7 +178,12 @@ def _opened(path: Path) -> Iterator[tuple[int, int]]:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise StoreError(str(path), "a regular file", "something else")
+                raise StoreError(
+                    str(path),
+                    "a regular file",
+                    "a folder or a device",
+                    "`lora convert` makes a card of a PEFT folder",
+                )
             yield descriptor, status.st_size
         finally:
             os.close(descriptor)

@@ -67,9 +67,8 @@ def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) 
         name: [module.in_features, module.rank, module.out_features, module.scaling]
         for name, module in header.modules.items()
     }
-    targets = [row["module"] for row in _grouped(dict.fromkeys(header.target_modules, ()))]
     said = {_LABELS.get(key, key): fact for key, fact in facts.items() if key != "metadata"}
-    said["targets"] = targets
+    said["targets"] = [row["module"] for row in _grouped(dict.fromkeys(header.target_modules, ()))]
     metadata = {key: shortened(value) for key, value in header.metadata.items()}
     drawn: list[Any] = [details({"file": str(file), **said})]
     if metadata:

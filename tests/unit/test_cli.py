@@ -176,7 +176,7 @@ TRAIN = "train pairs.jsonl --name a -o a.lora.arrow"
     {
         "inspect nothing.lora.arrow": "nothing.lora.arrow: expected",
         "inspect garbage.lora.arrow": "garbage.lora.arrow: card file: expected an Arrow IPC file",
-        "inspect .": "expected a file",
+        "inspect .": "`lora convert` makes a card of a PEFT folder",
         "inspect docs.lora.arrow --verify abc": "expected a SHA-256",
         f"inspect docs.lora.arrow --verify {'0' * 64}": f"SHA-256: expected {'0' * 64}",
         "encode a --card nothing": "nothing: expected",

@@ -744,6 +744,8 @@ IN_SESSIONS = (
 
 ELSEWHERE = {
     "lora demo": "test_demo.py::test_the_demo_trains_saves_maps_routes_and_gives_the_base_back",
+    "lora bench --quick": "test_bench.py::"
+    "test_a_quick_bench_reports_figures_with_their_interval_and_the_machine",
     "lora conformance --binding my_package": "test_report.py::"
     "test_the_command_prints_every_verdict_and_fails_with_an_undeclared_one",
     "lora conformance --command /other": "../interop/test_bindings.py::"
@@ -903,7 +905,7 @@ def test_the_commands_of_a_page_run_and_print_what_it_says_or_at_least_exist_wit
 
 
 def answer(words, monkeypatch, capfd):
-    """What a command prints, without bars of progress and without figures of this machine."""
+    """What a command prints, without bars of progress."""
     known = lora.digest("docs.lora.arrow")
     monkeypatch.setattr(sys, "argv", [word.replace("3b7e…", known) for word in words])
     with pytest.raises(SystemExit) as ended:
@@ -912,7 +914,7 @@ def answer(words, monkeypatch, capfd):
     # So few pairs may teach nothing: status 3.
     assert ended.value.code in ((0, 3) if words[1] == "train" else (0,)), (words, printed.err)
     notes = [line for line in printed.err.splitlines(keepends=True) if "━" not in line]
-    return "" if words[1] == "bench" else printed.out + "".join(notes)
+    return printed.out + "".join(notes)
 
 
 @requirement("R10.7", "R10.11")
