@@ -92,6 +92,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): 1.8 GB, some minutes."
 	$(PIP) --editable '.[demo]'
 	touch $@
 
