@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/commands.py [--quick] [--json FILE]
 
-Commands run in processes of their own, as a shell starts them, beside ``python -c "import numpy"``.
+Commands run in processes of their own, as a shell starts them, beside ``python -c "import numpy"``
+and beside the imports that ``lora inspect`` cannot do without: its floor.
 The cycle is ``lora evolve`` on the docstrings of networkx, which torch brings along: it reads,
 trains, examines on held-out files, and stores the card. The first cycle trains the placebo as well;
 a later one, of a new version of the skill, finds it in its folder.
@@ -10,6 +11,7 @@ a later one, of a new version of the skill, finds it in its folder.
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,13 +24,27 @@ from pairs import Row, figure_row, median_with_interval, ratio_row, rounds, run
 
 import lora
 
+FLOOR = """
+import ml_dtypes, numpy, pyarrow, rich.console, rich.table, typer
+try:
+    import typer._adapters, pydantic.plugin._loader  # for each command's arguments
+except ImportError:  # before typer 0.29
+    pass
+"""
+
 
 def command(*arguments: str) -> Callable[[], str]:
     """A run of this interpreter."""
+    # What is installed has its bytecode.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
     def call() -> str:
         done = subprocess.run(  # noqa: S603 - itself
-            [sys.executable, *arguments], capture_output=True, text=True, check=True
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
         )
         return done.stdout
 
@@ -47,12 +63,14 @@ def answers(*, quick: bool) -> Iterator[Row]:
             "lora --help": command("-m", "lora.cli", "--help"),
             "lora inspect": command("-m", "lora.cli", "inspect", f"{folder}/docs.lora.arrow"),
             "import numpy": command("-c", "import numpy"),
+            "its imports": command("-c", FLOOR),
         }
         times = rounds(sides, 2 if quick else 9)
-    for name in ("lora --help", "lora inspect"):
+    for name, below in (("lora --help", 0.15), ("lora inspect", 0.28)):
         middle, low, high = median_with_interval(times[name])
-        yield figure_row("commands", name, middle, "s", below=0.5, interval=[low, high])
+        yield figure_row("commands", name, middle, "s", below=below, interval=[low, high])
         yield ratio_row("commands", name, times, name, "import numpy")
+    yield ratio_row("commands", "lora inspect", times, "lora inspect", "its imports")
 
 
 def cycle(*, quick: bool) -> Iterator[Row]:

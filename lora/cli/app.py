@@ -7,6 +7,7 @@ An interrupt exits with 130.
 Requirements: R25.
 """
 
+import gc
 import inspect
 import json
 import os
@@ -245,7 +246,7 @@ def show(result: Result, *, as_json: bool) -> int:
     elif isinstance(result.text, str):
         print(result.text)
     elif result.text is not None:
-        console = Console()
+        console = Console(emoji=False)  # its table of names would take 4 ms
         with console.capture() as drawn:
             console.print(result.text)
         print("\n".join(map(str.rstrip, drawn.get().splitlines())))
@@ -328,6 +329,7 @@ def fail(message: str, status: int = 1) -> None:
 
 def main() -> None:
     """Run the command line; the entry point of the `lora` script."""
+    gc.set_threshold(20_000)  # what a command imports is many objects and no garbage
     warnings.formatwarning = lambda message, *_, **__: f"lora: {in_options(str(message))}\n"
     try:
         status = app(_as_renamed(sys.argv[1:]), standalone_mode=False)

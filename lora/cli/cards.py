@@ -42,9 +42,10 @@ def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) 
         verify: SHA-256 that the file must have.
         plot: Draw ΔW's norms, effective ranks and singular values here.
     """
-    from lora.drawing import FORMATS, draw_card
+    if plot is not None:
+        from lora.drawing import FORMATS, draw_card
 
-    check_output("--plot", plot, FORMATS)
+        check_output("--plot", plot, FORMATS)
     if verify is not None:
         lora.load(file, verify=verify)
     checks_done()
