@@ -31,7 +31,7 @@ from lora.card import LoRACard, LowRank
 from lora.extract import extract_delta
 from lora.factors import delta
 from lora.interop.peft import import_peft
-from lora.merging import merge
+from lora.merging import Dare, Strategy, Ties, merge
 
 RANK, WEIGHTS = 16, {"a": 0.5, "b": 0.3, "c": 0.2}
 
@@ -44,8 +44,8 @@ class OneLinear(nn.Module):
         self.linear = nn.Linear(inputs, outputs, bias=False)
 
 
-def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterator[Row]:
-    """Three cards of rank 16 merged to rank 16 by weights; PEFT's ``svd`` does the same."""
+def three(inputs: int, outputs: int) -> tuple[Any, list[LoRACard]]:
+    """A PEFT model with three adapters of rank 16, and their cards."""
     torch.manual_seed(0)
     config = peft.LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules=["linear"], init_lora_weights=False
@@ -53,8 +53,37 @@ def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterato
     model = peft.get_peft_model(OneLinear(inputs, outputs), config, adapter_name="a")
     for name in ("b", "c"):
         model.add_adapter(name, config)
+    return model, [_card(name, model.base_model.model.linear) for name in WEIGHTS]
+
+
+def dense_merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterator[Row]:
+    """The same by TIES and DARE, which form ΔW: PEFT's ``ties_svd`` and ``dare_linear_svd``."""
+    model, cards = three(inputs, outputs)
+    strategies: dict[str, Strategy] = {"ties_svd": Ties(0.3), "dare_linear_svd": Dare(0.3)}
+    for kind, strategy in strategies.items():
+
+        def ours(strategy: Strategy = strategy) -> LoRACard:
+            return merge(cards, strategy, list(WEIGHTS.values()), rank=RANK)
+
+        def theirs(kind: str = kind) -> None:
+            model.add_weighted_adapter(
+                list(WEIGHTS), [*WEIGHTS.values()], "merged", combination_type=kind, density=0.3
+            )
+
+        def reset() -> None:
+            model.delete_adapter("merged")
+
+        peer = f"PEFT {kind}"
+        sides = {"merge": ours, peer: theirs}
+        times = rounds(sides, 2 if quick else 5, {peer: reset}, rest=REST)
+        what = f"{type(strategy).__name__.upper()} of 3 cards of rank {RANK}, {outputs} x {inputs}"
+        yield ratio_row("merging", what, times, "merge", peer, target=target, ids=["R20.6"])
+
+
+def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterator[Row]:
+    """Three cards of rank 16 merged to rank 16 by weights; PEFT's ``svd`` does the same."""
+    model, cards = three(inputs, outputs)
     layer = model.base_model.model.linear
-    cards = [_card(name, layer) for name in WEIGHTS]
 
     def ours() -> LoRACard:
         return merge(cards, "weighted", list(WEIGHTS.values()), rank=RANK)
@@ -87,7 +116,7 @@ def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterato
         "PEFT svd, thin": lambda: theirs(svd_full_matrices=False),
     }
     times = rounds(
-        sides, 2 if quick else 7, {"PEFT svd": reset, "PEFT svd, thin": reset}, rest=REST
+        sides, 2 if quick or inputs == 2048 else 7, {"PEFT svd": reset, "PEFT svd, thin": reset}, rest=REST
     )
     what = f"merge 3 cards of rank {RANK}, {outputs} x {inputs}"
     for beside, least in (("PEFT svd", target), ("PEFT svd, thin", None)):
@@ -238,6 +267,10 @@ def groups(quick: bool) -> Iterable[Iterator[Row]]:  # noqa: FBT001 - of `run`
     logging.disable_progress_bar()
     yield merging(768, 768, 50, quick=quick)
     yield merging(768, 3072, 100, quick=quick)
+    yield merging(2048, 2048, 250, quick=quick)
+    yield dense_merging(768, 768, 0.2, quick=quick)
+    yield dense_merging(768, 3072, 0.15, quick=quick)
+    yield dense_merging(2048, 2048, 0.08, quick=quick)
     yield extraction(quick=quick)
     yield importing(quick=quick)
     yield checkpoints(quick=quick)

@@ -2,8 +2,9 @@
 
 Linear strategies never form ΔW: a QR decomposition of the stacked factors leaves small cores, whose
 SVD gives the best approximation in O((in + out)·R²). TIES and DARE form ΔW of one module at a time
-and truncate it. Everything is computed in float64 and rounded once. Cards are sorted by name first,
-so the order in which they are passed changes no bit of the result.
+and truncate it, a large one by a randomised SVD. Everything is computed in float64 and rounded
+once. Cards are sorted by name first, so the order in which they are passed changes no bit of the
+result.
 
 Sources: Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE),
 Shoemake 1985 (SLERP).
@@ -21,6 +22,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from lora.blas import one_thread
 from lora.card import DTYPES, Array, LoRACard, LowRank, check_card
 from lora.checks import choice, finite, integer, share
 from lora.errors import (
@@ -31,13 +33,16 @@ from lora.errors import (
     TargetError,
     shown,
 )
-from lora.factors import check_finite, delta, spectrum, thin_qr
+from lora.factors import check_finite, delta, leading_svd, spectrum, thin_qr
 from lora.targets import suffixes
 
 EPSILON = float(np.finfo(np.float64).eps)
 
 OPPOSITE = 1e-3
 """SLERP refuses directions within so many radians of opposite: the plane of the arc is noise."""
+
+SMALL = 1e-4
+"""A rest below this share of ΔW is computed from its entries."""
 
 PARALLEL = 1e-6
 """SLERP is linear within so many radians; the difference is of the order of their square."""
@@ -47,8 +52,20 @@ SAME_BASE = "merge cards of one base model"
 Terms: TypeAlias = list[tuple[str, LowRank, float]]
 """For one module: the name of each card, its pair (in a card every scaling is set), its weight."""
 
-Row: TypeAlias = tuple[Array, Array, float, Array | None]
-"""A merged module: A, B, scaling, and the singular values of ΔW if A and B may lack some."""
+Spectrum: TypeAlias = tuple[Array, float]
+"""Singular values, largest first, and the root of the squares of all others."""
+
+Row: TypeAlias = tuple[Array, Array, float, Spectrum | None]
+"""A merged module: A, B, scaling, and the spectrum of ΔW if A and B may lack some of it."""
+
+BLOCK = 1 << 13
+"""Entries that TIES and DARE work on at a time: so many stay in a core's cache."""
+
+LARGE = 512
+"""Of a ΔW with fewer rows or columns all singular values are computed."""
+
+OVERSAMPLING, TOLERANCE, SVD_SEED = 32, 1e-5, 0
+"""Of the randomised SVD: directions beyond the rank, the last step's gain, its seed."""
 
 OF_ONE_CARD = frozenset({"created", "modified", "version", "quality", "extract", "merge"})
 """Metadata that a merged card does not take over: they tell of the making of one card."""
@@ -114,27 +131,41 @@ class Ties:
         object.__setattr__(self, "density", share(self.density, "ties: density", "(0, 1]"))
         choice(self.elect, "ties: elect", ("mass", "count"))
 
-    def dense(self, _: str, terms: Terms) -> Array:
+    def dense(self, module: str, terms: Terms) -> Array:
         """Return the merged ΔW ``(out, in)`` of a module."""
         # A common factor of the weights cancels in the mean; without it no entry overflows.
         exponent = math.frexp(max(abs(weight) for *_, weight in terms))[1]
-        weights = np.ldexp([weight for *_, weight in terms], -exponent)[:, None, None]
-        parts = np.stack([self._trimmed(pair) for _, pair, _ in terms]) * weights
-        votes = np.sign(parts) if self.elect == "count" else parts
-        elected = np.sign(votes.sum(0))
-        agrees = (np.sign(parts) == elected) & (elected != 0)
-        shares = (abs(weights) * agrees).sum(0)
-        merged: Array = np.where(agrees, parts, 0.0).sum(0) / np.where(shares == 0, 1.0, shares)
-        return merged
+        weights = np.ldexp([weight for *_, weight in terms], -exponent)[:, None]
+        changes = [_change(pair, module) for _, pair, _ in terms]
+        merged = np.empty_like(changes[0])
+        least = np.array([[self._trim(change, merged)] for change in changes])
+        for start in range(0, merged.size, BLOCK):
+            block = slice(start, start + BLOCK)
+            parts = np.stack([change.reshape(-1)[block] for change in changes])
+            parts *= abs(parts) >= least
+            parts *= weights
+            votes = np.sign(parts) if self.elect == "count" else parts
+            elected = np.sign(votes.sum(0))
+            agreeing = np.maximum(parts * elected, 0.0)
+            shares = (abs(weights) * (agreeing > 0)).sum(0)
+            sums = agreeing.sum(0) * elected
+            merged.reshape(-1)[block] = sums / np.where(shares == 0, 1.0, shares)
+        return merged.T
 
-    def _trimmed(self, pair: LowRank) -> Array:
-        dense = delta(pair, dtype=np.float64)
-        size = abs(dense).ravel()
+    def _trim(self, change: Array, size: Array) -> float:
+        """Return the least size of an entry that is kept, when equal ones too many are set to 0.
+
+        Args:
+            size: Gets the sizes, so that no memory is asked for.
+        """
+        np.abs(change, out=size)
         count = max(1, round(self.density * size.size))
-        least = np.partition(size, -count)[-count]
-        keep = size > least
-        keep[np.flatnonzero(size == least)[: count - int(keep.sum())]] = True
-        return np.where(keep.reshape(dense.shape), dense, 0.0)
+        least = _largest(size.reshape(-1), count)
+        surplus = int(np.count_nonzero(size >= least)) - count
+        if surplus and least:
+            equal = np.argwhere(least == size.T)  # in row-major order of (out, in)
+            change.T[tuple(equal[len(equal) - surplus :].T)] = 0.0
+        return least
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +184,21 @@ class Dare:
 
     def dense(self, module: str, terms: Terms) -> Array:
         """Return the merged ΔW ``(out, in)`` of a module."""
-        total: Any = 0.0
+        bound = np.uint64(math.ceil(self.density * 2.0**53))
+        total = np.zeros((terms[0][1].in_features, terms[0][1].out_features))
         for card, pair, weight in terms:
-            dense = delta(pair, dtype=np.float64)
+            change = _change(pair, module)
             # 53 random bits for each entry, of a counter-based generator: equal on every machine.
             key = hashlib.sha256(json.dumps([self.seed, module, card]).encode()).digest()
-            bits = np.random.Philox(key=int.from_bytes(key[:16], "little")).random_raw(dense.size)
-            kept = ((bits >> np.uint64(11)) * 2.0**-53 < self.density).reshape(dense.shape)
-            total += np.where(kept, dense, 0.0) * (weight / self.density)
-        return np.asarray(total)
+            generator = np.random.Philox(key=int.from_bytes(key[:16], "little"))
+            kept = np.empty(change.size, bool)
+            for start in range(0, kept.size, BLOCK):
+                block = kept[start : start + BLOCK]
+                np.less(generator.random_raw(block.size) >> np.uint64(11), bound, out=block)
+            change *= np.ascontiguousarray(kept.reshape(change.T.shape).T)
+            change *= weight / self.density
+            total += change
+        return total.T
 
 
 Strategy: TypeAlias = Average | Weighted | Slerp | Ties | Dare | TaskArithmetic | Cat
@@ -208,7 +245,9 @@ def merge(
         The metadata record the merge: ``{"merge": {"strategy", "options", "parents": [{"name",
         "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}}``, with the `content_digest` and the
         applied weight of each parent. If anything is lost, ``"kept"`` is the share of ΔW's squares
-        that is kept, and ``"rank_90"`` the rank that would keep 90 % of them.
+        that is kept, and ``"rank_90"`` the rank that would keep 90 % of them, where all singular
+        values are known: those of a large ΔW of `Ties` or `Dare` are not, and ``"svd_seed"`` is
+        the seed of its randomised SVD.
 
     Raises:
         BaseModelError: The cards were made for different base models, or revisions of one.
@@ -249,7 +288,7 @@ def merge(
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     pairs: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
-    spectra: dict[str, Array] = {}
+    spectra: dict[str, Spectrum] = {}
     modules = sorted({module for card in parents for module in card.weights})
     for position, module in enumerate(modules, 1):
         terms = [
@@ -259,12 +298,13 @@ def merge(
             row = _merged(strategy, module, terms, rank)
         errors[module] = 0.0
         if row:
-            a, b, scaling, sigma = row
+            a, b, scaling, found = row
             pairs[module] = LowRank(a.astype(dtype), b.astype(dtype), scaling)
-            if sigma is not None:
-                spectra[module] = sigma
-                lost = sigma[pairs[module].rank :] / sigma[0]
-                errors[module] = float(np.linalg.norm(lost) / np.linalg.norm(sigma / sigma[0]))
+            if found is not None:
+                spectra[module] = found
+                sigma = np.append(*found) / found[0][0]
+                lost = np.linalg.norm(sigma[pairs[module].rank :])
+                errors[module] = float(lost / np.linalg.norm(sigma))
         if on_module:
             on_module(module, position, len(modules))
     targets = sorted({target for card in parents for target in card.target_modules})
@@ -307,9 +347,10 @@ def _merged(strategy: Strategy, module: str, terms: Terms, rank: int | None) -> 
     """Merge the pairs of one module; None if ΔW = 0."""
     if isinstance(strategy, Ties | Dare):
         dense = _finite(strategy.dense(module, terms), module)
-        left, sigma, right = np.linalg.svd(dense.T, full_matrices=False)
+        rank = rank or max(pair.rank for _, pair, _ in terms)
+        left, (sigma, rest), right = _svd(dense.T, rank)
         floor = EPSILON * max(dense.shape) * sigma[0]
-        return _truncated(left, sigma, right, floor, rank or max(pair.rank for _, pair, _ in terms))
+        return _truncated(left, (sigma, rest), right, floor, rank)
     # Equal pairs count once, with the exact sum of their weights, so that opposite ones cancel.
     weights: dict[LowRank, list[float]] = {}
     for _, pair, weight in terms:
@@ -328,8 +369,54 @@ def _merged(strategy: Strategy, module: str, terms: Terms, rank: int | None) -> 
     p, q, cores, noises = _cores([pair for pair, _ in live])
     core = sum(weight * core for (_, weight), core in zip(live, cores, strict=True))
     floor = _sum(abs(weight) * noise for (_, weight), noise in zip(live, noises, strict=True))
-    left, sigma, right = np.linalg.svd(_finite(core, module), full_matrices=False)
-    return _truncated(p @ left[:, :rank], sigma, right[:rank] @ q.T, _finite(floor, module), rank)
+    with one_thread():
+        left, sigma, right = np.linalg.svd(_finite(core, module), full_matrices=False)
+    left, right = p @ left[:, :rank], right[:rank] @ q.T
+    return _truncated(left, (sigma, 0.0), right, _finite(floor, module), rank)
+
+
+def _change(pair: LowRank, module: str) -> Array:
+    """Return ΔWᵀ ``(in, out)`` in float64, contiguous."""
+    change: Array = _finite(delta(pair, dtype=np.float64), module).T
+    return change
+
+
+def _largest(size: Array, count: int) -> float:
+    """Return the `count`-th largest of an array ``(n,)``, as `numpy.partition` finds it.
+
+    A sorted sample gives a bracket; what lies between its ends is a few hundredths of the array.
+    """
+    sample = np.sort(size[:: max(1, len(size) // 8192)])
+    share = 1 - count / len(size)
+    margin = 4 * math.sqrt(share * (1 - share) / len(sample))
+    low = sample[max(0, int((share - margin) * len(sample)))]
+    high = sample[min(len(sample) - 1, int((share + margin) * len(sample)) + 1)]
+    between = size[(size >= low) & (size <= high)]
+    rank = count - int(np.count_nonzero(size > high))
+    if not 0 < rank <= len(between):
+        between, rank = size, count
+    return float(np.partition(between, -rank)[-rank])
+
+
+def _svd(matrix: Array, rank: int) -> tuple[Array, Spectrum, Array]:
+    """Return U, the spectrum and Vᵀ; of a large matrix the leading ones, by a randomised SVD.
+
+    A large matrix is scaled in its place.
+    """
+    width = rank + OVERSAMPLING
+    if min(matrix.shape) < max(LARGE, 4 * width):
+        left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
+        return left, (sigma, 0.0), right
+    exponent = min(-math.frexp(float(max(matrix.max(), -matrix.min())))[1], 1000)
+    matrix *= math.ldexp(1.0, exponent)  # so that no square over- or underflows
+    rng = np.random.default_rng(SVD_SEED)
+    left, sigma, right = leading_svd(matrix, rank, width, rng, TOLERANCE)
+    left, sigma, right = left[:, :rank], sigma[:rank], right[:rank]
+    whole, held = np.linalg.norm(matrix), np.linalg.norm(sigma)
+    rest = math.sqrt(max(0.0, float((whole - held) * (whole + held))))
+    if rest < SMALL * whole:  # the difference of squares is rounding
+        rest = float(np.linalg.norm(matrix - (left * sigma) @ right))
+    return left, (np.ldexp(sigma, -exponent), math.ldexp(rest, -exponent)), right
 
 
 def _cores(pairs: Sequence[LowRank | None]) -> tuple[Array, Array, list[Array], list[float]]:
@@ -351,12 +438,13 @@ def _cores(pairs: Sequence[LowRank | None]) -> tuple[Array, Array, list[Array], 
 
 
 def _truncated(
-    left: Array, sigma: Array, right: Array, floor: float, rank: int | None
+    left: Array, found: Spectrum, right: Array, floor: float, rank: int | None
 ) -> Row | None:
     """Return the balanced factors of an SVD cut at `rank` and at the noise `floor`.
 
     The scaling, a power of two, keeps the entries near 1, where every dtype is most precise.
     """
+    sigma, rest = found
     real = int((sigma > floor).sum())
     kept = min(rank or real, real)
     if not kept:
@@ -364,26 +452,29 @@ def _truncated(
     scaling = math.ldexp(1.0, math.frexp(sigma[0])[1] - 1)
     whole = sigma[:real] / scaling
     root = np.sqrt(whole[:kept])
-    return left[:, :kept] * root, root[:, None] * right[:kept], scaling, sigma[:real]
+    return left[:, :kept] * root, root[:, None] * right[:kept], scaling, (sigma[:real], rest)
 
 
-def _kept(pairs: Mapping[str, LowRank], spectra: Mapping[str, Array]) -> dict[str, Any]:
-    """Return the share of ΔW's squares that is kept, and the rank that would keep 90 %.
+def _kept(pairs: Mapping[str, LowRank], spectra: Mapping[str, Spectrum]) -> dict[str, Any]:
+    """Return the share of ΔW's squares that is kept, and the rank for 90 % or the SVD's seed.
 
     Args:
         spectra: Singular values of ΔW, for the modules whose pairs may lack some.
     """
     rows = [
-        (spectra[module] if module in spectra else spectrum(pair), pair.rank)
+        (*(spectra[module] if module in spectra else (spectrum(pair), 0.0)), pair.rank)
         for module, pair in pairs.items()
     ]
-    unit = max(sigma[0] for sigma, _ in rows)  # so that no square over- or underflows
-    by_rank, kept = np.zeros(max(len(sigma) for sigma, _ in rows)), 0.0
-    for sigma, rank in rows:
+    unit = max(sigma[0] for sigma, *_ in rows)  # so that no square over- or underflows
+    by_rank, kept = np.zeros(max(len(sigma) for sigma, *_ in rows)), 0.0
+    for sigma, _, rank in rows:
         squares = (sigma / unit) ** 2
         by_rank[: len(squares)] += squares
         kept += float(squares[:rank].sum())
     sums = np.cumsum(by_rank)
+    rest = sum((rest / unit) ** 2 for _, rest, _ in rows)
+    if rest:
+        return {"kept": kept / float(sums[-1] + rest), "svd_seed": SVD_SEED}
     return {"kept": kept / float(sums[-1]), "rank_90": int((sums < 0.9 * sums[-1]).sum()) + 1}
 
 

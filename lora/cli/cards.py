@@ -263,7 +263,7 @@ def merge(
     facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": len(card.weights)}
     quality = f"which keeps {cut['kept']:.1%} of ΔW's squares" if cut else "exact"
     text = f"{out}: {len(card.weights)} modules, rank {card.rank}, {quality}"
-    if cut and cut["kept"] < 0.9:
+    if "rank_90" in cut and cut["kept"] < 0.9:
         text += f" (90 % would take --rank {cut['rank_90']})"
     if "description" not in card.metadata and any("description" in c.metadata for c in parents):
         text += "\nno description, since the cards' differ: --description sets one"

@@ -129,7 +129,8 @@ class Twins:
             attribute = f": attribute {place!r}" if place else ""
             raise UnsupportedModelError(where + attribute, *fault.args) from None
         hooks: dict[int, Any] = twin._load_state_dict_pre_hooks
-        if all(hook.hook is not _unshare for hook in hooks.values()):
+        is_new = all(hook.hook is not _unshare for hook in hooks.values())
+        if is_new and (twin._parameters or twin._buffers):
             twin.register_load_state_dict_pre_hook(_unshare)  # type: ignore[no-untyped-call]
         return twin
 
@@ -139,11 +140,14 @@ class Twins:
         return twin
 
     def _dictionary(self, value: dict[Any, Any]) -> Any:
-        if all(_ATOMS.issuperset(map(type, items)) for items in (value, value.values())):
+        if len(value) > 32 and all(
+            _ATOMS.issuperset(map(type, x)) for x in (value, value.values())
+        ):
             return self._put(value, value.copy())
         twin = self._put(value, type(value)())
         for key, item in value.items():
-            twin[self(key)] = self(item)
+            known = key if type(key) in _ATOMS else self(key)
+            twin[known] = item if type(item) in _ATOMS else self(item)
         return twin
 
     def _collection(self, value: list[Any] | set[Any]) -> Any:
@@ -159,6 +163,8 @@ class Twins:
 
     def _tensor(self, value: Tensor) -> Tensor:
         kind = type(value)
+        if kind is nn.Parameter and not value.__dict__:
+            return self._put(value, Tensor._make_subclass(kind, value.detach(), False))  # type: ignore[no-any-return]
         if is_lazy(value):
             raise _UnsoundError("parameters with values", f"an {kind.__name__}", "run it once")
         if not isinstance(value, nn.Parameter):

@@ -13,7 +13,7 @@ HOUSE = Path(lora.__file__).parent
 
 LAYERS = """
 errors _renamed progress
-metrics checks state
+metrics checks state blas
 card
 factors ipc_check
 arrow_format targets routing
