@@ -116,7 +116,10 @@ def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterato
         "PEFT svd, thin": lambda: theirs(svd_full_matrices=False),
     }
     times = rounds(
-        sides, 2 if quick or inputs == 2048 else 7, {"PEFT svd": reset, "PEFT svd, thin": reset}, rest=REST
+        sides,
+        2 if quick or inputs == 2048 else 7,
+        {"PEFT svd": reset, "PEFT svd, thin": reset},
+        rest=REST,
     )
     what = f"merge 3 cards of rank {RANK}, {outputs} x {inputs}"
     for beside, least in (("PEFT svd", target), ("PEFT svd, thin", None)):

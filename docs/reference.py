@@ -28,7 +28,7 @@ FILTER = '<input class="filter" type="search" hidden placeholder="{}" aria-label
 REFERENCE = {
     "Cards": ["card", "arrow_format", "files", "ipc_check", "checks", "errors"],
     "Algebra and targets": [
-        "factors",
+        *("factors", "blas"),
         "targets",
         "experts",
         "merging",

@@ -163,11 +163,9 @@ class Twins:
 
     def _tensor(self, value: Tensor) -> Tensor:
         kind = type(value)
-        if kind is nn.Parameter and not value.__dict__:
-            return self._put(value, Tensor._make_subclass(kind, value.detach(), False))  # type: ignore[no-any-return]
-        if is_lazy(value):
+        if kind is not nn.Parameter and is_lazy(value):
             raise _UnsoundError("parameters with values", f"an {kind.__name__}", "run it once")
-        if not isinstance(value, nn.Parameter):
+        if kind is not nn.Parameter and not isinstance(value, nn.Parameter):
             if value.dtype == torch.int8 and self._is_weight(value):
                 return self._put(value, value.detach())  # type: ignore[no-any-return]
             return self._put(value, value.detach().clone())  # type: ignore[no-any-return]
