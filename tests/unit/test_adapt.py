@@ -1,6 +1,7 @@
 """adapt and its kin: one test for each way in which a copy could reach back to its original."""
 
 import copy
+import gc
 import hashlib
 import pickle
 import threading
@@ -833,3 +834,13 @@ def test_a_model_that_was_not_made_trainable_has_nothing_to_give_back(adapted):
         StateError, match="expected a layer made trainable from this card, found LoRALinear"
     ):
         trained_card(adapted, card("out"))
+
+
+@requirement("R6.6")
+def test_a_copy_that_nobody_holds_is_freed_at_once_and_not_by_the_collector():
+    gc.disable()
+    try:
+        adapted = weakref.ref(adapt(Net(), card("inner.linear"), check_base=False))
+        assert adapted() is None
+    finally:
+        gc.enable()
