@@ -75,7 +75,7 @@ def dense_merging(inputs: int, outputs: int, target: float, *, quick: bool) -> I
 
         peer = f"PEFT {kind}"
         sides = {"merge": ours, peer: theirs}
-        times = rounds(sides, 2 if quick else 5, {peer: reset}, rest=REST)
+        times = rounds(sides, 2 if quick else 7, {peer: reset}, rest=REST)
         what = f"{type(strategy).__name__.upper()} of 3 cards of rank {RANK}, {outputs} x {inputs}"
         yield ratio_row("merging", what, times, "merge", peer, target=target, ids=["R20.6"])
 
@@ -116,10 +116,7 @@ def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterato
         "PEFT svd, thin": lambda: theirs(svd_full_matrices=False),
     }
     times = rounds(
-        sides,
-        2 if quick or inputs == 2048 else 7,
-        {"PEFT svd": reset, "PEFT svd, thin": reset},
-        rest=REST,
+        sides, 2 if quick else 7, {"PEFT svd": reset, "PEFT svd, thin": reset}, rest=REST
     )
     what = f"merge 3 cards of rank {RANK}, {outputs} x {inputs}"
     for beside, least in (("PEFT svd", target), ("PEFT svd, thin", None)):
@@ -256,7 +253,7 @@ def checkpoints(*, quick: bool) -> Iterator[Row]:
         peak = (resident("VmHWM") - start) / 2**20
         clear()
         sides = {"fold": lambda: lora.fold_checkpoint(base, card, out), "copy": copy}
-        times = rounds(sides, 2 if quick else 5, dict.fromkeys(sides, clear), rest=REST)
+        times = rounds(sides, 2 if quick else 7, dict.fromkeys(sides, clear), rest=REST)
         size = sum(path.stat().st_size for path in base.iterdir()) / 1e9
     what = f"fold a card into a bfloat16 checkpoint of {size:.1f} GB"
     yield ratio_row("merging", what, times, "fold", "copy", target=2, ids=["R26.6"])

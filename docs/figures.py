@@ -84,13 +84,6 @@ COMPARED: Sequence[tuple[str, str, str, str, str]] = (
         "merge three cards of rank 16",
     ),
     (
-        "merge_extract",
-        "TIES of 3 cards of rank 16, 2048 x 2048",
-        "merge",
-        "PEFT ties_svd",
-        "merge three cards of 2048 x 2048 by TIES",
-    ),
-    (
         "training",
         "a step of 64 pairs",
         "LoRATrainer",
