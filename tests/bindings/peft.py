@@ -42,7 +42,7 @@ FAILURES |= failures(
         """
         R20.1 normalised_weights_are_divided_by_their_sum
         R20.3 the_average_of_equal_cards_is_that_card
-        R20.4 a_linear_merge_is_exact_at_the_sum_of_ranks average weighted
+        R20.4 a_linear_merge_is_exact_at_the_sum_of_ranks average weighted task_arithmetic
         R20.4 a_truncated_linear_merge_is_the_best_approximation_of_its_rank average weighted
         R20.9 cards_of_two_dtypes_merge_into_the_one_that_holds_both weighted
         """,
@@ -54,6 +54,11 @@ FAILURES |= failures(
         R20.1 factors_that_are_not_finite_are_refused average weighted task_arithmetic cat ties dare
         R20.1 what_is_no_strategy_no_option_or_no_weight_is_refused average weighted
         """,
+    ),
+    (
+        "cat gives each module the sum of all cards' ranks, filled up with zeros",
+        "tuners/lora/model.py:759",
+        "R20.4 a_linear_merge_is_exact_at_the_sum_of_ranks cat",
     ),
     (
         "a density above 1 is taken for 1, and TIES takes 0",
