@@ -26,7 +26,10 @@ METHODS = ("full", "randomized")
 """How the singular values may be computed."""
 
 TOLERANCE = 1e-3
-"""Of the randomised method: about so much of itself its error is above the least one."""
+"""The randomised method stops where a step would lower the error by less than this share of it.
+
+Of noise alone, the hardest case, its error is 0.3 % above the least one.
+"""
 
 OVERSAMPLING = 2
 """Of the randomised method: the width of its subspace divided by the rank."""

@@ -41,9 +41,6 @@ EPSILON = float(np.finfo(np.float64).eps)
 OPPOSITE = 1e-3
 """SLERP refuses directions within so many radians of opposite: the plane of the arc is noise."""
 
-SMALL = 1e-4
-"""A rest below this share of ΔW is computed from its entries."""
-
 PARALLEL = 1e-6
 """SLERP is linear within so many radians; the difference is of the order of their square."""
 
@@ -64,8 +61,17 @@ BLOCK = 1 << 13
 LARGE = 512
 """Of a ΔW with fewer rows or columns all singular values are computed."""
 
-OVERSAMPLING, TOLERANCE, SVD_SEED = 32, 1e-5, 0
-"""Of the randomised SVD: directions beyond the rank, the last step's gain, its seed."""
+OVERSAMPLING = 32
+"""Directions of the randomised SVD beyond the rank."""
+
+TOLERANCE = 1e-5
+"""The randomised SVD stops where a step would lower the rest by less than this share of it."""
+
+SVD_SEED = 0
+"""Seed of the randomised SVD."""
+
+SMALL = 1e-4
+"""A rest of the randomised SVD below this share of ΔW is computed from its entries."""
 
 OF_ONE_CARD = frozenset({"created", "modified", "version", "quality", "extract", "merge"})
 """Metadata that a merged card does not take over: they tell of the making of one card."""

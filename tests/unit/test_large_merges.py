@@ -101,11 +101,11 @@ def test_a_large_change_is_cut_near_the_best_and_its_error_is_measured(strategy,
     squares = np.linalg.svd(dense, compute_uv=False) ** 2
     least = np.sqrt(squares[4:].sum() / squares.sum())
     left = np.linalg.norm(dense - delta(merged.weights["q"]) / size) / np.linalg.norm(dense)
-    told = merged.metadata["merge"]
+    record = merged.metadata["merge"]
     assert least <= left * (1 + 1e-12) <= least * (1 + 1e-4)
-    assert told["error"]["q"] == pytest.approx(left, rel=1e-9)
-    assert told["kept"] == pytest.approx(1 - left**2, rel=1e-9)
-    assert (told["svd_seed"], "rank_90" in told) == (0, False)
+    assert record["error"]["q"] == pytest.approx(left, rel=1e-9)
+    assert record["kept"] == pytest.approx(1 - left**2, rel=1e-9)
+    assert (record["svd_seed"], "rank_90" in record) == (0, False)
     assert merge(cards, strategy, rank=4) == merged
 
 
@@ -127,8 +127,8 @@ def test_a_rest_that_is_small_is_computed_from_the_entries():
     right, _ = np.linalg.qr(RNG.normal(size=(520, 5)))
     sigma = np.array([1.0, 0.9, 0.8, 0.7, 1e-9])
     (card,) = cards_of(LowRank(left * sigma, right.T, 1.0))
-    told = merge([card], Ties(1.0), rank=4).metadata["merge"]["error"]["q"]
-    assert told == pytest.approx(1e-9 / np.linalg.norm(sigma), rel=1e-5)
+    error = merge([card], Ties(1.0), rank=4).metadata["merge"]["error"]["q"]
+    assert error == pytest.approx(1e-9 / np.linalg.norm(sigma), rel=1e-5)
 
 
 @requirement("R20.6", "R20.7")
