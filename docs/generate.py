@@ -4,6 +4,7 @@ code and a card say.
 
 import inspect
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ import field_table  # noqa: E402 - as above
 import figures  # noqa: E402 - as above
 import reference  # noqa: E402 - as above
 from reference import escaped  # noqa: E402 - as above
+
+from docs import outputs  # noqa: E402 - as above
 
 
 def presets() -> str:
@@ -78,13 +81,18 @@ def commands(command: Any = None, name: str = "lora") -> Iterator[tuple[str, Any
 
 
 def command_line() -> str:
-    """A section for each command: what it does, usage, arguments and options, an example."""
+    """A section for each command: what it does, usage, arguments and options, an example, a run."""
     lines = [
         "# Command line",
         "",
         "Errors are one line on standard error and exit 1, 2 for usage.",
         "",
     ]
+    lines += ["| command | what it does |", "|---|---|"]
+    for name, command in commands():
+        sentence = escaped(inspect.cleandoc(command.help or "").partition("\n\n")[0])
+        lines.append(f"| [`{name}`](#{name.replace(' ', '-')}) | {' '.join(sentence.split())} |")
+    lines.append("")
     for name, command in commands():
         usage = [
             f"{{{p.name}}}"
@@ -119,12 +127,38 @@ def command_line() -> str:
         if command.epilog:
             example = command.epilog.removeprefix("Example: ").replace(", or lora", "\nlora")
             lines += ["```sh", example, "```", ""]
+        if not hasattr(command, "commands"):
+            lines += run_of(name)
     return "\n".join(lines)
+
+
+def run_of(name: str) -> list[str]:
+    """A run of a command that a page shows with what it prints, of those with the fewest others.
+
+    Raises:
+        ValueError: No page shows one.
+    """
+    runs = []
+    written = [path for path in (ROOT / "docs").rglob("*.md") if path.parent != OUT]
+    for path in sorted(written):
+        text = path.read_text(encoding="utf-8")
+        for one in outputs.examples(text):
+            commands = re.findall(r"^lora (?:factory )?\w+", one.code, re.MULTILINE)
+            if one.info == "sh" and one.output and name in commands:
+                others = sum(command != name for command in commands)
+                runs.append((others, path.parent.name != "how-to", len(one.code), path, one))
+    if not runs:
+        raise ValueError(f"no page of docs/ shows a run of {name} with what it prints")
+    *_, path, one = min(runs, key=lambda run: run[:3])
+    title = re.findall("^# (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)[0]
+    source = f"A run, from [{title}](../{path.relative_to(ROOT / 'docs').as_posix()}):"
+    return [source, "", f"```sh\n{one.code}```", "", f"```text\n{one.output}```", ""]
 
 
 def _parameter(parameter: Any) -> str:
     """A row of a command's table."""
-    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+    opts = (*parameter.opts, *parameter.secondary_opts)
+    names = ", ".join(f"`{name}`{{.option}}" for name in opts)
     value = parameter.default
     default = (
         "required" if parameter.required else "" if value in (None, "", False, []) else f"`{value}`"

@@ -524,6 +524,11 @@ def test_the_page_of_the_command_line_has_every_command_with_its_options_and_an_
         options = [option for parameter in command.params for option in parameter.opts]
         assert [option for option in options if f"`{option}`" not in sections[name]] == []
         assert name == "lora" or f"```sh\n{name}" in sections[name]
+        if not hasattr(command, "commands"):  # and a run that a page shows, held by its test
+            shown = r"\nA run, from \[.+\]\(\.\./(.+)\):\n\n(?s:(.+```text\n.+\n))$"
+            ((page, run),) = re.findall(shown, sections[name])
+            assert f"\n{name}" in run
+            assert run.strip() in read(f"docs/{page}")
 
 
 @requirement("R10.8")
