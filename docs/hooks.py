@@ -1,5 +1,8 @@
-"""Links to where a page is edited, in a build of the site that is told `REPO_URL`."""
+"""Links to where a page is edited, in a build of the site that is told `REPO_URL`; and names of
+tests that break between words.
+"""
 
+import re
 from typing import Any
 
 
@@ -15,3 +18,12 @@ def on_page_context(context: Any, page: Any, **_: Any) -> Any:
     if page.file.src_uri.startswith("generated/"):
         page.edit_url = None
     return context
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let the name of a test break after an underscore, a slash or colons, not within a word."""
+    return re.sub(
+        r"<code>[\w./]+::\w+</code>",
+        lambda name: re.sub(r"(_|(?<!<)/|::)(?=\w)", r"\1<wbr>", name[0]),
+        html,
+    )

@@ -433,7 +433,9 @@ def test_no_text_names_this_machine():
 
 
 @pytest.mark.parametrize(("repository", "edited"), [("", False), ("https://example.org/r", True)])
-def test_pages_that_are_written_by_hand_have_links_to_edit_them(monkeypatch, repository, edited):
+def test_pages_written_by_hand_have_links_to_edit_them_and_names_of_tests_break_between_words(
+    monkeypatch, repository, edited
+):
     monkeypatch.syspath_prepend(ROOT / "docs")
     hooks = importlib.import_module("hooks")
     config = SimpleNamespace(repo_url=repository, edit_uri=None)
@@ -442,6 +444,9 @@ def test_pages_that_are_written_by_hand_have_links_to_edit_them(monkeypatch, rep
         page = SimpleNamespace(file=SimpleNamespace(src_uri=source), edit_url="a link")
         assert hooks.on_page_context({}, page) == {}
         assert page.edit_url == kept
+    html = "<code>unit/test_a.py::test_b</code> <code>a_b</code>"
+    shown = "unit/<wbr>test_<wbr>a.py::<wbr>test_<wbr>b"
+    assert hooks.on_page_content(html) == f"<code>{shown}</code> <code>a_b</code>"
 
 
 # ---- the reference
