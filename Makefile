@@ -29,7 +29,7 @@ test-all: $(VENV)/.all
 
 # What the documentation's examples print, written below them.
 outputs: $(VENV)/.test
-	LORA_OUTPUTS=write OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:randomly README.md docs tests/unit/test_docs.py -k "CodeFence or tutorial or commands_of_a_page"
+	LORA_OUTPUTS=write OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:randomly README.md docs tests/unit/test_docs.py -k "CodeFence or tutorial or commands_of_a_page or picture_of_a_terminal"
 	$(BIN)/python docs/outputs.py
 
 # Lines, code tokens and words of docstring, by area.

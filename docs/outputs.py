@@ -94,7 +94,7 @@ def digest(code: str, output: str) -> str:
     return hashlib.sha256(f"{code}\n{output}".encode()).hexdigest()[:12]
 
 
-def steady(printed: str, varies: Iterable[tuple[str, str]] = VARIES) -> str:
+def steady(printed: str, varies: Iterable[tuple[str, str]] = VARIES, width: int = WIDTH) -> str:
     """The text without what varies, in lines that fit."""
     digests = list(dict.fromkeys(re.findall(r"\b[0-9a-f]{64}\b", printed)))
     for value, fixed in zip(digests, DIGESTS, strict=False):
@@ -105,7 +105,7 @@ def steady(printed: str, varies: Iterable[tuple[str, str]] = VARIES) -> str:
     for line in map(str.rstrip, printed.strip("\n").splitlines()):
         indent = line[: len(line) - len(line.lstrip())]
         further = {"initial_indent": indent, "subsequent_indent": f"{indent}  "}
-        lines += textwrap.wrap(line.lstrip(), WIDTH, break_on_hyphens=False, **further) or [""]
+        lines += textwrap.wrap(line.lstrip(), width, break_on_hyphens=False, **further) or [""]
     return "".join(f"{line}\n" for line in lines)
 
 

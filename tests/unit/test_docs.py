@@ -29,7 +29,7 @@ from pyarrow import parquet
 from safetensors.numpy import save_file
 
 import lora
-from docs import outputs
+from docs import outputs, terminal
 from lora.cli.app import app, main
 from lora.errors import ManifestError, RefusedError
 from lora.federation.trust import Policy
@@ -912,6 +912,24 @@ def test_the_commands_of_a_page_run_and_print_what_it_says_or_at_least_exist_wit
                 answers.append(answer(words, monkeypatch, capfd))
         if page != "--help" and answers:
             outputs.compare(ROOT / page, text, "\n".join(filter(None, answers)))
+
+
+@requirement("R10.11")
+def test_the_picture_of_a_terminal_shows_what_its_commands_print_and_needs_no_other_file(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", f"{terminal.COLUMNS}")
+    prepared(tmp_path)
+    commands = [lines_of(text) for text in terminal.COMMANDS]
+    terminal.compare([answer(words, monkeypatch, capfd) for (words,) in commands])
+    drawn = terminal.PICTURE.read_text("utf-8")
+    assert re.findall(r"https?://[\w.]+|url\(|@import|href", drawn) == ["http://www.w3.org"]
+    for page in ("README.md", "docs/index.md"):
+        assert '"docs/terminal.svg"' in read(page)
+    monkeypatch.delenv("LORA_OUTPUTS", raising=False)
+    with pytest.raises(AssertionError, match="`make outputs` changes"):
+        terminal.compare(["1 module"] * 3)
 
 
 def answer(words, monkeypatch, capfd):
