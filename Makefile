@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow coverage test-all outputs size field sharp sharp-sample bench release-check mutants lint types docs serve clean
+.PHONY: demo test test-slow coverage test-all outputs size field sharp sharp-sample bench bench-all release-check mutants lint types docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
@@ -48,10 +48,15 @@ sharp: $(VENV)/.test
 sharp-sample: $(VENV)/.test
 	$(BIN)/python -m tests.sharp --seconds 180
 
-# This library beside its peers, twenty minutes on two cores, and the README's table of it.
+# This library beside its peers, ten minutes on two cores, and the README's table of it.
+BENCH := forward lifecycle routing throughput merge_extract training fetching commands
 bench: $(VENV)/.test
-	$(BIN)/lora bench --out benchmarks/results.json
-	$(BIN)/python docs/figures.py
+	$(BIN)/lora bench $(BENCH:%=--only %) --out $(VENV)/bench.json
+	$(BIN)/python docs/figures.py $(VENV)/bench.json
+
+# The same, and how cost grows, and any model with a checkpoint of 2 GB: half an hour.
+bench-all: BENCH += growth models
+bench-all: bench
 
 # Before a release: an error where results are of other sources than these, or a page tells other figures.
 release-check: $(VENV)/.test

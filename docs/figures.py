@@ -1,7 +1,8 @@
 """Tell and draw what ``benchmarks/results.json`` holds: the page of all figures, charts, and the
 table of the README; and tell what ``benchmarks/model_matrix.json`` holds, as a table.
 
-Run by itself, it writes that table into ``README.md`` anew.
+Run by itself, it writes that table into ``README.md`` anew; given a file of `lora bench`, it first
+puts what that measured in the place of what was known of the same scripts.
 """
 
 import json
@@ -261,8 +262,8 @@ CHARTS = {
         }.items()
     },
     "growth": {
-        "growth": "How time grows with rank, layers, adapters and rows",
-        "memory": "How memory grows with rank, layers, adapters and rows",
+        "growth": "How time grows with rank, layers, parameters, adapters, rows and cards",
+        "memory": "How memory grows with rank, layers, parameters, adapters and rows",
     },
 }
 """The charts of a script's figures, with what they show; each 5 inches wide, which a phone shows
@@ -479,7 +480,8 @@ def draw_growth(report: Report, unit: str) -> Draw:
             axes.set(xscale="log", yscale="log", xlabel=against)
             axes.minorticks_off()
             for axis, most in ((axes.xaxis, sizes[-1]), (axes.yaxis, sizes[-1] / sizes[0])):
-                axis.set_ticks([4.0**power for power in range(5) if 4**power <= most])
+                base = 4.0 if most <= 512 else 10.0
+                axis.set_ticks([base**power for power in range(6) if base**power <= most])
                 axis.set_major_formatter("{x:,.0f}")
             axes.set_title("\n".join(wrap(name, 24)), fontsize=9)
         what = {"ms": "time", "MiB": "memory"}[unit]
@@ -499,12 +501,18 @@ def draw_all(folder: Path, report: Report) -> None:
             size = (5.0, height_of(panels))
             write(folder, f"{script}_times", size, draw_times(panels))
     write(folder, "present", (5.0, 4.0), draw_present(report))
-    write(folder, "growth", (5.0, 7.2), draw_growth(report, "ms"))
+    write(folder, "growth", (5.0, 10.4), draw_growth(report, "ms"))
     write(folder, "memory", (5.0, 5.6), draw_growth(report, "MiB"))
 
 
-def main() -> None:
-    """Put the table into the README."""
+def main(measured: Sequence[str] = ()) -> None:
+    """Take what these files hold into the results, and put the table into the README."""
+    report = dict(read())
+    for path in measured:
+        report |= json.loads(Path(path).read_text(encoding="utf-8"))
+    if measured:
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        RESULTS.write_text(f"{text}\n", encoding="utf-8")
     readme = ROOT / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(START)
     _, after = rest.split(END)
@@ -512,4 +520,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -257,8 +257,8 @@ class LoRALinear(_Adapted):
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:  # noqa: D102
         if x.numel() > self.weight_side_threshold and self.weight.dtype in WIDE:
             # Autocast would round W + ΔW, and training would form it again in the backward pass.
-            autocast = torch.is_autocast_enabled(x.device.type)
-            if torch.is_inference_mode_enabled() and not autocast and is_plain(self):
+            inference = torch.is_inference_mode_enabled() and not is_autocast(x)
+            if inference and is_plain(self):
                 weight = torch.addmm(_by_output(self), self.lora_B.T, self.lora_A.T)
                 return F.linear(x, weight, self.bias)
         out = self.base_output(x, *arguments, **options)
@@ -332,13 +332,19 @@ class TrainableLinear(_Adapted):
         return LowRank(a, b, self.scaling)
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Tell whether autocast is on for the device of a tensor; ``meta`` has none."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return ``out + x @ A @ B``, by one addmm; in inference mode it may overwrite `out`.
 
     Shapes: `out` ``(..., out)``, `x` ``(..., in)``, `a` ``(in, r)``, `b` ``(r, out)``. An input of
     another dtype than the factors' is cast to theirs, and the product to that of `out`.
     """
-    if x.dtype != a.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != a.dtype and not is_autocast(x):
         x = x.to(a.dtype)
     inner, flat = x.reshape(-1, x.shape[-1]) @ a, out.reshape(-1, out.shape[-1])
     if inner.dtype != out.dtype:

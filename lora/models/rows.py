@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora.card import LowRank
 from lora.checks import integer
 from lora.errors import ArgumentError, ShapeError, StateError, UnsupportedModelError, shown
-from lora.models.layers import Terms, _Adapted, add_low_rank, features, stacked
+from lora.models.layers import Terms, _Adapted, add_low_rank, features, is_autocast, stacked
 from lora.models.twins import Twins
 
 M = TypeVar("M", bound=nn.Module)
@@ -215,7 +215,7 @@ class RowLinear(_Adapted):
         inputs, flat = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
         tokens = len(flat) // max(1, size)
         in_place = not torch.is_grad_enabled() and x.dtype == out.dtype == self.factor("A", 0).dtype
-        in_place = in_place and not torch.is_autocast_enabled(x.device.type)
+        in_place = in_place and not is_autocast(x)
         group = named.group(size, self, x.device) if in_place and tokens == 1 else None
         if group:
             a, b = named.stacks(self, group.sets)

@@ -690,6 +690,23 @@ def test_what_can_not_be_applied_can_not_be_trained_or_run_for_rows_but_be_repor
         assert (dict(report.bound), report.weights_not_used) == ({}, tuple(lost.weights))
 
 
+@requirement("R2.8", "R5.8")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 400])  # rows side by side; W + ΔW for the call
+@pytest.mark.parametrize("way", ["factored", "folded", "rows"])
+def test_a_forward_stays_on_the_device_of_its_input(dtype, tokens, way):
+    """On meta, which computes nothing, whatever mixes devices or asks for a value raises."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)).to(dtype).eval()
+    skill = card("0", "2")
+    adapted = rows_of(model, skill, {}, skill) if way == "rows" else adapt(model, skill)
+    adapted = (fold(adapted, narrow=True) if way == "folded" else adapted).to("meta")
+    x = torch.zeros(3, tokens, 4, device="meta", dtype=dtype)
+    with torch.inference_mode(), lora.rows([0, 1, 2] if way == "rows" else []):
+        out = adapted(x)
+    assert (out.device.type, out.dtype, out.shape) == ("meta", dtype, x.shape)
+
+
 def rows_of(model, *adapters):
     return lora.adapt_rows(model, adapters, probe=False)
 
