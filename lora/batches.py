@@ -72,7 +72,9 @@ def encode_batches(
         expected = "one of adapter, adapter_column and route"
         raise ArgumentError("encode_batches", expected, "several" if ways else "cards and none")
     check_threshold(threshold)
-    engine = _engine_with(cards, model)
+    paths = [as_path(card).absolute() for card in cards]
+    files = tuple((str(path), digest(path)) for path in paths)
+    engine = _engine(None if model is None else str(model), files)
     known = sorted(engine.manager.list_cards())
     if adapter is not None and adapter not in known:
         raise UnknownCardError(f"adapter {adapter!r}", f"one of {known}", "none of that name")
@@ -123,12 +125,6 @@ def _with_columns(
     lists = lists if fixed_size else lists.cast(pa.list_(pa.float32()))
     batch = batch.append_column("embedding", lists)
     return batch.append_column("adapter", pa.array(names, pa.string()).take(take))
-
-
-def _engine_with(cards: Sequence[PathLike], model: PathLike | None) -> ArrowEngine:
-    """Return the engine of this process, over the model and what these files hold now."""
-    paths = [as_path(card).absolute() for card in cards]
-    return _engine(None if model is None else str(model), tuple((str(p), digest(p)) for p in paths))
 
 
 @lru_cache(1)

@@ -22,7 +22,7 @@ from lora.card import Array
 from lora.checks import choice
 from lora.errors import MissingPackageError, UnsupportedModelError, shown
 from lora.files import PathLike, as_path
-from lora.models.encoder import InferenceCore, batches, pool
+from lora.models.encoder import UNPADDED, InferenceCore, batches, pool
 from lora.models.encoder_folder import HINT, POOLINGS, read_json
 from lora.routing import texts_of
 from lora.targets import listed
@@ -192,7 +192,7 @@ class PooledEncoder(nn.Module):
         texts = texts_of(texts)
         width = self.transformers_model.config.hidden_size * len(self.pooling)
         result = np.zeros((len(texts), width), np.float32)
-        for rows in batches(token_counts(self, texts)) if texts else ():
+        for rows in batches(token_counts(self, texts), unpadded=UNPADDED) if texts else ():
             result[rows] = self.embed([texts[row] for row in rows]).float().cpu().numpy()
         return result
 

@@ -7,6 +7,7 @@ Architecture: Devlin et al. 2018; names: ``BertModel``.
 Requirements: R5, R17.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,6 +33,9 @@ from lora.routing import texts_of
 
 TOKEN_BUDGET = 2048
 """Tokens of a batch, padding included: 1.5 times the throughput of batches of 32 on two cores."""
+
+UNPADDED = 512
+"""Tokens of a batch that is not padded further: what comes next has fewer tokens a text."""
 
 ACTIVATIONS: Mapping[str, Any] = {
     "gelu": F.gelu,
@@ -239,12 +243,11 @@ class InferenceCore(nn.Module):
         if batch_size is not None:
             integer(batch_size, "batch_size", least=1)
         before = self._prompt(prompt, prompt_name)
-        single = isinstance(texts, str)
         several = [texts] if isinstance(texts, str) else texts
         ids, sets = self.tokenize(several, before), carried_sets(several)
         skipped = self._skipped(before)
         result = np.zeros((len(ids), self.width), np.float32)
-        for batch in batches([len(row) for row in ids], rows=batch_size):
+        for batch in batches([len(row) for row in ids], rows=batch_size, unpadded=UNPADDED):
             if sets:  # rows of one set become neighbours
                 batch.sort(key=sets.__getitem__)
             padded, mask = pad([ids[row] for row in batch], self.device)
@@ -252,7 +255,7 @@ class InferenceCore(nn.Module):
                 result[batch] = self(padded, mask, skipped).float().cpu().numpy()
         if normalize_embeddings:
             result = F.normalize(torch.from_numpy(result), dim=-1).numpy()
-        return result[0] if single else result
+        return result[0] if isinstance(texts, str) else result
 
     def _prompt(self, prompt: str | None = None, name: str | None = None) -> str:
         """Return what stands before each text."""
@@ -303,11 +306,16 @@ def pool(x: Tensor, mask: Tensor | None, modes: Sequence[str], skipped: int = 0)
 
 
 def batches(
-    lengths: Sequence[int], budget: int = TOKEN_BUDGET, rows: int | None = None
+    lengths: Sequence[int],
+    budget: int = TOKEN_BUDGET,
+    rows: int | None = None,
+    *,
+    unpadded: float = math.inf,
 ) -> Iterable[list[int]]:
     """Group positions by similar length: rows × longest is at most `budget`, or there is one row.
 
-    With `rows` each group has that many instead. Positions of length 0 are left out.
+    With `rows` each group has that many instead. Positions of length 0 are left out. A group of
+    `unpadded` tokens takes no shorter row, which would be padded.
 
     Examples:
         >>> list(batches([3, 1, 2, 0, 9], budget=6))
@@ -315,10 +323,12 @@ def batches(
     """
     batch: list[int] = []
     for row in sorted(np.flatnonzero(lengths).tolist(), key=lambda row: (-lengths[row], row)):
-        longer = len(batch) + 1
-        if batch and (longer > rows if rows else longer * lengths[batch[0]] > budget):
-            yield batch
-            batch = []
+        if batch:
+            count, longest = len(batch), lengths[batch[0]]
+            is_padded = count * longest >= unpadded and lengths[row] < longest
+            if count == rows if rows else is_padded or (count + 1) * longest > budget:
+                yield batch
+                batch = []
         batch.append(row)
     if batch:
         yield batch

@@ -178,7 +178,9 @@ def read_folder(folder: Path) -> tuple[EncoderConfig, Tokenizer]:
     if modules.is_file():
         path, settings = _read_modules(folder, read_json(modules, list))
         inner = folder / path
-        sentence = _read_sentence(inner)
+        paths = (inner / f"sentence_{name}_config.json" for name in SENTENCE_FILES)
+        read = (_read(path, SENTENCE, optional=True) for path in paths)
+        sentence = next(filter(None, read), {})
         settings |= {**_read_prompts(folder / "config_sentence_transformers.json"), "path": path}
     settings |= _read_model(inner)
     if settings.pop("pooled", settings["hidden_size"]) != settings["hidden_size"]:
@@ -287,11 +289,6 @@ def _read_dense(folder: Path, inner: str) -> DenseConfig:
     if min(sizes) < 1:
         raise refusal(path, "positive in_features and out_features", values)
     return DenseConfig(inner, *sizes, values.get("bias", True), activation)
-
-
-def _read_sentence(folder: Path) -> dict[str, Any]:
-    paths = (folder / f"sentence_{name}_config.json" for name in SENTENCE_FILES)
-    return next(filter(None, (_read(path, SENTENCE, optional=True) for path in paths)), {})
 
 
 def _read_prompts(path: Path) -> dict[str, Any]:

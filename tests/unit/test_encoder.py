@@ -1,6 +1,8 @@
 """InferenceCore: what it loads and refuses, mapped weights, and how texts become batches."""
 
+import itertools
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -303,18 +305,38 @@ lengths = st.lists(st.integers(0, 40), max_size=40)
 
 
 @requirement("R5.7")
-@given(lengths, st.integers(1, 100))
-def test_batches_hold_every_text_once_and_are_as_large_as_the_budget_allows(drawn, budget):
+@given(lengths, st.integers(1, 100), st.integers(1, 100) | st.just(math.inf))
+def test_batches_hold_every_text_once_and_are_as_large_as_the_budget_allows(drawn, budget, full):
     """Texts come in the order of their lengths, so that those of a batch are alike."""
-    assert list(batches(drawn)) == list(batches(drawn, encoder.TOKEN_BUDGET))
-    groups = list(batches(drawn, budget))
+    assert list(batches(drawn)) == list(batches(drawn, encoder.TOKEN_BUDGET, unpadded=math.inf))
+    groups = list(batches(drawn, budget, unpadded=full))
     rows = [row for batch in groups for row in batch]
     assert sorted(rows) == [row for row, length in enumerate(drawn) if length]
     assert [drawn[row] for row in rows] == sorted(filter(None, drawn), reverse=True)
     for batch in groups:
         assert len(batch) == 1 or len(batch) * drawn[batch[0]] <= budget
-    for batch in groups[:-1]:
-        assert (len(batch) + 1) * drawn[batch[0]] > budget
+    for batch, following in itertools.pairwise(groups):
+        longest, next_length = drawn[batch[0]], drawn[following[0]]
+        assert (len(batch) + 1) * longest > budget or (
+            len(batch) * longest >= full and next_length < longest
+        )
+    for batch in groups:  # what was full took no padding more
+        for count, row in enumerate(batch):
+            assert drawn[row] == drawn[batch[0]] or count * drawn[batch[0]] < full
+
+
+@requirement("R5.7")
+def test_the_encoder_pads_no_batch_that_is_large_enough(monkeypatch):
+    core, forward, sizes = core_of(), InferenceCore.forward, []
+
+    def counted(self, ids, *others):
+        sizes.append(tuple(ids.shape))
+        return forward(self, ids, *others)
+
+    monkeypatch.setattr(InferenceCore, "forward", counted)
+    core.encode(["a b c d"] * 200 + ["a b c"] * 200)  # with a token before and one behind
+    core.encode(["a b c d"] * 20 + ["a b c"] * 20)
+    assert sizes == [(200, 6), (200, 5), (40, 6)]
 
 
 rows_of_ids = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=6), min_size=1, max_size=6)
