@@ -14,7 +14,7 @@ from docs import outputs
 
 PICTURE = outputs.ROOT / "docs" / "terminal.svg"
 COMMANDS = (
-    "lora convert peft-adapter/ -o docs.lora.arrow",
+    "lora convert docs/examples/peft-adapter \\\n  -o docs.lora.arrow",
     "lora inspect docs.lora.arrow",
     "lora merge docs.lora.arrow law.lora.arrow \\\n  -o both.lora.arrow",
 )

@@ -821,6 +821,7 @@ def prepared(folder):
         lora.save(skill(name, seed), folder / f"{name}.lora.arrow")
         export_peft(skill(name, seed), folder / f"peft-{name}")
     shutil.copy(folder / "docs.lora.arrow", folder / "cards")
+    shutil.copytree(ROOT / "docs/examples", folder / "docs/examples")
     shutil.copytree(folder / "peft-docs", folder / "peft-adapter")
     rng = np.random.default_rng(3)
     for name in ("base", "tuned"):
