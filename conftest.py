@@ -4,11 +4,12 @@ import io
 import shutil
 import warnings
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 from pytest_markdown_docs._runners import DefaultRunner, register_runner
 
-from lora.errors import LoRAError
+from lora.errors import LoRAError, UnboundWarning
 
 
 @register_runner(default=True)
@@ -20,7 +21,7 @@ class Compared(DefaultRunner):
         with redirect_stdout(io.StringIO()) as printed:
             try:
                 super().runtest(test, args, **options)
-            except LoRAError as error:  # as Python shows it, without the traceback
+            except (LoRAError, UnboundWarning) as error:  # as Python shows them
                 if test.source_path.name != "troubleshooting.md":
                     raise
                 printed.write(f"{type(error).__module__}.{type(error).__name__}: {error}")
@@ -34,5 +35,4 @@ class Compared(DefaultRunner):
 def _in_a_folder_of_its_own(request, monkeypatch, tmp_path):
     if request.path.suffix == ".md":
         monkeypatch.chdir(tmp_path)
-    if request.path.name == "README.md":
-        shutil.copytree(request.path.parent / "docs/examples", "docs/examples")
+        shutil.copytree(Path(__file__).parent / "docs/examples", "docs/examples")
