@@ -322,9 +322,9 @@ def draw_schema(schema: pa.Schema) -> Draw:
 
 def trained(engine: lora.ArrowEngine, steps: int = 20) -> Training:
     """A card that learns a synthetic task, on the embedded encoder."""
-    settings = Settings(epochs=100, batch_size=32, validate_every=4, validation_size=64)
+    settings = Settings(epochs=100, batch_size=32, validate_every=4, validation_size=32)
     trainer = LoRATrainer(engine, rank=8, settings=settings)
-    return trainer.train(synthetic_pairs("architect", 200), name="architect", max_steps=steps)
+    return trainer.train(synthetic_pairs("architect", 160), name="architect", max_steps=steps)
 
 
 def draw_training(training: Training) -> Draw:

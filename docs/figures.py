@@ -350,13 +350,13 @@ def draw_lifecycle(report: Report) -> Draw:
             axes.plot(row["interval"], [i, i], color=colours["first"], linewidth=3)
             axes.plot(row["value"], i, "o", color=colours["first"])
             axes.plot(
-                row["target"], i, "|", color=colours["second"], markersize=14, markeredgewidth=2
+                row["target"], i, "|", color=colours["second"], markersize=10, markeredgewidth=2
             )
-            _above(axes, i + 0.25, f"{row['what']}, of {row['beside']}")
+            _above(axes, i + 0.2, f"{row['what']}, beside {row['beside'].split()[0]}")
         axes.set_yticks([])
         axes.set_ylim(-0.5, len(ratios) - 0.3)
         axes.axvline(1, color=colours["soft"], linewidth=0.8)
-        axes.set(xscale="log", xlabel="share of the peer's time (tick: target)")
+        axes.set(xscale="log", xlabel="share of the peer's time; less is faster (tick: target)")
         axes.xaxis.set_major_formatter("{x:g} ×")
 
     return draw
@@ -474,11 +474,14 @@ def draw_growth(report: Report, unit: str) -> Draw:
             )
             axes.set(xscale="log", yscale="log", xlabel=against)
             axes.minorticks_off()
-            for axis, most in ((axes.xaxis, sizes[-1]), (axes.yaxis, sizes[-1] / sizes[0])):
-                base = 4.0 if most <= 512 else 10.0
-                axis.set_ticks([base**power for power in range(6) if base**power <= most])
+            most, last = sizes[-1] / sizes[0], sizes[-1] / sizes[-2]
+            is_near = math.log(last) < 0.12 * math.log(most)  # the numbers would overlap
+            axes.xaxis.set_ticks([*sizes[: -1 - is_near], sizes[-1]])
+            base = 4.0 if most <= 512 else 10.0
+            axes.yaxis.set_ticks([base**power for power in range(6) if base**power <= most])
+            for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter("{x:,.0f}")
-            axes.set_title("\n".join(wrap(name, 24)), fontsize=9)
+            axes.set_title("\n".join(wrap(f"{name}, by {against}", 26)), fontsize=9)
         what = {"ms": "time", "MiB": "memory"}[unit]
         figure.supylabel(f"{what}, of the first point's (dotted: linear)", fontsize=10)
 
@@ -489,7 +492,7 @@ def draw_all(folder: Path, report: Report) -> None:
     """Write every chart."""
     write(folder, "overhead", (5.0, 5.4), draw_overhead(report))
     write(folder, "rows", (5.0, 5.2), draw_rows(report))
-    write(folder, "lifecycle", (5.0, 6.0), draw_lifecycle(report))
+    write(folder, "lifecycle", (5.0, 7.6), draw_lifecycle(report))
     for script, charts in CHARTS.items():
         if f"{script}_times" in charts:
             panels = times(report, script)

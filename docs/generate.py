@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -94,15 +94,10 @@ def command_line() -> str:
         lines.append(f"| [`{name}`](#{name.replace(' ', '-')}) | {' '.join(sentence.split())} |")
     lines.append("")
     for name, command in commands():
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
         usage = [
-            f"{{{p.name}}}"
-            for p in command.params
-            if p.param_type_name == "argument" and p.required
-        ]
-        usage += [
-            f"[{p.name}]"
-            for p in command.params
-            if p.param_type_name == "argument" and not p.required
+            (f"{{{p.name}}}" if p.required else f"[{p.name}]") + "…" * (p.nargs == -1)
+            for p in sorted(arguments, key=lambda p: not p.required)
         ]
         usage += ["COMMAND"] if hasattr(command, "commands") else []
         text = inspect.cleandoc(command.help or "").split("\n\nRequirements:")[0].replace("``", "`")
@@ -155,10 +150,17 @@ def run_of(name: str) -> list[str]:
     return [source, "", f"```sh\n{one.code}```", "", f"```text\n{one.output}```", ""]
 
 
+KINDS = {int: "integer", float: "number", str: "text", Path: "path"}
+
+
 def _parameter(parameter: Any) -> str:
     """A row of a command's table."""
     opts = (*parameter.opts, *parameter.secondary_opts)
     names = ", ".join(f"`{name}`{{.option}}" for name in opts)
+    if parameter.param_type_name == "option" and not parameter.is_flag:
+        annotation = parameter.type_descriptor.annotation
+        kind = KINDS[(get_args(annotation) or (annotation,))[0]]
+        names += f" *{kind}*" + ", repeatable" * parameter.multiple
     value = parameter.default
     default = (
         "required" if parameter.required else "" if value in (None, "", False, []) else f"`{value}`"

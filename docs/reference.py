@@ -5,6 +5,7 @@ of the modules.
 import ast
 import importlib
 import inspect
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,8 +132,12 @@ def documented(module: str) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """Text for a cell of a table."""
-    return re.sub(r"([|\[\]<])", r"\\\1", text)
+    """Text for a cell of a table: no mark of a table, a link or HTML but in code."""
+    parts = re.split(r"(`+[^`]+`+)", text)
+    return "".join(
+        part if code else re.sub(r"[|\[\]<]", lambda mark: f"&#{ord(mark[0])};", part)
+        for code, part in zip(itertools.cycle([False, True]), parts, strict=False)
+    )
 
 
 def page_of(title: str) -> str:

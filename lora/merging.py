@@ -237,6 +237,8 @@ def merge(
 
     Args:
         cards: At least one card, exactly two for `Slerp`. Ranks, dtypes and modules may differ.
+        strategy: A value such as ``Ties(density=0.2)``, or a name of `STRATEGIES`: ``"average"``,
+            ``"weighted"``, ``"slerp"``, ``"ties"``, ``"dare"``, ``"task_arithmetic"``, ``"cat"``.
         weights: One number per card, default 1. `Average` and `Slerp` take none.
         rank: Largest rank of a merged module. Default: exact, or for `Ties` and `Dare` the parents'
             largest.
