@@ -52,6 +52,10 @@ def save(card: LoRACard, path: PathLike) -> str:
     A reader sees the old file or the new one; after an error the old one is as it was. The same
     card gives the same bytes.
 
+    Raises:
+        CardNotFoundError: The folder is missing.
+        StoreError: The file can't be written.
+
     Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -97,6 +101,19 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
     Args:
         path: A card file.
         verify: The digest that the file must have; it is checked before the file is parsed.
+
+    Raises:
+        CardNotFoundError: Nothing is at the path.
+        StoreError: A folder or a device is.
+        CardFileError: The file is no card, is damaged, or has another digest.
+
+    Examples:
+        >>> import tempfile
+        >>> card = LoRACard("empty", 1, 1.0, [], {})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/empty.lora.arrow"
+        ...     load(path, verify=save(card, path)) == card
+        True
     """
     if verify is not None and not is_digest(verify):
         raise ArgumentError("verify", "a SHA-256 as 64 lower-case hex digits", repr(verify))
@@ -115,7 +132,12 @@ def load(path: PathLike, verify: str | None = None) -> LoRACard:
 
 
 def inspect(path: PathLike) -> Header:
-    """Return all that a card file says, without reading its factors."""
+    """Return all that a card file says, without reading its factors.
+
+    Raises:
+        CardNotFoundError: Nothing is at the path.
+        CardFileError: The file is no card, or is damaged.
+    """
     path = as_path(path)
     with naming(path):
         return read_header(one_batch(_batch(_map(path))))

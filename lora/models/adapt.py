@@ -199,6 +199,14 @@ def fold(model: M, *, narrow: bool = False) -> M:
     Raises:
         UnsupportedModelError: A layer does not compute ``x Wᵀ + b``, or its weight is quantised
             and can't be dequantised.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2)).requires_grad_(False)
+        >>> card = init_card(model, "docs", rank=1, alpha=1.0, target_modules=["0"], seed=0)
+        >>> fold(adapt(model, card))
+        Sequential(
+          (0): Linear(in_features=2, out_features=2, bias=True)
+        )
     """
     layers = _adapted(model)
     result = _rewrite(model, partial(folded, narrow=narrow), layers)
