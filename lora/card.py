@@ -269,6 +269,8 @@ Adapters: TypeAlias = (
 )
 """What is accepted wherever a set of cards is asked for."""
 
+_READERS = "lora.load(path) or import_peft(path) reads one"
+
 
 @dataclass(frozen=True, init=False, repr=False)
 class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
@@ -297,18 +299,18 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
             adapters = (adapters,)
         if isinstance(adapters, Mapping):
             items: Iterable[tuple[Any, Any]] = adapters.items()
-        elif isinstance(adapters, Iterable):
+        elif isinstance(adapters, Iterable) and not isinstance(adapters, str):
             items = ((getattr(card, "name", ""), card) for card in adapters)
         else:
             expected = "a card, a mapping or an iterable of cards"
-            raise ArgumentError("adapter set", expected, shown(adapters))
+            raise ArgumentError("adapter set", expected, shown(adapters), _READERS)
         entries: dict[str, tuple[LoRACard, float]] = {}
         for name, entry in items:
             is_pair = isinstance(entry, tuple) and len(entry) == 2
             card, weight = entry if is_pair else (entry, 1.0)
             if not isinstance(card, LoRACard):
-                where = f"adapter set: {shown(name)}"
-                raise ArgumentError(where, "a card or (card, weight)", shown(entry))
+                where = f"adapter set: {shown(name)}" if name else "adapter set"
+                raise ArgumentError(where, "a card or (card, weight)", shown(entry), _READERS)
             if name != card.name:
                 where = f"adapter set: key {shown(name)}"
                 raise ArgumentError(where, "the card's own name", repr(card.name))

@@ -50,6 +50,9 @@ NOTHING_TO_SERVE = 3
 OF_USAGE = (ArgumentError, CardError, BadNameError)
 """Errors of a command line, unless they name a file or come from the work itself."""
 
+CARD = (".arrow",)
+"""How the name of a card file ends."""
+
 INPUTS: dict[str, tuple[str, ...]] = {}
 """Commands that may be jobs of a skill factory -> the parameters that are paths they read."""
 
@@ -401,15 +404,20 @@ def check_output(option: str, path: Path | None, endings: Sequence[str] = ()) ->
     """Refuse a file that could not be written once the work is done."""
     if path is None:
         return
-    if endings and path.suffix.lower() not in endings:
-        expected = f"a file that ends in one of {', '.join(endings)}"
-        raise ArgumentError(f"{option} {path}", expected, path.suffix or "no ending")
     if path.is_dir() or not path.parent.is_dir():
         problem = "a folder" if path.is_dir() else f"no folder {path.parent}"
         raise StoreError(f"{option} {path}", "a file in an existing folder", problem)
-    if option == "--out" and path.suffix.lower() == ".safetensors":
-        hint = "lora convert makes such a file of a card"
-        raise ArgumentError(f"{option} {path}", "another ending", ".safetensors", hint)
+    if endings and path.suffix.lower() not in endings:
+        expected = f"a file that ends in {' or '.join(endings)}"
+        hint = "lora convert makes PEFT folders of cards" if endings == CARD else ""
+        raise ArgumentError(f"{option} {path}", expected, path.suffix or "no ending", hint)
+
+
+def check_apart(out: Path, *inputs: Path) -> None:
+    """Refuse an output that would replace what is read."""
+    if out.resolve() in [path.resolve() for path in inputs]:
+        expected, hint = "another place than the inputs'", "it would be overwritten"
+        raise ArgumentError(f"--out {out}", expected, "the place of an input", hint)
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> None:

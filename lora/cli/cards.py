@@ -15,7 +15,9 @@ from rich.text import Text
 
 import lora
 from lora.cli.app import (
+    CARD,
     Result,
+    check_apart,
     check_output,
     check_weights,
     checks_done,
@@ -112,6 +114,10 @@ def _span(parts: Sequence[str]) -> str:
     return f"0…{numbers[-1]}" if is_run and len(numbers) > 2 else ",".join(numbers)
 
 
+_NO_FOLDER = ".bin .pt .pth .ckpt .gguf .json .parquet"
+"""Endings of files of other forms, which are no names for a folder."""
+
+
 def _about(
     *,
     base_model: str | None = None,
@@ -172,7 +178,10 @@ def convert(
     if (overwrite or exact) and ending in (".arrow", ".safetensors"):
         option, hint = "--exact" if exact else "--overwrite", "leave it out: a file is replaced"
         raise ArgumentError(option, "a PEFT folder as --out", str(out), hint)
+    if ending in _NO_FOLDER.split():
+        raise ArgumentError(f"--out {out}", "*.arrow, *.safetensors or a folder's name", ending)
     checks_done()
+    check_apart(out, source)
     with progress_bar(f"converting {source}") as progress:
         options = present(alpha=alpha, layout=layout, part=part)
         card = _saying(_read_card(source, name, **options), about)
@@ -228,7 +237,7 @@ def merge(
     from lora.checks import choice, integer
     from lora.merging import STRATEGIES
 
-    check_output("--out", out)
+    check_output("--out", out, CARD)
     choice(strategy, "--strategy", STRATEGIES)
     known = [field.name for field in fields(STRATEGIES[strategy])]
     options = present(density=density, elect=elect, seed=seed, t=t, normalize=normalize)
@@ -245,6 +254,7 @@ def merge(
     if rank is not None:
         integer(rank, "--rank", 1)
     checks_done()
+    check_apart(out, *cards)
     with progress_bar("merging") as progress:
         parents = [_read_card(path) for path in cards]
         merged = lora.merge(
@@ -305,7 +315,7 @@ def extract(
     from lora.extract import METHODS
     from lora.interop.weights import SafetensorsWeights
 
-    check_output("--out", out)
+    check_output("--out", out, CARD)
     choice(method, "--method", METHODS)
     integer(seed, "--seed", 0)
     if rank is not None:
@@ -319,6 +329,7 @@ def extract(
         expected = "one of --rank, --energy, --error"
         raise ArgumentError("lora extract", expected, f"{len(rules)} of them")
     checks_done()
+    check_apart(out, tuned, base or tuned)
     weights = SafetensorsWeights(tuned)
     with progress_bar(f"extracting {tuned}") as progress:
         options: dict[str, Any] = {
@@ -377,6 +388,7 @@ def fold(
         choice(refusal, "--allow", ["other_base"])
     check_weights(weight, len(cards))
     checks_done()
+    check_apart(out, base, *cards)
     adapters = [_read_card(path) for path in cards]
     options = {"strict": strict, "overwrite": overwrite, "check_base": not allow}
     with progress_bar(f"folding into {base}") as progress:

@@ -17,10 +17,12 @@ from rich.text import Text
 
 import lora
 from lora.cli.app import (
+    CARD,
     NOTHING_TO_SERVE,
     Json,
     Model,
     Result,
+    check_apart,
     check_input,
     check_output,
     checks_done,
@@ -72,6 +74,7 @@ def encode(
             adapter = lora.inspect(cards[0]).name
         check_output("--out", out)
         checks_done()
+        check_apart(out, parquet)
         options = {"column": column, "adapter": adapter, "route": route}
         return _encode_parquet(parquet, out, cards=cards, model=model, **options)
     if adapter is not None or route:
@@ -298,7 +301,7 @@ def train(
     from lora.training import train as training
     from lora.training.data import Pairs, docstring_pairs
 
-    check_output("--out", out)
+    check_output("--out", out, CARD)
     check_output("--checkpoint", checkpoint)
     check_output("--plot", plot, FORMATS)
     known = (*training.PRESETS, *PRESETS)
@@ -312,6 +315,7 @@ def train(
     settings = training.PRESETS.get(preset or "", training.Settings())
     settings = replace(settings, **present(loss=loss, schedule=schedule, warmup=warmup))
     checks_done()
+    check_apart(out, Path(data))
     with waiting(f"reading {data}"):
         pairs = docstring_pairs() if data == "stdlib" else Pairs.load(data)
     engine = _engine(model)

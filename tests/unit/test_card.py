@@ -161,6 +161,10 @@ SETS = {
     "weight of 'docs': expected a finite number, found nan": {"docs": (card(), float("nan"))},
     r"expected a card or \(card, weight\)": {"docs": (card(), 1.0, 2.0)},
     "expected a card, a mapping or an iterable of cards, found 5": 5,
+    r"^adapter set: expected a card, .* found 'docs'; lora.load\(path\) or import_peft": "docs",
+    r"^adapter set: expected .* found 'a'; lora.load\(path\) or import_peft\(path\) reads one$": [
+        "a"
+    ],
     "'docs': expected one card per name": [card(), card(alpha=8.0)],
 }
 

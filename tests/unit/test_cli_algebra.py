@@ -296,7 +296,25 @@ def test_convert_does_what_its_options_say_or_refuses_them(shell, folder):
         f"{EXTRACT} --name=": "card name: expected non-empty",
         f"{EXTRACT} --rank 2 --energy 0.5": "one of --rank, --energy, --error, found 2 of them",
         "merge docs.lora.arrow -o none/x.lora.arrow": "found no folder none",
-        "merge docs.lora.arrow -o x.safetensors": "expected another ending, found .safetensors",
+        "merge docs.lora.arrow -o x.safetensors": "expected a file that ends in .arrow, found "
+        ".safetensors; lora convert makes PEFT folders of cards\n",
+        "merge docs.lora.arrow -o peft-out/": "--out peft-out: expected a file that ends in "
+        ".arrow, found no ending; lora convert",
+        "convert docs.lora.arrow -o model.bin": "--out model.bin: expected *.arrow, *.safetensors "
+        "or a folder's name, found .bin\n",
+        **{
+            f"{line} -o {out}": f"--out {out}: expected another place than the inputs', found "
+            "the place of an input; it would be overwritten\n"
+            for line, out in {
+                "merge docs.lora.arrow law.lora.arrow": "base/../law.lora.arrow",
+                "convert docs.lora.arrow": "docs.lora.arrow",
+                "convert base": "base",
+                "extract base --base docs.lora.arrow": "docs.lora.arrow",
+                "fold base docs.lora.arrow --overwrite": "base",
+                "train law.lora.arrow --name a": "law.lora.arrow",
+                "encode --parquet law.parquet": "law.parquet",
+            }.items()
+        },
         "conformance --only R4.4 --json-file none/x.json": "found no folder none",
         "probe latin.txt": "latin.txt: expected text in UTF-8",
         "probe none.txt": "lora: none.txt: no such file or directory (expected text in UTF-8)\n",
@@ -308,12 +326,12 @@ def test_convert_does_what_its_options_say_or_refuses_them(shell, folder):
 )
 def test_what_can_not_be_done_is_refused_in_one_line_before_the_work(shell, folder, command, said):
     (folder / "latin.txt").write_bytes(b"caf\xe9")
-    before = set(folder.iterdir())
+    before = {path: path.is_file() and path.read_bytes() for path in folder.iterdir()}
     done = shell(*command.split())
-    needs_files = any(word in said for word in ("folder", "UTF-8", "card name", "source"))
+    needs_files = re.search("folder( |$)|UTF-8|card name|source|an input", said)
     assert (done.returncode, done.stdout) == (1 if needs_files else 2, "")
     assert (done.stderr.count("\n"), said in done.stderr) == (1, True), done.stderr
-    assert set(folder.iterdir()) == before
+    assert {path: path.is_file() and path.read_bytes() for path in folder.iterdir()} == before
 
 
 @requirement("R25.2", "R20.10", "R26.7")
