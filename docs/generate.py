@@ -120,7 +120,7 @@ def command_line() -> str:
                 "",
             ]
         if command.epilog:
-            example = command.epilog.removeprefix("Example: ").replace(", or lora", "\nlora")
+            example = command.epilog.removeprefix("Example: ")
             lines += ["```sh", example, "```", ""]
         if not hasattr(command, "commands"):
             lines += run_of(name)

@@ -175,7 +175,10 @@ def parse_json(
     try:
         value = _decode(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError) as problem:
-        raise error(where, "JSON", problem) from problem
+        place = isinstance(problem, json.JSONDecodeError) and (
+            f"a syntax error at line {problem.lineno}, column {problem.colno}"
+        )
+        raise error(where, "JSON", place or problem) from problem
     if not isinstance(value, kind):
         raise error(where, f"a JSON {JSON_NAMES[kind]}", shown(value))
     return value

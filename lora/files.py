@@ -182,9 +182,8 @@ def os_errors(path: Path) -> Iterator[None]:
     except LoRAError:
         raise
     except FileNotFoundError as error:
-        missing, hint = path if path.parent.is_dir() else path.parent, hub_advice(path)
-        problem = f"nothing at {missing}"
-        raise CardNotFoundError(str(path), "an existing path", problem, hint) from error
+        problem = "none" if path.parent.is_dir() else f"no folder {path.parent}"
+        raise CardNotFoundError(str(path), "an existing path", problem, hub_advice(path)) from error
     except (OSError, ValueError) as error:
         raise StoreError(str(path), "a file that can be read or written", error) from error
 

@@ -273,7 +273,7 @@ def require_bound(sites: Mapping[str, Site], card: LoRACard, injection: Injectio
         f"card {card.name!r}",
         "a Linear of the model for at least one of the card's modules",
         f"none (factors for {keys}; targets {targets})",
-        f"the Linears of the model are {listed(sites, 3)}",
+        f"the Linears of the model are {listed(sites, 3)}: the card may be for another one",
     )
 
 

@@ -353,13 +353,24 @@ def main() -> None:
             error.show()  # type: ignore[attr-defined] # the help
             sys.exit(usage)
         if usage:
-            fail(f"{error.format_message()} (--help shows the usage)", usage)  # type: ignore[attr-defined]
+            fail(usage_problem(error), usage)
         if os.environ.get("LORA_DEBUG"):
             raise
         fail(f"internal error: {type(error).__name__}: {error} (LORA_DEBUG=1 shows where)")
     if status == 130:  # typer's own handling of an interrupt
         fail("interrupted", 130)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def usage_problem(error: Any) -> str:
+    """Tell what is wrong with a command line; typer leaves out the value."""
+    rule = error.message.partition("Input should be ")[2]
+    if not rule:
+        return f"{error.format_message()} (--help shows the usage)"
+    expected = re.sub("valid |, unable.*", "", rule.replace("valid integer", "whole number"))
+    expected = re.sub("^(?=greater|less)", "a number ", expected)
+    problem = error.__cause__.errors()[0]
+    return f"{error.param.opts[0]}: expected {expected}, found {problem['input']!r}"
 
 
 def _as_renamed(words: list[str]) -> list[str]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @command("inspect docs.lora.arrow --verify 3b7e…")
 def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) -> Result:
-    """Show what a card file says of itself. Its weights are loaded only to draw them.
+    """Show a card's contents. Its weights are loaded only to draw them.
 
     Args:
         file: A card file.
@@ -160,7 +160,7 @@ def convert(
             diffusers.
         out: *.arrow: a card; *.safetensors; else a PEFT folder.
         name: Name of the card; the source's if omitted.
-        alpha: Of a .safetensors file that does not say it.
+        alpha: Alpha, if the .safetensors file has none.
         layout: Of a .safetensors file that fits both: linear or matrix.
         part: Of a file of kohya or diffusers for several models: the one to read.
         overwrite: Replace a PEFT folder that is there.
@@ -199,7 +199,7 @@ def convert(
 
 
 @command(
-    "merge docs.lora.arrow law.lora.arrow -o both.lora.arrow --strategy ties --density 0.3",
+    "merge docs.lora.arrow law.lora.arrow -o both.lora.arrow",
     inputs=["cards"],
     about=_about,
 )
@@ -226,7 +226,7 @@ def merge(
     Args:
         cards: Card files, PEFT folders, or what else convert reads.
         strategy: average, weighted, slerp, ties, dare, task_arithmetic or cat.
-        weight: Of a card; once for each, in their order.
+        weight: Weight of a card; repeat once per card, in order.
         rank: Largest rank. If omitted: exact; for ties and dare, the parents' largest.
         density: Of ties and dare: the share of entries kept.
         elect: Of ties: signs by 'mass' or by 'count'.
@@ -243,8 +243,9 @@ def merge(
     options = present(density=density, elect=elect, seed=seed, t=t, normalize=normalize)
     for option in options:
         if option not in known:
-            expected = f"an option of {strategy}: {known or 'it has none'}"
-            raise ArgumentError(f"--{option}", expected, option)
+            takers = ", ".join(n for n, rule in STRATEGIES.items() if hasattr(rule, option))
+            hint = f"it is for {takers}"
+            raise ArgumentError(f"--{option}", f"none for {strategy}", options[option], hint)
     rule = STRATEGIES[strategy](**options)
     check_weights(weight, len(cards))
     if weight and strategy in ("average", "slerp"):
@@ -361,7 +362,7 @@ def extract(
     return Result(facts, text)
 
 
-@command("fold model/ docs.lora.arrow law.lora.arrow --weight 1 --weight 0.5 -o merged/")
+@command("fold model/ docs.lora.arrow --weight 0.5 -o merged/")
 def fold(
     base: Path,
     cards: list[Path],
@@ -377,7 +378,7 @@ def fold(
     Args:
         base: A model's folder, with safetensors files.
         cards: Card files, PEFT folders, or what else convert reads.
-        weight: Of a card; once for each, in their order.
+        weight: Weight of a card; repeat once per card, in order.
         strict: Refuse a card that names anything the base does not have.
         overwrite: Replace a checkpoint that is there; any other file in its folder is an error.
         allow: Waive a refusal: other_base, of a card whose fingerprint is another base's.

@@ -66,7 +66,7 @@ def evolve(
     dry_run: bool = False,
     model: Model = None,
 ) -> Result:
-    """Make one skill of documents. It goes live if it beats every alternative; exit 3 if not.
+    """Train a card from documents. It goes live if it beats every alternative; exit 3 if not.
 
     Args:
         documents: Folder of Python files and prose; or a file of logged pairs.
@@ -190,7 +190,7 @@ Root = Annotated[Path, typer.Option("--root", help="Folder of the factory.")]
 
 
 @command(
-    "factory add --priority 5 -- train pairs.jsonl --name docs --preset quick",
+    "factory add -- train pairs.jsonl --name docs --preset quick",
     group=factory,
     name="add",
     settings={"ignore_unknown_options": True, "allow_interspersed_args": False},

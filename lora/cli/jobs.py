@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from lora.card import AdapterSet
-from lora.cli.app import INPUTS, ChecksPassed, app, checking
+from lora.cli.app import INPUTS, ChecksPassed, app, checking, usage_problem
 from lora.errors import ArgumentError, LoRAError, shown
 from lora.evolution.queue import Job
 from lora.evolution.worker import content_id
@@ -91,8 +91,8 @@ def _checked(parser: Any, command: str, words: list[str]) -> dict[str, Any]:
     except Exception as error:
         if getattr(error, "exit_code", None) != 2:
             raise
-        message = error.format_message()  # type: ignore[attr-defined]
-        raise ArgumentError(f"lora {command}", "arguments that it takes", message) from error
+        expected = "arguments that it takes"
+        raise ArgumentError(f"lora {command}", expected, usage_problem(error)) from error
     finally:
         checking.set(False)
 

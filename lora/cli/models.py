@@ -42,7 +42,7 @@ TEXTS = 256
 """Other texts that are encoded at a time; of more there is a bar."""
 
 
-@command("encode 'read a file' --card docs.lora.arrow --out embeddings.npy")
+@command("encode 'read a file' --card docs.lora.arrow --out texts.npy")
 def encode(
     texts: list[str] | None = None,
     *,
@@ -146,7 +146,7 @@ def _encode_parquet(source: Path, out: Path, **options: Any) -> Result:
     return Result({"file": str(out), "rows": rows}, f"{out}: {rows} rows")
 
 
-@command("route 'how do I open a file' --card docs.lora.arrow --threshold 0.3")
+@command("route 'how do I open a file' --card docs.lora.arrow")
 def route(
     query: str,
     *,
@@ -205,7 +205,7 @@ def route(
     return Result(facts, text or None)
 
 
-@command("probe sentences.txt, or lora probe --base base/ --tuned tuned/ --rank 8")
+@command("probe sentences.txt")
 def probe(
     texts: Path | None = None,
     *,
@@ -255,9 +255,7 @@ def probe(
     return Result(facts, Group(table_of(blocks), Text(tail)))
 
 
-@command(
-    "train pairs.jsonl --name docs --out docs.lora.arrow --preset quick", inputs=["data", "model"]
-)
+@command("train pairs.jsonl --name new -o new.lora.arrow --preset quick", inputs=["data", "model"])
 def train(
     data: str,
     *,

@@ -15,7 +15,7 @@ from lora.cli.app import Json, Result, check_output, command, printable, progres
 from lora.errors import StoreError
 
 
-@command("conformance --binding my_package.binding:BINDING --only R4 --json-file verdicts.json")
+@command("conformance --binding my_package.binding:BINDING --only R4")
 def conformance(
     *,
     binding: str | None = None,

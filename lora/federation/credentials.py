@@ -62,7 +62,8 @@ def check_location(location: str, credentials: Credentials) -> tuple[bool, str, 
         host, port = parts.hostname or "", parts.port or 0
     # Nothing but these parts: gRPC would ignore a path or a user, and choose a missing port itself.
     if not host or location.lower() != flight_uri(host, port, tls=tls).lower():
-        raise ArgumentError("location", "grpc://host:port or grpc+tls://host:port", repr(location))
+        expected = "grpc://host:port or grpc+tls://host:port, with a port below 65536"
+        raise ArgumentError("location", expected, repr(location))
     if credentials.token and not (tls or credentials.insecure_token or is_loopback(host)):
         hint = "use grpc+tls://, or let others on the way read it: `insecure_token=True`"
         raise ArgumentError("token", "TLS beyond loopback", location, hint)

@@ -77,6 +77,7 @@ _FORMATS = {
     "*.gguf": ("GGUF", "use the PEFT folder that it was converted from"),
     _UNFINISHED: ("an export that was killed", "export again, with `overwrite=True`"),
     f"*/{CONFIG}": ("adapters in subfolders", "name one of the subfolders"),
+    "config.json": ("the folder of a model", "lora extract makes a card of it and of its base"),
 }
 """A key of a configuration, or the name of a file -> (what the folder holds, the way to go)."""
 
@@ -153,7 +154,11 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
         is_pickle = not (folder / WEIGHTS).exists() and (folder / PICKLE).exists()
     if "peft_type" not in config:
         kind, contents = (CardFileError, "no peft_type") if config else (CardNotFoundError, "none")
-        contents, hint = next(map(_FORMATS.__getitem__, files), (contents, ""))
+        default = (
+            contents,
+            "PEFT's save_pretrained writes it" if folder.exists() else "no such folder",
+        )
+        contents, hint = next(map(_FORMATS.__getitem__, files), default)
         raise kind(str(folder / CONFIG), "a PEFT configuration", contents, hint)
     with naming(folder / CONFIG):
         check_plain(config)

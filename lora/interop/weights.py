@@ -93,7 +93,8 @@ def open_safetensors(
             with safe_open(path, framework=framework) as file:
                 yield file
     except SafetensorError as problem:
-        raise error(str(path), "a safetensors file", problem) from problem
+        broken = "one that is broken or cut off; fetch it or save it again"
+        raise error(str(path), "a safetensors file", broken) from problem
 
 
 def _names(path: Path) -> list[str]:

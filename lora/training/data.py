@@ -107,7 +107,8 @@ class Pairs:
             else:
                 table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(str(path), "an Arrow, Parquet or JSONL file", error) from error
+            problem = error if getattr(error, "errno", 0) else "another form, or a broken file"
+            raise DataError(str(path), "an Arrow, Parquet or JSONL file", problem) from error
         return _pairs(_table_rows(table, str(path)))
 
     @staticmethod

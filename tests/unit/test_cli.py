@@ -484,6 +484,7 @@ def test_the_help_of_every_command_has_an_example_that_it_understands(here, comm
     assert (code, err) == (0, "")
     example = " ".join(out[out.index("Example:") :].split())
     assert example.startswith(f"Example: lora {command} ")
+    assert f"\n  {EVERY[command].epilog}\n" in out  # in one line, to be copied
     options = re.findall(r"--[a-z-]+", example.partition(" -- ")[0])  # behind it a job's own
     parameters = {name for p in EVERY[command].params for name in p.opts}
     assert set(options) <= parameters

@@ -110,7 +110,7 @@ def test_merge_writes_the_card_that_the_library_merges(shell, folder):
     ("options", "said"),
     {
         "--strategy mean": "--strategy: expected one of average, weighted",
-        "--density 0.5": "--density: expected an option of average",
+        "--density 0.5": "--density: expected none for average, found 0.5; it is for ties, dare\n",
         "--strategy ties --density 2": "ties: density: expected",
         "--strategy weighted --weight 1": "--weight: expected one for each of 2 cards, found 1",
         "--rank 0": "--rank: expected an integer >= 1",

@@ -68,7 +68,13 @@ USAGE = {
     "convert docs.lora.arrow -o b.lora.arrow --layout x": "--layout: expected one of linear",
     "route a --card docs.lora.arrow --threshold 2": "--threshold",
     "serve . --metrics-port 65536": "--metrics-port",
-    "fetch a --peer x": "grpc://host:port",
+    "fetch a --peer localhost:99999": "with a port below 65536, found",
+    "merge a -o a.lora.arrow --rank big": "lora: --rank: expected a whole number, found 'big'\n",
+    "merge a -o a.lora.arrow --density x": "lora: --density: expected a number, found 'x'\n",
+    "merge a -o a.lora.arrow --weight y": "lora: --weight: expected a number, found 'y'\n",
+    "serve . --port x": "lora: --port: expected a whole number, found 'x'\n",
+    "serve . --port 65536": "--port: expected a number less than or equal to 65535, found '65536'",
+    "factory add merge a --name a --rank x": "takes, found --rank: expected a whole number, found",
 }
 """What no file could put right -> words of the error."""
 
@@ -89,6 +95,13 @@ FILES = {
     "eval docs.lora.arrow --pairs none.jsonl": "none.jsonl",
     "eval docs.lora.arrow --pairs pairs.jsonl": "at least 10 pairs, found 4",
     "evolve none": "none: expected a folder of documents",
+    "convert empty -o a.lora.arrow": "none; PEFT's save_pretrained writes it\n",
+    "convert model -o a.lora.arrow": "found the folder of a model; lora extract makes a card of",
+    "convert json -o a.lora.arrow": "expected JSON, found a syntax error at line 2, column 3\n",
+    "convert cut.safetensors -o a.lora.arrow": "found one that is broken or cut off; fetch it or",
+    "eval docs.lora.arrow --pairs cut.arrow": "found another form, or a broken file\n",
+    "eval docs.lora.arrow --pairs texts.parquet": "found another form, or a broken file\n",
+    "inspect cut": "lora: cut: expected an existing path, found none\n",
     "evolve . --cards none": "none: expected a folder of live cards",
     "evolve . --answers none.jsonl": "none.jsonl: expected a file of answers",
     "evolve . --questions none.jsonl": "none.jsonl: expected a file of routing checks",
@@ -118,6 +131,11 @@ def folder(tmp_path, monkeypatch):
     Pairs.of({"query": f"q{i}", "positive": f"p{i}"} for i in range(4)).save(Path("pairs.jsonl"))
     Path("texts.txt").write_text("open a file")
     Path("texts.parquet").touch()
+    for name in ("empty/a", "model/config.json", "json/adapter_config.json"):
+        Path(name).parent.mkdir()
+        Path(name).write_text("{\n  oops")
+    for name in ("cut.safetensors", "cut.arrow"):
+        Path(name).write_text("abcdefgh")
     return tmp_path
 
 

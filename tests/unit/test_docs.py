@@ -869,7 +869,7 @@ def every(command):
 
 
 def example(command):
-    return (command.epilog or "").removeprefix("Example: ").replace(", or lora", "\nlora")
+    return (command.epilog or "").removeprefix("Example: ")
 
 
 def named_in(starts, words):

@@ -355,14 +355,14 @@ print(json.dumps(lora.save(lora.load(sys.argv[1]), sys.argv[2])))
 
 @requirement("R7.1")
 def test_a_missing_file_is_named(tmp_path, path):
-    message = "expected an existing path, found nothing at"
+    message = "expected an existing path, found none$"
     for read in (lora.load, lora.inspect, lora.digest):
         with pytest.raises(CardNotFoundError, match=message) as caught:
             read(path)
         assert caught.value.where == str(path)
         with pytest.raises(CardNotFoundError) as caught:
             read(tmp_path / "gone" / "card.lora.arrow")
-        assert caught.value.found == f"nothing at {tmp_path / 'gone'}"
+        assert caught.value.found == f"no folder {tmp_path / 'gone'}"
     with pytest.raises(CardNotFoundError, match="gone"):
         lora.save(a_card(), tmp_path / "gone" / "card.lora.arrow")
 
