@@ -107,9 +107,9 @@ scalings = st.floats(-8, 8, width=32) | st.sampled_from([0.0, 1.0, -0.0, 5e-324,
 
 
 def laid_out(array: Array, order: str) -> Array:
-    """Return an equal array in row-major ("C") or column-major ("F") order, or a view ("A")."""
+    """Return an equal array in row-major ("C") or column-major ("F") order, or backwards ("A")."""
     if order == "A":
-        return np.repeat(array, 2, axis=-1)[..., ::2]
+        return np.flip(np.repeat(np.flip(array), 2, axis=-1)[..., ::2])
     return np.array(array, order=order)  # type: ignore[call-overload, no-any-return]
 
 
