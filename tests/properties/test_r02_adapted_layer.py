@@ -20,6 +20,7 @@ from lora.models.adapt import adapt, fold
 from lora.models.layers import LoRALinear, TrainableLinear, add_low_rank
 from lora.models.rows import RowLinear, rows
 from lora.testing.binding import Term
+from lora.testing.domains import limit
 from lora.testing.plugin import requirement
 from lora.testing.reference import array_of, linear_of, tensor_of
 from lora.testing.strategies import (
@@ -141,6 +142,7 @@ def test_sums_are_accumulated_in_float32_or_better(impl, data, dtype, ones):
 )
 def test_any_leading_dimensions_are_those_of_the_rows_laid_out(impl, data, layer, lead):
     x, weight, bias, terms = layer
+    bias = np.ones(len(weight), x.dtype) if bias is None else bias
     x = data.draw(integers(x.dtype, (*lead, weight.shape[1])))
     out = impl.forward(x, weight, bias, terms)
     assert out.shape == (*lead, weight.shape[0])
@@ -148,6 +150,9 @@ def test_any_leading_dimensions_are_those_of_the_rows_laid_out(impl, data, layer
     flat = impl.forward(rows, weight, bias, terms)
     where = exactly(rows, weight, bias, terms.values())
     assert np.array_equal(out.reshape(flat.shape)[where], flat[where])
+    if limit("forward", "dimensions", 1) == 1:
+        for row, want, is_exact in zip(rows[:1], flat, where, strict=False):
+            assert np.array_equal(impl.forward(row, weight, bias, terms)[is_exact], want[is_exact])
 
 
 @requirement("R2.2", kind="law")
@@ -170,6 +175,18 @@ def test_no_digit_is_lost_before_it_is_multiplied(impl, dtype, seed):
     x, weight, bias, a, b = (rng.uniform(1, 2, shape).astype(dtype) for shape in shapes)
     terms = {"a": Term(a, b, 1 / 3, -0.7)}
     check(impl.forward(x, weight, bias, terms), x, weight, bias, terms.values())
+
+
+@requirement("R2.2", kind="law")
+@given(layer=layers(min_terms=1, max_terms=1, whole=True), data=st.data())
+def test_nothing_is_remembered_of_factors_that_were_used_before(impl, layer, data):
+    """The two calls differ in one entry of the factors of one name, changed where they lie."""
+    x, weight, bias, terms = layer
+    (term,) = terms.values()
+    impl.forward(x, weight, bias, terms)
+    factor = data.draw(st.sampled_from([term.A, term.B]))
+    factor[data.draw(st.tuples(*(st.integers(0, size - 1) for size in factor.shape)))] *= -2
+    check(impl.forward(x, weight, bias, terms), x, weight, bias, [term])
 
 
 @requirement("R2.6", kind="law")
@@ -225,6 +242,19 @@ def test_with_b_zero_the_output_is_the_bases_wherever_x_a_is_finite(impl, drawn,
         out = impl.forward(x, weight, bias, {"a": zero, "b": zero} if twice else {"a": zero})
         base = impl.forward(x, weight, bias, {})
     assert np.array_equal(out[finite], base[finite], equal_nan=True)
+
+
+@requirement("R2.9", kind="law")
+@given(data=st.data(), dtype=layer_dtypes(), rank=ranks, scale=st.sampled_from([1e5, -1e30]))
+def test_with_b_zero_a_scaling_beyond_a_narrow_dtype_changes_nothing(
+    impl, data, dtype, rank, scale
+):
+    rows, columns = data.draw(features), data.draw(features)
+    x, weight = data.draw(numbers(dtype, (2, rows))), data.draw(numbers(dtype, (columns, rows)))
+    a = data.draw(numbers(dtype, (rows, rank)))
+    terms = {"a": Term(a, np.zeros((rank, columns), dtype), scale, 1.0)}
+    base = impl.forward(x, weight, None, {})
+    assert np.array_equal(impl.forward(x, weight, None, terms), base)
 
 
 @st.composite
