@@ -129,6 +129,7 @@ def test_the_order_of_names_and_targets_changes_no_match(impl, drawn, data):
 def test_layer_1_is_never_layer_11(impl, number, digit, leaf, deep):
     prefix = "encoder.layer." if deep else ""
     names = [f"{prefix}{number}.{leaf}", f"{prefix}{digit}{number}.{leaf}"]
+    names += [f"{prefix}{number}-{leaf}"]
     assert impl.match_targets(names, [f"{number}.{leaf}"]) == names[:1]
 
 
