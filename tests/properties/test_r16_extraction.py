@@ -211,6 +211,14 @@ def test_a_difference_of_no_higher_rank_is_extracted_exactly(impl, models):
     assert_exact(impl, *models)
 
 
+@requirement("R16.3", kind="law")
+@given(models=low_rank_models(), dtype=dtypes)
+def test_a_base_of_another_dtype_takes_no_digit_from_the_tuned_model(impl, models, dtype):
+    """The base holds small whole numbers, which every dtype does."""
+    base, *rest = models
+    assert_exact(impl, {key: weight.astype(dtype) for key, weight in base.items()}, *rest)
+
+
 @requirement("R16.2", kind="law")
 @given(models=models(), more=st.integers(0, 20))
 def test_at_full_rank_nothing_is_lost(impl, models, more):
