@@ -101,7 +101,10 @@ FAILURES |= failures(
     (
         "a sum of 0 elects plus",
         "utils/merge_utils.py:124",
-        "R20.6 where_signs_balance_ties_elects_nothing",
+        """
+        R20.6 where_signs_balance_ties_elects_nothing
+        R20.6 where_some_signs_balance_ties_elects_nothing_there
+        """,
     ),
     (
         "DARE draws masks one after the other from torch's generator, by 32 bits of a seed",
