@@ -109,7 +109,7 @@ scalings = st.floats(-8, 8, width=32) | st.sampled_from([0.0, 1.0, -0.0, 5e-324,
 def laid_out(array: Array, order: str) -> Array:
     """Return an equal array in row-major ("C") or column-major ("F") order, or backwards ("A")."""
     if order == "A":
-        return np.flip(np.repeat(np.flip(array), 2, axis=-1)[..., ::2])
+        return np.flip(np.repeat(np.flip(array), 2, -1)[..., ::2])
     return np.array(array, order=order)  # type: ignore[call-overload, no-any-return]
 
 
@@ -133,7 +133,7 @@ def numbers(
 ) -> st.SearchStrategy[Array]:
     """An array of finite numbers of `dtype`, zeros of both signs among them."""
     elements = st.floats(-largest, largest, width=16) | st.sampled_from([0.0, -0.0, 1.0])
-    return hnp.arrays(np.float64, shape, elements=elements).map(lambda array: array.astype(dtype))
+    return hnp.arrays(float, shape, elements=elements).map(lambda array: array.astype(dtype))
 
 
 def integers(
@@ -141,7 +141,7 @@ def integers(
 ) -> st.SearchStrategy[Array]:
     """An array of small integers of `dtype`: sums and products of them are exact."""
     whole = st.integers(-largest, largest)
-    return hnp.arrays(np.int64, shape, elements=whole).map(lambda array: array.astype(dtype))
+    return hnp.arrays(int, shape, elements=whole).map(lambda array: array.astype(dtype))
 
 
 @st.composite
@@ -214,7 +214,7 @@ def layers(
     bias = draw(st.none() | elements(dtype, (columns,)))
     terms: dict[str, Term] = {}
     for name in draw(st.lists(names, min_size=min_terms, max_size=max_terms, unique=True)):
-        rank = draw(st.one_of(ranks, st.just(min(rows, columns))))
+        rank = draw(ranks | st.just(min(rows, columns)))
         scale = draw(scales)
         weighted = draw(
             st.sampled_from([1.0, 0.0, 2.0, -1.0]) if whole else st.floats(-2, 2, width=16)
