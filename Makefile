@@ -48,13 +48,13 @@ sharp: $(VENV)/.test
 sharp-sample: $(VENV)/.test
 	$(BIN)/python -m tests.sharp --seconds 180
 
-# This library beside its peers, ten minutes on two cores, and the README's table of it.
+# This library beside its peers, about twenty minutes on two cores, and the README's table of it.
 BENCH := forward lifecycle routing throughput merge_extract training fetching commands
 bench: $(VENV)/.test
 	$(BIN)/lora bench $(BENCH:%=--only %) --out $(VENV)/bench.json
 	$(BIN)/python docs/figures.py $(VENV)/bench.json
 
-# The same, and how cost grows, and any model with a checkpoint of 2 GB: half an hour.
+# The same, and how cost grows, and any model with a checkpoint of 2 GB: ten to twenty minutes more.
 bench-all: BENCH += growth models
 bench-all: bench
 
