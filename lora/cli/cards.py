@@ -114,10 +114,6 @@ def _span(parts: Sequence[str]) -> str:
     return f"0…{numbers[-1]}" if is_run and len(numbers) > 2 else ",".join(numbers)
 
 
-_NO_FOLDER = ".bin .pt .pth .ckpt .gguf .json .parquet"
-"""Endings of files of other forms, which are no names for a folder."""
-
-
 def _about(
     *,
     base_model: str | None = None,
@@ -175,10 +171,11 @@ def convert(
     if layout is not None:
         choice(layout, "--layout", LAYOUTS)
     ending = out.suffix.lower()
-    if (overwrite or exact) and ending in (".arrow", ".safetensors"):
+    is_file = ending in (".arrow", ".safetensors")
+    if (overwrite or exact) and is_file:
         option, hint = "--exact" if exact else "--overwrite", "leave it out: a file is replaced"
         raise ArgumentError(option, "a PEFT folder as --out", str(out), hint)
-    if ending in _NO_FOLDER.split():
+    if ending[1:].isalpha() and not is_file:  # a slip, or the form of another program
         raise ArgumentError(f"--out {out}", "*.arrow, *.safetensors or a folder's name", ending)
     checks_done()
     check_apart(out, source)
@@ -194,7 +191,8 @@ def convert(
             export_peft(card, out, overwrite=overwrite, exact=exact)
         progress(2, 2)
     facts = {"file": str(out), "name": card.name, "rank": card.rank, "modules": len(card.weights)}
-    text = f"{out}: card {card.name}, {len(card.weights)} modules, rank {card.rank}"
+    where = out if is_file else f"{out}/"
+    text = f"{where}: card {card.name}, {len(card.weights)} modules, rank {card.rank}"
     return Result(facts, text)
 
 

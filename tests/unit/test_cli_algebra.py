@@ -216,6 +216,8 @@ def test_convert_goes_to_peft_and_to_safetensors_and_back(shell, folder):
         for source, target in (("docs.lora.arrow", there), (there, "back.lora.arrow")):
             done = shell("convert", source, "-o", target)
             assert done.returncode == 0, done.stderr
+            shown = f"{target}/" if target == "peft-docs" else target
+            assert done.stdout.startswith(f"{shown}: card docs, ")
         back, card = lora.load(folder / "back.lora.arrow"), card_of("docs", 1)
         assert back.name == "docs"
         assert all(np.array_equal(back.weights[m].A, card.weights[m].A) for m in card.weights)
@@ -302,6 +304,7 @@ def test_convert_does_what_its_options_say_or_refuses_them(shell, folder):
         ".arrow, found no ending; lora convert",
         "convert docs.lora.arrow -o model.bin": "--out model.bin: expected *.arrow, *.safetensors "
         "or a folder's name, found .bin\n",
+        "convert docs.lora.arrow -o x.lora.arow": "or a folder's name, found .arow\n",
         **{
             f"{line} -o {out}": f"--out {out}: expected another place than the inputs', found "
             "the place of an input; it would be overwritten\n"
