@@ -218,7 +218,7 @@ def merge(
 ) -> Result:
     """Merge cards into one, by what they do to the weights.
 
-    Metadata on which all cards agree are kept. Where the cards' base has several names or
+    Metadata that all cards share is kept. Where the cards' base has several names or
     revisions, --base-model names it.
 
     Args:
@@ -298,7 +298,7 @@ def extract(
     name: str | None = None,
     about: dict[str, Any],
 ) -> Result:
-    """Make a card from a fine-tuned model, of what changed. Without --base: of its weights.
+    """Make a card from what fine-tuning changed. Without --base: from the weights themselves.
 
     Args:
         tuned: Weights: a .safetensors file, an index of shards, or a model's folder.

@@ -157,7 +157,7 @@ def route(
     model: Model = None,
     as_json: Json = False,
 ) -> Result:
-    """Find the cards for a query by what they say of themselves. Print nothing if none fits.
+    """Find the cards whose descriptions match a query. Print nothing if none fits.
 
     Args:
         query: What to find a card for.
@@ -215,7 +215,7 @@ def probe(
     share: float = 0.5,
     model: Model = None,
 ) -> Result:
-    """Rank a model's layers. By what they do to texts, or by how far they moved between two models.
+    """Rank a model's layers by their effect on texts. With --base: by how far the weights moved.
 
     Args:
         texts: A text a line; standard input if omitted.
