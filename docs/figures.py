@@ -101,7 +101,7 @@ COMPARED: Sequence[tuple[str, str, str, str, str]] = (
         "a merged checkpoint of 2.0 GB, r16 all Linears",
         "fold_checkpoint",
         "copytree",
-        "merge a card into a checkpoint of 2 GB",
+        "fold a card into a checkpoint of 2 GB",
     ),
 )
 """What the README tells: script, figure, side, peer, and its name there."""

@@ -1,5 +1,5 @@
-"""Links to where a page is edited, in a build of the site that is told `REPO_URL`; and names of
-tests that break between words.
+"""Links to where a page is edited, in a build of the site that is told `REPO_URL`; names of tests
+that break between words; and what a picture shows, below it.
 """
 
 import re
@@ -21,9 +21,13 @@ def on_page_context(context: Any, page: Any, **_: Any) -> Any:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Let the name of a test break after an underscore, a slash or colons, not within a word."""
-    return re.sub(
+    """Let the name of a test break after an underscore, a slash or colons, not within a word; and
+    write below a picture in two themes what it shows.
+    """
+    html = re.sub(
         r"<code>[\w./]+::\w+</code>",
         lambda name: re.sub(r"(_|(?<!<)/|::)(?=\w)", r"\1<wbr>", name[0]),
         html,
     )
+    pictures = r'<p>(<img alt="([^"]+)"[^>]+#only-light"[^>]*>\s*<img [^>]+#only-dark"[^>]*>)</p>'
+    return re.sub(pictures, r"<figure>\1<figcaption>\2</figcaption></figure>", html)

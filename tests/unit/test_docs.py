@@ -446,6 +446,9 @@ def test_pages_written_by_hand_have_links_to_edit_them_and_names_of_tests_break_
     html = "<code>unit/test_a.py::test_b</code> <code>a_b</code>"
     shown = "unit/<wbr>test_<wbr>a.py::<wbr>test_<wbr>b"
     assert hooks.on_page_content(html) == f"<code>{shown}</code> <code>a_b</code>"
+    pair = '<img alt="Time" src="a.svg#only-light"/>\n<img alt="Time" src="b.svg#only-dark"/>'
+    figure = f"<figure>{pair}<figcaption>Time</figcaption></figure>"
+    assert hooks.on_page_content(f"<p>{pair}</p>") == figure
 
 
 # ---- the reference
