@@ -686,8 +686,9 @@ def ties_by_hand(parts, weights, density, elect):
 )
 def test_ties_is_the_weighted_mean_of_what_agrees_after_trimming(impl, cards, density, elect, data):
     weights = [data.draw(st.sampled_from(SIGNED)) for _ in cards]
+    named = data.draw(st.sampled_from([cards, of_one_name(cards)]))
     options = {"density": density, "elect": elect}
-    merged = impl.merge(of_one_name(cards), "ties", options, weights, FULL)
+    merged = impl.merge(named, "ties", options, weights, FULL)
 
     def by_hand(module, shape):
         parts = [change(card, module, shape) for card in cards]
