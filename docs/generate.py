@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -127,30 +128,41 @@ def command_line() -> str:
     return "\n".join(lines)
 
 
+@cache
+def shown_runs() -> list[tuple[Path, Any, list[str]]]:
+    """Blocks of commands that a page shows with what they print: page, block, commands of ours."""
+    written = [path for path in (ROOT / "docs").rglob("*.md") if path.parent != OUT]
+    return [
+        (path, one, re.findall(r"^lora (?:factory )?\w+", one.code, re.MULTILINE))
+        for path in sorted(written)
+        for one in outputs.examples(path.read_text(encoding="utf-8"))
+        if one.info == "sh" and one.output
+    ]
+
+
 def run_of(name: str) -> list[str]:
     """A run of a command that a page shows with what it prints, of those with the fewest others.
 
     Raises:
         ValueError: No page shows one.
     """
-    runs = []
-    written = [path for path in (ROOT / "docs").rglob("*.md") if path.parent != OUT]
-    for path in sorted(written):
-        text = path.read_text(encoding="utf-8")
-        for one in outputs.examples(text):
-            commands = re.findall(r"^lora (?:factory )?\w+", one.code, re.MULTILINE)
-            if one.info == "sh" and one.output and name in commands:
-                others = sum(command != name for command in commands)
-                runs.append((others, path.parent.name != "how-to", len(one.code), path, one))
+
+    def worth(run: tuple[Path, Any, list[str]]) -> tuple[int, bool, int]:
+        path, one, commands = run
+        others = sum(command != name for command in commands)
+        return others, path.parent.name != "how-to", len(one.code)
+
+    runs = [run for run in shown_runs() if name in run[2]]
     if not runs:
         raise ValueError(f"no page of docs/ shows a run of {name} with what it prints")
-    *_, path, one = min(runs, key=lambda run: run[:3])
+    path, one, _ = min(runs, key=worth)
     title = re.findall("^# (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)[0]
     source = f"A run, from [{title}](../{path.relative_to(ROOT / 'docs').as_posix()}):"
     return [source, "", f"```sh\n{one.code}```", "", f"```text\n{one.output}```", ""]
 
 
 KINDS = {int: "integer", float: "number", str: "text", Path: "path"}
+"""What the value of an option is called on the page of commands."""
 
 
 def _parameter(parameter: Any) -> str:
