@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pairs import Row, figure_row, median_with_interval, ratio_row, run, timed, told
+from pairs import Row, figure_row, median_with_interval, ratio_row, reported_seconds, run, timed
 
 import lora
 from lora.card import LoRACard, LowRank
@@ -114,7 +114,7 @@ def fetching(*, quick: bool) -> Iterator[Row]:
             "raw TCP": lambda: raw(data),
             "SHA-256 alone": lambda: timed(lambda: hashlib.sha256(data)),
         }
-        times = told(sides, 5 if quick else 40)
+        times = reported_seconds(sides, 5 if quick else 40)
         here.send("stop")
         client.join()
         server.kill()

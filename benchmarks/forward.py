@@ -36,8 +36,8 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 
 def model() -> Any:
     """Hugging Face's BertModel with MiniLM's weights."""
-    loaded = BertModel.from_pretrained(get_model_path()).eval().requires_grad_(requires_grad=False)
-    return loaded.to(DEVICE, DTYPE)
+    bert = BertModel.from_pretrained(get_model_path()).eval().requires_grad_(requires_grad=False)
+    return bert.to(DEVICE, DTYPE)
 
 
 def card(base: nn.Module, name: str, rank: int, targets: list[str]) -> LoRACard:
@@ -122,15 +122,15 @@ def one_card(*, quick: bool) -> Iterator[Row]:
     for kind, (rank, targets) in KINDS.items():
         docs = card(base, "docs", rank, targets)
         adapted = lora.adapt(base, docs)
-        made = {"base": base, "LoRALinear": adapted, "PEFT": peft_model([docs])}
+        sides = {"base": base, "LoRALinear": adapted, "PEFT": peft_model([docs])}
         if mb := folded_bytes(adapted) / 2**20:  # not of bfloat16
-            made["folded"] = lora.fold(adapted)
+            sides["folded"] = lora.fold(adapted)
             yield figure_row(
                 "forward", f"memory of the folded copy, {kind}", mb, "MiB", below=50, ids=["R6.5"]
             )
         if rank == 16:
-            made["factored order"] = ordered(lora.adapt(base, docs), math.inf)
-            made["weight-side order"] = ordered(lora.adapt(base, docs), -1)
+            sides["factored order"] = ordered(lora.adapt(base, docs), math.inf)
+            sides["weight-side order"] = ordered(lora.adapt(base, docs), -1)
         mb = sum(pair.A.nbytes + pair.B.nbytes for pair in docs.weights.values()) / 2**20
         yield figure_row(
             "forward", f"memory of the factors, {kind}", mb, "MiB", below=50, ids=["R6.5"]
@@ -140,7 +140,7 @@ def one_card(*, quick: bool) -> Iterator[Row]:
                 continue
             x = tokens(*shape)
             number = 3 if quick else 24 if count < 1000 else 7 if count < 4000 else 6
-            times = rounds({name: calling(module, **x) for name, module in made.items()}, number)
+            times = rounds({name: calling(module, **x) for name, module in sides.items()}, number)
             what = f"one card, {kind}, {count:,} tokens"
             targets_of = {
                 "folded": 0.10 if rank == 16 else 0.05,
@@ -148,7 +148,7 @@ def one_card(*, quick: bool) -> Iterator[Row]:
             }
             if rank == 16 and count < 64:
                 del targets_of["LoRALinear"]
-            for side in [name for name in made if name != "base"]:
+            for side in [name for name in sides if name != "base"]:
                 yield ratio_row(
                     "forward",
                     what,
@@ -161,9 +161,9 @@ def one_card(*, quick: bool) -> Iterator[Row]:
                     adapter=kind,
                     ids=["R6.3", "R6.7", "R2.13"] if side == "LoRALinear" else ["R6.3", "R6.7"],
                 )
-            theirs = calling(made["PEFT"], **x)()
-            for side in made.keys() - {"base", "PEFT"}:
-                agree(calling(made[side], **x)(), theirs)
+            theirs = calling(sides["PEFT"], **x)()
+            for side in sides.keys() - {"base", "PEFT"}:
+                agree(calling(sides[side], **x)(), theirs)
 
 
 def agree(ours: Any, theirs: Any) -> None:
@@ -203,9 +203,9 @@ def three_cards(*, quick: bool) -> Iterator[Row]:
             below = (
                 1.5 if kind == "r8 q,v" and count < 1000 else None
             )  # beyond, one's own is lost in noise
-            told = f"{what}: overhead, of one's"
+            share = f"{what}: overhead, of one's"
             yield figure_row(
-                "forward", told, three / one, "x", below=below, adapter=kind, ids=["R8.6"]
+                "forward", share, three / one, "x", below=below, adapter=kind, ids=["R8.6"]
             )
 
 

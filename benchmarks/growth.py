@@ -42,21 +42,21 @@ TOKENS = 512
 def core(layers: int = 6, width: int = 384) -> InferenceCore:
     """An encoder with random weights; the width is MiniLM's unless it is told."""
     torch.manual_seed(0)
-    made = InferenceCore(EncoderConfig(1000, width, layers, width // 32, 4 * width, 512))
-    return made.requires_grad_(requires_grad=False).eval()
+    model = InferenceCore(EncoderConfig(1000, width, layers, width // 32, 4 * width, 512))
+    return model.requires_grad_(requires_grad=False).eval()
 
 
 def card(model: InferenceCore, rank: int, name: str = "docs") -> LoRACard:
     """All Linears of the encoder."""
-    made = init_card(
+    untrained = init_card(
         model, name, rank=rank, alpha=2.0 * rank, target_modules=["all-linear"], seed=rank
     )
     rng = np.random.default_rng(0)
     pairs = {
         module: LowRank(pair.A, rng.standard_normal(pair.B.shape, np.float32) * np.float32(0.01))
-        for module, pair in made.weights.items()
+        for module, pair in untrained.weights.items()
     }
-    return LoRACard(name, rank, 2.0 * rank, made.target_modules, pairs)
+    return LoRACard(name, rank, 2.0 * rank, untrained.target_modules, pairs)
 
 
 def line(
@@ -64,12 +64,12 @@ def line(
 ) -> Iterator[Row]:
     """Points of one line of a chart, and its slope at the end."""
     times = rounds({str(size): work for size, work in works.items()}, count)
-    found = {size: median_with_interval(times[str(size)]) for size in works}
-    for size, (middle, low, high) in found.items():
+    medians = {size: median_with_interval(times[str(size)]) for size in works}
+    for size, (middle, low, high) in medians.items():
         more = {"interval": [low * 1e3, high * 1e3], "line": name, "against": against, "size": size}
         yield figure_row("growth", f"{name}, {against} {size:,}", middle * 1e3, "ms", **more)
-    *_, one, two = works
-    slope = math.log(found[two][0] / found[one][0]) / math.log(two / one)
+    *_, before, last = works
+    slope = math.log(medians[last][0] / medians[before][0]) / math.log(last / before)
     yield figure_row(
         "growth", f"{name}: slope against {against}", slope, f"({why})", line=name, against=against
     )
@@ -129,11 +129,11 @@ def cards(*, quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for layers in (2, 4) if quick else (2, 4, 8, 16):
             model = core(layers)
-            made = card(model, 8)
+            docs = card(model, 8)
             path = f"{folder}/{layers}.lora.arrow"
-            lora.save(made, path)
+            lora.save(docs, path)
             load[layers] = lambda path=path: lora.load(path)
-            apply[layers] = lambda model=model, made=made: lora.adapt(model, made)
+            apply[layers] = lambda model=model, docs=docs: lora.adapt(model, docs)
         yield from line("load", "layers", load, count, "a fixed cost, then one per module")
         yield from line("adapt", "layers", apply, count, "one copy per module object")
         ranks = (8, 64) if quick else (4, 16, 64, 256, 512)
@@ -152,12 +152,12 @@ def parameters(*, quick: bool) -> Iterator[Row]:
     ids = torch.randint(0, 1000, (1, 128), generator=torch.Generator().manual_seed(0))
     for layers, width in shapes:
         model = core(layers, width)
-        made = card(model, 16)
-        adapted = lora.adapt(model, made)
+        docs = card(model, 16)
+        adapted = lora.adapt(model, docs)
         millions = round(sum(weight.numel() for weight in model.parameters()) / 1e6)
-        apply[millions] = lambda model=model, made=made: lora.adapt(model, made)
+        apply[millions] = lambda model=model, docs=docs: lora.adapt(model, docs)
         forward[millions], base[millions] = encoding(adapted, ids), encoding(model, ids)
-        factors[millions] = held(adapted)
+        factors[millions] = factors_of(adapted)
     count, against = 3 if quick else 7, "million parameters"
     yield from line("adapt", against, apply, count, "one copy per module object, none of a weight")
     yield from line("factored forward", against, forward, count, "the base dominates")
@@ -194,7 +194,7 @@ def peak(work: Callable[[], Any]) -> float:
     return (resident("VmHWM") - before) / 2**20
 
 
-def held(model: nn.Module) -> float:
+def factors_of(model: nn.Module) -> float:
     """MiB of an adapted model's factors."""
     return sum(tensor.nbytes for name, tensor in model.named_buffers() if "lora_" in name) / 2**20
 
@@ -204,18 +204,18 @@ def memory(*, quick: bool) -> Iterator[Row]:
     model = core(2)
     sizes = {
         ("factors", "rank"): {
-            rank: held(lora.adapt(model, card(model, rank))) for rank in (4, 16, 64, 256, 512)
+            rank: factors_of(lora.adapt(model, card(model, rank))) for rank in (4, 16, 64, 256, 512)
         },
         ("folded copy", "rank"): {
             rank: folded_bytes(lora.adapt(model, card(model, rank))) / 2**20
             for rank in (4, 16, 64, 256, 512)
         },
         ("factors", "layers"): {
-            layers: held(lora.adapt(deep := core(layers), card(deep, 8)))
+            layers: factors_of(lora.adapt(deep := core(layers), card(deep, 8)))
             for layers in (2, 4, 8, 16)
         },
         ("factors", "adapters"): {
-            number: held(
+            number: factors_of(
                 lora.adapt_rows(
                     model, [card(model, 8, f"skill-{i}") for i in range(number)], probe=False
                 )
@@ -229,8 +229,8 @@ def memory(*, quick: bool) -> Iterator[Row]:
     sizes["a factored forward of 64 tokens a row", "rows"] = {
         count: peak(encoding(adapted, ids[:count])) for count in rows
     }
-    for (name, against), found in sizes.items():
-        for size, mib in found.items():
+    for (name, against), memories in sizes.items():
+        for size, mib in memories.items():
             more = {"line": name, "against": against, "size": size}
             yield figure_row("growth", f"memory: {name}, {against} {size:,}", mib, "MiB", **more)
 
@@ -242,11 +242,11 @@ def kept(*, quick: bool) -> Iterator[Row]:
         paths = [f"{folder}/{i}.lora.arrow" for i in range(count + 1)]
         for i, path in enumerate(paths):
             lora.save(card(model, 8, f"skill-{i}"), path)
-        loaded = [lora.load(paths[-1])]
+        in_use = [lora.load(paths[-1])]
         before = settled()
-        loaded += map(lora.load, paths[:-1])
+        in_use += map(lora.load, paths[:-1])
         each = (settled() - before) / count / 1000
-        what = f"memory: each of {len(loaded) - 1} loaded cards"
+        what = f"memory: each of {len(in_use) - 1} loaded cards"
         yield figure_row("growth", what, each, "kB", below=10)
     engine = lora.ArrowEngine.from_pretrained()
     sets = [card(engine.base, 8, f"skill-{i}") for i in range(64)]

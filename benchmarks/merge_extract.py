@@ -101,14 +101,14 @@ def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterato
         for card, weight in zip(cards, WEIGHTS.values(), strict=True)
     )
     theirs()
-    found = {
+    dense_merges = {
         "error": delta(ours().weights["linear"], dtype=np.float64),
         "their_error": layer.get_delta_weight("merged").detach().double().numpy(),
     }
     reset()
     errors = {
         side: float(np.linalg.norm(whole - dense) / np.linalg.norm(whole))
-        for side, dense in found.items()
+        for side, dense in dense_merges.items()
     }
     sides = {
         "merge": ours,
@@ -134,7 +134,7 @@ def merging(inputs: int, outputs: int, target: float, *, quick: bool) -> Iterato
 
 
 def _card(name: str, layer: Any) -> LoRACard:
-    a, b = (found[name].weight.detach().numpy().T for found in (layer.lora_A, layer.lora_B))
+    a, b = (factors[name].weight.detach().numpy().T for factors in (layer.lora_A, layer.lora_B))
     return LoRACard(name, RANK, float(RANK), ["linear"], {"linear": LowRank(a, b)})
 
 
@@ -193,19 +193,19 @@ def importing(*, quick: bool) -> Iterator[Row]:
         r=8, lora_alpha=16, target_modules=["query", "value"], init_lora_weights=False
     )
     with tempfile.TemporaryDirectory() as folder:
-        made = peft.get_peft_model(base, config)
-        made.save_pretrained(folder)
-        made.unload()
-        loaded: list[Any] = []
+        theirs = peft.get_peft_model(base, config)
+        theirs.save_pretrained(folder)
+        theirs.unload()
+        peft_models: list[Any] = []
         peer = "PeftModel.from_pretrained"
         sides = {
             "import_peft": lambda: import_peft(folder),
             "import_peft and adapt": lambda: lora.adapt(
                 base, import_peft(folder), check_base=False
             ),
-            peer: lambda: loaded.append(peft.PeftModel.from_pretrained(base, folder)),
+            peer: lambda: peft_models.append(peft.PeftModel.from_pretrained(base, folder)),
         }
-        times = rounds(sides, 3 if quick else 15, {peer: lambda: loaded.pop().unload()})
+        times = rounds(sides, 3 if quick else 15, {peer: lambda: peft_models.pop().unload()})
     for side in ("import_peft", "import_peft and adapt"):
         yield ratio_row(
             "merging", "read what PEFT wrote", times, side, peer, at_least=True, ids=["R23.1"]

@@ -74,16 +74,16 @@ def rounds(
             resets.get(name, lambda: None)()
         repeats[name] = 1 if resets else max(1, min(1000, round(SLICE / first)))
 
-    def one(name: str) -> float:
+    def seconds_of(name: str) -> float:
         time.sleep(rest)
         seconds = timed(sides[name], repeats[name])
         resets.get(name, lambda: None)()
         return seconds
 
-    return told({name: partial(one, name) for name in sides}, count)
+    return reported_seconds({name: partial(seconds_of, name) for name in sides}, count)
 
 
-def told(sides: Mapping[str, Callable[[], float]], count: int) -> Times:
+def reported_seconds(sides: Mapping[str, Callable[[], float]], count: int) -> Times:
     """What each side says that it took in each of `count` rounds, in every one in another order."""
     shuffled = random.Random(0)  # noqa: S311 - an order, not a secret
     times: Times = {name: [] for name in sides}
@@ -246,11 +246,11 @@ def run(groups: Callable[[bool], Iterable[Iterable[Row]]], summary: str) -> None
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
-    found: dict[str, Any] = {"machine": machine(), "rows": []}
+    report: dict[str, Any] = {"machine": machine(), "rows": []}
     for rows in groups(options.quick):
         for row in rows:
             print(*shown(row), sep=" | ", flush=True)
-            found["rows"].append(row)
-    found["machine"]["sources"] = digests(sources())
+            report["rows"].append(row)
+    report["machine"]["sources"] = digests(sources())
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -26,11 +26,11 @@ def scoring(*, quick: bool) -> Iterator[Row]:
     rng = np.random.default_rng(0)
     for cards, each in ((1000, 1),) if quick else ((1000, 1), (1000, 100), (100_000, 1)):
         rows = rng.standard_normal((cards * each, WIDTH))
-        found = {
+        candidates = {
             f"card-{i:06}": candidate_of(f"card-{i:06}", rows[i * each : (i + 1) * each])
             for i in range(cards)
         }
-        index = Index(MappingProxyType(found))
+        index = Index(MappingProxyType(candidates))
         matrix, query = index.rows, unit(rng.standard_normal((1, WIDTH)))[0]
         select(query, index, top_k=3)
         sides = {

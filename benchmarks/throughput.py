@@ -58,20 +58,23 @@ print(rows, time.perf_counter() - start, own("VmHWM"), own("RssAnon"), flush=Tru
 """
 
 
+def documented() -> Iterator[tuple[ast.AST, str]]:
+    """Every module, class and function of the standard library, with its docstring."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                yield node, ast.get_docstring(node) or ""
+
+
 def texts(count: int) -> list[str]:
     """Sentences of the standard library's docstrings, of three words or more, in a fixed order."""
-    found: dict[str, None] = {}
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (
-                text := ast.get_docstring(node)
-            ):
-                sentences = (
-                    " ".join(part.split()) for part in re.split(r"(?<=[.!?:])\s+|\n\s*\n", text)
-                )
-                found |= dict.fromkeys(one for one in sentences if 3 <= len(one.split()) <= 100)
-    mixed = np.random.default_rng(0).permutation(list(found)).tolist()
+    sentences = (
+        " ".join(part.split())
+        for _, docstring in documented()
+        for part in re.split(r"(?<=[.!?:])\s+|\n\s*\n", docstring)
+    )
+    distinct = list(dict.fromkeys(text for text in sentences if 3 <= len(text.split()) <= 100))
+    mixed = np.random.default_rng(0).permutation(distinct).tolist()
     return (mixed * (count // len(mixed) + 1))[:count]
 
 
@@ -79,14 +82,9 @@ def hard_texts() -> list[str]:
     """203 whole docstrings of a hundred words or more, and 203 sources of functions: long texts,
     most of them cut, and many tokens a word.
     """
-    docstrings, sources = [], []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
-            if isinstance(node, ast.FunctionDef):
-                sources.append(ast.unparse(node))
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                docstrings.append(ast.get_docstring(node) or "")
-    long, draw = [text for text in docstrings if len(text.split()) >= 100], np.random.default_rng(0)
+    nodes, draw = list(documented()), np.random.default_rng(0)
+    long = [docstring for _, docstring in nodes if len(docstring.split()) >= 100]
+    sources = [ast.unparse(node) for node, _ in nodes if isinstance(node, ast.FunctionDef)]
     return [text for kind in (long, sources) for text in draw.permutation(kind)[:203].tolist()]
 
 
@@ -98,13 +96,13 @@ def encoding(*, quick: bool) -> Iterator[Row]:
     )
     count = 200 if quick else 2000
     hard = hard_texts()[:: 10 if quick else 1]
-    for what, some, target in (
+    for what, batch, target in (
         (f"encode {count:,} sentences", texts(count), 2.0),
         (f"encode {len(hard)} long docstrings and sources", hard, 1.8),
     ):
-        sides = {"engine.encode": lambda some=some: engine.encode(some)}
-        sides["sentence-transformers"] = lambda some=some: theirs.encode(some, batch_size=32)
-        off = float(np.abs(engine.encode(some[:100]) - theirs.encode(some[:100])).max())
+        sides = {"engine.encode": lambda batch=batch: engine.encode(batch)}
+        sides["sentence-transformers"] = lambda batch=batch: theirs.encode(batch, batch_size=32)
+        off = float(np.abs(engine.encode(batch[:100]) - theirs.encode(batch[:100])).max())
         yield ratio_row(
             "throughput",
             what,
@@ -182,13 +180,13 @@ def _job(
         job.stdin.flush()  # type: ignore[union-attr]
     after = [tuple(map(float, job.communicate()[0].split())) for job in jobs]
     seconds = time.perf_counter() - start
-    rows = int(sum(found[0] for found in after))
+    rows = int(sum(job_rows for job_rows, *_ in after))
     if rows != pq.read_metadata(source).num_rows:
         raise AssertionError(f"{rows} rows came back")
     return (
-        max(found[1] for found in after) if workers == 1 else seconds,
+        max(seconds_of for _, seconds_of, *_ in after) if workers == 1 else seconds,
         rows,
-        max(f[2] for f in after),
+        max(peak for *_, peak, _ in after),
         *before[0][:2],
     )
 

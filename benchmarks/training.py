@@ -119,7 +119,7 @@ def side_by_side(
     card = trainer.train(pairs, name="ours", max_steps=len(batches), progress=after).card
     if not np.isclose(first[OURS], first[THEIRS], rtol=1e-4, atol=0):
         raise SystemExit(f"not the same training: the first losses are {first}")
-    return card, peer, {side: found[1:-1] for side, found in times.items()}
+    return card, peer, {side: seconds[1:-1] for side, seconds in times.items()}
 
 
 def compared(what: str, times: Times, target: float | None = None) -> Row:
@@ -131,9 +131,9 @@ def compared(what: str, times: Times, target: float | None = None) -> Row:
 
 def quality(what: str, unit: str, base: float, ours: float, theirs: float, **more: Any) -> Row:
     """The row of what was learned."""
-    told = f"{unit}; base {base:.4f}, theirs {theirs:.4f}"
+    label = f"{unit}; base {base:.4f}, theirs {theirs:.4f}"
     return figure_row(
-        "training", what, ours, told, ids=["R17.1"], base=base, ours=ours, theirs=theirs, **more
+        "training", what, ours, label, ids=["R17.1"], base=base, ours=ours, theirs=theirs, **more
     )
 
 
@@ -147,7 +147,7 @@ def trainings(seeds: int, steps: int, *, quick: bool) -> Iterator[Row]:
         engine = lora.ArrowEngine(SentenceTransformer(str(get_model_path()), device="cpu"))
     size, judges = (16, 50) if quick else (64, 400)
     times: Times = {OURS: [], THEIRS: []}
-    found: dict[str, list[list[float]]] = {"mrr": [], "recall_at_1": []}
+    scores_of: dict[str, list[list[float]]] = {"mrr": [], "recall_at_1": []}
     for seed in range(seeds):
         card, peer, taken = side_by_side(engine, pairs, size, steps, seed)
         times = {side: [*times[side], *taken[side]] for side in times}
@@ -157,12 +157,12 @@ def trainings(seeds: int, steps: int, *, quick: bool) -> Iterator[Row]:
         )
         models = (engine.base, lora.adapt(engine.base, card), peer.model.eval())
         scores = [evaluate(model, held_out) for model in models]
-        for kind, rows in found.items():
+        for kind, rows in scores_of.items():
             rows.append([getattr(score, kind) for score in scores])
             yield quality(
                 f"held out, seed {seed}, {steps} steps", kind, *rows[-1], queries=len(held_out)
             )
-    for kind, rows in found.items():
+    for kind, rows in scores_of.items():
         gaps = [ours - theirs for _, ours, theirs in rows]
         spread = {
             "ours_less_theirs": statistics.mean(gaps),

@@ -245,7 +245,7 @@ def test_the_figures_of_the_readme_and_of_the_site_are_those_that_were_measured(
     names = "forward lifecycle routing throughput merge_extract training fetching growth commands"
     assert list(report) == list(SCRIPTS) == [*names.split(), "models"]
     compared = pages.figures.summary(report).splitlines()
-    assert sum(line.startswith("| ") for line in compared) == 1 + 13
+    assert sum(line.startswith("| ") for line in compared) == 1 + 10
     rounds = [row.get("rounds", 99) for part in report.values() for row in part["rows"]]
     assert min(rounds) > 5  # not a quick run
     table = pages.figures.summary(report)

@@ -306,7 +306,7 @@ def test_the_release_check_fails_where_results_are_of_other_sources_and_nowhere_
         "tests/sharp/last.json: changed since [0-9a-f]{40}: lora/sums.py", violations
     )
     edited(checkout / "lora/sums.py", "a - b", "a + b")
-    edited(checkout / "README.md", "; PEFT +", "; PEFT -")
+    edited(checkout / "README.md", "(PEFT +", "(PEFT -")
     edited(checkout / "docs/evolution.md", "| candidate | accepted |", "| candidate | passed |")
     assert check.main(checkout) == 1
     tables = capsys.readouterr().out.splitlines()
