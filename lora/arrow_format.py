@@ -61,7 +61,20 @@ class ModuleInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """All that a card file says, except the factors' elements."""
+    """All that a card file says, except the factors' elements; see `lora.inspect`.
+
+    Args:
+        dtype: Of the factors, such as ``"float32"``.
+        format_version: Major and minor version of the layout.
+        modules: Module -> shape and scaling of its pair.
+        num_params: Number of elements in all factors; `nbytes` is their size.
+
+    Examples:
+        >>> pair = LowRank(np.ones((4, 2)), np.ones((2, 3)), 1.0)
+        >>> table = card_to_table(LoRACard("docs", 2, 2.0, ["q"], {"q": pair}))
+        >>> read_header(one_batch(table)).modules["q"]
+        ModuleInfo(in_features=4, rank=2, out_features=3, scaling=1.0)
+    """
 
     name: str
     rank: int
@@ -138,6 +151,11 @@ def table_to_card(table: pa.Table | pa.RecordBatch) -> LoRACard:
 
     Raises:
         CardFileError: The table is not a card.
+
+    Examples:
+        >>> card = LoRACard("empty", 1, 1.0, [], {})
+        >>> table_to_card(card_to_table(card)) == card
+        True
     """
     return _read(one_batch(table))[1]
 
@@ -179,7 +197,6 @@ def read_header(batch: pa.RecordBatch) -> Header:
 
 @naming("card table")
 def _read(batch: pa.RecordBatch) -> tuple[tuple[int, int], LoRACard]:
-    """Check a validated batch; return its format version and its card."""
     try:
         metadata = batch.schema.metadata or {}
         texts = {key.decode(): value.decode() for key, value in metadata.items()}
@@ -319,8 +336,6 @@ def offsets_of(sizes: list[int], where: str) -> Array:
 
 
 def _column(storage: pa.StructType, factors: list[Array], where: str) -> pa.StructArray:
-    """Return factors as a column."""
-
     def array(kind: pa.DataType, numbers: Array) -> pa.Array:  # pa.array() would import pandas
         return pa.Array.from_buffers(kind, numbers.size, [None, pa.py_buffer(numbers.view("u1"))])
 

@@ -115,7 +115,6 @@ def _with_columns(
     names: list[str | None],
     fixed_size: bool,  # noqa: FBT001 - private
 ) -> Batch:
-    """Append the embeddings and names of these rows; the others get nulls."""
     if taken := {"embedding", "adapter"} & set(batch.schema.names):
         raise DataError("encode_batches", "no column called embedding or adapter", sorted(taken))
     position = {row: index for index, row in enumerate(rows)}

@@ -66,6 +66,9 @@ class FrozenJSON(Mapping[str, Any]):
         values: A mapping of text to JSON values.
         where: Named in errors.
 
+    Raises:
+        CardError: A value is no JSON, or nested more than `MAX_DEPTH` deep.
+
     Examples:
         >>> FrozenJSON({"version": "1.0.0", "tags": ["python"]})["tags"]
         ['python']
@@ -116,8 +119,10 @@ class LowRank:
         B: Shape ``(r, out)``, of A's dtype.
         scaling: ``None`` becomes ``alpha / rank`` of the pair's card.
 
+    Raises:
+        CardError: The factors' shapes or dtypes do not fit, or the scaling is not finite.
+
     Examples:
-        >>> import numpy as np
         >>> LowRank(np.zeros((384, 8)), np.zeros((8, 384)), scaling=2.0).rank
         8
     """
@@ -192,8 +197,10 @@ class LoRACard:
         base_fingerprint: The SHA-256 of that model's targeted weights, in hex.
         extra: Unknown schema metadata of a file; a round trip keeps them.
 
+    Raises:
+        CardError: A field is not as described here.
+
     Examples:
-        >>> import numpy as np
         >>> pair = LowRank(np.ones((4, 2), np.float32), np.ones((2, 3), np.float32))
         >>> card = LoRACard("docs", 2, 4.0, ["query"], {"layer.0.query": pair}, {"author": "me"})
         >>> card.weights["layer.0.query"].scaling, card.num_params, card.nbytes
@@ -286,7 +293,6 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
         ConflictError: Two different cards have one name.
 
     Examples:
-        >>> import numpy as np
         >>> card = LoRACard("docs", 1, 1.0, ["q"], {"q": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
         >>> (AdapterSet(card) * 0.5 + card).weight("docs")
         1.5
@@ -370,7 +376,16 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
 
 
 def interpolate(a: AdapterSet, b: AdapterSet, t: float) -> AdapterSet:
-    """Return ``(1 - t) · a + t · b``."""
+    """Return ``(1 - t) · a + t · b``, for any finite `t`.
+
+    Raises:
+        ConflictError: Two different cards have one name.
+
+    Examples:
+        >>> docs = AdapterSet(LoRACard("docs", 1, 1.0, [], {}))
+        >>> interpolate(docs, AdapterSet(), 0.25).weight("docs")
+        0.75
+    """
     t = finite(t, "t", ArgumentError)
     return AdapterSet(a) * (1 - t) + AdapterSet(b) * t
 
@@ -422,7 +437,6 @@ def _printable(value: object) -> bool:
 
 
 def _targets(targets: Iterable[str] | str, where: str) -> tuple[str, ...]:
-    """Return the targets in their order; those of a set sorted."""
     if isinstance(targets, str) or not isinstance(targets, Iterable):
         targets = (targets,)
     names = tuple(targets)
@@ -434,7 +448,6 @@ def _targets(targets: Iterable[str] | str, where: str) -> tuple[str, ...]:
 def _scaled_pairs(
     weights: Mapping[str, LowRank], rank: int, alpha: float, where: str
 ) -> Mapping[str, LowRank]:
-    """Return the pairs with their scalings, sorted by module."""
     expected = "a mapping of module name to LowRank"
     require(isinstance(weights, Mapping), f"{where}: weights", expected, weights)
     pairs: dict[str, LowRank] = {}

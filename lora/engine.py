@@ -371,7 +371,6 @@ class ArrowEngine(Uncopied):
         self.router.refresh = Followed(folder, self._take, self.remove_lora).refresh
 
     def _take(self, card: LoRACard) -> None:
-        """Know a card in the place of the one of its name."""
         with self.metrics.judged("loads"):
             bindings(self.base, [AdapterSet(card)], check_base=self.check_base)
             candidate = self.router.candidate(card) if describes_itself(card) else None
@@ -497,7 +496,6 @@ class ArrowEngine(Uncopied):
     def _encode_by_intent(
         self, state: EngineState, texts: list[str], query: str, top_k: int, tags: Collection[str]
     ) -> Encoding:
-        """Use the best cards that are here or can be fetched."""
         with self.metrics.judged("routes"):
             ranked = 2 * integer(top_k, "top_k", least=1) + SPARE + 1  # all that can be looked at
             if state.evolution is not None:
@@ -647,12 +645,10 @@ def default_model() -> Path:
 
 
 def _local(index: Index) -> Index:
-    """Return the candidates that are no remote cards."""
     return index.only(lambda candidate: not candidate.virtual)
 
 
 def _resolve(choice: Choice, state: EngineState) -> AdapterSet:
-    """Return the adapter set that a choice names, among the cards that are known."""
     if choice is None:
         return state.active.adapters
     if isinstance(choice, AdapterSet | LoRACard):
@@ -668,7 +664,6 @@ def _resolve(choice: Choice, state: EngineState) -> AdapterSet:
 
 
 def _unbound(reports: Iterable[Mapping[str, Injection]]) -> Mapping[str, str]:
-    """Return what each card names and the model does not have, by the card's name."""
     every = [injection for report in reports for injection in report.values()]
     return {injection.name: injection.unbound for injection in every if injection.unbound}
 
@@ -676,7 +671,6 @@ def _unbound(reports: Iterable[Mapping[str, Injection]]) -> Mapping[str, str]:
 def _encoded(
     model: nn.Module, texts: Sequence[str], options: Mapping[str, Any] = MappingProxyType({})
 ) -> Array:
-    """Return the embeddings of a model as float32 on the CPU."""
     texts, encode = texts_of(texts), cast("Callable[..., Any]", model.encode)
     if options:
         try:

@@ -77,6 +77,10 @@ class MinEnergy:
 
     Args:
         share: In (0, 1].
+
+    Examples:
+        >>> extract_direct({"query.weight": np.diag([4.0, 3.0])}, MinEnergy(0.6)).rank
+        1
     """
 
     share: float
@@ -93,6 +97,10 @@ class MaxError:
 
     Args:
         bound: In [0, 1).
+
+    Examples:
+        >>> extract_direct({"query.weight": np.diag([4.0, 3.0])}, MaxError(0.5)).rank
+        2
     """
 
     bound: float
@@ -126,12 +134,14 @@ def extract_delta(
         base, tuned: Weights ``(out, in)`` under ``"<module>.weight"``: a mapping, which may be
             lazy, or a torch module.
         rank: Never above min(in, out) or the numerical rank of ΔW.
+        name: The card's.
         target_modules: As a card's. ``"all-linear"`` leaves out output heads, embeddings (by name)
             and weights that are not two-dimensional; a module that is named must be a matrix.
         method: ``"full"`` is exact, in float64. ``"randomized"`` is a subspace iteration in the
             precision of the weights (at least float32), over 20 times as fast for 3072 × 768.
         seed: For the randomised method, together with the name of the module.
         dtype: Of the factors; default float32, or float64 if any weight is.
+        on_module: See `OnModule`.
 
     Returns:
         A card with scalings of 1, without the modules that are equal in both models. Its
@@ -143,11 +153,11 @@ def extract_delta(
 
     Raises:
         TargetError: No module matches, or one model lacks a weight of the other.
+        ShapeError: The models disagree on a shape, or a named module is no matrix.
         ArgumentError: No Linear differs, a weight is not finite, or a mapping of weights has names
             of a Conv1D and no attribute that tells whether they are.
 
     Examples:
-        >>> import numpy as np
         >>> base = {"query.weight": np.zeros((2, 3)), "key.weight": np.zeros((2, 3))}
         >>> tuned = {**base, "query.weight": np.diag([4.0, 3.0, 0.0])[:2]}
         >>> extract_delta(base, tuned, rank=1).metadata["extract"]["modules"]
@@ -168,13 +178,17 @@ def extract_direct(
     dtype: str | None = None,
     on_module: OnModule | None = None,
 ) -> LoRACard:
-    """Make a card whose ΔW approximates a model's own weights; see `extract_delta`.
+    """Make a card whose ΔW approximates a model's own weights.
 
-    This is compression, not a skill: trained weights are far from low rank (the top 8 directions of
-    MiniLM's hold 13-20 % of the energy). Check the recorded ``energy``.
+    Its arguments are those of `extract_delta`. This is compression, not a skill: trained weights
+    are far from low rank (the top 8 directions of MiniLM's hold 13-20 % of the energy). Check the
+    recorded ``energy``.
+
+    Raises:
+        TargetError, ShapeError: No module matches, or a named one is no matrix.
+        ArgumentError: All weights are zero, one is not finite, or it may be a Conv1D's.
 
     Examples:
-        >>> import numpy as np
         >>> card = extract_direct({"query.weight": np.diag([2.0, 1.0, 1.0])}, rank=1)
         >>> round(card.metadata["extract"]["modules"]["query"]["energy"], 3)
         0.667
@@ -209,7 +223,6 @@ def _extract(
     target_modules: Iterable[str] | str,
     on_module: OnModule | None,
 ) -> LoRACard:
-    """Extract a card from the difference of two models, or from the weights of one."""
     models = {role: _tensors(source, role) for role, source in sources.items()}
     targets = LoRACard(name, 1, 1.0, target_modules, {}).target_modules  # type: ignore[arg-type]
     modules = _targeted(models, targets)
@@ -259,7 +272,6 @@ def _extract(
 
 
 def _tensors(source: Weights, role: str) -> Mapping[str, Any]:
-    """Return the tensors of a model by name."""
     tensors = source.state_dict() if isinstance(source, Model) else source
     if not isinstance(tensors, Mapping):
         expected = "a mapping of weights or a model"
@@ -277,7 +289,6 @@ def _stored(
 
 
 def _conv1d(sources: Iterable[Any], modules: Iterable[str]) -> Collection[str]:
-    """Return the names of Conv1D modules, as a source tells them."""
     for source in sources:
         if isinstance(source, Model) and hasattr(source, "named_modules"):
             return {
@@ -299,7 +310,6 @@ def _conv1d(sources: Iterable[Any], modules: Iterable[str]) -> Collection[str]:
 def _other_changes(
     models: Mapping[str, Mapping[str, Any]], extracted: set[str]
 ) -> dict[str, float]:
-    """Return the norm of the change of every tensor that changed and was not extracted."""
     norms = {}
     for key in sorted({key for model in models.values() for key in model} - extracted, key=str):
         arrays = [_read(model, key) for model in models.values() if key in model]
@@ -334,7 +344,6 @@ def _distance(*arrays: Array) -> float:
 
 
 def _padded(array: Array, shape: tuple[int, ...]) -> Array:
-    """Return the array, with zeros up to a larger shape."""
     if array.shape == shape:
         return array
     return np.pad(array, [(0, more - size) for size, more in zip(array.shape, shape, strict=True)])
@@ -367,7 +376,6 @@ def _targeted(models: Mapping[str, Mapping[str, Any]], targets: tuple[str, ...])
 
 
 def _array(model: Mapping[str, Any], module: str) -> Array:
-    """Return the weight of a module as a NumPy array in its own dtype."""
     key = _key(module)
     weight = _read(model, key)
     native = weight.dtype.newbyteorder("=")
@@ -378,7 +386,6 @@ def _array(model: Mapping[str, Any], module: str) -> Array:
 
 
 def _read(model: Mapping[str, Any], key: str) -> Array:
-    """Return a tensor of a model as a NumPy array."""
     weight: Any = model[key]
     if not isinstance(weight, np.ndarray):
         try:

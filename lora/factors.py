@@ -27,7 +27,6 @@ def delta(pair: LowRank, *, dtype: np.dtype[Any] | type | None = None) -> Array:
         dtype: By default float32, or float64 for float64 factors.
 
     Examples:
-        >>> import numpy as np
         >>> delta(LowRank(np.eye(2, 1), np.ones((1, 2)), 3.0))
         array([[3., 0.],
                [3., 0.]])
@@ -56,7 +55,6 @@ def concat(
     rank-1 pair of zeros. It is float32, or float64 if a factor or `dtype` is.
 
     Examples:
-        >>> import numpy as np
         >>> pair = LowRank(np.ones((3, 2)), np.ones((2, 3)), 2.0)
         >>> concat([(pair, 1.0), (pair, 0.5)]).rank
         4
@@ -92,6 +90,9 @@ def spectrum(pair: LowRank) -> Array:
     """Return the singular values of ΔW, largest first, as float64 ``(min(in, r, out),)``.
 
     ΔW is never formed.
+
+    Raises:
+        ArgumentError: A factor is not finite.
 
     Examples:
         >>> spectrum(LowRank(np.eye(3, 1), np.array([[3.0, 4.0]]), -2.0))

@@ -135,8 +135,15 @@ def inspect(path: PathLike) -> Header:
     """Return all that a card file says, without reading its factors.
 
     Raises:
-        CardNotFoundError: Nothing is at the path.
+        CardNotFoundError, StoreError: As for `load`.
         CardFileError: The file is no card, or is damaged.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save(LoRACard("docs", 8, 16.0, [], {}), f"{folder}/docs.arrow")
+        ...     inspect(f"{folder}/docs.arrow").rank
+        8
     """
     path = as_path(path)
     with naming(path):
@@ -144,7 +151,14 @@ def inspect(path: PathLike) -> Header:
 
 
 def digest(path: PathLike) -> str:
-    """Return the SHA-256 of a file in hex: a card file's identity."""
+    """Return the SHA-256 of a file in hex: a card file's identity; raises as `load` does.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     digest(file.name)[:8]
+        'e3b0c442'
+    """
     with (
         _opened(as_path(path)) as (descriptor, _),
         open(descriptor, "rb", 0, closefd=False) as file,

@@ -79,12 +79,25 @@ OF_ONE_CARD = frozenset({"created", "modified", "version", "quality", "extract",
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """The mean Σ ΔWᵢ / n; takes no weights."""
+    """The mean Σ ΔWᵢ / n; takes no weights.
+
+    Examples:
+        >>> card = LoRACard("docs", 1, 1.0, [], {})
+        >>> merge([card, card], Average()).metadata["merge"]["parents"][0]["weight"]
+        0.5
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """Σ wᵢ ΔWᵢ; with `normalize` the weights are divided by their sum."""
+    """Σ wᵢ ΔWᵢ; with `normalize` the weights are divided by their sum.
+
+    Examples:
+        >>> card = LoRACard("docs", 1, 1.0, [], {})
+        >>> merged = merge([card, card], Weighted(normalize=True), [1, 3])
+        >>> [parent["weight"] for parent in merged.metadata["merge"]["parents"]]
+        [0.25, 0.75]
+    """
 
     normalize: bool = False
 
@@ -99,6 +112,12 @@ class Slerp:
 
     A card is one point: its ΔW of all modules. The direction moves at constant angular speed and
     the length linearly. Takes no weights.
+
+    Examples:
+        >>> pairs = [LowRank(np.ones((1, 1)), row[None], 1.0) for row in np.eye(2)]
+        >>> cards = [LoRACard("docs", 1, 1.0, ["q"], {"q": pair}) for pair in pairs]
+        >>> abs(delta(merge(cards, Slerp(0.5)).weights["q"]).T.round(3))
+        array([[0.707, 0.707]])
     """
 
     t: float = 0.5
@@ -109,7 +128,14 @@ class Slerp:
 
 @dataclass(frozen=True, slots=True)
 class TaskArithmetic:
-    """Σ wᵢ ΔWᵢ; a negative weight subtracts a skill."""
+    """Σ wᵢ ΔWᵢ; a negative weight subtracts a skill.
+
+    Examples:
+        >>> pair = LowRank(np.ones((1, 1)), np.array([[2.0, 1.0]]), 1.0)
+        >>> card = LoRACard("docs", 1, 1.0, ["q"], {"q": pair})
+        >>> delta(merge([card], TaskArithmetic(), [-1]).weights["q"]).T
+        array([[-2., -1.]])
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +143,12 @@ class Cat:
     """Σ wᵢ ΔWᵢ by concatenation: ``[A₁ … Aₙ]`` unchanged, and Bs that carry the weights.
 
     Takes no rank. A pair that several cards share occurs once.
+
+    Examples:
+        >>> pairs = [LowRank(np.full((1, 1), x), np.ones((1, 2)), 1.0) for x in (1.0, 2.0)]
+        >>> cards = [LoRACard("docs", 1, 1.0, ["q"], {"q": pair}) for pair in pairs]
+        >>> merge(cards, Cat()).weights["q"].A
+        array([[1., 2.]])
     """
 
 
@@ -126,8 +158,17 @@ class Ties:
 
     Of each ΔW the ``max(1, round(density · size))`` largest entries are kept (of equal ones the
     first in row-major order of ``(out, in)``). Then weights are applied and each entry gets the
-    sign of the sum (``"mass"``) or of the sum of signs (``"count"``); a sum of 0 gives 0. The mean
-    is Σ wᵢxᵢ / Σ |wᵢ|.
+    sign that `elect` asks for; none gives 0. The mean is Σ wᵢxᵢ / Σ |wᵢ|.
+
+    Args:
+        density: Share of the entries that are kept, in (0, 1].
+        elect: ``"mass"``, the sign of the sum, or ``"count"``, of the sum of signs.
+
+    Examples:
+        >>> pair = LowRank(np.ones((1, 1)), np.array([[2.0, 1.0]]), 1.0)
+        >>> card = LoRACard("docs", 1, 1.0, ["q"], {"q": pair})
+        >>> delta(merge([card], Ties(density=0.5)).weights["q"]).T
+        array([[2., 0.]])
     """
 
     density: float = 0.5
@@ -176,9 +217,15 @@ class Ties:
 
 @dataclass(frozen=True, slots=True)
 class Dare:
-    """Σ wᵢ · maskᵢ · ΔWᵢ / density: each entry is kept with probability `density`.
+    """Σ wᵢ · maskᵢ · ΔWᵢ / density: each entry is kept with probability `density`, in (0, 1].
 
     A mask depends only on `seed`, the names of module and card, and the shape.
+
+    Examples:
+        >>> pair = LowRank(np.ones((1, 1)), np.ones((1, 4)), 1.0)
+        >>> card = LoRACard("docs", 1, 1.0, ["q"], {"q": pair})
+        >>> delta(merge([card], Dare(density=0.5)).weights["q"]).T
+        array([[0., 0., 2., 0.]])
     """
 
     density: float = 0.5
@@ -242,6 +289,7 @@ def merge(
         weights: One number per card, default 1. `Average` and `Slerp` take none.
         rank: Largest rank of a merged module. Default: exact, or for `Ties` and `Dare` the parents'
             largest.
+        name: The merged card's.
         base_model: Name of the base model, where the cards spell it in several ways or name several
             revisions.
         on_module: Called after each module with its name, its position from 1, and their number.
@@ -258,13 +306,14 @@ def merge(
         the seed of its randomised SVD.
 
     Raises:
+        ArgumentError: The strategy can't use these cards, weights, or rank.
+        CardError: A factor is not finite.
         BaseModelError: The cards were made for different base models, or revisions of one.
         ConflictError: Two cards have one name and the strategy is `Dare`.
         ShapeError: The cards disagree on the shape of a module.
         TargetError: A module's name in one card ends in that of another card's module.
 
     Examples:
-        >>> import numpy as np
         >>> one = LowRank(np.array([[2.0], [0.0]]), np.array([[3.0, 0.0]]), 1.0)
         >>> two = LowRank(np.array([[0.0], [2.0]]), np.array([[0.0, 1.0]]), 1.0)
         >>> docs = LoRACard("docs", 1, 1.0, ["query"], {"query": one})
@@ -275,8 +324,6 @@ def merge(
                [0., 4.]]))
         >>> merge([docs, law], rank=1).metadata["merge"]["error"]["query"].__round__(3)
         0.316
-        >>> merge([docs, docs], "task_arithmetic", [1, -1]).weights
-        mappingproxy({})
     """
     parents = _checked_cards(cards)
     if isinstance(strategy, str) and strategy in STRATEGIES:
@@ -526,7 +573,6 @@ def _arc(a: LoRACard, b: LoRACard, t: float) -> list[float]:
 
 
 def _checked_cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
-    """Refuse factors that are not finite and modules that do not fit each other."""
     if isinstance(cards, LoRACard) or not isinstance(cards, Iterable):
         raise ArgumentError("merge: cards", "a list of cards", shown(cards))
     cards = tuple(cards)
@@ -557,7 +603,6 @@ def _checked_cards(cards: Iterable[LoRACard]) -> tuple[LoRACard, ...]:
 def _applied(
     cards: Sequence[LoRACard], strategy: Strategy, weights: Iterable[float] | None
 ) -> list[float]:
-    """Return the weight that the strategy applies to each card."""
     if isinstance(strategy, Average | Slerp) and weights is not None:
         expected = f"none for {type(strategy).__name__}"
         raise ArgumentError("merge: weights", expected, shown(weights), "use 'weighted'")
@@ -631,7 +676,6 @@ def _sum(values: Iterable[float]) -> float:
 
 
 def _finite(value: Any, module: str) -> Any:
-    """Return the value; raise an error if it is beyond float64."""
     if not np.isfinite(value).all():
         where = f"merge: module {module!r}"
         raise ArgumentError(where, "a ΔW within float64", "an overflow", "use smaller weights")

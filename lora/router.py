@@ -52,7 +52,6 @@ class LoRARouter(Uncopied):
         refresh: Called before each selection; by it an engine follows a folder.
 
     Examples:
-        >>> import numpy as np
         >>> def count(texts):
         ...     return np.array([[text.count("a"), text.count("b")] for text in texts], float)
         >>> router = LoRARouter(count)
@@ -105,7 +104,6 @@ class LoRARouter(Uncopied):
         """Return what `register_card` would register.
 
         Args:
-            card: The card.
             description: Default: the metadata's ``description`` and ``examples``, whose sources
                 are its ``example_groups``; these give the card thresholds of its own.
             tags: Default: the metadata's ``tags`` and ``task_type``.
@@ -199,5 +197,4 @@ class LoRARouter(Uncopied):
 
 
 def _items(value: Any) -> list[Any]:
-    """Return what a card's metadata says under a key that may hold one thing or several."""
     return [item for item in (value if isinstance(value, list) else [value]) if item]

@@ -140,7 +140,15 @@ EMPTY = Index(MappingProxyType({}))
 
 @dataclass(frozen=True)
 class Route:
-    """A card for a query, with its score: cosine similarity in [-1, 1], rounded to 1e-6."""
+    """A card for a query, with its score: cosine similarity in [-1, 1], rounded to 1e-6.
+
+    Args:
+        virtual: Whether the card is at a peer.
+
+    Examples:
+        >>> Route("docs", 0.81)
+        Route(name='docs', score=0.81, virtual=False)
+    """
 
     name: str
     score: float
@@ -184,7 +192,6 @@ def unit(vectors: Array) -> Array:
     """Return the rows ``(n, d)`` scaled to length 1, in float64; a zero row stays zero.
 
     Examples:
-        >>> import numpy as np
         >>> unit(np.array([[3.0, 4.0], [0.0, 0.0]]))
         array([[0.6, 0.8],
                [0. , 0. ]])
@@ -301,7 +308,6 @@ def decide(route: Route, index: Index, threshold: float | None = None) -> Decisi
         threshold: A stated score in place of the candidate's own points.
 
     Examples:
-        >>> import numpy as np
         >>> index = EMPTY.with_candidate(candidate_of("docs", np.eye(2)[:1]))
         >>> (route,) = nearest(np.array([0.6, 0.8]), index)
         >>> decide(route, index).kind, decide(route, index, 0.7).kind
@@ -325,7 +331,6 @@ def explained(decision: Decision | None) -> str:
 
 
 def _mean_of_nearest(cosines: Array) -> Array:
-    """Return the mean of the largest cosines of each row, added in their order."""
     largest = np.sort(cosines.clip(-1, 1), axis=1)[:, -NEAREST:]
     result: Array = np.round(largest.mean(axis=1), DECIMALS) + 0.0
     return result
@@ -344,6 +349,10 @@ def calibrate(
     Args:
         scores: Source group -> scores of known queries from it; at least ``1 / rate - 1`` groups.
         rate: In (0, 1).
+        seed: Of the draw of one score for each group.
+
+    Raises:
+        ArgumentError: There are too few groups, or a score is not finite.
 
     Examples:
         >>> calibrate({f"module {i}": [i / 100] for i in range(19)}, 0.1)

@@ -70,6 +70,10 @@ class Injection:
             its place, such as ``("model.", "language_model.")``; None if keys bind as they are.
         folded_bytes: Bytes of the fused experts among them, which can only be adapted by folding:
             so much more memory does the adapted model take.
+
+    Examples:
+        >>> Injection("docs", {"layer.0.query": "query"}, ("gate",)).unbound
+        "targets not found: 'gate'"
     """
 
     name: str
@@ -121,7 +125,6 @@ def plan(sites: Mapping[str, Site], card: LoRACard, *, strict: bool = False) -> 
 
     Args:
         sites: The Linears of the model, under each of their names.
-        card: The card.
         strict: Refuse targets and weights without a module.
 
     Raises:
@@ -236,7 +239,6 @@ def _bound_with(
 
 
 def _changed(name: str, leading: tuple[str, str]) -> str:
-    """Return the name with the one leading part in place of the other, if it begins with that."""
     old, new = leading
     return new + name.removeprefix(old) if name.startswith(old) else name
 
@@ -326,6 +328,5 @@ def suffixes(name: str) -> tuple[str, ...]:
 
 
 def _is_targeted(name: str, targets: set[str], head: bool = False) -> bool:  # noqa: FBT001, FBT002
-    """Tell whether a target matches a module."""
     head = head or not OUTPUT_HEADS.isdisjoint(name.split("."))
     return not targets.isdisjoint(suffixes(name)) or (ALL_LINEAR in targets and not head)

@@ -475,7 +475,6 @@ def description(base: Base, examples: Pairs, about: str = "") -> dict[str, Any]:
 
 
 def _novelty(service: Service, held_out: Pairs) -> dict[str, Any]:
-    """Say how well the live skills know the queries; it decides nothing."""
     queries = held_out.queries
     answered = sum(map(bool, service.answering(queries)))
     share_of_groups = novelty(service.base.encode(queries), Index(service.router.candidates))
@@ -483,7 +482,6 @@ def _novelty(service: Service, held_out: Pairs) -> dict[str, Any]:
 
 
 def _checked(service: Service, name: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Count the routing checks that the card meets."""
     answering = service.answering([row["query"] for row in questions])
     rows = list(zip(answering, questions, strict=True))
     own = [got == name for got, row in rows if row["skill"] == name]
@@ -492,7 +490,6 @@ def _checked(service: Service, name: str, questions: Sequence[Mapping[str, Any]]
 
 
 def _asked(service: Service, name: str, asked: Pairs, among: Pairs, seed: int) -> Any:
-    """Compare the card with the base model, as served, on questions that users asked."""
     if len(asked) < 10:
         return None
     pairs = asked.add(among)  # an answer is to be found among those of the documents

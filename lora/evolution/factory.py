@@ -175,7 +175,6 @@ class SkillFactory:
         return self.status()
 
     def _drain(self, stop: threading.Event) -> None:
-        """Run jobs until none is queued or `stop` is set."""
         running: dict[Future[dict[str, Any]], Job] = {}
         own = ThreadPoolExecutor(self.workers, thread_name_prefix="lora-factory")
         with own if self._executor is None else nullcontext(self._executor) as executor:
@@ -199,7 +198,6 @@ class SkillFactory:
                     self._report(self.queue.release(job, self._clock()))
 
     def _begin(self, executor: Executor, running: dict[Future[dict[str, Any]], Job]) -> bool:
-        """Claim a job and submit it; returns whether there was one."""
         job = self.queue.claim(self._clock())
         if job is None:
             return False
@@ -224,7 +222,6 @@ class SkillFactory:
         return True
 
     def _settle(self, job: Job, future: Future[dict[str, Any]]) -> None:
-        """Enter what came of an attempt."""
         folder = self._folder(job)
         try:
             outcome = future.result()
@@ -276,7 +273,6 @@ class SkillFactory:
         return sha, version
 
     def _sweep(self) -> None:
-        """Remove cards without a version and folders of ended jobs."""
         kept = {job.digest for job in self.queue.versions()}
         states = {job.id: job.state for job in self.queue.jobs()}
         with os_errors(self.root):
@@ -298,7 +294,6 @@ class SkillFactory:
         return self.root / "live" / f"{job.name}{suffix}"
 
     def _report(self, job: Job | None) -> None:
-        """Log a job's new state and tell `on_event`."""
         if job is None:
             return
         level = logging.WARNING if job.error else logging.INFO

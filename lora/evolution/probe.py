@@ -290,7 +290,6 @@ class WeightMapProbe:
     def _measured(
         self, model: nn.Module, texts: list[str], blocks: tuple[str, ...]
     ) -> tuple[dict[str, Tally], dict[str, Tally]]:
-        """Tally the squared inputs of each Linear that runs, and the turns of each block."""
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         inputs, turned = dict.fromkeys(linears, Tally()), dict.fromkeys(blocks, Tally())
 
@@ -313,7 +312,6 @@ class WeightMapProbe:
 
 
 def _blocks(model: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the blocks: those given, or the members of the longest ModuleList."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if names is None:
         lists = [
@@ -352,7 +350,6 @@ def _on_forward(module: nn.Module, act: Callable[[Any, Any], Any]) -> Any:
 
 
 def _rows(x: Array) -> Array:
-    """Return activations as rows of channels, in float64."""
     if not x.ndim or not x.shape[-1]:
         raise ShapeError("activations", "(..., channels), at least one channel", x.shape)
     rows: Array = x.astype(np.float64).reshape(-1, x.shape[-1])
@@ -360,7 +357,6 @@ def _rows(x: Array) -> Array:
 
 
 def _array(values: Any) -> Array:
-    """Return a tensor or array in float64."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double()
     return np.asarray(values, np.float64)

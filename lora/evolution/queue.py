@@ -326,7 +326,6 @@ def versions(db: sqlite3.Connection, name: str | None = None) -> list[Job]:
 
 
 def _rows(db: sqlite3.Connection, where: str, *values: Any) -> list[Any]:
-    """Read the `data` of a table's rows."""
     rows = db.execute(f"SELECT data FROM {where}", values)  # noqa: S608 - own text
     return [json.loads(data) for (data,) in rows]
 
@@ -360,7 +359,6 @@ def _move(
     note: str | None = None,
     **changes: Any,
 ) -> Job | None:
-    """Move a job that this attempt holds."""
     before, after = MOVES[what]
     stored = _job(db, job.id)
     if stored is None or (stored.state, stored.attempts) != (before, job.attempts):
@@ -369,7 +367,6 @@ def _move(
 
 
 def _store(db: sqlite3.Connection, what: str, job: Job, now: float, note: str | None = None) -> Job:
-    """Write a job and an event about it."""
     _write(db, job)
     _log(db, what, job, now, note)
     return job
@@ -384,14 +381,12 @@ def _write(db: sqlite3.Connection, job: Job) -> None:
 
 
 def _log(db: sqlite3.Connection, what: str, job: Job, now: float, note: str | None) -> None:
-    """Write an event about a job."""
     event = {key: getattr(job, key) for key in ("name", "kind", "state")}
     event |= {"at": now, "what": what, "job": job.id, "attempt": job.attempts, "note": note}
     db.execute("INSERT INTO events (data) VALUES (?)", (json.dumps(event),))
 
 
 def _table(rows: Iterable[Mapping[str, Any]], columns: str) -> pa.Table:
-    """Make a table of rows whose times are seconds."""
     rows, arrays = list(rows), {}
     for column in columns.split():
         name, _, kind = column.partition(":")

@@ -331,7 +331,6 @@ class OpenAITeacher:
 
 
 def _client(teacher: OpenAITeacher, api_key: str, timeout: float, tries: int) -> Any:
-    """Return the official client, with metered attempts and bounded answers."""
     try:
         import httpx2  # noqa: PLC0415 - openai's own dependency
         import openai  # noqa: PLC0415 - an optional package
@@ -529,19 +528,16 @@ def pieces(text: str, size: int) -> list[str]:
 
 
 def _hostile(text: str) -> bool:
-    """Tell whether a text is overlong, has control characters or instructs a model."""
     if len(text) > LONGEST or _CONTROLS.search(_FLAG.sub("", text)):
         return True
     return bool(_INJECTIONS.search(unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))))
 
 
 def _comparable(text: str) -> str:
-    """Remove differences of case, form and spaces, and what is invisible."""
     return " ".join(unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold().split())
 
 
 def _items(answer: str) -> tuple[list[Any], Counter[str]]:
-    """Return what an answer lists as pairs, and a count of what could not be read."""
     text = answer.strip()
     if not text.startswith(("{", "[")):  # reasoning comes first, and may have drafts of pairs
         text = text.rpartition("</think>")[2].partition("<think>")[0].rstrip()
@@ -565,13 +561,11 @@ def _items(answer: str) -> tuple[list[Any], Counter[str]]:
 
 
 def _is_whole(text: Any) -> bool:
-    """Tell whether an answer may be kept for the next time."""
     items, unread = _items(text) if isinstance(text, str) else ([], {})
     return bool(items) and not unread
 
 
 def _problem(end: str, kept: int, reasons: Mapping[str, int]) -> str:
-    """Say why an answer gave too few pairs."""
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "an empty list"
     problem = f"{kept} pairs of the answer are kept; dropped: {counts}"
     if end != "stop":
@@ -582,7 +576,6 @@ def _problem(end: str, kept: int, reasons: Mapping[str, int]) -> str:
 
 
 def _completion(body: bytes) -> tuple[Answer | None, tuple[int, ...]]:
-    """Return the answer in a chat completion, None for an error, and its tokens if credible."""
     try:
         value = json.loads(body)
         usage = value.get("usage") or {}

@@ -88,7 +88,6 @@ def supervise(order: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reason(order: Mapping[str, Any], status: int, lines: list[str]) -> str:
-    """Say why a process left no outcome, by its exit status and the lines of its log."""
     see = f"; see {Path(order['folder']) / LOG}"
     if status < 0:
         return f"killed by {signal.Signals(-status).name}{see}"
@@ -124,7 +123,6 @@ def main() -> None:
 
 
 def _attempt(order: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Run the command line in the job's folder; a failure ends this process with its reason."""
     for path, content in order["inputs"].items():
         try:
             is_changed = content_id(path) != content
@@ -194,7 +192,6 @@ def _end_with_supervisor() -> None:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process and its group, unless it has ended."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

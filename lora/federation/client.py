@@ -213,7 +213,6 @@ class LoRAFlightClient:
         self.close()
 
     def _ask_manifest(self, name: str, digest: str | None) -> Manifest:
-        """Ask the peer for the manifest of a name's highest version, or of a digest."""
         offered = [
             manifest
             for manifest in self.list_remote_skills("" if is_digest(name) else name)
@@ -227,7 +226,6 @@ class LoRAFlightClient:
     def _download(
         self, manifest: Manifest, policy: Policy, file: BinaryIO, progress: Progress | None
     ) -> str:
-        """Receive a card's file, hash and write it; return its digest."""
         size, sha, where = 0, hashlib.sha256(), f"card {manifest.name!r}"
         limit = policy.max_bytes if policy.allow_mismatch else manifest.size
         for piece in self._pieces(where, manifest):

@@ -147,7 +147,6 @@ class Discovery:
                         pool.submit(self._ask_peer, key)
 
     def _ask_peer(self, key: str) -> None:
-        """Ask a peer where it answered last, then at all addresses that it announces."""
         answer: tuple[str, ...] = ()
         error = None
         peer = self._book.peers.get(key, Peer(key))
@@ -185,7 +184,6 @@ class Discovery:
         raise error
 
     def _resolve(self, key: str) -> list[str]:
-        """Return the URIs that a peer announces, by asking the network for its record."""
         info = None
         with suppress(zeroconf.Error, OSError, ValueError):
             if self._zeroconf is not None:

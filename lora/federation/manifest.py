@@ -134,7 +134,6 @@ def check_name(name: str) -> None:
 
 
 def _is_text(value: object) -> bool:
-    """Tell whether a value is text without lone surrogates."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 

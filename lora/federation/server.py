@@ -280,8 +280,6 @@ def _text(request: Any) -> str:
 
 
 class _Token(flight.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Lets in only calls with the token."""
-
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}"
 

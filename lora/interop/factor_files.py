@@ -58,7 +58,6 @@ def read_pairs(
     """Read the factors in a file, paired by module, and the header's metadata.
 
     Args:
-        path: A safetensors file.
         key: Matches a whole tensor name, with the groups ``module`` and ``factor``.
         advice: What to do about a name that does not match, by a part of the name.
         renamed: Tensors to read under another name, or not at all.

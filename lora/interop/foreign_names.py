@@ -58,7 +58,6 @@ def read_foreign(path: Path, part: str | None) -> tuple[Pairs, Header] | None:
     """Read the factors of one part of a file, and what it says of scales, as fields of a header.
 
     Args:
-        path: A safetensors file.
         part: What the names of its tensors begin with; needed where there are several.
 
     Returns:

@@ -49,13 +49,11 @@ def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") 
     The same card always gives the same bytes.
 
     Args:
-        card: Any card.
         path: By convention ``*.safetensors``.
         layout: One of `LAYOUTS`.
 
     Examples:
         >>> import tempfile
-        >>> import numpy as np
         >>> from lora.card import LowRank
         >>> card = LoRACard("docs", 1, 2.0, ["q"], {"q": LowRank(np.ones((4, 1)), np.ones((1, 3)))})
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -108,6 +106,16 @@ def load_safetensors(
     Raises:
         CardFileError: The file is malformed, contradicts itself or alpha, or fits both layouts; or
             it is kohya's, with a name that may stand for several modules.
+        CardNotFoundError: Nothing is at the path.
+
+    Examples:
+        >>> import tempfile
+        >>> from safetensors.numpy import save_file
+        >>> factors = {"q.lora_a": np.ones((4, 2)), "q.lora_b": np.ones((2, 3))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file(factors, f"{folder}/docs.safetensors")
+        ...     load_safetensors(f"{folder}/docs.safetensors", alpha=4.0).rank
+        2
     """
     path = as_path(path)
     if alpha is not None:
@@ -165,7 +173,6 @@ def _beside(folder: Path, modules: Iterable[str]) -> dict[str, str]:
 
 
 def _stated(header: Header, key: str, kind: type, argument: Any = None) -> Any:
-    """Return what the header or the argument says, unless they contradict each other."""
     text = header.get(f"lora.{key}", header.get(key))
     if text is None:
         return argument

@@ -82,7 +82,6 @@ def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool
             the model, or it can't be adapted soundly.
 
     Examples:
-        >>> import numpy as np
         >>> from lora.card import LowRank
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> card = LoRACard("docs", 1, 1.0, ["0"], {"0": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
@@ -235,16 +234,16 @@ def adapt_rows(
         probe: Keywords of a forward over rows of unequal length, by which a copy is tried first.
             Default: texts for an ``encode``, or the ``dummy_inputs`` of transformers. False: a
             model that mixes rows is not found.
-        check_base: As for `adapt`.
-        strict: As for `adapt`.
+        sets: An `AdapterSet`, or what makes one, at each index that `lora.rows` may name.
+        check_base, strict: As for `adapt`, and so are other errors.
 
     Raises:
         UnsupportedModelError: The model mixes rows, as time-major and routed layouts do.
-        ArgumentError: There is nothing to probe the model with.
+        ArgumentError: There is no set, or nothing to probe the model with.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> rowwise = adapt_rows(model, [{}, {}], probe=False)  # then: with lora.rows([0, 1, 1]):
+        >>> rowwise = adapt_rows(model, [{}, {}], probe=False)  # see `lora.rows`
     """
     if not isinstance(sets, Sequence) or not sets:
         raise ArgumentError("adapt_rows: sets", "a list of adapter sets", shown(sets))
@@ -284,8 +283,19 @@ def init_card(
 ) -> LoRACard:
     """Return an untrained card: A uniform with |A| <= 1/√in and B zero for each targeted Linear.
 
+    Args:
+        rank: Of every module, even above its own dimensions.
+        alpha: ΔW is scaled by alpha / rank.
+        target_modules: As a card's.
+        seed: At least 0. The same seed gives the same card.
+
     Raises:
         TargetError: No module matches.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> init_card(model, "docs", rank=1, alpha=1.0, target_modules=["0"], seed=0).weights
+        mappingproxy({'0': LowRank(4 -> 1 -> 2, float32, scaling=1.0)})
     """
     sites, rng = linears(model), np.random.default_rng(seed)
     empty = LoRACard(name, rank, alpha, target_modules, {})  # type: ignore[arg-type]
@@ -325,7 +335,17 @@ def trained_card(model: nn.Module, card: LoRACard) -> LoRACard:
 def injections(
     model: nn.Module, adapters: Adapters, *, strict: bool = False
 ) -> dict[str, Injection]:
-    """Report what each card would bind to, by its name; nothing is not an error here."""
+    """Report what each card would bind to, by its name; nothing is not an error here.
+
+    Raises:
+        ShapeError: A card does not fit a module that it names.
+        TargetError: A name fits two modules, or with `strict` none.
+
+    Examples:
+        >>> card = LoRACard("docs", 1, 1.0, ["query"], {})
+        >>> injections(nn.Sequential(nn.Linear(2, 2)), card)["docs"].unbound
+        "targets not found: 'query'"
+    """
     sites, _, experts = _survey(model)
     sites = {**experts.sites, **sites}
     cards = (card for card, _ in AdapterSet(adapters).values())
@@ -335,7 +355,6 @@ def injections(
 def _plan(
     sites: Mapping[str, Site], experts: FusedExperts, card: LoRACard, *, strict: bool = False
 ) -> Injection:
-    """Decide what a card binds to in a model with these fused experts."""
     injection = plan(sites, card, strict=strict)
     if not experts.places:
         return injection
@@ -350,7 +369,12 @@ def check_module(model: object) -> None:
 
 
 def linears(model: nn.Module) -> dict[str, Site]:
-    """Return every name of every Linear and Conv1D in a model, with its shape."""
+    """Return every name of every Linear and Conv1D in a model, with its shape.
+
+    Examples:
+        >>> linears(nn.Sequential(nn.Linear(4, 2)))["0"].in_features
+        4
+    """
     return _survey(model)[0]
 
 
@@ -393,6 +417,13 @@ def fingerprint(model: nn.Module, card: LoRACard) -> str:
     Raises:
         TargetError: Not every module of the card binds: the rest would have the fingerprint of
             another base.
+        ShapeError: The card does not fit a module.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> card = init_card(model, "docs", rank=1, alpha=1.0, target_modules=["0"], seed=0)
+        >>> fingerprint(model, card) == fingerprint(adapt(model, card), card)
+        True
     """
     sites, modules, experts = _survey(model)
     injection = plan({**experts.sites, **sites}, card)
@@ -421,7 +452,14 @@ def _fingerprint(
 def uncalled(model: nn.Module, *inputs: Any, **options: Any) -> tuple[str, ...]:
     """Return the adapted layers that a forward with these inputs never calls.
 
-    The forward runs on a copy.
+    Args:
+        model: What `adapt` returned; the forward runs on a copy.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> card = init_card(model, "docs", rank=1, alpha=1.0, target_modules=["0"], seed=0)
+        >>> uncalled(adapt(model, card), torch.ones(1, 2))
+        ()
     """
     copy = _rewrite(model, _Witness, _adapted(model))
     with torch.no_grad():
@@ -456,7 +494,6 @@ def _layers(
     bound: Sequence[Mapping[str, Injection]],
     without: Collection[str] = (),
 ) -> dict[nn.Module, list[Terms]]:
-    """Return the Linears that any of the sets binds to, with their terms in each set."""
     layers: dict[nn.Module, list[Terms]] = {}
     for index, adapters in enumerate(sets):
         for name, (card, weight) in adapters.items():

@@ -132,7 +132,6 @@ def _check_weights(folder: Path, model: Any) -> None:
 
 @contextmanager
 def _silent_loading() -> Iterator[None]:
-    """Keep transformers' bars and reports of loading from standard error."""
     from transformers.utils import logging as module  # noqa: PLC0415 - an optional package
 
     logging: Any = module

@@ -175,7 +175,6 @@ def fold_checkpoint(
 
 
 def _adapters(cards: LoRACard | Iterable[LoRACard], weights: Sequence[float] | None) -> AdapterSet:
-    """Return the cards with their weights."""
     cards = [cards] if isinstance(cards, LoRACard) else list(cards)
     weights = [1.0] * len(cards) if weights is None else list(weights)
     if not cards or len(weights) != len(cards):
@@ -230,7 +229,6 @@ class _Checkpoint:
                     self.sites.setdefault(tied.removesuffix(".weight"), self.sites[owner])
 
     def _survey(self, weights: SafetensorsWeights) -> None:
-        """Find the modules whose weights the tensors are."""
         shapes = {name: self.tensor(name).shape for name in self.files}
         kinds = {str(config.get("model_type")) for config in weights.configs}
         for tensor, shape in shapes.items():
@@ -297,7 +295,6 @@ class _Checkpoint:
 
 
 def _check_tensors(source: _Checkpoint, names: Iterable[str]) -> None:
-    """Refuse to change a tensor of another dtype, or one that two shards hold."""
     for name in names:
         where, dtype = f"{source.files[name]}: {name!r}", source.tensor(name).dtype
         if dtype not in _DTYPES:
@@ -309,7 +306,6 @@ def _check_tensors(source: _Checkpoint, names: Iterable[str]) -> None:
 
 
 def _header(path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, and its metadata."""
     with open_safetensors(path), path.open("rb") as file:  # which checks the offsets and sizes
         size = int.from_bytes(file.read(8), "little")
         text = file.read(min(size, os.fstat(file.fileno()).st_size))
@@ -407,7 +403,6 @@ def _write(file: FileIO, data: memoryview) -> int:
 
 
 def _module_folders(base: Path) -> list[Path]:
-    """Return the folders of sentence-transformers' modules, in their order."""
     path = base / "modules.json"
     if not path.is_file():
         return []

@@ -86,7 +86,6 @@ def _check_names(key: str, names: Sequence[str], known: Collection[str]) -> None
 
 
 def _output(width: int, config: EncoderConfig) -> nn.ModuleDict:
-    """Make a projection that is added to its block's input and normalised."""
     norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
     return nn.ModuleDict({"dense": nn.Linear(width, config.hidden_size), "LayerNorm": norm})
 
@@ -258,7 +257,6 @@ class InferenceCore(nn.Module):
         return result[0] if isinstance(texts, str) else result
 
     def _prompt(self, prompt: str | None = None, name: str | None = None) -> str:
-        """Return what stands before each text."""
         if prompt is None:
             prompts = self.config.prompts
             name = self.config.default_prompt_name if name is None else name

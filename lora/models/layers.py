@@ -108,7 +108,6 @@ def _check_names(made: Any, base: nn.Module, memo: Twins) -> None:
 
 @lru_cache
 def _own_names(layer: Any) -> frozenset[str]:
-    """Return the attributes that a class of layers adds to those of an ``nn.Linear``."""
     kinds = [kind for kind in layer.__mro__ if issubclass(kind, _Adapted)]
     names = {name for kind in kinds for name in (*vars(kind), *kind.__annotations__)}
     return frozenset(names - {"weight", "bias"}.union(dir(nn.Linear)))
@@ -116,8 +115,6 @@ def _own_names(layer: Any) -> frozenset[str]:
 
 @lru_cache(256)
 def _around(layer: Any, kind: Any) -> Any:
-    """Make the class of a layer for Linears of a class."""
-
     def reduce(self: _Adapted) -> tuple[Any, ...]:
         return _empty, (layer, kind), self.__getstate__()  # type: ignore[no-untyped-call]
 
@@ -231,7 +228,6 @@ class LoRALinear(_Adapted):
         weight_side_threshold: Inputs with more elements use ``W + ΔW``, formed for that call.
 
     Examples:
-        >>> import numpy as np
         >>> base = nn.Linear(2, 2, bias=False).requires_grad_(False)
         >>> ones = LowRank(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32), 0.5)
         >>> layer = LoRALinear(base, {"docs": (ones, 1.0)})
@@ -441,7 +437,6 @@ def _check_folded(
 
 
 def _by_output(linear: nn.Module) -> Tensor:
-    """Return a plain weight as ``(out, in)``."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.T if is_conv1d(linear) else weight
 

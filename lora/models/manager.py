@@ -82,7 +82,6 @@ class LoRAManager(Uncopied, Generic[M]):
     leaves the manager as it was. `also`: fields of an engine's state to set at once.
 
     Args:
-        model: The base model.
         fold: Run float32 and float64 layers as plain Linears of ``W + ΔW``.
         fold_budget: Bytes of touched weights above which a set is not folded; None for no limit.
         state: Makes the first state; an engine's has more fields.
@@ -306,7 +305,6 @@ def log_loaded(to: logging.Logger, card: LoRACard) -> None:
 
 
 def _reports(active: Active[Any]) -> dict[str, Injection]:
-    """Return what each card is bound to, with dictionaries that the caller may change."""
     return {n: replace(i, bound=dict(i.bound)) for n, i in active.injections.items()}
 
 

@@ -143,7 +143,6 @@ class AdapterRegistry:
         What was registered of the same path and name before the file changed is forgotten.
 
         Args:
-            path: A card file.
             version: A semantic version. Default: the metadata's ``version``, else 0.1.0.
             digest: SHA-256 of the file, checked whenever it is mapped. Default: the file is known
                 by its inode, size and time of modification.
@@ -230,7 +229,6 @@ class AdapterRegistry:
         return self.entries.get(name, ())
 
     def _set(self, name: str, versions: list[Entry]) -> None:
-        """Know these versions of a card, and keep no card of another one."""
         entries = {key: known for key, known in self.entries.items() if key != name}
         self.entries = MappingProxyType({**entries, name: tuple(versions)} if versions else entries)
         for mapped in self._maps:

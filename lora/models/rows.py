@@ -156,6 +156,10 @@ def rows(sets: Sequence[int]) -> Iterator[None]:
     Args:
         sets: Index of a set for each row of the batch, or for each text.
 
+    Raises:
+        ArgumentError: An index is negative; in a forward, also if it is none of the sets'.
+        ShapeError: In a forward: the batch has other rows than are named.
+
     Examples:
         >>> from lora import LoRACard, LowRank, adapt_rows
         >>> card = LoRACard("docs", 1, 1.0, ["0"], {"0": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
@@ -261,7 +265,6 @@ def carrying(model: M) -> M:
 
 
 def _encode(method: Any, *arguments: Any, **options: Any) -> Any:
-    """Call an encoder's method for any number of texts with texts that carry their set."""
     named = _rows.get()
     if named is None or named.texts:
         return method(*arguments, **options)
@@ -370,7 +373,6 @@ def _dummy_inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """Return the tensors of a mapping or a sequence, or the only one."""
     if isinstance(values, Tensor):
         return [values]
     each = values.values() if isinstance(values, Mapping) else values

@@ -224,7 +224,6 @@ class Twins:
         return self._put(value, MethodType(self(function), owner))
 
     def _builtin(self, value: BuiltinFunctionType) -> Any:
-        """Return the twin's method of a built-in method, such as ``append`` of a list."""
         owner = self(value.__self__)
         return value if owner is value.__self__ else getattr(owner, value.__name__)
 

@@ -180,7 +180,6 @@ class RemoteBinding:
             self._process.stop(seconds=0.0 if self._is_busy else 5.0)
 
     def _ready(self) -> _Process:
-        """Return the process, started and introduced, if it is not there or did not answer."""
         if self._process is not None and not self._is_busy:
             return self._process
         if self._process is not None:
@@ -252,7 +251,6 @@ class RemoteBinding:
         return outcome
 
     def _called_back(self, answer: Mapping[str, Any]) -> dict[str, Any]:
-        """Call a function for the process, and return the reply."""
         function = self._callbacks[answer["callback"]]
         arguments = decode(answer["args"], dict[int, Any]().__getitem__)
         try:
@@ -280,7 +278,6 @@ class RemoteRouter:
 
 
 def _outcome_of(member: str, answer: Mapping[str, Any], resolve: Callable[[int], Any]) -> Any:
-    """Return the value of an answer, or the exception that it is."""
     if "lacks" in answer:
         return Lacks(str(answer["lacks"]))
     if "refused" in answer:

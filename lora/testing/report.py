@@ -140,7 +140,6 @@ def report_of(
 
 
 def _judged(outcome: Outcome, reason: str = "", place: str = "") -> dict[str, Any]:
-    """Return a test's entry; with a reason, its failure was declared for this requirement."""
     verdict = outcome.verdict
     if reason and verdict in ("passed", "failed"):
         verdict = "unexpected pass" if verdict == "passed" else "expected failure"

@@ -230,8 +230,6 @@ class Server:
         return {"handle": handle}
 
     def _callback(self, number: int) -> Callable[..., Any]:
-        """Return what asks the suite to call one of its functions."""
-
         def ask(*arguments: Any) -> Any:
             values = encode(list(arguments), self._handle)
             self._say({"callback": number, "args": values})

@@ -274,7 +274,6 @@ def _parsed(path: Path) -> ast.Module:
 
 
 def _definitions(parent: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield the public functions and classes of a module or class with their dotted names."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     for node in parent.body:
         if isinstance(node, kinds) and not node.name.startswith("_"):
@@ -285,13 +284,11 @@ def _definitions(parent: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _pairs(rows: Iterable[tuple[str, Any]]) -> Pairs:
-    """Make pairs of rows, each after the place that an error names."""
     records = [_record(row, index, where) for index, (where, row) in enumerate(rows)]
     return _checked(pa.Table.from_pylist(records, schema=SCHEMA))
 
 
 def _table_rows(table: pa.Table | pa.RecordBatch, where: str) -> list[tuple[str, Any]]:
-    """Return the rows of a table's own columns of pairs, each after its place."""
     try:
         table.validate(full=True)
         names = [name for name in SCHEMA.names if name in table.schema.names]
@@ -302,14 +299,12 @@ def _table_rows(table: pa.Table | pa.RecordBatch, where: str) -> list[tuple[str,
 
 
 def _checked(table: pa.Table) -> Pairs:
-    """Make pairs of a table whose rows were checked before."""
     pairs = object.__new__(Pairs)
     object.__setattr__(pairs, "table", table.combine_chunks())
     return pairs
 
 
 def _record(row: Any, index: int, where: str) -> dict[str, Any]:
-    """Return a checked row with every column; the default group is the row's position."""
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) <= 3:
         row = dict(zip(SCHEMA.names, row, strict=False))
     if not isinstance(row, Mapping) or not {"query", "positive"} <= set(row) <= set(_COLUMNS):

@@ -104,5 +104,4 @@ def online(old: Anchor, new: Anchor, decay: float = 1.0) -> Anchor:
 
 
 def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor by its name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

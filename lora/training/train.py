@@ -306,7 +306,6 @@ class LoRATrainer:
         return Anchor(run.copied(), normalized(fisher_of(losses, run.factors)))
 
     def _fitting(self, card: LoRACard, where: str) -> LoRACard:
-        """Return the card; refuse one of other shapes or of another base model."""
         check_card(card)
         where = f"{where}: card {card.name!r}"
         if _shapes(card) != _shapes(self.initial):
@@ -514,11 +513,9 @@ def batches_of(pairs: Pairs, size: int, seed: int, epoch: int) -> list[list[int]
 
 
 def _shapes(card: LoRACard) -> dict[str, Any]:
-    """Return the shapes of the factors by module."""
     return {module: (pair.A.shape, pair.B.shape) for module, pair in card.weights.items()}
 
 
 def _texts(batch: Pairs) -> list[str]:
-    """Return all queries, then all positives, then all negatives if each pair has one."""
     negatives = batch.table["negative"].to_pylist()
     return [*batch.queries, *batch.positives, *([] if None in negatives else negatives)]
