@@ -176,6 +176,7 @@ _IN_COMMANDS = {
 """What a hint says for Python -> what it says on the command line."""
 
 _PLACES = {"card 'config': alpha": "--alpha", "teacher: base_url": "--teacher-url"}
+_PLACES["peers"] = "--peer"
 """Where something is wrong, in Python -> the option that says it."""
 
 _WITH_ALLOW = {
@@ -203,7 +204,7 @@ def in_options(text: str, *, allows: bool = False) -> str:
 
 
 _COMMON = {
-    "out": "Where to write.",
+    "out": "The file to write; an existing one is replaced.",
     "name": "Name of the card.",
     "seed": "Seed of every random choice.",
     "card": "A card file; may be repeated.",
@@ -316,7 +317,8 @@ def _cell(value: Any) -> str:
 def shortened(value: Any, limit: int = 240) -> str:
     """Write a value in a line of at most so many characters."""
     text = _cell(value)
-    return text if len(text) <= limit else f"{text[:limit]}… (whole with --json)"
+    quote = '"' * (text.count('"', 0, limit) % 2)
+    return text if len(text) <= limit else f"{text[:limit]}{quote}… (whole with --json)"
 
 
 def printable(text: str) -> str:
@@ -378,9 +380,7 @@ def _as_renamed(words: list[str]) -> list[str]:
     words = [part for word in words for part in re.split("(?<=^--json)=", word)]
     place = words.index("--json") if words[:1] == ["conformance"] and "--json" in words else -1
     if 0 < place < len(words) - 1 and not words[place + 1].startswith("-"):
-        print(
-            "lora: --json FILE is --json-file FILE now; it ends with version 1.0", file=sys.stderr
-        )
+        print("lora: --json FILE is --json-file FILE now; it ends with 1.0", file=sys.stderr)
         words[place] = "--json-file"
     return words
 

@@ -3,10 +3,8 @@
 Requirements: R1, R16, R20, R23, R25, R26.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from errno import ENOENT
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +77,7 @@ def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) 
     drawn += [Text(), table_of(_grouped(modules) or [{"module": "none"}])]
     if plot is not None:
         drawn.append(Text(f"drawn: {plot}"))
-    text = Group(*drawn)
-    return Result({**facts, "modules": modules, "extra": dict(header.extra)}, text)
+    return Result({**facts, "modules": modules, "extra": dict(header.extra)}, Group(*drawn))
 
 
 _LABELS = {"base_model": "base", "base_fingerprint": "fingerprint", "target_modules": "targets"}
@@ -154,7 +151,7 @@ def convert(
     Args:
         source: A card file, a .safetensors file, hf:org/name, or a folder of PEFT, mlx-lm or
             diffusers.
-        out: *.arrow: a card; *.safetensors; else a PEFT folder.
+        out: *.arrow: a card; *.safetensors; else a PEFT folder. An existing file is replaced.
         name: Name of the card; the source's if omitted.
         alpha: Alpha, if the .safetensors file has none.
         layout: Of a .safetensors file that fits both: linear or matrix.
@@ -192,8 +189,9 @@ def convert(
         progress(2, 2)
     facts = {"file": str(out), "name": card.name, "rank": card.rank, "modules": len(card.weights)}
     where = out if is_file else f"{out}/"
-    text = f"{where}: card {card.name}, {len(card.weights)} modules, rank {card.rank}"
-    return Result(facts, text)
+    return Result(
+        facts, f"{where}: card {card.name}, {len(card.weights)} modules, rank {card.rank}"
+    )
 
 
 @command(
@@ -270,13 +268,14 @@ def merge(
     record = card.metadata["merge"]
     cut = {key: record[key] for key in ("kept", "rank_90") if key in record}
     facts = {"file": str(out), "digest": digest, "rank": card.rank, "modules": len(card.weights)}
+    facts |= {"error": dict(record["error"]), **cut}
     quality = f"which keeps {cut['kept']:.1%} of ΔW's squares" if cut else "exact"
     text = f"{out}: {len(card.weights)} modules, rank {card.rank}, {quality}"
     if "rank_90" in cut and cut["kept"] < 0.9:
         text += f" (90 % would take --rank {cut['rank_90']})"
     if "description" not in card.metadata and any("description" in c.metadata for c in parents):
         text += "\nno description, since the cards' differ: --description sets one"
-    return Result({**facts, "error": dict(record["error"]), **cut}, text)
+    return Result(facts, text)
 
 
 @command(
@@ -375,6 +374,7 @@ def fold(
 
     Args:
         base: A model's folder, with safetensors files.
+        out: The folder to write.
         cards: Card files, PEFT folders, or what else convert reads.
         weight: Weight of a card; repeat once per card, in order.
         strict: Refuse a card that names anything the base does not have.
@@ -394,10 +394,11 @@ def fold(
         folded = lora.fold_checkpoint(base, adapters, out, weight, progress=progress, **options)
     bound = {name: len(injection.bound) for name, injection in folded.injections.items()}
     facts = {"folder": str(out), "tensors": len(folded.tensors), "cards": bound}
+    facts["left_out"] = folded.left_out
     text = f"{out}: {len(folded.tensors)} tensors changed"
     if folded.left_out:
         text += f"\nleft out: {', '.join(folded.left_out)}"
-    return Result({**facts, "left_out": folded.left_out}, text)
+    return Result(facts, text)
 
 
 def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACard":
@@ -415,9 +416,8 @@ def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACa
         default_name = Path(str(source).removeprefix(hub.PREFIX).partition("@")[0]).name
         source = hub.download(str(source))
     elif not source.exists() and len(source.parts) == 2 and not source.suffix:
-        missing = FileNotFoundError(ENOENT, os.strerror(ENOENT))
         hint = hub_advice(source) or f"an adapter on the Hub is {hub.PREFIX}{source}"
-        raise CardNotFoundError(str(source), "a card file or a folder", missing, hint)
+        raise CardNotFoundError(str(source), "a card file or a folder", "none", hint)
     adapters = [file for file in hub.FILES[1:] if (source / file).is_file()]
     if len(adapters) > 1:
         hint = "name the file"

@@ -5,7 +5,7 @@ Requirements: R5, R18, R19, R25.
 
 import signal
 import threading
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -260,8 +260,7 @@ def factory_run(
         reason = f": {job.error}" if job.error else ""
         console.print(f"{job.state}: {job.kind} {job.name}{reason}", soft_wrap=True)
 
-    with ExitStack() as stack:
-        executor = stack.enter_context(cluster(scheduler)) if scheduler else None
+    with cluster(scheduler) if scheduler else nullcontext() as executor:
         shop = SkillFactory(root, executor=executor, workers=workers, keep=keep, on_event=report)
         rows = shop.run(at=at, stop=stop).to_pylist()
     dead = ", ".join(row["id"][:12] for row in rows if row["state"] == "dead")

@@ -111,9 +111,8 @@ def serve(
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    interfaces = None if announce else ()
-    node = Node(None, root, host=host, port=port, credentials=credentials, interfaces=interfaces)
-    with node, ExitStack() as stack:
+    options = {"credentials": credentials, "interfaces": None if announce else ()}
+    with Node(None, root, host=host, port=port, **options) as node, ExitStack() as stack:
         server: Any = node.server
         count = len(server.catalog.cards)
         facts = {"cards": count, "uri": server.uri}
@@ -180,7 +179,7 @@ def fetch(
 
     Args:
         name: Name of a card that a peer offers.
-        out: Also write the card here.
+        out: Also write the card here; an existing file is replaced.
         pin: Accept the card of this digest alone; it needs no signature.
         trust: PEM public key to trust; may be repeated.
         allow: Waive one refusal: unsigned, older, other_base …; may be repeated.
@@ -200,7 +199,7 @@ def fetch(
         raise ArgumentError("--pin", expected, repr(pin), "lora list shows the digests")
     waived(Policy(), allow or [])  # refuses what is no refusal
     for address in peer or ():
-        check_location(uri_of(address), credentials)
+        check_location(uri_of(address), credentials, "--peer")
     checks_done()
     keys = frozenset(map(load_public_key, trust or []))
     policy = waived(Policy(keys, base_model=base_model), allow or [])
@@ -260,8 +259,7 @@ def _visiting_node(
     from lora.federation.node import Node, uri_of
 
     named = list(dict.fromkeys(uri_of(peer) for peer in peers or []))
-    interfaces = () if named else None
-    with Node(cache, peers=named, interfaces=interfaces, **options) as node:
+    with Node(cache, peers=named, interfaces=() if named else None, **options) as node:
         checks_done()
         with waiting("looking for peers"):
             node.discovery.wait(wait, len(named) or None)

@@ -3,6 +3,7 @@
 Requirements: R5, R15, R17, R21, R25.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -75,14 +76,15 @@ def encode(
         check_output("--out", out)
         checks_done()
         check_apart(out, parquet)
-        options = {"column": column, "adapter": adapter, "route": route}
-        return _encode_parquet(parquet, out, cards=cards, model=model, **options)
+        options = {"column": column, "adapter": adapter, "route": route, "model": model}
+        return _encode_parquet(parquet, out, cards=cards, **options)
     if adapter is not None or route:
         raise ArgumentError("--adapter, --route", "--parquet", "none")
     check_output("--out", out)
     checks_done()
     import numpy as np
 
+    logging.lastResort.setLevel("ERROR")  # type: ignore[union-attr] # the warnings say the same
     texts = texts or [line.rstrip("\n") for line in sys.stdin]
     engine = _engine(model, card or [])
     parts = []
@@ -392,11 +394,9 @@ def evaluate(cards: list[Path], *, pairs: Path, model: Model = None) -> Result:
     signs = {"mrr": "", "recall_at_1": "", "gain": "+", "lower": "+", "upper": "+"}
     lines = [{"name": "(base)", **_figures(plain)}, *rows]
     shown = [
-        {key: f"{v:{signs[key]}.3f}" if key in signs else v for key, v in line.items()}
+        {k: f"{v:{signs[k]}.3f}" if k in signs else v for k, v in line.items() if k != "file"}
         for line in lines
     ]
-    for line in shown:
-        line.pop("file", None)
     return Result(facts, table_of(shown))
 
 

@@ -112,6 +112,7 @@ def demo(
     Train a card on Python's own documentation, save it, map it, apply it, route to it, remove it.
 
     Args:
+        out: Folder to write into.
         steps: Training steps; fewer are quicker and teach less.
     """
     from lora.demo import run

@@ -50,7 +50,9 @@ class Credentials:
             raise ArgumentError("credentials: key", expected, "that of another one")
 
 
-def check_location(location: str, credentials: Credentials) -> tuple[bool, str, int]:
+def check_location(
+    location: str, credentials: Credentials, where: str = "location"
+) -> tuple[bool, str, int]:
     """Return whether a Flight URI uses TLS, its host and its port.
 
     Raises:
@@ -63,7 +65,7 @@ def check_location(location: str, credentials: Credentials) -> tuple[bool, str, 
     # Nothing but these parts: gRPC would ignore a path or a user, and choose a missing port itself.
     if not host or location.lower() != flight_uri(host, port, tls=tls).lower():
         expected = "grpc://host:port or grpc+tls://host:port, with a port below 65536"
-        raise ArgumentError("location", expected, repr(location))
+        raise ArgumentError(where, expected, repr(location))
     if credentials.token and not (tls or credentials.insecure_token or is_loopback(host)):
         hint = "use grpc+tls://, or let others on the way read it: `insecure_token=True`"
         raise ArgumentError("token", "TLS beyond loopback", location, hint)

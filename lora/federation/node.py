@@ -80,7 +80,7 @@ class Node:
         metrics: Metrics | None = None,
     ) -> None:
         for uri in peers:
-            check_location(uri, credentials)
+            check_location(uri, credentials, "peers")
         self.node_id, self.policy, self.metrics = uuid.uuid4().hex, policy, metrics or Metrics()
         self.cache = cache if isinstance(cache, CardCache | None) else CardCache(cache)
         self.offers: Mapping[str, tuple[Offer, ...]] = {}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -334,6 +335,15 @@ def test_encode_prints_one_line_for_each_text(here, engine):
     assert (code, err) == (0, "")
     assert out == "".join(" ".join(f"{number:.6f}" for number in row) + "\n" for row in expected)
     assert here("encode", stdin="\n".join(TEXTS).encode() + b"\n") == (code, out, err)
+
+
+@requirement("R25.3", "R3.12")
+def test_encode_warns_once_of_a_card_that_binds_in_part(folder, tmp_path):
+    card = lora.load(folder / "docs.lora.arrow")
+    lora.save(replace(card, target_modules=("query", "gone")), tmp_path / "part.lora.arrow")
+    command = [sys.executable, "-m", "lora.cli", "encode", "a", "--card", "part.lora.arrow"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.fullmatch("lora: card 'docs' takes effect in part: .*'gone'\n", done.stderr)
 
 
 @requirement("R25.3")

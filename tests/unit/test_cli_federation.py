@@ -239,7 +239,7 @@ def test_a_server_announces_itself_unless_told_not_to(here, cards, monkeypatch, 
         (["keygen", "nowhere/me.pem"], "nowhere"),
         (["sign", "nowhere.lora.arrow", "--key", "x"], "nowhere"),
         (["list", "--peer", "127.0.0.1:1", "--wait", "0.3"], "127.0.0.1:1"),
-        (["list", "--peer", "http://x"], "grpc://host:port"),
+        (["list", "--peer", "http://x"], "--peer: expected grpc://host:port"),
         (["fetch", "docs", "--peer", "127.0.0.1:1", "--trust", "nowhere.pem"], "nowhere.pem"),
     ],
 )

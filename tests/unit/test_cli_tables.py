@@ -105,11 +105,13 @@ def test_a_name_that_is_longer_than_a_line_is_folded_not_cut(shown, tmp_path):
 def test_inspect_says_where_long_metadata_end_and_what_is_not_text_as_json(shown, tmp_path):
     path = tmp_path / "card.lora.arrow"
     extremes = {"examples": ["how do I open a file"] * 99, "scores": {"mrr": 0.5}}
+    extremes["text"] = "many words\n" * 99
     lora.save(layered("a", ["q"], **extremes), path)
     out = shown("inspect", path)
     assert "(whole with --json)" in " ".join(out.split())
     assert '{"mrr": 0.5}' in out
-    assert len(out.splitlines()) < 25
+    assert out.count('"') == 4  # a text that is cut has both
+    assert len(out.splitlines()) < 30
 
 
 @requirement("R25.5", "R25.2")

@@ -68,7 +68,7 @@ USAGE = {
     "convert docs.lora.arrow -o b.lora.arrow --layout x": "--layout: expected one of linear",
     "route a --card docs.lora.arrow --threshold 2": "--threshold",
     "serve . --metrics-port 65536": "--metrics-port",
-    "fetch a --peer localhost:99999": "with a port below 65536, found",
+    "fetch a --peer localhost:99999": "--peer: expected grpc://host:port",
     "merge a -o a.lora.arrow --rank big": "lora: --rank: expected a whole number, found 'big'\n",
     "merge a -o a.lora.arrow --density x": "lora: --density: expected a number, found 'x'\n",
     "merge a -o a.lora.arrow --weight y": "lora: --weight: expected a number, found 'y'\n",
