@@ -2,24 +2,17 @@
 code and a card say.
 """
 
-import inspect
 import json
-import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
-import typer
 
 import lora
-from lora.cli.app import app
 from lora.models.adapt import linears
 from lora.presets import cost_table
 
@@ -27,13 +20,11 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "generated"
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import chapters  # noqa: E402 - beside this file, in no package
+import command_pages  # noqa: E402 - as above
 import diagrams  # noqa: E402 - as above
 import field_table  # noqa: E402 - as above
 import figures  # noqa: E402 - as above
 import reference  # noqa: E402 - as above
-from reference import escaped  # noqa: E402 - as above
-
-from docs import outputs  # noqa: E402 - as above
 
 
 def presets() -> str:
@@ -71,113 +62,6 @@ def reference_pages(trace: chapters.Trace) -> dict[str, str]:
         ]
         pages[f"{entry.path}.md"] = reference.page(entry, held)
     return pages
-
-
-def commands(command: Any = None, name: str = "lora") -> Iterator[tuple[str, Any]]:
-    """Every command of the command line with its full name, groups before what is in them."""
-    command = typer.main.get_command(app) if command is None else command
-    yield name, command
-    for part, inner in getattr(command, "commands", {}).items():
-        yield from commands(inner, f"{name} {part}")
-
-
-def command_line() -> str:
-    """A section for each command: what it does, usage, arguments and options, an example, a run."""
-    lines = [
-        "# Command line",
-        "",
-        "Errors are one line on standard error and exit 1, 2 for usage.",
-        "",
-    ]
-    lines += ["| command | what it does |", "|---|---|"]
-    for name, command in commands():
-        sentence = escaped(inspect.cleandoc(command.help or "").partition("\n\n")[0])
-        lines.append(f"| [`{name}`](#{name.replace(' ', '-')}) | {' '.join(sentence.split())} |")
-    lines.append("")
-    for name, command in commands():
-        arguments = [p for p in command.params if p.param_type_name == "argument"]
-        usage = [
-            (f"{{{p.name}}}" if p.required else f"[{p.name}]") + "…" * (p.nargs == -1)
-            for p in sorted(arguments, key=lambda p: not p.required)
-        ]
-        usage += ["COMMAND"] if hasattr(command, "commands") else []
-        text = inspect.cleandoc(command.help or "").split("\n\nRequirements:")[0].replace("``", "`")
-        lines += [
-            f"## {name}",
-            "",
-            text,
-            "",
-            "```text",
-            " ".join([name, "[OPTIONS]", *usage]),
-            "```",
-            "",
-        ]
-        shown = [parameter for parameter in command.params if not parameter.hidden]
-        if shown:
-            lines += [
-                "| option | what it is | default |",
-                "|---|---|---|",
-                *map(_parameter, shown),
-                "",
-            ]
-        if command.epilog:
-            example = command.epilog.removeprefix("Example: ")
-            lines += ["```sh", example, "```", ""]
-        if not hasattr(command, "commands"):
-            lines += run_of(name)
-    return "\n".join(lines)
-
-
-@cache
-def shown_runs() -> list[tuple[Path, Any, list[str]]]:
-    """Blocks of commands that a page shows with what they print: page, block, commands of ours."""
-    written = [path for path in (ROOT / "docs").rglob("*.md") if path.parent != OUT]
-    return [
-        (path, one, re.findall(r"^lora (?:factory )?\w+", one.code, re.MULTILINE))
-        for path in sorted(written)
-        for one in outputs.examples(path.read_text(encoding="utf-8"))
-        if one.info == "sh" and one.output
-    ]
-
-
-def run_of(name: str) -> list[str]:
-    """A run of a command that a page shows with what it prints, of those with the fewest others.
-
-    Raises:
-        ValueError: No page shows one.
-    """
-
-    def worth(run: tuple[Path, Any, list[str]]) -> tuple[int, bool, int]:
-        path, one, commands = run
-        others = sum(command != name for command in commands)
-        return others, path.parent.name != "how-to", len(one.code)
-
-    runs = [run for run in shown_runs() if name in run[2]]
-    if not runs:
-        raise ValueError(f"no page of docs/ shows a run of {name} with what it prints")
-    path, one, _ = min(runs, key=worth)
-    title = re.findall("^# (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)[0]
-    source = f"A run, from [{title}](../{path.relative_to(ROOT / 'docs').as_posix()}):"
-    return [source, "", f"```sh\n{one.code}```", "", f"```text\n{one.output}```", ""]
-
-
-KINDS = {int: "integer", float: "number", str: "text", Path: "path"}
-"""What the value of an option is called on the page of commands."""
-
-
-def _parameter(parameter: Any) -> str:
-    """A row of a command's table."""
-    opts = (*parameter.opts, *parameter.secondary_opts)
-    names = ", ".join(f"`{name}`{{.option}}" for name in opts)
-    if parameter.param_type_name == "option" and not parameter.is_flag:
-        annotation = parameter.type_descriptor.annotation
-        kind = KINDS[(get_args(annotation) or (annotation,))[0]]
-        names += f" *{kind}*" + ", repeatable" * parameter.multiple
-    value = parameter.default
-    default = (
-        "required" if parameter.required else "" if value in (None, "", False, []) else f"`{value}`"
-    )
-    return f"| {names} | {escaped(parameter.help or '')} | {default} |"
 
 
 @dataclass(frozen=True)
@@ -355,7 +239,6 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     pages = {
         "presets": presets,
-        "reference-command-line": command_line,
         "hexdump": hexdump,
         "architecture": architecture,
         "benchmarks": lambda: figures.page(figures.read()),
@@ -366,7 +249,8 @@ def main() -> None:
     for name, page in pages.items():
         (OUT / f"{name}.md").write_text(page(), encoding="utf-8")
     trace = chapters.read()
-    for name, text in (reference_pages(trace) | chapters.pages(trace)).items():
+    texts = reference_pages(trace) | chapters.pages(trace) | command_pages.pages()
+    for name, text in texts.items():
         (OUT / name).write_text(text, encoding="utf-8")
     diagrams.draw_all(OUT)
     figures.draw_all(OUT, figures.read())

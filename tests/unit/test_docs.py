@@ -193,7 +193,7 @@ def test_the_page_of_a_chapter_has_each_requirements_tests_examples_and_faults(p
         parts = re.split(r"^## (\S+) \{#\1\}$", texts[f"{number}.md"], flags=re.MULTILINE)[1:]
         assert parts[::2] == [entry.id for entry in chapter]
         for entry, part in zip(chapter, parts[1::2], strict=True):
-            assert pages.escaped(entry.sentence) in part
+            assert pages.reference.escaped(entry.sentence) in part
             tests = [evidence.test for evidence in trace.evidence(entry.id)]
             assert re.findall(r"^- `(\S+)`", part, re.MULTILINE) == tests
             (row,) = [row for row in rows if f'"{entry.id}"' in row]
@@ -521,21 +521,32 @@ def value_of(path):
 
 
 @requirement("R10.1", "R25.4")
-def test_the_page_of_the_command_line_has_every_command_with_its_options_and_an_example(generate):
-    parts = f"\n{generate.command_line()}".split("\n## ")[1:]
-    sections = dict(part.split("\n", 1) for part in parts)
-    tree = dict(generate.commands())
-    assert list(sections) == list(tree)
+def test_each_command_has_a_page_with_its_options_an_example_a_run_statuses_and_guides(generate):
+    made, tree = generate.command_pages, dict(generate.command_pages.commands())
     assert {"lora merge", "lora factory run", "lora sign"} <= set(tree)
+    assert set(made.ALSO) <= set(tree)
+    pages = made.pages()
+    table = pages["reference-command-line.md"]
+    files = {"lora": "reference-command-line.md", **{n: made.file_of(n) for n in tree if " " in n}}
+    assert sorted(files.values()) == sorted(pages)
     for name, command in tree.items():
+        page, anchor = pages[files[name]], name.replace(" ", "-")
+        assert f": generated/{files[name]}\n" in read("mkdocs.yml")
+        assert (
+            name == "lora" or f'| <span id="{anchor}">[`{name}`]({files[name]})</span> |' in table
+        )
         options = [option for parameter in command.params for option in parameter.opts]
-        assert [option for option in options if f"`{option}`" not in sections[name]] == []
-        assert name == "lora" or f"```sh\n{name}" in sections[name]
+        assert [option for option in options if f"`{option}`" not in page] == []
+        assert name == "lora" or f"```sh\n{name}" in page
         if not hasattr(command, "commands"):  # and a run that a page shows, held by its test
-            shown = r"\nA run, from \[.+\]\(\.\./(.+)\):\n\n(?s:(.+```text\n.+\n))$"
-            ((page, run),) = re.findall(shown, sections[name])
+            shown = r"\nA run, from \[.+\]\(\.\./(.+)\):\n\n(?s:(.+?```text\n.+?\n```))\n"
+            ((source, run),) = re.findall(shown, page)
             assert f"\n{name}" in run
-            assert run.strip() in read(f"docs/{page}")
+            assert run.strip() in read(f"docs/{source}")
+            assert f"](../{source})" in page.partition("## Guides that use it")[2]
+            said = re.findall(r"^\| (\d+) \| .*$", page, re.MULTILINE)
+            own = {"lora train": ["3", "130"], "lora evolve": ["3", "130"], "lora serve": []}
+            assert said == ["0", "1", "2", *own.get(name, ["130"])]
 
 
 @requirement("R10.8")
@@ -544,7 +555,7 @@ def test_the_page_of_requirements_has_every_sentence(generate):
     page = generate.chapters.specification(generate.chapters.Trace(spec, [], {}, []))
     for entry in spec.values():
         place = f"| {generate.chapters.link(entry.id)} | "
-        assert f"{place}{generate.escaped(entry.sentence)}<br>*" in page
+        assert f"{place}{generate.reference.escaped(entry.sentence)}<br>*" in page
 
 
 # ---- the examples
