@@ -50,7 +50,6 @@ def encode_batches(
         adapter_column: The column that names each row's card; null for the base model.
         route: Choose each row's card by its text; see `lora.routing.decide`.
         threshold: The score that every card needs; None: each card's own.
-        column: The column of texts.
         model: An encoder's folder; None for the embedded default model.
         fixed_size: Make ``embedding`` a list of fixed size; else a list of any size.
 

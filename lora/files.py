@@ -204,10 +204,7 @@ def os_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[int, int]]:
-    """Open a regular file for reading; yield its descriptor and its size.
-
-    A pipe would block, and a device has no end.
-    """
+    """Open a regular file, no pipe or device; yield its descriptor and its size."""
     with os_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:

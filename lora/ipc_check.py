@@ -117,7 +117,6 @@ def _batch_message(data: Bytes) -> tuple[Bytes, int]:
 
 
 def _check_batch(message: Bytes, body: int, row_bytes: int) -> None:
-    """Check the message of a record batch whose body has `body` bytes."""
     where = "card file: record batch"
     start = 8 if _read("<I", message, 0)[0] == 0xFFFFFFFF else 4  # Arrow before 0.15 had no marker
     root = _root(message[start:])

@@ -145,7 +145,7 @@ class Cat:
     Takes no rank. A pair that several cards share occurs once.
 
     Examples:
-        >>> pairs = [LowRank(np.full((1, 1), x), np.ones((1, 2)), 1.0) for x in (1.0, 2.0)]
+        >>> pairs = [LowRank(np.array([[x]]), np.ones((1, 2)), 1.0) for x in (1.0, 2.0)]
         >>> cards = [LoRACard("docs", 1, 1.0, ["q"], {"q": pair}) for pair in pairs]
         >>> merge(cards, Cat()).weights["q"].A
         array([[1., 2.]])
@@ -157,8 +157,8 @@ class Ties:
     """Trim, elect signs, merge: the weighted mean of the entries that have the elected sign.
 
     Of each ΔW the ``max(1, round(density · size))`` largest entries are kept (of equal ones the
-    first in row-major order of ``(out, in)``). Then weights are applied and each entry gets the
-    sign that `elect` asks for; none gives 0. The mean is Σ wᵢxᵢ / Σ |wᵢ|.
+    first in row-major order of ``(out, in)``). Then weights are applied, and `elect` gives each
+    entry its sign; a sum of 0 gives 0. The mean is Σ wᵢxᵢ / Σ |wᵢ|.
 
     Args:
         density: Share of the entries that are kept, in (0, 1].
@@ -200,11 +200,7 @@ class Ties:
         return merged.T
 
     def _trim(self, change: Array, size: Array) -> float:
-        """Return the least size of an entry that is kept, when equal ones too many are set to 0.
-
-        Args:
-            size: Gets the sizes, so that no memory is asked for.
-        """
+        """Return the least size of an entry that is kept; equal ones too many are set to 0."""
         np.abs(change, out=size)
         count = max(1, round(self.density * size.size))
         least = _largest(size.reshape(-1), count)
@@ -295,19 +291,16 @@ def merge(
         on_module: Called after each module with its name, its position from 1, and their number.
 
     Returns:
-        A card with balanced factors, or a parent's own factors if a module comes from it alone. A
-        module with ΔW = 0 is left out. Metadata on which all cards agree are kept, except those in
-        `OF_ONE_CARD`: objects are compared entry by entry, and of lists the common items are kept.
-        The metadata record the merge: ``{"merge": {"strategy", "options", "parents": [{"name",
-        "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}}``, with the `content_digest` and the
-        applied weight of each parent. If anything is lost, ``"kept"`` is the share of ΔW's squares
-        that is kept, and ``"rank_90"`` the rank that would keep 90 % of them, where all singular
-        values are known: those of a large ΔW of `Ties` or `Dare` are not, and ``"svd_seed"`` is
-        the seed of its randomised SVD.
+        A card with balanced factors, or a parent's own if a module comes from it alone; modules
+        with ΔW = 0 are left out. Metadata on which all cards agree, entry by entry and item by
+        item, are kept, except `OF_ONE_CARD`. ``"merge"`` records ``{"strategy", "options",
+        "parents": [{"name", "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}``, with the
+        `content_digest` and applied weight of each parent. If anything is lost, ``"kept"`` is the
+        share of ΔW's squares that is kept, and ``"rank_90"`` the rank that would keep 90 %; or, if
+        a large ΔW of `Ties` or `Dare` was truncated, ``"svd_seed"`` that of its randomised SVD.
 
     Raises:
-        ArgumentError: The strategy can't use these cards, weights, or rank.
-        CardError: A factor is not finite.
+        ArgumentError, CardError: A strategy, weight or rank is not valid; a factor is not finite.
         BaseModelError: The cards were made for different base models, or revisions of one.
         ConflictError: Two cards have one name and the strategy is `Dare`.
         ShapeError: The cards disagree on the shape of a module.
@@ -437,10 +430,7 @@ def _change(pair: LowRank, module: str) -> Array:
 
 
 def _largest(size: Array, count: int) -> float:
-    """Return the `count`-th largest of an array ``(n,)``, as `numpy.partition` finds it.
-
-    A sorted sample gives a bracket; what lies between its ends is a few hundredths of the array.
-    """
+    """Return the `count`-th largest of an array ``(n,)``, which a sorted sample brackets."""
     sample = np.sort(size[:: max(1, len(size) // 8192)])
     share = 1 - count / len(size)
     margin = 4 * math.sqrt(share * (1 - share) / len(sample))
@@ -454,10 +444,7 @@ def _largest(size: Array, count: int) -> float:
 
 
 def _svd(matrix: Array, rank: int) -> tuple[Array, Spectrum, Array]:
-    """Return U, the spectrum and Vᵀ; of a large matrix the leading ones, by a randomised SVD.
-
-    A large matrix is scaled in its place.
-    """
+    """Return U, the spectrum and Vᵀ; of a large matrix, which is scaled, the leading ones."""
     width = rank + OVERSAMPLING
     if min(matrix.shape) < max(LARGE, 4 * width):
         left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
@@ -511,11 +498,7 @@ def _truncated(
 
 
 def _kept(pairs: Mapping[str, LowRank], spectra: Mapping[str, Spectrum]) -> dict[str, Any]:
-    """Return the share of ΔW's squares that is kept, and the rank for 90 % or the SVD's seed.
-
-    Args:
-        spectra: Singular values of ΔW, for the modules whose pairs may lack some.
-    """
+    """Return the share of ΔW's squares that is kept, and the rank for 90 % or the SVD's seed."""
     rows = [
         (*(spectra[module] if module in spectra else (spectrum(pair), 0.0)), pair.rank)
         for module, pair in pairs.items()

@@ -64,12 +64,10 @@ class Injection:
         targets_not_found: Targets that match no module.
         weights_not_used: Weight keys that bind to no targeted module.
         without_factors: Modules that a target matches and for which the card has no factors.
-        bypassed: Bound modules that a forward may never call, which leaves the adapter without
-            effect: `lora.uncalled` decides.
+        bypassed: Bound modules that a forward may never call; `lora.uncalled` tells.
         leading: The leading part of all weight keys, and the one that the modules' names have in
             its place, such as ``("model.", "language_model.")``; None if keys bind as they are.
-        folded_bytes: Bytes of the fused experts among them, which can only be adapted by folding:
-            so much more memory does the adapted model take.
+        folded_bytes: Bytes of fused experts, of which the adapted model has folded copies.
 
     Examples:
         >>> Injection("docs", {"layer.0.query": "query"}, ("gate",)).unbound
@@ -190,11 +188,8 @@ def _change(
 ) -> tuple[tuple[str, str], dict[str, str]] | None:
     """Find the one other leading part with which all weight keys are names of targeted modules.
 
-    Of the leading parts that all keys share, the shortest counts with which there is one. Where the
-    shapes fit with some of the new leading parts only, these count.
-
-    Returns:
-        The leading parts before and after, and the weight key of each module; None without one.
+    Of the parts that all keys share, the shortest counts with which there is one; of the new ones,
+    those with which the shapes fit. Returns both, and the weight key of each module.
     """
     first = next(iter(card.weights), "")
     for rest in suffixes(first)[1:]:

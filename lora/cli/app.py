@@ -303,7 +303,6 @@ def blocks(rows: Sequence[Mapping[str, Any]], *heading: str) -> Group:
 
 
 def _cell(value: Any) -> str:
-    """Write a value in a line, as a person reads it."""
     if isinstance(value, bool) or value is None:
         return "yes" if value else ""
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):

@@ -129,7 +129,6 @@ def _about(
 
 
 def _saying(card: "LoRACard", about: dict[str, Any]) -> "LoRACard":
-    """Return the card with these words in place of its own."""
     return replace(card, **{**about, "metadata": {**card.metadata, **about["metadata"]}})
 
 

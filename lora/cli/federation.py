@@ -276,7 +276,6 @@ def _visiting_node(
 
 
 def _ask_offers(node: Any) -> Any:
-    """Ask the peers what they offer."""
     offers = node.sync()
     _report(dict(node.failures), none_works=not offers)
     return offers
@@ -292,7 +291,6 @@ def _report(errors: dict[str, LoRAError], *, none_works: bool) -> None:
 
 
 def _row(offer: Any) -> dict[str, Any]:
-    """A row of `lora list`."""
     manifest = offer.manifest
     shown = ("name", "version", "rank", "size", "digest", "description", "base_model")
     row = {key: getattr(manifest, key) for key in shown}

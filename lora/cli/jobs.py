@@ -123,7 +123,6 @@ def harm(arguments: Sequence[str], file: Path, live: Path) -> tuple[str, dict[st
 
 
 def _words(parameter: Any, value: Any) -> list[str]:
-    """Write a parameter with its value as words of a command line."""
     if parameter.param_type_name == "argument":
         return [str(value)]
     if isinstance(value, bool):

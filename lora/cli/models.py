@@ -117,7 +117,6 @@ def _engine(model: Path | None, cards: Sequence[Path] = ()) -> "lora.ArrowEngine
 
 
 def _encode_parquet(source: Path, out: Path, **options: Any) -> Result:
-    """Stream a Parquet file through `encode_batches` into another."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -401,5 +400,4 @@ def evaluate(cards: list[Path], *, pairs: Path, model: Model = None) -> Result:
 
 
 def _figures(shares: Any) -> dict[str, float]:
-    """Return MRR and recall at 1 of reciprocal ranks."""
     return {"mrr": float(shares.mean()), "recall_at_1": float((shares >= 1).mean())}

@@ -109,6 +109,12 @@ class SkillDistiller:
         teacher: Is asked about the documents that fit a topic, or about the topic without any.
         store: Folder of the live cards, to which accepted ones are added.
         terms: Fields of `lora.evolution.exam.Terms`.
+
+    Examples:
+        >>> from lora import ArrowEngine
+        >>> distiller = SkillDistiller(ArrowEngine.from_pretrained(None))
+        >>> distiller.observe("open a file"), distiller.tasks
+        (None, ())
     """
 
     def __init__(
@@ -195,6 +201,9 @@ class SkillDistiller:
 
         Args:
             name: Of an open task; by default the one with most queries. After an error it is open.
+
+        Raises:
+            StateError: There is no such task.
         """
         with self._write:
             waiting = (task for task in self.tasks if task.state == "open")
@@ -263,7 +272,6 @@ class SkillDistiller:
                 self._pending = {t: v for t, v in self._pending.items() if t not in members}
 
     def _change(self, task: Task, **changes: Any) -> Task:
-        """Change a task, which may have more queries by now."""
         with self._write:
             task = replace(self._tasks[task.name], **changes)
             self._tasks[task.name] = task

@@ -141,7 +141,6 @@ def _texts(root: Path) -> dict[str, str]:
 
 
 def _cut(pairs: Pairs) -> Pairs:
-    """Cut the texts of pairs to `LENGTH` characters."""
     return Pairs.of(
         {**row, "query": row["query"][:LENGTH], "positive": row["positive"][:LENGTH]}
         for row in pairs.table.to_pylist()
@@ -163,7 +162,6 @@ def _told_apart(rows: Iterable[Mapping[str, str]]) -> Pairs:
 
 
 def _prose_pairs(name: str, text: str, *, by_heading: bool) -> list[tuple[str, str, str]]:
-    """Return group, query and answer of each pair of a document."""
     pairs, asked = [], set[tuple[str, ...]]()
     for headings, paragraph in _paragraphs(text):
         group = " > ".join([name, *headings[:2]]) if by_heading else name
@@ -178,10 +176,7 @@ def _prose_pairs(name: str, text: str, *, by_heading: bool) -> list[tuple[str, s
 
 
 def _paragraphs(text: str) -> list[tuple[tuple[str, ...], str]]:
-    """Return the paragraphs of Markdown or reStructuredText, each with the headings above it.
-
-    Code, tables, directives and paragraphs of fewer than eight words are left out.
-    """
+    """Return the prose paragraphs of at least eight words, each with the headings above it."""
     paragraphs: list[tuple[tuple[str, ...], str]] = []
     headings: list[tuple[int, str]] = []
     marks: list[str] = []

@@ -500,7 +500,6 @@ def _asked(service: Service, name: str, asked: Pairs, among: Pairs, seed: int) -
 
 
 def _unshown(verdict: Verdict) -> str:
-    """Say what the skill does not beat; "" if there is nothing."""
     if verdict.kind == "skill":
         return ""
     if verdict.kind == "format":

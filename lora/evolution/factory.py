@@ -250,12 +250,9 @@ class SkillFactory:
         self._sweep()
 
     def _keep(self, job: Job, outcome: dict[str, Any]) -> tuple[str, str]:
-        """Put a card in its place by digest, under a version that is above the last of its name.
+        """Put a card in its place by digest; return its digest, and a version above the last.
 
         Its sample is kept with it; if it brings none, that of the version that it replaces.
-
-        Returns:
-            Its digest and its version.
         """
         card, kept = load(outcome["card"]), self.queue.versions(job.name)
         exam = Path(outcome["exam"]) if outcome.get("exam") else self._live(job, EXAM)

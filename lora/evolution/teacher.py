@@ -245,17 +245,21 @@ class Ledger:
 class OpenAITeacher:
     """A teacher behind OpenAI's chat completions, asked by the official client.
 
-    Data go only to the named host: no redirect and no proxy of the environment is followed. The key
-    is neither logged nor written. The budget pays for each attempt.
+    Data go only to the named host: no redirect and no proxy of the environment is followed.
 
     Args:
+        model: What the server calls it.
+        ledger: Its budget pays for each attempt.
+        api_key: Neither logged nor written.
         base_url: ``https://…``, or ``http://…`` on this machine.
-        insecure_http: Allow ``http://…`` to any host: the key and the material can be read on the
-            way.
+        insecure_http: Allow ``http://…`` to any host; key and material can be read on the way.
         cache: Folder of earlier answers.
         timeout: Seconds for connecting, for each wait, and for the whole body of an answer.
         tries: How often a request is sent at most.
         max_tokens: Of an answer.
+
+    Raises:
+        MissingPackageError: `openai` is not installed.
     """
 
     def __init__(

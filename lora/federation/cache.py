@@ -33,9 +33,13 @@ def default_cache() -> Path:
 
 
 class CardCache:
-    """Cards by digest in a folder, which is created if needed.
+    """Cards by digest in a folder, which is created if needed; for any threads and processes.
 
-    Thread safety: any number of threads and processes.
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     CardCache(root).digests()
+        []
     """
 
     def __init__(self, root: PathLike) -> None:

@@ -69,19 +69,21 @@ class LoRAFlightClient:
     Args:
         uri: ``grpc://host:port`` or ``grpc+tls://host:port``.
         cache: A `CardCache`, or its folder; None to list only.
+        policy: What to accept.
+        credentials: The token and the certificates to show.
         timeout: Seconds for a call; a download has more, for its bytes at `min_rate`.
         min_rate: Bytes per second.
         stall: Seconds after which a download that receives nothing is cut.
         check: Called with a card before it is admitted. Raises to refuse it; True says that the
             base models were compared, so that their names do not matter.
+        metrics: Count fetches and their bytes; default: its own.
 
     Examples:
         >>> import tempfile
-        >>> import lora
-        >>> from lora.federation.server import LoRAFlightServer
+        >>> from lora import federation, save
         >>> with tempfile.TemporaryDirectory() as cards, tempfile.TemporaryDirectory() as cache:
-        ...     sha = lora.save(LoRACard("docs", 1, 1.0, [], {}), f"{cards}/docs.lora.arrow")
-        ...     with LoRAFlightServer(cards) as server:
+        ...     sha = save(LoRACard("docs", 1, 1.0, [], {}), f"{cards}/docs.lora.arrow")
+        ...     with federation.LoRAFlightServer(cards) as server:
         ...         with LoRAFlightClient(server.uri, cache) as client:
         ...             [skill.name for skill in client.list_remote_skills()]
         ...             client.fetch_skill("docs", digest=sha).name
@@ -242,10 +244,7 @@ class LoRAFlightClient:
         return sha.hexdigest()
 
     def _pieces(self, where: str, manifest: Manifest) -> Iterator[pa.Buffer]:
-        """Yield the pieces of a card's file, which a thread receives.
-
-        gRPC gives no way out of a read: one that stalls is left to the thread.
-        """
+        """Yield the pieces of a file, which a thread receives; it is left in a read that stalls."""
         pieces: Queue[pa.Buffer | Exception | None] = Queue(MAX_PENDING)
         left, timeout = threading.Event(), self.timeout + manifest.size / self.min_rate
 

@@ -43,9 +43,15 @@ class Discovery:
         port: Where this node serves; None to browse only.
         addresses: Where this node serves; a wildcard, or none, stands for the interfaces.
         interfaces: Their addresses; None for all, ``()`` for none.
+        tls: What it announces: whether it serves ``grpc+tls://``.
         static: URIs of peers that multicast does not reach.
         cap: Largest number of peers, static ones not counted.
         interval: Seconds until a peer is asked again.
+
+    Examples:
+        >>> with Discovery("me", ask=lambda uri: "", interfaces=()) as discovery:
+        ...     discovery.peers()
+        ()
     """
 
     def __init__(

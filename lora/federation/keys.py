@@ -20,7 +20,17 @@ SUFFIX = ".sig.json"  # after the name of a card file: its signed manifest
 
 
 def generate_key(path: PathLike) -> str:
-    """Write a new private key and ``PATH.pub``, never over a file; return the public key."""
+    """Write a new private key and ``PATH.pub``; return the public key.
+
+    Raises:
+        StoreError: A file is there already.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     len(generate_key(f"{folder}/key"))  # hex digits
+        64
+    """
     path, key = as_path(path), Ed25519PrivateKey.generate()
     with os_errors(path):
         path.touch(0o600, exist_ok=False)
@@ -46,7 +56,21 @@ def load_public_key(path: PathLike) -> str:
 
 
 def sign_file(card: PathLike, key: PathLike) -> Manifest:
-    """Sign a card file: write its signed manifest beside it, and return the manifest."""
+    """Sign a card file: write its signed manifest beside it, and return the manifest.
+
+    Raises:
+        CardFileError: The file is no card.
+        ArgumentError: The key is no private Ed25519 key.
+
+    Examples:
+        >>> import tempfile
+        >>> from lora import LoRACard, save
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     card, key = f"{folder}/docs.lora.arrow", f"{folder}/key"
+        ...     _ = save(LoRACard("docs", 1, 1.0, [], {}), card)
+        ...     generate_key(key) == sign_file(card, key).signer
+        True
+    """
     path = as_path(card)
     manifest = manifest_of(inspect(path), digest(path), path.stat().st_size)
     signed = sign(manifest, load_private_key(key))

@@ -48,16 +48,21 @@ class Node:
     """A member of a federation, for any number of threads.
 
     Args:
-        cache: As in `LoRAFlightClient`.
         root: What it serves, as in `LoRAFlightServer`, or None.
         host, port: Where it serves: ``0.0.0.0`` for all interfaces, port 0 for a free one.
         peers: URIs of peers that multicast does not reach.
         interfaces, interval: As in `Discovery`.
-        timeout, min_rate, stall, check: As in `LoRAFlightClient`.
+        cache, policy, timeout, min_rate, stall, check: As in `LoRAFlightClient`.
+        credentials, limits, metrics: As in `LoRAFlightServer`.
 
     Attributes:
         offers: What peers offered when `sync` last asked them, by name, the best first.
         failures: Why peers did not tell it, by URI.
+
+    Examples:
+        >>> with Node(interfaces=()) as node:  # serves nothing, and knows no peer
+        ...     node.sync()
+        {}
     """
 
     def __init__(

@@ -57,7 +57,14 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         root: Folder whose ``*.lora.arrow`` files are served, or a function that returns the card
             files to serve now. A ``.sig.json`` file beside a card is its signature.
         location: ``grpc://host:port`` or ``grpc+tls://host:port``; port 0 takes a free one.
+        credentials: The token to ask for, and the certificates of TLS.
+        limits: What clients may cost.
         node_id: What the action ``version`` calls this server.
+        metrics: Count requests and streams; default: its own.
+
+    Raises:
+        CardNotFoundError: There is no such folder.
+        StoreError: The address is taken, or not this machine's.
 
     Examples:
         >>> import tempfile

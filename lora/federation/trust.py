@@ -32,17 +32,22 @@ from lora.federation.manifest import Manifest, Signature, check_name, manifest_o
 class Policy:
     """What to accept from a peer. By default: what a trusted key has signed, or what is pinned.
 
-    Each reason to refuse a card has an error and an option of its own.
-
     Args:
         trusted: Public keys, 64 hex digits each.
         pins: Digests to accept without a signature and in any version.
         base_model: The base model that cards must name, in any spelling; None for any.
+        max_bytes: Size of the largest file.
         max_norm: Largest Frobenius norm of one module's ΔW.
+        allow_unsigned: Accept cards without a signature.
+        allow_unknown_signers: Accept the signatures of keys that are not trusted.
         allow_mismatch: Keep another card than announced, under its own digest.
+        allow_older: Accept a version below the highest seen of this name and signer.
+        allow_any_name: Accept names that look like a path, or could harm a terminal.
+        allow_other_base: Accept cards that name another base model, or none.
+        allow_nonfinite, allow_any_norm: Accept NaN and infinities, or norms above `max_norm`.
 
     Examples:
-        >>> Policy(pins=frozenset({"0" * 64})).allow_unsigned
+        >>> Policy(trusted={"0" * 64}, max_bytes=10**6).allow_unsigned
         False
     """
 

@@ -151,7 +151,7 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
     Examples:
         >>> import tempfile
         >>> from lora import LowRank
-        >>> card = LoRACard("docs", 1, 2.0, ["q"], {"q": LowRank(np.eye(4, 1), np.eye(1, 3))})
+        >>> card = LoRACard("docs", 2, 2.0, ["q"], {"q": LowRank(np.eye(2), np.eye(2))})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_peft(card, folder)
         ...     import_peft(folder, name="mine").name
@@ -217,12 +217,9 @@ def export_peft(
     """Write a card as a folder that PEFT loads, for a model whose module names are the card's keys.
 
     Readers other than PEFT know one rank and one alpha for all modules. So zeros bring all modules
-    to the card's rank, and where they differ in scaling, it is multiplied into B, rounded once.
-    ``alpha_pattern`` and ``rank_pattern`` are written only where a product would leave the range of
-    B's dtype.
-
-    A folder without a configuration is no adapter to any reader, and an overwritten folder has none
-    while the new files take their places. After a kill, export again with ``overwrite=True``.
+    to the card's rank, and where they differ in scaling, it is multiplied into B, rounded once;
+    patterns are written only where a product would leave the range of B's dtype. While new files
+    take the places of old ones there is no configuration, nor after a kill: export again then.
 
     Args:
         card: Has weights, all of them targeted.
@@ -237,7 +234,7 @@ def export_peft(
     Examples:
         >>> import tempfile
         >>> from lora.card import LowRank
-        >>> card = LoRACard("docs", 1, 2.0, ["q"], {"q": LowRank(np.eye(4, 1), np.eye(1, 3))})
+        >>> card = LoRACard("docs", 2, 2.0, ["q"], {"q": LowRank(np.eye(2), np.eye(2))})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_peft(card, folder)
         ...     sorted(os.listdir(folder))

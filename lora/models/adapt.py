@@ -64,8 +64,7 @@ def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool
     """Return a model that computes what `model` does plus the adapters' low-rank terms.
 
     The result shares the storage of every parameter and no mutable object with `model`. Experts
-    that are fused in one parameter are folded: their parameters are copied, which takes the bytes
-    that `lora.models.adapt.injections` tells before.
+    fused in one parameter are folded in a copy; `lora.models.adapt.injections` tells its bytes.
 
     Args:
         model: Any module tree. ``adapt(adapt(m, a), b)`` equals ``adapt(m, a | b)``.
@@ -188,9 +187,8 @@ def fold(model: M, *, narrow: bool = False) -> M:
 
     Args:
         model: A model that `adapt` returned.
-        narrow: Fold float16 and bfloat16 layers too: the sum is formed in float32 and rounded
-            once, which loses what of ΔW is below the weight's own rounding. Without it they stay
-            factored.
+        narrow: Fold float16 and bfloat16 layers too: the sum is rounded once, and what of ΔW is
+            below the weight's own rounding is lost. Without it they stay factored.
 
     Warns:
         UnboundWarning: Layers stayed factored; a model that is saved so lacks their adapters.
@@ -201,7 +199,7 @@ def fold(model: M, *, narrow: bool = False) -> M:
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2)).requires_grad_(False)
-        >>> card = init_card(model, "docs", rank=1, alpha=1.0, target_modules=["0"], seed=0)
+        >>> card = init_card(model, "docs", rank=1, alpha=1, target_modules="0", seed=0)
         >>> fold(adapt(model, card))
         Sequential(
           (0): Linear(in_features=2, out_features=2, bias=True)
@@ -294,7 +292,7 @@ def init_card(
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 2))
-        >>> init_card(model, "docs", rank=1, alpha=1.0, target_modules=["0"], seed=0).weights
+        >>> init_card(model, "docs", rank=1, alpha=1, target_modules="0", seed=0).weights
         mappingproxy({'0': LowRank(4 -> 1 -> 2, float32, scaling=1.0)})
     """
     sites, rng = linears(model), np.random.default_rng(seed)
@@ -381,10 +379,7 @@ def linears(model: nn.Module) -> dict[str, Site]:
 def _survey(
     model: nn.Module,
 ) -> tuple[dict[str, Site], dict[str, nn.Module], FusedExperts]:
-    """Describe every Linear of a model under each of its names; return it by the first one too.
-
-    The third value are the model's fused experts.
-    """
+    """Return every Linear by all its names, and as a module by the first; and fused experts."""
     check_module(model)
     walk = list(model.named_modules(remove_duplicate=False))
     linear = [(name, module) for name, module in walk if is_linear(module)]
@@ -415,13 +410,12 @@ def fingerprint(model: nn.Module, card: LoRACard) -> str:
     The keys in it are the card's, so that a base has one fingerprint whatever it is wrapped in.
 
     Raises:
-        TargetError: Not every module of the card binds: the rest would have the fingerprint of
-            another base.
+        TargetError: Not every module of the card binds.
         ShapeError: The card does not fit a module.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> card = init_card(model, "docs", rank=1, alpha=1.0, target_modules=["0"], seed=0)
+        >>> card = init_card(model, "docs", rank=1, alpha=1, target_modules="0", seed=0)
         >>> fingerprint(model, card) == fingerprint(adapt(model, card), card)
         True
     """
@@ -450,14 +444,11 @@ def _fingerprint(
 
 
 def uncalled(model: nn.Module, *inputs: Any, **options: Any) -> tuple[str, ...]:
-    """Return the adapted layers that a forward with these inputs never calls.
-
-    Args:
-        model: What `adapt` returned; the forward runs on a copy.
+    """Return the adapted layers that a forward with these inputs, on a copy, never calls.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> card = init_card(model, "docs", rank=1, alpha=1.0, target_modules=["0"], seed=0)
+        >>> card = init_card(model, "docs", rank=1, alpha=1, target_modules="0", seed=0)
         >>> uncalled(adapt(model, card), torch.ones(1, 2))
         ()
     """

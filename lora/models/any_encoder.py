@@ -75,10 +75,7 @@ def open_encoder(folder: PathLike) -> nn.Module:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse a model of another kind, such as a sparse one, and pickled weights.
-
-    Code that is not installed, or is not torch's after a Dense, is refused as well.
-    """
+    """Refuse another kind of model, pickled weights, and code that is not installed or torch's."""
     path = folder / "config_sentence_transformers.json"
     kind = read_json(path, dict).get("model_type") if path.is_file() else None
     if kind not in (None, _KIND):

@@ -109,14 +109,12 @@ def fold_checkpoint(
         weights: A number for each card, default 1.
         check_base: Refuse a card whose base fingerprint is another model's.
         strict: Refuse a card that names anything the checkpoint does not have.
-        overwrite: Replace an earlier checkpoint in `out_folder`: its ``model.safetensors``, or its
-            index with the shards that this names, and the files that the base has as well. Any
-            other file there is an error.
+        overwrite: Replace an earlier checkpoint in `out_folder`: its weights, index and shards, and
+            the files that the base has as well. Any other file there is an error.
         progress: Called with the MiB written and their number.
 
     Warns:
-        UnboundWarning: A card takes effect in part; one warning a card names what is left. Or all
-            weights are 0.
+        UnboundWarning: A card takes effect in part, or all weights are 0.
 
     Raises:
         UnsupportedModelError: The weights are malformed, quantised, or in another form.
@@ -126,12 +124,11 @@ def fold_checkpoint(
         >>> import tempfile, numpy as np
         >>> from safetensors.numpy import load_file, save_file
         >>> from lora.card import LowRank
-        >>> pair = LowRank(np.ones((2, 1)), np.ones((1, 2)))
+        >>> card = LoRACard("docs", 1, 1.0, ["q"], {"q": LowRank(np.ones((2, 1)), np.ones((1, 2)))})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     os.mkdir(f"{folder}/base")
         ...     written = Path(f"{folder}/base/config.json").write_text("{}")
         ...     save_file({"q.weight": np.eye(2)}, f"{folder}/base/model.safetensors")
-        ...     card = LoRACard("docs", 1, 1.0, ["q"], {"q": pair})
         ...     folded = fold_checkpoint(f"{folder}/base", card, f"{folder}/merged")
         ...     load_file(f"{folder}/merged/model.safetensors")["q.weight"].tolist()
         [[2.0, 1.0], [1.0, 2.0]]
@@ -201,8 +198,6 @@ class _Tensor(NamedTuple):
 
 
 class _Checkpoint:
-    """The tensors of a folder, and the modules whose weights they are."""
-
     def __init__(self, base: Path) -> None:
         self.module_folders = _module_folders(base)
         self.root = _weights_folder(base, self.module_folders)

@@ -229,7 +229,6 @@ def _read_model(folder: Path) -> dict[str, Any]:
 
 
 def _read_modules(folder: Path, modules: list[Any]) -> tuple[str, dict[str, Any]]:
-    """Return the Transformer's folder, and the settings of the modules after it."""
     path = folder / "modules.json"
     entries = [_read_module(path, module) for module in modules]
     entries = [(kind, inner) for kind, inner in entries if kind != "Dropout"]
@@ -252,7 +251,6 @@ def _read_modules(folder: Path, modules: list[Any]) -> tuple[str, dict[str, Any]
 
 
 def _read_module(path: Path, module: Any) -> tuple[str, str]:
-    """Return the class name and the folder of an entry of ``modules.json``."""
     if not isinstance(module, dict):
         raise refusal(path, "a list of objects", module)
     _check(path, module, MODULE)

@@ -456,10 +456,7 @@ def _warn_of_saving(notices: set[str]) -> None:
 
 
 def _is_asked_by_user() -> bool:
-    """Tell whether a state dict is asked for by the user, or by a function that saves for them.
-
-    What torch, accelerate, a trainer and this package do with one is their own affair.
-    """
+    """Tell whether the user asks for a state dict, and not torch, a trainer or this package."""
     libraries, saves = 0, False
     for module, function in islice(_callers(), 3, None):  # the first are those of this file
         package, _, rest = module.partition(".")

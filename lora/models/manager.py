@@ -82,6 +82,7 @@ class LoRAManager(Uncopied, Generic[M]):
     leaves the manager as it was. `also`: fields of an engine's state to set at once.
 
     Args:
+        model: The base model, which stays as it is.
         fold: Run float32 and float64 layers as plain Linears of ``W + ΔW``.
         fold_budget: Bytes of touched weights above which a set is not folded; None for no limit.
         state: Makes the first state; an engine's has more fields.

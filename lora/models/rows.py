@@ -75,7 +75,6 @@ class Rows:
     """The adapter set of each row of a batch.
 
     Args:
-        sets: Indices of sets.
         texts: Whether texts that carry their set are being encoded, so that batches are known only
             when they are tokenised.
     """

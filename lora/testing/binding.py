@@ -40,11 +40,15 @@ class Binding(Protocol):
     """An implementation under test. Any exception counts as a refusal.
 
     Three attributes may say what it does not do. ``missing`` maps members that it lacks to the
-    reason. ``domains`` maps members to the limits of what they offer, in the words of
-    `lora.testing.domains`. ``expected_failures`` maps a requirement to the properties of it that
-    fail, each with a reason and the place in the source: ``{"R3.11":
-    {"test_r03_manager.py::test_…": ("it knows no all-linear", "targets.py: match")}}``. A failure
-    that is declared for one requirement is still one of any other that the property names.
+    reason, ``domains`` members to the limits of what they offer, in the words of
+    `lora.testing.domains`, and ``expected_failures`` a requirement to its properties that fail,
+    each with a reason and the place in the source: ``{"R3.11": {"test_r03_manager.py::test_…": ("it
+    knows no all-linear", "targets.py: match")}}``. For other requirements these still fail.
+
+    Examples:
+        >>> from lora.testing.reference import Reference  # this package's own
+        >>> Reference().match_targets(["layer.0.query", "layer.0.key"], ["query"])
+        ['layer.0.query']
     """
 
     name: str

@@ -44,7 +44,12 @@ Array = npt.NDArray[Any]
 
 
 class PlainPair(NamedTuple):
-    """Factors ``(in, r)`` and ``(r, out)``; a scaling of None means alpha / rank of the card."""
+    """Factors ``(in, r)`` and ``(r, out)``; a scaling of None means alpha / rank of the card.
+
+    Examples:
+        >>> PlainPair(np.ones((4, 1)), np.ones((1, 3)), 0.5).scaling
+        0.5
+    """
 
     A: Array
     B: Array
@@ -52,7 +57,13 @@ class PlainPair(NamedTuple):
 
 
 class PlainCard(NamedTuple):
-    """A card as plain values."""
+    """A card as plain values, which mean what a `LoRACard`'s do.
+
+    Examples:
+        >>> pair = PlainPair(np.ones((4, 1)), np.ones((1, 3)))
+        >>> PlainCard("docs", 1, 2.0, ("query",), {"query": pair}, {}, {}).rank
+        1
+    """
 
     name: str
     rank: int
@@ -123,10 +134,7 @@ def _object_of(value: Any, refer: Callable[[Any], dict[str, int]]) -> dict[str, 
 
 
 def _json_object(value: Any) -> str:
-    """Return the text of a JSON object, or nothing.
-
-    As text it passes through languages that have no integers, or an order of their own for keys.
-    """
+    """Return a JSON object as text, which no language's integers or order change, or nothing."""
     try:
         text = json.dumps(value, allow_nan=False)
         return text if isinstance(value, dict) and json.loads(text) == value else ""

@@ -138,14 +138,11 @@ class _Bounded(NamedTuple):
 
 
 def _exact_input(array: Array) -> _Bounded:
-    """Return an input, which has no error."""
     size: Array = abs(array.astype(np.float64))
     return _Bounded(size, np.zeros_like(size))
 
 
 class _Arithmetic:
-    """Errors of the operations on numbers of one dtype."""
-
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype, self.wide = dtype, accumulator(dtype)
 

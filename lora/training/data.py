@@ -222,8 +222,17 @@ def docstring_pairs(
         source: A folder of Python files; None for the standard library.
         answer: ``"name"``: the dotted name; ``"code"``: the source without its docstring;
             ``"rest"``: the rest of the docstring.
-        private: Read files that start with _ as well. A group is then a file; else a top-level
-            module.
+        private: Read files that start with _, too; a group is then a file, else a top module.
+
+    Raises:
+        DataError: There is no such docstring.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(f"{folder}/io.py").write_text('def load(): "Read a file."')
+        ...     docstring_pairs(folder).positives
+        ['io.load']
     """
     if answer not in ("name", "code", "rest"):
         raise ArgumentError("answer", "'name', 'code' or 'rest'", repr(answer))

@@ -72,8 +72,20 @@ class OnlineAdapter:
     Thread safety: one writer. The state is one `Adaptation`, replaced after each event.
 
     Args:
+        engine, rank, alpha, target_modules, seed: As for `LoRATrainer`.
         guard: Pairs on which the MRR may fall by `tolerance`, from the base model's.
+        name: The card's.
         step_size: Length of a step at a reward of 1 or -1, in the space of all factors.
+
+    Raises:
+        DataError: There is no guard pair.
+
+    Examples:
+        >>> from lora import ArrowEngine
+        >>> guard = [("open a file", "builtins.open"), ("quit", "sys.exit")]
+        >>> online = OnlineAdapter(ArrowEngine.from_pretrained(None), guard)
+        >>> online.process_learning_event(LearningEvent("leave", "sys.exit", 1.0)).steps
+        1
     """
 
     def __init__(

@@ -71,15 +71,27 @@ class Settings:
     """How a training runs.
 
     Args:
+        epochs: Passes over the pairs.
+        batch_size: Pairs of a step, at least 2.
+        lr: The highest learning rate.
+        schedule: ``"constant"``, ``"linear"``, ``"cosine"`` or another of `SCHEDULES`.
         warmup: Share of the steps, in [0, 1), in which the learning rate rises to `lr`.
-        accumulate: Parts in which a batch goes through the encoder, with the update of the whole
-            batch: less memory, a second forward (Gao et al. 2021).
+        loss: ``"contrastive"``, ``"cosine"`` or ``"triplet"``; see `lora.training.losses`.
+        accumulate: Parts of a batch, with one update: less memory, two forwards (Gao et al. 2021).
+        clip: Largest norm of a step's gradient; None for any.
         autocast: ``"bf16"`` or ``"fp16"``: what the encoder computes in.
         checkpointing: Compute each block again on the way back: less memory.
         lora_plus: Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024).
         rslora: Scale by alpha / √rank (Kalajdzievski 2023).
         dropout: On the low-rank path. The encoder's own dropout stays off.
+        validate_every: Steps from one validation to the next.
         patience: Validations without a better MRR after which training stops.
+        share: Share of the groups, in (0, 1), to train on; the others are for validation.
+        validation_size: Pairs of these that are used, at most.
+
+    Examples:
+        >>> Settings(epochs=3, schedule="cosine", warmup=0.1).batch_size
+        64
     """
 
     epochs: int = 1
@@ -163,12 +175,17 @@ class LoRATrainer:
     """Trains cards for an engine's base model, which is not changed.
 
     Args:
-        engine: An engine, or an encoder: an `InferenceCore`, a ``SentenceTransformer``, a
-            `PooledEncoder`, or a torch module with ``encode(texts)`` and, with gradients,
-            ``embed(texts)``.
-        target_modules: By default queries and values, where the encoder's names tell them; else
-            all Linears.
+        engine: An engine, or an encoder: `InferenceCore`, ``SentenceTransformer``, `PooledEncoder`,
+            or a torch module with ``encode(texts)`` and, with gradients, ``embed(texts)``.
+        rank, alpha: Of the cards; ΔW is scaled by alpha / rank.
+        target_modules: Default: queries and values, or all Linears if no name tells these.
+        seed: Of the first factors, the split and the batches.
         settings: `Settings`, or the name of one of `PRESETS`.
+        base_model: What the cards call it.
+
+    Raises:
+        UnsupportedModelError: The encoder has no embeddings that gradients flow through.
+        TargetError: No module matches.
 
     Examples:
         >>> from lora import ArrowEngine
@@ -236,6 +253,7 @@ class LoRATrainer:
 
         Raises:
             StateError: The checkpoint is of another run.
+            DataError: There are too few pairs or groups.
         """
         pairs, settings = Pairs.of(pairs), self.settings
         if not (progress is None or callable(progress)):

@@ -8,11 +8,7 @@ import pytest
 
 import lora
 
-MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(lora.__path__, "lora.")
-    if not module.name.startswith("lora.testing.")
-)
+MODULES = sorted(module.name for module in pkgutil.walk_packages(lora.__path__, "lora."))
 
 
 @pytest.mark.parametrize("name", MODULES)
