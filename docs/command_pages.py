@@ -62,9 +62,15 @@ def file_of(name: str) -> str:
     return f"{name.replace(' ', '-')}.md"
 
 
+def marked(text: str | None) -> str:
+    """A help text, its options as code."""
+    text = inspect.cleandoc(text or "").replace("``", "`")
+    return re.sub(r"(?<![\w`-])--[a-z][a-z-]*", r"`\g<0>`{.option}", text)
+
+
 def sentence_of(command: Any) -> str:
     """The first paragraph of its help, in a line."""
-    return " ".join(inspect.cleandoc(command.help or "").partition("\n\n")[0].split())
+    return " ".join(marked(command.help).partition("\n\n")[0].split())
 
 
 def pages() -> dict[str, str]:
@@ -101,8 +107,7 @@ def page(name: str, command: Any) -> str:
         for p in sorted(arguments, key=lambda p: not p.required)
     ]
     usage += ["COMMAND"] if is_group(command) else []
-    text = inspect.cleandoc(command.help or "").replace("``", "`")
-    lines = ["---", "search:", "  boost: 2", "---", "", f"# {name}", "", text, ""]
+    lines = ["---", "search:", "  boost: 2", "---", "", f"# {name}", "", marked(command.help), ""]
     lines += ["```text", " ".join([name, "[OPTIONS]", *usage]), "```", ""]
     example = ["## Example", "", "```sh", command.epilog.removeprefix("Example: "), "```", ""]
     if is_group(command):
@@ -136,7 +141,7 @@ def _parameter(parameter: Any) -> str:
     default = (
         "required" if parameter.required else "" if value in (None, "", False, []) else f"`{value}`"
     )
-    return f"| {names} | {escaped(parameter.help or '')} | {default} |"
+    return f"| {names} | {escaped(marked(parameter.help))} | {default} |"
 
 
 def statuses(name: str) -> list[str]:

@@ -24,7 +24,7 @@ WIDTHS = {"desk": (1280, 800), "phone": (390, 844)}
 PAGES = ["404.html", "", "idea/", "format/", "versioning/", "performance/"]
 PAGES += [f"generated/{name}/" for name in "conformance traceability R4 benchmarks".split()]
 PAGES += ["generated/reference/", "generated/lora.ArrowEngine/", "generated/reference-models/"]
-PAGES += ["generated/reference-command-line/"]
+PAGES += ["generated/reference-command-line/", "generated/lora-merge/"]
 OUTSIDE: set[str] = set()
 """Hosts that pages ask for something that they can do without."""
 
