@@ -144,11 +144,12 @@ def extract_delta(
         on_module: See `OnModule`.
 
     Returns:
-        A card with scalings of 1, without the modules that are equal in both models. Under
-        ``"extract"`` its metadata hold the method and, for each module, rank, relative Frobenius
-        error and explained energy of the rounded factors. ``"left_out"`` names every other tensor
-        that changed, with the norm of its change and its share of the squares of all changes (what
-        one model lacks counts as 0); ``"held"`` is the share that is in the card.
+        A card with scalings of 1, without the modules that are equal in both models. Its
+        fingerprint covers the base's weights of its modules. Under ``"extract"`` its metadata hold
+        the method and, for each module, rank, relative Frobenius error and explained energy of the
+        rounded factors. ``"left_out"`` names every other tensor that changed, with the norm of its
+        change and its share of the squares of all changes (what one model lacks counts as 0);
+        ``"held"`` is the share that is in the card.
 
     Raises:
         TargetError: No module matches, or one model lacks a weight of the other.
@@ -444,7 +445,10 @@ def _approximated(
 
 
 def _decomposed(matrix: Array, module: str, how: _How) -> tuple[Array, Array, Array, int]:
-    """Return U, the singular values, Vᵀ, and the rank that the rule asks for."""
+    """Return U, the singular values, Vᵀ, and the rank that the rule asks for.
+
+    The randomised method widens its subspace until the rank suffices or it spans the matrix.
+    """
     if how.method == "randomized":
         name = hashlib.sha256(module.encode(errors="surrogatepass")).digest()
         rng = np.random.default_rng([how.seed, *name])
