@@ -9,7 +9,7 @@ trained on the same pairs with their answers shuffled. All are described by the 
 examples, so that they would answer the same queries. Cards and placebos are trained for 40 steps as
 `learn` trains them, and examined by `lora.evolution.exam.examined`; both in float32, as there.
 
-Results go to ``questions/exams.json``, exam by exam; the table of ``docs/evolution.md`` is made
+Results go to ``questions/exams.json``, exam by exam; the table of ``docs/learning.md`` is made
 from them. Cards are kept in the user's cache, so that a run can be continued. On one core
 without AVX-512 all of it took 70 minutes; it is about two thirds without the placebos that are not
 equally long, or have other seeds, and without shuffled answers.
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pairs
+from code_digests import digests
 from document_sets import FOLDERS, material
 from scipy.stats import beta
 
@@ -46,11 +47,10 @@ from lora.evolution.exam import (
     examined,
 )
 from lora.federation.cache import default_cache
-from lora.testing.bench import digests
 from lora.training.data import Pairs
 
 RESULTS = Path(__file__).with_name("questions") / "exams.json"
-PAGE = RESULTS.parents[2] / "docs" / "evolution.md"
+PAGE = RESULTS.parents[2] / "docs" / "learning.md"
 START, END = "<!-- exams -->", "<!-- end of exams -->"
 SEEDS = (0, 1, 2)
 ROUNDS = [*product(("real",), SEEDS), *product(("others",), SEEDS), ("shuffled", 0)]

@@ -30,6 +30,7 @@ import bitsandbytes
 import peft
 import torch
 import transformers
+from code_digests import digests
 from pairs import machine, sources
 from peft.tuners.lora import LoraLayer
 from sentence_transformers import SentenceTransformer
@@ -45,7 +46,6 @@ from lora.errors import LoRAError, UnboundWarning
 from lora.factors import delta
 from lora.interop.peft import export_peft, import_peft
 from lora.interop.weights import SafetensorsWeights
-from lora.testing.bench import digests
 
 RESULTS = Path(__file__).with_suffix(".json")
 RANK, ALPHA = 4, 10

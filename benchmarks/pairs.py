@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import sys
 import time
@@ -23,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from code_digests import digests
 from torch import nn
 
 from lora.models.layers import WIDE, LoRALinear
 from lora.testing import CHECKOUT
-from lora.testing.bench import digests, shown
+from lora.testing.bench import shown
 
 Row = dict[str, Any]
 Work = Callable[[], Any]
@@ -191,8 +193,11 @@ def settled() -> int:
 
 
 def sources() -> list[str]:
-    """The files that the figures are of: the script and the library's modules that it loaded."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("lora.")]
+    """The files that the figures are of: the script, and the modules that it loaded of the library
+    but not of its tests.
+    """
+    names = [name for name in sys.modules if re.match(r"lora\.(?!testing)", name)]
+    modules = [sys.modules[name] for name in names]
     files = [Path(file).resolve() for file in (sys.argv[0], *(m.__file__ for m in modules))]
     return sorted(file.relative_to(CHECKOUT).as_posix() for file in files)
 

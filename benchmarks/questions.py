@@ -10,7 +10,7 @@ sides. Where logged answers are trained on, five folds see to it that no questio
 card that has seen it. The encoder computes in bfloat16: of 200 texts, the mean cosine with their
 float32 embeddings was 0.99999.
 
-Ranks go to ``questions/results.json``, recipe by recipe; the table of ``docs/evolution.md`` is made
+Ranks go to ``questions/results.json``, recipe by recipe; the table of ``docs/learning.md`` is made
 from them. On one idle core a recipe without logged answers takes about two minutes, one with them
 six; all of them less than an hour.
 """
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import pairs
 import torch
+from code_digests import digests
 from document_sets import SETS, Passage, passages, source
 
 import lora
@@ -38,14 +39,13 @@ from lora.card import LoRACard
 from lora.evolution import LoRATrainer
 from lora.evolution.exam import weighted
 from lora.models.adapt import adapt
-from lora.testing.bench import digests
 from lora.training.data import first_sentence
 from lora.training.ewc import Anchor
 from lora.training.train import Settings
 
 FOLDER = Path(__file__).with_name("questions")
 RESULTS = FOLDER / "results.json"
-PAGE = FOLDER.parents[1] / "docs" / "evolution.md"
+PAGE = FOLDER.parents[1] / "docs" / "learning.md"
 START, END = "<!-- questions -->", "<!-- end of questions -->"
 PASSAGES = 800
 FOLDS = 5

@@ -23,22 +23,22 @@ KINDS = {int: "integer", float: "number", str: "text", Path: "path"}
 """What the value of an option is called."""
 
 STATUSES = {
-    0: "it is done",
-    1: "it failed; one line on standard error, which begins with `lora:`, says why",
+    0: "the command did its work",
+    1: "the command failed; one line on standard error, which begins with `lora:`, says why",
     2: "the command line is wrong, such as an option that does not exist; nothing was done",
     130: "it was interrupted",
 }
 """Exit status -> when, for every command."""
 
-ALSO: dict[str, dict[int, str | None]] = {
+MORE_STATUSES: dict[str, dict[int, str | None]] = {
     "lora conformance": {
-        1: "also if a requirement failed that the binding does not list as failing"
+        1: "also if a requirement could not be tested, or failed and is not declared to fail"
     },
     "lora evolve": {3: "the card that it trained did not go live; the output says why"},
-    "lora factory run": {1: "also if a job is dead: it failed as often as `--max-failures` allows"},
+    "lora factory run": {1: "also if a job is dead: it failed for good, or as often as it may"},
     "lora list": {0: "also if no peer was found and none was named"},
     "lora route": {0: "also if no card fits; then standard output is empty"},
-    "lora serve": {0: "this is so when it is interrupted", 130: None},
+    "lora serve": {0: "also if it was interrupted", 130: None},
     "lora train": {3: "the card is written, but it is no better than the base model"},
 }
 """Command -> status -> what is said of it beside that; None if it has no such status."""
@@ -93,9 +93,16 @@ def overview(root: Any, own: dict[str, Any]) -> str:
     for module, part in rows.items():
         title = (sys.modules[module].__doc__ or "").partition(":")[0]
         lines += ["", f"## {title}", "", "| command | what it does |", "|---|---|", *part]
-    lines += ["", "## lora", "", "Before the name of a command:", "", *parameters(root)]
+    lines += [
+        "",
+        "## lora",
+        "",
+        "These options stand before the name of a command:",
+        "",
+        *parameters(root),
+    ]
     lines += ["## Exit statuses", "", *statuses("lora"), ""]
-    lines += ["A status that means more for a command is on its page."]
+    lines += ["Where a status has a further meaning, the page of the command says so."]
     return "\n".join([*lines, ""])
 
 
@@ -146,7 +153,7 @@ def _parameter(parameter: Any) -> str:
 
 def statuses(name: str) -> list[str]:
     """The table of a command's exit statuses."""
-    also = ALSO.get(name, {})
+    also = MORE_STATUSES.get(name, {})
     rows = [
         f"| {status} | {'; '.join(filter(None, (STATUSES.get(status), also.get(status))))} |"
         for status in sorted({*STATUSES, *also})
@@ -156,21 +163,21 @@ def statuses(name: str) -> list[str]:
 
 
 @cache
-def shells() -> list[tuple[Path, Any, list[str]]]:
+def command_blocks() -> list[tuple[Path, Any, list[str]]]:
     """Blocks of commands of the pages: page, block, the names of its commands of ours."""
     written = [path for path in DOCS.rglob("*.md") if path.parent.name != "generated"]
     written.remove(DOCS / "how-to/troubleshooting.md")  # whose commands fail
     return [
-        (path, one, re.findall(r"^lora (?:factory )?\w+", one.code, re.MULTILINE))
+        (path, block, re.findall(r"^lora (?:factory )?\w+", block.code, re.MULTILINE))
         for path in sorted(written)
-        for one in outputs.examples(path.read_text(encoding="utf-8"))
-        if one.info == "sh"
+        for block in outputs.examples(path.read_text(encoding="utf-8"))
+        if block.info == "sh"
     ]
 
 
 def guides(name: str) -> list[Path]:
     """The pages that use a command, how-to pages before others."""
-    using = dict.fromkeys(path for path, _, names in shells() if name in names)
+    using = dict.fromkeys(path for path, _, names in command_blocks() if name in names)
     return sorted(using, key=lambda path: path.parent.name != "how-to")
 
 
@@ -192,14 +199,14 @@ def run_of(name: str) -> list[str]:
         ValueError: No page shows one.
     """
 
-    def worth(run: tuple[Path, Any, list[str]]) -> tuple[int, bool, int]:
-        path, one, names = run
+    def sort_key(run: tuple[Path, Any, list[str]]) -> tuple[int, bool, int]:
+        path, block, names = run
         others = sum(other != name for other in names)
-        return others, path.parent.name != "how-to", len(one.code)
+        return others, path.parent.name != "how-to", len(block.code)
 
-    runs = [run for run in shells() if name in run[2] and run[1].output]
+    runs = [run for run in command_blocks() if name in run[2] and run[1].output]
     if not runs:
         raise ValueError(f"no page of docs/ shows a run of {name} with what it prints")
-    path, one, _ = min(runs, key=worth)
+    path, block, _ = min(runs, key=sort_key)
     source = f"A run, from [{title_of(path)}]({link_to(path)}):"
-    return [source, "", f"```sh\n{one.code}```", "", f"```text\n{one.output}```", ""]
+    return [source, "", f"```sh\n{block.code}```", "", f"```text\n{block.output}```", ""]

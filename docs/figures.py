@@ -14,10 +14,11 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from lora.testing.bench import digests, shown
+from lora.testing.bench import shown
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
+from code_digests import digests  # noqa: E402 - of a folder that is no package
 from diagrams import Colours, Draw, picture, write  # noqa: E402 - beside this file, in no package
 from reference import FILTER  # noqa: E402 - as above
 
@@ -28,7 +29,7 @@ START, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 Row = Mapping[str, Any]
 Report = Mapping[str, Any]
 
-SMALL, WIDE = "one card, r8 q,v, 128 tokens", "one card, r16 all Linears, 128 tokens"
+
 COMPARED: Sequence[tuple[str, str, str, str, str]] = (
     (
         "lifecycle",
@@ -71,14 +72,14 @@ COMPARED: Sequence[tuple[str, str, str, str, str]] = (
         "a merged checkpoint of 2.0 GB, r16 all Linears",
         "fold_checkpoint",
         "copytree",
-        "fold a card into a checkpoint of 2 GB (the peer only copies)",
+        "fold a card into a checkpoint of 2 GB (copytree only copies)",
     ),
     (
         "forward",
         "one card, r8 q,v, 128 tokens",
         "LoRALinear",
         "PEFT",
-        "forward of 128 tokens with a card",
+        "forward of 128 tokens, rank 8 on query and value",
     ),
     (
         "forward",
@@ -122,12 +123,12 @@ def summary(report: Report) -> str:
         if direct := list(rows_of(report, script, what=what, side=side, beside=peer)):
             figure, kind = direct[0]["value"], direct[0]["kind"]
             times = figure if kind == "times faster" else 1 / figure
-            cell = f"{times:.2g} × as fast as {peer}"
+            cell = f"{times:.{1 if times < 10 else 0}f} × as fast as {peer}"
         else:  # each has its own base
             (ours,), (theirs,) = (
-                list(rows_of(report, script, what=what, side=one)) for one in (side, peer)
+                list(rows_of(report, script, what=what, side=which)) for which in (side, peer)
             )
-            cell = f"{shown(ours)[1]} over the base model (PEFT {shown(theirs)[1]})"
+            cell = f"{shown(ours)[1]} over the base model ({peer} {shown(theirs)[1]})"
         lines.append(f"| {name} | {cell} |")
     return "\n".join([*lines, "", f"{MEASURED_MODELS} {machine(report)}\n"])
 

@@ -5,7 +5,6 @@ figures that are not of these results.
 change, results age, and the pages say of each which sources have changed since.
 """
 
-import hashlib
 import importlib
 import json
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks"), str(ROOT)]
 import figures  # noqa: E402 - beside this file, in no package
+from code_digests import digest_of  # noqa: E402 - of a folder that is no package
 
 SCORE = re.compile(r"^\| `(\w+)` \|(?: [\d.]+ %? ?\|){4} `(\w{12})` \|", re.MULTILINE)
 """A row of the table of scores: module, and the digest of what was measured."""
@@ -39,7 +39,7 @@ def aged_scores(root: Path) -> Iterator[str]:
     """Yield the modules that changed since their mutants were run."""
     for module, digest in SCORE.findall((root / "docs/mutation.md").read_text(encoding="utf-8")):
         (path,) = [*root.glob(f"lora/{module}.py"), *root.glob(f"lora/*/{module}.py")]
-        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
+        if digest_of(path.read_text(encoding="utf-8")) != digest:
             again = f"make mutants MODULE={path.relative_to(root)}"
             yield f"docs/mutation.md: {module}: changed since; {again}"
 
@@ -67,11 +67,11 @@ def other_figures(root: Path) -> Iterator[str]:
     table = figures.summary(figures.read())
     if table not in (root / "README.md").read_text(encoding="utf-8"):
         yield "README.md: its table is not of benchmarks/results.json; python docs/figures.py"
-    page = (root / "docs/evolution.md").read_text(encoding="utf-8")
+    page = (root / "docs/learning.md").read_text(encoding="utf-8")
     for name in ("questions", "exam_table"):
         script = importlib.import_module(name)
         if script.page(json.loads(script.RESULTS.read_text(encoding="utf-8")), page) != page:
-            yield f"docs/evolution.md: a table is not of {script.RESULTS.relative_to(ROOT)}"
+            yield f"docs/learning.md: a table is not of {script.RESULTS.relative_to(ROOT)}"
 
 
 CHECKS = (aged_results, aged_scores, aged_violations, other_figures)

@@ -376,6 +376,7 @@ def interpolate(a: AdapterSet, b: AdapterSet, t: float) -> AdapterSet:
     """Return ``(1 - t) · a + t · b``, for any finite `t`.
 
     Raises:
+        ArgumentError: `t` is not finite.
         ConflictError: Two different cards have one name.
 
     Examples:

@@ -333,7 +333,8 @@ class ArrowEngine(Uncopied):
 
         Raises:
             CardNotFoundError, StoreError, CardFileError: As for `lora.load`.
-            TargetError, ShapeError, BaseModelError: The card does not fit the encoder.
+            TargetError, ShapeError, BaseModelError, UnsupportedModelError: It does not fit.
+            ConflictError: Another card, or another weight, is active under its name.
         """
         path = as_path(path).absolute()
         with self.metrics.judged("loads"):
@@ -505,7 +506,7 @@ class ArrowEngine(Uncopied):
         return tuple(sorted(candidate.name for candidate in remote))
 
     def _check_fit(self, card: LoRACard) -> bool:
-        """Refuse a card that the model can't take; tell whether its base need not be named."""
+        """Refuse a card that does not fit; return True if its base's name need not match."""
         bindings(self.base, [AdapterSet(card)], strict=True, check_base=self.check_base)
         return card.base_model is None or (self.check_base and card.base_fingerprint is not None)
 

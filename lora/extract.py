@@ -322,7 +322,7 @@ def _other_changes(
 def _distance(*arrays: Array) -> float:
     """Return the norm of one array, or of the difference of two; what one lacks counts as 0."""
     if len({array.ndim for array in arrays}) > 1:
-        return math.hypot(*map(_distance, arrays))
+        return math.hypot(*map(_distance, arrays))  # they share no element
     shape = tuple(map(max, zip(*(array.shape for array in arrays), strict=True)))
     flat = [_padded(array, shape).ravel() for array in arrays]
     wide = np.complex128 if any(array.dtype.kind == "c" for array in arrays) else np.float64
@@ -467,7 +467,7 @@ def _decomposed(matrix: Array, module: str, how: _How) -> tuple[Array, Array, Ar
 
 
 def _rank(s: Array, rule: Rank, rest: float) -> int | None:
-    """Return the smallest rank that satisfies the rule, if any, with a squared `rest` left out."""
+    """Return the smallest rank that satisfies the rule, or None; `s` leaves out `rest` squares."""
     if isinstance(rule, int):
         return min(rule, int(np.count_nonzero(s)))
     # The energy outside the first 0, 1, … directions.

@@ -151,7 +151,10 @@ def inspect(path: PathLike) -> Header:
 
 
 def digest(path: PathLike) -> str:
-    """Return the SHA-256 of a file in hex: a card file's identity; raises as `load` does.
+    """Return the SHA-256 of a file in hex: a card file's identity.
+
+    Raises:
+        CardNotFoundError, StoreError: As for `load`.
 
     Examples:
         >>> import tempfile
@@ -206,6 +209,7 @@ def os_errors(path: Path) -> Iterator[None]:
 def _opened(path: Path) -> Iterator[tuple[int, int]]:
     """Open a regular file, no pipe or device; yield its descriptor and its size."""
     with os_errors(path):
+        # Opening a pipe would block, and a device has no end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             status = os.fstat(descriptor)

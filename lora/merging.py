@@ -162,7 +162,7 @@ class Ties:
 
     Args:
         density: Share of the entries that are kept, in (0, 1].
-        elect: ``"mass"``, the sign of the sum, or ``"count"``, of the sum of signs.
+        elect: ``"mass"``: the sign of the sum; ``"count"``: the sign of the sum of the signs.
 
     Examples:
         >>> pair = LowRank(np.ones((1, 1)), np.array([[2.0, 1.0]]), 1.0)
@@ -200,8 +200,8 @@ class Ties:
         return merged.T
 
     def _trim(self, change: Array, size: Array) -> float:
-        """Return the least size of an entry that is kept; equal ones too many are set to 0."""
-        np.abs(change, out=size)
+        """Set surplus equal entries of `change` to 0; return the least size that is kept."""
+        np.abs(change, out=size)  # the caller's buffer: no memory is asked for
         count = max(1, round(self.density * size.size))
         least = _largest(size.reshape(-1), count)
         surplus = int(np.count_nonzero(size >= least)) - count
@@ -292,15 +292,17 @@ def merge(
 
     Returns:
         A card with balanced factors, or a parent's own if a module comes from it alone; modules
-        with ΔW = 0 are left out. Metadata on which all cards agree, entry by entry and item by
-        item, are kept, except `OF_ONE_CARD`. ``"merge"`` records ``{"strategy", "options",
-        "parents": [{"name", "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}``, with the
-        `content_digest` and applied weight of each parent. If anything is lost, ``"kept"`` is the
-        share of ΔW's squares that is kept, and ``"rank_90"`` the rank that would keep 90 %; or, if
-        a large ΔW of `Ties` or `Dare` was truncated, ``"svd_seed"`` that of its randomised SVD.
+        with ΔW = 0 are left out. Metadata that all cards share are kept, except `OF_ONE_CARD`:
+        equal entries of objects, common items of lists. ``"merge"`` records ``{"strategy",
+        "options", "parents": [{"name", "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}``,
+        with the `content_digest` and applied weight of each parent. If anything is lost, ``"kept"``
+        is the share of ΔW's squares that is kept, and ``"rank_90"`` the rank that would keep 90 %;
+        or, if a large ΔW of `Ties` or `Dare` was truncated, ``"svd_seed"`` the seed of its
+        randomised SVD.
 
     Raises:
-        ArgumentError, CardError: A strategy, weight or rank is not valid; a factor is not finite.
+        ArgumentError: The cards, strategy, weights or rank are not valid, or ΔW is beyond float64.
+        CardError: A factor is not finite, or the name is not valid.
         BaseModelError: The cards were made for different base models, or revisions of one.
         ConflictError: Two cards have one name and the strategy is `Dare`.
         ShapeError: The cards disagree on the shape of a module.
@@ -430,7 +432,7 @@ def _change(pair: LowRank, module: str) -> Array:
 
 
 def _largest(size: Array, count: int) -> float:
-    """Return the `count`-th largest of an array ``(n,)``, which a sorted sample brackets."""
+    """Return the `count`-th largest entry; a sorted sample narrows the search."""
     sample = np.sort(size[:: max(1, len(size) // 8192)])
     share = 1 - count / len(size)
     margin = 4 * math.sqrt(share * (1 - share) / len(sample))
@@ -444,13 +446,13 @@ def _largest(size: Array, count: int) -> float:
 
 
 def _svd(matrix: Array, rank: int) -> tuple[Array, Spectrum, Array]:
-    """Return U, the spectrum and Vᵀ; of a large matrix, which is scaled, the leading ones."""
+    """Return U, the spectrum and Vᵀ; of a large matrix only the leading ones."""
     width = rank + OVERSAMPLING
     if min(matrix.shape) < max(LARGE, 4 * width):
         left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
         return left, (sigma, 0.0), right
     exponent = min(-math.frexp(float(max(matrix.max(), -matrix.min())))[1], 1000)
-    matrix *= math.ldexp(1.0, exponent)  # so that no square over- or underflows
+    matrix *= math.ldexp(1.0, exponent)  # in its place, so that no square over- or underflows
     rng = np.random.default_rng(SVD_SEED)
     left, sigma, right = leading_svd(matrix, rank, width, rng, TOLERANCE)
     left, sigma, right = left[:, :rank], sigma[:rank], right[:rank]

@@ -342,8 +342,9 @@ def calibrate(
     """Find a threshold below which at most a share `rate` of known queries of *new* sources falls.
 
     This is split conformal prediction (Vovk, Gammerman and Shafer 2005) with one score per group,
-    because queries of one source resemble each other. The threshold is the k-th smallest of n,
-    k = ⌊rate · (n + 1)⌋; the share of new sources' queries below it follows Beta(k, n + 1 - k).
+    drawn at random, because queries of one source resemble each other. The threshold is the k-th
+    smallest of these n, k = ⌊rate · (n + 1)⌋. Over many calibrations, the share of new sources'
+    queries below it follows Beta(k, n + 1 - k).
 
     Args:
         scores: Source group -> scores of known queries from it; at least ``1 / rate - 1`` groups.

@@ -188,8 +188,9 @@ def _change(
 ) -> tuple[tuple[str, str], dict[str, str]] | None:
     """Find the one other leading part with which all weight keys are names of targeted modules.
 
-    Of the parts that all keys share, the shortest counts with which there is one; of the new ones,
-    those with which the shapes fit. Returns both, and the weight key of each module.
+    Of the leading parts that all keys share, the shortest that can be replaced is taken, if
+    possible by one with which the shapes fit. Returns the old and the new part, and each module's
+    key.
     """
     first = next(iter(card.weights), "")
     for rest in suffixes(first)[1:]:

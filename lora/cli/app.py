@@ -175,8 +175,11 @@ _IN_COMMANDS = {
 }
 """What a hint says for Python -> what it says on the command line."""
 
-_PLACES = {"card 'config': alpha": "--alpha", "teacher: base_url": "--teacher-url"}
-_PLACES["peers"] = "--peer"
+_PLACES = {
+    "card 'config': alpha": "--alpha",
+    "teacher: base_url": "--teacher-url",
+    "peers": "--peer",
+}
 """Where something is wrong, in Python -> the option that says it."""
 
 _WITH_ALLOW = {
@@ -316,8 +319,11 @@ def _cell(value: Any) -> str:
 def shortened(value: Any, limit: int = 240) -> str:
     """Write a value in a line of at most so many characters."""
     text = _cell(value)
-    quote = '"' * (text.count('"', 0, limit) % 2)
-    return text if len(text) <= limit else f"{text[:limit]}{quote}… (whole with --json)"
+    if len(text) <= limit:
+        return text
+    quotes = 0 if isinstance(value, str) else re.sub(r"\\.", "", text[:limit]).count('"')
+    quote = '"' * (quotes % 2)
+    return f"{text[:limit]}{quote}… (whole with --json)"
 
 
 def printable(text: str) -> str:
@@ -379,7 +385,7 @@ def _as_renamed(words: list[str]) -> list[str]:
     words = [part for word in words for part in re.split("(?<=^--json)=", word)]
     place = words.index("--json") if words[:1] == ["conformance"] and "--json" in words else -1
     if 0 < place < len(words) - 1 and not words[place + 1].startswith("-"):
-        print("lora: --json FILE is --json-file FILE now; it ends with 1.0", file=sys.stderr)
+        print("lora: --json FILE is --json-file FILE now, and ends with 1.0", file=sys.stderr)
         words[place] = "--json-file"
     return words
 

@@ -373,7 +373,7 @@ def fold(
 
     Args:
         base: A model's folder, with safetensors files.
-        out: The folder to write.
+        out: The folder to write, new or empty unless --overwrite is given.
         cards: Card files, PEFT folders, or what else convert reads.
         weight: Weight of a card; repeat once per card, in order.
         strict: Refuse a card that names anything the base does not have.

@@ -59,7 +59,7 @@ def encode(
 
     Args:
         texts: Texts; lines of standard input if omitted.
-        out: Write a NumPy .npy file instead of printing.
+        out: Write a NumPy .npy file instead of printing. An existing file is replaced.
         parquet: Encode this file's column of texts into --out, a Parquet file.
         column: The column of texts of --parquet.
         adapter: With --parquet: the name of the card to apply to every row; a single --card's.
@@ -84,7 +84,7 @@ def encode(
     checks_done()
     import numpy as np
 
-    logging.lastResort.setLevel("ERROR")  # type: ignore[union-attr] # the warnings say the same
+    logging.getLogger("lora.models.manager").setLevel("ERROR")  # a warning says the same
     texts = texts or [line.rstrip("\n") for line in sys.stdin]
     engine = _engine(model, card or [])
     parts = []

@@ -176,7 +176,7 @@ def _prose_pairs(name: str, text: str, *, by_heading: bool) -> list[tuple[str, s
 
 
 def _paragraphs(text: str) -> list[tuple[tuple[str, ...], str]]:
-    """Return the prose paragraphs of at least eight words, each with the headings above it."""
+    """Return paragraphs with the headings above them; no code, tables, directives or short ones."""
     paragraphs: list[tuple[tuple[str, ...], str]] = []
     headings: list[tuple[int, str]] = []
     marks: list[str] = []

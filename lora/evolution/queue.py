@@ -362,7 +362,7 @@ def _move(
     before, after = MOVES[what]
     stored = _job(db, job.id)
     if stored is None or (stored.state, stored.attempts) != (before, job.attempts):
-        return None
+        return None  # it has ended, or another attempt has it by now
     return _store(db, what, replace(stored, state=after, **changes), now, note)
 
 

@@ -260,6 +260,7 @@ class OpenAITeacher:
 
     Raises:
         MissingPackageError: `openai` is not installed.
+        ArgumentError: An argument is not valid, such as ``http://`` to another host.
     """
 
     def __init__(
@@ -565,6 +566,7 @@ def _items(answer: str) -> tuple[list[Any], Counter[str]]:
 
 
 def _is_whole(text: Any) -> bool:
+    """Tell whether an answer may be cached: it has pairs, and nothing unread."""
     items, unread = _items(text) if isinstance(text, str) else ([], {})
     return bool(items) and not unread
 
@@ -580,6 +582,7 @@ def _problem(end: str, kept: int, reasons: Mapping[str, int]) -> str:
 
 
 def _completion(body: bytes) -> tuple[Answer | None, tuple[int, ...]]:
+    """Return the answer, None for an error; and its token counts if credible, else ()."""
     try:
         value = json.loads(body)
         usage = value.get("usage") or {}

@@ -76,7 +76,7 @@ class LoRAFlightClient:
         stall: Seconds after which a download that receives nothing is cut.
         check: Called with a card before it is admitted. Raises to refuse it; True says that the
             base models were compared, so that their names do not matter.
-        metrics: Count fetches and their bytes; default: its own.
+        metrics: Counters of fetches and bytes; default: new ones.
 
     Examples:
         >>> import tempfile
@@ -244,7 +244,7 @@ class LoRAFlightClient:
         return sha.hexdigest()
 
     def _pieces(self, where: str, manifest: Manifest) -> Iterator[pa.Buffer]:
-        """Yield the pieces of a file, which a thread receives; it is left in a read that stalls."""
+        """Yield the pieces that a thread receives; gRPC can't cancel a read that stalls."""
         pieces: Queue[pa.Buffer | Exception | None] = Queue(MAX_PENDING)
         left, timeout = threading.Event(), self.timeout + manifest.size / self.min_rate
 

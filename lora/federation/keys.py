@@ -20,10 +20,11 @@ SUFFIX = ".sig.json"  # after the name of a card file: its signed manifest
 
 
 def generate_key(path: PathLike) -> str:
-    """Write a new private key and ``PATH.pub``; return the public key.
+    """Write a new private key, and ``PATH.pub`` in place of an older one; return the public key.
 
     Raises:
-        StoreError: A file is there already.
+        StoreError: There is a file at the path already.
+        CardNotFoundError: There is no such folder.
 
     Examples:
         >>> import tempfile

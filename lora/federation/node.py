@@ -53,7 +53,8 @@ class Node:
         peers: URIs of peers that multicast does not reach.
         interfaces, interval: As in `Discovery`.
         cache, policy, timeout, min_rate, stall, check: As in `LoRAFlightClient`.
-        credentials, limits, metrics: As in `LoRAFlightServer`.
+        credentials: As in `LoRAFlightServer` and in `LoRAFlightClient`.
+        limits, metrics: As in `LoRAFlightServer`.
 
     Attributes:
         offers: What peers offered when `sync` last asked them, by name, the best first.

@@ -60,11 +60,12 @@ class LoRAFlightServer(flight.FlightServerBase):  # type: ignore[misc]
         credentials: The token to ask for, and the certificates of TLS.
         limits: What clients may cost.
         node_id: What the action ``version`` calls this server.
-        metrics: Count requests and streams; default: its own.
+        metrics: Counters of requests and streams; default: new ones.
 
     Raises:
         CardNotFoundError: There is no such folder.
         StoreError: The address is taken, or not this machine's.
+        ArgumentError: The location, certificate and CA do not fit together.
 
     Examples:
         >>> import tempfile

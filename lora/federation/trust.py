@@ -46,6 +46,9 @@ class Policy:
         allow_other_base: Accept cards that name another base model, or none.
         allow_nonfinite, allow_any_norm: Accept NaN and infinities, or norms above `max_norm`.
 
+    Raises:
+        ArgumentError: A key or pin is not 64 lower-case hex digits.
+
     Examples:
         >>> Policy(trusted={"0" * 64}, max_bytes=10**6).allow_unsigned
         False
@@ -56,7 +59,7 @@ class Policy:
     base_model: str | None = None
     max_bytes: int = 2**31
     max_norm: float = 1e4
-    _: KW_ONLY
+    _: KW_ONLY  # each reason to refuse has an error, and an option here
     allow_unsigned: bool = False
     allow_unknown_signers: bool = False
     allow_mismatch: bool = False

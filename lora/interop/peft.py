@@ -144,9 +144,9 @@ def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
         name: The card's name. Default: the one that `export_peft` wrote, else the folder's.
 
     Raises:
-        CardFileError: The files are malformed, contradict each other, are more than plain LoRA or
-            of another format, or the weights are a pickle, which is never read.
-        CardNotFoundError: There is no configuration, and nothing of another format.
+        CardFileError: The files are malformed, contradict each other or are more than plain LoRA,
+            or the weights are a pickle, which is never read.
+        CardNotFoundError: There is no ``adapter_config.json``, also in a folder of another format.
 
     Examples:
         >>> import tempfile
@@ -218,8 +218,9 @@ def export_peft(
 
     Readers other than PEFT know one rank and one alpha for all modules. So zeros bring all modules
     to the card's rank, and where they differ in scaling, it is multiplied into B, rounded once;
-    patterns are written only where a product would leave the range of B's dtype. While new files
-    take the places of old ones there is no configuration, nor after a kill: export again then.
+    ``alpha_pattern`` and ``rank_pattern`` are written only where a product would leave the range of
+    B's dtype. While files are replaced, the folder has no configuration. If the process is killed
+    then, export again with ``overwrite=True``.
 
     Args:
         card: Has weights, all of them targeted.

@@ -187,8 +187,9 @@ def fold(model: M, *, narrow: bool = False) -> M:
 
     Args:
         model: A model that `adapt` returned.
-        narrow: Fold float16 and bfloat16 layers too: the sum is rounded once, and what of ΔW is
-            below the weight's own rounding is lost. Without it they stay factored.
+        narrow: Fold float16 and bfloat16 layers too: the sum is formed in float32 and rounded
+            once, and what of ΔW is below the weight's own rounding is lost. Without it they stay
+            factored.
 
     Warns:
         UnboundWarning: Layers stayed factored; a model that is saved so lacks their adapters.
@@ -233,11 +234,12 @@ def adapt_rows(
             Default: texts for an ``encode``, or the ``dummy_inputs`` of transformers. False: a
             model that mixes rows is not found.
         sets: An `AdapterSet`, or what makes one, at each index that `lora.rows` may name.
-        check_base, strict: As for `adapt`, and so are other errors.
+        check_base, strict: As for `adapt`.
 
     Raises:
         UnsupportedModelError: The model mixes rows, as time-major and routed layouts do.
         ArgumentError: There is no set, or nothing to probe the model with.
+        LoRAError: The other errors are those of `adapt`.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -333,7 +335,7 @@ def trained_card(model: nn.Module, card: LoRACard) -> LoRACard:
 def injections(
     model: nn.Module, adapters: Adapters, *, strict: bool = False
 ) -> dict[str, Injection]:
-    """Report what each card would bind to, by its name; nothing is not an error here.
+    """Report by name what each card would bind to; one that binds to nothing raises no error.
 
     Raises:
         ShapeError: A card does not fit a module that it names.
@@ -379,7 +381,7 @@ def linears(model: nn.Module) -> dict[str, Site]:
 def _survey(
     model: nn.Module,
 ) -> tuple[dict[str, Site], dict[str, nn.Module], FusedExperts]:
-    """Return every Linear by all its names, and as a module by the first; and fused experts."""
+    """Return the sites by every name, the Linears by their first, and the fused experts."""
     check_module(model)
     walk = list(model.named_modules(remove_duplicate=False))
     linear = [(name, module) for name, module in walk if is_linear(module)]
@@ -422,7 +424,7 @@ def fingerprint(model: nn.Module, card: LoRACard) -> str:
     sites, modules, experts = _survey(model)
     injection = plan({**experts.sites, **sites}, card)
     require_bound(sites, card, injection)
-    if missing := injection.weights_not_used:
+    if missing := injection.weights_not_used:  # the rest would have another base's fingerprint
         raise not_all_bound(card, missing)
     return _fingerprint(modules, experts, injection.bound)
 

@@ -75,7 +75,7 @@ def open_encoder(folder: PathLike) -> nn.Module:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse another kind of model, pickled weights, and code that is not installed or torch's."""
+    """Refuse other kinds of models, pickles, and code that is neither installed nor torch's."""
     path = folder / "config_sentence_transformers.json"
     kind = read_json(path, dict).get("model_type") if path.is_file() else None
     if kind not in (None, _KIND):

@@ -92,8 +92,8 @@ class _Map:
 class AdapterRegistry:
     """Named, versioned cards on disk, of which a bounded number is mapped at a time.
 
-    `register` reads a file's header and leaves no descriptor open. `get` maps a card and keeps it,
-    in place of the least recently used one that nobody else holds, nor any part of it.
+    `register` reads a file's header and leaves no descriptor open. `get` maps a card and keeps it.
+    To make room, it lets go of the least recently used card of which nobody else holds any part.
 
     Thread safety: one writer at a time (`get` is one) and any number of readers of `entries`.
 

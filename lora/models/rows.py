@@ -157,7 +157,7 @@ def rows(sets: Sequence[int]) -> Iterator[None]:
 
     Raises:
         ArgumentError: An index is negative; in a forward, also if it is none of the sets'.
-        ShapeError: In a forward: the batch has other rows than are named.
+        ShapeError: In a forward: its number of rows is no multiple of the named ones.
 
     Examples:
         >>> from lora import LoRACard, LowRank, adapt_rows

@@ -3,20 +3,19 @@
 Requirements: R6, R25.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora.errors import ArgumentError, MissingPackageError, StateError
-from lora.testing import CHECKOUT, folder_of
+from lora.testing import folder_of
 
 SCRIPTS = (
     "forward",
@@ -79,18 +78,6 @@ def run_bench(only: Sequence[str] = (), *, quick: bool = False, threads: int = 2
                 raise StateError(f"bench {name}", "a script that ends well", last_line)
             figures = json.loads(path.read_text(encoding="utf-8"))
         yield Part(name, figures["machine"], tuple(figures["rows"]))
-
-
-def digests(names: Iterable[str]) -> dict[str, str]:
-    """Return 12 digits of the SHA-256 of each of these files, relative to the checkout.
-
-    A file that is gone has none.
-    """
-    paths = {name: CHECKOUT / name for name in names}
-    return {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ""
-        for name, path in paths.items()
-    }
 
 
 def shown(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:

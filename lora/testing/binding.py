@@ -43,7 +43,8 @@ class Binding(Protocol):
     reason, ``domains`` members to the limits of what they offer, in the words of
     `lora.testing.domains`, and ``expected_failures`` a requirement to its properties that fail,
     each with a reason and the place in the source: ``{"R3.11": {"test_r03_manager.py::test_…": ("it
-    knows no all-linear", "targets.py: match")}}``. For other requirements these still fail.
+    knows no all-linear", "targets.py: match")}}``. For other requirements such a property still
+    fails.
 
     Examples:
         >>> from lora.testing.reference import Reference  # this package's own

@@ -134,7 +134,7 @@ def _object_of(value: Any, refer: Callable[[Any], dict[str, int]]) -> dict[str, 
 
 
 def _json_object(value: Any) -> str:
-    """Return a JSON object as text, which no language's integers or order change, or nothing."""
+    """Return a JSON object as text, else "": some languages have no integers, or reorder keys."""
     try:
         text = json.dumps(value, allow_nan=False)
         return text if isinstance(value, dict) and json.loads(text) == value else ""

@@ -107,25 +107,26 @@ scalings = st.floats(-8, 8, width=32) | st.sampled_from([0.0, 1.0, -0.0, 5e-324,
 
 
 def laid_out(array: Array, order: str) -> Array:
-    """Return an equal array in row-major ("C") or column-major ("F") order, or backwards ("A")."""
+    """Return an equal array: by rows ("C"), columns ("F"), backwards ("A"), or with gaps ("S")."""
     if order == "A":
-        return np.flip(np.repeat(np.flip(array), 2, -1)[..., ::2])
+        return np.flip(laid_out(np.flip(array), "S"))
+    if order == "S":
+        return np.repeat(array, 2, -1)[..., ::2]
     return np.array(array, order=order)  # type: ignore[call-overload, no-any-return]
 
 
-orders = st.sampled_from("CFA")
+orders = st.sampled_from("CFAS")
 """Orders of an array's elements in memory; see `laid_out`."""
 
 
 @st.composite
 def bits(draw: st.DrawFn, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     """An array, in any memory order, of any bits: NaN payloads, infinities, signed zeros."""
-    width = dtype.itemsize * 8
-    sign = 1 << (width - 1)
-    edges = [0, 1, sign, (1 << width) - 1, sign - 1, sign + 1]
-    elements = st.one_of(st.integers(0, (1 << width) - 1), st.sampled_from(edges))
-    array = draw(hnp.arrays(_BITS[dtype.itemsize], shape, elements=elements))
-    return laid_out(array.view(dtype), draw(orders))
+    sign = 1 << (dtype.itemsize * 8 - 1)
+    edges = [0, 1, sign, 2 * sign - 1, sign - 1, sign + 1]
+    elements = st.one_of(st.integers(0, 2 * sign - 1), st.sampled_from(edges))
+    array = draw(hnp.arrays(_BITS[dtype.itemsize], shape, elements=elements)).view(dtype)
+    return laid_out(array, draw(orders))
 
 
 def numbers(

@@ -222,10 +222,12 @@ def docstring_pairs(
         source: A folder of Python files; None for the standard library.
         answer: ``"name"``: the dotted name; ``"code"``: the source without its docstring;
             ``"rest"``: the rest of the docstring.
-        private: Read files that start with _, too; a group is then a file, else a top module.
+        private: Also read files whose names start with _. A group is then a file, otherwise a
+            top-level module.
 
     Raises:
-        DataError: There is no such docstring.
+        DataError: No public definition has such a docstring.
+        ArgumentError: `answer` is none of these.
 
     Examples:
         >>> import tempfile

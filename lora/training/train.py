@@ -87,7 +87,7 @@ class Settings:
         validate_every: Steps from one validation to the next.
         patience: Validations without a better MRR after which training stops.
         share: Share of the groups, in (0, 1), to train on; the others are for validation.
-        validation_size: Pairs of these that are used, at most.
+        validation_size: Largest number of pairs of these that are used.
 
     Examples:
         >>> Settings(epochs=3, schedule="cosine", warmup=0.1).batch_size

@@ -257,6 +257,21 @@ def test_with_b_zero_a_scaling_beyond_a_narrow_dtype_changes_nothing(
     assert np.array_equal(impl.forward(x, weight, None, terms), base)
 
 
+@requirement("R2.9", kind="law")
+@given(data=st.data(), dtype=layer_dtypes(), rank=ranks)
+def test_with_b_zero_an_output_beyond_the_dtype_stays_what_the_base_gives(impl, data, dtype, rank):
+    """The product with A is finite here, that with the weight often is not."""
+    rows, columns, big = data.draw(features), data.draw(features), largest(dtype)
+    huge = hnp.arrays(np.float64, (2, rows), elements=st.sampled_from([0.0, big, -big]))
+    faint = hnp.arrays(np.float64, (rows, rank), elements=st.sampled_from([0.0, 2**-8, -(2**-8)]))
+    x, a = data.draw(huge).astype(dtype), data.draw(faint).astype(dtype)
+    weight = data.draw(numbers(dtype, (columns, rows)))
+    terms = {"a": Term(a, np.zeros((rank, columns), dtype), 1.0, 1.0)}
+    with np.errstate(all="ignore"):
+        base = impl.forward(x, weight, None, {})
+        assert np.array_equal(impl.forward(x, weight, None, terms), base, equal_nan=True)
+
+
 @st.composite
 def unimodular(draw, rank):
     """A whole matrix of determinant ±1 with its inverse."""

@@ -16,7 +16,6 @@ import yaml
 import lora
 from lora.arrow_format import FORMAT_VERSION
 from lora.evolution import queue
-from lora.testing import bench
 from lora.testing.plugin import requirement
 from lora.testing.report import SCHEMA_VERSION, read_statements
 from tests.trace import read_lock
@@ -247,14 +246,15 @@ def check():
 
 
 @pytest.fixture
-def checkout(tmp_path, monkeypatch):
+def checkout(tmp_path, monkeypatch, check):
     """A project whose results are all of its sources, under version control."""
-    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
+    digests = check.figures.digests
+    monkeypatch.setitem(digests.__globals__, "CHECKOUT", tmp_path)
     files = {"lora/sums.py": "a + b\n", "tests/test_sums.py": "", "spec/R01.md": ""}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    sources = bench.digests(["lora/sums.py"])
+    sources = digests(["lora/sums.py"])
     results = {
         "benchmarks/results.json": {"forward": {"machine": {"sources": sources}, "rows": []}},
         "benchmarks/questions/exams.json": {"exams": {}, "measured": sources},
@@ -273,7 +273,7 @@ def checkout(tmp_path, monkeypatch):
     score = f"| `sums` | 20 | 19 | 1 | 95.0 % | `{sources['lora/sums.py']}` | unchanged |\n"
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/mutation.md").write_text(score)
-    for page in ("README.md", "docs/evolution.md"):
+    for page in ("README.md", "docs/learning.md"):
         shutil.copyfile(ROOT / page, tmp_path / page)
     return tmp_path
 
@@ -307,10 +307,10 @@ def test_the_release_check_fails_where_results_are_of_other_sources_and_nowhere_
     )
     edited(checkout / "lora/sums.py", "a - b", "a + b")
     edited(checkout / "README.md", "(PEFT +", "(PEFT -")
-    edited(checkout / "docs/evolution.md", "| candidate | accepted |", "| candidate | passed |")
+    edited(checkout / "docs/learning.md", "| candidate | accepted |", "| candidate | passed |")
     assert check.main(checkout) == 1
     tables = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in tables] == ["README.md", "docs/evolution.md"]
+    assert [line.partition(":")[0] for line in tables] == ["README.md", "docs/learning.md"]
 
 
 @requirement("R10.6", "R24.10")
