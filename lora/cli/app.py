@@ -321,7 +321,7 @@ def shortened(value: Any, limit: int = 240) -> str:
     text = _cell(value)
     if len(text) <= limit:
         return text
-    quotes = 0 if isinstance(value, str) else re.sub(r"\\.", "", text[:limit]).count('"')
+    quotes = 0 if text == value else re.sub(r"\\.", "", text[:limit]).count('"')
     quote = '"' * (quotes % 2)
     return f"{text[:limit]}{quote}… (whole with --json)"
 

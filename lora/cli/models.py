@@ -84,7 +84,7 @@ def encode(
     checks_done()
     import numpy as np
 
-    logging.getLogger("lora.models.manager").setLevel("ERROR")  # a warning says the same
+    logging.lastResort.setLevel("ERROR")  # type: ignore[union-attr] # the warnings say the same
     texts = texts or [line.rstrip("\n") for line in sys.stdin]
     engine = _engine(model, card or [])
     parts = []
