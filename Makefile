@@ -85,7 +85,8 @@ conformance/%.json: $(wildcard lora/*.py lora/*/*.py tests/properties/*.py tests
 	mkdir -p conformance
 	-OMP_NUM_THREADS=1 LORA_PROFILE=quick $(BIN)/lora conformance --binding $(BINDING_$*) --json-file $@
 
-docs: $(VENV)/.dev $(REPORTS)
+docs: $(VENV)/.dev
+	$(MAKE) --jobs 2 $(REPORTS)
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
