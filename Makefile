@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow coverage test-all outputs size field sharp sharp-sample bench bench-all release-check mutants lint types docs serve clean
+.PHONY: demo test test-slow coverage test-all outputs size field sharp sharp-sample bench bench-all release-check mutants lint types reports docs serve clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora demo
@@ -85,12 +85,14 @@ conformance/%.json: $(wildcard lora/*.py lora/*/*.py tests/properties/*.py tests
 	mkdir -p conformance
 	-OMP_NUM_THREADS=1 LORA_PROFILE=quick $(BIN)/lora conformance --binding $(BINDING_$*) --json-file $@
 
-docs: $(VENV)/.dev
+reports: $(VENV)/.dev
 	$(MAKE) --jobs 2 $(REPORTS)
+
+docs: reports
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-serve: $(VENV)/.dev $(REPORTS)
+serve: reports
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 

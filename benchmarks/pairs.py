@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import random
-import re
 import statistics
 import sys
 import time
@@ -196,8 +195,11 @@ def sources() -> list[str]:
     """The files that the figures are of: the script, and the modules that it loaded of the library
     but not of its tests.
     """
-    names = [name for name in sys.modules if re.match(r"lora\.(?!testing)", name)]
-    modules = [sys.modules[name] for name in names]
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("lora.") and not name.startswith("lora.testing")
+    ]
     files = [Path(file).resolve() for file in (sys.argv[0], *(m.__file__ for m in modules))]
     return sorted(file.relative_to(CHECKOUT).as_posix() for file in files)
 

@@ -75,19 +75,19 @@ def sentence_of(command: Any) -> str:
 
 def pages() -> dict[str, str]:
     """Every page of the command line by its file."""
-    own = dict(commands())
-    root = own.pop("lora")
-    texts = {file_of(name): page(name, command) for name, command in own.items()}
-    return {"reference-command-line.md": overview(root, own), **texts}
+    by_name = dict(commands())
+    root = by_name.pop("lora")
+    texts = {file_of(name): page(name, command) for name, command in by_name.items()}
+    return {"reference-command-line.md": overview(root, by_name), **texts}
 
 
-def overview(root: Any, own: dict[str, Any]) -> str:
+def overview(root: Any, by_name: dict[str, Any]) -> str:
     """The table of all commands, by the modules that define them."""
     lines = ["# Command line", "", f"{sentence_of(root)} Every command has `--help` and `--json`."]
     lines += ["", FILTER.format("Filter: merge, card, serve …"), ""]
     rows: dict[str, list[str]] = {module: [] for module in MODULES}
-    for name, command in own.items():
-        inner = next((c for n, c in own.items() if n.startswith(f"{name} ")), command)
+    for name, command in by_name.items():
+        inner = next((c for n, c in by_name.items() if n.startswith(f"{name} ")), command)
         link = f'<span id="{name.replace(" ", "-")}">[`{name}`]({file_of(name)})</span>'
         rows[inner.callback.__module__].append(f"| {link} | {escaped(sentence_of(command))} |")
     for module, part in rows.items():
@@ -164,7 +164,7 @@ def statuses(name: str) -> list[str]:
 
 @cache
 def command_blocks() -> list[tuple[Path, Any, list[str]]]:
-    """Blocks of commands of the pages: page, block, the names of its commands of ours."""
+    """Shell blocks of the pages: the page, the block, and its commands of lora."""
     written = [path for path in DOCS.rglob("*.md") if path.parent.name != "generated"]
     written.remove(DOCS / "how-to/troubleshooting.md")  # whose commands fail
     return [

@@ -199,7 +199,7 @@ def fetch(
         raise ArgumentError("--pin", expected, repr(pin), "lora list shows the digests")
     waived(Policy(), allow or [])  # refuses what is no refusal
     for address in peer or ():
-        check_location(uri_of(address), credentials, "--peer")
+        check_location(uri_of(address), credentials, "peers")
     checks_done()
     keys = frozenset(map(load_public_key, trust or []))
     policy = waived(Policy(keys, base_model=base_model), allow or [])
