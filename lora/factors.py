@@ -73,14 +73,19 @@ def concat(
         return LowRank(np.zeros((features[0], 1), wide), np.zeros((1, features[1]), wide), 1.0)
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = [_scaled_b(pair, weight, wide) for pair, weight in terms]
-    a = np.concatenate([pair.A.astype(wide) for pair, _ in terms], axis=1)
+        a = np.concatenate([pair.A.astype(wide) for pair, _ in terms], axis=1)
     return LowRank(a, np.concatenate(scaled), 1.0)
+
+
+def is_finite(pair: LowRank) -> bool:
+    """Return whether neither factor holds NaN or an infinity."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN is no reason for a warning
+        return bool(np.isfinite(pair.A).all() and np.isfinite(pair.B).all())
 
 
 def check_finite(card: LoRACard, module: str) -> None:
     """Refuse a card whose factors of a module hold NaN or an infinity."""
-    pair = card.weights[module]
-    if not (np.isfinite(pair.A).all() and np.isfinite(pair.B).all()):
+    if not is_finite(card.weights[module]):
         where = f"card {card.name!r}: module {module!r}"
         hint = "leave the card out, or train it again"
         raise CardError(where, "finite factors", "NaN or an infinity", hint)
@@ -98,9 +103,9 @@ def spectrum(pair: LowRank) -> Array:
         >>> spectrum(LowRank(np.eye(3, 1), np.array([[3.0, 4.0]]), -2.0))
         array([10.])
     """
-    a, b = pair.A.astype(np.float64), pair.B.astype(np.float64)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    if not is_finite(pair):
         raise ArgumentError("spectrum of a pair", "finite factors", "NaN or an infinity")
+    a, b = pair.A.astype(np.float64), pair.B.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"), one_thread():
         core = np.linalg.qr(a)[1] @ np.linalg.qr(b.T)[1].T * _scaling(pair)
     if not np.isfinite(core).all():

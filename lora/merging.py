@@ -25,14 +25,7 @@ import numpy as np
 from lora.blas import one_thread
 from lora.card import DTYPES, Array, LoRACard, LowRank, check_card
 from lora.checks import choice, finite, integer, share
-from lora.errors import (
-    ArgumentError,
-    BaseModelError,
-    ConflictError,
-    ShapeError,
-    TargetError,
-    shown,
-)
+from lora.errors import ArgumentError, BaseModelError, ConflictError, ShapeError, TargetError, shown
 from lora.factors import check_finite, delta, leading_svd, spectrum, thin_qr
 from lora.targets import suffixes
 

@@ -299,9 +299,7 @@ def not_all_bound(card: LoRACard, missing: Sequence[str], hint: str = "") -> Tar
     )
 
 
-def fingerprint_of(
-    weights: Iterable[tuple[str, str, tuple[int, ...], Iterable[Any]]],
-) -> str:
+def fingerprint_of(weights: Iterable[tuple[str, str, tuple[int, ...], Iterable[Any]]]) -> str:
     """Return the SHA-256 of a base model's weights, over sorted key, dtype, shape and bytes.
 
     Args:

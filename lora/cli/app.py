@@ -66,8 +66,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    Path | None,
-    typer.Option(help="Folder of a sentence encoder; the embedded MiniLM if omitted."),
+    Path | None, typer.Option(help="Folder of a sentence encoder; the embedded MiniLM if omitted.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 _JSON = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)

@@ -112,10 +112,7 @@ def _span(parts: Sequence[str]) -> str:
 
 
 def _about(
-    *,
-    base_model: str | None = None,
-    description: str | None = None,
-    tag: list[str] | None = None,
+    *, base_model: str | None = None, description: str | None = None, tag: list[str] | None = None
 ) -> dict[str, Any]:
     """Take what a card says of itself: fields that replace its own, metadata that join its own.
 
@@ -193,11 +190,7 @@ def convert(
     )
 
 
-@command(
-    "merge docs.lora.arrow law.lora.arrow -o both.lora.arrow",
-    inputs=["cards"],
-    about=_about,
-)
+@command("merge docs.lora.arrow law.lora.arrow -o both.lora.arrow", inputs=["cards"], about=_about)
 def merge(
     cards: list[Path],
     *,

@@ -157,9 +157,7 @@ def list_cards(
 
 
 @command(
-    "fetch docs --peer 192.0.2.7:8815 --pin 3b7e…",
-    credentials=credentials,
-    deadlines=deadlines,
+    "fetch docs --peer 192.0.2.7:8815 --pin 3b7e…", credentials=credentials, deadlines=deadlines
 )
 def fetch(
     name: str,

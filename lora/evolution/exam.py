@@ -25,13 +25,7 @@ import torch
 import lora
 from lora.card import Array, LoRACard
 from lora.checks import integer, is_semantic_version, risen_version, share
-from lora.errors import (
-    ArgumentError,
-    BaseModelError,
-    DataError,
-    ShapeError,
-    TargetError,
-)
+from lora.errors import ArgumentError, BaseModelError, DataError, ShapeError, TargetError
 from lora.evolution.acceptance import (
     FEWEST,
     MAX_FALL,

@@ -352,12 +352,7 @@ def _fail(
 
 
 def _move(
-    db: sqlite3.Connection,
-    what: str,
-    job: Job,
-    now: float,
-    note: str | None = None,
-    **changes: Any,
+    db: sqlite3.Connection, what: str, job: Job, now: float, note: str | None = None, **changes: Any
 ) -> Job | None:
     before, after = MOVES[what]
     stored = _job(db, job.id)

@@ -13,14 +13,7 @@ from typing import Any, NamedTuple, Self
 
 from lora.card import LoRACard
 from lora.checks import version_order
-from lora.errors import (
-    BaseModelError,
-    LoRAError,
-    RefusedError,
-    StoreError,
-    UnknownCardError,
-    shown,
-)
+from lora.errors import BaseModelError, LoRAError, RefusedError, StoreError, UnknownCardError, shown
 from lora.federation.cache import CardCache
 from lora.federation.client import Fetched, LoRAFlightClient, Progress
 from lora.federation.credentials import Credentials, check_location, flight_uri, is_loopback

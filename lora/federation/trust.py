@@ -25,6 +25,7 @@ from lora.errors import (
     UnsignedError,
     shown,
 )
+from lora.factors import is_finite
 from lora.federation.manifest import Manifest, Signature, check_name, manifest_of
 
 
@@ -178,7 +179,7 @@ def check_contents(card: LoRACard, manifest: Manifest, policy: Policy) -> None:
         if norm_bound(pair) <= policy.max_norm:  # and so all is finite
             continue
         norm, place = norm_of(pair), f"{where}: module {module!r}"
-        if math.isinf(norm) and not (np.isfinite(pair.A).all() and np.isfinite(pair.B).all()):
+        if math.isinf(norm) and not is_finite(pair):
             if not policy.allow_nonfinite:
                 hint = "`allow_nonfinite` waives this"
                 raise NonFiniteError(place, "finite values", "NaN or an infinity", hint)
@@ -195,8 +196,8 @@ def norm_bound(pair: LowRank) -> float:
     """
     scaling, energy = 1.0 if pair.scaling is None else abs(pair.scaling), 1.0
     for factor in (pair.A, pair.B):
-        wide = factor.astype(np.promote_types(factor.dtype, np.float32), copy=False)
         with np.errstate(all="ignore"):
+            wide = factor.astype(np.promote_types(factor.dtype, np.float32), copy=False)
             squares = float(np.vdot(wide, wide))
         energy *= 2 * squares + factor.size * 2.0**-125 if factor.size <= 2**22 else math.inf
     return math.sqrt(energy) * scaling
@@ -205,8 +206,8 @@ def norm_bound(pair: LowRank) -> float:
 def norm_of(pair: LowRank) -> float:
     """Return the Frobenius norm of ΔW; infinity if a factor or the norm is not finite."""
     scaling = 1.0 if pair.scaling is None else abs(pair.scaling)
-    a, b = (factor.astype(np.float64, copy=False) for factor in (pair.A, pair.B))
     with np.errstate(all="ignore"):
+        a, b = (factor.astype(np.float64, copy=False) for factor in (pair.A, pair.B))
         # The Gram matrices of the factors give the norm, or ΔW if that is smaller.
         wide = pair.rank > min(pair.in_features, pair.out_features)
         squared = float(np.sum((a @ b) ** 2 if wide else (a.T @ a) * (b @ b.T)))

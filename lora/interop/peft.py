@@ -456,7 +456,7 @@ def _common_scaling(card: LoRACard) -> tuple[dict[str, Any], Pairs] | None:
                 error = np.abs(b.astype(np.float64) - product).max()
                 largest = np.abs(product).max()
                 bound = float(np.spacing(np.ones((), pair.dtype))) * largest
-            is_lost = factor != 0 and pair.B.any() and largest < np.finfo(np.float64).tiny
+                is_lost = factor != 0 and pair.B.any() and largest < np.finfo(np.float64).tiny
             if is_lost or not error <= bound or factor * common != pair.scaling:
                 return None
         zeros = (0, card.rank - pair.rank)

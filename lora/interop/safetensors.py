@@ -69,11 +69,7 @@ def save_safetensors(card: LoRACard, path: PathLike, *, layout: str = "linear") 
         for factor, array in (("a", pair.A), ("b", pair.B)):
             tensors[f"{prefix}lora_{factor}"] = array.T if layout == "linear" else array
     scalings = {module: pair.scaling for module, pair in card.weights.items()}
-    header = {
-        **header_of(card),
-        "lora.scalings": json.dumps(scalings),
-        "lora.layout": layout,
-    }
+    header = {**header_of(card), "lora.scalings": json.dumps(scalings), "lora.layout": layout}
     with replacing(path) as file:
         write_tensors(file, tensors, header)
         file.flush()

@@ -378,9 +378,7 @@ def linears(model: nn.Module) -> dict[str, Site]:
     return _survey(model)[0]
 
 
-def _survey(
-    model: nn.Module,
-) -> tuple[dict[str, Site], dict[str, nn.Module], FusedExperts]:
+def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Module], FusedExperts]:
     """Return the sites by every name, the Linears by their first, and the fused experts."""
     check_module(model)
     walk = list(model.named_modules(remove_duplicate=False))

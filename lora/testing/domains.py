@@ -56,7 +56,7 @@ VOCABULARY: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
         "lengths": (
             "the least and the largest length of a vector",
             lambda value: len(value) == 2 and 0 <= value[0] < value[1],
-        ),
+        )
     },
 }
 """What a binding may declare for a member: what is expected there, and whether a value is that."""

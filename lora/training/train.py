@@ -29,23 +29,10 @@ from torch import Tensor
 from lora.card import Array, LoRACard, check_card
 from lora.checks import choice, integer, positive, share
 from lora.drawing import new_figure
-from lora.errors import (
-    ArgumentError,
-    BaseModelError,
-    DataError,
-    ShapeError,
-    StateError,
-    shown,
-)
+from lora.errors import ArgumentError, BaseModelError, DataError, ShapeError, StateError, shown
 from lora.files import PathLike, as_path, replacing
 from lora.models.adapt import fingerprint, init_card, linears, trainable, trained_card
-from lora.models.any_encoder import (
-    checkpoint_blocks,
-    embed,
-    embedder,
-    name_inside,
-    token_counts,
-)
+from lora.models.any_encoder import checkpoint_blocks, embed, embedder, name_inside, token_counts
 from lora.models.encoder import batches
 from lora.models.layers import TrainableLinear
 from lora.presets import default_targets

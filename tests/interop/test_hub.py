@@ -144,11 +144,7 @@ def test_a_path_that_does_not_exist_is_never_a_request(hub, source):
 @requirement("R26.8", "R7.8")
 @pytest.mark.parametrize(
     "read",
-    [
-        open_encoder,
-        SafetensorsWeights,
-        lambda folder: fold_checkpoint(folder, CARD, "merged"),
-    ],
+    [open_encoder, SafetensorsWeights, lambda folder: fold_checkpoint(folder, CARD, "merged")],
 )
 def test_a_model_on_the_hub_is_to_be_downloaded_first(read):
     with pytest.raises(CardNotFoundError, match="hf download org/law prints its folder"):

@@ -68,10 +68,7 @@ MODELS = {
     "BertModel": (lambda folder: BertModel.from_pretrained(folder).eval(), tokens),
     "LlamaForCausalLM": (llama, tokens),
     "T5Model": (t5, lambda model: tokens(model, decoder_input_ids=IDS)),
-    "SentenceTransformer": (
-        st_of,
-        lambda model: torch.tensor(model.encode(TEXTS)),
-    ),
+    "SentenceTransformer": (st_of, lambda model: torch.tensor(model.encode(TEXTS))),
     "InferenceCore": (
         InferenceCore.from_pretrained,
         lambda model: torch.tensor(model.encode(TEXTS)),

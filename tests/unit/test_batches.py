@@ -253,16 +253,7 @@ def test_on_ray_nothing_is_lost_or_doubled(cards, tmp_path, monkeypatch):
 def test_the_command_streams_a_parquet_file(cards, tmp_path):
     source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
     parquet.write_table(pa.Table.from_batches(batches(3)), source)
-    done = shell(
-        "encode",
-        "--parquet",
-        source,
-        "--out",
-        out,
-        "--card",
-        cards[0],
-        "--json",
-    )
+    done = shell("encode", "--parquet", source, "--out", out, "--card", cards[0], "--json")
     assert (done.returncode, done.stdout) == (0, f'{{"file": "{out}", "rows": 21}}\n')
     ids, rows = rows_of([parquet.read_table(out)])
     known, expected = expected_rows(cards, 3)

@@ -963,8 +963,7 @@ def answer(words, monkeypatch, capfd, *, fails=False):
 @requirement("R10.7", "R10.11")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page",
-    [page for page in shells() if any(named_in(IN_SESSIONS, w) for w in lines(page))],
+    "page", [page for page in shells() if any(named_in(IN_SESSIONS, w) for w in lines(page))]
 )
 def test_what_serves_waits_or_rolls_back_runs_and_prints_what_its_page_says(
     page, tmp_path, monkeypatch

@@ -234,12 +234,7 @@ NO_MODEL = "expected a mapping of weights or a model, found"
         ({}, {}, TargetError, r"\['all-linear'\], found none; .* under '<module>.weight'"),
         ({"a": np.eye(2)}, {"a": np.eye(2)}, TargetError, "found none"),
         ({KEY: np.eye(2, dtype=int)}, {KEY: np.eye(2)}, ArgumentError, "found int64; dequantise"),
-        (
-            {KEY: [[1.0]]},
-            {KEY: np.eye(1)},
-            ArgumentError,
-            "or a tensor of .*, found list",
-        ),
+        ({KEY: [[1.0]]}, {KEY: np.eye(1)}, ArgumentError, "or a tensor of .*, found list"),
         (None, GOOD, ArgumentError, f"extract: base: {NO_MODEL} NoneType"),
         (GOOD, 3, ArgumentError, f"extract: tuned: {NO_MODEL} int"),
     ],

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from lora.card import LowRank
+from lora.card import DTYPES, LoRACard, LowRank
 from lora.errors import ArgumentError, ShapeError
-from lora.factors import apply, concat, delta, initial
+from lora.factors import apply, concat, delta, initial, is_finite, spectrum
+from lora.federation.trust import norm_bound, norm_of
+from lora.interop.peft import export_peft, import_peft
 from lora.testing.plugin import requirement
 
 PAIR = LowRank(np.array([[1.0], [2.0], [0.0]]), np.array([[3.0, -1.0]]), 0.5)
@@ -31,6 +33,21 @@ def test_a_pair_of_weight_zero_is_left_out_even_if_it_holds_nan():
     bad = LowRank(np.full((3, 2), np.nan), np.full((2, 2), np.nan), 1.0)
     assert np.array_equal(concat([(bad, 0.0), (PAIR, 1.0)]).A, PAIR.A)
     assert not delta(concat([(bad, 0.0)])).any()
+
+
+@requirement("R14.2", "R23.5")
+@pytest.mark.parametrize(("name", "bits"), [("bfloat16", 0x7F81), ("float32", 0x7F800001)])
+def test_a_signalling_nan_is_a_nan_and_warns_of_nothing(name, bits, tmp_path):
+    unsigned = f"u{DTYPES[name].itemsize}"
+    pair = LowRank(*np.full((2, 1, 1), bits, unsigned).view(DTYPES[name]), 5e-324)
+    assert np.isnan(delta(concat([(pair, 1.0)], dtype=np.float64))).all()
+    assert not is_finite(pair)
+    assert not min(norm_bound(pair), norm_of(pair)) < np.inf
+    with pytest.raises(ArgumentError, match="finite factors"):
+        spectrum(pair)
+    card = LoRACard("a", 1, 1.0, ("m", "n"), {"m": pair, "n": LowRank(pair.A, pair.B, 1.0)})
+    export_peft(card, tmp_path / "peft")
+    assert not is_finite(import_peft(tmp_path / "peft").weights["m"])
 
 
 @requirement("R7.2", "R8.5")

@@ -788,10 +788,7 @@ def test_an_accepted_version_is_swapped_in_and_an_earlier_one_comes_back_by_name
         factory.rollback("nothing")
     bench.factory().rollback("docs", "0.3.0")
     assert served(factory)["docs"] == (4, "0.3.0")
-    assert {path.name for path in factory.live().values()} == {
-        "docs.lora.arrow",
-        "law.lora.arrow",
-    }
+    assert {path.name for path in factory.live().values()} == {"docs.lora.arrow", "law.lora.arrow"}
     docs, law = factory.live().values()
     for path in (docs, law, factory.cards.path(factory.queue.versions("docs")[-1].digest)):
         path.unlink()

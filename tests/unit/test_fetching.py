@@ -21,14 +21,7 @@ from lora.factors import delta
 from lora.federation.cache import CardCache
 from lora.federation.client import LoRAFlightClient
 from lora.federation.manifest import Signature, manifest_of
-from lora.federation.trust import (
-    Policy,
-    check_contents,
-    norm_bound,
-    norm_of,
-    public_key,
-    sign,
-)
+from lora.federation.trust import Policy, check_contents, norm_bound, norm_of, public_key, sign
 from lora.testing.plugin import requirement
 from tests.unit.hostile import AUTHOR, TRUSTING, Liar
 

@@ -353,9 +353,7 @@ def test_a_card_that_takes_anothers_questions_is_refused_by_the_share(shelf):
     thief = replace(
         own,
         name="thief",
-        metadata={
-            "examples": Pairs.load(root / "cards" / "book.exam.jsonl").queries,
-        },
+        metadata={"examples": Pairs.load(root / "cards" / "book.exam.jsonl").queries},
     )
     refused = guard(engine(), thief, root / "cards")
     assert "of the sample of 'book', more than 5.0%" in refused.refused

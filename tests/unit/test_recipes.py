@@ -125,10 +125,7 @@ def test_openais_client_is_given_what_peft_and_sentence_transformers_compute(
 @requirement("R10.7")
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [
-        ({"dimensions": 8}, "'dimensions'"),
-        ({"input": [1, 2]}, "a sequence of str"),
-    ],
+    [({"dimensions": 8}, "'dimensions'"), ({"input": [1, 2]}, "a sequence of str")],
 )
 def test_what_the_endpoint_has_not_is_refused_by_name(client, wrong, words):
     with pytest.raises(BadRequestError, match=words):

@@ -64,10 +64,7 @@ def declaring(*ids, test=COSINE):
 )
 def test_a_declared_failure_excuses_itself_and_no_other(declared, verdicts, expected):
     """Of two properties the first names both requirements, and the second R4.8 alone."""
-    outcomes = [
-        Outcome(COSINE, BOTH, verdicts[0], 1),
-        Outcome(ZERO, BOTH[1:], verdicts[1], 1),
-    ]
+    outcomes = [Outcome(COSINE, BOTH, verdicts[0], 1), Outcome(ZERO, BOTH[1:], verdicts[1], 1)]
     report = report_of(declaring(*declared), outcomes, profile="dev")
     assert tuple(report["requirements"][i]["verdict"] for i in BOTH) == expected
     assert red(report) == [
