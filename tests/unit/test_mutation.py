@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from lora.testing.plugin import requirement
-from tests.mutants import Runner, shares
+from tests.mutants import Runner, shares, silent
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/mutation.md").read_text("utf-8")
@@ -120,6 +120,15 @@ def test_a_mutant_meets_the_properties_that_reach_it_until_one_fails_and_its_ver
     assert run(mutants, low="new", **{"": "new"}) == (codes, ["4 high", "4 low", "5 high"])
     changed = mutants | {f"{name}2": "new"}
     assert run(changed, low="new", **{"": "new"})[1][-1] == "2 high"
+
+
+@requirement("R24.6")
+def test_what_an_error_says_is_not_mutated_but_when_it_is_raised_is():
+    code = "def f(x={}):\n    require({}, 'x', {}, x)\n    return integer(x, {}, 1)"
+    plain = ("1", "x > 0", "expected", "'x'")
+    others = [("1", "x > 0", "'b'", "None"), ("2", *plain[1:]), ("1", "x >= 0", *plain[2:])]
+    same = [silent(code.format(*parts)) == silent(code.format(*plain)) for parts in others]
+    assert same == [True, False, False]
 
 
 @requirement("R24.6")
