@@ -244,6 +244,7 @@ class Dare:
 
 
 Strategy: TypeAlias = Average | Weighted | Slerp | Ties | Dare | TaskArithmetic | Cat
+"""How cards are merged: a value of one of these classes, each of which says what it computes."""
 
 STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
     {
@@ -272,9 +273,10 @@ def merge(
     """Merge cards into one card by combining their weight changes ΔW.
 
     Args:
-        cards: At least one card, exactly two for `Slerp`. Ranks, dtypes and modules may differ.
-        strategy: A value such as ``Ties(density=0.2)``, or a name of `STRATEGIES`: ``"average"``,
-            ``"weighted"``, ``"slerp"``, ``"ties"``, ``"dare"``, ``"task_arithmetic"``, ``"cat"``.
+        cards: At least one card; exactly two for `Slerp`. Ranks, dtypes and modules may differ.
+        strategy: A `Strategy`, such as ``Ties(density=0.2)``, or its name in `STRATEGIES`:
+            ``"average"``, ``"weighted"``, ``"slerp"``, ``"ties"``, ``"dare"``,
+            ``"task_arithmetic"``, ``"cat"``.
         weights: One number per card, default 1. `Average` and `Slerp` take none.
         rank: Largest rank of a merged module. Default: exact, or for `Ties` and `Dare` the parents'
             largest.
@@ -284,14 +286,23 @@ def merge(
         on_module: Called after each module with its name, its position from 1, and their number.
 
     Returns:
-        A card with balanced factors, or a parent's own if a module comes from it alone; modules
-        with ΔW = 0 are left out. Metadata that all cards share are kept, except `OF_ONE_CARD`:
-        equal entries of objects, common items of lists. ``"merge"`` records ``{"strategy",
-        "options", "parents": [{"name", "digest", "weight"}], "error": {module: ‖lost‖/‖ΔW‖}}``,
-        with the `content_digest` and applied weight of each parent. If anything is lost, ``"kept"``
-        is the share of ΔW's squares that is kept, and ``"rank_90"`` the rank that would keep 90 %;
-        or, if a large ΔW of `Ties` or `Dare` was truncated, ``"svd_seed"`` the seed of its
-        randomised SVD.
+        A card with balanced factors. A module that only one parent has keeps that parent's factors.
+        A module whose merged ΔW is 0 is left out.
+
+        The card keeps the metadata that all parents share: equal entries of objects, common items
+        of lists. It drops what tells of one parent's making: ``"created"``, ``"modified"``,
+        ``"version"``, ``"quality"``, ``"extract"``, ``"merge"``.
+
+        ``metadata["merge"]`` records how the card was made:
+
+        - ``"strategy"`` and ``"options"``: the name of the strategy, and its fields.
+        - ``"parents"``: of each its ``"name"``, its ``"digest"`` (`content_digest`) and the
+          ``"weight"`` that was applied.
+        - ``"error"``: for each module the share of ΔW that was cut off, ‖lost‖/‖ΔW‖; 0 if exact.
+        - ``"kept"``, if anything was cut off: the share of ΔW's squares that the card keeps.
+        - ``"rank_90"``, beside it: the rank that would keep 90 %.
+        - ``"svd_seed"``, in place of that if `Ties` or `Dare` cut a large ΔW: the seed of its
+          randomised SVD.
 
     Raises:
         ArgumentError: The cards, strategy, weights or rank are not valid, or ΔW is beyond float64.
@@ -302,15 +313,21 @@ def merge(
         TargetError: A module's name in one card ends in that of another card's module.
 
     Examples:
-        >>> one = LowRank(np.array([[2.0], [0.0]]), np.array([[3.0, 0.0]]), 1.0)
-        >>> two = LowRank(np.array([[0.0], [2.0]]), np.array([[0.0, 1.0]]), 1.0)
-        >>> docs = LoRACard("docs", 1, 1.0, ["query"], {"query": one})
-        >>> law = LoRACard("law", 1, 1.0, ["query"], {"query": two})
-        >>> both = merge([docs, law], "weighted", [1.0, 2.0])
-        >>> both.rank, np.abs(delta(both.weights["query"]).round(9))
-        (2, array([[6., 0.],
-               [0., 4.]]))
-        >>> merge([docs, law], rank=1).metadata["merge"]["error"]["query"].__round__(3)
+        >>> import numpy as np
+        >>> import lora
+        >>> from lora.factors import delta
+        >>> first = lora.LowRank(np.array([[2.0], [0.0]]), np.array([[3.0, 0.0]]), 1.0)
+        >>> second = lora.LowRank(np.array([[0.0], [2.0]]), np.array([[0.0, 1.0]]), 1.0)
+        >>> docs = lora.LoRACard("docs", 1, 1.0, ["query"], {"query": first})
+        >>> law = lora.LoRACard("law", 1, 1.0, ["query"], {"query": second})
+        >>> both = lora.merge([docs, law], "weighted", [1.0, 2.0])
+        >>> both.rank
+        2
+        >>> abs(delta(both.weights["query"]).round(9))
+        array([[6., 0.],
+               [0., 4.]])
+        >>> cut = lora.merge([docs, law], rank=1)
+        >>> round(cut.metadata["merge"]["error"]["query"], 3)
         0.316
     """
     parents = _checked_cards(cards)

@@ -234,7 +234,6 @@ class _Checkpoint:
             self._add(name, place, site)
 
     def tensor(self, name: str) -> _Tensor:
-        """Return a tensor of the file that the index names."""
         return self.shards[self.files[name]][name]
 
     def _add(self, module: str, place: Place, site: Site) -> None:

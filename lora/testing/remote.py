@@ -169,7 +169,6 @@ class RemoteBinding:
         self._ready()
 
     def __getattr__(self, member: str) -> Callable[..., Any]:
-        """The function that calls this member in the process, if it has that."""
         if member.startswith("_") or member in self.missing or member not in self._members:
             raise AttributeError(member)
         return lambda *args, **kwargs: self.call(None, member, args, kwargs)
@@ -271,7 +270,6 @@ class RemoteRouter:
         weakref.finalize(self, process.unneeded.append, handle)  # sent with the next call
 
     def __getattr__(self, member: str) -> Callable[..., Any]:
-        """The function that calls this member of the router."""
         if member.startswith("_") or not hasattr(Router, member):
             raise AttributeError(member)
         return lambda *args, **kwargs: self._binding.call(self, member, args, kwargs)

@@ -154,7 +154,6 @@ class _Arithmetic:
         return _Bounded(a.size @ b.size, passed_on + gamma(n, self.wide) * (left @ right) + lost)
 
     def sum(self, a: _Bounded, b: _Bounded) -> _Bounded:
-        """``a + b`` in the accumulator."""
         size, error = a.size + b.size, a.error + b.error
         return _Bounded(size, error + roundoff(self.wide) * (size + error) + underflow(self.wide))
 
@@ -167,6 +166,5 @@ class _Arithmetic:
         return _Bounded(size, error + u * (size + error) + lost)
 
     def rounded(self, a: _Bounded) -> _Bounded:
-        """``a`` rounded to the dtype."""
         rounding = roundoff(self.dtype) * (a.size + a.error) + underflow(self.dtype)
         return _Bounded(a.size, a.error + rounding)

@@ -415,7 +415,6 @@ class _Run:
         return rows[np.argsort(np.concatenate(groups))]
 
     def copied(self) -> dict[str, Tensor]:
-        """Return copies of the factors as they are now."""
         return {name: factor.detach().clone() for name, factor in self.factors.items()}
 
     def identity(self, pairs: Pairs, max_steps: int | None) -> str:
