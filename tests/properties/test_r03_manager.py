@@ -385,13 +385,14 @@ class Block(nn.Module):
 
 @st.composite
 def notes(draw):
-    """Plain values as modules keep them: tensors in lists, in tuples, in dictionaries of lists."""
+    """Plain values as modules keep them: tensors in lists, in tuples, tables, lists in these."""
     tensor = torch.arange(3.0)
     made = {
         "list": [tensor, [1, 2]],
         "tuple": (tensor, {"deep": [3]}),
         "set": {1, 2},
         "queue": deque([tensor], maxlen=2),
+        "table": dict.fromkeys(range(40)),
     }
     return {key: made[key] for key in draw(st.lists(st.sampled_from(sorted(made)), unique=True))}
 
@@ -619,6 +620,8 @@ def spoil_dictionaries(result):
                     value.append("spoilt")
                 elif isinstance(value, set):
                     value.add("spoilt")
+                elif isinstance(value, dict):
+                    value.clear()
                 elif isinstance(value, tuple) and isinstance(value[-1], dict):
                     value[-1]["deep"].append("spoilt")
             module.notes["spoilt"] = True
