@@ -1,4 +1,4 @@
-"""Draw a terminal in which commands were run, as an SVG of text that needs no other file.
+"""Draw a terminal after commands were run in it, as an SVG of text that needs no other file.
 
 A test runs the commands and gives what they printed to `compare`; where ``LORA_OUTPUTS=write`` is
 in the environment, as `make outputs` sets it, the picture is drawn anew.
@@ -15,8 +15,8 @@ from docs import outputs
 PICTURE = outputs.ROOT / "docs" / "terminal.svg"
 COMMANDS = (
     "lora convert docs/examples/peft-adapter \\\n  -o docs.lora.arrow",
-    "lora inspect docs.lora.arrow",
     "lora merge docs.lora.arrow law.lora.arrow \\\n  -o both.lora.arrow",
+    "lora convert both.lora.arrow -o peft-both/",
 )
 COLUMNS = 50
 """So few that a phone shows them legibly."""
@@ -35,37 +35,29 @@ STYLE = """\
   Menlo, Consolas, "Liberation Mono", "DejaVu Sans Mono", monospace }
 .terminal .prompt { fill: var(--prompt); user-select: none }
 .terminal .typed { fill: var(--prompt); font-weight: 600 }
-@media (prefers-reduced-motion: no-preference) {
-  .terminal .typed { animation: terminal-typed 1s steps(30) backwards }
-  .terminal .shown { animation: terminal-shown .1s backwards } }
-@keyframes terminal-typed { from { clip-path: inset(0 100% 0 0) } }
-@keyframes terminal-shown { from { opacity: 0 } }
 """
 
 
 def drawn(runs: Sequence[tuple[str, str]]) -> str:
-    """The picture of commands and what they printed, each typed after the one before it."""
-    lines, delay = list[str](), 0.3
+    """The picture of commands and what they printed."""
+    lines = list[str]()
 
     def add(kind: str, text: str, column: int = 0) -> None:
         indent = len(text) - len(text := text.lstrip())
         x, y = EDGE + (column + indent) * CHARACTER, BAR + EDGE + row * LINE
         place = f'x="{x:.1f}" y="{y:.1f}" textLength="{len(text) * CHARACTER:.1f}"'
-        style = f'class="{kind}" style="animation-delay: {delay:.1f}s"'
-        lines.append(f"<text {place} {style}>{escape(text, quote=False)}</text>")
+        lines.append(f'<text {place} class="{kind}">{escape(text, quote=False)}</text>')
 
     row = 0
     for command, printed in runs:
         for i, line in enumerate(command.splitlines()):
-            add("shown prompt", ">" if i else "$")
+            add("prompt", ">" if i else "$")
             add("typed", line, column=2)
-            delay += 1
             row += 1
         for line in printed.splitlines():
             if line:
                 add("shown", line)
             row += 1
-        delay += 0.5
         row += 0.6
     width, height = round(COLUMNS * CHARACTER) + 2 * EDGE, BAR + EDGE + round((row - 0.6) * LINE)
     buttons = [f'<circle cx="{EDGE + 18 * i}" cy="{BAR / 2 + 2:g}" r="5"/>' for i in range(3)]

@@ -664,7 +664,7 @@ def test_each_error_of_the_page_on_troubleshooting_has_its_words_for_a_heading()
 
 
 GUIDES = [
-    ("index.md", "Home", "What it does, and what it does not", "Install", "A card in ten lines"),
+    ("index.md", "Home", "What it does, and what it does not", "Install", "A card made by hand"),
     ("tutorial.md", "Tutorial", "1. An engine and data", "2. Train a card", "3. Save it, map it"),
     ("federation.md", "Federation, the guide", "Two machines, nothing configured", "From Python"),
     ("evolution.md", "Evolution, the guide", "One command", "How it decides"),
