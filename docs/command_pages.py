@@ -116,14 +116,13 @@ def page(name: str, command: Any) -> str:
     usage += ["COMMAND"] if is_group(command) else []
     lines = ["---", "search:", "  boost: 2", "---", "", f"# {name}", "", marked(command.help), ""]
     lines += ["```text", " ".join([name, "[OPTIONS]", *usage]), "```", ""]
-    example = ["## Example", "", "```sh", command.epilog.removeprefix("Example: "), "```", ""]
     if is_group(command):
         lines += ["| command | what it does |", "|---|---|"]
         for part, inner in command.commands.items():
             link = f"[`{name} {part}`]({file_of(f'{name} {part}')})"
             lines.append(f"| {link} | {escaped(sentence_of(inner))} |")
-        return "\n".join([*lines, "", *example])
-    lines += ["## Arguments and options", "", *parameters(command), *example]
+        return "\n".join([*lines, ""])
+    lines += ["## Arguments and options", "", *parameters(command), "## Example", ""]
     lines += [*run_of(name), "## Exit statuses", "", *statuses(name), ""]
     lines += ["## Guides that use it", ""]
     lines += [f"- [{title_of(path)}]({link_to(path)})" for path in guides(name)]
@@ -144,11 +143,23 @@ def _parameter(parameter: Any) -> str:
         annotation = parameter.type_descriptor.annotation
         kind = KINDS[(get_args(annotation) or (annotation,))[0]]
         names += f" *{kind}*" + ", repeatable" * parameter.multiple
+    return f"| {names} | {escaped(marked(parameter.help))} | {_default(parameter)} |"
+
+
+def _default(parameter: Any) -> str:
+    """What a parameter is without being given, as its cell says it."""
     value = parameter.default
-    default = (
-        "required" if parameter.required else "" if value in (None, "", False, []) else f"`{value}`"
+    if isinstance(parameter.show_default, str):
+        value = str(parameter.show_default)  # which reads it from the class that has it
+    if parameter.required:
+        return "required"
+    if value is True:
+        return f"`{parameter.opts[0]}`{{.option}}"
+    if value is False:
+        return "off"
+    return (
+        "" if value in (None, "") else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
     )
-    return f"| {names} | {escaped(marked(parameter.help))} | {default} |"
 
 
 def statuses(name: str) -> list[str]:
@@ -193,7 +204,8 @@ def link_to(path: Path) -> str:
 
 
 def run_of(name: str) -> list[str]:
-    """A run of a command that a page shows with what it prints, of those with the fewest others.
+    """A run of a command that a page shows, of those with the fewest others; below each of its
+    commands what that prints.
 
     Raises:
         ValueError: No page shows one.
@@ -208,5 +220,11 @@ def run_of(name: str) -> list[str]:
     if not runs:
         raise ValueError(f"no page of docs/ shows a run of {name} with what it prints")
     path, block, _ = min(runs, key=sort_key)
-    source = f"A run, from [{title_of(path)}]({link_to(path)}):"
-    return [source, "", f"```sh\n{block.code}```", "", f"```text\n{block.output}```", ""]
+    commands = re.findall(r"(?:^(?!lora ).*\n)*^lora (?:.*\\\n)*.*\n", block.code, re.MULTILINE)
+    printed = block.output.rstrip("\n").split("\n\n") if len(commands) > 1 else []
+    if len(commands) != len(printed):  # one command, whose output may have empty lines
+        commands, printed = [block.code], [block.output.rstrip("\n")]
+    lines = [f"A run, from [{title_of(path)}]({link_to(path)}):", ""]
+    for code, output in zip(commands, printed, strict=True):
+        lines += [f"```sh\n{code}```", "", f"```text\n{output}\n```", ""]
+    return lines

@@ -54,6 +54,7 @@ class _Table:
         return 0 if position is None else int(_read(form, self.data, position)[0])
 
     def follow(self, number: int) -> int | None:
+        """Return the position that an offset field points to."""
         position = self.field(number)
         return None if position is None else position + _read("<I", self.data, position)[0]
 

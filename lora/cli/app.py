@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from copy import copy
 from functools import partial, wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -214,8 +215,18 @@ _COMMON = {
 }
 """The help of options that have none in their command's docstring."""
 
-_NAMES = {"out": ["--out", "-o"]}
-"""Options that have a short form."""
+
+class Default(str):  # noqa: SLOT000 - there are ten
+    """A path such as ``lora.merging.Ties.density``, shown as the default that this field has.
+
+    It is read from the source: help imports no torch.
+    """
+
+    def __str__(self) -> str:
+        path, owner, field = self.rsplit(".", 2)
+        spec: Any = find_spec(path)
+        pattern = rf'(?s)class {owner}:.*?\n    {field}: .*? = "?(.*?)"?\n'
+        return str(re.findall(pattern, spec.loader.get_source(path))[0])
 
 
 def _parameters(
@@ -229,14 +240,19 @@ def _parameters(
         if name in composed:
             parameters += _parameters(composed[name])
             continue
-        annotation, info = parameter.annotation, typer.Option(*_NAMES.get(name, ()))
+        annotation, info = (
+            parameter.annotation,
+            typer.Option(*(("--out", "-o") if name == "out" else ())),
+        )
         if hasattr(annotation, "__metadata__"):
             info, annotation = copy(annotation.__metadata__[0]), annotation.__origin__
         elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             info = typer.Argument()
         elif annotation is bool and parameter.default is False:  # without its --no-
             info = typer.Option(f"--{name.replace('_', '-')}")
-        info.help = " ".join((helps.get(name) or info.help or _COMMON.get(name, "")).split())
+        text = " ".join((helps.get(name) or info.help or _COMMON.get(name, "")).split())
+        info.help, _, path = text.partition(" Default: ")
+        info.show_default = Default(path) or True
         parameters.append(
             parameter.replace(
                 annotation=Annotated[annotation, info], kind=inspect.Parameter.KEYWORD_ONLY

@@ -4,7 +4,7 @@ Requirements: R1, R16, R20, R23, R25, R26.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,10 +64,7 @@ def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) 
         "bytes": header.nbytes,
         "metadata": dict(header.metadata),
     }
-    modules = {
-        name: [module.in_features, module.rank, module.out_features, module.scaling]
-        for name, module in header.modules.items()
-    }
+    modules = dict(header.modules)  # shapes and scalings, as tuples
     said = {_LABELS.get(key, key): fact for key, fact in facts.items() if key != "metadata"}
     said["targets"] = [row["module"] for row in _grouped(dict.fromkeys(header.target_modules, ()))]
     metadata = {key: shortened(value) for key, value in header.metadata.items()}
@@ -114,7 +111,7 @@ def _span(parts: Sequence[str]) -> str:
 def _about(
     *, base_model: str | None = None, description: str | None = None, tag: list[str] | None = None
 ) -> dict[str, Any]:
-    """Take what a card says of itself: fields that replace its own, metadata that join its own.
+    """Take what a card says of itself.
 
     Args:
         base_model: Name of the base model that the card says it is for.
@@ -214,27 +211,28 @@ def merge(
     Args:
         cards: Card files, PEFT folders, or what else convert reads.
         strategy: average, weighted, slerp, ties, dare, task_arithmetic or cat.
-        weight: Weight of a card; repeat once per card, in order.
+        weight: Weight of a card, 1 if omitted; repeat once per card, in order.
         rank: Largest rank. If omitted: exact; for ties and dare, the parents' largest.
-        density: Of ties and dare: the share of entries kept.
-        elect: Of ties: signs by 'mass' or by 'count'.
-        seed: Of dare: seed of what is dropped.
-        t: Of slerp: how far from the first card to the second.
-        normalize: Of weighted: divide the weights by their sum.
+        density: Of ties and dare: the share of entries kept. Default: lora.merging.Ties.density
+        elect: Of ties: signs by 'mass' or by 'count'. Default: lora.merging.Ties.elect
+        seed: Of dare: seed of what is dropped. Default: lora.merging.Dare.seed
+        t: Of slerp: how far from the first card to the second. Default: lora.merging.Slerp.t
+        normalize: Of weighted: divide the weights by their sum. Default:
+            lora.merging.Weighted.normalize
     """
     from lora.checks import choice, integer
     from lora.merging import STRATEGIES
 
     check_output("--out", out, CARD)
     choice(strategy, "--strategy", STRATEGIES)
-    known = [field.name for field in fields(STRATEGIES[strategy])]
+    kind = STRATEGIES[strategy]
     options = present(density=density, elect=elect, seed=seed, t=t, normalize=normalize)
     for option in options:
-        if option not in known:
+        if not hasattr(kind, option):
             takers = ", ".join(n for n, rule in STRATEGIES.items() if hasattr(rule, option))
             hint = f"it is for {takers}"
             raise ArgumentError(f"--{option}", f"none for {strategy}", options[option], hint)
-    rule = STRATEGIES[strategy](**options)
+    rule = kind(**options)
     check_weights(weight, len(cards))
     if weight and strategy in ("average", "slerp"):
         raise ArgumentError("--weight", f"none for {strategy}", weight, "weighted takes them")
@@ -368,7 +366,7 @@ def fold(
         base: A model's folder, with safetensors files.
         out: The folder to write, new or empty unless --overwrite is given.
         cards: Card files, PEFT folders, or what else convert reads.
-        weight: Weight of a card; repeat once per card, in order.
+        weight: Weight of a card, 1 if omitted; repeat once per card, in order.
         strict: Refuse a card that names anything the base does not have.
         overwrite: Replace a checkpoint that is there; any other file in its folder is an error.
         allow: Waive a refusal: other_base, of a card whose fingerprint is another base's.
@@ -394,10 +392,7 @@ def fold(
 
 
 def _read_card(source: Path, name: str | None = None, **options: Any) -> "LoRACard":
-    """Read a card file, a safetensors file, or a folder that holds one, on disk or of the Hub.
-
-    Only a source that begins with ``hf:`` is asked for on the Hub.
-    """
+    """Read a card file, a safetensors file, or a folder that holds one, on disk or of the Hub."""
     from lora.files import hub_advice
     from lora.interop import hub
     from lora.interop.peft import import_peft

@@ -170,8 +170,9 @@ def evolve(
     return Result(dict(evolved.facts), evolved.facts["text"], status)
 
 
-def _teacher(consent: Any, key_file: Any, folder: Path, budget: int, **options: Any) -> Any:
-    """The teacher behind a server, and what may be sent to it."""
+def _teacher(
+    consent: "lora.evolution.Consent", key_file: Any, folder: Path, budget: int, **options: Any
+) -> "lora.evolution.CloudDistiller":
     from lora.evolution.teacher import CloudDistiller, Ledger, OpenAITeacher
     from lora.federation.keys import read_small
 
@@ -211,7 +212,7 @@ def factory_add(
         arguments: The command line, with --name; what it reads must be there.
         priority: Higher runs first.
         seconds: Limit of one attempt.
-        memory: Limit of one attempt, in bytes.
+        memory: Limit of one attempt, in bytes; none if omitted.
         max_failures: Failed attempts after which the job is dead.
         again: Queue it again if it is dead.
     """
@@ -239,7 +240,7 @@ def factory_run(
 
     Args:
         at: Run every night at this local time, HH:MM; once if omitted.
-        scheduler: tcp://host:port of a Dask scheduler to run on.
+        scheduler: tcp://host:port of a Dask scheduler to run on; this machine if omitted.
         workers: Jobs at a time.
         keep: Versions of each skill to keep, beside the one that was live.
     """

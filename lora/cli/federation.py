@@ -31,7 +31,7 @@ from lora.errors import ArgumentError, LoRAError, PeerError
 
 Peer = Annotated[
     list[str] | None,
-    typer.Option("--peer", help="host:port or grpc+tls://… of a peer; may be repeated."),
+    typer.Option("--peer", help="A peer's host:port or grpc+tls://…; repeatable; all, if omitted."),
 ]
 Wait = Annotated[float, typer.Option(help="Seconds to look for peers on the network.", min=0)]
 
@@ -99,7 +99,8 @@ def serve(
         port: Port; 0 for a free one.
         host: Address to serve on; 127.0.0.1 for this machine alone.
         announce: Announce this server on the network by zeroconf.
-        metrics_port: Serve /metrics (Prometheus) and /healthz over HTTP on this port.
+        metrics_port: Serve /metrics (Prometheus) and /healthz over HTTP on this port; no such
+            server if omitted.
         metrics_host: Address of that port.
     """
     from lora.federation.node import Node
@@ -182,7 +183,7 @@ def fetch(
         trust: PEM public key to trust; may be repeated.
         allow: Waive one refusal: unsigned, older, other_base …; may be repeated.
         base_model: Refuse cards that do not name this base model, in any spelling.
-        cache: Folder for fetched cards.
+        cache: Folder for fetched cards; the user's cache if omitted.
     """
     from lora.checks import is_digest
     from lora.federation.cache import default_cache

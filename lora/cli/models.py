@@ -165,7 +165,7 @@ def route(
         card: A candidate card file with a description; may be repeated. The largest cosine counts.
         cards: Folder of live cards, of which the nearest answers if it knows such queries.
         top_k: How many at most.
-        threshold: Least score, in [-1, 1]; with --cards, each card has its own.
+        threshold: Least score, in [-1, 1]; none if omitted, but with --cards each card's own.
     """
     from lora.checks import integer
     from lora.routing import Index, decide, explained, nearest, unit
@@ -283,12 +283,13 @@ def train(
         description: What the card is for; the router goes by it.
         preset: How long: quick, stable; or what for: coder, researcher, security, architect,
             reviewer.
-        loss: contrastive, cosine or triplet.
-        schedule: constant, linear, cosine, exponential, step or one-cycle.
-        warmup: Share of the steps that warm up.
-        steps: Steps at most.
-        rank: Rank; the preset's or 8.
-        alpha: Alpha; the preset's or 16.
+        loss: contrastive, cosine or triplet. Default: lora.training.train.Settings.loss
+        schedule: constant, linear, cosine, exponential, step or one-cycle. Default:
+            lora.training.train.Settings.schedule
+        warmup: Share of the steps that warm up. Default: lora.training.train.Settings.warmup
+        steps: Steps at most; the preset's passes over the pairs if omitted.
+        rank: Rank; else the preset's. Default: lora.presets.LoRAConfig.rank
+        alpha: Alpha; else the preset's. Default: lora.presets.LoRAConfig.alpha
         target: Target module; may be repeated. The preset's, or queries and values.
         checkpoint: Go on from this file after an interrupt.
         plot: Draw the history as .svg or .png.

@@ -32,7 +32,7 @@ def conformance(
         binding: package.module:NAME; this library itself if omitted.
         command: Program that serves an implementation in any language, such as "node binding.mjs".
         writer: A binding or a program that writes the cards which the other reads.
-        only: A chapter (R4) or a requirement (R4.9); repeatable.
+        only: A chapter (R4) or a requirement (R4.9); repeatable; all if omitted.
         json_file: Write the verdicts to this file.
         junit: Write JUnit XML to this file.
         timeout: Seconds that one property may take.
@@ -76,7 +76,7 @@ def bench(
 
     Args:
         only: forward, lifecycle, routing, throughput, merge_extract, training, fetching, growth,
-            commands, models; repeatable.
+            commands, models; repeatable; all if omitted.
         quick: Fewer rounds and smaller sizes: it works, no more.
         threads: Threads of each measured process.
     """

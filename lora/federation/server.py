@@ -292,6 +292,7 @@ class _Token(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         self._expected = f"Bearer {token}"
 
     def start_call(self, info: Any, headers: Any) -> None:  # noqa: ARG002 - Flight's protocol
+        """Check the headers of a call."""
         sent = headers.get("authorization", [])
         if len(sent) != 1 or not hmac.compare_digest(sent[0], self._expected):
             raise flight.FlightUnauthenticatedError("unauthenticated")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.card import Adapters, AdapterSet, LoRACard
+from lora.checks import integer
 from lora.errors import (
     ArgumentError,
     ConflictError,
@@ -117,8 +118,9 @@ def bindings(
                 experts.check(model, name)
         if check_base and bound and card.base_fingerprint is not None:
             check_fingerprint(card, injection, _fingerprint(modules, experts, bound))
-        linear = {name: key for name, key in bound.items() if name in modules}
-        terms = {name: (card.weights[key], weight) for name, key in linear.items()}
+        terms = {
+            name: (card.weights[key], weight) for name, key in bound.items() if name in modules
+        }
         existing = {
             name: layer.terms[card.name]
             for name, layer in modules.items()
@@ -290,6 +292,7 @@ def init_card(
         seed: At least 0. The same seed gives the same card.
 
     Raises:
+        ArgumentError: The seed is negative.
         TargetError: No module matches.
 
     Examples:
@@ -297,7 +300,8 @@ def init_card(
         >>> init_card(model, "docs", rank=1, alpha=1, target_modules="0", seed=0).weights
         mappingproxy({'0': LowRank(4 -> 1 -> 2, float32, scaling=1.0)})
     """
-    sites, rng = linears(model), np.random.default_rng(seed)
+    rng = np.random.default_rng(integer(seed, "init_card: seed", 0))
+    sites = linears(model)
     empty = LoRACard(name, rank, alpha, target_modules, {})  # type: ignore[arg-type]
     targeted = sorted(targeted_modules(sites, empty.target_modules))
     if not targeted:

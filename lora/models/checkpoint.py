@@ -356,7 +356,7 @@ def _fold(
         total.copy_(stored)
         add_products(total, low, products)
         stored.copy_(total)
-        check_sums(stored, lambda: f"{original.name}: from row {low}")  # noqa: B023 - called here
+        check_sums(stored, lambda: f"{original.name} with the cards: from row {low}")  # noqa: B023 - called here
         on_bytes(_write(copy, data))
 
 

@@ -1,9 +1,8 @@
 """A binding that is another process, in any language: ``lora conformance --command``.
 
 The process is spoken to in lines of JSON, see `lora.testing.serve`. It is started once, and again
-only after it broke. Whatever is no answer (its death, silence, text that is no message) is a
-`NoAnswer` with its cause: the property fails, nothing takes it for a refusal, and the next property
-starts the process anew.
+only after it broke. Its death, its silence, and text that is no message raise `NoAnswer`: the
+property fails, and the next one starts the process anew.
 
 Requirements: R24.7.
 """

@@ -83,11 +83,7 @@ def read_properties() -> frozenset[str]:
 
 
 def check_declared(binding: Any, where: str) -> None:
-    """Refuse a binding that declares unknown domains, or failures of unknown properties.
-
-    ``expected_failures`` maps a requirement to the properties of it that fail, and each of them to
-    a reason and its place in the binding's source.
-    """
+    """Refuse a binding that declares unknown domains, or failures of unknown properties."""
     check_domains(getattr(binding, "domains", {}), f"{where}: domains")
     for name, failures in getattr(binding, "expected_failures", {}).items():
         expected = "a known requirement, and its properties with (reason, place)"
@@ -202,7 +198,6 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _evidence(entry: Mapping[str, Any], seen: set[str]) -> Iterator[str]:
-    """Yield the tests that gave a requirement its verdict; an example is told once."""
     for test in entry["tests"]:
         if test["verdict"] == entry["verdict"]:
             why = f"{test['reason']} ({test['place']})"

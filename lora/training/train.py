@@ -390,7 +390,6 @@ class _Run:
         return loss.item()
 
     def losses(self, rows: Tensor, batch: Pairs) -> Tensor:
-        """Return the loss of each pair, from the embeddings of `_texts`."""
         columns = rows.float().split(len(batch))  # type: ignore[no-untyped-call]
         queries, positives, *negatives = columns
         qualities = torch.tensor(batch.table["quality"].to_pylist(), device=rows.device)

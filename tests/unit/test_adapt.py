@@ -19,6 +19,7 @@ from torch import nn
 import lora
 from lora.card import LoRACard, LowRank
 from lora.errors import (
+    ArgumentError,
     BaseModelError,
     StateError,
     TargetError,
@@ -789,6 +790,8 @@ def test_an_untrained_card_is_decided_by_its_seed(model):
     assert not one.weights["out"].B.any()
     with pytest.raises(TargetError, match=r"modules that match \['nowhere'\], found none"):
         init_card(model, "docs", rank=2, alpha=4.0, target_modules=["nowhere"], seed=0)
+    with pytest.raises(ArgumentError, match="init_card: seed: expected an integer >= 0"):
+        init_card(model, "docs", **shape, seed=-1)
 
 
 @requirement("R2.12")

@@ -4,6 +4,7 @@ pipe.
 
 import contextlib
 import os
+import pkgutil
 import pty
 import re
 import subprocess
@@ -179,4 +180,7 @@ def test_what_is_called_alike_is_meant_alike():
             if not param.default and param.secondary_opts:
                 # --no-… is for what is on, or is decided elsewhere
                 assert param.default is None, f"{name} {param.name}"
+            if isinstance(param.show_default, str):  # a field, which help reads in its source
+                owner, _, field = param.show_default.rpartition(".")
+                assert f"{getattr(pkgutil.resolve_name(owner)(), field)}" == f"{param.show_default}"
         assert ("--json" in [opt for p in command.params for opt in p.opts]) == (name != "factory")

@@ -453,14 +453,12 @@ def test_pages_written_by_hand_have_links_to_edit_them_and_names_of_tests_break_
 
 # ---- the reference
 
-UNLISTED = {f"cli.{name}" for name in ("__main__", "app", "cards", "evolution", "federation")}
-UNLISTED |= {
+CLI = "__main__ app cards evolution federation jobs models suite".split()
+UNLISTED = {
     "_renamed",
-    "cli.jobs",
-    "cli.models",
-    "cli.suite",
     "demo",
-}  # the command line has a page of its own
+    *(f"cli.{name}" for name in CLI),
+}  # commands have pages of their own
 
 
 @requirement("R10.1")
@@ -527,25 +525,22 @@ def test_each_command_has_a_page_with_its_options_an_example_a_run_statuses_and_
     assert set(module.MORE_STATUSES) <= set(tree)
     pages = module.pages()
     table = pages["reference-command-line.md"]
-    files = {
-        "lora": "reference-command-line.md",
-        **{n: module.file_of(n) for n in tree if " " in n},
-    }
+    files = {name: module.file_of(name) for name in tree} | {"lora": "reference-command-line.md"}
     assert sorted(files.values()) == sorted(pages)
     for name, command in tree.items():
         page, anchor = pages[files[name]], name.replace(" ", "-")
         assert f": generated/{files[name]}\n" in read("mkdocs.yml")
-        assert (
-            name == "lora" or f'| <span id="{anchor}">[`{name}`]({files[name]})</span> |' in table
-        )
+        row = f'| <span id="{anchor}">[`{name}`]({files[name]})</span> |'
+        assert name == "lora" or row in table
         options = [option for parameter in command.params for option in parameter.opts]
         assert [option for option in options if f"`{option}`" not in page] == []
-        assert name == "lora" or f"```sh\n{name}" in page
         if not hasattr(command, "commands"):  # and a run that a page shows, held by its test
-            shown = r"\nA run, from \[.+\]\(\.\./(.+)\):\n\n(?s:(.+?```text\n.+?\n```))\n"
+            shown = r"\nA run, from \[.+\]\(\.\./(.+)\):\n\n((?s:.+))## Exit"
             ((source, run),) = re.findall(shown, page)
-            assert f"\n{name}" in run
-            assert run.strip() in read(f"docs/{source}")
+            pairs = re.findall(r"```sh\n((?s:.+?))```\n\n```text\n((?s:.+?))```\n", run)
+            assert any(f"\n{name}" in f"\n{code}" for code, _ in pairs)
+            assert all(part in read(f"docs/{source}") for pair in pairs for part in pair)
+            assert page.count("```sh") == len(pairs)  # each command has its output below it
             assert f"](../{source})" in page.partition("## Guides that use it")[2]
             statuses = re.findall(r"^\| (\d+) \| .*$", page, re.MULTILINE)
             own = {"lora train": ["3", "130"], "lora evolve": ["3", "130"], "lora serve": []}

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -14,22 +15,13 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(lora.__path__, 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_run_with_nothing_but_the_imports_that_the_reference_shows(name):
-    module, runner = (
-        importlib.import_module(name),
-        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS),
-    )
-    for found in doctest.DocTestFinder(exclude_empty=True).find(module):
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for found in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name)):
         shown = with_imports(found.docstring, name)
         runner.run(doctest.DocTestParser().get_doctest(shown, {}, found.name, name, 0))
     assert runner.summarize().failed == 0
 
 
 def test_there_are_examples():
-    finder = doctest.DocTestFinder(exclude_empty=True)
-    found = [
-        test
-        for name in MODULES
-        for test in finder.find(importlib.import_module(name))
-        if test.examples
-    ]
-    assert len(found) > 15
+    texts = [path.read_text("utf-8") for path in Path(lora.__path__[0]).rglob("*.py")]
+    assert sum(text.count("Examples:\n") for text in texts) > 100
