@@ -13,7 +13,9 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -204,6 +206,14 @@ def sources() -> list[str]:
     return sorted(file.relative_to(CHECKOUT).as_posix() for file in files)
 
 
+def commit() -> str:
+    """The commit that is checked out, and whether files differ from it; empty without git."""
+    git = shutil.which("git") or "true"
+    command = [git, "describe", "--always", "--exclude=*", "--dirty=, edited"]
+    run = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)  # noqa: S603 - git
+    return run.stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     lines = (
@@ -229,6 +239,7 @@ def machine() -> dict[str, Any]:
     }
     return {
         "cpu": cpu,
+        "commit": commit(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": [round(value, 1) for value in os.getloadavg()],

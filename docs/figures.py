@@ -72,7 +72,7 @@ COMPARED: Sequence[tuple[str, str, str, str, str]] = (
         "a merged checkpoint of 2.0 GB, r16 all Linears",
         "fold_checkpoint",
         "copytree",
-        "fold a card into a checkpoint of 2 GB (copytree only copies)",
+        "fold a card into a checkpoint of 2 GB",
     ),
     (
         "forward",
@@ -98,9 +98,47 @@ COMPARED: Sequence[tuple[str, str, str, str, str]] = (
 )
 """What the README tells: script, figure, side, peer, and its name there."""
 MEASURED_MODELS = (
-    "The model is all-MiniLM-L6-v2, except in four rows: the card of 224 modules, the merge (one "
-    "Linear of 768 × 768), the prompts (a small Llama) and the checkpoint have random weights."
+    "The model is all-MiniLM-L6-v2; only the card of 224 modules, the merge (one Linear of "
+    "768 × 768), the prompts (a small Llama) and the checkpoints have random weights. *r8 q,v* is "
+    "rank 8 on query and value. *Undecided*: the interval holds 1, or two intervals overlap."
 )
+SHARE = {
+    "ratio": lambda value: value,
+    "times faster": lambda value: 1 / value,
+    "overhead": lambda value: 1 + value,
+}
+"""What each kind of figure says of the time, as a share of the other's."""
+
+ADAPTED = {"LoRALinear", "folded", "ours", "three", "three folded"}
+"""The ways in which this library runs cards."""
+
+OWN = {"one adapter", "its imports"}
+"""What stands beside a figure and is this library, too."""
+
+LESS = {
+    "copy": "which only copies",
+    "copytree": "which only copies",
+    "import numpy": "which every command imports",
+    "rows @ query": "the bare product",
+    "raw TCP": "which only receives",
+    "received and hashed alone": "without a file and checks",
+    "SHA-256 alone": "of bytes in memory",
+}
+"""What stands beside a figure and does less."""
+
+QUESTIONS = {
+    "forward": "What does a card add to a forward pass, beside PEFT?",
+    "lifecycle": "How long do loading, applying, swapping and removing a card take, beside PEFT?",
+    "routing": "How long does it take to choose a card?",
+    "throughput": "How fast are texts encoded, beside sentence-transformers?",
+    "merge_extract": "How long does a merge take beside PEFT, an extraction beside SVD?",
+    "training": "How long does a training step take, beside PEFT?",
+    "fetching": "How long does it take to fetch a card from another machine?",
+    "growth": "How do time and memory grow with rank, layers, parameters, rows and cards?",
+    "commands": "How long does a command take to start, and a cycle of learning to run?",
+    "models": "What do adapters for each row cost in any model, and a folded checkpoint?",
+}
+"""What each script's figures answer: the headings of the page."""
 
 
 def read() -> Report:
@@ -117,20 +155,71 @@ def rows_of(report: Report, script: str, **wanted: Any) -> Iterator[Row]:
 
 
 def summary(report: Report) -> str:
-    """The table of the README and of the page on performance: one figure for each comparison."""
-    lines = ["| what | measured |", "|---|---|"]
-    for script, what, side, peer, name in COMPARED:
-        if direct := list(rows_of(report, script, what=what, side=side, beside=peer)):
-            figure, kind = direct[0]["value"], direct[0]["kind"]
-            times = figure if kind == "times faster" else 1 / figure
-            cell = f"{times:.{1 if times < 10 else 0}f} × as fast as {peer}"
-        else:  # each has its own base
-            (ours,), (theirs,) = (
-                list(rows_of(report, script, what=what, side=which)) for which in (side, peer)
-            )
-            cell = f"{shown(ours)[1]} over the base model ({peer} {shown(theirs)[1]})"
-        lines.append(f"| {name} | {cell} |")
-    return "\n".join([*lines, "", f"{MEASURED_MODELS} {machine(report)}\n"])
+    """The tables of the README and of the page on performance: one figure for each comparison, and
+    every one in which this library takes longer.
+    """
+    head = ["| what | measured | 95 % interval |", "|---|---|---|"]
+    names = {(script, what, peer): name for script, what, _, peer, name in COMPARED}
+    longer = [
+        (script, *row, names.get((script, *row[::2]), "forward, " * (script == "forward") + row[0]))
+        for script in report
+        for row in slower(report, script)
+    ]
+    longer.sort(key=lambda row: row[3] in LESS)
+    faster = [row for row in COMPARED if (*row[:4], row[4]) not in longer]
+    parts = [
+        "\n".join([*head, *(f"| {row[4]} | {' | '.join(compared(report, row))} |" for row in rows)])
+        for rows in (faster, longer)
+    ]
+    between = "Where this library takes longer than what stands beside it:"
+    return "\n\n".join([parts[0], between, parts[1], f"{MEASURED_MODELS} {machine(report)}\n"])
+
+
+def slower(report: Report, script: str) -> Iterator[tuple[str, str, str]]:
+    """What a script measured, side and peer, wherever this library takes longer."""
+    for row in rows_of(report, script):
+        what, side, value = row["what"], row.get("side", ""), row["value"]
+        if side in ADAPTED and row["kind"] == "overhead":
+            for peer in rows_of(report, script, what=what, kind="overhead"):
+                if peer["side"] in ("PEFT", "PEFT, three") and value > peer["value"]:
+                    yield what, side, peer["side"]
+        elif (
+            row["kind"] in ("ratio", "times faster")
+            and not side.startswith(("PEFT", "received"))
+            and row["beside"] not in OWN
+            and SHARE[row["kind"]](value) > 1
+        ):
+            yield what, side, row["beside"]
+
+
+def compared(report: Report, row: tuple[str, str, str, str, str]) -> tuple[str, str]:
+    """What a comparison gave, in words, and its interval."""
+    script, what, side, peer, _ = row
+    if direct := list(rows_of(report, script, what=what, side=side, beside=peer)):
+        share = SHARE[direct[0]["kind"]]
+        middle, *ends = map(share, (direct[0]["value"], *direct[0]["interval"]))
+        if middle <= 1:
+            middle, *ends = (1 / value for value in (middle, *ends))
+            words = f"{_times(middle)} × as fast as {peer}"
+        else:
+            words = f"{_times(middle)} × the time of {peer}"
+        words += f", {LESS[peer]}" if peer in LESS else ""
+        low, high = sorted(ends)
+        unclear = low <= 1 <= high
+        interval = f"{_times(low)} to {_times(high)} ×"
+    else:  # each has its own base
+        pair = [next(rows_of(report, script, what=what, side=which)) for which in (side, peer)]
+        ours, theirs = (shown(each) for each in pair)
+        words = f"{ours[1]} over the base model, {peer} {theirs[1]}"
+        interval = f"{ours[2]}, {peer} {theirs[2]}".replace(" … ", " to ")
+        one, two = sorted(each["interval"] for each in pair)
+        unclear = two[0] <= one[1]
+    return words, interval + ", undecided" * unclear
+
+
+def _times(value: float) -> str:
+    """A number of times, with as many digits as one reads."""
+    return f"{value:.{2 if value < 2 else 1 if value < 10 else 0}f}"
 
 
 def machine(report: Report) -> str:
@@ -143,13 +232,23 @@ def machine(report: Report) -> str:
     )
 
 
-def changed_since(sources: Mapping[str, str]) -> str:
-    """Which of the sources that were measured are others today."""
+def changed_since(sources: Mapping[str, str], commit: str = "") -> str:
+    """Which of the sources that were measured have other code today."""
     now = digests(sources)
-    changed = ", ".join(f"`{name}`" for name, digest in sources.items() if digest != now[name])
-    if changed:
-        return f"Changed since: {changed}."
-    return "Unchanged since." if sources else "Which sources were measured was not noted."
+    changed = [f"`{name}`" for name, digest in sources.items() if digest != now[name]]
+    when = "since it was measured" + (f" at commit `{commit}`" if commit else "")
+    if not sources:
+        return "Which sources were measured was not noted."
+    if not changed:
+        return f"Unchanged {when}: the code of all {len(sources)} source files that ran."
+    same = len(sources) - len(changed)
+    rest = f"; the other {same} source files that ran have the same code" if same else ""
+    return f"Changed {when}: {', '.join(changed)}{rest}."
+
+
+def noted(about: Row) -> str:
+    """The same, of what is noted of a measurement."""
+    return changed_since(about.get("sources", {}), about.get("commit", ""))
 
 
 def models(results: Report) -> str:
@@ -163,7 +262,7 @@ def models(results: Report) -> str:
     lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
     about = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines += ["", f"Made on {about['date']} with {versions}. {changed_since(about['sources'])}"]
+    lines += ["", f"Made on {about['date']} with {versions}. {noted(about)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -195,6 +294,7 @@ def page(report: Report) -> str:
         "of the rounds', with its 95 % interval from order",
         "statistics (of fewer than six, the whole range).",
         "An overhead is that of the same model with a card over that without one.",
+        "*r8 q,v* is rank 8 on query and value, *r16 all Linears* rank 16 on every Linear.",
         "What the figures mean is told in [Performance](../performance.md).",
         "",
         machine(report),
@@ -204,14 +304,18 @@ def page(report: Report) -> str:
     for script, part in report.items():
         met = [row["met"] for row in part["rows"] if row["met"] is not None]
         load = ", ".join(f"{value:g}" for value in part["machine"]["load"])
-        lines += ["", f"## {script}", ""]
-        lines += [
-            (
-                f"Load of the machine at the start, over 1, 5 and 15 "
-                f"minutes: {load}. Targets met: {sum(met)} of {len(met)}."
-            )
-        ]
-        lines += ["", changed_since(part["machine"].get("sources", {}))]
+        lines += ["", f"## {QUESTIONS[script]} {{#{script}}}", ""]
+        lines += [f"Targets met: {sum(met)} of {len(met)}.", ""]
+        if longer := list(slower(report, script)):
+            lines += ["Where this library takes longer than what stands beside it:", ""]
+            for what, side, peer in longer:
+                words, interval = compared(report, (script, what, side, peer, ""))
+                lines.append(f"- {what}, {side}: {words} ({interval})")
+            lines.append("")
+        about = (
+            f"`benchmarks/{script}.py`. {noted(part['machine'])} Load of the machine at the start"
+        )
+        lines.append(f"<small>{about}, over 1, 5 and 15 minutes: {load}.</small>")
         for name, title in CHARTS.get(script, {}).items():
             lines += ["", picture(name, title)]
         lines += ["", "<details markdown>", f"<summary>All {len(part['rows'])} figures</summary>"]
@@ -286,10 +390,6 @@ def draw_overhead(report: Report) -> Draw:
             axes.set(xscale="log", title=kind)
             axes.set_xticks(places, [f"{place:,}" for place in places], minor=False)
             axes.minorticks_off()
-        highest = max(
-            row["value"] for row in rows_of(report, "forward", side="PEFT", group="forward")
-        )
-        figure.axes[0].set(ylim=(-10, 120 * highest))
         figure.axes[-1].set(xlabel="tokens")
         figure.supylabel("overhead over the base model, %", fontsize=10)
         figure.axes[0].legend(frameon=False)
@@ -312,14 +412,23 @@ def draw_rows(report: Report) -> Draw:
                 if (row["what"], row["side"]) == (name, side)
             ]
             places = [len(names) - i + shift for i in range(len(names))]
-            bars = axes.barh(places, values, 0.28, color=colours[colour], label=side)
-            axes.bar_label(bars, fmt="%+.0f %%", padding=3, color=colours["ink"])
+            axes.barh(places, values, 0.28, color=colours[colour], label=side)
+            ends = [
+                row["interval"]
+                for name in names
+                for row in measured
+                if (row["what"], row["side"]) == (name, side)
+            ]
+            for place, (low, high), value in zip(places, ends, values, strict=True):
+                axes.plot([100 * low, 100 * high], [place] * 2, color=colours["ink"], linewidth=1)
+                label, at = f"{value:+.0f} %", 100 * max(high, 0)
+                axes.text(at, place, f" {label}", va="center", color=colours["ink"])
         axes.set_yticks([])
         axes.set_ylim(0.6, len(names) + 0.8)
         for i, name in enumerate(names):
             _above(axes, len(names) - i + 0.42, name)
         axes.set(xlabel="overhead over the base model, %")
-        axes.margins(x=0.15)
+        axes.set_xlim(right=115 * max(row["interval"][1] for row in measured))
         figure.legend(frameon=False, loc="outside upper right", ncols=2)
 
     return draw
@@ -383,14 +492,9 @@ def times(report: Report, script: str) -> dict[str, list[tuple[str, list[float],
     time, and its target.
     """
     panels: dict[str, list[tuple[str, list[float], float | None]]] = {}
-    share = {
-        "ratio": lambda value: value,
-        "times faster": lambda value: 1 / value,
-        "overhead": lambda value: 1 + value,
-    }
     for row in report[script]["rows"]:
-        if row["kind"] in share and "interval" in row:
-            of = share[row["kind"]]
+        if row["kind"] in SHARE and "interval" in row:
+            of = SHARE[row["kind"]]
             ends = sorted(map(of, row["interval"]))
             target = None if row["target"] is None else of(row["target"])
             points = [ends[0], of(row["value"]), ends[1]]

@@ -31,7 +31,7 @@ def aged_results(root: Path) -> Iterator[str]:
         measured = {name: part["machine"].get("sources", {}) for name, part in parts.items()}
         for name, sources in (measured or {"all": results.get("measured", {})}).items():
             state = figures.changed_since(sources)
-            if state != "Unchanged since.":
+            if not state.startswith("Unchanged"):
                 yield f"{path.relative_to(root)}: {name}: {state}"
 
 

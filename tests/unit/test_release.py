@@ -279,9 +279,9 @@ def checkout(tmp_path, monkeypatch, check):
 
 
 AGED = [
-    "benchmarks/questions/exams.json: all: Changed since: `lora/sums.py`.",
-    "benchmarks/results.json: forward: Changed since: `lora/sums.py`.",
-    "benchmarks/table.json: all: Changed since: `lora/sums.py`.",
+    "benchmarks/questions/exams.json: all: Changed since it was measured: `lora/sums.py`.",
+    "benchmarks/results.json: forward: Changed since it was measured: `lora/sums.py`.",
+    "benchmarks/table.json: all: Changed since it was measured: `lora/sums.py`.",
     "docs/mutation.md: sums: changed since; make mutants MODULE=lora/sums.py",
 ]
 
@@ -306,7 +306,7 @@ def test_the_release_check_fails_where_results_are_of_other_sources_and_nowhere_
         "tests/sharp/last.json: changed since [0-9a-f]{40}: lora/sums.py", violations
     )
     edited(checkout / "lora/sums.py", "a - b", "a + b")
-    edited(checkout / "README.md", "(PEFT +", "(PEFT -")
+    edited(checkout / "README.md", ", PEFT +", ", PEFT -")
     edited(checkout / "docs/learning.md", "| candidate | accepted |", "| candidate | passed |")
     assert check.main(checkout) == 1
     tables = capsys.readouterr().out.splitlines()
