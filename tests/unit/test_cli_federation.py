@@ -87,15 +87,15 @@ def test_one_signs_and_serves_another_lists_and_fetches(cards, tmp_path):
         allowed = ("--allow", "unsigned", "--allow", "everything")
         assert "one of unsigned" in ran(*fetch, *allowed, code=2)
         assert "other" in ran(*fetch, "--trust", f"{key}.pub", "--base-model", "other", code=1)
+        both = ("--base-model", "other", "--allow", "unknown_signers", "--allow", "other_base")
+        assert "docs" in ran(*fetch, *both, "--cache", tmp_path / "waived")
         assert not list(cache.glob("*.arrow"))
         out = tmp_path / "out.lora.arrow"
         other = tmp_path / "other.pem"
         ran("keygen", other)
         trusted = ("--trust", f"{other}.pub", "--trust", f"{key}.pub")
-        done, size = (
-            shell(*fetch, *trusted, "-o", out, "--json"),
-            (cards / "docs.lora.arrow").stat().st_size,
-        )
+        done = shell(*fetch, *trusted, "-o", out, "--json")
+        size = (cards / "docs.lora.arrow").stat().st_size
         assert json.loads(done.stdout) == {"name": "docs", "digest": sha, "file": str(out)}
         assert f"{size}/{size}" in done.stderr  # the bar of progress
         assert lora.digest(out) == sha
