@@ -21,8 +21,8 @@ import lora
 from lora.arrow_format import schema_of
 from lora.drawing import card_facts
 from lora.errors import StateError
-from lora.evolution import LoRATrainer
 from lora.routing import Calibration
+from lora.training import LoRATrainer
 from lora.training.data import docstring_pairs
 from lora.training.synthetic import synthetic_pairs
 from lora.training.train import Settings, Training

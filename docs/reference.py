@@ -175,6 +175,10 @@ def page(entry: Name, chapters: Sequence[str]) -> str:
     lines += ["      heading_level: 1", "      show_root_heading: true", "      show_bases: false"]
     lines += ["      show_root_full_path: true", "", "---", ""]
     lines += [f"`from {package} import {name}`, defined in [{entry.home}]({module})."]
+    value = getattr(importlib.import_module(package), name)
+    others = [p for p in PACKAGES if getattr(importlib.import_module(p), name, ...) is value]
+    if also := [f"`{other}`" for other in others if other != package]:
+        lines += [f"The same as in {', '.join(also)}."]
     if chapters:
         lines += ["", f"Requirements that hold for it: {', '.join(chapters)}."]
     return "\n".join([*lines, ""])
