@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from copy import copy
 from functools import partial, wraps
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -224,9 +223,9 @@ class Default(str):  # noqa: SLOT000 - there are ten
 
     def __str__(self) -> str:
         path, owner, field = self.rsplit(".", 2)
-        spec: Any = find_spec(path)
+        file = Path(lora.__file__).parents[1] / f"{path.replace('.', '/')}.py"
         pattern = rf'(?s)class {owner}:.*?\n    {field}: .*? = "?(.*?)"?\n'
-        return str(re.findall(pattern, spec.loader.get_source(path))[0])
+        return str(re.findall(pattern, file.read_text("utf-8"))[0])
 
 
 def _parameters(
