@@ -45,7 +45,7 @@ def encode_batches(
     Args:
         batches: Record batches or tables, or a single one. Each has a column of texts; a null text
             has a null embedding.
-        cards: Card files that rows may get, by one of the next three options.
+        cards: Card files to choose from, by one of the next three arguments.
         adapter: The name of one of them, for every row.
         adapter_column: The column that names each row's card; null for the base model.
         route: Choose each row's card by its text; see `lora.routing.decide`.
@@ -57,7 +57,7 @@ def encode_batches(
         ArgumentError: More than one way to choose is given, or cards and no way to choose.
         ConflictError: Two cards with different contents have one name.
         TargetError: A card binds to nothing in the model.
-        UnknownCardError: A name is none of the cards'.
+        UnknownCardError: No card has a name that is asked for.
         DataError: A column is not there, holds no texts, or would be replaced.
 
     Examples:

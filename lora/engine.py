@@ -102,7 +102,7 @@ class Encoding:
     Args:
         embeddings: float32, shape ``(n, d)``.
         adapters: The adapter set of each text.
-        unbound: Name -> what a card that binds in part names and the model does not have.
+        unbound: Name of a card that binds only in part -> what it names and the model lacks.
         routes: With ``intent_query``: the chosen cards, best first; empty if the router abstained.
         decision: With ``intent_query``: what was decided about the best candidate, chosen or not,
             with its score and thresholds; None if there is no candidate.
@@ -177,8 +177,8 @@ class ArrowEngine(Uncopied):
         encoder: An `InferenceCore`, a ``SentenceTransformer``, or any module with
             ``encode(texts)``. It is never changed.
         device: ``"auto"`` (CUDA if present) or a torch device; None leaves the encoder where it is.
-        fold: Run active cards as ``W + ΔW``: no overhead, at the memory of the touched weights.
-            ``"auto"``: while these are within `FOLD_BUDGET`.
+        fold: Run active cards as ``W + ΔW``: no overhead, but a copy of the touched weights.
+            ``"auto"``: if that has at most `FOLD_BUDGET` bytes.
         threshold: The score that every card needs to be chosen by ``intent_query``. None: each
             card's own; see `lora.routing.decide`.
         check_base: Refuse cards that were made for another base model.
@@ -367,7 +367,7 @@ class ArrowEngine(Uncopied):
         log_safely(log.info, "card %r is forgotten; %d are known", name, len(self.state.cards))
 
     def register_lora(self, card: LoRACard, description: Description | None = None) -> None:
-        """Know a card by name and let the router choose it, without making it active.
+        """Make a card known by name, so that the router may choose it, without making it active.
 
         Raises:
             TargetError, ShapeError, BaseModelError: The card does not fit the encoder.
@@ -378,10 +378,10 @@ class ArrowEngine(Uncopied):
             self.manager.add_card(card, index=self.state.index.with_candidate(candidate))
 
     def follow(self, folder: PathLike) -> None:
-        """Know the cards of a folder, such as a factory's ``live``, as they are at each request.
+        """Use the cards of a folder, such as a factory's ``live``, as they are at each request.
 
-        The router may choose those that describe themselves. A card that was active is replaced
-        where it is active. One that can't be used leaves the last one of its name in service.
+        The router may choose those with a description. A changed card replaces the active one of
+        its name; if it can't be used, the last one stays in service.
         """
         self.router.refresh = Followed(folder, self._take, self.remove_lora).refresh
 
@@ -433,8 +433,8 @@ class ArrowEngine(Uncopied):
             port: Where to serve; 0 takes a free port.
             peers: ``host:port`` or Flight URIs of peers that multicast does not reach.
             root: Folder of the cards to serve.
-            share: Serve the files of the cards that `load_lora` has loaded and that are known
-                still, as well. Without `root` and `share` the node only fetches, and logs so.
+            share: Also serve the files of cards that `load_lora` loaded and that are still known.
+                Without `root` and `share` the node only fetches, and logs that.
             cache: Where fetched cards are kept; the user's cache by default.
             options: As for `lora.federation.node.Node`: host, policy, credentials, interfaces,
                 timeout. A card that does not fit this engine's model, or names another base than
@@ -476,7 +476,7 @@ class ArrowEngine(Uncopied):
             node.close()
 
     def sync_remote_skills(self) -> tuple[str, ...]:
-        """Let the router know, by description, the cards that peers offer and are not here.
+        """Let the router choose, by description, the cards that peers offer and that are not here.
 
         Returns:
             Their names; a card without a description is left out.

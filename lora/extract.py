@@ -133,7 +133,7 @@ def extract_delta(
     Args:
         base, tuned: Weights ``(out, in)`` under ``"<module>.weight"``: a mapping, which may be
             lazy, or a torch module.
-        rank: Never above min(in, out) or the numerical rank of ΔW.
+        rank: A number, `MinEnergy` or `MaxError`; never above the numerical rank of ΔW.
         name: The card's.
         target_modules: As a card's. ``"all-linear"`` leaves out output heads, embeddings (by name)
             and weights that are not two-dimensional; a module that is named must be a matrix.
@@ -145,11 +145,13 @@ def extract_delta(
 
     Returns:
         A card with scalings of 1, without the modules that are equal in both models. Its
-        fingerprint covers the base's weights of its modules. Under ``"extract"`` its metadata hold
-        the method and, for each module, rank, relative Frobenius error and explained energy of the
-        rounded factors. ``"left_out"`` names every other tensor that changed, with the norm of its
-        change and its share of the squares of all changes (what one model lacks counts as 0);
-        ``"held"`` is the share that is in the card.
+        fingerprint covers the base's weights of its modules. ``metadata["extract"]`` records:
+
+        - ``"method"``; and ``"modules"``: for each module the ``"rank"``, the relative Frobenius
+          ``"error"`` and the explained ``"energy"`` of the rounded factors.
+        - ``"left_out"``: every other tensor that changed, with the ``"norm"`` of its change and its
+          ``"share"`` of the squares of all changes; what one model lacks counts as 0.
+        - ``"held"``: the share that is in the card.
 
     Raises:
         TargetError: No module matches, or one model lacks a weight of the other.

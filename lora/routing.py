@@ -179,7 +179,7 @@ class Calibration:
         threshold: Queries that score below it count as unknown.
         groups: Number of source groups.
         rate: Expected share of known queries below it.
-        interval: 90 % of calibrations with so many groups have their true rate here.
+        interval: It holds the true rate of 90 % of calibrations with so many groups.
     """
 
     threshold: float

@@ -99,8 +99,8 @@ def serve(
         port: Port; 0 for a free one.
         host: Address to serve on; 127.0.0.1 for this machine alone.
         announce: Announce this server on the network by zeroconf.
-        metrics_port: Serve /metrics (Prometheus) and /healthz over HTTP on this port; no such
-            server if omitted.
+        metrics_port: Serve /metrics (Prometheus) and /healthz over HTTP on this port; neither if
+            omitted.
         metrics_host: Address of that port.
     """
     from lora.federation.node import Node

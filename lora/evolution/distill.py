@@ -106,7 +106,7 @@ class SkillDistiller:
     Args:
         engine: Over an encoder that can be trained.
         sources: Material by name; see `lora.evolution.documents.Source.read`.
-        teacher: Is asked about the documents that fit a topic, or about the topic without any.
+        teacher: Asked about the documents that fit a topic or, if none does, about the topic.
         store: Folder of the live cards, to which accepted ones are added.
         terms: Fields of `lora.evolution.exam.Terms`.
 
@@ -200,7 +200,8 @@ class SkillDistiller:
         """Gather, train and examine; register the skill if it may go live, else discard it.
 
         Args:
-            name: Of an open task; by default the one with most queries. After an error it is open.
+            name: Of an open task; by default the one with most queries. After an error it is open
+                again.
 
         Raises:
             StateError: There is no such task.

@@ -49,7 +49,7 @@ class SkillFactory:
 
     Args:
         root: Its folder; all workers must see it at this path.
-        executor: Carries the jobs; by default threads.
+        executor: Runs the jobs; threads by default.
         workers: Jobs at a time.
         keep: Versions of each skill that are kept.
         on_event: Called with a job whose state changed.
@@ -86,7 +86,7 @@ class SkillFactory:
         self.queue = JobQueue(self.root / "queue.sqlite")
 
     def add(self, arguments: Sequence[str], **limits: Any) -> Job:
-        """Check a command line without outputs and queue it; one that is there stays as it is.
+        """Check a command line without outputs and queue it; one that is known stays as it is.
 
         Args:
             limits: `priority` (higher first), `max_failures`, `seconds` and `memory` (bytes).
@@ -111,7 +111,7 @@ class SkillFactory:
         return self.queue.skills()
 
     def live(self) -> dict[str, Path]:
-        """Return the card file that is served, of each skill."""
+        """Return the card file of each skill that is served."""
         return {job.name: self._live(job) for job in self.queue.versions() if job.live}
 
     def rollback(self, name: str, version: str | None = None) -> Job:

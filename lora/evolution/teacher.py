@@ -405,7 +405,7 @@ class CloudDistiller:
 
     Args:
         consent: Not needed for a teacher within this process.
-        pairs_each: Pairs to ask for, for each piece of a document or each topic.
+        pairs_each: Pairs to ask for about each piece of a document, or each topic.
         piece: Characters of a piece.
 
     Examples:

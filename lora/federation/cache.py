@@ -33,7 +33,7 @@ def default_cache() -> Path:
 
 
 class CardCache:
-    """Cards by digest in a folder, which is created if needed; for any threads and processes.
+    """A folder of cards by digest, made if needed; any threads and processes may share it.
 
     Examples:
         >>> import tempfile

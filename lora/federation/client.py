@@ -71,11 +71,11 @@ class LoRAFlightClient:
         cache: A `CardCache`, or its folder; None to list only.
         policy: What to accept.
         credentials: The token and the certificates to show.
-        timeout: Seconds for a call; a download has more, for its bytes at `min_rate`.
-        min_rate: Bytes per second.
+        timeout: Seconds for a call; a download gets more, by its size and `min_rate`.
+        min_rate: Least bytes per second of a download.
         stall: Seconds after which a download that receives nothing is cut.
-        check: Called with a card before it is admitted. Raises to refuse it; True says that the
-            base models were compared, so that their names do not matter.
+        check: Called with a card before it is accepted. It raises an error to refuse the card, and
+            returns True if it compared the base models, whose names then do not matter.
         metrics: Counters of fetches and bytes; default: new ones.
 
     Examples:

@@ -41,8 +41,8 @@ class Discovery:
         node_id: This node's id: up to 63 letters, digits and hyphens.
         ask: Returns the node id, or "", of whoever answers at a URI; else raises a `LoRAError`.
         port: Where this node serves; None to browse only.
-        addresses: Where this node serves; a wildcard, or none, stands for the interfaces.
-        interfaces: Their addresses; None for all, ``()`` for none.
+        addresses: Where this node serves; a wildcard, or none, means all `interfaces`.
+        interfaces: Addresses of network interfaces; None for all, ``()`` for none.
         tls: What it announces: whether it serves ``grpc+tls://``.
         static: URIs of peers that multicast does not reach.
         cap: Largest number of peers, static ones not counted.

@@ -51,7 +51,7 @@ class Node:
 
     Attributes:
         offers: What peers offered when `sync` last asked them, by name, the best first.
-        failures: Why peers did not tell it, by URI.
+        failures: Why a peer did not tell its offers, by URI.
 
     Examples:
         >>> with Node(interfaces=()) as node:  # serves nothing, and knows no peer
@@ -160,7 +160,7 @@ class Node:
 
         Raises:
             UnknownCardError: Nobody offers it.
-            LoRAError: Every peer failed; the other peers' errors are notes of the last one's.
+            LoRAError: Every peer failed. The last peer's error has those of the others as notes.
         """
         policy = self.policy if digest is None else self.policy.pinned(digest)
         failures: list[LoRAError] = []

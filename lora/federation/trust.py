@@ -41,7 +41,7 @@ class Policy:
         max_norm: Largest Frobenius norm of one module's ΔW.
         allow_unsigned: Accept cards without a signature.
         allow_unknown_signers: Accept the signatures of keys that are not trusted.
-        allow_mismatch: Keep another card than announced, under its own digest.
+        allow_mismatch: Keep a card that is not the announced one, under its own digest.
         allow_older: Accept a version below the highest seen of this name and signer.
         allow_any_name: Accept names that look like a path, or could harm a terminal.
         allow_other_base: Accept cards that name another base model, or none.

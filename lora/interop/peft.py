@@ -134,9 +134,9 @@ _CARRIED = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "revision", "task_
 def import_peft(folder: PathLike, *, name: str | None = None) -> LoRACard:
     """Read a card from a PEFT adapter folder, without PEFT and without torch.
 
-    Each module gets its scaling, ``alpha / r`` or ``alpha / √r`` (``use_rslora``), with rank and
-    alpha of the first pattern in the file that matches. Targets are the configuration's list, or if
-    it has another form, the modules with weights. Other settings go to ``metadata["peft"]``.
+    A module's scaling is ``alpha / r``, or ``alpha / √r`` with ``use_rslora``; the first pattern in
+    the file that matches its name gives r and alpha. Targets are the configuration's list; if it
+    has none, the modules with weights. Other settings go to ``metadata["peft"]``.
 
     Args:
         folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``. Its patterns are
@@ -216,17 +216,17 @@ def export_peft(
 ) -> None:
     """Write a card as a folder that PEFT loads, for a model whose module names are the card's keys.
 
-    Readers other than PEFT know one rank and one alpha for all modules. So zeros bring all modules
-    to the card's rank, and where they differ in scaling, it is multiplied into B, rounded once;
-    ``alpha_pattern`` and ``rank_pattern`` are written only where a product would leave the range of
-    B's dtype. While files are replaced, the folder has no configuration. If the process is killed
-    then, export again with ``overwrite=True``.
+    Readers other than PEFT know one rank and one alpha for all modules. So all modules are padded
+    with zeros to the card's rank. Scalings that differ are multiplied into B, which is rounded
+    once; ``alpha_pattern`` and ``rank_pattern`` are written only where a product would leave the
+    range of B's dtype. While files are replaced, the folder has no configuration. If the process is
+    killed then, export again with ``overwrite=True``.
 
     Args:
         card: Has weights, all of them targeted.
         folder: New or empty.
         overwrite: Replace the adapter in a PEFT folder, or what a killed export left.
-        exact: Keep every bit of the factors and the scalings to one ulp, by patterns if need be.
+        exact: Keep every bit of the factors, and the scalings to one ulp, by patterns if needed.
 
     Raises:
         CardError: PEFT has no way to express the card.

@@ -93,11 +93,11 @@ def load_safetensors(
         path: A safetensors file.
         name: The card's name. Default: the header's, else the file's stem.
         alpha: Needed if the header has none. Factors are multiplied by ``alpha / rank``.
-        layout: One of `LAYOUTS`. Default: the header's, else the only one in which A and B agree in
-            rank, with the largest rank of the header. If both fit, the one in which no rank exceeds
-            a dimension.
-        part: Of a file of kohya or diffusers for several models: what the names of the tensors of
-            one begin with, such as ``"lora_te1"`` or ``"text_encoder"``. The others are left out.
+        layout: One of `LAYOUTS`. Default: the header's; else the one in which A and B have the same
+            rank, and the header's largest one. If both fit, the one in which no rank exceeds a
+            dimension.
+        part: Of a file of kohya or diffusers for several models: how the names of the tensors to
+            read begin, such as ``"lora_te1"`` or ``"text_encoder"``.
 
     Raises:
         CardFileError: The file is malformed, contradicts itself or alpha, or fits both layouts; or

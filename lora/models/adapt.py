@@ -64,8 +64,9 @@ _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool = False) -> M:
     """Return a model that computes what `model` does plus the adapters' low-rank terms.
 
-    The result shares the storage of every parameter and no mutable object with `model`. Experts
-    fused in one parameter are folded in a copy; `lora.models.adapt.injections` tells its bytes.
+    The result shares the storage of every parameter with `model`, and no other mutable object.
+    Experts fused in one parameter are folded in a copy; `lora.models.adapt.injections` tells its
+    bytes.
 
     Args:
         model: Any module tree. ``adapt(adapt(m, a), b)`` equals ``adapt(m, a | b)``.
@@ -74,12 +75,12 @@ def adapt(model: M, adapters: Adapters, *, check_base: bool = True, strict: bool
         strict: Refuse a card that names anything the model does not have.
 
     Warns:
-        UnboundWarning: A card takes effect in part; one warning a card names what is left.
+        UnboundWarning: A card takes effect only in part; the warning names what is left out.
 
     Raises:
         TargetError: A card binds to no module.
         ShapeError, BaseModelError, ConflictError, UnsupportedModelError: The adapters do not fit
-            the model, or it can't be adapted soundly.
+            the model, or it can't be adapted correctly.
 
     Examples:
         >>> from lora.card import LowRank
@@ -184,17 +185,17 @@ def build(
 def fold(model: M, *, narrow: bool = False) -> M:
     """Return a model whose adapted layers are Linears of ``W + ΔW``.
 
-    It has no overhead and costs the memory of the touched weights; those of quantised layers are
+    A forward has no overhead; a copy of the touched weights takes memory. Quantised weights are
     dequantised.
 
     Args:
         model: A model that `adapt` returned.
-        narrow: Fold float16 and bfloat16 layers too: the sum is formed in float32 and rounded
-            once, and what of ΔW is below the weight's own rounding is lost. Without it they stay
-            factored.
+        narrow: Fold float16 and bfloat16 layers too. The sum is formed in float32 and rounded once,
+            which loses the parts of ΔW that are smaller than the weight's rounding. Without
+            `narrow` these layers keep their factors.
 
     Warns:
-        UnboundWarning: Layers stayed factored; a model that is saved so lacks their adapters.
+        UnboundWarning: Some layers kept their factors, which a saved state dict lacks.
 
     Raises:
         UnsupportedModelError: A layer does not compute ``x Wᵀ + b``, or its weight is quantised
@@ -230,12 +231,12 @@ def adapt_rows(
     ``encode``; outside of it the model raises `StateError`.
 
     Args:
-        model: Any module whose Linears see rows in their first dimension, or k times the rows,
-            each k times in its place: beams, and tokens that were flattened.
-        probe: Keywords of a forward over rows of unequal length, by which a copy is tried first.
-            Default: texts for an ``encode``, or the ``dummy_inputs`` of transformers. False: a
-            model that mixes rows is not found.
-        sets: An `AdapterSet`, or what makes one, at each index that `lora.rows` may name.
+        model: A module whose Linears get the rows of the batch in their first dimension, or each
+            row k times in succession, as with beams and flattened tokens.
+        probe: Keyword arguments of a forward over rows of unequal length. A copy runs it first, to
+            see whether the model mixes rows. Default: texts for an ``encode``, or the
+            ``dummy_inputs`` of transformers. False: nothing is tried.
+        sets: For each index that `lora.rows` may name, an `AdapterSet` or what makes one.
         check_base, strict: As for `adapt`.
 
     Raises:
@@ -283,10 +284,10 @@ def init_card(
     target_modules: Sequence[str] | str,
     seed: int,
 ) -> LoRACard:
-    """Return an untrained card: A uniform with |A| <= 1/√in and B zero for each targeted Linear.
+    """Return an untrained card: for each targeted Linear, A is uniform in ±1/√in and B is zero.
 
     Args:
-        rank: Of every module, even above its own dimensions.
+        rank: Of every module, even one with smaller dimensions.
         alpha: ΔW is scaled by alpha / rank.
         target_modules: As a card's.
         seed: At least 0. The same seed gives the same card.
@@ -411,7 +412,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Site], dict[str, nn.Module], Fu
 def fingerprint(model: nn.Module, card: LoRACard) -> str:
     """Return the SHA-256 of the base weights that a card adapts.
 
-    The keys in it are the card's, so that a base has one fingerprint whatever it is wrapped in.
+    It covers the weights under the card's own keys, so that wrapping the base does not change it.
 
     Raises:
         TargetError: Not every module of the card binds.
@@ -448,7 +449,7 @@ def _fingerprint(
 
 
 def uncalled(model: nn.Module, *inputs: Any, **options: Any) -> tuple[str, ...]:
-    """Return the adapted layers that a forward with these inputs, on a copy, never calls.
+    """Run a forward with these inputs on a copy; return the adapted layers that it never calls.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2))

@@ -93,8 +93,8 @@ def fold_checkpoint(
 ) -> FoldedCheckpoint:
     """Write a copy of a model's folder, with cards merged into its weights.
 
-    The model is never in memory: besides the cards, a few blocks of 4 MiB are. Configuration,
-    tokenizer and other files are copied.
+    The model is never in memory as a whole: only the cards and a few blocks of 4 MiB are.
+    Configuration, tokenizer and other files are copied.
 
     Args:
         base_folder: A folder of transformers or sentence-transformers with ``config.json`` and
@@ -106,7 +106,7 @@ def fold_checkpoint(
         strict: Refuse a card that names anything the checkpoint does not have.
         overwrite: Replace an earlier checkpoint in `out_folder`: its weights, index and shards, and
             the files that the base has as well. Any other file there is an error.
-        progress: Called with the MiB written and their number.
+        progress: Called with the MiB written so far, and the MiB in all.
 
     Warns:
         UnboundWarning: A card takes effect in part, or all weights are 0.

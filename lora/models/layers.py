@@ -219,8 +219,8 @@ class LoRALinear(_Adapted):
     The terms are stacked into two buffers that the state dict leaves out.
 
     Args:
-        base: Any Linear. What it computes is taken as it is; where it is an ``nn.Linear`` or a
-            Conv1D with a plain weight, inputs may be large enough for another order of products.
+        base: Any Linear, whose output is used as it is. With the plain weight of an ``nn.Linear``
+            or a Conv1D, large inputs may take another order of products.
         terms: Name -> (pair, weight).
         memo: Shared by all copies of one model.
 

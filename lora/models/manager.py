@@ -78,8 +78,8 @@ class State(Generic[M]):
 class LoRAManager(Uncopied, Generic[M]):
     """Loads cards and decides which are active on a model, which itself is never changed.
 
-    Every change is checked and built first and then made by one assignment; a failure of any kind
-    leaves the manager as it was. `also`: fields of an engine's state to set at once.
+    Every change is checked and built first, and then made by one assignment; so a failure leaves
+    the manager as it was. `also` holds fields of an engine's state to set in the same step.
 
     Args:
         model: The base model, which stays as it is.
@@ -152,14 +152,14 @@ class LoRAManager(Uncopied, Generic[M]):
         return self.state.cards
 
     def load_card(self, path: PathLike, *, verify: str | None = None) -> LoRACard:
-        """Map a card file and know its card by name, without applying it."""
+        """Map a card file and make its card known by name, without applying it."""
         with self.metrics.judged("loads"):
             card = load(path, verify)
         self.add_card(card)
         return card
 
     def add_card(self, card: LoRACard, **also: Any) -> None:
-        """Know a card by name, in place of an earlier one of that name, without applying it."""
+        """Make a card known by its name, in place of an earlier one, without applying it."""
         check_card(card)
         with self.reference.lock:
             self.reference.replace(loaded=self.state.loaded_with(card), **also)
@@ -242,8 +242,8 @@ class LoRAManager(Uncopied, Generic[M]):
     ) -> dict[str, Injection]:
         """Build the model for another set without making it active.
 
-        If `HISTORY` sets can be rolled back to, the oldest is dropped now, so that `swap` does not
-        have to free a model.
+        If there are `HISTORY` earlier sets, the oldest is dropped now, so that `swap` does not have
+        to free a model.
         """
         with self.metrics.judged("applies"), self.reference.lock:
             earlier, adapters = self.state.earlier[1 - HISTORY :], AdapterSet(adapters)
@@ -263,7 +263,7 @@ class LoRAManager(Uncopied, Generic[M]):
         log_safely(log.info, "swapped to %s", state.prepared)
 
     def rollback(self) -> None:
-        """Make active what was so when the last swap was made; drop what was applied since."""
+        """Return to what was active before the last swap; drop what was applied since."""
         with self.reference.lock:
             if not self.state.earlier:
                 raise StateError("rollback", "a set that a swap replaced", "none")

@@ -93,9 +93,10 @@ class AdapterRegistry:
     """Named, versioned cards on disk, of which a bounded number is mapped at a time.
 
     `register` reads a file's header and leaves no descriptor open. `get` maps a card and keeps it.
-    To make room, it lets go of the least recently used card of which nobody else holds any part.
+    To make room, it drops the least recently used card that nobody else uses.
 
-    Thread safety: one writer at a time (`get` is one) and any number of readers of `entries`.
+    Thread safety: one writer at a time (`get` counts as one) and any number of readers of
+    `entries`.
 
     Args:
         max_cards: Largest number of files mapped at a time, >= 1.
@@ -139,7 +140,7 @@ class AdapterRegistry:
     ) -> Entry:
         """Register a card file by its header; return the earlier entry if it is registered already.
 
-        What was registered of the same path and name before the file changed is forgotten.
+        If the file has changed, the earlier entry of its path and name is forgotten.
 
         Args:
             version: A semantic version. Default: the metadata's ``version``, else 0.1.0.

@@ -148,16 +148,16 @@ _rows: ContextVar[Rows | None] = ContextVar("lora_rows", default=None)
 
 @contextmanager
 def rows(sets: Sequence[int]) -> Iterator[None]:
-    """Name the adapter set of each row, for any forward of a model of `lora.adapt_rows` inside.
+    """Name the adapter set of each row for the forwards, in this block, of an `adapt_rows` model.
 
-    It holds for ``generate`` and for the ``encode`` of a `SentenceTransformer`, in this thread.
+    This covers ``generate`` and the ``encode`` of a `SentenceTransformer`, in this thread only.
 
     Args:
         sets: Index of a set for each row of the batch, or for each text.
 
     Raises:
-        ArgumentError: An index is negative; in a forward, also if it is none of the sets'.
-        ShapeError: In a forward: its number of rows is no multiple of the named ones.
+        ArgumentError: An index is negative or, in a forward, above the last set's.
+        ShapeError: The rows of a forward are no multiple of the named ones.
 
     Examples:
         >>> from lora import LoRACard, LowRank, adapt_rows

@@ -82,7 +82,7 @@ class Pairs:
     def of(source: AnyPairs) -> "Pairs":
         """Make pairs of rows, of a table, or of the file at a path.
 
-        A group that is left out is the position of the row.
+        A row without a group is a group of its own.
         """
         if isinstance(source, Pairs):
             return source

@@ -73,7 +73,7 @@ class OnlineAdapter:
 
     Args:
         engine, rank, alpha, target_modules, seed: As for `LoRATrainer`.
-        guard: Pairs on which the MRR may fall by `tolerance`, from the base model's.
+        guard: Pairs on which the MRR may be at most `tolerance` below the base model's.
         name: The card's.
         step_size: Length of a step at a reward of 1 or -1, in the space of all factors.
 
@@ -112,8 +112,8 @@ class OnlineAdapter:
     def process_learning_event(self, event: LearningEvent) -> Adaptation:
         """Take one step in the direction of the event's reward, and return the new state.
 
-        It follows the gradient of the similarity of query and answer. A step that makes the guard
-        set too bad is counted and undone.
+        It follows the gradient of the similarity of query and answer. A step after which the
+        guard's MRR is too low is undone and counted.
         """
         if not isinstance(event, LearningEvent):
             raise ArgumentError("event", "a LearningEvent", shown(event))

@@ -98,7 +98,7 @@ TASKS = tuple(_TASKS)
 def synthetic_pairs(task: str, count: int, *, seed: int = 0) -> Pairs:
     """Draw different pairs of a task, grouped by the thing that they are about.
 
-    The seed decides on the pairs and their order; fewer pairs are the first ones of more.
+    The seed decides the pairs and their order: fewer pairs are the beginning of more.
 
     Examples:
         >>> pairs = synthetic_pairs("security", 2, seed=1)

@@ -64,17 +64,18 @@ class Settings:
         schedule: ``"constant"``, ``"linear"``, ``"cosine"`` or another of `SCHEDULES`.
         warmup: Share of the steps, in [0, 1), in which the learning rate rises to `lr`.
         loss: ``"contrastive"``, ``"cosine"`` or ``"triplet"``; see `lora.training.losses`.
-        accumulate: Parts of a batch, with one update: less memory, two forwards (Gao et al. 2021).
+        accumulate: Parts of a batch that has one update: less memory, two forwards (Gao et al.
+            2021).
         clip: Largest norm of a step's gradient; None for any.
         autocast: ``"bf16"`` or ``"fp16"``: what the encoder computes in.
-        checkpointing: Compute each block again on the way back: less memory.
+        checkpointing: Compute each block again in the backward pass: less memory.
         lora_plus: Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024).
         rslora: Scale by alpha / √rank (Kalajdzievski 2023).
         dropout: On the low-rank path. The encoder's own dropout stays off.
         validate_every: Steps from one validation to the next.
         patience: Validations without a better MRR after which training stops.
         share: Share of the groups, in (0, 1), to train on; the others are for validation.
-        validation_size: Largest number of pairs of these that are used.
+        validation_size: Largest number of pairs to validate on.
 
     Examples:
         >>> Settings(epochs=3, schedule="cosine", warmup=0.1).batch_size
@@ -168,7 +169,7 @@ class LoRATrainer:
         target_modules: Default: queries and values, or all Linears if no name tells these.
         seed: Of the first factors, the split and the batches.
         settings: `Settings`, or the name of one of `PRESETS`.
-        base_model: What the cards call it.
+        base_model: Name of the base model, which the cards state.
 
     Raises:
         UnsupportedModelError: The encoder has no embeddings that gradients flow through.
@@ -230,8 +231,8 @@ class LoRATrainer:
         """Learn a card from pairs.
 
         Args:
-            pairs: Pairs, their rows, a table of them or the path of a file, of at least two groups.
-                Negatives count in a batch in which each pair has one.
+            pairs: `Pairs`, or what `Pairs.of` takes; of at least two groups. A batch uses negatives
+                only if each of its pairs has one.
             max_steps: Ends the training, and the schedule, early.
             checkpoint: A file to continue from if it exists; written at each validation.
             progress: Called after each step. By default, a terminal shows a bar.
