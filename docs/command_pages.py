@@ -155,6 +155,8 @@ def _default(parameter: Any) -> str:
         return "required"
     if value is True:
         return f"`{parameter.opts[0]}`{{.option}}"
+    if value in (False, "False") and parameter.secondary_opts:
+        return f"`{parameter.secondary_opts[0]}`{{.option}}"
     if value is False:
         return "off"
     return (
