@@ -30,6 +30,20 @@ MARKS = {
     "skipped": "–",
     "unexpected pass": "?",
 }
+WORDS = {
+    "skipped": "no such feature",
+    "expected failure": "differs, as its binding declares",
+}
+"""What the pages say of a verdict, if not its name."""
+
+IMPLEMENTATIONS = {
+    "lora-cards": "this library",
+    "PEFT": "the library of Hugging Face, as it is installed",
+    "faulty: ScalingIgnored": "this library with a fault put in, so that the suite must fail",
+    "numpy-only": "a second implementation, of NumPy alone",
+}
+"""What each binding of this repository tests."""
+
 KINDS = {
     "P*": "property (any implementation)",
     "P": "property",
@@ -104,15 +118,22 @@ def killed(id_: str) -> list[str]:
 
 def matrix(trace: Trace) -> str:
     """Return the matrix: a row for each neutral requirement, a column for each binding."""
-    heads = [f'<span class="column">{named(report)}</span>' for report in trace.reports]
-    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
+    heads = [f'<span class="column">{r["binding"]["name"]}</span>' for r in trace.reports]
+    marks = ", ".join(f"{mark} {WORDS.get(verdict, verdict)}" for verdict, mark in MARKS.items())
     lines = [
         "# Conformance",
         "",
         "What each implementation in this repository makes of the properties of",
-        "`lora conformance`. A requirement leads to its sentence, its tests, and the reasons.",
-        "Where a law, a convention, a refusal or the file format differ in one requirement, each",
-        "has its mark.",
+        "`lora conformance`, a test suite for LoRA code. A *card* is an adapter, kept as one",
+        "object and one file. Each requirement is counted once, as its worst mark; a feature that",
+        "an implementation lacks is no failure.",
+        "",
+        *totals(trace.reports),
+        "",
+        "## Every requirement",
+        "",
+        "A requirement leads to its sentence, its tests, and the reasons. Where a law, a",
+        "convention, a refusal or the file format differ in one requirement, each has its mark.",
         "",
         f"{marks}.",
         "",
@@ -121,7 +142,7 @@ def matrix(trace: Trace) -> str:
         f'| id | {" | ".join(heads)} | <span class="sentence">requirement</span> |',
         "|---" * (len(heads) + 2) + "|",
     ]
-    ids_by_reason: dict[str, list[str]] = {}
+    ids_by_reason: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
     for requirement in trace.spec.values():
         entries = trace.entries(requirement.id)
         if any(entries):
@@ -129,12 +150,18 @@ def matrix(trace: Trace) -> str:
             sentence = f'<span class="sentence">{escaped(requirement.sentence)}</span>'
             lines.append(f"| {link(requirement.id)} | {' | '.join(cells)} | {sentence} |")
             for report, entry in zip(trace.reports, entries, strict=True):
-                for reason in reasons_of(entry):
-                    line = f"**{named(report)}**: {escaped(reason)}"
-                    ids_by_reason.setdefault(line, []).append(link(requirement.id))
+                for lacks, reasons in ids_by_reason.items():
+                    for reason in reasons_of(entry, lacks=lacks):
+                        line = f"**{named(report)}**: {escaped(reason)}"
+                        reasons.setdefault(line, []).append(link(requirement.id))
     first = trace.reports[0]
-    lines += ["", "## What a binding does otherwise, or lacks, and why", ""]
-    lines += [f"- {reason} ({', '.join(ids)})" for reason, ids in ids_by_reason.items()]
+    titles = {
+        True: "Features that an implementation lacks",
+        False: "What an implementation does otherwise",
+    }
+    for lacks, reasons in ids_by_reason.items():
+        lines += ["", f"## {titles[lacks]}", ""]
+        lines += [f"- {reason} ({', '.join(ids)})" for reason, ids in reasons.items()]
     lines += [
         "",
         f"Profile `{first['profile']}`, seed {first['seed']}, suite {first['suite']},",
@@ -143,20 +170,49 @@ def matrix(trace: Trace) -> str:
     return "\n".join(lines) + "\n"
 
 
+def totals(all_reports: Sequence[Report]) -> Iterator[str]:
+    """A table of how many requirements each implementation passes, differs from, fails or lacks."""
+    order = ("broken", "failed", "unexpected pass", "expected failure", "passed", "skipped")
+    columns = {
+        "passed": {"passed"},
+        "(✗) differs": {"expected failure"},
+        "✗ failed": {"broken", "failed", "unexpected pass"},
+        "– no such feature": {"skipped"},
+    }
+    yield f"| implementation | {' | '.join(columns)} | what it is |"
+    yield "|---|---|" + "---|" * len(columns)
+    for report in all_reports:
+        worst = [
+            min(entry["classes"].values() or [entry["verdict"]], key=order.index)
+            for entry in report["requirements"].values()
+        ]
+        counts = [sum(verdict in kinds for verdict in worst) for kinds in columns.values()]
+        about = IMPLEMENTATIONS.get(report["binding"]["name"], "")
+        yield f"| {named(report)} | {' | '.join(map(str, counts))} | {about} |"
+
+
 def marked(entry: Report) -> str:
     """Return the mark of a verdict, or one for each class where they differ."""
     classes = entry["classes"]
     if len(set(classes.values())) < 2:
-        return MARKS[entry["verdict"]]
+        why = escaped("; ".join(reasons_of(entry))).replace('"', "&quot;")
+        mark = MARKS[entry["verdict"]]
+        return f'<span title="{why}">{mark}</span>' if why else mark
     return " ".join(
         f'<span title="{kind}: {verdict}">{MARKS[verdict]}</span>'
         for kind, verdict in classes.items()
     )
 
 
-def reasons_of(entry: Report) -> list[str]:
-    """Why a binding deviates, each reason once and without the example that shows it."""
-    reasons = [test["reason"].partition("\nFailing")[0] for test in entry.get("tests", [])]
+def reasons_of(entry: Report, *, lacks: bool | None = None) -> list[str]:
+    """Why a binding deviates, each reason once and without the example that shows it; where
+    ``lacks`` is given, of what it lacks alone, or of the rest.
+    """
+    reasons = [
+        test["reason"].partition("\nFailing")[0]
+        for test in entry.get("tests", [])
+        if lacks in (None, test["verdict"] == "skipped")
+    ]
     return [reason for reason in dict.fromkeys(reasons) if reason]
 
 
@@ -276,9 +332,9 @@ def _verdict(entry: Report) -> str:
         return ""
     verdicts = list(dict.fromkeys(entry["classes"].values())) or [entry["verdict"]]
     if len(verdicts) > 1:
-        words = ", ".join(f"{kind} {verdict}" for kind, verdict in entry["classes"].items())
+        words = ", ".join(f"{kind}: {WORDS.get(v, v)}" for kind, v in entry["classes"].items())
     else:
-        words = verdicts[0]
+        words = WORDS.get(verdicts[0], verdicts[0])
     marks = " ".join(MARKS[verdict] for verdict in verdicts)
-    reasons = "".join(f"<br>{escaped(reason)}" for reason in reasons_of(entry))
-    return f"{marks} {words}{reasons}"
+    reasons = ";<br>".join(escaped(reason) for reason in reasons_of(entry))
+    return f"{marks} {words}{f':<br>{reasons}' if reasons else ''}"
