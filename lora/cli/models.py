@@ -288,8 +288,8 @@ def train(
             lora.training.train.Settings.schedule
         warmup: Share of the steps that warm up. Default: lora.training.train.Settings.warmup
         steps: Steps at most; the preset's passes over the pairs if omitted.
-        rank: Rank; else the preset's. Default: lora.presets.LoRAConfig.rank
-        alpha: Alpha; else the preset's. Default: lora.presets.LoRAConfig.alpha
+        rank: Rank; presets set theirs. Default: lora.presets.LoRAConfig.rank
+        alpha: Alpha; presets set theirs. Default: lora.presets.LoRAConfig.alpha
         target: Target module; may be repeated. The preset's, or queries and values.
         checkpoint: Go on from this file after an interrupt.
         plot: Draw the history as .svg or .png.
