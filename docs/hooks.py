@@ -1,9 +1,12 @@
-"""Links to where a page is edited, in a build of the site that is told `REPO_URL`; names of tests
-that break between words; and what a picture shows, below it.
+"""Links to files of the repository, which lead to pages that are made; links to where a page is
+edited, in a build of the site that is told `REPO_URL`; names of tests that break between words; and
+what a picture shows, below it.
 """
 
 import re
 from typing import Any
+
+FROM_FILE = r"\]\((?:\.\./)+(?:benchmarks|docs|lora|spec|tests)[/\w.]*#([\w.-]+)\)"
 
 
 def on_config(config: Any) -> Any:
@@ -18,6 +21,14 @@ def on_page_context(context: Any, page: Any, **_: Any) -> Any:
     if page.file.src_uri.startswith("generated/"):
         page.edit_url = None
     return context
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Let a link to a file outside of the pages lead to the page that its fragment names: in the
+    repository, ``../lora/files.py#lora.save`` shows the file.
+    """
+    up = "../" * page.file.src_uri.count("/")
+    return re.sub(FROM_FILE, rf"]({up}generated/\1.md)", markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
