@@ -428,7 +428,7 @@ def draw_rows(report: Report) -> Draw:
         for i, name in enumerate(names):
             _above(axes, len(names) - i + 0.42, name)
         axes.set(xlabel="overhead over the base model, %")
-        axes.set_xlim(right=115 * max(row["interval"][1] for row in measured))
+        axes.set_xlim(right=125 * max(row["interval"][1] for row in measured))
         figure.legend(frameon=False, loc="outside upper right", ncols=2)
 
     return draw
