@@ -49,8 +49,10 @@ WIDTH = 80
 DIGESTS = ("3b7e…", "c902…", "f41d…", "90ab…")
 """What stands for the first digest of an output, the second …"""
 
+BEGINNINGS = ("3b7e51c09a2f", "c902d4a61e83", "f41d27b80c56", "90abe6135d7f")
+"""What stands for the first beginning of a digest, such as the id of a job, the second …"""
+
 VARIES = (
-    (r"\b[0-9a-f]{12}\b", "3b7e51c09a2f"),  # the beginning of one
     (r"/\S*/_CodeFence\w+/", ""),
     (r"/\S*/(?=test_\w+\.py)", "…/"),
     (r"\b\d{4}-\d\d-\d\d\b", "2026-11-29"),
@@ -96,9 +98,10 @@ def digest(code: str, output: str) -> str:
 
 def steady(printed: str, varies: Iterable[tuple[str, str]] = VARIES, width: int = WIDTH) -> str:
     """The text without what varies, in lines that fit."""
-    digests = list(dict.fromkeys(re.findall(r"\b[0-9a-f]{64}\b", printed)))
-    for value, fixed in zip(digests, DIGESTS, strict=False):
-        printed = printed.replace(value, fixed)
+    for length, stand_ins in ((64, DIGESTS), (12, BEGINNINGS)):
+        values = dict.fromkeys(re.findall(rf"\b[0-9a-f]{{{length}}}\b", printed))
+        for value, fixed in zip(values, stand_ins, strict=False):
+            printed = printed.replace(value, fixed)
     for pattern, fixed in varies:
         printed = re.sub(pattern, fixed, printed)
     lines = []
@@ -201,7 +204,8 @@ class Session:
             raise RuntimeError(f"{' '.join(words)}: status {process.returncode}: {notes}")
         (self.digest,) = re.findall(r"\b[0-9a-f]{64}\b", printed)[-1:] or [self.digest]
         lines = [note for note in notes.splitlines(keepends=True) if "━" not in note]
-        return printed + "".join(lines)
+        shown, own = here[0]
+        return (printed + "".join(lines)).replace(own, shown)
 
 
 def session(

@@ -624,6 +624,7 @@ def test_every_example_fits_and_what_it_prints_stands_below_it():
             "served at grpc://127.0.0.1:8815 after 0.1 ms",
         ),
         ("peers grpc://[fd00::2]:45941", "peers grpc://192.0.2.7:8815"),
+        (f"{'5' * 12}, {'6' * 12}, {'5' * 12}", "3b7e51c09a2f, c902d4a61e83, 3b7e51c09a2f"),
         ("rank 5, error 0.187", None),
         ("rank 4, error 0.197", None),
         ("rank 4, error 0.187\nand more", None),
