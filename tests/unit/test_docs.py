@@ -582,16 +582,16 @@ def test_the_page_on_routing_routes_a_query_and_abstains_on_another():
 
 
 @requirement("R10.10", "R10.11", "R10.2", "R10.3", "R10.4")
-def test_the_tutorial_runs_from_nothing_to_a_shared_skill(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/how-to/generate.md"])
+def test_the_steps_of_a_page_run_in_order_and_print_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "docs/examples", tmp_path / "docs/examples")
     left = {}
-    for block in [block for block in BLOCKS if block.info == "{.python .step}"]:
+    for block in [block for block in BLOCKS if block.page == page and "step" in block.info]:
         with redirect_stdout(io.StringIO()) as printed:
             execute(block, left)
-        outputs.compare(ROOT / block.page, block.text, printed.getvalue())
-    assert lora.digest("architect.lora.arrow") == left["digest"]
-    assert [path.name for path in Path("cache").glob("*.arrow")]
-    assert left["training"].metrics["after"].mrr > left["training"].metrics["before"].mrr
+        outputs.compare(ROOT / page, block.text, printed.getvalue())
 
 
 UNPRINTED = ("sh", "text", "{.python .app}", "{.python .spark}")
@@ -619,10 +619,7 @@ def test_every_example_fits_and_what_it_prints_stands_below_it():
     [
         ("rank 4, error 0.187", "rank 4, error 0.186"),
         (f"{'5' * 64}, {'6' * 64}, {'5' * 64}\n", "3b7e…, c902…, 3b7e…"),
-        (
-            "served at grpc://127.0.0.1:41234 after 12.3 ms",
-            "served at grpc://127.0.0.1:8815 after 0.1 ms",
-        ),
+        ("at grpc://127.0.0.1:41234 after 12.3 ms", "at grpc://127.0.0.1:8815 after 0.1 ms"),
         ("peers grpc://[fd00::2]:45941", "peers grpc://192.0.2.7:8815"),
         (f"{'5' * 12}, {'6' * 12}, {'5' * 12}", "3b7e51c09a2f, c902d4a61e83, 3b7e51c09a2f"),
         ("rank 5, error 0.187", None),
@@ -662,7 +659,7 @@ def test_each_error_of_the_page_on_troubleshooting_has_its_words_for_a_heading()
 
 GUIDES = [
     ("index.md", "Home", "What it does, and what it does not", "Install", "A card made by hand"),
-    ("tutorial.md", "Tutorial", "1. An engine and data", "2. Train a card", "3. Save it, map it"),
+    ("tutorial.md", "Tutorial", "1. From a PEFT folder to a card", "2. Use it, and take it away"),
     ("federation.md", "Federation, the guide", "Two machines, nothing configured", "From Python"),
     ("evolution.md", "Evolution, the guide", "One command", "How it decides"),
 ]
@@ -699,8 +696,8 @@ def test_every_block_is_of_a_kind_that_some_test_runs():
     assert "run: make field\n" in read(".github/workflows/nightly.yml")
     fields = {block.page for block in BLOCKS if block.info == "{.python .field}"}
     assert fields == {f"docs/field/{path.name}" for path in PAGES if path.parent.name == "field"}
-    steps = {block.page for block in BLOCKS if block.info == "{.python .step}"}
-    assert steps == {"docs/tutorial.md"}
+    steps = {block.page for block in BLOCKS if "step" in block.info}
+    assert steps == {"docs/tutorial.md", "docs/how-to/generate.md"}
 
 
 @requirement("R10.7", "R5.12")
