@@ -178,7 +178,7 @@ class ArrowEngine(Uncopied):
             ``encode(texts)``. It is never changed.
         device: ``"auto"`` (CUDA if present) or a torch device; None leaves the encoder where it is.
         fold: Run active cards as ``W + ΔW``: no overhead, but a copy of the touched weights.
-            ``"auto"``: if that has at most `FOLD_BUDGET` bytes.
+            ``"auto"``: only if the copy has at most `FOLD_BUDGET` bytes.
         threshold: The score that every card needs to be chosen by ``intent_query``. None: each
             card's own; see `lora.routing.decide`.
         check_base: Refuse cards that were made for another base model.
@@ -295,7 +295,7 @@ class ArrowEngine(Uncopied):
         """Return embeddings with adapters for this call alone; the engine stays as it is.
 
         Args:
-            texts: Any number.
+            texts: To encode; may be empty.
             adapters: A name, names, ``{name: weight}``, a set or a card in place of the active
                 cards; ``{}`` for the base; a list with one of these for each text.
             intent_query: Let the router pick the adapters by this text; the base answers if it
@@ -381,7 +381,7 @@ class ArrowEngine(Uncopied):
         """Use the cards of a folder, such as a factory's ``live``, as they are at each request.
 
         The router may choose those with a description. A changed card replaces the active one of
-        its name; if it can't be used, the last one stays in service.
+        its name; if it can't be used, the old one stays active.
         """
         self.router.refresh = Followed(folder, self._take, self.remove_lora).refresh
 

@@ -280,7 +280,7 @@ def merge(
         weights: One number per card, default 1. `Average` and `Slerp` take none.
         rank: Largest rank of a merged module. Default: exact, or for `Ties` and `Dare` the parents'
             largest.
-        name: The merged card's.
+        name: Merged card's name.
         base_model: Name of the base model, where the cards spell it in several ways or name several
             revisions.
         on_module: Called after each module with its name, its position from 1, and their number.
@@ -301,8 +301,7 @@ def merge(
         - ``"error"``: for each module the share of ΔW that was cut off, ‖lost‖/‖ΔW‖; 0 if exact.
         - ``"kept"``, if anything was cut off: the share of ΔW's squares that the card keeps.
         - ``"rank_90"``, beside it: the rank that would keep 90 %.
-        - ``"svd_seed"``, in place of that if `Ties` or `Dare` cut a large ΔW: the seed of its
-          randomised SVD.
+        - ``"svd_seed"``, instead of ``"rank_90"`` if randomised SVD cut a large ΔW: its seed.
 
     Raises:
         ArgumentError: The cards, strategy, weights or rank are not valid, or ΔW is beyond float64.

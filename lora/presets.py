@@ -59,7 +59,7 @@ class LoRAConfig:
     Args:
         alpha: ΔW is scaled by alpha / rank.
         dropout: On the low-rank path in training, in [0, 1).
-        target_modules: As a card's.
+        target_modules: As in `LoRACard`.
         tags: Each once.
 
     Examples:

@@ -57,7 +57,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Injection:
-    """What applying a card does, or did.
+    """Which modules a card adapts, and what found no place.
 
     Args:
         bound: The weight key of each bound module, sorted by module.

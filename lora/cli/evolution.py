@@ -73,7 +73,7 @@ def evolve(
         out: Folder of live cards.
         name: Name of the skill; if omitted, the folder's and the word that tells it best.
         cards: Folder of the skills that it must not harm; --out if omitted.
-        questions: Routing checks, JSONL: a query and, if it is for another, its skill or null.
+        questions: Routing checks, JSONL: query, and skill (null: none) if another should answer.
         answers: What users asked and were answered, JSONL: half is learned, half may veto.
         documents_only: Let it go live though no users' questions spoke for it.
         share_exam: Put held-out pairs of the documents into the card.

@@ -256,7 +256,7 @@ class OpenAITeacher:
         cache: Folder of earlier answers.
         timeout: Seconds for connecting, for each wait, and for the whole body of an answer.
         tries: How often a request is sent at most.
-        max_tokens: Of an answer.
+        max_tokens: Tokens of an answer.
 
     Raises:
         MissingPackageError: `openai` is not installed.

@@ -289,7 +289,7 @@ def init_card(
     Args:
         rank: Of every module, even one with smaller dimensions.
         alpha: ΔW is scaled by alpha / rank.
-        target_modules: As a card's.
+        target_modules: As in `LoRACard`.
         seed: At least 0. The same seed gives the same card.
 
     Raises:

@@ -74,7 +74,7 @@ class OnlineAdapter:
     Args:
         engine, rank, alpha, target_modules, seed: As for `LoRATrainer`.
         guard: Pairs on which the MRR may be at most `tolerance` below the base model's.
-        name: The card's.
+        name: Card name.
         step_size: Length of a step at a reward of 1 or -1, in the space of all factors.
 
     Raises:
