@@ -200,7 +200,7 @@ def marked(entry: Report) -> str:
         mark = MARKS[entry["verdict"]]
         return f'<span title="{why}">{mark}</span>' if why else mark
     return " ".join(
-        f'<span title="{kind}: {verdict}">{MARKS[verdict]}</span>'
+        f'<span title="{kind}: {WORDS.get(verdict, verdict)}">{MARKS[verdict]}</span>'
         for kind, verdict in classes.items()
     )
 

@@ -6,8 +6,10 @@ installation.
 """
 
 import ast
+import io
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -330,12 +332,12 @@ def trained(engine: lora.ArrowEngine, steps: int = 20) -> Training:
 
 def taught() -> Training:
     """What the tutorial trains: its steps up to there are run."""
-    page = (Path(__file__).parent / "tutorial.md").read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
-    for step in re.findall(r"```\{\.python \.step\}\n(.*?)```", page, re.DOTALL):
-        exec(step, names)  # noqa: S102 - a page of this repository, which the tests run too
-        if "training" in names:
-            break
+    docs, names = Path(__file__).parent, dict[str, Any]()
+    page = (docs / "tutorial.md").read_text(encoding="utf-8")
+    steps = re.findall(r"```\{\.python \.step\}\n(.*?)```", page, re.DOTALL)
+    with chdir(docs.parent), redirect_stdout(io.StringIO()):
+        while "training" not in names:
+            exec(steps.pop(0), names)  # noqa: S102 - a page of this repository, as the tests run it
     result: Training = names["training"]
     return result
 

@@ -118,7 +118,7 @@ OWN = {"one adapter", "its imports"}
 LESS = {
     "copy": "which only copies",
     "copytree": "which only copies",
-    "import numpy": "which every command imports",
+    "import numpy": "which only imports it",
     "rows @ query": "the bare product",
     "raw TCP": "which only receives",
     "received and hashed alone": "without a file and checks",
@@ -133,7 +133,7 @@ QUESTIONS = {
     "throughput": "How fast are texts encoded, beside sentence-transformers?",
     "merge_extract": "How long does a merge take beside PEFT, an extraction beside SVD?",
     "training": "How long does a training step take, beside PEFT?",
-    "fetching": "How long does it take to fetch a card from another machine?",
+    "fetching": "How long does it take to fetch a card, over loopback?",
     "growth": "How do time and memory grow with rank, layers, parameters, rows and cards?",
     "commands": "How long does a command take to start, and a cycle of learning to run?",
     "models": "What do adapters for each row cost in any model, and a folded checkpoint?",

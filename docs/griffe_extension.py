@@ -61,6 +61,6 @@ def places(module: str) -> dict[str, str]:
     for entry in reference.names():
         package, _, name = entry.path.rpartition(".")
         is_imported = own.get(name) is getattr(importlib.import_module(package), name)
-        if is_imported or name[0].isupper():
+        if is_imported or (name[0].isupper() and name not in own):
             known[name] = entry.path
     return known

@@ -100,6 +100,8 @@ def steady(printed: str, varies: Iterable[tuple[str, str]] = VARIES, width: int 
     """The text without what varies, in lines that fit."""
     for length, stand_ins in ((64, DIGESTS), (12, BEGINNINGS)):
         values = dict.fromkeys(re.findall(rf"\b[0-9a-f]{{{length}}}\b", printed))
+        if len(values) > len(stand_ins):
+            raise ValueError(f"{len(values)} digests, but {len(stand_ins)} that stand for one")
         for value, fixed in zip(values, stand_ins, strict=False):
             printed = printed.replace(value, fixed)
     for pattern, fixed in varies:

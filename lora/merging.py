@@ -286,8 +286,8 @@ def merge(
         on_module: Called after each module with its name, its position from 1, and their number.
 
     Returns:
-        A card with balanced factors. A module that only one parent has keeps that parent's factors.
-        A module whose merged ΔW is 0 is left out.
+        A card with balanced factors. But for `Ties` and `Dare`, a module of one parent keeps its
+        factors if `rank` allows. A module whose merged ΔW is 0 is left out.
 
         The card keeps the metadata that all parents share: equal entries of objects, common items
         of lists. It drops what tells of one parent's making: ``"created"``, ``"modified"``,
@@ -297,9 +297,9 @@ def merge(
 
         - ``"strategy"`` and ``"options"``: the name of the strategy, and its fields.
         - ``"parents"``: of each its ``"name"``, its ``"digest"`` (`content_digest`) and the
-          ``"weight"`` that was applied.
+          applied ``"weight"``.
         - ``"error"``: for each module the share of ΔW that was cut off, ‖lost‖/‖ΔW‖; 0 if exact.
-        - ``"kept"``, if anything was cut off: the share of ΔW's squares that the card keeps.
+        - ``"kept"``, if anything was cut off: the share of ΔW's squares that remains.
         - ``"rank_90"``, beside it: the rank that would keep 90 %.
         - ``"svd_seed"``, instead of ``"rank_90"`` if randomised SVD cut a large ΔW: its seed.
 

@@ -233,9 +233,10 @@ def keygen(file: Path) -> Result:
 
 @command("sign docs.lora.arrow --key me.pem", name="sign")
 def sign(card: Path, *, key: Path) -> Result:
-    """Sign a card. Its signature is written beside it, and served with it.
+    """Sign a card. Its signature is written beside it and served.
 
     Args:
+        card: The card.
         key: PEM private key, of `lora keygen`.
     """
     from lora.federation.keys import sign_file, signature_path

@@ -276,17 +276,17 @@ def train(
     plot: Path | None = None,
     model: Model = None,
 ) -> Result:
-    """Train a card on pairs and save it. Exit 3 if it is no better than the base model.
+    """Train a card on pairs and save it. Exit 3 if no better than the base model.
 
     Args:
-        data: Pairs as .jsonl, .parquet or .arrow; 'stdlib' for Python's own docstrings.
+        data: Pairs as .jsonl, .parquet or .arrow; 'stdlib' for Python's docstrings.
         description: What the card is for; the router goes by it.
         preset: How long: quick, stable; or what for: coder, researcher, security, architect,
             reviewer.
         loss: contrastive, cosine or triplet. Default: lora.training.train.Settings.loss
-        schedule: constant, linear, cosine, exponential, step or one-cycle. Default:
-            lora.training.train.Settings.schedule
-        warmup: Share of the steps that warm up. Default: lora.training.train.Settings.warmup
+        schedule: constant, linear, cosine, exponential, step or one-cycle; stable sets cosine.
+            Default: lora.training.train.Settings.schedule
+        warmup: Share of steps that warm up. Default: lora.training.train.Settings.warmup
         steps: Steps at most; the preset's passes over the pairs if omitted.
         rank: Rank; presets set theirs. Default: lora.presets.LoRAConfig.rank
         alpha: Alpha; presets set theirs. Default: lora.presets.LoRAConfig.alpha

@@ -82,7 +82,7 @@ class Pairs:
     def of(source: AnyPairs) -> "Pairs":
         """Make pairs of rows, of a table, or of the file at a path.
 
-        A row without a group is a group of its own.
+        A group that is left out is the position of the row.
         """
         if isinstance(source, Pairs):
             return source

@@ -90,7 +90,7 @@ def test_in_pytest_a_failure_is_excused_if_it_is_declared_for_all_that_it_names(
     assert done.returncode == status, done.stdout + done.stderr
 
 
-@requirement("R24.1", "R24.5")
+@requirement("R24.1", "R24.2", "R24.5")
 def test_all_errors_of_a_fixture_are_told_and_none_is_obeyed(tmp_path, monkeypatch, capsys):
     errors = '[ValueError("zero"), TypeError("\\ud800 \\x1b[2J")]'
     lines = ["import pytest", "@pytest.fixture", "def own(impl):"]
