@@ -207,11 +207,7 @@ BAD = {
         "quantization_config",
     ),
     "integers": (_integers, UnsupportedModelError, "I32"),
-    "sums that float16 has not": (
-        _large,
-        UnsupportedModelError,
-        "with the cards: from row 0: .*float16",
-    ),
+    "sums that float16 has not": (_large, UnsupportedModelError, "cards: from row 0: .*float16"),
     "sums that float32 has not": (_wide, UnsupportedModelError, "float32"),
     "experts without entries": (_empty_experts, TargetError, "a Linear of the model"),
     "a name of a billion names": (_renamable, TargetError, "a Linear of the model"),

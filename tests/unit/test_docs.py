@@ -245,6 +245,7 @@ def test_the_figures_of_the_readme_and_of_the_site_are_those_that_were_measured(
     longer = [row for script in report for row in pages.figures.slower(report, script)]
     chosen = {(what, side, peer) for _, what, side, peer, _ in pages.figures.COMPARED}
     assert len(compared) == 2 + len(chosen.union(longer))
+    assert {what for what, *_ in longer} >= {"lora inspect", "fetch a card of 50 MB"}
     assert all(re.search(r" \| .* to .*\|$", row) for row in compared if "what |" not in row)
     rounds = [row.get("rounds", 99) for part in report.values() for row in part["rows"]]
     assert min(rounds) > 5  # not a quick run
@@ -398,7 +399,7 @@ def test_the_limits_are_stated_with_their_figures():
         "loaded cards before Python 3.13": "the process's open files, often 1,024",
         "earlier sets kept for `rollback`": "8",
         "folded copies": "50 MiB, the engine's budget",
-        "tokens of a text": "the model's positions (MiniLM: 256)",
+        "tokens of a text": "the folder's `max_seq_length` (MiniLM: 256)",
         "a card that is fetched": "2 GiB, the policy's `max_bytes`",
         "cards that one peer lists": "10,000",
     }
@@ -592,6 +593,9 @@ def test_the_steps_of_a_page_run_in_order_and_print_what_it_says(page, tmp_path,
         with redirect_stdout(io.StringIO()) as printed:
             execute(block, left)
         outputs.compare(ROOT / page, block.text, printed.getvalue())
+    if page == "docs/tutorial.md":
+        assert (tmp_path / f"cache/{left['digest']}.lora.arrow").is_file()
+        assert left["training"].metrics["after"].mrr > left["training"].metrics["before"].mrr + 0.01
 
 
 UNPRINTED = ("sh", "text", "{.python .app}", "{.python .spark}")

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def test_the_examples_run_with_nothing_but_the_imports_that_the_reference_shows(
         shown = with_imports(found.docstring, name)
         runner.run(doctest.DocTestParser().get_doctest(shown, {}, found.name, name, 0))
     assert runner.summarize().failed == 0
+    assert runner.tries or ">>> " not in inspect.getsource(importlib.import_module(name))
 
 
 def test_there_are_examples():
