@@ -159,9 +159,9 @@ def _default(parameter: Any) -> str:
         return f"`{parameter.secondary_opts[0]}`{{.option}}"
     if value is False:
         return "off"
-    return (
-        "" if value in (None, "") else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
-    )
+    if value in (None, ""):
+        return ""
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def statuses(name: str) -> list[str]:

@@ -239,10 +239,8 @@ def _parameters(
         if name in composed:
             parameters += _parameters(composed[name])
             continue
-        annotation, info = (
-            parameter.annotation,
-            typer.Option(*(("--out", "-o") if name == "out" else ())),
-        )
+        annotation = parameter.annotation
+        info = typer.Option(*(("--out", "-o") if name == "out" else ()))
         if hasattr(annotation, "__metadata__"):
             info, annotation = copy(annotation.__metadata__[0]), annotation.__origin__
         elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
