@@ -145,7 +145,7 @@ def leading_svd(
     Source: Halko, Martinsson and Tropp 2011, algorithm 4.4.
     """
     whole = float(np.linalg.norm(matrix)) ** 2
-    noise = float(np.finfo(matrix.dtype).eps) * whole
+    noise = 4 * float(np.finfo(matrix.dtype).eps) * whole  # of the difference of two sums
     rest = gain = math.nan  # no step, no gain
     long = rng.standard_normal((matrix.shape[1], width), matrix.dtype)
     for _ in range(MOST_STEPS):

@@ -2,14 +2,17 @@
 
     python -m tests.mutants                    the modules that pyproject.toml lists
     python -m tests.mutants lora/factors.py    one module
+    SECONDS=60 python -m tests.mutants         what lives runs again, for that long
 
 mutmut makes the mutants: all those of a module stand in one file, which chooses one at each call.
 So the properties are imported and collected once. They run once on the unchanged code, which tells
 which of them reach which function. For each mutant the process is forked, and the fork runs the
-properties that reach its function until one fails, first those that kill most for their time.
+properties that reach its function until one fails: first those of the requirements that its module
+names, and of these those that kill most for their time.
 
 ``mutants/`` keeps the verdicts, so that a run that was stopped goes on where it was. A mutant is
-run again if its function has changed, or the property that killed it, or, if it lives, any.
+run again if its function has changed, or the property that killed it, or, if it lives, any, or the
+time that it is given.
 """
 
 import ast
@@ -19,6 +22,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -37,7 +41,7 @@ SURVIVED, FAILED, UNREACHED, TIMED_OUT = 0, 1, 33, 36
 CHECKS = {"require", "finite", "positive", "integer", "share", "choice", "texts_of"}
 """Functions whose second argument says where a value stands; all the others of `require` too."""
 
-SECONDS = 12.0
+SECONDS = float(os.environ.get("SECONDS", "12"))
 """Processor time after which no further property is run: the mutant counts as alive."""
 
 QUICK = 0.1
@@ -100,6 +104,8 @@ class Runner:
     def __init__(self, mutants: dict[str, dict[str, str]]) -> None:
         self.mutants = mutants
         self.kills: dict[str, Counter[str]] = defaultdict(Counter)
+        self.own: tuple[str, ...] = ()
+        """How the files begin that hold the requirements which the module names."""
         self.pipe: int | None = None
         """Where a fork says which property failed."""
 
@@ -116,9 +122,13 @@ class Runner:
         self.items = {item.nodeid: item for item in session.items}
         sources = {name: inspect.getsource(item.function) for name, item in self.items.items()}
         self.digests = {name: _digest(source) for name, source in sources.items()}
-        self.digests[""] = _digest(json.dumps(sources))
+        self.digests[""] = _digest(json.dumps([sources, SECONDS]))
         self.run_unchanged()
         for module in self.mutants:
+            source = (TREE / module).read_text(encoding="utf-8")
+            named = re.search(r"^Requirements: (.*)\.$", source, re.MULTILINE)
+            chapters = named[1].split(", ") if named else []
+            self.own = tuple(f"test_r{int(chapter[1:]):02}" for chapter in chapters)
             self.run_module(TREE.parent / f"{module}.meta", self.mutants[module])
         return True
 
@@ -171,9 +181,9 @@ class Runner:
         """Return the exit status of the properties on a mutant, and the property that failed."""
         here, everywhere = self.kills[_function(name)], sum(self.kills.values(), Counter())
 
-        def worth(test: str) -> tuple[float, float]:
-            seconds, _ = self.noted[test]
-            return (20 * here[test] + everywhere[test]) / (0.1 + seconds), -seconds
+        def worth(test: str) -> tuple[bool, float, float]:
+            seconds, own = self.noted[test][0], Path(test).name.startswith(self.own)
+            return own, (20 * here[test] + everywhere[test]) / (0.1 + seconds), -seconds
 
         tests = [test for test, (_, reached) in self.noted.items() if _function(name) in reached]
         tests.sort(key=worth, reverse=True)

@@ -114,15 +114,21 @@ def test_a_large_file_is_examined_only_where_the_small_ones_do_not_suffice(small
         assert len(examined) == MOST
 
 
-@requirement("R18.3")
-def test_the_exam_is_on_other_files_served_and_with_the_base_where_it_abstains(terms, monkeypatch):
-    trained, train = [], LoRATrainer.train
+@pytest.fixture
+def trained(monkeypatch):
+    """The pairs of each training."""
+    pairs_of_each, train = [], LoRATrainer.train
 
     def watched(trainer, pairs, **options):
-        trained.append(pairs)
+        pairs_of_each.append(pairs)
         return train(trainer, pairs, **options)
 
     monkeypatch.setattr(LoRATrainer, "train", watched)
+    return pairs_of_each
+
+
+@requirement("R18.3")
+def test_the_exam_is_on_other_files_served_and_with_the_base_where_it_abstains(terms, trained):
     lesson = learned(terms, subject("efgh"))
     training, held_out = divided(combined("efgh"), 0)
     assert digest(trained[0]) == lesson.figures["sha256"]["training"] == digest(training)
@@ -146,14 +152,7 @@ def test_the_exam_is_on_other_files_served_and_with_the_base_where_it_abstains(t
 
 
 @requirement("R18.8")
-def test_a_version_is_not_trained_on_the_sample_that_guards_it(terms, monkeypatch):
-    trained, train = [], LoRATrainer.train
-
-    def watched(trainer, pairs, **options):
-        trained.append(pairs)
-        return train(trainer, pairs, **options)
-
-    monkeypatch.setattr(LoRATrainer, "train", watched)
+def test_a_version_is_not_trained_on_the_sample_that_guards_it(terms, trained):
     first = learned(terms, subject("efgh"))
     live = Live({"skill": first.card}, {"skill": first.sample})
     texts = {*first.sample.queries, *first.sample.positives}

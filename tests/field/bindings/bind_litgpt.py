@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from litgpt.lora import LoRALinear
-from torched import LayerBinding, put, tensor_of
+from torched import LayerBinding, lora_layer
 
 
 class Litgpt(LayerBinding):
@@ -12,20 +12,7 @@ class Litgpt(LayerBinding):
     name, version = "litgpt", version("litgpt")
 
     def layer(self, weight, bias, terms):
-        rank, alpha = 0, 1
-        for term in terms:
-            rank = term.A.shape[1]
-            alpha = term.scaling * term.weight * rank
-        layer = LoRALinear(*weight.shape[::-1], r=rank, lora_alpha=alpha, bias=bias is not None).to(
-            tensor_of(weight[:0]).dtype
-        )
-        put(layer.linear.weight, weight)
-        if bias is not None:
-            put(layer.linear.bias, bias)
-        for term in terms:
-            put(layer.lora_A, term.A.T)
-            put(layer.lora_B, term.B.T)
-        return layer
+        return lora_layer(LoRALinear, weight, bias, terms)
 
 
 class Merged(Litgpt):

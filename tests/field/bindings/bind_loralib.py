@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import loralib
-from torched import LayerBinding, put, tensor_of
+from torched import LayerBinding, lora_layer
 
 
 class Loralib(LayerBinding):
@@ -12,24 +12,7 @@ class Loralib(LayerBinding):
     name, version = "loralib", version("loralib")
 
     def layer(self, weight, bias, terms):
-        rank, alpha = 0, 1
-        for term in terms:
-            rank = term.A.shape[1]
-            alpha = term.scaling * term.weight * rank
-        layer = loralib.Linear(
-            *weight.shape[::-1],
-            r=rank,
-            lora_alpha=alpha,
-            bias=bias is not None,
-            dtype=tensor_of(weight[:0]).dtype,
-        )
-        put(layer.weight, weight)
-        if bias is not None:
-            put(layer.bias, bias)
-        for term in terms:
-            put(layer.lora_A, term.A.T)
-            put(layer.lora_B, term.B.T)
-        return layer
+        return lora_layer(loralib.Linear, weight, bias, terms)
 
 
 class Merged(Loralib):

@@ -56,3 +56,21 @@ class LayerBinding:
         with torch.no_grad():
             output = self.layer(weight, bias, list(terms.values()))(tensor_of(x))
         return array_of(output)
+
+
+def lora_layer(kind, weight, bias, terms, **options):
+    """A layer with ``r`` and ``lora_alpha``, whose factors are ``(r, in)`` and ``(out, r)``."""
+    rank, alpha = 0, 1
+    for term in terms:
+        rank = term.A.shape[1]
+        alpha = term.scaling * term.weight * rank
+    sizes = {"r": rank, "lora_alpha": alpha, "bias": bias is not None}
+    layer = kind(*weight.shape[::-1], **sizes, **options).to(tensor_of(weight[:0]).dtype)
+    linear = getattr(layer, "linear", layer)
+    put(linear.weight, weight)
+    if bias is not None:
+        put(linear.bias, bias)
+    for term in terms:
+        put(layer.lora_A, term.A.T)
+        put(layer.lora_B, term.B.T)
+    return layer
