@@ -203,10 +203,11 @@ def three_cards(*, quick: bool) -> Iterator[Row]:
             below = (
                 1.5 if kind == "r8 q,v" and count < 1000 else None
             )  # beyond, one's own is lost in noise
-            share = f"{what}: overhead, of one's"
-            yield figure_row(
-                "forward", share, three / one, "x", below=below, adapter=kind, ids=["R8.6"]
-            )
+            if one > 0:  # else it is lost in noise, and its share says nothing
+                share = f"{what}: overhead, of one's"
+                yield figure_row(
+                    "forward", share, three / one, "x", below=below, adapter=kind, ids=["R8.6"]
+                )
 
 
 def _overheads(times: dict[str, list[float]], side: str) -> list[float]:

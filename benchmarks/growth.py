@@ -70,9 +70,8 @@ def line(
         yield figure_row("growth", f"{name}, {against} {size:,}", middle * 1e3, "ms", **more)
     *_, before, last = works
     slope = math.log(medians[last][0] / medians[before][0]) / math.log(last / before)
-    yield figure_row(
-        "growth", f"{name}: slope against {against}", slope, f"({why})", line=name, against=against
-    )
+    what = f"{name}: slope against {against} ({why})"
+    yield figure_row("growth", what, slope, "", line=name, against=against)
 
 
 def encoding(model: Any, ids: torch.Tensor, own: Sequence[int] = ()) -> Callable[[], Any]:

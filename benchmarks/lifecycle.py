@@ -240,7 +240,7 @@ def present(*, quick: bool) -> Iterator[Row]:
             for name, seconds in times.items():
                 middle, low, high = median_with_interval(seconds)
                 more = {"interval": [low * 1e3, high * 1e3], "present": count, "of": name}
-                what = f"{name} with {count:,} cards present"
+                what = f"{name} with {count:,} card{'s' * (count > 1)} present"
                 yield figure_row("present", what, middle * 1e3, "ms", ids=["R6.7"], **more)
                 if count > 1:
                     yield figure_row(

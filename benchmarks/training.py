@@ -129,11 +129,12 @@ def compared(what: str, times: Times, target: float | None = None) -> Row:
     )
 
 
-def quality(what: str, unit: str, base: float, ours: float, theirs: float, **more: Any) -> Row:
+def quality(what: str, score: str, base: float, ours: float, theirs: float, **more: Any) -> Row:
     """The row of what was learned."""
-    label = f"{unit}; base {base:.4f}, theirs {theirs:.4f}"
+    name = {"mrr": "MRR", "recall_at_1": "recall@1"}[score]
+    what = f"{what}: {name} (base {base:.4f}, PEFT's {theirs:.4f})"
     return figure_row(
-        "training", what, ours, label, ids=["R17.1"], base=base, ours=ours, theirs=theirs, **more
+        "training", what, ours, "", ids=["R17.1"], base=base, ours=ours, theirs=theirs, **more
     )
 
 
@@ -162,11 +163,11 @@ def trainings(seeds: int, steps: int, *, quick: bool) -> Iterator[Row]:
             yield quality(
                 f"held out, seed {seed}, {steps} steps", kind, *rows[-1], queries=len(held_out)
             )
-    for kind, rows in scores_of.items():
+    for kind, rows in scores_of.items() if seeds > 1 else ():
         gaps = [ours - theirs for _, ours, theirs in rows]
         spread = {
             "ours_less_theirs": statistics.mean(gaps),
-            "spread": statistics.stdev(gaps) if seeds > 1 else None,
+            "spread": statistics.stdev(gaps),
         }
         yield quality(
             f"held out, mean of {seeds} seeds", kind, *np.mean(rows, axis=0).tolist(), **spread

@@ -218,20 +218,28 @@ def reasons_of(entry: Report, *, lacks: bool | None = None) -> list[str]:
 
 
 def traceability(trace: Trace) -> str:
-    """Return a table of chapters, and one of all requirements with the number of their tests."""
+    """Return a table of chapters beside implementations, and a folded table of each chapter."""
+    names = [f'<span class="column">{each["binding"]["name"]}</span>' for each in trace.reports]
     lines = [
         "# Traceability",
         "",
         "Each requirement leads to its sentence and to the tests that hold it.",
         "",
         *violations(),
-        "| chapter | requirements | tests |",
-        "|---|---|---|",
+        "How many requirements of each chapter have properties for any implementation, and how",
+        "many of these each implementation passes:",
+        "",
+        f"| chapter | requirements | tests | for any implementation | {' | '.join(names)} |",
+        "|---|---|---|---|" + "---|" * len(names),
     ]
     for number, chapter in trace.chapters().items():
-        ids = {requirement.id for requirement in chapter}
-        tests = sum(not ids.isdisjoint(evidence.ids) for evidence in trace.tests)
-        lines.append(f"| [{chapter[0].chapter}]({number}.md) | {len(chapter)} | {tests} |")
+        ids = [requirement.id for requirement in chapter]
+        tests = sum(not set(ids).isdisjoint(evidence.ids) for evidence in trace.tests)
+        entries = [list(filter(None, row)) for row in zip(*map(trace.entries, ids), strict=True)]
+        neutral = len(entries[0]) if entries else 0
+        passed = [sum(entry["verdict"] == "passed" for entry in row) for row in entries]
+        cells = [len(ids), tests, *([neutral, *passed] if neutral else [""] * (1 + len(names)))]
+        lines.append(f"| [{chapter[0].chapter}]({number}.md) | {' | '.join(map(str, cells))} |")
     lines += [
         "",
         "## Every requirement",
@@ -240,22 +248,28 @@ def traceability(trace: Trace) -> str:
         "for this library, and how many faults, seeded on purpose, they found.",
         "",
         FILTER.format("Filter: R4, property, hot swap …"),
-        "",
-        '| id | shown by | tests | examples | faults | <span class="sentence">requirement</span> |',
-        "|---|---|---|---|---|---|",
     ]
-    for requirement in trace.spec.values():
-        id_ = requirement.id
-        cells = (
-            f'<span id="{id_}">{link(id_)}</span>',
-            KINDS[requirement.evidence].partition(" (")[0],
-            f"{len(trace.evidence(id_))}",
-            f"{trace.examples(id_):,}" if trace.examples(id_) else "",
-            f"{len(killed(id_))}" if killed(id_) else "",
-            f'<span class="sentence">{escaped(requirement.sentence)}</span>',
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+    for chapter in trace.chapters().values():
+        lines += ["", "<details markdown>", f"<summary>{chapter[0].chapter}</summary>", ""]
+        head = "id | shown by | tests | examples | faults"
+        lines += [f'| {head} | <span class="sentence">requirement</span> |', "|---" * 6 + "|"]
+        lines += [_traced(trace, requirement) for requirement in chapter]
+        lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
+
+
+def _traced(trace: Trace, requirement: Requirement) -> str:
+    """A requirement's row, with the number of its tests."""
+    id_ = requirement.id
+    cells = (
+        f'<span id="{id_}">{link(id_)}</span>',
+        KINDS[requirement.evidence].partition(" (")[0],
+        f"{len(trace.evidence(id_))}",
+        f"{trace.examples(id_):,}" if trace.examples(id_) else "",
+        f"{len(killed(id_))}" if killed(id_) else "",
+        f'<span class="sentence">{escaped(requirement.sentence)}</span>',
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def violations() -> list[str]:

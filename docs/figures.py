@@ -309,7 +309,8 @@ def page(report: Report) -> str:
             lines += ["Where this library takes longer than what stands beside it:", ""]
             for what, side, peer in longer:
                 words, interval = compared(report, (script, what, side, peer, ""))
-                lines.append(f"- {what}, {side}: {words} ({interval})")
+                name = what if side == what else f"{what}, {side}"
+                lines.append(f"- {name}: {words} ({interval})")
             lines.append("")
         about = (
             f"`benchmarks/{script}.py`. {noted(part['machine'])} Load of the machine at the start"
@@ -319,7 +320,11 @@ def page(report: Report) -> str:
             lines += ["", picture(name, title)]
         lines += ["", "<details markdown>", f"<summary>All {len(part['rows'])} figures</summary>"]
         lines += ["", "| what | figure | 95 % interval | target | met |", "|---|---|---|---|---|"]
-        lines += ["| " + " | ".join(shown(row)) + " |" for row in part["rows"]]
+        for row in part["rows"]:
+            what, *figures = shown(row)
+            twice = f"{row['what']}: {row['what']} / "  # where the command is what is timed
+            what = what.replace(twice, f"{row['what']} / ")
+            lines.append(f"| {' | '.join([what, *figures])} |")
         lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 

@@ -91,7 +91,9 @@ def shown(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     unit = row.get("unit", "× as fast" if row["kind"] == "times faster" else "×")
 
     def form(value: float) -> str:
-        return f"{100 * value:+.1f} %" if row["kind"] == "overhead" else f"{value:.3g} {unit}"
+        if row["kind"] == "overhead":
+            return f"{100 * value:+.1f} %"
+        return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}".rstrip()
 
     what = f"{row['what']}: {row['side']} / {row['beside']}" if "side" in row else str(row["what"])
     interval = " … ".join(form(end).removesuffix(f" {unit}") for end in row.get("interval", ()))

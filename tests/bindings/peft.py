@@ -122,7 +122,7 @@ FAILURES |= failures(
 
 
 class Peft:
-    """Layers, target matching and merging by PEFT; it has neither this file format nor a router."""
+    """Layers, target matching and merging by PEFT; it has no such file and no router of texts."""
 
     name = "PEFT"
     version = peft.__version__
@@ -130,7 +130,7 @@ class Peft:
         "write_card": OWN_FORMAT,
         "read_card": OWN_FORMAT,
         "bind": "PEFT does not tell what the weights of an adapter bind to",
-        "make_router": "PEFT has no router",
+        "make_router": "PEFT chooses no adapter by a text; its Arrow weighs them for each token",
         "extract": "PEFT makes no adapter of two models' weights",
     }
     domains: ClassVar = {"merge": {"strategies": {strategy: {} for strategy in COMBINATIONS}}}

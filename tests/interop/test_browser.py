@@ -202,9 +202,11 @@ def test_a_box_filters_the_rows_of_a_page_and_gives_them_back(page):
     box.fill("rollback MANAGER")
     assert [row.partition("\t")[0] for row in shown(page, "tbody tr")] == ["R22.2"]
     assert [heading[:3] for heading in shown(page, "h2")] == ["R22"]
+    assert shown(page, "output") == [f"1 of {len(everything)} rows"]
     box.fill("no such word")
     assert shown(page, "table") == shown(page, "h2") == []
-    box.fill("")
+    assert shown(page, "output")[0].startswith("No row has all of these words.")
+    box.press("Escape")
     assert shown(page, "tbody tr") == everything
     page.goto("generated/conformance/")
     page.get_by_role("searchbox", name="Filter the rows").fill("R4. threshold")
