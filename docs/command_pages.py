@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import json_keys
 import typer
 from reference import FILTER, escaped
 
@@ -124,6 +125,7 @@ def page(name: str, command: Any) -> str:
         return "\n".join([*lines, ""])
     lines += ["## Arguments and options", "", *parameters(command), "## Example", ""]
     lines += [*run_of(name), "## Exit statuses", "", *statuses(name), ""]
+    lines += json_keys.section(name)
     lines += ["## Guides that use it", ""]
     lines += [f"- [{title_of(path)}]({link_to(path)})" for path in guides(name)]
     return "\n".join([*lines, ""])
