@@ -17,9 +17,8 @@ COLUMNS = ["module", "scaling", "A", "B"]
 def rewritten(data, metadata=dict, columns=None, stream=False):
     """The file with other schema metadata, with some of its columns, or as a stream."""
     batch = pa.ipc.open_file(data).get_batch(0)
-    batch = batch.select(columns or batch.schema.names).replace_schema_metadata(
-        metadata(batch.schema.metadata)
-    )
+    batch = batch.select(columns or batch.schema.names)
+    batch = batch.replace_schema_metadata(metadata(batch.schema.metadata))
     sink = io.BytesIO()
     with (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -29,9 +28,8 @@ def rewritten(data, metadata=dict, columns=None, stream=False):
 def with_pairs(card, change):
     """The card with each pair changed; the arithmetic of NaN is no matter here."""
     with np.errstate(all="ignore"):
-        return card._replace(
-            weights={module: change(pair) for module, pair in card.weights.items()}
-        )
+        weights = {module: change(pair) for module, pair in card.weights.items()}
+        return card._replace(weights=weights)
 
 
 class TargetsJoinedByCommas(Fault, breaks="R1.1", also="R1.10 R1.16 R7.6"):
@@ -39,9 +37,8 @@ class TargetsJoinedByCommas(Fault, breaks="R1.1", also="R1.10 R1.16 R7.6"):
 
     def read_card(self, data):
         card = super().read_card(data)
-        return card._replace(
-            target_modules=tuple(dict.fromkeys(",".join(card.target_modules).split(",")))
-        )
+        parts = ",".join(card.target_modules).split(",")
+        return card._replace(target_modules=tuple(dict.fromkeys(parts)))
 
 
 class AlphaOfTheFileIgnored(Fault, breaks="R1.1", also="R1.10 R7.6"):
@@ -65,11 +62,8 @@ class MetadataOverwriteFields(Fault, breaks="R1.3"):
 
     def read_card(self, data):
         card = super().read_card(data)
-        over = [
-            card.metadata[key]
-            for key in ("targets", "target_modules", "lora.targets")
-            if key in card.metadata
-        ]
+        keys = ("targets", "target_modules", "lora.targets")
+        over = [card.metadata[key] for key in keys if key in card.metadata]
         return card._replace(target_modules=(ascii(over[0]),)) if over else card
 
 
@@ -211,11 +205,8 @@ class SignallingNansBecomeQuiet(Fault, breaks="R1.7"):
                 return array
             quiet_bit = {4: 1 << 22, 8: 1 << 51}[array.itemsize]
             bits = np.array(array).view(f"u{array.itemsize}")
-            return (
-                np.where(np.isnan(array), bits | quiet_bit, bits)
-                .astype(bits.dtype)
-                .view(array.dtype)
-            )
+            quiet_bits = np.where(np.isnan(array), bits | quiet_bit, bits)
+            return quiet_bits.astype(bits.dtype).view(array.dtype)
 
         return with_pairs(
             super().read_card(data), lambda pair: pair._replace(A=quiet(pair.A), B=quiet(pair.B))
@@ -315,13 +306,10 @@ class BadFieldsAreRead(Fault, breaks="R7.6", also="R1.8"):
         try:
             return super().read_card(data)
         except ValueError:
-            shapes = (
-                pa.ipc.open_file(data).get_batch(0).column("A").storage.field("shape").to_pylist()
-            )
-            good = {
-                b"lora.rank": str(max((rank for _, rank in shapes), default=1)).encode(),
-                b"lora.alpha": b"1.0",
-            }
+            column = pa.ipc.open_file(data).get_batch(0).column("A")
+            shapes = column.storage.field("shape").to_pylist()
+            rank = max((rank for _, rank in shapes), default=1)
+            good = {b"lora.rank": str(rank).encode(), b"lora.alpha": b"1.0"}
             return super().read_card(rewritten(data, lambda keys: {**keys, **good}))
 
 

@@ -101,9 +101,8 @@ def names_in(function, seen=frozenset()):
     for code in codes:
         names.update(code.co_names)
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    helpers = {
-        function.__globals__.get(name) for name in names if callable(function.__globals__.get(name))
-    } - seen
+    values = [function.__globals__.get(name) for name in names]
+    helpers = {value for value in values if callable(value)} - seen
     ours = {f for f in helpers if inspect.isfunction(f) and f.__module__ == function.__module__}
     return names.union(*(names_in(helper, seen | ours) for helper in ours))
 

@@ -108,17 +108,13 @@ class LargerFactorsAreCut(Fault, breaks="R7.2"):
     def bind(self, card, shapes):
         def cut(key, pair):
             for name, (rows, columns) in shapes.items():
-                if (
-                    (name == key or name.endswith("." + key))
-                    and rows <= len(pair.A)
-                    and columns <= pair.B.shape[1]
-                ):
+                fits = rows <= len(pair.A) and columns <= pair.B.shape[1]
+                if fits and (name == key or name.endswith("." + key)):
                     return pair._replace(A=pair.A[:rows], B=pair.B[:, :columns])
             return pair
 
-        return super().bind(
-            card._replace(weights={k: cut(k, pair) for k, pair in card.weights.items()}), shapes
-        )
+        weights = {k: cut(k, pair) for k, pair in card.weights.items()}
+        return super().bind(card._replace(weights=weights), shapes)
 
 
 class TransposedFits(Fault, breaks="R7.2"):

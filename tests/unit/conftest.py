@@ -14,11 +14,9 @@ def here(monkeypatch, capsys):
 
     def run(*argv, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["lora", *map(str, argv)])
-        stream = (
-            io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
-            if isinstance(stdin, bytes)
-            else stdin
-        )
+        stream = stdin
+        if isinstance(stdin, bytes):
+            stream = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", stream)
         with pytest.raises(SystemExit) as ended:
             main()

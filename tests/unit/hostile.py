@@ -227,7 +227,6 @@ class Authority:
         builder = x509.CertificateBuilder(self.name, name, key.public_key())
         builder = builder.serial_number(x509.random_serial_number())
         builder = builder.not_valid_before(start).not_valid_after(end)
-        builder = builder.add_extension(
-            x509.SubjectAlternativeName(map(x509.DNSName, hosts)), critical=False
-        )
+        names = x509.SubjectAlternativeName(map(x509.DNSName, hosts))
+        builder = builder.add_extension(names, critical=False)
         return builder.add_extension(constraints, critical=True).sign(self.key, hashes.SHA256())

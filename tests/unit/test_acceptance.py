@@ -72,9 +72,7 @@ def test_the_wider_bounds_of_queries_and_files_count():
     ("before", "after", "taken", "refused"),
     [(0.5, 0.48, 0.05, ""), (0.5, 0.4799, 0.0, "falls by 0.020"), (0.5, 0.9, 0.06, "takes 6.0%")],
 )
-def test_a_live_skill_may_lose_two_hundredths_and_a_twentieth_of_its_questions(
-    before, after, taken, refused
-):
+def test_a_live_skill_may_lose_two_hundredths_and_a_twentieth(before, after, taken, refused):
     guard = Guard(before, after, taken, 128)
     assert refused in (reason := guard.refusal("docs"))
     assert bool(reason) == bool(refused)

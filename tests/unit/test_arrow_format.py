@@ -27,19 +27,15 @@ def read_back(card):
 @requirement("R1.9", "R1.7")
 def test_the_extension_is_in_the_file_as_text_and_bfloat16_is_declared():
     data = fuzz.file_bytes(fuzz.real_card("bfloat16"))
-    for text in (
-        b"arrow.variable_shape_tensor",
-        b'{"dim_names":["in","rank"]}',
-        b'{"dim_names":["rank","out"]}',
-    ):
+    names = b'{"dim_names":["in","rank"]}', b'{"dim_names":["rank","out"]}'
+    for text in (b"arrow.variable_shape_tensor", *names):
         assert text in data
     batch = read_back(fuzz.real_card("bfloat16"))
     assert batch.schema.metadata[b"lora.dtype"] == b"bfloat16"
     row = batch.column("A").storage.field("data")[0].values.to_numpy()
     assert row.dtype == np.uint16
-    assert np.array_equal(
-        row, fuzz.real_card("bfloat16").weights[fuzz.MODULES[0]].A.view(np.uint16).ravel()
-    )
+    factor = fuzz.real_card("bfloat16").weights[fuzz.MODULES[0]].A
+    assert np.array_equal(row, factor.view(np.uint16).ravel())
 
 
 @requirement("R1.9")
@@ -153,7 +149,7 @@ def test_a_digest_that_differs_in_one_place_is_another(tmp_path, place):
 
 
 @requirement("R7.9")
-def test_a_file_that_changes_after_the_check_of_its_offsets_gives_the_card_that_was_checked(
+def test_a_file_that_changes_after_its_check_gives_the_card_that_was_checked(
     monkeypatch,
 ):
     card, make, check, stored = fuzz.real_card("float32"), offsets_of, pairwise, []

@@ -18,15 +18,8 @@ from lora.errors import ArgumentError, ConflictError, DataError, TargetError, Un
 from lora.testing.plugin import requirement
 from tests.unit.test_cli import shell
 
-TEXTS = [
-    "reading a file",
-    None,
-    "cooking rice",
-    "",
-    "opening a path",
-    "boiling soup",
-    "writing bytes",
-]
+TEXTS = ["reading a file", None, "cooking rice", ""]
+TEXTS += ["opening a path", "boiling soup", "writing bytes"]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +27,10 @@ def cards(tmp_path_factory):
     """Two skills that change every embedding, in files."""
     folder = tmp_path_factory.mktemp("cards")
     rng, paths = np.random.default_rng(0), []
-    for name, description in {
-        "docs": "reading and writing files",
-        "food": "cooking and recipes",
-    }.items():
-        pair = LowRank(
-            *(rng.normal(0, 0.2, shape).astype(np.float32) for shape in ((384, 2), (2, 384))), 1.0
-        )
+    described = {"docs": "reading and writing files", "food": "cooking and recipes"}
+    for name, description in described.items():
+        shapes = (384, 2), (2, 384)
+        pair = LowRank(*(rng.normal(0, 0.2, shape).astype(np.float32) for shape in shapes), 1.0)
         weights = {"encoder.layer.0.attention.self.query": pair}
         card = LoRACard(name, 2, 2.0, ("query",), weights, {"description": description})
         paths.append(str(folder / f"{name}.lora.arrow"))
@@ -49,9 +39,8 @@ def cards(tmp_path_factory):
 
 
 def batches(count=1, **columns):
-    whole = pa.record_batch(
-        {"id": list(range(len(TEXTS) * count)), "text": TEXTS * count, **columns}
-    )
+    ids = list(range(len(TEXTS) * count))
+    whole = pa.record_batch({"id": ids, "text": TEXTS * count, **columns})
     return [whole.slice(at, 3) for at in range(0, whole.num_rows, 3)]
 
 
@@ -88,9 +77,8 @@ def test_a_column_may_name_each_rows_card_and_the_router_may_choose_it(cards):
     assert np.allclose(rows[0], docs[0], atol=1e-5)
     assert np.allclose(rows[2], base[2], atol=1e-5)
     assert not np.allclose(rows[0], base[0], atol=1e-3)
-    routed = pa.Table.from_batches(list(encode_batches(batches(), cards=cards, route=True)))[
-        "adapter"
-    ].to_pylist()
+    table = pa.Table.from_batches(list(encode_batches(batches(), cards=cards, route=True)))
+    routed = table["adapter"].to_pylist()
     assert routed[0] == routed[6] == "docs"
     assert routed[2] == "food"
     assert set(
@@ -188,15 +176,13 @@ def killing(stream, once, **options):
 def rows_of(tables):
     """Ids and embeddings, in order of ids."""
     table = pa.concat_tables(tables).sort_by("id")
-    return table["id"].to_pylist(), np.array(
-        [row or [0.0] * 384 for row in table["embedding"].to_pylist()]
-    )
+    rows = [row or [0.0] * 384 for row in table["embedding"].to_pylist()]
+    return table["id"].to_pylist(), np.array(rows)
 
 
 def expected_rows(cards, count):
-    return rows_of(
-        [pa.Table.from_batches(list(encode_batches(batches(count), cards=cards, adapter="docs")))]
-    )
+    encoded = list(encode_batches(batches(count), cards=cards, adapter="docs"))
+    return rows_of([pa.Table.from_batches(encoded)])
 
 
 @requirement("R5.12")
@@ -209,12 +195,8 @@ def test_on_dask_with_a_worker_killed_nothing_is_lost_or_doubled(cards, tmp_path
     bag = pytest.importorskip("dask.bag", reason="needs the cluster extra")
     distributed = pytest.importorskip("distributed")
     work = partial(killing, once=str(tmp_path / "once"), cards=cards, adapter="docs")
-    options = {
-        "n_workers": 2,
-        "threads_per_worker": 1,
-        "dashboard_address": None,
-        "host": "127.0.0.1",
-    }
+    options = {"n_workers": 2, "threads_per_worker": 1}
+    options |= {"dashboard_address": None, "host": "127.0.0.1"}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster):
         found = bag.from_sequence(batches(4), npartitions=4).map_partitions(work).compute()
     assert (tmp_path / "once").exists()
@@ -236,11 +218,8 @@ def test_on_ray_nothing_is_lost_or_doubled(cards, tmp_path, monkeypatch):
         table = pa.Table.from_batches(batches(4))
 
         work = partial(encode_batches, cards=cards, adapter="docs")
-        found = (
-            ray.data.from_arrow(table)
-            .repartition(4)
-            .map_batches(work, batch_format="pyarrow", num_cpus=0.5)
-        )
+        blocks = ray.data.from_arrow(table).repartition(4)
+        found = blocks.map_batches(work, batch_format="pyarrow", num_cpus=0.5)
         ids, rows = rows_of(ray.get(found.to_arrow_refs()))
     finally:
         ray.shutdown()

@@ -50,6 +50,5 @@ def test_a_card_of_version_0_1_is_written_as_the_same_card(name, tmp_path):
 
 
 def test_all_files_are_expected():
-    assert {path.name for path in FOLDER.glob("*.lora.arrow")} == {
-        f"{name}.lora.arrow" for name in EXPECTED
-    }
+    files = {path.name for path in FOLDER.glob("*.lora.arrow")}
+    assert files == {f"{name}.lora.arrow" for name in EXPECTED}

@@ -114,12 +114,8 @@ def test_a_saved_file_can_be_replaced_while_it_is_loaded(tmp_path):
 def test_rows_are_checked_where_they_enter_and_not_again(monkeypatch):
     rows = []
     monkeypatch.setattr(data, "_record", lambda row, *_: rows.append(row) or row)
-    pairs = Pairs.of(
-        [
-            dict.fromkeys(data.SCHEMA.names[:3], "a") | {"quality": 1, "group": group}
-            for group in "abc"
-        ]
-    )
+    row = dict.fromkeys(data.SCHEMA.names[:3], "a") | {"quality": 1}
+    pairs = Pairs.of([row | {"group": group} for group in "abc"])
     assert len(pairs.add(pairs).unique().sample(2, 0)) + sum(map(len, pairs.split())) == 4
     assert len(rows) == 3
 

@@ -14,17 +14,7 @@ from lora.testing.plugin import requirement
 @requirement("R25.1", "R25.3", "R17.10")
 def test_the_demo_trains_saves_maps_routes_and_gives_the_base_back(tmp_path):
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "lora.cli",
-        "demo",
-        "--steps",
-        "1",
-        "--out",
-        str(out),
-        "--json",
-    ]
+    command = [sys.executable, *"-m lora.cli demo --steps 1 --json --out".split(), str(out)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500)
     summary = json.loads(run.stdout)
     assert summary["restored"] is True

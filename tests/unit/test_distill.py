@@ -90,10 +90,8 @@ def test_queries_of_a_topic_open_one_task_in_whatever_order_they_come():
     texts = laws(12) + laws(12, "pasta")
     for order in (range(24), np.random.default_rng(0).permutation(24)):
         tasks = watching([texts[i] for i in order]).tasks
-        assert {frozenset(task.queries) for task in tasks} == {
-            frozenset(texts[:12]),
-            frozenset(texts[12:]),
-        }
+        halves = {frozenset(texts[:12]), frozenset(texts[12:])}
+        assert {frozenset(task.queries) for task in tasks} == halves
 
 
 @requirement("R18.1")
@@ -212,9 +210,8 @@ def test_a_skill_that_beats_all_is_kept_registered_and_routed_to(learning, tmp_p
     assert answer.routes[0].name == lesson.name
     assert distiller.live.samples[lesson.name] == lesson.sample
     asked = set(combined("efgh").queries[:TOPIC])
-    assert not asked & set(lesson.card.metadata["description"].split(" / ")) - set(
-        lesson.card.metadata["examples"]
-    )
+    described = set(lesson.card.metadata["description"].split(" / "))
+    assert not asked & described - set(lesson.card.metadata["examples"])
     jobs = one.metrics.snapshot()
     assert (jobs["jobs"], jobs["jobs_seconds"] > 0) == (1, True)
 

@@ -138,11 +138,8 @@ def test_sentence_transformers_files_decide_on_length_pooling_and_normalisation(
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": 5})
     modules = add_modules(folder, pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
     config, tokenizer = read_folder(folder)
-    assert (tokenizer.truncation["max_length"], config.pooling, config.normalize) == (
-        5,
-        ("cls",),
-        True,
-    )
+    assert tokenizer.truncation["max_length"] == 5
+    assert (config.pooling, config.normalize) == (("cls",), True)
     core = InferenceCore.from_pretrained(folder)
     assert core.tokenize(["a b c d e f", "a"]) == [[2, 4, 5, 6, 3], [2, 4, 3]]
     length = np.linalg.norm(core.encode(["a b"]))
@@ -275,10 +272,8 @@ def test_the_pooler_is_reported_as_never_called():
 
 @requirement("R5.8")
 def test_as_many_sets_as_texts_are_asked_for():
-    with (
-        pytest.raises(ShapeError, match=r"encode: expected 1 texts, as named by lora\.rows"),
-        lora.rows([0]),
-    ):
+    expected = r"encode: expected 1 texts, as named by lora\.rows"
+    with pytest.raises(ShapeError, match=expected), lora.rows([0]):
         lora.adapt_rows(core_of(), [{}]).encode(["a", "b"])
 
 
@@ -317,9 +312,8 @@ def test_batches_hold_every_text_once_and_are_as_large_as_the_budget_allows(draw
         assert len(batch) == 1 or len(batch) * drawn[batch[0]] <= budget
     for batch, following in itertools.pairwise(groups):
         longest, next_length = drawn[batch[0]], drawn[following[0]]
-        assert (len(batch) + 1) * longest > budget or (
-            len(batch) * longest >= full and next_length < longest
-        )
+        full_enough = len(batch) * longest >= full and next_length < longest
+        assert full_enough or (len(batch) + 1) * longest > budget
     for batch in groups:  # what was full took no padding more
         for count, row in enumerate(batch):
             assert drawn[row] == drawn[batch[0]] or count * drawn[batch[0]] < full

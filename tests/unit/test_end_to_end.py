@@ -26,9 +26,7 @@ def card(core, name, *, strength, seed, **metadata):
 
 
 @requirement("R9.4", "R5.3", "R1.13", "R5.6")
-def test_a_card_travels_from_memory_through_a_file_into_a_real_encoder_and_out_again(
-    model_folder, tmp_path
-):
+def test_a_card_travels_through_a_file_into_a_real_encoder_and_out_again(model_folder, tmp_path):
     engine = lora.ArrowEngine.from_pretrained(model_folder)
     base = engine.encode(TEXTS)
     plain = card(

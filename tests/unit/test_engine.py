@@ -87,10 +87,8 @@ def cards(core):
         "sorting": "sorting lists and ordering numbers",
         "foxes": "animals in the forest",
     }
-    return {
-        name: strong(core, name, seed, description=text)
-        for seed, (name, text) in enumerate(described.items())
-    }
+    rows = enumerate(described.items())
+    return {name: strong(core, name, seed, description=text) for seed, (name, text) in rows}
 
 
 @pytest.fixture
@@ -108,9 +106,7 @@ class Words(nn.Module):
         torch.manual_seed(0)
         self.dense = nn.Linear(2, 3)
         self.calls = calls = []
-        self.note = lambda texts: calls.append(
-            list(texts)
-        )  # adapted copies have a list of their own
+        self.note = lambda texts: calls.append(list(texts))  # an adapted copy has its own list
 
     def encode(self, texts):
         self.note(texts)
@@ -118,9 +114,8 @@ class Words(nn.Module):
         for text in texts:
             if text == "bomb":
                 raise RuntimeError("it went off")
-            rows.append(
-                self.dense(torch.tensor([float(len(text.split(" ")[0])), float(len(text))]))
-            )
+            lengths = [float(len(text.split(" ")[0])), float(len(text))]
+            rows.append(self.dense(torch.tensor(lengths)))
         return torch.stack(rows).detach().numpy()
 
 
@@ -223,24 +218,15 @@ def test_each_text_of_a_call_gets_its_own_adapters(core, engine, cards):
     for card in cards.values():
         engine.register_lora(card)
     engine.manager.apply_card(cards["files"])
-    choices = [
-        "sorting",
-        None,
-        {},
-        {"files": 0.5, "foxes": -1},
-        "sorting",
-        cards["foxes"],
-        ["files", "sorting"],
-        {},
-    ]
+    choices = ["sorting", None, {}, {"files": 0.5, "foxes": -1}]
+    choices += ["sorting", cards["foxes"], ["files", "sorting"], {}]
     texts = [*TEXTS, *TEXTS[::-1]]
     before = state_of(engine)
     found = engine.encode_with_lora(texts, choices)
     assert_unchanged(engine, before)
     for row, (text, choice) in enumerate(zip(texts, choices, strict=True)):
-        alone = engine.encode_with_lora(
-            [text], tuple(choice) if isinstance(choice, list) else choice
-        )
+        alone_choice = tuple(choice) if isinstance(choice, list) else choice
+        alone = engine.encode_with_lora([text], alone_choice)
         assert np.abs(found.embeddings[row] - alone.embeddings[0]).max() <= TOLERANCE
         assert found.adapters[row] == alone.adapters[0]
     assert engine.encode_with_lora([], []).embeddings.shape == (0, 384)
@@ -259,12 +245,8 @@ def test_an_encoder_without_rows_runs_once_for_each_distinct_set(caplog):
     tried, _ = len(words.calls), engine.encode_with_lora(texts, [{"w": 3.0}, *"www", {}])
     assert len(words.calls) == tried + 3  # and is tried once
     for row, choice in enumerate(["w", {}, "w", {}, {"w": 2.0}]):
-        assert np.allclose(
-            found.embeddings[row],
-            engine.encode_with_lora([texts[row]], choice),
-            rtol=0,
-            atol=TOLERANCE,
-        )
+        alone = engine.encode_with_lora([texts[row]], choice)
+        assert np.allclose(found.embeddings[row], alone, rtol=0, atol=TOLERANCE)
     assert len(engine.encode_with_lora([], [])) == 0
 
 
@@ -419,9 +401,7 @@ def test_a_logging_filter_or_handler_that_raises_changes_nothing(words_file, cap
 
 @requirement("R3.10", "R3.12")
 @pytest.mark.parametrize("fold", [False, True])
-def test_loading_a_card_plans_once_and_walks_the_model_twice(
-    core, cards, fold, tmp_path, monkeypatch
-):
+def test_loading_plans_once_and_walks_the_model_twice(core, cards, fold, tmp_path, monkeypatch):
     """Once to bind the card, once to build the model; one set, and one copy of each module."""
     save(cards["files"], tmp_path / "f.lora.arrow")
     engine, calls = ArrowEngine(core, fold=fold), Counter()
@@ -437,12 +417,8 @@ def test_loading_a_card_plans_once_and_walks_the_model_twice(
 
     outermost = lambda module, memo=None, *_, **options: memo is None  # noqa: E731
     counted(nn.Module, "named_modules", outermost)
-    for owner, name in [
-        (adapt_module, "_rewrite"),
-        (adapt_module, "plan"),
-        (adapt_module, "build"),
-    ]:
-        counted(owner, name)
+    for name in ("_rewrite", "plan", "build"):
+        counted(adapt_module, name)
     counted(Twins, "fill")
     counted(AdapterSet, "__init__")
     monkeypatch.setattr(manager_module, "build", adapt_module.build)
@@ -462,9 +438,8 @@ def test_a_card_file_is_loaded_applied_described_and_removed(core, engine, cards
     assert engine.load_lora(tmp_path / "f.lora.arrow") == "files"
     assert engine.manager.active == AdapterSet(cards["files"])
     assert list(engine.router.candidates) == ["files"]
-    assert (
-        np.abs(engine.encode(TEXTS) - adapt(core, cards["files"]).encode(TEXTS)).max() <= TOLERANCE
-    )
+    adapted = adapt(core, cards["files"]).encode(TEXTS)
+    assert np.abs(engine.encode(TEXTS) - adapted).max() <= TOLERANCE
     engine.remove_lora("files")
     engine.remove_lora("files")
     assert not engine.manager.active
@@ -514,17 +489,12 @@ def test_a_load_that_fails_leaves_the_engine_as_it_was(tmp_path):
 
 @requirement("R5.3")
 def test_a_card_for_another_base_is_refused_unless_waived(core, cards):
-    made_for = fingerprint(core, cards["files"])
-    other = LoRACard(
-        "other", 4, 8.0, ["query", "value"], cards["files"].weights, base_fingerprint="0" * 64
-    )
-    right = LoRACard(
-        "right", 4, 8.0, ["query", "value"], cards["files"].weights, base_fingerprint=made_for
-    )
+    card = LoRACard("card", 4, 8.0, ["query", "value"], cards["files"].weights)
+    other = replace(card, name="other", base_fingerprint="0" * 64)
+    right = replace(card, name="right", base_fingerprint=fingerprint(core, cards["files"]))
     engine, waiving = ArrowEngine(core), ArrowEngine(core, check_base=False)
-    assert np.array_equal(
-        engine.encode_with_lora(TEXTS, right), waiving.encode_with_lora(TEXTS, other)
-    )
+    waived = waiving.encode_with_lora(TEXTS, other)
+    assert np.array_equal(engine.encode_with_lora(TEXTS, right), waived)
     for choice in (other, [{}, other, None, {}]):
         waiving.encode_with_lora(TEXTS, choice)
         with pytest.raises(BaseModelError):
@@ -547,9 +517,7 @@ def test_a_waived_card_stays_waived_beside_other_sets_while_it_is_active(core, c
 
 
 @requirement("R5.11")
-def test_the_router_picks_the_adapters_that_fit_the_intent_and_the_result_says_so(
-    core, engine, cards
-):
+def test_the_router_picks_adapters_that_fit_and_the_result_says_so(core, engine, cards):
     for card in cards.values():
         engine.register_lora(card)
     engine.manager.apply_card(cards["foxes"])
@@ -595,9 +563,8 @@ def test_the_base_answers_when_the_router_abstains(core, engine, cards):
 @requirement("R5.11")
 def test_a_card_of_which_only_the_description_is_here_is_refused_by_name(engine):
     engine.router.register_virtual_candidate("far", "reading files")
-    with pytest.raises(
-        UnknownCardError, match=r"candidate 'far': .* loaded here, found a virtual one; load it"
-    ):
+    expected = r"candidate 'far': .* loaded here, found a virtual one; load it"
+    with pytest.raises(UnknownCardError, match=expected):
         engine.encode_with_lora(TEXTS, intent_query="reading files")
 
 
@@ -628,11 +595,8 @@ def test_any_module_with_an_encode_method_runs():
     assert np.array_equal(engine.encode(["a b", "ccc"]), expected)
     engine.manager.apply_card(words_card(size=2.0))
     x = np.array([[1, 3], [3, 3]], np.float32)
-    assert np.allclose(
-        engine.encode(["a b", "ccc"]),
-        expected + 2 * x.sum(1, keepdims=True),
-        rtol=gamma(8, x.dtype),
-    )
+    adapted = expected + 2 * x.sum(1, keepdims=True)
+    assert np.allclose(engine.encode(["a b", "ccc"]), adapted, rtol=gamma(8, x.dtype))
     assert np.array_equal(words.encode(["a b", "ccc"]), expected)
 
 
@@ -647,17 +611,11 @@ class Returning(nn.Module):
         return self.rows
 
 
+ROWS = [torch.tensor([[1.0, 2.0]]), np.array([[1.0, 2.0]]), [[1, 2]], [torch.tensor([1.0, 2.0])]]
+
+
 @requirement("R5.10")
-@pytest.mark.parametrize(
-    "rows",
-    [
-        torch.tensor([[1.0, 2.0]]),
-        torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16),
-        np.array([[1.0, 2.0]]),
-        [[1, 2]],
-        [torch.tensor([1.0, 2.0])],
-    ],
-)
+@pytest.mark.parametrize("rows", [*ROWS, ROWS[0].bfloat16()])
 def test_embeddings_of_any_kind_come_out_as_float32_arrays(rows):
     found = ArrowEngine(Returning(rows)).encode(["a"])
     assert found.dtype == np.float32
@@ -682,9 +640,8 @@ def test_embeddings_that_are_no_numbers_are_refused(number):
 @requirement("R5.10")
 @pytest.mark.parametrize("encoder", [nn.Linear(2, 2), "a name", None, len])
 def test_what_can_not_encode_is_refused(encoder):
-    with pytest.raises(
-        ArgumentError, match=r"encoder: expected a torch module with encode\(texts\)"
-    ):
+    expected = r"encoder: expected a torch module with encode\(texts\)"
+    with pytest.raises(ArgumentError, match=expected):
         ArrowEngine(encoder)
 
 
@@ -755,10 +712,9 @@ def tensors(module):
 
 @requirement("R5.15")
 @pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize(
-    "device", ["cpu", "meta"]
-)  # meta: a device that every machine has, and that computes nothing
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_all_tensors_of_a_snapshot_live_on_one_device(core, cards, monkeypatch, device, fold):
+    """Every machine has the device meta, which computes nothing."""
     monkeypatch.setattr(adapt_module, "_check_loaded", lambda *_: None)  # it refuses meta tensors
     engine = ArrowEngine(core, device=device, fold=fold)
     assert (engine.base is core) == (device == "cpu")
@@ -782,10 +738,8 @@ def nearest(found, states):
     """
     distances = {name: float(np.abs(found - expected).max()) for name, expected in states.items()}
     best, *others = sorted(distances, key=distances.get)
-    clear = distances[best] <= TOLERANCE and all(
-        distances[other] >= 100 * TOLERANCE for other in others
-    )
-    return best if clear else None
+    far = all(distances[other] >= 100 * TOLERANCE for other in others)
+    return best if far and distances[best] <= TOLERANCE else None
 
 
 class Readers:
@@ -799,9 +753,8 @@ class Readers:
         }
         self.seen, self.failures, self.stop = [], [], threading.Event()
         reads = [self.active, self.reported, self.mixed]
-        self.threads = [
-            threading.Thread(target=self.run, args=(reads[n % len(reads)],)) for n in range(count)
-        ]
+        reads = [reads[n % len(reads)] for n in range(count)]
+        self.threads = [threading.Thread(target=self.run, args=(read,)) for read in reads]
 
     def run(self, read):
         try:
@@ -869,9 +822,9 @@ def test_every_result_under_a_busy_writer_is_that_of_exactly_one_state(core, car
         while (time.monotonic() < end or rounds < 2) and not readers.failures:
             for step in steps:
                 step()
-                enough = len(readers.seen) + 2 * len(readers.threads) * (
-                    rounds % 2
-                )  # every other round takes its time
+                enough = len(readers.seen)
+                if rounds % 2:  # every other round takes its time
+                    enough += 2 * len(readers.threads)
                 while len(readers.seen) < enough and not readers.failures:
                     time.sleep(0.001)
             rounds += 1

@@ -28,11 +28,8 @@ KINDS = {name: built_in for built_in, names in BUILT_INS.items() for name in nam
 
 @requirement("R7.8")
 def test_every_kind_is_listed_here():
-    kinds = {
-        name
-        for name, kind in vars(errors).items()
-        if isinstance(kind, type) and issubclass(kind, LoRAError)
-    }
+    kinds = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+    kinds = {name for name, kind in kinds.items() if issubclass(kind, LoRAError)}
     assert kinds == {*KINDS, "LoRAError"}
 
 

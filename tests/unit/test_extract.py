@@ -168,11 +168,8 @@ def test_rounding_the_factors_is_part_of_the_recorded_error():
 def test_all_linear_leaves_out_heads_embeddings_and_what_is_no_matrix():
     names = ["query", "dense", "lm_head", "embeddings.word_embeddings", "embed_tokens", "wte"]
     model = {f"{name}.weight": np.eye(3) for name in [*names, "embeddings_project"]}
-    model |= {
-        "norm.weight": np.ones(3),
-        "query.bias": np.ones(3),
-        "conv.weight": np.ones((3, 3, 2)),
-    }
+    model |= {"norm.weight": np.ones(3), "query.bias": np.ones(3)}
+    model["conv.weight"] = np.ones((3, 3, 2))
     assert sorted(extract_direct(model).weights) == ["dense", "embeddings_project", "query"]
     named = extract_direct(model, target_modules=["wte", "query"])
     assert sorted(named.weights) == ["query", "wte"]

@@ -139,9 +139,7 @@ def test_two_small_rows_give_what_is_committed(name, tmp_path):
         ({"binding": "x.py", "environment": "absent"}, "absent"),
     ],
 )
-def test_a_row_that_cannot_be_installed_or_started_is_not_run_with_the_reason(
-    row, reason, tmp_path, monkeypatch
-):
+def test_a_row_that_cannot_be_installed_or_started_is_not_run(row, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(field, "HERE", tmp_path)
     (tmp_path / "pins").mkdir()
     (tmp_path / "pins" / "absent.txt").write_text("--no-index\nabsent==1\n", "utf-8")

@@ -428,9 +428,7 @@ def test_a_name_that_the_operating_system_does_not_take_is_a_lora_error(tmp_path
 
 
 @requirement("R7.8")
-def test_a_file_that_may_not_be_read_and_a_folder_that_may_not_be_written_are_store_errors(
-    tmp_path, path
-):
+def test_what_may_not_be_read_or_written_is_a_store_error(tmp_path, path):
     script = """
 import json, os, sys
 import lora

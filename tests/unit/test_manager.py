@@ -141,9 +141,7 @@ def test_swaps_and_rollbacks_are_logged(manager, messages):
 
 
 @requirement("R7.3", "R3.12")
-def test_targets_and_weights_that_are_not_there_are_warned_of_and_the_rest_is_injected(
-    manager, messages
-):
+def test_targets_that_are_not_there_are_warned_of_and_the_rest_is_injected(manager, messages):
     half = card(modules=("0", "9"), targets=("0", "7", "8"))
     left = "targets not found: '7', '8'; weights not used: '9'"
     with pytest.warns(UnboundWarning, match=left) as caught:
