@@ -541,6 +541,7 @@ def _alike(values: Sequence[Any]) -> Any:
     return ...
 
 
+@np.errstate(over="ignore")
 def _arc(a: LoRACard, b: LoRACard, t: float) -> list[float]:
     """Return the weights of two cards at `t` on the arc between them."""
     modules = sorted({*a.weights, *b.weights})

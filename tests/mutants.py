@@ -11,7 +11,7 @@ properties that reach its function until one fails: first those of the requireme
 names, and of these those that kill most for their time.
 
 ``mutants/`` keeps the verdicts, so that a run that was stopped goes on where it was. A mutant is
-run again if its function has changed, or the property that killed it, or, if it lives, any, or the
+run again if what it does has changed, or the property that killed it, or, if it lives, any, or the
 time that it is given.
 """
 
@@ -70,25 +70,28 @@ def shares(folder: Path) -> list[str]:
 
 
 def silent(source: str) -> dict[str, str]:
-    """Return what each function of a module does, without the texts in its checks."""
+    """Return what each function of a module does, without the texts in its checks, and without the
+    ``strict`` of `zip`, which asks of sequences what is so.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in CHECKS:
             del node.args[1 : 2 if name != "require" else None]
+        if isinstance(node, ast.Call) and name == "zip":
+            node.keywords = []
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return {node.name: "".join(map(ast.dump, [node.args, *node.body])) for node in functions}
 
 
 def make(module: str) -> dict[str, str]:
-    """Write mutants into the copy of a module; return the digests of their functions."""
+    """Write mutants into the copy of a module; return a digest of what each does."""
     from mutmut.mutation.file_mutation import mutate_file_contents  # installed by make mutants
 
     mutated = mutate_file_contents(module, Path(module).read_text(encoding="utf-8"))
     (TREE / module).write_text(mutated.code, encoding="utf-8")
-    package, digests = module.removesuffix(".py").replace("/", "."), mutated.hash_by_function_name
-    said = silent(mutated.code)
+    package, said = module.removesuffix(".py").replace("/", "."), silent(mutated.code)
     return {
-        f"{package}.{name}": digests[_function(name)]
+        f"{package}.{name}": _digest(said[name])
         for name in mutated.mutant_names
         if said[name] != said[f"{_function(name)}__mutmut_orig"]
     }
@@ -98,7 +101,7 @@ class Runner:
     """The pytest plugin that runs the mutants in place of the tests.
 
     Args:
-        mutants: For each module its mutants, with the digests of their functions.
+        mutants: For each module its mutants, with a digest of what each does.
     """
 
     def __init__(self, mutants: dict[str, dict[str, str]]) -> None:

@@ -93,9 +93,9 @@ def shown(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     def form(value: float) -> str:
         if row["kind"] == "overhead":
             return f"{100 * value:+.1f} %"
-        return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}".rstrip()
+        return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
 
-    what = f"{row['what']}: {row['side']} / {row['beside']}" if "side" in row else str(row["what"])
+    what = f"{row['what']}: {row['side']} / {row['beside']}" if "side" in row else row["what"]
     interval = " … ".join(form(end).removesuffix(f" {unit}") for end in row.get("interval", ()))
     sign = {"times faster": ">=", "at least": ">=", "below": "<"}.get(row["kind"], "<=")
     target = "" if row["target"] is None else f"{sign} {form(row['target'])}"

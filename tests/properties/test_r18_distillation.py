@@ -45,8 +45,10 @@ def skills(draw):
     for name in "abc"[: draw(st.integers(1, 3))]:
         rows = draw(embeddings(1, 16, 3))
         groups = draw(st.lists(st.integers(0, 6), min_size=len(rows), max_size=len(rows)))
-        grouped = groups if draw(st.booleans()) else ()
-        index = index.with_candidate(candidate_of(name, rows, groups=grouped))
+        grouped, virtual = groups if draw(st.booleans()) else (), draw(st.booleans())
+        candidate = candidate_of(name, rows, virtual=virtual, groups=grouped)
+        assert (candidate.groups, candidate.virtual) == (tuple(grouped), virtual)
+        index = index.with_candidate(candidate)
     return index
 
 
@@ -67,6 +69,7 @@ def test_the_nearest_are_those_of_the_largest_mean_of_three_cosines(index, query
     )
     for route in routes:
         assert route.score == pytest.approx(scores[route.name], abs=2e-6)
+        assert route.virtual == index.candidates[route.name].virtual
     assert routes == nearest(query, index, 3)[:count]
 
 
@@ -91,9 +94,10 @@ def test_the_points_are_those_of_the_examples_without_their_group(index, data):
 
 
 @requirement("R18.1")
-@given(skills(), embeddings(1, 1, 3), st.none() | st.floats(-1, 1))
+@given(skills(), embeddings(1, 1, 3), st.none() | st.floats(-1, 1) | st.just("the score"))
 def test_every_score_routes_is_unknown_or_unsure_by_two_thresholds(index, query, threshold):
     (route,) = nearest(unit(query)[0], index)
+    threshold = route.score if threshold == "the score" else threshold
     decision = decide(route, index, threshold)
     points = index.candidates[route.name].points or (0.3, 0.3)
     assert (decision.unknown, decision.routes) == (
@@ -108,8 +112,9 @@ def test_every_score_routes_is_unknown_or_unsure_by_two_thresholds(index, query,
         else "unsure"
     )
     assert (decision.kind, decision.best) == (expected, route)
-    assert f"{route.score:.6f}" in explained(decision)
-    assert f"{decision.routes:.6f}" in explained(decision)
+    thresholds = f"unknown below {decision.unknown:.6f}, routes from {decision.routes:.6f}"
+    told = f"{expected}: {route.name!r} scores {route.score:.6f} ({thresholds})"
+    assert (explained(decision), explained(None)) == (told, "there is no candidate")
 
 
 @requirement("R18.2")

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora.card import LoRACard, LowRank
-from lora.errors import BaseModelError, TargetError
+from lora.errors import ArgumentError, BaseModelError, TargetError
 from lora.factors import delta
-from lora.merging import OF_ONE_CARD, STRATEGIES, Average, Dare, merge
+from lora.merging import OF_ONE_CARD, STRATEGIES, Average, Dare, Weighted, merge
 from lora.testing.plugin import requirement
 from lora.testing.strategies import dtypes
 
@@ -28,6 +28,11 @@ def card(name="docs", *, rank=2, seed=0, shape=(6, 5), dtype="f4", modules=("0.q
         )
         weights[module] = LowRank(a, b, 0.5)
     return LoRACard(name, rank, 1.0, ["query"], weights, **fields)
+
+
+def with_scaling(card, scaling):
+    pairs = {module: replace(pair, scaling=scaling) for module, pair in card.weights.items()}
+    return replace(card, weights=pairs)
 
 
 def card_of(pair, name="docs"):
@@ -293,3 +298,35 @@ def test_a_merge_says_after_each_module_how_far_it_is(first, second):
     merge(cards, on_module=lambda *call: calls.append(call))
     modules = sorted({*first, *second})
     assert calls == [(each, i + 1, len(modules)) for i, each in enumerate(modules)]
+
+
+# ---- what it refuses, by name
+
+
+@requirement("R20.1", "R7.8")
+@given(cards=two_cards, place=st.integers(0, 1), bad=st.sampled_from([np.nan, np.inf, "1", None]))
+def test_a_weight_that_is_no_finite_number_is_named(cards, place, bad):
+    weights = [1.0, 1.0]
+    weights[place] = bad
+    with pytest.raises(ArgumentError, match=f"merge: weight {place}: expected a finite number"):
+        merge(cards, "weighted", weights)
+    for wrong in (cards[0], 7):
+        with pytest.raises(ArgumentError, match="merge: cards: expected a list of cards"):
+            merge(wrong)
+        with pytest.raises(ArgumentError, match="merge: weights: expected a list of numbers"):
+            merge(cards, "weighted", 7 if wrong == 7 else {0: 1.0, 1: 1.0})
+
+
+@requirement("R20.1", "R7.8")
+@given(cards=two_cards, strategy=st.sampled_from(["weighted", "cat", "dare", "task_arithmetic"]))
+def test_an_overflow_names_the_module_or_the_weights(cards, strategy):
+    large = [with_scaling(each, 1e10) for each in cards]
+    with pytest.raises(ArgumentError, match=r"module '0\.query': expected a ΔW within float64"):
+        merge(large, strategy, [1e308, 1e308])
+    with pytest.raises(ArgumentError, match="module 'all': expected a ΔW within float64"):
+        merge([with_scaling(each, 1e307) for each in large], "slerp")
+    twin, mean = replace(cards[0], name="twin"), Weighted(normalize=True)
+    with pytest.raises(ArgumentError, match="merge: sum of weights: expected a finite number"):
+        merge(cards, mean, [1e308, 1e308])
+    with pytest.raises(ArgumentError, match="merge: weights over their sum: expected a finite"):
+        merge([*cards, twin], mean, [1e308, -1e308, 1e-300])
