@@ -129,9 +129,7 @@ def test_what_a_forward_writes_stays_in_the_copy():
 
 
 @requirement("R3.9")
-def test_hooks_of_the_original_fire_on_the_copy_and_are_removed_from_one_alone(
-    model,
-):
+def test_hooks_of_the_original_fire_on_the_copy_and_are_removed_from_one(model):
     fired = []
     handle = model.out.register_forward_hook(lambda *_: fired.append(1))
     adapted = adapt(model, card("out"))
@@ -735,10 +733,8 @@ def test_a_card_for_other_weights_is_refused_unless_that_is_waived(model):
     marked = card("out", base_model="net", base_fingerprint=made_for)
     assert isinstance(adapt(model, marked).out, LoRALinear)
     model.out.weight.data[0, 0] += 1
-    with pytest.raises(
-        BaseModelError,
-        match=r"card 'docs': base model net: expected weights with fingerprint .* check_base=False",
-    ):
+    expected = r"card 'docs': base model net: expected weights with fingerprint .* check_base=False"
+    with pytest.raises(BaseModelError, match=expected):
         adapt(model, marked)
     assert isinstance(adapt(model, marked, check_base=False).out, LoRALinear)
 
@@ -830,9 +826,8 @@ def test_a_trainable_model_has_only_the_cards_factors_to_train(model, unchanged)
 
 @requirement("R2.8", "R7.8")
 def test_a_model_that_was_not_made_trainable_has_nothing_to_give_back(adapted):
-    with pytest.raises(
-        StateError, match="expected a layer made trainable from this card, found LoRALinear"
-    ):
+    expected = "expected a layer made trainable from this card, found LoRALinear"
+    with pytest.raises(StateError, match=expected):
         trained_card(adapted, card("out"))
 
 

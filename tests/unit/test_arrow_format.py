@@ -60,9 +60,8 @@ def test_a_card_too_large_for_a_column_is_refused_before_a_byte_of_it_is_copied(
             a = np.frombuffer(zeros, np.float16).reshape(2**30, 2)
             b = np.zeros((2, 1), np.float16)
             card = lora.LoRACard("vast", 2, 1.0, (), {"m": lora.LowRank(a, b)})
-            with pytest.raises(
-                CardError, match=r"card 'vast': .*: expected at most 2147483647 .*; split the card"
-            ):
+            expected = r"card 'vast': .*: expected at most 2147483647 .*; split the card"
+            with pytest.raises(CardError, match=expected):
                 lora.card_to_table(card)
             del a, card
 
@@ -149,9 +148,7 @@ def test_a_digest_that_differs_in_one_place_is_another(tmp_path, place):
 
 
 @requirement("R7.9")
-def test_a_file_that_changes_after_its_check_gives_the_card_that_was_checked(
-    monkeypatch,
-):
+def test_a_file_that_changes_after_its_check_gives_the_checked_card(monkeypatch):
     card, make, check, stored = fuzz.real_card("float32"), offsets_of, pairwise, []
     monkeypatch.setattr(
         arrow_format, "offsets_of", lambda *sizes: stored.append(make(*sizes)) or stored[-1]

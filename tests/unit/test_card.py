@@ -69,9 +69,8 @@ def test_cards_and_pairs_print_what_they_are_and_not_their_numbers():
 
 def returned(sent):
     """Return the card as a process receives it, whether it is writable, its repr, and equality."""
-    flags = [
-        factor.flags.writeable for pair in sent.weights.values() for factor in (pair.A, pair.B)
-    ]
+    factors = [factor for pair in sent.weights.values() for factor in (pair.A, pair.B)]
+    flags = [factor.flags.writeable for factor in factors]
     return sent, flags, repr(sent), sent == pickled_twin(sent)
 
 

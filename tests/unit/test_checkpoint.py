@@ -78,10 +78,8 @@ def test_shards_get_the_sum_and_all_else_is_copied_byte_for_byte(base, tmp_path)
     assert state(base) == before
     after = state(tmp_path / "out")
     assert after.keys() == before.keys()
-    assert {name for name in before if before[name] != after[name]} == {
-        "model-0.safetensors",
-        "model-1.safetensors",
-    }
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"model-0.safetensors", "model-1.safetensors"}
     weights = SafetensorsWeights(tmp_path / "out")
     for key, tensor in TENSORS.items():
         change = sum(
@@ -93,10 +91,8 @@ def test_shards_get_the_sum_and_all_else_is_copied_byte_for_byte(base, tmp_path)
         assert (key in folded.tensors) == bool(np.any(change))
         assert np.any(change) or weights[key].tobytes() == tensor.tobytes()
     assert steps[-1][0] == steps[-1][1]
-    assert {name: len(each.bound) for name, each in folded.injections.items()} == {
-        "docs": 2,
-        "law": 2,
-    }
+    bound = {name: len(each.bound) for name, each in folded.injections.items()}
+    assert bound == {"docs": 2, "law": 2}
 
 
 @requirement("R26.6")
@@ -228,9 +224,7 @@ BAD = {
 
 @requirement("R26.6", "R7.8")
 @pytest.mark.parametrize("case", BAD)
-def test_a_base_that_can_not_be_merged_is_refused_by_name_and_nothing_is_written(
-    case, base, tmp_path
-):
+def test_a_base_that_can_not_be_merged_is_refused_and_nothing_is_written(case, base, tmp_path):
     spoil, error, name = BAD[case]
     spoil(base)
     before = state(tmp_path)
@@ -293,11 +287,9 @@ def test_what_was_asked_wrong_is_refused_and_nothing_is_written(case, base, tmp_
     (tmp_path / "file").write_text("text")
     before = state(tmp_path)
     options, error, name = WRONG[case]
+    plain = {"base_folder": base, "cards": card_of(), "out_folder": tmp_path / "out"}
     with pytest.raises(error, match=name):
-        fold_checkpoint(
-            **{"base_folder": base, "cards": card_of(), "out_folder": tmp_path / "out"}
-            | options(base)
-        )
+        fold_checkpoint(**plain | options(base))
     assert state(tmp_path) == before
     assert not (tmp_path / "out").exists()
 
@@ -349,12 +341,8 @@ def test_weights_in_other_forms_and_hidden_folders_are_left_out_by_name(base, tm
     modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
     (base / "modules.json").write_text(json.dumps(modules))
     folded = fold_checkpoint(base, card_of(), tmp_path / "out")
-    assert sorted(folded.left_out) == [
-        ".git/",
-        "onnx/model.onnx",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ]
+    torch_files = ["pytorch_model.bin", "pytorch_model.bin.index.json"]
+    assert sorted(folded.left_out) == [".git/", "onnx/model.onnx", *torch_files]
     kept = state(base).keys() - {*folded.left_out, ".git/packed"}
     assert state(tmp_path / "out").keys() == kept
 

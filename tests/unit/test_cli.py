@@ -65,10 +65,8 @@ def made(name, **metadata):
 def folder(tmp_path_factory):
     """Cards, a data set, and files that are neither."""
     path = tmp_path_factory.mktemp("cli")
-    lora.save(
-        made("docs", description="Python documentation: files, paths, reading and writing"),
-        path / "docs.lora.arrow",
-    )
+    description = "Python documentation: files, paths, reading and writing"
+    lora.save(made("docs", description=description), path / "docs.lora.arrow")
     lora.save(made("food", description="Cooking recipes and food"), path / "food.lora.arrow")
     lora.save(made("odd[/b]{x}", note="[/red] 日本\n"), path / "odd[1].lora.arrow")
     Pairs.of(
@@ -105,9 +103,8 @@ runpy.run_module("lora.cli", run_name="__main__")
 @requirement("R25.3")
 @pytest.mark.parametrize("module", ["typer", "rich.console", "lora.cli.suite", "json.decoder"])
 def test_an_interrupt_of_the_first_imports_is_one_line(module):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, module], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", INTERRUPTED, module]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "lora: interrupted\n")
 
 
@@ -124,9 +121,8 @@ def test_inspect_says_what_the_file_says_of_itself(here, folder):
     code, out, err = here("inspect", path, "--json", "--verify", lora.digest(path))
     assert (code, err) == (0, "")
     facts = json.loads(out)
-    assert facts.pop("modules") == {
-        f"encoder.layer.{i}.attention.self.query": [384, 2, 384, 2.0] for i in range(6)
-    }
+    modules = [f"encoder.layer.{i}.attention.self.query" for i in range(6)]
+    assert facts.pop("modules") == {name: [384, 2, 384, 2.0] for name in modules}
     assert facts == {
         "name": "docs",
         "digest": lora.digest(path),
@@ -161,9 +157,8 @@ def test_inspect_imports_no_torch(folder):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=QUIET)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pyarrow" in imported
-    assert (
-        not {"torch", "lora.engine", "lora.training.train", "tokenizers", "matplotlib"} & imported
-    )
+    heavy = {"torch", "lora.engine", "lora.training.train", "tokenizers", "matplotlib"}
+    assert not heavy & imported
 
 
 # errors
@@ -198,9 +193,7 @@ TRAIN = "train pairs.jsonl --name a -o a.lora.arrow"
         f"{TRAIN} --name a[/b]{{c}} --checkpoint pairs.jsonl": "checkpoint",
     }.items(),
 )
-def test_an_error_is_one_line_and_exit_1_or_2_if_no_file_could_put_it_right(
-    here, folder, monkeypatch, line, said
-):
+def test_an_error_is_one_line_and_exit_1_or_2_by_its_kind(here, folder, monkeypatch, line, said):
     monkeypatch.chdir(folder)
     code, out, err = here(*line.split())
     options = ("abc", "nan", "top-k 0", "route a", "fast", "seed -1", "steps 0")
@@ -304,12 +297,8 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(folder):
 @requirement("R25.3")
 def test_head_can_take_one_byte_of_many_embeddings():
     command = [sys.executable, "-m", "lora.cli", "encode", *(f"text {i}" for i in range(60))]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**QUIET, "OMP_NUM_THREADS": "1"},
-    ) as child:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env={**QUIET, "OMP_NUM_THREADS": "1"}) as child:
         first = child.stdout.read(1)
         child.stdout.close()
         err = child.stderr.read()
@@ -349,9 +338,8 @@ def test_encode_warns_once_of_a_card_that_binds_in_part(folder, tmp_path):
 @requirement("R25.3")
 def test_encode_applies_cards_and_gives_json_or_a_file(here, engine, folder, tmp_path):
     cards = [folder / "docs.lora.arrow", folder / "food.lora.arrow"]
-    expected = engine.encode_with_lora(
-        TEXTS, lora.AdapterSet([lora.load(card) for card in cards])
-    ).embeddings
+    adapters = lora.AdapterSet([lora.load(card) for card in cards])
+    expected = engine.encode_with_lora(TEXTS, adapters).embeddings
     code, out, err = here("encode", *TEXTS, "--card", cards[0], "--card", cards[1], "--json")
     assert (code, err) == (0, "")
     found = np.array(json.loads(out), np.float32)
@@ -379,23 +367,19 @@ def test_route_ranks_cards_and_abstains_below_the_threshold(here, engine, folder
     assert (code, out, err) == (0, f"{routes[0]['score']:.6f}  docs\n", "")
     assert here("route", "pasta with cheese", *cards, "--top-k", "1")[1].endswith("food\n")
     code, out, err = here("route", "How do I read a file in Python?", *cards, "--threshold", "0.99")
-    assert (code, out, err) == (
-        0,
-        "",
-        f"no card fits: 'docs' scores {routes[0]['score']:.6f}, below the threshold 0.99\n",
-    )
+    score = routes[0]["score"]
+    assert err == f"no card fits: 'docs' scores {score:.6f}, below the threshold 0.99\n"
+    assert (code, out) == (0, "")
     assert here("route", "a", *cards, "--threshold", "0.99", "--json") == (0, "[]\n", "")
 
 
 @requirement("R25.3", "R17.10")
 def test_train_saves_a_card_with_its_bar_on_a_terminal_and_its_json_on_stdout(folder, tmp_path):
-    out, plot, checkpoint = (
-        tmp_path / name for name in ("tiny.lora.arrow", "history.svg", "run.checkpoint")
-    )
+    names = "tiny.lora.arrow", "history.svg", "run.checkpoint"
+    out, plot, checkpoint = (tmp_path / name for name in names)
     terminal, tty = os.openpty()
-    reading = ThreadPoolExecutor(1).submit(
-        lambda: list(pieces(terminal))
-    )  # a full terminal would hold the command up
+    # A full terminal would hold the command up.
+    reading = ThreadPoolExecutor(1).submit(lambda: list(pieces(terminal)))
     try:
         line = "--name tiny{0} --description numbers --steps 2 --rank 1 --alpha 2 --json"
         targets = "--target 0.attention.self.query --target 1.attention.self.key"
@@ -412,22 +396,14 @@ def test_train_saves_a_card_with_its_bar_on_a_terminal_and_its_json_on_stdout(fo
     assert done.returncode == 3, drawn  # the base finds everything, so nothing is better
     facts = json.loads(done.stdout)
     card = lora.load(out, verify=facts["digest"])
-    assert (card.name, card.rank, card.alpha, card.metadata) == (
-        "tiny{0}",
-        1,
-        2.0,
-        {"description": "numbers"},
-    )
-    assert set(card.weights) == {
-        f"encoder.layer.{i}.attention.self.{part}" for i, part in enumerate(["query", "key"])
-    }
+    assert (card.name, card.rank, card.alpha) == ("tiny{0}", 1, 2.0)
+    assert card.metadata == {"description": "numbers"}
+    attention = "encoder.layer.{}.attention.self.{}"
+    assert set(card.weights) == {attention.format(0, "query"), attention.format(1, "key")}
     assert facts["file"] == str(out)
     assert facts["steps"] == 1  # one epoch of so few pairs is one batch
-    assert (
-        set(facts["before"])
-        == set(facts["after"])
-        == {"recall_at_1", "recall_at_10", "mrr", "queries"}
-    )
+    names = {"recall_at_1", "recall_at_10", "mrr", "queries"}
+    assert set(facts["before"]) == set(facts["after"]) == names
     assert plot.read_text().lstrip().startswith("<?xml")
     assert not checkpoint.exists()
     assert "tiny{0}" in drawn

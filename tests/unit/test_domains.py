@@ -323,13 +323,8 @@ def test_a_report_tells_what_lies_outside_and_once_what_is_broken(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "lora.testing.plugin", "-c", os.devnull]
     command += ["--rootdir", ".", "--conformance-json", "report.json", "test_r03_manager.py"]
     command += ["--binding", "test_r03_manager:BINDING"]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, "LORA_PROFILE": "quick"},
-        check=False,
-        capture_output=True,
-    )
+    environment = {**os.environ, "LORA_PROFILE": "quick"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True)
     report = json.loads((tmp_path / "report.json").read_text())
     entries = report["requirements"]
     cause = "binding broken: member match_targets refuses the simplest legal input"

@@ -17,9 +17,8 @@ NAMES = ("encoder.layer.0.query", "encoder.layer.1.query", "encoder.layer.10.val
 
 def card_of(rank=3, names=NAMES):
     rng = np.random.default_rng(0)
-    pairs = {
-        n: LowRank(rng.normal(size=(6, rank)), rng.normal(size=(rank, 5)), -0.5) for n in names
-    }
+    shapes = (6, rank), (rank, 5)
+    pairs = {n: LowRank(*(rng.normal(size=shape) for shape in shapes), -0.5) for n in names}
     return LoRACard("docs", rank, 1.0, ["query"], pairs)
 
 

@@ -29,9 +29,8 @@ def card(core, name, *, strength, seed, **metadata):
 def test_a_card_travels_through_a_file_into_a_real_encoder_and_out_again(model_folder, tmp_path):
     engine = lora.ArrowEngine.from_pretrained(model_folder)
     base = engine.encode(TEXTS)
-    plain = card(
-        engine.base, "docs", strength=0.1, seed=0, description="reading and writing files in Python"
-    )
+    description = "reading and writing files in Python"
+    plain = card(engine.base, "docs", strength=0.1, seed=0, description=description)
     signed = lora.LoRACard(
         *(plain.name, plain.rank, plain.alpha, plain.target_modules, plain.weights, plain.metadata),
         base_fingerprint=lora.fingerprint(engine.base, plain),

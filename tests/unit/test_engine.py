@@ -304,9 +304,8 @@ def test_an_encoder_that_fails_half_way_leaves_the_engine_as_it_was(adapters, te
 @requirement("R5.1")
 def test_an_adapter_that_is_not_known_is_named_with_those_that_are(engine, cards):
     engine.register_lora(cards["files"])
-    with pytest.raises(
-        UnknownCardError, match=r"adapter 'nobody': expected one of \['files'\], found none"
-    ) as caught:
+    expected = r"adapter 'nobody': expected one of \['files'\], found none"
+    with pytest.raises(UnknownCardError, match=expected) as caught:
         engine.encode_with_lora(TEXTS, ["files", {}, {"nobody": 1.0}, None])
     assert isinstance(caught.value, KeyError)
 
@@ -695,9 +694,8 @@ def test_a_request_by_intent_takes_description_and_card_from_one_state():
 @requirement("R5.8")
 def test_rows_with_adapters_of_their_own_run_in_one_forward(core, engine, cards, monkeypatch):
     forward, segments, runs = InferenceCore.forward, Rows.segments, []
-    monkeypatch.setattr(
-        InferenceCore, "forward", lambda *args: (runs.append("forward"), forward(*args))[1]
-    )
+    noted = lambda *args: (runs.append("forward"), forward(*args))[1]  # noqa: E731
+    monkeypatch.setattr(InferenceCore, "forward", noted)
     monkeypatch.setattr(Rows, "segments", lambda *args: (runs.append(segments(*args)), runs[-1])[1])
     engine.encode_with_lora([*"abcd"], [cards["files"], {}, cards["foxes"], cards["files"]])
     (first, groups), others = runs[:2], runs[2:]

@@ -52,9 +52,8 @@ def test_a_signalling_nan_is_a_nan_and_warns_of_nothing(name, bits, tmp_path):
 
 @requirement("R7.2", "R8.5")
 def test_pairs_for_different_layers_and_no_pairs_do_not_stack():
-    with pytest.raises(
-        ArgumentError, match="concat: expected at least one factor pair, found none"
-    ):
+    expected = "concat: expected at least one factor pair, found none"
+    with pytest.raises(ArgumentError, match=expected):
         concat([])
     other = LowRank(np.ones((4, 1)), np.ones((1, 2)))
     with pytest.raises(ShapeError, match="expected in -> out of 3 -> 2, found 4 -> 2"):

@@ -963,9 +963,8 @@ def test_the_command_line_stays_and_runs_by_night_until_it_is_told_to_stop(bench
     job = bench.add(factory)
     if missed:
         factory.queue.set_night(date(2026, 1, 1))
-    with subprocess.Popen(
-        [*RUN, "--root", bench.root, "--at", "00:00"], stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = [*RUN, "--root", bench.root, "--at", "00:00"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 60
         while factory.queue.night() in (None, date(2026, 1, 1)) and time.monotonic() < until:
             time.sleep(0.05)

@@ -558,9 +558,7 @@ CAUSES = {
 
 @requirement("R7.8", "R11.6")
 @pytest.mark.parametrize("cause", CAUSES)
-def test_why_a_peer_does_not_answer_is_told_and_one_with_both_credentials_does(
-    folder, cache, cause, capfd
-):
+def test_why_a_peer_does_not_answer_is_told_and_one_answers(folder, cache, cause, capfd):
     theirs, own, text, hint = CAUSES[cause]
     scheme = "grpc+tls" if theirs.certificate else "grpc"
     with LoRAFlightServer(folder, f"{scheme}://localhost:0", credentials=theirs) as server:
@@ -624,9 +622,7 @@ node.close()
 
 
 @requirement("R12.5")
-def test_a_fork_of_a_process_that_uses_flight_is_told_so_and_harms_the_parent_in_nothing(
-    folder, tmp_path
-):
+def test_a_fork_of_a_process_that_uses_flight_is_told_so_and_harms_no_parent(folder, tmp_path):
     saved(made(), folder)
     command = [sys.executable, "-c", FORKED, folder, tmp_path / "cache"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)

@@ -117,9 +117,8 @@ def test_a_flood_of_fake_peers_neither_fills_the_book_nor_displaces_who_answers(
     with nodes.join(5021, cap=12) as a, nodes.join(5022):
         see(a, at(5022))
         for number in range(2000):
-            a._on_announcement(
-                name=f"fake{number}.{SERVICE}", state_change=zeroconf.ServiceStateChange.Added
-            )
+            added = zeroconf.ServiceStateChange.Added
+            a._on_announcement(name=f"fake{number}.{SERVICE}", state_change=added)
         assert len(a._book.peers) == 12
         keep_seeing(a, at(5022), 0.5)
         with nodes.join(5023):

@@ -181,9 +181,8 @@ def test_offers_for_another_base_come_last_unless_a_fingerprint_may_decide(tmp_p
     policy = replace(ANY, base_model="minilm")
     bases = {"1.0.0": "owner/minilm", "2.0.0": "bert", "3.0.0": None}
     cards = [made("docs", version=version, base_model=base) for version, base in bases.items()]
-    cards.append(
-        replace(made("docs", version="0.1.0", base_model="bert"), base_fingerprint="5" * 64)
-    )
+    other = made("docs", version="0.1.0", base_model="bert")
+    cards.append(replace(other, base_fingerprint="5" * 64))
     manifests = [announced(card, tmp_path / "a") for card in cards]
     offers = ranked({"grpc://a:1": manifests}, policy)["docs"]
     assert [offer.manifest.version for offer in offers] == ["3.0.0", "1.0.0", "0.1.0", "2.0.0"]
@@ -201,9 +200,8 @@ def test_what_is_vouched_for_comes_first_then_the_higher_version(tmp_path):
     assert offers[-1].uris == ("grpc://a:1", "grpc://b:1")
     assert ranked(dict(reversed(listings.items())), TRUSTING)["docs"] == offers
     assert ranked(listings, TRUSTING.pinned(old.digest))["docs"][0].manifest.digest == old.digest
-    assert (
-        ranked({"grpc://a:1": [new, old]}, TRUSTING.pinned(old.digest))["docs"][0].manifest == old
-    )
+    pinned = ranked({"grpc://a:1": [new, old]}, TRUSTING.pinned(old.digest))
+    assert pinned["docs"][0].manifest == old
 
 
 @requirement("R12.4", "R12.9", "R13.2")
@@ -356,9 +354,7 @@ def test_an_engine_believes_nobody_by_default(engine, remote, tmp_path):
 
 
 @requirement("R5.13", "R14.2")
-def test_an_engine_refuses_another_base_by_default_where_no_fingerprint_decides(
-    engine, node, tmp_path
-):
+def test_an_engine_refuses_another_base_where_no_fingerprint_decides(engine, node, tmp_path):
     """The policy of the node says no base model: the engine knows its own."""
     fits = skill()
     own = fingerprint(engine.base, fits)
@@ -409,9 +405,7 @@ def test_what_a_peer_says_of_itself_hides_and_breaks_nothing(tmp_path):
 
 
 @requirement("R5.11", "R5.13")
-def test_a_request_tries_only_so_many_cards_that_can_not_be_had(
-    engine, node, tmp_path, monkeypatch
-):
+def test_a_request_tries_few_cards_that_can_not_be_had(engine, node, tmp_path, monkeypatch):
     for number in range(12):
         saved(skill(f"docs{number:02}", "reading and writing files in Python"), tmp_path / "remote")
     assert len(engine.sync_remote_skills()) == 13

@@ -233,9 +233,7 @@ def test_changes_in_the_folder_show_up_without_a_restart(folder, server, plain):
 
 
 @requirement("R14.1", "R11.9")
-def test_a_signature_beside_a_card_is_served_and_one_of_another_card_is_not(
-    tmp_path, folder, plain, caplog
-):
+def test_a_cards_signature_is_served_and_one_of_another_is_not(tmp_path, folder, plain, caplog):
     public = generate_key(tmp_path / "me.pem")
     sign_file(folder / "docs.lora.arrow", tmp_path / "me.pem")
     check_signature(manifest(plain, "docs"), Policy(frozenset({public})))
@@ -248,10 +246,8 @@ def test_a_signature_beside_a_card_is_served_and_one_of_another_card_is_not(
 
 @requirement("R11.6")
 def test_without_the_token_nothing_is_told(folder):
-    with (
-        LoRAFlightServer(folder, credentials=Credentials("secret")) as server,
-        flight.connect(server.uri) as client,
-    ):
+    server = LoRAFlightServer(folder, credentials=Credentials("secret"))
+    with server, flight.connect(server.uri) as client:
 
         def calls(*headers):
             sent = [(b"authorization", header) for header in headers]
@@ -412,9 +408,7 @@ ROWS = {
 @requirement("R11.3")
 @pytest.mark.parametrize("form", ["", "/file"])
 @pytest.mark.parametrize("rows", ROWS)
-def test_no_batch_is_over_4_mb_unless_one_row_and_no_two_neighbours_fit_into_it(
-    folder, plain, rows, form
-):
+def test_no_batch_of_rows_is_over_4_mb_and_no_two_neighbours_fit_into_it(folder, plain, rows, form):
     """And what is sent is the card, in either form and by the action."""
     weights = {
         f"m{number}": lora.LowRank(np.ones((size // 8, 1), "f4"), np.ones((1, size // 8), "f4"))
@@ -487,10 +481,8 @@ def stalled(uri, sha):
 def test_of_a_hundred_stalled_readers_some_are_refused_the_rest_cut_off_and_others_served(folder):
     sha = saved(made("big", size=500_000, rank=8), folder)
     readers, refused, ended = [], 0, 0
-    with (
-        LoRAFlightServer(folder, limits=Limits(streams=40)) as server,
-        flight.connect(server.uri) as client,
-    ):
+    server = LoRAFlightServer(folder, limits=Limits(streams=40))
+    with server, flight.connect(server.uri) as client:
         for _ in range(100):
             try:
                 readers.append(stalled(server.uri, sha))

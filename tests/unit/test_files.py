@@ -78,9 +78,8 @@ def test_every_factor_lies_in_a_private_map_of_the_file(path):
     for pair in card.weights.values():
         for factor in (pair.A, pair.B):
             first = factor.__array_interface__["data"][0]
-            assert any(
-                start <= first and first + factor.nbytes <= stop for start, stop, _ in mapped
-            )
+            last = first + factor.nbytes
+            assert any(start <= first and last <= stop for start, stop, _ in mapped)
             assert not factor.flags.writeable
             assert not factor.flags.owndata
     del card, pair, factor

@@ -512,9 +512,7 @@ def folder_of(case, place):
 @requirement("R23.2")
 @pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["new", "safetensors", "pickle", "both"])
-def test_an_export_killed_at_any_step_leaves_one_adapter_or_none_and_is_repeated(
-    tmp_path, case, twice
-):
+def test_an_export_killed_at_any_step_leaves_one_adapter_or_none(tmp_path, case, twice):
     """Killed at each step; and where `twice`, each repetition is killed at each step, too."""
     before = None if case == "new" else pair_in(folder_of(case, tmp_path / "old"))
     new = ONE

@@ -283,11 +283,8 @@ def test_mlx_lm_states_a_scale_and_no_alpha(tmp_path, here, sizes):
             change = each.scaling * (x @ each.A.astype("f8") @ each.B.astype("f8"))
             assert np.allclose(change, theirs, rtol=1e-12, atol=0)
     assert "40.0" in refused(file, alpha=20)  # its scale is taken for an alpha
-    for source, options, says in (
-        (file, (), ""),
-        (file, ("--alpha", "20"), "40.0"),
-        (tmp_path, (), ""),
-    ):
+    cases = (file, (), ""), (file, ("--alpha", "20"), "40.0"), (tmp_path, (), "")
+    for source, options, says in cases:
         status, _, problem = here("convert", source, "-o", tmp_path / "x.arrow", *options)
         assert (status, says in problem) == (bool(says), True)
     with pytest.raises(CardFileError, match="mlx-lm"):

@@ -133,10 +133,8 @@ def test_no_position_in_the_sizes_leads_outside_the_file():
 def test_the_two_schemas_of_a_file_are_one(falsified, tmp_path):
     for name in ("another name at the start of the file", "another name in the footer"):
         (tmp_path / "card").write_bytes(falsified[name])
-        with pytest.raises(
-            CardFileError,
-            match=r"schema: expected one at the start of the file and in its footer, found two",
-        ):
+        expected = r"schema: expected one at the start of the file and in its footer, found two"
+        with pytest.raises(CardFileError, match=expected):
             lora.load(tmp_path / "card")
 
 

@@ -73,9 +73,8 @@ def test_dropout_drops_its_share_of_inputs_and_scales_up_the_rest():
     """
     silent = nn.Linear(4, 1, bias=False)
     nn.init.zeros_(silent.weight)
-    layer = TrainableLinear(
-        silent, LowRank(np.ones((4, 1), np.float32), np.ones((1, 1), np.float32), 1.0), dropout=0.25
-    )
+    ones = LowRank(np.ones((4, 1), np.float32), np.ones((1, 1), np.float32), 1.0)
+    layer = TrainableLinear(silent, ones, dropout=0.25)
     torch.manual_seed(0)
     kept = layer(torch.ones(4096, 4)).detach() * 0.75
     assert torch.allclose(kept, kept.round(), atol=8 * torch.finfo(torch.float32).eps)
@@ -177,9 +176,8 @@ def test_terms_are_added_and_replaced_one_by_one(base):
 def test_factors_that_do_not_fit_are_refused_and_change_nothing(base):
     layer, x = LoRALinear(base, {"docs": (PAIR, 1.0)}), torch.ones(4)
     before = layer(x)
-    with pytest.raises(
-        ShapeError, match="factors 'law' of a layer: expected in -> out of 4 -> 3, found 4 -> 5"
-    ):
+    expected = "factors 'law' of a layer: expected in -> out of 4 -> 3, found 4 -> 5"
+    with pytest.raises(ShapeError, match=expected):
         layer.load_weights(WRONG, name="law")
     assert list(layer.terms) == ["docs"]
     assert torch.equal(layer(x), before)
@@ -282,9 +280,8 @@ def test_sums_that_their_dtype_does_not_hold_are_refused(name):
 def test_loading_a_state_dict_gives_the_layer_storage_of_its_own(base, make):
     before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
     layer = make(base)
-    layer.load_state_dict(
-        {key: torch.full_like(tensor, 7) for key, tensor in layer.state_dict().items()}
-    )
+    state = layer.state_dict()
+    layer.load_state_dict({key: torch.full_like(tensor, 7) for key, tensor in state.items()})
     assert all((tensor == 7).all() for tensor in layer.state_dict().values())
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
 
@@ -296,9 +293,8 @@ def test_a_layer_can_be_copied_and_the_copy_loaded(base, make, way):
     layer, x = make(base), torch.ones(2, 4)
     twin = way(layer)
     assert torch.equal(twin(x), layer(x))
-    twin.load_state_dict(
-        {key: torch.zeros_like(tensor) for key, tensor in twin.state_dict().items()}
-    )
+    state = twin.state_dict()
+    twin.load_state_dict({key: torch.zeros_like(tensor) for key, tensor in state.items()})
     assert torch.equal(layer(x), make(base)(x))
     assert not twin.weight.any()
 
@@ -316,9 +312,8 @@ def test_a_layer_takes_any_leading_dimensions_in_training_too(base, kind, lead):
 @requirement("R2.7", "R2.8")
 def test_training_a_layer_moves_its_factors_and_leaves_the_base_alone(base):
     before, layer = base.weight.detach().clone(), TrainableLinear(base, PAIR)
-    optimizer = torch.optim.SGD(
-        [parameter for parameter in layer.parameters() if parameter.requires_grad], lr=0.1
-    )
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
     layer(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     learned = layer.learned()

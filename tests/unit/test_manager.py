@@ -77,9 +77,8 @@ def test_a_card_is_listed_at_its_module_and_has_the_weight_that_was_set(model):
 @requirement("R3.1", "R3.8")
 def test_a_card_is_loaded_from_disk_and_known_but_not_applied(manager, model, tmp_path, messages):
     save(card(), tmp_path / "docs.lora.arrow")
-    loaded = manager.load_card(
-        tmp_path / "docs.lora.arrow", verify=digest(tmp_path / "docs.lora.arrow")
-    )
+    path = tmp_path / "docs.lora.arrow"
+    loaded = manager.load_card(path, verify=digest(path))
     with pytest.raises(CardFileError, match="SHA-256"):
         manager.load_card(tmp_path / "docs.lora.arrow", verify="0" * 64)
     assert loaded == card()
@@ -147,10 +146,8 @@ def test_targets_that_are_not_there_are_warned_of_and_the_rest_is_injected(manag
     with pytest.warns(UnboundWarning, match=left) as caught:
         report = manager.apply_card(half)
     assert len(caught) == 1
-    assert messages() == [
-        ("INFO", "applied card 'docs': 1 layers"),
-        ("WARNING", f"card 'docs': {left}"),
-    ]
+    applied = ("INFO", "applied card 'docs': 1 layers")
+    assert messages() == [applied, ("WARNING", f"card 'docs': {left}")]
     assert (report.targets_not_found, report.weights_not_used) == (("7", "8"), ("9",))
     assert manager.injected == {"0": ("docs",)}
 
@@ -195,10 +192,8 @@ def test_applying_an_active_card_again_is_logged_and_changes_nothing(manager, me
 @requirement("R7.4")
 def test_another_card_of_an_active_name_is_refused_with_a_way_out(manager):
     manager.apply_card(card())
-    with pytest.raises(
-        ConflictError,
-        match=r"apply_card 'docs': .* found a card with other content; use replace_card",
-    ):
+    expected = r"apply_card 'docs': .* found a card with other content; use replace_card"
+    with pytest.raises(ConflictError, match=expected):
         manager.apply_card(card(value=2.0))
     with pytest.raises(ConflictError, match="found another weight; use set_weight"):
         manager.apply_card(card(), weight=0.5)
@@ -211,9 +206,8 @@ def test_another_card_of_an_active_name_is_refused_with_a_way_out(manager):
 def test_replacing_or_weighting_an_unknown_card_names_it_and_those_that_are_active(manager):
     manager.apply_card(card())
     for act in (lambda: manager.replace_card(card("law")), lambda: manager.set_weight("law", 2.0)):
-        with pytest.raises(
-            UnknownCardError, match=r"'law': expected an active card, found only \['docs'\]"
-        ):
+        expected = r"'law': expected an active card, found only \['docs'\]"
+        with pytest.raises(UnknownCardError, match=expected):
             act()
 
 
@@ -237,9 +231,8 @@ def test_a_base_check_waived_for_one_card_stays_waived_when_others_come_and_go(m
         with pytest.raises(BaseModelError, match="card 'foreign'"):
             act()
     manager.apply_card(foreign, check_base=False)
-    manager.apply_card(
-        card("own", ("2",), base_fingerprint=fingerprint(model, card("own", ("2",))))
-    )
+    made_for = fingerprint(model, card("own", ("2",)))
+    manager.apply_card(card("own", ("2",), base_fingerprint=made_for))
     manager.set_weight("own", 0.5)
     manager.remove_card("own")
     assert list(manager.active) == ["foreign"]

@@ -37,10 +37,8 @@ def test_real_text_of_known_files_is_seldom_unknown_and_foreign_topics_are_novel
     known, fresh = pairs.split(0.7, seed=0)
     known = known.sample(400, 0)
     licences = licence_sentences()
-    texts = {
-        "new files": fresh.sample(100, 0).queries,
-        "licences": [licences[row] for row in rng.permutation(len(licences))[:100]],
-    }
+    texts = {"new files": fresh.sample(100, 0).queries}
+    texts["licences"] = [licences[row] for row in rng.permutation(len(licences))[:100]]
     groups = known.table["group"].to_pylist()
     skill = candidate_of("networkx", engine.encode(known.queries), groups=groups)
     index = EMPTY.with_candidate(skill)

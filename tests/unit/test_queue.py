@@ -162,9 +162,8 @@ def test_a_job_of_another_base_model_waits_and_lets_nobody_past(queue):
     assert queue.claim(0.0) is None
     queue.reject(first, 0.0)
     assert queue.claim(0.0).arguments == ("toy", "0")
-    assert (
-        queue.claim(0.0) is None
-    )  # job 2 is of the base that runs, job 3 of none; but job 1 is older
+    # Job 2 is of the base that runs, job 3 of none; but job 1 is older.
+    assert queue.claim(0.0) is None
 
 
 @requirement("R19.1", "R19.2")
@@ -211,9 +210,8 @@ def test_rolling_back_takes_the_version_before_or_the_one_that_is_named(queue):
     accepted(queue, 1, 2, 3)
     accepted(queue, 4, name="law")
     assert [roll_back(queue), roll_back(queue)] == ["0.2.0", "0.1.0"]
-    with pytest.raises(
-        StateError, match="roll back 'docs': expected a version before the live one"
-    ):
+    expected = "roll back 'docs': expected a version before the live one"
+    with pytest.raises(StateError, match=expected):
         queue.earlier("docs")
     last = queue.earlier("docs", "0.3.0")
     assert queue.put_live(last, 5.0).live
@@ -258,9 +256,8 @@ def test_the_tables_of_an_empty_queue_have_their_columns(queue):
 def test_what_is_no_queue_or_one_of_another_version_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "queue.sqlite"
     path.write_bytes(b"something else entirely" * 99)
-    with pytest.raises(
-        StoreError, match=r"queue\.sqlite: expected a job queue that can be read and written"
-    ):
+    expected = r"queue\.sqlite: expected a job queue that can be read and written"
+    with pytest.raises(StoreError, match=expected):
         JobQueue(path)
     assert path.read_bytes() == b"something else entirely" * 99
     with pytest.raises(StoreError, match="unable to open"):

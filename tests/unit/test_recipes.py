@@ -105,9 +105,7 @@ def test_the_client_of_the_page_prints_what_the_page_says(port):
 @requirement("R10.7")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("form", [{}, {"encoding_format": "float"}])  # it asks for base64 itself
-def test_openais_client_is_given_what_peft_and_sentence_transformers_compute(
-    client, model_folder, tmp_path, form
-):
+def test_openais_client_is_given_what_the_two_peers_compute(client, model_folder, tmp_path, form):
     peer = SentenceTransformer(str(model_folder), device="cpu")
     expected = {"all-MiniLM-L6-v2": peer.encode(TEXTS)}
     export_peft(skill("docs", 1), tmp_path / "peft")
@@ -133,9 +131,7 @@ def test_what_the_endpoint_has_not_is_refused_by_name(client, wrong, words):
 
 
 @requirement("R10.7", "R10.10")
-def test_the_notebook_goes_from_peft_folders_to_a_card_that_is_merged_measured_and_routed_to(
-    tmp_path, monkeypatch
-):
+def test_the_notebook_goes_from_peft_folders_to_a_card_that_is_routed_to(tmp_path, monkeypatch):
     text = (ROOT / "docs/examples/peft-to-routed.ipynb").read_text("utf-8")
     assert not re.search(r"/(root|work|home|tmp)/", text)
     assert "(examples/peft-to-routed.ipynb)" in (ROOT / "docs/tutorial.md").read_text("utf-8")
@@ -152,9 +148,5 @@ def test_the_notebook_goes_from_peft_folders_to_a_card_that_is_merged_measured_a
         assert mrr["both"][task] > mrr["base"][task] + 0.05
     assert (ours, theirs, neither) == (["architect"], ["reviewer"], [])
     assert names["merged"].rank == 16
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "both.lora.arrow",
-        "peft-architect",
-        "peft-reviewer",
-        "peft-both",
-    }
+    names = {"both.lora.arrow", "peft-architect", "peft-reviewer", "peft-both"}
+    assert {path.name for path in tmp_path.iterdir()} == names

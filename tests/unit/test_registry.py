@@ -185,9 +185,7 @@ def test_a_card_without_a_version_has_the_default_one_and_a_version_can_be_given
 
 @requirement("R22.3")
 @pytest.mark.parametrize("order", [("1.0.0+1", "1.0.0+2"), ("1.0.0+2", "1.0.0+1")])
-def test_of_versions_that_differ_in_build_metadata_alone_the_last_by_its_text_is_the_newest(
-    written, order
-):
+def test_of_versions_that_differ_in_build_metadata_the_last_by_text_is_newest(written, order):
     registry = AdapterRegistry()
     for version in order:
         registry.register(written(card_of(value=int(version[-1]), version=version), version))

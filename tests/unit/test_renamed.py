@@ -25,9 +25,8 @@ def test_an_old_path_gives_the_module_of_the_new_one_and_warns(old, monkeypatch)
 
 def test_the_warning_points_at_the_line_that_imports():
     script = "import lora\nfrom lora.store import save\nassert save is lora.save"
-    done = subprocess.run(
-        [sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-W", "always", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr.startswith("<string>:2: DeprecationWarning: lora.store is lora.files now")
 
 

@@ -87,10 +87,8 @@ def test_a_route_says_whether_its_card_is_elsewhere():
 @pytest.mark.parametrize("description", [None, []])
 def test_a_card_that_says_nothing_of_itself_is_refused_by_name(description):
     router = LoRARouter(counts)
-    with pytest.raises(
-        ArgumentError,
-        match="candidate 'docs': expected a description, found none; pass description=",
-    ):
+    expected = "candidate 'docs': expected a description, found none; pass description="
+    with pytest.raises(ArgumentError, match=expected):
         router.register_card(card(), description)
     assert not router.candidates
 
@@ -134,9 +132,8 @@ def test_an_encoder_that_gives_no_row_for_each_text_is_refused(wrong):
 
 @requirement("R4.2", "R4.12")
 def test_a_registration_that_fails_leaves_the_register_as_it_was():
-    router = LoRARouter(
-        lambda texts: np.array([[1.0] * (3 if text == "wide" else 2) for text in texts])
-    )
+    widths = {"wide": 3}
+    router = LoRARouter(lambda texts: np.array([[1.0] * widths.get(text, 2) for text in texts]))
     router.register_virtual_candidate("docs", "text")
     router.register_virtual_candidate("law", "text")
     before = router.candidates

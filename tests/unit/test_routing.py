@@ -68,10 +68,8 @@ def test_an_index_keeps_each_candidates_rows_together():
 ONE, ZEROS = index_of(a=[1, 0]), np.zeros(2)
 SHAPE = r"embeddings: expected shape \(n, d\), found shape"
 FINITE = "embeddings: expected finite numbers, found NaN or an infinity"
-TOP_K, WIDTH = (
-    "top_k: expected an integer >= 1, found",
-    r"query .* shape \(2,\), found shape \(3,\)",
-)
+TOP_K = "top_k: expected an integer >= 1, found"
+WIDTH = r"query .* shape \(2,\), found shape \(3,\)"
 TAGS = "tags: expected a collection of str, found"
 
 
@@ -122,9 +120,8 @@ def test_a_threshold_of_another_kind_of_number_is_that_number(kind):
 @requirement("R4.13")
 @pytest.mark.parametrize("threshold", [None, 0.5])
 def test_a_nearer_candidate_without_the_tag_takes_no_place_among_the_best(threshold):
-    index = index_of(near=[1, 0], nearer=[1, 0]).with_candidate(
-        candidate_of("far", np.array([[0.6, 0.8]]), tags=["law"])
-    )
+    far = candidate_of("far", np.array([[0.6, 0.8]]), tags=["law"])
+    index = index_of(near=[1, 0], nearer=[1, 0]).with_candidate(far)
     query = np.array([1.0, 0.0])
     assert select(query, index, threshold=threshold, tags=["law"]) == [Route("far", 0.6)]
 

@@ -131,11 +131,8 @@ def test_a_run_without_a_test_is_no_verdict(project):
 
 def test_a_violation_that_can_not_be_made_is_told(project):
     root = project("2, 1")
-    wrong = [
-        replace(VIOLATION, old="a * b"),
-        replace(VIOLATION, new="a + b"),
-        replace(VIOLATION, id="R1.2"),
-    ]
+    changes = {"old": "a * b"}, {"new": "a + b"}, {"id": "R1.2"}
+    wrong = [replace(VIOLATION, **change) for change in changes]
     assert [line.partition(": ")[2] for line in faults(wrong, root)] == [
         "Sums are differences.: its old text occurs 0 times in sums.py",
         "Sums are differences.: it changes nothing",

@@ -75,26 +75,21 @@ def test_no_targets_bind_nothing():
 
 @requirement("R3.11")
 def test_a_weight_that_fits_two_targeted_modules_is_ambiguous():
-    with pytest.raises(
-        TargetError,
-        match=r"card 'docs': weight 'query': expected one module .* found \['0.query', '1.query'\]",
-    ):
+    expected = r"card 'docs': weight 'query': expected one module .* found \['0.query', '1.query'\]"
+    with pytest.raises(TargetError, match=expected):
         plan(sites("0.query", "1.query"), card(["query"], "query"))
 
 
 @requirement("R3.11")
 def test_a_weight_that_fits_one_module_where_a_target_matches_is_not_ambiguous():
-    assert dict(plan(sites("0.query", "1.query"), card(["1.query"], "query")).bound) == {
-        "1.query": "query"
-    }
+    planned = plan(sites("0.query", "1.query"), card(["1.query"], "query"))
+    assert dict(planned.bound) == {"1.query": "query"}
 
 
 @requirement("R3.11")
 def test_two_weights_for_one_module_are_an_error():
-    with pytest.raises(
-        TargetError,
-        match=r"card 'docs': module '0.query': expected one weight .*'0.query', 'query'",
-    ):
+    expected = r"card 'docs': module '0.query': expected one weight .*'0.query', 'query'"
+    with pytest.raises(TargetError, match=expected):
         plan(sites("0.query"), card(["query"], "query", "0.query"))
 
 
@@ -114,9 +109,8 @@ def test_strict_names_everything_that_is_not_there():
     lacking = card(["query", "value"], "0.query", "elsewhere")
     report = plan(sites("0.query"), lacking)
     assert (report.targets_not_found, report.weights_not_used) == (("value",), ("elsewhere",))
-    with pytest.raises(
-        TargetError, match=r"found targets not found: 'value'; weights not used: 'elsewhere'"
-    ):
+    expected = r"found targets not found: 'value'; weights not used: 'elsewhere'"
+    with pytest.raises(TargetError, match=expected):
         plan(sites("0.query"), lacking, strict=True)
 
 

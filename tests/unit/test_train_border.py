@@ -102,10 +102,7 @@ FORMS += ";a path.parquet;a path.arrow;the text of a path.jsonl"
 @requirement("R17.1")
 @pytest.mark.parametrize("form", FORMS.split(";"))
 def test_a_training_takes_pairs_in_every_form(form, tmp_path):
-    rows = [
-        {name: row[name] for name in ("query", "positive", "group")}
-        for row in pairs().table.to_pylist()
-    ]
+    rows = pairs().table.select(["query", "positive", "group"]).to_pylist()
     expected = bits(trainer().train(pairs(), name="x", max_steps=2))
     result = trainer().train(rows_as(form, rows, tmp_path), name="x", max_steps=2)
     assert bits(result) == expected
@@ -165,9 +162,8 @@ def test_a_bad_value_in_a_row_is_refused_by_its_row_and_field(field, kind):
 
 
 NO_ROWS = {str(row): row for row in [("a",), [*"abcd"], (), {"query": "a"}, {1: "a"}]}
-NO_ROWS |= {
-    f"a column {name!r}": {"query": "q", "positive": "p", name: "a"} for name in ("", "Query")
-}
+for name in ("", "Query"):
+    NO_ROWS[f"a column {name!r}"] = {"query": "q", "positive": "p", name: "a"}
 NO_ROWS |= {kind: value for kind, value in ODD.items() if kind != "mapping"}
 
 

@@ -213,9 +213,8 @@ def test_a_second_task_forgets_less_of_the_first_with_what_the_first_needs():
     assert float(fisher.mean()) == pytest.approx(1.0, rel=1e-4)
 
     def left(**more):
-        card = trainer.train(
-            shuffled(pairs(), 0), name="second", max_steps=40, start=first, **more
-        ).card
+        options = {"max_steps": 40, "start": first, **more}
+        card = trainer.train(shuffled(pairs(), 0), name="second", **options).card
         return evaluate(adapt(engine().base, card), pairs()).mrr
 
     before, naive = evaluate(adapt(engine().base, first), pairs()).mrr, left()
