@@ -23,6 +23,9 @@ MODULES = [f"lora.cli.{name}" for name in ["cards", "models", "federation", "evo
 KINDS = {int: "integer", float: "number", str: "text", Path: "path"}
 """What the value of an option is called."""
 
+DEFAULT = re.compile(r" ?\[default: (.+)\]")
+"""How a help text says the default of a field."""
+
 STATUSES = {
     0: "the command did its work",
     1: "the command failed; one line on standard error, which begins with `lora:`, says why",
@@ -132,9 +135,17 @@ def page(name: str, command: Any) -> str:
 
 
 def parameters(command: Any) -> list[str]:
-    """The table of a command's arguments and options."""
-    shown = [_parameter(parameter) for parameter in command.params if not parameter.hidden]
-    return ["| option | what it is | default |", "|---|---|---|", *shown, ""]
+    """The tables of a command's arguments and options, one for each group of its help."""
+    groups: dict[str, list[str]] = {"": []}
+    for parameter in command.params:
+        group = (getattr(parameter, "rich_help_panel", None) or "").replace("Arguments", "")
+        if not parameter.hidden:
+            groups.setdefault(group, []).append(_parameter(parameter))
+    lines = []
+    for group, rows in groups.items():
+        heading = [f"### {group}", ""] if group else []
+        lines += [*heading, "| option | what it is | default |", "|---|---|---|", *rows, ""]
+    return lines
 
 
 def _parameter(parameter: Any) -> str:
@@ -145,23 +156,20 @@ def _parameter(parameter: Any) -> str:
         annotation = parameter.type_descriptor.annotation
         kind = KINDS[(get_args(annotation) or (annotation,))[0]]
         names += f" *{kind}*" + ", repeatable" * parameter.multiple
-    return f"| {names} | {escaped(marked(parameter.help))} | {_default(parameter)} |"
+    text = re.sub(DEFAULT, "", marked(parameter.help))
+    return f"| {names} | {escaped(text)} | {_default(parameter)} |"
 
 
 def _default(parameter: Any) -> str:
     """What a parameter is without being given, as its cell says it."""
     value = parameter.default
-    if isinstance(parameter.show_default, str):
-        value = str(parameter.show_default)  # which reads it from the class that has it
+    if said := re.search(DEFAULT, parameter.help):  # of a field of a class
+        value = said[1]
     if parameter.required:
         return "required"
     if value is True:
         return f"`{parameter.opts[0]}`{{.option}}"
-    if value in (False, "False") and parameter.secondary_opts:
-        return f"`{parameter.secondary_opts[0]}`{{.option}}"
-    if value is False:
-        return "off"
-    if value in (None, ""):
+    if value is False or value in (None, ""):
         return ""
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 

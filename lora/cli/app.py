@@ -88,6 +88,21 @@ class Result(NamedTuple):
     failure: str = ""
 
 
+class GroupedCommand(typer.core.TyperCommand):
+    """A command whose help lists options by group."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a list for each group."""
+        groups: dict[str, Any] = {}
+        for parameter in ctx.command.get_params(ctx):
+            kind = f"{parameter.param_type_name}s".title()
+            title = parameter.rich_help_panel or kind
+            groups.setdefault(title, []).append(parameter.get_help_record(ctx))
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
 class ChecksPassed(Exception):  # noqa: N818 - not an error
     """Ends a command that was run only to check its command line."""
 
@@ -117,7 +132,7 @@ def command(
 ) -> Callable[[Callable[..., Result | None]], Callable[..., Any]]:
     """Add a function as a command: positional parameters are arguments, keyword-only ones options.
 
-    The help is the docstring. Every command has `--json`.
+    The help is the docstring, whose sections are the groups. Every command has `--json`.
 
     Args:
         inputs: For a command that may be a job: its parameters that are paths it reads.
@@ -154,6 +169,7 @@ def command(
             INPUTS[function.__name__] = tuple(inputs)
         group.command(
             name=name,
+            cls=GroupedCommand,
             help=(inspect.getdoc(function) or "").partition("\n\nArgs:")[0],
             epilog=f"Example: lora {example}",
             context_settings=settings,
@@ -209,31 +225,19 @@ _COMMON = {
     "out": "The file to write; an existing one is replaced.",
     "name": "Name of the card.",
     "seed": "Seed of every random choice.",
-    "card": "A card file; may be repeated.",
-    "target": "Target module; may be repeated.",
 }
 """The help of options that have none in their command's docstring."""
-
-
-class Default(str):  # noqa: SLOT000 - there are ten
-    """A path such as ``lora.merging.Ties.density``, shown as the default that this field has.
-
-    It is read from the source: help imports no torch.
-    """
-
-    def __str__(self) -> str:
-        path, owner, field = self.rsplit(".", 2)
-        file = Path(lora.__file__).parents[1] / f"{path.replace('.', '/')}.py"
-        pattern = rf'(?s)class {owner}:.*?\n    {field}: .*? = "?(.*?)"?\n'
-        return str(re.findall(pattern, file.read_text("utf-8"))[0])
 
 
 def _parameters(
     function: Callable[..., Any], **composed: Callable[..., Any]
 ) -> list[inspect.Parameter]:
-    """Read a function's parameters for typer, with the help in its docstring."""
-    lines = (inspect.getdoc(function) or "").partition("Args:\n")[2]
-    helps = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", lines, re.MULTILINE))
+    """Read a function's parameters for typer, with the help and the group in its docstring."""
+    helps, group = dict[str, Any](), None
+    entries = r"^(?!Args)([A-Z].*):$|^    (\w+): (.*(?:\n     .*)*)"
+    for title, name, text in re.findall(entries, inspect.getdoc(function) or "", re.MULTILINE):
+        group = title or group
+        helps[name] = text, group
     parameters = []
     for name, parameter in inspect.signature(function).parameters.items():
         if name in composed:
@@ -247,9 +251,8 @@ def _parameters(
             info = typer.Argument()
         elif annotation is bool and parameter.default is False:  # without its --no-
             info = typer.Option(f"--{name.replace('_', '-')}")
-        text = " ".join((helps.get(name) or info.help or _COMMON.get(name, "")).split())
-        info.help, _, path = text.partition(" Default: ")
-        info.show_default = Default(path) or True
+        text, info.rich_help_panel = helps.get(name, (info.help or _COMMON.get(name, ""), None))
+        info.help = " ".join(text.split())
         parameters.append(
             parameter.replace(
                 annotation=Annotated[annotation, info], kind=inspect.Parameter.KEYWORD_ONLY
@@ -298,9 +301,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def details(facts: Mapping[str, Any], indent: int = 0) -> Table:
     """Draw facts as lines of a name and a value, without those that have none."""
-    name = Column(no_wrap=True)
-    table = Table(name, Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
-    table.padding = (0, 2, 0, 0)
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
     for key, value in facts.items():
         if _cell(value):
             table.add_row(Text(" " * indent + printable(key)), Text(_cell(value)))

@@ -53,12 +53,14 @@ def inspect(file: Path, *, verify: str | None = None, plot: Path | None = None) 
     if plot is not None:
         with waiting(f"drawing {plot}"):
             draw_card(lora.load(file), plot)
-    about = ("rank", "alpha", "dtype", "base_model", "base_fingerprint")
     facts = {
         "name": header.name,
         "digest": digest,
         "format": ".".join(map(str, header.format_version)),
-        **{key: getattr(header, key) for key in about},
+        **{
+            key: getattr(header, key)
+            for key in ("rank", "alpha", "dtype", "base_model", "base_fingerprint")
+        },
         "target_modules": list(header.target_modules),
         "parameters": header.num_params,
         "bytes": header.nbytes,
@@ -113,8 +115,8 @@ def _about(
 ) -> dict[str, Any]:
     """Take what a card says of itself.
 
-    Args:
-        base_model: Name of the base model that the card says it is for.
+    Description:
+        base_model: Name of the base model that the card is for.
         description: What the card is for; the router goes by it.
         tag: Tag of the card, in place of the source's; may be repeated.
     """
@@ -170,8 +172,8 @@ def convert(
     checks_done()
     check_apart(out, source)
     with progress_bar(f"converting {source}") as progress:
-        options = present(alpha=alpha, layout=layout, part=part)
-        card = _saying(_read_card(source, name, **options), about)
+        card = _read_card(source, name, **present(alpha=alpha, layout=layout, part=part))
+        card = _saying(card, about)
         progress(1, 2)
         if ending == ".arrow":
             lora.save(card, out)
@@ -213,12 +215,13 @@ def merge(
         strategy: average, weighted, slerp, ties, dare, task_arithmetic or cat.
         weight: Weight of a card, 1 if omitted; repeat once per card, in order.
         rank: Largest rank. If omitted: exact; for ties and dare, the parents' largest.
-        density: Of ties and dare: the share of entries kept. Default: lora.merging.Ties.density
-        elect: Of ties: signs by 'mass' or by 'count'. Default: lora.merging.Ties.elect
-        seed: Of dare: seed of what is dropped. Default: lora.merging.Dare.seed
-        t: Of slerp: how far from the first card to the second. Default: lora.merging.Slerp.t
-        normalize: Of weighted: divide the weights by their sum. Default:
-            lora.merging.Weighted.normalize
+
+    Strategies:
+        density: Of ties and dare: the share of entries kept. [default: 0.5]
+        elect: Of ties: signs by 'mass' or by 'count'. [default: mass]
+        seed: Of dare: seed of what is dropped. [default: 0]
+        t: Of slerp: how far from the first card to the second. [default: 0.5]
+        normalize: Of weighted: divide the weights by their sum.
     """
     from lora.checks import choice, integer
     from lora.merging import STRATEGIES
@@ -379,12 +382,23 @@ def fold(
     checks_done()
     check_apart(out, base, *cards)
     adapters = [_read_card(path) for path in cards]
-    options = {"strict": strict, "overwrite": overwrite, "check_base": not allow}
     with progress_bar(f"folding into {base}") as progress:
-        folded = lora.fold_checkpoint(base, adapters, out, weight, progress=progress, **options)
-    bound = {name: len(injection.bound) for name, injection in folded.injections.items()}
-    facts = {"folder": str(out), "tensors": len(folded.tensors), "cards": bound}
-    facts["left_out"] = folded.left_out
+        folded = lora.fold_checkpoint(
+            base,
+            adapters,
+            out,
+            weight,
+            strict=strict,
+            overwrite=overwrite,
+            check_base=not allow,
+            progress=progress,
+        )
+    facts = {
+        "folder": str(out),
+        "tensors": len(folded.tensors),
+        "cards": {name: len(injection.bound) for name, injection in folded.injections.items()},
+        "left_out": folded.left_out,
+    }
     text = f"{out}: {len(folded.tensors)} tensors changed"
     if folded.left_out:
         text += f"\nleft out: {', '.join(folded.left_out)}"

@@ -72,18 +72,27 @@ def evolve(
         documents: Folder of Python files and prose; or a file of logged pairs.
         out: Folder of live cards.
         name: Name of the skill; if omitted, the folder's and the word that tells it best.
-        cards: Folder of the skills that it must not harm; --out if omitted.
-        questions: Routing checks, JSONL: query, and skill (null: none) if another should answer.
-        answers: What users asked and were answered, JSONL: half is learned, half may veto.
-        documents_only: Let it go live though no users' questions spoke for it.
-        share_exam: Put held-out pairs of the documents into the card.
-        share_questions: Let users' questions be examples in the card.
-        max_taken: Share of another skill's questions that it may take over.
+        dry_run: Say what there is to learn from; send, train and keep nothing.
+
+    Training:
         steps: Training steps.
         rank: Rank of the card.
         alpha: Alpha of the card.
         weight: Multiplies what the card changes; less is safer where no real questions are logged.
+
+    Acceptance:
+        cards: Folder of the skills that it must not harm; --out if omitted.
+        questions: Routing checks, JSONL: query, and skill (null: none) if another should answer.
+        answers: What users asked and were answered, JSONL: half is learned, half may veto.
+        documents_only: Let it go live though no users' questions spoke for it.
+        max_taken: Share of another skill's questions that it may take over.
         placebos: Folder for the cards that it is compared with; the user's cache if omitted.
+
+    Privacy:
+        share_exam: Put held-out pairs of the documents into the card.
+        share_questions: Let users' questions be examples in the card.
+
+    Teacher:
         ask: HOST:documents or HOST:queries: what may be sent to the teacher at that host.
         teacher_model: The teacher's name there.
         teacher_url: An OpenAI-compatible server.
@@ -91,7 +100,6 @@ def evolve(
         budget: Tokens that the teacher may cost in all.
         max_tokens: Tokens of one answer; a model that reasons first needs more.
         insecure_http: Allow http:// to another machine; the key can be read on the way.
-        dry_run: Say what there is to learn from; send, train and keep nothing.
     """
     from lora import learning
     from lora.evolution.exam import Terms, divided
@@ -241,7 +249,7 @@ def factory_run(
     Args:
         at: Run every night at this local time, HH:MM; once if omitted.
         scheduler: tcp://host:port of a Dask scheduler to run on; this machine if omitted.
-        workers: Jobs at a time.
+        workers: How many jobs run at a time.
         keep: Versions of each skill to keep, beside the one that was live.
     """
     from lora.evolution.factory import SkillFactory, cluster

@@ -46,7 +46,7 @@ def credentials(
 ) -> Any:
     """Read the credentials of a connection.
 
-    Args:
+    Credentials:
         token_file: File with the bearer token.
         cert: PEM certificate of this side.
         key: PEM private key of that certificate.
@@ -70,7 +70,7 @@ def deadlines(
 ) -> dict[str, float]:
     """Say how long a peer may take.
 
-    Args:
+    Deadlines:
         timeout: Seconds for an answer.
         stall: Seconds after which a download that receives nothing is cut.
         min_rate: Bytes per second of a download; its deadline follows from its size.
@@ -83,13 +83,13 @@ def serve(
     folder: Path | None = None,
     *,
     live: Path | None = None,
-    credentials: Any,
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8815,
     host: str = "0.0.0.0",  # noqa: S104 - the local network is served
     announce: bool = True,
     metrics_port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
     metrics_host: str = "127.0.0.1",
     as_json: Json = False,
+    credentials: Any,
 ) -> None:
     """Serve a folder of cards to other nodes. It is read-only, and ends when interrupted.
 
@@ -99,6 +99,8 @@ def serve(
         port: Port; 0 for a free one.
         host: Address to serve on; 127.0.0.1 for this machine alone.
         announce: Announce this server on the network by zeroconf.
+
+    Metrics:
         metrics_port: Serve /metrics (Prometheus) and /healthz over HTTP on this port; neither if
             omitted.
         metrics_host: Address of that port.
@@ -112,8 +114,15 @@ def serve(
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    options = {"credentials": credentials, "interfaces": None if announce else ()}
-    with Node(None, root, host=host, port=port, **options) as node, ExitStack() as stack:
+    server_node = Node(
+        None,
+        root,
+        host=host,
+        port=port,
+        credentials=credentials,
+        interfaces=None if announce else (),
+    )
+    with server_node as node, ExitStack() as stack:
         server: Any = node.server
         count = len(server.catalog.cards)
         facts = {"cards": count, "uri": server.uri}
@@ -132,12 +141,12 @@ def serve(
 )
 def list_cards(
     *,
-    credentials: Any,
-    deadlines: Any,
     peer: Peer = None,
     wait: Wait = 3.0,
     peers: bool = False,
     as_json: Json = False,
+    credentials: Any,
+    deadlines: Any,
 ) -> Result:
     """List the cards that peers offer. Those named by --peer, or all that are found on the network.
 
@@ -163,8 +172,6 @@ def list_cards(
 def fetch(
     name: str,
     *,
-    credentials: Any,
-    deadlines: Any,
     out: Path | None = None,
     pin: str | None = None,
     trust: list[Path] | None = None,
@@ -173,6 +180,8 @@ def fetch(
     peer: Peer = None,
     wait: Wait = 3.0,
     cache: Path | None = None,
+    credentials: Any,
+    deadlines: Any,
 ) -> Result:
     """Fetch a card, verify it, and keep it in the cache.
 
@@ -203,8 +212,9 @@ def fetch(
     keys = frozenset(map(load_public_key, trust or []))
     policy = waived(Policy(keys, base_model=base_model), allow or [])
     check_output("--out", out)
-    options = {"policy": policy, "credentials": credentials, **deadlines}
-    with _visiting_node(cache or default_cache(), peer, wait, **options) as node:
+    with _visiting_node(
+        cache or default_cache(), peer, wait, policy=policy, credentials=credentials, **deadlines
+    ) as node:
         _ask_offers(node)
         with progress_bar(f"fetching {name}") as progress:
             card, digest = node.fetch(name, digest=pin, progress=progress)
@@ -282,7 +292,6 @@ def _ask_offers(node: Any) -> Any:
 
 
 def _report(errors: dict[str, LoRAError], *, none_works: bool) -> None:
-    """Print why peers do not answer; raise the last reason if no peer works."""
     last = errors.popitem()[1] if errors and none_works else None
     for error in errors.values():
         _print(error)
@@ -292,6 +301,8 @@ def _report(errors: dict[str, LoRAError], *, none_works: bool) -> None:
 
 def _row(offer: Any) -> dict[str, Any]:
     manifest = offer.manifest
-    shown = ("name", "version", "rank", "size", "digest", "description", "base_model")
-    row = {key: getattr(manifest, key) for key in shown}
+    row = {
+        key: getattr(manifest, key)
+        for key in ("name", "version", "rank", "size", "digest", "description", "base_model")
+    }
     return {**row, "signer": manifest.signer or None, "peers": list(offer.uris)}

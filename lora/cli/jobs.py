@@ -81,7 +81,6 @@ def _base(values: Mapping[str, Any]) -> str:
 
 
 def _checked(parser: Any, command: str, words: list[str]) -> dict[str, Any]:
-    """Run a command up to its `checks_done`; returns the values of its parameters."""
     checking.set(True)
     try:
         context = parser.make_context(command, words, help_option_names=[])

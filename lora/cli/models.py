@@ -59,11 +59,14 @@ def encode(
 
     Args:
         texts: Texts; lines of standard input if omitted.
+        card: A card file; may be repeated.
         out: Write a NumPy .npy file instead of printing. An existing file is replaced.
+
+    Parquet:
         parquet: Encode this file's column of texts into --out, a Parquet file.
-        column: The column of texts of --parquet.
-        adapter: With --parquet: the name of the card to apply to every row; a single --card's.
-        route: With --parquet: choose each row's card by its text.
+        column: The column of texts.
+        adapter: Name of the card to apply to every row; a single --card's.
+        route: Choose each row's card by its text.
     """
     if parquet is not None:
         if texts or out is None:
@@ -76,8 +79,9 @@ def encode(
         check_output("--out", out)
         checks_done()
         check_apart(out, parquet)
-        options = {"column": column, "adapter": adapter, "route": route, "model": model}
-        return _encode_parquet(parquet, out, cards=cards, **options)
+        return _encode_parquet(
+            parquet, out, cards=cards, column=column, adapter=adapter, route=route, model=model
+        )
     if adapter is not None or route:
         raise ArgumentError("--adapter, --route", "--parquet", "none")
     check_output("--out", out)
@@ -281,18 +285,22 @@ def train(
     Args:
         data: Pairs as .jsonl, .parquet or .arrow; 'stdlib' for Python's docstrings.
         description: What the card is for; the router goes by it.
-        preset: How long: quick, stable; or what for: coder, researcher, security, architect,
-            reviewer.
-        loss: contrastive, cosine or triplet. Default: lora.training.train.Settings.loss
-        schedule: constant, linear, cosine, exponential, step or one-cycle; stable sets cosine.
-            Default: lora.training.train.Settings.schedule
-        warmup: Share of steps that warm up. Default: lora.training.train.Settings.warmup
-        steps: Steps at most; the preset's passes over the pairs if omitted.
-        rank: Rank; presets set theirs. Default: lora.presets.LoRAConfig.rank
-        alpha: Alpha; presets set theirs. Default: lora.presets.LoRAConfig.alpha
-        target: Target module; may be repeated. The preset's, or queries and values.
         checkpoint: Go on from this file after an interrupt.
         plot: Draw the history as .svg or .png.
+
+    Training:
+        preset: How long: quick, stable; or what for: coder, researcher, security, architect,
+            reviewer.
+        loss: contrastive, cosine or triplet. [default: contrastive]
+        schedule: constant, linear, cosine, exponential, step or one-cycle; stable sets cosine.
+            [default: constant]
+        warmup: Share of steps that warm up. [default: 0.0]
+        steps: Steps at most; the preset's passes over the pairs if omitted.
+
+    Adapter:
+        rank: Rank; presets set theirs. [default: 8]
+        alpha: Alpha; presets set theirs. [default: 16.0]
+        target: Target module; may be repeated. The preset's, or queries and values.
     """
     from lora.checks import integer
     from lora.drawing import FORMATS

@@ -4,19 +4,22 @@ pipe.
 
 import contextlib
 import os
-import pkgutil
 import pty
 import re
 import subprocess
 import sys
 import sysconfig
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import typer
 
 from lora.cli.app import app
+from lora.merging import Dare, Slerp, Ties
+from lora.presets import LoRAConfig
 from lora.testing.plugin import requirement
+from lora.training.train import Settings
 
 CARD = Path(__file__).parents[2] / "spec" / "vectors" / "1" / "R1.4" / "valid" / "basic.lora.arrow"
 SCRIPTS = sysconfig.get_path("scripts")
@@ -172,15 +175,14 @@ def test_help_speaks_of_what_a_user_can_know():
 
 @requirement("R25.4")
 def test_what_is_called_alike_is_meant_alike():
-    groups = COMMANDS["factory"].commands
-    every = {**COMMANDS, **{f"factory {name}": found for name, found in groups.items()}}
+    every = COMMANDS | {f"factory {n}": part for n, part in COMMANDS["factory"].commands.items()}
     for name, command in every.items():
         for param in command.params:
             assert ("-o" in param.opts) == ("--out" in param.opts), name
-            if not param.default and param.secondary_opts:
-                # --no-… is for what is on, or is decided elsewhere
+            if not param.default and param.secondary_opts:  # --no-… is for what is on
                 assert param.default is None, f"{name} {param.name}"
-            if isinstance(param.show_default, str):  # a field, which help reads in its source
-                owner, _, field = param.show_default.rpartition(".")
-                assert f"{getattr(pkgutil.resolve_name(owner)(), field)}" == f"{param.show_default}"
+            for default in re.findall(r"\[default: (.+)\]", param.help or ""):  # a field's
+                owners = Ties(), Dare(), Slerp(), LoRAConfig(), Settings()
+                fields = {key: v for owner in owners for key, v in asdict(owner).items()}
+                assert f"{fields[param.name]}" == default, f"{name} {param.name}"
         assert ("--json" in [opt for p in command.params for opt in p.opts]) == (name != "factory")
