@@ -40,8 +40,6 @@ MODULES = {
 
 
 class _OldPaths(MetaPathFinder, Loader):
-    """Finds a module by its old path."""
-
     def find_spec(
         self, fullname: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:

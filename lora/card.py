@@ -373,7 +373,7 @@ class AdapterSet(Mapping[str, tuple[LoRACard, float]]):
 
 
 def interpolate(a: AdapterSet, b: AdapterSet, t: float) -> AdapterSet:
-    """Return ``(1 - t) · a + t · b``, for any finite `t`.
+    """Mix two adapter sets: return ``(1 - t) · a + t · b``, for any finite `t`.
 
     Raises:
         ArgumentError: `t` is not finite.

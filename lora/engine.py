@@ -178,7 +178,7 @@ class ArrowEngine(Uncopied):
             ``encode(texts)``. It is never changed.
         device: ``"auto"`` (CUDA if present) or a torch device; None leaves the encoder where it is.
         fold: Run active cards as ``W + ΔW``: no overhead, but a copy of the touched weights.
-            ``"auto"``: only if the copy has at most `FOLD_BUDGET` bytes.
+            ``"auto"``: only if the copy has at most `FOLD_BUDGET` bytes, 50 MiB.
         threshold: The score that every card needs to be chosen by ``intent_query``. None: each
             card's own; see `lora.routing.decide`.
         check_base: Refuse cards that were made for another base model.

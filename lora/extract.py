@@ -134,7 +134,7 @@ def extract_delta(
         base, tuned: Weights ``(out, in)`` under ``"<module>.weight"``: a mapping, which may be
             lazy, or a torch module.
         rank: A number, `MinEnergy` or `MaxError`; never above the numerical rank of ΔW.
-        name: Card name.
+        name: Name of the new card.
         target_modules: As a card's. ``"all-linear"`` leaves out output heads, embeddings (by name)
             and weights that are not two-dimensional; a module that is named must be a matrix.
         method: ``"full"`` is exact, in float64. ``"randomized"`` is a subspace iteration in the

@@ -151,7 +151,7 @@ def routing_checks(path: PathLike, name: str) -> list[dict[str, Any]]:
     for where, row in json_lines(as_path(path)):
         check = {"skill": name, **row} if isinstance(row, Mapping) else {}
         if not is_text(check.get("query")) or not isinstance(check["skill"], str | None):
-            expected = "an object with a query and, if it is for another, a skill or null"
+            expected = "an object with a query and, if another should answer, a skill or null"
             raise DataError(where, expected, json.dumps(row)[:80])
         checks.append(check)
     return checks

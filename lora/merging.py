@@ -403,7 +403,6 @@ def content_digest(card: LoRACard) -> str:
 
 
 def _merged(strategy: Strategy, module: str, terms: Terms, rank: int | None) -> Row | None:
-    """Merge the pairs of one module; None if ΔW = 0."""
     if isinstance(strategy, Ties | Dare):
         dense = _finite(strategy.dense(module, terms), module)
         rank = rank or max(pair.rank for _, pair, _ in terms)

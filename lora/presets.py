@@ -48,7 +48,6 @@ T5 and ModernBERT (whose fused projection is the query's); the first role that m
 
 
 def _json_values(value: Any) -> dict[str, Any]:
-    """Return the fields as JSON values."""
     return dict(json.loads(json.dumps(asdict(value))))
 
 

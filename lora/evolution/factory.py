@@ -50,7 +50,7 @@ class SkillFactory:
     Args:
         root: Its folder; all workers must see it at this path.
         executor: Runs the jobs; threads by default.
-        workers: Jobs at a time.
+        workers: How many jobs run at a time.
         keep: Versions of each skill that are kept.
         on_event: Called with a job whose state changed.
 

@@ -69,7 +69,7 @@ class LoRAFlightClient:
     Args:
         uri: ``grpc://host:port`` or ``grpc+tls://host:port``.
         cache: A `CardCache`, or its folder; None to list only.
-        policy: What to accept.
+        policy: Decides which cards are kept; others are refused.
         credentials: The token and the certificates to show.
         timeout: Seconds for a call; a download gets more, by its size and `min_rate`.
         min_rate: Least bytes per second of a download.

@@ -31,7 +31,9 @@ from lora.federation.manifest import Manifest, Signature, check_name, manifest_o
 
 @dataclass(frozen=True)
 class Policy:
-    """What to accept from a peer. By default: what a trusted key has signed, or what is pinned.
+    """Decides which cards of peers are accepted.
+
+    By default: what a trusted key has signed, or what is pinned.
 
     Args:
         trusted: Public keys, 64 hex digits each.

@@ -224,7 +224,7 @@ def export_peft(
 
     Args:
         card: Has weights, all of them targeted.
-        folder: New or empty.
+        folder: A path where there is nothing yet, or an empty folder.
         overwrite: Replace the adapter in a PEFT folder, or what a killed export left.
         exact: Keep every bit of the factors, and the scalings to one ulp, by patterns if needed.
 

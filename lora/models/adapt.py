@@ -290,10 +290,10 @@ def init_card(
         rank: Of every module, even one with smaller dimensions.
         alpha: ΔW is scaled by alpha / rank.
         target_modules: As in `LoRACard`.
-        seed: At least 0. The same seed gives the same card.
+        seed: The same seed gives the same card.
 
     Raises:
-        ArgumentError: The seed is negative.
+        ArgumentError: The seed is no integer of at least 0.
         TargetError: No module matches.
 
     Examples:

@@ -100,7 +100,7 @@ def fold_checkpoint(
         base_folder: A folder of transformers or sentence-transformers with ``config.json`` and
             ``model.safetensors``, or shards and their index.
         cards: One or several, of different names.
-        out_folder: New or empty; not in the base folder.
+        out_folder: A new or empty folder outside the base folder.
         weights: A number for each card, default 1.
         check_base: Refuse a card whose base fingerprint is another model's.
         strict: Refuse a card that names anything the checkpoint does not have.

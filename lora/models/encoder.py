@@ -233,7 +233,7 @@ class InferenceCore(nn.Module):
         """Embed texts in batches of similar length: float32, shape ``(n, d)``, or ``(d,)`` for one.
 
         Args:
-            texts: Any number, empty ones included; a text without a token gets the zero vector.
+            texts: As many as you like, even none; a text without a token gets the zero vector.
             prompt: What stands before each text; it counts more than `prompt_name`.
             prompt_name: A prompt of the model's folder; default: the one that the folder names.
             normalize_embeddings: Divide each vector by its length.

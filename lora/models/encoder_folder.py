@@ -190,7 +190,6 @@ def read_folder(folder: Path) -> tuple[EncoderConfig, Tokenizer]:
 
 
 def _read(path: Path, rules: Rules, *, optional: bool = False) -> dict[str, Any]:
-    """Return a JSON object whose keys and values the rules allow."""
     return _check(path, read_json(path, dict, optional=optional), rules)
 
 

@@ -52,8 +52,6 @@ class RefusalError(Exception):
 
 
 class _Process:
-    """A running command, and the lines that it says, which a thread reads."""
-
     def __init__(self, command: list[str]) -> None:
         self.unneeded: list[int] = []
         """Handles of routers that are gone."""

@@ -322,7 +322,7 @@ class LoRATrainer:
 
 
 class _Run:
-    """The mutable part of one training: model, optimizer, schedule, history and best factors."""
+    """The mutable part of one training."""
 
     def __init__(
         self, trainer: LoRATrainer, card: LoRACard, steps: int, ewc: EWC | None = None
