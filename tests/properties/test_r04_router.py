@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from lora.card import LoRACard
 from lora.errors import ArgumentError, ShapeError
 from lora.router import LoRARouter
-from lora.routing import EMPTY, Candidate, calibrate, candidate_of, rank, select, shortlist, unit
+from lora.routing import (
+    EMPTY,
+    Candidate,
+    calibrate,
+    candidate_of,
+    rank,
+    select,
+    shortlist,
+    texts_of,
+    unit,
+)
 from lora.testing.domains import has_length, limit
 from lora.testing.plugin import requirement
 from lora.testing.strategies import ALIKE, names
@@ -309,6 +319,17 @@ def test_ranking_the_short_list_is_ranking_all(sizes, spread, seed, data):
     )
     unsure = (width + 3) * 2.0**-24 + 1e-6  # float32 products, and scores as they are rounded
     assert all(best[i] >= least - 5 * unsure for i in short)
+
+
+@requirement("R7.8")
+@given(wrong=st.sampled_from(["0.5", float("nan"), True, [0.5]]))
+def test_what_is_no_threshold_or_no_sequence_of_texts_is_named(wrong):
+    with pytest.raises(ArgumentError, match=r"^threshold: expected a finite number"):
+        select(np.ones(1), EMPTY, threshold=wrong)
+    for texts in ({"a", "b"}, {"a": 1}, "a", [1], 3):
+        with pytest.raises(ArgumentError, match=r"^texts: expected a sequence of str"):
+            texts_of(texts)
+    assert sorted(texts_of({"a", "b"}, ordered=False)) == ["a", "b"]
 
 
 @requirement("R4.9", kind="convention")

@@ -18,6 +18,8 @@ from lora.routing import (
     EMPTY,
     LEAST_EXAMPLES,
     LEAST_GROUPS,
+    Decision,
+    Route,
     candidate_of,
     decide,
     explained,
@@ -115,6 +117,17 @@ def test_every_score_routes_is_unknown_or_unsure_by_two_thresholds(index, query,
     thresholds = f"unknown below {decision.unknown:.6f}, routes from {decision.routes:.6f}"
     told = f"{expected}: {route.name!r} scores {route.score:.6f} ({thresholds})"
     assert (explained(decision), explained(None)) == (told, "there is no candidate")
+
+
+@requirement("R18.1")
+@given(st.sampled_from([0.0, 0.1, 0.2, 0.4, 0.6, 0.8]), st.booleans())
+def test_between_its_two_points_a_candidate_is_unsure(score, virtual):
+    candidate = candidate_of("docs", np.eye(2)[:1], virtual=virtual)
+    vars(candidate)["points"] = 0.2, 0.6
+    route = Route("docs", score, virtual)
+    expected = "unknown" if score < 0.2 else "routes" if score >= 0.6 else "unsure"
+    decision = decide(route, EMPTY.with_candidate(candidate))
+    assert decision == Decision(expected, route, 0.2, 0.6)
 
 
 @requirement("R18.2")
