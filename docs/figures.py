@@ -18,6 +18,7 @@ from lora.testing.bench import shown
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
+import claims  # noqa: E402 - beside this file, in no package
 from code_digests import digests  # noqa: E402 - of a folder that is no package
 from diagrams import Colours, Draw, picture, write  # noqa: E402 - beside this file, in no package
 from reference import FILTER  # noqa: E402 - as above
@@ -282,8 +283,9 @@ def _model_cell(cell: Row, notes: dict[str, int]) -> str:
     return text
 
 
-def page(report: Report) -> str:
-    """Every figure, by script."""
+def page(report: Report, answers: Mapping[str, str] | None = None) -> str:
+    """Every figure, by script, after the answer to the script's question."""
+    answers = answers or claims.answers(report)
     lines = [
         "# Benchmarks",
         "",
@@ -304,7 +306,7 @@ def page(report: Report) -> str:
         met = [row["met"] for row in part["rows"] if row["met"] is not None]
         load = ", ".join(f"{value:g}" for value in part["machine"]["load"])
         lines += ["", f"## {QUESTIONS[script]} {{#{script}}}", ""]
-        lines += [f"Targets met: {sum(met)} of {len(met)}.", ""]
+        lines += [f"{answers[script]} Targets met: {sum(met)} of {len(met)}.", ""]
         if longer := list(slower(report, script)):
             lines += ["Where this library takes longer than what stands beside it:", ""]
             for what, side, peer in longer:
