@@ -512,7 +512,7 @@ def times(report: Report, script: str) -> dict[str, list[tuple[str, list[float],
 
 def height_of(panels: Mapping[str, Sequence[Any]]) -> float:
     """The height in inches of a panel for each, with a line for each of its sides."""
-    return 0.6 + sum(0.5 + 0.3 * len(sides) for sides in panels.values())
+    return 0.6 + sum(0.5 + 0.34 * len(sides) for sides in panels.values())
 
 
 def draw_times(panels: Mapping[str, Sequence[tuple[str, list[float], float | None]]]) -> Draw:
@@ -530,18 +530,18 @@ def draw_times(panels: Mapping[str, Sequence[tuple[str, list[float], float | Non
                     axes.plot(target, i, "|", color=colours["ink"], markersize=12)
             axes.axvline(1, color=colours["soft"], linewidth=0.8)
             names = [
-                "\n".join(wrap(side, 22, break_long_words=False)) for side, _, _ in reversed(sides)
+                "\n".join(wrap(side, 25, break_long_words=False)) for side, _, _ in reversed(sides)
             ]
-            axes.set_yticks(range(len(sides)), names, fontsize=9)
+            axes.set_yticks(range(len(sides)), names, fontsize=8.5)
             axes.set_ylim(-0.6, len(sides) - 0.4)
             axes.set_title("\n".join(wrap(what, 36)), fontsize=10, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_xscale("log")
         ends = [end for sides in panels.values() for _, points, _ in sides for end in points]
-        ticks = [0.01, 0.1, 1, 10] if max(ends) > 10 * min(ends) else [0.2, 0.5, 1, 2, 5]
-        axes.set_xticks(
-            [tick for tick in ticks if min(*ends, 1) / 2 <= tick <= max(*ends, 1) * 1.5]
-        )
+        low, high = min(*ends, 1), max(*ends, 1)
+        steps = [1] if high > 50 * low else [1, 2, 5]
+        ticks = [step * power for power in (0.01, 0.1, 1, 10) for step in steps]
+        axes.set_xticks([tick for tick in ticks if low / 1.5 <= tick <= high * 1.5])
         axes.minorticks_off()
         axes.xaxis.set_major_formatter("{x:g} ×")
         axes.set_xlabel("share of the other's time (tick: target)", fontsize=9)
@@ -572,17 +572,23 @@ def draw_growth(report: Report, unit: str) -> Draw:
             axes.set(xscale="log", yscale="log", xlabel=against)
             axes.minorticks_off()
             most, last = sizes[-1] / sizes[0], sizes[-1] / sizes[-2]
-            is_near = math.log(last) < 0.12 * math.log(most)  # the numbers would overlap
+            is_near = math.log(last) < 0.17 * math.log(most)  # the numbers would overlap
             axes.xaxis.set_ticks([*sizes[: -1 - is_near], sizes[-1]])
             base = 4.0 if most <= 512 else 10.0
             axes.yaxis.set_ticks([base**power for power in range(6) if base**power <= most])
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter("{x:,.0f}")
+            thousands = "{x:,.0f}" if sizes[-1] < 10_000 else _thousands
+            axes.xaxis.set_major_formatter(thousands)
+            axes.yaxis.set_major_formatter("{x:,.0f} ×")
             axes.set_title("\n".join(wrap(f"{name}, by {against}", 26)), fontsize=9)
         what = {"ms": "time", "MiB": "memory"}[unit]
-        figure.supylabel(f"{what}, of the first point's (dotted: linear)", fontsize=10)
+        figure.supylabel(f"times the first point's {what} (dotted: linear)", fontsize=10)
 
     return draw
+
+
+def _thousands(value: float, _: int) -> str:
+    """A number for an axis that has no room for zeros."""
+    return f"{value:.0f}" if value < 1000 else f"{value / 1000:.0f}k"
 
 
 def draw_all(folder: Path, report: Report) -> None:
