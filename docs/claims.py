@@ -17,6 +17,7 @@ from lora.testing.bench import shown
 
 ROOT = Path(__file__).parents[1]
 PERFORMANCE = "docs/performance.md"
+LEARNING = "docs/learning.md"
 KINDS = ("r8 q,v", "r16 all Linears")
 SIZES = ("768 x 768", "3072 x 768", "2048 x 2048")
 
@@ -49,7 +50,10 @@ class Figures:
         if name in self.rows:
             row: Mapping[str, Any] = self.rows[name]
         else:
-            (row,) = (row for known, row in self.rows.items() if known.startswith(name))
+            rows = [row for known, row in self.rows.items() if known.startswith(name)]
+            if len(rows) != 1:
+                raise KeyError(f"expected one figure named {name!r}, found {len(rows)}")
+            row = rows[0]
         return row
 
     def __call__(self, name: str) -> float:
@@ -85,6 +89,8 @@ def claims(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     merged = measured("merge 3 cards of rank 16, 768 x 768: merge / PEFT svd")
     dense = f"768 × 768 it is {merged:.0f} times as fast as PEFT's dense way"
     yield "docs/explanation/merging.md", dense
+    for text in _learning((ROOT / LEARNING).read_text(encoding="utf-8")):
+        yield LEARNING, text
     held = measured("memory: each of 900 loaded cards")
     yield "docs/explanation/zero-copy.md", f"a loaded card of 40 kB takes {held:.1f} kB of memory"
 
@@ -370,6 +376,43 @@ ANSWERS: Mapping[str, Callable[[Figures], str]] = {
     "models": _answer_models,
 }
 """What a script's figures say, in a sentence that answers the question of its heading."""
+
+
+def _learning(page: str) -> Iterator[str]:
+    """What the page on learning says of its own tables, which are made from their results."""
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([^|]+) \| (.+) \|$", page, re.MULTILINE)
+    gains = {(trained, weight): (gain, each.split(" | ")) for trained, weight, gain, each in rows}
+    counted = dict(re.findall(r"^\| ([^|]+?) \| (\d+ of \d+) ", page, re.MULTILINE))
+    real, refused = counted["real"], counted["all that must be refused"].partition(" of ")
+    share = "five of fifteen" if real == "5 of 15" else real
+    yield f"A third of them: {share}, where 70 % were aimed at"
+    yield f"Yes, in all {refused[2]} cases" if refused[0] == "0" else f"{refused[0]} were accepted"
+    for name, what in (
+        ("another set's card", "cards trained on other documents"),
+        ("a placebo with another seed", "placebos trained with another seed"),
+    ):
+        yield f"{counted[name].removeprefix('0 of ')} {what}"
+    documents, *ends = re.findall(r"[+-][\d.]+", gains["documents", "1.0"][0])
+    yield (
+        f"a card of documents changes the MRR by {documents}, and the interval, "
+        f"{ends[0]} to {ends[1]}, includes 0"
+    )
+    for start, trained in (
+        ("**, for 40 steps: ", "documents, 40 steps at a quarter of the rate"),
+        ("- **Five steps**: ", "documents, 5 steps"),
+    ):
+        worst = min(gains[trained, "1.0"][1], key=float)
+        yield (
+            f"{start}{gains[trained, '0.5'][0]} over all. "
+            f"At full weight the worst set changes by {worst}"
+        )
+    held = (
+        min(gains[f"documents, 40 steps, held with λ = {size}", "1.0"][1], key=float)
+        for size in ("0.1", "1")
+    )
+    yield "λ = 0.1 the worst set changes by {} at full weight, with λ = 1 by {}".format(*held)
+    headings = float(gains["headings as questions", "1.0"][1][1])
+    yield f"At full weight they harm ruff's pages by {-headings:.2f}"
 
 
 def answers(report: Mapping[str, Any]) -> dict[str, str]:
