@@ -219,7 +219,11 @@ def reasons_of(entry: Report, *, lacks: bool | None = None) -> list[str]:
 
 def traceability(trace: Trace) -> str:
     """Return a table of chapters beside implementations, and a folded table of each chapter."""
-    names = [f'<span class="column">{each["binding"]["name"]}</span>' for each in trace.reports]
+    names = [each["binding"]["name"] for each in trace.reports]
+    heads = [
+        f'<span class="column">{head}</span>'
+        for head in ("requirements", "tests", "for any implementation", *names)
+    ]
     lines = [
         "# Traceability",
         "",
@@ -229,8 +233,8 @@ def traceability(trace: Trace) -> str:
         "How many requirements of each chapter have properties for any implementation, and how",
         "many of these each implementation passes:",
         "",
-        f"| chapter | requirements | tests | for any implementation | {' | '.join(names)} |",
-        "|---|---|---|---|" + "---|" * len(names),
+        f"| chapter | {' | '.join(heads)} |",
+        "|---" * (1 + len(heads)) + "|",
     ]
     for number, chapter in trace.chapters().items():
         ids = [requirement.id for requirement in chapter]
