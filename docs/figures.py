@@ -326,6 +326,7 @@ def page(report: Report, answers: Mapping[str, str] | None = None) -> str:
             what, *figures = shown(row)
             twice = f"{row['what']}: {row['what']} / "  # where the command is what is timed
             what = what.replace(twice, f"{row['what']} / ")
+            figures = [re.sub(r"(\d) x$", r"\1 ×", figure) for figure in figures]
             lines.append(f"| {' | '.join([what, *figures])} |")
         lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
