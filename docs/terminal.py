@@ -15,7 +15,10 @@ from docs import outputs
 PICTURE = outputs.ROOT / "docs" / "terminal.svg"
 COMMANDS = (
     "lora convert docs/examples/peft-adapter \\\n  -o docs.lora.arrow",
-    "lora merge docs.lora.arrow law.lora.arrow \\\n  -o both.lora.arrow",
+    (
+        "# peft-law/ is another folder that PEFT wrote\n"
+        "lora merge docs.lora.arrow peft-law/ \\\n  -o both.lora.arrow"
+    ),
     "lora convert both.lora.arrow -o peft-both/",
 )
 COLUMNS = 50
@@ -50,9 +53,11 @@ def drawn(runs: Sequence[tuple[str, str]]) -> str:
 
     row = 0
     for command, printed in runs:
-        for i, line in enumerate(command.splitlines()):
-            add("prompt", ">" if i else "$")
+        prompt = "$"
+        for line in command.splitlines():
+            add("prompt", prompt)
             add("typed", line, column=2)
+            prompt = ">" if line.endswith("\\") else "$"
             row += 1
         for line in printed.splitlines():
             if line:
