@@ -24,7 +24,7 @@ SCORES = re.findall(
     PAGE,
     re.MULTILINE,
 )
-CORE = ["arrow_format", "card", "factors", "routing", "targets"]
+CORE = ["arrow_format", "card", "factors", "merging", "routing", "targets"]
 SURVIVORS = re.findall(r"^\| `(\w+)\.([\w.]+)` \| (\d+(?:, \d+)*) \| (.+) \|$", PAGE, re.MULTILINE)
 
 
