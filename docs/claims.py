@@ -91,8 +91,8 @@ def claims(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "docs/explanation/merging.md", dense
     for text in _learning((ROOT / LEARNING).read_text(encoding="utf-8")):
         yield LEARNING, text
-    held = measured("memory: each of 900 loaded cards")
-    yield "docs/explanation/zero-copy.md", f"a loaded card of 40 kB takes {held:.1f} kB of memory"
+    memory = measured("memory: each of 900 loaded cards")
+    yield "docs/explanation/zero-copy.md", f"a loaded card of 40 kB takes {memory:.1f} kB of memory"
 
 
 def _performance(measured: Figures) -> Iterator[str]:
@@ -406,11 +406,13 @@ def _learning(page: str) -> Iterator[str]:
             f"{start}{gains[trained, '0.5'][0]} over all. "
             f"At full weight the worst set changes by {worst}"
         )
-    held = (
+    worst_of_penalties = (
         min(gains[f"documents, 40 steps, held with λ = {size}", "1.0"][1], key=float)
         for size in ("0.1", "1")
     )
-    yield "λ = 0.1 the worst set changes by {} at full weight, with λ = 1 by {}".format(*held)
+    yield "λ = 0.1 the worst set changes by {} at full weight, with λ = 1 by {}".format(
+        *worst_of_penalties
+    )
     headings = float(gains["headings as questions", "1.0"][1][1])
     yield f"At full weight they harm ruff's pages by {-headings:.2f}"
 

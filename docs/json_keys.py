@@ -235,7 +235,7 @@ def started(folder: Path, words: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "lora.cli", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)  # noqa: S603
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)  # noqa: S603 - our own commands
 
 
 @contextmanager

@@ -115,8 +115,8 @@ def test_every_score_routes_is_unknown_or_unsure_by_two_thresholds(index, query,
     )
     assert (decision.kind, decision.best) == (expected, route)
     thresholds = f"unknown below {decision.unknown:.6f}, routes from {decision.routes:.6f}"
-    told = f"{expected}: {route.name!r} scores {route.score:.6f} ({thresholds})"
-    assert (explained(decision), explained(None)) == (told, "there is no candidate")
+    sentence = f"{expected}: {route.name!r} scores {route.score:.6f} ({thresholds})"
+    assert (explained(decision), explained(None)) == (sentence, "there is no candidate")
 
 
 @requirement("R18.1")

@@ -256,12 +256,12 @@ def test_what_all_cards_say_is_kept_and_nothing_else(common, tags, author):
         "peft": {"task_type": "CAUSAL_LM", "lora_dropout": 0.2},
     }
     cards = [card("docs", metadata=docs), card("law", seed=1, metadata=law)]
-    told = dict(merge(cards).metadata)
-    assert set(told.pop("merge")) == {"strategy", "options", "parents", "error"}
+    metadata = dict(merge(cards).metadata)
+    assert set(metadata.pop("merge")) == {"strategy", "options", "parents", "error"}
     shared = [tag for tag in tags[0] if tag in tags[1]]
-    assert told.pop("tags", []) == shared
-    assert told.pop("words", []) == common
-    assert told == {"peft": {"task_type": "CAUSAL_LM"}, "author": author}
+    assert metadata.pop("tags", []) == shared
+    assert metadata.pop("words", []) == common
+    assert metadata == {"peft": {"task_type": "CAUSAL_LM"}, "author": author}
     single = dict(merge(cards[:1]).metadata)
     assert single.pop("merge")["parents"][0]["name"] == "docs"
     assert single == {key: value for key, value in docs.items() if key not in OF_ONE_CARD}
@@ -284,9 +284,9 @@ def test_the_share_that_is_kept_and_the_rank_for_90_percent_are_those_of_the_den
     exact, cut = (merge(cards, strategy, rank=limit) for limit in (99, rank))
     changes = [delta(pair) for pair in exact.weights.values()]
     values = np.stack([np.linalg.svd(change, compute_uv=False) ** 2 for change in changes])
-    told, shares = cut.metadata["merge"], np.cumsum(values.sum(0)) / values.sum()
-    assert told["kept"] == pytest.approx(values[:, :rank].sum() / values.sum(), rel=1e-9)
-    assert told["rank_90"] == next(i for i, share in enumerate(shares, 1) if share >= 0.9)
+    record, shares = cut.metadata["merge"], np.cumsum(values.sum(0)) / values.sum()
+    assert record["kept"] == pytest.approx(values[:, :rank].sum() / values.sum(), rel=1e-9)
+    assert record["rank_90"] == next(i for i, share in enumerate(shares, 1) if share >= 0.9)
     assert "kept" not in exact.metadata["merge"]
 
 

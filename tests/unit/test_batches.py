@@ -219,8 +219,8 @@ def test_on_ray_nothing_is_lost_or_doubled(cards, tmp_path, monkeypatch):
 
         work = partial(encode_batches, cards=cards, adapter="docs")
         blocks = ray.data.from_arrow(table).repartition(4)
-        found = blocks.map_batches(work, batch_format="pyarrow", num_cpus=0.5)
-        ids, rows = rows_of(ray.get(found.to_arrow_refs()))
+        encoded = blocks.map_batches(work, batch_format="pyarrow", num_cpus=0.5)
+        ids, rows = rows_of(ray.get(encoded.to_arrow_refs()))
     finally:
         ray.shutdown()
     known, expected = expected_rows(cards, 4)

@@ -694,7 +694,11 @@ def test_a_request_by_intent_takes_description_and_card_from_one_state():
 @requirement("R5.8")
 def test_rows_with_adapters_of_their_own_run_in_one_forward(core, engine, cards, monkeypatch):
     forward, segments, runs = InferenceCore.forward, Rows.segments, []
-    noted = lambda *args: (runs.append("forward"), forward(*args))[1]  # noqa: E731
+
+    def noted(*args):
+        runs.append("forward")
+        return forward(*args)
+
     monkeypatch.setattr(InferenceCore, "forward", noted)
     monkeypatch.setattr(Rows, "segments", lambda *args: (runs.append(segments(*args)), runs[-1])[1])
     engine.encode_with_lora([*"abcd"], [cards["files"], {}, cards["foxes"], cards["files"]])
